@@ -1,0 +1,573 @@
+"""The seam: validate, choose an implementation, call it.
+
+Every operator of the encoder, as a plain function of tensors. `impl` picks who computes it:
+
+    "triton"     the hand-written kernels: CUDA tensors, or CPU tensors under TRITON_INTERPRET=1
+    "native"     PyTorch's own fast operators (oneDNN, SDPA), on any device
+    "reference"  plain torch as in the specification, on any device
+    None         triton where the tensor lies on a CUDA device (or the interpreter is on), else native
+
+An explicit `impl` runs that implementation or raises; only None may choose. Gradients flow through all three.
+Shapes use T tokens in the packed batch, B sequences, H heads, D head_dim, C hidden width, F feed-forward width.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .kernels import _device, native, reference
+
+Impl = Literal["triton", "native", "reference"]
+IMPLS = ("triton", "native", "reference")
+
+# operator -> the kernel module that holds its Triton form
+TRITON_MODULES = {
+    "attention": "attention",
+    "attention_padded": "attention",
+    "add_layer_norm": "layer_norm",
+    "add_layer_norm_sum": "layer_norm",
+    "add_rms_norm": "layer_norm",
+    "linear_act": "feed_forward",
+    "feed_forward": "feed_forward",
+    "embedding_layer_norm": "embedding",
+    "linear_cross_entropy": "cross_entropy",
+    "pool": "pooling",
+}
+
+ACTIVATIONS = (*tuple(reference.ACTIVATIONS), "geglu")
+POOLING_MODES = ("mean", "cls", "max")
+PRECISIONS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def why_not_triton(device: torch.device) -> str | None:
+    """None where Triton kernels run on this device, else the reason they do not."""
+    if not _device.HAS_TRITON:
+        return "triton is not installed"
+    if device.type == "cuda" or _device.INTERPRETING:
+        return None
+    return f"Triton needs a CUDA device (this one is {device.type}) or TRITON_INTERPRET=1"
+
+
+def choose_impl(impl: str | None, device: torch.device) -> Impl:
+    """The implementation that `impl` means on this device. Raises where an explicit one cannot run."""
+    if impl is None:
+        return "native" if why_not_triton(device) else "triton"
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {IMPLS} or None, got {impl!r}")
+    if impl == "triton" and (reason := why_not_triton(device)):
+        raise RuntimeError(f'impl="triton" cannot run here: {reason}')
+    return impl
+
+
+def _resolve(op: str, impl: str | None, x: Tensor) -> Any:
+    impl = choose_impl(impl, x.device)
+    if impl == "triton":
+        return getattr(import_module(f"fastbert.kernels.{TRITON_MODULES[op]}"), op)
+    return getattr(native if impl == "native" else reference, op)
+
+
+def _expect(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _expect_same_kind(op: str, **tensors: Tensor | None) -> None:
+    """All tensors on one device."""
+    devices = {name: t.device for name, t in tensors.items() if t is not None}
+    _expect(len(set(devices.values())) == 1, f"{op}: all tensors must lie on one device, got {devices}")
+
+
+def _expect_dropout(op: str, dropout_p: float, seed: Tensor | None) -> None:
+    _expect(0.0 <= dropout_p < 1.0, f"{op}: dropout_p must be in [0, 1), got {dropout_p}")
+    if dropout_p > 0.0:
+        _expect(
+            isinstance(seed, Tensor) and seed.numel() == 1 and seed.dtype == torch.int64,
+            f"{op}: dropout needs seed, an int64 tensor with one element, got "
+            + (f"{seed.dtype} of shape {tuple(seed.shape)}" if isinstance(seed, Tensor) else repr(seed)),
+        )
+
+
+# ---- attention -------------------------------------------------------------------------------------------
+
+
+def _expect_heads(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+    _expect(q.dim() == k.dim() == v.dim(), f"{op}: q, k, v have {q.dim()}, {k.dim()}, {v.dim()} dimensions")
+    _expect(k.shape == v.shape, f"{op}: k is {tuple(k.shape)}, v is {tuple(v.shape)}; they must agree")
+    _expect(q.shape[-1] == k.shape[-1], f"{op}: q has head_dim {q.shape[-1]}, k has {k.shape[-1]}")
+    heads, kv_heads = q.shape[-2], k.shape[-2]
+    _expect(
+        kv_heads > 0 and heads % kv_heads == 0,
+        f"{op}: q has {heads} heads, k has {kv_heads}; the first must be a multiple of the second",
+    )
+    _expect(
+        q.dtype == k.dtype == v.dtype,
+        f"{op}: q, k, v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}",
+    )
+    _expect_same_kind(op, q=q, k=k, v=v)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_k: int | None = None,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    window: tuple[int, int] | None = None,
+    rotary: tuple[Tensor, Tensor] | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    stream: int = 0,
+    sequence_ids: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    schedule: Any = None,
+    impl: Impl | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Bidirectional attention of each packed sequence over itself, or over its own keys.
+
+        s = scale * q k^T + bias - slope * |i - j|      -inf where the mask or the window forbids
+        o = dropout(softmax(s)) v;   lse = logsumexp(s)
+
+    Args:
+        q: [Tq, H, D], any strides with the last dimension contiguous (a view of one fused qkv tensor is fine).
+        k, v: [Tk, Hk, D]; H must be a multiple of Hk (grouped heads: query head h reads key head h * Hk // H).
+        cu_seqlens: [B + 1] int32, starts at 0, ends at Tq; sequence b is rows cu_seqlens[b] to cu_seqlens[b + 1].
+        max_seqlen: at least the longest sequence's length; a bound for launches, not read from the device.
+        cu_seqlens_k, max_seqlen_k: the same for k and v in cross-attention; by default those of q.
+        bias: [1 | B, 1 | H, >= max_seqlen, >= max_seqlen_k], added to the scores; differentiable.
+        mask: bool of bias's kind of shape, True where attention is allowed.
+        alibi_slopes: [H] float32.
+        window: (left, right): position i sees i - left to i + right, both included.
+        rotary: (cos, sin), each [>= max_seqlen, D / 2], applied to q and k by position in the sequence.
+        dropout_p, seed, stream: probabilities are dropped by (seed, stream, head, sequence id, row, column);
+            seed is an int64 tensor with one element, stream tells call sites (layers) apart.
+        sequence_ids: [B] int64 names of the sequences for dropout; by default 0 to B - 1.
+        scale: softmax scale, by default D ** -0.5.
+        return_lse: also return lse, [H, Tq] float32, natural logarithm (-inf where a row has no key).
+        schedule: `attention_schedule(...)` of this batch, to share among layers.
+
+    Returns: o [Tq, H, D] in q's dtype. A row that may attend to no key is zero, and so are its gradients.
+    Raises: ValueError on shapes, dtypes or devices that do not fit.
+    """
+    _expect(
+        q.dim() == 3,
+        f"attention: q must be [T, H, D], got {tuple(q.shape)}; padded input is attention_padded",
+    )
+    _expect_heads("attention", q, k, v)
+    _expect_dropout("attention", dropout_p, seed)
+    _expect(
+        cu_seqlens.dtype == torch.int32 and cu_seqlens.dim() == 1 and cu_seqlens.shape[0] >= 1,
+        f"attention: cu_seqlens must be [B + 1] int32, got {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}",
+    )
+    if cu_seqlens_k is None:
+        _expect(
+            q.shape[0] == k.shape[0],
+            f"attention: q has {q.shape[0]} tokens, k has {k.shape[0]}; cross-attention needs cu_seqlens_k",
+        )
+    else:
+        _expect(
+            cu_seqlens_k.shape == cu_seqlens.shape and cu_seqlens_k.dtype == torch.int32,
+            f"attention: cu_seqlens_k must be int32 of shape {tuple(cu_seqlens.shape)}, "
+            f"got {cu_seqlens_k.dtype} of shape {tuple(cu_seqlens_k.shape)}",
+        )
+        _expect(max_seqlen_k is not None, "attention: cu_seqlens_k needs max_seqlen_k")
+    _expect_attention_options("attention", q, cu_seqlens.shape[0] - 1, bias, mask, alibi_slopes, window, rotary)
+    return _resolve("attention", impl, q)(
+        q, k, v, cu_seqlens, max_seqlen,
+        cu_seqlens_k=cu_seqlens_k, max_seqlen_k=max_seqlen_k, bias=bias, mask=mask, alibi_slopes=alibi_slopes,
+        window=window, rotary=rotary, dropout_p=dropout_p, seed=seed, stream=stream, sequence_ids=sequence_ids,
+        scale=scale, return_lse=return_lse, schedule=schedule,
+    )  # fmt: skip
+
+
+def _expect_attention_options(op, q, batch, bias, mask, alibi_slopes, window, rotary) -> None:
+    heads, head_dim = q.shape[-2:]
+    for name, t in (("bias", bias), ("mask", mask)):
+        if t is not None:
+            _expect(
+                t.dim() == 4 and t.shape[0] in (1, batch) and t.shape[1] in (1, heads),
+                f"{op}: {name} must be [1 or {batch}, 1 or {heads}, Sq, Sk], got {tuple(t.shape)}",
+            )
+    _expect(
+        mask is None or mask.dtype == torch.bool,
+        f"{op}: mask must be bool, got {mask is not None and mask.dtype}",
+    )
+    _expect(
+        alibi_slopes is None or alibi_slopes.shape == (heads,),
+        f"{op}: alibi_slopes must be [{heads}], got {alibi_slopes is not None and tuple(alibi_slopes.shape)}",
+    )
+    _expect(
+        window is None or (len(window) == 2 and min(window) >= 0),
+        f"{op}: window must be (left, right) with both at least 0, got {window}",
+    )
+    if rotary is not None:
+        _expect(head_dim % 2 == 0, f"{op}: rotary needs an even head_dim, got {head_dim}")
+        _expect(
+            len(rotary) == 2 and all(t.dim() == 2 and t.shape[1] == head_dim // 2 for t in rotary),
+            f"{op}: rotary must be (cos, sin), each [S, {head_dim // 2}], got {[tuple(t.shape) for t in rotary]}",
+        )
+
+
+def attention_padded(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seqlens: Tensor | None = None,
+    seqlens_k: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    window: tuple[int, int] | None = None,
+    rotary: tuple[Tensor, Tensor] | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    stream: int = 0,
+    sequence_ids: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    impl: Impl | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`attention` over padded views: q [B, Sq, H, D], k, v [B, Sk, Hk, D], right-padded, nothing copied.
+
+    Args:
+        seqlens: [B] int32, real rows of each sequence of q; by default all Sq.
+        seqlens_k: [B] int32 for k and v; by default `seqlens` where Sk equals Sq, else all Sk.
+        All others as in `attention`.
+
+    Returns: o [B, Sq, H, D], zero past each length (and lse [B, H, Sq] float32, -inf there).
+    Raises: ValueError on shapes, dtypes or devices that do not fit.
+    """
+    _expect(q.dim() == 4, f"attention_padded: q must be [B, S, H, D], got {tuple(q.shape)}")
+    _expect_heads("attention_padded", q, k, v)
+    _expect_dropout("attention_padded", dropout_p, seed)
+    _expect(q.shape[0] == k.shape[0], f"attention_padded: q has {q.shape[0]} sequences, k has {k.shape[0]}")
+    for name, t in (("seqlens", seqlens), ("seqlens_k", seqlens_k)):
+        _expect(
+            t is None or (t.shape == (q.shape[0],) and t.dtype == torch.int32),
+            f"attention_padded: {name} must be [{q.shape[0]}] int32, got {t is not None and (t.dtype, tuple(t.shape))}",
+        )
+    _expect_attention_options("attention_padded", q, q.shape[0], bias, mask, alibi_slopes, window, rotary)
+    return _resolve("attention_padded", impl, q)(
+        q, k, v, seqlens, seqlens_k,
+        bias=bias, mask=mask, alibi_slopes=alibi_slopes, window=window, rotary=rotary, dropout_p=dropout_p,
+        seed=seed, stream=stream, sequence_ids=sequence_ids, scale=scale, return_lse=return_lse,
+    )  # fmt: skip
+
+
+def attention_schedule(cu_seqlens: Tensor, total_tokens: int, impl: Impl | None = None) -> Any:
+    """What `attention` derives from a batch's lengths, made once and shared by all layers of a forward pass.
+
+    Opaque: pass it as `schedule=`. It belongs to this cu_seqlens (self-attention) and this implementation.
+    """
+    impl = choose_impl(impl, cu_seqlens.device)
+    if impl == "reference":
+        return None
+    module = import_module("fastbert.kernels.attention") if impl == "triton" else native
+    return module.attention_schedule(cu_seqlens, total_tokens)
+
+
+# ---- normalisation ---------------------------------------------------------------------------------------
+
+
+def _expect_norm(op, x, residual, weight, bias, x_bias, dropout_p, seed, row_ids) -> None:
+    width = x.shape[-1]
+    _expect(
+        residual is None or residual.shape == x.shape,
+        f"{op}: x is {tuple(x.shape)}, residual is {residual is not None and tuple(residual.shape)}",
+    )
+    for name, t in (("weight", weight), ("bias", bias), ("x_bias", x_bias)):
+        _expect(
+            t is None or t.shape == (width,),
+            f"{op}: {name} must be [{width}] like x's last dimension, got {t is not None and tuple(t.shape)}",
+        )
+    _expect_dropout(op, dropout_p, seed)
+    _expect(
+        row_ids is None or row_ids.numel() * width == x.numel(),
+        f"{op}: row_ids must name every row of x {tuple(x.shape)}, got {row_ids is not None and row_ids.numel()}",
+    )
+    _expect_same_kind(op, x=x, residual=residual, weight=weight, bias=bias, x_bias=x_bias, row_ids=row_ids)
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float = 1e-12,
+    *,
+    x_bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    stream: int = 0,
+    row_ids: Tensor | None = None,
+    impl: Impl | None = None,
+) -> Tensor:
+    """LayerNorm(dropout(x + x_bias) + residual), the block end of post-norm BERT. Ba et al., arXiv:1607.06450.
+
+    Args:
+        x, residual: [..., N], one shape; residual may be None.
+        weight, bias, x_bias: [N] or None. x_bias is the bias of the linear layer that made x.
+        eps: added to the variance.
+        dropout_p, seed, stream, row_ids: element (row, column) is dropped by (seed, stream, row_ids[row], column);
+            row_ids is int64, one a row, by default the row's number; see `PackedBatch.row_ids`.
+
+    Returns: [..., N] in x's dtype; statistics are float32.
+    """
+    _expect_norm("add_layer_norm", x, residual, weight, bias, x_bias, dropout_p, seed, row_ids)
+    return _resolve("add_layer_norm", impl, x)(
+        x,
+        residual,
+        weight,
+        bias,
+        eps,
+        x_bias=x_bias,
+        dropout_p=dropout_p,
+        seed=seed,
+        stream=stream,
+        row_ids=row_ids,
+    )
+
+
+def add_layer_norm_sum(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float = 1e-12,
+    *,
+    x_bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    stream: int = 0,
+    row_ids: Tensor | None = None,
+    impl: Impl | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`add_layer_norm` for pre-norm blocks: (y, z) with z = dropout(x + x_bias) + residual, the next residual."""
+    _expect_norm("add_layer_norm_sum", x, residual, weight, bias, x_bias, dropout_p, seed, row_ids)
+    return _resolve("add_layer_norm_sum", impl, x)(
+        x,
+        residual,
+        weight,
+        bias,
+        eps,
+        x_bias=x_bias,
+        dropout_p=dropout_p,
+        seed=seed,
+        stream=stream,
+        row_ids=row_ids,
+    )
+
+
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    eps: float = 1e-6,
+    *,
+    x_bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    stream: int = 0,
+    row_ids: Tensor | None = None,
+    impl: Impl | None = None,
+) -> Tensor:
+    """z = dropout(x + x_bias) + residual; z / sqrt(mean(z^2) + eps) * weight. Zhang, Sennrich, arXiv:1910.07467.
+
+    Arguments as in `add_layer_norm`.
+    """
+    _expect_norm("add_rms_norm", x, residual, weight, None, x_bias, dropout_p, seed, row_ids)
+    return _resolve("add_rms_norm", impl, x)(
+        x,
+        residual,
+        weight,
+        eps,
+        x_bias=x_bias,
+        dropout_p=dropout_p,
+        seed=seed,
+        stream=stream,
+        row_ids=row_ids,
+    )
+
+
+# ---- feed-forward ----------------------------------------------------------------------------------------
+
+
+def _expect_linear(op: str, name: str, x_width: int, weight: Tensor, bias: Tensor | None) -> None:
+    _expect(
+        weight.dim() == 2 and weight.shape[1] == x_width,
+        f"{op}: {name} must be [out, {x_width}] for input of width {x_width}, got {tuple(weight.shape)}",
+    )
+    _expect(
+        bias is None or bias.shape == (weight.shape[0],),
+        f"{op}: the bias of {name} must be [{weight.shape[0]}], got {bias is not None and tuple(bias.shape)}",
+    )
+
+
+def _expect_activation(op: str, activation: str, rows: int) -> int:
+    """The width after the activation."""
+    _expect(activation in ACTIVATIONS, f"{op}: activation must be one of {ACTIVATIONS}, got {activation!r}")
+    if activation != "geglu":
+        return rows
+    _expect(rows % 2 == 0, f"{op}: geglu needs an even number of weight rows, got {rows}")
+    return rows // 2
+
+
+def linear_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "gelu",
+    *,
+    impl: Impl | None = None,
+) -> Tensor:
+    """act(x weight^T + bias) in one GEMM with an epilogue: x [..., C], weight [F, C], bias [F] -> [..., F].
+
+    activation: gelu (exact), gelu_tanh, relu, silu, or geglu: weight [2F, C], gelu(first F) * second F.
+    """
+    _expect_linear("linear_act", "weight", x.shape[-1], weight, bias)
+    _expect_activation("linear_act", activation, weight.shape[0])
+    return _resolve("linear_act", impl, x)(x, weight, bias, activation)
+
+
+def feed_forward(
+    x: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    down_weight: Tensor,
+    down_bias: Tensor | None = None,
+    activation: str = "gelu",
+    *,
+    recompute: bool = False,
+    impl: Impl | None = None,
+) -> Tensor:
+    """act(x up^T + up_bias) down^T + down_bias: x [..., C] -> [..., C].
+
+    Args:
+        up_weight: [F, C] (geglu: [2F, C]); up_bias: its rows, or None.
+        down_weight: [C, F]; down_bias: [C] or None (then fold it into the `x_bias` of `add_layer_norm`).
+        activation: as in `linear_act`.
+        recompute: training only: recompute the pre-activation in the backward pass instead of saving it.
+            Saves T x F elements of memory for one more GEMM of the first layer's size.
+    """
+    _expect_linear("feed_forward", "up_weight", x.shape[-1], up_weight, up_bias)
+    inner = _expect_activation("feed_forward", activation, up_weight.shape[0])
+    _expect_linear("feed_forward", "down_weight", inner, down_weight, down_bias)
+    return _resolve("feed_forward", impl, x)(
+        x, up_weight, up_bias, down_weight, down_bias, activation, recompute=recompute
+    )
+
+
+# ---- embeddings, pooling, loss ---------------------------------------------------------------------------
+
+
+def embedding_layer_norm(
+    input_ids: Tensor,
+    token_type_ids: Tensor | None,
+    positions: Tensor,
+    word: Tensor,
+    position: Tensor,
+    token_type: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float = 1e-12,
+    *,
+    padding_idx: int | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    stream: int = 0,
+    row_ids: Tensor | None = None,
+    impl: Impl | None = None,
+) -> Tensor:
+    """dropout(LayerNorm(word[input_ids] + token_type[token_type_ids] + position[positions])): [T] -> [T, C].
+
+    Args:
+        input_ids, token_type_ids, positions: [T] int64 or int32, in range (the tokenizer or BertModel checks that).
+        word: [vocab, C]; position: [max_position, C]; token_type: [types, C] or None (with token_type_ids None).
+        weight, bias: [C] of the LayerNorm.
+        padding_idx: the row of `word` that gets no gradient, as in nn.Embedding.
+        dropout_p, seed, stream, row_ids: as in `add_layer_norm`.
+    """
+    op = "embedding_layer_norm"
+    for name, t in (("token_type_ids", token_type_ids), ("positions", positions)):
+        _expect(
+            t is None or t.shape == input_ids.shape,
+            f"{op}: input_ids is {tuple(input_ids.shape)}, {name} is {t is not None and tuple(t.shape)}",
+        )
+    _expect(input_ids.dim() == 1, f"{op}: input_ids must be [T], got {tuple(input_ids.shape)}")
+    _expect((token_type is None) == (token_type_ids is None), f"{op}: token_type and token_type_ids go together")
+    for name, t in (("position", position), ("token_type", token_type)):
+        _expect(
+            t is None or t.shape[1] == word.shape[1],
+            f"{op}: word has width {word.shape[1]}, {name} has {t is not None and t.shape[1]}",
+        )
+    _expect_dropout(op, dropout_p, seed)
+    _expect_same_kind(op, input_ids=input_ids, positions=positions, word=word, position=position, weight=weight)
+    return _resolve(op, impl, word)(
+        input_ids, token_type_ids, positions, word, position, token_type, weight, bias, eps,
+        padding_idx=padding_idx, dropout_p=dropout_p, seed=seed, stream=stream, row_ids=row_ids,
+    )  # fmt: skip
+
+
+def pool(
+    x: Tensor, cu_seqlens: Tensor, mode: str = "mean", normalize: bool = False, *, impl: Impl | None = None
+) -> Tensor:
+    """One vector a packed sequence: x [T, C], cu_seqlens [B + 1] int32 -> [B, C].
+
+    mode: mean of its tokens, cls (its first), max over them. An empty sequence gives zeros.
+    normalize: divide by max(L2 norm, 1e-12), as torch.nn.functional.normalize does.
+    """
+    _expect(mode in POOLING_MODES, f"pool: mode must be one of {POOLING_MODES}, got {mode!r}")
+    _expect(x.dim() == 2, f"pool: x must be [T, C], got {tuple(x.shape)}")
+    _expect_same_kind("pool", x=x, cu_seqlens=cu_seqlens)
+    return _resolve("pool", impl, x)(x, cu_seqlens, mode, normalize)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    impl: Impl | None = None,
+) -> Tensor:
+    """cross_entropy(hidden weight^T + bias, labels) without the [N, V] logits in memory as a whole.
+
+    Args:
+        hidden: [N, C], the rows that have a label (masked positions); weight: [V, C], often the word embedding.
+        bias: [V] or None; labels: [N] int64, `ignore_index` where a row does not count.
+        label_smoothing, reduction: as in torch.nn.functional.cross_entropy.
+
+    Returns: a scalar float32 ("mean" over the rows that count, "sum"), or [N] float32 ("none").
+    """
+    op = "linear_cross_entropy"
+    _expect(hidden.dim() == 2, f"{op}: hidden must be [N, C], got {tuple(hidden.shape)}")
+    _expect_linear(op, "weight", hidden.shape[1], weight, bias)
+    _expect(
+        labels.shape == hidden.shape[:1],
+        f"{op}: labels must be [{hidden.shape[0]}], got {tuple(labels.shape)}",
+    )
+    _expect(reduction in ("mean", "sum", "none"), f"{op}: reduction must be mean, sum or none, got {reduction!r}")
+    _expect_same_kind(op, hidden=hidden, weight=weight, bias=bias, labels=labels)
+    return _resolve(op, impl, hidden)(
+        hidden,
+        weight,
+        bias,
+        labels,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        reduction=reduction,
+    )

@@ -1,0 +1,31 @@
+"""One registration for every operator: schema, Triton launcher, shape function.
+
+An operator is an opaque node to torch.compile and torch.export. Its launcher runs on CUDA tensors, and on CPU
+tensors where Triton's interpreter is on (TRITON_INTERPRET=1). `Library` plus `autograd.Function` costs 5 to 7 us
+a call where `torch.library.custom_op` costs 14 to 18, and a BERT pass makes some sixty calls.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from . import _device
+
+_LIBRARY = torch.library.Library("fastbert", "DEF")
+
+
+def register(schema: str, launch: Callable, fake: Callable, cpu: Callable | None = None) -> Callable:
+    """Define `fastbert::<schema>` and return its callable.
+
+    `launch` allocates the outputs and launches the kernels; `fake` gives outputs of the right shape, dtype and
+    strides for tracing. On CPU tensors runs `launch` under the interpreter, otherwise `cpu`, otherwise an error.
+    """
+    name = schema.split("(", 1)[0]
+    _LIBRARY.define(schema)
+    _LIBRARY.impl(name, launch, "CUDA")
+    if _device.INTERPRETING:
+        _LIBRARY.impl(name, launch, "CPU")
+    elif cpu is not None:
+        _LIBRARY.impl(name, cpu, "CPU")
+    torch.library.register_fake(f"fastbert::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.fastbert, name).default
