@@ -1,0 +1,55 @@
+# Two commands do everything from a bare clone: `make demo` and `make test`. Each makes its own environment first.
+#
+#   make PYTHON=python3.12      the interpreter to build the environment with
+#   make VENV=/elsewhere/venv   where the environment goes
+#   make PIP_ARGS='...'         extra arguments for pip, such as an index that has CPU-only builds of torch
+#   make JOBS=8                 processes that run the tests
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_ARGS ?=
+JOBS ?= 2
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help install demo test lint format clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo     encode some real sentences with a real BERT, and ask them questions"
+	@echo "make test     run the tests; without a GPU the kernels run through Triton's interpreter"
+	@echo "make lint     check code and format"
+	@echo "make format   apply both"
+	@echo "make install  only make the environment, in $(VENV)"
+	@echo "make clean    remove what was built, and the environment"
+
+# The stamp is newer than both files where the environment holds what they ask for, so a second run starts at once.
+# torch comes first and alone: pip then settles on one build of it, before anything else asks for another.
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt torch
+	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e '.[demo,test,lint]'
+	@touch $@
+
+install: $(INSTALLED)
+
+demo: $(INSTALLED)
+	@$(BIN)/python -m fastbert.demo
+
+# The interpreter runs one program at a time, in Python: processes help, threads of torch only get in their way.
+test: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(JOBS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf build dist .pytest_cache .ruff_cache .benchmarks *.egg-info
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+	test ! -e $(INSTALLED) || rm -rf $(VENV)
