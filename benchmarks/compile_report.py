@@ -1,0 +1,392 @@
+"""What every kernel compiles to, on every architecture, without a GPU: `python -m benchmarks.compile_report`.
+
+Each kernel module lists its kernels at the configs its ladder can return (`compile_cases(arch)`). Each is compiled
+to machine code, which is then read: registers, spills, shared memory, how many warps fit a multiprocessor, matrix
+instructions, bulk copies, widest global load, and the instruction mix of the inner loops with the cycles that
+each unit needs for it at least. Exit code 1 where a kernel does not compile, spills, needs more shared memory
+than there is, or lacks the matrix instructions or bulk copies it is meant to have.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.util
+import json
+import multiprocessing
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from . import machine_code
+
+KB = 1024
+
+
+@dataclass(frozen=True)
+class Arch:
+    """A multiprocessor and what one program (CTA, workgroup) may take of it."""
+
+    target: tuple[str, int | str, int]  # triton's backend, arch, warp size
+    warps: int
+    ctas: int
+    registers: int  # 32-bit registers a lane slot shares among its warps: of the file / warp size
+    shared: int
+    shared_per_cta: int
+    shared_reserved: int  # taken by the system in each CTA
+    matrix: str  # opcodes of the matrix unit in 16-bit types
+    bulk_copy: str  # opcodes of copies to shared memory that pass no registers
+    matrix_flops: int  # a cycle, dense, 16-bit types
+    issue: int = 4  # instructions a cycle (on AMD a vector instruction keeps its SIMD for four cycles)
+    special_lanes: int = 16  # exp2 a cycle
+    shared_bytes: int = 128  # a cycle
+
+
+ARCHES = {
+    "sm_80": Arch(("cuda", 80, 32), 64, 32, 2048, 164 * KB, 163 * KB, KB, "HMMA", "LDGSTS", 2048),
+    "sm_90": Arch(("cuda", 90, 32), 64, 32, 2048, 228 * KB, 227 * KB, KB, "HGMMA", "UTMALDG|UBLKCP", 4096),
+    "sm_100": Arch(("cuda", 100, 32), 64, 32, 2048, 228 * KB, 227 * KB, KB, "UTC[A-Z]*MMA", "UTMALDG|UBLKCP", 8192),
+    "sm_120": Arch(("cuda", 120, 32), 48, 24, 2048, 100 * KB, 99 * KB, KB, "HMMA", "UTMALDG|UBLKCP", 2048),
+    "gfx942": Arch(("hip", "gfx942", 64), 32, 32, 2048, 64 * KB, 64 * KB, 0, "v_mfma", "(?!)", 2048, issue=1),
+}
+DEFAULT_ARCHES = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+
+@dataclass
+class Report:
+    """What one case compiled to. Sizes in bytes; widths in bits a lane."""
+
+    module: str
+    name: str
+    arch: str
+    error: str = ""
+    registers: int = 0
+    spills: int = 0  # spill loads and stores in the code, or bytes of stack where the code shows none
+    shared: int = 0
+    warps: int = 0  # of one CTA
+    ctas_per_sm: int = 0
+    warps_per_sm: int = 0
+    limit: str = ""  # what bounds the occupancy
+    global_scratch: int = 0
+    matrix: int = 0
+    matrix_opcode: str = ""
+    bulk_copies: int = 0
+    widest_load: int = 0
+    loops: list[dict[str, Any]] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+
+# ---- the cases -------------------------------------------------------------------------------------------
+
+
+def kernel_modules() -> tuple[list[str], list[str]]:
+    """Modules that have compile cases, and those that the seam names but are not there yet."""
+    from fastbert import functional, kernels
+
+    present = sorted(m.name for m in pkgutil.iter_modules(kernels.__path__))
+    named = set(functional.TRITON_MODULES.values())
+    modules = [f"fastbert.kernels.{n}" for n in present if n in named or _has_cases(f"fastbert.kernels.{n}")]
+    return modules, sorted(named - set(present))
+
+
+def _has_cases(module: str) -> bool:
+    """Read from its source: importing a helper module could need what is not installed."""
+    origin = importlib.util.find_spec(module).origin
+    return re.search(r"^def compile_cases\b", Path(origin).read_text(), re.MULTILINE) is not None
+
+
+@functools.cache
+def _cases(module: str, arch: str) -> list:
+    return importlib.import_module(module).compile_cases(arch)
+
+
+# ---- one case --------------------------------------------------------------------------------------------
+
+
+def report_case(module: str, index: int, arch: str) -> Report:
+    """Compile and read one case. An error becomes part of the report."""
+    case = _cases(module, arch)[index]
+    report = Report(module.rsplit(".", 1)[-1], case.name, arch, warps=case.num_warps)
+    try:
+        compiled = compile_case(case, arch)
+        _read(report, case, compiled, ARCHES[arch])
+        report.failures = judge(report, case, ARCHES[arch])
+    except Exception as error:  # whatever the compiler throws is this case's result
+        lines = str(error).strip().splitlines() or [""]
+        report.error = f"{type(error).__name__}: {lines[-1] if 'error' in lines[-1].lower() else lines[0]}"
+        report.failures = ["does not compile"]
+    return report
+
+
+def compile_case(case, arch: str):
+    """The compiled kernel of a case, from Triton's cache where it has been compiled before."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = case.kernel.arg_names
+    for kind, given in (("argument", {*case.signature, *case.constexprs}), ("aligned argument", set(case.aligned))):
+        if unknown := given - set(names):
+            raise ValueError(f"{case.kernel.__name__} has no {kind} {', '.join(sorted(unknown))}")
+    if missing := set(names) - {*case.signature, *case.constexprs}:
+        raise ValueError(f"the case says nothing of {case.kernel.__name__}'s {', '.join(sorted(missing))}")
+    source = ASTSource(
+        fn=case.kernel,
+        signature={n: "constexpr" if n in case.constexprs else case.signature[n] for n in names},
+        constexprs=case.constexprs,
+        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in case.aligned if n not in case.constexprs},
+    )
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **case.options}
+    return triton.compile(source, target=GPUTarget(*ARCHES[arch].target), options=options)
+
+
+def _tool(name: str, *args: str) -> str:
+    """Output of one of the NVIDIA tools that come with Triton."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([tool, *args], check=True, capture_output=True, text=True).stdout
+
+
+def _read(report: Report, case, compiled, arch: Arch) -> None:
+    report.shared = compiled.metadata.shared
+    report.global_scratch = getattr(compiled.metadata, "global_scratch_size", 0) or 0
+    if arch.target[0] == "cuda":
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+            cubin.write(compiled.asm["cubin"])
+            cubin.flush()
+            usage = _tool("cuobjdump", "-res-usage", cubin.name)
+            code = machine_code.parse_sass(_tool("nvdisasm", "-c", cubin.name))
+        used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+        report.registers = used["REG"]
+        report.spills = len(code.of_kind("spill")) or used["STACK"] + used["LOCAL"]
+        # Helper warps of a warp-specialised kernel come on top of num_warps.
+        if threads := re.search(r"\.(?:req|max)ntid\s+(\d+)", compiled.asm["ptx"]):
+            report.warps = int(threads[1]) // arch.target[2]
+    else:
+        assembly = compiled.asm["amdgcn"]
+        code = machine_code.parse_amd(assembly)
+        meta = {key: int(value) for key, value in re.findall(r"\.(\w+):\s+(\d+)\s*$", assembly, re.MULTILINE)}
+        report.registers = meta["vgpr_count"]
+        report.spills = meta["vgpr_spill_count"] + meta["sgpr_spill_count"] or meta["private_segment_fixed_size"]
+
+    matrix = code.of_kind("matrix")
+    report.matrix = len(matrix)
+    report.matrix_opcode = max({i.opcode for i in matrix}, key=[i.opcode for i in matrix].count, default="")
+    report.bulk_copies = code.count(arch.bulk_copy)
+    report.widest_load = machine_code.widest_global_load(code)
+    report.loops = [_loop(loop, report.warps, arch) for loop in machine_code.inner_loops(code)]
+    _occupancy(report, arch, getattr(compiled.metadata, "tmem_size", 0) or 0)
+
+
+def _occupancy(report: Report, arch: Arch, tensor_memory: int) -> None:
+    """CTAs that fit one multiprocessor by each resource; the scarcest decides."""
+    if arch.target[0] == "cuda":
+        per_lane = -(-report.registers // 8) * 8  # registers come in units of 8 a lane, to four schedulers
+        by_registers = arch.registers // 4 // max(per_lane, 1) * 4 // report.warps
+    else:
+        # four SIMDs of 512 registers a lane, at most 8 waves each
+        by_registers = min(512 // max(-(-report.registers // 8) * 8, 1), 8) * 4 // report.warps
+    shared = report.shared + arch.shared_reserved
+    limits = {
+        "warps": arch.warps // report.warps,
+        "CTAs": arch.ctas,
+        "registers": by_registers,
+        "shared": arch.shared // shared if shared else arch.ctas,
+        "tensor memory": 512 // tensor_memory if tensor_memory else arch.ctas,
+    }
+    report.limit = min(limits, key=limits.get)
+    report.ctas_per_sm = limits[report.limit]
+    report.warps_per_sm = report.ctas_per_sm * report.warps
+
+
+def _loop(loop: machine_code.Code, warps: int, arch: Arch) -> dict[str, Any]:
+    """Mix of one inner loop (as one warp issues it), and the least cycles of one iteration of a CTA by unit."""
+    mix = machine_code.instruction_mix(loop)
+    flops = machine_code.matrix_flops(loop, warps)
+    lanes = arch.target[2]
+    full_rate = all(re.match(arch.matrix, i.opcode) and "TF32" not in i.opcode for i in loop.of_kind("matrix"))
+    shared_bytes = sum(_shared_bits(i) * lanes // 8 for i in loop.of_kind("shared")) * warps
+    cycles = {
+        "matrix": flops / arch.matrix_flops if full_rate else 0,
+        "exp2": mix.get("exp2", 0) * warps * lanes / arch.special_lanes,
+        "shared": shared_bytes / arch.shared_bytes,
+        "issue": mix["total"] * warps / arch.issue,
+    }
+    return {"mix": mix, "matrix_flops": flops, "cycles": {unit: round(c) for unit, c in cycles.items() if c}}
+
+
+def _shared_bits(instruction: machine_code.Instruction) -> int:
+    if found := re.match(r"(?:LDSM|STSM).*\.([1248])$", instruction.opcode):
+        return 32 * int(found[1])  # 8x8 matrices of 16 bits, a register a lane each
+    return machine_code.access_bits(instruction)
+
+
+def judge(report: Report, case, arch: Arch) -> list[str]:
+    """Why this kernel must not ship, or nothing."""
+    failures = []
+    if report.spills:
+        failures.append(f"spills ({report.spills})")
+    if report.shared > arch.shared_per_cta:
+        failures.append(f"shared memory {report.shared} > {arch.shared_per_cta}")
+    if case.matrix:
+        low_precision = any(re.search(r"fp16|bf16", t) for t in case.signature.values())
+        # float32 in full precision runs on the older matrix instructions, or on none
+        wanted = arch.matrix if low_precision else r"HGMMA|HMMA|UTC[A-Z]*MMA|v_mfma"
+        if not re.match(wanted, report.matrix_opcode):
+            failures.append(f"no matrix instructions ({wanted}), found {report.matrix_opcode or 'none'}")
+    if case.bulk_copy and arch.target[0] == "cuda" and arch.target[1] >= 90 and not report.bulk_copies:
+        failures.append(f"no bulk copies ({arch.bulk_copy})")
+    return failures
+
+
+# ---- all of them -----------------------------------------------------------------------------------------
+
+
+def report_all(tasks: list[tuple[str, int, str]], jobs: int, progress: bool = False) -> list[Report]:
+    """A report a task, in order. Each runs in a worker process, so a compiler that aborts costs one case."""
+    from tqdm import tqdm
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(sorted({module for module, _, _ in tasks}))
+    reports: dict[int, Report] = {}
+    with tqdm(total=len(tasks), unit="kernel", disable=not progress, leave=False) as bar:
+        try:
+            with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+                futures = {pool.submit(report_case, *task): n for n, task in enumerate(tasks)}
+                for future in as_completed(futures):
+                    reports[futures[future]] = future.result()
+                    bar.update()
+        except BrokenProcessPool:
+            for n in sorted(set(range(len(tasks))) - set(reports)):
+                reports[n] = _report_alone(tasks[n], context)
+                bar.update()
+    return [reports[n] for n in range(len(tasks))]
+
+
+def _report_alone(task: tuple[str, int, str], context) -> Report:
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        try:
+            return pool.submit(report_case, *task).result()
+        except BrokenProcessPool:
+            module, index, arch = task
+            name = _cases(module, arch)[index].name
+            return Report(
+                module.rsplit(".", 1)[-1], name, arch, error="the compiler aborted", failures=["does not compile"]
+            )
+
+
+# ---- output ----------------------------------------------------------------------------------------------
+
+COLUMNS = ("kernel", "regs", "spills", "shared", "CTAs", "warps", "bound by", "matrix", "bulk", "load", "verdict")
+
+
+def _row(r: Report) -> tuple[str, ...]:
+    if r.error:
+        return (r.name, *["-"] * (len(COLUMNS) - 2), f"FAIL {r.error}")
+    return (
+        r.name, str(r.registers), str(r.spills), f"{r.shared / KB:.1f}K", str(r.ctas_per_sm), str(r.warps_per_sm),
+        r.limit, f"{r.matrix} {r.matrix_opcode}".strip() if r.matrix else "-", str(r.bulk_copies or "-"),
+        str(r.widest_load or "-"), "FAIL " + "; ".join(r.failures) if r.failures else "ok",
+    )  # fmt: skip
+
+
+def _loop_line(loop: dict[str, Any]) -> str:
+    mix = ", ".join(f"{kind} {n}" for kind, n in loop["mix"].items() if kind != "total")
+    cycles = ", ".join(f"{unit} {n}" for unit, n in loop["cycles"].items())
+    return f"loop of {loop['mix']['total']}: {mix}; cycles a CTA at least: {cycles}"
+
+
+def format_reports(reports: list[Report], markdown: bool = False) -> str:
+    """A table an architecture, the inner loops under each kernel."""
+    lines = []
+    for arch in dict.fromkeys(r.arch for r in reports):
+        header = (arch, *COLUMNS[1:])
+        rows = [(_row(r), [_loop_line(loop) for loop in r.loops]) for r in reports if r.arch == arch]
+        if markdown:
+            lines.append("| " + " | ".join((*header, "inner loops")) + " |")
+            lines.append("|" + " --- |" * (len(COLUMNS) + 1))
+            lines += [
+                "| " + " | ".join((*row, "<br>".join(loops) or "-")).replace("\n", " ") + " |" for row, loops in rows
+            ]
+        else:
+            widths = [max(len(row[c]) for row in (header, *(row for row, _ in rows))) for c in range(len(COLUMNS) - 1)]
+            for row, loops in ((header, []), *rows):
+                cells = [cell.ljust(w) for cell, w in zip(row, widths, strict=False)]
+                lines.append("  ".join((*cells, row[-1])).rstrip())
+                lines += [f"    {loop}" for loop in loops]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compile_report", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--arch", default=",".join(DEFAULT_ARCHES), help=f"of {', '.join(ARCHES)} (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--fast", action="store_true", help="only the fixed subset that continuous integration compiles"
+    )
+    parser.add_argument("--kernel", default="", metavar="SUBSTRING", help="only kernels whose name contains this")
+    parser.add_argument("--module", action="append", metavar="NAME", help="read cases from this module instead")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="worker processes (default: all cores)")
+    parser.add_argument("--json", metavar="FILE", help="also write all of it as JSON (- for standard output)")
+    parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
+    args = parser.parse_args(argv)
+    arches = args.arch.split(",")
+    if unknown := [a for a in arches if a not in ARCHES]:
+        parser.error(f"unknown architecture {', '.join(unknown)}; known: {', '.join(ARCHES)}")
+    if importlib.util.find_spec("triton") is None:
+        print("compile_report needs triton, which is not installed here", file=sys.stderr)
+        return 2
+    if os.environ.get("TRITON_INTERPRET"):
+        # Under the interpreter @triton.jit makes functions that cannot be compiled, and decides so at import.
+        print("TRITON_INTERPRET is set: starting again without it", file=sys.stderr)
+        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        arguments = sys.argv[1:] if argv is None else argv
+        return subprocess.call([sys.executable, "-m", "benchmarks.compile_report", *arguments], env=environment)
+
+    modules, missing = (args.module, []) if args.module else kernel_modules()
+    tasks, failed = [], []
+    for module in modules:
+        for arch in arches:
+            try:
+                cases = _cases(module, arch)
+            except Exception as error:  # one broken module must not hide the others
+                failed.append(Report(module.rsplit(".", 1)[-1], module, arch, f"{type(error).__name__}: {error}"))
+                failed[-1].failures = ["compile_cases fails"]
+                continue
+            tasks += [
+                (module, n, arch)
+                for n, case in enumerate(cases)
+                if args.kernel in case.name and (case.fast or not args.fast)
+            ]
+    tasks.sort(key=lambda task: arches.index(task[2]))
+    reports = failed + report_all(tasks, args.jobs, progress=sys.stderr.isatty())
+
+    to_stdout = args.json == "-"
+    if args.json:
+        import triton
+
+        document = {"triton": triton.__version__, "missing": missing, "kernels": [asdict(r) for r in reports]}
+        text = json.dumps(document, indent=1) + "\n"
+        sys.stdout.write(text) if to_stdout else Path(args.json).write_text(text)
+    if not to_stdout:
+        print(format_reports(reports, args.markdown))
+    if missing:
+        print(f"not there yet: {', '.join(missing)}", file=sys.stderr)
+    bad = sum(bool(r.failures) for r in reports)
+    print(f"{len(reports)} kernels compiled, {bad} failed", file=sys.stderr)
+    return 1 if bad or not reports else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
