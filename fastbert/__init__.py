@@ -1,0 +1,39 @@
+"""fastbert: the fastest BERT that is still plain PyTorch.
+
+from fastbert import BertModel, Encoder
+encoder = Encoder.from_pretrained("sentence-transformers/all-MiniLM-L6-v2")
+vectors = encoder.encode(["text in", "vectors out"])
+"""
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+try:
+    __version__ = version("fastbert")
+except PackageNotFoundError:  # run from a source tree that nobody installed
+    __version__ = "0+unknown"
+
+# public name -> module; imported on first use, so that `fastbert --help` does not wait for torch
+_PUBLIC = {
+    "BertConfig": "config",
+    "BertModel": "models.bert",
+    "Encoder": "embed",
+    "PackedBatch": "packing",
+    "Tokenizer": "tokenizer",
+    "functional": "functional",
+}
+__all__ = [*_PUBLIC, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'fastbert' has no attribute {name!r}")
+    module = import_module(f"fastbert.{_PUBLIC[name]}")
+    value = module if name == "functional" else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})

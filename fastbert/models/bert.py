@@ -1,0 +1,319 @@
+"""BERT on one page: embeddings, a stack of layers, a pooler. Devlin et al., arXiv:1810.04805.
+
+Parameter names are transformers' own, so a `state_dict` goes both ways. Inside, there is no padding: the input is
+packed once, every layer sees [T, C], and the output is padded once again if the input was.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from .. import checkpoint
+from .. import functional as F
+from ..config import BertConfig
+from ..layers import FusedLinears
+from ..packing import PackedBatch
+
+ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "swish": "silu"}  # transformers' name -> ours
+
+
+@dataclass
+class BertOutput:
+    """What `BertModel` returns; also indexable and unpackable like a tuple of the fields that are not None.
+
+    Attributes:
+        last_hidden_state: [B, S, C], zero at padding; or [T, C] for a PackedBatch.
+        pooler_output: [B, C], tanh of a linear layer of each sequence's first real token; None without a pooler.
+        hidden_states: embeddings and every layer's output, each shaped like last_hidden_state; None unless asked for.
+        attentions: every layer's probabilities [B, H, S, S]; None unless asked for.
+    """
+
+    last_hidden_state: Tensor
+    pooler_output: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+    def to_tuple(self) -> tuple:
+        fields = (self.last_hidden_state, self.pooler_output, self.hidden_states, self.attentions)
+        return tuple(field for field in fields if field is not None)
+
+    def __getitem__(self, key: int | slice | str):
+        return getattr(self, key) if isinstance(key, str) else self.to_tuple()[key]
+
+    def __iter__(self):
+        return iter(self.to_tuple())
+
+    def __len__(self) -> int:
+        return len(self.to_tuple())
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What the layers of one forward pass share. `seed` is None where nothing is dropped."""
+
+    batch: PackedBatch
+    schedule: Any
+    impl: F.Impl | None
+    seed: Tensor | None = None
+    row_ids: Tensor | None = None
+
+    def dropout(self, p: float, stream: int) -> dict[str, Any]:
+        """Dropout arguments of an operator on hidden states; `stream` tells the call sites apart."""
+        if self.seed is None or p == 0.0:
+            return {}
+        return {"dropout_p": p, "seed": self.seed, "stream": stream, "row_ids": self.row_ids}
+
+
+class BertEmbeddings(nn.Module):
+    """dropout(LayerNorm(word + segment + position))."""
+
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        width = config.hidden_size
+        self.word_embeddings = nn.Embedding(config.vocab_size, width, padding_idx=config.pad_token_id)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, width)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, width)
+        self.LayerNorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.dropout_p = config.hidden_dropout_prob
+
+    def forward(self, shared: Pass, inputs_embeds: Tensor | None = None) -> Tensor:
+        word, position, segment = self.word_embeddings, self.position_embeddings, self.token_type_embeddings
+        norm, batch = self.LayerNorm, shared.batch
+        # without segments every token is of segment 0
+        types = torch.zeros_like(batch.positions) if batch.token_type_ids is None else batch.token_type_ids
+        if inputs_embeds is None:
+            return F.embedding_layer_norm(
+                batch.input_ids, types, batch.positions, word.weight, position.weight, segment.weight,
+                norm.weight, norm.bias, norm.eps,
+                padding_idx=word.padding_idx, impl=shared.impl, **shared.dropout(self.dropout_p, stream=0),
+            )  # fmt: skip
+        x = inputs_embeds + segment(types) + position(batch.positions)
+        x = F.add_layer_norm(x, None, norm.weight, norm.bias, norm.eps, impl=shared.impl)
+        return nn.functional.dropout(x, self.dropout_p if shared.seed is not None else 0.0)
+
+
+class BertLayer(nn.Module):
+    """x = LayerNorm(x + attention(x)); x = LayerNorm(x + feed_forward(x)), with the paper's dropouts."""
+
+    def __init__(self, config: BertConfig, index: int):
+        super().__init__()
+        width, inner, eps = config.hidden_size, config.intermediate_size, config.layer_norm_eps
+
+        def block_end(width_in: int) -> nn.ModuleDict:
+            return nn.ModuleDict({"dense": nn.Linear(width_in, width), "LayerNorm": nn.LayerNorm(width, eps=eps)})
+
+        qkv = FusedLinears({name: nn.Linear(width, width) for name in ("query", "key", "value")})
+        self.attention = nn.ModuleDict({"self": qkv, "output": block_end(width)})
+        self.intermediate = nn.ModuleDict({"dense": nn.Linear(width, inner)})
+        self.output = block_end(inner)
+        self.config, self.index = config, index
+
+    def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [T, C] -> q, k, v [T, H, D], strided views of one product."""
+        return self.attention["self"](x).unflatten(-1, (3, self.config.num_attention_heads, -1)).unbind(1)
+
+    def forward(self, x: Tensor, shared: Pass) -> Tensor:
+        config, batch, impl = self.config, shared.batch, shared.impl
+        # In training add_layer_norm adds the bias of the product before it: its backward then has that bias'
+        # gradient for nothing. Otherwise the bias rides in the product itself.
+        fold = self.training
+
+        dropout = shared.dropout(config.attention_probs_dropout_prob, stream=self.index + 1)
+        dropout.pop("row_ids", None)
+        o = F.attention(
+            *self.qkv(x), batch.cu_seqlens, batch.max_seqlen, schedule=shared.schedule, impl=impl, **dropout
+        )
+        dense, norm = self.attention["output"]["dense"], self.attention["output"]["LayerNorm"]
+        y = nn.functional.linear(o.flatten(1), dense.weight, None if fold else dense.bias)
+        x = F.add_layer_norm(
+            y, x, norm.weight, norm.bias, norm.eps, x_bias=dense.bias if fold else None,
+            impl=impl, **shared.dropout(config.hidden_dropout_prob, stream=2 * self.index + 1),
+        )  # fmt: skip
+
+        up, down, norm = self.intermediate["dense"], self.output["dense"], self.output["LayerNorm"]
+        y = F.feed_forward(
+            x, up.weight, up.bias, down.weight, None if fold else down.bias, config.activation, impl=impl
+        )
+        return F.add_layer_norm(
+            y, x, norm.weight, norm.bias, norm.eps, x_bias=down.bias if fold else None,
+            impl=impl, **shared.dropout(config.hidden_dropout_prob, stream=2 * self.index + 2),
+        )  # fmt: skip
+
+    def probabilities(self, x: Tensor, batch: PackedBatch) -> Tensor:
+        """Attention probabilities [B, H, S, S] of this layer for its input x [T, C], zero at padding. A plain path."""
+        q, k, _ = (batch.pad(t).transpose(1, 2) for t in self.qkv(x))
+        real = batch.pad(torch.ones(x.shape[0], 1, device=x.device)).bool()  # [B, S, 1]
+        scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
+        scores = scores.masked_fill(~real.transpose(1, 2)[:, None], torch.finfo(scores.dtype).min)
+        return scores.softmax(-1) * real[:, None]
+
+
+class BertModel(nn.Module):
+    """The encoder, with transformers' signature, parameter names and outputs.
+
+    Args:
+        config: the numbers.
+        add_pooling_layer: whether there is a `pooler`.
+        impl: which implementation every operator uses; None lets each device choose. See `fastbert.functional`.
+    """
+
+    def __init__(self, config: BertConfig, add_pooling_layer: bool = True, impl: F.Impl | None = None):
+        super().__init__()
+        self.config, self.impl = config, impl
+        self.embeddings = BertEmbeddings(config)
+        layers = [BertLayer(config, index) for index in range(config.num_hidden_layers)]
+        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(layers)})
+        width = config.hidden_size
+        self.pooler = nn.ModuleDict({"dense": nn.Linear(width, width)}) if add_pooling_layer else None
+        self.apply(self._initialise)
+
+    def _initialise(self, module: nn.Module) -> None:
+        """The paper's start: normal weights of standard deviation initializer_range, zero biases."""
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            with torch.no_grad():
+                module.weight[module.padding_idx].zero_()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        id_or_path: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        impl: F.Impl | None = None,
+        add_pooling_layer: bool | None = None,
+    ) -> BertModel:
+        """Weights and config from a local folder or a hub id; in evaluation mode.
+
+        Args:
+            dtype: of the parameters; None keeps the checkpoint's.
+            add_pooling_layer: None: if the checkpoint has one.
+
+        Raises: CheckpointError, which names what is missing, unexpected or of the wrong shape.
+        """
+        folder = checkpoint.resolve(id_or_path)
+        config = BertConfig.from_pretrained(folder)
+        state = checkpoint.load_state_dict(folder)
+        if add_pooling_layer is None:
+            add_pooling_layer = any("pooler.dense.weight" in name for name in state)
+        with torch.device("meta"):
+            model = cls(config, add_pooling_layer, impl)
+        checkpoint.load_into(model, state)
+        return model.to(device=device, dtype=dtype).eval()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes config.json and model.safetensors, as transformers reads them."""
+        self.config.save_pretrained(folder)
+        checkpoint.save_state_dict(folder, self.state_dict())
+
+    @property
+    def device(self) -> torch.device:
+        return self.embeddings.word_embeddings.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embeddings.word_embeddings.weight.dtype
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embeddings.word_embeddings
+
+    def forward(
+        self,
+        input_ids: Tensor | PackedBatch | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+        return_dict: bool = True,
+    ) -> BertOutput | tuple:
+        """Hidden states of a padded batch, or of a `PackedBatch`.
+
+        Args:
+            input_ids: [B, S] int, or a PackedBatch (then the arguments down to inputs_embeds stay None).
+            attention_mask: [B, S] of 0 and 1: right-padded, left-padded or with holes; by default all ones.
+                A row of zeros gives zero hidden states.
+            token_type_ids: [B, S] segments, by default 0.
+            position_ids: [B, S] or [1, S]; by default the column, whatever the mask, as in transformers.
+            inputs_embeds: [B, S, C] in place of input_ids.
+            output_attentions: also the probabilities, by a plain path that costs B x H x S x S.
+            output_hidden_states: also the embeddings and each layer's output.
+            return_dict: False returns a tuple.
+
+        Raises: ValueError on ids outside the vocabulary (checked on CPU tensors; on a GPU the check would wait for
+            the device), on sequences longer than the position table, and on shapes that do not fit.
+        """
+        packed = isinstance(input_ids, PackedBatch)
+        batch = (
+            input_ids if packed else self._pack(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        )
+        if packed and any(t is not None for t in (attention_mask, token_type_ids, position_ids, inputs_embeds)):
+            raise ValueError("a PackedBatch already holds mask, segments and positions; give them there")
+        self._check(batch)
+
+        shared = Pass(batch, F.attention_schedule(batch.cu_seqlens, batch.total_tokens, self.impl), self.impl)
+        if self.training and max(self.config.hidden_dropout_prob, self.config.attention_probs_dropout_prob) > 0.0:
+            seed = torch.randint(2**62, (1,), device=batch.cu_seqlens.device)
+            shared = replace(shared, seed=seed, row_ids=batch.row_ids())
+
+        x = self.embeddings(shared, None if inputs_embeds is None else batch.unpad(inputs_embeds))
+        hidden_states, attentions = [x], []
+        for layer in self.encoder["layer"]:
+            if output_attentions:
+                attentions.append(layer.probabilities(x, batch))
+            x = layer(x, shared)
+            if output_hidden_states:
+                hidden_states.append(x)
+
+        pooler_output = None
+        if self.pooler is not None:
+            first = F.pool(x, batch.cu_seqlens, "cls", impl=self.impl)
+            pooler_output = torch.tanh(self.pooler["dense"](first))
+        shape = (lambda t: t) if packed else batch.pad
+        output = BertOutput(
+            last_hidden_state=shape(x),
+            pooler_output=pooler_output,
+            hidden_states=tuple(map(shape, hidden_states)) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+        )
+        return output if return_dict else output.to_tuple()
+
+    def _pack(self, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds) -> PackedBatch:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        given = inputs_embeds if input_ids is None else input_ids
+        if given.dim() != (2 if inputs_embeds is None else 3):
+            raise ValueError(f"input_ids must be [B, S] (inputs_embeds [B, S, C]), got {tuple(given.shape)}")
+        if given.shape[1] > self.config.max_position_embeddings and position_ids is None:
+            raise ValueError(
+                f"sequences of {given.shape[1]} tokens are longer than the position table "
+                f"({self.config.max_position_embeddings}); truncate them"
+            )
+        if inputs_embeds is not None and attention_mask is None and token_type_ids is None and position_ids is None:
+            attention_mask = torch.ones(given.shape[:2], dtype=torch.bool, device=given.device)
+        return PackedBatch.from_padded(input_ids, attention_mask, token_type_ids, position_ids, shape=given.shape[:2])
+
+    def _check(self, batch: PackedBatch) -> None:
+        """Table indices in range, where looking does not wait for a device."""
+        if batch.positions.device.type != "cpu" or torch.compiler.is_compiling() or not batch.total_tokens:
+            return
+        for name, ids, size in (
+            ("token ids", batch.input_ids, self.config.vocab_size),
+            ("segments", batch.token_type_ids, self.config.type_vocab_size),
+            ("positions", batch.positions, self.config.max_position_embeddings),
+        ):
+            if ids is not None:
+                low, high = (int(bound) for bound in ids.aminmax())
+                if low < 0 or high >= size:
+                    raise ValueError(f"{name} must lie in 0 to {size - 1}, got {low} to {high}")

@@ -1,0 +1,155 @@
+"""The packed batch: the tokens of all sequences end to end, and no padding anywhere.
+
+Padding enters and leaves the project only here. Everything between sees `[T, C]`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """B sequences, T tokens in all.
+
+    Attributes:
+        input_ids: [T] int64 (None where embeddings are given instead).
+        token_type_ids: [T] int64 segment of each token, or None for all zero.
+        positions: [T] int64, the row of the position table each token reads.
+        cu_seqlens: [B + 1] int32, starts at 0, ends at T; sequence b is rows cu_seqlens[b] to cu_seqlens[b + 1].
+        max_seqlen: at least the length of the longest sequence; a host number, used as a bound.
+        indices: [T] int64, where each token came from in the flattened [B * S] padded batch, or None: the batch had
+            no padding (or was never padded).
+        padded_shape: (B, S) of the padded batch it came from, or None.
+    """
+
+    input_ids: Tensor | None
+    token_type_ids: Tensor | None
+    positions: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+    indices: Tensor | None = None
+    padded_shape: tuple[int, int] | None = None
+
+    @classmethod
+    def from_lists(
+        cls,
+        input_ids: Sequence[Sequence[int]],
+        token_type_ids: Sequence[Sequence[int]] | None = None,
+        *,
+        device: torch.device | str | None = None,
+    ) -> PackedBatch:
+        """Packs what a tokenizer returns. Lengths are known on the host, so nothing here waits for a device."""
+        lengths = np.fromiter(map(len, input_ids), np.int64, len(input_ids))
+        total = int(lengths.sum())
+        starts = np.zeros(len(lengths) + 1, np.int32)
+        np.cumsum(lengths, out=starts[1:])
+        positions = np.arange(total) - np.repeat(starts[:-1].astype(np.int64), lengths)
+        ids = np.fromiter(itertools.chain.from_iterable(input_ids), np.int64, total)
+        types = None
+        if token_type_ids is not None:
+            if [len(t) for t in token_type_ids] != lengths.tolist():
+                raise ValueError("token_type_ids must have the lengths of input_ids")
+            types = torch.from_numpy(np.fromiter(itertools.chain.from_iterable(token_type_ids), np.int64, total))
+        batch = cls(
+            input_ids=torch.from_numpy(ids),
+            token_type_ids=types,
+            positions=torch.from_numpy(positions),
+            cu_seqlens=torch.from_numpy(starts),
+            max_seqlen=int(lengths.max(initial=0)),
+        )
+        return batch if device is None else batch.to(device)
+
+    @classmethod
+    def from_padded(
+        cls,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        *,
+        shape: tuple[int, int] | None = None,
+    ) -> PackedBatch:
+        """Drops the padding of a [B, S] batch: right-padded, left-padded or with holes, by any 0/1 mask.
+
+        A token keeps its column as its position, as in transformers, unless `position_ids` ([B, S] or [1, S]) says
+        otherwise. A row without any real token becomes an empty sequence. With a mask on a GPU this waits once for
+        the device, because the number of tokens depends on the mask; without a mask it never does.
+
+        `shape` is (B, S) where input_ids is None.
+        """
+        rows, width = input_ids.shape if shape is None else shape
+        device = next(t.device for t in (input_ids, attention_mask, token_type_ids, position_ids) if t is not None)
+        columns = torch.arange(width, device=device).expand(rows, width)
+        positions = columns if position_ids is None else position_ids.expand(rows, width)
+        planes = [input_ids, None if token_type_ids is None else token_type_ids.expand(rows, width), positions]
+        if attention_mask is None:
+            indices, kept = None, [None if plane is None else plane.reshape(-1) for plane in planes]
+            cu_seqlens = torch.arange(rows + 1, dtype=torch.int32, device=device) * width
+        else:
+            if attention_mask.shape != (rows, width):
+                raise ValueError(f"attention_mask must be {(rows, width)}, got {tuple(attention_mask.shape)}")
+            real = attention_mask != 0
+            indices = real.reshape(-1).nonzero().squeeze(1)
+            kept = [None if plane is None else plane.reshape(-1)[indices] for plane in planes]
+            cu_seqlens = torch.zeros(rows + 1, dtype=torch.int32, device=device)
+            torch.cumsum(real.sum(1), 0, out=cu_seqlens[1:])
+        return cls(*kept, cu_seqlens, width, indices, (rows, width))
+
+    @property
+    def total_tokens(self) -> int:
+        """T, the number of real tokens."""
+        return self.positions.shape[0]
+
+    @property
+    def batch_size(self) -> int:
+        """B, the number of sequences."""
+        return self.cu_seqlens.shape[0] - 1
+
+    @property
+    def first_tokens(self) -> Tensor:
+        """[B] int64 row of each sequence's first token. (Of an empty sequence: somebody else's, or T - 1.)"""
+        return self.cu_seqlens[:-1].long().clamp(max=max(self.total_tokens - 1, 0))
+
+    def row_ids(self) -> Tensor:
+        """[T] int64 names of the tokens for dropout, `sequence << 32 | place in the sequence`.
+
+        They do not depend on where a token lies in memory, so packed and padded batches draw the same mask.
+        """
+        tokens = torch.arange(self.total_tokens, device=self.cu_seqlens.device)
+        sequences = torch.searchsorted(self.cu_seqlens[1:].contiguous(), tokens, right=True)
+        return (sequences << 32) | (tokens - self.cu_seqlens[sequences])
+
+    def pad(self, x: Tensor, value: float = 0.0) -> Tensor:
+        """x [T, ...] -> [B, S, ...], `value` at padding. S is the width it came with, else max_seqlen."""
+        rows, width = self.padded_shape or (self.batch_size, self.max_seqlen)
+        indices = self.indices
+        if self.padded_shape is None:
+            row_ids = self.row_ids()
+            indices = (row_ids >> 32) * width + (row_ids & 0xFFFFFFFF)
+        if indices is None:
+            return x.reshape(rows, width, *x.shape[1:])
+        flat = x.new_full((rows * width, *x.shape[1:]), value).index_copy(0, indices, x)
+        return flat.reshape(rows, width, *x.shape[1:])
+
+    def unpad(self, x: Tensor) -> Tensor:
+        """x [B, S, ...] of the padded batch this came from -> [T, ...], its real tokens."""
+        if self.padded_shape is None or tuple(x.shape[:2]) != self.padded_shape:
+            raise ValueError(f"expected x of the padded batch {self.padded_shape}, got {tuple(x.shape)}")
+        flat = x.reshape(-1, *x.shape[2:])
+        return flat if self.indices is None else flat[self.indices]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
+        """The same batch on another device."""
+        moved = {
+            f.name: getattr(self, f.name).to(device, non_blocking=non_blocking)
+            for f in fields(self)
+            if isinstance(getattr(self, f.name), Tensor)
+        }
+        return replace(self, **moved)
