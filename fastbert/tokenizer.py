@@ -1,0 +1,399 @@
+"""Words to ids and back: BERT's WordPiece, on the `tokenizers` library, with the same ids as transformers.
+
+Nothing is ever padded: a batch is packed, so `input_ids` is a list of lists of different lengths.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import tokenizers
+from tokenizers import AddedToken, Encoding, decoders, models, normalizers, pre_tokenizers, processors
+
+from .checkpoint import CheckpointError, make_folder, read_json, resolve, write_atomically, write_json
+
+Truncation = Literal["longest_first", "only_first", "only_second"]
+TRUNCATIONS = ("longest_first", "only_first", "only_second")
+
+SPECIAL_TOKENS = {
+    "unk_token": "[UNK]",
+    "sep_token": "[SEP]",
+    "pad_token": "[PAD]",
+    "cls_token": "[CLS]",
+    "mask_token": "[MASK]",
+}
+
+# transformers' classes that read vocab.txt as WordPiece; others (BertJapaneseTokenizer) cut words in their own way.
+_WORDPIECE_CLASSES = ("Bert", "DistilBert", "MobileBert", "Electra")
+_NO_LIMIT = 10**9  # transformers writes 1e30 where a model has no maximum length
+_KEPT_TRUNCATIONS = 8
+
+
+class Encoded:
+    """A batch of token sequences, one a text (or one a window, with `overflow`). Each list is made when asked for."""
+
+    def __init__(self, encodings: list[Encoding], text_index: list[int]) -> None:
+        self.encodings = encodings
+        self.text_index = text_index  # which text each sequence is of
+
+    def __len__(self) -> int:
+        return len(self.encodings)
+
+    @cached_property
+    def input_ids(self) -> list[list[int]]:
+        return [e.ids for e in self.encodings]
+
+    @cached_property
+    def token_type_ids(self) -> list[list[int]]:
+        """0 for the first text with its [CLS] and [SEP], 1 for the second with its [SEP]."""
+        return [e.type_ids for e in self.encodings]
+
+    @cached_property
+    def offsets(self) -> list[list[tuple[int, int]]]:
+        """(start, end) of each token in its text, in characters; (0, 0) for special tokens."""
+        return [e.offsets for e in self.encodings]
+
+    @cached_property
+    def special_tokens_mask(self) -> list[list[int]]:
+        """1 for tokens that are of no text: [CLS] and [SEP]."""
+        return [e.special_tokens_mask for e in self.encodings]
+
+    @cached_property
+    def word_ids(self) -> list[list[int | None]]:
+        """The number of each token's word in its text; None for special tokens."""
+        return [e.word_ids for e in self.encodings]
+
+    @cached_property
+    def sequence_ids(self) -> list[list[int | None]]:
+        """0 for tokens of the first text, 1 for tokens of the second; None for special tokens."""
+        return [e.sequence_ids for e in self.encodings]
+
+
+class Tokenizer:
+    """BERT's tokenizer. Safe to share among threads: no call changes it.
+
+        tokenizer = Tokenizer.from_pretrained("bert-base-uncased")
+        ids = tokenizer.input_ids(["one text", "another"], max_length=128)
+        pair = tokenizer(["a question"], ["its context"], max_length=384, truncation="only_second")
+
+    Make one with `from_pretrained` or `from_vocab`.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, config: dict[str, Any] | None = None) -> None:
+        """backend: does the work; config: the content of tokenizer_config.json, kept and written back."""
+        backend.no_truncation()  # what a tokenizer.json stores of these was one job's choice
+        backend.no_padding()
+        self.config = dict(config or {})
+        self._backend = backend
+        self._truncating: dict[tuple, tokenizers.Tokenizer] = {}
+        for role, default in SPECIAL_TOKENS.items():
+            setattr(self, role, _content(self.config.get(role)) or default)
+        absent = [t for t in (self.unk_token, self.cls_token, self.sep_token) if backend.token_to_id(t) is None]
+        if absent:
+            raise ValueError(f"the vocabulary must hold {', '.join(absent)}")
+
+    @classmethod
+    def from_pretrained(cls, id_or_path: str | os.PathLike) -> Tokenizer:
+        """From a model's folder or hub id: its tokenizer.json, else its vocab.txt; with its tokenizer_config.json.
+
+        As in transformers, do_lower_case, strip_accents and tokenize_chinese_chars of tokenizer_config.json win over
+        what tokenizer.json says. Raises: CheckpointError, in one line.
+        """
+        folder = resolve(id_or_path)
+        config = {}
+        for name in ("special_tokens_map.json", "tokenizer_config.json"):
+            if (folder / name).is_file():
+                config |= {key: value for key, value in read_json(folder / name).items()}
+        kind = config.get("tokenizer_class", "BertTokenizer").removesuffix("Fast").removesuffix("Tokenizer")
+        try:
+            if (folder / "tokenizer.json").is_file():
+                backend = _read_backend(folder / "tokenizer.json")
+                if kind in _WORDPIECE_CLASSES:
+                    _set_normalizer(backend, config)
+                return cls(backend, config)
+            if not (folder / "vocab.txt").is_file():
+                raise CheckpointError(f"{folder} has no tokenizer: expected tokenizer.json or vocab.txt")
+            if kind not in _WORDPIECE_CLASSES:
+                raise CheckpointError(f"{folder} needs a tokenizer.json: {kind}Tokenizer is not plain WordPiece")
+            return cls._from_vocab_and_config(folder / "vocab.txt", config)
+        except ValueError as error:
+            raise CheckpointError(f"{folder}: {error}") from error
+
+    @classmethod
+    def from_vocab(
+        cls,
+        vocab_file: str | os.PathLike,
+        lowercase: bool = True,
+        strip_accents: bool | None = None,
+        tokenize_chinese_chars: bool = True,
+        *,
+        model_max_length: int | None = 512,
+    ) -> Tokenizer:
+        """From a vocab.txt, one token a line.
+
+        Args:
+            lowercase: of an uncased model.
+            strip_accents: None means the same as lowercase.
+            tokenize_chinese_chars: each CJK ideograph is a word.
+        """
+        config = {
+            "do_lower_case": lowercase,
+            "strip_accents": strip_accents,
+            "tokenize_chinese_chars": tokenize_chinese_chars,
+        }
+        if model_max_length is not None:
+            config["model_max_length"] = model_max_length
+        return cls._from_vocab_and_config(Path(vocab_file), config)
+
+    @classmethod
+    def _from_vocab_and_config(cls, vocab_file: Path, config: dict[str, Any]) -> Tokenizer:
+        special = {role: _content(config.get(role)) or default for role, default in SPECIAL_TOKENS.items()}
+        vocab = _read_vocab(vocab_file)
+        if absent := [special[role] for role in ("unk_token", "cls_token", "sep_token") if special[role] not in vocab]:
+            raise CheckpointError(f"{vocab_file} is not a BERT vocabulary: it lacks {', '.join(absent)}")
+
+        backend = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token=special["unk_token"]))
+        backend.normalizer = normalizers.BertNormalizer()
+        backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        backend.decoder = decoders.WordPiece(prefix="##")
+        _set_normalizer(
+            backend, {"do_lower_case": True, "strip_accents": None, "tokenize_chinese_chars": True} | config
+        )
+        backend.add_special_tokens([_added(config.get(role), t) for role, t in special.items() if t in vocab])
+        for index, token in sorted((config.get("added_tokens_decoder") or {}).items(), key=lambda item: int(item[0])):
+            added = _added(token, _content(token))
+            (backend.add_special_tokens if added.special else backend.add_tokens)([added])
+            if backend.token_to_id(added.content) != int(index):
+                raise CheckpointError(
+                    f"{vocab_file} does not fit tokenizer_config.json: {added.content} is not {index}"
+                )
+        cls_token, sep_token = special["cls_token"], special["sep_token"]
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{cls_token}:0 $A:0 {sep_token}:0",
+            pair=f"{cls_token}:0 $A:0 {sep_token}:0 $B:1 {sep_token}:1",
+            special_tokens=[(cls_token, vocab[cls_token]), (sep_token, vocab[sep_token])],
+        )
+        return cls(backend, config)
+
+    # ---- to ids ------------------------------------------------------------------------------------------
+
+    def __call__(
+        self,
+        texts: Sequence[str],
+        pairs: Sequence[str] | None = None,
+        *,
+        max_length: int | None = None,
+        truncation: Truncation | None = "longest_first",
+        add_special_tokens: bool = True,
+        overflow: bool = False,
+        stride: int = 0,
+    ) -> Encoded:
+        """Tokens of texts, or of pairs of texts, with their segments, offsets and words.
+
+        Args:
+            texts, pairs: of one length; pair i is [CLS] texts[i] [SEP] pairs[i] [SEP].
+            max_length: tokens of a sequence at most, special tokens included; None for no limit.
+            truncation: which of a pair gives up tokens; None leaves long sequences long.
+            overflow: what was cut off makes further sequences of the same text; see `Encoded.text_index`.
+            stride: tokens that a sequence repeats from the one before it, with `overflow`.
+
+        Raises:
+            ValueError: where a text has a lone surrogate, or cannot be truncated as asked.
+            TypeError: where texts is not a sequence of str.
+        """
+        texts = _strings("texts", texts)
+        if pairs is not None:
+            pairs = _strings("pairs", pairs)
+            if len(texts) != len(pairs):
+                raise ValueError(f"texts and pairs must have one length, got {len(texts)} and {len(pairs)}")
+        if truncation is not None and truncation not in TRUNCATIONS:
+            raise ValueError(f"truncation must be one of {TRUNCATIONS} or None, got {truncation!r}")
+        if stride and not overflow:
+            raise ValueError("stride needs overflow=True")
+        backend = self._backend
+        if max_length is not None and truncation is not None:
+            special = backend.num_special_tokens_to_add(pairs is not None) if add_special_tokens else 0
+            backend = self._backend_for(max_length, truncation, stride, special)
+
+        inputs = texts if pairs is None else list(zip(texts, pairs, strict=True))
+        encodings = _encode(backend.encode_batch, inputs, add_special_tokens)
+        if not overflow:
+            return Encoded(encodings, list(range(len(encodings))))
+        windows = [(i, window) for i, e in enumerate(encodings) for window in (e, *e.overflowing)]
+        return Encoded([window for _, window in windows], [i for i, _ in windows])
+
+    def input_ids(self, texts: Sequence[str], max_length: int | None = None) -> list[list[int]]:
+        """The ids that `self(texts, max_length=max_length)` gives, faster: no offsets are tracked."""
+        texts = _strings("texts", texts)
+        backend = self._backend
+        if max_length is not None:
+            backend = self._backend_for(max_length, "longest_first", 0, backend.num_special_tokens_to_add(False))
+        return [e.ids for e in _encode(backend.encode_batch_fast, texts, True)]
+
+    def tokenize(self, text: str) -> list[str]:
+        """The pieces of a text, without special tokens."""
+        (encoding,) = _encode(self._backend.encode_batch, _strings("texts", [text]), False)
+        return encoding.tokens
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """The text that ids stand for, as far as the vocabulary tells."""
+        return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def _backend_for(self, max_length: int, strategy: str, stride: int, special: int) -> tokenizers.Tokenizer:
+        """A copy of the backend that truncates so: the setting lives in the object, and threads share objects."""
+        if max_length < special or max_length < 0:
+            raise ValueError(f"max_length must be at least {special}, the special tokens, got {max_length}")
+        if not 0 <= stride < max(max_length - special, 1):
+            raise ValueError(f"stride must be in [0, {max(max_length - special, 1)}), got {stride}")
+        key = (max_length, strategy, stride)
+        backend = self._truncating.get(key)
+        if backend is None:
+            if len(self._truncating) >= _KEPT_TRUNCATIONS:
+                self._truncating.clear()
+            backend = copy.deepcopy(self._backend)
+            direction = self.config.get("truncation_side", "right")
+            backend.enable_truncation(max_length, stride=stride, strategy=strategy, direction=direction)
+            self._truncating[key] = backend
+        return backend
+
+    # ---- facts -------------------------------------------------------------------------------------------
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, added ones included: what an embedding table must hold at least."""
+        return self._backend.get_vocab_size(with_added_tokens=True)
+
+    def get_vocab(self) -> dict[str, int]:
+        """Each token's id."""
+        return self._backend.get_vocab(with_added_tokens=True)
+
+    def token_to_id(self, token: str) -> int | None:
+        return self._backend.token_to_id(token)
+
+    def id_to_token(self, index: int) -> str | None:
+        return self._backend.id_to_token(index)
+
+    @property
+    def pad_token_id(self) -> int | None:
+        return self._backend.token_to_id(self.pad_token)
+
+    @property
+    def cls_token_id(self) -> int:
+        return self._backend.token_to_id(self.cls_token)
+
+    @property
+    def sep_token_id(self) -> int:
+        return self._backend.token_to_id(self.sep_token)
+
+    @property
+    def mask_token_id(self) -> int | None:
+        return self._backend.token_to_id(self.mask_token)
+
+    @property
+    def unk_token_id(self) -> int:
+        return self._backend.token_to_id(self.unk_token)
+
+    @property
+    def model_max_length(self) -> int | None:
+        """Tokens that the model takes at most, as tokenizer_config.json says; None where it says nothing."""
+        length = self.config.get("model_max_length")
+        return int(length) if isinstance(length, (int, float)) and 0 < length < _NO_LIMIT else None
+
+    # ---- to files ----------------------------------------------------------------------------------------
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Writes tokenizer.json, tokenizer_config.json and (for WordPiece) vocab.txt, which transformers reads."""
+        folder = make_folder(folder)
+        config = self.config | {role: getattr(self, role) for role in SPECIAL_TOKENS}
+        config.setdefault("tokenizer_class", "BertTokenizer")
+        if isinstance(self._backend.normalizer, normalizers.BertNormalizer):
+            config["do_lower_case"] = self._backend.normalizer.lowercase
+            config["strip_accents"] = self._backend.normalizer.strip_accents
+            config["tokenize_chinese_chars"] = self._backend.normalizer.handle_chinese_chars
+        try:
+            with write_atomically(folder / "tokenizer.json") as temporary:
+                self._backend.save(str(temporary))
+            if isinstance(self._backend.model, models.WordPiece):
+                vocab = self._backend.get_vocab(with_added_tokens=False)
+                with write_atomically(folder / "vocab.txt") as temporary:
+                    lines = "".join(f"{token}\n" for token in sorted(vocab, key=vocab.__getitem__))
+                    temporary.write_text(lines, encoding="utf-8", newline="\n")
+            write_json(folder / "tokenizer_config.json", config)
+        except OSError as error:
+            raise CheckpointError(str(error)) from error
+
+
+def _strings(name: str, texts: Sequence[str]) -> list[str]:
+    if isinstance(texts, (str, bytes)):
+        raise TypeError(f"{name} must be a list of str, got one {type(texts).__name__}; put it into a list")
+    texts = list(texts)
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"{name}[{i}] must be str, got {type(text).__name__}")
+    return texts
+
+
+def _encode(encode_batch, inputs: list, add_special_tokens: bool) -> list[Encoding]:
+    """encode_batch with errors that say what is wrong; it runs outside the GIL, on all cores."""
+    try:
+        return encode_batch(inputs, add_special_tokens=add_special_tokens)
+    except TypeError:  # all are str, so one is a str that UTF-8 cannot hold
+        for i, item in enumerate(inputs):
+            for text in (item,) if isinstance(item, str) else item:
+                try:
+                    text.encode()
+                except UnicodeEncodeError as error:
+                    code = ord(text[error.start])
+                    raise ValueError(
+                        f"text {i} is not valid Unicode: lone surrogate U+{code:04X} at character {error.start}"
+                    ) from None
+        raise
+    except Exception as error:  # the library raises plain Exception
+        if "runcation" not in str(error):
+            raise
+        raise ValueError(f"cannot truncate: {error}") from error
+
+
+def _content(token: Any) -> str | None:
+    """The text of a special token as the files have it: a str, or a dict of its properties."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _added(token: Any, content: str) -> AddedToken:
+    flags = token if isinstance(token, dict) else {}
+    names = ("single_word", "lstrip", "rstrip", "normalized")
+    options = {name: flags.get(name, False) for name in names}
+    return AddedToken(content, special=flags.get("special", True), **options)
+
+
+def _set_normalizer(backend: tokenizers.Tokenizer, config: dict[str, Any]) -> None:
+    normalizer = backend.normalizer
+    if not isinstance(normalizer, normalizers.BertNormalizer):
+        return
+    for key, name in (
+        ("do_lower_case", "lowercase"),
+        ("strip_accents", "strip_accents"),
+        ("tokenize_chinese_chars", "handle_chinese_chars"),
+    ):
+        if key in config:
+            setattr(normalizer, name, config[key])
+    backend.normalizer = normalizer
+
+
+def _read_backend(path: Path) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception
+        raise CheckpointError(f"{path} is truncated or not a tokenizer ({error})") from error
+
+
+def _read_vocab(path: Path) -> dict[str, int]:
+    try:
+        return models.WordPiece.read_file(str(path))
+    except Exception as error:  # the library raises plain Exception
+        raise CheckpointError(f"cannot read {path} as a vocabulary ({error})") from error
