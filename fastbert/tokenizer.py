@@ -105,10 +105,10 @@ class Tokenizer:
         what tokenizer.json says. Raises: CheckpointError, in one line.
         """
         folder = resolve(id_or_path)
-        config = {}
+        config: dict[str, Any] = {}
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
             if (folder / name).is_file():
-                config |= {key: value for key, value in read_json(folder / name).items()}
+                config.update(read_json(folder / name))
         kind = config.get("tokenizer_class", "BertTokenizer").removesuffix("Fast").removesuffix("Tokenizer")
         try:
             if (folder / "tokenizer.json").is_file():
@@ -161,17 +161,16 @@ class Tokenizer:
         backend.normalizer = normalizers.BertNormalizer()
         backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         backend.decoder = decoders.WordPiece(prefix="##")
-        _set_normalizer(
-            backend, {"do_lower_case": True, "strip_accents": None, "tokenize_chinese_chars": True} | config
-        )
+        defaults = {"do_lower_case": True, "strip_accents": None, "tokenize_chinese_chars": True}
+        _set_normalizer(backend, defaults | config)
         backend.add_special_tokens([_added(config.get(role), t) for role, t in special.items() if t in vocab])
         for index, token in sorted((config.get("added_tokens_decoder") or {}).items(), key=lambda item: int(item[0])):
             added = _added(token, _content(token))
             (backend.add_special_tokens if added.special else backend.add_tokens)([added])
             if backend.token_to_id(added.content) != int(index):
-                raise CheckpointError(
-                    f"{vocab_file} does not fit tokenizer_config.json: {added.content} is not {index}"
-                )
+                raise CheckpointError(f"{vocab_file} does not fit tokenizer_config.json: no {added.content} at {index}")
+        for token in config.get("additional_special_tokens") or ():
+            backend.add_special_tokens([_added(token, _content(token))])
         cls_token, sep_token = special["cls_token"], special["sep_token"]
         backend.post_processor = processors.TemplateProcessing(
             single=f"{cls_token}:0 $A:0 {sep_token}:0",
