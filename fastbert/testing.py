@@ -1,13 +1,24 @@
-"""What tests, `fastbert verify` and the benchmarks share: workloads, and the error budget.
+"""What tests, `fastbert verify` and the benchmarks share: workloads, inputs, and the error budget.
 
 The budget: against the same computation in float64, an implementation may err at most twice as much as plain
-torch does in the same dtype, as relative root mean square, per named tensor.
+torch does in the same dtype, as relative root mean square, per named tensor. An operator's test is then
+
+    assert_op("pool", pool_inputs(MODELS["minilm"], LENGTHS["mixed"]), torch.float16, device)
 """
 
 from __future__ import annotations
 
+import functools
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from . import functional
 
 # Awkward batches, each here for a reason; lengths in tokens.
 LENGTHS = {
@@ -27,6 +38,65 @@ TINY = 1e-7  # what a budget adds, so that an exact reference does not forbid on
 def cu_seqlens_of(lengths: list[int], device: torch.device | str = "cpu") -> Tensor:
     """[B + 1] int32 starts of sequences with these lengths."""
     return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(device)
+
+
+# ---- workloads -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes of a BERT that its operators see."""
+
+    hidden: int
+    heads: int
+    intermediate: int
+    layers: int
+    vocab: int = 30522
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden // self.heads
+
+
+MODELS = {
+    "tiny": ModelShape(64, 2, 128, 2, vocab=211),  # for the interpreter; a vocabulary that no block divides
+    "minilm": ModelShape(384, 12, 1536, 6),
+    "base": ModelShape(768, 12, 3072, 12),
+    "large": ModelShape(1024, 16, 4096, 24),
+}
+
+
+def natural_lengths(count: int, median: int = 37, longest: int = 512, seed: int = 0) -> list[int]:
+    """Lengths as real sentences and paragraphs have them: log-normal, most short, a few long."""
+    draw = random.Random(seed)
+    return [max(3, min(longest, round(draw.lognormvariate(math.log(median), 1.1)))) for _ in range(count)]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A batch on a model, under a name that benchmarks and tests share."""
+
+    model: ModelShape
+    lengths: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.lengths)
+
+
+WORKLOADS = {
+    "minilm_natural": Workload(MODELS["minilm"], tuple(natural_lengths(256))),  # embedding a corpus
+    "base_natural": Workload(MODELS["base"], tuple(natural_lengths(256))),
+    "base_128": Workload(MODELS["base"], (128,) * 256),  # BERT's first pretraining phase, and short tasks
+    "base_512": Workload(MODELS["base"], (512,) * 64),  # its second phase, no padding to avoid
+    "base_4096": Workload(MODELS["base"], (4096,) * 8),  # long documents: attention dominates
+    "base_one_long": Workload(MODELS["base"], (4096, *(64,) * 192)),  # one long sequence among many short ones
+    "large_natural": Workload(MODELS["large"], tuple(natural_lengths(256))),
+    "large_512": Workload(MODELS["large"], (512,) * 64),
+}
+
+
+# ---- the budget ------------------------------------------------------------------------------------------
 
 
 def relative_rms(value: Tensor, truth: Tensor) -> float:
@@ -50,3 +120,269 @@ def assert_within_budget(ours: Tensor, plain: Tensor, truth: Tensor, name: str =
     """Fails unless err(ours) <= factor * err(plain) + TINY, both against float64 truth."""
     error, allowed = relative_rms(ours, truth), budget(plain, truth, factor)
     assert error <= allowed, f"{name}: relative RMS error {error:.2e}, budget {allowed:.2e}"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One tensor of one run: its relative RMS error against float64, and the error allowed."""
+
+    name: str  # "out" (of several "out[1]"), or "d" and the input's name
+    error: float
+    budget: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.budget
+
+    def __str__(self) -> str:
+        return f"{self.name}: relative RMS error {self.error:.2e}, budget {self.budget:.2e}"
+
+
+# ---- one operator against the truth ----------------------------------------------------------------------
+
+
+def compare(
+    ours: Callable,
+    plain: Callable,
+    inputs: dict[str, Any],
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    *,
+    constant: Sequence[str] = (),
+    factor: float = 2.0,
+    backward: bool = True,
+) -> list[Check]:
+    """A Check for each output of `ours(**inputs)` and each input's gradient, under a random upstream gradient.
+
+    `plain` is the specification of the same: run in `dtype` it sets the budget, in float64 it is the truth.
+    Floating-point tensors among the inputs are rounded to `dtype` once, the same for all three, and get
+    gradients; those named in `constant`, and whatever is no tensor, are passed as they are.
+    """
+    inputs = {name: _move(value, device) for name, value in inputs.items()}
+    rounded = {
+        name: value.to(dtype)
+        for name, value in inputs.items()
+        if isinstance(value, Tensor) and value.is_floating_point() and name not in constant
+    }
+
+    def run(f: Callable, working: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+        leaves = {name: value.to(working, copy=True).requires_grad_(backward) for name, value in rounded.items()}
+        outputs = f(**{**inputs, **leaves})
+        return list(leaves.values()), list(outputs) if isinstance(outputs, tuple) else [outputs]
+
+    leaves, outputs = zip(*(run(*who) for who in ((ours, dtype), (plain, dtype), (plain, torch.float64))), strict=True)
+    names = ["out"] if len(outputs[0]) == 1 else [f"out[{n}]" for n in range(len(outputs[0]))]
+    compared = list(zip(names, *outputs, strict=True))
+    if backward:
+        # A second output may carry no gradient (a log-sum-exp kept for inspection); the first must.
+        differentiable = [n for n, output in enumerate(outputs[0]) if output.requires_grad]
+        assert 0 in differentiable, "the output carries no gradient"
+        generator = torch.Generator().manual_seed(len(names))
+        upstream = [torch.randn(outputs[0][n].shape, generator=generator).to(device, dtype) for n in differentiable]
+        grads = [
+            _gradients([o[n] for n in differentiable], own, upstream) for own, o in zip(leaves, outputs, strict=True)
+        ]
+        compared += zip([f"d{name}" for name in rounded], *grads, strict=True)
+    return [Check(name, relative_rms(o, t), budget(p, t, factor)) for name, o, p, t in compared]
+
+
+def _move(value: Any, device: torch.device | str) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_move(v, device) for v in value)
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def _gradients(outputs: list[Tensor], leaves: list[Tensor], upstream: list[Tensor]) -> Sequence[Tensor]:
+    """Gradients of all leaves; zeros where nothing depends on a leaf."""
+    pairs = [(o, g.to(o.dtype)) for o, g in zip(outputs, upstream, strict=True) if o.requires_grad]
+    if not pairs:  # plain torch over no sequences is a fresh tensor of zeros
+        return [torch.zeros_like(leaf) for leaf in leaves]
+    of, by = zip(*pairs, strict=True)
+    return torch.autograd.grad(of, leaves, by, allow_unused=True, materialize_grads=True)
+
+
+# Inputs that operators take as float32 numbers and give no gradient.
+WITHOUT_GRADIENT = ("alibi_slopes", "rotary")
+
+
+def check_op(
+    op: str, inputs: dict[str, Any], dtype: torch.dtype, device: torch.device | str = "cpu", *,
+    impl: str | None = "triton", factor: float = 2.0, backward: bool = True,
+) -> list[Check]:  # fmt: skip
+    """`compare` for `functional.<op>`: this implementation of it against the reference."""
+    function = getattr(functional, op)
+    return compare(
+        functools.partial(function, impl=impl), functools.partial(function, impl="reference"),
+        inputs, dtype, device, constant=WITHOUT_GRADIENT, factor=factor, backward=backward,
+    )  # fmt: skip
+
+
+def assert_op(
+    op: str, inputs: dict[str, Any], dtype: torch.dtype, device: torch.device | str = "cpu", **options
+) -> None:
+    """Fails unless every output and every gradient is within its budget; options as in `check_op`."""
+    failed = [str(check) for check in check_op(op, inputs, dtype, device, **options) if not check.passed]
+    assert not failed, f"{op} in {dtype}: " + "; ".join(failed)
+
+
+# ---- inputs of the operators -----------------------------------------------------------------------------
+# Each makes float32 tensors on the CPU, always the same ones. What is given as an option goes in as it is.
+
+
+def _normal(*shape: int, std: float = 1.0, mean: float = 0.0, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(math.prod(shape) + 7919 * seed)
+    return torch.randn(*shape, generator=generator) * std + mean
+
+
+def _integers(high: int, *shape: int) -> Tensor:
+    return torch.randint(high, shape, generator=torch.Generator().manual_seed(high + math.prod(shape)))
+
+
+def _dropout(p: float) -> dict[str, Any]:
+    return {"dropout_p": p, "seed": torch.tensor([1234567890123]), "stream": 3} if p else {}
+
+
+def attention_inputs(
+    model: ModelShape, lengths: Sequence[int], *, lengths_k: Sequence[int] | None = None, kv_heads: int | None = None,
+    bias: bool = False, mask: bool = False, alibi: bool = False, rotary: bool = False, dropout_p: float = 0.0,
+    **options,
+) -> dict[str, Any]:  # fmt: skip
+    keys = lengths if lengths_k is None else lengths_k
+    width, width_k = max(lengths, default=0), max(keys, default=0)
+    heads, dim = model.heads, model.head_dim
+    inputs = {
+        "q": _normal(sum(lengths), heads, dim, seed=1),
+        "k": _normal(sum(keys), kv_heads or heads, dim, seed=2),
+        "v": _normal(sum(keys), kv_heads or heads, dim, seed=3),
+        "cu_seqlens": cu_seqlens_of(list(lengths)),
+        "max_seqlen": width,
+        **_attention_options(heads, dim, width, width_k, bias, mask, alibi, rotary),
+        **_dropout(dropout_p),
+        **options,
+    }
+    if lengths_k is not None:
+        inputs |= {"cu_seqlens_k": cu_seqlens_of(list(keys)), "max_seqlen_k": width_k}
+    return inputs
+
+
+def attention_padded_inputs(
+    model: ModelShape, lengths: Sequence[int], *, kv_heads: int | None = None, bias: bool = False, mask: bool = False,
+    alibi: bool = False, rotary: bool = False, dropout_p: float = 0.0, **options,
+) -> dict[str, Any]:  # fmt: skip
+    width, heads, dim = max(lengths, default=0), model.heads, model.head_dim
+    return {
+        "q": _normal(len(lengths), width, heads, dim, seed=1),
+        "k": _normal(len(lengths), width, kv_heads or heads, dim, seed=2),
+        "v": _normal(len(lengths), width, kv_heads or heads, dim, seed=3),
+        "seqlens": torch.tensor(lengths, dtype=torch.int32),
+        **_attention_options(heads, dim, width, width, bias, mask, alibi, rotary),
+        **_dropout(dropout_p),
+        **options,
+    }
+
+
+def _attention_options(heads, dim, width, width_k, bias, mask, alibi, rotary) -> dict[str, Any]:
+    options = {}
+    if bias:
+        options["bias"] = _normal(1, heads, width, width_k, seed=4)
+    if mask:
+        options["mask"] = _normal(1, 1, width, width_k, seed=5) < 1.0
+    if alibi:
+        options["alibi_slopes"] = 2.0 ** -torch.arange(1.0, heads + 1)
+    if rotary:
+        angles = torch.arange(max(width, width_k))[:, None] * 10000.0 ** -(torch.arange(0, dim, 2) / dim)
+        options["rotary"] = (angles.cos(), angles.sin())
+    return options
+
+
+def norm_inputs(
+    model: ModelShape, lengths: Sequence[int], *, residual: bool = True, bias: bool = True, x_bias: bool = False,
+    dropout_p: float = 0.0, **options,
+) -> dict[str, Any]:  # fmt: skip
+    """Of `add_layer_norm` and `add_layer_norm_sum`; without `bias` of `add_rms_norm`."""
+    rows, width = sum(lengths), model.hidden
+    return {
+        "x": _normal(rows, width, seed=1),
+        "residual": _normal(rows, width, seed=2) if residual else None,
+        "weight": _normal(width, std=0.1, mean=1.0, seed=3),
+        **({"bias": _normal(width, std=0.1, seed=4)} if bias else {}),
+        **({"x_bias": _normal(width, seed=5)} if x_bias else {}),
+        **_dropout(dropout_p),
+        **options,
+    }
+
+
+def linear_act_inputs(
+    model: ModelShape, lengths: Sequence[int], *, activation: str = "gelu", bias: bool = True
+) -> dict[str, Any]:
+    rows = model.intermediate * (2 if activation == "geglu" else 1)
+    return {
+        "x": _normal(sum(lengths), model.hidden, seed=1),
+        "weight": _normal(rows, model.hidden, std=model.hidden**-0.5, seed=2),
+        "bias": _normal(rows, std=0.1, seed=3) if bias else None,
+        "activation": activation,
+    }
+
+
+def feed_forward_inputs(
+    model: ModelShape, lengths: Sequence[int], *, activation: str = "gelu", down_bias: bool = True, **options
+) -> dict[str, Any]:
+    up = linear_act_inputs(model, lengths, activation=activation)
+    return {
+        "x": up["x"],
+        "up_weight": up["weight"],
+        "up_bias": up["bias"],
+        "down_weight": _normal(model.hidden, model.intermediate, std=model.intermediate**-0.5, seed=4),
+        "down_bias": _normal(model.hidden, std=0.1, seed=5) if down_bias else None,
+        "activation": activation,
+        **options,
+    }
+
+
+def embedding_inputs(model: ModelShape, lengths: Sequence[int], *, dropout_p: float = 0.0, **options) -> dict[str, Any]:
+    """Of `embedding_layer_norm`. Ids repeat, so a row of the table sums the gradients of many tokens."""
+    tokens, width = sum(lengths), model.hidden
+    return {
+        "input_ids": _integers(max(model.vocab // 8, 2), tokens),
+        "token_type_ids": _integers(2, tokens),
+        "positions": torch.tensor([i for n in lengths for i in range(n)], dtype=torch.int64),
+        "word": _normal(model.vocab, width, std=0.02, seed=1),
+        "position": _normal(max(lengths, default=1), width, std=0.02, seed=2),
+        "token_type": _normal(2, width, std=0.02, seed=3),
+        "weight": _normal(width, std=0.1, mean=1.0, seed=4),
+        "bias": _normal(width, std=0.1, seed=5),
+        **_dropout(dropout_p),
+        **options,
+    }
+
+
+def pool_inputs(model: ModelShape, lengths: Sequence[int], **options) -> dict[str, Any]:
+    return {"x": _normal(sum(lengths), model.hidden), "cu_seqlens": cu_seqlens_of(list(lengths)), **options}
+
+
+def cross_entropy_inputs(model: ModelShape, lengths: Sequence[int], *, bias: bool = True, **options) -> dict[str, Any]:
+    """Of `linear_cross_entropy`: a row a token, every fifth one ignored."""
+    rows = sum(lengths)
+    labels = _integers(model.vocab, rows)
+    labels[::5] = options.get("ignore_index", -100)
+    return {
+        "hidden": _normal(rows, model.hidden, seed=1),
+        "weight": _normal(model.vocab, model.hidden, std=model.hidden**-0.5, seed=2),
+        "bias": _normal(model.vocab, std=0.1, seed=3) if bias else None,
+        "labels": labels,
+        **options,
+    }
+
+
+INPUTS = {
+    "attention": attention_inputs,
+    "attention_padded": attention_padded_inputs,
+    "add_layer_norm": norm_inputs,
+    "add_layer_norm_sum": norm_inputs,
+    "add_rms_norm": functools.partial(norm_inputs, bias=False),
+    "linear_act": linear_act_inputs,
+    "feed_forward": feed_forward_inputs,
+    "embedding_layer_norm": embedding_inputs,
+    "linear_cross_entropy": cross_entropy_inputs,
+    "pool": pool_inputs,
+}
