@@ -165,25 +165,25 @@ def compare(
         if isinstance(value, Tensor) and value.is_floating_point() and name not in constant
     }
 
-    def run(f: Callable, working: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    upstream: list[Tensor | None] = []
+
+    def run(f: Callable, working: torch.dtype) -> list[Tensor]:
         leaves = {name: value.to(working, copy=True).requires_grad_(backward) for name, value in rounded.items()}
         outputs = f(**{**inputs, **leaves})
-        return list(leaves.values()), list(outputs) if isinstance(outputs, tuple) else [outputs]
+        outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
+        if backward and not upstream:  # the first run: ours
+            assert outputs[0].requires_grad, "the output carries no gradient"
+            upstream.extend(_upstream(outputs, dtype))
+        grads = _gradients(outputs, list(leaves.values()), upstream) if backward else ()
+        return [tensor.detach() for tensor in (*outputs, *grads)]  # and let go of the graph: it may be large
 
-    leaves, outputs = zip(*(run(*who) for who in ((ours, dtype), (plain, dtype), (plain, torch.float64))), strict=True)
-    names = ["out"] if len(outputs[0]) == 1 else [f"out[{n}]" for n in range(len(outputs[0]))]
-    compared = list(zip(names, *outputs, strict=True))
-    if backward:
-        # A second output may carry no gradient (a log-sum-exp kept for inspection); the first must.
-        differentiable = [n for n, output in enumerate(outputs[0]) if output.requires_grad]
-        assert 0 in differentiable, "the output carries no gradient"
-        generator = torch.Generator().manual_seed(len(names))
-        upstream = [torch.randn(outputs[0][n].shape, generator=generator).to(device, dtype) for n in differentiable]
-        grads = [
-            _gradients([o[n] for n in differentiable], own, upstream) for own, o in zip(leaves, outputs, strict=True)
-        ]
-        compared += zip([f"d{name}" for name in rounded], *grads, strict=True)
-    return [Check(name, relative_rms(o, t), budget(p, t, factor)) for name, o, p, t in compared]
+    tensors = [run(f, working) for f, working in ((ours, dtype), (plain, dtype), (plain, torch.float64))]
+    n_outputs = len(tensors[0]) - (len(rounded) if backward else 0)
+    names = ["out"] if n_outputs == 1 else [f"out[{n}]" for n in range(n_outputs)]
+    names += [f"d{name}" for name in rounded] if backward else []
+    return [
+        Check(name, relative_rms(o, t), budget(p, t, factor)) for name, o, p, t in zip(names, *tensors, strict=True)
+    ]
 
 
 def _move(value: Any, device: torch.device | str) -> Any:
@@ -192,9 +192,15 @@ def _move(value: Any, device: torch.device | str) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
 
 
-def _gradients(outputs: list[Tensor], leaves: list[Tensor], upstream: list[Tensor]) -> Sequence[Tensor]:
+def _upstream(outputs: list[Tensor], dtype: torch.dtype) -> list[Tensor | None]:
+    """A random gradient for each output; None for one that carries none (a log-sum-exp kept for inspection)."""
+    generator = torch.Generator().manual_seed(len(outputs))
+    return [torch.randn(o.shape, generator=generator).to(o.device, dtype) if o.requires_grad else None for o in outputs]
+
+
+def _gradients(outputs: list[Tensor], leaves: list[Tensor], upstream: list[Tensor | None]) -> Sequence[Tensor]:
     """Gradients of all leaves; zeros where nothing depends on a leaf."""
-    pairs = [(o, g.to(o.dtype)) for o, g in zip(outputs, upstream, strict=True) if o.requires_grad]
+    pairs = [(o, g.to(o.dtype)) for o, g in zip(outputs, upstream, strict=True) if g is not None and o.requires_grad]
     if not pairs:  # plain torch over no sequences is a fresh tensor of zeros
         return [torch.zeros_like(leaf) for leaf in leaves]
     of, by = zip(*pairs, strict=True)
