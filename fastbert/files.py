@@ -1,0 +1,146 @@
+"""Texts out of a file and vectors into one, a line at a time: constant memory on either side.
+
+In:   plain text, one text a line, or JSON lines with the text in one field
+Out:  .npy          [N, C] float32; numpy.load(path, mmap_mode="r") opens it without reading it
+      .safetensors  the same, under the name "embeddings"
+      .jsonl        the input's objects ({"text": ...} for plain lines), each with its "embedding" added
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+BOM = b"\xef\xbb\xbf"
+
+
+class InputError(ValueError):
+    """What is wrong with the input, with the file and the line."""
+
+
+class Line(NamedTuple):
+    text: str
+    record: dict[str, Any]  # what a .jsonl output repeats of this line
+    n_bytes: int  # of the input, for the progress bar
+
+
+def read_lines(stream: BinaryIO, name: str, field: str | None = None) -> Iterator[Line]:
+    """The texts of a UTF-8 stream, one a line. A byte order mark and CRLF line ends are dropped.
+
+    Args:
+        name: what errors call the stream.
+        field: each line is a JSON object, with the text in this field; None: each line is the text.
+
+    Raises: InputError with the line's number, where it is not UTF-8, not a JSON object, or has no such text.
+    """
+    for number, raw in enumerate(stream, start=1):
+        place = f"{name}, line {number}"
+        content = raw.removeprefix(BOM) if number == 1 else raw
+        content = content.removesuffix(b"\n").removesuffix(b"\r")
+        try:
+            text = content.decode("utf-8")
+        except UnicodeDecodeError as error:
+            byte = content[error.start]
+            raise InputError(f"{place}: not UTF-8 (byte 0x{byte:02x} at position {error.start + 1})") from None
+        record = {"text": text}
+        if field is not None:
+            record = _parse(text, place)
+            text = _text_of(record, field, place)
+        yield Line(text, record, len(raw))
+
+
+def _parse(text: str, place: str) -> dict[str, Any]:
+    if not text.strip():
+        raise InputError(f"{place}: the line is empty, expected a JSON object")
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{place}: not JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise InputError(f"{place}: expected a JSON object, got {type(record).__name__}")
+    return record
+
+
+def _text_of(record: dict[str, Any], field: str, place: str) -> str:
+    if field not in record:
+        raise InputError(f"{place}: no field {field!r}; it has {', '.join(map(repr, record)) or 'none'}")
+    text = record[field]
+    if not isinstance(text, str):
+        raise InputError(f"{place}: field {field!r} must be a string, got {type(text).__name__}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair; no tokenizer can read it
+        raise InputError(f"{place}: field {field!r} has half a surrogate pair, which is no character") from None
+    return text
+
+
+# ---- output ----------------------------------------------------------------------------------------------
+
+# A matrix's header needs its number of rows, known only at the end: room is kept for it, and it is written last.
+HEADER_BYTES = 128
+
+
+def npy_header(rows: int, columns: int) -> bytes:
+    """The first HEADER_BYTES of a .npy file (format 1.0): magic, version, length, a Python literal, spaces."""
+    literal = repr({"descr": "<f4", "fortran_order": False, "shape": (rows, columns)})
+    padded = literal.ljust(HEADER_BYTES - 11) + "\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(padded)) + padded.encode("ascii")
+
+
+def safetensors_header(rows: int, columns: int) -> bytes:
+    """The first HEADER_BYTES of a .safetensors file: length, JSON, spaces."""
+    entry = {"dtype": "F32", "shape": [rows, columns], "data_offsets": [0, 4 * rows * columns]}
+    padded = json.dumps({"embeddings": entry}, separators=(",", ":")).ljust(HEADER_BYTES - 8)
+    return struct.pack("<Q", len(padded)) + padded.encode("ascii")
+
+
+class MatrixWriter:
+    """Rows of float32 after a header of HEADER_BYTES, which `finish` puts in place."""
+
+    def __init__(self, file: BinaryIO, columns: int, header: Callable[[int, int], bytes]):
+        self.file, self.columns, self.header = file, columns, header
+        self.rows = 0
+        file.write(bytes(HEADER_BYTES))
+
+    def write(self, vectors: np.ndarray, records: Sequence[dict[str, Any]]) -> None:
+        self.file.write(np.ascontiguousarray(vectors, dtype="<f4").data)
+        self.rows += len(vectors)
+
+    def finish(self) -> None:
+        self.file.seek(0)
+        self.file.write(self.header(self.rows, self.columns))
+
+
+class JsonLinesWriter:
+    """One object a line. Nine significant digits give every float32 back exactly."""
+
+    def __init__(self, file: BinaryIO):
+        self.file = file
+        self.rows = 0
+
+    def write(self, vectors: np.ndarray, records: Sequence[dict[str, Any]]) -> None:
+        self.file.write("".join(self._lines(vectors, records)).encode("ascii"))
+        self.file.flush()
+
+    def _lines(self, vectors: np.ndarray, records: Iterable[dict[str, Any]]) -> Iterator[str]:
+        for vector, record in zip(vectors, records, strict=True):
+            self.rows += 1
+            if not np.isfinite(vector).all():
+                raise InputError(f"the vector of text {self.rows} is not finite, and JSON has no word for that")
+            rest = json.dumps({key: value for key, value in record.items() if key != "embedding"})
+            embedding = ", ".join(f"{x:.9g}" for x in vector.tolist())
+            yield f'{rest[:-1]}{", " if rest != "{}" else ""}"embedding": [{embedding}]}}\n'
+
+    def finish(self) -> None:
+        self.file.flush()
+
+
+def writer(suffix: str, file: BinaryIO, columns: int) -> MatrixWriter | JsonLinesWriter:
+    """The writer for a file name's suffix (.npy, .safetensors, .jsonl); each has write(vectors, records), finish()."""
+    if suffix == ".jsonl":
+        return JsonLinesWriter(file)
+    return MatrixWriter(file, columns, npy_header if suffix == ".npy" else safetensors_header)
