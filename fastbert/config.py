@@ -80,6 +80,8 @@ class BertConfig:
     def __post_init__(self, num_labels: int | None) -> None:
         if self.dtype is not None:
             self.dtype = str(self.dtype).removeprefix("torch.")
+        if self.hidden_act == "gelu_tanh":
+            self.hidden_act = "gelu_pytorch_tanh"  # the name that transformers reads
         if self.id2label is None:
             self.num_labels = 2 if num_labels is None else num_labels
         else:
