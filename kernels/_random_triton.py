@@ -27,7 +27,8 @@ def _mix64(z):
 def _row_keys(seed_ptr, stream, rows):
     """Keys of `rows` (int64, any shape), uint64. `stream` is an integer scalar."""
     seed = tl.load(seed_ptr).to(tl.uint64)
-    stream_offset = (tl.full((), 1, tl.uint64) + stream.to(tl.uint64)) * tl.full((), GOLDEN, tl.uint64)
+    # tl.cast, as an argument of value 1 may arrive as a compile-time constant, which has no .to
+    stream_offset = (tl.full((), 1, tl.uint64) + tl.cast(stream, tl.uint64)) * tl.full((), GOLDEN, tl.uint64)
     return _mix64(_mix64(seed + stream_offset) ^ rows.to(tl.uint64))
 
 
@@ -42,4 +43,4 @@ def _keep_mask(keys, cols, threshold):
     x = (x ^ (x >> 16)) * tl.full((), MIX32_A, tl.uint32)
     x = (x ^ (x >> 15)) + high
     x = x * tl.full((), MIX32_B, tl.uint32)
-    return (x ^ (x >> 15)) >= threshold.to(tl.uint32)
+    return (x ^ (x >> 15)) >= tl.cast(threshold, tl.uint32)
