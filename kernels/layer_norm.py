@@ -239,8 +239,8 @@ def _add_norm_bwd_kernel(
 
 @triton.jit(do_not_specialize=_VARYING)
 def _sum_parts_kernel(
-    parts_ptr,                  # in: [K, P, N] fp32
-    out0_ptr, out1_ptr, out2_ptr,   # out: [N] each, K of them; the others None
+    parts_ptr,                                  # in:  [K, P, N] fp32
+    out0_ptr, out1_ptr, out2_ptr, out3_ptr,     # out: K vectors [N]; the others None
     n_parts,
     N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -261,6 +261,8 @@ def _sum_parts_kernel(
         tl.store(out1_ptr + cols, total.to(out1_ptr.dtype.element_ty), mask=mask_n & (k == 1))
     if out2_ptr is not None:
         tl.store(out2_ptr + cols, total.to(out2_ptr.dtype.element_ty), mask=mask_n & (k == 2))
+    if out3_ptr is not None:
+        tl.store(out3_ptr + cols, total.to(out3_ptr.dtype.element_ty), mask=mask_n & (k == 3))
 
 
 # ---- launchers -------------------------------------------------------------------------------------------
@@ -286,18 +288,17 @@ def dropout_arguments(dropout_p: float, seed: Tensor | None, row_ids: Tensor | N
     }
 
 
-def sum_parts(parts: Tensor, dtypes: list[torch.dtype]) -> list[Tensor]:
-    """Sums over P of parts [K, P, N] fp32, K at most 3, each [N] in its dtype; one launch, one order."""
+def sum_parts(parts: Tensor, outs: list[Tensor]) -> None:
+    """outs[k] [N] = sum over P of parts[k], for parts [K, P, N] fp32 with K at most 4: one launch, one order."""
+    if not outs:
+        return
     n_cols = parts.shape[2]
-    outs = [parts.new_empty(n_cols, dtype=dtype) for dtype in dtypes]
-    out0, out1, out2 = (*outs, None, None)[:3]
-    if outs:
-        # 32 columns x 64 parts a step: 128-byte rows, and enough programs for short vectors to fill the machine
-        _sum_parts_kernel[(triton.cdiv(n_cols, 32), len(outs))](
-            parts_ptr=parts, out0_ptr=out0, out1_ptr=out1, out2_ptr=out2, n_parts=parts.shape[1],
-            N=n_cols, BLOCK_P=64, BLOCK_N=32, num_warps=4,
-        )  # fmt: skip
-    return outs
+    out0, out1, out2, out3 = (*outs, None, None, None)[:4]
+    # 32 columns x 64 parts a step: 128-byte rows, and enough programs to spread a few short vectors over the machine
+    _sum_parts_kernel[(triton.cdiv(n_cols, 32), len(outs))](
+        parts_ptr=parts, out0_ptr=out0, out1_ptr=out1, out2_ptr=out2, out3_ptr=out3, n_parts=parts.shape[1],
+        N=n_cols, BLOCK_P=64, BLOCK_N=32, num_warps=4,
+    )  # fmt: skip
 
 
 def _launch_fwd(
@@ -372,8 +373,8 @@ def _launch_bwd(
         N=n_cols, RMS=rms, X_IS_SUM=x_is_sum,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps,
     )  # fmt: skip
-    sums = iter(sum_parts(parts, [t.dtype for t in params if t is not None]))
-    return dx, dresidual, *(next(sums) if w else out for w, out in zip(wanted, outs[2:], strict=True))
+    sum_parts(parts, [out for out, w in zip(outs[2:], wanted, strict=True) if w])
+    return outs
 
 
 def _fake_bwd(
@@ -562,11 +563,18 @@ def compile_cases(arch: str) -> list[CompileCase]:
             CompileCase(
                 name=f"sum_parts[{d[1:]}]",
                 kernel=_sum_parts_kernel,
-                signature={"parts_ptr": "*fp32", "out0_ptr": d, "out1_ptr": d, "out2_ptr": d, "n_parts": "i32"},
+                signature={
+                    "parts_ptr": "*fp32",
+                    "out0_ptr": d,
+                    "out1_ptr": d,
+                    "out2_ptr": d,
+                    "out3_ptr": d,
+                    "n_parts": "i32",
+                },
                 constexprs={"N": 768, "BLOCK_P": 64, "BLOCK_N": 32},
                 num_warps=4,
                 num_stages=3,
-                aligned=("parts_ptr", "out0_ptr", "out1_ptr", "out2_ptr"),
+                aligned=("parts_ptr", "out0_ptr", "out1_ptr", "out2_ptr", "out3_ptr"),
                 fast=dtype == torch.bfloat16,
             )
         )

@@ -1,0 +1,482 @@
+"""Three table look-ups, their sum, LayerNorm and dropout: the bottom of BERT in one kernel, with its backward.
+
+Forward over T packed tokens, tables [V, N], [P, N], [types, N], statistics in fp32:
+
+    z = word[input_ids] + token_type[token_type_ids] + position[positions]     [T, N]
+    y = dropout((z - mean) * rstd * weight + bias)                             [T, N];  mean, rstd [T]
+
+Backward, with d = dy where kept, / (1 - p), x_hat = (z - mean) * rstd and g = d * weight:
+
+    dz = rstd * (g - avg(g) - x_hat * avg(g * x_hat))                          [T, N]
+    dword[v] = sum of dz[t] over input_ids[t] == v, likewise the other tables
+    dweight = sum over t of d * x_hat;  dbias of d                             [N]
+
+Saved: the ids, mean, rstd; z is gathered again and the mask made again, since a saved z would cost as many bytes to
+read and more to write.
+
+The scatter has no atomics. A stable sort of the ids brings the tokens of a table row together, in token order; one
+program a row then adds them in that order in fp32. Some rows are very long ([MASK] is an eighth of a pre-training
+batch), so a first kernel sums every chunk of 64 sorted tokens that lies within one row, and the row's program
+adds those sums and at most two ragged ends. A token type table of one or two rows needs no sort: its sums ride
+along in the LayerNorm backward, as those of weight and bias do.
+
+Bytes moved, b an element, T tokens: forward reads a row of `word` (the small tables stay in cache) and writes y:
+2 T N b. Backward reads dy and word rows and writes dz: 3 T N b, then reads dz once for each sorted table: 2 T N b,
+and writes the tables' gradients: (V + P) N b of zeros and at most T N b of sums each.
+
+Ids must be in range: the caller checks, where that costs no wait for the device. One that is not reads as a row of
+zeros and gets no gradient, so a wrong id cannot touch memory outside the tables.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import _device
+from ._library import register
+from .layer_norm import (
+    MAX_WIDTH,
+    _dropout_mask,
+    _moments,
+    dropout_arguments,
+    norm_bwd_config,
+    norm_fwd_config,
+    rows_of,
+    sum_parts,
+)
+
+# a token type table with at most this many rows is summed inside the LayerNorm backward
+MAX_FUSED_TYPES = 2
+
+# ---- configs ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ScatterConfig:
+    """Sorted tokens a chunk, rows of dz loaded at once, columns a program, warps."""
+
+    chunk: int
+    block_m: int
+    block_n: int
+    num_warps: int
+
+
+def scatter_config(n_cols: int) -> ScatterConfig:
+    """8 columns a lane (one 16-byte load of bf16) and 8 rows in flight; most table rows have fewer tokens than that.
+
+    Chunks of 64: a row with n tokens is at most 2 * 63 + n / 64 additions deep in one program.
+    """
+    block_n = min(1024, max(16, triton.next_power_of_2(n_cols)))
+    return ScatterConfig(chunk=64, block_m=8, block_n=block_n, num_warps=max(1, block_n // 256))
+
+
+# ---- device code -----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _gather(ids_ptr, table_ptr, n_table, tokens, mask_m, cols, N: tl.constexpr):
+    """Rows of table [n_table, N] by ids, in fp32 [BLOCK_M, BLOCK_N]; zeros for an id out of range."""
+    ids = tl.load(ids_ptr + tokens, mask=mask_m, other=-1).to(tl.int64)
+    mask = ((ids >= 0) & (ids < n_table))[:, None] & (cols < N)[None, :]
+    return tl.load(table_ptr + ids[:, None] * N + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _load_embeddings(
+    input_ids_ptr, token_type_ids_ptr, positions_ptr,   # in: [T]; the second None without token types
+    word_ptr, token_type_ptr, position_ptr,             # in: [V, N], [types, N], [P, N]
+    n_words, n_types, n_positions,
+    tokens, mask_m, cols,                               # [BLOCK_M], [BLOCK_M], [BLOCK_N]
+    N: tl.constexpr,
+):  # fmt: skip
+    """z [BLOCK_M, BLOCK_N] in fp32, zero in the columns past N."""
+    z = _gather(input_ids_ptr, word_ptr, n_words, tokens, mask_m, cols, N)
+    if token_type_ids_ptr is not None:
+        z += _gather(token_type_ids_ptr, token_type_ptr, n_types, tokens, mask_m, cols, N)
+    return z + _gather(positions_ptr, position_ptr, n_positions, tokens, mask_m, cols, N)
+
+
+_VARYING = ["n_tokens", "n_words", "n_types", "n_positions", "stream", "threshold"]
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def _embedding_fwd_kernel(
+    input_ids_ptr, token_type_ids_ptr, positions_ptr,                 # in:  [T]
+    word_ptr, token_type_ptr, position_ptr, weight_ptr, bias_ptr,     # in:  [V, N], [types, N], [P, N], [N], [N]
+    seed_ptr, row_ids_ptr,                                            # in:  [1], [T]
+    y_ptr, mean_ptr, rstd_ptr,                                        # out: [T, N], [T], [T]; the last two or None
+    n_tokens, n_words, n_types, n_positions,
+    eps, stream, threshold, keep_scale,
+    N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    tokens = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.arange(0, BLOCK_N)
+    mask_m = tokens < n_tokens
+    mask_n = (cols < N)[None, :]
+    mask = mask_m[:, None] & mask_n
+
+    z = _load_embeddings(
+        input_ids_ptr, token_type_ids_ptr, positions_ptr, word_ptr, token_type_ptr, position_ptr,
+        n_words, n_types, n_positions, tokens, mask_m, cols, N,
+    )  # fmt: skip
+    mean, centred, rstd = _moments(z, mask, eps, N, RMS=False)
+    y = centred * rstd[:, None]
+    if weight_ptr is not None:
+        y *= tl.load(weight_ptr + cols[None, :], mask=mask_n, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + cols[None, :], mask=mask_n, other=0.0).to(tl.float32)
+    if seed_ptr is not None:
+        keep = _dropout_mask(seed_ptr, row_ids_ptr, stream, threshold, tokens, mask_m, cols)
+        y = tl.where(keep, y * keep_scale, 0.0)
+
+    tl.store(y_ptr + tokens[:, None] * N + cols[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+    if mean_ptr is not None:
+        tl.store(mean_ptr + tokens, mean, mask=mask_m)
+        tl.store(rstd_ptr + tokens, rstd, mask=mask_m)
+
+
+@triton.jit(do_not_specialize=[*_VARYING, "tokens_per_step"])
+def _embedding_bwd_kernel(
+    dy_ptr,                                                           # in:  [T, N]
+    input_ids_ptr, token_type_ids_ptr, positions_ptr,                 # in:  [T]
+    word_ptr, token_type_ptr, position_ptr, weight_ptr,               # in:  [V, N], [types, N], [P, N], [N]
+    mean_ptr, rstd_ptr, seed_ptr, row_ids_ptr,                        # in:  [T], [T], [1], [T]
+    dz_ptr,                                                           # out: [T, N] or None
+    dweight_part_ptr, dbias_part_ptr, dtype0_part_ptr, dtype1_part_ptr,   # out: [P, N] fp32, or None
+    n_tokens, n_words, n_types, n_positions, tokens_per_step, stride_dym,
+    stream, threshold, keep_scale,
+    N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK_N)
+    mask_n = (cols < N)[None, :]
+
+    dweight = tl.zeros((BLOCK_N,), tl.float32)
+    dbias = tl.zeros((BLOCK_N,), tl.float32)
+    dtype0 = tl.zeros((BLOCK_N,), tl.float32)
+    dtype1 = tl.zeros((BLOCK_N,), tl.float32)
+
+    for token in range(pid * BLOCK_M, n_tokens, tokens_per_step):
+        tokens = token + tl.arange(0, BLOCK_M)
+        mask_m = tokens < n_tokens
+        mask = mask_m[:, None] & mask_n
+
+        d = tl.load(dy_ptr + tokens[:, None] * stride_dym + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        if seed_ptr is not None:
+            keep = _dropout_mask(seed_ptr, row_ids_ptr, stream, threshold, tokens, mask_m, cols)
+            d = tl.where(keep, d * keep_scale, 0.0)
+        z = _load_embeddings(
+            input_ids_ptr, token_type_ids_ptr, positions_ptr, word_ptr, token_type_ptr, position_ptr,
+            n_words, n_types, n_positions, tokens, mask_m, cols, N,
+        )  # fmt: skip
+        mean = tl.load(mean_ptr + tokens, mask=mask_m, other=0.0)
+        rstd = tl.load(rstd_ptr + tokens, mask=mask_m, other=0.0)
+
+        x_hat = tl.where(mask, (z - mean[:, None]) * rstd[:, None], 0.0)
+        g = d
+        if weight_ptr is not None:
+            g = d * tl.load(weight_ptr + cols[None, :], mask=mask_n, other=0.0).to(tl.float32)
+        dz = g - (tl.sum(g, axis=1) / N)[:, None] - x_hat * (tl.sum(g * x_hat, axis=1) / N)[:, None]
+        dz *= rstd[:, None]
+
+        if dz_ptr is not None:
+            tl.store(dz_ptr + tokens[:, None] * N + cols[None, :], dz.to(dz_ptr.dtype.element_ty), mask=mask)
+        if dweight_part_ptr is not None:
+            dweight += tl.sum(d * x_hat, axis=0)
+        if dbias_part_ptr is not None:
+            dbias += tl.sum(d, axis=0)
+        if dtype0_part_ptr is not None:
+            types = tl.load(token_type_ids_ptr + tokens, mask=mask_m, other=-1)
+            dtype0 += tl.sum(tl.where((types == 0)[:, None], dz, 0.0), axis=0)
+            if dtype1_part_ptr is not None:
+                dtype1 += tl.sum(tl.where((types == 1)[:, None], dz, 0.0), axis=0)
+
+    offsets = pid * N + cols
+    if dweight_part_ptr is not None:
+        tl.store(dweight_part_ptr + offsets, dweight, mask=cols < N)
+    if dbias_part_ptr is not None:
+        tl.store(dbias_part_ptr + offsets, dbias, mask=cols < N)
+    if dtype0_part_ptr is not None:
+        tl.store(dtype0_part_ptr + offsets, dtype0, mask=cols < N)
+    if dtype1_part_ptr is not None:
+        tl.store(dtype1_part_ptr + offsets, dtype1, mask=cols < N)
+
+
+@triton.jit
+def _add_rows(
+    acc,                        # [BLOCK_M, BLOCK_N] fp32
+    rows_ptr, order_ptr,        # in: [*, N]; [T] names of rows, or None where entry i is row i
+    start, end, cols, mask_n,
+    N: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """acc plus the rows named by entries start to end, BLOCK_M at a time; lane m of acc takes every BLOCK_M-th."""
+    for first in range(start, end, BLOCK_M):
+        entries = first + tl.arange(0, BLOCK_M)
+        mask_m = entries < end
+        rows = entries.to(tl.int64)
+        if order_ptr is not None:
+            rows = tl.load(order_ptr + entries, mask=mask_m, other=0)
+        mask = mask_m[:, None] & mask_n[None, :]
+        acc += tl.load(rows_ptr + rows[:, None] * N + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    return acc
+
+
+@triton.jit
+def _sum_chunks_kernel(
+    dz_ptr, sorted_ids_ptr, order_ptr,   # in:  [T, N], [T], [T]
+    chunk_sum_ptr,                       # out: [T // CHUNK, N] fp32; written where a chunk lies within one table row
+    N: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    chunk = tl.program_id(0).to(tl.int64)
+    start = chunk * CHUNK
+    if tl.load(sorted_ids_ptr + start) != tl.load(sorted_ids_ptr + start + CHUNK - 1):
+        return
+
+    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = cols < N
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc = _add_rows(acc, dz_ptr, order_ptr, start, start + CHUNK, cols, mask_n, N, BLOCK_M)
+    tl.store(chunk_sum_ptr + chunk * N + cols, tl.sum(acc, axis=0), mask=mask_n)
+
+
+@triton.jit(do_not_specialize=["n_table", "skip_row"])
+def _sum_table_rows_kernel(
+    dz_ptr, sorted_ids_ptr, order_ptr, ends_ptr, chunk_sum_ptr,   # in: [T, N], [T], [T], [T], [T // CHUNK, N]
+    dtable_ptr,                                                   # out: [n_table, N], zero before
+    n_table, skip_row,
+    N: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The program of the first sorted token of a table row sums that row; all others leave at once."""
+    start = tl.program_id(0).to(tl.int64)
+    row = tl.load(sorted_ids_ptr + start).to(tl.int64)
+    before = tl.load(sorted_ids_ptr + start - 1, mask=start > 0, other=-1).to(tl.int64)
+    # ids below 0 sort first, so the -1 before the first token is never a row of the table
+    if (row == before) | (row < 0) | (row >= n_table) | (row == skip_row):
+        return
+
+    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = cols < N
+    end = tl.load(ends_ptr + start).to(tl.int64)
+    first_chunk = (start + CHUNK - 1) // CHUNK
+    last_chunk = end // CHUNK
+    whole = first_chunk < last_chunk
+    head_end = tl.where(whole, first_chunk * CHUNK, end)
+    tail_start = tl.where(whole, last_chunk * CHUNK, end)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc = _add_rows(acc, dz_ptr, order_ptr, start, head_end, cols, mask_n, N, BLOCK_M)
+    acc = _add_rows(acc, chunk_sum_ptr, None, first_chunk, last_chunk, cols, mask_n, N, BLOCK_M)
+    acc = _add_rows(acc, dz_ptr, order_ptr, tail_start, end, cols, mask_n, N, BLOCK_M)
+    tl.store(dtable_ptr + row * N + cols, tl.sum(acc, axis=0).to(dtable_ptr.dtype.element_ty), mask=mask_n)
+
+
+# ---- launchers -------------------------------------------------------------------------------------------
+
+
+def _launch_fwd(
+    input_ids, token_type_ids, positions, word, position, token_type, weight, bias, eps,
+    seed, row_ids, dropout_p, stream, want_stats,
+):  # fmt: skip
+    y, mean, rstd = outs = _fake_fwd(
+        input_ids, token_type_ids, positions, word, position, token_type, weight, bias, eps,
+        seed, row_ids, dropout_p, stream, want_stats,
+    )  # fmt: skip
+    if y.numel() == 0:
+        return outs
+    n_tokens, n_cols = y.shape
+    config = norm_fwd_config(n_cols)
+    _embedding_fwd_kernel[(triton.cdiv(n_tokens, config.block_m),)](
+        **_table_arguments(input_ids, token_type_ids, positions, word, position, token_type),
+        weight_ptr=weight, bias_ptr=bias,
+        y_ptr=y, mean_ptr=mean if want_stats else None, rstd_ptr=rstd if want_stats else None,
+        eps=eps, **dropout_arguments(dropout_p, seed, row_ids, stream),
+        N=n_cols, BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps,
+    )  # fmt: skip
+    return outs
+
+
+def _table_arguments(input_ids, token_type_ids, positions, word, position, token_type) -> dict:
+    return {
+        "input_ids_ptr": input_ids.contiguous(),
+        "token_type_ids_ptr": None if token_type_ids is None else token_type_ids.contiguous(),
+        "positions_ptr": positions.contiguous(),
+        "word_ptr": word.contiguous(),
+        "token_type_ptr": None if token_type is None else token_type.contiguous(),
+        "position_ptr": position.contiguous(),
+        "n_tokens": input_ids.shape[0],
+        "n_words": word.shape[0],
+        "n_types": 0 if token_type is None else token_type.shape[0],
+        "n_positions": position.shape[0],
+    }
+
+
+def _fake_fwd(
+    input_ids, token_type_ids, positions, word, position, token_type, weight, bias, eps,
+    seed, row_ids, dropout_p, stream, want_stats,
+):  # fmt: skip
+    """(y, mean, rstd); statistics that are not wanted have no elements."""
+    n_tokens = input_ids.shape[0]
+    stats = n_tokens if want_stats else 0
+    return (
+        word.new_empty((n_tokens, word.shape[1])),
+        word.new_empty(stats, dtype=torch.float32),
+        word.new_empty(stats, dtype=torch.float32),
+    )
+
+
+def _scatter(dz: Tensor, ids: Tensor, dtable: Tensor, skip_row: int) -> None:
+    """dtable[v] = sum of dz[t] over ids[t] == v, zero for v = skip_row. Deterministic: sorted, no atomics."""
+    dtable.zero_()
+    n_tokens, n_cols = dz.shape
+    config = scatter_config(n_cols)
+    sorted_ids, order = torch.sort(ids, stable=True)
+    ends = torch.searchsorted(sorted_ids, sorted_ids, right=True)
+    n_chunks = n_tokens // config.chunk
+    chunk_sum = dz.new_empty((n_chunks, n_cols), dtype=torch.float32)
+    blocks = triton.cdiv(n_cols, config.block_n)
+    tile = {
+        "N": n_cols, "CHUNK": config.chunk, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
+        "num_warps": config.num_warps,
+    }  # fmt: skip
+    if n_chunks > 0:
+        _sum_chunks_kernel[(n_chunks, blocks)](
+            dz_ptr=dz, sorted_ids_ptr=sorted_ids, order_ptr=order, chunk_sum_ptr=chunk_sum, **tile
+        )
+    _sum_table_rows_kernel[(n_tokens, blocks)](
+        dz_ptr=dz, sorted_ids_ptr=sorted_ids, order_ptr=order, ends_ptr=ends, chunk_sum_ptr=chunk_sum,
+        dtable_ptr=dtable, n_table=dtable.shape[0], skip_row=skip_row, **tile,
+    )  # fmt: skip
+
+
+def _launch_bwd(
+    dy, input_ids, token_type_ids, positions, word, position, token_type, weight, bias, mean, rstd,
+    seed, row_ids, dropout_p, stream, padding_idx, wanted,
+):  # fmt: skip
+    outs = _fake_bwd(
+        dy, input_ids, token_type_ids, positions, word, position, token_type, weight, bias, mean, rstd,
+        seed, row_ids, dropout_p, stream, padding_idx, wanted,
+    )  # fmt: skip
+    n_tokens, n_cols = dy.shape
+    if n_tokens == 0:
+        for out in outs:
+            out.zero_()
+        return outs
+    dword, dposition, dtoken_type, dweight, dbias = (out if w else None for out, w in zip(outs, wanted, strict=True))
+    types = [] if dtoken_type is None or len(dtoken_type) > MAX_FUSED_TYPES else list(dtoken_type)
+    needs_dz = any(d is not None for d in (dword, dposition)) or (dtoken_type is not None and not types)
+    dz = dy.new_empty((n_tokens, n_cols), dtype=word.dtype) if needs_dz else None
+
+    dy = rows_of(dy, n_cols)
+    config = norm_bwd_config(n_cols)
+    programs = min(
+        config.programs_per_sm * _device.multiprocessors(dy.device.index), triton.cdiv(n_tokens, config.block_m)
+    )
+    sums = [dweight, dbias, *(*types, None, None)[:2]]
+    parts = dy.new_empty((sum(s is not None for s in sums), programs, n_cols), dtype=torch.float32)
+    slots = iter(parts)
+    dweight_part, dbias_part, dtype0_part, dtype1_part = (None if s is None else next(slots) for s in sums)
+    _embedding_bwd_kernel[(programs,)](
+        dy_ptr=dy, **_table_arguments(input_ids, token_type_ids, positions, word, position, token_type),
+        weight_ptr=weight, mean_ptr=mean, rstd_ptr=rstd, dz_ptr=dz,
+        dweight_part_ptr=dweight_part, dbias_part_ptr=dbias_part,
+        dtype0_part_ptr=dtype0_part, dtype1_part_ptr=dtype1_part,
+        tokens_per_step=programs * config.block_m, stride_dym=dy.stride(0),
+        **dropout_arguments(dropout_p, seed, row_ids, stream),
+        N=n_cols, BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps,
+    )  # fmt: skip
+    sum_parts(parts, [s for s in sums if s is not None])
+
+    if dword is not None:
+        _scatter(dz, input_ids, dword, -1 if padding_idx is None else padding_idx % word.shape[0])
+    if dposition is not None:
+        _scatter(dz, positions, dposition, -1)
+    if dtoken_type is not None and not types:
+        _scatter(dz, token_type_ids, dtoken_type, -1)
+    return outs
+
+
+def _fake_bwd(
+    dy, input_ids, token_type_ids, positions, word, position, token_type, weight, bias, mean, rstd,
+    seed, row_ids, dropout_p, stream, padding_idx, wanted,
+):  # fmt: skip
+    """(dword, dposition, dtoken_type, dweight, dbias); what is not wanted has no elements."""
+    return tuple(
+        dy.new_empty(t.shape, dtype=t.dtype) if w else dy.new_empty(0)
+        for t, w in zip((word, position, token_type, weight, bias), wanted, strict=True)
+    )
+
+
+_embedding_fwd = register(
+    "embedding_layer_norm_fwd(Tensor input_ids, Tensor? token_type_ids, Tensor positions, Tensor word, "
+    "Tensor position, Tensor? token_type, Tensor? weight, Tensor? bias, float eps, Tensor? seed, Tensor? row_ids, "
+    "float dropout_p, int stream, bool want_stats) -> (Tensor, Tensor, Tensor)",
+    _launch_fwd,
+    _fake_fwd,
+)
+_embedding_bwd = register(
+    "embedding_layer_norm_bwd(Tensor dy, Tensor input_ids, Tensor? token_type_ids, Tensor positions, Tensor word, "
+    "Tensor position, Tensor? token_type, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, Tensor? seed, "
+    "Tensor? row_ids, float dropout_p, int stream, int? padding_idx, bool[] wanted) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _launch_bwd,
+    _fake_bwd,
+)
+
+
+# ---- autograd --------------------------------------------------------------------------------------------
+
+
+class _EmbeddingLayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, word, position, token_type, weight, bias, input_ids, token_type_ids, positions, eps,
+        seed, row_ids, dropout_p, stream, padding_idx,
+    ):  # fmt: skip
+        y, mean, rstd = _embedding_fwd(
+            input_ids, token_type_ids, positions, word, position, token_type, weight, bias, eps,
+            seed, row_ids, dropout_p, stream, True,
+        )  # fmt: skip
+        ctx.save_for_backward(
+            input_ids, token_type_ids, positions, word, position, token_type, weight, bias, mean, rstd, seed, row_ids
+        )
+        ctx.options = dropout_p, stream, padding_idx
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        wanted = list(ctx.needs_input_grad[:5])
+        grads = _embedding_bwd(dy, *ctx.saved_tensors, *ctx.options, wanted)
+        return *(grad if w else None for grad, w in zip(grads, wanted, strict=True)), *(None,) * 9
+
+
+# ---- public ----------------------------------------------------------------------------------------------
+
+
+def embedding_layer_norm(
+    input_ids, token_type_ids, positions, word, position, token_type, weight, bias, eps=1e-12,
+    *, padding_idx=None, dropout_p=0.0, seed=None, stream=0, row_ids=None,
+):  # fmt: skip
+    """dropout(LayerNorm(word[input_ids] + token_type[token_type_ids] + position[positions])): [T] -> [T, N].
+
+    N up to 8,192, in the dtype of `word`; see `functional`. Ids out of range read as zeros and get no gradient.
+    """
+    n_cols = word.shape[1]
+    if not 1 <= n_cols <= MAX_WIDTH:
+        raise ValueError(f"the Triton embedding takes tables of 1 to {MAX_WIDTH} columns, got {n_cols}")
+    if dropout_p == 0.0:
+        seed = row_ids = None
+    tables = word, position, token_type, weight, bias
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tables):
+        return _EmbeddingLayerNorm.apply(
+            *tables, input_ids, token_type_ids, positions, eps, seed, row_ids, dropout_p, stream, padding_idx
+        )
+    return _embedding_fwd(input_ids, token_type_ids, positions, *tables, eps, seed, row_ids, dropout_p, stream, False)[
+        0
+    ]
