@@ -13,7 +13,7 @@ from ._random_triton import HEAD_STREAMS, _keep_mask, _row_keys
 LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2_E), and exp2 is one instruction
 LN_2 = tl.constexpr(0.6931471805599453)
 # Integers that change from call to call without changing the machine code: never specialised on.
-RUNTIME_INTS = ["n_heads", "width_q", "width_k", "stream", "threshold", "window_left", "window_right"]
+RUNTIME_INTS = ["width_q", "stream", "threshold", "window_left", "window_right"]
 
 
 # ---- what all attention kernels share ------------------------------------------------------------------------
@@ -42,6 +42,19 @@ def _span(spans_ptr, sequence, PADDED: tl.constexpr):
     else:
         start = tl.load(spans_ptr + sequence)
         return start.to(tl.int64), tl.load(spans_ptr + sequence + 1) - start
+
+
+@triton.jit
+def _origins(sequence, start, head, n_heads, width, HEAD_DIM: tl.constexpr, PADDED: tl.constexpr):
+    """Where a sequence and head begin in contiguous [T, H, D] and [H, T]; padded: [B, S, H, D] and [B, H, S].
+
+    width is T or S.
+    """
+    b, h = sequence.to(tl.int64), head.to(tl.int64)
+    if PADDED:
+        return (b * width * n_heads + h) * HEAD_DIM, (b * n_heads + h) * width
+    else:
+        return (start * n_heads + h) * HEAD_DIM, h * width + start
 
 
 @triton.jit
@@ -165,7 +178,6 @@ def _attention_fwd_kernel(
     cos_ptr, sin_ptr, seed_ptr, sequence_ids_ptr,         # in:  [S, D / 2] x 2, [1], [B]
     o_ptr, lse_ptr,                                       # out: like q, contiguous; [H, Tq] or [B, H, Sq]
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
-    stride_ob, stride_ot, stride_lb, stride_lh,
     stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k,
     stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k, stride_cos, stride_sin,
     n_heads, width_q, scale_log2, keep_scale, stream, threshold, window_left, window_right,
@@ -251,6 +263,6 @@ def _attention_fwd_kernel(
     o = tl.where(empty[:, None], 0.0, acc * (keep_scale / l_i)[:, None])
     lse = tl.where(empty, float("-inf"), (m_i + tl.log2(l_i)) * LN_2)
 
-    o_ptr += b * stride_ob + start_q * stride_ot + h * HEAD_DIM
-    _store_rows(o_ptr, o, rows, n_out, stride_ot, HEAD_DIM, BLOCK_D, False)
-    tl.store(lse_ptr + b * stride_lb + h * stride_lh + start_q + rows, lse, mask=rows < n_out)
+    o_origin, lse_origin = _origins(sequence, start_q, head, n_heads, width_q, HEAD_DIM, PADDED)
+    _store_rows(o_ptr + o_origin, o, rows, n_out, n_heads * HEAD_DIM, HEAD_DIM, BLOCK_D, False)
+    tl.store(lse_ptr + lse_origin + rows, lse, mask=rows < n_out)

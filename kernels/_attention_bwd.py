@@ -1,0 +1,291 @@
+"""Device code of attention's backward pass: dq (with delta), dk and dv, dbias. Equations are in `attention.py`.
+
+Two kernels recompute the scores, one along rows (dq) and one along columns (dk, dv): seven matrix products where
+five would do, but no atomics, so that the same input gives the same bits.
+"""
+
+import triton
+import triton.language as tl
+
+from ._attention_fwd import (
+    LOG2_E,
+    RUNTIME_INTS,
+    _key_range,
+    _load_rows,
+    _origins,
+    _rotate,
+    _scheduled_block,
+    _scores,
+    _span,
+    _store_rows,
+)
+from ._random_triton import HEAD_STREAMS, _keep_mask, _row_keys
+
+
+@triton.jit
+def _load_lse_log2(lse_ptr, rows, n_rows):
+    """lse * log2(e) [len(rows)]; +inf for a row that saw no key or does not exist, which makes its p zero."""
+    lse = tl.load(lse_ptr + rows, mask=rows < n_rows, other=float("inf"))
+    return tl.where(lse == float("-inf"), float("inf"), lse) * LOG2_E
+
+
+@triton.jit(do_not_specialize=RUNTIME_INTS)
+def _attention_bwd_dq_kernel(
+    q_ptr, k_ptr, v_ptr,                                  # in:  as in the forward kernel
+    spans_q_ptr, spans_k_ptr, schedule_ptr,               # in:  schedule over q
+    bias_ptr, mask_ptr, slopes_ptr,
+    cos_ptr, sin_ptr, seed_ptr, sequence_ids_ptr,
+    o_ptr, lse_ptr, do_ptr, dlse_ptr,                     # in:  like q, [H, Tq], like q, [H, Tq]; contiguous
+    dq_ptr, delta_ptr,                                    # out: like q, [H, Tq]
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+    stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k,
+    stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k, stride_cos, stride_sin,
+    n_heads, width_q, scale, scale_log2, keep_scale, stream, threshold, window_left, window_right,
+    PADDED: tl.constexpr, GROUP: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    HAS_ROTARY: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_IDS: tl.constexpr, HAS_DLSE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    TILE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """delta and dq of BLOCK_M rows of one sequence and head, a sum over the sequence's keys in order."""
+    sequence, row, head = _scheduled_block(schedule_ptr, n_heads, BLOCK_M, TILE)
+    if sequence < 0:
+        return
+    start_q, length_q = _span(spans_q_ptr, sequence, PADDED)
+    start_k, length_k = _span(spans_k_ptr, sequence, PADDED)
+    n_out = width_q if PADDED else length_q
+    if row >= n_out:
+        return
+    b, h = sequence.to(tl.int64), head.to(tl.int64)
+    q_ptr += b * stride_qb + start_q * stride_qt + h * stride_qh
+    k_ptr += b * stride_kb + start_k * stride_kt + h // GROUP * stride_kh
+    v_ptr += b * stride_vb + start_k * stride_vt + h // GROUP * stride_vh
+    if HAS_BIAS:
+        bias_ptr += b * stride_bias_b + h * stride_bias_h
+    if HAS_MASK:
+        mask_ptr += b * stride_mask_b + h * stride_mask_h
+    o_origin, lse_origin = _origins(sequence, start_q, head, n_heads, width_q, HEAD_DIM, PADDED)
+    stride_ot = n_heads * HEAD_DIM
+
+    rows = row + tl.arange(0, BLOCK_M)
+    q = _load_rows(q_ptr, rows, length_q, stride_qt, HEAD_DIM, BLOCK_D, HAS_ROTARY, True)
+    if HAS_ROTARY:
+        q = _rotate(q, cos_ptr, sin_ptr, rows, length_q, stride_cos, stride_sin, False, HEAD_DIM, BLOCK_D).to(q.dtype)
+    slope_log2 = tl.load(slopes_ptr + head).to(tl.float32) * LOG2_E if HAS_ALIBI else 0.0
+    keys = rows
+    if HAS_DROPOUT:
+        name = tl.load(sequence_ids_ptr + sequence) if HAS_IDS else b
+        keys = _row_keys(seed_ptr, stream * HEAD_STREAMS + h, (name << 32) | rows.to(tl.int64))
+
+    # delta: here because o and do are at hand; the dk, dv kernel, launched after this one, reads it
+    do = _load_rows(do_ptr + o_origin, rows, length_q, stride_ot, HEAD_DIM, BLOCK_D, False, True)
+    o = _load_rows(o_ptr + o_origin, rows, length_q, stride_ot, HEAD_DIM, BLOCK_D, False, True)
+    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    if HAS_DLSE:
+        delta -= tl.load(dlse_ptr + lse_origin + rows, mask=rows < length_q, other=0.0)
+    tl.store(delta_ptr + lse_origin + rows, delta, mask=rows < n_out)
+    lse_log2 = _load_lse_log2(lse_ptr + lse_origin, rows, length_q)
+
+    dq = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
+    low, high = _key_range(row, length_q, length_k, window_left, window_right, HAS_WINDOW, BLOCK_M, BLOCK_N)
+    whole = tl.minimum(high + BLOCK_N - 1, length_k) // BLOCK_N * BLOCK_N
+    for CROSSES_END in tl.static_range(2):
+        first, last = (tl.maximum(low, whole), high) if CROSSES_END else (low, whole)
+        for first_col in tl.range(first, last, BLOCK_N):
+            cols = first_col + tl.arange(0, BLOCK_N)
+            k = _load_rows(k_ptr, cols, length_k, stride_kt, HEAD_DIM, BLOCK_D, HAS_ROTARY, CROSSES_END)
+            if HAS_ROTARY:
+                k = _rotate(k, cos_ptr, sin_ptr, cols, length_k, stride_cos, stride_sin, False, HEAD_DIM, BLOCK_D)
+                k = k.to(q.dtype)
+            qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+            s = _scores(
+                qk, rows[:, None], cols[None, :], length_q, length_k, scale_log2, slope_log2,
+                bias_ptr, stride_bias_q, stride_bias_k, mask_ptr, stride_mask_q, stride_mask_k,
+                window_left, window_right, HAS_BIAS, HAS_MASK, HAS_ALIBI, HAS_WINDOW, CROSSES_END,
+            )  # fmt: skip
+            p = tl.exp2(s - lse_log2[:, None])
+
+            v = _load_rows(v_ptr, cols, length_k, stride_vt, HEAD_DIM, BLOCK_D, False, CROSSES_END)
+            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+            if HAS_DROPOUT:
+                dp = tl.where(_keep_mask(keys[:, None], cols[None, :], threshold), dp * keep_scale, 0.0)
+            ds = p * (dp - delta[:, None])
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+
+    dq *= scale
+    if HAS_ROTARY:
+        dq = _rotate(dq, cos_ptr, sin_ptr, rows, length_q, stride_cos, stride_sin, True, HEAD_DIM, BLOCK_D)
+    _store_rows(dq_ptr + o_origin, dq, rows, n_out, stride_ot, HEAD_DIM, BLOCK_D, HAS_ROTARY)
+
+
+@triton.jit(do_not_specialize=[*RUNTIME_INTS, "width_k"])
+def _attention_bwd_dkv_kernel(
+    q_ptr, k_ptr, v_ptr,                                  # in:  as in the forward kernel
+    spans_q_ptr, spans_k_ptr, schedule_ptr,               # in:  schedule over k
+    bias_ptr, mask_ptr, slopes_ptr,
+    cos_ptr, sin_ptr, seed_ptr, sequence_ids_ptr,
+    lse_ptr, do_ptr, delta_ptr,                           # in:  [H, Tq], like q, [H, Tq]; contiguous
+    dk_ptr, dv_ptr,                                       # out: like k, contiguous
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+    stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k,
+    stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k, stride_cos, stride_sin,
+    n_heads, width_q, width_k, scale, scale_log2, keep_scale, stream, threshold, window_left, window_right,
+    PADDED: tl.constexpr, GROUP: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    HAS_ROTARY: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_IDS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    TILE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of BLOCK_N keys of one sequence and key head, a sum over its query heads and rows in order."""
+    n_kv_heads = n_heads // GROUP
+    sequence, col, kv_head = _scheduled_block(schedule_ptr, n_kv_heads, BLOCK_N, TILE)
+    if sequence < 0:
+        return
+    start_q, length_q = _span(spans_q_ptr, sequence, PADDED)
+    start_k, length_k = _span(spans_k_ptr, sequence, PADDED)
+    n_out = width_k if PADDED else length_k
+    if col >= n_out:
+        return
+    b = sequence.to(tl.int64)
+    cols = col + tl.arange(0, BLOCK_N)
+    k_ptr += b * stride_kb + start_k * stride_kt + kv_head.to(tl.int64) * stride_kh
+    v_ptr += b * stride_vb + start_k * stride_vt + kv_head.to(tl.int64) * stride_vh
+    k = _load_rows(k_ptr, cols, length_k, stride_kt, HEAD_DIM, BLOCK_D, HAS_ROTARY, True)
+    if HAS_ROTARY:
+        k = _rotate(k, cos_ptr, sin_ptr, cols, length_k, stride_cos, stride_sin, False, HEAD_DIM, BLOCK_D).to(k.dtype)
+    v = _load_rows(v_ptr, cols, length_k, stride_vt, HEAD_DIM, BLOCK_D, False, True)
+
+    dk = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
+    # seen from a key, the window's sides are swapped
+    low, high = _key_range(col, length_k, length_q, window_right, window_left, HAS_WINDOW, BLOCK_N, BLOCK_M)
+    whole = tl.minimum(high + BLOCK_M - 1, length_q) // BLOCK_M * BLOCK_M
+    for member in tl.range(0, GROUP):
+        head = kv_head * GROUP + member
+        h = head.to(tl.int64)
+        q_head_ptr = q_ptr + b * stride_qb + start_q * stride_qt + h * stride_qh
+        do_origin, lse_origin = _origins(sequence, start_q, head, n_heads, width_q, HEAD_DIM, PADDED)
+        slope_log2 = tl.load(slopes_ptr + head).to(tl.float32) * LOG2_E if HAS_ALIBI else 0.0
+        bias_head_ptr = bias_ptr + (b * stride_bias_b + h * stride_bias_h) if HAS_BIAS else bias_ptr
+        mask_head_ptr = mask_ptr + (b * stride_mask_b + h * stride_mask_h) if HAS_MASK else mask_ptr
+        for CROSSES_END in tl.static_range(2):
+            first, last = (tl.maximum(low, whole), high) if CROSSES_END else (low, whole)
+            for first_row in tl.range(first, last, BLOCK_M):
+                rows = first_row + tl.arange(0, BLOCK_M)
+                q = _load_rows(q_head_ptr, rows, length_q, stride_qt, HEAD_DIM, BLOCK_D, HAS_ROTARY, CROSSES_END)
+                if HAS_ROTARY:
+                    q = _rotate(q, cos_ptr, sin_ptr, rows, length_q, stride_cos, stride_sin, False, HEAD_DIM, BLOCK_D)
+                    q = q.to(k.dtype)
+                # transposed, so that p and ds come out as left operands of the products below
+                qk = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+                s = _scores(
+                    qk, rows[None, :], cols[:, None], length_q, length_k, scale_log2, slope_log2,
+                    bias_head_ptr, stride_bias_q, stride_bias_k, mask_head_ptr, stride_mask_q, stride_mask_k,
+                    window_left, window_right, HAS_BIAS, HAS_MASK, HAS_ALIBI, HAS_WINDOW, False,
+                )  # fmt: skip
+                p = tl.exp2(s - _load_lse_log2(lse_ptr + lse_origin, rows, length_q)[None, :])
+
+                do = _load_rows(
+                    do_ptr + do_origin, rows, length_q, n_heads * HEAD_DIM, HEAD_DIM, BLOCK_D, False, CROSSES_END
+                )
+                delta = tl.load(delta_ptr + lse_origin + rows, mask=rows < length_q, other=0.0)
+                dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+                kept = p
+                if HAS_DROPOUT:
+                    name = tl.load(sequence_ids_ptr + sequence) if HAS_IDS else b
+                    keys = _row_keys(seed_ptr, stream * HEAD_STREAMS + h, (name << 32) | rows.to(tl.int64))
+                    keep = _keep_mask(keys[None, :], cols[:, None], threshold)
+                    kept = tl.where(keep, p, 0.0)
+                    dp = tl.where(keep, dp * keep_scale, 0.0)
+                dv = tl.dot(kept.to(do.dtype), do, dv, input_precision=PRECISION)
+                ds = p * (dp - delta[None, :])
+                dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+
+    # columns past the end hold anything; where padding is written, it is written as zero
+    exists = (cols < length_k)[:, None]
+    dk = tl.where(exists, dk * scale, 0.0)
+    dv = tl.where(exists, dv * keep_scale, 0.0)
+    if HAS_ROTARY:
+        dk = _rotate(dk, cos_ptr, sin_ptr, cols, length_k, stride_cos, stride_sin, True, HEAD_DIM, BLOCK_D)
+    origin, _ = _origins(sequence, start_k, kv_head, n_kv_heads, width_k, HEAD_DIM, PADDED)
+    _store_rows(dk_ptr + origin, dk, cols, n_out, n_kv_heads * HEAD_DIM, HEAD_DIM, BLOCK_D, HAS_ROTARY)
+    _store_rows(dv_ptr + origin, dv, cols, n_out, n_kv_heads * HEAD_DIM, HEAD_DIM, BLOCK_D, False)
+
+
+@triton.jit(do_not_specialize=[*RUNTIME_INTS, "bias_rows", "bias_cols", "batch"])
+def _attention_bwd_bias_kernel(
+    q_ptr, k_ptr, v_ptr,                                  # in:  as in the forward kernel
+    spans_q_ptr, spans_k_ptr,
+    bias_ptr, mask_ptr, slopes_ptr,
+    cos_ptr, sin_ptr, seed_ptr, sequence_ids_ptr,
+    lse_ptr, do_ptr, delta_ptr,                           # in:  [H, Tq], like q, [H, Tq]; contiguous
+    dbias_ptr,                                            # out: [1 | B, 1 | H, bias_rows, bias_cols], contiguous
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+    stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k,
+    stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k, stride_cos, stride_sin,
+    n_heads, width_q, scale_log2, keep_scale, stream, threshold, window_left, window_right,
+    bias_rows, bias_cols, batch,
+    PADDED: tl.constexpr, GROUP: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    HAS_ROTARY: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_IDS: tl.constexpr,
+    OF_BATCH: tl.constexpr, OF_HEADS: tl.constexpr,       # sum over sequences, over heads
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One [BLOCK_M, BLOCK_N] block of dbias: ds summed, in order, over the sequences and heads that share it."""
+    blocks_n = tl.cdiv(bias_cols, BLOCK_N)
+    blocks = tl.cdiv(bias_rows, BLOCK_M) * blocks_n
+    pid = tl.program_id(0)
+    plane = pid // blocks  # of dbias: sequence and head where it has them
+    rows = pid % blocks // blocks_n * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = pid % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    n_heads_each = n_heads if OF_HEADS else 1
+    n_each = (batch if OF_BATCH else 1) * n_heads_each
+    first_sequence = plane * 0 if OF_BATCH else (plane if OF_HEADS else plane // n_heads)
+    first_head = plane * 0 if OF_HEADS else plane % n_heads
+
+    dbias = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for index in tl.range(0, n_each):
+        sequence = first_sequence + index // n_heads_each
+        head = first_head + index % n_heads_each
+        b, h = sequence.to(tl.int64), head.to(tl.int64)
+        start_q, length_q = _span(spans_q_ptr, sequence, PADDED)
+        start_k, length_k = _span(spans_k_ptr, sequence, PADDED)
+        q_head_ptr = q_ptr + (b * stride_qb + start_q * stride_qt + h * stride_qh)
+        k_head_ptr = k_ptr + (b * stride_kb + start_k * stride_kt + h // GROUP * stride_kh)
+        v_head_ptr = v_ptr + (b * stride_vb + start_k * stride_vt + h // GROUP * stride_vh)
+        bias_head_ptr = bias_ptr + (b * stride_bias_b + h * stride_bias_h)
+        mask_head_ptr = mask_ptr + (b * stride_mask_b + h * stride_mask_h) if HAS_MASK else mask_ptr
+        do_origin, lse_origin = _origins(sequence, start_q, head, n_heads, width_q, HEAD_DIM, PADDED)
+        slope_log2 = tl.load(slopes_ptr + head).to(tl.float32) * LOG2_E if HAS_ALIBI else 0.0
+
+        q = _load_rows(q_head_ptr, rows, length_q, stride_qt, HEAD_DIM, BLOCK_D, HAS_ROTARY, True)
+        k = _load_rows(k_head_ptr, cols, length_k, stride_kt, HEAD_DIM, BLOCK_D, HAS_ROTARY, True)
+        if HAS_ROTARY:
+            q = _rotate(
+                q, cos_ptr, sin_ptr, rows, length_q, stride_cos, stride_sin, False, HEAD_DIM, BLOCK_D
+            ).to(q.dtype)  # fmt: skip
+            k = _rotate(
+                k, cos_ptr, sin_ptr, cols, length_k, stride_cos, stride_sin, False, HEAD_DIM, BLOCK_D
+            ).to(k.dtype)  # fmt: skip
+        qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        s = _scores(
+            qk, rows[:, None], cols[None, :], length_q, length_k, scale_log2, slope_log2,
+            bias_head_ptr, stride_bias_q, stride_bias_k, mask_head_ptr, stride_mask_q, stride_mask_k,
+            window_left, window_right, HAS_BIAS, HAS_MASK, HAS_ALIBI, HAS_WINDOW, True,
+        )  # fmt: skip
+        p = tl.exp2(s - _load_lse_log2(lse_ptr + lse_origin, rows, length_q)[:, None])
+
+        v = _load_rows(v_head_ptr, cols, length_k, stride_vt, HEAD_DIM, BLOCK_D, False, True)
+        do = _load_rows(do_ptr + do_origin, rows, length_q, n_heads * HEAD_DIM, HEAD_DIM, BLOCK_D, False, True)
+        delta = tl.load(delta_ptr + lse_origin + rows, mask=rows < length_q, other=0.0)
+        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+        if HAS_DROPOUT:
+            name = tl.load(sequence_ids_ptr + sequence) if HAS_IDS else b
+            keys = _row_keys(seed_ptr, stream * HEAD_STREAMS + h, (name << 32) | rows.to(tl.int64))
+            dp = tl.where(_keep_mask(keys[:, None], cols[None, :], threshold), dp * keep_scale, 0.0)
+        dbias += p * (dp - delta[:, None])
+
+    dbias_ptrs = dbias_ptr + (plane.to(tl.int64) * bias_rows + rows[:, None]) * bias_cols + cols[None, :]
+    mask = (rows < bias_rows)[:, None] & (cols < bias_cols)[None, :]
+    tl.store(dbias_ptrs, dbias.to(dbias_ptr.dtype.element_ty), mask=mask)
