@@ -1,0 +1,427 @@
+"""The command line: what it writes, in what order, in how much memory, and what it says when the input is bad.
+
+A BERT of one layer with random weights does the encoding, through the native operators: these tests are about files.
+"""
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from fastbert import BertConfig, BertModel, Encoder
+from fastbert.cli import main
+from fastbert.files import HEADER_BYTES, npy_header, safetensors_header
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz", *(f"##{c}" for c in "abcdxyz")]
+WIDTH = 32
+TEXTS = ["a b c", "", "d", "abc xyz " * 7, "e f", "naïve \U0001f600 日本"]
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(WORDS), hidden_size=WIDTH, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48,
+        max_position_embeddings=64, initializer_range=0.5,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(folder)
+    (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def options(model_folder) -> list[str]:
+    """How every test encodes: the tests' environment would choose the interpreter otherwise, which is slow."""
+    return ["--model", str(model_folder), "--impl", "native", "--device", "cpu", "--dtype", "float32"]
+
+
+@pytest.fixture
+def encoder(model_folder) -> Encoder:
+    return Encoder.from_pretrained(model_folder, impl="native", device="cpu", dtype="float32")
+
+
+@pytest.fixture
+def texts_file(tmp_path) -> Path:
+    path = tmp_path / "texts.txt"
+    path.write_text("\n".join(TEXTS) + "\n", encoding="utf-8")
+    return path
+
+
+def run(*argv) -> int:
+    try:
+        return main([str(word) for word in argv])
+    except SystemExit as leaving:  # argparse
+        return leaving.code
+
+
+def read(path: Path) -> np.ndarray:
+    if path.suffix == ".npy":
+        return np.load(path, mmap_mode="r")
+    if path.suffix == ".safetensors":
+        return load_file(path)["embeddings"]
+    rows = [json.loads(line)["embedding"] for line in path.read_text(encoding="utf-8").splitlines()]
+    return np.array(rows, dtype=np.float32).reshape(len(rows), -1)
+
+
+def start(*argv, **pipes) -> subprocess.Popen:
+    command = [sys.executable, "-m", "fastbert", *map(str, argv)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stderr=subprocess.PIPE, env=environment, **pipes)
+
+
+# ---- what comes out --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".safetensors", ".jsonl"])
+def test_a_vector_a_line_in_order(suffix, texts_file, tmp_path, options, encoder):
+    out = tmp_path / f"out{suffix}"
+    assert run("encode", texts_file, "-o", out, *options) == 0
+    vectors = read(out)
+    assert vectors.dtype == np.float32
+    # nine digits, or four bytes, give back every bit
+    np.testing.assert_array_equal(vectors, encoder.encode(TEXTS).numpy())
+    one_at_a_time = torch.cat([encoder.encode([text]) for text in TEXTS])
+    torch.testing.assert_close(torch.from_numpy(np.array(vectors)), one_at_a_time, atol=1e-5, rtol=1e-4)
+
+
+def test_order_across_chunks(tmp_path, options, encoder):
+    """Lines are sorted by length within a chunk, and must leave it in their own order, line by line."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    texts = [" ".join(letters[: 1 + 7 * i % 13]) + " " + letters[i % 26] for i in range(2100)]
+    source, out = tmp_path / "texts.txt", tmp_path / "out.npy"
+    source.write_text("\n".join(texts), encoding="utf-8")
+    assert run("encode", source, "-o", out, *options) == 0
+    torch.testing.assert_close(torch.from_numpy(np.load(out)), encoder.encode(texts), atol=1e-5, rtol=1e-4)
+
+
+def test_standard_input_and_output(texts_file, options, encoder, monkeypatch, capsysbinary):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(texts_file.read_bytes())))
+    assert run("encode", "-", *options) == 0
+    captured = capsysbinary.readouterr()
+    records = [json.loads(line) for line in captured.out.splitlines()]
+    assert [record["text"] for record in records] == TEXTS
+    vectors = np.array([record["embedding"] for record in records], dtype=np.float32)
+    np.testing.assert_array_equal(vectors, encoder.encode(TEXTS).numpy())
+    assert captured.err == b"", "a bar or a summary where standard error is no terminal"
+
+
+def test_jsonl_keeps_its_other_fields(tmp_path, options, encoder):
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    records = [{"id": 7, "body": "a b"}, {"body": "é", "tags": [1, None], "embedding": "old"}]
+    source.write_text("".join(json.dumps(record) + "\r\n" for record in records))
+    assert run("encode", source, "--field", "body", "-o", out, *options) == 0
+    written = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [{**record, "embedding": None} for record in written] == [{**r, "embedding": None} for r in records]
+    np.testing.assert_array_equal(read(out), encoder.encode(["a b", "é"]).numpy())
+
+
+def test_byte_order_mark_and_windows_line_ends(texts_file, tmp_path, options):
+    windows = tmp_path / "windows.txt"
+    windows.write_bytes(b"\xef\xbb\xbf" + texts_file.read_bytes().replace(b"\n", b"\r\n"))
+    out = [tmp_path / "a.npy", tmp_path / "b.npy"]
+    assert run("encode", texts_file, "-o", out[0], *options) == run("encode", windows, "-o", out[1], *options) == 0
+    np.testing.assert_array_equal(read(out[0]), read(out[1]))
+
+
+@pytest.mark.parametrize(
+    ("words", "arguments"),
+    [
+        (["--pooling", "cls", "--normalize"], {"pooling": "cls", "normalize": True}),
+        (["--pooling", "pooler"], {"pooling": "pooler"}),
+        (["--pooling", "max", "--layer", "0", "--no-normalize"], {"pooling": "max", "layer": 0, "normalize": False}),
+        (["--max-length", "5"], {"max_length": 5}),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_options_reach_the_encoder(words, arguments, texts_file, tmp_path, options, model_folder):
+    out = tmp_path / "out.npy"
+    assert run("encode", texts_file, "-o", out, *options, *words) == 0
+    encoder = Encoder.from_pretrained(model_folder, impl="native", device="cpu", dtype="float32", **arguments)
+    np.testing.assert_array_equal(read(out), encoder.encode(TEXTS).numpy())
+
+
+def test_batches_of_one_text(texts_file, tmp_path, options, encoder):
+    out = tmp_path / "out.npy"
+    assert run("encode", texts_file, "-o", out, *options, "--max-tokens-per-batch", "1") == 0
+    torch.testing.assert_close(torch.from_numpy(np.load(out)), encoder.encode(TEXTS), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".safetensors", ".jsonl"])
+def test_empty_file_gives_no_rows(suffix, tmp_path, options):
+    source, out = tmp_path / "empty.txt", tmp_path / f"out{suffix}"
+    source.touch()
+    assert run("encode", source, "-o", out, *options) == 0
+    if suffix == ".jsonl":
+        assert out.read_bytes() == b""
+    else:
+        assert read(out).shape == (0, WIDTH)
+
+
+def test_line_of_a_megabyte_is_cut_to_the_limit(tmp_path, options, encoder):
+    source, out = tmp_path / "long.txt", tmp_path / "out.npy"
+    source.write_text("a b " * 262_144 + "\n" + "c" * 1_048_576 + "\nd")
+    assert run("encode", source, "-o", out, *options) == 0
+    expected = encoder.encode(["a b " * 40, "[UNK]", "d"])
+    torch.testing.assert_close(torch.from_numpy(np.load(out)), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("header", [npy_header, safetensors_header])
+def test_headers_have_room(header):
+    """The header is written over the room kept for it; the largest matrix on Earth must still fit."""
+    assert len(header(0, 1)) == len(header(10**12, 65536)) == HEADER_BYTES
+
+
+def test_bar_and_summary_on_a_terminal(texts_file, tmp_path, options, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for quiet in (False, True):
+        monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+        words = ["--quiet"] if quiet else []
+        assert run("encode", texts_file, "-o", tmp_path / "out.npy", *options, *words) == 0
+        said = terminal.getvalue()
+        assert said == "" if quiet else ("100%" in said and f"{len(TEXTS)} texts" in said and "padding" in said)
+
+
+# ---- bad input -------------------------------------------------------------------------------------------
+
+
+def fails(capsys, code: int, message: str, *argv) -> None:
+    """One line on standard error, nothing on standard output."""
+    assert run(*argv) == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = captured.err.splitlines()
+    assert len(lines) == 1, captured.err
+    assert lines[0].startswith("fastbert: error: ")
+    assert message in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("in.txt", b"fine\nb\xff\n", "in.txt, line 2: not UTF-8 (byte 0xff at position 2)"),
+        ("in.txt", "a\nb\n".encode("utf-16"), "line 1: not UTF-8"),
+        ("in.txt", b"a\n" * 3000 + b"\xc3\n", "line 3001: not UTF-8"),
+        ("in.jsonl", b'{"text": "a"}\n{"text"', "line 2: not JSON"),
+        ("in.jsonl", b'{"text": "a"}\n\n', "line 2: the line is empty"),
+        ("in.jsonl", b"[1]\n", "line 1: expected a JSON object, got list"),
+        ("in.jsonl", b'{"text": "a"}\n{"txt": "a", "n": 1}\n', "line 2: no field 'text'; it has 'txt', 'n'"),
+        ("in.jsonl", b'{"text": null}\n', "line 1: field 'text' must be a string, got NoneType"),
+        ("in.jsonl", b'{"text": "\\ud83d"}\n', "line 1: field 'text' has half a surrogate pair"),
+        ("in.jsonl", b'{"text": ' + b"[" * 200_000 + b"\n", "line 1: not JSON"),
+    ],
+    ids=["utf8", "utf16", "late", "cut", "blank", "list", "field", "null", "surrogate", "deep"],
+)
+@pytest.mark.parametrize("suffix", [".npy", ".jsonl"])
+def test_bad_lines(name, content, message, suffix, tmp_path, options, capsys):
+    """The line is named, nothing is half written, and what was there before is still there."""
+    (tmp_path / "out").mkdir()
+    source, out = tmp_path / name, tmp_path / "out" / f"out{suffix}"
+    source.write_bytes(content)
+    fails(capsys, 1, message, "encode", source, "-o", out, *options)
+    assert list(out.parent.iterdir()) == []
+
+    out.write_text("an older result")
+    fails(capsys, 1, message, "encode", source, "-o", out, *options)
+    assert [path.name for path in out.parent.iterdir()] == [out.name]
+    assert out.read_text() == "an older result"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "COMMAND"),
+        (["encode"], "FILE"),
+        (["frobnicate"], "frobnicate"),
+        (["encode", "{texts}", "-o", "{folder}/out.csv"], ".npy, .safetensors, .jsonl, got"),
+        (["encode", "{texts}", "--pooling", "sum"], "sum"),
+        (["encode", "{texts}", "--max-tokens-per-batch", "0"], "from 1 up, got '0'"),
+        (["encode", "{texts}", "--max-length", "many"], "from 1 up, got 'many'"),
+        (["encode", "{texts}", "--layer", "top"], "top"),
+        (["encode", "{folder}/same.jsonl", "-o", "{folder}/same.jsonl"], "same file"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_usage(words, message, texts_file, tmp_path, capsys):
+    (tmp_path / "same.jsonl").touch()
+    fails(capsys, 2, message, *(word.format(texts=texts_file, folder=tmp_path) for word in words))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--layer", "2"], "layer must be -2 to 1"),
+        (["--max-length", "65"], "max_length must be 2 to 64"),
+        (["--impl", "triton"], 'impl="triton" cannot run here'),
+        (["--device", "cuda"], "no CUDA device"),
+        (["--model", "no-such/model"], "no-such/model"),
+        (["--model", "{folder}"], "is not a model folder"),
+    ],
+    ids=["layer", "length", "impl", "device", "unknown", "folder"],
+)
+def test_what_cannot_be_done(words, message, texts_file, tmp_path, options, capsys, monkeypatch):
+    if words[0] == "--device" and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device here")
+    from fastbert.kernels import _device
+
+    monkeypatch.setattr(_device, "INTERPRETING", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (tmp_path / "out").mkdir()
+    words = [word.format(folder=tmp_path / "out") for word in words]
+    fails(capsys, 1, message, "encode", texts_file, "-o", tmp_path / "out" / "out.npy", *options, *words)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_truncated_and_wrong_checkpoints(texts_file, tmp_path, options, model_folder, capsys):
+    broken = tmp_path / "broken"
+    shutil.copytree(model_folder, broken)
+    argv = ["encode", texts_file, *options, "--model", broken]
+    weights = broken / "model.safetensors"
+    whole = weights.read_bytes()
+
+    weights.write_bytes(whole[: len(whole) // 2])
+    fails(capsys, 1, "model.safetensors is truncated", *argv)
+
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    weights.write_bytes(whole)
+    fails(capsys, 1, "missing (encoder.layer.1.", *argv)
+
+    (broken / "config.json").write_text(json.dumps(config)[:-5])
+    fails(capsys, 1, "config.json", *argv)
+
+    weights.unlink()
+    (broken / "config.json").write_text(json.dumps(config))
+    fails(capsys, 1, "has no weights", *argv)
+
+
+def test_places_that_cannot_be_read_or_written_are_found_out_first(texts_file, tmp_path, options, capsys, monkeypatch):
+    def loaded(*args, **kwargs):
+        raise AssertionError("the model was loaded before the files were opened")
+
+    monkeypatch.setattr(Encoder, "from_pretrained", loaded)
+    read_only = tmp_path / "read_only"
+    read_only.mkdir(mode=0o555)
+    if os.access(read_only, os.W_OK):  # root may write anywhere, but for what is no disk
+        read_only = Path("/sys")
+    out = tmp_path / "out.npy"
+    fails(capsys, 1, "nowhere.txt: No such file", "encode", tmp_path / "nowhere.txt", "-o", out, *options)
+    fails(capsys, 1, "Is a directory", "encode", tmp_path, "-o", out, *options)
+    fails(capsys, 1, "no folder", "encode", texts_file, "-o", tmp_path / "nowhere" / "out.npy", *options)
+    fails(capsys, 1, "cannot write", "encode", texts_file, "-o", read_only / "out.npy", *options)
+    (tmp_path / "taken.npy").mkdir()
+    fails(capsys, 1, "it is a folder", "encode", texts_file, "-o", tmp_path / "taken.npy", *options)
+    assert not out.exists()
+
+
+def test_debug_shows_the_traceback(tmp_path, options, monkeypatch):
+    monkeypatch.setenv("FASTBERT_DEBUG", "1")
+    with pytest.raises(FileNotFoundError):
+        run("encode", tmp_path / "nowhere.txt", *options)
+
+
+def test_a_bug_is_said_in_one_line_too(texts_file, options, capsys, monkeypatch):
+    monkeypatch.setattr(Encoder, "from_pretrained", lambda *args, **kwargs: {}["gone"])
+    fails(capsys, 1, "KeyError: 'gone' (FASTBERT_DEBUG=1 shows where)", "encode", texts_file, *options)
+
+
+# ---- long input, and ends before the end -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".jsonl"])
+def test_memory_does_not_grow_with_the_file(suffix, tmp_path, options):
+    def peak(lines: int) -> int:
+        source = tmp_path / f"{lines}.txt"
+        source.write_text("".join(f"{'abc'[i % 3]} {'xyz'[i % 5 % 3]}\n" for i in range(lines)))
+        tracemalloc.start()
+        try:
+            assert run("encode", source, "-o", tmp_path / f"out{suffix}", *options) == 0
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    peak(100)  # imports
+    few, many = peak(2048), peak(12 * 1024)
+    assert many < 1.5 * few, f"{few:,} bytes for 2,048 lines, {many:,} for six times as many"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "terminate"])
+def test_interrupted_leaves_no_file(number, code, tmp_path, options):
+    process = start("encode", "-", "-o", tmp_path / "out.npy", *options, stdin=subprocess.PIPE)
+    try:
+        process.stdin.write(b"a b c\n" * 1500)  # more than one chunk, and no end: half the work is done
+        process.stdin.flush()
+        deadline = time.monotonic() + 60
+        while sum(path.stat().st_size for path in tmp_path.iterdir()) <= HEADER_BYTES:
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline, "nothing was written while the input was still open"
+            time.sleep(0.02)
+        assert not (tmp_path / "out.npy").exists(), "the output had its name before it was whole"
+        process.send_signal(number)
+        assert process.wait(timeout=30) == code
+        assert b"Traceback" not in process.stderr.read()
+        assert list(tmp_path.iterdir()) == []
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX pipes")
+def test_reader_that_leaves_early(tmp_path, options):
+    """`fastbert encode FILE | head -n 1` ends without a word."""
+    source = tmp_path / "texts.txt"
+    source.write_text("a b c\n" * 3000)
+    process = start("encode", source, *options, stdout=subprocess.PIPE)
+    try:
+        assert json.loads(process.stdout.readline())["text"] == "a b c"
+        process.stdout.close()
+        assert process.wait(timeout=60) == 141
+        assert process.stderr.read() == b""
+    finally:
+        process.kill()
+        process.wait()
+
+
+# ---- help and info ---------------------------------------------------------------------------------------
+
+
+def test_help_needs_no_torch():
+    code = (
+        "import sys; from fastbert.cli import main\n"
+        "for words in (['--help'], ['encode', '--help'], ['encode']):\n"
+        "    try: main(words)\n"
+        "    except SystemExit: pass\n"
+        "print(sorted({'torch', 'numpy', 'triton'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "[]"
+    assert "examples:" in result.stdout
+
+
+def test_info(model_folder, capsys):
+    assert run("info") == 0
+    plain = capsys.readouterr().out
+    assert f"torch                {torch.__version__}" in plain
+    for operator in ("attention", "add_layer_norm", "feed_forward", "embedding_layer_norm", "pool"):
+        assert f"\n  {operator} " in plain
+    assert run("info", model_folder) == 0
+    assert "64 tokens; the rest of a longer one is cut off" in capsys.readouterr().out
+
+
+def test_verify_is_a_command(capsys):
+    fails(capsys, 2, "nonsense", "verify", "--op", "nonsense")
