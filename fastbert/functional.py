@@ -70,24 +70,22 @@ def _resolve(op: str, impl: str | None, x: Tensor) -> Any:
     return getattr(native if impl == "native" else reference, op)
 
 
-def _expect(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-def _expect_same_kind(op: str, **tensors: Tensor | None) -> None:
-    """All tensors on one device."""
-    devices = {name: t.device for name, t in tensors.items() if t is not None}
-    _expect(len(set(devices.values())) == 1, f"{op}: all tensors must lie on one device, got {devices}")
+def _expect_one_device(op: str, **tensors: Tensor | None) -> None:
+    first = next(iter(tensors.values()))
+    for name, t in tensors.items():
+        if t is not None and t.device != first.device:
+            raise ValueError(
+                f"{op}: all tensors must lie on one device, but {name} is on {t.device}, not {first.device}"
+            )
 
 
 def _expect_dropout(op: str, dropout_p: float, seed: Tensor | None) -> None:
-    _expect(0.0 <= dropout_p < 1.0, f"{op}: dropout_p must be in [0, 1), got {dropout_p}")
-    if dropout_p > 0.0:
-        _expect(
-            isinstance(seed, Tensor) and seed.numel() == 1 and seed.dtype == torch.int64,
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"{op}: dropout_p must be in [0, 1), got {dropout_p}")
+    if dropout_p > 0.0 and (not isinstance(seed, Tensor) or seed.numel() != 1 or seed.dtype != torch.int64):
+        raise ValueError(
             f"{op}: dropout needs seed, an int64 tensor with one element, got "
-            + (f"{seed.dtype} of shape {tuple(seed.shape)}" if isinstance(seed, Tensor) else repr(seed)),
+            + (f"{seed.dtype} of shape {tuple(seed.shape)}" if isinstance(seed, Tensor) else repr(seed))
         )
 
 
@@ -95,19 +93,18 @@ def _expect_dropout(op: str, dropout_p: float, seed: Tensor | None) -> None:
 
 
 def _expect_heads(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
-    _expect(q.dim() == k.dim() == v.dim(), f"{op}: q, k, v have {q.dim()}, {k.dim()}, {v.dim()} dimensions")
-    _expect(k.shape == v.shape, f"{op}: k is {tuple(k.shape)}, v is {tuple(v.shape)}; they must agree")
-    _expect(q.shape[-1] == k.shape[-1], f"{op}: q has head_dim {q.shape[-1]}, k has {k.shape[-1]}")
+    if not q.dim() == k.dim() == v.dim():
+        raise ValueError(f"{op}: q, k, v have {q.dim()}, {k.dim()}, {v.dim()} dimensions")
+    if k.shape != v.shape:
+        raise ValueError(f"{op}: k is {tuple(k.shape)}, v is {tuple(v.shape)}; they must agree")
+    if q.shape[-1] != k.shape[-1]:
+        raise ValueError(f"{op}: q has head_dim {q.shape[-1]}, k has {k.shape[-1]}")
     heads, kv_heads = q.shape[-2], k.shape[-2]
-    _expect(
-        kv_heads > 0 and heads % kv_heads == 0,
-        f"{op}: q has {heads} heads, k has {kv_heads}; the first must be a multiple of the second",
-    )
-    _expect(
-        q.dtype == k.dtype == v.dtype,
-        f"{op}: q, k, v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}",
-    )
-    _expect_same_kind(op, q=q, k=k, v=v)
+    if kv_heads <= 0 or heads % kv_heads != 0:
+        raise ValueError(f"{op}: q has {heads} heads, k has {kv_heads}; the first must be a multiple of the second")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"{op}: q, k, v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    _expect_one_device(op, q=q, k=k, v=v)
 
 
 def attention(
@@ -159,28 +156,27 @@ def attention(
     Returns: o [Tq, H, D] in q's dtype. A row that may attend to no key is zero, and so are its gradients.
     Raises: ValueError on shapes, dtypes or devices that do not fit.
     """
-    _expect(
-        q.dim() == 3,
-        f"attention: q must be [T, H, D], got {tuple(q.shape)}; padded input is attention_padded",
-    )
+    if q.dim() != 3:
+        raise ValueError(f"attention: q must be [T, H, D], got {tuple(q.shape)}; padded input is attention_padded")
     _expect_heads("attention", q, k, v)
     _expect_dropout("attention", dropout_p, seed)
-    _expect(
-        cu_seqlens.dtype == torch.int32 and cu_seqlens.dim() == 1 and cu_seqlens.shape[0] >= 1,
-        f"attention: cu_seqlens must be [B + 1] int32, got {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}",
-    )
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(
+            f"attention: cu_seqlens must be [B + 1] int32, got {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
+        )
     if cu_seqlens_k is None:
-        _expect(
-            q.shape[0] == k.shape[0],
-            f"attention: q has {q.shape[0]} tokens, k has {k.shape[0]}; cross-attention needs cu_seqlens_k",
-        )
+        if q.shape[0] != k.shape[0]:
+            raise ValueError(
+                f"attention: q has {q.shape[0]} tokens, k has {k.shape[0]}; cross-attention needs cu_seqlens_k"
+            )
     else:
-        _expect(
-            cu_seqlens_k.shape == cu_seqlens.shape and cu_seqlens_k.dtype == torch.int32,
-            f"attention: cu_seqlens_k must be int32 of shape {tuple(cu_seqlens.shape)}, "
-            f"got {cu_seqlens_k.dtype} of shape {tuple(cu_seqlens_k.shape)}",
-        )
-        _expect(max_seqlen_k is not None, "attention: cu_seqlens_k needs max_seqlen_k")
+        if cu_seqlens_k.shape != cu_seqlens.shape or cu_seqlens_k.dtype != torch.int32:
+            raise ValueError(
+                f"attention: cu_seqlens_k must be int32 of shape {tuple(cu_seqlens.shape)}, "
+                f"got {cu_seqlens_k.dtype} of shape {tuple(cu_seqlens_k.shape)}"
+            )
+        if max_seqlen_k is None:
+            raise ValueError("attention: cu_seqlens_k needs max_seqlen_k")
     _expect_attention_options("attention", q, cu_seqlens.shape[0] - 1, bias, mask, alibi_slopes, window, rotary)
     return _resolve("attention", impl, q)(
         q, k, v, cu_seqlens, max_seqlen,
@@ -193,29 +189,21 @@ def attention(
 def _expect_attention_options(op, q, batch, bias, mask, alibi_slopes, window, rotary) -> None:
     heads, head_dim = q.shape[-2:]
     for name, t in (("bias", bias), ("mask", mask)):
-        if t is not None:
-            _expect(
-                t.dim() == 4 and t.shape[0] in (1, batch) and t.shape[1] in (1, heads),
-                f"{op}: {name} must be [1 or {batch}, 1 or {heads}, Sq, Sk], got {tuple(t.shape)}",
-            )
-    _expect(
-        mask is None or mask.dtype == torch.bool,
-        f"{op}: mask must be bool, got {mask is not None and mask.dtype}",
-    )
-    _expect(
-        alibi_slopes is None or alibi_slopes.shape == (heads,),
-        f"{op}: alibi_slopes must be [{heads}], got {alibi_slopes is not None and tuple(alibi_slopes.shape)}",
-    )
-    _expect(
-        window is None or (len(window) == 2 and min(window) >= 0),
-        f"{op}: window must be (left, right) with both at least 0, got {window}",
-    )
+        if t is not None and (t.dim() != 4 or t.shape[0] not in (1, batch) or t.shape[1] not in (1, heads)):
+            raise ValueError(f"{op}: {name} must be [1 or {batch}, 1 or {heads}, Sq, Sk], got {tuple(t.shape)}")
+    if mask is not None and mask.dtype != torch.bool:
+        raise ValueError(f"{op}: mask must be bool, got {mask.dtype}")
+    if alibi_slopes is not None and alibi_slopes.shape != (heads,):
+        raise ValueError(f"{op}: alibi_slopes must be [{heads}], got {tuple(alibi_slopes.shape)}")
+    if window is not None and (len(window) != 2 or min(window) < 0):
+        raise ValueError(f"{op}: window must be (left, right) with both at least 0, got {window}")
     if rotary is not None:
-        _expect(head_dim % 2 == 0, f"{op}: rotary needs an even head_dim, got {head_dim}")
-        _expect(
-            len(rotary) == 2 and all(t.dim() == 2 and t.shape[1] == head_dim // 2 for t in rotary),
-            f"{op}: rotary must be (cos, sin), each [S, {head_dim // 2}], got {[tuple(t.shape) for t in rotary]}",
-        )
+        if head_dim % 2 != 0:
+            raise ValueError(f"{op}: rotary needs an even head_dim, got {head_dim}")
+        if len(rotary) != 2 or not all(t.dim() == 2 and t.shape[1] == head_dim // 2 for t in rotary):
+            raise ValueError(
+                f"{op}: rotary must be (cos, sin), each [S, {head_dim // 2}], got {[tuple(t.shape) for t in rotary]}"
+            )
 
 
 def attention_padded(
@@ -248,15 +236,15 @@ def attention_padded(
     Returns: o [B, Sq, H, D], zero past each length (and lse [B, H, Sq] float32, -inf there).
     Raises: ValueError on shapes, dtypes or devices that do not fit.
     """
-    _expect(q.dim() == 4, f"attention_padded: q must be [B, S, H, D], got {tuple(q.shape)}")
+    if q.dim() != 4:
+        raise ValueError(f"attention_padded: q must be [B, S, H, D], got {tuple(q.shape)}")
     _expect_heads("attention_padded", q, k, v)
     _expect_dropout("attention_padded", dropout_p, seed)
-    _expect(q.shape[0] == k.shape[0], f"attention_padded: q has {q.shape[0]} sequences, k has {k.shape[0]}")
+    if q.shape[0] != k.shape[0]:
+        raise ValueError(f"attention_padded: q has {q.shape[0]} sequences, k has {k.shape[0]}")
     for name, t in (("seqlens", seqlens), ("seqlens_k", seqlens_k)):
-        _expect(
-            t is None or (t.shape == (q.shape[0],) and t.dtype == torch.int32),
-            f"attention_padded: {name} must be [{q.shape[0]}] int32, got {t is not None and (t.dtype, tuple(t.shape))}",
-        )
+        if t is not None and (t.shape != (q.shape[0],) or t.dtype != torch.int32):
+            raise ValueError(f"attention_padded: {name} must be [{q.shape[0]}] int32, got {(t.dtype, tuple(t.shape))}")
     _expect_attention_options("attention_padded", q, q.shape[0], bias, mask, alibi_slopes, window, rotary)
     return _resolve("attention_padded", impl, q)(
         q, k, v, seqlens, seqlens_k,
@@ -282,21 +270,15 @@ def attention_schedule(cu_seqlens: Tensor, total_tokens: int, impl: Impl | None 
 
 def _expect_norm(op, x, residual, weight, bias, x_bias, dropout_p, seed, row_ids) -> None:
     width = x.shape[-1]
-    _expect(
-        residual is None or residual.shape == x.shape,
-        f"{op}: x is {tuple(x.shape)}, residual is {residual is not None and tuple(residual.shape)}",
-    )
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"{op}: x is {tuple(x.shape)}, residual is {tuple(residual.shape)}")
     for name, t in (("weight", weight), ("bias", bias), ("x_bias", x_bias)):
-        _expect(
-            t is None or t.shape == (width,),
-            f"{op}: {name} must be [{width}] like x's last dimension, got {t is not None and tuple(t.shape)}",
-        )
+        if t is not None and t.shape != (width,):
+            raise ValueError(f"{op}: {name} must be [{width}] like x's last dimension, got {tuple(t.shape)}")
     _expect_dropout(op, dropout_p, seed)
-    _expect(
-        row_ids is None or row_ids.numel() * width == x.numel(),
-        f"{op}: row_ids must name every row of x {tuple(x.shape)}, got {row_ids is not None and row_ids.numel()}",
-    )
-    _expect_same_kind(op, x=x, residual=residual, weight=weight, bias=bias, x_bias=x_bias, row_ids=row_ids)
+    if row_ids is not None and row_ids.numel() * width != x.numel():
+        raise ValueError(f"{op}: row_ids must name every row of x {tuple(x.shape)}, got {row_ids.numel()}")
+    _expect_one_device(op, x=x, residual=residual, weight=weight, bias=bias, x_bias=x_bias, row_ids=row_ids)
 
 
 def add_layer_norm(
@@ -404,22 +386,22 @@ def add_rms_norm(
 
 
 def _expect_linear(op: str, name: str, x_width: int, weight: Tensor, bias: Tensor | None) -> None:
-    _expect(
-        weight.dim() == 2 and weight.shape[1] == x_width,
-        f"{op}: {name} must be [out, {x_width}] for input of width {x_width}, got {tuple(weight.shape)}",
-    )
-    _expect(
-        bias is None or bias.shape == (weight.shape[0],),
-        f"{op}: the bias of {name} must be [{weight.shape[0]}], got {bias is not None and tuple(bias.shape)}",
-    )
+    if weight.dim() != 2 or weight.shape[1] != x_width:
+        raise ValueError(
+            f"{op}: {name} must be [out, {x_width}] for input of width {x_width}, got {tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape != (weight.shape[0],):
+        raise ValueError(f"{op}: the bias of {name} must be [{weight.shape[0]}], got {tuple(bias.shape)}")
 
 
 def _expect_activation(op: str, activation: str, rows: int) -> int:
     """The width after the activation."""
-    _expect(activation in ACTIVATIONS, f"{op}: activation must be one of {ACTIVATIONS}, got {activation!r}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{op}: activation must be one of {ACTIVATIONS}, got {activation!r}")
     if activation != "geglu":
         return rows
-    _expect(rows % 2 == 0, f"{op}: geglu needs an even number of weight rows, got {rows}")
+    if rows % 2 != 0:
+        raise ValueError(f"{op}: geglu needs an even number of weight rows, got {rows}")
     return rows // 2
 
 
@@ -500,19 +482,17 @@ def embedding_layer_norm(
     """
     op = "embedding_layer_norm"
     for name, t in (("token_type_ids", token_type_ids), ("positions", positions)):
-        _expect(
-            t is None or t.shape == input_ids.shape,
-            f"{op}: input_ids is {tuple(input_ids.shape)}, {name} is {t is not None and tuple(t.shape)}",
-        )
-    _expect(input_ids.dim() == 1, f"{op}: input_ids must be [T], got {tuple(input_ids.shape)}")
-    _expect((token_type is None) == (token_type_ids is None), f"{op}: token_type and token_type_ids go together")
+        if t is not None and t.shape != input_ids.shape:
+            raise ValueError(f"{op}: input_ids is {tuple(input_ids.shape)}, {name} is {tuple(t.shape)}")
+    if input_ids.dim() != 1:
+        raise ValueError(f"{op}: input_ids must be [T], got {tuple(input_ids.shape)}")
+    if (token_type is None) != (token_type_ids is None):
+        raise ValueError(f"{op}: token_type and token_type_ids go together")
     for name, t in (("position", position), ("token_type", token_type)):
-        _expect(
-            t is None or t.shape[1] == word.shape[1],
-            f"{op}: word has width {word.shape[1]}, {name} has {t is not None and t.shape[1]}",
-        )
+        if t is not None and t.shape[1] != word.shape[1]:
+            raise ValueError(f"{op}: word has width {word.shape[1]}, {name} has {t.shape[1]}")
     _expect_dropout(op, dropout_p, seed)
-    _expect_same_kind(op, input_ids=input_ids, positions=positions, word=word, position=position, weight=weight)
+    _expect_one_device(op, input_ids=input_ids, positions=positions, word=word, position=position, weight=weight)
     return _resolve(op, impl, word)(
         input_ids, token_type_ids, positions, word, position, token_type, weight, bias, eps,
         padding_idx=padding_idx, dropout_p=dropout_p, seed=seed, stream=stream, row_ids=row_ids,
@@ -527,9 +507,11 @@ def pool(
     mode: mean of its tokens, cls (its first), max over them. An empty sequence gives zeros.
     normalize: divide by max(L2 norm, 1e-12), as torch.nn.functional.normalize does.
     """
-    _expect(mode in POOLING_MODES, f"pool: mode must be one of {POOLING_MODES}, got {mode!r}")
-    _expect(x.dim() == 2, f"pool: x must be [T, C], got {tuple(x.shape)}")
-    _expect_same_kind("pool", x=x, cu_seqlens=cu_seqlens)
+    if mode not in POOLING_MODES:
+        raise ValueError(f"pool: mode must be one of {POOLING_MODES}, got {mode!r}")
+    if x.dim() != 2:
+        raise ValueError(f"pool: x must be [T, C], got {tuple(x.shape)}")
+    _expect_one_device("pool", x=x, cu_seqlens=cu_seqlens)
     return _resolve("pool", impl, x)(x, cu_seqlens, mode, normalize)
 
 
@@ -554,14 +536,14 @@ def linear_cross_entropy(
     Returns: a scalar float32 ("mean" over the rows that count, "sum"), or [N] float32 ("none").
     """
     op = "linear_cross_entropy"
-    _expect(hidden.dim() == 2, f"{op}: hidden must be [N, C], got {tuple(hidden.shape)}")
+    if hidden.dim() != 2:
+        raise ValueError(f"{op}: hidden must be [N, C], got {tuple(hidden.shape)}")
     _expect_linear(op, "weight", hidden.shape[1], weight, bias)
-    _expect(
-        labels.shape == hidden.shape[:1],
-        f"{op}: labels must be [{hidden.shape[0]}], got {tuple(labels.shape)}",
-    )
-    _expect(reduction in ("mean", "sum", "none"), f"{op}: reduction must be mean, sum or none, got {reduction!r}")
-    _expect_same_kind(op, hidden=hidden, weight=weight, bias=bias, labels=labels)
+    if labels.shape != hidden.shape[:1]:
+        raise ValueError(f"{op}: labels must be [{hidden.shape[0]}], got {tuple(labels.shape)}")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"{op}: reduction must be mean, sum or none, got {reduction!r}")
+    _expect_one_device(op, hidden=hidden, weight=weight, bias=bias, labels=labels)
     return _resolve(op, impl, hidden)(
         hidden,
         weight,

@@ -20,8 +20,6 @@ from ..config import BertConfig
 from ..layers import FusedLinears
 from ..packing import PackedBatch
 
-ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "swish": "silu"}  # transformers' name -> ours
-
 
 @dataclass
 class BertOutput:
@@ -208,7 +206,9 @@ class BertModel(nn.Module):
             add_pooling_layer = any("pooler.dense.weight" in name for name in state)
         with torch.device("meta"):
             model = cls(config, add_pooling_layer, impl)
-        checkpoint.load_into(model, state)
+        # the heads of a checkpoint that was trained for one task are not part of the encoder
+        heads = ("cls.*", "classifier.*", "qa_outputs.*")
+        checkpoint.load_into(model, state, ignore_unexpected=heads, assign=True, source=folder)
         return model.to(device=device, dtype=dtype).eval()
 
     def save_pretrained(self, folder: str | Path) -> None:

