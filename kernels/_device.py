@@ -28,3 +28,14 @@ def multiprocessors(index: int | None = None) -> int:
     import torch
 
     return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+@functools.cache
+def arch(index: int | None = None) -> str:
+    """Name of a device's architecture as compilers call it: "sm_90", "gfx942"; "sm_90" under the interpreter."""
+    import torch
+
+    if torch.version.hip is not None and not INTERPRETING:
+        return torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
+    major, minor = capability(index)
+    return f"sm_{major}{minor}"

@@ -1,0 +1,550 @@
+"""The one matrix product: C = op(A) op(B)^T with whatever follows it done before the tile leaves the chip.
+
+    nt   c[m, n] = sum_k a[m, k] b[n, k]     forward:          x [M, K],  weight [N, K]
+    nn   c[m, n] = sum_k a[m, k] b[k, n]     input gradient:   dy [M, K], weight [K, N]
+    tn   c[m, n] = sum_k a[k, m] b[k, n]     weight gradient:  dy [K, M], x [K, N]
+
+Epilogues, on the float32 accumulator:
+
+    forward    h = c + bias;  y = act(h)                      [M, N];  geglu: h [M, 2N], y = gelu(h1) * h2
+    backward   g = c;  a = act(h), dh = g * act'(h)           [M, N];  geglu: dh [M, 2N]
+               dbias_part = column sums of dh, a row of them per row of tiles, in float32
+
+Order of summation: K in steps of BLOCK_K, first to last, in one accumulator (no split-K, no atomics). The tile
+comes from (n, k, dtype, device), never from M, so the bits of a row depend on nothing but that row.
+
+The grid is persistent: a fixed number of programs walk the tiles in an order that keeps a band of A and a band of
+B in L2. On Hopper and newer the operands come by tensor descriptors (the bulk copy engine), elsewhere, or where a
+row is not a multiple of 16 bytes, by pointers; both sum in the same order.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from . import _device
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# Triton's interpreter multiplies bfloat16 tiles as if their bits were integers: there they are widened first.
+WIDEN_BFLOAT16: tl.constexpr = _device.INTERPRETING
+
+LOG2_E: tl.constexpr = 1.4426950408889634  # exp(x) = exp2(x * LOG2_E)
+SQRT_HALF: tl.constexpr = 0.7071067811865476
+INV_SQRT_2PI: tl.constexpr = 0.3989422804014327
+SQRT_2_OVER_PI: tl.constexpr = 0.7978845608028654
+GELU_CUBIC: tl.constexpr = 0.044715  # tanh form: u = sqrt(2 / pi) (h + 0.044715 h^3)
+
+# log2(Phi(-x)) = log2(erfc(x / sqrt 2) / 2) for x >= 0, minimax: relative error of Phi(-x) under 5e-6 up to x = 4 and
+# 8e-5 up to x = 6, falling to zero beyond; exactly 1/2 at 0.
+TAIL_1: tl.constexpr = -1.1512051820755005
+TAIL_2: tl.constexpr = -0.4585839807987213
+TAIL_3: tl.constexpr = -0.053828585892915726
+TAIL_4: tl.constexpr = 0.008436127565801144
+TAIL_5: tl.constexpr = -0.00091013521887362
+TAIL_6: tl.constexpr = 5.8721885579871014e-05
+TAIL_7: tl.constexpr = -1.6762462564656744e-06
+
+
+# ---- device code: activations ----------------------------------------------------------------------------
+
+
+@triton.jit
+def _gelu_and_grad(h, EXACT: tl.constexpr):
+    """gelu(h) = h Phi(h) and its derivative Phi(h) + h phi(h).
+
+    EXACT: by erf, some 25 instructions. Else, for results that are rounded to 16 bits: by one exponential of a
+    polynomial, some 10, with an error a hundredth of that rounding, and no cancellation for large negative h.
+    """
+    if EXACT:
+        cdf = 0.5 * (1.0 + tl.erf(h * SQRT_HALF))
+        gelu = h * cdf
+    else:
+        x = tl.abs(h)
+        p = TAIL_7 * x + TAIL_6
+        p = p * x + TAIL_5
+        p = p * x + TAIL_4
+        p = p * x + TAIL_3
+        p = p * x + TAIL_2
+        p = p * x + TAIL_1
+        tail = tl.exp2(p * x - 1.0)  # Phi(-|h|)
+        cdf = tl.where(h < 0.0, tail, 1.0 - tail)
+        gelu = tl.maximum(h, 0.0) - x * tail
+    pdf = INV_SQRT_2PI * tl.exp2((-0.5 * LOG2_E) * (h * h))
+    return gelu, cdf + h * pdf
+
+
+@triton.jit
+def _act_and_grad(h, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
+    """act(h) and act'(h), float32; what the caller does not use, the compiler drops."""
+    if ACTIVATION == "none":
+        return h, tl.full(h.shape, 1.0, h.dtype)
+    elif ACTIVATION == "relu":
+        return tl.where(h < 0.0, 0.0, h), tl.where(h > 0.0, 1.0, 0.0)
+    elif ACTIVATION == "silu":
+        s = tl.sigmoid(h)
+        return h * s, s * (1.0 + h * (1.0 - s))
+    elif ACTIVATION == "gelu_tanh":
+        # 0.5 (1 + tanh(u)) = sigmoid(2u): one exponential, and no cancellation for large negative h
+        h2 = h * h
+        s = tl.sigmoid(2.0 * SQRT_2_OVER_PI * h * (1.0 + GELU_CUBIC * h2))
+        du = 2.0 * SQRT_2_OVER_PI * (1.0 + 3.0 * GELU_CUBIC * h2)
+        return h * s, s + h * s * (1.0 - s) * du
+    else:
+        tl.static_assert(ACTIVATION == "gelu" or ACTIVATION == "geglu")
+        return _gelu_and_grad(h, EXACT)
+
+
+# ---- device code: the product ----------------------------------------------------------------------------
+
+
+@triton.jit
+def _tile_at(tile, n_tiles_m, n_tiles_n, GROUP_M: tl.constexpr):
+    """(row, column) of a tile in grouped order: GROUP_M tiles down, then one right, so both bands stay in L2."""
+    per_group = GROUP_M * n_tiles_n
+    first_m = tile // per_group * GROUP_M
+    group_m = tl.minimum(n_tiles_m - first_m, GROUP_M)
+    return first_m + tile % per_group % group_m, tile % per_group // group_m
+
+
+@triton.jit
+def _load_block(src, stride, row, col, n_rows, n_cols, ROWS: tl.constexpr, COLS: tl.constexpr, BULK: tl.constexpr):
+    """Block [ROWS, COLS] at (row, col) of a row-major matrix, zero outside. `src`: descriptor if BULK, else pointer."""
+    if BULK:
+        return src.load([row, col])
+    else:
+        offs_r = row + tl.arange(0, ROWS)
+        offs_c = col + tl.arange(0, COLS)
+        ptrs = src + offs_r.to(tl.int64)[:, None] * stride + offs_c[None, :]
+        return tl.load(ptrs, mask=(offs_r < n_rows)[:, None] & (offs_c < n_cols)[None, :], other=0.0)
+
+
+@triton.jit
+def _load_a(a, stride_a, m0, k0, m, k, LAYOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BULK: tl.constexpr):  # fmt: skip  # noqa: E501
+    if LAYOUT == "tn":
+        return _load_block(a, stride_a, k0, m0, k, m, BLOCK_K, BLOCK_M, BULK).T
+    else:
+        return _load_block(a, stride_a, m0, k0, m, k, BLOCK_M, BLOCK_K, BULK)
+
+
+@triton.jit
+def _load_b(b, stride_b, n0, k0, n, k, LAYOUT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BULK: tl.constexpr):  # fmt: skip  # noqa: E501
+    if LAYOUT == "nt":
+        return _load_block(b, stride_b, n0, k0, n, k, BLOCK_N, BLOCK_K, BULK).T
+    else:
+        return _load_block(b, stride_b, k0, n0, k, n, BLOCK_K, BLOCK_N, BULK)
+
+
+@triton.jit
+def _dot(a_block, b_block, acc):
+    """acc + a_block b_block, products exact in the operands' type, sums in float32."""
+    if WIDEN_BFLOAT16 and a_block.dtype == tl.bfloat16:
+        a_block, b_block = a_block.to(tl.float32), b_block.to(tl.float32)
+    return tl.dot(a_block, b_block, acc, input_precision="ieee")
+
+
+@triton.jit
+def _accumulate(
+    a, b, stride_a, stride_b, m0, n0, m, n, k,
+    LAYOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BULK: tl.constexpr, GATED: tl.constexpr,
+):  # fmt: skip
+    """The tile at (m0, n0) of op(A) op(B)^T in float32; GATED: and the one n columns further on (else the same)."""
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc2 = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k0 in tl.range(0, k, BLOCK_K):
+        a_block = _load_a(a, stride_a, m0, k0, m, k, LAYOUT, BLOCK_M, BLOCK_K, BULK)
+        b_block = _load_b(b, stride_b, n0, k0, n, k, LAYOUT, BLOCK_N, BLOCK_K, BULK)
+        acc = _dot(a_block, b_block, acc)
+        if GATED:
+            b2_block = _load_b(b, stride_b, n + n0, k0, 2 * n, k, LAYOUT, BLOCK_N, BLOCK_K, BULK)
+            acc2 = _dot(a_block, b2_block, acc2)
+    return acc, acc2
+
+
+@triton.jit
+def _load_tile(ptr, stride, offs_m, offs_n, m, n):
+    """Tile [BLOCK_M, BLOCK_N] in float32, zero outside."""
+    ptrs = ptr + offs_m.to(tl.int64)[:, None] * stride + offs_n[None, :]
+    return tl.load(ptrs, mask=(offs_m < m)[:, None] & (offs_n < n)[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store_tile(ptr, stride, tile, offs_m, offs_n, m, n):
+    """Store tile [BLOCK_M, BLOCK_N], rounded to the matrix's type."""
+    ptrs = ptr + offs_m.to(tl.int64)[:, None] * stride + offs_n[None, :]
+    tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=(offs_m < m)[:, None] & (offs_n < n)[None, :])
+
+
+@triton.jit
+def _halves(tile):
+    """[M, N] -> its left and its right half."""
+    pair = tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2))
+    return tl.split(tl.permute(pair, (0, 2, 1)))
+
+
+# ---- device code: forward --------------------------------------------------------------------------------
+
+
+@triton.jit
+def _forward_epilogue(
+    acc, acc2, bias_ptr, y_ptr, h_ptr, stride_y, stride_h, offs_m, n0, m, n,
+    ACTIVATION: tl.constexpr, SLICE: tl.constexpr,
+):  # fmt: skip
+    """h = acc + bias;  y = act(h), in slices of columns: only a slice needs registers beside the accumulator."""
+    width: tl.constexpr = acc.shape[1]
+    GATED: tl.constexpr = ACTIVATION == "geglu"
+    if width > SLICE:
+        left, right = _halves(acc)
+        left2, right2 = (_halves(acc2)) if GATED else (left, right)
+        _forward_epilogue(
+            left, left2, bias_ptr, y_ptr, h_ptr, stride_y, stride_h, offs_m, n0, m, n,
+            ACTIVATION, SLICE,
+        )  # fmt: skip
+        _forward_epilogue(
+            right, right2, bias_ptr, y_ptr, h_ptr, stride_y, stride_h, offs_m, n0 + width // 2, m, n,
+            ACTIVATION, SLICE,
+        )  # fmt: skip
+    else:
+        offs_n = n0 + tl.arange(0, width)
+        h, h2 = acc, acc2
+        if bias_ptr is not None:
+            h += tl.load(bias_ptr + offs_n, mask=offs_n < n, other=0.0).to(tl.float32)[None, :]
+            if GATED:
+                h2 += tl.load(bias_ptr + n + offs_n, mask=offs_n < n, other=0.0).to(tl.float32)[None, :]
+        if h_ptr is not None:
+            _store_tile(h_ptr, stride_h, h, offs_m, offs_n, m, n)
+            if GATED:
+                _store_tile(h_ptr + n, stride_h, h2, offs_m, offs_n, m, n)
+
+        y, _ = _act_and_grad(h, ACTIVATION, y_ptr.dtype.element_ty == tl.float32)
+        if GATED:
+            y *= h2
+        _store_tile(y_ptr, stride_y, y, offs_m, offs_n, m, n)
+
+
+@triton.jit(do_not_specialize=["m"])
+def _linear_act_kernel(
+    a, b, bias_ptr,                    # in:  op(A), op(B): descriptors if BULK, else pointers; [N] (geglu [2N]) or None
+    y_ptr, h_ptr,                      # out: [M, N], [M, N] (geglu [M, 2N]) or None
+    stride_a, stride_b, stride_y, stride_h,
+    m, n, k,
+    LAYOUT: tl.constexpr, ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, SLICE: tl.constexpr,
+    BULK: tl.constexpr, FLATTEN: tl.constexpr,
+):  # fmt: skip
+    n_tiles_m, n_tiles_n = tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N)
+
+    for tile in tl.range(tl.program_id(0), n_tiles_m * n_tiles_n, tl.num_programs(0), flatten=FLATTEN):
+        pid_m, pid_n = _tile_at(tile, n_tiles_m, n_tiles_n, GROUP_M)
+        m0, n0 = pid_m * BLOCK_M, pid_n * BLOCK_N
+
+        acc, acc2 = _accumulate(
+            a, b, stride_a, stride_b, m0, n0, m, n, k, LAYOUT, BLOCK_M, BLOCK_N, BLOCK_K, BULK, ACTIVATION == "geglu"
+        )
+
+        offs_m = m0 + tl.arange(0, BLOCK_M)
+        _forward_epilogue(
+            acc, acc2, bias_ptr, y_ptr, h_ptr, stride_y, stride_h, offs_m, n0, m, n,
+            ACTIVATION, SLICE,
+        )  # fmt: skip
+
+
+# ---- device code: backward -------------------------------------------------------------------------------
+
+
+@triton.jit
+def _backward_epilogue(
+    g, h_ptr, dh_ptr, act_ptr, dbias_ptr, stride_h, stride_dh, stride_act, offs_m, n0, m, n,
+    ACTIVATION: tl.constexpr, SLICE: tl.constexpr,
+):  # fmt: skip
+    """a = act(h), dh = g * act'(h), and the column sums of dh; in slices of columns, as in the forward."""
+    width: tl.constexpr = g.shape[1]
+    if width > SLICE:
+        left, right = _halves(g)
+        _backward_epilogue(
+            left, h_ptr, dh_ptr, act_ptr, dbias_ptr, stride_h, stride_dh, stride_act, offs_m, n0, m, n,
+            ACTIVATION, SLICE,
+        )  # fmt: skip
+        _backward_epilogue(
+            right, h_ptr, dh_ptr, act_ptr, dbias_ptr, stride_h, stride_dh, stride_act, offs_m, n0 + width // 2, m, n,
+            ACTIVATION, SLICE,
+        )  # fmt: skip
+    else:
+        offs_n = n0 + tl.arange(0, width)
+        h = _load_tile(h_ptr, stride_h, offs_m, offs_n, m, n)
+        a, dh = _act_and_grad(h, ACTIVATION, dh_ptr.dtype.element_ty == tl.float32)
+        dh *= g
+        if ACTIVATION == "geglu":
+            h2 = _load_tile(h_ptr + n, stride_h, offs_m, offs_n, m, n)
+            dh2 = g * a
+            dh *= h2
+            a *= h2
+            _store_tile(dh_ptr + n, stride_dh, dh2, offs_m, offs_n, m, n)
+            if dbias_ptr is not None:
+                tl.store(dbias_ptr + n + offs_n, tl.sum(dh2, axis=0), mask=offs_n < n)
+        _store_tile(dh_ptr, stride_dh, dh, offs_m, offs_n, m, n)
+        if act_ptr is not None:
+            _store_tile(act_ptr, stride_act, a, offs_m, offs_n, m, n)
+        if dbias_ptr is not None:
+            tl.store(dbias_ptr + offs_n, tl.sum(dh, axis=0), mask=offs_n < n)
+
+
+@triton.jit(do_not_specialize=["m"])
+def _dact_kernel(
+    a, b, h_ptr,                       # in:  dy [M, K], weight [K, N]: descriptors if BULK; [M, N] (geglu [M, 2N])
+    dh_ptr, act_ptr, dbias_part_ptr,   # out: like h; [M, N] or None; [tiles of M, N (geglu 2N)] float32 or None
+    stride_a, stride_b, stride_h, stride_dh, stride_act, stride_dbias,
+    m, n, k,
+    ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, SLICE: tl.constexpr,
+    BULK: tl.constexpr, FLATTEN: tl.constexpr,
+):  # fmt: skip
+    n_tiles_m, n_tiles_n = tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N)
+
+    for tile in tl.range(tl.program_id(0), n_tiles_m * n_tiles_n, tl.num_programs(0), flatten=FLATTEN):
+        pid_m, pid_n = _tile_at(tile, n_tiles_m, n_tiles_n, GROUP_M)
+        m0, n0 = pid_m * BLOCK_M, pid_n * BLOCK_N
+
+        g, _ = _accumulate(a, b, stride_a, stride_b, m0, n0, m, n, k, "nn", BLOCK_M, BLOCK_N, BLOCK_K, BULK, False)
+
+        offs_m = m0 + tl.arange(0, BLOCK_M)
+        dbias_ptr = None if dbias_part_ptr is None else dbias_part_ptr + pid_m.to(tl.int64) * stride_dbias
+        _backward_epilogue(
+            g, h_ptr, dh_ptr, act_ptr, dbias_ptr, stride_h, stride_dh, stride_act, offs_m, n0, m, n,
+            ACTIVATION, SLICE,
+        )  # fmt: skip
+
+
+# ---- configs ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """Who multiplies, and how. A `vendor` config has no tile of ours: the vendor library, then a pointwise kernel."""
+
+    block_m: int = 0
+    block_n: int = 0  # geglu: of each of the two halves
+    block_k: int = 0
+    num_warps: int = 4
+    num_stages: int = 3
+    slice_n: int = 32  # columns of the tile that the epilogue takes at a time
+    bulk: bool = False  # operands by tensor descriptors (the bulk copy engine)
+    flatten: bool = False  # one pipeline over all tiles of a program: the next tile's loads fly during the epilogue
+    programs_per_sm: int = 0  # of the persistent grid; 0: one program a tile
+    group_m: int = 8
+    vendor: bool = False
+
+
+VENDOR = GemmConfig(vendor=True)
+
+# Exact float32 products run on the scalar units; a small tile keeps the operands of one in registers.
+FLOAT32 = GemmConfig(64, 64, 16, num_warps=4, num_stages=2, slice_n=64)
+# Rows that are not a multiple of 16 bytes: no bulk copies, element-wise loads, fewer in flight.
+UNALIGNED = GemmConfig(128, 64, 32, num_warps=4, num_stages=2)
+
+# (architecture, epilogue) -> rungs (least n, least k, config); the first that fits. None is measured on a GPU yet.
+# The wide tile reads 48 bytes of operands a cycle of matrix work from L2, the square one 64; the square one pays
+# where a wide one would leave processors idle (few columns) or where the epilogue weighs as much as the products
+# (small k): two programs a processor, the epilogue of one under the products of the other.
+_SM_90 = {
+    "act": (
+        (2048, 512, GemmConfig(128, 256, 64, 8, 4, slice_n=64, bulk=True, flatten=True, programs_per_sm=1)),
+        (0, 0, GemmConfig(128, 128, 64, 4, 3, slice_n=32, bulk=True, flatten=True, programs_per_sm=2)),
+    ),
+    "geglu": (
+        (2048, 512, GemmConfig(128, 128, 64, 8, 4, slice_n=32, bulk=True, flatten=True, programs_per_sm=1)),
+        (0, 0, GemmConfig(128, 64, 64, 4, 3, slice_n=32, bulk=True, programs_per_sm=2)),
+    ),
+    "dact": (
+        (2048, 512, GemmConfig(128, 256, 64, 8, 4, slice_n=32, bulk=True, flatten=True, programs_per_sm=1)),
+        (0, 0, GemmConfig(128, 128, 64, 4, 3, slice_n=16, bulk=True, programs_per_sm=2)),
+    ),
+}
+_SM_80 = {
+    "act": ((0, 0, GemmConfig(128, 128, 32, 4, 4, slice_n=32)),),
+    "geglu": ((0, 0, GemmConfig(128, 64, 32, 4, 4, slice_n=32)),),
+    "dact": ((0, 0, GemmConfig(128, 128, 32, 8, 4, slice_n=32)),),
+}
+_SM_120 = {
+    "act": ((0, 0, GemmConfig(128, 128, 32, 8, 3, slice_n=32, bulk=True, programs_per_sm=1)),),
+    "geglu": ((0, 0, GemmConfig(128, 64, 32, 8, 3, slice_n=32, bulk=True, programs_per_sm=1)),),
+    "dact": ((0, 0, GemmConfig(128, 128, 32, 8, 3, slice_n=32, bulk=True, programs_per_sm=1)),),
+}
+_CDNA = {
+    "act": ((0, 0, GemmConfig(128, 128, 64, 8, 2, slice_n=32)),),
+    "geglu": ((0, 0, GemmConfig(128, 64, 64, 8, 2, slice_n=32)),),
+    "dact": ((0, 0, GemmConfig(128, 128, 64, 8, 2, slice_n=32)),),
+}
+LADDERS = {"sm_90": _SM_90, "sm_100": _SM_90, "sm_103": _SM_90, "sm_120": _SM_120, "sm_121": _SM_120, "gfx": _CDNA}
+
+
+def gemm_config(
+    n: int, k: int, dtype: torch.dtype, arch: str, layout: str = "nt", epilogue: str = "none", invariant: bool = False
+) -> GemmConfig:
+    """The launch of op(A) op(B)^T with n columns, summed over k. M has no say: a row's bits must not depend on it.
+
+    epilogue: "none" (with or without bias), "act", "geglu" (two accumulators, n of each), "dact" (backward of both).
+    invariant: not the vendor library, which picks its kernel by M. (layout "tn" sums over the batch in any case.)
+
+    The vendor library multiplies, by reasoning and not by measurement,
+    - without an epilogue: there is nothing to fuse, and it reaches 790 TFLOP/s on an H200;
+    - in float32: exact products run on the scalar units, where it is well ahead, and take so long that one more pass
+      over memory costs little.
+    """
+    if not (invariant and layout != "tn") and (epilogue == "none" or dtype == torch.float32):
+        return VENDOR
+    if dtype == torch.float32:
+        return FLOAT32
+    family = "gfx" if arch.startswith("gfx") else arch
+    rungs = LADDERS.get(family, _SM_80)["act" if epilogue == "none" else epilogue]
+    return next(config for least_n, least_k, config in rungs if n >= least_n and k >= least_k)
+
+
+# ---- batch invariance ------------------------------------------------------------------------------------
+
+_invariant = False
+
+
+def is_batch_invariant() -> bool:
+    """Do linear layers avoid the vendor library, whose choice of kernel depends on the batch?"""
+    return _invariant
+
+
+@contextmanager
+def batch_invariant(enabled: bool = True) -> Iterator[None]:
+    """Within: every product that makes a token's output runs in our GEMM, so its bits do not depend on the batch."""
+    global _invariant
+    before, _invariant = _invariant, enabled
+    try:
+        yield
+    finally:
+        _invariant = before
+
+
+# ---- launchers -------------------------------------------------------------------------------------------
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """[..., N] as [M, N] whose rows are contiguous; a copy only where the strides force one."""
+    x = x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
+    # a row stride under N is an expanded tensor: readable by pointers, not by descriptors
+    return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
+
+
+def _aligned(x: Tensor) -> bool:
+    """Can the bulk copy engine read x [R, C]? Base and row stride in whole 16 bytes."""
+    return x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+
+
+def _operands(a: Tensor, b: Tensor, layout: str, config: GemmConfig) -> tuple[GemmConfig, dict]:
+    """The config that these operands allow, and the kernel's arguments for them."""
+    if config.bulk and not (_aligned(a) and _aligned(b)):
+        config = UNALIGNED
+    arguments = {"stride_a": a.stride(0), "stride_b": b.stride(0), "a": a, "b": b}
+    if config.bulk:
+        m, n, k = config.block_m, config.block_n, config.block_k
+        arguments["a"] = TensorDescriptor.from_tensor(a, [k, m] if layout == "tn" else [m, k])
+        arguments["b"] = TensorDescriptor.from_tensor(b, [n, k] if layout == "nt" else [k, n])
+    blocks = {
+        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
+        "GROUP_M": config.group_m, "SLICE": config.slice_n, "BULK": config.bulk, "FLATTEN": config.flatten,
+        "num_warps": config.num_warps, "num_stages": config.num_stages,
+    }  # fmt: skip
+    return config, arguments | blocks
+
+
+def _grid(m: int, n: int, config: GemmConfig, device: torch.device) -> tuple[int]:
+    tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
+    if not config.programs_per_sm:
+        return (tiles,)
+    return (min(tiles, config.programs_per_sm * _device.multiprocessors(device.index)),)
+
+
+def gemm(
+    a: Tensor, b: Tensor, bias: Tensor | None, layout: str, config: GemmConfig,
+    activation: str = "none", save_h: bool = False,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """(act(c + bias), c + bias if save_h) of matrices whose rows are contiguous, by our kernel. See the layouts above.
+
+    geglu (nt): b is [2N, K], bias [2N], the saved pre-activation [M, 2N].
+    """
+    m, k = (a.shape[1], a.shape[0]) if layout == "tn" else a.shape
+    width = b.shape[0] if layout == "nt" else b.shape[1]
+    n = width // 2 if activation == "geglu" else width
+    y = a.new_empty(m, n)
+    h = a.new_empty(m, width) if save_h else None
+    if y.numel() == 0:
+        return y, h
+    config, operands = _operands(a, b, layout, config)
+    _linear_act_kernel[_grid(m, n, config, a.device)](
+        **operands, bias_ptr=bias, y_ptr=y, h_ptr=h,
+        stride_y=n, stride_h=width, m=m, n=n, k=k, LAYOUT=layout, ACTIVATION=activation,
+    )  # fmt: skip
+    return y, h
+
+
+def gemm_dact(
+    dy: Tensor, weight: Tensor, h: Tensor, activation: str, config: GemmConfig, want_a: bool, want_dbias: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """dh = (dy weight) * act'(h), and on request a = act(h) and the column sums of dh in float32.
+
+    dy [M, K], weight [K, N], h [M, N] (geglu [M, 2N]), rows contiguous.
+    """
+    (m, k), n = dy.shape, weight.shape[1]
+    dh = h.new_empty(h.shape)
+    a = h.new_empty(m, n) if want_a else None
+    if dh.numel() == 0:
+        return dh, a, h.new_zeros(h.shape[1], dtype=torch.float32) if want_dbias else None
+    config, operands = _operands(dy, weight, "nn", config)
+    blocks_m = triton.cdiv(m, config.block_m)
+    dbias_part = h.new_empty(blocks_m, h.shape[1], dtype=torch.float32) if want_dbias else None
+    _dact_kernel[_grid(m, n, config, dy.device)](
+        **operands, h_ptr=h, dh_ptr=dh, act_ptr=a, dbias_part_ptr=dbias_part,
+        stride_h=h.stride(0), stride_dh=h.shape[1], stride_act=n, stride_dbias=h.shape[1],
+        m=m, n=n, k=k, ACTIVATION=activation,
+    )  # fmt: skip
+    return dh, a, dbias_part.sum(0) if want_dbias else None
+
+
+def matmul(a: Tensor, b: Tensor, bias: Tensor | None = None, layout: str = "nt", invariant: bool = False) -> Tensor:
+    """op(A) op(B)^T + bias by whomever `gemm_config` names."""
+    n, k = b.shape if layout == "nt" else (b.shape[1], b.shape[0])
+    config = gemm_config(n, k, a.dtype, _device.arch(a.device.index), layout, "none", invariant)
+    if not config.vendor:
+        return gemm(a, b, bias, layout, config)[0]
+    if layout == "nt":
+        return F.linear(a, b, bias)
+    return torch.mm(a if layout == "nn" else a.t(), b)
+
+
+# ---- what the operators of this floor share --------------------------------------------------------------
+
+
+def cast_for_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors in autocast's dtype where it is on, as F.linear would have them; gradients come back cast."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if t is not None and t.is_floating_point() else t for t in tensors)
+
+
+def wants_grad(*tensors: Tensor | None) -> bool:
+    """Will a backward pass come?"""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def expect_one_dtype(op: str, **tensors: Tensor | None) -> None:
+    """Raises TypeError unless all tensors share one dtype that the kernels compute in."""
+    dtypes = {name: t.dtype for name, t in tensors.items() if t is not None}
+    kinds = set(dtypes.values())
+    if len(kinds) > 1 or not kinds <= set(DTYPES):
+        raise TypeError(f"{op}: all tensors must share one dtype of {DTYPES}, got {dtypes}")
