@@ -13,12 +13,13 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test lint format clean
+.PHONY: help install demo test verify lint format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo     encode some real sentences with a real BERT, and ask them questions"
 	@echo "make test     run the tests; without a GPU the kernels run through Triton's interpreter"
+	@echo "make verify   check every operator on this machine against the reference"
 	@echo "make lint     check code and format"
 	@echo "make format   apply both"
 	@echo "make install  only make the environment, in $(VENV)"
@@ -40,6 +41,9 @@ demo: $(INSTALLED)
 # The interpreter runs one program at a time, in Python: processes help, threads of torch only get in their way.
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(JOBS)
+
+verify: $(INSTALLED)
+	@$(BIN)/python -m fastbert verify
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -1,0 +1,108 @@
+"""What gets installed, and under which names."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def python(code: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    """Runs code in a fresh interpreter; `cwd` is on its sys.path, as it is for a person who types `python` there."""
+    inherited = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, env=inherited | environment, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """The wheel of this source tree, built in a copy of it: nothing old in build/ gets in, nothing new stays."""
+    pytest.importorskip("build", reason="needs the test extra")
+    folder = tmp_path_factory.mktemp("source")
+    ignored = shutil.ignore_patterns("__pycache__")
+    for name in ("fastbert", "kernels"):
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", "dist", "."]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (built,) = (folder / "dist").glob("*.whl")
+    return built
+
+
+def test_wheel_holds_every_module_and_no_other_top_level_name(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for folder, installed in (("fastbert", "fastbert"), ("kernels", "fastbert/kernels")):
+        for path in (ROOT / folder).rglob("*.py"):
+            assert f"{installed}/{path.relative_to(ROOT / folder).as_posix()}" in names
+    assert {"fastbert/py.typed", "fastbert/data/devils_dictionary.txt", "fastbert/data/README.md"} <= names
+    top_level = {name.split("/")[0] for name in names}
+    assert {name for name in top_level if not name.endswith(".dist-info")} == {"fastbert"}
+
+
+def test_wheel_runs(wheel, tmp_path):
+    """Unpacked somewhere else, it finds its own kernels and data there, and computes."""
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    code = (
+        "import fastbert, fastbert.demo, fastbert.kernels, torch\n"
+        "model = fastbert.BertModel(fastbert.BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1,\n"
+        "    num_attention_heads=2, intermediate_size=8), impl='native').eval()\n"
+        "print(fastbert.__file__, fastbert.kernels.__file__, len(fastbert.demo.entries()),\n"
+        "    tuple(model(torch.tensor([[1, 2, 3]])).last_hidden_state.shape), sep='\\n')"
+    )
+    result = python(code, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    files = [str(tmp_path / "fastbert" / name) for name in ("__init__.py", "kernels/__init__.py")]
+    assert result.stdout.splitlines() == [*files, "400", "(1, 3, 8)"]
+
+
+def test_bare_kernels_is_refused():
+    """`kernels` is another package's name."""
+    result = python("import kernels", cwd=ROOT)
+    assert "ImportError: this package is fastbert.kernels, not 'kernels'" in result.stderr
+    # elsewhere it is not even found
+    found = python("from importlib.util import find_spec; print(find_spec('kernels'))", cwd=ROOT / "tests")
+    assert str(ROOT / "kernels") not in found.stdout + found.stderr
+
+
+def test_transformers_works_in_the_root_of_the_repository():
+    """transformers looks for a package named kernels: it found our folder, imported it, and fell over the refusal."""
+    pytest.importorskip("transformers", reason="it is transformers that must work")
+    code = "import fastbert.functional; from transformers import BertModel; print(BertModel.__name__)"
+    result = python(code, cwd=ROOT)
+    assert result.stdout == "BertModel\n", result.stderr
+
+
+WITHOUT = """
+import sys
+for name in {blocked}:
+    sys.modules[name] = None  # importing it raises ImportError
+import fastbert, torch
+from fastbert import BertConfig, BertModel, Encoder
+from fastbert.cli import main
+sizes = dict(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+model = BertModel(BertConfig(**sizes)).eval()
+model(torch.tensor([[1, 2, 3]])).last_hidden_state.sum().backward()
+print([name for name in ("triton", "transformers", "sentence_transformers") if sys.modules.get(name)])
+try:
+    BertModel(BertConfig(**sizes), impl="triton")(torch.tensor([[1, 2, 3]]))
+except RuntimeError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("blocked", [["triton", "transformers"], []], ids=["absent", "unused"])
+def test_neither_triton_nor_transformers_is_needed_on_a_cpu(blocked):
+    result = python(WITHOUT.format(blocked=blocked), cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    used, refusal = result.stdout.splitlines()
+    assert used == "[]"
+    assert refusal.startswith('impl="triton" cannot run here: ')
+    assert ("triton is not installed" in refusal) == bool(blocked)
