@@ -36,9 +36,11 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _device
+from ._compile import CompileCase
 from ._library import register
 from .layer_norm import (
     MAX_WIDTH,
+    TRITON_TYPES,
     _dropout_mask,
     _moments,
     dropout_arguments,
@@ -480,3 +482,58 @@ def embedding_layer_norm(
     return _embedding_fwd(input_ids, token_type_ids, positions, *tables, eps, seed, row_ids, dropout_p, stream, False)[
         0
     ]
+
+
+# ---- for the offline compiler ----------------------------------------------------------------------------
+
+# one width for every step of the ladders, and those of BERT-base, large and MiniLM
+_WIDTHS = (16, 32, 64, 128, 256, 384, 512, 768, 1024, 2048, 4096, 8192)
+
+
+def compile_cases(arch: str) -> list[CompileCase]:
+    """Every config of the ladders, with all tables, dropout and gradients: the most registers a launch can need."""
+    cases = []
+    for dtype in (torch.bfloat16, torch.float32):
+        d = f"*{TRITON_TYPES[dtype]}"
+        ids = dict.fromkeys(("input_ids_ptr", "token_type_ids_ptr", "positions_ptr"), "*i64")
+        tables = dict.fromkeys(("word_ptr", "token_type_ptr", "position_ptr", "weight_ptr"), d)
+        stats = {"mean_ptr": "*fp32", "rstd_ptr": "*fp32"}
+        sizes = dict.fromkeys(("n_tokens", "n_words", "n_types", "n_positions"), "i32")
+        dropout = {
+            "seed_ptr": "*i64", "row_ids_ptr": "*i64", "stream": "i32", "threshold": "i64", "keep_scale": "fp32",
+        }  # fmt: skip
+        sums = dict.fromkeys(("dweight_part_ptr", "dbias_part_ptr", "dtype0_part_ptr", "dtype1_part_ptr"), "*fp32")
+        order = {"dz_ptr": d, "sorted_ids_ptr": "*i64", "order_ptr": "*i64", "chunk_sum_ptr": "*fp32"}
+        for n_cols in _WIDTHS:
+            scatter = scatter_config(n_cols)
+            chunk = {"CHUNK": scatter.chunk}
+            kernels = [
+                (
+                    "embedding_layer_norm_fwd", _embedding_fwd_kernel, norm_fwd_config(n_cols), {},
+                    ids | tables | {"bias_ptr": d, "y_ptr": d, "eps": "fp32"} | stats | sizes | dropout,
+                ),
+                (
+                    "embedding_layer_norm_bwd", _embedding_bwd_kernel, norm_bwd_config(n_cols), {},
+                    ids | tables | {"dy_ptr": d, "dz_ptr": d, "tokens_per_step": "i32", "stride_dym": "i32"}
+                    | stats | sums | sizes | dropout,
+                ),
+                ("sum_chunks", _sum_chunks_kernel, scatter, chunk, order),
+                (
+                    "sum_table_rows", _sum_table_rows_kernel, scatter, chunk,
+                    order | {"ends_ptr": "*i64", "dtable_ptr": d, "n_table": "i32", "skip_row": "i32"},
+                ),
+            ]  # fmt: skip
+            for name, kernel, config, constexprs, signature in kernels:
+                cases.append(
+                    CompileCase(
+                        name=f"{name}[{d[1:]},N={n_cols}]",
+                        kernel=kernel,
+                        signature=signature,
+                        constexprs=constexprs | {"N": n_cols, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n},
+                        num_warps=config.num_warps,
+                        num_stages=3,
+                        aligned=tuple(a for a in signature if a.endswith("_ptr") or a.startswith("stride")),
+                        fast=n_cols in (384, 768) and dtype == torch.bfloat16,
+                    )
+                )
+    return cases

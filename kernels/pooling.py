@@ -1,0 +1,402 @@
+"""One vector a packed sequence, forward and backward: mean, first token, maximum, and an optional L2 norm.
+
+Forward, x [T, N], sequence b being tokens cu_seqlens[b] to cu_seqlens[b + 1], n of them, all sums in fp32:
+
+    p = sum over its tokens / n | its first token | max over its tokens      [B, N];  0 where n = 0
+    y = p / max(|p|, 1e-12) with normalize, else p                           [B, N]
+
+Backward:
+
+    dp = (dy - u (u . dy)) / |p| with u = p / |p|; where |p| < 1e-12, dy / 1e-12; without normalize, dy     [B, N]
+    dx[t] = dp / n | dp at the first token, else 0 | dp / ties where x[t] = p, else 0                       [T, N]
+
+with ties [B, N], the number of tokens that hold the maximum: they share its gradient evenly, as torch.amax does.
+Saved: nothing but cu_seqlens for mean and cls; p in fp32 with normalize; x, p and ties for max.
+
+Mean and max run in two steps, since one program could take 8,192 tokens and others five: each sequence is cut, from
+its own start, in chunks of 128 tokens, a program sums one chunk's columns, and one program a sequence adds its
+chunks' sums in order. The cut depends on nothing but the sequence, so neither do the bits.
+
+No length is read by the host. Chunk c of sequence b has slot cu_seqlens[b] // CHUNK + b + c: slots of different
+sequences never meet, and there are at most T // CHUNK + B of them, which is the grid. A program finds its sequence
+by bisection.
+
+Bytes moved, b an element: forward reads x and writes y: (T + B) N b, plus at least 8 B N and about
+8 N (T / CHUNK + B / 2) bytes of partial sums; cls reads and writes only B N b. Backward writes dx: T N b (max
+also reads x), plus dy and p once for each chunk of 32 tokens.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from ._compile import CompileCase
+from ._library import register
+from .layer_norm import MAX_WIDTH, TRITON_TYPES, rows_of
+
+MODES = ("mean", "cls", "max")
+
+# ---- configs ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PoolConfig:
+    """Tokens a chunk, tokens loaded at once, columns a program, warps."""
+
+    chunk: int
+    block_m: int
+    block_n: int
+    num_warps: int
+
+
+def pool_fwd_config(n_cols: int) -> PoolConfig:
+    """Tiles of 32 tokens x 128 columns: four 16-byte loads of bf16 a lane, in rows of 256 bytes.
+
+    Narrow programs, since one sequence of 8,192 tokens and 768 columns must still fill the machine: 6 column blocks
+    x 64 chunks are 384 programs, each four tiles deep.
+    """
+    return PoolConfig(chunk=128, block_m=32, block_n=min(128, max(16, triton.next_power_of_2(n_cols))), num_warps=4)
+
+
+def pool_row_config(n_cols: int) -> PoolConfig:
+    """Whole rows, for what needs the norm: 8 columns a lane up to 8,192; short chunks, since here chunks only share
+    out writes and carry no sum. Eight partial sums at once where registers allow it."""
+    block_n = max(16, triton.next_power_of_2(n_cols))
+    num_warps = min(16, max(1, block_n // 256))
+    return PoolConfig(chunk=32, block_m=max(1, min(4, 4096 // block_n)), block_n=block_n, num_warps=num_warps)
+
+
+# ---- device code -----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _nan_max(a, b):
+    """Maximum that keeps NaN, as torch.amax does."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _find_chunk(cu_seqlens_ptr, slot, last, n_seqs, n_tokens, CHUNK: tl.constexpr):
+    """(first token, end, sequence <= last) of the chunk in this slot; first >= end where the slot is empty.
+
+    Sequence n_seqs stands for tokens past the last sequence, if there are any.
+    """
+    # the last sequence whose first slot is at most this one; that of sequence 0 is 0
+    low, high = slot * 0, slot * 0 + last
+    while low < high:
+        middle = (low + high + 1) // 2
+        fits = tl.load(cu_seqlens_ptr + middle) // CHUNK + middle <= slot
+        low = tl.where(fits, middle, low)
+        high = tl.where(fits, high, middle - 1)
+    seq_start = tl.load(cu_seqlens_ptr + low)
+    seq_end = tl.load(cu_seqlens_ptr + low + 1, mask=low < n_seqs, other=n_tokens)
+    first = seq_start + (slot - seq_start // CHUNK - low) * CHUNK
+    return first, tl.minimum(first + CHUNK, seq_end), low
+
+
+@triton.jit(do_not_specialize=["n_seqs", "n_tokens"])
+def _pool_chunks_kernel(
+    x_ptr, cu_seqlens_ptr,         # in:  [T, N], [B + 1]
+    part_ptr, ties_part_ptr,       # out: [slots, N] fp32: sums, or maxima and how many tokens hold them
+    n_seqs, n_tokens, stride_xm,
+    N: tl.constexpr, MAX: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    slot = tl.program_id(0)
+    first, end, _ = _find_chunk(cu_seqlens_ptr, slot, n_seqs - 1, n_seqs, n_tokens, CHUNK)
+    if first >= end:
+        return
+
+    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = cols < N
+    # lane m of acc takes every BLOCK_M-th token of the chunk
+    acc = tl.full((BLOCK_M, BLOCK_N), float("-inf") if MAX else 0.0, tl.float32)
+    ties = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for token in range(first, end, BLOCK_M):
+        tokens = token + tl.arange(0, BLOCK_M)
+        mask = (tokens < end)[:, None] & mask_n[None, :]
+        x_ptrs = x_ptr + tokens.to(tl.int64)[:, None] * stride_xm + cols[None, :]
+        if MAX:
+            x = tl.load(x_ptrs, mask=mask, other=float("-inf")).to(tl.float32)
+            higher = _nan_max(acc, x)
+            if ties_part_ptr is not None:
+                ties = tl.where(acc == higher, ties, 0.0) + tl.where(mask & (x == higher), 1.0, 0.0)
+            acc = higher
+        else:
+            acc += tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
+
+    offsets = slot.to(tl.int64) * N + cols
+    if MAX:
+        highest = tl.reduce(acc, 0, _nan_max)
+        tl.store(part_ptr + offsets, highest, mask=mask_n)
+        if ties_part_ptr is not None:
+            ties = tl.where(acc == highest[None, :], ties, 0.0)
+            tl.store(ties_part_ptr + offsets, tl.sum(ties, axis=0), mask=mask_n)
+    else:
+        tl.store(part_ptr + offsets, tl.sum(acc, axis=0), mask=mask_n)
+
+
+@triton.jit
+def _pool_rows_kernel(
+    x_ptr, cu_seqlens_ptr, part_ptr, ties_part_ptr,   # in:  [T, N] for cls, [B + 1], [slots, N]; None if absent
+    y_ptr, pooled_ptr, ties_ptr,                      # out: [B, N]; the last two fp32, None if not wanted
+    stride_xm,
+    N: tl.constexpr, MODE: tl.constexpr, NORMALIZE: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    seq = tl.program_id(0).to(tl.int64)
+    seq_start = tl.load(cu_seqlens_ptr + seq).to(tl.int64)
+    seqlen = tl.load(cu_seqlens_ptr + seq + 1).to(tl.int64) - seq_start
+    cols = tl.arange(0, BLOCK_N)
+    mask_n = cols < N
+
+    if MODE == "cls":
+        pooled = tl.load(x_ptr + seq_start * stride_xm + cols, mask=mask_n & (seqlen > 0), other=0.0).to(tl.float32)
+    else:
+        slot = seq_start // CHUNK + seq
+        end = slot + (seqlen + CHUNK - 1) // CHUNK
+        acc = tl.full((BLOCK_M, BLOCK_N), float("-inf") if MODE == "max" else 0.0, tl.float32)
+        ties = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for first in range(slot, end, BLOCK_M):
+            slots = first + tl.arange(0, BLOCK_M)
+            mask = (slots < end)[:, None] & mask_n[None, :]
+            offsets = slots[:, None] * N + cols[None, :]
+            if MODE == "max":
+                part = tl.load(part_ptr + offsets, mask=mask, other=float("-inf"))
+                higher = _nan_max(acc, part)
+                if ties_ptr is not None:
+                    ties_part = tl.load(ties_part_ptr + offsets, mask=mask, other=0.0)
+                    ties = tl.where(acc == higher, ties, 0.0) + tl.where(part == higher, ties_part, 0.0)
+                acc = higher
+            else:
+                acc += tl.load(part_ptr + offsets, mask=mask, other=0.0)
+        if MODE == "max":
+            pooled = tl.where(mask_n & (seqlen > 0), tl.reduce(acc, 0, _nan_max), 0.0)
+            if ties_ptr is not None:
+                ties = tl.where(acc == pooled[None, :], ties, 0.0)
+                tl.store(ties_ptr + seq * N + cols, tl.sum(ties, axis=0), mask=mask_n)
+        else:
+            pooled = tl.sum(acc, axis=0) / tl.maximum(seqlen, 1).to(tl.float32)
+
+    y = pooled
+    if NORMALIZE:
+        y = pooled / tl.maximum(tl.sqrt_rn(tl.sum(pooled * pooled, axis=0)), 1e-12)
+    tl.store(y_ptr + seq * N + cols, y.to(y_ptr.dtype.element_ty), mask=mask_n)
+    if pooled_ptr is not None:
+        tl.store(pooled_ptr + seq * N + cols, pooled, mask=mask_n)
+
+
+@triton.jit(do_not_specialize=["n_seqs", "n_tokens"])
+def _pool_bwd_kernel(
+    dy_ptr, cu_seqlens_ptr, x_ptr, pooled_ptr, ties_ptr,   # in:  [B, N], [B + 1], [T, N], [B, N], [B, N]
+    dx_ptr,                                                # out: [T, N]
+    n_seqs, n_tokens, stride_dyb, stride_xm,
+    N: tl.constexpr, MODE: tl.constexpr, NORMALIZE: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    first, end, seq = _find_chunk(cu_seqlens_ptr, tl.program_id(0), n_seqs, n_seqs, n_tokens, CHUNK)
+    if first >= end:
+        return
+
+    seq = seq.to(tl.int64)
+    seq_start = tl.load(cu_seqlens_ptr + seq)
+    seqlen = tl.load(cu_seqlens_ptr + seq + 1, mask=seq < n_seqs, other=n_tokens) - seq_start
+    cols = tl.arange(0, BLOCK_N)
+    mask_n = cols < N
+
+    # tokens past the last sequence have dp = 0
+    mask_dp = mask_n & (seq < n_seqs)
+    dp = tl.load(dy_ptr + seq * stride_dyb + cols, mask=mask_dp, other=0.0).to(tl.float32)
+    if MODE == "max" or NORMALIZE:
+        pooled = tl.load(pooled_ptr + seq * N + cols, mask=mask_dp, other=0.0)
+    if NORMALIZE:
+        norm = tl.sqrt_rn(tl.sum(pooled * pooled, axis=0))
+        unit = pooled / tl.maximum(norm, 1e-12)
+        along = tl.where(norm >= 1e-12, tl.sum(unit * dp, axis=0), 0.0)
+        dp = (dp - unit * along) / tl.maximum(norm, 1e-12)
+    if MODE == "mean":
+        dp /= seqlen.to(tl.float32)
+    if MODE == "max":
+        dp /= tl.load(ties_ptr + seq * N + cols, mask=mask_dp, other=1.0)
+
+    for token in range(first, end, BLOCK_M):
+        tokens = token + tl.arange(0, BLOCK_M)
+        mask = (tokens < end)[:, None] & mask_n[None, :]
+        dx = tl.zeros((BLOCK_M, BLOCK_N), tl.float32) + dp[None, :]
+        if MODE == "cls":
+            dx = tl.where((tokens == seq_start)[:, None], dx, 0.0)
+        if MODE == "max":
+            x_ptrs = x_ptr + tokens.to(tl.int64)[:, None] * stride_xm + cols[None, :]
+            x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
+            dx = tl.where(x == pooled[None, :], dx, 0.0)
+        dx_ptrs = dx_ptr + tokens.to(tl.int64)[:, None] * N + cols[None, :]
+        tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+
+
+# ---- launchers -------------------------------------------------------------------------------------------
+
+
+def _launch_fwd(x, cu_seqlens, mode, normalize, want_saved):
+    y, pooled, ties = outs = _fake_fwd(x, cu_seqlens, mode, normalize, want_saved)
+    n_seqs, n_cols = y.shape
+    if n_seqs == 0:
+        return outs
+    x, cu_seqlens = rows_of(x, n_cols), cu_seqlens.contiguous()
+    want_ties = want_saved and mode == "max"
+    chunks, rows = pool_fwd_config(n_cols), pool_row_config(n_cols)
+    part = ties_part = None
+    if mode != "cls":
+        slots = x.shape[0] // chunks.chunk + n_seqs
+        part = x.new_empty((slots, n_cols), dtype=torch.float32)
+        ties_part = torch.empty_like(part) if want_ties else None
+        _pool_chunks_kernel[(slots, triton.cdiv(n_cols, chunks.block_n))](
+            x_ptr=x, cu_seqlens_ptr=cu_seqlens, part_ptr=part, ties_part_ptr=ties_part,
+            n_seqs=n_seqs, n_tokens=x.shape[0], stride_xm=x.stride(0),
+            N=n_cols, MAX=mode == "max", CHUNK=chunks.chunk,
+            BLOCK_M=chunks.block_m, BLOCK_N=chunks.block_n, num_warps=chunks.num_warps,
+        )  # fmt: skip
+    _pool_rows_kernel[(n_seqs,)](
+        x_ptr=x if mode == "cls" else None, cu_seqlens_ptr=cu_seqlens, part_ptr=part, ties_part_ptr=ties_part,
+        y_ptr=y, pooled_ptr=pooled if pooled.numel() else None, ties_ptr=ties if want_ties else None,
+        stride_xm=x.stride(0),
+        N=n_cols, MODE=mode, NORMALIZE=normalize, CHUNK=chunks.chunk,
+        BLOCK_M=rows.block_m, BLOCK_N=rows.block_n, num_warps=rows.num_warps,
+    )  # fmt: skip
+    return outs
+
+
+def _fake_fwd(x, cu_seqlens, mode, normalize, want_saved):
+    """(y, pooled, ties); what is not wanted has no elements."""
+    shape = (cu_seqlens.shape[0] - 1, x.shape[1])
+    want_pooled = want_saved and (normalize or mode == "max")
+    return (
+        x.new_empty(shape),
+        x.new_empty(shape if want_pooled else (0,), dtype=torch.float32),
+        x.new_empty(shape if want_saved and mode == "max" else (0,), dtype=torch.float32),
+    )
+
+
+def _launch_bwd(dy, cu_seqlens, x, pooled, ties, n_tokens, mode, normalize):
+    dx = _fake_bwd(dy, cu_seqlens, x, pooled, ties, n_tokens, mode, normalize)
+    n_seqs, n_cols = dy.shape
+    if dx.numel() == 0 or n_seqs == 0:
+        return dx.zero_()
+    dy, x, cu_seqlens = rows_of(dy, n_cols), rows_of(x, n_cols), cu_seqlens.contiguous()
+    config = pool_row_config(n_cols)
+    _pool_bwd_kernel[(n_tokens // config.chunk + n_seqs + 1,)](
+        dy_ptr=dy, cu_seqlens_ptr=cu_seqlens, x_ptr=x, pooled_ptr=pooled, ties_ptr=ties, dx_ptr=dx,
+        n_seqs=n_seqs, n_tokens=n_tokens, stride_dyb=dy.stride(0), stride_xm=0 if x is None else x.stride(0),
+        N=n_cols, MODE=mode, NORMALIZE=normalize, CHUNK=config.chunk,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps,
+    )  # fmt: skip
+    return dx
+
+
+def _fake_bwd(dy, cu_seqlens, x, pooled, ties, n_tokens, mode, normalize):
+    return dy.new_empty((n_tokens, dy.shape[1]))
+
+
+_pool_fwd = register(
+    "pool_fwd(Tensor x, Tensor cu_seqlens, str mode, bool normalize, bool want_saved) -> (Tensor, Tensor, Tensor)",
+    _launch_fwd,
+    _fake_fwd,
+)
+_pool_bwd = register(
+    "pool_bwd(Tensor dy, Tensor cu_seqlens, Tensor? x, Tensor? pooled, Tensor? ties, SymInt n_tokens, str mode, "
+    "bool normalize) -> Tensor",
+    _launch_bwd,
+    _fake_bwd,
+)
+
+
+# ---- autograd --------------------------------------------------------------------------------------------
+
+
+class _Pool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, cu_seqlens, mode, normalize):
+        y, pooled, ties = _pool_fwd(x, cu_seqlens, mode, normalize, True)
+        is_max = mode == "max"
+        ctx.save_for_backward(
+            cu_seqlens, x if is_max else None, pooled if is_max or normalize else None, ties if is_max else None
+        )
+        ctx.options = x.shape[0], mode, normalize
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        return _pool_bwd(dy, *ctx.saved_tensors, *ctx.options), None, None, None
+
+
+# ---- public ----------------------------------------------------------------------------------------------
+
+
+def pool(x, cu_seqlens, mode="mean", normalize=False):
+    """One vector a sequence: x [T, N], cu_seqlens [B + 1] -> [B, N] in x's dtype, N up to 8,192; see `functional`."""
+    if mode not in MODES:
+        raise ValueError(f"pool: mode must be one of {MODES}, got {mode!r}")
+    if not 1 <= x.shape[1] <= MAX_WIDTH:
+        raise ValueError(f"the Triton pool takes rows of 1 to {MAX_WIDTH} elements, got {x.shape[1]}")
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Pool.apply(x, cu_seqlens, mode, normalize)
+    return _pool_fwd(x, cu_seqlens, mode, normalize, False)[0]
+
+
+# ---- for the offline compiler ----------------------------------------------------------------------------
+
+# one width for every step of the two ladders, and those of BERT-base, large and MiniLM
+_WIDTHS = (16, 64, 128, 384, 768, 1024, 2048, 4096, 8192)
+
+
+def compile_cases(arch: str) -> list[CompileCase]:
+    """Every config of the ladders, in the modes that need most registers."""
+    cases = []
+    for dtype in (torch.bfloat16, torch.float32):
+        d = f"*{TRITON_TYPES[dtype]}"
+        cu_seqlens = {"cu_seqlens_ptr": "*i32"}
+        sizes = {"n_seqs": "i32", "n_tokens": "i32"}
+        for n_cols in _WIDTHS:
+            chunks, rows = pool_fwd_config(n_cols), pool_row_config(n_cols)
+            for mode in ("mean", "max"):
+                # what only the maximum has
+                ties_part, ties, x = (
+                    {name: kind if mode == "max" else None} for name, kind in
+                    (("ties_part_ptr", "*fp32"), ("ties_ptr", "*fp32"), ("x_ptr", d))
+                )  # fmt: skip
+                parts = {"part_ptr": "*fp32"} | ties_part
+                saved = {"pooled_ptr": "*fp32"} | ties
+                options = {"MODE": mode, "NORMALIZE": True}
+                kernels = [
+                    (
+                        "pool_chunks", _pool_chunks_kernel, chunks, {"MAX": mode == "max", "CHUNK": chunks.chunk},
+                        {"x_ptr": d, "stride_xm": "i32"} | cu_seqlens | parts | sizes,
+                    ),
+                    (
+                        "pool_rows", _pool_rows_kernel, rows, {"CHUNK": chunks.chunk, "x_ptr": None} | options,
+                        {"y_ptr": d, "stride_xm": "i32"} | cu_seqlens | parts | saved,
+                    ),
+                    (
+                        "pool_bwd", _pool_bwd_kernel, rows, {"CHUNK": rows.chunk} | options,
+                        {"dy_ptr": d, "dx_ptr": d, "stride_dyb": "i32", "stride_xm": "i32"}
+                        | cu_seqlens | x | saved | sizes,
+                    ),
+                ]  # fmt: skip
+                for name, kernel, config, constexprs, arguments in kernels:
+                    signature = {name: kind for name, kind in arguments.items() if kind is not None}
+                    absent = dict.fromkeys(arguments.keys() - signature.keys())
+                    blocks = {"N": n_cols, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
+                    cases.append(
+                        CompileCase(
+                            name=f"{name}[{mode},{d[1:]},N={n_cols}]",
+                            kernel=kernel,
+                            signature=signature,
+                            constexprs=constexprs | absent | blocks,
+                            num_warps=config.num_warps,
+                            num_stages=3,
+                            aligned=tuple(a for a in signature if a.endswith("_ptr") or a.startswith("stride")),
+                            fast=n_cols in (384, 768) and dtype == torch.bfloat16,
+                        )
+                    )
+    return cases
