@@ -10,8 +10,10 @@ than there is, or lacks the matrix instructions or bulk copies it is meant to ha
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import importlib.util
+import io
 import json
 import multiprocessing
 import os
@@ -116,14 +118,22 @@ def report_case(module: str, index: int, arch: str) -> Report:
     case = _cases(module, arch)[index]
     report = Report(module.rsplit(".", 1)[-1], case.name, arch, warps=case.num_warps)
     try:
-        compiled = compile_case(case, arch)
+        with contextlib.redirect_stdout(io.StringIO()):  # where ptxas fails Triton prints the whole program
+            compiled = compile_case(case, arch)
         _read(report, case, compiled, ARCHES[arch])
         report.failures = judge(report, case, ARCHES[arch])
     except Exception as error:  # whatever the compiler throws is this case's result
-        lines = str(error).strip().splitlines() or [""]
-        report.error = f"{type(error).__name__}: {lines[-1] if 'error' in lines[-1].lower() else lines[0]}"
+        report.error = _reason(error)
         report.failures = ["does not compile"]
     return report
+
+
+def _reason(error: BaseException) -> str:
+    """The line that says what is wrong: Triton quotes the source around it, ptxas a command to repeat."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {next((line for line in lines if 'fatal' in line), lines[-1])}"
 
 
 def compile_case(case, arch: str):
@@ -209,7 +219,10 @@ def _occupancy(report: Report, arch: Arch, tensor_memory: int) -> None:
 
 
 def _loop(loop: machine_code.Code, warps: int, arch: Arch) -> dict[str, Any]:
-    """Mix of one inner loop (as one warp issues it), and the least cycles of one iteration of a CTA by unit."""
+    """Mix of one inner loop (as one warp issues it), and the least cycles of one iteration of a CTA by unit.
+
+    An iteration is one of the machine code: the compiler may have unrolled the kernel's own loop.
+    """
     mix = machine_code.instruction_mix(loop)
     flops = machine_code.matrix_flops(loop, warps)
     lanes = arch.target[2]

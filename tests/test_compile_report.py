@@ -1,0 +1,232 @@
+"""`benchmarks.compile_report` finds each faulty kernel of `example_kernels.py`, and passes the good ones."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fastbert.kernels import _device
+
+ROOT = Path(__file__).resolve().parents[1]
+needs_triton = pytest.mark.skipif(not _device.HAS_TRITON, reason="triton is not installed")
+
+
+def _report(*arguments: str) -> subprocess.CompletedProcess:
+    """The command line on the example kernels."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "benchmarks.compile_report", "--module", "example_kernels", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory):
+    """(finished process, {(arch, name): report}) of all example kernels; compiled once for all tests."""
+    out = tmp_path_factory.mktemp("report") / "report.json"
+    done = _report("--arch", "sm_80,gfx942,sm_90", "--json", str(out))
+    assert out.exists(), done.stderr
+    return done, {(r["arch"], r["name"]): r for r in json.loads(out.read_text())["kernels"]}
+
+
+# ---- the command -----------------------------------------------------------------------------------------
+
+
+@needs_triton
+def test_good_kernels_pass(everything):
+    _, reports = everything
+    good = [r for (_, name), r in reports.items() if name.startswith("good")]
+    assert len(good) == 8
+    assert [r["failures"] for r in good] == [[]] * 8
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("arch", "name", "failure"),
+    [
+        ("sm_80", "spills", "spills ("),
+        ("sm_90", "spills", "spills ("),
+        ("sm_80", "matrix_missing", "no matrix instructions (HMMA), found none"),
+        ("sm_90", "matrix_missing", "no matrix instructions (HGMMA), found none"),
+        ("gfx942", "matrix_missing", "no matrix instructions (v_mfma), found none"),
+        ("sm_80", "shared_over", "shared memory 245760 > 166912"),
+        ("sm_90", "shared_over", "shared memory 2"),
+        ("gfx942", "shared_over", "shared memory "),
+        ("sm_90", "copies_missing", "no bulk copies (UTMALDG|UBLKCP)"),
+        ("sm_90", "block_of_1000", "does not compile"),
+        ("sm_90", "too_few_registers", "does not compile"),
+        ("sm_90", "argument_forgotten", "does not compile"),
+        ("sm_90", "aborts", "does not compile"),
+    ],
+)
+def test_each_fault_is_found(everything, arch, name, failure):
+    done, reports = everything
+    (found,) = reports[arch, name]["failures"]
+    assert found.startswith(failure)
+    assert done.returncode == 1
+
+
+@needs_triton
+def test_bulk_copies_are_asked_only_where_the_architecture_has_them(everything):
+    _, reports = everything
+    assert reports["sm_80", "copies_missing"]["failures"] == []
+    assert reports["gfx942", "copies_missing"]["failures"] == []
+
+
+@needs_triton
+def test_errors_say_what_is_wrong(everything):
+    done, reports = everything
+    errors = {name: r["error"] for (_, name), r in reports.items() if r["error"]}
+    assert errors.pop("too_few_registers").startswith("PTXASError: ptxas fatal")
+    assert errors == {
+        "block_of_1000": "ValueError: arange's range must be a power of 2",
+        "argument_forgotten": "ValueError: the case says nothing of copy_rows's n_cols, y_ptr",
+        "aborts": "the compiler aborted",
+    }
+    assert "TRITON_INTERPRET is set: starting again without it" in done.stderr
+    assert ".version" not in done.stdout, "ptxas's input has no place in a report"
+
+
+@needs_triton
+def test_facts_are_read_from_the_machine_code(everything):
+    _, reports = everything
+    for arch, opcode in (("sm_80", "HMMA.16816.F32.BF16"), ("sm_90", "HGMMA.64x64x16.F32.BF16"), ("gfx942", "v_mfma")):
+        product = reports[arch, "good_product"]
+        assert product["matrix_opcode"].startswith(opcode)
+        (loop,) = product["loops"]
+        assert loop["matrix_flops"] == 2 * 64 * 64 * 64, "an iteration multiplies one block of each"
+    assert reports["sm_90", "good_product_descriptors"]["bulk_copies"] >= 2
+    assert reports["sm_90", "good_product"]["shared"] >= 2 * 2 * 64 * 64 * 2, "two stages of two blocks"
+    assert reports["sm_90", "good_copy"]["widest_load"] == 128
+    assert reports["sm_90", "good_copy_unaligned"]["widest_load"] == 16
+    (loop,) = reports["sm_90", "good_copy"]["loops"]
+    # eight elements a load of 128 bits, however often the compiler unrolled; 16 lanes of exp2 a cycle, four warps
+    assert loop["mix"]["exp2"] == 8 * loop["mix"]["global"] // 2
+    assert loop["cycles"]["exp2"] == loop["mix"]["exp2"] * 4 * 32 // 16
+
+
+@needs_triton
+def test_fast_subset_is_clean_and_prints_a_table():
+    done = _report("--arch", "sm_90", "--fast", "--jobs", "1", "--markdown")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [line.split("|")[1].strip() for line in done.stdout.splitlines() if line.startswith("|")] == [
+        "sm_90", "---", "good_copy", "good_product",
+    ]  # fmt: skip
+
+
+@needs_triton
+def test_nothing_to_compile_is_no_success():
+    assert _report("--kernel", "no such kernel", "--arch", "sm_90").returncode == 1
+
+
+# ---- reading code ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def machine_code():
+    """Loaded by its file: the repository's root is not on the path of tests."""
+    spec = importlib.util.spec_from_file_location("machine_code", ROOT / "benchmarks" / "machine_code.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+# An outer loop around an inner one that waits on a barrier; the wait's slow path lies behind the end and jumps back.
+SASS = """
+.text.kernel:
+        /*0000*/                   S2R R0, SR_TID.X ;
+.L_x_0:
+        /*0010*/                   IMAD R1, R1, R2, R3 ;
+.L_x_1:
+        /*0020*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR7], R4 ;
+        /*0030*/              @!P0 BRA `(.L_x_3) ;
+.L_x_2:
+        /*0040*/                   LDS.128 R4, [R8] ;
+        /*0050*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR24], R24 ;
+        /*0060*/                   MUFU.EX2 R5, R5 ;
+        /*0070*/               @P1 BRA `(.L_x_1) ;
+        /*0080*/                   STG.E.128 [R2.64], R4 ;
+        /*0090*/              @!P2 BRA `(.L_x_0) ;
+        /*00a0*/                   EXIT ;
+.L_x_3:
+        /*00b0*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR7], R4 ;
+        /*00c0*/              @!P0 BRA `(.L_x_3) ;
+        /*00d0*/                   BRA `(.L_x_2) ;
+.L_x_4:
+        /*00e0*/                   BRA `(.L_x_4);
+"""
+
+
+def test_the_inner_loop_is_found(machine_code):
+    code = machine_code.parse_sass(SASS)
+    (inner,) = machine_code.inner_loops(code)
+    assert machine_code.instruction_mix(inner) == {
+        "matrix": 1, "exp2": 1, "shared": 1, "control": 6, "total": 9,
+    }  # fmt: skip
+    # the outer loop, the inner, the wait; the trap behind the end is never reached, and loops to itself
+    assert sorted(map(len, machine_code.find_loops(code))) == [1, 2, 9, 12]
+
+
+def test_code_without_loops_has_none(machine_code):
+    code = machine_code.parse_sass("        /*0000*/   LDG.E.U16 R0, [R2.64] ;\n        /*0010*/   EXIT ;")
+    assert machine_code.inner_loops(code) == []
+    assert machine_code.widest_global_load(code) == 16
+
+
+@pytest.mark.parametrize(
+    ("line", "kind", "bits"),
+    [
+        ("LDG.E.128.CONSTANT R4, [R2.64]", "global", 128),
+        ("LDG.E R4, [R2.64]", "global", 32),
+        ("LDG.E.64 R4, [R2.64]", "global", 64),
+        ("LDGSTS.E.BYPASS.128 [R4], [R2.64]", "copy", 128),
+        ("UTMALDG.2D [UR8], [UR4]", "copy", None),
+        ("UTMASTG.2D [UR8], [UR4]", "copy", None),
+        ("STL.64 [R1+0x20], R40", "spill", 64),
+        ("LDL R4, [R1]", "spill", 32),
+        ("LDGDEPBAR", "control", None),
+        ("LDSM.16.MT88.4 R4, [R8]", "shared", None),
+        ("STS.U16 [R8], R4", "shared", 16),
+        ("UTCHMMA gdesc[UR6], gdesc[UR14], tmem[UR29], tmem[UR34], idesc[UR35], !UPT", "matrix", None),
+        ("UTCQMMA.2CTA gdesc[UR6], gdesc[UR14], tmem[UR29], tmem[UR34], idesc[UR35], !UPT", "matrix", None),
+        ("UTCBAR [UR4], URZ", "control", None),
+        ("MUFU.EX2 R5, R5", "exp2", None),
+        ("MUFU.RCP R5, R5", "special", None),
+        ("FFMA.FTZ R1, R2, R3, R4", "float", None),
+        ("HFMA2.BF16 R1, R2, R3, R4", "float", None),
+        ("F2FP.BF16.F32.PACK_AB R1, R2, R3", "float", None),
+        ("IMAD.MOV.U32 R1, RZ, RZ, R2", "integer", None),
+        ("LOP3.LUT R11, R11, 0x38, RZ, 0xc0, !PT", "integer", None),
+    ],
+)
+def test_opcodes_are_known(machine_code, line, kind, bits):
+    (instruction,) = machine_code.parse_sass(f"        /*0000*/    {line} ;").instructions
+    assert instruction.kind == kind
+    if bits is not None:
+        assert machine_code.access_bits(instruction) == bits
+
+
+@pytest.mark.parametrize(
+    ("line", "kind", "bits"),
+    [
+        ("v_mfma_f32_32x32x8_bf16 a[0:15], v[0:1], v[2:3], a[0:15]", "matrix", None),
+        ("v_exp_f32_e32 v1, v2", "exp2", None),
+        ("v_pk_mul_f32 v[0:1], v[2:3], v[4:5]", "float", None),
+        ("v_fma_f32 v0, v1, v2, v3", "float", None),
+        ("v_lshlrev_b32_e32 v0, 2, v1", "integer", None),
+        ("ds_read_b128 v[0:3], v4", "shared", 128),
+        ("ds_write_b16 v0, v1", "shared", 16),
+        ("global_load_dwordx4 v[0:3], v[4:5], off", "global", 128),
+        ("global_load_dword v0, v[4:5], off", "global", 32),
+        ("buffer_load_ushort v0, v1, s[0:3], 0 offen", "global", 16),
+        ("scratch_store_dwordx2 off, v[0:1], s33", "spill", 64),
+        ("s_waitcnt lgkmcnt(0)", "control", None),
+    ],
+)
+def test_amd_opcodes_are_known(machine_code, line, kind, bits):
+    (instruction,) = machine_code.parse_amd(f"\t{line}   ; a comment").instructions
+    assert instruction.kind == kind
+    if bits is not None:
+        assert machine_code.access_bits(instruction) == bits
