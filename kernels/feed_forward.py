@@ -46,19 +46,23 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _device
+from ._compile import CompileCase
 from ._gemm import (
     GemmConfig,
     _act_and_grad,
     _load_tile,
     _store_tile,
     cast_for_autocast,
+    column_sums,
     expect_one_dtype,
     gemm,
     gemm_config,
     gemm_dact,
     is_batch_invariant,
     matmul,
+    none_of,
     rows_of,
+    wanted_of,
     wants_grad,
 )
 from ._library import register
@@ -202,29 +206,20 @@ def _down_backward(dy, weight, h, activation, want_a, want_dbias, invariant):
     return _activate_backward(g, h, activation, want_a, want_dbias)
 
 
-def _column_sums(x: Tensor) -> Tensor:
-    return x.sum(0, dtype=torch.float32).to(x.dtype)
-
-
-def _none(like: Tensor) -> Tensor:
-    """What an operator returns in place of a tensor that nobody asked for."""
-    return like.new_empty(0)
-
-
 # linear_act
 
 
 def _launch_linear_act(x, weight, bias, activation, save_h, invariant):
     y, h = _up(rows_of(x), rows_of(weight), bias, activation, save_h, invariant)
     rows = x.shape[:-1]
-    return y.view(*rows, y.shape[1]), _none(x) if h is None else h.view(*rows, h.shape[1])
+    return y.view(*rows, y.shape[1]), none_of(x) if h is None else h.view(*rows, h.shape[1])
 
 
 def _fake_linear_act(x, weight, bias, activation, save_h, invariant):
     rows, width = x.shape[:-1], weight.shape[0]
     return (
         x.new_empty(*rows, _width(width, activation)),
-        x.new_empty(*rows, width) if save_h else _none(x),
+        x.new_empty(*rows, width) if save_h else none_of(x),
     )
 
 
@@ -233,15 +228,15 @@ def _launch_linear_act_backward(da, x, weight, h, activation, wants, invariant):
     shape, x, weight = x.shape, rows_of(x), rows_of(weight)
     dh, _, dbias = _activate_backward(rows_of(da), rows_of(h), activation, False, want_dbias)
     return (
-        matmul(dh, weight, layout="nn", invariant=invariant).view(shape) if want_dx else _none(x),
-        matmul(dh, x, layout="tn") if want_dweight else _none(x),
-        dbias.to(x.dtype) if want_dbias else _none(x),
+        matmul(dh, weight, layout="nn", invariant=invariant).view(shape) if want_dx else none_of(x),
+        matmul(dh, x, layout="tn") if want_dweight else none_of(x),
+        dbias.to(x.dtype) if want_dbias else none_of(x),
     )
 
 
 def _fake_linear_act_backward(da, x, weight, h, activation, wants, invariant):
     shapes = (x.shape, weight.shape, weight.shape[:1])
-    return tuple(x.new_empty(shape) if wanted else _none(x) for shape, wanted in zip(shapes, wants, strict=True))
+    return tuple(x.new_empty(shape) if wanted else none_of(x) for shape, wanted in zip(shapes, wants, strict=True))
 
 
 _linear_act = register(
@@ -265,14 +260,14 @@ def _launch_feed_forward(x, up_weight, up_bias, down_weight, down_bias, activati
     a, h = _up(rows_of(x), rows_of(up_weight), up_bias, activation, save_h, invariant)
     y = matmul(a, rows_of(down_weight), down_bias, invariant=invariant)
     rows = x.shape[:-1]
-    return y.view(*rows, y.shape[1]), _none(x) if h is None else h.view(*rows, h.shape[1])
+    return y.view(*rows, y.shape[1]), none_of(x) if h is None else h.view(*rows, h.shape[1])
 
 
 def _fake_feed_forward(x, up_weight, up_bias, down_weight, down_bias, activation, save_h, invariant):
     rows = x.shape[:-1]
     return (
         x.new_empty(*rows, down_weight.shape[0]),
-        x.new_empty(*rows, up_weight.shape[0]) if save_h else _none(x),
+        x.new_empty(*rows, up_weight.shape[0]) if save_h else none_of(x),
     )
 
 
@@ -280,7 +275,7 @@ def _launch_feed_forward_backward(dy, x, up_weight, up_bias, down_weight, h, act
     want_dx, want_dup, want_dup_bias, want_ddown, want_ddown_bias = wants
     shape, dy, x = x.shape, rows_of(dy), rows_of(x)
     up_weight, down_weight = rows_of(up_weight), rows_of(down_weight)
-    none = _none(x)
+    none = none_of(x)
     dx, dup, dup_bias, ddown = none, none, none, none
     if want_dx or want_dup or want_dup_bias or want_ddown:
         if h is None:
@@ -295,12 +290,12 @@ def _launch_feed_forward_backward(dy, x, up_weight, up_bias, down_weight, h, act
             dup_bias = dup_bias32.to(x.dtype)
         if want_ddown:
             ddown = matmul(dy, a, layout="tn")
-    return dx, dup, dup_bias, ddown, _column_sums(dy) if want_ddown_bias else _none(x)
+    return dx, dup, dup_bias, ddown, column_sums(dy) if want_ddown_bias else none_of(x)
 
 
 def _fake_feed_forward_backward(dy, x, up_weight, up_bias, down_weight, h, activation, wants, invariant):
     shapes = (x.shape, up_weight.shape, up_weight.shape[:1], down_weight.shape, down_weight.shape[:1])
-    return tuple(x.new_empty(shape) if wanted else _none(x) for shape, wanted in zip(shapes, wants, strict=True))
+    return tuple(x.new_empty(shape) if wanted else none_of(x) for shape, wanted in zip(shapes, wants, strict=True))
 
 
 _feed_forward = register(
@@ -320,11 +315,6 @@ _feed_forward_backward = register(
 # ---- autograd --------------------------------------------------------------------------------------------
 
 
-def _wanted(wants: list[bool], gradients: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
-    """The gradients that were asked for, None for the others."""
-    return tuple(g if wanted else None for g, wanted in zip(gradients, wants, strict=True))
-
-
 class _LinearAct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, activation, invariant):
@@ -337,7 +327,11 @@ class _LinearAct(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight, h = ctx.saved_tensors
         wants = list(ctx.needs_input_grad[:3])
-        return *_wanted(wants, _linear_act_backward(dy, x, weight, h, ctx.activation, wants, ctx.invariant)), None, None
+        return (
+            *wanted_of(wants, _linear_act_backward(dy, x, weight, h, ctx.activation, wants, ctx.invariant)),
+            None,
+            None,
+        )
 
 
 class _FeedForward(torch.autograd.Function):
@@ -355,7 +349,7 @@ class _FeedForward(torch.autograd.Function):
         gradients = _feed_forward_backward(
             dy, x, up_weight, up_bias, down_weight, h, ctx.activation, wants, ctx.invariant
         )
-        return *_wanted(wants, gradients), None, None, None
+        return *wanted_of(wants, gradients), None, None, None
 
 
 # ---- public functions ------------------------------------------------------------------------------------
@@ -402,3 +396,39 @@ def feed_forward(
     if wants_grad(*tensors):
         return _FeedForward.apply(*tensors, activation, recompute, is_batch_invariant())
     return _feed_forward(*tensors, activation, False, is_batch_invariant())[0]
+
+
+# ---- for the offline compiler ----------------------------------------------------------------------------
+
+
+def compile_cases(arch: str) -> list[CompileCase]:
+    """The two pointwise kernels, exact and 16-bit; the products are `_gemm`'s."""
+    cases = []
+    for dtype in ("fp32", "bf16"):
+        for activation in ("gelu", "geglu"):
+            common = {
+                "constexprs": {"ACTIVATION": activation, "BLOCK_M": POINTWISE_M, "BLOCK_N": POINTWISE_N},
+                "num_warps": POINTWISE_WARPS,
+                "num_stages": 1,
+            }
+            tensor = f"*{dtype}"
+            forward = {"h_ptr": tensor, "a_ptr": tensor, "stride_h": "i32", "stride_a": "i32", "n": "i32"}
+            backward = {
+                **dict.fromkeys(("g_ptr", "h_ptr", "dh_ptr", "a_ptr"), tensor), "dbias_part_ptr": "*fp32", "n": "i32",
+                **dict.fromkeys(("stride_g", "stride_h", "stride_dh", "stride_a", "stride_dbias"), "i32"),
+            }  # fmt: skip
+            for name, kernel, signature in (
+                ("activate", _activate_kernel, forward),
+                ("activate_backward", _activate_backward_kernel, backward),
+            ):
+                cases.append(
+                    CompileCase(
+                        name=f"{name}[{dtype},{activation}]",
+                        kernel=kernel,
+                        signature=signature | {"m": "i32"},
+                        aligned=tuple(signature),
+                        fast=dtype == "bf16" and activation == "gelu",
+                        **common,
+                    )
+                )
+    return cases
