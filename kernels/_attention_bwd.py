@@ -1,7 +1,8 @@
 """Device code of attention's backward pass: dq (with delta), dk and dv, dbias. Equations are in `attention.py`.
 
 Two kernels recompute the scores, one along rows (dq) and one along columns (dk, dv): seven matrix products where
-five would do, but no atomics, so that the same input gives the same bits.
+five would do, but no atomics, so that the same input gives the same bits. A short sequence fits on chip as a whole
+and has its own kernel with five.
 """
 
 import triton
@@ -18,6 +19,7 @@ from ._attention_fwd import (
     _scores,
     _span,
     _store_rows,
+    _zero_rows,
 )
 from ._random_triton import HEAD_STREAMS, _keep_mask, _row_keys
 
@@ -40,7 +42,7 @@ def _attention_bwd_dq_kernel(
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k,
     stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k, stride_cos, stride_sin,
-    n_heads, width_q, scale, scale_log2, keep_scale, stream, threshold, window_left, window_right,
+    first_entry, n_heads, width_q, scale, scale_log2, keep_scale, stream, threshold, window_left, window_right,
     PADDED: tl.constexpr, GROUP: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_ROTARY: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_IDS: tl.constexpr, HAS_DLSE: tl.constexpr,
@@ -48,7 +50,7 @@ def _attention_bwd_dq_kernel(
     TILE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """delta and dq of BLOCK_M rows of one sequence and head, a sum over the sequence's keys in order."""
-    sequence, row, head = _scheduled_block(schedule_ptr, n_heads, BLOCK_M, TILE)
+    sequence, row, head = _scheduled_block(schedule_ptr, first_entry, n_heads, BLOCK_M, TILE)
     if sequence < 0:
         return
     start_q, length_q = _span(spans_q_ptr, sequence, PADDED)
@@ -129,7 +131,7 @@ def _attention_bwd_dkv_kernel(
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k,
     stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k, stride_cos, stride_sin,
-    n_heads, width_q, width_k, scale, scale_log2, keep_scale, stream, threshold, window_left, window_right,
+    first_entry, n_heads, width_q, width_k, scale, scale_log2, keep_scale, stream, threshold, window_left, window_right,
     PADDED: tl.constexpr, GROUP: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_ROTARY: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_IDS: tl.constexpr,
@@ -138,7 +140,7 @@ def _attention_bwd_dkv_kernel(
 ):  # fmt: skip
     """dk and dv of BLOCK_N keys of one sequence and key head, a sum over its query heads and rows in order."""
     n_kv_heads = n_heads // GROUP
-    sequence, col, kv_head = _scheduled_block(schedule_ptr, n_kv_heads, BLOCK_N, TILE)
+    sequence, col, kv_head = _scheduled_block(schedule_ptr, first_entry, n_kv_heads, BLOCK_N, TILE)
     if sequence < 0:
         return
     start_q, length_q = _span(spans_q_ptr, sequence, PADDED)
@@ -159,7 +161,6 @@ def _attention_bwd_dkv_kernel(
     dv = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     # seen from a key, the window's sides are swapped
     low, high = _key_range(col, length_k, length_q, window_right, window_left, HAS_WINDOW, BLOCK_N, BLOCK_M)
-    whole = tl.minimum(high + BLOCK_M - 1, length_q) // BLOCK_M * BLOCK_M
     for member in tl.range(0, GROUP):
         head = kv_head * GROUP + member
         h = head.to(tl.int64)
@@ -168,38 +169,35 @@ def _attention_bwd_dkv_kernel(
         slope_log2 = tl.load(slopes_ptr + head).to(tl.float32) * LOG2_E if HAS_ALIBI else 0.0
         bias_head_ptr = bias_ptr + (b * stride_bias_b + h * stride_bias_h) if HAS_BIAS else bias_ptr
         mask_head_ptr = mask_ptr + (b * stride_mask_b + h * stride_mask_h) if HAS_MASK else mask_ptr
-        for CROSSES_END in tl.static_range(2):
-            first, last = (tl.maximum(low, whole), high) if CROSSES_END else (low, whole)
-            for first_row in tl.range(first, last, BLOCK_M):
-                rows = first_row + tl.arange(0, BLOCK_M)
-                q = _load_rows(q_head_ptr, rows, length_q, stride_qt, HEAD_DIM, BLOCK_D, HAS_ROTARY, CROSSES_END)
-                if HAS_ROTARY:
-                    q = _rotate(q, cos_ptr, sin_ptr, rows, length_q, stride_cos, stride_sin, False, HEAD_DIM, BLOCK_D)
-                    q = q.to(k.dtype)
-                # transposed, so that p and ds come out as left operands of the products below
-                qk = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
-                s = _scores(
-                    qk, rows[None, :], cols[:, None], length_q, length_k, scale_log2, slope_log2,
-                    bias_head_ptr, stride_bias_q, stride_bias_k, mask_head_ptr, stride_mask_q, stride_mask_k,
-                    window_left, window_right, HAS_BIAS, HAS_MASK, HAS_ALIBI, HAS_WINDOW, False,
-                )  # fmt: skip
-                p = tl.exp2(s - _load_lse_log2(lse_ptr + lse_origin, rows, length_q)[None, :])
+        # rows past the end are loaded as zeros with lse = inf: no score needs a mask, one loop does for all blocks
+        for first_row in tl.range(low, high, BLOCK_M):
+            rows = first_row + tl.arange(0, BLOCK_M)
+            q = _load_rows(q_head_ptr, rows, length_q, stride_qt, HEAD_DIM, BLOCK_D, HAS_ROTARY, True)
+            if HAS_ROTARY:
+                q = _rotate(q, cos_ptr, sin_ptr, rows, length_q, stride_cos, stride_sin, False, HEAD_DIM, BLOCK_D)
+                q = q.to(k.dtype)
+            # transposed, so that p and ds come out as left operands of the products below
+            qk = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+            s = _scores(
+                qk, rows[None, :], cols[:, None], length_q, length_k, scale_log2, slope_log2,
+                bias_head_ptr, stride_bias_q, stride_bias_k, mask_head_ptr, stride_mask_q, stride_mask_k,
+                window_left, window_right, HAS_BIAS, HAS_MASK, HAS_ALIBI, HAS_WINDOW, False,
+            )  # fmt: skip
+            p = tl.exp2(s - _load_lse_log2(lse_ptr + lse_origin, rows, length_q)[None, :])
 
-                do = _load_rows(
-                    do_ptr + do_origin, rows, length_q, n_heads * HEAD_DIM, HEAD_DIM, BLOCK_D, False, CROSSES_END
-                )
-                delta = tl.load(delta_ptr + lse_origin + rows, mask=rows < length_q, other=0.0)
-                dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-                kept = p
-                if HAS_DROPOUT:
-                    name = tl.load(sequence_ids_ptr + sequence) if HAS_IDS else b
-                    keys = _row_keys(seed_ptr, stream * HEAD_STREAMS + h, (name << 32) | rows.to(tl.int64))
-                    keep = _keep_mask(keys[None, :], cols[:, None], threshold)
-                    kept = tl.where(keep, p, 0.0)
-                    dp = tl.where(keep, dp * keep_scale, 0.0)
-                dv = tl.dot(kept.to(do.dtype), do, dv, input_precision=PRECISION)
-                ds = p * (dp - delta[None, :])
-                dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+            do = _load_rows(do_ptr + do_origin, rows, length_q, n_heads * HEAD_DIM, HEAD_DIM, BLOCK_D, False, True)
+            delta = tl.load(delta_ptr + lse_origin + rows, mask=rows < length_q, other=0.0)
+            dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+            kept = p
+            if HAS_DROPOUT:
+                name = tl.load(sequence_ids_ptr + sequence) if HAS_IDS else b
+                keys = _row_keys(seed_ptr, stream * HEAD_STREAMS + h, (name << 32) | rows.to(tl.int64))
+                keep = _keep_mask(keys[None, :], cols[:, None], threshold)
+                kept = tl.where(keep, p, 0.0)
+                dp = tl.where(keep, dp * keep_scale, 0.0)
+            dv = tl.dot(kept.to(do.dtype), do, dv, input_precision=PRECISION)
+            ds = p * (dp - delta[None, :])
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
 
     # columns past the end hold anything; where padding is written, it is written as zero
     exists = (cols < length_k)[:, None]
@@ -208,8 +206,108 @@ def _attention_bwd_dkv_kernel(
     if HAS_ROTARY:
         dk = _rotate(dk, cos_ptr, sin_ptr, cols, length_k, stride_cos, stride_sin, True, HEAD_DIM, BLOCK_D)
     origin, _ = _origins(sequence, start_k, kv_head, n_kv_heads, width_k, HEAD_DIM, PADDED)
-    _store_rows(dk_ptr + origin, dk, cols, n_out, n_kv_heads * HEAD_DIM, HEAD_DIM, BLOCK_D, HAS_ROTARY)
-    _store_rows(dv_ptr + origin, dv, cols, n_out, n_kv_heads * HEAD_DIM, HEAD_DIM, BLOCK_D, False)
+    stride_out = n_kv_heads * HEAD_DIM
+    _store_rows(dk_ptr + origin, dk, cols, n_out, stride_out, HEAD_DIM, BLOCK_D, HAS_ROTARY)
+    _store_rows(dv_ptr + origin, dv, cols, n_out, stride_out, HEAD_DIM, BLOCK_D, False)
+
+
+@triton.jit(do_not_specialize=[*RUNTIME_INTS, "width_k"])
+def _attention_bwd_short_kernel(
+    q_ptr, k_ptr, v_ptr,                                  # in:  as in the forward kernel
+    spans_q_ptr, spans_k_ptr, schedule_ptr,               # in:  its entries of short sequences
+    bias_ptr, mask_ptr, slopes_ptr,
+    cos_ptr, sin_ptr, seed_ptr, sequence_ids_ptr,
+    o_ptr, lse_ptr, do_ptr, dlse_ptr,                     # in:  like q, [H, Tq], like q, [H, Tq]; contiguous
+    dq_ptr, dk_ptr, dv_ptr, delta_ptr,                    # out: like q, like k, like v, [H, Tq]; contiguous
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+    stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k,
+    stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k, stride_cos, stride_sin,
+    first_entry, n_heads, width_q, width_k,
+    scale, scale_log2, keep_scale, stream, threshold, window_left, window_right,
+    PADDED: tl.constexpr, GROUP: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    HAS_ROTARY: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_IDS: tl.constexpr, HAS_DLSE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    TILE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """All gradients of one key head of a sequence that fits one block: everything is read once, five products."""
+    n_kv_heads = n_heads // GROUP
+    sequence, _, kv_head = _scheduled_block(schedule_ptr, first_entry, n_kv_heads, TILE, TILE)
+    if sequence < 0:
+        return
+    start_q, length_q = _span(spans_q_ptr, sequence, PADDED)
+    start_k, length_k = _span(spans_k_ptr, sequence, PADDED)
+    n_rows = width_q if PADDED else length_q
+    n_cols = width_k if PADDED else length_k
+    b = sequence.to(tl.int64)
+    rows, cols = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    k_ptr += b * stride_kb + start_k * stride_kt + kv_head.to(tl.int64) * stride_kh
+    v_ptr += b * stride_vb + start_k * stride_vt + kv_head.to(tl.int64) * stride_vh
+    k = _load_rows(k_ptr, cols, length_k, stride_kt, HEAD_DIM, BLOCK_D, HAS_ROTARY, True)
+    if HAS_ROTARY:
+        k = _rotate(k, cos_ptr, sin_ptr, cols, length_k, stride_cos, stride_sin, False, HEAD_DIM, BLOCK_D).to(k.dtype)
+    v = _load_rows(v_ptr, cols, length_k, stride_vt, HEAD_DIM, BLOCK_D, False, True)
+
+    dk = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
+    for member in tl.range(0, GROUP):
+        head = kv_head * GROUP + member
+        h = head.to(tl.int64)
+        o_origin, lse_origin = _origins(sequence, start_q, head, n_heads, width_q, HEAD_DIM, PADDED)
+        stride_ot = n_heads * HEAD_DIM
+        slope_log2 = tl.load(slopes_ptr + head).to(tl.float32) * LOG2_E if HAS_ALIBI else 0.0
+        bias_head_ptr = bias_ptr + (b * stride_bias_b + h * stride_bias_h) if HAS_BIAS else bias_ptr
+        mask_head_ptr = mask_ptr + (b * stride_mask_b + h * stride_mask_h) if HAS_MASK else mask_ptr
+
+        q_head_ptr = q_ptr + b * stride_qb + start_q * stride_qt + h * stride_qh
+        q = _load_rows(q_head_ptr, rows, length_q, stride_qt, HEAD_DIM, BLOCK_D, HAS_ROTARY, True)
+        if HAS_ROTARY:
+            q = _rotate(q, cos_ptr, sin_ptr, rows, length_q, stride_cos, stride_sin, False, HEAD_DIM, BLOCK_D)
+            q = q.to(k.dtype)
+        do = _load_rows(do_ptr + o_origin, rows, length_q, stride_ot, HEAD_DIM, BLOCK_D, False, True)
+        o = _load_rows(o_ptr + o_origin, rows, length_q, stride_ot, HEAD_DIM, BLOCK_D, False, True)
+        delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+        if HAS_DLSE:
+            delta -= tl.load(dlse_ptr + lse_origin + rows, mask=rows < length_q, other=0.0)
+        tl.store(delta_ptr + lse_origin + rows, delta, mask=rows < n_rows)
+
+        qk = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+        s = _scores(
+            qk, rows[None, :], cols[:, None], length_q, length_k, scale_log2, slope_log2,
+            bias_head_ptr, stride_bias_q, stride_bias_k, mask_head_ptr, stride_mask_q, stride_mask_k,
+            window_left, window_right, HAS_BIAS, HAS_MASK, HAS_ALIBI, HAS_WINDOW, True,
+        )  # fmt: skip
+        p = tl.exp2(s - _load_lse_log2(lse_ptr + lse_origin, rows, length_q)[None, :])
+        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+        kept = p
+        if HAS_DROPOUT:
+            name = tl.load(sequence_ids_ptr + sequence) if HAS_IDS else b
+            keys = _row_keys(seed_ptr, stream * HEAD_STREAMS + h, (name << 32) | rows.to(tl.int64))
+            keep = _keep_mask(keys[None, :], cols[:, None], threshold)
+            kept = tl.where(keep, p, 0.0)
+            dp = tl.where(keep, dp * keep_scale, 0.0)
+        dv = tl.dot(kept.to(do.dtype), do, dv, input_precision=PRECISION)
+        ds = (p * (dp - delta[None, :])).to(q.dtype)
+        dk = tl.dot(ds, q, dk, input_precision=PRECISION)
+
+        dq = tl.dot(tl.trans(ds), k, input_precision=PRECISION) * scale
+        if HAS_ROTARY:
+            dq = _rotate(dq, cos_ptr, sin_ptr, rows, length_q, stride_cos, stride_sin, True, HEAD_DIM, BLOCK_D)
+        _store_rows(dq_ptr + o_origin, dq, rows, n_rows, stride_ot, HEAD_DIM, BLOCK_D, HAS_ROTARY)
+        if PADDED:
+            _zero_rows(dq_ptr + o_origin, BLOCK_M, n_rows, stride_ot, HEAD_DIM, BLOCK_M, BLOCK_D)
+
+    dk *= scale
+    dv *= keep_scale
+    if HAS_ROTARY:
+        dk = _rotate(dk, cos_ptr, sin_ptr, cols, length_k, stride_cos, stride_sin, True, HEAD_DIM, BLOCK_D)
+    origin, _ = _origins(sequence, start_k, kv_head, n_kv_heads, width_k, HEAD_DIM, PADDED)
+    stride_out = n_kv_heads * HEAD_DIM
+    _store_rows(dk_ptr + origin, dk, cols, n_cols, stride_out, HEAD_DIM, BLOCK_D, HAS_ROTARY)
+    _store_rows(dv_ptr + origin, dv, cols, n_cols, stride_out, HEAD_DIM, BLOCK_D, False)
+    if PADDED:
+        _zero_rows(dk_ptr + origin, BLOCK_N, n_cols, stride_out, HEAD_DIM, BLOCK_N, BLOCK_D)
+        _zero_rows(dv_ptr + origin, BLOCK_N, n_cols, stride_out, HEAD_DIM, BLOCK_N, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=[*RUNTIME_INTS, "bias_rows", "bias_cols", "batch"])

@@ -13,22 +13,24 @@ from ._random_triton import HEAD_STREAMS, _keep_mask, _row_keys
 LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2_E), and exp2 is one instruction
 LN_2 = tl.constexpr(0.6931471805599453)
 # Integers that change from call to call without changing the machine code: never specialised on.
-RUNTIME_INTS = ["width_q", "stream", "threshold", "window_left", "window_right"]
+RUNTIME_INTS = ["first_entry", "width_q", "stream", "threshold", "window_left", "window_right"]
 
 
 # ---- what all attention kernels share ------------------------------------------------------------------------
 
 
 @triton.jit
-def _scheduled_block(schedule_ptr, n_heads, BLOCK: tl.constexpr, TILE: tl.constexpr):
+def _scheduled_block(schedule_ptr, first_entry, n_heads, BLOCK: tl.constexpr, TILE: tl.constexpr):
     """This program's (sequence, first row, head) from the list of tiles; sequence is -1 for a surplus program.
+
+    A block of less than a TILE takes several programs an entry; a short sequence fits one block (TILE = BLOCK).
 
     Heads are innermost, so that over all heads together the longest sequences start first.
     """
     pid = tl.program_id(0)
     head = pid % n_heads
     block = pid // n_heads
-    entry = block // (TILE // BLOCK)
+    entry = first_entry + block // (TILE // BLOCK)
     sequence = tl.load(schedule_ptr + 2 * entry)
     tile = tl.load(schedule_ptr + 2 * entry + 1)
     return sequence, tile * TILE + block % (TILE // BLOCK) * BLOCK, head
@@ -101,6 +103,14 @@ def _store_rows(
     if HEAD_DIM < BLOCK_D:
         mask = mask & mask_d[None, :]
     tl.store(ptrs, x.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _zero_rows(ptr, row, n_rows, stride, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Zeros into rows [row, n_rows) of one head."""
+    zeros = tl.zeros((BLOCK, BLOCK_D), dtype=tl.float32)
+    for first_row in tl.range(row, n_rows, BLOCK):
+        _store_rows(ptr, zeros, first_row + tl.arange(0, BLOCK), n_rows, stride, HEAD_DIM, BLOCK_D, False)
 
 
 @triton.jit
@@ -180,15 +190,15 @@ def _attention_fwd_kernel(
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k,
     stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k, stride_cos, stride_sin,
-    n_heads, width_q, scale_log2, keep_scale, stream, threshold, window_left, window_right,
+    first_entry, n_heads, width_q, scale_log2, keep_scale, stream, threshold, window_left, window_right,
     PADDED: tl.constexpr, GROUP: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_ROTARY: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_IDS: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    TILE: tl.constexpr, PRECISION: tl.constexpr,
+    TILE: tl.constexpr, SHORT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """o and lse of BLOCK_M rows of one sequence and head."""
-    sequence, row, head = _scheduled_block(schedule_ptr, n_heads, BLOCK_M, TILE)
+    sequence, row, head = _scheduled_block(schedule_ptr, first_entry, n_heads, BLOCK_M, TILE)
     if sequence < 0:
         return
     start_q, length_q = _span(spans_q_ptr, sequence, PADDED)
@@ -266,3 +276,10 @@ def _attention_fwd_kernel(
     o_origin, lse_origin = _origins(sequence, start_q, head, n_heads, width_q, HEAD_DIM, PADDED)
     _store_rows(o_ptr + o_origin, o, rows, n_out, n_heads * HEAD_DIM, HEAD_DIM, BLOCK_D, False)
     tl.store(lse_ptr + lse_origin + rows, lse, mask=rows < n_out)
+    if PADDED:
+        # a short sequence has no other program: this one writes the rest of its padding
+        rest = tl.where(tl.maximum(length_q, length_k) <= SHORT, n_out, 0)
+        _zero_rows(o_ptr + o_origin, BLOCK_M, rest, n_heads * HEAD_DIM, HEAD_DIM, BLOCK_M, BLOCK_D)
+        for first_row in tl.range(BLOCK_M, rest, BLOCK_M):
+            rows = first_row + tl.arange(0, BLOCK_M)
+            tl.store(lse_ptr + lse_origin + rows, tl.zeros_like(lse) - float("inf"), mask=rows < n_out)

@@ -30,13 +30,20 @@ import triton
 from torch import Tensor
 
 from . import _device
-from ._attention_bwd import _attention_bwd_bias_kernel, _attention_bwd_dkv_kernel, _attention_bwd_dq_kernel
+from ._attention_bwd import (
+    _attention_bwd_bias_kernel,
+    _attention_bwd_dkv_kernel,
+    _attention_bwd_dq_kernel,
+    _attention_bwd_short_kernel,
+)
 from ._attention_fwd import _attention_fwd_kernel
+from ._compile import CompileCase
 from ._library import register
 from ._random import keep_threshold
 
 LOG2_E = 1.4426950408889634
 TILE = 128  # rows of one entry of a schedule; kernels with smaller blocks run several programs an entry
+SHORT = 64  # a sequence up to this long, in q and k, is one block: its kernels need no loop
 MAX_HEAD_DIM = 256
 UNBOUNDED = 1 << 29  # no window; sums with a position stay within int32
 
@@ -52,12 +59,27 @@ class AttentionConfig:
     block_n: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None  # a lane's; given where the compiler takes more than it needs (NVIDIA only)
+
+    @property
+    def options(self) -> dict:
+        """Further options of Triton's compiler."""
+        return {} if self.max_registers is None else {"maxnreg": self.max_registers}
 
 
 def attention_config(head_dim: int, dtype: torch.dtype, arch: str, direction: str) -> AttentionConfig:
-    """The launch of one kernel: direction is "fwd", "bwd_dq", "bwd_dkv" or "bwd_bias". Depends on nothing else."""
+    """The launch of one kernel: "fwd", "fwd_short", "bwd_dq", "bwd_dkv", "bwd_short" or "bwd_bias".
+
+    Depends on nothing that differs between the batches of one model, so a sequence's bits do not either.
+    """
+    if direction.endswith("short"):
+        return AttentionConfig(64, 64, num_warps=4 if head_dim <= 64 else 8, num_stages=1)
     if dtype == torch.float32:
         return AttentionConfig(block_m=64, block_n=32, num_warps=4, num_stages=1)
+    if direction == "bwd_dkv":
+        return AttentionConfig(block_m=64, block_n=64, num_warps=4, num_stages=2, max_registers=168)
+    if direction == "bwd_bias":
+        return AttentionConfig(block_m=64, block_n=64, num_warps=4, num_stages=1)
     if head_dim <= 64:
         return AttentionConfig(block_m=128, block_n=64, num_warps=8, num_stages=3)
     if head_dim <= 128:
@@ -75,49 +97,64 @@ def _arch(device: torch.device) -> str:
 # ---- schedule ------------------------------------------------------------------------------------------------
 
 
-def _schedule(spans: Tensor, size: int, padded: bool) -> Tensor:
-    """The list of tiles as [n, 2] int32 (sequence, tile), longest sequence first; (-1, 0) fills up. No sync.
+def _schedule(spans: Tensor, other_spans: Tensor | None, size: int, padded: bool) -> Tensor:
+    """The tiles of q (or of k) as [n, 2] int32 entries (sequence, tile), longest sequence first. No synchronisation.
 
-    Packed: spans = cu_seqlens, size = total tokens. Padded: spans = lengths, size = padded width; there every tile
-    is listed, padding too, since someone has to write its zeros.
+    First come the tiles of long sequences, then one entry for each short one (at most SHORT rows in q and in k);
+    (-1, 0) fills both parts up to a length that the host knows. spans: cu_seqlens [B + 1] and size = total tokens, or
+    padded: lengths [B] and size = width, where tiles of padding count too, since someone has to write their zeros.
+    other_spans: those of k (or of q) in cross-attention.
     """
-    lengths = spans if padded else spans.diff()
-    order = lengths.argsort(descending=True, stable=True)
-    index = torch.arange(_schedule_size(spans, size, padded), device=spans.device)
-    if padded:
-        tiles = max(1, triton.cdiv(size, TILE))
-        return torch.stack((order[index // tiles], index % tiles), dim=1).to(torch.int32)
-    if lengths.shape[0] == 0:
-        return index.to(torch.int32).new_full((index.shape[0], 2), -1)
-    tiles = (lengths[order] + (TILE - 1)) // TILE
+    n_long, n_short = _schedule_sizes(spans, other_spans, size, padded)
+    if n_short == 0:
+        return spans.new_full((n_long, 2), -1)
+    lengths, order = (spans if padded else spans.diff()).sort(descending=True, stable=True)
+    is_short = lengths <= SHORT
+    if other_spans is not None:
+        is_short &= (other_spans if padded else other_spans.diff())[order] <= SHORT
+
+    tiles = torch.full_like(lengths, triton.cdiv(size, TILE)) if padded else (lengths + (TILE - 1)) // TILE
+    tiles = tiles.masked_fill(is_short, 0)
     ends = tiles.cumsum(0)
+    index = torch.arange(n_long, device=spans.device)
     rank = torch.searchsorted(ends, index, right=True)  # whose tile this is; past the last one: a surplus entry
-    surplus = rank == lengths.shape[0]
-    rank = rank.clamp(max=lengths.shape[0] - 1)
-    sequence, tile = order[rank], index - (ends - tiles)[rank]
-    return torch.stack((sequence.masked_fill(surplus, -1), tile.masked_fill(surplus, 0)), dim=1).to(torch.int32)
+    surplus = rank == n_short
+    rank = rank.clamp(max=n_short - 1)
+    sequence, tile = order[rank].masked_fill(surplus, -1), (index - (ends - tiles)[rank]).masked_fill(surplus, 0)
+
+    short = torch.stack((order.masked_fill(~is_short, -1), torch.zeros_like(order)), dim=1)
+    return torch.cat((torch.stack((sequence, tile), dim=1), short)).to(torch.int32)
 
 
-def _schedule_size(spans: Tensor, size: int, padded: bool) -> int:
-    """How many entries: known on the host, at least the number of tiles there can be."""
+def _schedule_sizes(spans: Tensor, other_spans: Tensor | None, size: int, padded: bool) -> tuple[int, int]:
+    """Entries for tiles of long sequences, at least as many as there can be, and for short sequences."""
     if padded:
-        return spans.shape[0] * triton.cdiv(size, TILE)
-    return size // TILE + spans.shape[0] - 1
+        return spans.shape[0] * ((size + TILE - 1) // TILE), spans.shape[0]
+    batch = spans.shape[0] - 1
+    n_long = size // TILE + batch  # as if the last tile of each held one token
+    if other_spans is None:
+        n_long = torch.sym_min(n_long, size // SHORT)  # but a long sequence has over SHORT tokens for each of its tiles
+    return n_long, batch
 
 
 _schedule_op = register(
-    "attention_schedule(Tensor spans, SymInt size, bool padded) -> Tensor",
+    "attention_schedule(Tensor spans, Tensor? other_spans, SymInt size, bool padded) -> Tensor",
     launch=_schedule,
-    fake=lambda spans, size, padded: spans.new_empty((_schedule_size(spans, size, padded), 2), dtype=torch.int32),
+    fake=lambda *arguments: arguments[0].new_empty((sum(_schedule_sizes(*arguments)), 2)),
 )
 
 
 def attention_schedule(cu_seqlens: Tensor, total_tokens: int) -> Tensor:
     """The list of tiles of a packed batch, [n, 2] int32, to be shared by all layers as `schedule=`."""
-    return _schedule_op(cu_seqlens, total_tokens, False)
+    return _schedule_op(cu_seqlens, None, total_tokens, False)
 
 
 # ---- launchers -----------------------------------------------------------------------------------------------
+
+
+def _batch(q: Tensor, spans: Tensor) -> int:
+    """Number of sequences: spans are lengths where q is padded, else cu_seqlens."""
+    return spans.shape[0] if q.dim() == 4 else spans.shape[0] - 1
 
 
 def _unit_stride(*tensors: Tensor) -> list[Tensor]:
@@ -179,44 +216,75 @@ class _Launch:
                 BLOCK_N=self.config.block_n,
                 num_warps=self.config.num_warps,
                 num_stages=self.config.num_stages,
+                **self.config.options,
             )
 
 
-def _plan_forward(arch, o, lse, q, k, v, spans_q, spans_k, schedule, *options) -> _Launch:
-    config = attention_config(q.shape[-1], q.dtype, arch, "fwd")
-    return _Launch(
-        _attention_fwd_kernel,
-        schedule.shape[0] * (TILE // config.block_m) * q.shape[-2],
-        config,
-        _shared_arguments(q, k, v, spans_q, spans_k, *options)
-        | {"schedule_ptr": schedule, "o_ptr": o, "lse_ptr": lse, "TILE": TILE},
-    )
+def _parts(schedule: Tensor, batch: int, longest: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(first entry, number of entries) of the long part of a schedule, if any sequence is long, and of the short."""
+    n_long = schedule.shape[0] - batch
+    return (0, n_long if longest > SHORT else 0), (n_long, batch)
+
+
+def _plan_forward(arch, o, lse, q, k, v, spans_q, spans_k, schedule, longest, *options) -> list[_Launch]:
+    arguments = _shared_arguments(q, k, v, spans_q, spans_k, *options)
+    arguments |= {"schedule_ptr": schedule, "o_ptr": o, "lse_ptr": lse, "SHORT": SHORT}
+    heads, head_dim = q.shape[-2:]
+    (first_long, n_long), (first_short, n_short) = _parts(schedule, _batch(q, spans_q), longest)
+    config = attention_config(head_dim, q.dtype, arch, "fwd")
+    short_config = attention_config(head_dim, q.dtype, arch, "fwd_short")
+    return [
+        _Launch(
+            _attention_fwd_kernel,
+            n_long * (TILE // config.block_m) * heads,
+            config,
+            arguments | {"first_entry": first_long, "TILE": TILE},
+        ),
+        _Launch(
+            _attention_fwd_kernel,
+            n_short * heads,
+            short_config,
+            arguments | {"first_entry": first_short, "TILE": SHORT},
+        ),
+    ]
 
 
 def _plan_backward(
-    arch, dq, dk, dv, delta, do, dlse, o, lse, q, k, v, spans_q, spans_k, schedule_q, schedule_k, *options
-) -> tuple[_Launch, _Launch]:
-    """dq first: it also writes delta, which the other reads."""
-    head_dim = q.shape[-1]
-    shared = _shared_arguments(q, k, v, spans_q, spans_k, *options)
-    shared |= {"lse_ptr": lse, "do_ptr": do, "delta_ptr": delta, "scale": options[-1], "TILE": TILE}
+    arch, dq, dk, dv, delta, do, dlse, o, lse, q, k, v, spans_q, spans_k, schedule_q, schedule_k, longest, *options
+) -> list[_Launch]:
+    """dq before dk and dv: it also writes delta, which they read."""
+    heads, kv_heads, head_dim = q.shape[-2], k.shape[-2], q.shape[-1]
+    batch = _batch(q, spans_q)
+    arguments = _shared_arguments(q, k, v, spans_q, spans_k, *options)
+    arguments |= {"lse_ptr": lse, "do_ptr": do, "delta_ptr": delta, "scale": options[-1]}
+    for_dq = {"o_ptr": o, "dq_ptr": dq, "dlse_ptr": dlse, "HAS_DLSE": dlse is not None}
+    for_dkv = {"dk_ptr": dk, "dv_ptr": dv, "width_k": k.shape[-3]}
+
     config_dq = attention_config(head_dim, q.dtype, arch, "bwd_dq")
     config_dkv = attention_config(head_dim, q.dtype, arch, "bwd_dkv")
-    return (
+    config_short = attention_config(head_dim, q.dtype, arch, "bwd_short")
+    (first_q, n_q), (first_short, n_short) = _parts(schedule_q, batch, longest)
+    (first_k, n_k), _ = _parts(schedule_k, batch, longest)
+    return [
         _Launch(
             _attention_bwd_dq_kernel,
-            schedule_q.shape[0] * (TILE // config_dq.block_m) * q.shape[-2],
+            n_q * (TILE // config_dq.block_m) * heads,
             config_dq,
-            shared
-            | {"schedule_ptr": schedule_q, "o_ptr": o, "dq_ptr": dq, "dlse_ptr": dlse, "HAS_DLSE": dlse is not None},
+            arguments | for_dq | {"schedule_ptr": schedule_q, "first_entry": first_q, "TILE": TILE},
         ),
         _Launch(
             _attention_bwd_dkv_kernel,
-            schedule_k.shape[0] * (TILE // config_dkv.block_n) * k.shape[-2],
+            n_k * (TILE // config_dkv.block_n) * kv_heads,
             config_dkv,
-            shared | {"schedule_ptr": schedule_k, "dk_ptr": dk, "dv_ptr": dv, "width_k": k.shape[-3]},
+            arguments | for_dkv | {"schedule_ptr": schedule_k, "first_entry": first_k, "TILE": TILE},
         ),
-    )
+        _Launch(
+            _attention_bwd_short_kernel,
+            n_short * kv_heads,
+            config_short,
+            arguments | for_dq | for_dkv | {"schedule_ptr": schedule_q, "first_entry": first_short, "TILE": SHORT},
+        ),
+    ]
 
 
 def _plan_backward_bias(arch, dbias, do, lse, delta, q, k, v, spans_q, spans_k, bias, *options) -> _Launch:
@@ -228,14 +296,15 @@ def _plan_backward_bias(arch, dbias, do, lse, delta, q, k, v, spans_q, spans_k, 
         config,
         _shared_arguments(q, k, v, spans_q, spans_k, bias, *options)
         | {"lse_ptr": lse, "do_ptr": do, "delta_ptr": delta, "dbias_ptr": dbias}
-        | {"bias_rows": rows, "bias_cols": cols, "batch": spans_q.shape[0] - (q.dim() == 3)}
+        | {"bias_rows": rows, "bias_cols": cols, "batch": _batch(q, spans_q)}
         | {"OF_BATCH": planes_b == 1, "OF_HEADS": planes_h == 1},
     )
 
 
 def _launch_forward(q, k, v, *rest):
     o, lse = _forward_outputs(q)
-    _plan_forward(_arch(q.device), o, lse, *_unit_stride(q, k, v), *rest).run()
+    for launch in _plan_forward(_arch(q.device), o, lse, *_unit_stride(q, k, v), *rest):
+        launch.run()
     return o, lse
 
 
@@ -274,14 +343,15 @@ _OPTIONS = (
     "SymInt window_left, SymInt window_right, float dropout_p, SymInt stream, float scale"
 )
 _forward_op = register(
-    "attention_forward(Tensor q, Tensor k, Tensor v, Tensor spans_q, Tensor spans_k, Tensor schedule, "
+    "attention_forward(Tensor q, Tensor k, Tensor v, Tensor spans_q, Tensor spans_k, Tensor schedule, SymInt longest, "
     f"Tensor? bias, {_OPTIONS}) -> (Tensor, Tensor)",
     launch=_launch_forward,
     fake=_forward_outputs,
 )
 _backward_op = register(
     "attention_backward(Tensor do, Tensor? dlse, Tensor o, Tensor lse, Tensor q, Tensor k, Tensor v, "
-    f"Tensor spans_q, Tensor spans_k, Tensor schedule_q, Tensor schedule_k, Tensor? bias, {_OPTIONS}) "
+    "Tensor spans_q, Tensor spans_k, Tensor schedule_q, Tensor schedule_k, SymInt longest, "
+    f"Tensor? bias, {_OPTIONS}) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     launch=_launch_backward,
     fake=_backward_outputs,
@@ -298,32 +368,38 @@ _backward_bias_op = register(
 
 
 class _Attention(torch.autograd.Function):
-    """Saves q, k, v, o and lse. Gradients for q, k, v and bias, each [0] element of an upstream gradient optional."""
+    """Saves q, k, v, o and lse, and what the call was given."""
 
     @staticmethod
-    def forward(ctx, q, k, v, bias, spans_q, spans_k, schedule, *options):
-        o, lse = _forward_op(q, k, v, spans_q, spans_k, schedule, bias, *options)
-        mask, slopes, cos, sin, seed, ids, *ctx.numbers = options
-        ctx.save_for_backward(q, k, v, o, lse, bias, spans_q, spans_k, schedule, mask, slopes, cos, sin, seed, ids)
-        # self-attention: one list of tiles serves rows and keys
-        ctx.one_schedule = spans_q is spans_k and q.shape[-3] == k.shape[-3]
+    def forward(ctx, q, k, v, bias, spans_q, spans_k, schedule, longest, *options):
+        o, lse = _forward_op(q, k, v, spans_q, _first(spans_k, spans_q), schedule, longest, bias, *options)
+        *tensors, ctx.window_left, ctx.window_right, ctx.dropout_p, ctx.stream, ctx.scale = options
+        ctx.longest = longest
+        ctx.save_for_backward(q, k, v, o, lse, bias, spans_q, spans_k, schedule, *tensors)
         ctx.set_materialize_grads(False)
         return o, lse
 
     @staticmethod
     def backward(ctx, do, dlse):
         q, k, v, o, lse, bias, spans_q, spans_k, schedule, *tensors = ctx.saved_tensors
-        options = (*tensors, *ctx.numbers)
+        options = (*tensors, ctx.window_left, ctx.window_right, ctx.dropout_p, ctx.stream, ctx.scale)
         if do is None:
             do = torch.zeros_like(o)
-        schedule_k = schedule if ctx.one_schedule else _schedule_op(spans_k, k.shape[-3], k.dim() == 4)
+        schedule_k = schedule  # in self-attention one list of tiles serves rows and keys
+        if spans_k is not None:
+            schedule_k = _schedule_op(spans_k, spans_q, k.shape[-3], k.dim() == 4)
+        spans_k = _first(spans_k, spans_q)
         dq, dk, dv, delta = _backward_op(
-            do, dlse, o, lse, q, k, v, spans_q, spans_k, schedule, schedule_k, bias, *options
+            do, dlse, o, lse, q, k, v, spans_q, spans_k, schedule, schedule_k, ctx.longest, bias, *options
         )
         dbias = None
         if ctx.needs_input_grad[3]:
             dbias = _backward_bias_op(do, lse, delta, q, k, v, spans_q, spans_k, bias, *options)
-        return dq, dk, dv, dbias, *(None,) * (3 + len(options))
+        return dq, dk, dv, dbias, *(None,) * (4 + len(options))
+
+
+def _first(*choices):
+    return next(choice for choice in choices if choice is not None)
 
 
 # ---- public --------------------------------------------------------------------------------------------------
@@ -343,13 +419,14 @@ def attention(
         that is not positive, a bias, mask or rotary table smaller than max_seqlen, or one that wants a gradient
         where there is none (alibi_slopes, rotary).
     """
-    if max_seqlen_k is None and cu_seqlens_k is None:
+    if cu_seqlens_k is None:
         max_seqlen_k = max_seqlen
     _expect_covering("attention", max_seqlen, max_seqlen_k, bias, mask, rotary)
     if schedule is None:
-        schedule = attention_schedule(cu_seqlens, q.shape[0])
+        schedule = _schedule_op(cu_seqlens, cu_seqlens_k, q.shape[0], False)
+    longest = UNBOUNDED if max_seqlen is None or max_seqlen_k is None else torch.sym_max(max_seqlen, max_seqlen_k)
     return _attend(
-        "attention", q, k, v, cu_seqlens, cu_seqlens if cu_seqlens_k is None else cu_seqlens_k, schedule,
+        "attention", q, k, v, cu_seqlens, cu_seqlens_k, schedule, longest,
         bias, mask, alibi_slopes, window, rotary, dropout_p, seed, stream, sequence_ids, scale, return_lse,
     )  # fmt: skip
 
@@ -364,13 +441,13 @@ def attention_padded(
     """
     batch, width_q, width_k = q.shape[0], q.shape[1], k.shape[1]
     _expect_covering("attention_padded", width_q, width_k, bias, mask, rotary)
-    if seqlens_k is None and (seqlens is None or width_q != width_k):
+    if seqlens_k is None and width_q != width_k:
         seqlens_k = torch.full((batch,), width_k, dtype=torch.int32, device=k.device)
     if seqlens is None:
         seqlens = torch.full((batch,), width_q, dtype=torch.int32, device=q.device)
     return _attend(
-        "attention_padded", q, k, v, seqlens, seqlens if seqlens_k is None else seqlens_k,
-        _schedule_op(seqlens, width_q, True),
+        "attention_padded", q, k, v, seqlens, seqlens_k,
+        _schedule_op(seqlens, seqlens_k, width_q, True), torch.sym_max(width_q, width_k),
         bias, mask, alibi_slopes, window, rotary, dropout_p, seed, stream, sequence_ids, scale, return_lse,
     )  # fmt: skip
 
@@ -399,7 +476,7 @@ def _expect_supported(op, q, scale, alibi_slopes, rotary) -> None:
 
 
 def _attend(
-    op, q, k, v, spans_q, spans_k, schedule,
+    op, q, k, v, spans_q, spans_k, schedule, longest,
     bias, mask, alibi_slopes, window, rotary, dropout_p, seed, stream, sequence_ids, scale, return_lse,
 ):  # fmt: skip
     if torch.is_autocast_enabled(q.device.type) and q.dtype == torch.float32:
@@ -411,7 +488,115 @@ def _attend(
 
     options = (mask, alibi_slopes, cos, sin, seed, sequence_ids, left, right, dropout_p, stream, scale)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, bias)):
-        o, lse = _Attention.apply(q, k, v, bias, spans_q, spans_k, schedule, *options)
+        o, lse = _Attention.apply(q, k, v, bias, spans_q, spans_k, schedule, longest, *options)
     else:
-        o, lse = _forward_op(q, k, v, spans_q, spans_k, schedule, bias, *options)
+        o, lse = _forward_op(q, k, v, spans_q, _first(spans_k, spans_q), schedule, longest, bias, *options)
     return (o, lse) if return_lse else o
+
+
+# ---- offline compilation -------------------------------------------------------------------------------------
+
+_TRITON_TYPES = {
+    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",
+    torch.int64: "i64", torch.int32: "i32", torch.uint8: "u8",
+}  # fmt: skip
+
+# variant -> what differs from plain packed bf16 self-attention at head_dim 64
+_VARIANTS = {
+    "dropout": {"dropout_p": 0.1},
+    "padded": {"padded": True},
+    "bias": {"bias": True},
+    "mask": {"mask": True},
+    "alibi": {"alibi": True},
+    "window": {"window": 64},
+    "rotary": {"rotary": True},
+    "rotary,D=80": {"rotary": True, "head_dim": 80},
+    "grouped": {"groups": 4},
+    "lse_grad": {"dlse": True},
+    "all": {"dropout_p": 0.1, "bias": True, "mask": True, "alibi": True, "window": 64, "rotary": True, "groups": 4},
+}
+
+
+def compile_cases(arch: str) -> list[CompileCase]:
+    """Every config of the ladder on plain attention, and every variant at head_dim 64."""
+    cases = []
+    for head_dim in (32, 64, 80, 96, 128, 256):
+        cases += _compile_cases(arch, "bf16", head_dim=head_dim)
+    cases += _compile_cases(arch, "fp16", dtype=torch.float16)
+    for head_dim in (64, 128, 256):
+        cases += _compile_cases(arch, "fp32", dtype=torch.float32, head_dim=head_dim)
+    for name, changes in _VARIANTS.items():
+        cases += _compile_cases(arch, f"bf16,{name}", **changes)
+    return cases
+
+
+def _compile_cases(
+    arch, name, *, dtype=torch.bfloat16, head_dim=64, groups=1, padded=False, dropout_p=0.0, bias=False, mask=False,
+    alibi=False, window=UNBOUNDED, rotary=False, dlse=False,
+):  # fmt: skip
+    """The launches of one forward and backward pass over tensors without data, as the launchers would make them."""
+    batch, heads, width = 8, 12, 512
+
+    def empty(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    rows = (batch, width) if padded else (batch * width,)
+    qkv = empty(*rows, heads + 2 * (heads // groups), head_dim)  # one fused projection
+    q, k, v = qkv.split([heads, heads // groups, heads // groups], dim=-2)
+    spans = empty(batch if padded else batch + 1, dtype=torch.int32)
+    schedule = empty(2 * batch, 2, dtype=torch.int32)
+    plane = (batch, heads, width, width)
+    bias = empty(*plane) if bias else None
+    table = empty(width, head_dim // 2, dtype=torch.float32) if rotary else None
+    options = (
+        empty(*plane, dtype=torch.uint8) if mask else None,
+        empty(heads, dtype=torch.float32) if alibi else None,
+        table, table,
+        empty(1, dtype=torch.int64) if dropout_p else None,
+        empty(batch, dtype=torch.int64) if dropout_p else None,
+        window, window, dropout_p, 2, head_dim**-0.5,
+    )  # fmt: skip
+    o, lse = _forward_outputs(q)
+    dlse = lse if dlse else None
+    outputs = _backward_outputs(o, dlse, o, lse, q, k, v)
+    launches = [
+        *_plan_forward(arch, o, lse, q, k, v, spans, spans, schedule, width, bias, *options),
+        *_plan_backward(
+            arch, *outputs, o, dlse, o, lse, q, k, v, spans, spans, schedule, schedule, width, bias, *options
+        ),
+    ]
+    if bias is not None:
+        launches.append(_plan_backward_bias(arch, bias, o, lse, lse, q, k, v, spans, spans, bias, *options))
+    fast = name == "bf16" and head_dim == 64
+    return [_compile_case(launch, name, matrix=dtype != torch.float32, fast=fast) for launch in launches]
+
+
+def _compile_case(launch: _Launch, name: str, matrix: bool, fast: bool) -> CompileCase:
+    """What Triton's launcher would derive from the arguments: types, constants, divisibility by 16."""
+    config = launch.config
+    signature, constexprs, aligned = {}, {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}, []
+    free = {p.name for p in launch.kernel.params if p.do_not_specialize}
+    for key, value in launch.arguments.items():
+        if isinstance(value, Tensor):
+            signature[key] = "*" + _TRITON_TYPES[value.dtype]
+            aligned.append(key)
+        elif key.isupper() or value is None or (value == 1 and key not in free):
+            constexprs[key] = value
+        else:
+            signature[key] = "fp32" if isinstance(value, float) else "i32" if abs(value) < 2**31 else "i64"
+            if signature[key] != "fp32" and value % 16 == 0 and key not in free:
+                aligned.append(key)
+    kernel = launch.kernel.__name__.removeprefix("_").removesuffix("_kernel")
+    blocks = f"{config.block_m}x{config.block_n}"
+    return CompileCase(
+        name=f"{kernel}[{name},D={launch.arguments['HEAD_DIM']},{blocks}]",
+        kernel=launch.kernel,
+        signature=signature,
+        constexprs=constexprs,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        matrix=matrix,
+        aligned=tuple(aligned),
+        fast=fast,
+        options=config.options,
+    )
