@@ -396,8 +396,10 @@ def main(argv: list[str] | None = None) -> int:
         print(format_reports(reports, args.markdown))
     if missing:
         print(f"not there yet: {', '.join(missing)}", file=sys.stderr)
-    bad = sum(bool(r.failures) for r in reports)
-    print(f"{len(reports)} kernels compiled, {bad} failed", file=sys.stderr)
+    bad = [r for r in reports if r.failures]
+    for r in bad:
+        print(f"FAIL {r.arch} {r.name}: {r.error or '; '.join(r.failures)}", file=sys.stderr)
+    print(f"{len(reports)} kernels, {len(bad)} failed", file=sys.stderr)
     return 1 if bad or not reports else 0
 
 
