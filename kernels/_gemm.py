@@ -7,6 +7,7 @@
 Epilogues, on the float32 accumulator:
 
     forward    h = c + bias;  y = act(h)                      [M, N];  geglu: h [M, 2N], y = gelu(h1) * h2
+    accumulate y += c                                         [M, N] in float32
     backward   g = c;  a = act(h), dh = g * act'(h)           [M, N];  geglu: dh [M, 2N]
                dbias_part = column sums of dh, a row of them per row of tiles, in float32
 
@@ -199,9 +200,9 @@ def _halves(tile):
 @triton.jit
 def _forward_epilogue(
     acc, acc2, bias_ptr, y_ptr, h_ptr, stride_y, stride_h, offs_m, n0, m, n,
-    ACTIVATION: tl.constexpr, SLICE: tl.constexpr,
+    ACTIVATION: tl.constexpr, ACCUMULATE: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
-    """h = acc + bias;  y = act(h), in slices of columns: only a slice needs registers beside the accumulator."""
+    """h = acc + bias;  y = act(h) [+ y], in slices of columns: only a slice needs registers beside the accumulator."""
     width: tl.constexpr = acc.shape[1]
     GATED: tl.constexpr = ACTIVATION == "geglu"
     if width > SLICE:
@@ -209,11 +210,11 @@ def _forward_epilogue(
         left2, right2 = (_halves(acc2)) if GATED else (left, right)
         _forward_epilogue(
             left, left2, bias_ptr, y_ptr, h_ptr, stride_y, stride_h, offs_m, n0, m, n,
-            ACTIVATION, SLICE,
+            ACTIVATION, ACCUMULATE, SLICE,
         )  # fmt: skip
         _forward_epilogue(
             right, right2, bias_ptr, y_ptr, h_ptr, stride_y, stride_h, offs_m, n0 + width // 2, m, n,
-            ACTIVATION, SLICE,
+            ACTIVATION, ACCUMULATE, SLICE,
         )  # fmt: skip
     else:
         offs_n = n0 + tl.arange(0, width)
@@ -230,6 +231,8 @@ def _forward_epilogue(
         y, _ = _act_and_grad(h, ACTIVATION, y_ptr.dtype.element_ty == tl.float32)
         if GATED:
             y *= h2
+        if ACCUMULATE:
+            y += _load_tile(y_ptr, stride_y, offs_m, offs_n, m, n)
         _store_tile(y_ptr, stride_y, y, offs_m, offs_n, m, n)
 
 
@@ -239,7 +242,7 @@ def _linear_act_kernel(
     y_ptr, h_ptr,                      # out: [M, N], [M, N] (geglu [M, 2N]) or None
     stride_a, stride_b, stride_y, stride_h,
     m, n, k,
-    LAYOUT: tl.constexpr, ACTIVATION: tl.constexpr,
+    LAYOUT: tl.constexpr, ACTIVATION: tl.constexpr, ACCUMULATE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, SLICE: tl.constexpr,
     BULK: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
@@ -256,7 +259,7 @@ def _linear_act_kernel(
         offs_m = m0 + tl.arange(0, BLOCK_M)
         _forward_epilogue(
             acc, acc2, bias_ptr, y_ptr, h_ptr, stride_y, stride_h, offs_m, n0, m, n,
-            ACTIVATION, SLICE,
+            ACTIVATION, ACCUMULATE, SLICE,
         )  # fmt: skip
 
 
@@ -399,7 +402,8 @@ def gemm_config(
 ) -> GemmConfig:
     """The launch of op(A) op(B)^T with n columns, summed over k. M has no say: a row's bits must not depend on it.
 
-    epilogue: "none" (with or without bias), "act", "geglu" (two accumulators, n of each), "dact" (backward of both).
+    epilogue: "none" (with or without bias), "act", "geglu" (two accumulators, n of each), "dact" (backward of both),
+        "accumulate" (onto a float32 matrix, of which the vendor library would round each part to 16 bits).
     invariant: not the vendor library, which picks its kernel by M. (layout "tn" sums over the batch in any case.)
 
     The vendor library multiplies, by reasoning and not by measurement,
@@ -412,7 +416,7 @@ def gemm_config(
     if dtype == torch.float32:
         return FLOAT32
     family = "gfx" if arch.startswith("gfx") else arch
-    rungs = LADDERS.get(family, _SM_80)["act" if epilogue == "none" else epilogue]
+    rungs = LADDERS.get(family, _SM_80)["act" if epilogue in ("none", "accumulate") else epilogue]
     return next(config for least_n, least_k, config in rungs if n >= least_n and k >= least_k)
 
 
@@ -478,23 +482,25 @@ def _grid(m: int, n: int, config: GemmConfig, device: torch.device) -> tuple[int
 
 def gemm(
     a: Tensor, b: Tensor, bias: Tensor | None, layout: str, config: GemmConfig,
-    activation: str = "none", save_h: bool = False,
+    activation: str = "none", save_h: bool = False, out: Tensor | None = None, accumulate: bool = False,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """(act(c + bias), c + bias if save_h) of matrices whose rows are contiguous, by our kernel. See the layouts above.
 
     geglu (nt): b is [2N, K], bias [2N], the saved pre-activation [M, 2N].
+    out: [M, N] with contiguous rows, of any float dtype; written, or with `accumulate` added to.
     """
     m, k = (a.shape[1], a.shape[0]) if layout == "tn" else a.shape
     width = b.shape[0] if layout == "nt" else b.shape[1]
     n = width // 2 if activation == "geglu" else width
-    y = a.new_empty(m, n)
+    y = a.new_empty(m, n) if out is None else out
     h = a.new_empty(m, width) if save_h else None
     if y.numel() == 0:
         return y, h
     config, operands = _operands(a, b, layout, config)
     _linear_act_kernel[_grid(m, n, config, a.device)](
         **operands, bias_ptr=bias, y_ptr=y, h_ptr=h,
-        stride_y=n, stride_h=width, m=m, n=n, k=k, LAYOUT=layout, ACTIVATION=activation,
+        stride_y=y.stride(0), stride_h=width, m=m, n=n, k=k,
+        LAYOUT=layout, ACTIVATION=activation, ACCUMULATE=accumulate,
     )  # fmt: skip
     return y, h
 
@@ -522,15 +528,29 @@ def gemm_dact(
     return dh, a, dbias_part.sum(0) if want_dbias else None
 
 
-def matmul(a: Tensor, b: Tensor, bias: Tensor | None = None, layout: str = "nt", invariant: bool = False) -> Tensor:
-    """op(A) op(B)^T + bias by whomever `gemm_config` names."""
+def matmul(
+    a: Tensor, b: Tensor, bias: Tensor | None = None, layout: str = "nt", invariant: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """op(A) op(B)^T + bias by whomever `gemm_config` names. `out` (without bias): [M, N], rows contiguous."""
     n, k = b.shape if layout == "nt" else (b.shape[1], b.shape[0])
     config = gemm_config(n, k, a.dtype, _device.arch(a.device.index), layout, "none", invariant)
     if not config.vendor:
-        return gemm(a, b, bias, layout, config)[0]
+        return gemm(a, b, bias, layout, config, out=out)[0]
+    if out is not None:
+        return torch.mm(a.t() if layout == "tn" else a, b.t() if layout == "nt" else b, out=out)
     if layout == "nt":
         return F.linear(a, b, bias)
-    return torch.mm(a if layout == "nn" else a.t(), b)
+    return torch.mm(a.t() if layout == "tn" else a, b)
+
+
+def accumulate_tn(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """total [M, N] float32 (+)= A^T B of a [K, M], b [K, N], whose rows are contiguous. `first` overwrites."""
+    config = gemm_config(b.shape[1], a.shape[0], a.dtype, _device.arch(a.device.index), "tn", "accumulate")
+    if config.vendor:
+        total.addmm_(a.t(), b, beta=0.0 if first else 1.0)
+    else:
+        gemm(a, b, None, "tn", config, out=total, accumulate=not first)
 
 
 # ---- what the operators of this floor share --------------------------------------------------------------
@@ -633,15 +653,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 # ---- for the offline compiler ----------------------------------------------------------------------------
 
 
-def _forward_case(name: str, config: GemmConfig, dtype: str, layout: str, activation: str, save_h: bool, **more):
+def _forward_case(name, config, dtype, layout, activation="none", save_h=False, accumulate=False, **more):
     m, n, k = config.block_m, config.block_n, config.block_k
     blocks = ([k, m] if layout == "tn" else [m, k], [n, k] if layout == "nt" else [k, n])
     return _case(
         f"{name}[{dtype},{layout},{activation}{',h' if save_h else ''},{m}x{n}x{k}]",
         _linear_act_kernel, config, dtype, blocks,
-        {"bias_ptr": f"*{dtype}", "y_ptr": f"*{dtype}", "stride_y": "i32", "stride_h": "i32"}
+        {"bias_ptr": f"*{dtype}", "y_ptr": "*fp32" if accumulate else f"*{dtype}", "stride_y": "i32", "stride_h": "i32"}
         | ({"h_ptr": f"*{dtype}"} if save_h else {}),
-        {"LAYOUT": layout, "ACTIVATION": activation} | ({} if save_h else {"h_ptr": None}),
+        {"LAYOUT": layout, "ACTIVATION": activation, "ACCUMULATE": accumulate} | ({} if save_h else {"h_ptr": None}),
         **more,
     )  # fmt: skip
 
@@ -686,8 +706,9 @@ def compile_cases(arch: str) -> list[CompileCase]:
             _forward_case("linear_act", config, "bf16", "nt", "gelu", True, fast=rung == 0),
             _forward_case("linear_act", config, "bf16", "nt", "gelu", False),
             _forward_case("linear_act", config, "fp16", "nt", "gelu_tanh", True),
-            _forward_case("linear", config, "bf16", "nt", "none", False),
-            _forward_case("linear", config, "bf16", "nn", "none", False),
+            _forward_case("linear", config, "bf16", "nt"),
+            _forward_case("linear", config, "bf16", "nn"),
+            _forward_case("accumulate", config, "bf16", "tn", accumulate=True),
         ]
     for _, _, config in ladder["geglu"]:
         cases += [_forward_case("linear_act", config, "bf16", "nt", "geglu", h) for h in (True, False)]
@@ -704,4 +725,4 @@ def compile_cases(arch: str) -> list[CompileCase]:
             _forward_case("linear_act", FLOAT32, "fp32", "nt", activation, True),
             _backward_case("dact", FLOAT32, "fp32", activation),
         ]
-    return [*cases, _forward_case("linear", FLOAT32, "fp32", "nn", "none", False)]
+    return [*cases, _forward_case("linear", FLOAT32, "fp32", "nn")]

@@ -1,0 +1,271 @@
+"""Cross-entropy of a linear layer's outputs, without those outputs in memory as a whole.
+
+    z    = hidden weight^T + bias                                    [N, V]
+    lse  = logsumexp(z)                                              [N]
+    loss = lse - (1 - e) z[label] - e / V * sum(z)                   [N];  0 where label is ignore_index
+    dz   = softmax(z) - (1 - e) onehot(label) - e / V                [N, V];  0 in ignored rows; times the row's scale
+
+    dhidden = dz weight   [N, C]      dweight = dz^T hidden   [V, C]      dbias = column sums of dz   [V]
+
+Rows are taken in chunks of at most CHUNK_BYTES of z. For a chunk: a product makes z in the working dtype, one kernel
+reads a row of it (adding the bias), writes its loss and, where a gradient is wanted, puts dz in its place; two
+products take dz on to dhidden and dweight. One buffer of a chunk lives, whatever N is.
+
+When: "mean" and "sum" have one number as upstream gradient, so all gradients are made during the forward pass, for
+an upstream of 1 a row, and scaled in the backward pass: three products where a recomputation would need four
+(8 N V C floating-point operations less 2 N V C). "none" has one number a row, which dweight cannot be scaled by
+afterwards: there the backward pass runs the chunks again, with these numbers as row scales. The gradients made ahead
+are not divided by N, so float16 does not underflow before a loss scale arrives; dweight and dbias are kept in float32.
+
+Bytes moved, b an element, for N V the size of z (chunks come from and go to memory; hidden, dhidden are small):
+
+    forward    z written, read; with gradients dz written, read by two products and by dbias    (2 | 6) N V b
+               weight read once a chunk for each of two products; dweight written, and read again in later chunks
+    backward   dweight scaled: V C (4 + b)
+
+z is read twice by its kernel, but a row (61 KB at BERT's vocabulary in bf16) is still in L2 the second time. The pass
+for dbias is one more than a product with it in its epilogue would need. Keeping z on chip in one kernel with the
+product (an online logsumexp in its epilogue) would save the first two passes, 2 N V b of 6, and would need z once
+more for dz: a fourth product, twice the cost of those passes at BERT's C = 768 (146 us at 790 TFLOP/s beside 70 us at
+4.3 TB/s, N = 2,458).
+
+A row's loss comes from that row's z alone, in one order. The products of z and dhidden are the vendor library's,
+which may choose its kernel by N; in `batch_invariant()` they are ours, and the bits of a row are its own.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._gemm import (
+    accumulate_tn,
+    cast_for_autocast,
+    expect_one_dtype,
+    is_batch_invariant,
+    matmul,
+    none_of,
+    rows_of,
+    wanted_of,
+    wants_grad,
+)
+from ._library import register
+
+# Of z at a time. At BERT's vocabulary in bf16, 4,352 rows: products long enough to fill the machine (34 x 120 tiles),
+# and one chunk for the masked words of 29,000 tokens.
+CHUNK_BYTES = 256 << 20
+
+# One row a program, 16 elements a lane a step: two 16-byte loads of bf16 in flight, and several programs a processor,
+# so that one loads while another sums.
+BLOCK_V, NUM_WARPS = 4096, 8
+
+LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2_E)
+
+
+# ---- device code -----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _load_z(z_ptr, bias_ptr, offs, n_cols):
+    """A block of z + bias in float32, -inf past the last column."""
+    z = tl.load(z_ptr + offs, mask=offs < n_cols, other=float("-inf")).to(tl.float32)
+    if bias_ptr is not None:
+        z += tl.load(bias_ptr + offs, mask=offs < n_cols, other=0.0).to(tl.float32)
+    return z
+
+
+@triton.jit
+def _cross_entropy_kernel(
+    z_ptr, bias_ptr, labels_ptr, scale_ptr,      # in:  [M, V]; [V] or None; [M]; [M] float32 or None (all 1)
+    loss_ptr,                                    # out: [M] float32; and dz in place of z if HAS_GRAD
+    stride_z, n_cols, ignore_index, smoothing,
+    HAS_GRAD: tl.constexpr, HAS_SMOOTHING: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    z_ptr += row * stride_z
+    label = tl.load(labels_ptr + row).to(tl.int64)
+    counts = label != ignore_index
+
+    # running maximum m, sum l of exp(z - m), sum of z
+    m, l, z_sum = float("-inf"), 0.0, 0.0
+    for v0 in tl.range(0, n_cols, BLOCK_V):
+        offs = v0 + tl.arange(0, BLOCK_V)
+        z = _load_z(z_ptr, bias_ptr, offs, n_cols)
+        m_new = tl.maximum(m, tl.max(z, axis=0))
+        base = tl.where(m_new == float("-inf"), 0.0, m_new)  # nothing finite yet: not exp(-inf + inf)
+        l = l * tl.exp2((m - base) * LOG2_E) + tl.sum(tl.exp2((z - base) * LOG2_E), axis=0)
+        m = m_new
+        if HAS_SMOOTHING:
+            z_sum += tl.sum(tl.where(offs < n_cols, z, 0.0), axis=0)
+    lse = m + tl.log(l)
+
+    # a label that names no column reads nothing and makes the row NaN, where torch stops the device
+    named = (label >= 0) & (label < n_cols)
+    z_label = tl.load(z_ptr + label, mask=named, other=float("nan")).to(tl.float32)
+    if bias_ptr is not None:
+        z_label += tl.load(bias_ptr + label, mask=named, other=0.0).to(tl.float32)
+    loss = lse - (1.0 - smoothing) * z_label
+    if HAS_SMOOTHING:
+        loss -= smoothing / n_cols * z_sum
+    tl.store(loss_ptr + row, tl.where(counts, loss, 0.0))
+
+    if HAS_GRAD:
+        scale = 1.0 if scale_ptr is None else tl.load(scale_ptr + row)
+        scale = tl.where(named, scale, float("nan"))
+        for v0 in tl.range(0, n_cols, BLOCK_V):
+            offs = v0 + tl.arange(0, BLOCK_V)
+            z = _load_z(z_ptr, bias_ptr, offs, n_cols)
+            dz = tl.exp2((z - lse) * LOG2_E) - tl.where(offs == label, 1.0 - smoothing, 0.0)
+            if HAS_SMOOTHING:
+                dz -= smoothing / n_cols
+            dz = tl.where(counts, dz * scale, 0.0)
+            tl.store(z_ptr + offs, dz.to(z_ptr.dtype.element_ty), mask=offs < n_cols)
+
+
+# ---- launchers -------------------------------------------------------------------------------------------
+
+
+def _chunk_rows(n_cols: int, dtype: torch.dtype) -> int:
+    """Rows of a chunk, a multiple of 128: from the vocabulary and the budget, not from N."""
+    return max(128, CHUNK_BYTES // (_row_elements(n_cols) * dtype.itemsize) // 128 * 128)
+
+
+def _row_elements(n_cols: int) -> int:
+    """Elements from one row of z to the next: whole 128 bytes, so rows can be read by 16 bytes and by descriptors."""
+    return triton.cdiv(n_cols, 64) * 64
+
+
+def _launch(hidden, weight, bias, labels, row_scale, ignore_index, smoothing, wants, invariant):
+    want_dhidden, want_dweight, want_dbias = wants
+    (n_rows, width), n_cols = hidden.shape, weight.shape[0]
+    hidden, weight, labels = rows_of(hidden), rows_of(weight), labels.contiguous()
+    loss = hidden.new_empty(n_rows, dtype=torch.float32)
+    dhidden = hidden.new_empty(n_rows, width) if want_dhidden else none_of(hidden)
+    # nothing to add up in an empty batch, so the sums start as zeros there
+    new_sum = hidden.new_empty if n_rows > 0 else hidden.new_zeros
+    dweight = new_sum((n_cols, width) if want_dweight else (0,), dtype=torch.float32)
+    dbias = new_sum((n_cols,) if want_dbias else (0,), dtype=torch.float32)
+
+    chunk_rows = min(_chunk_rows(n_cols, hidden.dtype), n_rows)
+    buffer = hidden.new_empty(chunk_rows, _row_elements(n_cols))
+    for start in range(0, n_rows, max(chunk_rows, 1)):
+        rows = slice(start, min(start + chunk_rows, n_rows))
+        z = buffer[: rows.stop - start, :n_cols]
+        matmul(hidden[rows], weight, invariant=invariant, out=z)
+        _cross_entropy_kernel[(z.shape[0],)](
+            z_ptr=z, bias_ptr=bias, labels_ptr=labels[rows], scale_ptr=None if row_scale is None else row_scale[rows],
+            loss_ptr=loss[rows], stride_z=z.stride(0), n_cols=n_cols, ignore_index=ignore_index, smoothing=smoothing,
+            HAS_GRAD=any(wants), HAS_SMOOTHING=smoothing > 0.0, BLOCK_V=BLOCK_V, num_warps=NUM_WARPS,
+        )  # fmt: skip
+        if want_dhidden:
+            matmul(z, weight, layout="nn", invariant=invariant, out=dhidden[rows])
+        if want_dweight:
+            accumulate_tn(dweight, z, hidden[rows], first=start == 0)
+        if want_dbias:
+            part = z.sum(0, dtype=torch.float32)
+            dbias = part if start == 0 else dbias.add_(part)
+    return loss, dhidden, dweight, dbias
+
+
+def _fake(hidden, weight, bias, labels, row_scale, ignore_index, smoothing, wants, invariant):
+    want_dhidden, want_dweight, want_dbias = wants
+    return (
+        hidden.new_empty(hidden.shape[0], dtype=torch.float32),
+        hidden.new_empty(hidden.shape if want_dhidden else (0,)),
+        hidden.new_empty(weight.shape if want_dweight else (0,), dtype=torch.float32),
+        hidden.new_empty(weight.shape[:1] if want_dbias else (0,), dtype=torch.float32),
+    )
+
+
+_losses = register(
+    "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? row_scale, "
+    "int ignore_index, float smoothing, bool[] wants, bool invariant) -> (Tensor, Tensor, Tensor, Tensor)",
+    _launch,
+    _fake,
+)
+
+
+def _launch_scaled(x, scale, dtype):
+    # one pass, in float32: a factor with a dimension takes part in type promotion, `out` rounds at the store
+    return torch.mul(x, scale.view([1] * x.dim()), out=x.new_empty(x.shape, dtype=dtype))
+
+
+_scaled = register(
+    "scaled(Tensor x, Tensor scale, ScalarType dtype) -> Tensor",
+    _launch_scaled,
+    lambda x, scale, dtype: x.new_empty(x.shape, dtype=dtype),
+)
+
+
+# ---- autograd --------------------------------------------------------------------------------------------
+
+
+class _Rows(torch.autograd.Function):
+    """The loss of each row, [N] float32; the backward pass runs the chunks again with dloss as row scales."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, labels, ignore_index, smoothing, invariant):
+        ctx.save_for_backward(hidden, weight, bias, labels)
+        ctx.options = ignore_index, smoothing
+        ctx.invariant = invariant
+        return _losses(hidden, weight, bias, labels, None, ignore_index, smoothing, [False] * 3, invariant)[0]
+
+    @staticmethod
+    def backward(ctx, dloss):
+        wants = list(ctx.needs_input_grad[:3])
+        _, *gradients = _losses(*ctx.saved_tensors, dloss.contiguous(), *ctx.options, wants, ctx.invariant)
+        dtype = ctx.saved_tensors[0].dtype
+        return *wanted_of(wants, tuple(g.to(dtype) for g in gradients)), None, None, None, None
+
+
+class _Sum(torch.autograd.Function):
+    """The sum of the rows' losses, float32, with all gradients made during the forward pass."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, labels, ignore_index, smoothing, invariant):
+        wants = list(ctx.needs_input_grad[:3])
+        loss, *gradients = _losses(hidden, weight, bias, labels, None, ignore_index, smoothing, wants, invariant)
+        ctx.save_for_backward(*gradients)
+        ctx.wants, ctx.dtype = wants, hidden.dtype
+        return loss.sum()
+
+    @staticmethod
+    def backward(ctx, dloss):
+        gradients = tuple(_scaled(g, dloss, ctx.dtype) for g in ctx.saved_tensors)
+        return *wanted_of(ctx.wants, gradients), None, None, None, None
+
+
+# ---- public function -------------------------------------------------------------------------------------
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    """cross_entropy(hidden weight^T + bias, labels): hidden [N, C], weight [V, C], bias [V], labels [N] -> float32.
+
+    reduction: "mean" over the rows that count (a scalar; NaN where none does, with zero gradients, as in torch),
+    "sum" (a scalar), "none" ([N], 0 in ignored rows). A label outside [0, V) that is not `ignore_index` gives NaN.
+    """
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"linear_cross_entropy: reduction must be mean, sum or none, got {reduction!r}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"linear_cross_entropy: label_smoothing must be in [0, 1], got {label_smoothing}")
+    hidden, weight, bias = cast_for_autocast(hidden, weight, bias)
+    expect_one_dtype("linear_cross_entropy", hidden=hidden, weight=weight, bias=bias)
+
+    arguments = (hidden, weight, bias, labels, ignore_index, label_smoothing, is_batch_invariant())
+    if reduction == "none":
+        return _Rows.apply(*arguments)
+    total = _Sum.apply(*arguments) if wants_grad(hidden, weight, bias) else _Rows.apply(*arguments).sum()
+    if reduction == "sum":
+        return total
+    count = (labels != ignore_index).sum()
+    # x / max(count, 1) has a zero gradient where nothing counts; the value there is 0 / 0, as in torch
+    return torch.where(count > 0, total / count.clamp(min=1), float("nan"))
