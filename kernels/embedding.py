@@ -28,7 +28,7 @@ Ids must be in range: the caller checks, where that costs no wait for the device
 zeros and gets no gradient, so a wrong id cannot touch memory outside the tables.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -39,8 +39,10 @@ from . import _device
 from ._compile import CompileCase
 from ._library import register
 from .layer_norm import (
+    MAX_FUSED_WIDTH,
     MAX_WIDTH,
     TRITON_TYPES,
+    NormConfig,
     _dropout_mask,
     _moments,
     dropout_arguments,
@@ -50,7 +52,7 @@ from .layer_norm import (
     sum_parts,
 )
 
-# a token type table with at most this many rows is summed inside the LayerNorm backward
+# a token type table with at most this many rows (and MAX_FUSED_WIDTH columns) is summed inside the LayerNorm backward
 MAX_FUSED_TYPES = 2
 
 # ---- configs ---------------------------------------------------------------------------------------------
@@ -66,13 +68,20 @@ class ScatterConfig:
     num_warps: int
 
 
+def embedding_bwd_config(n_cols: int) -> NormConfig:
+    """`norm_bwd_config` with half the rows: two more fp32 sums and the gathers' addresses need the registers."""
+    config = norm_bwd_config(n_cols)
+    return replace(config, block_m=max(1, config.block_m // 2))
+
+
 def scatter_config(n_cols: int) -> ScatterConfig:
-    """8 columns a lane (one 16-byte load of bf16) and 8 rows in flight; most table rows have fewer tokens than that.
+    """8 columns a lane (one 16-byte load of bf16) and 4 rows in flight: most table rows have fewer tokens than that,
+    and with 8 the sums take 128 registers, which halves the programs that can wait for memory side by side.
 
     Chunks of 64: a row with n tokens is at most 2 * 63 + n / 64 additions deep in one program.
     """
     block_n = min(1024, max(16, triton.next_power_of_2(n_cols)))
-    return ScatterConfig(chunk=64, block_m=8, block_n=block_n, num_warps=max(1, block_n // 256))
+    return ScatterConfig(chunk=64, block_m=4, block_n=block_n, num_warps=max(1, block_n // 256))
 
 
 # ---- device code -----------------------------------------------------------------------------------------
@@ -180,6 +189,12 @@ def _embedding_bwd_kernel(
         rstd = tl.load(rstd_ptr + tokens, mask=mask_m, other=0.0)
 
         x_hat = tl.where(mask, (z - mean[:, None]) * rstd[:, None], 0.0)
+        # summed here, before the reductions, so that d is not held across them
+        if dweight_part_ptr is not None:
+            dweight += tl.sum(d * x_hat, axis=0)
+        if dbias_part_ptr is not None:
+            dbias += tl.sum(d, axis=0)
+
         g = d
         if weight_ptr is not None:
             g = d * tl.load(weight_ptr + cols[None, :], mask=mask_n, other=0.0).to(tl.float32)
@@ -188,10 +203,6 @@ def _embedding_bwd_kernel(
 
         if dz_ptr is not None:
             tl.store(dz_ptr + tokens[:, None] * N + cols[None, :], dz.to(dz_ptr.dtype.element_ty), mask=mask)
-        if dweight_part_ptr is not None:
-            dweight += tl.sum(d * x_hat, axis=0)
-        if dbias_part_ptr is not None:
-            dbias += tl.sum(d, axis=0)
         if dtype0_part_ptr is not None:
             types = tl.load(token_type_ids_ptr + tokens, mask=mask_m, other=-1)
             dtype0 += tl.sum(tl.where((types == 0)[:, None], dz, 0.0), axis=0)
@@ -235,7 +246,7 @@ def _sum_chunks_kernel(
     N: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    chunk = tl.program_id(0).to(tl.int64)
+    chunk = tl.program_id(0)
     start = chunk * CHUNK
     if tl.load(sorted_ids_ptr + start) != tl.load(sorted_ids_ptr + start + CHUNK - 1):
         return
@@ -244,7 +255,7 @@ def _sum_chunks_kernel(
     mask_n = cols < N
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     acc = _add_rows(acc, dz_ptr, order_ptr, start, start + CHUNK, cols, mask_n, N, BLOCK_M)
-    tl.store(chunk_sum_ptr + chunk * N + cols, tl.sum(acc, axis=0), mask=mask_n)
+    tl.store(chunk_sum_ptr + chunk.to(tl.int64) * N + cols, tl.sum(acc, axis=0), mask=mask_n)
 
 
 @triton.jit(do_not_specialize=["n_table", "skip_row"])
@@ -256,7 +267,7 @@ def _sum_table_rows_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The program of the first sorted token of a table row sums that row; all others leave at once."""
-    start = tl.program_id(0).to(tl.int64)
+    start = tl.program_id(0)
     row = tl.load(sorted_ids_ptr + start).to(tl.int64)
     before = tl.load(sorted_ids_ptr + start - 1, mask=start > 0, other=-1).to(tl.int64)
     # ids below 0 sort first, so the -1 before the first token is never a row of the table
@@ -265,7 +276,7 @@ def _sum_table_rows_kernel(
 
     cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = cols < N
-    end = tl.load(ends_ptr + start).to(tl.int64)
+    end = tl.load(ends_ptr + start)
     first_chunk = (start + CHUNK - 1) // CHUNK
     last_chunk = end // CHUNK
     whole = first_chunk < last_chunk
@@ -339,7 +350,7 @@ def _scatter(dz: Tensor, ids: Tensor, dtable: Tensor, skip_row: int) -> None:
     n_tokens, n_cols = dz.shape
     config = scatter_config(n_cols)
     sorted_ids, order = torch.sort(ids, stable=True)
-    ends = torch.searchsorted(sorted_ids, sorted_ids, right=True)
+    ends = torch.searchsorted(sorted_ids, sorted_ids, right=True, out_int32=True)
     n_chunks = n_tokens // config.chunk
     chunk_sum = dz.new_empty((n_chunks, n_cols), dtype=torch.float32)
     blocks = triton.cdiv(n_cols, config.block_n)
@@ -371,12 +382,13 @@ def _launch_bwd(
             out.zero_()
         return outs
     dword, dposition, dtoken_type, dweight, dbias = (out if w else None for out, w in zip(outs, wanted, strict=True))
-    types = [] if dtoken_type is None or len(dtoken_type) > MAX_FUSED_TYPES else list(dtoken_type)
-    needs_dz = any(d is not None for d in (dword, dposition)) or (dtoken_type is not None and not types)
+    fused = dtoken_type is not None and len(dtoken_type) <= MAX_FUSED_TYPES and n_cols <= MAX_FUSED_WIDTH
+    types = list(dtoken_type) if fused else []
+    needs_dz = any(d is not None for d in (dword, dposition)) or (dtoken_type is not None and not fused)
     dz = dy.new_empty((n_tokens, n_cols), dtype=word.dtype) if needs_dz else None
 
     dy = rows_of(dy, n_cols)
-    config = norm_bwd_config(n_cols)
+    config = embedding_bwd_config(n_cols)
     programs = min(
         config.programs_per_sm * _device.multiprocessors(dy.device.index), triton.cdiv(n_tokens, config.block_m)
     )
@@ -399,7 +411,7 @@ def _launch_bwd(
         _scatter(dz, input_ids, dword, -1 if padding_idx is None else padding_idx % word.shape[0])
     if dposition is not None:
         _scatter(dz, positions, dposition, -1)
-    if dtoken_type is not None and not types:
+    if dtoken_type is not None and not fused:
         _scatter(dz, token_type_ids, dtoken_type, -1)
     return outs
 
@@ -502,25 +514,27 @@ def compile_cases(arch: str) -> list[CompileCase]:
         dropout = {
             "seed_ptr": "*i64", "row_ids_ptr": "*i64", "stream": "i32", "threshold": "i64", "keep_scale": "fp32",
         }  # fmt: skip
-        sums = dict.fromkeys(("dweight_part_ptr", "dbias_part_ptr", "dtype0_part_ptr", "dtype1_part_ptr"), "*fp32")
+        sums = dict.fromkeys(("dweight_part_ptr", "dbias_part_ptr"), "*fp32")
+        type_sums = dict.fromkeys(("dtype0_part_ptr", "dtype1_part_ptr"), "*fp32")
         order = {"dz_ptr": d, "sorted_ids_ptr": "*i64", "order_ptr": "*i64", "chunk_sum_ptr": "*fp32"}
         for n_cols in _WIDTHS:
             scatter = scatter_config(n_cols)
             chunk = {"CHUNK": scatter.chunk}
+            fused, unfused = (type_sums, {}) if n_cols <= MAX_FUSED_WIDTH else ({}, dict.fromkeys(type_sums))
             kernels = [
                 (
                     "embedding_layer_norm_fwd", _embedding_fwd_kernel, norm_fwd_config(n_cols), {},
                     ids | tables | {"bias_ptr": d, "y_ptr": d, "eps": "fp32"} | stats | sizes | dropout,
                 ),
                 (
-                    "embedding_layer_norm_bwd", _embedding_bwd_kernel, norm_bwd_config(n_cols), {},
+                    "embedding_layer_norm_bwd", _embedding_bwd_kernel, embedding_bwd_config(n_cols), unfused,
                     ids | tables | {"dy_ptr": d, "dz_ptr": d, "tokens_per_step": "i32", "stride_dym": "i32"}
-                    | stats | sums | sizes | dropout,
+                    | stats | sums | fused | sizes | dropout,
                 ),
                 ("sum_chunks", _sum_chunks_kernel, scatter, chunk, order),
                 (
                     "sum_table_rows", _sum_table_rows_kernel, scatter, chunk,
-                    order | {"ends_ptr": "*i64", "dtable_ptr": d, "n_table": "i32", "skip_row": "i32"},
+                    order | {"ends_ptr": "*i32", "dtable_ptr": d, "n_table": "i32", "skip_row": "i32"},
                 ),
             ]  # fmt: skip
             for name, kernel, config, constexprs, signature in kernels:

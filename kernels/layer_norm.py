@@ -23,7 +23,8 @@ same. Nothing is read twice. The partial sums add 8 P N bytes for each of dweigh
 4.3 TB/s a BERT-base layer end over 16,384 tokens in bf16 cannot take less than 18 us forward, 23 us backward.
 
 No atomics: row m belongs to program (m // BLOCK_M) mod P, a program adds its rows in order, and one small kernel
-adds the P partial sums in order. A row's own results depend on nothing but that row.
+adds the P partial sums in order. (Rows wider than 4,096 leave dbias and dx_bias to torch.sum over dy and dx, one
+more read each: their fp32 sums no longer fit in registers.) A row's own results depend on nothing but that row.
 """
 
 from dataclasses import dataclass
@@ -40,6 +41,8 @@ from ._random import keep_threshold
 from ._random_triton import _keep_mask, _row_keys
 
 MAX_WIDTH = 8192
+# up to here the backward kernel sums dbias and dx_bias on the way; in wider rows the registers for them would spill
+MAX_FUSED_WIDTH = 4096
 
 # ---- configs ---------------------------------------------------------------------------------------------
 
@@ -202,6 +205,12 @@ def _add_norm_bwd_kernel(
         else:
             mean = tl.load(mean_ptr + rows, mask=mask_m, other=0.0)
             x_hat = tl.where(mask, (z - mean[:, None]) * rstd[:, None], 0.0)
+        # summed here, before the reductions, so that dy is not held across them
+        if dweight_part_ptr is not None:
+            dweight += tl.sum(dy * x_hat, axis=0)
+        if dbias_part_ptr is not None:
+            dbias += tl.sum(dy, axis=0)
+
         g = dy
         if weight_ptr is not None:
             # from the cache every time: held across the loop it would cost up to 16 registers a lane
@@ -212,29 +221,27 @@ def _add_norm_bwd_kernel(
         dz *= rstd[:, None]
         if dz_out_ptr is not None:
             dz += tl.load(dz_out_ptr + rows[:, None] * stride_dzm + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-        dx = dz
-        if keep is not None:
-            dx = tl.where(keep, dz * keep_scale, 0.0)
 
         offsets = rows[:, None] * N + cols[None, :]
         if dresidual_ptr is not None:
             tl.store(dresidual_ptr + offsets, dz.to(dresidual_ptr.dtype.element_ty), mask=mask)
+
+        dx = dz
+        if seed_ptr is not None:
+            dx = tl.where(keep, dz * keep_scale, 0.0)
         if dx_ptr is not None:
             tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-        if dweight_part_ptr is not None:
-            dweight += tl.sum(dy * x_hat, axis=0)
-        if dbias_part_ptr is not None:
-            dbias += tl.sum(dy, axis=0)
         if dx_bias_part_ptr is not None:
             # rows past the end have dy = 0 and rstd = 0, so dz = 0
             dx_bias += tl.sum(dx, axis=0)
 
+    offsets = pid * N + cols
     if dweight_part_ptr is not None:
-        tl.store(dweight_part_ptr + pid * N + cols, dweight, mask=cols < N)
+        tl.store(dweight_part_ptr + offsets, dweight, mask=cols < N)
     if dbias_part_ptr is not None:
-        tl.store(dbias_part_ptr + pid * N + cols, dbias, mask=cols < N)
+        tl.store(dbias_part_ptr + offsets, dbias, mask=cols < N)
     if dx_bias_part_ptr is not None:
-        tl.store(dx_bias_part_ptr + pid * N + cols, dx_bias, mask=cols < N)
+        tl.store(dx_bias_part_ptr + offsets, dx_bias, mask=cols < N)
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -342,11 +349,10 @@ def _launch_bwd(
     dropout_p, stream, rms, x_is_sum, want_dx, want_dresidual, want_params,
 ):  # fmt: skip
     n_cols = x.shape[-1]
-    dx, dresidual, *_ = outs = _fake_bwd(
+    dx, dresidual, dweight, dbias, dx_bias = outs = _fake_bwd(
         dy, dz_out, x, residual, weight, bias, x_bias, mean, rstd, seed, row_ids,
         dropout_p, stream, rms, x_is_sum, want_dx, want_dresidual, want_params,
     )  # fmt: skip
-    params = [t if wanted else None for t, wanted in zip((weight, bias, x_bias), want_params, strict=True)]
     if x.numel() == 0:
         for dparam in outs[2:]:
             dparam.zero_()
@@ -356,15 +362,20 @@ def _launch_bwd(
     programs = min(
         config.programs_per_sm * _device.multiprocessors(x.device.index), triton.cdiv(x.shape[0], config.block_m)
     )
-    wanted = [t is not None for t in params]
-    parts = x.new_empty((sum(wanted), programs, n_cols), dtype=torch.float32)
+
+    want_dweight, want_dbias, want_dx_bias = want_params
+    fused = n_cols <= MAX_FUSED_WIDTH
+    if want_dx_bias and not (want_dx or fused):
+        dx = torch.empty_like(dy)  # only to be summed
+    sums = (dweight, want_dweight), (dbias, want_dbias and fused), (dx_bias, want_dx_bias and fused)
+    parts = x.new_empty((sum(wanted for _, wanted in sums), programs, n_cols), dtype=torch.float32)
     slots = iter(parts)
-    dweight_part, dbias_part, dx_bias_part = (next(slots) if w else None for w in wanted)
+    dweight_part, dbias_part, dx_bias_part = (next(slots) if wanted else None for _, wanted in sums)
     _add_norm_bwd_kernel[(programs,)](
         dy_ptr=dy, dz_out_ptr=dz_out, x_ptr=x, residual_ptr=None if x_is_sum else residual,
         x_bias_ptr=None if x_is_sum else x_bias, weight_ptr=weight,
         mean_ptr=None if rms else mean, rstd_ptr=rstd,
-        dx_ptr=dx if want_dx else None, dresidual_ptr=dresidual if want_dresidual else None,
+        dx_ptr=dx if dx.numel() else None, dresidual_ptr=dresidual if want_dresidual else None,
         dweight_part_ptr=dweight_part, dbias_part_ptr=dbias_part, dx_bias_part_ptr=dx_bias_part,
         n_rows=x.shape[0], rows_per_step=programs * config.block_m,
         stride_dym=dy.stride(0), stride_dzm=0 if dz_out is None else dz_out.stride(0),
@@ -373,7 +384,11 @@ def _launch_bwd(
         N=n_cols, RMS=rms, X_IS_SUM=x_is_sum,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps,
     )  # fmt: skip
-    sum_parts(parts, [out for out, w in zip(outs[2:], wanted, strict=True) if w])
+    sum_parts(parts, [out for out, wanted in sums if wanted])
+    if want_dbias and not fused:
+        dbias.copy_(dy.sum(0, dtype=torch.float32))
+    if want_dx_bias and not fused:
+        dx_bias.copy_(dx.view(-1, n_cols).sum(0, dtype=torch.float32))
     return outs
 
 
@@ -386,7 +401,7 @@ def _fake_bwd(
         dy.new_empty(x.shape if want_dx else (0,)),
         dy.new_empty(x.shape if want_dresidual else (0,), dtype=x.dtype if residual is None else residual.dtype),
         *(
-            dy.new_empty(0) if t is None or not wanted else dy.new_empty(t.shape, dtype=t.dtype)
+            dy.new_empty(t.shape, dtype=t.dtype) if wanted else dy.new_empty(0)
             for t, wanted in zip((weight, bias, x_bias), want_params, strict=True)
         ),
     )
@@ -491,7 +506,7 @@ def add_rms_norm(x, residual, weight, eps=1e-6, *, x_bias=None, dropout_p=0.0, s
 
 # ---- for the offline compiler ----------------------------------------------------------------------------
 
-_TRITON_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+TRITON_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 # one width for every step of the two ladders, and those of BERT-base, large and MiniLM
 _WIDTHS = (16, 32, 64, 128, 256, 384, 512, 768, 1000, 1024, 2048, 4096, 8192)
 
@@ -500,7 +515,7 @@ def compile_cases(arch: str) -> list[CompileCase]:
     """Every config of the ladders, with all inputs and dropout: the most registers a launch can need."""
     cases = []
     for dtype in (torch.bfloat16, torch.float32):
-        d = f"*{_TRITON_TYPES[dtype]}"
+        d = f"*{TRITON_TYPES[dtype]}"
         for n_cols in _WIDTHS:
             fast = n_cols in (384, 768, 1024, 8192) and dtype == torch.bfloat16
             inputs = dict.fromkeys(("x_ptr", "residual_ptr", "x_bias_ptr", "weight_ptr"), d)
@@ -534,10 +549,11 @@ def compile_cases(arch: str) -> list[CompileCase]:
                 )
             config = norm_bwd_config(n_cols)
             strides = ("stride_dym", "stride_xm", "stride_rm")
+            parts = ["dweight_part_ptr", "dbias_part_ptr", "dx_bias_part_ptr"]
+            summed = parts if n_cols <= MAX_FUSED_WIDTH else parts[:1]
             signature = (
                 inputs | {"dy_ptr": d, "mean_ptr": "*fp32", "rstd_ptr": "*fp32"} | dropout
-                | {"dx_ptr": d, "dresidual_ptr": d}
-                | dict.fromkeys(("dweight_part_ptr", "dbias_part_ptr", "dx_bias_part_ptr"), "*fp32") | numbers
+                | {"dx_ptr": d, "dresidual_ptr": d} | dict.fromkeys(summed, "*fp32") | numbers
                 | {"n_rows": "i32", "rows_per_step": "i32", "stride_dzm": "i32"} | dict.fromkeys(strides, "i32")
             )  # fmt: skip
             cases.append(
@@ -552,6 +568,7 @@ def compile_cases(arch: str) -> list[CompileCase]:
                         "dz_out_ptr": None,
                         "BLOCK_M": config.block_m,
                         "BLOCK_N": config.block_n,
+                        **{name: None for name in parts if name not in summed},
                     },
                     num_warps=config.num_warps,
                     num_stages=3,
