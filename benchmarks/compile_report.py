@@ -193,7 +193,7 @@ def _read(report: Report, case, compiled, arch: Arch) -> None:
     report.matrix_opcode = max({i.opcode for i in matrix}, key=[i.opcode for i in matrix].count, default="")
     report.bulk_copies = code.count(arch.bulk_copy)
     report.widest_load = machine_code.widest_global_load(code)
-    report.loops = [_loop(loop, report.warps, arch) for loop in machine_code.inner_loops(code)]
+    report.loops = [_loop(*loop, report.warps, arch) for loop in machine_code.inner_loops(code)]
     _occupancy(report, arch, getattr(compiled.metadata, "tmem_size", 0) or 0)
 
 
@@ -218,10 +218,11 @@ def _occupancy(report: Report, arch: Arch, tensor_memory: int) -> None:
     report.warps_per_sm = report.ctas_per_sm * report.warps
 
 
-def _loop(loop: machine_code.Code, warps: int, arch: Arch) -> dict[str, Any]:
+def _loop(loop: machine_code.Code, sometimes: machine_code.Code, warps: int, arch: Arch) -> dict[str, Any]:
     """Mix of one inner loop (as one warp issues it), and the least cycles of one iteration of a CTA by unit.
 
-    An iteration is one of the machine code: the compiler may have unrolled the kernel's own loop.
+    An iteration is one of the machine code: the compiler may have unrolled the kernel's own loop. Cycles count
+    what every iteration runs, not what stands under a condition (`sometimes`).
     """
     mix = machine_code.instruction_mix(loop)
     flops = machine_code.matrix_flops(loop, warps)
@@ -234,7 +235,12 @@ def _loop(loop: machine_code.Code, warps: int, arch: Arch) -> dict[str, Any]:
         "shared": shared_bytes / arch.shared_bytes,
         "issue": mix["total"] * warps / arch.issue,
     }
-    return {"mix": mix, "matrix_flops": flops, "cycles": {unit: round(c) for unit, c in cycles.items() if c}}
+    return {
+        "mix": mix,
+        "sometimes": machine_code.instruction_mix(sometimes),
+        "matrix_flops": flops,
+        "cycles": {unit: round(c) for unit, c in cycles.items() if c},
+    }
 
 
 def _shared_bits(instruction: machine_code.Instruction) -> int:
@@ -313,9 +319,12 @@ def _row(r: Report) -> tuple[str, ...]:
 
 
 def _loop_line(loop: dict[str, Any]) -> str:
-    mix = ", ".join(f"{kind} {n}" for kind, n in loop["mix"].items() if kind != "total")
+    def counts(of: dict[str, int]) -> str:
+        return f"{of['total']}: " + ", ".join(f"{what} {n}" for what, n in of.items() if what != "total")
+
+    sometimes = f"; under conditions {counts(loop['sometimes'])}" if loop["sometimes"]["total"] else ""
     cycles = ", ".join(f"{unit} {n}" for unit, n in loop["cycles"].items())
-    return f"loop of {loop['mix']['total']}: {mix}; cycles a CTA at least: {cycles}"
+    return f"loop of {counts(loop['mix'])}{sometimes}; cycles a CTA at least: {cycles}"
 
 
 def format_reports(reports: list[Report], markdown: bool = False) -> str:

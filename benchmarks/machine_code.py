@@ -112,8 +112,16 @@ def _successors(code: Code, index: int, joins: dict[str, str]) -> list[int]:
     return following
 
 
-def find_loops(code: Code) -> list[frozenset[int]]:
-    """Natural loops as sets of instruction indices, one a header."""
+@dataclass(frozen=True)
+class Loop:
+    """A natural loop, as indices of instructions."""
+
+    body: frozenset[int]
+    always: frozenset[int]  # those that every iteration passes; the others stand under a condition
+
+
+def find_loops(code: Code) -> list[Loop]:
+    """The loops of a kernel, one a header."""
     joins: dict[str, str] = {}
     after = [_successors(code, i, joins) for i in range(len(code.instructions))]
     # Basic blocks begin at labels, at branch targets and after branches.
@@ -143,24 +151,49 @@ def find_loops(code: Code) -> list[frozenset[int]]:
                 dominators[block], changed = common, True
 
     bodies: dict[int, set[int]] = {}
+    always: dict[int, int] = {}
     for block, targets in enumerate(successors):
         for header in targets:
             if predecessors[header] and dominators[block] >> header & 1:
+                always[header] = always.get(header, everything) & dominators[block]
                 body, work = bodies.setdefault(header, {header}), [block]
                 while work:
                     if (b := work.pop()) not in body:
                         body.add(b)
                         work += predecessors[b]
-    return [frozenset(i for b in body for i in range(starts[b], ends[b])) for body in bodies.values()]
+
+    def instructions(blocks) -> frozenset[int]:
+        return frozenset(i for b in blocks for i in range(starts[b], ends[b]))
+
+    return [
+        Loop(instructions(body), instructions(b for b in body if always[header] >> b & 1))
+        for header, body in bodies.items()
+    ]
 
 
-def inner_loops(code: Code) -> list[Code]:
-    """The innermost loops that hold matrix instructions; of a kernel without any, those that touch global memory."""
+def inner_loops(code: Code) -> list[tuple[Code, Code]]:
+    """The innermost loops that hold matrix instructions; of a kernel without any, those that touch global memory.
+
+    Each in two parts: what every iteration runs, and what stands under a condition (the epilogue of a persistent
+    kernel, the slow path of a wait). Where the matrix instructions themselves do, the first part is the whole.
+    """
+
+    def part(indices: frozenset[int]) -> Code:
+        return Code([code.instructions[i] for i in sorted(indices)], {})
+
     for kinds in ({"matrix"}, {"global", "copy"}):
-        hot = [loop for loop in find_loops(code) if any(code.instructions[i].kind in kinds for i in loop)]
-        inner = [loop for loop in hot if not any(other < loop for other in hot)]
+
+        def holds(indices: frozenset[int], kinds=kinds) -> bool:
+            return any(code.instructions[i].kind in kinds for i in indices)
+
+        hot = [loop for loop in find_loops(code) if holds(loop.body)]
+        inner = [loop for loop in hot if not any(other.body < loop.body for other in hot)]
         if inner:
-            return [Code([code.instructions[i] for i in sorted(loop)], {}) for loop in sorted(inner, key=min)]
+            split = [
+                (loop.always, loop.body - loop.always) if holds(loop.always) else (loop.body, frozenset())
+                for loop in sorted(inner, key=lambda loop: min(loop.body))
+            ]
+            return [(part(always), part(sometimes)) for always, sometimes in split]
     return []
 
 

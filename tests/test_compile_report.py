@@ -161,12 +161,43 @@ SASS = """
 
 def test_the_inner_loop_is_found(machine_code):
     code = machine_code.parse_sass(SASS)
-    (inner,) = machine_code.inner_loops(code)
-    assert machine_code.instruction_mix(inner) == {
-        "matrix": 1, "exp2": 1, "shared": 1, "control": 6, "total": 9,
-    }  # fmt: skip
+    ((always, sometimes),) = machine_code.inner_loops(code)
+    assert machine_code.instruction_mix(always) == {"matrix": 1, "exp2": 1, "shared": 1, "control": 3, "total": 6}
+    assert machine_code.instruction_mix(sometimes) == {"control": 3, "total": 3}, "the slow path of the wait"
     # the outer loop, the inner, the wait; the trap behind the end is never reached, and loops to itself
-    assert sorted(map(len, machine_code.find_loops(code))) == [1, 2, 9, 12]
+    assert sorted(len(loop.body) for loop in machine_code.find_loops(code)) == [1, 2, 9, 12]
+
+
+def test_what_stands_under_a_condition_is_counted_apart(machine_code):
+    """As the epilogue of a persistent kernel: one loop over all tiles' blocks, a store where a tile ends."""
+    code = machine_code.parse_sass("""
+.L_x_0:
+        /*0000*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR24], R24 ;
+        /*0010*/              @!P0 BRA `(.L_x_1) ;
+        /*0020*/                   STG.E.128 [R2.64], R4 ;
+        /*0030*/                   STG.E.128 [R2.64+0x10], R8 ;
+.L_x_1:
+        /*0040*/                   IADD3 R1, R1, 0x1, RZ ;
+        /*0050*/               @P1 BRA `(.L_x_0) ;
+        /*0060*/                   EXIT ;
+""")
+    ((always, sometimes),) = machine_code.inner_loops(code)
+    assert machine_code.instruction_mix(always) == {"matrix": 1, "control": 2, "integer": 1, "total": 4}
+    assert machine_code.instruction_mix(sometimes) == {"global": 2, "total": 2}
+
+
+def test_loops_are_found_in_amd_assembly(machine_code):
+    code = machine_code.parse_amd("""
+.LBB0_1:                                ; =>This Inner Loop Header: Depth=1
+\tv_mfma_f32_32x32x8_bf16 a[0:15], v[0:1], v[2:3], a[0:15]
+\ts_cbranch_execz .LBB0_2
+\tds_read_b128 v[0:3], v4
+.LBB0_2:
+\ts_cbranch_scc1 .LBB0_1
+\ts_endpgm
+""")
+    ((always, sometimes),) = machine_code.inner_loops(code)
+    assert (len(always.instructions), len(sometimes.instructions)) == (3, 1)
 
 
 def test_code_without_loops_has_none(machine_code):
