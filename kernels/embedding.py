@@ -246,7 +246,7 @@ def _sum_chunks_kernel(
     N: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    chunk = tl.program_id(0)
+    chunk = tl.program_id(0).to(tl.int64)
     start = chunk * CHUNK
     if tl.load(sorted_ids_ptr + start) != tl.load(sorted_ids_ptr + start + CHUNK - 1):
         return
@@ -255,7 +255,7 @@ def _sum_chunks_kernel(
     mask_n = cols < N
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     acc = _add_rows(acc, dz_ptr, order_ptr, start, start + CHUNK, cols, mask_n, N, BLOCK_M)
-    tl.store(chunk_sum_ptr + chunk.to(tl.int64) * N + cols, tl.sum(acc, axis=0), mask=mask_n)
+    tl.store(chunk_sum_ptr + chunk * N + cols, tl.sum(acc, axis=0), mask=mask_n)
 
 
 @triton.jit(do_not_specialize=["n_table", "skip_row"])
