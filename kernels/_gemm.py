@@ -19,8 +19,6 @@ B in L2. On Hopper and newer the operands come by tensor descriptors (the bulk c
 row is not a multiple of 16 bytes, by pointers; both sum in the same order.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -353,8 +351,9 @@ VENDOR = GemmConfig(vendor=True)
 
 # Exact float32 products run on the scalar units; a small tile keeps the operands of one in registers.
 FLOAT32 = GemmConfig(64, 64, 16, num_warps=4, num_stages=2, slice_n=64)
-# Rows that are not a multiple of 16 bytes: no bulk copies, element-wise loads, fewer in flight.
-UNALIGNED = GemmConfig(128, 64, 32, num_warps=4, num_stages=2)
+# Rows of 16-bit elements that are not a multiple of 16 bytes: no bulk or asynchronous copies, element-wise loads that
+# pass through registers, so few of them a lane.
+UNALIGNED = GemmConfig(64, 64, 32, num_warps=8, num_stages=2, slice_n=32)
 
 # (architecture, epilogue) -> rungs (least n, least k, config); the first that fits. None is measured on a GPU yet.
 # The wide tile reads 48 bytes of operands a cycle of matrix work from L2, the square one 64; the square one pays
@@ -420,27 +419,6 @@ def gemm_config(
     return next(config for least_n, least_k, config in rungs if n >= least_n and k >= least_k)
 
 
-# ---- batch invariance ------------------------------------------------------------------------------------
-
-_invariant = False
-
-
-def is_batch_invariant() -> bool:
-    """Do linear layers avoid the vendor library, whose choice of kernel depends on the batch?"""
-    return _invariant
-
-
-@contextmanager
-def batch_invariant(enabled: bool = True) -> Iterator[None]:
-    """Within: every product that makes a token's output runs in our GEMM, so its bits do not depend on the batch."""
-    global _invariant
-    before, _invariant = _invariant, enabled
-    try:
-        yield
-    finally:
-        _invariant = before
-
-
 # ---- launchers -------------------------------------------------------------------------------------------
 
 
@@ -452,13 +430,13 @@ def rows_of(x: Tensor) -> Tensor:
 
 
 def _aligned(x: Tensor) -> bool:
-    """Can the bulk copy engine read x [R, C]? Base and row stride in whole 16 bytes."""
+    """Can x [R, C] be read by 16 bytes? Base and row stride in whole 16 bytes."""
     return x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
 
 
 def _operands(a: Tensor, b: Tensor, layout: str, config: GemmConfig) -> tuple[GemmConfig, dict]:
     """The config that these operands allow, and the kernel's arguments for them."""
-    if config.bulk and not (_aligned(a) and _aligned(b)):
+    if a.element_size() < 4 and not (_aligned(a) and _aligned(b)):
         config = UNALIGNED
     arguments = {"stride_a": a.stride(0), "stride_b": b.stride(0), "a": a, "b": b}
     if config.bulk:

@@ -42,13 +42,13 @@ from ._gemm import (
     accumulate_tn,
     cast_for_autocast,
     expect_one_dtype,
-    is_batch_invariant,
     matmul,
     none_of,
     rows_of,
     wanted_of,
     wants_grad,
 )
+from ._invariance import is_batch_invariant
 from ._library import register
 
 # Of z at a time. At BERT's vocabulary in bf16, 4,352 rows: products long enough to fill the machine (34 x 120 tiles),

@@ -58,13 +58,13 @@ from ._gemm import (
     gemm,
     gemm_config,
     gemm_dact,
-    is_batch_invariant,
     matmul,
     none_of,
     rows_of,
     wanted_of,
     wants_grad,
 )
+from ._invariance import is_batch_invariant
 from ._library import register
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "geglu")
