@@ -464,6 +464,7 @@ class _EmbeddingLayerNorm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         wanted = list(ctx.needs_input_grad[:5])
         grads = _embedding_bwd(dy, *ctx.saved_tensors, *ctx.options, wanted)

@@ -444,6 +444,7 @@ class _AddNorm(torch.autograd.Function):
         return (y, z) if want_sum else y
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, dy, dz_out=None):
         x, residual, weight, bias, x_bias, mean, rstd, seed, row_ids = ctx.saved_tensors
         dropout_p, stream, rms, want_sum = ctx.options

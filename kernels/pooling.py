@@ -326,6 +326,7 @@ class _Pool(torch.autograd.Function):
         return y
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         return _pool_bwd(dy, *ctx.saved_tensors, *ctx.options), None, None, None
 
