@@ -13,13 +13,14 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test verify lint format clean
+.PHONY: help install demo test verify bench lint format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo     encode some real sentences with a real BERT, and ask them questions"
 	@echo "make test     run the tests; without a GPU the kernels run through Triton's interpreter"
 	@echo "make verify   check every operator on this machine against the reference"
+	@echo "make bench    time real texts, beside the libraries people use"
 	@echo "make lint     check code and format"
 	@echo "make format   apply both"
 	@echo "make install  only make the environment, in $(VENV)"
@@ -44,6 +45,9 @@ test: $(INSTALLED)
 
 verify: $(INSTALLED)
 	@$(BIN)/python -m fastbert verify
+
+bench: $(INSTALLED)
+	@$(BIN)/python -m benchmarks.encode
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -341,9 +341,20 @@ def test_debug_shows_the_traceback(tmp_path, options, monkeypatch):
         run("encode", tmp_path / "nowhere.txt", *options)
 
 
-def test_a_bug_is_said_in_one_line_too(texts_file, options, capsys, monkeypatch):
-    monkeypatch.setattr(Encoder, "from_pretrained", lambda *args, **kwargs: {}["gone"])
-    fails(capsys, 1, "KeyError: 'gone' (FASTBERT_DEBUG=1 shows where)", "encode", texts_file, *options)
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (KeyError("gone"), "KeyError: 'gone' (FASTBERT_DEBUG=1 shows where)"),
+        (RuntimeError("out of\n  memory\n"), "error: out of memory"),
+    ],
+    ids=["bug", "lines"],
+)
+def test_any_error_is_said_in_one_line(error, message, texts_file, options, capsys, monkeypatch):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(Encoder, "from_pretrained", fail)
+    fails(capsys, 1, message, "encode", texts_file, *options)
 
 
 # ---- long input, and ends before the end -----------------------------------------------------------------
