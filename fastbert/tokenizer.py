@@ -317,8 +317,9 @@ class Tokenizer:
         try:
             with write_atomically(folder / "tokenizer.json") as temporary:
                 self._backend.save(str(temporary))
-            if isinstance(self._backend.model, models.WordPiece):
-                vocab = self._backend.get_vocab(with_added_tokens=False)
+            vocab = self._backend.get_vocab(with_added_tokens=False)
+            # vocab.txt has no place for an id that no token has
+            if isinstance(self._backend.model, models.WordPiece) and max(vocab.values()) == len(vocab) - 1:
                 with write_atomically(folder / "vocab.txt") as temporary:
                     lines = "".join(f"{token}\n" for token in sorted(vocab, key=vocab.__getitem__))
                     temporary.write_text(lines, encoding="utf-8", newline="\n")

@@ -229,6 +229,18 @@ def test_auto_tokenizer_loads_what_we_save(minilm, tmp_path):
     assert theirs.model_max_length == 512
 
 
+def test_a_vocabulary_with_gaps_is_saved_without_vocab_txt(minilm, tmp_path):
+    """In vocab.txt the line is the id: after a gap every token would have another one."""
+    data = json.loads((minilm / "tokenizer.json").read_text(encoding="utf-8"))
+    data["model"]["vocab"]["beyond"] = 40_000
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    ours = Tokenizer.from_pretrained(tmp_path)
+    assert ours.input_ids(["beyond"]) == [[101, 40_000, 102]]
+    ours.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved" / "vocab.txt").exists()
+    assert Tokenizer.from_pretrained(tmp_path / "saved").input_ids(["beyond"]) == [[101, 40_000, 102]]
+
+
 def test_from_vocab_equals_from_folder(tmp_path):
     folder = save_vocab(tmp_path / "cased", {"do_lower_case": False})
     options = {"lowercase": False, "strip_accents": None, "tokenize_chinese_chars": True}
@@ -249,6 +261,21 @@ def test_tokenizer_config_wins_over_tokenizer_json(tmp_path):
     ours, theirs = Tokenizer.from_pretrained(tmp_path), transformers.BertTokenizerFast.from_pretrained(tmp_path)
     assert ours.input_ids(TEXTS) == theirs(TEXTS, padding=False)["input_ids"]
     assert ours.tokenize("The") == ["The"]
+
+
+def test_what_only_tokenizer_json_knew_is_saved_in_the_config(tmp_path):
+    """transformers takes a tokenizer_config.json that is silent for an uncased one."""
+    transformers = pytest.importorskip("transformers")
+    cased = Tokenizer.from_vocab(save_vocab(tmp_path / "cased") / "vocab.txt", lowercase=False, strip_accents=False)
+    cased.save_pretrained(tmp_path / "cased")
+    (tmp_path / "cased" / "tokenizer_config.json").unlink()
+    ours = Tokenizer.from_pretrained(tmp_path / "cased")
+    assert ours.tokenize("The Café") == ["The", "Café"]
+    ours.save_pretrained(tmp_path / "saved")
+    theirs = transformers.BertTokenizerFast.from_pretrained(tmp_path / "saved")
+    assert theirs(TEXTS, padding=False)["input_ids"] == ours.input_ids(TEXTS)
+    (tmp_path / "saved" / "tokenizer.json").unlink()
+    assert Tokenizer.from_pretrained(tmp_path / "saved").input_ids(TEXTS) == ours.input_ids(TEXTS)
 
 
 def test_what_tokenizer_json_stores_of_truncation_and_padding_is_not_applied(minilm):
