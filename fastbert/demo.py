@@ -22,7 +22,7 @@ QUERIES = (
     "someone who only thinks about himself",
 )
 ANSWERS = 3
-ENTRY_COLUMNS = 4  # lines of a long entry that are shown
+ANSWER_LINES = 4  # of a long entry, the rest is not shown
 COMPARED = 64  # texts that transformers encodes too, spread over the book
 
 
@@ -46,7 +46,7 @@ def main() -> int:
     folder, texts = checkpoint_folder(), entries()
     from .embed import Encoder
 
-    encoder = Encoder.from_pretrained(folder)
+    encoder = Encoder.from_pretrained(folder, normalize=True)  # a product of two vectors is then their cosine
     encoder.encode(texts[:8])  # the first call builds kernels and fills caches
     encoder.stats = type(encoder.stats)()
 
@@ -71,7 +71,7 @@ def main() -> int:
 
 
 def _answer(score: float, entry: str, width: int) -> str:
-    lines = textwrap.wrap(entry, width - 9, max_lines=ENTRY_COLUMNS, placeholder=" ...")
+    lines = textwrap.wrap(entry, width - 9, max_lines=ANSWER_LINES, placeholder=" ...")
     return textwrap.indent("\n".join(lines), " " * 9).replace(" " * 9, f"  {score:5.3f}  ", 1)
 
 
@@ -97,7 +97,7 @@ def _difference(folder: Path, texts: list[str]) -> str:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    encoder = Encoder.from_pretrained(folder, dtype="float32")
+    encoder = Encoder.from_pretrained(folder, dtype="float32", pooling="mean", normalize=True)
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder)
     model = model.float().to(encoder.device).eval()
     theirs = []
