@@ -14,6 +14,7 @@ from ._attention_fwd import (
     _key_range,
     _load_rows,
     _origins,
+    _padding_end,
     _rotate,
     _scheduled_block,
     _scores,
@@ -47,7 +48,7 @@ def _attention_bwd_dq_kernel(
     HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_ROTARY: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_IDS: tl.constexpr, HAS_DLSE: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    TILE: tl.constexpr, PRECISION: tl.constexpr,
+    TILE: tl.constexpr, SHORT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """delta and dq of BLOCK_M rows of one sequence and head, a sum over the sequence's keys in order."""
     sequence, row, head = _scheduled_block(schedule_ptr, first_entry, n_heads, BLOCK_M, TILE)
@@ -118,6 +119,9 @@ def _attention_bwd_dq_kernel(
     if HAS_ROTARY:
         dq = _rotate(dq, cos_ptr, sin_ptr, rows, length_q, stride_cos, stride_sin, True, HEAD_DIM, BLOCK_D)
     _store_rows(dq_ptr + o_origin, dq, rows, n_out, stride_ot, HEAD_DIM, BLOCK_D, HAS_ROTARY)
+    if PADDED:
+        end = _padding_end(row, length_q, length_k, n_out, SHORT)
+        _zero_rows(dq_ptr + o_origin, TILE, end, stride_ot, HEAD_DIM, BLOCK_M, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=[*RUNTIME_INTS, "width_k"])
@@ -136,7 +140,7 @@ def _attention_bwd_dkv_kernel(
     HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_ROTARY: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_IDS: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    TILE: tl.constexpr, PRECISION: tl.constexpr,
+    TILE: tl.constexpr, SHORT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of BLOCK_N keys of one sequence and key head, a sum over its query heads and rows in order."""
     n_kv_heads = n_heads // GROUP
@@ -209,6 +213,10 @@ def _attention_bwd_dkv_kernel(
     stride_out = n_kv_heads * HEAD_DIM
     _store_rows(dk_ptr + origin, dk, cols, n_out, stride_out, HEAD_DIM, BLOCK_D, HAS_ROTARY)
     _store_rows(dv_ptr + origin, dv, cols, n_out, stride_out, HEAD_DIM, BLOCK_D, False)
+    if PADDED:
+        end = _padding_end(col, length_q, length_k, n_out, SHORT)
+        _zero_rows(dk_ptr + origin, TILE, end, stride_out, HEAD_DIM, BLOCK_N, BLOCK_D)
+        _zero_rows(dv_ptr + origin, TILE, end, stride_out, HEAD_DIM, BLOCK_N, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=[*RUNTIME_INTS, "width_k"])

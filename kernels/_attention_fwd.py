@@ -106,6 +106,12 @@ def _store_rows(
 
 
 @triton.jit
+def _padding_end(row, length_q, length_k, n_rows, SHORT: tl.constexpr):
+    """Up to which row the program of this block writes padding past its TILE: a short sequence has one entry only."""
+    return tl.where((row == 0) & (tl.maximum(length_q, length_k) <= SHORT), n_rows, 0)
+
+
+@triton.jit
 def _zero_rows(ptr, row, n_rows, stride, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
     """Zeros into rows [row, n_rows) of one head."""
     zeros = tl.zeros((BLOCK, BLOCK_D), dtype=tl.float32)
@@ -229,9 +235,10 @@ def _attention_fwd_kernel(
     m_i = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     l_i = tl.zeros((BLOCK_M,), dtype=tl.float32)
     low, high = _key_range(row, length_q, length_k, window_left, window_right, HAS_WINDOW, BLOCK_M, BLOCK_N)
-    # whole blocks need no mask; the block that crosses the end comes after, on its own
-    whole = tl.minimum(high + BLOCK_N - 1, length_k) // BLOCK_N * BLOCK_N
-    for CROSSES_END in tl.static_range(2):
+    # whole blocks need no mask; the block that crosses the end comes after, on its own. A short sequence is all end
+    IS_SHORT: tl.constexpr = TILE == SHORT
+    whole = low if IS_SHORT else tl.minimum(high + BLOCK_N - 1, length_k) // BLOCK_N * BLOCK_N
+    for CROSSES_END in tl.static_range(1 if IS_SHORT else 0, 2):
         first, last = (tl.maximum(low, whole), high) if CROSSES_END else (low, whole)
         for first_col in tl.range(first, last, BLOCK_N):
             cols = first_col + tl.arange(0, BLOCK_N)
@@ -277,9 +284,8 @@ def _attention_fwd_kernel(
     _store_rows(o_ptr + o_origin, o, rows, n_out, n_heads * HEAD_DIM, HEAD_DIM, BLOCK_D, False)
     tl.store(lse_ptr + lse_origin + rows, lse, mask=rows < n_out)
     if PADDED:
-        # a short sequence has no other program: this one writes the rest of its padding
-        rest = tl.where(tl.maximum(length_q, length_k) <= SHORT, n_out, 0)
-        _zero_rows(o_ptr + o_origin, BLOCK_M, rest, n_heads * HEAD_DIM, HEAD_DIM, BLOCK_M, BLOCK_D)
-        for first_row in tl.range(BLOCK_M, rest, BLOCK_M):
+        end = _padding_end(row, length_q, length_k, n_out, SHORT)
+        _zero_rows(o_ptr + o_origin, TILE, end, n_heads * HEAD_DIM, HEAD_DIM, BLOCK_M, BLOCK_D)
+        for first_row in tl.range(TILE, end, BLOCK_M):
             rows = first_row + tl.arange(0, BLOCK_M)
-            tl.store(lse_ptr + lse_origin + rows, tl.zeros_like(lse) - float("inf"), mask=rows < n_out)
+            tl.store(lse_ptr + lse_origin + rows, tl.zeros_like(lse) - float("inf"), mask=rows < end)

@@ -67,24 +67,46 @@ class AttentionConfig:
         return {} if self.max_registers is None else {"maxnreg": self.max_registers}
 
 
-def attention_config(head_dim: int, dtype: torch.dtype, arch: str, direction: str) -> AttentionConfig:
+def attention_config(head_dim: int, dtype: torch.dtype, arch: str, direction: str) -> AttentionConfig | None:
     """The launch of one kernel: "fwd", "fwd_short", "bwd_dq", "bwd_dkv", "bwd_short" or "bwd_bias".
 
-    Depends on nothing that differs between the batches of one model, so a sequence's bits do not either.
+    None for a "short" one: there the kernels with loops take short sequences too. Depends on nothing that differs
+    between the batches of one model, so a sequence's bits do not either.
     """
-    if direction.endswith("short"):
-        return AttentionConfig(64, 64, num_warps=4 if head_dim <= 64 else 8, num_stages=1)
     if dtype == torch.float32:
-        return AttentionConfig(block_m=64, block_n=32, num_warps=4, num_stages=1)
-    if direction == "bwd_dkv":
-        return AttentionConfig(block_m=64, block_n=64, num_warps=4, num_stages=2, max_registers=168)
-    if direction == "bwd_bias":
-        return AttentionConfig(block_m=64, block_n=64, num_warps=4, num_stages=1)
+        return _float32_config(head_dim, direction)
+    return _ladder(head_dim, direction)
+
+
+def _float32_config(head_dim: int, direction: str) -> AttentionConfig | None:
+    """Exact products run outside the matrix units with operands in registers: the smallest blocks, to fit."""
+    if direction.endswith("short"):
+        return None
     if head_dim <= 64:
-        return AttentionConfig(block_m=128, block_n=64, num_warps=8, num_stages=3)
-    if head_dim <= 128:
-        return AttentionConfig(block_m=128, block_n=64, num_warps=8, num_stages=3)
-    return AttentionConfig(block_m=64, block_n=64, num_warps=4, num_stages=2)
+        return AttentionConfig(block_m=32, block_n=32, num_warps=4, num_stages=1)
+    return AttentionConfig(block_m=16, block_n=16, num_warps=4 if head_dim <= 128 else 8, num_stages=1)
+
+
+def _ladder(head_dim: int, direction: str) -> AttentionConfig | None:
+    # 128 rows share a load of k and v: with 64, at 340 TFLOP/s, L2 would have to give 5 TB/s.
+    # head_dim 64: 127 registers, so two programs of two warp groups a multiprocessor hide each other's exp2.
+    if direction == "fwd":
+        return AttentionConfig(128, 64 if head_dim <= 128 else 32, num_warps=8, num_stages=3)
+    if direction == "fwd_short":
+        return AttentionConfig(SHORT, SHORT, num_warps=4 if head_dim <= 128 else 8, num_stages=1)
+    if direction == "bwd_dq":
+        if head_dim <= 128:
+            return AttentionConfig(128, 64, num_warps=8, num_stages=3)
+        return AttentionConfig(64, 32, num_warps=8, num_stages=2)
+    if direction == "bwd_dkv":
+        if head_dim <= 64:
+            return AttentionConfig(64, 64, num_warps=4, num_stages=2, max_registers=168)
+        return AttentionConfig(64 if head_dim <= 128 else 32, 64, num_warps=8, num_stages=2)
+    if direction == "bwd_short":
+        if head_dim > 128:
+            return None
+        return AttentionConfig(SHORT, SHORT, num_warps=4 if head_dim <= 64 else 8, num_stages=1)
+    return AttentionConfig(64, 64, num_warps=4 if head_dim <= 128 else 8, num_stages=1)
 
 
 def _arch(device: torch.device) -> str:
@@ -134,7 +156,8 @@ def _schedule_sizes(spans: Tensor, other_spans: Tensor | None, size: int, padded
     n_long = size // TILE + batch  # as if the last tile of each held one token
     if other_spans is None:
         n_long = torch.sym_min(n_long, size // SHORT)  # but a long sequence has over SHORT tokens for each of its tiles
-    return n_long, batch
+    # never one entry in all: on a size of one torch.compile would specialise
+    return n_long + 1, batch
 
 
 _schedule_op = register(
@@ -220,32 +243,25 @@ class _Launch:
             )
 
 
-def _parts(schedule: Tensor, batch: int, longest: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """(first entry, number of entries) of the long part of a schedule, if any sequence is long, and of the short."""
+def _parts(schedule: Tensor, batch: int, longest: int, has_short: bool) -> tuple[dict, int, dict, int]:
+    """(where, number of entries) for the kernels with loops, then for those of short sequences, if there are such."""
     n_long = schedule.shape[0] - batch
-    return (0, n_long if longest > SHORT else 0), (n_long, batch)
+    long = {"schedule_ptr": schedule, "first_entry": 0, "TILE": TILE}
+    if not has_short:
+        return long, schedule.shape[0], {}, 0
+    short = {"schedule_ptr": schedule, "first_entry": n_long, "TILE": SHORT}
+    return long, n_long if longest > SHORT else 0, short, batch
 
 
 def _plan_forward(arch, o, lse, q, k, v, spans_q, spans_k, schedule, longest, *options) -> list[_Launch]:
-    arguments = _shared_arguments(q, k, v, spans_q, spans_k, *options)
-    arguments |= {"schedule_ptr": schedule, "o_ptr": o, "lse_ptr": lse, "SHORT": SHORT}
     heads, head_dim = q.shape[-2:]
-    (first_long, n_long), (first_short, n_short) = _parts(schedule, _batch(q, spans_q), longest)
-    config = attention_config(head_dim, q.dtype, arch, "fwd")
-    short_config = attention_config(head_dim, q.dtype, arch, "fwd_short")
+    arguments = _shared_arguments(q, k, v, spans_q, spans_k, *options)
+    arguments |= {"o_ptr": o, "lse_ptr": lse, "SHORT": SHORT}
+    config, short_config = (attention_config(head_dim, q.dtype, arch, d) for d in ("fwd", "fwd_short"))
+    long, n_long, short, n_short = _parts(schedule, _batch(q, spans_q), longest, short_config is not None)
     return [
-        _Launch(
-            _attention_fwd_kernel,
-            n_long * (TILE // config.block_m) * heads,
-            config,
-            arguments | {"first_entry": first_long, "TILE": TILE},
-        ),
-        _Launch(
-            _attention_fwd_kernel,
-            n_short * heads,
-            short_config,
-            arguments | {"first_entry": first_short, "TILE": SHORT},
-        ),
+        _Launch(_attention_fwd_kernel, n_long * (TILE // config.block_m) * heads, config, arguments | long),
+        _Launch(_attention_fwd_kernel, n_short * heads, short_config, arguments | short),
     ]
 
 
@@ -254,36 +270,23 @@ def _plan_backward(
 ) -> list[_Launch]:
     """dq before dk and dv: it also writes delta, which they read."""
     heads, kv_heads, head_dim = q.shape[-2], k.shape[-2], q.shape[-1]
-    batch = _batch(q, spans_q)
     arguments = _shared_arguments(q, k, v, spans_q, spans_k, *options)
     arguments |= {"lse_ptr": lse, "do_ptr": do, "delta_ptr": delta, "scale": options[-1]}
     for_dq = {"o_ptr": o, "dq_ptr": dq, "dlse_ptr": dlse, "HAS_DLSE": dlse is not None}
     for_dkv = {"dk_ptr": dk, "dv_ptr": dv, "width_k": k.shape[-3]}
 
-    config_dq = attention_config(head_dim, q.dtype, arch, "bwd_dq")
-    config_dkv = attention_config(head_dim, q.dtype, arch, "bwd_dkv")
-    config_short = attention_config(head_dim, q.dtype, arch, "bwd_short")
-    (first_q, n_q), (first_short, n_short) = _parts(schedule_q, batch, longest)
-    (first_k, n_k), _ = _parts(schedule_k, batch, longest)
+    of_dq, of_dkv, of_short = (
+        attention_config(head_dim, q.dtype, arch, direction) for direction in ("bwd_dq", "bwd_dkv", "bwd_short")
+    )
+    batch = _batch(q, spans_q)
+    long_q, n_long_q, short, n_short = _parts(schedule_q, batch, longest, of_short is not None)
+    long_k, n_long_k, _, _ = _parts(schedule_k, batch, longest, of_short is not None)
+    n_dq = n_long_q * (TILE // of_dq.block_m) * heads
+    n_dkv = n_long_k * (TILE // of_dkv.block_n) * kv_heads
     return [
-        _Launch(
-            _attention_bwd_dq_kernel,
-            n_q * (TILE // config_dq.block_m) * heads,
-            config_dq,
-            arguments | for_dq | {"schedule_ptr": schedule_q, "first_entry": first_q, "TILE": TILE},
-        ),
-        _Launch(
-            _attention_bwd_dkv_kernel,
-            n_k * (TILE // config_dkv.block_n) * kv_heads,
-            config_dkv,
-            arguments | for_dkv | {"schedule_ptr": schedule_k, "first_entry": first_k, "TILE": TILE},
-        ),
-        _Launch(
-            _attention_bwd_short_kernel,
-            n_short * kv_heads,
-            config_short,
-            arguments | for_dq | for_dkv | {"schedule_ptr": schedule_q, "first_entry": first_short, "TILE": SHORT},
-        ),
+        _Launch(_attention_bwd_dq_kernel, n_dq, of_dq, arguments | for_dq | long_q | {"SHORT": SHORT}),
+        _Launch(_attention_bwd_dkv_kernel, n_dkv, of_dkv, arguments | for_dkv | long_k | {"SHORT": SHORT}),
+        _Launch(_attention_bwd_short_kernel, n_short * kv_heads, of_short, arguments | for_dq | for_dkv | short),
     ]
 
 
@@ -568,7 +571,9 @@ def _compile_cases(
     if bias is not None:
         launches.append(_plan_backward_bias(arch, bias, o, lse, lse, q, k, v, spans, spans, bias, *options))
     fast = name == "bf16" and head_dim == 64
-    return [_compile_case(launch, name, matrix=dtype != torch.float32, fast=fast) for launch in launches]
+    return [
+        _compile_case(launch, name, matrix=dtype != torch.float32, fast=fast) for launch in launches if launch.config
+    ]
 
 
 def _compile_case(launch: _Launch, name: str, matrix: bool, fast: bool) -> CompileCase:
