@@ -15,7 +15,7 @@ so it does not cancel. Backward, with x_hat = (z - mean) * rstd and g = dy * wei
 Saved: x, residual, mean, rstd; z and the dropout mask are made again. Saving z in place of x and residual moves as
 many bytes (one more write forward, one less read backward) and holds as much memory (the block before keeps
 residual anyway), but rounds z, and would make the forward pass depend on whether a gradient follows. Where z is an
-output (`add_layer_norm_sum`) it is saved, and x and residual are not.
+output (`add_layer_norm_sum`) it is saved, and x and residual are not; y is then the norm of the rounded z.
 
 Bytes moved, b an element: forward reads x, residual and writes y: 3 M N b (the sum form 4 M N b). Backward reads
 dy, x, residual and writes dz: 4 M N b, and with dropout dx too: 5 M N b; the sum form reads dy, dz_out, z: the
@@ -147,6 +147,9 @@ def _add_norm_fwd_kernel(
     if seed_ptr is not None:
         keep = _dropout_mask(seed_ptr, row_ids_ptr, stream, threshold, rows, mask_m, cols)
     z = _load_sum(x_ptr, residual_ptr, x_bias_ptr, rows, cols, mask, stride_xm, stride_rm, keep, keep_scale)
+    if z_ptr is not None:
+        # y belongs to the z that is returned, and so agrees with the backward pass, which reads that z
+        z = z.to(z_ptr.dtype.element_ty).to(tl.float32)
 
     mean, centred, rstd = _moments(z, mask, eps, N, RMS)
     y = centred * rstd[:, None]

@@ -1,0 +1,393 @@
+"""add_layer_norm, its pre-norm form and RMSNorm in Triton: outputs and gradients against float64, and properties."""
+
+import itertools
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+
+pytest.importorskip("triton", reason="tests the Triton kernels")
+
+from fastbert.kernels import _device, layer_norm, reference
+from fastbert.kernels._random import keep_mask, row_keys
+
+from fastbert import functional
+from fastbert.testing import ModelShape, assert_op, assert_within_budget, norm_inputs
+
+if functional.why_not_triton(torch.device("cuda" if torch.cuda.is_available() else "cpu")):
+    pytest.skip("needs a GPU or TRITON_INTERPRET=1", allow_module_level=True)
+
+torch.set_num_threads(1)
+
+OPS = ["add_layer_norm", "add_layer_norm_sum", "add_rms_norm"]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# The interpreter truncates where it casts to bfloat16 (the hardware rounds): each such cast errs up to twice as much.
+BF16_FACTOR = 4.0 if _device.INTERPRETING else 2.0
+
+
+def inputs_of(op, width, rows, **options):
+    return norm_inputs(ModelShape(width, 1, width, 1), [rows], bias=op != "add_rms_norm", **options)
+
+
+def outputs_of(op, *arguments, **options) -> tuple:
+    """The outputs of an operator as a tuple, whether it has one or two."""
+    if op == "add_rms_norm":
+        arguments = arguments[:3]
+    outputs = getattr(layer_norm, op)(*arguments, **options)
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+# ---- against the reference -------------------------------------------------------------------------------
+
+WIDTHS = {
+    "one_column": 1,  # the variance is zero: y = bias
+    "under_a_block": 7,
+    "several_rows_a_warp": 64,
+    "minilm": 384,  # two rows of 512 a program
+    "base": 768,  # three quarters of a block
+    "multiple_of_eight_only": 1000,
+    "block_is_full": 1024,
+    "widest": 8192,
+}
+
+
+@pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS.keys())
+@pytest.mark.parametrize("op", OPS)
+def test_widths(op, width, device):
+    """Every output and gradient, all inputs there, with dropout."""
+    # RMSNorm of one column is a sign, with a gradient of the size of eps: with a small eps, only rounding errors
+    eps = {"eps": 0.1} if width == 1 else {}
+    assert_op(op, inputs_of(op, width, 3, x_bias=True, dropout_p=0.1, **eps), torch.float16, device)
+    assert_op(op, inputs_of(op, width, 3, **eps), torch.float32, device)
+
+
+# 257 rows of 40: the backward programs loop, the last tile holds one row of four, and 64 partial sums are added
+@pytest.mark.parametrize(("rows", "width"), [(1, 384), (3, 384), (257, 40)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_rows_and_dtypes(op, dtype, rows, width, device):
+    factor = BF16_FACTOR if dtype == torch.bfloat16 else 2.0
+    assert_op(op, inputs_of(op, width, rows, x_bias=True, dropout_p=0.1), dtype, device, factor=factor)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("op", OPS)
+def test_every_input_may_be_absent(op, dropout_p, device):
+    present = itertools.product([False, True], repeat=4)
+    for residual, weight, bias, x_bias in present:
+        inputs = inputs_of(op, 20, 9, residual=residual, x_bias=x_bias, dropout_p=dropout_p)
+        if not weight:
+            inputs["weight"] = None
+        if not bias and op != "add_rms_norm":
+            inputs["bias"] = None
+        assert_op(op, inputs, torch.float32, device)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_no_rows(op, device):
+    assert_op(op, inputs_of(op, 24, 0, x_bias=True, dropout_p=0.1), torch.float32, device)
+    x = torch.empty(2, 0, 24, device=device)
+    assert all(out.shape == x.shape for out in outputs_of(op, x, x, None, None))
+
+
+# beyond 4,096 columns dbias and dx_bias are summed apart from the kernel
+ALONE = [*((op, 40, p) for op in OPS for p in (0.0, 0.2)), ("add_layer_norm", 5000, 0.2)]
+
+
+@pytest.mark.parametrize(("op", "width", "dropout_p"), ALONE)
+def test_a_gradient_alone_has_the_same_bits(op, width, dropout_p, device):
+    """Freezing everything but one input changes which tensors the backward kernel writes, and nothing else."""
+    seed = torch.tensor([5], device=device)
+    values = [torch.randn(5, width, device=device) for _ in range(2)] + [
+        torch.randn(width, device=device) for _ in "wbx"
+    ]
+    if op == "add_rms_norm":
+        values.pop(3)
+
+    def gradients(wanted):
+        leaves = [v.clone().requires_grad_(n in wanted) for n, v in enumerate(values)]
+        weights = leaves[2:-1] + [None] * (op == "add_rms_norm")
+        outputs = outputs_of(op, *leaves[:2], *weights, x_bias=leaves[-1], dropout_p=dropout_p, seed=seed)
+        upstream = [torch.sin(torch.arange(o.numel(), device=device).view(o.shape) + 1.0) for o in outputs]
+        return torch.autograd.grad(outputs, [leaves[n] for n in wanted], upstream)
+
+    together = gradients(range(len(values)))
+    for n, expected in enumerate(together):
+        assert torch.equal(gradients([n])[0], expected), f"input {n}"
+
+
+def test_sum_form_with_one_output_unused(device):
+    x, residual = (torch.randn(5, 24, device=device, requires_grad=True) for _ in range(2))
+    for used in (0, 1):
+        dy = torch.randn(5, 24, device=device)
+        grads = [
+            torch.autograd.grad(impl.add_layer_norm_sum(x, residual, None, None)[used], (x, residual), dy)
+            for impl in (layer_norm, reference)
+        ]
+        torch.testing.assert_close(*grads)
+
+
+def test_gradients_of_x_and_residual_do_not_share_memory(device):
+    """Without dropout they are one tensor inside; a step that scales one in place must not scale the other."""
+    x, residual = (torch.randn(5, 24, device=device, requires_grad=True) for _ in range(2))
+    layer_norm.add_layer_norm(x, residual, None, None).backward(torch.randn(5, 24, device=device))
+    before = residual.grad.clone()
+    x.grad.mul_(3.0)
+    assert torch.equal(residual.grad, before)
+
+
+# ---- memory layouts --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_strided_inputs(op, device):
+    """Columns of wider NaN-poisoned tensors, a transposed tensor, an expanded upstream gradient: the same bits."""
+    values = [torch.randn(6, 21, device=device) for _ in range(2)]
+    weights = [torch.randn(21, device=device) for _ in range(2)]
+    dy = torch.randn(21, device=device)
+
+    def run(x, residual, upstream):
+        leaves = [t.requires_grad_() for t in (x, residual, *weights)]
+        outputs = outputs_of(op, *leaves)
+        return *outputs, *torch.autograd.grad(outputs, leaves, [upstream] * len(outputs), allow_unused=True)
+
+    def within_nan(t):
+        wide = torch.full((t.shape[0], t.shape[1] + 11), torch.nan, device=device)
+        wide[:, 5:-6] = t
+        return wide[:, 5:-6].detach()
+
+    plain = run(*(v.clone() for v in values), dy.expand(6, 21).contiguous())
+    for x, residual, upstream in (
+        (*(within_nan(v) for v in values), within_nan(dy.expand(6, 21))),
+        (values[0].t().contiguous().t(), values[1].clone(), dy.expand(6, 21)),
+    ):
+        for ours, expected in zip(run(x, residual, upstream), plain, strict=True):
+            assert (ours is None and expected is None) or torch.equal(ours, expected)
+
+
+def test_more_dimensions(device):
+    """[B, S, N] and a slice of it that no [M, N] view can describe."""
+    x = torch.randn(4, 6, 32, device=device)[:, 1:5]
+    y, z = layer_norm.add_layer_norm_sum(x, x, None, None)
+    assert y.shape == z.shape == x.shape
+    torch.testing.assert_close(y, reference.add_layer_norm(x, x, None, None))
+
+
+def test_element_offsets_past_32_bits(device, tmp_path):
+    """Rows 2^30 + 64 elements apart in a sparse file: offsets in 32 bits would wrap."""
+    if device != "cpu":
+        pytest.skip("a sparse file maps to CPU memory only")
+    stride = 2**30 + 64
+    storage = torch.from_file(str(tmp_path / "sparse"), shared=True, size=2 * stride + 32, dtype=torch.float16)
+    x = storage.as_strided((3, 32), (stride, 1))
+    x.copy_(torch.randn(3, 32))
+    torch.testing.assert_close(
+        layer_norm.add_layer_norm(x, None, None, None), reference.add_layer_norm(x.clone(), None, None, None)
+    )
+
+
+# ---- dropout ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [7, 384, 2048])
+@pytest.mark.parametrize("named", [False, True], ids=["rows_by_number", "rows_by_name"])
+def test_dropout_mask_is_the_specification_s(named, width, device):
+    """Bit for bit in the forward pass (z is zero where dropped) and in the backward pass (so is dx)."""
+    rows, p = 37, 0.3
+    seed = torch.tensor([2**62 + 12345], device=device)
+    names = torch.randint(-(2**62), 2**62, (rows,), device=device)
+    x = torch.ones(rows, width, device=device, requires_grad=True)
+    _, z = layer_norm.add_layer_norm_sum(
+        x, None, None, None, dropout_p=p, seed=seed, stream=11, row_ids=names if named else None
+    )
+    keep = keep_mask(row_keys(seed, 11, names if named else torch.arange(rows, device=device)), width, p)
+    assert torch.equal(z != 0.0, keep)
+    (dx,) = torch.autograd.grad(z, x, torch.ones_like(z))
+    assert torch.equal(dx != 0.0, keep)
+    torch.testing.assert_close(dx[keep], torch.full_like(dx[keep], 1 / (1 - p)))
+
+
+def test_dropout_differs_by_seed_and_stream(device):
+    x = torch.ones(8, 256, device=device)
+
+    def mask(seed, stream):
+        seed = torch.tensor([seed], device=device)
+        return layer_norm.add_layer_norm_sum(x, None, None, None, dropout_p=0.5, seed=seed, stream=stream)[1] != 0.0
+
+    masks = [mask(1, 0), mask(1, 1), mask(2, 0)]
+    assert torch.equal(masks[0], mask(1, 0))
+    for a, b in itertools.combinations(masks, 2):
+        assert 0.4 < (a == b).float().mean() < 0.6
+
+
+# ---- numbers that hurt -----------------------------------------------------------------------------------
+
+
+def test_large_mean(device):
+    """A row far from zero: a variance taken as avg(z^2) - avg(z)^2 would lose every digit."""
+    x = torch.randn(5, 768, device=device) + 3000.0
+    truth = reference.add_layer_norm(x.double(), None, None, None)
+    assert_within_budget(
+        layer_norm.add_layer_norm(x, None, None, None), reference.add_layer_norm(x, None, None, None), truth
+    )
+
+
+def test_constant_row(device):
+    """No variance at all: zeros, and finite gradients."""
+    x = torch.full((2, 100), 2.0, device=device, requires_grad=True)
+    y = layer_norm.add_layer_norm(x, None, None, None)
+    assert torch.equal(y, torch.zeros_like(y))
+    assert torch.autograd.grad(y, x, torch.randn_like(y))[0].isfinite().all()
+
+
+def test_sum_form_normalises_the_sum_that_it_returns(device):
+    """Rows almost without variance: y from an unrounded z but x_hat from the rounded one (what backward reads) once
+    gave a weight gradient of 1e6 times the rounding error."""
+    x, residual = (torch.full((3, 8), value, device=device, dtype=torch.float16) for value in (1.1, 0.0004))
+    weight = torch.ones(8, device=device, dtype=torch.float16, requires_grad=True)
+    y, _ = layer_norm.add_layer_norm_sum(x, residual, weight, None)
+    assert torch.equal(y, torch.zeros_like(y))
+    (dweight,) = torch.autograd.grad(y, weight, torch.randn_like(y))
+    assert torch.equal(dweight, torch.zeros_like(dweight))
+
+
+def test_a_poisoned_row_stays_alone(device):
+    x = torch.randn(9, 48, device=device)
+    clean = layer_norm.add_layer_norm(x, x, None, None)
+    x[4] = torch.nan
+    y = layer_norm.add_layer_norm(x, x, None, None)
+    assert y[4].isnan().all()
+    others = torch.arange(9, device=device) != 4
+    assert torch.equal(y[others], clean[others])
+
+
+# ---- properties ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [64, 384, 768])
+@pytest.mark.parametrize("op", OPS)
+def test_a_row_alone_has_the_same_bits(op, width, device):
+    values = [torch.randn(11, width, device=device) for _ in range(2)]
+    dy = torch.randn(11, width, device=device)
+    seed = torch.tensor([3], device=device)
+
+    def run(rows):
+        x, residual = (v[rows].clone().requires_grad_() for v in values)
+        outputs = outputs_of(op, x, residual, None, None, dropout_p=0.1, seed=seed, row_ids=rows)
+        return *outputs, *torch.autograd.grad(outputs, (x, residual), [dy[rows]] * len(outputs))
+
+    together = run(torch.arange(11, device=device))
+    for rows in (torch.tensor([7], device=device), torch.tensor([10, 2, 5], device=device)):
+        for ours, expected in zip(run(rows), together, strict=True):
+            assert torch.equal(ours, expected[rows])
+
+
+def test_mixed_dtypes(device):
+    """Under autocast x comes in half precision from a linear layer, residual and parameters in float32."""
+    inputs = inputs_of("add_layer_norm_sum", 96, 5, x_bias=True)
+    leaves = {name: t.to(device, copy=True).requires_grad_() for name, t in inputs.items()}
+    x = leaves["x"] = leaves["x"].detach().half().requires_grad_()
+    y, z = layer_norm.add_layer_norm_sum(**leaves)
+    assert (y.dtype, z.dtype) == (torch.float16, torch.float32)
+    exact = {name: t.detach().double().requires_grad_() for name, t in leaves.items()}
+    truth = reference.add_layer_norm_sum(**exact)
+    assert_within_budget(z, z, truth[1], factor=1.0)
+    dy, dz = torch.randn_like(y), torch.randn_like(z)
+    grads = torch.autograd.grad((y, z), leaves.values(), (dy, dz))
+    expected = torch.autograd.grad(truth, exact.values(), (dy.double(), dz.double()))
+    for (name, leaf), ours, right in zip(leaves.items(), grads, expected, strict=True):
+        assert ours.dtype == leaf.dtype, name
+        assert_within_budget(ours, right.to(leaf.dtype), right, name, factor=4.0)
+    assert layer_norm.add_layer_norm(x, leaves["residual"], None, None).dtype == torch.float16
+
+
+def test_second_derivatives_raise(device):
+    x = torch.randn(3, 8, device=device, requires_grad=True)
+    y = layer_norm.add_layer_norm(x, None, None, None)
+    (dx,) = torch.autograd.grad(y, x, torch.randn_like(y).requires_grad_(), create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+def test_rows_too_wide(device):
+    with pytest.raises(ValueError, match="1 to 8192 elements, got 8193"):
+        layer_norm.add_layer_norm(torch.zeros(1, 8193, device=device), None, None, None)
+
+
+# ---- torch.library, compile, export ----------------------------------------------------------------------
+
+
+def test_opcheck(device):
+    x, residual, dy = (torch.randn(5, 24, device=device) for _ in range(3))
+    weight, bias, x_bias = (torch.randn(24, device=device) for _ in range(3))
+    seed, row_ids = torch.tensor([1], device=device), torch.arange(5, device=device)
+    for rms, want_sum, want_stats in ((False, True, True), (True, False, True), (False, False, False)):
+        torch.library.opcheck(
+            torch.ops.fastbert.add_norm_fwd.default,
+            (x, residual, weight, bias, 1e-5, x_bias, seed, row_ids, 0.1, 2, rms, want_sum, want_stats),
+        )
+    stats = torch.randn(5, device=device), torch.rand(5, device=device)
+    for want_dx, want_dresidual, want_params in ((True, True, [True] * 3), (False, True, [True, False, False])):
+        torch.library.opcheck(
+            torch.ops.fastbert.add_norm_bwd.default,
+            (dy, dy, x, residual, weight, bias, x_bias, *stats, seed, row_ids, 0.1, 2, False, False,
+             want_dx, want_dresidual, want_params),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_compiles_once_for_all_lengths(op, device):
+    weight, bias, x_bias = (torch.randn(24, device=device, requires_grad=True) for _ in range(3))
+    seed = torch.tensor([1], device=device)
+
+    def f(x, residual):
+        return outputs_of(op, x, residual, weight, bias, x_bias=x_bias, dropout_p=0.2, seed=seed, stream=4)[0]
+
+    counter = CompileCounter()
+    for backend in (counter, "aot_eager"):
+        torch._dynamo.reset()
+        compiled = torch.compile(f, fullgraph=True, dynamic=True, backend=backend)
+        for rows in (7, 12, 33):
+            x, residual = (torch.randn(rows, 24, device=device, requires_grad=True) for _ in range(2))
+            dy = torch.randn(rows, 24, device=device)
+            grads = [torch.autograd.grad(g(x, residual), (x, residual, weight, x_bias), dy) for g in (compiled, f)]
+            for ours, expected in zip(*grads, strict=True):
+                assert torch.equal(ours, expected)
+    assert counter.frame_count == 1
+
+
+def test_exports(device):
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = torch.nn.LayerNorm(24)
+
+        def forward(self, x, residual):
+            return layer_norm.add_layer_norm(x, residual, self.norm.weight, self.norm.bias)
+
+    block = Block().to(device)
+    rows = torch.export.Dim("rows", min=2, max=1000)
+    x = torch.randn(9, 24, device=device)
+    exported = torch.export.export(block, (x, x), dynamic_shapes=({0: rows}, {0: rows}))
+    assert any("add_norm_fwd" in str(node.target) for node in exported.graph.nodes)
+    x = torch.randn(20, 24, device=device)
+    assert torch.equal(exported.module()(x, x), block(x, x))
+
+
+# ---- for the offline compiler ----------------------------------------------------------------------------
+
+
+def test_compile_cases_cover_the_ladders():
+    """Every tile that a width can lead to is compiled by some case."""
+    cases = layer_norm.compile_cases("sm_90")
+    for kernel, config_of in (
+        (layer_norm._add_norm_fwd_kernel, layer_norm.norm_fwd_config),
+        (layer_norm._add_norm_bwd_kernel, layer_norm.norm_bwd_config),
+    ):
+        compiled = {
+            (case.constexprs["BLOCK_M"], case.constexprs["BLOCK_N"], case.num_warps)
+            for case in cases
+            if case.kernel is kernel
+        }
+        configs = (config_of(width) for width in range(1, layer_norm.MAX_WIDTH + 1))
+        assert {(config.block_m, config.block_n, config.num_warps) for config in configs} == compiled
