@@ -1,6 +1,6 @@
 """`benchmarks.compile_report` finds each faulty kernel of `example_kernels.py`, and passes the good ones."""
 
-import importlib.util
+import importlib
 import json
 import os
 import subprocess
@@ -124,13 +124,43 @@ def test_nothing_to_compile_is_no_success():
 
 
 @pytest.fixture(scope="module")
-def machine_code():
-    """Loaded by its file: the repository's root is not on the path of tests."""
-    spec = importlib.util.spec_from_file_location("machine_code", ROOT / "benchmarks" / "machine_code.py")
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+def compile_report():
+    """Imported with the repository's root on the path for this moment alone: `kernels` must not be importable."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT))
+        return importlib.import_module("benchmarks.compile_report")
+
+
+@pytest.fixture(scope="module")
+def machine_code(compile_report):
+    return compile_report.machine_code
+
+
+@pytest.mark.parametrize(
+    ("arch", "warps", "registers", "shared", "tensor_memory", "ctas", "limit"),
+    [
+        ("sm_90", 4, 32, 0, 0, 16, "warps"),
+        ("sm_90", 1, 32, 0, 0, 32, "CTAs"),
+        ("sm_90", 4, 64, 0, 0, 8, "registers"),
+        ("sm_90", 4, 65, 0, 0, 7, "registers"),  # as 72: they come eight a lane
+        ("sm_90", 8, 255, 0, 0, 1, "registers"),
+        ("sm_90", 4, 90, 32 * 1024, 0, 5, "registers"),  # 20 warps; the file would hold 22, but four share it
+        ("sm_90", 4, 64, 32 * 1024, 0, 6, "shared"),  # 33 KB each with what the system takes, of 228
+        ("sm_80", 4, 64, 32 * 1024, 0, 4, "shared"),  # of 164
+        ("sm_90", 8, 128, 228 * 1024, 0, 0, "shared"),
+        ("sm_100", 4, 64, 0, 128, 4, "tensor memory"),
+        ("gfx942", 4, 128, 0, 0, 4, "registers"),
+        ("gfx942", 4, 129, 0, 0, 3, "registers"),
+        ("gfx942", 8, 64, 32 * 1024, 0, 2, "shared"),
+    ],
+)
+def test_occupancy_is_that_of_the_vendors_rules(
+    compile_report, arch, warps, registers, shared, tensor_memory, ctas, limit
+):
+    report = compile_report.Report("m", "k", arch, registers=registers, shared=shared, warps=warps)
+    compile_report._occupancy(report, compile_report.ARCHES[arch], tensor_memory)
+    assert (report.ctas_per_sm, report.limit) == (ctas, limit)
+    assert report.warps_per_sm == ctas * warps
 
 
 # An outer loop around an inner one that waits on a barrier; the wait's slow path lies behind the end and jumps back.

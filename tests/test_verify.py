@@ -82,6 +82,23 @@ def test_a_wrong_gradient_alone_fails(monkeypatch):
     assert backward.error == pytest.approx(0.5, rel=1e-5)
 
 
+def test_a_gradient_of_the_right_sum_in_the_wrong_place_fails(monkeypatch):
+    """Under an upstream gradient of ones, as from `.sum()`, this one would pass."""
+
+    class Flipped(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad.flip(-1)
+
+    monkeypatch.setattr(native, "pool", lambda x, *rest: reference.pool(Flipped.apply(x), *rest))
+    forward, backward = verify.verify(["pool"], ["fp32"], "cpu", impl="native")
+    assert (forward.passed, backward.passed) == (True, False)
+
+
 def test_nan_fails(monkeypatch):
     monkeypatch.setattr(native, "pool", lambda x, *rest: reference.pool(x, *rest) + float("nan"))
     rows = verify.verify(["pool"], ["fp16"], "cpu", impl="native")
