@@ -14,10 +14,6 @@ def _gpu_present() -> bool:
 if "TRITON_INTERPRET" not in os.environ and "FASTBERT_TEST_NATIVE" not in os.environ and not _gpu_present():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# `python -m pytest` puts the repository root on sys.path; transformers, probing for the package named kernels, would
-# find our folder of that name there. None means: there is no such module.
-sys.modules.setdefault("kernels", None)
-
 import pytest
 import torch
 
