@@ -350,7 +350,7 @@ class GemmConfig:
 VENDOR = GemmConfig(vendor=True)
 
 # Exact float32 products run on the scalar units; a small tile keeps the operands of one in registers.
-FLOAT32 = GemmConfig(64, 64, 16, num_warps=4, num_stages=2, slice_n=64)
+FLOAT32 = GemmConfig(64, 64, 16, num_warps=4, num_stages=2, slice_n=32)
 # Rows of 16-bit elements that are not a multiple of 16 bytes: no bulk or asynchronous copies, element-wise loads that
 # pass through registers, so few of them a lane.
 UNALIGNED = GemmConfig(64, 64, 32, num_warps=8, num_stages=2, slice_n=32)

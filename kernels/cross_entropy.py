@@ -38,6 +38,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._compile import CompileCase
 from ._gemm import (
     accumulate_tn,
     cast_for_autocast,
@@ -269,3 +270,33 @@ def linear_cross_entropy(
     count = (labels != ignore_index).sum()
     # x / max(count, 1) has a zero gradient where nothing counts; the value there is 0 / 0, as in torch
     return torch.where(count > 0, total / count.clamp(min=1), float("nan"))
+
+
+# ---- for the offline compiler ----------------------------------------------------------------------------
+
+
+def compile_cases(arch: str) -> list[CompileCase]:
+    """The kernel with and without gradients, of 16 and 32 bits, smoothing and row scales."""
+    cases = []
+    for dtype in ("bf16", "fp32"):
+        for grad, smoothing, scaled in ((False, False, False), (True, False, False), (True, True, True)):
+            signature = {
+                "z_ptr": f"*{dtype}", "bias_ptr": f"*{dtype}", "labels_ptr": "*i64", "loss_ptr": "*fp32",
+                "stride_z": "i32", "n_cols": "i32", "ignore_index": "i32", "smoothing": "fp32",
+            } | ({"scale_ptr": "*fp32"} if scaled else {})  # fmt: skip
+            form = "".join((",grad" * grad, ",smooth" * smoothing, ",scaled" * scaled))
+            cases.append(
+                CompileCase(
+                    name=f"cross_entropy[{dtype}{form}]",
+                    kernel=_cross_entropy_kernel,
+                    signature=signature,
+                    constexprs={"HAS_GRAD": grad, "HAS_SMOOTHING": smoothing, "BLOCK_V": BLOCK_V}
+                    | ({} if scaled else {"scale_ptr": None}),
+                    num_warps=NUM_WARPS,
+                    num_stages=3,
+                    # neither a vocabulary nor the place of a chunk's first loss is a multiple of anything
+                    aligned=("z_ptr", "bias_ptr", "stride_z"),
+                    fast=dtype == "bf16" and grad and not smoothing,
+                )
+            )
+    return cases
