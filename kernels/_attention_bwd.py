@@ -11,6 +11,7 @@ import triton.language as tl
 from ._attention_fwd import (
     LOG2_E,
     RUNTIME_INTS,
+    _dot,
     _key_range,
     _load_rows,
     _origins,
@@ -100,7 +101,7 @@ def _attention_bwd_dq_kernel(
             if HAS_ROTARY:
                 k = _rotate(k, cos_ptr, sin_ptr, cols, length_k, stride_cos, stride_sin, False, HEAD_DIM, BLOCK_D)
                 k = k.to(q.dtype)
-            qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+            qk = _dot(q, tl.trans(k), None, PRECISION)  # [BLOCK_M, BLOCK_N]
             s = _scores(
                 qk, rows[:, None], cols[None, :], length_q, length_k, scale_log2, slope_log2,
                 bias_ptr, stride_bias_q, stride_bias_k, mask_ptr, stride_mask_q, stride_mask_k,
@@ -109,11 +110,11 @@ def _attention_bwd_dq_kernel(
             p = tl.exp2(s - lse_log2[:, None])
 
             v = _load_rows(v_ptr, cols, length_k, stride_vt, HEAD_DIM, BLOCK_D, False, CROSSES_END)
-            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+            dp = _dot(do, tl.trans(v), None, PRECISION)
             if HAS_DROPOUT:
                 dp = tl.where(_keep_mask(keys[:, None], cols[None, :], threshold), dp * keep_scale, 0.0)
             ds = p * (dp - delta[:, None])
-            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+            dq = _dot(ds.to(k.dtype), k, dq, PRECISION)
 
     dq *= scale
     if HAS_ROTARY:
@@ -181,7 +182,7 @@ def _attention_bwd_dkv_kernel(
                 q = _rotate(q, cos_ptr, sin_ptr, rows, length_q, stride_cos, stride_sin, False, HEAD_DIM, BLOCK_D)
                 q = q.to(k.dtype)
             # transposed, so that p and ds come out as left operands of the products below
-            qk = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+            qk = _dot(k, tl.trans(q), None, PRECISION)  # [BLOCK_N, BLOCK_M]
             s = _scores(
                 qk, rows[None, :], cols[:, None], length_q, length_k, scale_log2, slope_log2,
                 bias_head_ptr, stride_bias_q, stride_bias_k, mask_head_ptr, stride_mask_q, stride_mask_k,
@@ -191,7 +192,7 @@ def _attention_bwd_dkv_kernel(
 
             do = _load_rows(do_ptr + do_origin, rows, length_q, n_heads * HEAD_DIM, HEAD_DIM, BLOCK_D, False, True)
             delta = tl.load(delta_ptr + lse_origin + rows, mask=rows < length_q, other=0.0)
-            dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+            dp = _dot(v, tl.trans(do), None, PRECISION)
             kept = p
             if HAS_DROPOUT:
                 name = tl.load(sequence_ids_ptr + sequence) if HAS_IDS else b
@@ -199,9 +200,9 @@ def _attention_bwd_dkv_kernel(
                 keep = _keep_mask(keys[None, :], cols[:, None], threshold)
                 kept = tl.where(keep, p, 0.0)
                 dp = tl.where(keep, dp * keep_scale, 0.0)
-            dv = tl.dot(kept.to(do.dtype), do, dv, input_precision=PRECISION)
+            dv = _dot(kept.to(do.dtype), do, dv, PRECISION)
             ds = p * (dp - delta[None, :])
-            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+            dk = _dot(ds.to(q.dtype), q, dk, PRECISION)
 
     # columns past the end hold anything; where padding is written, it is written as zero
     exists = (cols < length_k)[:, None]
@@ -279,14 +280,14 @@ def _attention_bwd_short_kernel(
             delta -= tl.load(dlse_ptr + lse_origin + rows, mask=rows < length_q, other=0.0)
         tl.store(delta_ptr + lse_origin + rows, delta, mask=rows < n_rows)
 
-        qk = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+        qk = _dot(k, tl.trans(q), None, PRECISION)  # [BLOCK_N, BLOCK_M]
         s = _scores(
             qk, rows[None, :], cols[:, None], length_q, length_k, scale_log2, slope_log2,
             bias_head_ptr, stride_bias_q, stride_bias_k, mask_head_ptr, stride_mask_q, stride_mask_k,
             window_left, window_right, HAS_BIAS, HAS_MASK, HAS_ALIBI, HAS_WINDOW, True,
         )  # fmt: skip
         p = tl.exp2(s - _load_lse_log2(lse_ptr + lse_origin, rows, length_q)[None, :])
-        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+        dp = _dot(v, tl.trans(do), None, PRECISION)
         kept = p
         if HAS_DROPOUT:
             name = tl.load(sequence_ids_ptr + sequence) if HAS_IDS else b
@@ -294,11 +295,11 @@ def _attention_bwd_short_kernel(
             keep = _keep_mask(keys[None, :], cols[:, None], threshold)
             kept = tl.where(keep, p, 0.0)
             dp = tl.where(keep, dp * keep_scale, 0.0)
-        dv = tl.dot(kept.to(do.dtype), do, dv, input_precision=PRECISION)
+        dv = _dot(kept.to(do.dtype), do, dv, PRECISION)
         ds = (p * (dp - delta[None, :])).to(q.dtype)
-        dk = tl.dot(ds, q, dk, input_precision=PRECISION)
+        dk = _dot(ds, q, dk, PRECISION)
 
-        dq = tl.dot(tl.trans(ds), k, input_precision=PRECISION) * scale
+        dq = _dot(tl.trans(ds), k, None, PRECISION) * scale
         if HAS_ROTARY:
             dq = _rotate(dq, cos_ptr, sin_ptr, rows, length_q, stride_cos, stride_sin, True, HEAD_DIM, BLOCK_D)
         _store_rows(dq_ptr + o_origin, dq, rows, n_rows, stride_ot, HEAD_DIM, BLOCK_D, HAS_ROTARY)
@@ -374,7 +375,7 @@ def _attention_bwd_bias_kernel(
             k = _rotate(
                 k, cos_ptr, sin_ptr, cols, length_k, stride_cos, stride_sin, False, HEAD_DIM, BLOCK_D
             ).to(k.dtype)  # fmt: skip
-        qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        qk = _dot(q, tl.trans(k), None, PRECISION)
         s = _scores(
             qk, rows[:, None], cols[None, :], length_q, length_k, scale_log2, slope_log2,
             bias_head_ptr, stride_bias_q, stride_bias_k, mask_head_ptr, stride_mask_q, stride_mask_k,
@@ -385,7 +386,7 @@ def _attention_bwd_bias_kernel(
         v = _load_rows(v_head_ptr, cols, length_k, stride_vt, HEAD_DIM, BLOCK_D, False, True)
         do = _load_rows(do_ptr + do_origin, rows, length_q, n_heads * HEAD_DIM, HEAD_DIM, BLOCK_D, False, True)
         delta = tl.load(delta_ptr + lse_origin + rows, mask=rows < length_q, other=0.0)
-        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+        dp = _dot(do, tl.trans(v), None, PRECISION)
         if HAS_DROPOUT:
             name = tl.load(sequence_ids_ptr + sequence) if HAS_IDS else b
             keys = _row_keys(seed_ptr, stream * HEAD_STREAMS + h, (name << 32) | rows.to(tl.int64))

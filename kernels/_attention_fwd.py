@@ -8,15 +8,26 @@ start = cu_seqlens[sequence], and padded has start = 0.
 import triton
 import triton.language as tl
 
+from . import _device
 from ._random_triton import HEAD_STREAMS, _keep_mask, _row_keys
 
 LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2_E), and exp2 is one instruction
 LN_2 = tl.constexpr(0.6931471805599453)
+# Triton's interpreter multiplies bfloat16 tiles as if their bits were integers: there they are widened first.
+WIDEN_BFLOAT16 = tl.constexpr(_device.INTERPRETING)
 # Integers that change from call to call without changing the machine code: never specialised on.
 RUNTIME_INTS = ["first_entry", "width_q", "stream", "threshold", "window_left", "window_right"]
 
 
 # ---- what all attention kernels share ------------------------------------------------------------------------
+
+
+@triton.jit
+def _dot(a, b, acc, PRECISION: tl.constexpr):
+    """a b + acc in fp32; acc may be None."""
+    if WIDEN_BFLOAT16 and a.dtype == tl.bfloat16:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -245,7 +256,7 @@ def _attention_fwd_kernel(
             k = _load_rows(k_ptr, cols, length_k, stride_kt, HEAD_DIM, BLOCK_D, HAS_ROTARY, CROSSES_END)
             if HAS_ROTARY:
                 k = _rotate(k, cos_ptr, sin_ptr, cols, length_k, stride_cos, stride_sin, False, HEAD_DIM, BLOCK_D)
-            qk = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+            qk = _dot(q, tl.trans(k.to(q.dtype)), None, PRECISION)  # [BLOCK_M, BLOCK_N]
 
             if HAS_BIAS or HAS_MASK or HAS_ALIBI or HAS_WINDOW:
                 s = _scores(
@@ -272,7 +283,7 @@ def _attention_fwd_kernel(
                 p = tl.where(_keep_mask(keys[:, None], cols[None, :], threshold), p, 0.0)
 
             v = _load_rows(v_ptr, cols, length_k, stride_vt, HEAD_DIM, BLOCK_D, False, CROSSES_END)
-            acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+            acc = _dot(p.to(v.dtype), v, acc * alpha[:, None], PRECISION)
 
     # a row without a key has l = 0: zeros, and lse = -inf
     empty = (l_i == 0.0) | (rows >= length_q)
