@@ -61,11 +61,14 @@ def pool_fwd_config(n_cols: int) -> PoolConfig:
 
 
 def pool_row_config(n_cols: int) -> PoolConfig:
-    """Whole rows, for what needs the norm: 8 columns a lane up to 8,192; short chunks, since here chunks only share
-    out writes and carry no sum. Eight partial sums at once where registers allow it."""
+    """Whole rows, for what needs the norm; short chunks, since here chunks only share out writes and carry no sum.
+
+    8 columns a lane up to 4,096, and 32 elements a lane at most: a maximum keeps three tiles in registers.
+    """
     block_n = max(16, triton.next_power_of_2(n_cols))
     num_warps = min(16, max(1, block_n // 256))
-    return PoolConfig(chunk=32, block_m=max(1, min(4, 4096 // block_n)), block_n=block_n, num_warps=num_warps)
+    block_m = min(32, 1024 // block_n) if block_n <= 256 else max(1, min(4, 4096 // block_n))
+    return PoolConfig(chunk=32, block_m=block_m, block_n=block_n, num_warps=num_warps)
 
 
 # ---- device code -----------------------------------------------------------------------------------------
@@ -73,8 +76,15 @@ def pool_row_config(n_cols: int) -> PoolConfig:
 
 @triton.jit
 def _nan_max(a, b):
-    """Maximum that keeps NaN, as torch.amax does."""
+    """Elementwise maximum that keeps NaN, as torch.amax does."""
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _nan_max_rows(acc):
+    """Maximum over the rows of acc [M, N] that keeps NaN, where tl.max drops it."""
+    poisoned = tl.max(tl.where(acc == acc, 0, 1), axis=0) > 0
+    return tl.where(poisoned, float("nan"), tl.max(acc, axis=0))
 
 
 @triton.jit
@@ -129,7 +139,7 @@ def _pool_chunks_kernel(
 
     offsets = slot.to(tl.int64) * N + cols
     if MAX:
-        highest = tl.reduce(acc, 0, _nan_max)
+        highest = _nan_max_rows(acc)
         tl.store(part_ptr + offsets, highest, mask=mask_n)
         if ties_part_ptr is not None:
             ties = tl.where(acc == highest[None, :], ties, 0.0)
@@ -173,7 +183,7 @@ def _pool_rows_kernel(
             else:
                 acc += tl.load(part_ptr + offsets, mask=mask, other=0.0)
         if MODE == "max":
-            pooled = tl.where(mask_n & (seqlen > 0), tl.reduce(acc, 0, _nan_max), 0.0)
+            pooled = tl.where(mask_n & (seqlen > 0), _nan_max_rows(acc), 0.0)
             if ties_ptr is not None:
                 ties = tl.where(acc == pooled[None, :], ties, 0.0)
                 tl.store(ties_ptr + seq * N + cols, tl.sum(ties, axis=0), mask=mask_n)
@@ -348,7 +358,7 @@ def pool(x, cu_seqlens, mode="mean", normalize=False):
 # ---- for the offline compiler ----------------------------------------------------------------------------
 
 # one width for every step of the two ladders, and those of BERT-base, large and MiniLM
-_WIDTHS = (16, 64, 128, 384, 768, 1024, 2048, 4096, 8192)
+_WIDTHS = (16, 32, 64, 128, 256, 384, 512, 768, 1024, 2048, 4096, 8192)
 
 
 def compile_cases(arch: str) -> list[CompileCase]:
