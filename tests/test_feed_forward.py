@@ -158,8 +158,7 @@ def test_what_the_backward_epilogue_is_not_asked_for(device):
 def test_activation_alone(activation, dtype, device):
     """Values and derivatives from -30 to 30 and at 0, where the tails of a cheap GELU would show."""
     h = torch.cat((torch.linspace(-30, 30, 1199), torch.linspace(-4, 4, 1200), torch.zeros(1))).to(device, dtype)
-    h = h.repeat(2, 1) if activation == "geglu" else h[None]
-    h = h.reshape(1, -1)
+    h = (torch.cat((h, h.flip(0) + 1)) if activation == "geglu" else h)[None]
     a = feed_forward._activate(h, activation)
     g = torch.randn(a.shape, device=device, dtype=dtype)
     dh, a_again, dbias = feed_forward._activate_backward(g, h, activation, True, True)
@@ -177,6 +176,18 @@ def test_activation_alone(activation, dtype, device):
     if activation in ("gelu", "gelu_tanh"):
         far = torch.tensor([[-1e4, 1e4, -60.0, 60.0]], device=device, dtype=dtype)
         assert torch.equal(feed_forward._activate(far, activation), far.clamp(min=0.0))
+
+
+def test_gelu_tail():
+    """The polynomial that stands for erf in 16 bits, to the accuracy that its comment claims."""
+    x = torch.linspace(0, 6, 6001, dtype=torch.float64)
+    p = torch.zeros_like(x)
+    for n in range(7, 0, -1):
+        p = (p + getattr(_gemm, f"TAIL_{n}").value) * x
+    error = (torch.exp2(p - 1) / (0.5 * torch.erfc(x / math.sqrt(2))) - 1).abs()
+    assert error[0] == 0
+    assert error[x <= 4].max() < 5e-6
+    assert error.max() < 8e-5
 
 
 # ---- properties ------------------------------------------------------------------------------------------
@@ -291,21 +302,21 @@ def test_one_gradient_alone(wanted, device):
 
 
 def test_offsets_past_two_billion(tmp_path, device):
-    """Rows further apart than int32 counts elements: a sparse file stands for the memory between them."""
-    stride, width = 2**31 + 64, 64
-    size = stride + width
+    """Rows 2^24 elements apart, the last ones past int32's reach; a sparse file stands for the memory between them."""
+    rows, stride, width, n = 130, 2**24 + 64, 64, 32
+    size = rows * stride
     if device == "cuda":
         storage = torch.zeros(size, dtype=torch.float16, device=device)
     else:
         storage = torch.from_file(str(tmp_path / "sparse"), shared=True, size=size, dtype=torch.float16)
-    x = storage.as_strided((2, width), (stride, 1))
-    x.copy_(torch.randn(2, width))
-    w = torch.randn(32, width, device=device).half() / 8
+    x, y = storage.as_strided((rows, width), (stride, 1)), storage.as_strided((rows, n), (stride, 1), width)
+    x.copy_(torch.randn(rows, width))
+    w = torch.randn(n, width, device=device).half() / 8
     truth, plain = x.double() @ w.double().t(), x.contiguous() @ w.t()
-    for config in CONFIGS.values():
-        assert_within_budget(_gemm.gemm(x, w, None, "nt", config)[0], plain, truth)
-    h = feed_forward._activate(x, "relu")
-    assert torch.equal(h, x.clamp(min=0))
+    for name in ("pointers", "descriptors"):
+        assert_within_budget(_gemm.gemm(x, w, None, "nt", CONFIGS[name], out=y)[0], plain, truth)
+        y.zero_()
+    assert torch.equal(feed_forward._activate(x, "relu"), x.clamp(min=0))
 
 
 # ---- autocast, compile, export ---------------------------------------------------------------------------
