@@ -75,7 +75,51 @@ def attention_config(head_dim: int, dtype: torch.dtype, arch: str, direction: st
     """
     if dtype == torch.float32:
         return _float32_config(head_dim, direction)
-    return _ladder(head_dim, direction)
+    if arch.startswith("gfx") or (arch in ("sm_86", "sm_89", "sm_120") and head_dim > 64):
+        return _small_shared_config(head_dim, direction)
+    return _config(head_dim, direction)
+
+
+def _config(head_dim: int, direction: str) -> AttentionConfig | None:
+    """16-bit types where a program may take over 160 KB of shared memory. Registers are those of sm_90 in bf16."""
+    if direction == "fwd":
+        # 128 rows share each load of k and v: 64 rows would ask L2 for 5 TB/s at 340 TFLOP/s. Eight warps rather than
+        # four with twice the rows: 127 registers at head_dim 64, so two programs (four warp groups) fit a
+        # multiprocessor and one's exp2, as long as its products there, runs under another's. Four warps: 239.
+        # head_dim 128: 171 registers, one program; 128 keys would take 249, and any variant would spill.
+        return AttentionConfig(128, 64 if head_dim <= 128 else 32, num_warps=8, num_stages=3)
+    if direction == "fwd_short":
+        # latency decides, so many small programs: 125 registers and 16 KB at head_dim 64, four a multiprocessor
+        return AttentionConfig(SHORT, SHORT, num_warps=4 if head_dim <= 128 else 8, num_stages=1)
+    if direction == "bwd_dq":
+        # as forward: 128 registers and 80 KB at head_dim 64, two programs; with two stages it takes 150, and one fits
+        if head_dim <= 128:
+            return AttentionConfig(128, 64, num_warps=8, num_stages=3)
+        return AttentionConfig(64, 32, num_warps=8, num_stages=2)  # 218 registers; 64 keys spill
+    if direction == "bwd_dkv":
+        # two accumulators and two score tiles: 128 keys take over 200 registers at any number of warps, one program.
+        # 64 keys by 64 rows take 196 left alone, but 168 do without a spill, and three programs fit
+        if head_dim <= 64:
+            return AttentionConfig(64, 64, num_warps=4, num_stages=2, max_registers=168)
+        return AttentionConfig(64 if head_dim <= 128 else 32, 64, num_warps=8, num_stages=2)  # 218, 250 registers
+    if direction == "bwd_short":
+        # 154 registers and 33 KB at head_dim 64, three programs; head_dim 256 would spill
+        if head_dim > 128:
+            return None
+        return AttentionConfig(SHORT, SHORT, num_warps=4 if head_dim <= 64 else 8, num_stages=1)
+    return AttentionConfig(64, 64, num_warps=4 if head_dim <= 128 else 8, num_stages=1)  # bwd_bias
+
+
+def _small_shared_config(head_dim: int, direction: str) -> AttentionConfig | None:
+    """16-bit types with 64 to 100 KB of shared memory: fewer stages and narrower blocks, no kernels for short ones."""
+    if direction.endswith("short") and head_dim > 64:
+        return None
+    if direction.endswith("short"):
+        return AttentionConfig(SHORT, SHORT, num_warps=4, num_stages=1)
+    if head_dim <= 64:
+        return AttentionConfig(64, 64, num_warps=4, num_stages=1)
+    block = 32 if head_dim <= 128 else 16
+    return AttentionConfig(2 * block, block, num_warps=4, num_stages=1)
 
 
 def _float32_config(head_dim: int, direction: str) -> AttentionConfig | None:
@@ -83,30 +127,8 @@ def _float32_config(head_dim: int, direction: str) -> AttentionConfig | None:
     if direction.endswith("short"):
         return None
     if head_dim <= 64:
-        return AttentionConfig(block_m=32, block_n=32, num_warps=4, num_stages=1)
-    return AttentionConfig(block_m=16, block_n=16, num_warps=4 if head_dim <= 128 else 8, num_stages=1)
-
-
-def _ladder(head_dim: int, direction: str) -> AttentionConfig | None:
-    # 128 rows share a load of k and v: with 64, at 340 TFLOP/s, L2 would have to give 5 TB/s.
-    # head_dim 64: 127 registers, so two programs of two warp groups a multiprocessor hide each other's exp2.
-    if direction == "fwd":
-        return AttentionConfig(128, 64 if head_dim <= 128 else 32, num_warps=8, num_stages=3)
-    if direction == "fwd_short":
-        return AttentionConfig(SHORT, SHORT, num_warps=4 if head_dim <= 128 else 8, num_stages=1)
-    if direction == "bwd_dq":
-        if head_dim <= 128:
-            return AttentionConfig(128, 64, num_warps=8, num_stages=3)
-        return AttentionConfig(64, 32, num_warps=8, num_stages=2)
-    if direction == "bwd_dkv":
-        if head_dim <= 64:
-            return AttentionConfig(64, 64, num_warps=4, num_stages=2, max_registers=168)
-        return AttentionConfig(64 if head_dim <= 128 else 32, 64, num_warps=8, num_stages=2)
-    if direction == "bwd_short":
-        if head_dim > 128:
-            return None
-        return AttentionConfig(SHORT, SHORT, num_warps=4 if head_dim <= 64 else 8, num_stages=1)
-    return AttentionConfig(64, 64, num_warps=4 if head_dim <= 128 else 8, num_stages=1)
+        return AttentionConfig(32, 32, num_warps=4, num_stages=1)
+    return AttentionConfig(16, 16, num_warps=4 if head_dim <= 128 else 8, num_stages=1)
 
 
 def _arch(device: torch.device) -> str:
