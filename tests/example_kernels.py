@@ -81,10 +81,10 @@ def compile_cases(arch: str) -> list[CompileCase]:
         _product("good_product", stages=2, fast=True),
         _copy("matrix_missing", matrix=True),
         _product("copies_missing", stages=2, bulk_copy=True),
-        _product("shared_over", stages=16),
     ]
     if arch == "gfx942":
         return common
+    common.append(_product("shared_over", stages=16))  # not on gfx942: Triton 3.9 never ends compiling it there
     spills = CompileCase(
         "spills", softmax_row, {"x_ptr": "*fp32", "y_ptr": "*fp32"}, {"BLOCK": 8192}, num_warps=4, num_stages=1,
         options={"maxnreg": 32},
