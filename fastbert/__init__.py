@@ -21,7 +21,11 @@ _PUBLIC = {
     "Encoder": "embed",
     "PackedBatch": "packing",
     "Tokenizer": "tokenizer",
+    "accelerate": "dropin",
+    "batch_invariant": "kernels._invariance",
+    "explain": "dropin",
     "functional": "functional",
+    "restore": "dropin",
 }
 __all__ = [*_PUBLIC, "__version__"]
 

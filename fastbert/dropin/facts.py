@@ -1,0 +1,209 @@
+"""What has to be known of a model to run it packed: one row a family, and nothing else about that family anywhere.
+
+Paths are attributes from the encoder (`Family`) or from one of its layers (`Layer`), as transformers names them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Where the parts of a layer are. A path of None: the family has no such part.
+
+    Attributes:
+        kind: class name of the layer; another one (somebody's replacement) is left alone.
+        qkv: the projections of attention: three linear layers, or one that makes q, k, v together.
+        head_dim: where the width of a head is written.
+        probs_dropout: nn.Dropout, or its probability, on the attention probabilities.
+        out, out_dropout, out_norm: the linear layer after attention, the dropout on it, the LayerNorm of that block.
+        up, activation, inner_dropout, down, down_dropout, down_norm: the same of the feed-forward block.
+        pre_norm: the LayerNorms come first in their blocks (x = x + f(norm(x))) rather than last.
+        gated: `up` makes two halves, act(first) * second.
+    """
+
+    kind: str
+    qkv: tuple[str, ...]
+    head_dim: str
+    probs_dropout: str
+    out: str
+    out_norm: str
+    up: str
+    activation: str
+    down: str
+    down_norm: str
+    out_dropout: str | None = None
+    inner_dropout: str | None = None
+    down_dropout: str | None = None
+    pre_norm: bool = False
+    gated: bool = False
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where the parts of an encoder are, and what its token positions mean.
+
+    Attributes:
+        layer: the parts of a layer.
+        layers: the list of layers; with `groups` a list of groups that hold them, shared by many (ALBERT).
+        word, position, token_type: the embedding tables.
+        norm, dropout: of the sum of the tables.
+        project: a linear layer from the embeddings' width to the layers'; absent where the two are equal.
+        positions: "column": a token's column in the padded batch; "after_padding_idx": it counts the ids that are
+            not padding, from padding_idx + 1 on; "rotary": no table, q and k are rotated.
+        bias: the encoder whose `relative_attention_bias` table gives every layer's attention bias (MPNet).
+        final_norm: a LayerNorm after the last layer.
+        output: transformers' class of what the encoder returns.
+        pooler_activation: the pooler is a linear layer of the first token, and this its activation.
+        tuple_keeps_pooler: in a returned tuple the pooler's place is there even where there is no pooler.
+    """
+
+    layer: Layer
+    output: str
+    layers: str = "encoder.layer"
+    groups: bool = False
+    word: str = "embeddings.word_embeddings"
+    position: str | None = "embeddings.position_embeddings"
+    token_type: str | None = "embeddings.token_type_embeddings"
+    norm: str = "embeddings.LayerNorm"
+    dropout: str = "embeddings.dropout"
+    project: str | None = None
+    positions: Literal["column", "after_padding_idx", "rotary"] = "column"
+    bias: str | None = None
+    final_norm: str | None = None
+    pooler_activation: str | None = None
+    tuple_keeps_pooler: bool = False
+
+    @property
+    def relative(self) -> bool:
+        """Does attention look at distances between tokens?"""
+        return self.bias is not None or self.positions == "rotary"
+
+
+def _bert_layer(name: str) -> Layer:
+    return Layer(
+        kind=f"{name}Layer",
+        qkv=("attention.self.query", "attention.self.key", "attention.self.value"),
+        head_dim="attention.self.attention_head_size",
+        probs_dropout="attention.self.dropout",
+        out="attention.output.dense",
+        out_dropout="attention.output.dropout",
+        out_norm="attention.output.LayerNorm",
+        up="intermediate.dense",
+        activation="intermediate.intermediate_act_fn",
+        down="output.dense",
+        down_dropout="output.dropout",
+        down_norm="output.LayerNorm",
+    )
+
+
+_MPNET_LAYER = Layer(
+    kind="MPNetLayer",
+    qkv=("attention.attn.q", "attention.attn.k", "attention.attn.v"),
+    head_dim="attention.attn.attention_head_size",
+    probs_dropout="attention.attn.dropout",
+    out="attention.attn.o",
+    out_dropout="attention.dropout",
+    out_norm="attention.LayerNorm",
+    up="intermediate.dense",
+    activation="intermediate.intermediate_act_fn",
+    down="output.dense",
+    down_dropout="output.dropout",
+    down_norm="output.LayerNorm",
+)
+
+_DISTILBERT_LAYER = Layer(
+    kind="TransformerBlock",
+    qkv=("attention.q_lin", "attention.k_lin", "attention.v_lin"),
+    head_dim="attention.attention_head_size",
+    probs_dropout="attention.dropout",
+    out="attention.out_lin",
+    out_norm="sa_layer_norm",
+    up="ffn.lin1",
+    activation="ffn.activation",
+    down="ffn.lin2",
+    down_dropout="ffn.dropout",
+    down_norm="output_layer_norm",
+)
+
+_ALBERT_LAYER = Layer(
+    kind="AlbertLayer",
+    qkv=("attention.query", "attention.key", "attention.value"),
+    head_dim="attention.attention_head_size",
+    probs_dropout="attention.attention_dropout",
+    out="attention.dense",
+    out_dropout="attention.output_dropout",
+    out_norm="attention.LayerNorm",
+    up="ffn",
+    activation="activation",
+    down="ffn_output",
+    down_norm="full_layer_layer_norm",
+)
+
+_MODERNBERT_LAYER = Layer(
+    kind="ModernBertEncoderLayer",
+    qkv=("attn.Wqkv",),
+    head_dim="attn.head_dim",
+    probs_dropout="attn.attention_dropout",
+    out="attn.Wo",
+    out_dropout="attn.out_drop",
+    out_norm="attn_norm",
+    up="mlp.Wi",
+    activation="mlp.act",
+    inner_dropout="mlp.drop",
+    down="mlp.Wo",
+    down_norm="mlp_norm",
+    pre_norm=True,
+    gated=True,
+)
+
+_POOLED = "BaseModelOutputWithPoolingAndCrossAttentions"
+
+
+def _roberta(name: str) -> Family:
+    return Family(_bert_layer(name), output=_POOLED, positions="after_padding_idx")
+
+
+# class name of the encoder -> its facts
+FAMILIES = {
+    "BertModel": Family(_bert_layer("Bert"), output=_POOLED),
+    "RobertaModel": _roberta("Roberta"),
+    "XLMRobertaModel": _roberta("XLMRoberta"),
+    "CamembertModel": _roberta("Camembert"),
+    "ElectraModel": Family(
+        _bert_layer("Electra"),
+        output="BaseModelOutputWithPastAndCrossAttentions",
+        project="embeddings_project",
+    ),
+    "DistilBertModel": Family(_DISTILBERT_LAYER, output="BaseModelOutput", layers="transformer.layer", token_type=None),
+    "AlbertModel": Family(
+        _ALBERT_LAYER,
+        output="BaseModelOutputWithPooling",
+        layers="encoder.albert_layer_groups",
+        groups=True,
+        project="encoder.embedding_hidden_mapping_in",
+        pooler_activation="pooler_activation",
+    ),
+    "MPNetModel": Family(
+        _MPNET_LAYER,
+        output="BaseModelOutputWithPooling",
+        token_type=None,
+        positions="after_padding_idx",
+        bias="encoder",
+        tuple_keeps_pooler=True,
+    ),
+    "ModernBertModel": Family(
+        _MODERNBERT_LAYER,
+        output="BaseModelOutput",
+        layers="layers",
+        word="embeddings.tok_embeddings",
+        position=None,
+        token_type=None,
+        norm="embeddings.norm",
+        dropout="embeddings.drop",
+        positions="rotary",
+        final_norm="final_norm",
+    ),
+}

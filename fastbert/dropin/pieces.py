@@ -1,0 +1,209 @@
+"""Steps of a layer, from the modules somebody else made.
+
+A module is taken apart, and its parameters given to a fused operator, only where it is exactly torch's own and nobody
+listens to it. Whatever else stands in its place (a LoRA adapter, a quantised layer, a parametrisation) is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from .. import functional as F
+from ..layers import JoinedLinears
+from ..models.bert import Pass
+
+# class name of an activation module -> its name here; as used by transformers and by torch
+ACTIVATIONS = {
+    "GELUActivation": "gelu",
+    "NewGELUActivation": "gelu_tanh",
+    "GELUTanh": "gelu_tanh",
+    "PytorchGELUTanh": "gelu_tanh",
+    "ReLU": "relu",
+    "SiLU": "silu",
+    "SiLUActivation": "silu",
+}
+
+
+def at(module: Any, path: str) -> Any:
+    """The attribute of an attribute: at(layer, "attention.self.query")."""
+    for name in path.split("."):
+        module = getattr(module, name)
+    return module
+
+
+def has(module: Any, path: str) -> bool:
+    for name in path.split("."):
+        if not hasattr(module, name):
+            return False
+        module = getattr(module, name)
+    return True
+
+
+def listeners(module: nn.Module) -> list:
+    """Everything that wants to see or change what goes through this module."""
+    return [
+        *module._forward_pre_hooks.values(),
+        *module._forward_hooks.values(),
+        *module._backward_pre_hooks.values(),
+        *module._backward_hooks.values(),
+    ]
+
+
+def why_not_plain(module: nn.Module, kind: type[nn.Module]) -> str | None:
+    """None where `module` is torch's `kind` and no more, so that its parameters say all; else what it is."""
+    if type(module) is not kind:
+        return f"a {type(module).__name__}"
+    if "forward" in module.__dict__:
+        return "its forward was replaced"
+    if any(p is not None and type(p) not in (nn.Parameter, Tensor) for p in module._parameters.values()):
+        return f"its weight is a {type(module.weight).__name__}"
+    return "it has hooks" if listeners(module) else None
+
+
+def plain(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
+    return why_not_plain(module, kind) is None
+
+
+def activation_name(activation: Callable) -> str | None:
+    """The operators' name of an activation module or function, or None: they do not have it."""
+    if activation in (nn.functional.gelu, nn.functional.relu, nn.functional.silu):
+        return activation.__name__
+    if isinstance(activation, nn.GELU):
+        return "gelu" if activation.approximate == "none" else "gelu_tanh"
+    known = isinstance(activation, nn.Module) and not listeners(activation)
+    return ACTIVATIONS.get(type(activation).__name__) if known else None
+
+
+def probability(dropout: nn.Module | float | None) -> float:
+    """What a dropout module drops at the moment."""
+    return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+
+
+@dataclass(frozen=True)
+class Shared(Pass):
+    """What the layers of one forward pass share; and attention, which needs most of it.
+
+    Attributes:
+        key_mask: [B, 1, S, S] bool, True where a key is real, and then the batch still holds its padding.
+        bias: [1, H, S, S] added to every layer's scores.
+        rotary: kind of layer -> (cos, sin).
+        windows: kind of layer -> (left, right), or None.
+    """
+
+    key_mask: Tensor | None = None
+    bias: Tensor | None = None
+    rotary: dict[str, tuple[Tensor, Tensor]] | None = None
+    windows: dict[str, tuple[int, int] | None] | None = None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, stream: int, kind: str | None = None) -> Tensor:
+        """q, k, v [T, H, D] -> [T, H * D]."""
+        batch = self.batch
+        options = self.dropout(dropout_p, stream)
+        options.pop("row_ids", None)
+        if self.bias is not None:
+            options["bias"] = self.bias.to(q.dtype)
+        if kind is not None:
+            options |= {"rotary": self.rotary[kind], "window": self.windows[kind]}
+        if self.key_mask is None:
+            o = F.attention(
+                q, k, v, batch.cu_seqlens, batch.max_seqlen, schedule=self.schedule, impl=self.impl, **options
+            )
+        else:
+            q, k, v = (t.unflatten(0, batch.padded_shape) for t in (q, k, v))
+            o = F.attention_padded(q, k, v, mask=self.key_mask, impl=self.impl, **options).flatten(0, 1)
+        return o.flatten(1)
+
+
+def project(x: Tensor, linears: list[nn.Module], joined: JoinedLinears, head_dim: int) -> Iterable[Tensor]:
+    """x [T, C] -> q, k, v [T, H, D], as views of one product where the linear layers allow it."""
+    if len(linears) == 1:
+        return linears[0](x).unflatten(-1, (3, -1, head_dim)).unbind(1)
+    if all(plain(linear) for linear in linears) and len({linear.bias is None for linear in linears}) == 1:
+        return joined(x, linears).unflatten(-1, (3, -1, head_dim)).unbind(1)
+    return [linear(x).unflatten(-1, (-1, head_dim)) for linear in linears]
+
+
+def linear_without_bias(linear: nn.Module, x: Tensor, fold: bool) -> tuple[Tensor, Tensor | None]:
+    """(y, the bias still to be added): with `fold` a plain layer leaves its bias to the LayerNorm that follows."""
+    if fold and linear.bias is not None and plain(linear):
+        return nn.functional.linear(x, linear.weight), linear.bias
+    return linear(x), None
+
+
+def add_norm(
+    y: Tensor, y_bias: Tensor | None, residual: Tensor, norm: nn.Module, dropout_p: float, shared: Shared, stream: int
+) -> Tensor:
+    """norm(dropout(y + y_bias) + residual)."""
+    if plain(norm, nn.LayerNorm):
+        return F.add_layer_norm(
+            y, residual, norm.weight, norm.bias, norm.eps, x_bias=y_bias,
+            impl=shared.impl, **shared.dropout(dropout_p, stream),
+        )  # fmt: skip
+    return norm(nn.functional.dropout(y if y_bias is None else y + y_bias, dropout_p) + residual)
+
+
+def norm_only(x: Tensor, norm: nn.Module, shared: Shared) -> Tensor:
+    if isinstance(norm, nn.Identity):
+        return x
+    if plain(norm, nn.LayerNorm):
+        return F.add_layer_norm(x, None, norm.weight, norm.bias, norm.eps, impl=shared.impl)
+    return norm(x)
+
+
+def norm_and_sum(
+    y: Tensor, y_bias: Tensor | None, residual: Tensor, norm: nn.Module, dropout_p: float, shared: Shared, stream: int
+) -> tuple[Tensor, Tensor]:
+    """(norm(z), z) with z = dropout(y + y_bias) + residual."""
+    if plain(norm, nn.LayerNorm):
+        return F.add_layer_norm_sum(
+            y, residual, norm.weight, norm.bias, norm.eps, x_bias=y_bias,
+            impl=shared.impl, **shared.dropout(dropout_p, stream),
+        )  # fmt: skip
+    z = nn.functional.dropout(y if y_bias is None else y + y_bias, dropout_p) + residual
+    return norm(z), z
+
+
+def feed_forward(
+    x: Tensor, up: nn.Module, activation: Callable, down: nn.Module, impl: F.Impl | None,
+    *, gated: bool = False, inner_dropout: float = 0.0, fold: bool = False,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """(down(dropout(act(up(x)))), the bias still to be added)."""
+    name = activation_name(activation)
+    if gated:
+        name = {"gelu": "geglu"}.get(name)
+    if name is not None and inner_dropout == 0.0 and plain(up) and plain(down):
+        folded = down.bias if fold else None
+        y = F.feed_forward(
+            x, up.weight, up.bias, down.weight, None if folded is not None else down.bias, name, impl=impl
+        )
+        return y, folded
+    h = up(x)
+    if gated:
+        first, second = h.chunk(2, dim=-1)
+        h = activation(first) * second
+    else:
+        h = activation(h)
+    return down(nn.functional.dropout(h, inner_dropout)), None
+
+
+def look_up(table: nn.Module, ids: Tensor) -> Tensor:
+    return table(ids)
+
+
+def plain_table(table: nn.Module) -> bool:
+    """An nn.Embedding whose gradient is an ordinary one."""
+    return plain(table, nn.Embedding) and table.max_norm is None and not (table.sparse or table.scale_grad_by_freq)
+
+
+def frozen_row(table: nn.Embedding) -> Tensor:
+    """The weight of a table, without a gradient for the row `padding_idx`."""
+    if table.padding_idx is None or not (torch.is_grad_enabled() and table.weight.requires_grad):
+        return table.weight
+    rows = torch.arange(table.weight.shape[0], device=table.weight.device)
+    return torch.where((rows == table.padding_idx)[:, None], table.weight.detach(), table.weight)

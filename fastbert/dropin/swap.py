@@ -1,0 +1,190 @@
+"""accelerate, restore, explain: find what is known in a model, give it another `forward`, take it away again."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+
+import torch.nn as nn
+
+from .. import functional as F
+from .encoder import EncoderForward, Forward, HeadForward, LayerForward
+from .facts import FAMILIES, Family
+from .pieces import activation_name, at, has, plain_table, why_not_plain
+
+
+@dataclass
+class Report:
+    """What `explain` found: `replaced` and `left`, each {path: what}. Printed, one line each."""
+
+    model: str
+    replaced: dict[str, str] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"{self.model}: {len(self.replaced)} modules replaced, {len(self.left)} left alone"]
+        for title, entries in (("replaced", self.replaced), ("left alone", self.left)):
+            width = max(map(len, entries), default=0)
+            lines += [f"{title}:", *(f"  {path:{width}}  {what}" for path, what in entries.items())] if entries else []
+        return "\n".join(lines)
+
+
+def accelerate(model: nn.Module, *, impl: F.Impl | None = None) -> nn.Module:
+    """Makes a model somebody already has run packed, on fused operators, in place.
+
+        model = fastbert.accelerate(AutoModelForSequenceClassification.from_pretrained(...))
+
+    Classes, parameters, state_dict and save_pretrained stay as they are, and it trains as before. Hidden states at
+    padding are zero where nothing reads them (never in the first column, and not where a head's loss does). A call
+    that asks for what the fused code cannot do runs the model's own, with a warning that says why, once.
+
+    Args:
+        model: of transformers (BERT, RoBERTa, XLM-RoBERTa, CamemBERT, DistilBERT, ELECTRA, ALBERT, MPNet, ModernBERT,
+            with any head), or a module that contains one.
+        impl: which implementation every operator uses; None lets each device choose. See `fastbert.functional`.
+
+    Returns: the same model.
+    """
+    if impl is not None and impl not in F.IMPLS:
+        raise ValueError(f"impl must be one of {F.IMPLS} or None, got {impl!r}")
+    restore(model)
+    for _, module in list(model.named_modules()):
+        family = family_of(module)
+        if family is not None and why_left(module, family) is None:
+            _swap_encoder(module, family, impl)
+    for module in list(model.modules()):
+        _swap_head(module)
+    report = explain(model)
+    if not report.replaced:
+        warnings.warn(f"fastbert replaced nothing in this model\n{report}", stacklevel=2)
+    return model
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undoes `accelerate`, in place: every module has its own forward again. Returns the same model."""
+    for module in model.modules():
+        if isinstance(module.__dict__.get("forward"), Forward):
+            del module.__dict__["forward"]
+    return model
+
+
+def family_of(module: nn.Module) -> Family | None:
+    """The facts of this very class, or of one it derives from without a forward of its own."""
+    for cls in type(module).__mro__:
+        if cls.__name__ in FAMILIES and cls.__module__.startswith("transformers.models."):
+            return FAMILIES[cls.__name__] if type(module).forward is cls.forward else None
+    return None
+
+
+def why_left(encoder: nn.Module, family: Family) -> str | None:
+    """Why an encoder of a known family cannot be replaced, or None."""
+    if "forward" in encoder.__dict__ and not isinstance(encoder.__dict__["forward"], Forward):
+        return "its forward was replaced already"
+    config = encoder.config
+    if getattr(config, "is_decoder", False):
+        return "it is a decoder"
+    if getattr(config, "position_embedding_type", "absolute") not in ("absolute", None):
+        return f"its positions are {config.position_embedding_type}"
+    paths = [family.layers, family.word, family.position, family.token_type, family.norm, family.dropout]
+    paths += [family.final_norm, "rotary_emb" if family.positions == "rotary" else None]
+    for path in paths:
+        if path is not None and not has(encoder, path):
+            return f"this version of transformers has no {path} in it"
+    facts = family.layer
+    parts = (*facts.qkv, facts.head_dim, facts.probs_dropout, facts.out, facts.out_dropout, facts.out_norm, facts.up)
+    parts += (facts.activation, facts.inner_dropout, facts.down, facts.down_dropout, facts.down_norm)
+    for _, layer in EncoderForward(encoder, family, None).layers():
+        if facts.kind not in (cls.__name__ for cls in type(layer).__mro__):
+            return f"a layer is a {type(layer).__name__}, not a {facts.kind}"
+        if "forward" in layer.__dict__ and not isinstance(layer.__dict__["forward"], Forward):
+            return f"the forward of a {type(layer).__name__} was replaced already"
+        for path in parts:
+            if path is not None and not has(layer, path):
+                return f"this version of transformers has no {path} in a {facts.kind}"
+    return None
+
+
+def _swap_encoder(encoder: nn.Module, family: Family, impl: F.Impl | None) -> None:
+    forward = EncoderForward(encoder, family, impl)
+    for _, layer in forward.layers():
+        layer.forward = LayerForward(layer, family.layer)
+    encoder.forward = forward
+
+
+def _swap_head(head: nn.Module) -> None:
+    """Heads whose loss may read padding tell the encoder so. ELECTRA's discriminator does not: it takes the mask."""
+    name = type(head).__name__
+    if "For" not in name or not type(head).__module__.startswith("transformers.models.") or "forward" in head.__dict__:
+        return
+    if name == "ElectraForPreTraining":
+        return
+    for child in head.children():
+        forward = child.__dict__.get("forward")
+        if isinstance(forward, EncoderForward):
+            head.forward = HeadForward(head, forward)
+
+
+def explain(model: nn.Module) -> Report:
+    """What was replaced in `model`, by what, and why anything was left alone, module by module."""
+    report = Report(type(model).__name__)
+    for path, module in model.named_modules():
+        forward = module.__dict__.get("forward")
+        name = path or "(the model)"
+        if isinstance(forward, EncoderForward):
+            _explain_encoder(report, path, forward)
+        elif isinstance(forward, HeadForward):
+            report.left[name] = f"{type(module).__name__}: its own code; it says where its loss reads padding"
+        elif (family := family_of(module)) is not None:
+            report.left[name] = f"{type(module).__name__}: {why_left(module, family) or 'not accelerated'}"
+    if not report.replaced and not report.left:
+        report.left["(the model)"] = f"{type(model).__name__}: nothing in it is in the table of known models"
+    return report
+
+
+def _explain_encoder(report: Report, path: str, forward: EncoderForward) -> None:
+    encoder, family = forward.module, forward.facts
+
+    def name(inner: str) -> str:
+        return f"{path}.{inner}" if path else inner
+
+    report.replaced[path or "(the model)"] = (
+        f"{type(encoder).__name__}: unpads once, pads once; impl={forward.impl or 'of the device'}"
+    )
+    tables = [p for p in (family.word, family.position, family.token_type) if p is not None]
+    if family.position is not None and all(plain_table(at(encoder, p)) for p in tables):
+        report.replaced[name(family.word.rpartition(".")[0])] = "embedding_layer_norm"
+    else:
+        report.left[name(family.word.rpartition(".")[0])] = "tables are called one by one, then add_layer_norm"
+    if getattr(encoder, "pooler", None) is not None:
+        report.left[name("pooler")] = f"{type(encoder.pooler).__name__}: its own code, of the first token"
+    paths = {id(module): p for p, module in encoder.named_modules()}
+    for layer in {id(layer): layer for _, layer in forward.layers()}.values():
+        _explain_layer(report, name(paths[id(layer)]), layer, family)
+    for reason, calls in forward.warned.items():
+        report.left[f"{path or '(the model)'} ({calls} calls)"] = f"ran its own code: {reason}"
+
+
+def _explain_layer(report: Report, path: str, layer: nn.Module, family: Family) -> None:
+    facts = family.layer
+    reasons = {p: why_not_plain(at(layer, p), nn.Linear) for p in (*facts.qkv, facts.out, facts.up, facts.down)}
+    reasons |= {
+        p: why_not_plain(at(layer, p), nn.LayerNorm)
+        for p in (facts.out_norm, facts.down_norm)
+        if not isinstance(at(layer, p), nn.Identity)
+    }
+    name = activation_name(at(layer, facts.activation))
+    if name is None or (facts.gated and name != "gelu"):
+        reasons[facts.activation] = f"{type(at(layer, facts.activation)).__name__} is not among the fused activations"
+    steps = []
+    if len(facts.qkv) > 1 and not any(reasons[p] for p in facts.qkv):
+        steps.append("q, k, v in one product")
+    steps.append("attention")
+    if not (reasons[facts.up] or reasons[facts.down] or reasons.get(facts.activation)):
+        steps.append("feed_forward")
+    norms = {reasons.get(facts.out_norm), reasons.get(facts.down_norm)}
+    if None in norms:
+        steps.append("add_layer_norm_sum" if facts.pre_norm else "add_layer_norm")
+    report.replaced[path] = f"{type(layer).__name__}: {', '.join(steps)}"
+    for part, reason in reasons.items():
+        if reason is not None:
+            report.left[f"{path}.{part}"] = f"called as it is: {reason}"
