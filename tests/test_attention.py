@@ -73,7 +73,8 @@ def cast(value, dtype):
 
 def run(op, qkv, args, options, upstream, dtype):
     """o, lse and the gradients of q, k, v (and bias) for upstream gradients (do, dlse), all by name."""
-    leaves = {n: t.to(dtype).requires_grad_() for n, t in zip("qkv", qkv, strict=True)}
+    # detached: `.to` of the same dtype is the same tensor, and two runs would add up in one .grad
+    leaves = {n: t.detach().to(dtype).requires_grad_() for n, t in zip("qkv", qkv, strict=True)}
     options = {n: cast(v, dtype) for n, v in options.items()}
     if options.get("bias") is not None:
         leaves["bias"] = options["bias"] = options["bias"].detach().requires_grad_()
