@@ -141,6 +141,17 @@ def test_float16_under_a_loss_scale(device):
         assert testing.relative_rms(grad, truth) < 2e-3
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_scaling_is_in_float32(dtype, device):
+    """A factor that the dtype cannot hold: 1 / 3 to all its digits, and 2^20 where float16 ends at 65,504."""
+    x = torch.randn(35, 40, device=device).to(dtype) / 2**14
+    for factor in (1 / 3, 2.0**20):
+        scale = torch.tensor(factor, device=device)
+        expected = (x.float() * scale).to(dtype)
+        assert torch.equal(cross_entropy._scaled(x, scale, dtype), expected)
+        assert torch.equal(cross_entropy._scaled(x.float(), scale, dtype), expected)
+
+
 def test_label_out_of_range(device):
     """NaN for that row and its gradient (torch stops the device); the other rows do not notice."""
     hidden, weight, bias, labels = tensors(6, device)
