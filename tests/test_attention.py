@@ -320,7 +320,8 @@ def test_strides_do_not_matter():
     assert lengths == [70, 5]
 
 
-def test_offsets_past_two_to_the_31():
+@pytest.mark.parametrize("lengths", [[3], [2, 1]], ids=["within_a_sequence", "of_its_start"])
+def test_offsets_past_two_to_the_31(lengths):
     """Rows so far apart that element offsets need 64 bits, in memory that is reserved but never filled."""
     stride = 2**30 + 16
     elements = 2 * stride + 64
@@ -331,11 +332,11 @@ def test_offsets_past_two_to_the_31():
     q, k, v = (memory[16 * i :].as_strided((3, 1, 16), (stride, 16, 1)) for i in range(3))
     for t in (q, k, v):
         t.copy_(torch.randn(t.shape))
-    cu_seqlens, do = cu_seqlens_of([1, 2], DEVICE), torch.randn(3, 1, 16, device=DEVICE).half()
+    cu_seqlens, do = cu_seqlens_of(lengths, DEVICE), torch.randn(3, 1, 16, device=DEVICE).half()
     ours, near = [], []
     for tensors, results in (((q, k, v), ours), ([t.clone() for t in (q, k, v)], near)):
         leaves = [t.detach().requires_grad_() for t in tensors]
-        o = kernels.attention(*leaves, cu_seqlens, 2)
+        o = kernels.attention(*leaves, cu_seqlens, 3)
         results += [o, *torch.autograd.grad(o, leaves, do)]
     assert near[1].stride(0) == 16
     assert all(torch.equal(a, b) for a, b in zip(ours, near, strict=True))
