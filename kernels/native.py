@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from . import reference
+from ._random import HEAD_STREAMS, keep_mask, row_keys
 
 add_layer_norm = reference.add_layer_norm
 add_layer_norm_sum = reference.add_layer_norm_sum
@@ -24,7 +25,7 @@ feed_forward = reference.feed_forward
 
 
 def attention_schedule(cu_seqlens, total_tokens):
-    """Runs of neighbours of one length: [(first row, number of sequences, length)], empty sequences left out.
+    """Runs of neighbours of one length: [(first row, count, length, first sequence)], empty sequences left out.
 
     A run is one batched product. Texts sorted by length make few runs.
     """
@@ -33,30 +34,96 @@ def attention_schedule(cu_seqlens, total_tokens):
     starts = cu_seqlens.tolist()
     if starts[-1] != total_tokens:
         raise ValueError(f"cu_seqlens ends at {starts[-1]}, but there are {total_tokens} tokens")
-    runs, start = [], 0
+    runs, start, sequence = [], 0, 0
     for length, run in itertools.groupby(end - begin for begin, end in itertools.pairwise(starts)):
         count = sum(1 for _ in run)
         if length:
-            runs.append((start, count, length))
+            runs.append((start, count, length, sequence))
         start += count * length
+        sequence += count
     return runs
 
 
-def _sdpa(q, k, v, scale):
-    """[n, L, H, D] views -> [n, L, H, D]; grouped heads allowed."""
+def _sdpa(q, k, v, scale, attn_mask=None):
+    """[n, L, H, D] views -> [n, L, H, D]; grouped heads allowed. A row that its mask leaves no key gives zeros."""
     grouped = q.shape[2] != k.shape[2]
-    return F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale, enable_gqa=grouped
-    ).transpose(1, 2)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    o = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, scale=scale, enable_gqa=grouped)
+    return o.transpose(1, 2)
 
 
-def _attention_in_runs(q, k, v, runs, scale):
-    """Plain self-attention, one SDPA call a run: q [T, H, D], k, v [T, Hk, D] -> [T, H, D]."""
+def _rotate(x, cos, sin):
+    """Rotary embedding of x [n, S, H, D] by cos, sin [>= S, D / 2], computed in their precision or a higher one."""
+    x1, x2 = x.chunk(2, dim=-1)
+    c, s = cos[: x.shape[1], None], sin[: x.shape[1], None]
+    return torch.cat((x1 * c - x2 * s, x2 * c + x1 * s), dim=-1).to(x.dtype)
 
-    def of_run(x, start, count, length):
-        return x[start : start + count * length].unflatten(0, (count, length))
 
-    outputs = [_sdpa(*(of_run(x, *run) for x in (q, k, v)), scale).flatten(0, 1) for run in runs]
+def _probabilities_with_dropout(q, k, added, allowed, p, seed, stream, sequence_ids, scale):
+    """dropout(softmax(scale q k^T + added)) [n, H, Sq, Sk] of q, k [n, H, S, D]; a row with no key is zero."""
+    s = (q @ k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32)) * scale
+    if added is not None:
+        s = s + added
+    dead = None
+    if allowed is not None:
+        dead = ~allowed.any(-1, keepdim=True)
+        s = s.masked_fill(~allowed & ~dead, float("-inf"))
+    heads = torch.arange(q.shape[1], device=q.device)[:, None]
+    rows = (sequence_ids[:, None, None] << 32) | torch.arange(q.shape[2], device=q.device)
+    keep = keep_mask(row_keys(seed, stream * HEAD_STREAMS + heads, rows), k.shape[2], p)
+    probabilities = torch.where(keep, s.softmax(-1) / (1.0 - p), 0.0)
+    return probabilities if dead is None else probabilities.masked_fill(dead, 0.0)
+
+
+def _attend(
+    q, k, v, scale, bias=None, mask=None, alibi_slopes=None, window=None, rotary=None,
+    dropout_p=0.0, seed=None, stream=0, sequence_ids=None,
+):  # fmt: skip
+    """Any variant over sequences of one length: q [n, Sq, H, D], k, v [n, Sk, Hk, D] views -> [n, Sq, H, D].
+
+    bias and mask are of [1 | n, 1 | H, >= Sq, >= Sk]; a row that may see no key is zero.
+    """
+    if rotary is not None:
+        q, k = _rotate(q, *rotary), _rotate(k, *rotary)
+    width_q, width_k = q.shape[1], k.shape[1]
+    distance = torch.arange(width_k, device=q.device) - torch.arange(width_q, device=q.device)[:, None]
+    added = None if bias is None else bias[..., :width_q, :width_k]
+    if alibi_slopes is not None:
+        slope = -alibi_slopes[:, None, None] * distance.abs()
+        added = slope if added is None else added + slope
+    allowed = None if mask is None else mask[..., :width_q, :width_k]
+    if window is not None:
+        near = (distance >= -window[0]) & (distance <= window[1])
+        allowed = near if allowed is None else allowed & near
+
+    if dropout_p == 0.0:
+        attn_mask = allowed
+        if added is not None:
+            attn_mask = (added if allowed is None else added.masked_fill(~allowed, float("-inf"))).to(q.dtype)
+        return _sdpa(q, k, v, scale, attn_mask)
+    groups = q.shape[2] // k.shape[2]
+    k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    p = _probabilities_with_dropout(q, k, added, allowed, dropout_p, seed, stream, sequence_ids, scale)
+    return (p.to(v.dtype) @ v).transpose(1, 2)
+
+
+def _attention_in_runs(q, k, v, runs, scale, sequence_ids=None, bias=None, mask=None, **options):
+    """Self-attention, one call a run: q [T, H, D], k, v [T, Hk, D] -> [T, H, D]."""
+    outputs = []
+    for start, count, length, first in runs:
+        of_run = [x[start : start + count * length].unflatten(0, (count, length)) for x in (q, k, v)]
+        if not options and bias is None and mask is None:
+            outputs.append(_sdpa(*of_run, scale).flatten(0, 1))
+            continue
+        sequences = slice(first, first + count)
+        o = _attend(
+            *of_run, scale,
+            *(t if t is None or t.shape[0] == 1 else t[sequences] for t in (bias, mask)),
+            sequence_ids=None if sequence_ids is None else sequence_ids[sequences], **options,
+        )  # fmt: skip
+        outputs.append(o.flatten(0, 1))
     return torch.cat(outputs) if outputs else q.new_zeros(q.shape)
 
 
@@ -106,27 +173,38 @@ def _attention_opaque_grad(ctx, do):
 _attention_opaque.register_autograd(_attention_opaque_grad, setup_context=_save_attention)
 
 
-def _is_plain(options):
-    """No variant asked for: what SDPA does by itself."""
-    tensors = ("cu_seqlens_k", "bias", "mask", "alibi_slopes", "window", "rotary")
-    return not (options.get("dropout_p") or options.get("return_lse")) and all(options.get(t) is None for t in tensors)
+def _variant(batch, device, options):
+    """The options that change anything, with names for the sequences where something is dropped."""
+    given = {name: value for name, value in options.items() if value is not None}
+    if not given.get("return_lse"):
+        given.pop("return_lse", None)
+    if "cu_seqlens_k" not in given:
+        given.pop("max_seqlen_k", None)
+    if given.get("dropout_p"):
+        given.setdefault("sequence_ids", torch.arange(batch, device=device))
+    else:
+        given = {name: given[name] for name in given.keys() - {"dropout_p", "seed", "stream", "sequence_ids"}}
+    return given
 
 
 def attention(q, k, v, cu_seqlens, max_seqlen=None, *, scale=None, schedule=None, **options):
-    """Plain self-attention runs on SDPA; any variant (bias, mask, window, dropout, ...) as the specification does."""
-    if not _is_plain(options):
-        return reference.attention(q, k, v, cu_seqlens, max_seqlen, scale=scale, **options)
-    if torch.compiler.is_compiling():
+    """Self-attention runs on SDPA, and with dropout on explicit products; the rest as the specification does."""
+    variant = _variant(cu_seqlens.shape[0] - 1, q.device, options)
+    compiling = torch.compiler.is_compiling()
+    if compiling and not variant:
         return _attention_opaque(q, k, v, cu_seqlens, scale)
+    if compiling or "return_lse" in variant or "cu_seqlens_k" in variant:
+        return reference.attention(q, k, v, cu_seqlens, max_seqlen, scale=scale, **options)
     runs = attention_schedule(cu_seqlens, q.shape[0]) if schedule is None else schedule
-    return _attention_in_runs(q, k, v, runs, scale)
+    return _attention_in_runs(q, k, v, runs, scale, **variant)
 
 
 def attention_padded(q, k, v, seqlens=None, seqlens_k=None, *, scale=None, **options):
-    """Without lengths or variants one SDPA call; otherwise as the specification does."""
-    if _is_plain(options) and seqlens is None and seqlens_k is None and k.shape[1] > 0:
-        return _sdpa(q, k, v, scale)
-    return reference.attention_padded(q, k, v, seqlens, seqlens_k, scale=scale, **options)
+    """Without lengths one SDPA call, or with dropout explicit products; otherwise as the specification does."""
+    variant = _variant(q.shape[0], q.device, options)
+    if seqlens is not None or seqlens_k is not None or k.shape[1] == 0 or "return_lse" in variant:
+        return reference.attention_padded(q, k, v, seqlens, seqlens_k, scale=scale, **options)
+    return _attend(q, k, v, scale, **variant)
 
 
 # ---- pooling and loss ------------------------------------------------------------------------------------
