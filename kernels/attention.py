@@ -72,7 +72,8 @@ def attention_config(
 ) -> AttentionConfig | None:
     """The launch of one kernel: "fwd", "fwd_short", "bwd_dq", "bwd_dkv", "bwd_short" or "bwd_bias".
 
-    scores: "plain", with "dropout", or "modified" by bias, mask, ALiBi, window or rotary, which take registers.
+    scores: "plain", with "dropout", "modified" by bias, mask, ALiBi, window or rotary, which take registers, or
+    "modified, dropout".
     None for a "short" one: there the kernels with loops take short sequences too. Depends on nothing that differs
     between the batches of one model, so a sequence's bits do not either.
     """
@@ -80,12 +81,13 @@ def attention_config(
         return _float32_config(head_dim, direction)
     if arch.startswith("gfx") or (arch in ("sm_86", "sm_89", "sm_120") and head_dim > 64):
         return _small_shared_config(head_dim, direction)
-    return _config(head_dim, direction, scores)
+    return _config(head_dim, arch, direction, scores)
 
 
-def _config(head_dim: int, direction: str, scores: str) -> AttentionConfig | None:
+def _config(head_dim: int, arch: str, direction: str, scores: str) -> AttentionConfig | None:
     """16-bit types where a program may take over 160 KB of shared memory. Registers are those of sm_90 in bf16."""
-    is_modified = scores == "modified"
+    is_modified = scores.startswith("modified")
+    is_crowded = is_modified or arch == "sm_80"  # HMMA wants its operands in registers
     if direction == "fwd":
         # 128 rows share each load of k and v: 64 rows would ask L2 for 5 TB/s at 340 TFLOP/s. Eight warps rather than
         # four with twice the rows: 127 registers at head_dim 64, so two programs (four warp groups) fit a
@@ -97,22 +99,23 @@ def _config(head_dim: int, direction: str, scores: str) -> AttentionConfig | Non
         return AttentionConfig(SHORT, SHORT, num_warps=4 if head_dim <= 128 else 8, num_stages=1)
     if direction == "bwd_dq":
         # as forward: 128 registers and 80 KB at head_dim 64, two programs; with two stages it takes 150, and one fits
-        if head_dim <= 64 or (head_dim <= 128 and not is_modified):
+        if head_dim <= 64 or (head_dim <= 128 and not is_crowded):
             return AttentionConfig(128, 64, num_warps=8, num_stages=3)
-        return AttentionConfig(64, 32, num_warps=8, num_stages=2)  # head_dim 256: 218 registers; 64 keys spill
+        # head_dim 256: 218 registers, 64 keys spill; 80 with rotary: 32 keys spill
+        return AttentionConfig(64, 16 if is_modified else 32, num_warps=8, num_stages=2)
     if direction == "bwd_dkv":
         # two accumulators and two score tiles: 128 keys take over 200 registers at any number of warps, one program.
         # 64 keys by 64 rows take 196 left alone, but plain scores do with 168 without a spill, and three programs fit
         if head_dim <= 64:
-            most = 168 if scores == "plain" else None
+            most = 168 if scores == "plain" and arch == "sm_90" else None
             return AttentionConfig(32 if is_modified else 64, 64, num_warps=4, num_stages=2, max_registers=most)
         rows = 64 if head_dim <= 128 and not is_modified else 32  # 218 registers at 128, 250 at 256
         return AttentionConfig(rows, 64, num_warps=8, num_stages=2)
     if direction == "bwd_short":
-        # 154 registers and 33 KB at head_dim 64, three programs; head_dim 256 would spill
-        if head_dim > 128:
+        # 154 registers and 33 KB at head_dim 64, three programs; head_dim 256 would spill, and so would all variants
+        if head_dim > 128 or scores == "modified, dropout":
             return None
-        return AttentionConfig(SHORT, SHORT, num_warps=4 if head_dim <= 64 and not is_modified else 8, num_stages=1)
+        return AttentionConfig(SHORT, SHORT, num_warps=4 if head_dim <= 64 and not is_crowded else 8, num_stages=1)
     return AttentionConfig(64, 64, num_warps=4 if head_dim <= 128 else 8, num_stages=1)  # bwd_bias
 
 
@@ -133,8 +136,8 @@ def _float32_config(head_dim: int, direction: str) -> AttentionConfig | None:
     if direction.endswith("short"):
         return None
     if head_dim <= 64:
-        return AttentionConfig(32, 32, num_warps=4, num_stages=1)
-    return AttentionConfig(16, 16, num_warps=4 if head_dim <= 128 else 8, num_stages=1)
+        return AttentionConfig(32, 32, num_warps=8, num_stages=1)  # four warps spill in the backward pass
+    return AttentionConfig(16, 16, num_warps=8, num_stages=1)
 
 
 def _arch(device: torch.device) -> str:
@@ -304,7 +307,8 @@ def _plan_backward(
     for_dkv = {"dk_ptr": dk, "dv_ptr": dv, "width_k": k.shape[-3]}
 
     is_modified = any(arguments[f"HAS_{option}"] for option in ("BIAS", "MASK", "ALIBI", "WINDOW", "ROTARY"))
-    scores = "modified" if is_modified else "dropout" if arguments["HAS_DROPOUT"] else "plain"
+    has = ["modified"] * is_modified + ["dropout"] * arguments["HAS_DROPOUT"]
+    scores = ", ".join(has) or "plain"
     of_dq, of_dkv, of_short = (
         attention_config(head_dim, q.dtype, arch, direction, scores) for direction in ("bwd_dq", "bwd_dkv", "bwd_short")
     )
