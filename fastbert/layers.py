@@ -8,6 +8,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from . import functional as F
+
 
 class JoinedLinears:
     """Linear layers over one input as a single product: x [..., C] -> [..., sum of their widths].
@@ -20,8 +22,8 @@ class JoinedLinears:
         self._weight_and_bias: tuple[Tensor, Tensor | None] | None = None
         self._made_of: tuple = ()
 
-    def __call__(self, x: Tensor, linears: Sequence[nn.Linear]) -> Tensor:
-        return nn.functional.linear(x, *self._joined(linears))
+    def __call__(self, x: Tensor, linears: Sequence[nn.Linear], impl: F.Impl | None = None) -> Tensor:
+        return F.linear(x, *self._joined(linears), impl=impl)
 
     def _joined(self, linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
@@ -52,5 +54,5 @@ class FusedLinears(nn.ModuleDict):
         super().__init__(linears)
         self._joined = JoinedLinears()
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._joined(x, list(self.values()))
+    def forward(self, x: Tensor, impl: F.Impl | None = None) -> Tensor:
+        return self._joined(x, list(self.values()), impl)

@@ -112,9 +112,9 @@ class BertLayer(nn.Module):
         self.output = block_end(inner)
         self.config, self.index = config, index
 
-    def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def qkv(self, x: Tensor, impl: F.Impl | None) -> tuple[Tensor, Tensor, Tensor]:
         """x [T, C] -> q, k, v [T, H, D], strided views of one product."""
-        return self.attention["self"](x).unflatten(-1, (3, self.config.num_attention_heads, -1)).unbind(1)
+        return self.attention["self"](x, impl).unflatten(-1, (3, self.config.num_attention_heads, -1)).unbind(1)
 
     def forward(self, x: Tensor, shared: Pass) -> Tensor:
         config, batch, impl = self.config, shared.batch, shared.impl
@@ -125,7 +125,7 @@ class BertLayer(nn.Module):
         dropout = shared.dropout(config.attention_probs_dropout_prob, stream=self.index + 1)
         dropout.pop("row_ids", None)
         o = F.attention(
-            *self.qkv(x), batch.cu_seqlens, batch.max_seqlen, schedule=shared.schedule, impl=impl, **dropout
+            *self.qkv(x, impl), batch.cu_seqlens, batch.max_seqlen, schedule=shared.schedule, impl=impl, **dropout
         )
         dense, norm = self.attention["output"]["dense"], self.attention["output"]["LayerNorm"]
         y = F.linear(o.flatten(1), dense.weight, None if fold else dense.bias, impl=impl)
@@ -143,9 +143,10 @@ class BertLayer(nn.Module):
             impl=impl, **shared.dropout(config.hidden_dropout_prob, stream=2 * self.index + 2),
         )  # fmt: skip
 
-    def probabilities(self, x: Tensor, batch: PackedBatch) -> Tensor:
+    def probabilities(self, x: Tensor, shared: Pass) -> Tensor:
         """Attention probabilities [B, H, S, S] of this layer for its input x [T, C], zero at padding. A plain path."""
-        q, k, _ = (batch.pad(t).transpose(1, 2) for t in self.qkv(x))
+        batch = shared.batch
+        q, k, _ = (batch.pad(t).transpose(1, 2) for t in self.qkv(x, shared.impl))
         real = batch.pad(torch.ones(x.shape[0], 1, device=x.device)).bool()  # [B, S, 1]
         scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
         scores = scores.masked_fill(~real.transpose(1, 2)[:, None], torch.finfo(scores.dtype).min)
@@ -271,7 +272,7 @@ class BertModel(nn.Module):
         hidden_states, attentions = [x], []
         for layer in self.encoder["layer"]:
             if output_attentions:
-                attentions.append(layer.probabilities(x, batch))
+                attentions.append(layer.probabilities(x, shared))
             x = layer(x, shared)
             if output_hidden_states:
                 hidden_states.append(x)
