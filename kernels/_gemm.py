@@ -416,7 +416,13 @@ def gemm_config(
         return FLOAT32
     family = "gfx" if arch.startswith("gfx") else arch
     rungs = LADDERS.get(family, _SM_80)["act" if epilogue in ("none", "accumulate") else epilogue]
-    return next(config for least_n, least_k, config in rungs if n >= least_n and k >= least_k)
+    config = next(config for least_n, least_k, config in rungs if n >= least_n and k >= least_k)
+    return _accumulating(config) if epilogue == "accumulate" else config
+
+
+def _accumulating(config: GemmConfig) -> GemmConfig:
+    """The tile with thinner slices, each read in float32 as well as written, and warps to hold transposed operands."""
+    return replace(config, slice_n=16, num_warps=config.num_warps if config.bulk else 8)
 
 
 # ---- launchers -------------------------------------------------------------------------------------------
@@ -686,7 +692,7 @@ def compile_cases(arch: str) -> list[CompileCase]:
             _forward_case("linear_act", config, "fp16", "nt", "gelu_tanh", True),
             _forward_case("linear", config, "bf16", "nt"),
             _forward_case("linear", config, "bf16", "nn"),
-            _forward_case("accumulate", config, "bf16", "tn", accumulate=True),
+            _forward_case("accumulate", _accumulating(config), "bf16", "tn", accumulate=True),
         ]
     for _, _, config in ladder["geglu"]:
         cases += [_forward_case("linear_act", config, "bf16", "nt", "geglu", h) for h in (True, False)]
