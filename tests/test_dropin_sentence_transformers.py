@@ -31,11 +31,7 @@ def folder() -> str:
 
 @pytest.fixture
 def minilm(folder):
-    modules = sentence_transformers.models
-    word = modules.Transformer(folder)
-    return sentence_transformers.SentenceTransformer(
-        modules=[word, modules.Pooling(word.get_word_embedding_dimension()), modules.Normalize()], device="cpu"
-    )
+    return sentence_transformers.SentenceTransformer(folder, device="cpu")
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -50,6 +50,7 @@ class Forward:
 
     def __init__(self, module: nn.Module):
         self.module = module
+        self.warned: dict[str, int] = {}
         signature = inspect.signature(type(module).forward)
         kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         self.names = [p.name for p in signature.parameters.values() if p.kind in kinds][1:]
@@ -64,6 +65,15 @@ class Forward:
 
     def named(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
         return {**dict(zip(self.names, args, strict=False)), **kwargs}
+
+    def warn(self, reason: str) -> None:
+        if reason not in self.warned and not torch.compiler.is_compiling():
+            warnings.warn(
+                f"{type(self.module).__name__}: {reason}, so fastbert leaves this call to the model's own code",
+                stacklevel=4,
+            )
+        if not torch.compiler.is_compiling():
+            self.warned[reason] = self.warned.get(reason, 0) + 1
 
     def __call__(self, *args, **kwargs):
         raise TypeError(f"{type(self).__name__} has no forward")
@@ -138,7 +148,6 @@ class EncoderForward(Forward):
     def __init__(self, encoder: nn.Module, facts: table.Family, impl: F.Impl | None):
         super().__init__(encoder)
         self.facts, self.impl = facts, impl
-        self.warned: dict[str, int] = {}
         # Modules that are walked past: whoever listens to one of them must be heard, so then the original runs.
         self.passed = [m for path, m in encoder.named_modules() if path and path.split(".")[0] != "pooler"]
 
@@ -213,15 +222,6 @@ class EncoderForward(Forward):
     def asked(self, given: dict[str, Any], name: str) -> Any:
         value = given.get(name)
         return getattr(self.module.config, name, False) if value is None else value
-
-    def warn(self, reason: str) -> None:
-        if reason not in self.warned and not torch.compiler.is_compiling():
-            warnings.warn(
-                f"{type(self.module).__name__}: {reason}, so fastbert leaves this call to the model's own code",
-                stacklevel=4,
-            )
-        if not torch.compiler.is_compiling():
-            self.warned[reason] = self.warned.get(reason, 0) + 1
 
     # ---- the pass ----
 
@@ -313,7 +313,8 @@ class EncoderForward(Forward):
             batch,
             None if padding else F.attention_schedule(batch.cu_seqlens, batch.total_tokens, self.impl),
             self.impl,
-            key_mask=(mask != 0)[:, None, None, :].expand(rows, 1, width, width) if padding else None,
+            padded=padding,
+            mask=(mask != 0)[:, None, None, :].expand(rows, 1, width, width) if padding else None,
             bias=self.position_bias(width),
         )
         if self.facts.positions == "rotary":

@@ -90,13 +90,15 @@ class Shared(Pass):
     """What the layers of one forward pass share; and attention, which needs most of it.
 
     Attributes:
-        key_mask: [B, 1, S, S] bool, True where a key is real, and then the batch still holds its padding.
-        bias: [1, H, S, S] added to every layer's scores.
+        padded: the batch still holds its padding.
+        mask: [1 | B, 1 | H, S, S] bool, True where attention is allowed.
+        bias: [1 | B, 1 | H, S, S] added to every layer's scores.
         rotary: kind of layer -> (cos, sin).
         windows: kind of layer -> (left, right), or None.
     """
 
-    key_mask: Tensor | None = None
+    padded: bool = False
+    mask: Tensor | None = None
     bias: Tensor | None = None
     rotary: dict[str, tuple[Tensor, Tensor]] | None = None
     windows: dict[str, tuple[int, int] | None] | None = None
@@ -108,15 +110,17 @@ class Shared(Pass):
         options.pop("row_ids", None)
         if self.bias is not None:
             options["bias"] = self.bias.to(q.dtype)
+        if self.mask is not None:
+            options["mask"] = self.mask
         if kind is not None:
             options |= {"rotary": self.rotary[kind], "window": self.windows[kind]}
-        if self.key_mask is None:
+        if not self.padded:
             o = F.attention(
                 q, k, v, batch.cu_seqlens, batch.max_seqlen, schedule=self.schedule, impl=self.impl, **options
             )
         else:
             q, k, v = (t.unflatten(0, batch.padded_shape) for t in (q, k, v))
-            o = F.attention_padded(q, k, v, mask=self.key_mask, impl=self.impl, **options).flatten(0, 1)
+            o = F.attention_padded(q, k, v, impl=self.impl, **options).flatten(0, 1)
         return o.flatten(1)
 
 

@@ -8,9 +8,17 @@ from dataclasses import dataclass, field
 import torch.nn as nn
 
 from .. import functional as F
+from . import torch_layers
 from .encoder import EncoderForward, Forward, HeadForward, LayerForward
 from .facts import FAMILIES, Family
 from .pieces import activation_name, at, has, plain_table, why_not_plain
+
+# torch's modules and their forwards, outermost first
+TORCH = {
+    nn.TransformerEncoder: torch_layers.StackForward,
+    nn.TransformerEncoderLayer: torch_layers.LayerForward,
+    nn.MultiheadAttention: torch_layers.AttentionForward,
+}
 
 
 @dataclass
@@ -40,7 +48,8 @@ def accelerate(model: nn.Module, *, impl: F.Impl | None = None) -> nn.Module:
 
     Args:
         model: of transformers (BERT, RoBERTa, XLM-RoBERTa, CamemBERT, DistilBERT, ELECTRA, ALBERT, MPNet, ModernBERT,
-            with any head), or a module that contains one.
+            with any head), of torch (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention), or
+            any module that contains some, as sentence-transformers' do.
         impl: which implementation every operator uses; None lets each device choose. See `fastbert.functional`.
 
     Returns: the same model.
@@ -54,6 +63,7 @@ def accelerate(model: nn.Module, *, impl: F.Impl | None = None) -> nn.Module:
             _swap_encoder(module, family, impl)
     for module in list(model.modules()):
         _swap_head(module)
+    _swap_torch(model, impl)
     report = explain(model)
     if not report.replaced:
         warnings.warn(f"fastbert replaced nothing in this model\n{report}", stacklevel=2)
@@ -124,6 +134,35 @@ def _swap_head(head: nn.Module) -> None:
             head.forward = HeadForward(head, forward)
 
 
+def _swap_torch(module: nn.Module, impl: F.Impl | None) -> None:
+    """torch's modules, the outermost of them: what is inside one that was replaced belongs to it."""
+    if isinstance(module.__dict__.get("forward"), EncoderForward):
+        return
+    if why_left_torch(module) is None:
+        if isinstance(module, nn.TransformerEncoder):
+            for layer in module.layers:
+                layer.forward = torch_layers.LayerForward(layer, impl)
+        kind = next(kind for kind in TORCH if isinstance(module, kind))
+        module.forward = TORCH[kind](module, impl)
+        return
+    for child in module.children():
+        _swap_torch(child, impl)
+
+
+def why_left_torch(module: nn.Module) -> str | None:
+    """Why a module is not replaced by what `TORCH` has for it, or None."""
+    kind = next((kind for kind in TORCH if torch_layers.is_torch(module, kind)), None)
+    if kind is None:
+        return "it is not torch's own"
+    if "forward" in module.__dict__ and not isinstance(module.__dict__["forward"], Forward):
+        return "its forward was replaced already"
+    if kind is nn.TransformerEncoder:
+        return next((reason for layer in module.layers if (reason := torch_layers.why_not_layer(layer))), None)
+    return (
+        torch_layers.why_not_layer if kind is nn.TransformerEncoderLayer else torch_layers.why_not_attention
+    )(module)  # fmt: skip
+
+
 def explain(model: nn.Module) -> Report:
     """What was replaced in `model`, by what, and why anything was left alone, module by module."""
     report = Report(type(model).__name__)
@@ -134,6 +173,16 @@ def explain(model: nn.Module) -> Report:
             _explain_encoder(report, path, forward)
         elif isinstance(forward, HeadForward):
             report.left[name] = f"{type(module).__name__}: its own code; it says where its loss reads padding"
+        elif isinstance(forward, torch_layers.TorchForward):
+            what = {
+                torch_layers.StackForward: "unpads once, pads once",
+                torch_layers.LayerForward: "attention, feed_forward, add_layer_norm",
+                torch_layers.AttentionForward: "attention_padded, where need_weights=False",
+            }[type(forward)]
+            report.replaced[name] = f"{type(module).__name__}: {what}"
+            _explain_calls(report, name, forward)
+        elif any(isinstance(module, kind) for kind in TORCH) and not _inside(report, path):
+            report.left[name] = f"{type(module).__name__}: {why_left_torch(module) or 'not accelerated'}"
         elif (family := family_of(module)) is not None:
             report.left[name] = f"{type(module).__name__}: {why_left(module, family) or 'not accelerated'}"
     if not report.replaced and not report.left:
@@ -160,8 +209,17 @@ def _explain_encoder(report: Report, path: str, forward: EncoderForward) -> None
     paths = {id(module): p for p, module in encoder.named_modules()}
     for layer in {id(layer): layer for _, layer in forward.layers()}.values():
         _explain_layer(report, name(paths[id(layer)]), layer, family)
+    _explain_calls(report, path or "(the model)", forward)
+
+
+def _explain_calls(report: Report, name: str, forward: Forward) -> None:
     for reason, calls in forward.warned.items():
-        report.left[f"{path or '(the model)'} ({calls} calls)"] = f"ran its own code: {reason}"
+        report.left[f"{name}, {calls} calls"] = f"ran its own code: {reason}"
+
+
+def _inside(report: Report, path: str) -> bool:
+    """Is a module above this one replaced?"""
+    return any(done == "(the model)" or path.startswith(done + ".") for done in report.replaced)
 
 
 def _explain_layer(report: Report, path: str, layer: nn.Module, family: Family) -> None:

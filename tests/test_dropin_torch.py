@@ -1,0 +1,249 @@
+"""torch's own transformer modules, accelerated, beside themselves: float64 as truth, twice their error as budget."""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import fastbert
+from fastbert.testing import assert_within_budget, relative_rms
+
+WIDTH, LENGTHS = 9, torch.tensor([9, 4, 1])
+RIGHT = torch.arange(WIDTH) >= LENGTHS[:, None]  # True is padding, as torch has it
+LEFT = torch.arange(WIDTH) < WIDTH - LENGTHS[:, None]
+BAND = (torch.arange(WIDTH)[:, None] - torch.arange(WIDTH)).abs() > 3  # True is forbidden
+SLOPE = -0.3 * (torch.arange(WIDTH)[:, None] - torch.arange(WIDTH)).abs().float()
+
+LAYERS = {
+    "post_norm": {},
+    "pre_norm": {"norm_first": True},
+    "gelu": {"activation": "gelu"},
+    "activation_unknown": {"activation": nn.Tanh()},
+    "no_bias": {"bias": False},
+    "sequence_first": {"batch_first": False},
+}
+MASKS = {
+    "none": {},
+    "right": {"src_key_padding_mask": RIGHT},
+    "left": {"src_key_padding_mask": LEFT},
+    "float_padding": {"src_key_padding_mask": torch.zeros(3, WIDTH).masked_fill(RIGHT, float("-inf"))},
+    "src_mask": {"mask": BAND},
+    "src_mask_float": {"mask": SLOPE},
+    "src_mask_minus_inf": {"mask": torch.zeros(WIDTH, WIDTH).masked_fill(BAND, float("-inf"))},
+    "src_mask_and_padding": {"mask": BAND, "src_key_padding_mask": RIGHT},
+    "src_mask_of_each_head": {"mask": torch.stack([BAND.roll(i, 0) & ~torch.eye(WIDTH).bool() for i in range(6)])},
+}
+
+
+def encoder(depth: int = 2, norm: bool = True, **options) -> nn.TransformerEncoder:
+    options = {"batch_first": True, "dropout": 0.0, **options}
+    layer = nn.TransformerEncoderLayer(32, 2, 48, **options)
+    model = nn.TransformerEncoder(
+        layer, depth, nn.LayerNorm(32) if norm else None, enable_nested_tensor=not options.get("norm_first")
+    )
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    return model
+
+
+def three(model: nn.Module, impl: str = "native") -> tuple:
+    return fastbert.accelerate(copy.deepcopy(model), impl=impl), model, copy.deepcopy(model).double()
+
+
+def in_float64(options: dict) -> dict:
+    return {name: t.double() if t.is_floating_point() else t for name, t in options.items()}
+
+
+def padding_of(options: dict) -> torch.Tensor:
+    padding = options.get("src_key_padding_mask", torch.zeros(3, WIDTH, dtype=torch.bool))
+    return padding if padding.dtype == torch.bool else padding.isinf()
+
+
+@pytest.mark.parametrize("masks", MASKS.values(), ids=MASKS.keys())
+@pytest.mark.parametrize(("impl", "options"), [*(("native", o) for o in LAYERS.values()), ("triton", {})],
+                         ids=[*LAYERS, "triton"])  # fmt: skip
+@pytest.mark.filterwarnings("ignore:.*nested")
+def test_outputs_and_every_gradient(impl, options, masks):
+    ours, plain, truth = three(encoder(**options), impl)
+    real = ~padding_of(masks)
+    x, dy = torch.randn(3, WIDTH, 32), torch.randn(3, WIDTH, 32)
+    grads, outputs = [], []
+    for model in (ours, plain, truth):
+        double = model is truth
+        model.train()
+        src = x.to(torch.float64 if double else torch.float32).requires_grad_()
+        second = not options.get("batch_first", True)
+        y = model(src.transpose(0, 1) if second else src, **(in_float64(masks) if double else masks))
+        assert y.is_contiguous()
+        y = y.transpose(0, 1) if second else y
+        outputs.append(y[real].detach())
+        grads.append(torch.autograd.grad((y[real] * dy[real].to(y.dtype)).sum(), [src, *model.parameters()]))
+    assert_within_budget(*outputs)
+    assert_within_budget(*(torch.cat([g.flatten() for g in of]) for of in grads), name="all gradients")
+    names = ["src", *(name for name, _ in ours.named_parameters())]
+    for name, mine, theirs, exact in zip(names, *grads, strict=True):
+        assert relative_rms(mine, exact) <= 4 * relative_rms(theirs, exact) + 1e-6, name
+
+
+@pytest.mark.filterwarnings("ignore:.*nested")
+def test_padding_comes_out_as_from_torchs_inference_path():
+    for norm in (True, False):
+        ours, plain, _ = three(encoder(norm=norm).eval())
+        x = torch.randn(3, WIDTH, 32)
+        with torch.no_grad():
+            expected = plain(x, src_key_padding_mask=RIGHT)
+            torch.testing.assert_close(ours(x, src_key_padding_mask=RIGHT), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_unbatched():
+    ours, plain, truth = three(encoder().eval())
+    x, padding = torch.randn(WIDTH, 32), RIGHT[1]
+    with torch.no_grad():
+        outputs = [m(x.to(t), src_key_padding_mask=padding)[~padding]
+                   for m, t in ((ours, x.dtype), (plain, x.dtype), (truth, torch.float64))]  # fmt: skip
+    assert_within_budget(*outputs)
+
+
+@pytest.mark.parametrize(
+    "masks", [{}, {"src_key_padding_mask": RIGHT}, {"src_mask": BAND}], ids=["none", "pad", "mask"]
+)
+def test_a_layer_by_itself(masks):
+    ours, plain, truth = three(encoder().layers[0].train())
+    x, real = torch.randn(3, WIDTH, 32), ~masks.get("src_key_padding_mask", torch.zeros(3, WIDTH).bool())
+    assert_within_budget(*(m(x.to(m.linear1.weight.dtype), **masks)[real] for m in (ours, plain, truth)))
+
+
+ATTENTION = {
+    "self": {},
+    "cross": {"cross": True},
+    "padding": {"cross": True, "key_padding_mask": torch.arange(6) >= torch.tensor([6, 2, 4])[:, None]},
+    "other_widths": {"cross": True, "kdim": 16, "vdim": 16},
+    "sequence_first": {"cross": True, "batch_first": False},
+    "bool_mask": {"attn_mask": BAND},
+    "float_mask": {"attn_mask": SLOPE},
+}
+
+
+@pytest.mark.parametrize("options", ATTENTION.values(), ids=ATTENTION.keys())
+def test_multi_head_attention(options):
+    options = dict(options)
+    cross, masks = options.pop("cross", False), {k: options.pop(k) for k in ("key_padding_mask", "attn_mask")
+                                                 if k in options}  # fmt: skip
+    module = nn.MultiheadAttention(32, 4, **{"batch_first": True, **options})
+    nn.init.normal_(module.out_proj.bias)
+    models = three(module)
+    query, memory = torch.randn(3, WIDTH, 32), torch.randn(3, 6, options.get("kdim", 32))
+    outputs = []
+    for model in models:
+        dtype = model.out_proj.weight.dtype
+        q, k = query.to(dtype), memory.to(dtype) if cross else None
+        if not module.batch_first:
+            q, k = q.transpose(0, 1), k.transpose(0, 1)
+        k = q if k is None else k
+        given = in_float64(masks) if dtype == torch.float64 else masks
+        y, weights = model(q, k, k, need_weights=False, **given)
+        assert weights is None
+        outputs.append(y)
+    assert outputs[0].shape == outputs[1].shape
+    assert_within_budget(*outputs)
+
+
+def test_attention_weights_come_from_torch():
+    ours, plain, _ = three(nn.MultiheadAttention(32, 4, batch_first=True).eval())
+    x = torch.randn(2, 5, 32)
+    with pytest.warns(UserWarning, match="need_weights"):
+        y, weights = ours(x, x, x)
+    expected = plain(x, x, x)
+    assert torch.equal(y, expected[0])
+    assert torch.equal(weights, expected[1])
+
+
+def test_causal_is_left_to_torch():
+    ours, plain, _ = three(encoder().eval())
+    x, causal = torch.randn(2, 5, 32), nn.Transformer.generate_square_subsequent_mask(5)
+    with pytest.warns(UserWarning, match="is_causal=True"):
+        y = ours(x, mask=causal, is_causal=True)
+    assert torch.equal(y, plain(x, mask=causal, is_causal=True))
+    assert "is_causal" in str(fastbert.explain(ours))
+
+
+@pytest.mark.filterwarnings("ignore:.*nested")
+def test_a_sequence_without_tokens_is_left_to_torch():
+    ours, _, _ = three(encoder().train())
+    padding = RIGHT.clone()
+    padding[1] = True
+    with pytest.warns(UserWarning, match="a sequence has no token"):
+        ours(torch.randn(3, WIDTH, 32), src_key_padding_mask=padding)
+
+
+def test_a_hook_inside_is_heard():
+    ours, _, _ = three(encoder().eval())
+    heard = []
+    ours.layers[1].norm1.register_forward_hook(lambda *_: heard.append(1))
+    ours.layers[0].linear1.register_forward_hook(lambda *_: heard.append(2))
+    with pytest.warns(UserWarning, match="LayerNorm has a hook"):
+        ours(torch.randn(2, 5, 32))
+    assert sorted(heard) == [1, 2]
+
+
+def test_restore_copy_and_pickle():
+    plain = encoder().eval()
+    x = torch.randn(2, 5, 32)
+    with torch.no_grad():
+        before, keys = plain(x), list(plain.state_dict())
+        ours = fastbert.accelerate(plain, impl="native")
+        assert list(ours.state_dict()) == keys
+        y = ours(x)
+        for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+            assert torch.equal(other(x), y)
+            assert other.forward.module is other
+            assert other.layers[1].forward.module is other.layers[1]
+        assert torch.equal(fastbert.restore(ours)(x), before)
+    assert not any("forward" in m.__dict__ for m in plain.modules())
+
+
+def test_dropout_drops_and_repeats():
+    ours = fastbert.accelerate(encoder(dropout=0.3), impl="native").train()
+    x = torch.randn(3, WIDTH, 32)
+
+    def run(seed):
+        torch.manual_seed(seed)
+        return ours(x, src_key_padding_mask=RIGHT)
+
+    assert torch.equal(run(0), run(0))
+    assert not torch.equal(run(0), run(1))
+
+
+def test_explain():
+    ours = fastbert.accelerate(nn.Sequential(nn.Linear(4, 32), encoder()), impl="native")
+    report = fastbert.explain(ours)
+    assert list(report.replaced) == ["1", "1.layers.0", "1.layers.1"]
+    ours = nn.Transformer(32, 2, 1, 1, 48, batch_first=True, dropout=0.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fastbert.accelerate(ours, impl="native")
+    names = fastbert.explain(ours).replaced
+    assert "encoder" in names
+    assert "decoder.layers.0.multihead_attn" in names
+
+
+def test_encoder_and_decoder_together():
+    ours, plain, truth = three(nn.Transformer(32, 2, 1, 1, 48, batch_first=True, dropout=0.0).train())
+    src, tgt, causal = torch.randn(2, 7, 32), torch.randn(2, 5, 32), nn.Transformer.generate_square_subsequent_mask(5)
+    outputs = [m(src.to(t), tgt.to(t), tgt_mask=causal.to(t))
+               for m, t in ((ours, src.dtype), (plain, src.dtype), (truth, torch.float64))]  # fmt: skip
+    assert_within_budget(*outputs)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiles_in_one_graph():
+    ours = fastbert.accelerate(encoder().eval(), impl="native")
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    x = torch.randn(3, WIDTH, 32)
+    with torch.no_grad():
+        y = compiled(x, src_key_padding_mask=RIGHT)
+        torch.testing.assert_close(y[~RIGHT], ours(x, src_key_padding_mask=RIGHT)[~RIGHT])
