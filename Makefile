@@ -13,7 +13,7 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test verify bench lint format clean
+.PHONY: help install demo test verify bench compile lint format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo "make test     run the tests; without a GPU the kernels run through Triton's interpreter"
 	@echo "make verify   check every operator on this machine against the reference"
 	@echo "make bench    time real texts, beside the libraries people use"
+	@echo "make compile  compile the kernels for NVIDIA and AMD without a GPU, and read their machine code"
 	@echo "make lint     check code and format"
 	@echo "make format   apply both"
 	@echo "make install  only make the environment, in $(VENV)"
@@ -48,6 +49,10 @@ verify: $(INSTALLED)
 
 bench: $(INSTALLED)
 	@$(BIN)/python -m benchmarks.encode
+
+# A fixed subset; `python -m benchmarks.compile_report` compiles every kernel at every config.
+compile: $(INSTALLED)
+	$(BIN)/python -m benchmarks.compile_report --fast
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
