@@ -25,6 +25,7 @@ _PUBLIC = {
     "batch_invariant": "kernels._invariance",
     "explain": "dropin",
     "functional": "functional",
+    "register_attention": "dropin",
     "restore": "dropin",
 }
 __all__ = [*_PUBLIC, "__version__"]

@@ -530,3 +530,73 @@ def test_compiles_in_one_graph():
         batch = batch_of(ours, MASKS[mask])
         with torch.no_grad():
             torch.testing.assert_close(compiled(**batch).logits, ours(**batch).logits)
+
+
+def test_trainer_draws_the_same_loss_curve(tmp_path):
+    """20 steps of transformers' Trainer from one seed, dropout off: float64 is the truth of the curve."""
+    pytest.importorskip("accelerate", reason="Trainer needs it")
+    model = build("bert", "ForSequenceClassification", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    texts = [torch.randint(5, 60, (int(n),)) for n in torch.randint(3, WIDTH, (48,))]
+    examples = [{"input_ids": text.tolist(), "labels": int(text.sum()) % 2} for text in texts]
+
+    def collate(rows):
+        width = max(len(row["input_ids"]) for row in rows)
+        ids = torch.tensor([row["input_ids"] + [0] * (width - len(row["input_ids"])) for row in rows])
+        return {"input_ids": ids, "attention_mask": (ids != 0).long(),
+                "labels": torch.tensor([row["labels"] for row in rows])}  # fmt: skip
+
+    def curve(of: torch.nn.Module) -> torch.Tensor:
+        arguments = transformers.TrainingArguments(
+            str(tmp_path), max_steps=20, learning_rate=1e-3, logging_steps=1, report_to="none", use_cpu=True, seed=5,
+            per_device_train_batch_size=8, save_strategy="no", disable_tqdm=True, optim="sgd",
+        )  # fmt: skip
+        losses = []
+
+        class Recorder(transformers.Trainer):
+            def compute_loss(self, model, inputs, *args, **kwargs):  # the log rounds to four digits
+                loss = super().compute_loss(model, inputs, *args, **kwargs)
+                losses.append(loss.item())
+                return loss
+
+        Recorder(of, arguments, train_dataset=examples, data_collator=collate).train()
+        return torch.tensor(losses, dtype=torch.float64)
+
+    ours, plain, truth = three(model)
+    curves = [curve(m) for m in (ours, plain, truth)]
+    assert len(curves[0]) == 20
+    assert curves[2][0] != curves[2][-1]
+    assert relative_rms(curves[0], curves[2]) <= 2 * relative_rms(curves[1], curves[2]) + 1e-6
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp2"])
+@pytest.mark.filterwarnings("ignore")
+def test_data_parallel_wrappers(wrap, one_process):
+    """Layers are called as modules, so what gathers a sharded one before its forward still does."""
+    ours, plain, _ = three(build("bert", "ForSequenceClassification"))
+    batch = batch_of(plain, MASKS["right"]) | {"labels": torch.randint(0, 2, (4,))}
+    if wrap == "ddp":
+        wrapped = torch.nn.parallel.DistributedDataParallel(ours)
+    else:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh("cpu", (1,))
+        for layer in ours.bert.encoder.layer:
+            fully_shard(layer, mesh=mesh)
+        wrapped = fully_shard(ours, mesh=mesh)
+    loss, expected = wrapped(**batch).loss, plain(**batch).loss
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    expected.backward()
+    assert not ours.bert.forward.warned
+    for (name, p), q in zip(ours.named_parameters(), plain.parameters(), strict=True):
+        if q.grad is not None:
+            mine = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+            torch.testing.assert_close(mine, q.grad, atol=1e-5, rtol=1e-3, msg=name)

