@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -60,6 +60,27 @@ class FusedLinears(nn.ModuleDict):
 
 
 # ---- with torch's constructors ---------------------------------------------------------------------------
+
+
+# class name of an activation module, of torch or transformers -> the operators' name for it
+ACTIVATIONS = {
+    "GELUActivation": "gelu",
+    "NewGELUActivation": "gelu_tanh",
+    "GELUTanh": "gelu_tanh",
+    "PytorchGELUTanh": "gelu_tanh",
+    "ReLU": "relu",
+    "SiLU": "silu",
+    "SiLUActivation": "silu",
+}
+
+
+def activation_name(activation: Callable) -> str | None:
+    """The operators' name of an activation module or function, or None: they do not have it."""
+    if activation in (nn.functional.gelu, nn.functional.relu, nn.functional.silu):
+        return activation.__name__
+    if isinstance(activation, nn.GELU):
+        return "gelu" if activation.approximate == "none" else "gelu_tanh"
+    return ACTIVATIONS.get(type(activation).__name__) if isinstance(activation, nn.Module) else None
 
 
 def attention_masks(
@@ -218,3 +239,55 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         up, down = self.linear1, self.linear2
         return F.feed_forward(x, up.weight, up.bias, down.weight, down.bias, self.activation, impl=self.impl)
+
+
+class EncoderLayer(nn.TransformerEncoderLayer):
+    """torch.nn.TransformerEncoderLayer on the fused operators: same arguments, parameters and shapes.
+
+    Raises: ValueError on an activation that the operators do not have.
+    """
+
+    impl: F.Impl | None = None
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.activation_name = activation_name(self.activation)
+        if self.activation_name is None:
+            raise ValueError(f"EncoderLayer: activation must be one of {F.ACTIVATIONS}, got {self.activation!r}")
+
+    def forward(
+        self,
+        src: Tensor,
+        src_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        if is_causal and src_mask is None:
+            raise ValueError("EncoderLayer: is_causal is a hint about src_mask, which must be given with it")
+        batched, batch_first = src.dim() == 3, self.self_attn.batch_first
+        x = src[None] if not batched else src if batch_first else src.transpose(0, 1)
+        if not batched and src_key_padding_mask is not None:
+            src_key_padding_mask = src_key_padding_mask[None]
+
+        def attend(x: Tensor) -> Tensor:
+            return multi_head_attention(self.self_attn, x, x, x, src_key_padding_mask, src_mask, self.impl)
+
+        if self.norm_first:
+            y = attend(self._norm(F.add_layer_norm, x, None, self.norm1))
+            h, x = self._norm(F.add_layer_norm_sum, y, x, self.norm2, self.dropout1)
+            x = x + self.dropout2(self._feed_forward(h))
+        else:
+            x = self._norm(F.add_layer_norm, attend(x), x, self.norm1, self.dropout1)
+            x = self._norm(F.add_layer_norm, self._feed_forward(x), x, self.norm2, self.dropout2)
+        return x[0] if not batched else x if batch_first else x.transpose(0, 1).contiguous()
+
+    def _norm(self, op, x: Tensor, residual: Tensor | None, norm: nn.LayerNorm, dropout: nn.Dropout | None = None):
+        p = dropout.p if dropout is not None and dropout.training else 0.0
+        options = dropout_options(p, x.device)
+        return op(x, residual, norm.weight, norm.bias, norm.eps, impl=self.impl, **options)
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        up, down, activation = self.linear1, self.linear2, self.activation_name
+        if self.dropout.training and self.dropout.p > 0.0:
+            return down(self.dropout(F.linear_act(x, up.weight, up.bias, activation, impl=self.impl)))
+        return F.feed_forward(x, up.weight, up.bias, down.weight, down.bias, activation, impl=self.impl)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastbert.layers import AddLayerNorm, FeedForward, FusedLinears, JoinedLinears, MultiheadAttention
+from fastbert.layers import AddLayerNorm, EncoderLayer, FeedForward, FusedLinears, JoinedLinears, MultiheadAttention
 from fastbert.testing import assert_within_budget
 
 CASES = {
@@ -52,6 +52,52 @@ def test_multi_head_attention_is_torchs(same, options, more, impl):
     assert outputs[0].shape == outputs[1].shape
     assert_within_budget(*outputs)
     assert_within_budget(*(torch.cat([g.flatten() for g in of]) for of in grads), name="all gradients")
+
+
+LAYERS = {
+    "post_norm": {},
+    "pre_norm": {"norm_first": True},
+    "gelu": {"activation": "gelu"},
+    "no_bias": {"bias": False},
+    "sequence_first": {"batch_first": False},
+}
+
+
+@pytest.mark.parametrize("impl", ["native", "triton"])
+@pytest.mark.parametrize("options", LAYERS.values(), ids=LAYERS.keys())
+def test_encoder_layer_is_torchs(options, impl):
+    options = {"batch_first": True, "dropout": 0.0, **options}
+    theirs, ours = nn.TransformerEncoderLayer(32, 2, 48, **options), EncoderLayer(32, 2, 48, **options)
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    ours.load_state_dict(theirs.state_dict())
+    ours.impl = impl
+    padding, mask = torch.arange(7) >= torch.tensor([7, 2])[:, None], torch.ones(7, 7).triu(3).bool()
+    x = torch.randn(2, 7, 32)
+    x = x if options["batch_first"] else x.transpose(0, 1)
+    outputs, grads = [], []
+    for model in (ours, theirs, copy.deepcopy(theirs).double()):
+        src = x.to(model.linear1.weight.dtype)
+        y = model(src, src_mask=mask, src_key_padding_mask=padding)
+        outputs.append(y)
+        grads.append(torch.autograd.grad((y * src.roll(1, 0)).sum(), list(model.parameters())))
+    assert outputs[0].is_contiguous()
+    assert_within_budget(*outputs)
+    assert_within_budget(*(torch.cat([g.flatten() for g in of]) for of in grads), name="all gradients")
+
+
+def test_encoder_layer_unbatched_dropout_and_refusals():
+    layer = EncoderLayer(32, 2, 48, dropout=0.5, batch_first=True)
+    layer.impl = "native"
+    x = torch.randn(7, 32)
+    assert not torch.equal(layer(x), layer(x))
+    layer.eval()
+    torch.testing.assert_close(layer(x), layer(x[None])[0])
+    with pytest.raises(ValueError, match="is_causal is a hint"):
+        layer(x, is_causal=True)
+    with pytest.raises(ValueError, match="activation must be one of"):
+        EncoderLayer(32, 2, activation=nn.Tanh())
 
 
 def test_multi_head_attention_refuses_what_it_does_not_have():

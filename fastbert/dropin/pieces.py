@@ -15,19 +15,8 @@ import torch.nn as nn
 from torch import Tensor
 
 from .. import functional as F
-from ..layers import JoinedLinears
+from ..layers import JoinedLinears, activation_name
 from ..models.bert import Pass
-
-# class name of an activation module -> its name here; as used by transformers and by torch
-ACTIVATIONS = {
-    "GELUActivation": "gelu",
-    "NewGELUActivation": "gelu_tanh",
-    "GELUTanh": "gelu_tanh",
-    "PytorchGELUTanh": "gelu_tanh",
-    "ReLU": "relu",
-    "SiLU": "silu",
-    "SiLUActivation": "silu",
-}
 
 
 def at(module: Any, path: str) -> Any:
@@ -70,14 +59,9 @@ def plain(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
     return why_not_plain(module, kind) is None
 
 
-def activation_name(activation: Callable) -> str | None:
-    """The operators' name of an activation module or function, or None: they do not have it."""
-    if activation in (nn.functional.gelu, nn.functional.relu, nn.functional.silu):
-        return activation.__name__
-    if isinstance(activation, nn.GELU):
-        return "gelu" if activation.approximate == "none" else "gelu_tanh"
-    known = isinstance(activation, nn.Module) and not listeners(activation)
-    return ACTIVATIONS.get(type(activation).__name__) if known else None
+def fused_activation(activation: Callable) -> str | None:
+    """The operators' name of an activation that nobody listens to, or None."""
+    return None if isinstance(activation, nn.Module) and listeners(activation) else activation_name(activation)
 
 
 def probability(dropout: nn.Module | float | None) -> float:
@@ -178,7 +162,7 @@ def feed_forward(
     *, gated: bool = False, inner_dropout: float = 0.0, fold: bool = False,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """(down(dropout(act(up(x)))), the bias still to be added)."""
-    name = activation_name(activation)
+    name = fused_activation(activation)
     if gated:
         name = {"gelu": "geglu"}.get(name)
     if name is not None and inner_dropout == 0.0 and plain(up) and plain(down):

@@ -11,7 +11,7 @@ from .. import functional as F
 from . import torch_layers
 from .encoder import EncoderForward, Forward, HeadForward, LayerForward
 from .facts import FAMILIES, Family
-from .pieces import activation_name, at, has, plain_table, why_not_plain
+from .pieces import at, fused_activation, has, plain_table, why_not_plain
 
 # torch's modules and their forwards, outermost first
 TORCH = {
@@ -233,7 +233,7 @@ def _explain_layer(report: Report, path: str, layer: nn.Module, family: Family) 
         for p in (facts.out_norm, facts.down_norm)
         if not isinstance(at(layer, p), nn.Identity)
     }
-    name = activation_name(at(layer, facts.activation))
+    name = fused_activation(at(layer, facts.activation))
     if name is None or (facts.gated and name != "gelu"):
         reasons[facts.activation] = f"{type(at(layer, facts.activation)).__name__} is not among the fused activations"
     steps = []
