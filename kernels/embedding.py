@@ -188,7 +188,8 @@ def _embedding_bwd_kernel(
         mean = tl.load(mean_ptr + tokens, mask=mask_m, other=0.0)
         rstd = tl.load(rstd_ptr + tokens, mask=mask_m, other=0.0)
 
-        x_hat = tl.where(mask, (z - mean[:, None]) * rstd[:, None], 0.0)
+        # not zero past N, but everything it meets there is
+        x_hat = (z - mean[:, None]) * rstd[:, None]
         # summed here, before the reductions, so that d is not held across them
         if dweight_part_ptr is not None:
             dweight += tl.sum(d * x_hat, axis=0)
@@ -198,7 +199,7 @@ def _embedding_bwd_kernel(
         g = d
         if weight_ptr is not None:
             g = d * tl.load(weight_ptr + cols[None, :], mask=mask_n, other=0.0).to(tl.float32)
-        dz = g - (tl.sum(g, axis=1) / N)[:, None] - x_hat * (tl.sum(g * x_hat, axis=1) / N)[:, None]
+        dz = g - x_hat * (tl.sum(g * x_hat, axis=1) / N)[:, None] - (tl.sum(g, axis=1) / N)[:, None]
         dz *= rstd[:, None]
 
         if dz_ptr is not None:

@@ -7,7 +7,7 @@ Forward, x [T, N], sequence b being tokens cu_seqlens[b] to cu_seqlens[b + 1], n
 
 Backward:
 
-    dp = (dy - u (u . dy)) / |p| with u = p / |p|; where |p| < 1e-12, dy / 1e-12; without normalize, dy     [B, N]
+    dp = (dy - p (p . dy) / |p|^2) / |p|; where |p| < 1e-12, dy / 1e-12; without normalize, dy             [B, N]
     dx[t] = dp / n | dp at the first token, else 0 | dp / ties where x[t] = p, else 0                       [T, N]
 
 with ties [B, N], the number of tokens that hold the maximum: they share its gradient evenly, as torch.amax does.
@@ -223,9 +223,9 @@ def _pool_bwd_kernel(
         pooled = tl.load(pooled_ptr + seq * N + cols, mask=mask_dp, other=0.0)
     if NORMALIZE:
         norm = tl.sqrt_rn(tl.sum(pooled * pooled, axis=0))
-        unit = pooled / tl.maximum(norm, 1e-12)
-        along = tl.where(norm >= 1e-12, tl.sum(unit * dp, axis=0), 0.0)
-        dp = (dp - unit * along) / tl.maximum(norm, 1e-12)
+        inverse = 1.0 / tl.maximum(norm, 1e-12)
+        along = tl.where(norm >= 1e-12, tl.sum(pooled * dp, axis=0) * inverse * inverse, 0.0)
+        dp = (dp - pooled * along) * inverse
     if MODE == "mean":
         dp /= seqlen.to(tl.float32)
     if MODE == "max":
@@ -234,7 +234,7 @@ def _pool_bwd_kernel(
     for token in range(first, end, BLOCK_M):
         tokens = token + tl.arange(0, BLOCK_M)
         mask = (tokens < end)[:, None] & mask_n[None, :]
-        dx = tl.zeros((BLOCK_M, BLOCK_N), tl.float32) + dp[None, :]
+        dx = tl.broadcast_to(dp[None, :], (BLOCK_M, BLOCK_N))
         if MODE == "cls":
             dx = tl.where((tokens == seq_start)[:, None], dx, 0.0)
         if MODE == "max":
