@@ -13,7 +13,6 @@ Shapes use T tokens in the packed batch, B sequences, H heads, D head_dim, C hid
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any, Literal
 
 import torch
@@ -66,10 +65,24 @@ def choose_impl(impl: str | None, device: torch.device) -> Impl:
     return impl
 
 
+def _triton_module(name: str) -> Any:
+    """A kernel module, imported on first use. (Statements, since torch.compile follows those and no import_module.)"""
+    from .kernels import attention, cross_entropy, embedding, feed_forward, layer_norm, pooling
+
+    return {
+        "attention": attention,
+        "cross_entropy": cross_entropy,
+        "embedding": embedding,
+        "feed_forward": feed_forward,
+        "layer_norm": layer_norm,
+        "pooling": pooling,
+    }[name]
+
+
 def _resolve(op: str, impl: str | None, x: Tensor) -> Any:
     impl = choose_impl(impl, x.device)
     if impl == "triton":
-        return getattr(import_module(f"fastbert.kernels.{TRITON_MODULES[op]}"), op)
+        return getattr(_triton_module(TRITON_MODULES[op]), op)
     return getattr(native if impl == "native" else reference, op)
 
 
@@ -264,7 +277,7 @@ def attention_schedule(cu_seqlens: Tensor, total_tokens: int, impl: Impl | None 
     impl = choose_impl(impl, cu_seqlens.device)
     if impl == "reference":
         return None
-    module = import_module("fastbert.kernels.attention") if impl == "triton" else native
+    module = _triton_module("attention") if impl == "triton" else native
     return module.attention_schedule(cu_seqlens, total_tokens)
 
 

@@ -14,6 +14,19 @@ from . import _device
 _LIBRARY = torch.library.Library("fastbert", "DEF")
 
 
+def _on_its_device(launch: Callable) -> Callable:
+    """`launch` with its tensors' device as the current one, which is where Triton launches."""
+
+    def launch_there(*args):
+        device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
+        if device.index == torch.cuda.current_device():
+            return launch(*args)
+        with torch.cuda.device(device):
+            return launch(*args)
+
+    return launch_there
+
+
 def register(schema: str, launch: Callable, fake: Callable, cpu: Callable | None = None) -> Callable:
     """Define `fastbert::<schema>` and return its callable.
 
@@ -22,7 +35,7 @@ def register(schema: str, launch: Callable, fake: Callable, cpu: Callable | None
     """
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema)
-    _LIBRARY.impl(name, launch, "CUDA")
+    _LIBRARY.impl(name, _on_its_device(launch), "CUDA")
     if _device.INTERPRETING:
         _LIBRARY.impl(name, launch, "CPU")
     elif cpu is not None:

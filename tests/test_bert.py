@@ -270,8 +270,10 @@ def test_autocast(dtype):
     assert_within_budget(got, plain, truth)
 
 
-def test_compiles_in_one_graph_for_changing_lengths():
-    ours, _ = twin(SMALL)
+@pytest.mark.parametrize("impl", ["native", "triton"])
+def test_compiles_in_one_graph_for_changing_lengths(impl):
+    """Once the seam imported a kernel module in a way that torch.compile does not follow."""
+    ours, _ = twin(SMALL, impl)
     compiled = torch.compile(ours, fullgraph=True, dynamic=True, backend="aot_eager")
     for lengths in ([5, 3], [9, 1, 4], [2, 2, 2, 2]):
         batch = PackedBatch.from_lists([torch.randint(1, 120, (n,)).tolist() for n in lengths])
