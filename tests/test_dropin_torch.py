@@ -34,6 +34,7 @@ MASKS = {
     "src_mask_float": {"mask": SLOPE},
     "src_mask_minus_inf": {"mask": torch.zeros(WIDTH, WIDTH).masked_fill(BAND, float("-inf"))},
     "src_mask_and_padding": {"mask": BAND, "src_key_padding_mask": RIGHT},
+    "src_mask_and_left_padding": {"mask": BAND, "src_key_padding_mask": LEFT},
     "src_mask_of_each_head": {"mask": torch.stack([BAND.roll(i, 0) & ~torch.eye(WIDTH).bool() for i in range(6)])},
 }
 

@@ -87,11 +87,11 @@ class LayerForward(Forward):
         self.facts = facts
         self.joined = JoinedLinears()
 
-    def __call__(self, x: Tensor, *args, **kwargs):
-        if not (args and isinstance(args[0], Shared)):
-            return self.original(x, *args, **kwargs)
-        layer = self.module
-        run = partial(self.pre_norm if self.facts.pre_norm else self.post_norm, shared=args[0], index=args[1])
+    def __call__(self, *args, **kwargs):
+        if not (len(args) == 3 and isinstance(args[1], Shared)):
+            return self.original(*args, **kwargs)
+        layer, (x, shared, index) = self.module, args
+        run = partial(self.pre_norm if self.facts.pre_norm else self.post_norm, shared=shared, index=index)
         if getattr(layer, "gradient_checkpointing", False) and layer.training:
             return layer._gradient_checkpointing_func(run, x)
         return run(x)
@@ -239,13 +239,12 @@ class EncoderForward(Forward):
         shared = self.pack(given, padding)
         batch = shared.batch
         x = self.embed(given, shared)
-        hidden_states = [x]
+        hidden_states = []
         for index, layer in self.layers():
-            x = layer(x, shared, index)
             hidden_states.append(x)
+            x = layer(x, shared, index)
         if facts.final_norm is not None:
             x = norm_only(x, at(encoder, facts.final_norm), shared)
-            hidden_states[-1] = x
 
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             x = x.float()  # what the original's last LayerNorm returns
@@ -258,7 +257,7 @@ class EncoderForward(Forward):
                 activation = at(encoder, facts.pooler_activation)
                 fields["pooler_output"] = activation(encoder.pooler(last_hidden_state[:, 0]))
         if self.asked(given, "output_hidden_states"):
-            fields["hidden_states"] = (*(batch.pad(h) for h in hidden_states[:-1]), last_hidden_state)
+            fields["hidden_states"] = (*map(batch.pad, hidden_states), last_hidden_state)
         return self.output(fields, self.asked(given, "return_dict"))
 
     def output(self, fields: dict[str, Any], return_dict: bool):

@@ -73,10 +73,11 @@ class TorchForward(Forward):
 class LayerForward(TorchForward):
     """nn.TransformerEncoderLayer: packed where an encoder gives what its layers share, else on its own."""
 
-    def __call__(self, src: Tensor, *args, **kwargs):
-        if args and isinstance(args[0], Shared):
-            return self.run(src, *args)
-        given = {"src": src, **dict(zip(self.names[1:], args, strict=False)), **kwargs}
+    def __call__(self, *args, **kwargs):
+        if len(args) == 3 and isinstance(args[1], Shared):
+            return self.run(*args)
+        given = self.named(args, kwargs)
+        src = given["src"]
         reason = why_not_layer(self.module) or why_not_masks(given) or self.who_listens()
         if reason is not None:
             return self.fall_back(reason, given)
