@@ -15,6 +15,8 @@ WIDTH, LENGTHS = 9, torch.tensor([9, 4, 1])
 RIGHT = torch.arange(WIDTH) >= LENGTHS[:, None]  # True is padding, as torch has it
 LEFT = torch.arange(WIDTH) < WIDTH - LENGTHS[:, None]
 BAND = (torch.arange(WIDTH)[:, None] - torch.arange(WIDTH)).abs() > 3  # True is forbidden
+SCATTERED = torch.arange(WIDTH)[:, None] * 5 % 7 > torch.arange(WIDTH) * 3 % 8  # not a function of the distance
+SCATTERED.fill_diagonal_(False)
 SLOPE = -0.3 * (torch.arange(WIDTH)[:, None] - torch.arange(WIDTH)).abs().float()
 
 LAYERS = {
@@ -34,7 +36,7 @@ MASKS = {
     "src_mask_float": {"mask": SLOPE},
     "src_mask_minus_inf": {"mask": torch.zeros(WIDTH, WIDTH).masked_fill(BAND, float("-inf"))},
     "src_mask_and_padding": {"mask": BAND, "src_key_padding_mask": RIGHT},
-    "src_mask_and_left_padding": {"mask": BAND, "src_key_padding_mask": LEFT},
+    "src_mask_and_left_padding": {"mask": SCATTERED, "src_key_padding_mask": LEFT},
     "src_mask_of_each_head": {"mask": torch.stack([BAND.roll(i, 0) & ~torch.eye(WIDTH).bool() for i in range(6)])},
 }
 

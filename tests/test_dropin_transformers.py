@@ -526,14 +526,19 @@ def test_autocast(family):
     assert_within_budget(*(o[mask] for o in (*outputs, truth(**batch).last_hidden_state)))
 
 
+@pytest.mark.parametrize("family", ["bert", "mpnet"])
 @pytest.mark.filterwarnings("ignore")
-def test_compiles_in_one_graph():
-    ours = fastbert.accelerate(build("bert", "ForSequenceClassification"), impl="native")
+def test_compiles_in_one_graph(family):
+    """Whole, with its loss, for changing lengths, with and without a mask; and its gradients are the same."""
+    model = build(family, "ForSequenceClassification", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    ours = fastbert.accelerate(model, impl="native")
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager", dynamic=True)
     for mask in ("none", "right"):
-        batch = batch_of(ours, MASKS[mask])
-        with torch.no_grad():
-            torch.testing.assert_close(compiled(**batch).logits, ours(**batch).logits)
+        batch = batch_of(ours, MASKS[mask]) | {"labels": torch.tensor([0, 1, 1, 0])}
+        losses = [of(**batch).loss for of in (compiled, ours)]
+        torch.testing.assert_close(*losses)
+        grads = [torch.autograd.grad(loss, list(ours.parameters())[:20], allow_unused=True) for loss in losses]
+        torch.testing.assert_close(*grads, atol=1e-5, rtol=1e-3)
 
 
 def test_trainer_draws_the_same_loss_curve(tmp_path):

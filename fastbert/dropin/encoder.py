@@ -297,7 +297,8 @@ class EncoderForward(Forward):
         return None
 
     def pack(self, given: dict[str, Any], padding: bool) -> Shared:
-        """The batch without its padding, or with it and a mask."""
+        """The batch without its padding, or with it and a mask. While a graph is traced a full batch stays [B, S] too,
+        so that its lengths are shapes and not data."""
         mask, positions = given.get("attention_mask"), given.get("position_ids")
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         rows, width = (ids if embeds is None else embeds).shape[:2]
@@ -308,11 +309,12 @@ class EncoderForward(Forward):
         batch = PackedBatch.from_padded(
             ids, None if padding else mask, given.get("token_type_ids"), positions, shape=(rows, width)
         )
+        padded = padding or (mask is None and torch.compiler.is_compiling())
         shared = Shared(
             batch,
-            None if padding else F.attention_schedule(batch.cu_seqlens, batch.total_tokens, self.impl),
+            None if padded else F.attention_schedule(batch.cu_seqlens, batch.total_tokens, self.impl),
             self.impl,
-            padded=padding,
+            padded=padded,
             mask=(mask != 0)[:, None, None, :].expand(rows, 1, width, width) if padding else None,
             bias=self.position_bias(width),
         )

@@ -199,7 +199,7 @@ def pack(
     # where padding is gone, a token still stands in the row and column that it had
     mask, bias = attention_masks(None if real is not None else padding, attn_mask, rows, heads)
     shape = (-1, -1, width, width)
-    padded = padding is not None and real is None
+    padded = real is None and (padding is not None or torch.compiler.is_compiling())
     shared = Shared(
         batch,
         None if padded else F.attention_schedule(batch.cu_seqlens, batch.total_tokens, impl),
