@@ -10,6 +10,7 @@ import torch
 import fastbert
 from fastbert.dropin.encoder import Forward, LayerForward
 from fastbert.dropin.facts import FAMILIES
+from fastbert.functional import why_not_triton
 from fastbert.testing import assert_within_budget, relative_rms
 
 transformers = pytest.importorskip("transformers", reason="what is accelerated")
@@ -115,6 +116,8 @@ def assert_loss(ours: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor, dt
 
 def three(model: torch.nn.Module, dtype: torch.dtype = torch.float32, impl: str = "native") -> tuple:
     """(accelerated, plain, truth) with one set of weights."""
+    if impl == "triton" and (reason := why_not_triton(torch.device("cpu"))):
+        pytest.skip(reason)
     rounded = model.to(dtype)
     ours = fastbert.accelerate(copy.deepcopy(rounded), impl=impl)
     return ours, rounded, copy.deepcopy(rounded).double()

@@ -6,9 +6,12 @@ import pytest
 import torch
 from torch import nn
 
+from fastbert.functional import why_not_triton
 from fastbert.layers import AddLayerNorm, EncoderLayer, FeedForward, FusedLinears, JoinedLinears, MultiheadAttention
 from fastbert.testing import assert_within_budget
 
+REASON = why_not_triton(torch.device("cpu"))
+IMPLS = ["native", pytest.param("triton", marks=pytest.mark.skipif(bool(REASON), reason=str(REASON)))]
 CASES = {
     "self": (3, {}, {}),
     "cross": (2, {}, {}),
@@ -25,7 +28,7 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("impl", ["native", "triton"])
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize(("same", "options", "more"), CASES.values(), ids=CASES.keys())
 def test_multi_head_attention_is_torchs(same, options, more, impl):
     more = dict(more)
@@ -63,7 +66,7 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize("impl", ["native", "triton"])
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("options", LAYERS.values(), ids=LAYERS.keys())
 def test_encoder_layer_is_torchs(options, impl):
     options = {"batch_first": True, "dropout": 0.0, **options}
@@ -110,7 +113,7 @@ def test_multi_head_attention_refuses_what_it_does_not_have():
         MultiheadAttention(32, 4)(x, x, x, is_causal=True)
 
 
-@pytest.mark.parametrize("impl", ["native", "triton"])
+@pytest.mark.parametrize("impl", IMPLS)
 def test_add_layer_norm(impl):
     norm = AddLayerNorm(32)
     norm.impl = impl
