@@ -239,9 +239,10 @@ class EncoderForward(Forward):
         shared = self.pack(given, padding)
         batch = shared.batch
         x = self.embed(given, shared)
-        hidden_states = []
+        keep, hidden_states = self.asked(given, "output_hidden_states"), []
         for index, layer in self.layers():
-            hidden_states.append(x)
+            if keep:
+                hidden_states.append(x)
             x = layer(x, shared, index)
         if facts.final_norm is not None:
             x = norm_only(x, at(encoder, facts.final_norm), shared)
@@ -256,7 +257,7 @@ class EncoderForward(Forward):
             else:
                 activation = at(encoder, facts.pooler_activation)
                 fields["pooler_output"] = activation(encoder.pooler(last_hidden_state[:, 0]))
-        if self.asked(given, "output_hidden_states"):
+        if keep:
             fields["hidden_states"] = (*map(batch.pad, hidden_states), last_hidden_state)
         return self.output(fields, self.asked(given, "return_dict"))
 
