@@ -186,7 +186,8 @@ def _read(report: Report, case, compiled, arch: Arch) -> None:
         code = machine_code.parse_amd(assembly)
         meta = {key: int(value) for key, value in re.findall(r"\.(\w+):\s+(\d+)\s*$", assembly, re.MULTILINE)}
         report.registers = meta["vgpr_count"]
-        report.spills = meta["vgpr_spill_count"] + meta["sgpr_spill_count"] or meta["private_segment_fixed_size"]
+        # scalar registers spill into lanes of a vector register, not into memory
+        report.spills = meta["vgpr_spill_count"] or len(code.of_kind("spill"))
 
     matrix = code.of_kind("matrix")
     report.matrix = len(matrix)
@@ -252,7 +253,7 @@ def _shared_bits(instruction: machine_code.Instruction) -> int:
 def judge(report: Report, case, arch: Arch) -> list[str]:
     """Why this kernel must not ship, or nothing."""
     failures = []
-    if report.spills:
+    if report.spills > case.known_spills:
         failures.append(f"spills ({report.spills})")
     if report.shared > arch.shared_per_cta:
         failures.append(f"shared memory {report.shared} > {arch.shared_per_cta}")

@@ -4,6 +4,7 @@ import os
 
 import triton
 import triton.language as tl
+
 from fastbert.kernels._compile import CompileCase
 
 

@@ -4,9 +4,9 @@ import mmap
 
 import pytest
 import torch
-from fastbert.kernels import reference
 
 from fastbert import functional
+from fastbert.kernels import reference
 from fastbert.testing import LENGTHS, assert_within_budget, cu_seqlens_of
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

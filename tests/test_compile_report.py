@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from fastbert.kernels import _device
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -5,10 +5,10 @@ import json
 
 import pytest
 import torch
-from fastbert.kernels import reference
 
 from fastbert.checkpoint import CheckpointError
 from fastbert.config import ACTIVATIONS, BertConfig
+from fastbert.kernels import reference
 
 TINY = {
     "vocab_size": 50,

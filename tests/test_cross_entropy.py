@@ -9,11 +9,10 @@ from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("triton", reason="tests the Triton kernels")
 
+from fastbert import functional, testing
 from fastbert.kernels import _device, cross_entropy, reference
 from fastbert.kernels._invariance import batch_invariant
 from fastbert.kernels.cross_entropy import linear_cross_entropy
-
-from fastbert import functional, testing
 from fastbert.testing import ModelShape, assert_op
 
 if functional.why_not_triton(torch.device("cuda" if torch.cuda.is_available() else "cpu")):

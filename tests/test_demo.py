@@ -4,9 +4,9 @@ import re
 
 import pytest
 import torch
-from fastbert.kernels import _device
 
 from fastbert import BertConfig, BertModel, demo
+from fastbert.kernels import _device
 
 
 def test_the_sentences():

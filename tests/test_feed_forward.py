@@ -8,11 +8,10 @@ from torch._dynamo.testing import CompileCounter
 
 pytest.importorskip("triton", reason="tests the Triton kernels")
 
+from fastbert import functional, testing
 from fastbert.kernels import _device, _gemm, feed_forward, reference
 from fastbert.kernels._gemm import GemmConfig
 from fastbert.kernels._invariance import batch_invariant
-
-from fastbert import functional, testing
 from fastbert.testing import MODELS, ModelShape, assert_op, assert_within_budget
 
 if functional.why_not_triton(torch.device("cuda" if torch.cuda.is_available() else "cpu")):

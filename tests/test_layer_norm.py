@@ -8,10 +8,9 @@ from torch._dynamo.testing import CompileCounter
 
 pytest.importorskip("triton", reason="tests the Triton kernels")
 
+from fastbert import functional
 from fastbert.kernels import _device, layer_norm, reference
 from fastbert.kernels._random import keep_mask, row_keys
-
-from fastbert import functional
 from fastbert.testing import ModelShape, assert_op, assert_within_budget, norm_inputs
 
 if functional.why_not_triton(torch.device("cuda" if torch.cuda.is_available() else "cpu")):

@@ -8,9 +8,8 @@ from torch._dynamo.testing import CompileCounter
 
 pytest.importorskip("triton", reason="tests the Triton kernels")
 
-from fastbert.kernels import _device, pooling, reference
-
 from fastbert import functional
+from fastbert.kernels import _device, pooling, reference
 from fastbert.testing import LENGTHS, ModelShape, assert_op, cu_seqlens_of, pool_inputs
 
 if functional.why_not_triton(torch.device("cuda" if torch.cuda.is_available() else "cpu")):

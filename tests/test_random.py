@@ -4,14 +4,15 @@ import math
 
 import pytest
 import torch
-from fastbert.kernels import _device, reference
-from fastbert.kernels._random import HEAD_STREAMS, keep_mask, keep_threshold, row_keys
 
 from fastbert import functional
+from fastbert.kernels import _device, reference
+from fastbert.kernels._random import HEAD_STREAMS, keep_mask, keep_threshold, row_keys
 
 if _device.HAS_TRITON:
     import triton
     import triton.language as tl
+
     from fastbert.kernels._random_triton import _keep_mask, _row_keys
 
     @triton.jit

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 import torch
-from fastbert.kernels import native, reference
 
 from fastbert import functional, verify
+from fastbert.kernels import native, reference
 from fastbert.testing import INPUTS, LENGTHS, MODELS, WORKLOADS, Check, check_op, compare, natural_lengths
 
 TINY = MODELS["tiny"]
