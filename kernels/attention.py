@@ -177,13 +177,6 @@ def _float32_config(head_dim: int, arch: str, direction: str) -> AttentionConfig
     return AttentionConfig(block, block, num_warps=8, num_stages=1)
 
 
-def _arch(device: torch.device) -> str:
-    if torch.version.hip is not None:
-        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
-    major, minor = _device.capability(device.index)
-    return f"sm_{major}{minor}"
-
-
 # ---- schedule ------------------------------------------------------------------------------------------------
 
 
@@ -381,7 +374,7 @@ def _plan_backward_bias(arch, dbias, do, lse, delta, q, k, v, spans_q, spans_k, 
 
 def _launch_forward(q, k, v, *rest):
     o, lse = _forward_outputs(q)
-    for launch in _plan_forward(_arch(q.device), o, lse, *_unit_stride(q, k, v), *rest):
+    for launch in _plan_forward(_device.arch(q.device.index), o, lse, *_unit_stride(q, k, v), *rest):
         launch.run()
     return o, lse
 
@@ -396,7 +389,9 @@ def _forward_outputs(q, *_):
 def _launch_backward(do, dlse, o, lse, q, k, v, *rest):
     outputs = _backward_outputs(do, dlse, o, lse, q, k, v)
     do, dlse = do.contiguous(), None if dlse is None else dlse.contiguous()
-    for launch in _plan_backward(_arch(q.device), *outputs, do, dlse, o, lse, *_unit_stride(q, k, v), *rest):
+    for launch in _plan_backward(
+        _device.arch(q.device.index), *outputs, do, dlse, o, lse, *_unit_stride(q, k, v), *rest
+    ):
         launch.run()
     return outputs
 
@@ -409,7 +404,16 @@ def _backward_outputs(do, dlse, o, lse, q, k, v, *_):
 def _launch_backward_bias(do, lse, delta, q, k, v, spans_q, spans_k, bias, *options):
     dbias = bias.new_empty(bias.shape)
     _plan_backward_bias(
-        _arch(q.device), dbias, do.contiguous(), lse, delta, *_unit_stride(q, k, v), spans_q, spans_k, bias, *options
+        _device.arch(q.device.index),
+        dbias,
+        do.contiguous(),
+        lse,
+        delta,
+        *_unit_stride(q, k, v),
+        spans_q,
+        spans_k,
+        bias,
+        *options,
     ).run()
     return dbias
 
