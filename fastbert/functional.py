@@ -40,7 +40,6 @@ TRITON_MODULES = {
 
 ACTIVATIONS = (*tuple(reference.ACTIVATIONS), "geglu")
 POOLING_MODES = ("mean", "cls", "max")
-PRECISIONS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def why_not_triton(device: torch.device) -> str | None:
