@@ -193,6 +193,18 @@ def _key_range(
     return low, high
 
 
+@triton.jit
+def _lse_log2(lse):
+    """lse * log2(e), where a row that saw no key (-inf) gets +inf, which makes its p zero."""
+    return tl.where(lse == float("-inf"), float("inf"), lse) * LOG2_E
+
+
+@triton.jit
+def _load_lse_log2(lse_ptr, rows, n_rows):
+    """lse * log2(e) [len(rows)]; +inf for a row that saw no key or does not exist."""
+    return _lse_log2(tl.load(lse_ptr + rows, mask=rows < n_rows, other=float("inf")))
+
+
 # ---- forward -------------------------------------------------------------------------------------------------
 
 

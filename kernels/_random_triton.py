@@ -25,7 +25,7 @@ def _mix64(z):
 
 @triton.jit
 def _row_keys(seed_ptr, stream, rows):
-    """Keys of `rows` (int64, any shape), uint64. `stream` is an integer scalar."""
+    """Keys of `rows` (int64, any shape), uint64. `stream`: an integer, or one a row."""
     seed = tl.load(seed_ptr).to(tl.uint64)
     # tl.cast, as an argument of value 1 may arrive as a compile-time constant, which has no .to
     stream_offset = (tl.full((), 1, tl.uint64) + tl.cast(stream, tl.uint64)) * tl.full((), GOLDEN, tl.uint64)

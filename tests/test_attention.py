@@ -7,7 +7,7 @@ import torch
 
 from fastbert import functional
 from fastbert.kernels import reference
-from fastbert.testing import LENGTHS, assert_within_budget, cu_seqlens_of
+from fastbert.testing import LENGTHS, assert_within_budget, cu_seqlens_of, relative_rms
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WHY_NOT = functional.why_not_triton(DEVICE)
@@ -140,6 +140,13 @@ def test_head_dims(head_dim):
     check_packed([5, 70], head_dim=head_dim, heads=1)
 
 
+# Both sides of each length at which another kernel, or another number of heads a program, takes over. Three heads: the
+# last program of a sequence of at most 32 tokens is half empty, of at most 16 a quarter.
+@pytest.mark.parametrize("variant", ["plain", "ids"])
+def test_short_sequences_share_a_block(variant):
+    check_packed([1, 16, 17, 32, 0, 33, 64, 65, 128, 129], variant=variant, heads=3)
+
+
 VARIANTS = [
     "scale", "bias_of_all", "bias_of_heads", "bias_of_batch", "bias_of_none", "mask", "alibi", "window", "rotary",
     "dropout", "ids", "together",
@@ -170,7 +177,7 @@ def test_grouped_heads(variant):
 # a sequence without keys, one without rows, keys longer and shorter than rows, short and long ones
 @pytest.mark.parametrize("variant", ["plain", "together"])
 def test_cross_attention(variant):
-    check_packed([3, 70, 0, 66], [90, 9, 4, 0], variant=variant)
+    check_packed([3, 70, 0, 66, 0, 30], [90, 9, 4, 0, 100, 16], variant=variant)
 
 
 def test_8192_keys():
@@ -207,7 +214,14 @@ def lengths_tensor(lengths):
     ids=["plain-fp16", "together-fp16", "plain-fp32"],
 )
 def test_padded_equals_packed_and_ignores_padding(variant, dtype):
-    """The same bits as packed; NaN in the padding reaches nothing; outputs and gradients of padding are zero."""
+    """The same numbers as packed; NaN in the padding reaches nothing; outputs and gradients of padding are zero.
+
+    Packed short sequences have kernels of their own, which a GPU may round differently.
+    """
+
+    def same(ours, packed):
+        return torch.equal(ours, packed) or relative_rms(ours, packed) <= torch.finfo(dtype).eps
+
     lengths, width = [5, 66, 0], 130  # padding within a block, a tile of nothing but padding, a sequence of none
     packed = random_qkv(lengths, head_dim=16)
     options = {n: cast(v, dtype) for n, v in options_of(variant, [*lengths, width], head_dim=16).items()}
@@ -222,10 +236,10 @@ def test_padded_equals_packed_and_ignores_padding(variant, dtype):
     ours = run(kernels.attention_padded, views, [lengths_tensor(lengths)], options, lambda *_: upstream, dtype)
     for name, value in ours.items():
         if name == "dbias":
-            assert torch.equal(value, expected[name])
+            assert same(value, expected[name])
             continue
         rows, wanted = (value.transpose(1, 2), expected[name].t()) if name == "lse" else (value, expected[name])
-        assert torch.equal(torch.cat([r[:n] for r, n in zip(rows, lengths, strict=True)]), wanted), name
+        assert same(torch.cat([r[:n] for r, n in zip(rows, lengths, strict=True)]), wanted), name
         padding = torch.cat([r[n:] for r, n in zip(rows, lengths, strict=True)])
         assert (padding == (float("-inf") if name == "lse" else 0.0)).all(), name
 
