@@ -59,8 +59,10 @@ def choose_impl(impl: str | None, device: torch.device) -> Impl:
         raise ValueError(f"impl must be one of {IMPLS} or None, got {impl!r}")
     elif impl == "triton" and (reason := why_not_triton(device)):
         raise RuntimeError(f'impl="triton" cannot run here: {reason}')
-    if impl != "triton" and is_batch_invariant():
-        raise RuntimeError(f'batch_invariant() needs impl="triton", got "{impl}" ({why_not_triton(device)})')
+    if is_batch_invariant() and impl != "triton" and (impl, device.type) != ("native", "cpu"):
+        raise RuntimeError(
+            f'batch_invariant() needs impl "triton", or "native" on a CPU; got "{impl}" on {device.type}'
+        )
     return impl
 
 
@@ -423,12 +425,14 @@ def _expect_activation(op: str, activation: str, rows: int) -> int:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: Impl | None = None) -> Tensor:
     """x weight^T + bias: x [..., C], weight [N, C], bias [N] -> [..., N].
 
-    The vendor library's product, which no epilogue of ours would improve; within `batch_invariant()` our own GEMM.
+    The vendor library's product, which no epilogue of ours would improve; within `batch_invariant()` our own GEMM, or
+    on a CPU the vendor's in blocks of one size.
     """
     _expect_linear("linear", "weight", x.shape[-1], weight, bias)
     if not is_batch_invariant():
         return torch.nn.functional.linear(x, weight, bias)
-    choose_impl(impl, x.device)  # raises where it is not triton
+    if choose_impl(impl, x.device) == "native":
+        return native.linear(x, weight, bias)
     from .kernels._gemm import linear as invariant_linear
 
     return invariant_linear(x, weight, bias)

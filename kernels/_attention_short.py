@@ -227,7 +227,7 @@ def _attention_bwd_tile_kernel(
 
         qk = _dot(k, tl.trans(q), None, PRECISION)  # [BLOCK_N, BLOCK_M]
         p = tl.exp2(qk * scale_log2 - lse_log2[None, :])
-        # keys past the end: q k = 0 there, and exp2(-lse) may be anything
+        # keys past the end: q k = 0 there, and exp2(-lse) may be infinite
         p = tl.where((cols < length_k)[:, None], p, 0.0)
         dp = _dot(v, tl.trans(do), None, PRECISION)
         kept = p

@@ -15,10 +15,12 @@ class batch_invariant:
             vectors = encoder.encode(texts)         # the same bits in any batch, order and padding
 
     Every product that makes a token's output then runs in our own GEMM, whose tiles depend on the model's shape and the
-    device, never on the number of rows; attention, normalisation, embeddings and pooling are so always. A layer
-    remembers for its backward pass what held in its forward pass. Weight gradients sum over the batch in any case.
+    device, never on the number of rows, or on a CPU in blocks of one number of rows; attention, normalisation,
+    embeddings and pooling are so always. A layer of the Triton kernels remembers for its backward pass what held in
+    its forward pass. Weight gradients sum over the batch in any case.
 
-    Needs the Triton kernels: elsewhere an operator raises RuntimeError while this is on. As a plain call,
+    The same machine, threads and versions are meant. impl="reference", and "native" on a GPU, raise RuntimeError
+    while this is on. As a plain call,
     `batch_invariant(True)` and `batch_invariant(False)` switch for good.
     """
 

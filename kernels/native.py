@@ -11,14 +11,37 @@ import torch
 import torch.nn.functional as F
 
 from . import reference
+from ._invariance import is_batch_invariant
 from ._random import HEAD_STREAMS, keep_mask, row_keys
 
 add_layer_norm = reference.add_layer_norm
 add_layer_norm_sum = reference.add_layer_norm_sum
 add_rms_norm = reference.add_rms_norm
 embedding_layer_norm = reference.embedding_layer_norm
-linear_act = reference.linear_act
-feed_forward = reference.feed_forward
+
+# ---- products --------------------------------------------------------------------------------------------
+
+# Rows of every product within `batch_invariant()`.
+INVARIANT_ROWS = 128
+
+
+def linear(x, weight, bias=None):
+    """The vendor library's product. It picks its kernel by the number of rows, so within `batch_invariant()` it always
+    gets the same number: the rows are cut into blocks, the last one filled up with zeros."""
+    if not is_batch_invariant():
+        return F.linear(x, weight, bias)
+    rows = x.reshape(-1, x.shape[-1])
+    blocks = F.pad(rows, (0, 0, 0, -len(rows) % INVARIANT_ROWS)).split(INVARIANT_ROWS)
+    y = torch.cat([F.linear(block, weight, bias) for block in blocks])[: len(rows)]
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def linear_act(x, weight, bias=None, activation="gelu"):
+    return reference.activate(linear(x, weight, bias), activation)
+
+
+def feed_forward(x, up_weight, up_bias, down_weight, down_bias=None, activation="gelu", recompute=False):
+    return linear(linear_act(x, up_weight, up_bias, activation), down_weight, down_bias)
 
 
 # ---- attention -------------------------------------------------------------------------------------------
@@ -239,7 +262,7 @@ def linear_cross_entropy(hidden, weight, bias, labels, *, ignore_index=-100, lab
     """The loss in chunks of rows, each chunk's logits recomputed in its backward instead of kept."""
 
     def of_chunk(rows, targets):
-        logits = F.linear(rows, weight, bias).float()
+        logits = linear(rows, weight, bias).float()
         return F.cross_entropy(
             logits, targets, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none"
         )

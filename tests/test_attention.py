@@ -185,6 +185,14 @@ def test_8192_keys():
     check_packed([3], [8192], heads=1, head_dim=16)
 
 
+@pytest.mark.parametrize("lengths", [[5], [40], [70], [200]], ids=["stacked", "block", "tile", "loops"])
+def test_scores_far_below_zero(lengths):
+    """exp(-lse) overflows there: keys past the end, whose scores are zero, must be masked before it, not after."""
+    q, k, v = random_qkv(lengths)
+    args = [cu_seqlens_of(lengths, DEVICE), max(lengths)]
+    check((8 + q / 8, -8 + k / 8, v), args, {}, torch.float16)
+
+
 # the window cuts the range of blocks on both sides; wider than the sequence on one side
 @pytest.mark.parametrize("window", [(0, 0), (100, 3), (3, 1000)], ids=str)
 def test_window_over_many_blocks(window):
