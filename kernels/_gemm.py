@@ -69,7 +69,7 @@ def _gelu_and_grad(h, EXACT: tl.constexpr):
         cdf = 0.5 * (1.0 + tl.erf(h * SQRT_HALF))
         gelu = h * cdf
     else:
-        x = tl.abs(h)
+        x = tl.minimum(tl.abs(h), 16.0)  # the tail is zero by then, and inf * 0 would be NaN
         p = x * TAIL_7 + TAIL_6
         p = p * x + TAIL_5
         p = p * x + TAIL_4

@@ -31,8 +31,12 @@ def linear(x, weight, bias=None):
     if not is_batch_invariant():
         return F.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
-    blocks = F.pad(rows, (0, 0, 0, -len(rows) % INVARIANT_ROWS)).split(INVARIANT_ROWS)
-    y = torch.cat([F.linear(block, weight, bias) for block in blocks])[: len(rows)]
+    whole = len(rows) // INVARIANT_ROWS * INVARIANT_ROWS
+    blocks = [*rows[:whole].split(INVARIANT_ROWS)] if whole else []
+    if whole < len(rows):
+        blocks.append(F.pad(rows[whole:], (0, 0, 0, INVARIANT_ROWS - (len(rows) - whole))))
+    parts = [F.linear(block, weight, bias) for block in blocks]
+    y = torch.cat(parts)[: len(rows)] if parts else F.linear(rows, weight, bias)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 

@@ -193,6 +193,13 @@ def test_scores_far_below_zero(lengths):
     check((8 + q / 8, -8 + k / 8, v), args, {}, torch.float16)
 
 
+def test_scores_that_fall_from_block_to_block():
+    """The running maximum must hold: relative to a later block's own maximum the first block's share overflows."""
+    q, k, v = random_qkv([200])
+    sign = torch.where(torch.arange(200, device=DEVICE) < 64, 8.0, -8.0)[:, None, None]
+    check((8 + q / 8, sign + k / 8, v), [cu_seqlens_of([200], DEVICE), 200], {}, torch.float16)
+
+
 # the window cuts the range of blocks on both sides; wider than the sequence on one side
 @pytest.mark.parametrize("window", [(0, 0), (100, 3), (3, 1000)], ids=str)
 def test_window_over_many_blocks(window):

@@ -190,6 +190,8 @@ def test_activation_alone(activation, dtype, device):
     if activation in ("gelu", "gelu_tanh"):
         far = torch.tensor([[-1e4, 1e4, -60.0, 60.0]], device=device, dtype=dtype)
         assert torch.equal(feed_forward._activate(far, activation), far.clamp(min=0.0))
+    infinity = torch.tensor([[float("inf")] * (2 if activation == "geglu" else 1)], device=device, dtype=dtype)
+    assert torch.equal(feed_forward._activate(infinity, activation), infinity[:, :1])
 
 
 def test_gelu_tail():
