@@ -17,6 +17,7 @@ from ._attention_fwd import (
     _load_rows,
     _origins,
     _padding_end,
+    _product_in_chunks,
     _rotate,
     _scheduled_block,
     _scores,
@@ -25,6 +26,8 @@ from ._attention_fwd import (
     _zero_rows,
 )
 from ._random_triton import HEAD_STREAMS, _keep_mask, _row_keys
+
+CHUNK = tl.constexpr(32)  # columns of `_product_in_chunks`
 
 
 @triton.jit(do_not_specialize=RUNTIME_INTS)
@@ -86,6 +89,7 @@ def _attention_bwd_dq_kernel(
     tl.store(delta_ptr + lse_origin + rows, delta, mask=rows < n_out)
     lse_log2 = _load_lse_log2(lse_ptr + lse_origin, rows, length_q)
 
+    IN_CHUNKS: tl.constexpr = PRECISION == "ieee" and BLOCK_D > 128 and not HAS_ROTARY
     dq = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
     low, high = _key_range(row, length_q, length_k, window_left, window_right, HAS_WINDOW, BLOCK_M, BLOCK_N)
     whole = tl.minimum(high + BLOCK_N - 1, length_k) // BLOCK_N * BLOCK_N
@@ -97,7 +101,12 @@ def _attention_bwd_dq_kernel(
             if HAS_ROTARY:
                 k = _rotate(k, cos_ptr, sin_ptr, cols, length_k, stride_cos, stride_sin, False, HEAD_DIM, BLOCK_D)
                 k = k.to(q.dtype)
-            qk = _dot(q, tl.trans(k), None, PRECISION)  # [BLOCK_M, BLOCK_N]
+            if IN_CHUNKS:
+                qk = _product_in_chunks(
+                    q_ptr, rows, length_q, stride_qt, k_ptr, cols, length_k, stride_kt, HEAD_DIM, CHUNK
+                )  # fmt: skip
+            else:
+                qk = _dot(q, tl.trans(k), None, PRECISION)  # [BLOCK_M, BLOCK_N]
             s = _scores(
                 qk, rows[:, None], cols[None, :], length_q, length_k, scale_log2, slope_log2,
                 bias_ptr, stride_bias_q, stride_bias_k, mask_ptr, stride_mask_q, stride_mask_k,
@@ -106,7 +115,12 @@ def _attention_bwd_dq_kernel(
             p = tl.exp2(s - lse_log2[:, None])
 
             v = _load_rows(v_ptr, cols, length_k, stride_vt, HEAD_DIM, BLOCK_D, False, CROSSES_END)
-            dp = _dot(do, tl.trans(v), None, PRECISION)
+            if IN_CHUNKS:
+                dp = _product_in_chunks(
+                    do_ptr + o_origin, rows, length_q, stride_ot, v_ptr, cols, length_k, stride_vt, HEAD_DIM, CHUNK
+                )  # fmt: skip
+            else:
+                dp = _dot(do, tl.trans(v), None, PRECISION)
             if HAS_DROPOUT:
                 dp = tl.where(_keep_mask(keys[:, None], cols[None, :], threshold), dp * keep_scale, 0.0)
             ds = p * (dp - delta[:, None])
@@ -160,6 +174,7 @@ def _attention_bwd_dkv_kernel(
         k = _rotate(k, cos_ptr, sin_ptr, cols, length_k, stride_cos, stride_sin, False, HEAD_DIM, BLOCK_D).to(k.dtype)
     v = _load_rows(v_ptr, cols, length_k, stride_vt, HEAD_DIM, BLOCK_D, False, True)
 
+    IN_CHUNKS: tl.constexpr = PRECISION == "ieee" and BLOCK_D > 128 and not HAS_ROTARY
     dk = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     # seen from a key, the window's sides are swapped
@@ -180,7 +195,12 @@ def _attention_bwd_dkv_kernel(
                 q = _rotate(q, cos_ptr, sin_ptr, rows, length_q, stride_cos, stride_sin, False, HEAD_DIM, BLOCK_D)
                 q = q.to(k.dtype)
             # transposed, so that p and ds come out as left operands of the products below
-            qk = _dot(k, tl.trans(q), None, PRECISION)  # [BLOCK_N, BLOCK_M]
+            if IN_CHUNKS:
+                qk = _product_in_chunks(
+                    k_ptr, cols, length_k, stride_kt, q_head_ptr, rows, length_q, stride_qt, HEAD_DIM, CHUNK
+                )  # fmt: skip
+            else:
+                qk = _dot(k, tl.trans(q), None, PRECISION)  # [BLOCK_N, BLOCK_M]
             s = _scores(
                 qk, rows[None, :], cols[:, None], length_q, length_k, scale_log2, slope_log2,
                 bias_head_ptr, stride_bias_q, stride_bias_k, mask_head_ptr, stride_mask_q, stride_mask_k,
@@ -190,7 +210,13 @@ def _attention_bwd_dkv_kernel(
 
             do = _load_rows(do_ptr + do_origin, rows, length_q, n_heads * HEAD_DIM, HEAD_DIM, BLOCK_D, False, True)
             delta = tl.load(delta_ptr + lse_origin + rows, mask=rows < length_q, other=0.0)
-            dp = _dot(v, tl.trans(do), None, PRECISION)
+            if IN_CHUNKS:
+                dp = _product_in_chunks(
+                    v_ptr, cols, length_k, stride_vt, do_ptr + do_origin, rows, length_q, n_heads * HEAD_DIM,
+                    HEAD_DIM, CHUNK,
+                )  # fmt: skip
+            else:
+                dp = _dot(v, tl.trans(do), None, PRECISION)
             kept = p
             if HAS_DROPOUT:
                 name = tl.load(sequence_ids_ptr + sequence) if HAS_IDS else b

@@ -158,5 +158,4 @@ def _float32_config(head_dim: int, arch: str, direction: str) -> AttentionConfig
         # four warps spill in the backward pass
         return AttentionConfig(64 if arch == "sm_80" and direction == "fwd" else 32, 32, num_warps=8, num_stages=1)
     block = 32 if arch == "sm_90" and direction == "fwd" and head_dim <= 128 else 16
-    wide = arch.startswith("gfx") and head_dim > 128  # 335 registers and no spills in four warps there, 29 in eight
-    return AttentionConfig(block, block, num_warps=4 if wide else 8, num_stages=1)
+    return AttentionConfig(block, block, num_warps=8, num_stages=1)

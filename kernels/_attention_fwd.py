@@ -31,6 +31,25 @@ def _dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _product_in_chunks(
+    a_ptr, rows, n_rows, stride_a, b_ptr, cols, n_cols, stride_b, HEAD_DIM: tl.constexpr, CHUNK: tl.constexpr
+):  # fmt: skip
+    """a b^T [len(rows), len(cols)] exactly in fp32, a few columns at a time, read anew.
+
+    Outside the matrix units a lane holds whole rows of both operands: at head_dim 256 they would not fit its registers.
+    """
+    acc = tl.zeros((rows.shape[0], cols.shape[0]), dtype=tl.float32)
+    for first in tl.range(0, HEAD_DIM, CHUNK):
+        offs_d = first + tl.arange(0, CHUNK)
+        a_ptrs = a_ptr + rows[:, None].to(tl.int64) * stride_a + offs_d[None, :]
+        b_ptrs = b_ptr + cols[:, None].to(tl.int64) * stride_b + offs_d[None, :]
+        a = tl.load(a_ptrs, mask=(rows < n_rows)[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0)
+        b = tl.load(b_ptrs, mask=(cols < n_cols)[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0)
+        acc = tl.dot(a, tl.trans(b), acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
 def _scheduled_block(schedule_ptr, first_entry, n_heads, BLOCK: tl.constexpr, TILE: tl.constexpr):
     """This program's (sequence, first row, head) from the list of tiles; sequence is -1 for a surplus program.
 

@@ -22,6 +22,5 @@ class CompileCase:
     matrix: bool = False  # must contain matrix instructions
     bulk_copy: bool = False  # must contain bulk copies (tensor descriptors) where the architecture has them
     aligned: tuple[str, ...] = ()  # arguments known to be divisible by 16: pointers and sizes the launcher guarantees
-    known_spills: int = 0  # tolerated up to this many, for a reason that stands where the case is made
     fast: bool = False  # belongs to the fixed subset that continuous integration compiles
     options: dict[str, Any] = field(default_factory=dict)  # further compiler options

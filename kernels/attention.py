@@ -310,9 +310,6 @@ def _compile_case(launch: Launch, name: str, matrix: bool, fast: bool) -> Compil
                 aligned.append(key)
     kernel = launch.kernel.__name__.removeprefix("_").removesuffix("_kernel")
     blocks = f"{config.block_m}x{config.block_n}"
-    # Exact float32 products keep whole rows of operands in registers: at head_dim 256 no backward tile fits. Right, but
-    # slow; no encoder has such heads in float32.
-    too_wide = not matrix and launch.arguments["HEAD_DIM"] > 128 and "bwd" in kernel
     return CompileCase(
         name=f"{kernel}[{name},D={launch.arguments['HEAD_DIM']},{blocks}]",
         kernel=launch.kernel,
@@ -322,7 +319,6 @@ def _compile_case(launch: Launch, name: str, matrix: bool, fast: bool) -> Compil
         num_stages=config.num_stages,
         matrix=matrix,
         aligned=tuple(aligned),
-        known_spills=400 if too_wide else 0,
         fast=fast,
         options=config.options,
     )

@@ -147,6 +147,11 @@ def test_short_sequences_share_a_block(variant):
     check_packed([1, 16, 17, 32, 0, 33, 64, 65, 128, 129], variant=variant, heads=3)
 
 
+def test_wide_heads_in_float32():
+    """Their products go a few columns at a time, the last of which are past the end here."""
+    check_packed([5, 40], dtype=torch.float32, head_dim=200, heads=1)
+
+
 VARIANTS = [
     "scale", "bias_of_all", "bias_of_heads", "bias_of_batch", "bias_of_none", "mask", "alibi", "window", "rotary",
     "dropout", "ids", "together",
