@@ -20,7 +20,7 @@ help:
 	@echo "make demo     encode some real sentences with a real BERT, and ask them questions"
 	@echo "make test     run the tests; without a GPU the kernels run through Triton's interpreter"
 	@echo "make verify   check every operator on this machine against the reference"
-	@echo "make bench    time real texts, beside the libraries people use"
+	@echo "make bench    time everything beside the libraries people use (BENCH_ARGS="--quick")"
 	@echo "make compile  compile the kernels for NVIDIA and AMD without a GPU, and read their machine code"
 	@echo "make lint     check code and format"
 	@echo "make format   apply both"
@@ -48,7 +48,7 @@ verify: $(INSTALLED)
 	@$(BIN)/python -m fastbert verify
 
 bench: $(INSTALLED)
-	@$(BIN)/python -m benchmarks.encode
+	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 # A fixed subset; `python -m benchmarks.compile_report` compiles every kernel at every config.
 compile: $(INSTALLED)

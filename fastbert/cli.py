@@ -45,6 +45,7 @@ a folder or a Hugging Face hub id of a BERT, plain or from sentence-transformers
 # command -> its module and what it does, where the module itself knows the arguments
 MODULE_COMMANDS = {
     "verify": ("fastbert.verify", "check every operator on this machine against the reference"),
+    "bench": ("fastbert.bench", "time fastbert beside the real alternatives on this machine"),
 }
 
 

@@ -9,10 +9,12 @@ torch does in the same dtype, as relative root mean square, per named tensor. An
 from __future__ import annotations
 
 import functools
+import json
 import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from typing import Any
 
 import torch
@@ -72,6 +74,25 @@ def natural_lengths(count: int, median: int = 37, longest: int = 512, seed: int 
     return [max(3, min(longest, round(draw.lognormvariate(math.log(median), 1.1)))) for _ in range(count)]
 
 
+# kind of real text -> how many a workload holds; counted lengths and their sources: data/lengths.json
+REAL_TEXTS = {"queries": 512, "sentences": 512, "paragraphs": 128, "documents": 16}
+
+
+@functools.lru_cache
+def real_lengths(kind: str, count: int, seed: int = 0) -> tuple[int, ...]:
+    """`count` lengths of real texts of this kind, in a random order: evenly spaced quantiles of all that were counted.
+
+    So a small sample has the shape of the whole, and no luck of the draw changes how much padding it would need.
+    """
+    if kind not in REAL_TEXTS:
+        raise ValueError(f"kind must be one of {', '.join(REAL_TEXTS)}, got {kind!r}")
+    data = json.loads((resources.files("fastbert") / "data" / "lengths.json").read_text(encoding="utf-8"))
+    counted = [length for length, texts in data[kind]["lengths"] for _ in range(texts)]
+    chosen = [counted[int((n + 0.5) / count * len(counted))] for n in range(count)]
+    random.Random(seed).shuffle(chosen)
+    return tuple(chosen)
+
+
 @dataclass(frozen=True)
 class Workload:
     """A batch on a model, under a name that benchmarks and tests share."""
@@ -94,6 +115,12 @@ WORKLOADS = {
     "large_natural": Workload(MODELS["large"], tuple(natural_lengths(256))),
     "large_512": Workload(MODELS["large"], (512,) * 64),
 }
+
+# The grid of full batches, sequences x length: nothing to gain from leaving padding out.
+GRID = ((1, 16), (1, 128), (8, 128), (256, 128), (32, 512), (8, 2048), (4, 4096))
+for _name in ("minilm", "base", "large"):
+    WORKLOADS |= {f"{_name}_{b}x{s}": Workload(MODELS[_name], (s,) * b) for b, s in GRID}
+    WORKLOADS |= {f"{_name}_{kind}": Workload(MODELS[_name], real_lengths(kind, n)) for kind, n in REAL_TEXTS.items()}
 
 
 # ---- the budget ------------------------------------------------------------------------------------------

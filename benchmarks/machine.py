@@ -1,0 +1,140 @@
+"""The machine under test: what it is, what is installed, and the ceilings it reaches in this very run."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .timing import Clock
+
+PACKAGES = (
+    "torch triton transformers sentence-transformers onnxruntime openvino liger-kernel xformers flash-attn "
+    "transformer-engine numpy"
+).split()
+
+# words of a processor's name -> how results folders call it
+SLUGS = (
+    ("h200", "h200"), ("h100", "h100"), ("a100", "a100"), ("b200", "b200"), ("l40", "l40"), ("4090", "rtx4090"),
+)  # fmt: skip
+
+
+def version(package: str) -> str | None:
+    """The installed version, or None."""
+    try:
+        return installed_version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    return found | {name: v for name in PACKAGES if (v := version(name))}
+
+
+def commit() -> str | None:
+    """This checkout's commit, "+" where the tree differs from it; None outside one."""
+    root = Path(__file__).resolve().parents[1]
+
+    def git(*args: str) -> str:
+        return subprocess.run(["git", "-C", root, *args], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """The `device` of a result file."""
+    facts = {
+        "type": device.type, "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(), "driver": None, "capability": None,
+    }  # fmt: skip
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        facts |= {
+            "name": properties.name, "memory_bytes": properties.total_memory, "driver": _driver(),
+            "capability": [properties.major, properties.minor],
+        }  # fmt: skip
+    else:
+        facts |= {"name": _cpu_name(), "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")}
+    return facts | {"slug": _slug(facts["name"], device)}
+
+
+def _driver() -> str | None:
+    try:
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return None
+
+
+def _cpu_info(key: str) -> str:
+    try:
+        found = re.search(rf"^{key}\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1].strip() if found else ""
+
+
+def _cpu_name() -> str:
+    return _cpu_info("model name") or platform.processor() or platform.machine()
+
+
+def _slug(name: str, device: torch.device) -> str:
+    """A folder's name for this device."""
+    plain = name.lower()
+    if device.type == "cuda":
+        return next((slug for word, slug in SLUGS if word in plain), re.sub(r"[^a-z0-9]+", "-", plain).strip("-"))
+    if "amd epyc" in plain and torch.cpu._is_avx512_bf16_supported():
+        return "cpu-epyc-zen4"  # family 25 with AVX512-BF16; Zen 5 would be family 26
+    return "cpu-" + re.sub(r"[^a-z0-9]+", "-", plain.replace("(r)", "").replace("(tm)", "")).strip("-")
+
+
+# ---- ceilings --------------------------------------------------------------------------------------------
+
+
+def ceilings(device: torch.device, dtypes: list[torch.dtype], quick: bool = False) -> dict[str, Any]:
+    """The fastest matrix product of each dtype and the fastest copy, over a few large sizes. Random data."""
+    clock = Clock(device)
+    large = device.type == "cuda"
+    sizes = (4096, 8192) if large else (1024,) if quick else (1024, 2048)
+    gemm = {str(d).removeprefix("torch."): max(_gemm(clock, d, n) for n in sizes) / 1e12 for d in dtypes}
+    copies = (2**28, 2**30) if large else (2**26,) if quick else (2**26, 2**28)
+    return {"gemm_tflops": gemm, "copy_gbs": max(_copy(clock, n) for n in copies) / 1e9}
+
+
+def _best(clock: Clock, run, calls: int = 5) -> float:
+    clock(run)
+    return statistics.median(clock(run) for _ in range(calls))
+
+
+def _gemm(clock: Clock, dtype: torch.dtype, n: int) -> float:
+    a, b = (torch.randn(n, n, device=clock.device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    return 2 * n**3 / _best(clock, lambda: torch.mm(a, b.T, out=out))
+
+
+def _copy(clock: Clock, size: int) -> float:
+    """Bytes a second, read plus written."""
+    source = torch.ones(size // 4, device=clock.device)
+    target = torch.empty_like(source).zero_()
+    return 2 * size / _best(clock, lambda: target.copy_(source))
+
+
+def peak_memory() -> int:
+    """Most memory this process ever had resident, in bytes."""
+    import resource
+
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale

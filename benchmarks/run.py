@@ -1,0 +1,218 @@
+"""Everything on the machine at hand, beside the real alternatives, in one run. `fastbert bench --help` explains.
+
+Cases are sorted by priority, so a run that is cut short has measured what matters most; the result file is written
+whole after every case, and says in "complete" whether all of them are in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+SCHEMA = "fastbert-bench/1"
+
+# suite -> its module, which has cases(device, dtype, quick) and perhaps curves(device, dtype, quick)
+SUITES = {
+    "kernels": "benchmarks.suite_kernels",
+}
+
+EPILOG = """\
+Every row's output is compared with the truth before its time is shown: one that errs more than twice as much as plain
+torch in the same dtype is "wrong", and has no time. A library that is not installed is "missing", one that raises
+"failed", with the reason. Rows run in turns (A B A B); times are medians, tokens are real tokens.
+
+examples:
+  fastbert bench --quick                                 all suites in about two minutes of a laptop's CPU
+  fastbert bench --suite kernels --peers none            only ours, as a share of the ceiling
+  fastbert bench --suite encoder,latency --peers transformers,openvino --out mine.json
+  fastbert bench --budget-minutes 8 --out day.json       what matters most first; what was done when time runs out
+  fastbert bench --quick --compare before.json           exit code 1 where something became slower beyond the noise
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description = "Time fastbert beside the real alternatives on this machine, in one run."
+    parser.epilog = EPILOG
+    suites = ", ".join((*SUITES, "all"))
+    parser.add_argument("--suite", type=_suites, default=list(SUITES), help=f"of {suites}, with commas (default all)")
+    parser.add_argument("--quick", action="store_true", help="small shapes, few repeats, no slow peers")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda where there is one"
+    )
+    parser.add_argument(
+        "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
+        help="of every row (default auto: bfloat16 where the hardware multiplies it)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--peers", default="auto", metavar="auto|none|NAME,...", help="whom to measure beside us (default auto: all)"
+    )
+    parser.add_argument("--workload", metavar="NAME", help="only this workload, such as base_natural")
+    parser.add_argument("--operator", metavar="NAME", help="only this operator, such as attention")
+    parser.add_argument(
+        "--out", metavar="FILE", type=Path, help="write the results there, as benchmarks/schema.json says"
+    )
+    parser.add_argument("--compare", metavar="OLD", type=Path, help="then compare with the results in this file")
+    parser.add_argument("--budget-minutes", metavar="N", type=float, help="start nothing after N minutes")
+
+
+def _suites(text: str) -> list[str]:
+    names = text.split(",")
+    if unknown := [name for name in names if name not in (*SUITES, "all")]:
+        raise argparse.ArgumentTypeError(f"unknown suite {', '.join(unknown)}; there are {', '.join((*SUITES, 'all'))}")
+    return list(SUITES) if "all" in names else names
+
+
+class Results:
+    """The result file: a dict that is written whole after each case."""
+
+    def __init__(self, head: dict[str, Any], path: Path | None):
+        self.data = {**head, "complete": False, "rows": [], "curves": []}
+        self.path = path
+
+    def add(self, rows: Sequence[dict] = (), curves: Sequence[dict] = ()) -> None:
+        self.data["rows"] += rows
+        self.data["curves"] += curves
+        self.write()
+
+    def write(self) -> None:
+        if self.path is None:
+            return
+        temporary = self.path.with_name(self.path.name + f".{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(self.data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        os.replace(temporary, self.path)
+
+
+def run(args: argparse.Namespace) -> int:
+    """`fastbert bench`: the exit code. 1 where a row of ours is wrong or failed, or --compare found a regression."""
+    import torch
+
+    from fastbert.embed import resolve_device, resolve_dtype
+
+    from . import compare, machine
+
+    old = json.loads(args.compare.read_text(encoding="utf-8")) if args.compare else None
+    if args.out and not (args.out.parent.is_dir()):
+        raise NotADirectoryError(f"no folder {str(args.out.parent)!r} to write {args.out.name} into")
+    device = resolve_device(args.device)
+    dtype = resolve_dtype(args.dtype, device)
+    started = time.monotonic()
+    deadline = started + 60 * args.budget_minutes if args.budget_minutes else None
+    say = _Progress(deadline)
+    say(f"{machine.describe(device)['name']}, {str(dtype).removeprefix('torch.')}, torch {torch.__version__}; ceilings")
+    results = Results(
+        {
+            "schema": SCHEMA, "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "commit": machine.commit(), "command": shlex.join(["fastbert", "bench", *args.argv]),
+            "device": machine.describe(device), "versions": machine.versions(),
+            "ceilings": machine.ceilings(device, list({dtype: 0, torch.float32: 0}), args.quick),
+        },
+        args.out,
+    )  # fmt: skip
+    ceilings = results.data["ceilings"]
+    say(_ceilings_line(ceilings))
+    try:
+        done = _measure_all(args, device, dtype, results, say, deadline)
+    except KeyboardInterrupt:
+        done = False
+        say("interrupted: what was done is kept")
+    results.data["complete"] = done
+    results.write()
+    say(
+        f"{len(results.data['rows'])} rows in {time.monotonic() - started:.0f} s"
+        + (f", in {args.out}" if args.out else "")
+    )
+    bad = [r for r in results.data["rows"] if r["peer"] == "fastbert" and r["status"] in ("wrong", "failed")]
+    slower = compare.report(old, results.data, say) if old else 0
+    return 1 if bad or slower else 0
+
+
+def _measure_all(args, device, dtype, results: Results, say: _Progress, deadline: float | None) -> bool:
+    """True if every case was measured."""
+    from . import timing
+    from .case import OURS, measure
+
+    modules = [import_module(SUITES[name]) for name in args.suite]
+    cases = [case for module in modules for case in module.cases(device, dtype, args.quick)]
+    cases = [c for c in cases if args.workload in (None, c.workload) and args.operator in (None, c.operator)]
+    if not cases and (args.workload or args.operator):
+        raise ValueError("no case of these suites has this workload and operator")
+    cases.sort(key=lambda case: case.priority)
+    wanted = None if args.peers == "auto" else set() if args.peers == "none" else set(args.peers.split(","))
+    effort = timing.QUICK if args.quick else timing.GPU if device.type == "cuda" else timing.FULL
+    late = (lambda: False) if deadline is None else (lambda: time.monotonic() > deadline)
+    # floors are rows of ours too: without them a share of the limit could not be given
+    peers = lambda row: wanted is None or row.peer in (OURS, "floor") or row.peer in wanted  # noqa: E731
+    for n, case in enumerate(cases):
+        if late():
+            say(f"out of time: {len(cases) - n} of {len(cases)} cases not measured")
+            return False
+        say(f"[{n + 1}/{len(cases)}] {case.name}")
+        try:
+            rows = measure(
+                case, device, effort, ceilings=results.data["ceilings"], peers=peers, quick=args.quick, stop=late
+            )
+        except Exception as error:  # a case that breaks (memory, say) must not cost the others
+            say(f"  failed: {type(error).__name__}: {error}")
+            continue
+        results.add(rows)
+        say.rows(rows)
+    for module in modules:
+        if not hasattr(module, "curves") or args.workload or args.operator:
+            continue
+        for curve in module.curves(device, dtype, args.quick, late, wanted):
+            results.add(curves=[curve])
+            slope = "none" if curve["slope"] is None else f"{curve['slope']:.2f}"
+            say(f"  {curve['name']}: {curve['row']}, slope {slope}")
+        if late():
+            return False
+    return True
+
+
+class _Progress:
+    """Lines on standard error as the run goes."""
+
+    def __init__(self, deadline: float | None = None):
+        self.deadline = deadline
+
+    def __call__(self, line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    def rows(self, rows: Sequence[dict]) -> None:
+        for r in rows:
+            if r["status"] != "ok":
+                self(f"  {r['row']:44} {r['status']}: {r['reason']}")
+                continue
+            figures = f"{r['median_s'] * 1e3:10.3f} ms  +-{r['spread'] / 2:4.0%}"
+            if r["tokens_per_second"]:
+                figures += f" {r['tokens_per_second']:12,.0f} tok/s"
+            if r["share_of_ceiling"]:
+                figures += f"  {r['share_of_ceiling']:4.0%} of {r['bound_by']}"
+            if r["over_floor"]:
+                figures += f"  {r['over_floor']:.2f}x floor"
+            if r["ratio_to_ours"]:
+                ratio = r["ratio_to_ours"]
+                figures += f"  {ratio['value']:.2f}x ours [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+            self(f"  {r['row']:44} {figures}")
+
+
+def _ceilings_line(ceilings: dict[str, Any]) -> str:
+    products = ", ".join(f"{dtype} {tflops:.3g} TFLOP/s" for dtype, tflops in ceilings["gemm_tflops"].items())
+    return f"ceilings: {products}; copy {ceilings['copy_gbs']:.3g} GB/s"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks")
+    add_arguments(parser)
+    args = parser.parse_args(argv)
+    args.argv = list(sys.argv[1:] if argv is None else argv)
+    return run(args)

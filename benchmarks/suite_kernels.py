@@ -1,0 +1,193 @@
+"""The operators, one by one, beside everybody's: forward, and forward and backward under a random upstream gradient.
+
+FLOPs are those the mathematics asks for, bytes the least that must move: each input read once, each
+output written once. Truth is the reference in float64; plain torch in the same dtype sets the budget.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastbert import functional as F
+from fastbert.testing import INPUTS, Workload
+
+from . import peers_attention, peers_ops, workloads
+from .case import OURS, Case, Row
+
+FORWARD, BOTH = "forward", "forward+backward"
+
+# operator, direction, workload, priority (smaller first), in --quick, options. The order of the goals on a GPU:
+# attention where BERT lives, then the rest of a layer, then the long and the odd.
+CASES: tuple[tuple[str, str, str, int, bool, dict[str, Any]], ...] = (
+    ("attention", FORWARD, "base_512", 10, False, {}),
+    ("attention", FORWARD, "base_natural", 11, True, {}),
+    ("attention", BOTH, "base_512", 12, False, {}),
+    ("attention", BOTH, "base_natural", 13, True, {}),
+    ("attention", BOTH, "base_512", 14, False, {"dropout_p": 0.1}),
+    ("attention", BOTH, "base_natural", 15, False, {"dropout_p": 0.1}),
+    ("add_layer_norm", FORWARD, "base_natural", 20, True, {}),
+    ("add_layer_norm", BOTH, "base_natural", 21, True, {}),
+    ("add_layer_norm", FORWARD, "large_512", 22, False, {}),
+    ("add_layer_norm", BOTH, "large_512", 22, False, {}),
+    ("add_layer_norm", BOTH, "base_natural", 23, False, {"dropout_p": 0.1}),
+    ("feed_forward", FORWARD, "base_natural", 24, True, {}),
+    ("feed_forward", BOTH, "base_natural", 25, True, {}),
+    ("feed_forward", FORWARD, "large_512", 26, False, {}),
+    ("feed_forward", BOTH, "large_512", 27, False, {}),
+    ("linear_cross_entropy", BOTH, "base_natural", 28, True, {}),
+    ("linear_cross_entropy", FORWARD, "base_natural", 29, False, {}),
+    ("attention", FORWARD, "base_256x128", 30, False, {}),
+    ("attention", BOTH, "base_256x128", 30, False, {}),
+    ("attention", FORWARD, "large_512", 31, False, {}),
+    ("attention", BOTH, "large_512", 31, False, {}),
+    ("attention", FORWARD, "base_8x2048", 32, False, {}),
+    ("attention", BOTH, "base_8x2048", 32, False, {}),
+    ("attention", FORWARD, "base_4x4096", 33, False, {}),
+    ("attention", BOTH, "base_4x4096", 33, False, {}),
+    ("attention", FORWARD, "base_queries", 34, False, {}),
+    ("attention", FORWARD, "base_paragraphs", 34, False, {}),
+    ("attention", FORWARD, "base_one_long", 35, False, {}),
+    ("embedding_layer_norm", FORWARD, "base_natural", 36, True, {}),
+    ("embedding_layer_norm", BOTH, "base_natural", 37, False, {}),
+    ("pool", FORWARD, "base_natural", 38, True, {}),
+)
+
+
+def work(op: str, direction: str, w: Workload, dtype: torch.dtype) -> tuple[float | None, float | None]:
+    """(FLOPs, bytes) of a case."""
+    m, t, e = w.model, w.tokens, dtype.itemsize
+    rows, backward = t * m.hidden * e, direction == BOTH
+    loss_rows = t - (t + 4) // 5  # the others have no label
+    if op == "attention":
+        # forward q k^T, p v; backward by everybody's convention q k^T again, dv, dp, dq, dk: 2.5 times as much
+        return workloads.attention_flops(w) * (3.5 if backward else 1), rows * (12 if backward else 4)
+    if op == "add_layer_norm":
+        return None, rows * (7 if backward else 3)  # x, residual -> y; dy, x, residual -> one gradient for both
+    if op == "feed_forward":
+        table = 2 * m.hidden * m.intermediate
+        return 2.0 * t * table * (3 if backward else 1), (2 * rows + table * e) * (3 if backward else 1)
+    if op == "linear_cross_entropy":
+        table = m.hidden * m.vocab
+        return 2.0 * loss_rows * table * (3 if backward else 1), (rows + table * e) * (2 if backward else 1)
+    if op == "embedding_layer_norm":
+        return None, rows * (4 if backward else 2)
+    return None, rows  # pool
+
+
+def _leaves(inputs: dict[str, Any], backward: bool) -> dict[str, Tensor]:
+    return {
+        name: value.detach().clone().requires_grad_(backward)
+        for name, value in inputs.items()
+        if isinstance(value, Tensor) and value.is_floating_point()
+    }
+
+
+def _runner(call: Callable[..., Tensor], leaves: dict[str, Tensor], upstream: Tensor, direction: str):
+    """What is timed: the output alone, or the output and every leaf's gradient."""
+    values = list(leaves.values())
+
+    def forward() -> list[Tensor]:
+        with torch.no_grad():
+            return [call(**leaves)]
+
+    def both() -> list[Tensor]:
+        out = call(**leaves)
+        return [out, *torch.autograd.grad(out, values, upstream)]
+
+    return forward if direction == FORWARD else both
+
+
+def build(
+    op: str, direction: str, name: str, priority: int, quick: bool, options: dict[str, Any], *,
+    device: torch.device, dtype: torch.dtype, small: bool = False, workload: Workload | None = None,
+    extra: tuple[peers_ops.OpPeer, ...] = (),
+) -> Case:  # fmt: skip
+    """One case. Inputs are made when its first row is, and shared by all rows; `extra` rows are for tests."""
+    # the loss costs some 30 times what another operator does for a token
+    w = workload or workloads.fit(name, device, "loss" if op == "linear_cross_entropy" else "kernels", small)
+
+    @functools.lru_cache(maxsize=1)
+    def inputs() -> dict[str, Any]:
+        made = INPUTS[op](w.model, w.lengths, **options)
+        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in made.items()}
+        return {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in moved.items()}
+
+    @functools.lru_cache(maxsize=1)
+    def upstream() -> Tensor:
+        """Random, in the layout and dtype of the operator's output."""
+        with torch.no_grad():
+            out = getattr(F, op)(**inputs())
+        generator = torch.Generator().manual_seed(1)
+        return torch.randn(out.shape, generator=generator).to(out)
+
+    def reference(working: torch.dtype) -> list[Tensor]:
+        leaves = {
+            k: v.detach().to(working).requires_grad_(direction != FORWARD) for k, v in _leaves(inputs(), False).items()
+        }
+        call = peers_ops.bound(functools.partial(getattr(F, op), impl="reference"), inputs())
+        return _runner(
+            call, leaves, upstream().to(torch.float64 if working == torch.float64 else upstream().dtype), direction
+        )()
+
+    def made_by(function: Callable[..., Tensor]) -> Callable[[], list[Tensor]]:
+        backward = direction != FORWARD
+        return _runner(peers_ops.bound(function, inputs()), _leaves(inputs(), backward), upstream(), direction)
+
+    rows = _attention_rows(inputs, upstream, direction, device) if op == "attention" else [
+        Row(OURS, OURS, lambda: made_by(getattr(F, op))),
+        *(_op_row(peer, made_by, device) for peer in peers_ops.PEERS[op] if device.type in peer.devices),
+    ]  # fmt: skip
+    rows += [_op_row(peer, made_by, device) for peer in extra]
+    flops, moved = work(op, direction, w, dtype)
+    model = workloads.model_name(name)
+    shape = workloads.shape_of(w) | {k: v for k, v in options.items() if isinstance(v, (int, float))}
+    return Case(
+        "kernels", name, rows, functools.partial(reference, torch.float64), functools.partial(reference, dtype),
+        model, op, direction, dtype, shape, w.tokens, flops, moved, priority, quick,
+        random=bool(options.get("dropout_p")),
+    )  # fmt: skip
+
+
+def _op_row(peer: peers_ops.OpPeer, made_by, device: torch.device) -> Row:
+    return Row(peer.row, peer.peer, lambda: made_by(peer.make(device)), package=peer.package, slow=peer.slow)
+
+
+def _attention_rows(inputs, upstream, direction: str, device: torch.device) -> list[Row]:
+    def make(peer: peers_attention.AttentionPeer, kept: dict):
+        def made():
+            given = inputs()
+            prepared = kept["prepared"] = peer.prepare(given)
+            leaves = {
+                name: prepared.there(given[name]).detach().requires_grad_(direction != FORWARD)
+                for name in ("q", "k", "v")
+            }
+            return _runner(prepared.call, leaves, prepared.there(upstream()), direction)
+
+        return made
+
+    rows = []
+    for peer in peers_attention.PEERS:
+        if device.type in peer.devices:
+            kept: dict[str, Any] = {}
+            rows.append(
+                Row(
+                    peer.row,
+                    peer.peer,
+                    make(peer, kept),
+                    package=peer.package,
+                    slow=peer.slow,
+                    outputs=lambda made, kept=kept: [kept["prepared"].back(t) for t in made],
+                )
+            )
+    return rows
+
+
+def cases(device: torch.device, dtype: torch.dtype, quick: bool) -> Iterator[Case]:
+    for op, direction, name, priority, in_quick, options in CASES:
+        if in_quick or not quick:
+            yield build(op, direction, name, priority, in_quick, options, device=device, dtype=dtype, small=quick)

@@ -1,0 +1,239 @@
+"""The benchmark suite: a wrong row shows no time, a slow one its true ratio, and files are as the schema says."""
+
+import json
+import time
+
+import pytest
+import torch
+
+from benchmarks import compare, run, schema, suite_kernels, timing, workloads
+from benchmarks.case import Case, Missing, Row, measure
+from benchmarks.peers_ops import OpPeer
+from fastbert import functional as F
+from fastbert.testing import MODELS, WORKLOADS, Workload, real_lengths
+
+CPU = torch.device("cpu")
+CEILINGS = {"gemm_tflops": {"float32": 0.1}, "copy_gbs": 10.0}
+EFFORT = timing.Effort(warm_ups=1, least=5, most=5, seconds=0.1)
+TINY = Workload(MODELS["tiny"], (5, 17, 1))
+
+
+def of_rows(*rows: Row, dtype=torch.float32) -> Case:
+    """A case whose truth is 1000 ones."""
+    ones = torch.ones(1000)
+    return Case("kernels", "base_natural", rows, lambda: [ones.double()], lambda: [ones], dtype=dtype, tokens=10)
+
+
+def sleeper(seconds: float):
+    def run():
+        time.sleep(seconds)
+        return torch.ones(1000)
+
+    return lambda: run
+
+
+def measured(case: Case, **options) -> dict[str, dict]:
+    return {r["row"]: r for r in measure(case, CPU, EFFORT, CEILINGS, **options)}
+
+
+def op_case(op: str, direction: str, *extra: OpPeer) -> Case:
+    return suite_kernels.build(
+        op, direction, "base_natural", 1, True, {}, device=CPU, dtype=torch.float32, workload=TINY, extra=extra
+    )
+
+
+@pytest.mark.parametrize("direction", [suite_kernels.FORWARD, suite_kernels.BOTH])
+def test_wrong_kernel_shows_wrong_and_no_time(direction):
+    """Off by 1%: far past what float32 may err, too little to see in a printed number."""
+    off = OpPeer("off", "off", lambda device: lambda **kw: F.add_layer_norm(impl="native", **kw) * 1.01)
+    rows = {r["row"]: r for r in measure(op_case("add_layer_norm", direction, off), CPU, EFFORT, CEILINGS, quick=True)}
+    assert rows["fastbert"]["status"] == "ok"
+    assert rows["torch"]["status"] == "ok"
+    assert rows["off"]["status"] == "wrong"
+    assert "budget" in rows["off"]["reason"]
+    assert rows["off"]["median_s"] is None
+    assert rows["off"]["seconds"] is None
+    assert rows["off"]["ratio_to_ours"] is None
+
+
+def test_wrong_gradient_shows_wrong():
+    """A right output with one gradient doubled."""
+
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dy):
+            return 2 * dy
+
+    def doubled(device):
+        return lambda *, x, **kw: F.add_layer_norm(Doubled.apply(x), impl="native", **kw)
+
+    case = op_case("add_layer_norm", suite_kernels.BOTH, OpPeer("doubled", "doubled", doubled))
+    assert measured(case, quick=True)["doubled"]["status"] == "wrong"
+
+
+def test_slow_row_shows_its_true_ratio():
+    rows = measured(of_rows(Row("fastbert", "fastbert", sleeper(0.01)), Row("slow", "slow", sleeper(0.03))))
+    ratio = rows["slow"]["ratio_to_ours"]
+    assert 2.5 < ratio["value"] < 3.3
+    assert ratio["low"] <= ratio["value"] <= ratio["high"]
+    assert rows["fastbert"]["ratio_to_ours"] is None
+    assert rows["slow"]["tokens_per_second"] == pytest.approx(10 / rows["slow"]["median_s"])
+
+
+def test_trouble_of_one_row_is_its_own():
+    def missing():
+        raise Missing("nobody installed it")
+
+    def late():
+        def run():
+            raise RuntimeError("no\nkernel image")
+
+        return run
+
+    rows = measured(
+        of_rows(
+            Row("fastbert", "fastbert", sleeper(0.0)), Row("gone", "gone", missing), Row("broken", "broken", late),
+            Row("shape", "shape", lambda: lambda: torch.ones(3)),
+            Row("nan", "nan", lambda: lambda: torch.full((1000,), torch.nan)),
+        )
+    )  # fmt: skip
+    assert (rows["gone"]["status"], rows["gone"]["reason"]) == ("missing", "nobody installed it")
+    assert (rows["broken"]["status"], rows["broken"]["reason"]) == ("failed", "RuntimeError: no kernel image")
+    assert rows["shape"]["status"] == "failed"
+    assert rows["nan"]["status"] == "wrong"
+    assert rows["fastbert"]["status"] == "ok"
+    json.dumps(list(rows.values()), allow_nan=False)
+
+
+@pytest.mark.parametrize("op", ["attention", "feed_forward", "linear_cross_entropy", "embedding_layer_norm", "pool"])
+def test_operators_and_their_peers_agree(op):
+    """Every row that runs here computes the same thing, gradients included."""
+    case = op_case(op, suite_kernels.FORWARD if op == "pool" else suite_kernels.BOTH)
+    rows = measured(case, peers=lambda row: row.row != "torch.compile")
+    assert len(rows) > 1
+    assert {r["status"] for r in rows.values()} == {"ok"}, {n: r["reason"] for n, r in rows.items()}
+
+
+def result_file(seconds: list[float]) -> dict:
+    times = iter(seconds)
+
+    def run():
+        time.sleep(next(times, 0.01))
+        return torch.ones(1000)
+
+    rows = measure(of_rows(Row("fastbert", "fastbert", lambda: run)), CPU, EFFORT, CEILINGS)
+    return {"device": {"name": "this"}, "rows": rows}
+
+
+def test_compare_flags_a_regression_and_not_noise():
+    noisy = [0.01, 0.01, 0.010, 0.0104, 0.0096, 0.0102, 0.0099]
+    old, again, slower = result_file(noisy), result_file(noisy[::-1]), result_file([t + 0.005 for t in noisy])
+    assert [c["verdict"] for c in compare.changes(old, again)] == ["same"]
+    assert [c["verdict"] for c in compare.changes(old, slower)] == ["slower"]
+    assert [c["verdict"] for c in compare.changes(slower, old)] == ["faster"]
+    assert compare.report(old, slower, lambda line: None) == 1
+    assert compare.report({**old, "device": {"name": "other"}}, slower, lambda line: None) == 0
+
+
+def test_bootstrap_interval_holds_the_ratio_and_few_times_widen_it():
+    a, b = [2.0, 2.1, 1.9, 2.0, 2.2, 2.0], [1.0, 1.1, 0.9, 1.0, 1.0, 1.05]
+    many = timing.bootstrap_ratio(a, b)
+    assert many["low"] <= many["value"] <= many["high"]
+    assert many["value"] == pytest.approx(2.0, rel=0.03)
+    few = timing.bootstrap_ratio([2.0, 2.4, 1.9], [1.0, 1.2, 0.8])
+    assert (few["low"], few["high"]) == (pytest.approx(1.9 / 1.2), pytest.approx(3.0))
+
+
+def test_interleave_takes_turns():
+    order = []
+    timing.interleave({n: lambda n=n: (order.append(n), time.sleep(0.003)) for n in "ab"}, timing.Clock(CPU), EFFORT)
+    assert order[2:] == ["a", "b"] * 5  # after a warm-up of each
+
+
+def test_fitted_slope():
+    assert timing.fitted_slope([1, 2, 4], [3, 12, 48]) == pytest.approx(2.0)
+    assert timing.fitted_slope([1], [3]) is None
+
+
+def test_real_lengths_have_the_shape_of_what_was_counted():
+    assert sorted(real_lengths("queries", 101))[50] == 14  # the median of all 1,190
+    assert real_lengths("sentences", 64) == real_lengths("sentences", 64)
+    assert max(real_lengths("documents", 16)) == 4096
+    with pytest.raises(ValueError, match="kind must be one of queries"):
+        real_lengths("novels", 3)
+
+
+def test_workloads_are_cut_from_the_front():
+    w = WORKLOADS["base_natural"]
+    cut = workloads.cut(w, 300)
+    assert sum(cut.lengths) <= 300
+    assert cut.lengths == w.lengths[: len(cut.lengths)]
+    assert workloads.cut(WORKLOADS["base_4096"], 100).lengths == (100,)  # one sequence at least, cut itself
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """A run of two cases on a tiny model, ceilings given."""
+    two = [op_case("pool", suite_kernels.FORWARD), op_case("add_layer_norm", suite_kernels.FORWARD)]
+    monkeypatch.setattr(suite_kernels, "cases", lambda *_: two)
+    monkeypatch.setattr("benchmarks.machine.ceilings", lambda *_: CEILINGS)
+    monkeypatch.setattr(timing, "QUICK", EFFORT)
+    return ["--suite", "kernels", "--quick", "--dtype", "float32", "--device", "cpu"]
+
+
+def test_result_file_is_as_the_schema_says(short, tmp_path, capsys):
+    out = tmp_path / "r.json"
+    assert run.main([*short, "--out", str(out)]) == 0
+    results = json.loads(out.read_text())
+    assert schema.problems(results) == []
+    assert results["complete"]
+    assert {r["operator"] for r in results["rows"]} == {"pool", "add_layer_norm"}
+    assert all(r["status"] == "ok" and r["seconds"] for r in results["rows"])
+    assert "x ours" in capsys.readouterr().err
+    jsonschema = pytest.importorskip("jsonschema", reason="the small check of our own has passed")
+    jsonschema.validate(results, schema.schema())
+
+
+def test_schema_check_finds_what_is_wrong(short, tmp_path):
+    out = tmp_path / "r.json"
+    run.main([*short, "--out", str(out), "--peers", "none"])
+    results = json.loads(out.read_text())
+    assert {r["peer"] for r in results["rows"]} == {"fastbert"}
+    results["rows"][0]["status"] = "fine"
+    results["rows"][1]["median_s"] = "fast"
+    del results["device"]["slug"]
+    assert len(schema.problems(results)) == 3
+
+
+def test_time_runs_out_and_what_was_done_stays(short, tmp_path):
+    out = tmp_path / "r.json"
+    run.main([*short, "--out", str(out), "--budget-minutes", "1e-9"])
+    results = json.loads(out.read_text())
+    assert results["complete"] is False
+    assert results["rows"] == []
+    assert schema.problems(results) == []
+
+
+def test_interrupt_loses_nothing(short, tmp_path, monkeypatch):
+    cases = suite_kernels.cases()
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    broken = of_rows(Row("fastbert", "fastbert", interrupted))
+    monkeypatch.setattr(suite_kernels, "cases", lambda *_: [cases[0], broken])
+    out = tmp_path / "r.json"
+    run.main([*short, "--out", str(out)])
+    results = json.loads(out.read_text())
+    assert results["complete"] is False
+    assert {r["operator"] for r in results["rows"]} == {"pool"}
+
+
+def test_wrong_row_of_ours_fails_the_command(short, monkeypatch):
+    bad = of_rows(Row("fastbert", "fastbert", lambda: lambda: torch.zeros(1000)))
+    monkeypatch.setattr(suite_kernels, "cases", lambda *_: [bad])
+    assert run.main(short) == 1
