@@ -7,6 +7,7 @@ and without it is what it was.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import warnings
 from collections.abc import Iterator
@@ -60,6 +61,30 @@ class Forward:
         """The original's: Trainer and others read from it what a model takes."""
         return inspect.signature(type(self.module).forward.__get__(self.module))
 
+    def put(self) -> None:
+        """In place of the class's `forward`, until `remove`."""
+        self.module.forward = self
+        self.module._replicate_for_data_parallel = self.replicate
+
+    def remove(self) -> None:
+        del self.module.forward
+        del self.module._replicate_for_data_parallel
+
+    def replicate(self) -> nn.Module:
+        """nn.DataParallel's replica of the module: the class's own, and a `forward` that looks at the replica.
+
+        torch copies `__dict__`, so without this a replica would run the modules of the first device.
+        """
+        replica = type(self.module)._replicate_for_data_parallel(self.module)
+        self.over(replica).put()
+        return replica
+
+    def over(self, replica: nn.Module) -> Forward:
+        """This `forward` for another module; what it has warned of is shared."""
+        forward = copy.copy(self)
+        forward.module = replica
+        return forward
+
     def original(self, *args, **kwargs):
         return type(self.module).forward(self.module, *args, **kwargs)
 
@@ -86,6 +111,11 @@ class LayerForward(Forward):
         super().__init__(layer)
         self.facts = facts
         self.joined = JoinedLinears()
+
+    def over(self, replica: nn.Module) -> LayerForward:
+        forward = super().over(replica)
+        forward.joined = JoinedLinears()  # of the replica's weights
+        return forward
 
     def __call__(self, *args, **kwargs):
         if not (len(args) == 3 and isinstance(args[1], Shared)):
@@ -391,21 +421,24 @@ class HeadForward(Forward):
     reads the tokens whose label counts.
     """
 
-    def __init__(self, head: nn.Module, encoder: EncoderForward):
+    def __init__(self, head: nn.Module, path: str):
         super().__init__(head)
-        self.encoder = encoder
+        self.path = path  # of the encoder
         self.all_tokens = type(head).__name__.endswith("ForQuestionAnswering")
 
     def __call__(self, *args, **kwargs):
         labels = self.named(args, kwargs).get("labels")
+        encoder = at(self.module, self.path).__dict__.get("forward")
+        if not isinstance(encoder, EncoderForward):  # restored on its own, or another encoder came in its place
+            return self.original(*args, **kwargs)
         if self.all_tokens:
-            self.encoder.reads = "every token"
+            encoder.reads = "every token"
         elif isinstance(labels, Tensor) and labels.dim() == 2:
-            self.encoder.reads = labels != -100
+            encoder.reads = labels != -100
         try:
             return self.original(*args, **kwargs)
         finally:
-            self.encoder.reads = None
+            encoder.reads = None
 
 
 def _module_of(hook: Any) -> str:

@@ -74,7 +74,7 @@ def restore(model: nn.Module) -> nn.Module:
     """Undoes `accelerate`, in place: every module has its own forward again. Returns the same model."""
     for module in model.modules():
         if isinstance(module.__dict__.get("forward"), Forward):
-            del module.__dict__["forward"]
+            module.__dict__["forward"].remove()
     return model
 
 
@@ -116,9 +116,9 @@ def why_left(encoder: nn.Module, family: Family) -> str | None:
 
 def _swap_encoder(encoder: nn.Module, family: Family, impl: F.Impl | None) -> None:
     forward = EncoderForward(encoder, family, impl)
-    for _, layer in forward.layers():
-        layer.forward = LayerForward(layer, family.layer)
-    encoder.forward = forward
+    for layer in {id(layer): layer for _, layer in forward.layers()}.values():
+        LayerForward(layer, family.layer).put()
+    forward.put()
 
 
 def _swap_head(head: nn.Module) -> None:
@@ -128,10 +128,9 @@ def _swap_head(head: nn.Module) -> None:
         return
     if name == "ElectraForPreTraining":
         return
-    for child in head.children():
-        forward = child.__dict__.get("forward")
-        if isinstance(forward, EncoderForward):
-            head.forward = HeadForward(head, forward)
+    for path, child in head.named_children():
+        if isinstance(child.__dict__.get("forward"), EncoderForward):
+            HeadForward(head, path).put()
 
 
 def _swap_torch(module: nn.Module, impl: F.Impl | None) -> None:
@@ -141,9 +140,9 @@ def _swap_torch(module: nn.Module, impl: F.Impl | None) -> None:
     if why_left_torch(module) is None:
         if isinstance(module, nn.TransformerEncoder):
             for layer in module.layers:
-                layer.forward = torch_layers.LayerForward(layer, impl)
+                torch_layers.LayerForward(layer, impl).put()
         kind = next(kind for kind in TORCH if isinstance(module, kind))
-        module.forward = TORCH[kind](module, impl)
+        TORCH[kind](module, impl).put()
         return
     for child in module.children():
         _swap_torch(child, impl)
