@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from types import CodeType
 from typing import Any
 
 import torch
@@ -43,6 +44,8 @@ from .pieces import (
 
 # arguments that say nothing about what the encoder computes
 IGNORED = {"return_dict", "output_hidden_states", "num_items_in_batch", "use_cache"}
+# torch.jit.trace records the branches of one batch, and which branch packs depends on the batch
+TRACED = "torch.jit.trace is at work"
 INPUTS = {"input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds"}
 
 
@@ -60,6 +63,11 @@ class Forward:
     def __signature__(self) -> inspect.Signature:
         """The original's: Trainer and others read from it what a model takes."""
         return inspect.signature(type(self.module).forward.__get__(self.module))
+
+    @property
+    def __code__(self) -> CodeType:
+        """The original's: torch.export names the place in the source by it."""
+        return type(self.module).forward.__code__
 
     def put(self) -> None:
         """In place of the class's `forward`, until `remove`."""
@@ -200,6 +208,10 @@ class EncoderForward(Forward):
     def why_not(self, given: dict[str, Any]) -> str | None:
         """Why this call goes to the original, or None."""
         encoder, config = self.module, self.module.config
+        if torch.jit.is_tracing():
+            return TRACED
+        if reason := self.who_listens():
+            return reason
         for name, value in given.items():
             if name in INPUTS or name in IGNORED or value is None or value is False:
                 continue
@@ -225,7 +237,10 @@ class EncoderForward(Forward):
             first = 0 if self.facts.positions == "column" else encoder.embeddings.padding_idx + 1
             if hasattr(positions, "num_embeddings") and shape[1] + first > positions.num_embeddings:
                 return f"{shape[1]} tokens may be more than the position table holds"
-        return self.who_listens()
+        for _, layer in self.layers():  # itself, or in a wrapper that calls it
+            if not any(isinstance(module.__dict__.get("forward"), LayerForward) for module in layer.modules()):
+                return f"a {type(layer).__name__} came in place of an accelerated layer"
+        return None
 
     def who_listens(self) -> str | None:
         for module in self.passed:

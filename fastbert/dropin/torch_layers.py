@@ -12,7 +12,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from .. import functional as F
 from ..layers import attention_masks, multi_head_attention, same_where_same
 from ..packing import PackedBatch
-from .encoder import Forward
+from .encoder import TRACED, Forward
 from .pieces import (
     Shared,
     add_norm,
@@ -149,7 +149,7 @@ class AttentionForward(TorchForward):
         given, module = self.named(args, kwargs), self.module
         query, key, value = given["query"], given["key"], given["value"]
         key_padding_mask, attn_mask = given.get("key_padding_mask"), given.get("attn_mask")
-        reason = why_not_attention(module)
+        reason = TRACED if torch.jit.is_tracing() else why_not_attention(module)
         if given.get("need_weights", True):
             reason = "need_weights=True asks for the attention weights"
         elif given.get("is_causal") and attn_mask is None:
@@ -168,6 +168,8 @@ class AttentionForward(TorchForward):
 
 
 def why_not_masks(given: dict) -> str | None:
+    if torch.jit.is_tracing():
+        return TRACED
     if given.get("is_causal"):
         return "is_causal=True"
     src = given["src"]
