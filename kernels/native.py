@@ -263,7 +263,7 @@ LOGIT_ROWS = 1024
 
 
 def linear_cross_entropy(hidden, weight, bias, labels, *, ignore_index=-100, label_smoothing=0.0, reduction="mean"):
-    """The loss in chunks of rows, each chunk's logits recomputed in its backward instead of kept."""
+    """The loss in chunks of rows; of several chunks each one's logits are recomputed in its backward, not kept."""
 
     def of_chunk(rows, targets):
         logits = linear(rows, weight, bias).float()
@@ -271,8 +271,12 @@ def linear_cross_entropy(hidden, weight, bias, labels, *, ignore_index=-100, lab
             logits, targets, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none"
         )
 
-    chunks = zip(hidden.split(LOGIT_ROWS), labels.split(LOGIT_ROWS), strict=True)
-    losses = torch.cat([torch.utils.checkpoint.checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks])
+    if len(hidden) <= LOGIT_ROWS:
+        losses = of_chunk(hidden, labels)
+    else:
+        chunks = zip(hidden.split(LOGIT_ROWS), labels.split(LOGIT_ROWS), strict=True)
+        kept = [torch.utils.checkpoint.checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks]
+        losses = torch.cat(kept)
     if reduction == "none":
         return losses
     total = losses.sum()
