@@ -23,6 +23,8 @@ SCHEMA = "fastbert-bench/1"
 # suite -> its module, which has cases(device, dtype, quick) and perhaps curves(device, dtype, quick)
 SUITES = {
     "kernels": "benchmarks.suite_kernels",
+    "encoder": "benchmarks.suite_encoder",
+    "latency": "benchmarks.suite_latency",
 }
 
 EPILOG = """\

@@ -16,8 +16,8 @@ from fastbert.testing import WORKLOADS, Workload
 LIMITS = {
     ("cpu", "kernels"): (1024, 4096),
     ("cpu", "loss"): (160, 1024),
-    ("cpu", "minilm"): (3000, 12000),
-    ("cpu", "base"): (1200, 4000),
+    ("cpu", "minilm"): (1500, 12000),
+    ("cpu", "base"): (500, 4000),
     ("cpu", "large"): (600, 1500),
 }
 

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import compare, run, schema, suite_kernels, timing, workloads
+from benchmarks import compare, run, schema, suite_encoder, suite_kernels, timing, workloads
 from benchmarks.case import Case, Missing, Row, measure
 from benchmarks.peers_ops import OpPeer
 from fastbert import functional as F
@@ -116,6 +116,15 @@ def test_operators_and_their_peers_agree(op):
     rows = measured(case, peers=lambda row: row.row != "torch.compile")
     assert len(rows) > 1
     assert {r["status"] for r in rows.values()} == {"ok"}, {n: r["reason"] for n, r in rows.items()}
+
+
+def test_whole_encoders_agree_and_name_the_floor():
+    """Every encoder that is installed here gives the vectors of plain torch; the floor is a row of its own."""
+    case = suite_encoder.build("encoder", "base_natural", TINY, 1, True, device=CPU, dtype=torch.float32)
+    rows = measured(case, quick=True, peers=lambda row: row.peer in ("fastbert", "floor", "transformers", "torch"))
+    assert {r["status"] for r in rows.values()} == {"ok"}, {n: r["reason"] for n, r in rows.items()}
+    assert len(rows) >= 5
+    assert rows["fastbert"]["over_floor"] == pytest.approx(rows["fastbert"]["median_s"] / rows["fastbert"]["floor_s"])
 
 
 def result_file(seconds: list[float]) -> dict:

@@ -1,0 +1,47 @@
+"""BERT as everybody writes it, in padded plain torch: truth, budget, and what exporters are given."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as tf
+from torch import Tensor, nn
+
+
+class PlainBert(nn.Module):
+    """Hidden states [B, S, C] of input_ids and attention_mask [B, S]. `state` has transformers' names."""
+
+    def __init__(self, state: dict[str, Tensor], layers: int, heads: int, eps: float = 1e-12):
+        super().__init__()
+        self.layers, self.heads, self.eps = layers, heads, eps
+        self.weights = nn.ParameterDict(
+            {name.replace(".", "/"): nn.Parameter(value.clone(), requires_grad=False) for name, value in state.items()}
+        )
+
+    def of(self, name: str) -> tuple[Tensor, Tensor]:
+        path = name.replace(".", "/")
+        return self.weights[path + "/weight"], self.weights[path + "/bias"]
+
+    def norm(self, x: Tensor, name: str) -> Tensor:
+        weight, bias = self.of(name)
+        return tf.layer_norm(x, weight.shape, weight, bias, self.eps)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        table = "embeddings/{}_embeddings/weight"
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        x = tf.embedding(input_ids, self.weights[table.format("word")])
+        x = x + tf.embedding(positions, self.weights[table.format("position")])
+        x = x + self.weights[table.format("token_type")][0]
+        x = self.norm(x, "embeddings.LayerNorm")
+        allowed = (attention_mask != 0)[:, None, None, :]
+        for n in range(self.layers):
+            layer = f"encoder.layer.{n}."
+            q, k, v = (
+                tf.linear(x, *self.of(f"{layer}attention.self.{part}")).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+                for part in ("query", "key", "value")
+            )
+            o = tf.scaled_dot_product_attention(q, k, v, attn_mask=allowed).transpose(1, 2).flatten(2)
+            o = tf.linear(o, *self.of(layer + "attention.output.dense"))
+            x = self.norm(o + x, layer + "attention.output.LayerNorm")
+            h = tf.gelu(tf.linear(x, *self.of(layer + "intermediate.dense")))
+            x = self.norm(tf.linear(h, *self.of(layer + "output.dense")) + x, layer + "output.LayerNorm")
+        return x
