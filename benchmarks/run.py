@@ -33,7 +33,7 @@ torch in the same dtype is "wrong", and has no time. A library that is not insta
 "failed", with the reason. Rows run in turns (A B A B); times are medians, tokens are real tokens.
 
 examples:
-  fastbert bench --quick                                 all suites in about two minutes of a laptop's CPU
+  fastbert bench --quick                                 all suites, small; about a minute on two cores
   fastbert bench --suite kernels --peers none            only ours, as a share of the ceiling
   fastbert bench --suite encoder,latency --peers transformers,openvino --out mine.json
   fastbert bench --budget-minutes 8 --out day.json       what matters most first; what was done when time runs out
