@@ -157,5 +157,7 @@ def _float32_config(head_dim: int, arch: str, direction: str) -> AttentionConfig
     if head_dim <= 64:
         # four warps spill in the backward pass
         return AttentionConfig(64 if arch == "sm_80" and direction == "fwd" else 32, 32, num_warps=8, num_stages=1)
+    if direction == "bwd_dkv" and head_dim > 128:
+        return AttentionConfig(32, 16, num_warps=8, num_stages=1)  # with 16 rows sm_80 and sm_100 spill two or three
     block = 32 if arch == "sm_90" and direction == "fwd" and head_dim <= 128 else 16
     return AttentionConfig(block, block, num_warps=8, num_stages=1)
