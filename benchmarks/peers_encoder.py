@@ -125,6 +125,35 @@ def _fastbert(job: Job) -> Run:
     return run
 
 
+def _graph(job: Job) -> Run:
+    """One batch, packed beforehand; its launches captured once and replayed."""
+    config, state = job.model
+    model = BertModel(config, add_pooling_layer=False)
+    model.load_state_dict(state)
+    model.to(job.device, job.dtype).eval()
+    batch = PackedBatch.from_lists(job.rows, device=job.device)
+
+    @torch.inference_mode()
+    def forward() -> Tensor:
+        return F.pool(model(batch).last_hidden_state, batch.cu_seqlens).float()
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # libraries and kernels must be ready before the capture
+        for _ in range(3):
+            forward()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        vectors = forward()
+
+    def run() -> Tensor:
+        graph.replay()
+        return vectors
+
+    return run
+
+
 def _floor(job: Job) -> Run:
     """The model's own matrix products on the real tokens through the vendor's library, and nothing else."""
     config, state = job.model
@@ -300,12 +329,14 @@ class EncoderPeer:
     checked: bool = True
     dtypes: Sequence[torch.dtype] | None = None  # computes in these only; None: in the case's
     single: bool = True  # makes sense for one query too
+    many: bool = True  # makes sense for many texts
 
 
 GPU_ONLY = ("cuda",)
 FLOOR = "matrix products alone"
 PEERS = (
     EncoderPeer("fastbert", "fastbert", _fastbert),
+    EncoderPeer("fastbert, CUDA graph", "fastbert", _graph, GPU_ONLY, many=False),
     EncoderPeer(FLOOR, "floor", _floor, checked=False, package="torch"),
     EncoderPeer("transformers sdpa, sorted, batches of 8", "transformers", _transformers("sdpa", 8, True)),
     EncoderPeer("transformers sdpa, sorted, batches of 32", "transformers", _transformers("sdpa", 32, True),
@@ -335,5 +366,7 @@ def rows(job: Job, single: bool = False) -> list[Row]:
     return [
         Row(p.row, p.peer, functools.partial(p.make, job), package=p.package, checked=p.checked, slow=p.slow)
         for p in PEERS
-        if job.device.type in p.devices and (p.single or not single) and (p.dtypes is None or job.dtype in p.dtypes)
+        if job.device.type in p.devices
+        and (p.single if single else p.many)
+        and (p.dtypes is None or job.dtype in p.dtypes)
     ]

@@ -25,6 +25,7 @@ SUITES = {
     "kernels": "benchmarks.suite_kernels",
     "encoder": "benchmarks.suite_encoder",
     "latency": "benchmarks.suite_latency",
+    "training": "benchmarks.suite_training",
 }
 
 EPILOG = """\
