@@ -1,0 +1,97 @@
+"""The report says what the result files say, and nothing else; the scripts around it hold together."""
+
+import copy
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import report
+
+ROOT = Path(__file__).parents[1]
+
+
+def row(name: str, peer: str, seconds: float | None, **more) -> dict:
+    """An invented row."""
+    empty = dict.fromkeys(
+        ("reason", "ratio_to_ours", "tokens_per_second", "tflops", "gbs", "error", "spread", "version")
+    )
+    ratio = None if peer == "fastbert" or seconds is None else {"value": seconds / 0.5, "low": 1.9, "high": 2.1}
+    return empty | {
+        "suite": "encoder", "workload": "invented", "model": "base", "operator": None, "direction": "forward",
+        "dtype": "bfloat16", "shape": {}, "row": name, "peer": peer, "tokens": 1000, "median_s": seconds,
+        "status": "ok" if seconds else "wrong", "spread": 0.02, "ratio_to_ours": ratio,
+        "tokens_per_second": 1000 / seconds if seconds else None,
+    } | more  # fmt: skip
+
+
+@pytest.fixture
+def result() -> dict:
+    return {
+        "path": report.RESULTS / "invented" / "file.json", "created": "2026-01-01T00:00:00+00:00", "commit": "abc",
+        "command": "fastbert bench", "complete": True, "versions": {"torch": "2.13"},
+        "device": {"type": "cpu", "name": "A CPU", "cores": 2, "threads": 2, "memory_bytes": 2**34},
+        "ceilings": {"gemm_tflops": {"bfloat16": 1.0}, "copy_gbs": 30.0},
+        "rows": [
+            row("fastbert", "fastbert", 0.5),
+            row("slow one", "slow", 2.0),
+            row("next best", "next", 1.0),
+            row("the floor", "floor", 0.25),
+            row("liar", "liar", None, reason="relative RMS error 1e-1, budget 1e-2"),
+        ],
+    }  # fmt: skip
+
+
+def test_the_page_names_the_best_of_the_others_and_the_floor(result):
+    page = report.page([result], {})
+    (line,) = [line for line in page.splitlines() if line.startswith("| base forward, invented (1,000 tokens)")]
+    assert "| 500 ms | 2,000 | next best: 1 s" in line.replace("1.00 s", "1 s")
+    assert "2.00x (1.90 - 2.10)" in line
+    assert line.rstrip(" |").endswith("2.00x")  # over the floor
+    assert "**wrong**: relative RMS error 1e-1" in page
+    assert "NVIDIA GPUs\n\nnot measured" in page
+
+
+def test_a_run_that_was_cut_short_says_so(result):
+    result["complete"] = False
+    assert "cut short" in report.page([result], {})
+
+
+def test_the_readme_table_replaces_only_itself(result):
+    readme = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
+    new = report.with_table(readme, report.readme_table([result]))
+    assert new.startswith("before\n")
+    assert new.endswith("after\n")
+    assert "old" not in new
+    assert "next best: 1,000" in new
+    with pytest.raises(ValueError, match="README"):
+        report.with_table("no markers", "")
+
+
+def test_a_case_that_we_did_not_measure_has_no_figure(result):
+    result["rows"] = [r for r in copy.deepcopy(result["rows"]) if r["peer"] != "fastbert"]
+    assert "not measured" in report.page([result], {})
+    assert "not measured" in report.readme_table([result])
+
+
+def test_readme_and_report_are_those_of_the_committed_results():
+    assert report.main(["--check"]) == 0
+
+
+def test_gpu_day_is_a_script_whose_commands_exist():
+    script = ROOT / "benchmarks" / "gpu_day.sh"
+    subprocess.run(["bash", "-n", script], check=True)
+    modules = set(re.findall(r'"\$python" -m (\S+(?: (?:bench|verify))?)', script.read_text()))
+    assert modules == {"fastbert verify", "fastbert bench", "benchmarks.profile_layer"}
+    for module in modules:
+        subprocess.run([sys.executable, "-m", *module.split(), "--help"], check=True, capture_output=True, cwd=ROOT)
+
+
+def test_pictures(result, tmp_path):
+    pytest.importorskip("matplotlib", reason="draws pictures")
+    result["path"] = tmp_path / "file.json"
+    operator = {"operator": "attention", "suite": "kernels", "flops": 1e9, "bytes": 1e6, "tflops": 0.5}
+    result["rows"].append(row("fastbert", "fastbert", 0.5, **operator))
+    assert [path.name for path in report.plot(result)] == ["file-models.png", "file-roofline.png"]
