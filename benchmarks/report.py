@@ -150,7 +150,7 @@ def page(results: list[dict], plots: dict[Path, list[Path]]) -> str:
         "# Benchmark report", "",
         "Made by `python -m benchmarks.report` from the files in `results/`; nothing here is typed by hand. Times are",
         "medians; a ratio above 1 means that fastbert is faster, with its bootstrap interval of 95%. Tokens are real",
-        "tokens: padding never counts. Every result was checked before its time was taken (with dropout: only that it is",
+        "tokens: padding never counts. Every result was checked before its time was taken (with dropout only for being",
         "finite).", "",
     ]  # fmt: skip
     for result in results:
