@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,7 @@ POOLING = (*F.POOLING_MODES, "pooler")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # Tokens a batch. A CPU wants the activations of a layer to stay in its cache; a GPU wants to be full.
-TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 65536}
+TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 65536}
 # Texts tokenised and sorted together, bounded in number and in characters, so memory stays flat on any file.
 CHUNK_TEXTS, CHUNK_CHARACTERS = 8192, 16_000_000
 # What the share of avoided padding is measured against: batches of this many texts in arrival order.
@@ -246,7 +247,7 @@ class Encoder:
         """Vectors [N, C] of N texts, in their order, float32 on the CPU (of a single str: [C]).
 
         Args:
-            max_tokens_per_batch: bound on the tokens computed at once; by default 4,096 on a CPU, 65,536 on a GPU.
+            max_tokens_per_batch: bound on the tokens computed at once; by default 2,048 on a CPU, 65,536 on a GPU.
                 One text longer than that is a batch of its own.
             progress: show a bar of texts done.
         """
@@ -292,9 +293,13 @@ class Encoder:
         lengths = [len(row) for row in ids]
         order = sorted(range(len(ids)), key=lengths.__getitem__, reverse=True)
         vectors = torch.empty(len(ids), self.dimension)
-        for rows in _batches(order, lengths, budget):
+
+        @torch.inference_mode()  # a thread's own switch
+        def encode(rows: list[int]) -> None:
             batch = PackedBatch.from_lists([ids[row] for row in rows], device=self.device)
             vectors[rows] = self._vectors(batch).float().cpu()
+
+        _run_batches(encode, list(_batches(order, lengths, budget)), self.device)
         self.stats.texts += len(ids)
         self.stats.tokens += sum(lengths)
         for start in range(0, len(lengths), PADDED_BATCH):
@@ -352,6 +357,31 @@ def _chunks(texts: Iterable[str], size: int) -> Iterator[list[str]]:
             chunk, characters = [], 0
     if chunk:
         yield chunk
+
+
+# Batches computed at once on a CPU. Threads that share one batch wait for each other at the end of every operator.
+IN_FLIGHT = 4
+
+
+def _run_batches(encode: Callable[[list[int]], None], batches: list[list[int]], device: torch.device) -> None:
+    """Encodes all batches: on a CPU several at once, each with its share of the threads.
+
+    One after another where there is one thread, too few batches to keep all of them busy to the end, or where bits must
+    not depend on the number of threads (`batch_invariant()`).
+    """
+    threads = torch.get_num_threads()
+    flights = min(IN_FLIGHT, threads)
+    if device.type != "cpu" or flights < 2 or len(batches) < 3 * flights or F.is_batch_invariant():
+        for rows in batches:
+            encode(rows)
+        return
+    pool = ThreadPoolExecutor(flights, "encode", initializer=torch.set_num_threads, initargs=(threads // flights,))
+    try:
+        for _ in pool.map(encode, batches):
+            pass
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)  # part of torch's count belongs to the process
 
 
 def _batches(order: list[int], lengths: list[int], budget: int) -> Iterator[list[int]]:

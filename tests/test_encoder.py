@@ -2,13 +2,15 @@
 
 import json
 import random
+import threading
+import time
 from importlib.resources import files
 from pathlib import Path
 
 import pytest
 import torch
 
-from fastbert import BertConfig, BertModel, Encoder, Tokenizer
+from fastbert import BertConfig, BertModel, Encoder, Tokenizer, embed
 from fastbert.embed import SentenceConfig, resolve_device, resolve_dtype
 from fastbert.testing import assert_within_budget
 
@@ -95,6 +97,43 @@ def test_what_shares_the_batch_changes_nothing(tiny, budget):
     encoder = load(tiny)
     alone = torch.stack([encoder.encode(text) for text in texts])
     torch.testing.assert_close(encoder.encode(texts, max_tokens_per_batch=budget), alone, atol=1e-6, rtol=1e-5)
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_batches_in_flight_change_nothing(tiny, two_threads, monkeypatch):
+    """Several batches at once give what one after another gives, and leave torch's thread count alone."""
+    encoder, texts = load(tiny), sentences(60)
+    together = encoder.encode(texts, max_tokens_per_batch=40)
+    assert torch.get_num_threads() == 2
+    seen = set()
+    vectors = encoder._vectors
+    monkeypatch.setattr(encoder, "_vectors", lambda batch: seen.add(threading.get_ident()) or vectors(batch))
+    encoder.encode(texts, max_tokens_per_batch=40)
+    assert threading.get_ident() not in seen  # or this test shows nothing
+    monkeypatch.setattr(embed, "IN_FLIGHT", 1)
+    torch.testing.assert_close(encoder.encode(texts, max_tokens_per_batch=40), together, rtol=1e-5, atol=1e-6)
+
+
+def test_an_error_in_a_batch_in_flight_is_raised(tiny, two_threads, monkeypatch):
+    encoder, calls = load(tiny), []
+
+    def fail(batch):
+        calls.append(batch)
+        time.sleep(0.02)
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(encoder, "_vectors", fail)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        encoder.encode(sentences(400), max_tokens_per_batch=40)
+    assert torch.get_num_threads() == 2
+    assert len(calls) < 100  # what had not begun was dropped
 
 
 def test_a_stream_is_the_same_in_any_chunks(tiny):
