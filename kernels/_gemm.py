@@ -19,8 +19,6 @@ B in L2. On Hopper and newer the operands come by tensor descriptors (the bulk c
 row is not a multiple of 16 bytes, by pointers; both sum in the same order.
 """
 
-from dataclasses import dataclass, replace
-
 import torch
 import torch.nn.functional as F
 import triton
@@ -30,6 +28,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import _device
 from ._compile import CompileCase
+from ._gemm_config import FLOAT32, UNALIGNED, GemmConfig, accumulating, gemm_config, ladder_of
 from ._library import register
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -327,104 +326,6 @@ def _dact_kernel(
         )  # fmt: skip
 
 
-# ---- configs ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class GemmConfig:
-    """Who multiplies, and how. A `vendor` config has no tile of ours: the vendor library, then a pointwise kernel."""
-
-    block_m: int = 0
-    block_n: int = 0  # geglu: of each of the two halves
-    block_k: int = 0
-    num_warps: int = 4
-    num_stages: int = 3
-    slice_n: int = 32  # columns of the tile that the epilogue takes at a time
-    bulk: bool = False  # operands by tensor descriptors (the bulk copy engine)
-    flatten: bool = False  # one pipeline over all tiles of a program: the next tile's loads fly during the epilogue
-    programs_per_sm: int = 0  # of the persistent grid; 0: one program a tile
-    group_m: int = 8
-    vendor: bool = False
-
-
-VENDOR = GemmConfig(vendor=True)
-
-# Exact float32 products run on the scalar units; a small tile keeps the operands of one in registers.
-FLOAT32 = GemmConfig(64, 64, 16, num_warps=4, num_stages=2, slice_n=32)
-# Rows of 16-bit elements that are not a multiple of 16 bytes: no bulk or asynchronous copies, element-wise loads that
-# pass through registers, so few of them a lane.
-UNALIGNED = GemmConfig(64, 64, 32, num_warps=8, num_stages=2, slice_n=32)
-
-# (architecture, epilogue) -> rungs (least n, least k, config); the first that fits. None is measured on a GPU yet.
-# The wide tile reads 48 bytes of operands a cycle of matrix work from L2, the square one 64; the square one pays
-# where a wide one would leave processors idle (few columns) or where the epilogue weighs as much as the products
-# (small k): two programs a processor, the epilogue of one under the products of the other.
-_SM_90 = {
-    "act": (
-        (2048, 512, GemmConfig(128, 256, 64, 8, 4, slice_n=64, bulk=True, flatten=True, programs_per_sm=1)),
-        (0, 0, GemmConfig(128, 128, 64, 4, 3, slice_n=32, bulk=True, flatten=True, programs_per_sm=2)),
-    ),
-    "geglu": (
-        (2048, 512, GemmConfig(128, 128, 64, 8, 4, slice_n=32, bulk=True, flatten=True, programs_per_sm=1)),
-        (0, 0, GemmConfig(128, 64, 64, 4, 3, slice_n=32, bulk=True, programs_per_sm=2)),
-    ),
-    "dact": (
-        (2048, 512, GemmConfig(128, 256, 64, 8, 4, slice_n=32, bulk=True, flatten=True, programs_per_sm=1)),
-        (0, 0, GemmConfig(128, 128, 64, 4, 3, slice_n=16, bulk=True, programs_per_sm=2)),
-    ),
-}
-_SM_80 = {
-    "act": ((0, 0, GemmConfig(128, 128, 32, 4, 4, slice_n=32)),),
-    "geglu": ((0, 0, GemmConfig(128, 64, 32, 4, 4, slice_n=32)),),
-    "dact": ((0, 0, GemmConfig(128, 128, 32, 8, 4, slice_n=32)),),
-}
-_SM_120 = {
-    "act": ((0, 0, GemmConfig(128, 128, 32, 8, 3, slice_n=32, bulk=True, programs_per_sm=1)),),
-    "geglu": ((0, 0, GemmConfig(128, 64, 32, 8, 3, slice_n=32, bulk=True, programs_per_sm=1)),),
-    "dact": ((0, 0, GemmConfig(128, 128, 32, 8, 3, slice_n=32, bulk=True, programs_per_sm=1)),),
-}
-# The compiler unrolls a flattened loop three times there: 15,000 instructions for geglu, so it is left as it is.
-_SM_100 = {
-    epilogue: tuple((n, k, replace(config, flatten=False, slice_n=32)) for n, k, config in rungs)
-    for epilogue, rungs in _SM_90.items()
-}
-_CDNA = {
-    "act": ((0, 0, GemmConfig(128, 128, 64, 8, 2, slice_n=32)),),
-    "geglu": ((0, 0, GemmConfig(128, 64, 64, 8, 2, slice_n=32)),),
-    "dact": ((0, 0, GemmConfig(128, 128, 64, 8, 2, slice_n=32)),),
-}
-LADDERS = {"sm_90": _SM_90, "sm_100": _SM_100, "sm_103": _SM_100, "sm_120": _SM_120, "sm_121": _SM_120, "gfx": _CDNA}
-
-
-def gemm_config(
-    n: int, k: int, dtype: torch.dtype, arch: str, layout: str = "nt", epilogue: str = "none", invariant: bool = False
-) -> GemmConfig:
-    """The launch of op(A) op(B)^T with n columns, summed over k. M has no say: a row's bits must not depend on it.
-
-    epilogue: "none" (with or without bias), "act", "geglu" (two accumulators, n of each), "dact" (backward of both),
-        "accumulate" (onto a float32 matrix, of which the vendor library would round each part to 16 bits).
-    invariant: not the vendor library, which picks its kernel by M. (layout "tn" sums over the batch in any case.)
-
-    The vendor library multiplies, by reasoning and not by measurement,
-    - without an epilogue: there is nothing to fuse, and it reaches 790 TFLOP/s on an H200;
-    - in float32: exact products run on the scalar units, where it is well ahead, and take so long that one more pass
-      over memory costs little.
-    """
-    if not (invariant and layout != "tn") and (epilogue == "none" or dtype == torch.float32):
-        return VENDOR
-    if dtype == torch.float32:
-        return FLOAT32
-    family = "gfx" if arch.startswith("gfx") else arch
-    rungs = LADDERS.get(family, _SM_80)["act" if epilogue in ("none", "accumulate") else epilogue]
-    config = next(config for least_n, least_k, config in rungs if n >= least_n and k >= least_k)
-    return _accumulating(config) if epilogue == "accumulate" else config
-
-
-def _accumulating(config: GemmConfig) -> GemmConfig:
-    """The tile with thinner slices, each read in float32 as well as written, and warps to hold transposed operands."""
-    return replace(config, slice_n=16, num_warps=config.num_warps if config.bulk else 8)
-
-
 # ---- launchers -------------------------------------------------------------------------------------------
 
 
@@ -517,7 +418,7 @@ def matmul(
     out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """op(A) op(B)^T + bias by whomever `gemm_config` names. `out` (without bias): [M, N], rows contiguous."""
-    n, k = b.shape if layout == "nt" else (b.shape[1], b.shape[0])
+    n, k = b.shape if layout == "nt" else (b.shape[1], a.shape[1])
     config = gemm_config(n, k, a.dtype, _device.arch(a.device.index), layout, "none", invariant)
     if not config.vendor:
         return gemm(a, b, bias, layout, config, out=out)[0]
@@ -530,7 +431,7 @@ def matmul(
 
 def accumulate_tn(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     """total [M, N] float32 (+)= A^T B of a [K, M], b [K, N], whose rows are contiguous. `first` overwrites."""
-    config = gemm_config(b.shape[1], a.shape[0], a.dtype, _device.arch(a.device.index), "tn", "accumulate")
+    config = gemm_config(b.shape[1], a.shape[1], a.dtype, _device.arch(a.device.index), "tn", "accumulate")
     if config.vendor:
         total.addmm_(a.t(), b, beta=0.0 if first else 1.0)
     else:
@@ -683,7 +584,7 @@ def _case(name, kernel, config, dtype, blocks, signature, constexprs, aligned=Tr
 
 def compile_cases(arch: str) -> list[CompileCase]:
     """Both kernels at every config that `gemm_config` can return there, training form; the main ones also without h."""
-    ladder = LADDERS.get("gfx" if arch.startswith("gfx") else arch, _SM_80)
+    ladder = ladder_of(arch)
     cases = []
     for rung, (_, _, config) in enumerate(ladder["act"]):
         cases += [
@@ -692,7 +593,7 @@ def compile_cases(arch: str) -> list[CompileCase]:
             _forward_case("linear_act", config, "fp16", "nt", "gelu_tanh", True),
             _forward_case("linear", config, "bf16", "nt"),
             _forward_case("linear", config, "bf16", "nn"),
-            _forward_case("accumulate", _accumulating(config), "bf16", "tn", accumulate=True),
+            _forward_case("accumulate", accumulating(config), "bf16", "tn", accumulate=True),
         ]
     for _, _, config in ladder["geglu"]:
         cases += [_forward_case("linear_act", config, "bf16", "nt", "geglu", h) for h in (True, False)]

@@ -36,12 +36,11 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _device
-from ._compile import CompileCase
+from ._compile import TRITON_TYPES, CompileCase
 from ._library import register
 from .layer_norm import (
     MAX_FUSED_WIDTH,
     MAX_WIDTH,
-    TRITON_TYPES,
     NormConfig,
     _dropout_mask,
     _moments,

@@ -18,7 +18,7 @@ Saved: x and h. `a` is not saved: the product that makes dh has h at hand and wr
 elements of memory less, one product in seven more (7 / 6 of the floating-point work of a training step).
 
 Work: forward 4 M C F floating-point operations (geglu 6), backward twice that, `recompute` 2 M C F (geglu 4) more.
-A product alone has no epilogue to fuse and goes to the vendor library; see `_gemm.gemm_config`.
+A product alone has no epilogue to fuse and goes to the vendor library; see `_gemm_config.CHOICES`.
 
 Bytes moved, b an element, weights (which stay in L2) left out:
 
@@ -197,9 +197,9 @@ def _pre_activation(x, weight, bias, activation, invariant) -> Tensor:
 
 def _down_backward(dy, weight, h, activation, want_a, want_dbias, invariant):
     """(dh, a or None, column sums of dh or None)."""
-    config = gemm_config(
-        weight.shape[1], weight.shape[0], dy.dtype, _device.arch(dy.device.index), "nn", "dact", invariant
-    )
+    epilogue = "dgeglu" if activation == "geglu" else "dact"
+    k, n = weight.shape
+    config = gemm_config(n, k, dy.dtype, _device.arch(dy.device.index), "nn", epilogue, invariant)
     if not config.vendor:
         return gemm_dact(dy, weight, h, activation, config, want_a, want_dbias)
     g = matmul(dy, weight, layout="nn", invariant=invariant)

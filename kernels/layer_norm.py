@@ -35,7 +35,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _device
-from ._compile import CompileCase
+from ._compile import TRITON_TYPES, CompileCase
 from ._library import register
 from ._random import keep_threshold
 from ._random_triton import _keep_mask, _row_keys
@@ -512,7 +512,6 @@ def add_rms_norm(x, residual, weight, eps=1e-6, *, x_bias=None, dropout_p=0.0, s
 
 # ---- for the offline compiler ----------------------------------------------------------------------------
 
-TRITON_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 # one width for every step of the two ladders, and those of BERT-base, large and MiniLM
 _WIDTHS = (16, 32, 64, 128, 256, 384, 512, 768, 1000, 1024, 2048, 4096, 8192)
 

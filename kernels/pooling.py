@@ -32,9 +32,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ._compile import CompileCase
+from ._compile import TRITON_TYPES, CompileCase
 from ._library import register
-from .layer_norm import MAX_WIDTH, TRITON_TYPES, rows_of
+from .layer_norm import MAX_WIDTH, rows_of
 
 MODES = ("mean", "cls", "max")
 

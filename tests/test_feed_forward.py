@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="tests the Triton kernels")
 
 from fastbert import functional, testing
 from fastbert.kernels import _device, _gemm, feed_forward, reference
-from fastbert.kernels._gemm import GemmConfig
+from fastbert.kernels._gemm_config import GemmConfig
 from fastbert.kernels._invariance import batch_invariant
 from fastbert.testing import MODELS, ModelShape, assert_op, assert_within_budget
 
@@ -417,7 +417,7 @@ def test_opcheck(device):
         torch.library.opcheck(op, arguments)
 
 
-# ---- errors and configs ----------------------------------------------------------------------------------
+# ---- errors ----------------------------------------------------------------------------------------------
 
 
 def test_errors(device):
@@ -430,20 +430,3 @@ def test_errors(device):
         feed_forward.feed_forward(x.double(), w.double(), None, w.double().t())
     with pytest.raises(TypeError, match="linear: all tensors must share one dtype"):
         _gemm.linear(x, w, w[:, 0].half())
-
-
-@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942"])
-def test_configs(arch):
-    """A tile for every epilogue, descriptors only where the hardware has them, the vendor where it should stand."""
-    for dtype in DTYPES:
-        for n, k in ((3072, 768), (1536, 384), (64, 32)):
-            assert _gemm.gemm_config(n, k, dtype, arch).vendor
-            for epilogue in ("act", "geglu", "dact", "accumulate", "none"):
-                config = _gemm.gemm_config(n, k, dtype, arch, "nt", epilogue, invariant=True)
-                assert not config.vendor
-                assert config.block_n % config.slice_n == 0
-                assert not config.bulk or arch in ("sm_90", "sm_100", "sm_120")
-    wide = _gemm.gemm_config(3072, 768, torch.bfloat16, "sm_90", "nt", "act")
-    assert (wide.block_m, wide.block_n, wide.block_k, wide.num_warps) == (128, 256, 64, 8)
-    assert {case.kernel.__name__ for case in _gemm.compile_cases(arch)} == {"_linear_act_kernel", "_dact_kernel"}
-    assert feed_forward.compile_cases(arch)

@@ -1,0 +1,187 @@
+"""How the matrix products are launched: by the vendor library or by us, and by us with which tile.
+
+Both answers come from the model's shape, the dtype and the device, never from the batch, so the bits of a row do not
+depend on what shares its batch. `CHOICES` is a table, and says of every row what it rests on:
+
+    arch    "sm_90", "gfx942", ..., or "*": any
+    dtype   "bf16", "fp16", "fp32", or "*"
+    form    the product and what its epilogue does: see `FORMS`; or "*"
+    n, k    the product's sizes that belong to the model: columns of the result, and the length of the sum; for "tn",
+            whose sum runs over the batch, the rows of the result. 0: any
+    by      "vendor" (the vendor library, and a pointwise kernel of ours for the epilogue) or "ours" (our kernel)
+    basis   "measured" or "reasoned"
+    source  of a measured row the result file in this repository, of a reasoned one the reason
+
+The first row that fits decides. `python -m benchmarks.tune` measures and prints rows for the top of the table.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+
+import torch
+
+from ._compile import TRITON_TYPES
+
+# layout (see `_gemm`), then the epilogue
+FORMS = {
+    "nt": "x weight^T + bias: a linear layer; n, k of weight [n, k]",
+    "nn": "dy weight: its input gradient; weight [k, n]",
+    "tn": "dy^T x: its weight gradient [k, n]",
+    "nt+act": "act(x weight^T + bias), and the pre-activation where a gradient follows; weight [n, k]",
+    "nt+geglu": "the same of two halves; weight [2n, k]",
+    "nn+dact": "(dy weight) * act'(h), act(h) and column sums; weight [k, n]",
+    "nn+dgeglu": "the same of two halves; weight [k, n]",
+    "tn+accumulate": "total + dz^T hidden in float32; [k, n]",
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Who multiplies; the columns are described above."""
+
+    arch: str
+    dtype: str
+    form: str
+    n: int
+    k: int
+    by: str
+    basis: str
+    source: str
+
+    def fits(self, arch: str, dtype: str, form: str, n: int, k: int) -> bool:
+        asked = (arch, dtype, form, n, k)
+        return all(
+            mine in ("*", 0, its)
+            for mine, its in zip((self.arch, self.dtype, self.form, self.n, self.k), asked, strict=True)
+        )
+
+
+# What the fused epilogue saves, per element of the result in 16 bits: forward it spares a write and a read of h (4
+# bytes; 2 where h is saved anyway), backward a write and a read of g (4 bytes). At 4.3 TB/s and 790 TFLOP/s that is
+# 0.9 ps beside 2 k / 790 = 1.9 ps of products at k = 768: our product may run at 68% of the vendor's rate and still
+# be ahead (81% where h is saved); 51% (68%) at k = 384, 74% (85%) at k = 1024.
+CHOICES = (
+    Choice("*", "fp32", "*", 0, 0, "vendor", "reasoned",
+           "exact products run on the scalar units, where the vendor is ahead and one more pass costs little"),
+    Choice("*", "*", "nt", 0, 0, "vendor", "reasoned", "nothing to fuse but a bias, which the vendor adds as well"),
+    Choice("*", "*", "nn", 0, 0, "vendor", "reasoned", "nothing to fuse"),
+    Choice("*", "*", "tn", 0, 0, "vendor", "reasoned", "nothing to fuse"),
+    Choice("*", "*", "nt+act", 0, 0, "ours", "reasoned", "the epilogue saves a pass over h: see above"),
+    Choice("*", "*", "nt+geglu", 0, 0, "ours", "reasoned", "the epilogue saves a pass over both halves of h"),
+    Choice("*", "*", "nn+dact", 0, 0, "ours", "reasoned", "the epilogue saves a pass over g: see above"),
+    Choice("*", "*", "nn+dgeglu", 0, 0, "ours", "reasoned", "the epilogue saves a pass over g"),
+    Choice("*", "*", "tn+accumulate", 0, 0, "ours", "reasoned",
+           "the vendor library would round each part of the sum to 16 bits"),
+)  # fmt: skip
+
+
+def choice(n: int, k: int, dtype: torch.dtype, arch: str, form: str) -> Choice:
+    """The row that decides for this product."""
+    return next(row for row in CHOICES if row.fits(arch, TRITON_TYPES[dtype], form, n, k))
+
+
+# ---- tiles -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """Who multiplies, and how. A `vendor` config has no tile of ours: the vendor library, then a pointwise kernel."""
+
+    block_m: int = 0
+    block_n: int = 0  # geglu: of each of the two halves
+    block_k: int = 0
+    num_warps: int = 4
+    num_stages: int = 3
+    slice_n: int = 32  # columns of the tile that the epilogue takes at a time
+    bulk: bool = False  # operands by tensor descriptors (the bulk copy engine)
+    flatten: bool = False  # one pipeline over all tiles of a program: the next tile's loads fly during the epilogue
+    programs_per_sm: int = 0  # of the persistent grid; 0: one program a tile
+    group_m: int = 8
+    vendor: bool = False
+
+
+VENDOR = GemmConfig(vendor=True)
+
+# Exact float32 products run on the scalar units; a small tile keeps the operands of one in registers.
+FLOAT32 = GemmConfig(64, 64, 16, num_warps=4, num_stages=2, slice_n=32)
+# Rows of 16-bit elements that are not a multiple of 16 bytes: no bulk or asynchronous copies, element-wise loads that
+# pass through registers, so few of them a lane.
+UNALIGNED = GemmConfig(64, 64, 32, num_warps=8, num_stages=2, slice_n=32)
+
+# (architecture, epilogue) -> rungs (least n, least k, config); the first that fits. None is measured on a GPU yet.
+# The wide tile reads 48 bytes of operands a cycle of matrix work from L2, the square one 64; the square one pays
+# where a wide one would leave processors idle (few columns) or where the epilogue weighs as much as the products
+# (small k): two programs a processor, the epilogue of one under the products of the other.
+_SM_90 = {
+    "act": (
+        (2048, 512, GemmConfig(128, 256, 64, 8, 4, slice_n=64, bulk=True, flatten=True, programs_per_sm=1)),
+        (0, 0, GemmConfig(128, 128, 64, 4, 3, slice_n=32, bulk=True, flatten=True, programs_per_sm=2)),
+    ),
+    "geglu": (
+        (2048, 512, GemmConfig(128, 128, 64, 8, 4, slice_n=32, bulk=True, flatten=True, programs_per_sm=1)),
+        (0, 0, GemmConfig(128, 64, 64, 4, 3, slice_n=32, bulk=True, programs_per_sm=2)),
+    ),
+    "dact": (
+        (2048, 512, GemmConfig(128, 256, 64, 8, 4, slice_n=32, bulk=True, flatten=True, programs_per_sm=1)),
+        (0, 0, GemmConfig(128, 128, 64, 4, 3, slice_n=16, bulk=True, programs_per_sm=2)),
+    ),
+}
+_SM_80 = {
+    "act": ((0, 0, GemmConfig(128, 128, 32, 4, 4, slice_n=32)),),
+    "geglu": ((0, 0, GemmConfig(128, 64, 32, 4, 4, slice_n=32)),),
+    "dact": ((0, 0, GemmConfig(128, 128, 32, 8, 4, slice_n=32)),),
+}
+_SM_120 = {
+    "act": ((0, 0, GemmConfig(128, 128, 32, 8, 3, slice_n=32, bulk=True, programs_per_sm=1)),),
+    "geglu": ((0, 0, GemmConfig(128, 64, 32, 8, 3, slice_n=32, bulk=True, programs_per_sm=1)),),
+    "dact": ((0, 0, GemmConfig(128, 128, 32, 8, 3, slice_n=32, bulk=True, programs_per_sm=1)),),
+}
+# The compiler unrolls a flattened loop three times there: 15,000 instructions for geglu, so it is left as it is.
+_SM_100 = {
+    epilogue: tuple((n, k, replace(config, flatten=False, slice_n=32)) for n, k, config in rungs)
+    for epilogue, rungs in _SM_90.items()
+}
+_CDNA = {
+    "act": ((0, 0, GemmConfig(128, 128, 64, 8, 2, slice_n=32)),),
+    "geglu": ((0, 0, GemmConfig(128, 64, 64, 8, 2, slice_n=32)),),
+    "dact": ((0, 0, GemmConfig(128, 128, 64, 8, 2, slice_n=32)),),
+}
+LADDERS = {"sm_90": _SM_90, "sm_100": _SM_100, "sm_103": _SM_100, "sm_120": _SM_120, "sm_121": _SM_120, "gfx": _CDNA}
+
+
+def ladder_of(arch: str) -> dict:
+    """Rungs of every epilogue there."""
+    return LADDERS.get("gfx" if arch.startswith("gfx") else arch, _SM_80)
+
+
+@functools.cache
+def gemm_config(
+    n: int, k: int, dtype: torch.dtype, arch: str, layout: str = "nt", epilogue: str = "none", invariant: bool = False
+) -> GemmConfig:
+    """The launch of op(A) op(B)^T; n, k as in the table above. M has no say: a row's bits must not depend on it.
+
+    epilogue: "none" (with or without bias), "act", "geglu" (two accumulators, n of each), "dact" and "dgeglu"
+        (their backward), "accumulate" (onto a float32 matrix).
+    invariant: not the vendor library, which picks its kernel by M. (layout "tn" sums over the batch in any case.)
+    """
+    form = layout if epilogue == "none" else f"{layout}+{epilogue}"
+    may_be_vendor = layout == "tn" or not invariant
+    if may_be_vendor and choice(n, k, dtype, arch, form).by == "vendor":
+        return VENDOR
+    return own_config(n, k, dtype, arch, epilogue)
+
+
+def own_config(n: int, k: int, dtype: torch.dtype, arch: str, epilogue: str = "none") -> GemmConfig:
+    """The tile of our kernel, whoever `CHOICES` prefers."""
+    if dtype == torch.float32:
+        return FLOAT32
+    rungs = ladder_of(arch)[{"none": "act", "accumulate": "act", "dgeglu": "dact"}.get(epilogue, epilogue)]
+    config = next(config for least_n, least_k, config in rungs if n >= least_n and k >= least_k)
+    return accumulating(config) if epilogue == "accumulate" else config
+
+
+def accumulating(config: GemmConfig) -> GemmConfig:
+    """The tile with thinner slices, each read in float32 as well as written, and warps to hold transposed operands."""
+    return replace(config, slice_n=16, num_warps=config.num_warps if config.bulk else 8)

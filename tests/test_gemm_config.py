@@ -1,0 +1,138 @@
+"""Who multiplies, and with which tile: the table, what it may say, and that the operators follow it."""
+
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the configs of Triton kernels")
+
+from fastbert import functional, testing
+from fastbert.kernels import _compile, _gemm, _gemm_config, feed_forward
+from fastbert.kernels._gemm_config import CHOICES, FORMS, Choice, gemm_config
+from fastbert.testing import MODELS, assert_op
+
+ROOT = Path(__file__).resolve().parents[1]
+ARCHES = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942")
+DTYPES = tuple(_compile.TRITON_TYPES)
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Puts measured rows, made up for the test, on top of the table."""
+
+    def put(*rows):
+        monkeypatch.setattr(_gemm_config, "CHOICES", (*rows, *CHOICES))
+        gemm_config.cache_clear()
+
+    yield put
+    gemm_config.cache_clear()
+
+
+# ---- the table -------------------------------------------------------------------------------------------
+
+
+def test_rows_say_what_they_rest_on():
+    for row in CHOICES:
+        assert row.form in ("*", *FORMS), row
+        assert row.dtype in ("*", *_compile.TRITON_TYPES.values()), row
+        assert row.by in ("vendor", "ours"), row
+        if row.basis == "measured":
+            assert "*" not in (row.arch, row.dtype, row.form), f"a measurement is of one thing: {row}"
+            assert row.n > 0 < row.k, row
+            assert (ROOT / row.source).is_file(), row
+        else:
+            assert row.basis == "reasoned", row
+            assert len(row.source.split()) > 2, f"no reason: {row}"
+
+
+def test_no_row_is_hidden_by_an_earlier_one():
+    for i, row in enumerate(CHOICES):
+        asked = (row.arch, row.dtype, row.form, row.n, row.k)
+        assert not any(earlier.fits(*asked) for earlier in CHOICES[:i]), row
+
+
+def test_every_product_has_a_row():
+    for arch in ARCHES:
+        for dtype in DTYPES:
+            for form in FORMS:
+                row = _gemm_config.choice(3072, 768, dtype, arch, form)
+                if form == "tn+accumulate" and dtype != torch.float32:
+                    # the vendor's product has no float32 sum of 16-bit operands to offer
+                    assert row.by == "ours"
+
+
+def test_a_measured_row_decides_for_its_shape_alone(measured):
+    shape = (3072, 768, torch.bfloat16, "sm_90", "nt", "act")
+    assert not gemm_config(*shape).vendor
+    measured(Choice("sm_90", "bf16", "nt+act", 3072, 768, "vendor", "measured", "x.json"))
+    assert gemm_config(*shape).vendor
+    assert not gemm_config(*shape, invariant=True).vendor
+    for other in (
+        (3072, 1024, torch.bfloat16, "sm_90", "nt", "act"),
+        (768, 3072, torch.bfloat16, "sm_90", "nt", "act"),
+        (3072, 768, torch.float16, "sm_90", "nt", "act"),
+        (3072, 768, torch.bfloat16, "sm_80", "nt", "act"),
+        (3072, 768, torch.bfloat16, "sm_90", "nt", "geglu"),
+        (3072, 768, torch.bfloat16, "sm_90", "nn", "dact"),
+    ):
+        assert not gemm_config(*other).vendor, other
+
+
+def test_the_batch_has_no_say():
+    """No argument could carry it; and of a weight gradient, whose sum runs over the batch, k is the other side."""
+    assert set(inspect.signature(gemm_config).parameters) == {
+        "n", "k", "dtype", "arch", "layout", "epilogue", "invariant",
+    }  # fmt: skip
+
+
+def test_a_weight_gradient_asks_by_the_weight_s_shape(monkeypatch, device):
+    asked = []
+
+    def spy(n, k, *rest):
+        asked.append((n, k, *rest[2:]))
+        return gemm_config(n, k, *rest)
+
+    monkeypatch.setattr(_gemm, "gemm_config", spy)
+    for rows in (5, 7):
+        dy, x = torch.randn(rows, 24, device=device), torch.randn(rows, 40, device=device)
+        _gemm.matmul(dy, x, layout="tn")
+        _gemm.accumulate_tn(torch.zeros(24, 40, device=device), dy, x, first=True)
+    assert asked == [(40, 24, "tn", "none", False), (40, 24, "tn", "accumulate")] * 2
+
+
+# ---- the operators follow it -----------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(
+    functional.why_not_triton(torch.device("cuda" if torch.cuda.is_available() else "cpu")) is not None,
+    reason="needs a GPU or TRITON_INTERPRET=1",
+)
+@pytest.mark.parametrize("activation", ["gelu", "geglu"])
+def test_the_vendor_s_product_with_our_pointwise_kernel(activation, measured, device):
+    """In 16 bits nothing goes there until somebody measures that it should: then it must be right at once."""
+    reasoned = [Choice("*", "fp16", form, 0, 0, "vendor", "reasoned", "for this test") for form in FORMS]
+    measured(*(row for row in reasoned if row.form != "tn+accumulate"))
+    config = feed_forward._up_config(torch.zeros(1, 64).half(), torch.zeros(128, 64), activation, False)
+    assert config.vendor
+    for op in ("linear_act", "feed_forward"):
+        inputs = testing.INPUTS[op](MODELS["tiny"], [35], activation=activation)
+        assert_op(op, inputs, torch.float16, device)
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+def test_tiles(arch):
+    """A tile for every epilogue, descriptors only where the hardware has them."""
+    for dtype in DTYPES:
+        for n, k in ((3072, 768), (1536, 384), (64, 32)):
+            assert gemm_config(n, k, dtype, arch).vendor
+            for epilogue in ("act", "geglu", "dact", "dgeglu", "accumulate", "none"):
+                config = gemm_config(n, k, dtype, arch, "nt", epilogue, invariant=True)
+                assert not config.vendor
+                assert config.block_n % config.slice_n == 0
+                assert not config.bulk or arch in ("sm_90", "sm_100", "sm_120")
+    wide = gemm_config(3072, 768, torch.bfloat16, "sm_90", "nt", "act")
+    assert (wide.block_m, wide.block_n, wide.block_k, wide.num_warps) == (128, 256, 64, 8)
+    assert {case.kernel.__name__ for case in _gemm.compile_cases(arch)} == {"_linear_act_kernel", "_dact_kernel"}
+    assert feed_forward.compile_cases(arch)
