@@ -9,7 +9,7 @@ import torch
 
 from fastbert.testing import Workload
 
-from . import peers_encoder, workloads
+from . import costs, peers_encoder, workloads
 from .case import Case
 from .peers_encoder import Job
 
@@ -36,7 +36,7 @@ def build(
         suite, name, peers_encoder.rows(job, single=len(workload.lengths) == 1),
         functools.partial(job.truth, exact), functools.partial(job.truth, dtype),
         workloads.model_name(name), None, "forward", dtype, workloads.shape_of(workload), workload.tokens,
-        workloads.encoder_flops(workload), None, priority, quick, floor=peers_encoder.FLOOR,
+        costs.encoder_flops(workload), None, priority, quick, floor=peers_encoder.FLOOR,
     )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """The operators, one by one, beside everybody's: forward, and forward and backward under a random upstream gradient.
 
-FLOPs are those the mathematics asks for, bytes the least that must move: each input read once, each
-output written once. Truth is the reference in float64; plain torch in the same dtype sets the budget.
+FLOPs and bytes are those of `costs.py`. Truth is the reference in float64; plain torch in the same dtype sets the
+budget.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ from torch import Tensor
 from fastbert import functional as F
 from fastbert.testing import INPUTS, Workload
 
-from . import peers_attention, peers_ops, workloads
+from . import costs, peers_attention, peers_ops, workloads
 from .case import OURS, Case, Row
-
-FORWARD, BOTH = "forward", "forward+backward"
+from .costs import BOTH, FORWARD
 
 # operator, direction, workload, priority (smaller first), in --quick, options. The order of the goals on a GPU:
 # attention where BERT lives, then the rest of a layer, then the long and the odd.
@@ -58,25 +57,13 @@ CASES: tuple[tuple[str, str, str, int, bool, dict[str, Any]], ...] = (
 )
 
 
-def work(op: str, direction: str, w: Workload, dtype: torch.dtype) -> tuple[float | None, float | None]:
-    """(FLOPs, bytes) of a case."""
-    m, t, e = w.model, w.tokens, dtype.itemsize
-    rows, backward = t * m.hidden * e, direction == BOTH
-    loss_rows = t - (t + 4) // 5  # the others have no label
-    if op == "attention":
-        # forward q k^T, p v; backward by everybody's convention q k^T again, dv, dp, dq, dk: 2.5 times as much
-        return workloads.attention_flops(w) * (3.5 if backward else 1), rows * (12 if backward else 4)
-    if op == "add_layer_norm":
-        return None, rows * (7 if backward else 3)  # x, residual -> y; dy, x, residual -> one gradient for both
-    if op == "feed_forward":
-        table = 2 * m.hidden * m.intermediate
-        return 2.0 * t * table * (3 if backward else 1), (2 * rows + table * e) * (3 if backward else 1)
-    if op == "linear_cross_entropy":
-        table = m.hidden * m.vocab
-        return 2.0 * loss_rows * table * (3 if backward else 1), (rows + table * e) * (2 if backward else 1)
-    if op == "embedding_layer_norm":
-        return None, rows * (4 if backward else 2)
-    return None, rows  # pool
+def work(
+    op: str, direction: str, w: Workload, dtype: torch.dtype, dropout: bool = False
+) -> tuple[float | None, float | None]:
+    """(FLOPs or None where there is no product, bytes) of a case."""
+    forward, backward = costs.of_operator(op, w, dtype.itemsize, direction == BOTH, dropout)
+    total = forward + backward if direction == BOTH else forward
+    return total.flops or None, total.bytes
 
 
 def _leaves(inputs: dict[str, Any], backward: bool) -> dict[str, Tensor]:
@@ -143,7 +130,7 @@ def build(
         *(_op_row(peer, made_by, device) for peer in peers_ops.PEERS[op] if device.type in peer.devices),
     ]  # fmt: skip
     rows += [_op_row(peer, made_by, device) for peer in extra]
-    flops, moved = work(op, direction, w, dtype)
+    flops, moved = work(op, direction, w, dtype, bool(options.get("dropout_p")))
     model = workloads.model_name(name)
     shape = workloads.shape_of(w) | {k: v for k, v in options.items() if isinstance(v, (int, float))}
     return Case(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import fastbert
 
-from . import workloads
+from . import costs, workloads
 from .case import OURS, Case, Row, Run, need
 from .peers_encoder import Job
 
@@ -98,5 +98,5 @@ def cases(device: torch.device, dtype: torch.dtype, quick: bool) -> Iterator[Cas
         yield Case(
             "training", name, rows, functools.partial(reference, exact), functools.partial(reference, dtype),
             workloads.model_name(name), None, "step", dtype, workloads.shape_of(workload), workload.tokens,
-            3 * workloads.encoder_flops(workload), None, priority, in_quick,
+            3 * costs.encoder_flops(workload), None, priority, in_quick,
         )  # fmt: skip

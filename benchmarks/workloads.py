@@ -67,15 +67,3 @@ def padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor,
     lengths = torch.tensor([len(row) for row in rows])
     mask = torch.arange(ids.shape[1]) < lengths[:, None]
     return ids.to(device), mask.long().to(device)
-
-
-def attention_flops(workload: Workload) -> float:
-    """Of one layer's forward pass: q k^T and p v, real tokens only."""
-    return 4.0 * workload.model.hidden * sum(n * n for n in workload.lengths)
-
-
-def encoder_flops(workload: Workload) -> float:
-    """Of the forward pass: matrix products on real tokens, and attention."""
-    m = workload.model
-    products = workload.tokens * (8 * m.hidden**2 + 4 * m.hidden * m.intermediate)
-    return float(m.layers * (products + attention_flops(workload)))
