@@ -8,7 +8,7 @@ alone. On a CPU a tensor that stays in cache may beat the floor of the copy, whi
   python -m benchmarks.roofline                                     this machine, its ceilings measured in the same run
   python -m benchmarks.roofline --workload large_512 --training --device h200
   python -m benchmarks.roofline --device day.json                   floors at the ceilings in a result file
-  python -m benchmarks.roofline --result day.json --plot day.png    and the times that `fastbert bench` measured
+  python -m benchmarks.roofline --result day.json --plot day.png    and the times that `fastbert bench` measured there
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ from fastbert.testing import WORKLOADS, Workload
 from . import costs, machine, timing, workloads
 
 SCHEMA = "fastbert-roofline/1"
-BENCH = "fastbert-bench/1"
 
 # Devices that may be asked for without being here: name, TFLOP/s of a large product by dtype, GB/s of a large copy.
 GIVEN = {"h200": ("NVIDIA H200", {"bfloat16": 790.0, "float16": 790.0}, 4300.0)}
@@ -228,6 +227,7 @@ def _bars(axis: Any, rows: list[dict]) -> None:
 def _roof(axis: Any, found: dict[str, Any]) -> None:
     """Operators that have products, each below what its FLOPs a byte allow."""
     import numpy as np
+    from matplotlib import ticker
 
     peak, copy = found["ceilings"]["gemm_tflops"][found["dtype"]], found["ceilings"]["copy_gbs"] / 1e3
     points = [row for row in found["operators"] if row["flops"]]
@@ -248,9 +248,14 @@ def _roof(axis: Any, found: dict[str, Any]) -> None:
     axis.set(
         xscale="log", yscale="log", xlabel="FLOPs a byte", ylabel="TFLOP/s" if measured else "TFLOP/s at the floor"
     )
-    axis.legend(fontsize=8, loc="lower right")
+    heights = [point.get_offsets()[0][1] for point in axis.collections]
+    axis.set_ylim(min(heights) / 2, 1.5 * peak)
+    for side in (axis.xaxis, axis.yaxis):
+        side.set_major_formatter("{x:g}")
+        side.set_minor_formatter(ticker.FuncFormatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "25" else ""))
+    axis.legend(fontsize=8)
     axis.grid(alpha=0.3, which="both")
-    axis.tick_params(labelsize=8)
+    axis.tick_params(labelsize=8, which="both")
 
 
 # ---- command line ----------------------------------------------------------------------------------------
@@ -261,6 +266,8 @@ def analyse(args: argparse.Namespace, command: str) -> dict[str, Any]:
     if args.workload not in WORKLOADS:
         raise ValueError(f"no workload {args.workload!r}; there are {', '.join(WORKLOADS)}")
     read = json.loads(args.result.read_text(encoding="utf-8")) if args.result else None
+    if read is not None and read["schema"] == SCHEMA:  # one of ours: to print or draw it again
+        return read
     here = read is None and args.device in ("auto", "cpu", "cuda")
     times, whole = {}, None
     if here:
@@ -357,7 +364,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", default="auto", help="default: bfloat16 where the hardware multiplies it")
     parser.add_argument("--training", action="store_true", help="forward and backward of masked-word prediction")
     parser.add_argument("--ceilings", type=_pair, metavar="TFLOPS,GBS", help="take these instead of measured ones")
-    parser.add_argument("--result", type=Path, metavar="FILE", help="times and ceilings from this result file")
+    parser.add_argument(
+        "--result", type=Path, metavar="FILE", help="times and ceilings from a result file, or one of --json"
+    )
     parser.add_argument("--quick", action="store_true", help="fewer tokens, fewer repeats")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all of it there (- for standard output)")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write the picture there (needs matplotlib)")

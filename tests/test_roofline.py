@@ -182,6 +182,8 @@ def test_here_every_operator_and_the_whole_are_timed(tiny, training, tmp_path, c
     printed = capsys.readouterr().out
     assert ("loss" in printed, "pool" in printed) == (training, not training)
     assert "measured in the same run" in printed
+    assert roofline.main(["--result", str(out)]) == 0
+    assert capsys.readouterr().out == printed
 
 
 def test_time_above_the_floor_shows_where_it_is_spent(tiny, monkeypatch):
@@ -240,7 +242,11 @@ def test_times_from_a_result_file(tiny, tmp_path):
         result_row("pool", "forward", [9.0], tokens=37),
     ]
     path = tmp_path / "bench.json"
-    path.write_text(json.dumps({"device": {"type": "cpu", "name": "C"}, "ceilings": CEILINGS, "rows": rows}))
+    path.write_text(
+        json.dumps(
+            {"schema": "fastbert-bench/1", "device": {"type": "cpu", "name": "C"}, "ceilings": CEILINGS, "rows": rows}
+        )
+    )
     out = tmp_path / "r.json"
     args = ["--workload", "tiny_ragged", "--dtype", "float32", "--result", str(path), "--training", "--json", str(out)]
     assert roofline.main(args) == 0
