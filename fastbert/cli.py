@@ -78,8 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return args.run(args)
     except UsageError as error:
         return _fail(error, code=2)
-    except KeyboardInterrupt:
-        return _fail("interrupted", code=130)
+    except KeyboardInterrupt as interruption:
+        return _fail(str(interruption) or "interrupted", code=130)
     except BrokenPipeError:
         # Python flushes standard output once more on its way out, and would complain there.
         with contextlib.suppress(OSError, ValueError):
@@ -254,27 +254,32 @@ def encode(args: argparse.Namespace) -> int:
 def _encode_lines(args: argparse.Namespace, encoder: Any, source: BinaryIO, sink: BinaryIO) -> None:
     from tqdm import tqdm
 
-    from .files import read_lines, writer
+    from .files import read_chunks, writer
 
     field = args.field or ("text" if args.file.endswith(".jsonl") else None)
     name = "standard input" if args.file == "-" else args.file
-    waiting = deque()  # lines that the encoder has taken, and given no vector for yet
+    waiting = deque()  # chunks of lines that the encoder has taken, and given no vectors for yet
 
-    def texts() -> Iterator[str]:
-        for line in read_lines(source, name, field):
-            waiting.append(line)
-            yield line.text
+    # The bar moves once a chunk: 1,024 texts keep a CPU busy for seconds, a GPU wants more at once.
+    lines = 1024 if encoder.device.type == "cpu" else 8192
+
+    def chunks() -> Iterator[list[str]]:
+        for chunk in read_chunks(source, name, field, lines=lines):
+            waiting.append(chunk)
+            yield [line.text for line in chunk]
 
     out = writer(args.output.suffix if args.output else ".jsonl", sink, encoder.dimension)
-    # The bar moves once a chunk: 1,024 texts keep a CPU busy for seconds, a GPU wants more at once.
-    chunk = 1024 if encoder.device.type == "cpu" else 8192
     # tqdm's None means: only where standard error is a terminal.
     bar = tqdm(total=_size(source), unit="B", unit_scale=True, desc="encode", disable=args.quiet or None)
-    with bar:
-        for vectors in encoder.encode_stream(texts(), max_tokens_per_batch=args.max_tokens_per_batch, chunk_size=chunk):
-            lines = [waiting.popleft() for _ in range(len(vectors))]
-            out.write(vectors.numpy(), [line.record for line in lines])
-            bar.update(sum(line.n_bytes for line in lines))
+    try:
+        with bar:
+            for vectors in encoder.encode_chunks(chunks(), max_tokens_per_batch=args.max_tokens_per_batch):
+                chunk = waiting.popleft()
+                out.write(vectors.numpy(), [line.record for line in chunk])
+                bar.update(sum(line.n_bytes for line in chunk))
+    except KeyboardInterrupt:
+        lost = f"; {args.output} was not written" if args.output else ""
+        raise KeyboardInterrupt(f"interrupted after {out.rows:,} lines{lost}") from None
     out.finish()
 
 

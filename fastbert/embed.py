@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +29,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 # Tokens a batch. A CPU wants the activations of a layer to stay in its cache; a GPU wants to be full.
 TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 65536}
 # Texts tokenised and sorted together, bounded in number and in characters, so memory stays flat on any file.
-CHUNK_TEXTS, CHUNK_CHARACTERS = 8192, 16_000_000
+CHUNK_TEXTS, CHUNK_CHARACTERS = 8192, 4_000_000
 # What the share of avoided padding is measured against: batches of this many texts in arrival order.
 PADDED_BATCH = 32
 
@@ -242,23 +246,29 @@ class Encoder:
         return self.model.config.hidden_size
 
     def encode(
-        self, texts: Sequence[str] | str, *, max_tokens_per_batch: int | None = None, progress: bool = False
+        self, texts: Iterable[str] | str, *, max_tokens_per_batch: int | None = None, progress: bool = False
     ) -> Tensor:
         """Vectors [N, C] of N texts, in their order, float32 on the CPU (of a single str: [C]).
 
         Args:
+            texts: also an iterator, which is read a chunk at a time.
             max_tokens_per_batch: bound on the tokens computed at once; by default 2,048 on a CPU, 65,536 on a GPU.
                 One text longer than that is a batch of its own.
             progress: show a bar of texts done.
         """
         if isinstance(texts, str):
             return self.encode([texts], max_tokens_per_batch=max_tokens_per_batch)[0]
-        with tqdm(total=len(texts), unit="text", disable=not progress) as bar:
-            parts = []
+        count = len(texts) if isinstance(texts, Sized) else None
+        parts, done = [torch.empty(count or 0, self.dimension)], 0
+        with tqdm(total=count, unit="text", disable=not progress) as bar:
             for part in self.encode_stream(texts, max_tokens_per_batch=max_tokens_per_batch):
-                parts.append(part)
+                if count is None:
+                    parts.append(part)
+                else:  # written in place: joining the parts would hold every vector twice
+                    parts[0][done : done + len(part)] = part
+                done += len(part)
                 bar.update(len(part))
-        return torch.cat(parts) if parts else torch.zeros(0, self.dimension)
+        return parts[0] if count is not None else torch.cat(parts)
 
     def encode_stream(
         self,
@@ -270,26 +280,38 @@ class Encoder:
         """Vectors of any number of texts in constant memory: yields [n, C] float32 on the CPU, in input order.
 
         Texts are sorted by length within chunks of `chunk_size`, so that a chunk's order, not the input's, decides
-        what is computed together.
+        what is computed together. While one chunk is computed the next one is tokenised, so `texts` is read one chunk
+        ahead.
         """
+        return self.encode_chunks(_chunks(texts, chunk_size), max_tokens_per_batch=max_tokens_per_batch)
+
+    def encode_chunks(
+        self, chunks: Iterable[Sequence[str]], *, max_tokens_per_batch: int | None = None
+    ) -> Iterator[Tensor]:
+        """`encode_stream` of texts that are cut into chunks already: yields [n, C] for each chunk of n texts."""
         budget = max_tokens_per_batch or TOKENS_PER_BATCH.get(self.device.type, TOKENS_PER_BATCH["cuda"])
         if budget < 1:
             raise ValueError(f"max_tokens_per_batch must be at least 1, got {budget}")
-        for chunk in _chunks(texts, chunk_size):
+        for tokenised in _one_ahead(self.tokenise, chunks):
             started = time.perf_counter()
-            vectors = self._encode_chunk(chunk, budget)
+            ids = tokenised()  # waits for the other thread where that is behind
+            vectors = self.encode_ids(ids, budget)
             self.stats.seconds += time.perf_counter() - started
             yield vectors
+
+    def tokenise(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of texts as the model reads them: with the prompt, lowered where asked for, cut to max_length."""
+        texts = [self.prompt + text for text in texts] if self.prompt else texts
+        texts = [text.lower() for text in texts] if self.lowercase else texts
+        return self.tokenizer.input_ids(texts, self.max_length)
 
     def describe_operators(self) -> dict[str, tuple[str, str]]:
         """operator -> (implementation that would run it here, why)."""
         return describe_operators(self.device, self.model.impl)
 
     @torch.inference_mode()
-    def _encode_chunk(self, texts: list[str], budget: int) -> Tensor:
-        texts = [self.prompt + text for text in texts] if self.prompt else texts
-        texts = [text.lower() for text in texts] if self.lowercase else texts
-        ids = self.tokenizer.input_ids(texts, self.max_length)
+    def encode_ids(self, ids: Sequence[Sequence[int]], budget: int) -> Tensor:
+        """Vectors [n, C] float32 on the CPU of n tokenised texts, at most `budget` tokens at once."""
         lengths = [len(row) for row in ids]
         order = sorted(range(len(ids)), key=lengths.__getitem__, reverse=True)
         vectors = torch.empty(len(ids), self.dimension)
@@ -357,6 +379,26 @@ def _chunks(texts: Iterable[str], size: int) -> Iterator[list[str]]:
             chunk, characters = [], 0
     if chunk:
         yield chunk
+
+
+def _one_ahead(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Callable[[], Any]]:
+    """For each item what gives function(item): a thread begins with the next one while the caller has this one.
+
+    The items themselves are drawn in the caller's thread. A single one needs no thread.
+    """
+    items = iter(items)
+    first = list(itertools.islice(items, 2))
+    if len(first) < 2:
+        yield from (partial(function, item) for item in first)
+        return
+    with ThreadPoolExecutor(1, "ahead") as thread:
+        coming = deque(thread.submit(function, item) for item in first)
+        try:
+            while coming:
+                yield coming.popleft().result
+                coming.extend(thread.submit(function, item) for item in itertools.islice(items, 1))
+        finally:
+            thread.shutdown(wait=False, cancel_futures=True)
 
 
 # Batches computed at once on a CPU. Threads that share one batch wait for each other at the end of every operator.

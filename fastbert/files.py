@@ -53,6 +53,22 @@ def read_lines(stream: BinaryIO, name: str, field: str | None = None) -> Iterato
         yield Line(text, record, len(raw))
 
 
+def read_chunks(
+    stream: BinaryIO, name: str, field: str | None = None, *, lines: int, n_bytes: int = 4_000_000
+) -> Iterator[list[Line]]:
+    """`read_lines` in chunks of at most `lines` lines, closed early where they come to `n_bytes`."""
+    chunk: list[Line] = []
+    size = 0
+    for line in read_lines(stream, name, field):
+        chunk.append(line)
+        size += line.n_bytes
+        if len(chunk) >= lines or size >= n_bytes:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
 def _parse(text: str, place: str) -> dict[str, Any]:
     if not text.strip():
         raise InputError(f"{place}: the line is empty, expected a JSON object")

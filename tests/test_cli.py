@@ -382,7 +382,7 @@ def test_memory_does_not_grow_with_the_file(suffix, tmp_path, options):
 def test_interrupted_leaves_no_file(number, code, tmp_path, options):
     process = start("encode", "-", "-o", tmp_path / "out.npy", *options, stdin=subprocess.PIPE)
     try:
-        process.stdin.write(b"a b c\n" * 1500)  # more than one chunk, and no end: half the work is done
+        process.stdin.write(b"a b c\n" * 2500)  # more than two chunks, and no end: half the work is done
         process.stdin.flush()
         deadline = time.monotonic() + 60
         while sum(path.stat().st_size for path in tmp_path.iterdir()) <= HEADER_BYTES:

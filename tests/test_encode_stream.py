@@ -1,0 +1,169 @@
+"""Long input: tokenised while the chunk before is computed, in constant memory, and nothing left when interrupted."""
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastbert import BertConfig, BertModel, Encoder
+from fastbert.cli import main
+from fastbert.files import InputError, read_chunks
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz"]
+WIDTH = 256
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A BERT of one layer whose vectors are wide: a kilobyte a text shows in the memory of a process."""
+    folder = tmp_path_factory.mktemp("model")
+    config = BertConfig(
+        vocab_size=len(WORDS), hidden_size=WIDTH, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        max_position_embeddings=16,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    BertModel(config).save_pretrained(folder)
+    (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n")
+    return folder
+
+
+@pytest.fixture
+def encoder(folder) -> Encoder:
+    return Encoder.from_pretrained(folder, impl="native", device="cpu", dtype="float32")
+
+
+TEXTS = [" ".join("abcdefg"[: 1 + i % 7]) for i in range(50)]
+
+
+def test_the_next_chunk_is_tokenised_while_one_is_computed(encoder, monkeypatch):
+    """The forward pass of the first chunk waits here until the second has been tokenised: in turn, that is never."""
+    tokenised, threads = threading.Semaphore(0), set()
+    tokenise, encode_ids = encoder.tokenise, encoder.encode_ids
+
+    def and_tell(texts):
+        ids = tokenise(texts)
+        threads.add(threading.get_ident())
+        tokenised.release()
+        return ids
+
+    def when_one_ahead(ids, budget):
+        assert tokenised.acquire(timeout=30)
+        if len(ids) == 20:
+            assert tokenised.acquire(timeout=30), "the next chunk was not tokenised meanwhile"
+            tokenised.release()
+        return encode_ids(ids, budget)
+
+    expected = encoder.encode(TEXTS)
+    monkeypatch.setattr(encoder, "tokenise", and_tell)
+    monkeypatch.setattr(encoder, "encode_ids", when_one_ahead)
+    parts = list(encoder.encode_stream(TEXTS, chunk_size=20))
+    assert [len(part) for part in parts] == [20, 20, 10]
+    torch.testing.assert_close(torch.cat(parts), expected, rtol=1e-5, atol=1e-6)
+    assert threading.get_ident() not in threads
+
+
+def test_texts_are_drawn_in_the_callers_thread(encoder):
+    """A cursor of a database, say, belongs to the thread that opened it."""
+    threads = set()
+
+    def drawn():
+        for text in TEXTS:
+            threads.add(threading.get_ident())
+            yield text
+
+    for _ in encoder.encode_stream(drawn(), chunk_size=8):
+        pass
+    assert threads == {threading.get_ident()}
+
+
+def test_one_chunk_needs_no_thread(encoder, monkeypatch):
+    def refuse(*args, **options):
+        raise AssertionError("a thread was started for a single chunk")
+
+    monkeypatch.setattr("fastbert.embed.ThreadPoolExecutor", refuse)
+    assert encoder.encode("a b").shape == (WIDTH,)
+
+
+def test_iterators_give_what_lists_give(encoder):
+    vectors = encoder.encode(TEXTS)
+    assert torch.equal(encoder.encode(text for text in TEXTS), vectors)
+    assert encoder.encode(iter([])).shape == (0, WIDTH)
+
+
+@pytest.mark.parametrize("chunk_size", [8, 1000], ids=["while_computing", "first"])
+def test_errors_of_the_other_thread_and_of_the_source_reach_the_caller(encoder, chunk_size):
+    with pytest.raises(ValueError, match="lone surrogate"):
+        list(encoder.encode_stream([*TEXTS, "\ud83d"], chunk_size=chunk_size))
+
+    def broken():
+        yield from TEXTS
+        raise InputError("line 51 is missing")
+
+    with pytest.raises(InputError, match="line 51"):
+        list(encoder.encode_stream(broken(), chunk_size=chunk_size))
+
+
+def test_a_stream_left_early_leaves_no_thread(encoder):
+    before = threading.active_count()
+    stream = encoder.encode_stream(TEXTS, chunk_size=4)
+    next(stream)
+    stream.close()
+    for thread in threading.enumerate():
+        if thread.name.startswith("ahead"):
+            thread.join(timeout=30)
+    assert threading.active_count() == before
+
+
+def test_chunks_of_lines_end_by_number_and_by_size(tmp_path):
+    path = tmp_path / "texts.txt"
+    path.write_text("a\n" * 5 + "b" * 100 + "\n" + "c\n" * 2)
+    with path.open("rb") as stream:
+        chunks = list(read_chunks(stream, "texts", lines=4, n_bytes=50))
+    assert [[line.text[0] for line in chunk] for chunk in chunks] == [list("aaaa"), list("ab"), list("cc")]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of a process from Linux' /proc")
+def test_resident_memory_does_not_grow_with_the_file(folder, tmp_path):
+    """Ten times the lines, the same peak. Kept vectors would come to 18 MB, kept lines and ids to more."""
+    code = (
+        "import sys; from fastbert.cli import main; assert main(sys.argv[1:]) == 0\n"
+        "print(*(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+    )
+
+    def peak(lines: int) -> int:
+        source, out = tmp_path / f"{lines}.txt", tmp_path / f"{lines}.npy"
+        source.write_text("".join(TEXTS[i % 50] + "\n" for i in range(lines)))
+        options = ["--model", folder, "--impl", "native", "--device", "cpu", "--dtype", "float32"]
+        command = [sys.executable, "-c", code, "encode", source, "-o", out, *options]
+        # glibc gives freed blocks back to the system at once, so that the peak shows what is kept
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+        done = subprocess.run(list(map(str, command)), env=environment, check=True, capture_output=True, text=True)
+        assert np.load(out, mmap_mode="r").shape == (lines, WIDTH)
+        return int(done.stdout)
+
+    few, many = peak(2_000), peak(20_000)
+    assert many - few < 6_000, f"{few:,} kB for 2,000 lines, {many:,} kB for 20,000"
+
+
+def test_interrupted_says_that_nothing_was_written(folder, tmp_path, monkeypatch, capsys):
+    source, out = tmp_path / "texts.txt", tmp_path / "out.npy"
+    source.write_text("a b\n" * 2500)
+    calls = []
+    encode_ids = Encoder.encode_ids
+
+    def interrupted(self, ids, budget):
+        calls.append(ids)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return encode_ids(self, ids, budget)
+
+    monkeypatch.setattr(Encoder, "encode_ids", interrupted)
+    assert main(["encode", str(source), "-o", str(out), "--model", str(folder), "--impl", "native"]) == 130
+    said = capsys.readouterr().err
+    assert said == f"fastbert: error: interrupted after 1,024 lines; {out} was not written\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["texts.txt"]
