@@ -5,12 +5,14 @@ Whatever goes wrong with one row is that row's status, in one line, and no other
 
     ok       within the budget, timed          wrong    its outputs are not; no time is shown
     missing  not installed, or not for here    failed   it raised
+    skipped  too slow for its share of the time, or the time was up
 """
 
 from __future__ import annotations
 
 import gc
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,12 +25,20 @@ from fastbert.testing import TINY, relative_rms
 from . import timing
 from .machine import version
 
-OURS = "fastbert"
+OURS, FLOOR = "fastbert", "floor"
 Run = Callable[[], Any]
 
 
 class Missing(Exception):
     """What a row needs is not here, and this is why."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C within a case: `rows` is what was done of it."""
+
+    def __init__(self, rows: list[dict[str, Any]]):
+        super().__init__()
+        self.rows = rows
 
 
 def need(package: str, module: str | None = None) -> Any:
@@ -56,7 +66,7 @@ class Row:
     outputs: Callable[[Any], Sequence[Tensor]] | None = None
     checked: bool = True  # False: a floor, whose output is nobody's
     slow: bool = False  # left out of --quick
-    close: Callable[[], None] | None = None
+    tolerance: float | None = None  # relative RMS error allowed instead of the budget: integers cannot keep it
 
 
 @dataclass(frozen=True)
@@ -83,6 +93,11 @@ class Case:
     random: bool = (
         False  # dropout: there is no truth to compare with, so a finite output of the right shape is asked for
     )
+    close: Callable[[], None] | None = None  # frees what the rows shared
+
+    def measured(self, *args: Any, **options: Any) -> list[dict[str, Any]]:
+        """The finished rows."""
+        return measure(self, *args, **options)
 
     @property
     def name(self) -> str:
@@ -120,38 +135,57 @@ def measure(
     case: Case, device: torch.device, effort: timing.Effort, ceilings: dict[str, Any], *,
     peers: Callable[[Row], bool] = lambda row: True, quick: bool = False, stop: Callable[[], bool] = lambda: False,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """The finished rows of one case, in its order."""
+    """The finished rows of one case, in its order.
+
+    Raises: Interrupted, with the rows, on Ctrl-C.
+    """
     results = {row.row: _empty_row(case, row) for row in case.rows if peers(row) and not (quick and row.slow)}
     chosen = [row for row in case.rows if row.row in results]
-    truth, plain = None, None
-    if not case.random and any(row.checked for row in chosen):
-        truth = [t.detach() for t in _as_list(case.truth())]
-        plain = [relative_rms(p, t) for p, t in zip(_as_list(case.plain()), truth, strict=True)]
-
+    clock = timing.Clock(device, cold_cache=case.suite == "kernels")
     runs: dict[str, Run] = {}
-    for row in chosen:
-        _prepare(row, results[row.row], runs, truth, plain, device)
-    del truth
-    times = timing.interleave(runs, timing.Clock(device, cold_cache=case.suite == "kernels"), effort, stop)
-    for name, seconds in times.items():
-        _write_times(results[name], seconds, case, ceilings)
-    _memory_and_energy(runs, results, device)
-    ours = next((r for r in results.values() if r["peer"] == OURS and r["status"] == "ok"), None)
-    floor = results.get(case.floor or "")
+    once: dict[str, float] = {}  # seconds of a call
+    seconds: dict[str, list[float]] = {}
+    interrupted = False
+    try:
+        truth, plain = _truth(case, chosen)
+        for row in chosen:
+            if stop():
+                break
+            _prepare(row, results[row.row], runs, truth, plain, device)
+            _warm_up(row, results[row.row], runs, once, clock, effort)
+        del truth
+        guarded = {name: _guarded(runs, results[name], name) for name in runs}
+        timing.interleave(guarded, clock, effort, stop, once=once, seconds=seconds)
+        _memory_and_energy(case, runs, results, device)
+    except KeyboardInterrupt:
+        interrupted = True
+    for name, times in seconds.items():
+        if name in runs and len(times) >= FEWEST:
+            _write_times(results[name], times, case, ceilings)
     for result in results.values():
-        if result["status"] == "ok" and ours is not None and result is not ours:
-            result["ratio_to_ours"] = timing.bootstrap_ratio(result["seconds"], ours["seconds"])
-        if result["status"] == "ok" and floor is not None and floor["status"] == "ok":
-            result["floor_s"] = floor["median_s"]
-            result["over_floor"] = result["median_s"] / floor["median_s"]
-    for row in chosen:
-        if row.close is not None:
-            row.close()
+        if result["status"] in ("ok", "skipped") and result["seconds"] is None and result["reason"] is None:
+            result |= {"status": "skipped", "reason": "interrupted" if interrupted else "the time was up"}
+    _compare_rows(results, case)
     runs.clear()
+    if case.close is not None:
+        case.close()
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    if interrupted:
+        raise Interrupted(list(results.values()))
     return list(results.values())
+
+
+FEWEST = 3  # times that a median is taken of
+
+
+def _truth(case: Case, chosen: Sequence[Row]) -> tuple[list[Tensor] | None, list[float] | None]:
+    """The outputs, and how much plain torch errs on each; None where nothing is compared."""
+    if case.random or not any(row.checked for row in chosen):
+        return None, None
+    truth = [t.detach() for t in _as_list(case.truth())]
+    return truth, [relative_rms(p, t) for p, t in zip(_as_list(case.plain()), truth, strict=True)]
 
 
 def _prepare(row: Row, result: dict, runs: dict[str, Run], truth, plain, device: torch.device) -> None:
@@ -166,8 +200,9 @@ def _prepare(row: Row, result: dict, runs: dict[str, Run], truth, plain, device:
             return
         if row.checked and truth is not None:
             errors = [relative_rms(o, t) for o, t in zip(outputs, truth, strict=True)]
-            worst = max(range(len(errors)), key=lambda n: errors[n] / (2 * plain[n] + TINY))
-            result |= {"error": errors[worst], "budget": 2 * plain[worst] + TINY}
+            budgets = [2 * p + TINY if row.tolerance is None else row.tolerance for p in plain]
+            worst = max(range(len(errors)), key=lambda n: errors[n] / budgets[n])
+            result |= {"error": errors[worst], "budget": budgets[worst]}
             if not errors[worst] <= result["budget"]:
                 reason = f"relative RMS error {errors[worst]:.1e}, budget {result['budget']:.1e}"
                 result |= {"status": "wrong", "reason": reason, "error": min(errors[worst], 1e300)}
@@ -179,6 +214,52 @@ def _prepare(row: Row, result: dict, runs: dict[str, Run], truth, plain, device:
     else:
         result["status"] = "ok"
         runs[row.row] = run
+
+
+def _warm_up(row: Row, result: dict, runs: dict[str, Run], once: dict[str, float], clock, effort) -> None:
+    """Learns what a call of a prepared row takes; one of another library that would outrun its share is skipped."""
+    if row.row not in runs:
+        return
+    seconds = timing.warm_up(_guarded(runs, result, row.row), clock, effort)
+    if row.row not in runs:
+        return
+    once[row.row] = seconds
+    theirs = row.peer not in (OURS, FLOOR)
+    if theirs and seconds <= effort.share < effort.least * seconds:  # once more: a first warm pass may be a slow one
+        seconds = once[row.row] = min(seconds, clock(_guarded(runs, result, row.row)))
+    if theirs and effort.least * seconds > effort.share and row.row in runs:
+        del runs[row.row]
+        reason = f"{seconds:.2g} s a pass, {effort.least} passes are over the row's share of {effort.share:.2g} s"
+        result |= {"status": "skipped", "reason": reason}
+
+
+def _guarded(runs: dict[str, Run], result: dict, name: str) -> Run:
+    """The run; once it raised, that is its row's status, and its turns are empty."""
+    run = runs[name]
+
+    def call() -> None:
+        if name not in runs:
+            return
+        try:
+            run()
+        except Exception as error:
+            del runs[name]
+            result.update(status="failed", reason=_line(error))
+
+    return call
+
+
+def _compare_rows(results: dict[str, dict], case: Case) -> None:
+    """Ratios to ours and to the floor."""
+    timed = {name: result for name, result in results.items() if result["seconds"] is not None}
+    ours = next((result for result in timed.values() if result["peer"] == OURS), None)
+    floor = timed.get(case.floor or "")
+    for result in timed.values():
+        if ours is not None and result is not ours:
+            result["ratio_to_ours"] = timing.bootstrap_ratio(result["seconds"], ours["seconds"])
+        if floor is not None:
+            result["floor_s"] = floor["median_s"]
+            result["over_floor"] = result["median_s"] / floor["median_s"]
 
 
 def _write_times(result: dict, seconds: list[float], case: Case, ceilings: dict[str, Any]) -> None:
@@ -200,18 +281,23 @@ def _write_times(result: dict, seconds: list[float], case: Case, ceilings: dict[
         result["share_of_ceiling"] = shares[result["bound_by"]]
 
 
-def _memory_and_energy(runs: dict[str, Run], results: dict[str, dict], device: torch.device) -> None:
-    """On a GPU: the most memory a call allocates on top of its inputs, and the energy a call takes."""
+def _memory_and_energy(case: Case, runs: dict[str, Run], results: dict[str, dict], device: torch.device) -> None:
+    """On a GPU: the most memory a call allocates on top of its inputs, and the energy a call of a model takes."""
     if device.type != "cuda":
         return
-    for name, run in runs.items():
+    for name, run in list(runs.items()):
+        run = _guarded(runs, results[name], name)
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
+        started = time.perf_counter()
         run()
         torch.cuda.synchronize(device)
+        took = time.perf_counter() - started
         results[name]["peak_memory_bytes"] = torch.cuda.max_memory_allocated(device) - before
-        calls = max(1, min(2000, round(0.2 / results[name]["median_s"])))
+        if case.suite == "kernels":  # too short for the counter, which is updated every few milliseconds
+            continue
+        calls = max(1, min(200, round(0.2 / max(took, 1e-4))))
         with timing.energy(device) as reading:
             for _ in range(calls):
                 run()

@@ -78,11 +78,14 @@ def _driver() -> str | None:
         return None
 
 
-def _cpu_info(key: str) -> str:
-    try:
-        found = re.search(rf"^{key}\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
+def _cpu_info(key: str, text: str | None = None) -> str:
+    """A value of /proc/cpuinfo, or of `text` in its place; "" where there is none."""
+    if text is None:
+        try:
+            text = Path("/proc/cpuinfo").read_text()
+        except OSError:
+            text = ""
+    found = re.search(rf"^{key}[ \t]*:[ \t]*(.*)$", text, re.MULTILINE)
     return found[1].strip() if found else ""
 
 
@@ -90,14 +93,29 @@ def _cpu_name() -> str:
     return _cpu_info("model name") or platform.processor() or platform.machine()
 
 
-def _slug(name: str, device: torch.device) -> str:
+def _slug(name: str, device: torch.device, cpuinfo: str | None = None) -> str:
     """A folder's name for this device."""
     plain = name.lower()
     if device.type == "cuda":
-        return next((slug for word, slug in SLUGS if word in plain), re.sub(r"[^a-z0-9]+", "-", plain).strip("-"))
-    if "amd epyc" in plain and torch.cpu._is_avx512_bf16_supported():
-        return "cpu-epyc-zen4"  # family 25 with AVX512-BF16; Zen 5 would be family 26
-    return "cpu-" + re.sub(r"[^a-z0-9]+", "-", plain.replace("(r)", "").replace("(tm)", "")).strip("-")
+        return next((slug for word, slug in SLUGS if word in plain), _words(plain))
+    maker = _cpu_info("vendor_id", cpuinfo)
+    if maker == "AuthenticAMD" and "epyc" in plain:
+        family, model = (_cpu_info(key, cpuinfo) for key in ("cpu family", "model"))
+        if family.isdigit() and model.isdigit() and (zen := _zen(int(family), int(model))):
+            return f"cpu-epyc-{zen}"
+    short = {"AuthenticAMD": "amd", "GenuineIntel": "intel"}.get(maker, "")
+    return "cpu-" + _words(plain if short in plain else f"{short} {plain}")
+
+
+def _zen(family: int, model: int) -> str | None:
+    """AMD's generation: virtual machines often hide the model's name, these numbers they pass on."""
+    if family == 25:  # Zen 3 and Zen 4 share it
+        return "zen4" if 0x10 <= model <= 0x1F or 0x60 <= model <= 0xAF else "zen3"
+    return {23: "zen2" if model >= 0x30 else "zen1", 26: "zen5"}.get(family)
+
+
+def _words(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", text)).strip("-")
 
 
 # ---- ceilings --------------------------------------------------------------------------------------------

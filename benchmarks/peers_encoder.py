@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,85 +18,17 @@ import torch.nn.functional as tf
 from torch import Tensor
 
 from fastbert import functional as F
-from fastbert.config import BertConfig
-from fastbert.embed import TOKENS_PER_BATCH, _batches
+from fastbert.embed import TOKENS_PER_BATCH, _batches, _run_batches
 from fastbert.models.bert import BertModel
 from fastbert.packing import PackedBatch
-from fastbert.testing import ModelShape, Workload
+from fastbert.testing import ModelShape
 
-from .case import Missing, Row, Run, need
+from . import peers_packed
+from .case import OURS, Missing, Row, Run, need
+from .jobs import Job, groups, mean, padded_run, weights
+from .peers_packed import their_model
 from .plain_bert import PlainBert
 from .workloads import padded, token_ids
-
-Padded = Callable[[Tensor, Tensor], Tensor]  # input_ids, attention_mask [B, S] -> hidden states [B, S, C]
-
-
-@functools.lru_cache(maxsize=1)
-def weights(shape: ModelShape, positions: int) -> tuple[BertConfig, dict[str, Tensor]]:
-    """A BERT of this shape with random weights, the same in every process."""
-    config = BertConfig(
-        vocab_size=shape.vocab, hidden_size=shape.hidden, num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads, intermediate_size=shape.intermediate, max_position_embeddings=positions,
-    )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return config, BertModel(config, add_pooling_layer=False).state_dict()
-
-
-@dataclass(frozen=True)
-class Job:
-    """What every encoder is given."""
-
-    workload: Workload
-    dtype: torch.dtype
-    device: torch.device
-
-    @property
-    def model(self) -> tuple[BertConfig, dict[str, Tensor]]:
-        return weights(self.workload.model, max(512, *self.workload.lengths))
-
-    @functools.cached_property
-    def rows(self) -> list[list[int]]:
-        return token_ids(self.workload.lengths, self.workload.model.vocab)
-
-    def plain(self, dtype: torch.dtype) -> PlainBert:
-        config, state = self.model
-        bert = PlainBert(state, config.num_hidden_layers, config.num_attention_heads, config.layer_norm_eps)
-        return bert.to(self.device, dtype).eval()
-
-    def truth(self, dtype: torch.dtype) -> list[Tensor]:
-        return [padded_run(self.plain(dtype), self, 8, by_length=True)()]
-
-
-def _groups(job: Job, size: int, by_length: bool) -> Iterator[list[int]]:
-    order = list(range(len(job.rows)))
-    if by_length:
-        order.sort(key=lambda n: len(job.rows[n]), reverse=True)
-    for start in range(0, len(order), size):
-        yield order[start : start + size]
-
-
-def _mean(hidden: Tensor, mask: Tensor) -> Tensor:
-    real = mask[..., None].to(hidden.dtype if hidden.dtype == torch.float64 else torch.float32)
-    return (hidden.to(real.dtype) * real).sum(1) / real.sum(1)
-
-
-def padded_run(model: Padded, job: Job, size: int, by_length: bool) -> Run:
-    """Batches of `size`, each padded to its longest."""
-
-    @torch.inference_mode()
-    def run() -> Tensor:
-        vectors = None
-        for group in _groups(job, size, by_length):
-            ids, mask = padded([job.rows[n] for n in group], job.device)
-            pooled = _mean(model(ids, mask), mask)
-            if vectors is None:
-                vectors = pooled.new_empty(len(job.rows), pooled.shape[1])
-            vectors[group] = pooled
-        return vectors
-
-    return run
-
 
 # ---- ours, and the floor ---------------------------------------------------------------------------------
 
@@ -105,21 +37,31 @@ def _budget(job: Job) -> int:
     return TOKENS_PER_BATCH["cuda" if job.device.type == "cuda" else "cpu"]
 
 
+def _model(job: Job) -> BertModel:
+    def make() -> BertModel:
+        config, state = job.model
+        model = BertModel(config, add_pooling_layer=False)
+        model.load_state_dict(state)
+        return model.to(job.device, job.dtype).eval()
+
+    return job.once("fastbert", make)
+
+
 def _fastbert(job: Job) -> Run:
-    config, state = job.model
-    model = BertModel(config, add_pooling_layer=False)
-    model.load_state_dict(state)
-    model.to(job.device, job.dtype).eval()
+    """As `fastbert.embed.Encoder` does it: sorted, packed to its number of tokens, several batches at once on a CPU."""
+    model = _model(job)
     lengths = [len(row) for row in job.rows]
 
-    @torch.inference_mode()
     def run() -> Tensor:
-        vectors = torch.empty(len(lengths), config.hidden_size, device=job.device)
-        for group in _batches(
-            sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True), lengths, _budget(job)
-        ):
+        vectors = torch.empty(len(lengths), model.config.hidden_size, device=job.device)
+
+        @torch.inference_mode()  # a thread's own switch
+        def encode(group: list[int]) -> None:
             batch = PackedBatch.from_lists([job.rows[n] for n in group], device=job.device)
             vectors[group] = F.pool(model(batch).last_hidden_state, batch.cu_seqlens).float()
+
+        order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+        _run_batches(encode, list(_batches(order, lengths, _budget(job))), job.device)
         return vectors
 
     return run
@@ -127,11 +69,7 @@ def _fastbert(job: Job) -> Run:
 
 def _graph(job: Job) -> Run:
     """One batch, packed beforehand; its launches captured once and replayed."""
-    config, state = job.model
-    model = BertModel(config, add_pooling_layer=False)
-    model.load_state_dict(state)
-    model.to(job.device, job.dtype).eval()
-    batch = PackedBatch.from_lists(job.rows, device=job.device)
+    model, batch = _model(job), PackedBatch.from_lists(job.rows, device=job.device)
 
     @torch.inference_mode()
     def forward() -> Tensor:
@@ -185,18 +123,9 @@ def _floor(job: Job) -> Run:
 
 def _transformers(attention: str, size: int, by_length: bool, mode: str | None = None):
     def make(job: Job) -> Run:
-        need("transformers")
-        from transformers import BertConfig as TheirConfig
-        from transformers import BertModel as TheirModel
-
         if attention == "flex_attention" and job.device.type != "cuda":
             raise Missing("flex attention is compiled for GPUs")
-        config, state = job.model
-        theirs = TheirConfig(**{k: v for k, v in config.to_dict().items() if k not in ("model_type", "architectures")})
-        theirs._attn_implementation = attention
-        model = TheirModel(theirs, add_pooling_layer=False)
-        model.load_state_dict(state, strict=False)
-        model.to(job.device, job.dtype).eval()
+        model = their_model(job, attention)
         call = model if mode is None else torch.compile(model, dynamic=True, mode=None if mode == "default" else mode)
         return padded_run(
             lambda ids, mask: call(input_ids=ids, attention_mask=mask).last_hidden_state, job, size, by_length
@@ -205,43 +134,65 @@ def _transformers(attention: str, size: int, by_length: bool, mode: str | None =
     return make
 
 
-def _nested(job: Job) -> Run:
-    """torch.nn.TransformerEncoder, whose fast path drops the padding into a nested tensor."""
-    config, state = job.model
-    layer = torch.nn.TransformerEncoderLayer(
-        config.hidden_size, config.num_attention_heads, config.intermediate_size, 0.0, "gelu",
-        config.layer_norm_eps, batch_first=True,
-    )  # fmt: skip
-    stack = torch.nn.TransformerEncoder(layer, config.num_hidden_layers, enable_nested_tensor=True)
-    for n, theirs in enumerate(stack.layers):
-        at = f"encoder.layer.{n}."
-        pairs = {
-            "self_attn.out_proj": "attention.output.dense", "norm1": "attention.output.LayerNorm",
-            "linear1": "intermediate.dense", "linear2": "output.dense", "norm2": "output.LayerNorm",
-        }  # fmt: skip
-        loaded = {f"{t}.{kind}": state[f"{at}{o}.{kind}"] for t, o in pairs.items() for kind in ("weight", "bias")}
-        for kind in ("weight", "bias"):
-            qkv = [state[f"{at}attention.self.{part}.{kind}"] for part in ("query", "key", "value")]
-            loaded[f"self_attn.in_proj_{kind}"] = torch.cat(qkv)
-        theirs.load_state_dict(loaded)
-    stack.to(job.device, job.dtype).eval()
-    embed = PlainBert(state, 0, config.num_attention_heads, config.layer_norm_eps).to(job.device, job.dtype)
-
-    def call(ids: Tensor, mask: Tensor) -> Tensor:
-        out = stack(embed(ids, mask), src_key_padding_mask=mask == 0)
-        return tf.pad(out, (0, 0, 0, ids.shape[1] - out.shape[1])).nan_to_num()
-
-    return padded_run(call, job, 32, True)
+# ---- runtimes of ONNX and OpenVINO graphs ----------------------------------------------------------------
+# A graph is exported once a model and run, whatever the batches; a session or compiled model once a case.
 
 
-def _onnx_file(job: Job, folder: str) -> Path:
-    """The plain model in float32 as ONNX, with dynamic sizes."""
+@functools.cache
+def _folder() -> tempfile.TemporaryDirectory:
+    """Goes away with the process."""
+    return tempfile.TemporaryDirectory(prefix="fastbert-bench-")
+
+
+def _example(shape: ModelShape, positions: int) -> tuple[torch.nn.Module, tuple[Tensor, Tensor]]:
+    """The plain model in float32, and two sequences to trace it with."""
+    config, state = weights(shape, positions)
+    bert = PlainBert(state, config.num_hidden_layers, config.num_attention_heads, config.layer_norm_eps).eval()
+    return bert, padded(token_ids((7, 5), shape.vocab), torch.device("cpu"))
+
+
+def _export(job: Job, make: Callable[[ModelShape, int], Path]) -> Path:
+    return make(job.workload.model, job.model[0].max_position_embeddings)
+
+
+@functools.cache
+def _fused(shape: ModelShape, positions: int) -> Path:
+    """Exported with dynamic sizes, then fused for BERT by the optimiser that ONNX Runtime brings along."""
     need("onnx")
-    path = Path(folder) / "bert.onnx"
-    sizes = {0: "batch", 1: "length"}
-    names = ("input_ids", "attention_mask", "hidden")
-    example = padded(job.rows[:2], torch.device("cpu"))
-    bert = Job(job.workload, torch.float32, torch.device("cpu")).plain(torch.float32)
+    optimizer = need("onnxruntime", "onnxruntime.transformers.optimizer")
+    folder = Path(tempfile.mkdtemp(dir=_folder().name))
+    bert, example = _example(shape, positions)
+    path = _onnx_file(bert, example, folder / "plain.onnx")
+    optimizer.optimize_model(str(path), "bert", shape.heads, shape.hidden).save_model_to_file(
+        str(folder / "fused.onnx")
+    )
+    path.unlink()
+    return folder / "fused.onnx"
+
+
+@functools.cache
+def _quantised(shape: ModelShape, positions: int) -> Path:
+    """Weights in int8, activations to int8 as they come (`quantize_dynamic`)."""
+    fused = _fused(shape, positions)
+    need("onnxruntime", "onnxruntime.quantization").quantize_dynamic(
+        str(fused), str(fused.with_name("int8.onnx")),
+        extra_options={"DefaultTensorType": 1},  # 1: float, where it cannot infer
+    )  # fmt: skip
+    return fused.with_name("int8.onnx")
+
+
+@functools.cache
+def _openvino_file(shape: ModelShape, positions: int) -> Path:
+    ov = need("openvino")
+    bert, example = _example(shape, positions)
+    path = Path(tempfile.mkdtemp(dir=_folder().name)) / "model.xml"
+    ov.save_model(ov.convert_model(bert, example_input=example), path, compress_to_fp16=False)
+    return path
+
+
+def _onnx_file(bert: torch.nn.Module, example: tuple[Tensor, Tensor], path: Path) -> Path:
+    """The model as ONNX, with dynamic sizes."""
+    names, sizes = ("input_ids", "attention_mask", "hidden"), {0: "batch", 1: "length"}
     torch.onnx.export(
         bert, example, str(path), dynamo=False, input_names=names[:2], output_names=names[2:],
         dynamic_axes=dict.fromkeys(names, sizes), opset_version=17,
@@ -249,33 +200,27 @@ def _onnx_file(job: Job, folder: str) -> Path:
     return path
 
 
-def _onnxruntime(quantised: bool, size: int = 8):
+def _only_cpu(job: Job) -> None:
+    if job.device.type != "cpu":
+        raise Missing("measured on CPUs only")
+
+
+def _onnxruntime(file: Callable[[ModelShape, int], Path], size: int):
+    """All threads to one batch, which is ONNX Runtime's default; the spinning of its idle threads too."""
+
     def make(job: Job) -> Run:
         ort = need("onnxruntime")
-        if job.device.type != "cpu":
-            raise Missing("measured on CPUs only")
-        with tempfile.TemporaryDirectory() as folder:
-            path = _onnx_file(job, folder)
-            optimised = need("onnxruntime", "onnxruntime.transformers.optimizer").optimize_model(
-                str(path), "bert", job.workload.model.heads, job.workload.model.hidden
-            )
-            path = Path(folder) / "fused.onnx"
-            optimised.save_model_to_file(str(path))
-            if quantised:
-                target = Path(folder) / "int8.onnx"
-                need("onnxruntime", "onnxruntime.quantization").quantize_dynamic(
-                    str(path),
-                    str(target),
-                    extra_options={"DefaultTensorType": 1},  # 1: float, where it cannot infer
-                )
-                path = target
+        _only_cpu(job)
+
+        def session() -> Any:
             options = ort.SessionOptions()
             options.intra_op_num_threads = torch.get_num_threads()
-            session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            return ort.InferenceSession(str(_export(job, file)), options, providers=["CPUExecutionProvider"])
+
+        run = job.once(file, session).run
 
         def call(ids: Tensor, mask: Tensor) -> Tensor:
-            feed = {"input_ids": ids.numpy(), "attention_mask": mask.numpy()}
-            return torch.from_numpy(session.run(None, feed)[0])
+            return torch.from_numpy(run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})[0])
 
         return padded_run(call, job, size, True)
 
@@ -283,31 +228,40 @@ def _onnxruntime(quantised: bool, size: int = 8):
 
 
 def _openvino(size: int):
-    """Two requests in flight, as its guide to throughput asks for."""
+    """Many batches: its throughput hint, which splits the threads into streams, and as many requests as it asks for.
+
+    Few batches, which could not keep the streams busy to the end: its latency hint, all threads to one request.
+    """
 
     def make(job: Job) -> Run:
         ov = need("openvino")
-        if job.device.type != "cpu":
-            raise Missing("measured on CPUs only")
-        bert = Job(job.workload, torch.float32, torch.device("cpu")).plain(torch.float32)
-        converted = ov.convert_model(bert, example_input=padded(job.rows[:2], torch.device("cpu")))
-        hint = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}[job.dtype]
-        flight = min(2, max(1, torch.get_num_threads()))
-        settings = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-        settings |= {"NUM_STREAMS": flight} if len(job.rows) > size else {"PERFORMANCE_HINT": "LATENCY"}
-        compiled = ov.Core().compile_model(converted, "CPU", settings)
-        queue = ov.AsyncInferQueue(compiled, flight)
-        names = [port.get_any_name() for port in compiled.inputs]
+        _only_cpu(job)
+        precision = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}[job.dtype]
+        batches = -(-len(job.rows) // size)
+
+        def compiled(hint: str) -> Any:
+            settings = {
+                "PERFORMANCE_HINT": hint, "INFERENCE_PRECISION_HINT": precision,
+                "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            }  # fmt: skip
+            return job.once(hint, lambda: ov.Core().compile_model(_export(job, _openvino_file), "CPU", settings))
+
+        flight = 1
+        if batches > 1:
+            flight = compiled("THROUGHPUT").get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
+        model = compiled("THROUGHPUT" if flight > 1 and batches >= 3 * flight else "LATENCY")
+        queue = ov.AsyncInferQueue(model, flight if batches >= 3 * flight else 1)
+        names = [port.get_any_name() for port in model.inputs]
 
         def run() -> Tensor:
             vectors = torch.empty(len(job.rows), job.workload.model.hidden)
 
             def done(request: Any, given: tuple[list[int], Tensor]) -> None:
                 group, mask = given
-                vectors[group] = _mean(torch.from_numpy(request.get_output_tensor(0).data.copy()), mask)
+                vectors[group] = mean(torch.from_numpy(request.get_output_tensor(0).data), mask)
 
             queue.set_callback(done)
-            for group in _groups(job, size, True):
+            for group in groups(job, size, True):
                 ids, mask = padded([job.rows[n] for n in group], job.device)
                 queue.start_async(dict(zip(names, (ids.numpy(), mask.numpy()), strict=True)), (group, mask))
             queue.wait_all()
@@ -316,6 +270,9 @@ def _openvino(size: int):
         return run
 
     return make
+
+
+# ---- the table -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -330,43 +287,87 @@ class EncoderPeer:
     dtypes: Sequence[torch.dtype] | None = None  # computes in these only; None: in the case's
     single: bool = True  # makes sense for one query too
     many: bool = True  # makes sense for many texts
+    natural: bool = False  # long to get ready: for the workloads of that name only
+    tolerance: float | None = None
 
 
-GPU_ONLY = ("cuda",)
+CPU_ONLY, GPU_ONLY = ("cpu",), ("cuda",)
 FLOOR = "matrix products alone"
+INT8 = 0.1  # relative RMS error that eight bits are allowed: no budget of a floating-point dtype could be kept
+
+
+def _sizes(label: str, peer: str, make: Callable[[int], Callable[[Job], Run]], sizes: Sequence[int], **more: Any):
+    """A row for each size of sorted batches; the first, thought the best, also for --quick and for one query."""
+    first = sizes[0]
+    return [
+        EncoderPeer(f"{label}, sorted, batches of {n}", peer, make(n), **{"slow": n != first, **more},
+                    single=n == first)
+        for n in sizes
+    ]  # fmt: skip
+
+
+def _sdpa(n: int) -> Callable[[Job], Run]:
+    return _transformers("sdpa", n, True)
+
+
 PEERS = (
-    EncoderPeer("fastbert", "fastbert", _fastbert),
-    EncoderPeer("fastbert, CUDA graph", "fastbert", _graph, GPU_ONLY, many=False),
+    EncoderPeer("fastbert", OURS, _fastbert),
+    EncoderPeer("fastbert, CUDA graph", OURS, _graph, GPU_ONLY, many=False),
     EncoderPeer(FLOOR, "floor", _floor, checked=False, package="torch"),
-    EncoderPeer("transformers sdpa, sorted, batches of 8", "transformers", _transformers("sdpa", 8, True)),
-    EncoderPeer("transformers sdpa, sorted, batches of 32", "transformers", _transformers("sdpa", 32, True),
-                single=False),
+    # On a CPU small batches win: little padding, and the activations stay in its cache. Which is best depends on the
+    # lengths, so several sizes are measured. 32 is what sentence-transformers takes unless told otherwise.
+    *_sizes("transformers sdpa", "transformers", _sdpa, (2, 4, 8), devices=CPU_ONLY),
+    *_sizes("openvino", "openvino", _openvino, (2, 4, 1, 8), devices=CPU_ONLY),
+    *_sizes("onnxruntime fp32", "onnxruntime", lambda n: _onnxruntime(_fused, n), (2, 4), devices=CPU_ONLY,
+            dtypes=(torch.float32,)),
+    *_sizes(f"onnxruntime int8 (tolerance {INT8:.0%})", "onnxruntime", lambda n: _onnxruntime(_quantised, n), (2, 4),
+            devices=CPU_ONLY, tolerance=INT8, slow=True),
+    *_sizes("transformers sdpa", "transformers", _sdpa, (32, 128), devices=GPU_ONLY, slow=False),
+    EncoderPeer("sentence-transformers unpadded, sorted, batches of 32", "sentence-transformers",
+                peers_packed.sentence_transformers(32), GPU_ONLY, single=False),
+    EncoderPeer("sentence-transformers unpadded, sorted, batches of 128", "sentence-transformers",
+                peers_packed.sentence_transformers(128), GPU_ONLY),
+    EncoderPeer("flash-attn BERT, packed, sorted, batches of 128", "flash-attn", peers_packed.flash_attn_bert(128),
+                GPU_ONLY),
+    EncoderPeer("nn.TransformerEncoder nested, sorted, batches of 32", "torch", peers_packed.nested(32), single=False),
+    EncoderPeer("transformers flex, sorted, batches of 32", "transformers", _transformers("flex_attention", 32, True),
+                GPU_ONLY),
+    EncoderPeer("transformers sdpa, sorted, batches of 32", "transformers", _sdpa(32), CPU_ONLY, single=False,
+                slow=True),
     EncoderPeer("transformers sdpa, arrival order, batches of 32", "transformers", _transformers("sdpa", 32, False),
                 single=False),
-    EncoderPeer("transformers eager, sorted, batches of 32", "transformers", _transformers("eager", 32, True),
+    EncoderPeer("transformers eager, sorted, batches of 4", "transformers", _transformers("eager", 4, True), CPU_ONLY,
                 slow=True),
-    EncoderPeer("transformers flex, sorted, batches of 32", "transformers", _transformers("flex_attention", 32, True),
-                devices=GPU_ONLY),
-    EncoderPeer("torch.compile, transformers sdpa, sorted, batches of 8", "torch.compile",
-                _transformers("sdpa", 8, True, "default"), package="torch", slow=True),
+    EncoderPeer("transformers eager, sorted, batches of 32", "transformers", _transformers("eager", 32, True), GPU_ONLY,
+                slow=True),
+    EncoderPeer("transformers eager, arrival order, batches of 32", "transformers", _transformers("eager", 32, False),
+                slow=True, single=False, natural=True),
+    EncoderPeer("torch.compile, transformers sdpa, sorted, batches of 4", "torch.compile",
+                _transformers("sdpa", 4, True, "default"), CPU_ONLY, package="torch", slow=True, natural=True),
+    EncoderPeer("torch.compile, transformers sdpa, sorted, batches of 32", "torch.compile",
+                _transformers("sdpa", 32, True, "default"), GPU_ONLY, package="torch", slow=True, natural=True),
     EncoderPeer("torch.compile max-autotune, transformers sdpa, sorted, batches of 32", "torch.compile",
-                _transformers("sdpa", 32, True, "max-autotune-no-cudagraphs"), GPU_ONLY, package="torch", slow=True),
-    EncoderPeer("nn.TransformerEncoder nested, sorted, batches of 32", "torch", _nested, single=False),
-    EncoderPeer("onnxruntime fp32, sorted, batches of 8", "onnxruntime", _onnxruntime(False), ("cpu",),
-                dtypes=(torch.float32,)),
-    EncoderPeer("onnxruntime int8, sorted, batches of 8", "onnxruntime", _onnxruntime(True), ("cpu",), slow=True),
-    EncoderPeer("openvino, sorted, batches of 4", "openvino", _openvino(4), ("cpu",)),
-    EncoderPeer("openvino, sorted, batches of 8", "openvino", _openvino(8), ("cpu",), slow=True, single=False),
-    EncoderPeer("openvino, sorted, batches of 32", "openvino", _openvino(32), ("cpu",), slow=True, single=False),
+                _transformers("sdpa", 32, True, "max-autotune-no-cudagraphs"), GPU_ONLY, package="torch", slow=True,
+                natural=True),
 )  # fmt: skip
 
 
-def rows(job: Job, single: bool = False) -> list[Row]:
-    """The rows of a case; `single` leaves out those that only differ in how they batch."""
+def rows(job: Job, name: str, every: bool) -> list[Row]:
+    """The rows of a case of this workload, the slow ones too where `every` says so.
+
+    One query leaves out those that only differ in how they batch.
+    """
+    single = len(job.rows) == 1
     return [
-        Row(p.row, p.peer, functools.partial(p.make, job), package=p.package, checked=p.checked, slow=p.slow)
+        Row(
+            p.row.split(", sorted")[0] if single else p.row, p.peer, functools.partial(p.make, job),
+            package=p.package, checked=p.checked, slow=p.slow, tolerance=p.tolerance,
+            settings={} if p.tolerance is None else {"tolerance": p.tolerance},
+        )
         for p in PEERS
         if job.device.type in p.devices
         and (p.single if single else p.many)
         and (p.dtypes is None or job.dtype in p.dtypes)
-    ]
+        and (every or not p.slow)
+        and (not p.natural or name.endswith("_natural"))
+    ]  # fmt: skip

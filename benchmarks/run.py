@@ -7,13 +7,17 @@ whole after every case, and says in "complete" whether all of them are in it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
 import shlex
+import signal
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -31,11 +35,13 @@ SUITES = {
 EPILOG = """\
 Every row's output is compared with the truth before its time is shown: one that errs more than twice as much as plain
 torch in the same dtype is "wrong", and has no time. A library that is not installed is "missing", one that raises
-"failed", with the reason. Rows run in turns (A B A B); times are medians, tokens are real tokens.
+"failed", with the reason; one too slow for its share of the time is "skipped", with what a pass takes. Rows run in
+turns (A B A B); times are medians, tokens are real tokens. Ctrl-C and SIGTERM keep what was done.
 
 examples:
   fastbert bench --quick                                 all suites, small; about a minute on two cores
   fastbert bench --suite kernels --peers none            only ours, as a share of the ceiling
+  fastbert bench --peers auto,-torch.compile             all but one, which takes long to get ready
   fastbert bench --suite encoder,latency --peers transformers,openvino --out mine.json
   fastbert bench --budget-minutes 8 --out day.json       what matters most first; what was done when time runs out
   fastbert bench --quick --compare before.json           exit code 1 where something became slower beyond the noise
@@ -57,8 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of every row (default auto: bfloat16 where the hardware multiplies it)",
     )  # fmt: skip
     parser.add_argument(
-        "--peers", default="auto", metavar="auto|none|NAME,...", help="whom to measure beside us (default auto: all)"
-    )
+        "--peers", type=_peers, default=_peers("auto"), metavar="auto|none|NAME,...",
+        help="whom to measure beside us (default auto: all; -NAME leaves one out)",
+    )  # fmt: skip
     parser.add_argument("--workload", metavar="NAME", help="only this workload, such as base_natural")
     parser.add_argument("--operator", metavar="NAME", help="only this operator, such as attention")
     parser.add_argument(
@@ -73,6 +80,26 @@ def _suites(text: str) -> list[str]:
     if unknown := [name for name in names if name not in (*SUITES, "all")]:
         raise argparse.ArgumentTypeError(f"unknown suite {', '.join(unknown)}; there are {', '.join((*SUITES, 'all'))}")
     return list(SUITES) if "all" in names else names
+
+
+@dataclass(frozen=True)
+class Peers:
+    """Which other libraries are measured: `only` these (None: all), `without` those. Floors are always."""
+
+    only: frozenset[str] | None = None
+    without: frozenset[str] = frozenset()
+
+    def __call__(self, peer: str) -> bool:
+        if peer in ("fastbert", "floor"):  # without a floor a share of the limit could not be given
+            return True
+        return (self.only is None or peer in self.only) and peer not in self.without
+
+
+def _peers(text: str) -> Peers:
+    names = [name for name in text.split(",") if name]
+    without = frozenset(name[1:] for name in names if name.startswith("-"))
+    named = frozenset(name for name in names if not name.startswith("-"))
+    return Peers(None if "auto" in named or not named else named - {"none"}, without)
 
 
 class Results:
@@ -123,11 +150,12 @@ def run(args: argparse.Namespace) -> int:
     )  # fmt: skip
     ceilings = results.data["ceilings"]
     say(_ceilings_line(ceilings))
-    try:
-        done = _measure_all(args, device, dtype, results, say, deadline)
-    except KeyboardInterrupt:
-        done = False
-        say("interrupted: what was done is kept")
+    with _sigterm_as_interrupt():
+        try:
+            done = _measure_all(args, device, dtype, results, say, deadline)
+        except KeyboardInterrupt:
+            done = False
+            say("interrupted: what was done is kept")
     results.data["complete"] = done
     results.write()
     say(
@@ -139,10 +167,23 @@ def run(args: argparse.Namespace) -> int:
     return 1 if bad or slower else 0
 
 
+@contextlib.contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """SIGTERM, as `timeout` sends it, ends the run as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _measure_all(args, device, dtype, results: Results, say: _Progress, deadline: float | None) -> bool:
     """True if every case was measured."""
     from . import timing
-    from .case import OURS, measure
+    from .case import Interrupted
 
     modules = [import_module(SUITES[name]) for name in args.suite]
     cases = [case for module in modules for case in module.cases(device, dtype, args.quick)]
@@ -150,20 +191,22 @@ def _measure_all(args, device, dtype, results: Results, say: _Progress, deadline
     if not cases and (args.workload or args.operator):
         raise ValueError("no case of these suites has this workload and operator")
     cases.sort(key=lambda case: case.priority)
-    wanted = None if args.peers == "auto" else set() if args.peers == "none" else set(args.peers.split(","))
     effort = timing.QUICK if args.quick else timing.GPU if device.type == "cuda" else timing.FULL
+    effort = effort.within(60 * args.budget_minutes if args.budget_minutes else None)
     late = (lambda: False) if deadline is None else (lambda: time.monotonic() > deadline)
-    # floors are rows of ours too: without them a share of the limit could not be given
-    peers = lambda row: wanted is None or row.peer in (OURS, "floor") or row.peer in wanted  # noqa: E731
     for n, case in enumerate(cases):
         if late():
             say(f"out of time: {len(cases) - n} of {len(cases)} cases not measured")
             return False
         say(f"[{n + 1}/{len(cases)}] {case.name}")
         try:
-            rows = measure(
-                case, device, effort, ceilings=results.data["ceilings"], peers=peers, quick=args.quick, stop=late
-            )
+            rows = case.measured(
+                device, effort, results.data["ceilings"], peers=lambda row: args.peers(row.peer), quick=args.quick,
+                stop=late,
+            )  # fmt: skip
+        except Interrupted as interrupted:
+            results.add(interrupted.rows)
+            raise
         except Exception as error:  # a case that breaks (memory, say) must not cost the others
             say(f"  failed: {type(error).__name__}: {error}")
             continue
@@ -172,7 +215,7 @@ def _measure_all(args, device, dtype, results: Results, say: _Progress, deadline
     for module in modules:
         if not hasattr(module, "curves") or args.workload or args.operator:
             continue
-        for curve in module.curves(device, dtype, args.quick, late, wanted):
+        for curve in module.curves(device, dtype, args.quick, late, args.peers.only):
             results.add(curves=[curve])
             slope = "none" if curve["slope"] is None else f"{curve['slope']:.2f}"
             say(f"  {curve['name']}: {curve['row']}, slope {slope}")

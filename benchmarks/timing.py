@@ -10,7 +10,7 @@ import contextlib
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -21,17 +21,28 @@ FLUSH_BYTES = 256 * 2**20  # more than twice the L2 cache of any GPU that is sol
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure one case."""
+    """How long to measure each row of a case."""
 
-    warm_ups: int = 2
-    least: int = 5  # rounds
+    warm_ups: int = 1  # beside the first call, whose output is checked
+    least: int = 3  # rounds
     most: int = 30
-    seconds: float = 4.0  # of all rows of the case together; past it only `least` is completed
+    seconds: float = 2.5  # that a row's rounds take; a slow row has fewer of them, `least` at least
+    share: float = 10.0  # a row of another library whose `least` rounds would take longer is skipped
+
+    def within(self, budget: float | None) -> Effort:
+        """The same for a run of `budget` seconds: no row may take more than a fiftieth of it."""
+        if budget is None:
+            return self
+        return replace(self, seconds=min(self.seconds, budget / 200), share=min(self.share, budget / 50))
+
+    def turns(self, once: float) -> int:
+        """Rounds of a row whose sample takes `once` seconds."""
+        return max(self.least, min(self.most, int(self.seconds / max(once, 1e-7))))
 
 
-QUICK = Effort(warm_ups=1, least=3, most=9, seconds=0.8)
+QUICK = Effort(most=9, seconds=0.5, share=5.0)
 FULL = Effort()
-GPU = Effort(warm_ups=5, least=10, most=60, seconds=1.0)
+GPU = Effort(warm_ups=3, least=10, most=60, seconds=0.15, share=1.5)
 
 
 def synchronise(device: torch.device) -> None:
@@ -66,22 +77,38 @@ class Clock:
         return before.elapsed_time(after) / 1e3
 
 
+def warm_up(run: Callable[[], object], clock: Clock, effort: Effort) -> float:
+    """Seconds of the last of the warm-ups."""
+    return [clock(run) for _ in range(max(effort.warm_ups, 1))][-1]
+
+
 def interleave(
-    runs: dict[str, Callable[[], object]], clock: Clock, effort: Effort, stop: Callable[[], bool] = lambda: False
-) -> dict[str, list[float]]:
-    """All times of each run, one a round, in the order of the rounds."""
-    calls = {}
-    for name, run in runs.items():
-        for _ in range(max(effort.warm_ups, 1)):
-            once = clock(run)
-        calls[name] = 1 if clock.device.type == "cuda" else max(1, min(1000, round(SHORT / max(once, 1e-7))))
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    started = time.perf_counter()
-    for n in range(effort.most):
-        if n >= effort.least and (time.perf_counter() - started > effort.seconds or stop()):
+    runs: dict[str, Callable[[], object]], clock: Clock, effort: Effort, stop: Callable[[], bool] = lambda: False, *,
+    once: dict[str, float] | None = None, seconds: dict[str, list[float]] | None = None,
+) -> dict[str, list[float]]:  # fmt: skip
+    """All times of each run, in the order of the rounds. A slow run sits out some rounds, evenly.
+    After `stop` says so, only `least` rounds are completed.
+
+    `once` holds what a call of each takes, where that is known; else all are warmed up. `seconds` is filled as it goes,
+    for a caller that has to know them when a run raises.
+    """
+    once = once or {name: warm_up(run, clock, effort) for name, run in runs.items()}
+    calls, turns = {}, {}
+    for name in runs:
+        repeat = max(1, min(1000, round(SHORT / max(once[name], 1e-7))))
+        calls[name] = 1 if clock.device.type == "cuda" else repeat
+        turns[name] = effort.turns(once[name] * calls[name])
+    seconds = {} if seconds is None else seconds
+    seconds |= {name: [] for name in runs}
+    rounds = max(turns.values(), default=0)
+    for n in range(rounds):
+        late = stop()
+        if late and all(len(times) >= effort.least for times in seconds.values()):
             break
         for name, run in runs.items():
-            seconds[name].append(clock(run, calls[name]))
+            its_turn = (n + 1) * turns[name] // rounds > n * turns[name] // rounds
+            if len(seconds[name]) < effort.least if late else its_turn:
+                seconds[name].append(clock(run, calls[name]))
     return seconds
 
 

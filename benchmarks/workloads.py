@@ -16,9 +16,9 @@ from fastbert.testing import WORKLOADS, Workload
 LIMITS = {
     ("cpu", "kernels"): (1024, 4096),
     ("cpu", "loss"): (160, 1024),
-    ("cpu", "minilm"): (1500, 12000),
-    ("cpu", "base"): (500, 4000),
-    ("cpu", "large"): (600, 1500),
+    ("cpu", "minilm"): (1500, 4096),
+    ("cpu", "base"): (500, 1000),
+    ("cpu", "large"): (400, 400),
 }
 
 

@@ -1,0 +1,101 @@
+"""What every encoder is given: weights of a shape, and lists of ids; and how padded batches are run."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastbert.config import BertConfig
+from fastbert.models.bert import BertModel
+from fastbert.testing import ModelShape, Workload
+
+from .case import Run
+from .plain_bert import PlainBert
+from .workloads import padded, token_ids
+
+Padded = Callable[[Tensor, Tensor], Tensor]  # input_ids, attention_mask [B, S] -> hidden states [B, S, C]
+
+
+@functools.lru_cache(maxsize=3)
+def weights(shape: ModelShape, positions: int) -> tuple[BertConfig, dict[str, Tensor]]:
+    """A BERT of this shape with random weights, the same in every process."""
+    config = BertConfig(
+        vocab_size=shape.vocab, hidden_size=shape.hidden, num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads, intermediate_size=shape.intermediate, max_position_embeddings=positions,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return config, BertModel(config, add_pooling_layer=False).state_dict()
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every encoder is given."""
+
+    workload: Workload
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def model(self) -> tuple[BertConfig, dict[str, Tensor]]:
+        return weights(self.workload.model, max(512, *self.workload.lengths))
+
+    @functools.cached_property
+    def rows(self) -> list[list[int]]:
+        return token_ids(self.workload.lengths, self.workload.model.vocab)
+
+    @functools.cached_property
+    def shared(self) -> dict[Any, Any]:
+        """What rows of the case have in common, such as a compiled model; `close` empties it."""
+        return {}
+
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        if key not in self.shared:
+            self.shared[key] = make()
+        return self.shared[key]
+
+    def close(self) -> None:
+        self.shared.clear()
+
+    def plain(self, dtype: torch.dtype) -> PlainBert:
+        config, state = self.model
+        bert = PlainBert(state, config.num_hidden_layers, config.num_attention_heads, config.layer_norm_eps)
+        return bert.to(self.device, dtype).eval()
+
+    def truth(self, dtype: torch.dtype) -> list[Tensor]:
+        return [padded_run(self.plain(dtype), self, 8, by_length=True)()]
+
+
+def groups(job: Job, size: int, by_length: bool) -> Iterator[list[int]]:
+    order = list(range(len(job.rows)))
+    if by_length:
+        order.sort(key=lambda n: len(job.rows[n]), reverse=True)
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
+
+
+def mean(hidden: Tensor, mask: Tensor) -> Tensor:
+    real = mask[..., None].to(hidden.dtype if hidden.dtype == torch.float64 else torch.float32)
+    return (hidden.to(real.dtype) * real).sum(1) / real.sum(1)
+
+
+def padded_run(model: Padded, job: Job, size: int, by_length: bool) -> Run:
+    """Batches of `size`, each padded to its longest."""
+
+    @torch.inference_mode()
+    def run() -> Tensor:
+        vectors = None
+        for group in groups(job, size, by_length):
+            ids, mask = padded([job.rows[n] for n in group], job.device)
+            pooled = mean(model(ids, mask), mask)
+            if vectors is None:
+                vectors = pooled.new_empty(len(job.rows), pooled.shape[1])
+            vectors[group] = pooled
+        return vectors
+
+    return run

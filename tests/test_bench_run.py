@@ -1,0 +1,284 @@
+"""A benchmark run as a whole: it keeps to its time, survives its peers, loses nothing, and names the machine."""
+
+import json
+import os
+import re
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import machine, peers_encoder, peers_packed, run, suite_encoder, suite_kernels, timing
+from benchmarks.case import Case, Interrupted, Missing, Row, measure
+from benchmarks.jobs import Job
+from fastbert.testing import MODELS, Workload, relative_rms
+
+CPU = torch.device("cpu")
+CEILINGS = {"gemm_tflops": {"float32": 0.1}, "copy_gbs": 10.0}
+EFFORT = timing.Effort(warm_ups=1, least=3, most=6, seconds=0.05, share=0.1)
+TINY = Workload(MODELS["tiny"], (5, 17, 1))
+ROOT = Path(__file__).parents[1]
+
+
+def case_of(*rows: Row, name: str = "base_natural") -> Case:
+    """A case whose truth is 1000 ones."""
+    ones = torch.ones(1000)
+    return Case("kernels", name, rows, lambda: [ones.double()], lambda: [ones], tokens=10)
+
+
+def sleeper(seconds: float, calls: list | None = None, name: str = ""):
+    def run():
+        time.sleep(seconds)
+        if calls is not None:
+            calls.append(name)
+        return torch.ones(1000)
+
+    return lambda: run
+
+
+def measured(case: Case, **options) -> dict[str, dict]:
+    return {r["row"]: r for r in measure(case, CPU, EFFORT, CEILINGS, **options)}
+
+
+# ---- time ------------------------------------------------------------------------------------------------
+
+
+def test_row_over_its_share_is_skipped_by_name_and_ours_is_not():
+    """One such row once took 102 s of a run that was to last minutes."""
+    calls: list[str] = []
+    rows = measured(
+        case_of(Row("fastbert", "fastbert", sleeper(0.06)), Row("slow", "slow", sleeper(0.06, calls)),
+                Row("quick", "quick", sleeper(0.003)))
+    )  # fmt: skip
+    assert rows["slow"]["status"] == "skipped"
+    assert re.fullmatch(r"0\.\d+ s a pass, 3 passes are over the row's share of 0.1 s", rows["slow"]["reason"])
+    assert rows["slow"]["seconds"] is None
+    assert len(calls) <= 3  # checked, warmed up, once more to be sure
+    assert (rows["fastbert"]["status"], len(rows["fastbert"]["seconds"])) == ("ok", 3)
+    assert rows["quick"]["status"] == "ok"
+    assert 3 <= len(rows["quick"]["seconds"]) <= 6
+
+
+def test_slow_rows_take_fewer_turns_spread_over_all_rounds():
+    calls: list[str] = []
+    runs = {name: sleeper(0.0, calls, name)() for name in ("slow", "quick")}
+    effort = timing.Effort(least=2, most=6, seconds=0.06)
+    seconds = timing.interleave(runs, timing.Clock(CPU), effort, once={"slow": 0.03, "quick": 0.01})
+    assert [len(seconds[name]) for name in runs] == [2, 6]
+    assert calls == ["quick", "quick", "slow", "quick", "quick", "quick", "slow", "quick"]
+
+
+def test_no_row_takes_more_than_its_part_of_the_budget():
+    assert timing.FULL.within(None) == timing.FULL
+    assert timing.FULL.within(60).share == pytest.approx(1.2)
+    assert timing.FULL.within(1e6) == timing.FULL
+
+
+def test_time_that_runs_out_inside_a_case_names_the_rows_not_reached():
+    over = []
+    rows = measured(
+        case_of(Row("fastbert", "fastbert", sleeper(0.003)), Row("last", "last", sleeper(0.003, over)),
+                Row("late", "late", sleeper(0.003))),
+        stop=lambda: bool(over),
+    )  # fmt: skip
+    assert (rows["late"]["status"], rows["late"]["reason"]) == ("skipped", "the time was up")
+    # those that were ready are timed, as few times as make a median
+    assert [len(rows[name]["seconds"]) for name in ("fastbert", "last")] == [3, 3]
+
+
+# ---- trouble ---------------------------------------------------------------------------------------------
+
+
+def failing(after: int, error: BaseException, seconds: float = 0.003):
+    left = [after]
+
+    def run():
+        left[0] -= 1
+        if left[0] < 0:
+            raise error
+        time.sleep(seconds)
+        return torch.ones(1000)
+
+    return lambda: run
+
+
+@pytest.mark.parametrize("after", [1, 3], ids=["warming up", "being timed"])
+def test_peer_that_raises_later_costs_only_its_own_row(after):
+    rows = measured(
+        case_of(Row("fastbert", "fastbert", sleeper(0.003)),
+                Row("bad", "bad", failing(after, RuntimeError("out of memory"))))
+    )  # fmt: skip
+    assert (rows["bad"]["status"], rows["bad"]["reason"]) == ("failed", "RuntimeError: out of memory")
+    assert (rows["bad"]["seconds"], rows["bad"]["ratio_to_ours"]) == (None, None)
+    assert rows["fastbert"]["status"] == "ok"
+
+
+def test_interrupt_inside_a_case_keeps_what_was_timed():
+    """The first row has its three times when the second, in its third round, is interrupted."""
+    slow = case_of(
+        Row("fastbert", "fastbert", sleeper(0.02)), Row("rude", "rude", failing(4, KeyboardInterrupt(), 0.02))
+    )  # fmt: skip
+    with pytest.raises(Interrupted) as caught:
+        measure(slow, CPU, EFFORT, CEILINGS)
+    rows = {r["row"]: r for r in caught.value.rows}
+    assert (rows["fastbert"]["status"], len(rows["fastbert"]["seconds"])) == ("ok", 3)
+    assert (rows["rude"]["status"], rows["rude"]["reason"]) == ("skipped", "interrupted")
+
+
+@pytest.fixture
+def arguments(monkeypatch):
+    monkeypatch.setattr("benchmarks.machine.ceilings", lambda *_: CEILINGS)
+    monkeypatch.setattr(timing, "QUICK", EFFORT)
+    return ["--suite", "kernels", "--quick", "--dtype", "float32", "--device", "cpu"]
+
+
+def test_sigterm_writes_what_was_done(arguments, monkeypatch, tmp_path):
+    """`timeout` sends it."""
+    if threading.current_thread() is not threading.main_thread():
+        pytest.skip("signals reach the main thread only")
+
+    def killed():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+        return torch.ones(1000)
+
+    cases = [
+        case_of(Row("fastbert", "fastbert", sleeper(0.0)), name="first"),
+        case_of(Row("fastbert", "fastbert", lambda: killed), name="second"),
+    ]
+    monkeypatch.setattr(suite_kernels, "cases", lambda *_: cases)
+    before = signal.getsignal(signal.SIGTERM)
+    run.main([*arguments, "--out", str(tmp_path / "r.json")])
+    assert signal.getsignal(signal.SIGTERM) is before
+    results = json.loads((tmp_path / "r.json").read_text())
+    assert results["complete"] is False
+    assert [(r["workload"], r["status"]) for r in results["rows"]] == [("first", "ok"), ("second", "skipped")]
+
+
+@pytest.mark.parametrize(
+    ("text", "measured_ones"),
+    [("auto", "ab"), ("none", ""), ("a", "a"), ("auto,-a", "b"), ("-b", "a")],
+)
+def test_peers_are_chosen_by_name(text, measured_ones):
+    peers = run._peers(text)
+    assert "".join(name for name in "ab" if peers(name)) == measured_ones
+    assert peers("fastbert")
+    assert peers("floor")
+
+
+# ---- other libraries -------------------------------------------------------------------------------------
+
+
+def test_tolerance_replaces_the_budget_and_is_written_down():
+    """Eight bits cannot keep a floating-point budget; a row that has a tolerance says so, and is held to it."""
+    ones = torch.ones(1000)
+    off = lambda by: lambda: lambda: ones * (1 + by)  # noqa: E731
+    rows = measured(
+        case_of(Row("strict", "a", off(0.05)), Row("int8", "b", off(0.05), tolerance=0.1),
+                Row("broken int8", "c", off(0.2), tolerance=0.1))
+    )  # fmt: skip
+    assert [rows[name]["status"] for name in ("strict", "int8", "broken int8")] == ["wrong", "ok", "wrong"]
+    assert rows["int8"]["budget"] == 0.1
+    int8 = [row for row in peers_encoder.rows(Job(TINY, torch.float32, CPU), "base_natural", True) if "int8" in row.row]
+    assert int8
+    assert all(row.settings == {"tolerance": row.tolerance} and "tolerance 10%" in row.row for row in int8)
+
+
+@pytest.mark.parametrize(
+    ("package", "dtype", "count"),
+    [("onnxruntime", torch.float32, 4), ("openvino", torch.float32, 4), ("openvino", torch.bfloat16, 4)],
+    ids=["onnxruntime fp32 and int8", "openvino fp32", "openvino bf16"],
+)
+def test_runtimes_agree(package, dtype, count):
+    pytest.importorskip(package, reason="a peer that is not installed")
+    case = suite_encoder.build("encoder", "base_natural", TINY, 1, False, device=CPU, dtype=dtype)
+    rows = measured(case, peers=lambda row: row.peer == package)
+    assert len(rows) == count
+    assert {r["status"] for r in rows.values()} <= {"ok", "skipped"}, {n: r["reason"] for n, r in rows.items()}
+    assert all(r["error"] <= r["budget"] for r in rows.values())
+
+
+def test_sentence_transformers_flattened_batches():
+    """The path of its unpadding, on texts one at a time, where any attention may stand for flash-attention's."""
+    pytest.importorskip("sentence_transformers", reason="a peer that is not installed")
+    job = Job(TINY, torch.float32, CPU)
+    vectors = peers_packed.sentence_transformers(1, attention="sdpa")(job)()
+    [truth] = job.truth(torch.float64)
+    assert relative_rms(vectors, truth) < 1e-6
+
+
+def test_flash_attn_bert_gets_its_own_names(monkeypatch):
+    """Its remap_state_dict takes transformers' names under `bert.`; what comes back is loaded without that."""
+    seen = {}
+
+    class Model(torch.nn.Module):
+        def __init__(self, config, add_pooling_layer):
+            super().__init__()
+            seen["config"], seen["pooler"] = config, add_pooling_layer
+
+        def load_state_dict(self, state):
+            seen["state"] = state
+
+    class Module:
+        BertModel, layer_norm_fn, FusedDense = Model, object(), None
+
+        @staticmethod
+        def remap_state_dict(state, config):
+            return {name.replace("encoder.layer.", "encoder.layers."): value for name, value in state.items()}
+
+    monkeypatch.setattr(peers_packed, "need", lambda package, module=None: Module if module else _transformers())
+    monkeypatch.setattr(peers_packed, "_half", lambda *_: None)
+    peers_packed.flash_attn_bert(2)(Job(TINY, torch.float32, CPU))
+    assert seen["config"].use_flash_attn
+    assert seen["config"].fused_dropout_add_ln
+    assert not seen["config"].fused_bias_fc  # its extension is not built
+    assert not seen["pooler"]
+    assert "encoder.layers.0.attention.self.query.weight" in seen["state"]
+
+
+def _transformers():
+    return pytest.importorskip("transformers", reason="a peer that is not installed")
+
+
+def test_libraries_that_are_not_here_are_named():
+    job = Job(TINY, torch.float32, CPU)
+    with pytest.raises(Missing, match=r"flash-attn (is not installed|needs a CUDA device)"):
+        peers_packed.flash_attn_bert(2)(job)
+    with pytest.raises(Missing, match=r"(sentence-transformers|flash-attn) (is not installed|needs a CUDA device)"):
+        peers_packed.sentence_transformers(2)(job)
+
+
+# ---- the machine -----------------------------------------------------------------------------------------
+
+
+def cpuinfo(vendor: str, family: int, model: int, name: str) -> str:
+    one = f"vendor_id\t: {vendor}\ncpu family\t: {family}\nmodel\t\t: {model}\nmodel name\t: {name}\nstepping\t: 1\n"
+    return f"processor\t: 0\n{one}\nprocessor\t: 1\n{one}\n"
+
+
+@pytest.mark.parametrize(
+    ("vendor", "family", "model", "name", "slug"),
+    [
+        ("AuthenticAMD", 25, 0x11, "AMD EPYC", "cpu-epyc-zen4"),  # Genoa, its name hidden by a virtual machine
+        ("AuthenticAMD", 25, 0xA0, "AMD EPYC 9754 128-Core Processor", "cpu-epyc-zen4"),  # Bergamo
+        ("AuthenticAMD", 25, 0x01, "AMD EPYC 7763 64-Core Processor", "cpu-epyc-zen3"),  # Milan
+        ("AuthenticAMD", 23, 0x31, "AMD EPYC 7742 64-Core Processor", "cpu-epyc-zen2"),  # Rome
+        ("AuthenticAMD", 26, 0x02, "AMD EPYC 9755 128-Core Processor", "cpu-epyc-zen5"),  # Turin, AVX512-BF16 too
+        ("AuthenticAMD", 27, 0x00, "AMD EPYC Next", "cpu-amd-epyc-next"),  # none that is known
+        ("AuthenticAMD", 25, 0x61, "AMD Ryzen 9 7950X", "cpu-amd-ryzen-9-7950x"),
+        ("GenuineIntel", 6, 0x8F, "Intel(R) Xeon(R) Platinum 8480+", "cpu-intel-xeon-platinum-8480"),
+        ("GenuineIntel", 6, 0x8F, "Xeon Clone", "cpu-intel-xeon-clone"),
+        ("Somebody", 6, 1, "Fast CPU (TM) 3", "cpu-fast-cpu-3"),
+    ],
+)
+def test_processors_have_folders_of_their_own(vendor, family, model, name, slug):
+    assert machine._slug(name, CPU, cpuinfo(vendor, family, model, name)) == slug
+
+
+def test_gpus_have_folders_of_their_own():
+    cuda = torch.device("cuda")
+    assert machine._slug("NVIDIA H200", cuda) == "h200"
+    assert machine._slug("NVIDIA GeForce RTX 3060", cuda) == "nvidia-geforce-rtx-3060"
