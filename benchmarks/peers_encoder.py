@@ -68,26 +68,12 @@ def _fastbert(job: Job) -> Run:
 
 
 def _graph(job: Job) -> Run:
-    """One batch, packed beforehand; its launches captured once and replayed."""
-    model, batch = _model(job), PackedBatch.from_lists(job.rows, device=job.device)
+    """One batch, packed beforehand, through the model's own recordings."""
+    model, batch = _model(job).use_cuda_graphs(), PackedBatch.from_lists(job.rows, device=job.device)
 
     @torch.inference_mode()
-    def forward() -> Tensor:
-        return F.pool(model(batch).last_hidden_state, batch.cu_seqlens).float()
-
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # libraries and kernels must be ready before the capture
-        for _ in range(3):
-            forward()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        vectors = forward()
-
     def run() -> Tensor:
-        graph.replay()
-        return vectors
+        return F.pool(model(batch).last_hidden_state, batch.cu_seqlens).float()
 
     return run
 

@@ -190,6 +190,7 @@ class Encoder:
         device: str | torch.device = "auto",
         max_length: int | None = None,
         impl: F.Impl | None = None,
+        cuda_graphs: bool = False,
     ) -> Encoder:
         """Loads a BERT folder or hub id, sentence-transformers' kind (modules.json) or a plain one.
 
@@ -200,6 +201,8 @@ class Encoder:
             dtype: auto, float32, bfloat16 or float16; auto is bfloat16 where the hardware multiplies it.
             device: auto, cpu, cuda, ...
             impl: see `fastbert.functional`.
+            cuda_graphs: on a CUDA device, replay recorded launches for batches of up to 4,096 tokens: see
+                `BertModel.use_cuda_graphs`.
 
         Raises: CheckpointError and ValueError, with messages of one line.
         """
@@ -216,6 +219,8 @@ class Encoder:
             )
         pooling = sentence.pooling if pooling is None else pooling
         _keep_layers(model, layer, pooling)
+        if cuda_graphs:
+            model.use_cuda_graphs()
         if max_length is None and sentence.max_length is not None:
             max_length = min(sentence.max_length, model.config.max_position_embeddings)
         return cls(

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fastbert
-from fastbert.dropin.encoder import Forward
+from fastbert.dropin.forward import Forward
 from fastbert.testing import assert_within_budget, relative_rms
 
 transformers = pytest.importorskip("transformers", reason="what is accelerated")

@@ -225,6 +225,17 @@ def test_dropout_drops_and_repeats():
     assert not torch.equal(run(0), run(1))
 
 
+def test_dropout_of_an_encoder_that_evaluates():
+    ours = fastbert.accelerate(encoder(dropout=0.3).eval(), impl="native")
+    x = torch.randn(3, WIDTH, 32)
+    for module in (ours, ours.layers[1]):
+        before = module(x)
+        ours.layers[1].dropout1.train()
+        assert not torch.equal(module(x), before)
+        ours.eval()
+        assert torch.equal(module(x), before)
+
+
 def test_explain():
     ours = fastbert.accelerate(nn.Sequential(nn.Linear(4, 32), encoder()), impl="native")
     report = fastbert.explain(ours)

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import fastbert
-from fastbert.dropin.encoder import Forward, LayerForward
 from fastbert.dropin.facts import FAMILIES
+from fastbert.dropin.forward import Forward
+from fastbert.dropin.layer import LayerForward
 from fastbert.functional import why_not_triton
 from fastbert.testing import assert_within_budget, relative_rms
 
@@ -173,6 +174,25 @@ def test_hidden_states(family, impl, dtype, mask):
         assert_within_budget(*(o.last_hidden_state for o in outputs), name="with padding")
 
 
+@pytest.mark.parametrize("family", ["bert", "albert", "modernbert"])
+def test_single_hidden_states(family):
+    """A list of places, where transformers knows that: those states of all that there are, and None for the others."""
+    output_capturing = pytest.importorskip("transformers.utils.output_capturing", reason="what captures them")
+    if not hasattr(output_capturing, "selected_hidden_states"):
+        pytest.skip("this transformers returns all states or none")
+    ours, plain, _ = three(build(family, **({"inner_group_num": 1} if family == "albert" else {})))
+    batch = batch_of(plain, MASKS["right"])
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        every = ours(**batch, output_hidden_states=True).hidden_states
+        for places in ([0], [1, -1], [-2, 99]):
+            a, b = (m(**batch, output_hidden_states=places).hidden_states for m in (ours, plain))
+            assert len(a) == len(b) == len(every)
+            for mine, theirs, full in zip(a, b, every, strict=True):
+                assert (mine is None) == (theirs is None)
+                assert mine is None or torch.equal(mine, full)
+
+
 GRID = [
     pytest.param(family, head, mask, id=f"{family}-{head}-{mask}")
     for family, (_, _, more) in MODELS.items()
@@ -263,7 +283,7 @@ FALLBACKS = {
     "output_attentions": ("bert", {"output_attentions": True}, "output_attentions was given"),
     "mask_4d": ("bert", {"attention_mask": torch.ones(4, 1, WIDTH, WIDTH).tril().bool()}, r"not \[batch, tokens\]"),
     "encoder_hidden_states": ("bert", {"encoder_hidden_states": torch.zeros(4, 3, 32)}, "encoder_hidden_states was"),
-    "single_states": ("bert", {"output_hidden_states": [1]}, "single hidden states"),
+    "single_states": ("bert", {"output_hidden_states": 1}, "single hidden states"),
     "rotary_position_ids": ("modernbert", {"position_ids": torch.arange(WIDTH)[None] * 2}, "rotary positions"),
 }
 
@@ -517,6 +537,20 @@ def test_dropout_drops():
     theirs = fastbert.restore(copy.deepcopy(ours))
     other = torch.stack([theirs(**batch).last_hidden_state.detach() for _ in range(200)]).mean(0)
     assert relative_rms(mean[MASKS["right"]], other[MASKS["right"]]) < 0.2
+
+
+def test_dropout_of_a_model_that_evaluates():
+    """Monte Carlo dropout: the model is in evaluation mode, its dropout modules are not."""
+    ours = fastbert.accelerate(build("bert", hidden_dropout_prob=0.3), impl="native")
+    batch = batch_of(ours, MASKS["right"])
+    outputs = []
+    for on in (False, True, True, False):
+        for module in ours.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.train(on)
+        outputs.append(ours(**batch).last_hidden_state)
+    assert torch.equal(outputs[0], outputs[3])
+    assert not any(torch.equal(a, b) for a, b in ((outputs[0], outputs[1]), (outputs[1], outputs[2])))
 
 
 @pytest.mark.parametrize("family", ["bert", "modernbert"])

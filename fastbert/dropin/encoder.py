@@ -1,19 +1,9 @@
-"""The swap for transformers' encoders: unpad once, run the layers packed, pad once.
-
-Only `forward` changes, as an attribute of the encoder, of its layers and of some heads; classes, parameters and
-state_dict stay. A `forward` here keeps nothing but references, so a model with it can be copied, pickled and compiled,
-and without it is what it was.
-"""
+"""The swap for transformers' encoders: unpad once, run the layers packed, pad once; and the heads that read padding."""
 
 from __future__ import annotations
 
-import copy
-import inspect
-import warnings
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
-from types import CodeType
 from typing import Any
 
 import torch
@@ -21,158 +11,27 @@ import torch.nn as nn
 from torch import Tensor
 
 from .. import functional as F
-from ..layers import JoinedLinears
+from ..graphs import CONTAINERS
 from ..packing import PackedBatch
 from . import facts as table
+from .forward import TRACED, Forward
+from .layer import LayerForward
 from .pieces import (
     Shared,
-    add_norm,
     at,
-    feed_forward,
     frozen_row,
     has,
-    linear_without_bias,
     listeners,
     look_up,
-    norm_and_sum,
     norm_only,
     plain,
     plain_table,
     probability,
-    project,
 )
 
 # arguments that say nothing about what the encoder computes
 IGNORED = {"return_dict", "output_hidden_states", "num_items_in_batch", "use_cache"}
-# torch.jit.trace records the branches of one batch, and which branch packs depends on the batch
-TRACED = "torch.jit.trace is at work"
 INPUTS = {"input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds"}
-
-
-class Forward:
-    """A `forward` of one module, in place of its class's."""
-
-    def __init__(self, module: nn.Module):
-        self.module = module
-        self.warned: dict[str, int] = {}
-        signature = inspect.signature(type(module).forward)
-        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        self.names = [p.name for p in signature.parameters.values() if p.kind in kinds][1:]
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        """The original's: Trainer and others read from it what a model takes."""
-        return inspect.signature(type(self.module).forward.__get__(self.module))
-
-    @property
-    def __code__(self) -> CodeType:
-        """The original's: torch.export names the place in the source by it."""
-        return type(self.module).forward.__code__
-
-    def put(self) -> None:
-        """In place of the class's `forward`, until `remove`."""
-        self.module.forward = self
-        self.module._replicate_for_data_parallel = self.replicate
-
-    def remove(self) -> None:
-        del self.module.forward
-        del self.module._replicate_for_data_parallel
-
-    def replicate(self) -> nn.Module:
-        """nn.DataParallel's replica of the module: the class's own, and a `forward` that looks at the replica.
-
-        torch copies `__dict__`, so without this a replica would run the modules of the first device.
-        """
-        replica = type(self.module)._replicate_for_data_parallel(self.module)
-        self.over(replica).put()
-        return replica
-
-    def over(self, replica: nn.Module) -> Forward:
-        """This `forward` for another module; what it has warned of is shared."""
-        forward = copy.copy(self)
-        forward.module = replica
-        return forward
-
-    def original(self, *args, **kwargs):
-        return type(self.module).forward(self.module, *args, **kwargs)
-
-    def named(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-        return {**dict(zip(self.names, args, strict=False)), **kwargs}
-
-    def warn(self, reason: str) -> None:
-        if reason not in self.warned and not torch.compiler.is_compiling():
-            warnings.warn(
-                f"{type(self.module).__name__}: {reason}, so fastbert leaves this call to the model's own code",
-                stacklevel=4,
-            )
-        if not torch.compiler.is_compiling():
-            self.warned[reason] = self.warned.get(reason, 0) + 1
-
-    def __call__(self, *args, **kwargs):
-        raise TypeError(f"{type(self).__name__} has no forward")
-
-
-class LayerForward(Forward):
-    """One layer: given what the layers share it runs on [T, C], given anything else it is the original."""
-
-    def __init__(self, layer: nn.Module, facts: table.Layer):
-        super().__init__(layer)
-        self.facts = facts
-        self.joined = JoinedLinears()
-
-    def over(self, replica: nn.Module) -> LayerForward:
-        forward = super().over(replica)
-        forward.joined = JoinedLinears()  # of the replica's weights
-        return forward
-
-    def __call__(self, *args, **kwargs):
-        if not (len(args) == 3 and isinstance(args[1], Shared)):
-            return self.original(*args, **kwargs)
-        layer, (x, shared, index) = self.module, args
-        run = partial(self.pre_norm if self.facts.pre_norm else self.post_norm, shared=shared, index=index)
-        if getattr(layer, "gradient_checkpointing", False) and layer.training:
-            return layer._gradient_checkpointing_func(run, x)
-        return run(x)
-
-    def attention(self, x: Tensor, shared: Shared, index: int, kind: str | None = None) -> tuple[Tensor, Tensor | None]:
-        """(attention of x [T, C] through its output layer, that layer's bias where it is still to be added)."""
-        layer, facts = self.module, self.facts
-        q, k, v = project(x, [at(layer, path) for path in facts.qkv], self.joined, at(layer, facts.head_dim))
-        dropout = at(layer, facts.probs_dropout)
-        p = probability(dropout) if isinstance(dropout, nn.Module) else dropout * layer.training
-        o = shared.attend(q, k, v, p, index + 1, kind)
-        return linear_without_bias(at(layer, facts.out), o, fold=layer.training)
-
-    def feed_forward(self, x: Tensor, shared: Shared, fold: bool) -> tuple[Tensor, Tensor | None]:
-        layer, facts = self.module, self.facts
-        return feed_forward(
-            x, at(layer, facts.up), at(layer, facts.activation), at(layer, facts.down), shared.impl,
-            gated=facts.gated, inner_dropout=self.probability(facts.inner_dropout), fold=fold,
-        )  # fmt: skip
-
-    def probability(self, path: str | None) -> float:
-        return 0.0 if path is None else probability(at(self.module, path))
-
-    def post_norm(self, x: Tensor, shared: Shared, index: int) -> Tensor:
-        """x = norm(x + attention(x)); x = norm(x + feed_forward(x))."""
-        layer, facts = self.module, self.facts
-        y, bias = self.attention(x, shared, index)
-        x = add_norm(
-            y, bias, x, at(layer, facts.out_norm), self.probability(facts.out_dropout), shared, stream=2 * index + 1
-        )
-        y, bias = self.feed_forward(x, shared, fold=layer.training)
-        return add_norm(
-            y, bias, x, at(layer, facts.down_norm), self.probability(facts.down_dropout), shared, stream=2 * index + 2
-        )
-
-    def pre_norm(self, x: Tensor, shared: Shared, index: int) -> Tensor:
-        """x = x + attention(norm(x)); x = x + feed_forward(norm(x))."""
-        layer, facts = self.module, self.facts
-        y, bias = self.attention(norm_only(x, at(layer, facts.out_norm), shared), shared, index, layer.attention_type)
-        h, x = norm_and_sum(
-            y, bias, x, at(layer, facts.down_norm), self.probability(facts.out_dropout), shared, stream=2 * index + 1
-        )
-        return x + self.feed_forward(h, shared, fold=False)[0]
 
 
 class EncoderForward(Forward):
@@ -187,7 +46,8 @@ class EncoderForward(Forward):
         super().__init__(encoder)
         self.facts, self.impl = facts, impl
         # Modules that are walked past: whoever listens to one of them must be heard, so then the original runs.
-        self.passed = [m for path, m in encoder.named_modules() if path and path.split(".")[0] != "pooler"]
+        inner = [m for path, m in encoder.named_modules() if path and path.split(".")[0] != "pooler"]
+        self.passed = [m for m in inner if not isinstance(m, CONTAINERS)]
 
     # ---- the parts ----
 
@@ -207,11 +67,19 @@ class EncoderForward(Forward):
 
     def why_not(self, given: dict[str, Any]) -> str | None:
         """Why this call goes to the original, or None."""
-        encoder, config = self.module, self.module.config
-        if torch.jit.is_tracing():
-            return TRACED
+        return TRACED if torch.jit.is_tracing() else self.why_not_model() or self.why_not_given(given)
+
+    def why_not_model(self) -> str | None:
+        """Why every call goes to the original: somebody changed the model, or wants to see inside."""
         if reason := self.who_listens():
             return reason
+        for _, layer in self.layers():  # itself, or in a wrapper that calls it
+            if not any(isinstance(module.__dict__.get("forward"), LayerForward) for module in layer.modules()):
+                return f"a {type(layer).__name__} came in place of an accelerated layer"
+        return None
+
+    def why_not_given(self, given: dict[str, Any]) -> str | None:
+        config = self.module.config
         for name, value in given.items():
             if name in INPUTS or name in IGNORED or value is None or value is False:
                 continue
@@ -220,7 +88,8 @@ class EncoderForward(Forward):
             return "the model is a decoder"
         if getattr(config, "output_attentions", False) and given.get("output_attentions") is None:
             return "the config asks for output_attentions"
-        if not isinstance(self.asked(given, "output_hidden_states"), (bool, type(None))):
+        asked = self.asked(given, "output_hidden_states")
+        if not isinstance(asked, (bool, type(None))) and not (isinstance(asked, list) and self.knows_single_states()):
             return "single hidden states were asked for"
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         if (ids is None) == (embeds is None):
@@ -233,14 +102,25 @@ class EncoderForward(Forward):
         if given.get("position_ids") is not None and self.facts.positions == "rotary":
             return "position_ids were given to a model with rotary positions"
         if self.facts.position is not None and given.get("position_ids") is None:
-            positions = at(encoder, self.facts.position)
-            first = 0 if self.facts.positions == "column" else encoder.embeddings.padding_idx + 1
-            if hasattr(positions, "num_embeddings") and shape[1] + first > positions.num_embeddings:
+            longest = self.longest()
+            if longest is not None and shape[1] > longest:
                 return f"{shape[1]} tokens may be more than the position table holds"
-        for _, layer in self.layers():  # itself, or in a wrapper that calls it
-            if not any(isinstance(module.__dict__.get("forward"), LayerForward) for module in layer.modules()):
-                return f"a {type(layer).__name__} came in place of an accelerated layer"
         return None
+
+    def knows_single_states(self) -> bool:
+        """Does this transformers return the states of a list of places, and count them as we do?"""
+        from transformers.utils import output_capturing
+
+        counted = len(list(self.layers())) == self.module.config.num_hidden_layers
+        return counted and hasattr(output_capturing, "selected_hidden_states")
+
+    def longest(self) -> int | None:
+        """Tokens of the longest sequence that the position table allows; None where there is no table."""
+        if self.facts.position is None:
+            return None
+        positions = at(self.module, self.facts.position)
+        first = 0 if self.facts.positions == "column" else self.module.embeddings.padding_idx + 1
+        return positions.num_embeddings - first if hasattr(positions, "num_embeddings") else None
 
     def who_listens(self) -> str | None:
         for module in self.passed:
@@ -279,19 +159,25 @@ class EncoderForward(Forward):
         if reason is not None:
             self.warn(reason)
             return self.original(*args, **kwargs)
-
-        encoder, facts = self.module, self.facts
         shared = self.pack(given, padding)
-        batch = shared.batch
-        x = self.embed(given, shared)
-        keep, hidden_states = self.asked(given, "output_hidden_states"), []
+        hidden_states = [] if self.asked(given, "output_hidden_states") else None
+        x = self.run(shared, given.get("inputs_embeds"), hidden_states)
+        return self.finish(x, shared.batch, hidden_states or [], given)
+
+    def run(self, shared: Shared, embeds: Tensor | None = None, hidden_states: list[Tensor] | None = None) -> Tensor:
+        """The embeddings and the layers: x [T, C]. What goes into each layer is added to `hidden_states`."""
+        x = self.embed(shared, embeds)
         for index, layer in self.layers():
-            if keep:
+            if hidden_states is not None:
                 hidden_states.append(x)
             x = layer(x, shared, index)
-        if facts.final_norm is not None:
-            x = norm_only(x, at(encoder, facts.final_norm), shared)
+        if self.facts.final_norm is not None:
+            x = norm_only(x, at(self.module, self.facts.final_norm), shared)
+        return x
 
+    def finish(self, x: Tensor, batch: PackedBatch, hidden_states: list[Tensor], given: dict[str, Any]):
+        """transformers' output of the last hidden state x [T, C], and of what went into each layer."""
+        encoder, facts = self.module, self.facts
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             x = x.float()  # what the original's last LayerNorm returns
         last_hidden_state = batch.pad(x)
@@ -302,8 +188,11 @@ class EncoderForward(Forward):
             else:
                 activation = at(encoder, facts.pooler_activation)
                 fields["pooler_output"] = activation(encoder.pooler(last_hidden_state[:, 0]))
-        if keep:
-            fields["hidden_states"] = (*map(batch.pad, hidden_states), last_hidden_state)
+        if hidden_states:
+            count, asked = len(hidden_states) + 1, self.asked(given, "output_hidden_states")
+            kept = range(count) if asked is True else {i % count for i in asked if -count <= i < count}
+            states = (*(batch.pad(h) if i in kept else None for i, h in enumerate(hidden_states)), last_hidden_state)
+            fields["hidden_states"] = states if count - 1 in kept else (*states[:-1], None)
         return self.output(fields, self.asked(given, "return_dict"))
 
     def output(self, fields: dict[str, Any], return_dict: bool):
@@ -355,18 +244,17 @@ class EncoderForward(Forward):
         batch = PackedBatch.from_padded(
             ids, None if padding else mask, given.get("token_type_ids"), positions, shape=(rows, width)
         )
-        padded = padding or (mask is None and torch.compiler.is_compiling())
         shared = Shared(
             batch,
-            None if padded else F.attention_schedule(batch.cu_seqlens, batch.total_tokens, self.impl),
+            None,
             self.impl,
-            padded=padded,
+            padded=padding or (mask is None and torch.compiler.is_compiling()),
             mask=(mask != 0)[:, None, None, :].expand(rows, 1, width, width) if padding else None,
-            bias=self.position_bias(width),
+            **self.tables(width, batch.positions.device),
         )
-        if self.facts.positions == "rotary":
-            shared = replace(shared, **self.rotary(width, batch.positions.device))
-        if self.module.training:
+        if not shared.padded:
+            shared = shared.scheduled()
+        if any(m.training for m in (self.module, *self.passed)):  # dropout may be on in a model that evaluates
             seed = torch.randint(2**62, (1,), device=batch.cu_seqlens.device)
             shared = replace(shared, seed=seed, row_ids=batch.row_ids())
         return shared
@@ -377,6 +265,11 @@ class EncoderForward(Forward):
             return torch.arange(padding_idx + 1, embeds.shape[1] + padding_idx + 1, device=embeds.device)[None]
         real = ids != padding_idx
         return real.cumsum(1) * real + padding_idx
+
+    def tables(self, width: int, device: torch.device) -> dict[str, Any]:
+        """What attention looks up by position, as far as `width`."""
+        bias = {"bias": self.position_bias(width)}
+        return bias | (self.rotary(width, device) if self.facts.positions == "rotary" else {})
 
     def position_bias(self, width: int) -> Tensor | None:
         if self.facts.bias is None:
@@ -397,7 +290,7 @@ class EncoderForward(Forward):
             "windows": {kind: (reach, reach) if kind == "sliding_attention" else None for kind in kinds},
         }
 
-    def embed(self, given: dict[str, Any], shared: Shared) -> Tensor:
+    def embed(self, shared: Shared, embeds: Tensor | None) -> Tensor:
         """dropout(norm(word + position + segment)) [T, C], brought to the width of the layers."""
         encoder, facts, batch = self.module, self.facts, shared.batch
         word, norm = at(encoder, facts.word), at(encoder, facts.norm)
@@ -407,7 +300,6 @@ class EncoderForward(Forward):
         if segment is not None and types is None:
             types = torch.zeros_like(batch.positions)
         p = probability(at(encoder, facts.dropout))
-        embeds = given.get("inputs_embeds")
 
         tables = [t for t in (word, position, segment) if t is not None]
         if embeds is None and position is not None and all(map(plain_table, tables)) and plain(norm, nn.LayerNorm):

@@ -7,7 +7,7 @@ listens to it. Whatever else stands in its place (a LoRA adapter, a quantised la
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -86,6 +86,11 @@ class Shared(Pass):
     bias: Tensor | None = None
     rotary: dict[str, tuple[Tensor, Tensor]] | None = None
     windows: dict[str, tuple[int, int] | None] | None = None
+
+    def scheduled(self) -> Shared:
+        """With what attention derives from the lengths."""
+        batch = self.batch
+        return replace(self, schedule=F.attention_schedule(batch.cu_seqlens, batch.total_tokens, self.impl))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, stream: int, kind: str | None = None) -> Tensor:
         """q, k, v [T, H, D] -> [T, H * D]."""

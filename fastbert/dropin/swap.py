@@ -8,10 +8,14 @@ from dataclasses import dataclass, field
 import torch.nn as nn
 
 from .. import functional as F
+from ..graphs import Graphs, graphs_for
 from . import torch_layers
-from .encoder import EncoderForward, Forward, HeadForward, LayerForward
+from .encoder import EncoderForward, HeadForward
 from .facts import FAMILIES, Family
-from .pieces import at, fused_activation, has, plain_table, why_not_plain
+from .forward import Forward
+from .graphs import GraphedEncoderForward
+from .layer import LayerForward, not_plain
+from .pieces import at, has, plain_table
 
 # torch's modules and their forwards, outermost first
 TORCH = {
@@ -37,7 +41,7 @@ class Report:
         return "\n".join(lines)
 
 
-def accelerate(model: nn.Module, *, impl: F.Impl | None = None) -> nn.Module:
+def accelerate(model: nn.Module, *, impl: F.Impl | None = None, cuda_graphs: bool = False) -> nn.Module:
     """Makes a model somebody already has run packed, on fused operators, in place.
 
         model = fastbert.accelerate(AutoModelForSequenceClassification.from_pretrained(...))
@@ -51,16 +55,24 @@ def accelerate(model: nn.Module, *, impl: F.Impl | None = None) -> nn.Module:
             with any head), of torch (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention), or
             any module that contains some, as sentence-transformers' do.
         impl: which implementation every operator uses; None lets each device choose. See `fastbert.functional`.
+        cuda_graphs: of transformers' encoders on a CUDA device, record the launches of a pass once for each bucket of
+            total tokens, 16 to 4,096 of them, and replay them as one. For inference: calls with gradients on, with
+            labels a token, with hidden states, adapters or hooks, and larger batches, run as without. A recording is
+            dropped when a parameter or a module changes; the 32 used last are kept, in one pool of memory. The first
+            call of a bucket waits for its recording. `explain` counts the calls, with reasons.
 
     Returns: the same model.
+    Raises: ValueError on an unknown impl; with cuda_graphs where the model is not on one CUDA device, or holds no
+        encoder of transformers. The model is then as it was.
     """
     if impl is not None and impl not in F.IMPLS:
         raise ValueError(f"impl must be one of {F.IMPLS} or None, got {impl!r}")
+    graphs = _graphs_of(model, impl) if cuda_graphs else {}
     restore(model)
-    for _, module in list(model.named_modules()):
+    for module in list(model.modules()):
         family = family_of(module)
         if family is not None and why_left(module, family) is None:
-            _swap_encoder(module, family, impl)
+            _swap_encoder(module, family, impl, graphs.get(module))
     for module in list(model.modules()):
         _swap_head(module)
     _swap_torch(model, impl)
@@ -68,6 +80,14 @@ def accelerate(model: nn.Module, *, impl: F.Impl | None = None) -> nn.Module:
     if not report.replaced:
         warnings.warn(f"fastbert replaced nothing in this model\n{report}", stacklevel=2)
     return model
+
+
+def _graphs_of(model: nn.Module, impl: F.Impl | None) -> dict[nn.Module, Graphs]:
+    """Empty `Graphs` for each encoder that is going to be replaced. Raises ValueError where they cannot be."""
+    encoders = [m for m in model.modules() if (family := family_of(m)) is not None and why_left(m, family) is None]
+    if not encoders:
+        raise ValueError("cuda_graphs=True expected an encoder of transformers in the model, found none that is known")
+    return {encoder: graphs_for(encoder, impl) for encoder in encoders}
 
 
 def restore(model: nn.Module) -> nn.Module:
@@ -114,8 +134,10 @@ def why_left(encoder: nn.Module, family: Family) -> str | None:
     return None
 
 
-def _swap_encoder(encoder: nn.Module, family: Family, impl: F.Impl | None) -> None:
+def _swap_encoder(encoder: nn.Module, family: Family, impl: F.Impl | None, graphs: Graphs | None) -> None:
     forward = EncoderForward(encoder, family, impl)
+    if graphs is not None:
+        forward = GraphedEncoderForward(encoder, family, impl, graphs)
     for layer in {id(layer): layer for _, layer in forward.layers()}.values():
         LayerForward(layer, family.layer).put()
     forward.put()
@@ -200,6 +222,7 @@ def _explain_encoder(report: Report, path: str, forward: EncoderForward) -> None
 
     report.replaced[path or "(the model)"] = (
         f"{type(encoder).__name__}: unpads once, pads once; impl={forward.impl or 'of the device'}"
+        + (f"; {forward.graphs.summary()}" if isinstance(forward, GraphedEncoderForward) else "")
     )
     tables = [p for p in (family.word, family.position, family.token_type) if p is not None]
     if family.position is not None and all(plain_table(at(encoder, p)) for p in tables):
@@ -217,6 +240,10 @@ def _explain_encoder(report: Report, path: str, forward: EncoderForward) -> None
 def _explain_calls(report: Report, name: str, forward: Forward) -> None:
     for reason, calls in forward.warned.items():
         report.left[f"{name}, {calls} calls"] = f"ran its own code: {reason}"
+    if isinstance(forward, GraphedEncoderForward):
+        for reason, calls in forward.graphs.calls.items():
+            if reason != "replayed":
+                report.left[f"{name}, {calls} calls without a CUDA graph"] = reason
 
 
 def _inside(report: Report, path: str) -> bool:
@@ -225,26 +252,15 @@ def _inside(report: Report, path: str) -> bool:
 
 
 def _explain_layer(report: Report, path: str, layer: nn.Module, family: Family) -> None:
-    facts = family.layer
-    reasons = {p: why_not_plain(at(layer, p), nn.Linear) for p in (*facts.qkv, facts.out, facts.up, facts.down)}
-    reasons |= {
-        p: why_not_plain(at(layer, p), nn.LayerNorm)
-        for p in (facts.out_norm, facts.down_norm)
-        if not isinstance(at(layer, p), nn.Identity)
-    }
-    name = fused_activation(at(layer, facts.activation))
-    if name is None or (facts.gated and name != "gelu"):
-        reasons[facts.activation] = f"{type(at(layer, facts.activation)).__name__} is not among the fused activations"
+    facts, reasons = family.layer, not_plain(layer, family.layer)
     steps = []
-    if len(facts.qkv) > 1 and not any(reasons[p] for p in facts.qkv):
+    if len(facts.qkv) > 1 and not reasons.keys() & set(facts.qkv):
         steps.append("q, k, v in one product")
     steps.append("attention")
-    if not (reasons[facts.up] or reasons[facts.down] or reasons.get(facts.activation)):
+    if not reasons.keys() & {facts.up, facts.down, facts.activation}:
         steps.append("feed_forward")
-    norms = {reasons.get(facts.out_norm), reasons.get(facts.down_norm)}
-    if None in norms:
+    if not {facts.out_norm, facts.down_norm} <= reasons.keys():
         steps.append("add_layer_norm_sum" if facts.pre_norm else "add_layer_norm")
     report.replaced[path] = f"{type(layer).__name__}: {', '.join(steps)}"
     for part, reason in reasons.items():
-        if reason is not None:
-            report.left[f"{path}.{part}"] = f"called as it is: {reason}"
+        report.left[f"{path}.{part}"] = f"called as it is: {reason}"

@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .. import functional as F
+from ..graphs import CONTAINERS
 from ..layers import attention_masks, multi_head_attention, same_where_same
 from ..packing import PackedBatch
-from .encoder import TRACED, Forward
+from .forward import TRACED, Forward
 from .pieces import (
     Shared,
     add_norm,
@@ -53,11 +54,16 @@ class TorchForward(Forward):
     def __init__(self, module: nn.Module, impl: F.Impl | None):
         super().__init__(module)
         self.impl = impl
-        self.passed = [m for path, m in module.named_modules() if path]
+        self.passed = [m for path, m in module.named_modules() if path and not isinstance(m, CONTAINERS)]
 
     def fall_back(self, reason: str, given: dict):
         self.warn(reason)
         return self.original(**given)
+
+    @property
+    def drops(self) -> bool:
+        """May anything be dropped? A dropout module may be on in a model that evaluates."""
+        return any(m.training for m in (self.module, *self.passed))
 
     def who_listens(self) -> str | None:
         for module in self.passed:
@@ -82,7 +88,7 @@ class LayerForward(TorchForward):
         if reason is not None:
             return self.fall_back(reason, given)
         batch_first = self.module.self_attn.batch_first
-        shared, x = pack(given, batch_first, self.module.self_attn.num_heads, self.impl, self.module.training)
+        shared, x = pack(given, batch_first, self.module.self_attn.num_heads, self.impl, self.drops)
         if shared is None:
             return self.fall_back("a sequence has no token", given)
         return unpack(self.run(x, shared, 0), shared, src, batch_first)
@@ -130,7 +136,7 @@ class StackForward(TorchForward):
         if reason is None and any(layer.self_attn.num_heads != first.num_heads for layer in module.layers):
             reason = "layers differ in their number of heads"
         if reason is None:
-            shared, x = pack(given, first.batch_first, first.num_heads, self.impl, module.training)
+            shared, x = pack(given, first.batch_first, first.num_heads, self.impl, self.drops)
             if shared is None:
                 reason = "a sequence has no token"
         del given["src_mask"]

@@ -17,6 +17,7 @@ from torch import Tensor
 from .. import checkpoint
 from .. import functional as F
 from ..config import BertConfig
+from ..graphs import Graphs, graphs_for, why_not_recorded
 from ..layers import FusedLinears
 from ..packing import PackedBatch
 
@@ -165,6 +166,7 @@ class BertModel(nn.Module):
     def __init__(self, config: BertConfig, add_pooling_layer: bool = True, impl: F.Impl | None = None):
         super().__init__()
         self.config, self.impl = config, impl
+        self.graphs: Graphs | None = None
         self.embeddings = BertEmbeddings(config)
         layers = [BertLayer(config, index) for index in range(config.num_hidden_layers)]
         self.encoder = nn.ModuleDict({"layer": nn.ModuleList(layers)})
@@ -217,6 +219,18 @@ class BertModel(nn.Module):
         self.config.save_pretrained(folder)
         checkpoint.save_state_dict(folder, self.state_dict())
 
+    def use_cuda_graphs(self, on: bool = True) -> BertModel:
+        """From here on short batches replay recorded launches, or no longer do. Returns the model.
+
+        One recording for each bucket of total tokens, 16 to 4,096 of them, made when it is first met: see
+        `fastbert.graphs`. In evaluation mode with gradients off, of ids, without attentions and hidden states; other
+        calls run as without. A recording is dropped when a parameter changes. `self.graphs.calls` counts.
+
+        Raises: ValueError where the model is not on a CUDA device.
+        """
+        self.graphs = graphs_for(self, self.impl) if on else None
+        return self
+
     @property
     def device(self) -> torch.device:
         return self.embeddings.word_embeddings.weight.device
@@ -263,19 +277,14 @@ class BertModel(nn.Module):
             raise ValueError("a PackedBatch already holds mask, segments and positions; give them there")
         self._check(batch)
 
-        shared = Pass(batch, F.attention_schedule(batch.cu_seqlens, batch.total_tokens, self.impl), self.impl)
-        if self.training and max(self.config.hidden_dropout_prob, self.config.attention_probs_dropout_prob) > 0.0:
-            seed = torch.randint(2**62, (1,), device=batch.cu_seqlens.device)
-            shared = replace(shared, seed=seed, row_ids=batch.row_ids())
-
-        x = self.embeddings(shared, None if inputs_embeds is None else batch.unpad(inputs_embeds))
-        hidden_states, attentions = [x], []
-        for layer in self.encoder["layer"]:
-            if output_attentions:
-                attentions.append(layer.probabilities(x, shared))
-            x = layer(x, shared)
-            if output_hidden_states:
-                hidden_states.append(x)
+        plain = inputs_embeds is None and not (output_attentions or output_hidden_states)
+        x = self._replayed(batch) if plain else None
+        hidden_states, attentions = [], []
+        if x is None:
+            x = self._run(
+                batch, inputs_embeds, hidden_states if output_hidden_states else None,
+                attentions if output_attentions else None,
+            )  # fmt: skip
 
         pooler_output = None
         if self.pooler is not None:
@@ -290,6 +299,43 @@ class BertModel(nn.Module):
             attentions=tuple(attentions) if output_attentions else None,
         )
         return output if return_dict else output.to_tuple()
+
+    def _run(
+        self,
+        batch: PackedBatch,
+        inputs_embeds: Tensor | None = None,
+        hidden_states: list[Tensor] | None = None,
+        attentions: list[Tensor] | None = None,
+    ) -> Tensor:
+        """x [T, C] of the last layer; what lists are given are filled."""
+        shared = Pass(batch, F.attention_schedule(batch.cu_seqlens, batch.total_tokens, self.impl), self.impl)
+        if self.training and max(self.config.hidden_dropout_prob, self.config.attention_probs_dropout_prob) > 0.0:
+            seed = torch.randint(2**62, (1,), device=batch.cu_seqlens.device)
+            shared = replace(shared, seed=seed, row_ids=batch.row_ids())
+
+        x = self.embeddings(shared, None if inputs_embeds is None else batch.unpad(inputs_embeds))
+        for layer in self.encoder["layer"]:
+            if hidden_states is not None:
+                hidden_states.append(x)
+            if attentions is not None:
+                attentions.append(layer.probabilities(x, shared))
+            x = layer(x, shared)
+        if hidden_states is not None:
+            hidden_states.append(x)
+        return x
+
+    def _replayed(self, batch: PackedBatch) -> Tensor | None:
+        """x [T, C] by a recording, or None where there is to be none."""
+        graphs = self.graphs
+        if graphs is None or self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        reason = graphs.why_not(batch.positions.device, batch.total_tokens)
+        if reason is None and not graphs.is_same():
+            reason = why_not_recorded(self)
+        if reason is not None:
+            graphs.calls[reason] += 1
+            return None
+        return graphs.run(self, batch, lambda max_seqlen: self._run)
 
     def _pack(self, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds) -> PackedBatch:
         if (input_ids is None) == (inputs_embeds is None):

@@ -1,0 +1,118 @@
+"""transformers' encoders by CUDA graphs: which calls are replayed, and how their batch is packed for it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from .. import functional as F
+from ..graphs import Graphs
+from ..packing import PackedBatch
+from . import facts as table
+from .encoder import EncoderForward
+from .layer import not_plain
+from .pieces import Shared, at, has, plain_table, why_not_plain
+
+
+class GraphedEncoderForward(EncoderForward):
+    """The encoder by replays of `graphs`; a call that cannot be replayed runs as it would without them."""
+
+    def __init__(self, encoder: nn.Module, facts: table.Family, impl: F.Impl | None, graphs: Graphs):
+        super().__init__(encoder, facts, impl)
+        self.graphs: Graphs | None = graphs
+
+    def over(self, replica: nn.Module) -> GraphedEncoderForward:
+        forward = super().over(replica)
+        forward.graphs = None  # a replica lives for one call
+        return forward
+
+    def __call__(self, *args, **kwargs):
+        given = self.named(args, kwargs)
+        replayed = self.replay(given)
+        return super().__call__(*args, **kwargs) if replayed is None else self.finish(*replayed, [], given)
+
+    def replay(self, given: dict[str, Any]) -> tuple[Tensor, PackedBatch] | None:
+        """(x [T, C], the batch) by a recording of `graphs`, or None: this call runs as it would without them."""
+        graphs = self.graphs
+        if graphs is None or torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return None
+        reason = self.why_not_replayed(given)
+        batch = None if reason else self.pack_on_host(given)
+        if batch is not None:
+            reason = graphs.why_not(given["input_ids"].device, batch.total_tokens)
+        elif reason is None:
+            reason = "padding is read, or lies where the packed path keeps it"
+        if reason is not None:
+            graphs.calls[reason] += 1
+            return None
+
+        def prepare(max_seqlen: int):
+            tables = self.tables(max_seqlen, graphs.device)  # they depend on no batch: made once
+            return lambda batch: self.run(Shared(batch, None, self.impl, **tables).scheduled())
+
+        x = graphs.run(self.module, batch, prepare, self.longest())
+        return None if x is None else (x, batch)
+
+    def why_not_replayed(self, given: dict[str, Any]) -> str | None:
+        if torch.is_grad_enabled():
+            return "gradients are on; torch.inference_mode() or torch.no_grad() turns them off"
+        if self.reads is not None:
+            return "a head reads padding"
+        ids = given.get("input_ids")
+        if not isinstance(ids, Tensor):
+            return "there are no input_ids"
+        if self.asked(given, "output_hidden_states"):
+            return "output_hidden_states was asked for"
+        if not self.graphs.is_same() and (reason := self.why_not_model() or self.why_not_recorded()):
+            return reason
+        return self.why_not_given(given)
+
+    def why_not_recorded(self) -> str | None:
+        """A recording keeps what the Python code of a module did once: nothing with code of its own is in it."""
+        encoder, facts = self.module, self.facts
+        if any(m.training for m in (encoder, *self.passed)):
+            return "a module is in training mode"
+        rope = getattr(getattr(encoder, "rotary_emb", None), "rope_type", "default")
+        if set(rope.values() if isinstance(rope, dict) else [rope]) != {"default"}:
+            return "its rotary tables depend on the batch"
+        paths = [path for path in (facts.word, facts.position, facts.token_type) if path is not None]
+        if not all(plain_table(at(encoder, path)) for path in paths):
+            return "an embedding table is not torch's own, or has hooks"
+        others = [(facts.norm, nn.LayerNorm), (facts.final_norm, nn.LayerNorm), (facts.project, nn.Linear)]
+        for path, kind in others:
+            if path is not None and has(encoder, path) and (reason := why_not_plain(at(encoder, path), kind)):
+                return f"{path} is called: {reason}"
+        for _, layer in self.layers():
+            for path, reason in not_plain(layer, facts.layer).items():
+                return f"{path} is called: {reason}"
+        return None
+
+    def pack_on_host(self, given: dict[str, Any]) -> PackedBatch | None:
+        """The batch with all that follows from its mask on the host, for one wait; None where padding stays."""
+        ids, mask, positions = given["input_ids"], given.get("attention_mask"), given.get("position_ids")
+        rows, width = ids.shape
+        mask = None if mask is None else mask.cpu()
+        if mask is not None and self.keeps_padding(mask):
+            return None
+        if mask is not None and (mask != 0).all():
+            mask = None
+        batch = PackedBatch.from_padded(None, mask, None, torch.arange(width)[None], shape=(rows, width))
+        indices = None if batch.indices is None else batch.indices.to(ids.device)
+
+        def take(plane: Tensor | None) -> Tensor | None:
+            flat = None if plane is None else plane.expand(rows, width).reshape(-1)
+            return flat if flat is None or indices is None else flat[indices]
+
+        if positions is None and self.facts.positions == "after_padding_idx":
+            positions = self.count_positions(ids, None)
+        return replace(
+            batch,
+            input_ids=take(ids),
+            token_type_ids=take(given.get("token_type_ids")),
+            positions=batch.positions if positions is None else take(positions),
+            indices=indices,
+        )
