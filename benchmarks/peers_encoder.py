@@ -6,6 +6,7 @@ nobody's here.
 
 from __future__ import annotations
 
+import copy
 import functools
 import tempfile
 from collections.abc import Callable, Sequence
@@ -69,7 +70,8 @@ def _fastbert(job: Job) -> Run:
 
 def _graph(job: Job) -> Run:
     """One batch, packed beforehand, through the model's own recordings."""
-    model, batch = _model(job).use_cuda_graphs(), PackedBatch.from_lists(job.rows, device=job.device)
+    model = copy.copy(_model(job)).use_cuda_graphs()  # the same weights; the other's launches are its own
+    batch = PackedBatch.from_lists(job.rows, device=job.device)
 
     @torch.inference_mode()
     def run() -> Tensor:
