@@ -66,9 +66,8 @@ def _gelu_and_grad(h, EXACT: tl.constexpr):
     """
     if EXACT:
         cdf = 0.5 * (1.0 + tl.erf(h * SQRT_HALF))
-        gelu = h * cdf
     else:
-        x = tl.minimum(tl.abs(h), 16.0)  # the tail is zero by then, and inf * 0 would be NaN
+        x = tl.minimum(tl.abs(h), 16.0)  # the tail is zero by then, and the polynomial of inf NaN
         p = x * TAIL_7 + TAIL_6
         p = p * x + TAIL_5
         p = p * x + TAIL_4
@@ -77,9 +76,9 @@ def _gelu_and_grad(h, EXACT: tl.constexpr):
         p = p * x + TAIL_1
         tail = tl.exp2(p * x - 1.0)  # Phi(-|h|)
         cdf = tl.where(h < 0.0, tail, 1.0 - tail)
-        gelu = tl.maximum(h, 0.0) - x * tail
     pdf = tl.exp2(h * h * (-0.5 * LOG2_E)) * INV_SQRT_2PI
-    return gelu, cdf + h * pdf
+    # a product, so that -inf and NaN give NaN, as in torch
+    return h * cdf, cdf + h * pdf
 
 
 @triton.jit
@@ -88,7 +87,7 @@ def _act_and_grad(h, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
     if ACTIVATION == "none":
         return h, tl.full(h.shape, 1.0, h.dtype)
     elif ACTIVATION == "relu":
-        return tl.where(h < 0.0, 0.0, h), tl.where(h > 0.0, 1.0, 0.0)
+        return tl.where(h < 0.0, 0.0, h), tl.where(h <= 0.0, 0.0, 1.0)
     elif ACTIVATION == "silu":
         s = tl.sigmoid(h)
         return h * s, s * (1.0 + h * (1.0 - s))

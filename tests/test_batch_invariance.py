@@ -1,5 +1,6 @@
 """Within `batch_invariant()` a text's bits depend on that text alone: not on batch size, order or padding."""
 
+from dataclasses import replace
 from importlib.resources import files
 
 import pytest
@@ -57,6 +58,48 @@ def test_a_whole_forward_pass(impl, dtype, device):
             assert torch.equal(padded.last_hidden_state[i, -len(row) :], alone), f"text {i}: padded"
             assert torch.equal(pooled[i], alone_pooled[0])
             assert torch.equal(shuffled_pooled[order.index(i)], alone_pooled[0])
+
+
+@pytest.mark.parametrize(
+    ("impl", "dtype"),
+    [("triton", torch.float16), ("native", torch.float32), ("native", torch.bfloat16)],
+    ids=["triton-fp16", "native-fp32", "native-bf16"],
+)
+def test_a_whole_backward_pass(impl, dtype, device):
+    """The gradient of a text's embeddings knows nothing of the batch; a weight's is a sum over it, but repeatable."""
+    device = "cpu" if impl == "native" else device
+    layers = 2 if impl == "native" else 1  # the interpreter takes its time
+    model = BertModel(replace(SMALL, num_hidden_layers=layers), impl=impl).to(device, dtype).eval()
+    # in the shuffled order two neighbours are of one length: one batched product of native attention
+    lengths = (9, 1, 200, 9, 130, 9) if impl == "native" else (9, 1, 130)
+    rows = [torch.randint(1, 120, (n,)).tolist() for n in lengths]
+    upstream = [torch.randn(len(row), 64).to(device, dtype) for row in rows]
+    of_pooled = torch.randn(len(rows), 64).to(device, dtype)
+    embedded = []
+    model.embeddings.register_forward_hook(lambda _module, _inputs, x: (embedded.append(x), x.retain_grad())[1])
+
+    def gradients(order: list[int]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Of the embeddings of these texts, and of every parameter."""
+        model.zero_grad()
+        embedded.clear()
+        hidden, pooled = forward(model, [rows[i] for i in order])
+        outputs = (torch.cat(hidden), pooled)
+        torch.autograd.backward(outputs, (torch.cat([upstream[i] for i in order]), of_pooled[order]))
+        of_texts = embedded[0].grad.split([len(rows[i]) for i in order])
+        return list(of_texts), [p.grad.clone() for p in model.parameters()]
+
+    with fastbert.batch_invariant():
+        whole = list(range(len(rows)))
+        together, of_weights = gradients(whole)
+        again, of_weights_again = gradients(whole)
+        assert all(torch.equal(one, other) for one, other in zip(together, again, strict=True))
+        assert all(torch.equal(one, other) for one, other in zip(of_weights, of_weights_again, strict=True))
+        order = whole[::-2] + whole[-2::-2]
+        shuffled, _ = gradients(order)
+        for i in whole:
+            (alone,), _ = gradients([i])
+            assert torch.equal(together[i], alone), f"text {i}: alone and together"
+            assert torch.equal(shuffled[order.index(i)], alone), f"text {i}: in another order"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
