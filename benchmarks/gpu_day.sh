@@ -26,40 +26,64 @@ ln -s "$root/benchmarks" "$root/tests" "$out/source/"
 export PYTHONPATH="$out/source${PYTHONPATH:+:$PYTHONPATH}"
 cd "$out/source"
 
-failed=0
+total=530 # seconds for all steps; each gets what is left of them at most
 summary="$out/summary.txt"
 : > "$summary"
 
-# step NAME SECONDS COMMAND...
+# step NAME SECONDS COMMAND...: fails where the command does
 step() {
     local name=$1 limit=$2 began=$SECONDS rc=0
     shift 2
+    if [ "$limit" -gt $((total - SECONDS)) ]; then limit=$((total - SECONDS)); fi
+    if [ "$limit" -lt 5 ]; then
+        echo "$name: no time left" | tee -a "$summary"
+        return 1
+    fi
     echo "== $name"
-    timeout --signal=INT --kill-after=15 "$limit" "$@" > "$out/$name.log" 2>&1 || rc=$?
+    timeout --kill-after=15 "$limit" "$@" > "$out/$name.log" 2>&1 || rc=$?
     tail -n 25 "$out/$name.log"
     printf '%-12s exit %3d  %4d s\n' "$name" "$rc" $((SECONDS - began)) | tee -a "$summary"
-    [ "$rc" -eq 0 ] || failed=1
+    return "$rc"
 }
 
+failed=0
 if [ -n "$rehearse" ]; then
     export TRITON_INTERPRET=1
-    step verify 200 "$python" -m fastbert verify --op pool --op add_layer_norm
+    for dtype in bf16 fp16 fp32; do
+        step "verify-$dtype" 100 "$python" -m fastbert verify --dtype "$dtype" --op pool --op add_layer_norm || failed=1
+    done
     unset TRITON_INTERPRET
-    step models 90 "$python" -m fastbert bench --quick --device cpu --suite encoder,latency,training \
-        --peers none --budget-minutes 1 --out "$out/models.json"
-    step kernels 60 "$python" -m fastbert bench --quick --device cpu --suite kernels --peers none \
-        --budget-minutes 0.7 --out "$out/kernels.json"
-    step profile 60 "$python" -m benchmarks.profile_layer --quick --device cpu
+    step kernels 90 "$python" -m fastbert bench --device cpu --suite kernels --quick --peers auto,-torch.compile \
+        --budget-minutes 0.4 --out "$out/kernels.json" || failed=1
+    step models 200 "$python" -m fastbert bench --device cpu --suite encoder,latency,training --quick \
+        --peers transformers --workload minilm_natural --budget-minutes 2 --out "$out/models.json" || failed=1
+    step latency 60 "$python" -m fastbert bench --device cpu --suite latency --quick --peers transformers \
+        --workload minilm_1x16 --budget-minutes 0.3 --out "$out/latency.json" || failed=1
+    step profile 60 "$python" -m benchmarks.profile_layer --quick --device cpu || failed=1
+    step compile 90 "$python" -m fastbert bench --device cpu --suite kernels --operator pool --peers torch.compile \
+        --budget-minutes 0.3 --out "$out/compile.json" || failed=1
 else
     nvidia-smi > "$out/nvidia-smi.log" 2>&1 || echo "no nvidia-smi" > "$out/nvidia-smi.log"
-    step verify 110 "$python" -m fastbert verify
-    step models 170 "$python" -m fastbert bench --device cuda --suite encoder,latency,training --quick \
-        --budget-minutes 2.5 --out "$out/models.json"
-    step kernels 140 "$python" -m fastbert bench --device cuda --suite kernels --budget-minutes 2 \
-        --out "$out/kernels.json"
-    step profile 40 "$python" -m benchmarks.profile_layer --device cuda
+    # Side by side: most of it is Triton compiling on the CPU.
+    verifying=()
+    for dtype in bf16 fp16 fp32; do
+        step "verify-$dtype" 120 "$python" -m fastbert verify --dtype "$dtype" &
+        verifying+=($!)
+    done
+    for process in "${verifying[@]}"; do wait "$process" || failed=1; done
+    # torch.compile takes long to get ready, so it comes last.
+    step kernels 130 "$python" -m fastbert bench --device cuda --suite kernels --peers auto,-torch.compile \
+        --budget-minutes 1.9 --out "$out/kernels.json" || failed=1
+    step models 120 "$python" -m fastbert bench --device cuda --suite encoder,training --peers auto,-torch.compile \
+        --budget-minutes 1.7 --out "$out/models.json" || failed=1
+    step latency 40 "$python" -m fastbert bench --device cuda --suite latency --peers auto,-torch.compile \
+        --budget-minutes 0.5 --out "$out/latency.json" || failed=1
+    step profile 40 "$python" -m benchmarks.profile_layer --device cuda || failed=1
+    step compile 80 "$python" -m fastbert bench --device cuda --suite encoder,training --workload base_natural \
+        --peers torch.compile --budget-minutes 1 --out "$out/compile.json" || failed=1
     if command -v compute-sanitizer > /dev/null; then
-        step sanitizer 70 compute-sanitizer --error-exitcode 1 "$python" -m fastbert verify --op pool
+        step sanitizer 60 compute-sanitizer --error-exitcode 1 "$python" -m fastbert verify --shapes small --op pool \
+            || failed=1
     else
         echo "sanitizer    not installed" | tee -a "$summary"
     fi

@@ -35,11 +35,14 @@ def their_model(job: Job, attention: str) -> torch.nn.Module:
     return job.once(("transformers", attention), make)
 
 
-def _half(job: Job, who: str) -> None:
+def need_flash_attn(job: Job, module: str = "flash_attn") -> Any:
+    """The module, or Missing."""
+    found = need("flash-attn", module)
     if job.device.type != "cuda":
-        raise Missing(f"{who} needs a CUDA device")
+        raise Missing("flash-attn needs a CUDA device")
     if job.dtype not in (torch.float16, torch.bfloat16):
-        raise Missing(f"{who} computes in float16 and bfloat16 only")
+        raise Missing("flash-attn computes in float16 and bfloat16 only")
+    return found
 
 
 def sentence_transformers(size: int, attention: str = "flash_attention_2") -> Callable[[Job], Run]:
@@ -53,8 +56,7 @@ def sentence_transformers(size: int, attention: str = "flash_attention_2") -> Ca
         need("sentence-transformers")
         transformers = need("transformers")
         if attention == "flash_attention_2":
-            need("flash-attn", "flash_attn")
-            _half(job, "flash-attn")
+            need_flash_attn(job)
         modules = need("sentence-transformers", "sentence_transformers.sentence_transformer.modules")
         pooling = modules.Pooling(job.workload.model.hidden)
         collate = transformers.DataCollatorWithFlattening(
@@ -83,8 +85,7 @@ def flash_attn_bert(size: int) -> Callable[[Job], Run]:
     """flash-attention's own BERT, which takes the padding out after the embeddings; its fused layers where built."""
 
     def make(job: Job) -> Run:
-        bert = need("flash-attn", "flash_attn.models.bert")
-        _half(job, "flash-attn")
+        bert = need_flash_attn(job, "flash_attn.models.bert")
         config = their_config(
             job, use_flash_attn=True, position_embedding_type="absolute",
             fused_bias_fc=getattr(bert, "FusedDense", None) is not None,

@@ -20,7 +20,7 @@ from fastbert.testing import WORKLOADS
 from . import workloads
 
 
-def main(argv: list[str] | None = None) -> int:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.profile_layer", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -29,8 +29,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", default="auto", help="default: bfloat16 where the hardware multiplies it")
     parser.add_argument("--quick", action="store_true", help="a few hundred tokens")
     parser.add_argument("--trace", metavar="FILE", help="also write a trace that chrome://tracing shows")
-    args = parser.parse_args(argv)
+    return parser
 
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
     device = resolve_device(args.device)
     dtype = resolve_dtype(args.dtype, device)
     workload = workloads.fit(args.workload, device, workloads.model_name(args.workload), args.quick)

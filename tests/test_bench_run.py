@@ -3,7 +3,9 @@
 import json
 import os
 import re
+import shlex
 import signal
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -11,10 +13,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import machine, peers_encoder, peers_packed, run, suite_encoder, suite_kernels, timing
+from benchmarks import (
+    machine,
+    peers_attention,
+    peers_encoder,
+    peers_packed,
+    profile_layer,
+    run,
+    suite_encoder,
+    suite_kernels,
+    timing,
+)  # fmt: skip
 from benchmarks.case import Case, Interrupted, Missing, Row, measure
 from benchmarks.jobs import Job
-from fastbert.testing import MODELS, Workload, relative_rms
+from fastbert import cli
+from fastbert.testing import MODELS, WORKLOADS, Workload, relative_rms
 
 CPU = torch.device("cpu")
 CEILINGS = {"gemm_tflops": {"float32": 0.1}, "copy_gbs": 10.0}
@@ -229,18 +242,14 @@ def test_flash_attn_bert_gets_its_own_names(monkeypatch):
         def remap_state_dict(state, config):
             return {name.replace("encoder.layer.", "encoder.layers."): value for name, value in state.items()}
 
-    monkeypatch.setattr(peers_packed, "need", lambda package, module=None: Module if module else _transformers())
-    monkeypatch.setattr(peers_packed, "_half", lambda *_: None)
+    pytest.importorskip("transformers", reason="a peer that is not installed")
+    monkeypatch.setattr(peers_packed, "need_flash_attn", lambda *_: Module)
     peers_packed.flash_attn_bert(2)(Job(TINY, torch.float32, CPU))
     assert seen["config"].use_flash_attn
     assert seen["config"].fused_dropout_add_ln
     assert not seen["config"].fused_bias_fc  # its extension is not built
     assert not seen["pooler"]
     assert "encoder.layers.0.attention.self.query.weight" in seen["state"]
-
-
-def _transformers():
-    return pytest.importorskip("transformers", reason="a peer that is not installed")
 
 
 def test_libraries_that_are_not_here_are_named():
@@ -282,3 +291,55 @@ def test_gpus_have_folders_of_their_own():
     cuda = torch.device("cuda")
     assert machine._slug("NVIDIA H200", cuda) == "h200"
     assert machine._slug("NVIDIA GeForce RTX 3060", cuda) == "nvidia-geforce-rtx-3060"
+
+
+# ---- a day with a GPU ------------------------------------------------------------------------------------
+
+GPU_DAY = ROOT / "benchmarks" / "gpu_day.sh"
+
+
+def gpu_day_steps() -> list[tuple[str, int, list[str]]]:
+    """(name, seconds, arguments of Python) of each step in the script, those of the rehearsal first."""
+    text = GPU_DAY.read_text().replace("\\\n", " ").replace("$dtype", "bf16").replace("$out/", "")
+    steps = []
+    for line in text.splitlines():
+        found = re.search(r'^\s*step "?([\w-]+)"? (\d+) .*?"\$python" (-m .*?)( \|\| failed=1| &|$)', line)
+        if found:
+            steps.append((found[1], int(found[2]), shlex.split(found[3])))
+    return steps
+
+
+STEPS = gpu_day_steps()
+
+
+def test_gpu_day_rehearses_every_step():
+    names = [name for name, *_ in STEPS]
+    half = names.index("verify-bf16", 1)
+    assert names[:half] == [name for name in names[half:] if name != "sanitizer"]
+    assert names[half:] == ["verify-bf16", "kernels", "models", "latency", "profile", "compile", "sanitizer"]
+    limits = [seconds for _, seconds, _ in STEPS[half:]]
+    assert sum(limits) <= 9 * 60 + 60  # few steps take their limit; the script stops at `total` whatever they do
+    assert "total=530" in GPU_DAY.read_text()
+
+
+@pytest.mark.parametrize(
+    "words", [words for *_, words in STEPS], ids=[f"{n} {name}" for n, (name, *_) in enumerate(STEPS)]
+)
+def test_gpu_day_command_lines_parse(words, tmp_path):
+    """A misspelt option would cost the day's step."""
+    module, *arguments = words[1:]
+    if module == "benchmarks.profile_layer":
+        profile_layer.build_parser().parse_args(arguments)
+        return
+    assert module == "fastbert"
+    args = cli.build_parser().parse_args(arguments)
+    if arguments[0] == "bench":
+        known = {row.peer for row in (*peers_encoder.PEERS, *peers_attention.PEERS)} | {"torch.compile"}
+        assert (args.peers.only or set()) | args.peers.without <= known
+        assert args.budget_minutes
+        assert args.out
+        assert args.workload in (None, "minilm_1x16", *WORKLOADS)
+
+
+def test_gpu_day_is_sound_bash():
+    subprocess.run(["bash", "-n", str(GPU_DAY)], check=True)

@@ -158,6 +158,37 @@ def test_bf16_gets_more_only_in_the_interpreter(monkeypatch):
     assert seen == [2.0, 2.0, 4.0] + [2.0] * 3 * n_cuda
 
 
+def test_real_shapes_are_for_gpus_and_for_who_asks(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert verify._shapes("auto", cpu) == verify._shapes("small", cuda) == verify.SMALL
+    assert verify._shapes("real", cpu) == verify._shapes("auto", cuda)
+    lengths = {n for _, shape in verify._shapes("auto", cuda) for n in shape}
+    assert {0, 1, 128, 512, 4096} <= lengths
+    assert {MODELS["base"], MODELS["large"]} <= {model for model, _ in verify.REAL}
+    with pytest.raises(ValueError, match="shapes must be one of auto, small, real, got 'huge'"):
+        verify.verify(["pool"], ["fp32"], "cpu", impl="native", shapes="huge")
+
+    seen = []
+    monkeypatch.setattr(verify, "_inputs", lambda op, model, lengths, **o: seen.append(max(lengths)))
+    monkeypatch.setattr(verify, "check_op", lambda *a, **o: [Check("out", 0.0, 1.0)])
+    verify.main(["--op", "attention", "--device", "cpu", "--impl", "native", "--shapes", "real"])
+    assert set(seen) == {512, 4096}
+
+
+def test_interrupted_it_shows_what_was_done_and_fails(monkeypatch, capsys):
+    def steps(*_):
+        yield [
+            verify.Row("pool", "fp32", direction, "", "out", 0.0, 1.0, True) for direction in ("forward", "backward")
+        ]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(verify, "_verify", steps)
+    assert _run("--op", "pool", "--dtype", "fp32", "--dtype", "fp16") == 1
+    out = capsys.readouterr().out
+    assert "Interrupted" in out
+    assert "2 of 2 passed" in out
+
+
 def test_without_a_gpu_it_starts_the_interpreter():
     """A fresh process, as a user starts it: no TRITON_INTERPRET in the environment."""
     if torch.cuda.is_available() or functional.why_not_triton(torch.device("cuda")):
