@@ -11,11 +11,10 @@ import contextlib
 import os
 import signal
 import sys
-from collections import deque
 from collections.abc import Iterator, Sequence
 from importlib import import_module, resources
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, NoReturn
 
 HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
 # functional.IMPLS and the pooling modes of Encoder, spelled here so that --help needs no torch
@@ -29,14 +28,18 @@ Turn texts into vectors, one vector a line of FILE, in the order of the lines.
 
 Memory stays constant however long FILE is, and OUT appears whole or not at all. Texts longer than the model's limit
 are cut to it. An empty line is an empty text and gets a vector too; an empty FILE gives an OUT with no rows.
-A byte order mark and Windows line ends are dropped."""
+A byte order mark and Windows line ends are dropped.
+
+On several GPUs or machines start it with torchrun: each process takes its GPU and its share of the lines, FILE must be
+readable for all of them, and one OUT results. On CPUs set OMP_NUM_THREADS, or torchrun gives each one thread."""
 
 ENCODE_EXAMPLES = """\
 examples:
   fastbert encode notes.txt -o notes.npy                     a vector a line, numpy.load reads it
   fastbert encode reviews.jsonl --field body -o out.jsonl    each object with its "embedding" added
   sort -u words.txt | fastbert encode - | head -n 3          standard input to standard output
-  fastbert encode notes.txt -o notes.npy --model BAAI/bge-small-en-v1.5 --dtype bfloat16"""
+  fastbert encode notes.txt -o notes.npy --model BAAI/bge-small-en-v1.5 --dtype bfloat16
+  torchrun --nproc-per-node 8 -m fastbert encode notes.txt -o notes.npy"""
 
 MODEL_HELP = """\
 a folder or a Hugging Face hub id of a BERT, plain or from sentence-transformers
@@ -98,8 +101,14 @@ def _fail(error: Exception | str, code: int) -> int:
     if not isinstance(error, (str, UsageError, ValueError, RuntimeError, OSError, ImportError)) or not words:
         # Not an error anyone wrote for a person to read: say what kind it is, and where to see more.
         words = f"{type(error).__name__}: {words} (FASTBERT_DEBUG=1 shows where)"
-    print(f"fastbert: error: {words}", file=sys.stderr)
+    rank = f"rank {os.environ['RANK']}: " if among_ranks() else ""
+    print(f"fastbert: error: {rank}{words}", file=sys.stderr)
     return code
+
+
+def among_ranks() -> bool:
+    """Whether torchrun started this process, beside others."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 @contextlib.contextmanager
@@ -177,8 +186,16 @@ def _add_encode(commands: Any) -> None:
         type=_positive,
         help="how many tokens go through the model at once; more takes more memory (default: by device)",
     )
+    p.add_argument(
+        "--workers",
+        metavar="N",
+        type=_positive,
+        default=1,
+        help="share the lines among N processes, each with its part of the threads, and its NUMA node or GPU where "
+        "there are several; worth it on such machines, and with dozens of cores (default: 1)",
+    )
     p.add_argument("-q", "--quiet", action="store_true", help="no progress bar, no summary")
-    p.set_defaults(run=encode)
+    p.set_defaults(run=lambda args: import_module("fastbert.encode").run(args))
 
 
 def _add_info(commands: Any) -> None:
@@ -235,68 +252,20 @@ def _output_path(text: str) -> Path:
     return path
 
 
-# ---- encode ----------------------------------------------------------------------------------------------
+# ---- what commands share ---------------------------------------------------------------------------------
 
 
-def encode(args: argparse.Namespace) -> int:
-    """`fastbert encode`."""
-    if args.output and args.file != "-" and _same_file(args.file, args.output):
-        raise UsageError(f"input and output are the same file: {args.output}")
-    # Input and output are opened first: who misspelt a folder should not wait for a model to load.
-    with _open_input(args.file) as source, _open_output(args.output) as sink:
-        encoder = load_encoder(args)
-        _encode_lines(args, encoder, source, sink)
-    if not args.quiet and sys.stderr.isatty():
-        print(f"fastbert: {summary(encoder.stats)}", file=sys.stderr)
-    return 0
-
-
-def _encode_lines(args: argparse.Namespace, encoder: Any, source: BinaryIO, sink: BinaryIO) -> None:
-    from tqdm import tqdm
-
-    from .files import read_chunks, writer
-
-    field = args.field or ("text" if args.file.endswith(".jsonl") else None)
-    name = "standard input" if args.file == "-" else args.file
-    waiting = deque()  # chunks of lines that the encoder has taken, and given no vectors for yet
-
-    # The bar moves once a chunk: 1,024 texts keep a CPU busy for seconds, a GPU wants more at once.
-    lines = 1024 if encoder.device.type == "cpu" else 8192
-
-    def chunks() -> Iterator[list[str]]:
-        for chunk in read_chunks(source, name, field, lines=lines):
-            waiting.append(chunk)
-            yield [line.text for line in chunk]
-
-    out = writer(args.output.suffix if args.output else ".jsonl", sink, encoder.dimension)
-    # tqdm's None means: only where standard error is a terminal.
-    bar = tqdm(total=_size(source), unit="B", unit_scale=True, desc="encode", disable=args.quiet or None)
-    try:
-        with bar:
-            for vectors in encoder.encode_chunks(chunks(), max_tokens_per_batch=args.max_tokens_per_batch):
-                chunk = waiting.popleft()
-                out.write(vectors.numpy(), [line.record for line in chunk])
-                bar.update(sum(line.n_bytes for line in chunk))
-    except KeyboardInterrupt:
-        lost = f"; {args.output} was not written" if args.output else ""
-        raise KeyboardInterrupt(f"interrupted after {out.rows:,} lines{lost}") from None
-    out.finish()
-
-
-def load_encoder(args: argparse.Namespace) -> Any:
-    """The Encoder that the arguments of `_add_model_arguments` ask for."""
+def load_encoder(args: argparse.Namespace, **others: Any) -> Any:
+    """The Encoder that the arguments of `_add_model_arguments` ask for, but for what `others` says."""
     from .embed import Encoder
 
-    return Encoder.from_pretrained(
-        args.model or default_model(),
-        pooling=args.pooling,
-        normalize=args.normalize,
-        layer=args.layer,
-        dtype=args.dtype,
-        device=args.device,
-        max_length=args.max_length,
-        impl=args.impl,
-    )
+    return Encoder.from_pretrained(**{**encoder_options(args), **others})
+
+
+def encoder_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `_add_model_arguments` as those of `Encoder.from_pretrained`."""
+    names = ("pooling", "normalize", "layer", "dtype", "device", "max_length", "impl")
+    return {"id_or_path": args.model or default_model()} | {name: getattr(args, name) for name in names}
 
 
 def default_model() -> str:
@@ -313,38 +282,3 @@ def summary(stats: Any) -> str:
         f"{stats.texts:,} texts, {stats.tokens:,} tokens in {stats.seconds:.1f} s, "
         f"{stats.tokens_per_second:,.0f} tokens/s, {stats.padding_avoided:.0%} of padding avoided"
     )
-
-
-def _same_file(a: str | Path, b: str | Path) -> bool:
-    return os.path.exists(a) and os.path.exists(b) and os.path.samefile(a, b)
-
-
-def _size(source: BinaryIO) -> int | None:
-    """Bytes of a regular file; None for a pipe or a terminal."""
-    try:
-        return os.fstat(source.fileno()).st_size or None
-    except (OSError, ValueError):
-        return None
-
-
-@contextlib.contextmanager
-def _open_input(name: str) -> Iterator[BinaryIO]:
-    if name == "-":
-        yield sys.stdin.buffer
-        return
-    with open(name, "rb") as stream:
-        yield stream
-
-
-@contextlib.contextmanager
-def _open_output(path: Path | None) -> Iterator[BinaryIO]:
-    if path is None:
-        yield sys.stdout.buffer
-        sys.stdout.buffer.flush()
-        return
-    if not path.parent.is_dir():
-        raise NotADirectoryError(f"no folder {str(path.parent)!r} to write {path.name} into")
-    from .checkpoint import write_atomically
-
-    with write_atomically(path) as temporary, open(temporary, "wb") as stream:
-        yield stream

@@ -294,15 +294,20 @@ class Encoder:
         self, chunks: Iterable[Sequence[str]], *, max_tokens_per_batch: int | None = None
     ) -> Iterator[Tensor]:
         """`encode_stream` of texts that are cut into chunks already: yields [n, C] for each chunk of n texts."""
-        budget = max_tokens_per_batch or TOKENS_PER_BATCH.get(self.device.type, TOKENS_PER_BATCH["cuda"])
-        if budget < 1:
-            raise ValueError(f"max_tokens_per_batch must be at least 1, got {budget}")
+        budget = self.token_budget(max_tokens_per_batch)
         for tokenised in _one_ahead(self.tokenise, chunks):
             started = time.perf_counter()
             ids = tokenised()  # waits for the other thread where that is behind
             vectors = self.encode_ids(ids, budget)
             self.stats.seconds += time.perf_counter() - started
             yield vectors
+
+    def token_budget(self, max_tokens_per_batch: int | None = None) -> int:
+        """The bound on the tokens computed at once: as asked for, or the device's."""
+        budget = max_tokens_per_batch or TOKENS_PER_BATCH.get(self.device.type, TOKENS_PER_BATCH["cuda"])
+        if budget < 1:
+            raise ValueError(f"max_tokens_per_batch must be at least 1, got {budget}")
+        return budget
 
     def tokenise(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of texts as the model reads them: with the prompt, lowered where asked for, cut to max_length."""

@@ -1,0 +1,123 @@
+"""One file encoded by all processes that torchrun started, on one machine or several, into one ordered result.
+
+    chunk i of FILE is rank i % world's
+    rank > 0  --gloo-->  rank 0, which writes OUT in the order of the lines
+
+Each rank reads FILE, and only rank 0 opens OUT, so the machines need to share the one and not the other. A rank that
+fails says why and ends; torchrun then ends the others, and OUT is not written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .embed import Encoder, EncodeStats
+
+# Chunks of vectors that wait for rank 0 to take them, before their rank waits too.
+CHUNKS_AHEAD = 4
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that torchrun started: `rank` of `world`, `local_rank` on its machine."""
+
+    rank: int
+    world: int
+    local_rank: int
+
+    @classmethod
+    def from_environment(cls) -> Ranks:
+        return cls(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+
+    def device(self, asked: str) -> str:
+        """The device for this process: of CUDA devices its own."""
+        if asked == "cpu" or not torch.cuda.is_available():
+            return asked
+        if self.local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"{self.local_rank + 1} or more processes on a machine with {torch.cuda.device_count()} CUDA devices: "
+                "give torchrun --nproc-per-node that number, or fastbert --device cpu"
+            )
+        return f"cuda:{self.local_rank}"
+
+    @contextlib.contextmanager
+    def joined(self, facts: dict[str, int]) -> Iterator[None]:
+        """Meets the other ranks, for as long as the block lasts. `facts` must be the same everywhere."""
+        with self._told_apart():
+            dist.init_process_group("gloo")
+        try:
+            with self._told_apart():
+                everywhere: list = [None] * self.world
+                dist.all_gather_object(everywhere, facts)
+            for name, ours in facts.items():
+                for rank, theirs in enumerate(everywhere):
+                    if theirs[name] != ours:
+                        raise ValueError(
+                            f"{name} must be the same everywhere: {ours:,}, but {theirs[name]:,} on rank {rank}"
+                        )
+            yield
+        finally:
+            dist.destroy_process_group()
+
+    def gather(
+        self, encoder: Encoder, chunks: Iterable[Sequence[str]], *, max_tokens_per_batch: int | None = None
+    ) -> Iterator[Tensor]:
+        """On rank 0: the vectors of every chunk in order, computed here or received."""
+        expected: deque[int] = deque()  # texts of the chunks that were drawn and not given yet
+
+        def own() -> Iterator[Sequence[str]]:
+            for number, texts in enumerate(chunks):
+                expected.append(len(texts))
+                if number % self.world == 0:
+                    yield texts
+
+        for vectors in encoder.encode_chunks(own(), max_tokens_per_batch=max_tokens_per_batch):
+            expected.popleft()
+            yield vectors
+            # What was drawn since lies between our own chunks, one of each other rank
+            for rank in range(1, self.world):
+                if expected:
+                    vectors = torch.empty(expected.popleft(), encoder.dimension)
+                    with self._told_apart():
+                        dist.recv(vectors, rank)
+                    yield vectors
+        self._add_up(encoder.stats)
+
+    def contribute(
+        self, encoder: Encoder, chunks: Iterable[Sequence[str]], *, max_tokens_per_batch: int | None = None
+    ) -> None:
+        """On the other ranks: computes every chunk that is this rank's, and sends it to rank 0."""
+        own = (texts for number, texts in enumerate(chunks) if number % self.world == self.rank)
+        under_way: deque = deque()
+        for vectors in encoder.encode_chunks(own, max_tokens_per_batch=max_tokens_per_batch):
+            with self._told_apart():
+                under_way.append((dist.isend(vectors, 0), vectors))
+                if len(under_way) > CHUNKS_AHEAD:
+                    under_way.popleft()[0].wait()
+        with self._told_apart():
+            for sending, _ in under_way:
+                sending.wait()
+        self._add_up(encoder.stats)
+
+    def _add_up(self, stats: EncodeStats) -> None:
+        """Counts of all ranks, on every rank. Waits for all of them: nobody leaves before rank 0 has every vector."""
+        everywhere: list = [None] * self.world
+        with self._told_apart():
+            dist.all_gather_object(everywhere, (stats.texts, stats.tokens, stats.padded_tokens))
+        stats.texts, stats.tokens, stats.padded_tokens = map(sum, zip(*everywhere, strict=True))
+
+    @contextlib.contextmanager
+    def _told_apart(self) -> Iterator[None]:
+        """The transport's words for a peer that is gone (addresses and line numbers) in a reader's."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise RuntimeError("lost touch with another rank, which ended first or is out of reach") from error

@@ -1,0 +1,163 @@
+"""`--workers`: several processes, one ordered result, and one clear error where one of them fails."""
+
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastbert import BertConfig, BertModel, Encoder
+from fastbert import workers as workers_module
+from fastbert.checkpoint import CheckpointError
+from fastbert.cli import main
+from fastbert.workers import CHUNKS_AHEAD, EncoderPool, numa_nodes
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz"]
+OPTIONS = {"impl": "native", "device": "cpu", "dtype": "float32"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    config = BertConfig(
+        vocab_size=len(WORDS), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48,
+        max_position_embeddings=32, initializer_range=0.5,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    BertModel(config).save_pretrained(folder)
+    (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pool(folder):
+    with EncoderPool(2, folder, **OPTIONS) as pool:
+        yield pool
+
+
+def sentences(count: int) -> list[str]:
+    letters = WORDS[5:]
+    return [" ".join(letters[i * 7 % 26 : i * 7 % 26 + 1 + i % 9]) for i in range(count)]
+
+
+def test_vectors_come_in_order(pool, folder):
+    """Chunks of very different sizes, so that a worker overtakes the other."""
+    texts, sizes = sentences(700), [300, 1, 2, 150, 0, 3, 144, 100]
+    chunks = [texts[sum(sizes[:i]) : sum(sizes[: i + 1])] for i in range(len(sizes))]
+    before = pool.stats
+    parts = list(pool.encode_chunks(chunks))
+    assert [len(part) for part in parts] == sizes
+    alone = Encoder.from_pretrained(folder, **OPTIONS)
+    torch.testing.assert_close(torch.cat(parts), alone.encode(texts), rtol=1e-5, atol=1e-6)
+    assert pool.dimension == alone.dimension
+    assert pool.device == alone.device
+    assert (pool.stats.texts - before.texts, pool.stats.tokens - before.tokens) == (700, alone.stats.tokens)
+    assert pool.stats.seconds > before.seconds
+
+
+def test_nothing_gives_nothing(pool):
+    assert list(pool.encode_chunks([])) == []
+
+
+def test_the_source_is_read_a_bounded_way_ahead(pool):
+    drawn = 0
+
+    def chunks():
+        nonlocal drawn
+        for _ in range(40):
+            drawn += 1
+            yield ["a b"]
+
+    for given, _ in enumerate(pool.encode_chunks(chunks())):
+        assert drawn <= given + 1 + 2 * CHUNKS_AHEAD
+    assert drawn == 40
+
+
+def test_the_order_holds_where_a_worker_is_slow(pool):
+    """A chunk of long texts, then many short ones, which the other worker does meanwhile."""
+    slow = [" ".join(WORDS[5:])] * 3000
+    chunks = [slow, *([text] for text in sentences(9))]
+    parts = list(pool.encode_chunks(chunks))
+    assert [len(part) for part in parts] == [3000] + [1] * 9
+    again = list(pool.encode_chunks(chunks[1:]))
+    assert all(torch.equal(one, other) for one, other in zip(parts[1:], again, strict=True))
+
+
+def test_an_error_of_a_worker_is_raised_and_ends_the_pool(folder, capfd):
+    with EncoderPool(1, folder, **OPTIONS) as pool:
+        with pytest.raises(ValueError, match=r"lone surrogate U\+D83D"):
+            list(pool.encode_chunks([["a"], ["\ud83d"]]))
+        assert all(not process.is_alive() for process in pool.processes)
+        with pytest.raises(RuntimeError, match="closed"):
+            list(pool.encode_chunks([["a"]]))
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_a_worker_that_is_killed_is_noticed(folder):
+    with EncoderPool(1, folder, **OPTIONS) as pool:
+        os.kill(pool.processes[0].pid, signal.SIGKILL)
+        with pytest.raises(RuntimeError, match="worker 1 of 1 was killed by SIGKILL before its work was done"):
+            list(pool.encode_chunks([["a"]]))
+
+
+def test_what_loading_raised_is_raised(tmp_path):
+    with pytest.raises(CheckpointError, match="is not a model folder"):
+        EncoderPool(1, tmp_path, **OPTIONS)
+
+
+def test_at_least_one():
+    with pytest.raises(ValueError, match="workers must be at least 1, got 0"):
+        EncoderPool(0, "nowhere")
+
+
+def test_the_command(folder, tmp_path, capsys):
+    source, out = tmp_path / "texts.txt", tmp_path / "out.npy"
+    texts = sentences(2500)
+    source.write_text("\n".join(texts))
+    words = ["encode", str(source), "-o", str(out), "--model", str(folder), "--impl", "native", "--dtype", "float32"]
+    assert main([*words, "--device", "cpu", "--workers", "2"]) == 0
+    alone = Encoder.from_pretrained(folder, **OPTIONS).encode(texts)
+    torch.testing.assert_close(torch.from_numpy(np.load(out)), alone, rtol=1e-5, atol=1e-6)
+    for wrong in ("0", "-1", "two"):
+        with pytest.raises(SystemExit, match="2"):
+            main([*words, "--workers", wrong])
+        assert f"from 1 up, got '{wrong}'" in capsys.readouterr().err
+
+
+# ---- who runs where --------------------------------------------------------------------------------------
+
+
+def test_numa_nodes_are_read_and_kept_to_what_is_allowed(tmp_path, monkeypatch):
+    for node, cpus in {"node0": "0-3,8-11", "node1": "4-7,12-15", "node2": "", "node10": "16"}.items():
+        (tmp_path / node).mkdir()
+        (tmp_path / node / "cpulist").write_text(cpus + "\n")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)) - {5}, raising=False)
+    assert numa_nodes(tmp_path) == [{0, 1, 2, 3, 8, 9, 10, 11}, {4, 6, 7, 12, 13, 14, 15}]
+    assert numa_nodes(tmp_path / "nowhere") == []
+
+
+@pytest.mark.parametrize(
+    ("nodes", "workers", "expected"),
+    [(2, 2, [{0}, {1}]), (2, 4, [{0}, {1}, {0}, {1}]), (4, 2, [{0, 2}, {1, 3}]), (1, 3, [None] * 3)],
+    ids=["one_each", "two_a_node", "two_nodes_each", "one_node"],
+)
+def test_each_worker_stays_on_its_nodes(nodes, workers, expected, monkeypatch):
+    monkeypatch.setattr(workers_module, "numa_nodes", lambda: [{node} for node in range(nodes)])
+    seen = [None] * workers
+    for index in range(workers):
+        monkeypatch.setattr(
+            os, "sched_setaffinity", lambda pid, cpus, i=index: seen.__setitem__(i, cpus), raising=False
+        )
+        workers_module._stay_on_its_nodes(index, workers)
+    assert seen == expected
+
+
+def test_each_worker_takes_the_next_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [str(workers_module._device_of(i, {})) for i in range(3)] == ["cuda:0", "cuda:1", "cuda:0"]
+    assert str(workers_module._device_of(1, {"device": "cuda:0"})) == "cuda:0"
+    assert str(workers_module._device_of(1, {"device": "cpu"})) == "cpu"
