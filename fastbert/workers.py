@@ -20,6 +20,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,9 @@ CHUNKS_AHEAD = 3
 class EncoderPool:
     """`Encoder.from_pretrained(*args, **options)` in each of several processes, with an Encoder's `encode_chunks`.
 
-        with EncoderPool(4, folder, dtype="bfloat16") as pool:
-            for vectors in pool.encode_chunks(chunks): ...
+        if __name__ == "__main__":  # a worker imports the program that made it
+            with EncoderPool(4, folder, dtype="bfloat16") as pool:
+                for vectors in pool.encode_chunks(chunks): ...
 
     Args:
         workers: how many; each gets its share of `torch.get_num_threads()`, one thread at least.
@@ -62,7 +64,8 @@ class EncoderPool:
                 ours, theirs = context.Pipe()
                 work = (theirs, index, workers, threads, args, options)
                 process = context.Process(target=_work, args=work, name=f"fastbert worker {index}", daemon=True)
-                process.start()
+                with _deaf_to_interrupts():
+                    process.start()
                 theirs.close()  # or the end of the worker would not end the pipe
                 self.pipes.append(ours)
                 self.processes.append(process)
@@ -155,12 +158,29 @@ class EncoderPool:
         return message
 
 
+@contextlib.contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """A process started inside never sees Ctrl-C, which goes to every process of a terminal; the parent answers it.
+
+    One that comes meanwhile is kept for the end of the block.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    resource_tracker.ensure_running()  # it would lift the block when multiprocessing starts it
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 # ---- in a worker -----------------------------------------------------------------------------------------
 
 
 def _work(pipe: Connection, index: int, workers: int, threads: int, args: tuple, options: dict[str, Any]) -> None:
     """What a worker does: loads, says its (dimension, device type), then answers each chunk."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the parent answers it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where a process cannot be started deaf to it
     try:
         _stay_on_its_nodes(index, workers)
         torch.set_num_threads(threads)

@@ -1,7 +1,11 @@
 """`--workers`: several processes, one ordered result, and one clear error where one of them fails."""
 
+import contextlib
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +16,7 @@ from fastbert import BertConfig, BertModel, Encoder
 from fastbert import workers as workers_module
 from fastbert.checkpoint import CheckpointError
 from fastbert.cli import main
+from fastbert.files import HEADER_BYTES
 from fastbert.workers import CHUNKS_AHEAD, EncoderPool, numa_nodes
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz"]
@@ -125,6 +130,53 @@ def test_the_command(folder, tmp_path, capsys):
         with pytest.raises(SystemExit, match="2"):
             main([*words, "--workers", wrong])
         assert f"from 1 up, got '{wrong}'" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts children in Linux' /proc")
+@pytest.mark.parametrize("when", ["starting", "encoding"])
+def test_ctrl_c_ends_all_and_leaves_nothing(when, folder, tmp_path):
+    """To every process of the group, as a terminal sends it: one line on standard error, no file, no process."""
+    out = tmp_path / "out.npy"
+    words = ["encode", "-", "-o", out, "--model", folder, "--impl", "native", "--device", "cpu", "--workers", "2"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fastbert", *map(str, words)],
+        stdin=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+    def wait_until(done, why: str) -> None:
+        deadline = time.monotonic() + 90
+        while not done():
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline, why
+            time.sleep(0.02)
+
+    try:
+        process.stdin.write(b"a b c\n" * 9000)  # and no end
+        process.stdin.flush()
+        wait_until(lambda: list(tmp_path.iterdir()), "the output was not opened")
+        if when == "encoding":
+            wait_until(lambda: next(tmp_path.iterdir()).stat().st_size > HEADER_BYTES, "nothing was written")
+        else:
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+            wait_until(lambda: len(children.read_text().split()) >= 2, "no worker was started")
+        os.killpg(process.pid, signal.SIGINT)
+        said = process.communicate(timeout=60)[1].decode()
+        assert process.returncode == 130
+        assert said.startswith("fastbert: error: interrupted")
+        assert said.count("\n") == 1
+        assert list(tmp_path.iterdir()) == []
+        for _ in range(500):  # multiprocessing's own helper notices a moment later
+            try:
+                os.killpg(process.pid, 0)
+            except ProcessLookupError:
+                break
+            time.sleep(0.02)
+        else:
+            pytest.fail("a process was left behind")
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 # ---- who runs where --------------------------------------------------------------------------------------
