@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -331,7 +332,7 @@ class Encoder:
             batch = PackedBatch.from_lists([ids[row] for row in rows], device=self.device)
             vectors[rows] = self._vectors(batch).float().cpu()
 
-        _run_batches(encode, list(_batches(order, lengths, budget)), self.device)
+        _run_batches(encode, _even_batches(order, lengths, budget, self.device), self.device)
         self.stats.texts += len(ids)
         self.stats.tokens += sum(lengths)
         for start in range(0, len(lengths), PADDED_BATCH):
@@ -421,9 +422,8 @@ def _run_batches(encode: Callable[[list[int]], None], batches: list[list[int]], 
     One after another where there is one thread, too few batches to keep all of them busy to the end, or where bits must
     not depend on the number of threads (`batch_invariant()`).
     """
-    threads = torch.get_num_threads()
-    flights = min(IN_FLIGHT, threads)
-    if device.type != "cpu" or flights < 2 or len(batches) < 3 * flights or F.is_batch_invariant():
+    threads, flights = torch.get_num_threads(), _flights(len(batches), device)
+    if flights == 1:
         for rows in batches:
             encode(rows)
         return
@@ -434,6 +434,25 @@ def _run_batches(encode: Callable[[list[int]], None], batches: list[list[int]], 
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)  # part of torch's count belongs to the process
+
+
+def _flights(batches: int, device: torch.device) -> int:
+    """How many of so many batches are computed at once."""
+    flights = min(IN_FLIGHT, torch.get_num_threads())
+    return 1 if device.type != "cpu" or batches < 3 * flights or F.is_batch_invariant() else flights
+
+
+def _even_batches(order: list[int], lengths: list[int], budget: int, device: torch.device) -> list[list[int]]:
+    """`_batches`; where several are computed at once, as many for each thread and all of about the same size, so that
+    all of them end together."""
+    batches = list(_batches(order, lengths, budget))
+    flights = _flights(len(batches), device)
+    total, room = sum(lengths), budget - max(lengths, default=0)  # a cut falls at most one text late
+    if flights == 1 or 2 * room < budget:
+        return batches
+    count = -(-total // (room * flights)) * flights
+    ends = np.searchsorted(np.cumsum([lengths[row] for row in order]), np.arange(1, count + 1) * total / count) + 1
+    return [order[start:end] for start, end in itertools.pairwise((0, *ends.tolist())) if start < end]
 
 
 def _batches(order: list[int], lengths: list[int], budget: int) -> Iterator[list[int]]:

@@ -9,7 +9,7 @@ import torch.nn as nn
 
 from .. import functional as F
 from ..graphs import Graphs, graphs_for
-from . import torch_layers
+from . import sentence, torch_layers
 from .encoder import EncoderForward, HeadForward
 from .facts import FAMILIES, Family
 from .forward import Forward
@@ -76,6 +76,8 @@ def accelerate(model: nn.Module, *, impl: F.Impl | None = None, cuda_graphs: boo
     for module in list(model.modules()):
         _swap_head(module)
     _swap_torch(model, impl)
+    for module in list(model.modules()):
+        _swap_sentence(module)
     report = explain(model)
     if not report.replaced:
         warnings.warn(f"fastbert replaced nothing in this model\n{report}", stacklevel=2)
@@ -93,8 +95,8 @@ def _graphs_of(model: nn.Module, impl: F.Impl | None) -> dict[nn.Module, Graphs]
 def restore(model: nn.Module) -> nn.Module:
     """Undoes `accelerate`, in place: every module has its own forward again. Returns the same model."""
     for module in model.modules():
-        if isinstance(module.__dict__.get("forward"), Forward):
-            module.__dict__["forward"].remove()
+        for forward in [value for value in module.__dict__.values() if isinstance(value, Forward)]:
+            forward.remove()
     return model
 
 
@@ -155,6 +157,12 @@ def _swap_head(head: nn.Module) -> None:
             HeadForward(head, path).put()
 
 
+def _swap_sentence(model: nn.Module) -> None:
+    kind = sentence.kind_of(model)
+    if kind is not None and sentence.why_left(model, kind) is None:
+        sentence.BatchedMethod(model, kind).put()
+
+
 def _swap_torch(module: nn.Module, impl: F.Impl | None) -> None:
     """torch's modules, the outermost of them: what is inside one that was replaced belongs to it."""
     if isinstance(module.__dict__.get("forward"), EncoderForward):
@@ -190,6 +198,7 @@ def explain(model: nn.Module) -> Report:
     for path, module in model.named_modules():
         forward = module.__dict__.get("forward")
         name = path or "(the model)"
+        _explain_sentence(report, path, module)
         if isinstance(forward, EncoderForward):
             _explain_encoder(report, path, forward)
         elif isinstance(forward, HeadForward):
@@ -235,6 +244,19 @@ def _explain_encoder(report: Report, path: str, forward: EncoderForward) -> None
     for layer in {id(layer): layer for _, layer in forward.layers()}.values():
         _explain_layer(report, name(paths[id(layer)]), layer, family)
     _explain_calls(report, path or "(the model)", forward)
+
+
+def _explain_sentence(report: Report, path: str, module: nn.Module) -> None:
+    kind = sentence.kind_of(module)
+    if kind is None:
+        return
+    name = f"{path}.{sentence.PUBLIC[kind]}" if path else sentence.PUBLIC[kind]
+    method = module.__dict__.get(sentence.method_of(module, kind))
+    if isinstance(method, sentence.BatchedMethod):
+        report.replaced[name] = f"{type(module).__name__}: batches of tokens, sorted by their number"
+        _explain_calls(report, name, method)
+    else:
+        report.left[name] = f"{type(module).__name__}: {sentence.why_left(module, kind) or 'not accelerated'}"
 
 
 def _explain_calls(report: Report, name: str, forward: Forward) -> None:

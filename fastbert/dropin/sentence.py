@@ -1,0 +1,285 @@
+"""The swap for sentence-transformers: `encode`, `predict` and `rank` on batches of tokens rather than of texts.
+
+The library's own method runs, with all its arguments, on a view of the model: a shallow copy whose `preprocess` keeps
+the texts of a large batch apart and whose `forward` puts them together again, longest first, in batches of a number of
+tokens. Prompts, normalising, truncating, precisions, pools of processes and the order of the results are therefore the
+library's own code, and the model itself only has another method in its `__dict__`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from ..embed import CHUNK_TEXTS, TOKENS_PER_BATCH, _even_batches, _run_batches
+from .encoder import EncoderForward, _module_of
+from .forward import Forward
+from .pieces import listeners
+
+# class of the model -> the methods that may hold the loop over batches, the innermost first
+METHODS = {"SentenceTransformer": ("_inference", "encode"), "CrossEncoder": ("_inference", "predict")}
+PUBLIC = {"SentenceTransformer": "encode", "CrossEncoder": "predict, rank"}
+# Texts handed to the tokenizer at once, which pads them to the longest.
+TOKENISED_TEXTS = 128
+# Texts a step of a progress bar.
+SHOWN_TEXTS = 512
+ROWS = "fastbert_rows"
+
+
+class CannotPack(Exception):
+    """What a batch turned out to hold cannot be put together anew, and this is why."""
+
+
+def kind_of(module: nn.Module) -> str | None:
+    """ "SentenceTransformer" or "CrossEncoder" of sentence-transformers, or a subclass of these; else None."""
+    for cls in type(module).__mro__:
+        if cls.__name__ in METHODS and cls.__module__.startswith("sentence_transformers."):
+            return cls.__name__
+    return None
+
+
+def method_of(model: nn.Module, kind: str) -> str | None:
+    return next((name for name in METHODS[kind] if hasattr(type(model), name)), None)
+
+
+def why_left(model: nn.Module, kind: str) -> str | None:
+    """Why a model's `encode` or `predict` stays what it is, or None."""
+    base = next(cls for cls in type(model).__mro__ if cls.__name__ == kind)
+    name = method_of(model, kind)
+    if not isinstance(model, nn.Sequential):
+        return f"a {kind} of this version of sentence-transformers does not run a list of modules"
+    for own in (name, "forward", "preprocess", "tokenize"):
+        if getattr(type(model), own, None) is not getattr(base, own, None):
+            return f"{type(model).__name__} has a {own} of its own"
+    if "batch_size" not in inspect.signature(getattr(base, name)).parameters:
+        return f"{name} of this version of sentence-transformers takes no batch_size"
+    if len(model) == 0 or type(model[0]).__name__ != "Transformer" or getattr(model[0], "can_flatten_inputs", False):
+        first = type(model[0]).__name__ if len(model) else "nothing"
+        flat = first == "Transformer"
+        return "it runs without padding on FlashAttention" if flat else f"its first module is a {first}"
+    if not any(isinstance(m.__dict__.get("forward"), EncoderForward) for m in model[0].modules()):
+        return "its transformer was left alone"
+    return None
+
+
+class BatchedMethod(Forward):
+    """`_inference`, `encode` or `predict` of one model, in place of its class's."""
+
+    def __init__(self, model: nn.Module, kind: str):
+        self.module, self.kind = model, kind
+        self.name = method_of(model, kind)
+        self.warned: dict[str, int] = {}
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(getattr(type(self.module), self.name).__get__(self.module))
+
+    def put(self) -> None:
+        self.module.__dict__[self.name] = self
+
+    def remove(self) -> None:
+        del self.module.__dict__[self.name]
+
+    def original(self, *args, **kwargs):
+        return getattr(type(self.module), self.name)(self.module, *args, **kwargs)
+
+    def __call__(self, *args, **kwargs):
+        model, method = self.module, getattr(type(self.module), self.name)
+        bound = inspect.signature(method).bind(model, *args, **kwargs)
+        bound.apply_defaults()
+        given = bound.arguments
+        texts, size = bound.args[1], given["batch_size"]
+        if given.get("pool") is not None or isinstance(given.get("device"), list) or not size > 0:
+            return self.original(*args, **kwargs)  # its processes call this again, each with its share
+        reason = self.why_not(texts, given)
+        if reason is None:
+            chunk = SHOWN_TEXTS if given.get("show_progress_bar") else CHUNK_TEXTS
+            given["batch_size"] = max(size, chunk)
+            try:
+                view = Regrouped(model, size, given.get("output_value") == "token_embeddings").view()
+                return method(view, *bound.args[1:], **bound.kwargs)
+            except CannotPack as error:
+                reason = str(error)
+        self.warn(reason)
+        return self.original(*args, **kwargs)
+
+    def why_not(self, texts: Any, given: dict[str, Any]) -> str | None:
+        """Why this call goes through the library's batches, or None."""
+        model = self.module
+        if reason := why_left(model, self.kind):
+            return reason
+        if not isinstance(texts, str) and not all(map(_is_text, texts)):
+            return "not all inputs are texts"
+        if "output_value" in given and given["output_value"] is None:
+            return "output_value=None asks for the padded batches"
+        if torch.compiler.is_compiling() or getattr(model, "_compiled_call_impl", None) is not None:
+            return "the model is compiled"
+        if getattr(model, "_placement_is_delegated", False):
+            return "hooks or a device map place its modules"
+        if str(given.get("device") or model.device).startswith("hpu"):
+            return "the device is an HPU"
+        for module in model.modules():
+            own = module.__dict__.get("forward")
+            if own is not None and not isinstance(own, Forward):
+                return f"the forward of a {type(module).__name__} was replaced"
+            # transformers' own hooks sleep unless its own code runs
+            if any(not _module_of(h).startswith("transformers.utils") for h in listeners(module)):
+                return f"a {type(module).__name__} has a hook"
+        return None
+
+
+def _is_text(text: Any) -> bool:
+    return isinstance(text, str) or (
+        isinstance(text, (list, tuple)) and len(text) == 2 and all(isinstance(part, str) for part in text)
+    )
+
+
+class Regrouped:
+    """One call: texts tokenised by the model's own code, grouped by tokens, run, and back in the order they came in.
+
+    Args:
+        model: whose modules run.
+        batch_size: texts that the caller wants computed at once at most; a batch has no more tokens than so many texts
+            of the greatest length.
+        tokens: the embeddings of tokens are asked for too.
+    """
+
+    def __init__(self, model: nn.Module, batch_size: int, tokens: bool):
+        self.model, self.batch_size = model, batch_size
+        self.kept = ("sentence_embedding", "scores", *(("token_embeddings",) if tokens else ()))
+
+    def view(self) -> nn.Module:
+        """The model with the two methods of this class; its modules are the model's."""
+        model = self.model.eval()  # as `encode` and `predict` do
+        view = object.__new__(type(model))
+        view.__dict__.update(model.__dict__)
+        for name in {name for names in METHODS.values() for name in names}:
+            view.__dict__.pop(name, None)
+        view.__dict__["forward"] = self.forward
+        for name in ("preprocess", "tokenize"):
+            if hasattr(type(model), name):
+                view.__dict__[name] = partial(self.apart, getattr(type(model), name).__get__(model))
+        return view
+
+    def apart(self, tokenise: Callable[..., dict], texts: list, *args, **kwargs) -> dict[str, Any]:
+        """What `preprocess` gives, with the tokens of each text on their own under `ROWS`."""
+        if len(texts) < 2:
+            return tokenise(texts, *args, **kwargs)
+        rows, rest = Rows(getattr(self.model.tokenizer, "pad_token_id", None) or 0), {}
+        for start in range(0, len(texts), TOKENISED_TEXTS):
+            rest = rows.add(dict(tokenise(texts[start : start + TOKENISED_TEXTS], *args, **kwargs)))
+        return {**rest, ROWS: rows}
+
+    def budget(self, device: torch.device) -> int:
+        """Tokens a batch."""
+        budget = TOKENS_PER_BATCH.get(device.type, TOKENS_PER_BATCH["cuda"])
+        longest = self.model.max_seq_length
+        return budget if not longest else min(budget, self.batch_size * longest)
+
+    def forward(self, features: dict[str, Any], **kwargs) -> dict[str, Any]:
+        """What `forward` gives, of texts in their order."""
+        model = self.model
+        rows = features.pop(ROWS, None)
+        if rows is None:
+            return type(model).forward(model, features, **kwargs)
+        device = model.device
+        order = sorted(range(len(rows.lengths)), key=rows.lengths.__getitem__, reverse=True)
+        batches = _even_batches(order, rows.lengths, self.budget(device), device)
+        outputs: dict[int, dict[str, Tensor]] = {}
+        modes = _modes(device)
+
+        def encode(numbers: list[int]) -> None:
+            with modes():
+                out = type(model).forward(model, {**features, **rows.batch(numbers, device)}, **kwargs)
+                outputs[numbers[0]] = {name: out[name] for name in self.kept if name in out}
+
+        if all(type(module).__module__.startswith("sentence_transformers.") for module in model):
+            _run_batches(encode, batches, device)
+        else:  # somebody's module may not expect to be called by several threads
+            for numbers in batches:
+                encode(numbers)
+        return {**features, **_together(batches, outputs, rows.lengths)}
+
+
+def _together(batches: list[list[int]], outputs: dict[int, dict[str, Tensor]], lengths: list[int]) -> dict[str, Any]:
+    """name -> what all batches gave, in the order of the texts."""
+    order = [number for batch in batches for number in batch]
+    merged: dict[str, Any] = {}
+    for name in outputs[order[0]]:
+        parts = [outputs[batch[0]][name] for batch in batches]
+        for part, batch in zip(parts, batches, strict=True):
+            if not isinstance(part, Tensor) or len(part) != len(batch):
+                raise CannotPack(f"{name} is not one row a text")
+        if name == "token_embeddings":
+            found = dict(zip(order, (row for part in parts for row in part), strict=True))
+            merged[name] = [found[n][: lengths[n]] for n in range(len(order))]
+            merged["attention_mask"] = [torch.ones(length, dtype=torch.long) for length in lengths]
+        else:
+            places = torch.from_numpy(np.argsort(order)).to(parts[0].device)
+            merged[name] = torch.cat(parts)[places]
+    return merged
+
+
+class Rows:
+    """The tokens of each text, and padded batches of any of them."""
+
+    def __init__(self, padding: int):
+        self.padding = padding
+        self.lengths: list[int] = []
+        self.planes: dict[str, list[np.ndarray]] = {}
+
+    def add(self, features: dict[str, Any]) -> dict[str, Any]:
+        """Takes what is [texts, tokens] out of a padded batch, and returns the rest of it."""
+        mask = features.get("attention_mask")
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
+            raise CannotPack("there is no attention_mask [texts, tokens]")
+        if not (mask[:, 1:] <= mask[:, :-1]).all():
+            raise CannotPack("texts are padded on the left")
+        lengths = mask.sum(1).tolist()
+        if min(lengths) == 0:
+            raise CannotPack("a text has no token")
+        self.lengths += lengths
+        rest = {}
+        for name, value in features.items():
+            if isinstance(value, Tensor) and value.shape == mask.shape:
+                rows = value.numpy()
+                self.planes.setdefault(name, []).extend(row[:length] for row, length in zip(rows, lengths, strict=True))
+            elif isinstance(value, Tensor):
+                raise CannotPack(f"{name} is not [texts, tokens]")
+            else:
+                rest[name] = value
+        return rest
+
+    def batch(self, numbers: list[int], device: torch.device) -> dict[str, Tensor]:
+        """These texts, padded on the right."""
+        width = max(self.lengths[number] for number in numbers)
+        batch = {}
+        for name, plane in self.planes.items():
+            fill = self.padding if name == "input_ids" else 0
+            padded = np.full((len(numbers), width), fill, plane[0].dtype)
+            for row, number in zip(padded, numbers, strict=True):
+                row[: self.lengths[number]] = plane[number]
+            batch[name] = torch.from_numpy(padded).to(device)
+        return batch
+
+
+def _modes(device: torch.device) -> Callable[[], contextlib.AbstractContextManager]:
+    """The caller's gradient mode, inference mode and autocast, each of which is a thread's own."""
+    kind = device.type
+    grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    autocast, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+
+    @contextlib.contextmanager
+    def modes():
+        with torch.inference_mode(inference), torch.set_grad_enabled(grad), torch.autocast(kind, dtype, autocast):
+            yield
+
+    return modes
