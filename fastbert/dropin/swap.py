@@ -53,7 +53,8 @@ def accelerate(model: nn.Module, *, impl: F.Impl | None = None, cuda_graphs: boo
     Args:
         model: of transformers (BERT, RoBERTa, XLM-RoBERTa, CamemBERT, DistilBERT, ELECTRA, ALBERT, MPNet, ModernBERT,
             with any head), of torch (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention), or
-            any module that contains some, as sentence-transformers' do.
+            any module that contains some, as sentence-transformers' do; their `encode`, `predict` and `rank` then also
+            make batches of tokens, sorted by the texts' lengths in tokens.
         impl: which implementation every operator uses; None lets each device choose. See `fastbert.functional`.
         cuda_graphs: of transformers' encoders on a CUDA device, record the launches of a pass once for each bucket of
             total tokens, 16 to 4,096 of them, and replay them as one. For inference: calls with gradients on, with
@@ -67,6 +68,8 @@ def accelerate(model: nn.Module, *, impl: F.Impl | None = None, cuda_graphs: boo
     """
     if impl is not None and impl not in F.IMPLS:
         raise ValueError(f"impl must be one of {F.IMPLS} or None, got {impl!r}")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     graphs = _graphs_of(model, impl) if cuda_graphs else {}
     restore(model)
     for module in list(model.modules()):
