@@ -451,8 +451,8 @@ def _even_batches(order: list[int], lengths: list[int], budget: int, device: tor
     if flights == 1 or 2 * room < budget:
         return batches
     count = -(-total // (room * flights)) * flights
-    ends = np.searchsorted(np.cumsum([lengths[row] for row in order]), np.arange(1, count + 1) * total / count) + 1
-    return [order[start:end] for start, end in itertools.pairwise((0, *ends.tolist())) if start < end]
+    ends = np.searchsorted(np.cumsum([lengths[row] for row in order]), np.arange(1, count) * total / count) + 1
+    return [order[start:end] for start, end in itertools.pairwise((0, *ends.tolist(), len(order))) if start < end]
 
 
 def _batches(order: list[int], lengths: list[int], budget: int) -> Iterator[list[int]]:

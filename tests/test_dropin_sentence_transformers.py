@@ -268,7 +268,7 @@ def test_a_small_batch_size_bounds_the_tokens(build, batches):
 
 def test_threads_change_nothing(build, two_threads, monkeypatch):
     """Several batches at once: the same vectors, without a graph, and under the caller's autocast."""
-    monkeypatch.setitem(embed.TOKENS_PER_BATCH, "cpu", 100)
+    monkeypatch.setitem(embed.TOKENS_PER_BATCH, "cpu", 140)
     model = fastbert.accelerate(build(), impl="native")
     together = model.encode(MANY, convert_to_tensor=True)
     assert not together.requires_grad

@@ -121,6 +121,22 @@ def test_batches_in_flight_change_nothing(tiny, two_threads, monkeypatch):
     torch.testing.assert_close(encoder.encode(texts, max_tokens_per_batch=40), together, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("texts", [0, 1, 40, 333, 2000])
+def test_batches_for_threads_are_even_and_whole(two_threads, texts):
+    """Every text once, in order, within the budget; for threads, as many for each and all of about one size."""
+    lengths = sorted((random.Random(texts).randint(2, 64) for _ in range(texts)), reverse=True)
+    order = random.Random(0).sample(range(texts), texts)
+    lengths = [length for _, length in sorted(zip(order, lengths, strict=True))]  # order sorts them
+    batches = embed._even_batches(order, lengths, 512, torch.device("cpu"))
+    assert [row for batch in batches for row in batch] == order
+    sizes = [sum(lengths[row] for row in batch) for batch in batches]
+    assert max(sizes, default=0) <= 512
+    if len(batches) >= 6:
+        assert len(batches) % 2 == 0
+        assert max(sizes) - min(sizes) <= 2 * 64
+    assert (texts < 300) == (len(batches) < 6)
+
+
 def test_an_error_in_a_batch_in_flight_is_raised(tiny, two_threads, monkeypatch):
     encoder, calls = load(tiny), []
 
