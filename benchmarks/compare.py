@@ -1,4 +1,4 @@
-"""Two result files against each other: what became slower beyond the noise, and what faster."""
+"""Two result files against each other: what became slower (or larger, in memory) beyond the noise, and what faster."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ def changes(old: dict[str, Any], new: dict[str, Any], tolerance: float = TOLERAN
         was = before.get(_key(row))
         if was is None or row["status"] != "ok":
             continue
-        ratio = bootstrap_ratio(row["seconds"], was["seconds"])
+        if row["suite"] == "memory":  # its figure is the peak, which hardly varies
+            ratio = dict.fromkeys(("value", "low", "high"), row["peak_memory_bytes"] / max(was["peak_memory_bytes"], 1))
+        else:
+            ratio = bootstrap_ratio(row["seconds"], was["seconds"])
         verdict = (
             "slower" if ratio["low"] > 1 + tolerance else "faster" if ratio["high"] < 1 / (1 + tolerance) else "same"
         )

@@ -24,12 +24,15 @@ from typing import Any
 
 SCHEMA = "fastbert-bench/1"
 
-# suite -> its module, which has cases(device, dtype, quick) and perhaps curves(device, dtype, quick)
+# suite -> its module, which has cases(device, dtype, quick) and perhaps curves(rows, device, quick)
 SUITES = {
     "kernels": "benchmarks.suite_kernels",
     "encoder": "benchmarks.suite_encoder",
     "latency": "benchmarks.suite_latency",
     "training": "benchmarks.suite_training",
+    "memory": "benchmarks.suite_memory",
+    "cold": "benchmarks.suite_cold",
+    "scaling": "benchmarks.suite_scaling",
 }
 
 EPILOG = """\
@@ -157,7 +160,7 @@ def run(args: argparse.Namespace) -> int:
             done = False
             say("interrupted: what was done is kept")
     results.data["complete"] = done
-    results.write()
+    results.add(curves=_curves(args, device, results, say))
     say(
         f"{len(results.data['rows'])} rows in {time.monotonic() - started:.0f} s"
         + (f", in {args.out}" if args.out else "")
@@ -212,16 +215,20 @@ def _measure_all(args, device, dtype, results: Results, say: _Progress, deadline
             continue
         results.add(rows)
         say.rows(rows)
-    for module in modules:
-        if not hasattr(module, "curves") or args.workload or args.operator:
-            continue
-        for curve in module.curves(device, dtype, args.quick, late, args.peers.only):
-            results.add(curves=[curve])
-            slope = "none" if curve["slope"] is None else f"{curve['slope']:.2f}"
-            say(f"  {curve['name']}: {curve['row']}, slope {slope}")
-        if late():
-            return False
     return True
+
+
+def _curves(args, device, results: Results, say: _Progress) -> list[dict]:
+    """Through the rows that were measured, however many."""
+    found = []
+    for name in args.suite:
+        module = import_module(SUITES[name])
+        if hasattr(module, "curves"):
+            found += module.curves(results.data["rows"], device, args.quick)
+    for curve in found:
+        slope = "none" if curve["slope"] is None else f"{curve['slope']:.2f}"
+        say(f"  {curve['name']}: {curve['row']}, slope {slope}")
+    return found
 
 
 class _Progress:
@@ -238,7 +245,9 @@ class _Progress:
             if r["status"] != "ok":
                 self(f"  {r['row']:44} {r['status']}: {r['reason']}")
                 continue
-            figures = f"{r['median_s'] * 1e3:10.3f} ms  +-{r['spread'] / 2:4.0%}"
+            figures = "" if r["median_s"] is None else f"{r['median_s'] * 1e3:10.3f} ms  +-{r['spread'] / 2:4.0%}"
+            if r["suite"] == "memory":
+                figures += f"{r['peak_memory_bytes'] / 2**20:10,.0f} MiB above the loaded model"
             if r["tokens_per_second"]:
                 figures += f" {r['tokens_per_second']:12,.0f} tok/s"
             if r["share_of_ceiling"]:

@@ -140,6 +140,29 @@ def fitted_slope(x: list[float], y: list[float]) -> float | None:
     return float(np.polyfit(np.log(x), np.log(y), 1)[0])
 
 
+def bootstrap_slope(x: list[float], seconds: list[list[float]], draws: int = 500) -> dict[str, float | None]:
+    """`fitted_slope` of the medians, and the interval that holds 95% of what resampled points and times give.
+
+    So a bent curve has a wide interval, however quiet the machine. Draws with fewer than two different x have no
+    slope and are left out; two points alone are always both taken.
+    """
+    generator = np.random.default_rng(0)
+    drawn = []
+    for _ in range(draws if len(x) > 1 else 0):
+        chosen = range(2) if len(x) == 2 else generator.integers(len(x), size=len(x))
+        y = [float(np.median(generator.choice(seconds[n], len(seconds[n])))) for n in chosen]
+        if len({x[n] for n in chosen}) > 1:
+            drawn.append(fitted_slope([x[n] for n in chosen], y))
+    low, high = np.quantile(drawn, [0.025, 0.975]).tolist() if drawn else (None, None)
+    slope = fitted_slope(list(x), [float(np.median(times)) for times in seconds])
+    return {"slope": slope, "slope_low": low, "slope_high": high}
+
+
+def _uuid(device: torch.device) -> str:
+    """As NVML names the GPU: its own numbers do not know CUDA_VISIBLE_DEVICES."""
+    return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+
+
 @contextlib.contextmanager
 def energy(device: torch.device) -> Iterator[dict[str, float]]:
     """Joules that the GPU used inside the block, as NVML counts them, under "joules"; nothing where it cannot say."""
@@ -148,7 +171,7 @@ def energy(device: torch.device) -> Iterator[dict[str, float]]:
         import pynvml
 
         pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(device.index or 0) if device.type == "cuda" else None
+        handle = pynvml.nvmlDeviceGetHandleByUUID(_uuid(device)) if device.type == "cuda" else None
         before = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) if handle else None
     except Exception:  # no NVML, no driver, or a GPU without the counter: energy is extra
         handle = None

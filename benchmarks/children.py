@@ -1,0 +1,252 @@
+"""Rows that are fresh processes: the time from their start to the first result, and the most memory they take.
+
+A run is a process of its own (benchmarks/child.py), in turns (A B A B); the first of each row is checked against the
+truth. Files that a library is served from (weights, an ONNX graph, OpenVINO's IR) are written beforehand.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastbert.checkpoint import save_state_dict
+from fastbert.models.bert import BertModel
+from fastbert.testing import ModelShape
+
+from . import peers_encoder, timing
+from .case import OURS, Case, Interrupted, Row, _compare_rows, _empty_row, _prepare, _truth, need
+from .jobs import Job
+from .suite_training import _model
+
+ROOT = Path(__file__).parents[1]
+PATIENCE = 900  # seconds after which a process is given up
+
+Said = dict[str, dict[str, Any]]  # event -> what a child said about it, and "at", seconds since its start
+
+
+class Files:
+    """A model in the formats that libraries load, written once, on demand, into a folder that `close` takes away."""
+
+    def __init__(self, job: Job):
+        self.job = job
+
+    @functools.cached_property
+    def folder(self) -> Path:
+        self._temporary = tempfile.TemporaryDirectory(prefix="fastbert-bench-")
+        return Path(self._temporary.name)
+
+    def close(self) -> None:
+        if "folder" in vars(self):
+            self._temporary.cleanup()
+        for name in ("folder", "weights", "masked"):
+            vars(self).pop(name, None)
+
+    def new_folder(self) -> str:
+        return tempfile.mkdtemp(dir=self.folder)
+
+    def shared_folder(self, name: str) -> str:
+        (self.folder / name).mkdir(exist_ok=True)
+        return str(self.folder / name)
+
+    @functools.cached_property
+    def weights(self) -> str:
+        """A folder with config.json and model.safetensors in float32, as models are published."""
+        config, state = self.job.model
+        model = BertModel(config, add_pooling_layer=False)
+        model.load_state_dict(state)
+        model.save_pretrained(self.folder / "weights")
+        return str(self.folder / "weights")
+
+    @functools.cached_property
+    def masked(self) -> str:
+        """The model of the training suite, with its head for masked words."""
+        model = _model(self.job, torch.float32)
+        folder = self.shared_folder("masked")
+        model.config.save_pretrained(folder)
+        save_state_dict(folder, model.state_dict())
+        return folder
+
+    def _exported(self, make: Callable[[ModelShape, int], Path]) -> str:
+        return str(peers_encoder._export(self.job, make))
+
+    @property
+    def onnx(self) -> str:
+        return self._exported(peers_encoder._fused)
+
+    @property
+    def onnx_int8(self) -> str:
+        return self._exported(peers_encoder._quantised)
+
+    @property
+    def openvino(self) -> str:
+        return self._exported(peers_encoder._openvino_file)
+
+
+class Launch:
+    """Calling it runs the jobs, processes at the same time, and gives the result of the first; `said` keeps all events.
+
+    A job is what benchmarks/child.py is told, and may have an "environment".
+    """
+
+    def __init__(self, files: Files, jobs: Callable[[], list[dict[str, Any]]], module: str = "benchmarks.child"):
+        self.files, self.jobs, self.module = files, jobs, module
+        self.said: list[Said] = []
+
+    def __call__(self) -> list[Tensor]:
+        jobs = self.jobs()
+        folder = Path(self.files.new_folder())
+        for n, job in enumerate(jobs):
+            job["out"] = str(folder / f"{n}.npy")
+        self.said.append(run(self.module, jobs)[0])
+        return [torch.from_numpy(np.load(folder / "0.npy"))]
+
+
+def run(module: str, jobs: list[dict[str, Any]]) -> list[Said]:
+    """`python -m module` for every job at the same time.
+
+    Raises: RuntimeError with the last line of the standard error of one that fails.
+    """
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    started = []
+    try:
+        for job in jobs:
+            log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with its process)
+            environment = {**os.environ, "PYTHONPATH": paths, **job.pop("environment", {})}
+            began = time.perf_counter()
+            child = subprocess.Popen(
+                [sys.executable, "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+                cwd=ROOT, env=environment,
+            )  # fmt: skip
+            started.append((child, began, log))
+            child.stdin.write(json.dumps(job) + "\n")
+            child.stdin.close()
+        return [_listen(*one) for one in started]
+    finally:
+        for child, _, log in started:
+            if child.poll() is None:
+                child.kill()
+            child.stdout.close()
+            child.wait()
+            log.close()
+
+
+def _listen(child: subprocess.Popen, began: float, log: Any) -> Said:
+    said: Said = {}
+    timer = threading.Timer(PATIENCE, child.kill)
+    timer.start()
+    try:
+        for line in child.stdout:
+            at = time.perf_counter() - began
+            if line.startswith('{"event"'):  # a library may print too
+                facts = json.loads(line)
+                said[facts.pop("event")] = {"at": at, **facts}
+        code = child.wait()
+    finally:
+        timer.cancel()
+    if code:
+        log.seek(0)
+        lines = [line.strip() for line in log if line.strip()]
+        raise RuntimeError(f"killed by signal {-code}" if code < 0 else lines[-1] if lines else f"exit code {code}")
+    return said
+
+
+@dataclass(frozen=True)
+class ChildCase(Case):
+    """A case whose rows make a `Launch`. `finish(row, events of each run)` writes a row's figures."""
+
+    files: Files | None = None
+    finish: Callable[[dict[str, Any], list[Said]], None] | None = None
+    runs: tuple[int, int] = (1, 3)  # in --quick, else; the checked one is one of them unless `warm`
+    warm: bool = False
+
+    def measured(
+        self, device: torch.device, effort: timing.Effort, ceilings: dict[str, Any], *,
+        peers: Callable[[Any], bool] = lambda row: True, quick: bool = False, stop: Callable[[], bool] = lambda: False,
+    ) -> list[dict[str, Any]]:  # fmt: skip
+        chosen = [row for row in self.rows if peers(row) and not (quick and row.slow)]
+        results = {row.row: _empty_row(self, row) for row in chosen}
+        launches: dict[str, Launch] = {}
+        interrupted = False
+        try:
+            truth, plain = _truth(self, chosen)
+            for row in chosen:
+                if not stop():
+                    _prepare(row, results[row.row], launches, truth, plain, device)
+            for n in range(self.runs[not quick] - (not self.warm)):
+                if stop() and n >= self.warm:
+                    break
+                for launch in launches.values():
+                    launch()
+        except KeyboardInterrupt:
+            interrupted = True
+        finally:
+            self.files.close()
+        for name, launch in launches.items():
+            if said := launch.said[self.warm :]:
+                self.finish(results[name], said)
+            else:
+                results[name] |= {"status": "skipped"}
+        for result in results.values():
+            if result["status"] == "skipped":
+                result["reason"] = "interrupted" if interrupted else "the time was up"
+        _compare_rows(results, self)
+        if interrupted:
+            raise Interrupted(list(results.values()))
+        return list(results.values())
+
+
+def common(job: Job, work: str, engine: str) -> dict[str, Any]:
+    """The part of a child's job that all have."""
+    return {
+        "work": work, "engine": engine, "device": job.device.type, "dtype": str(job.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(), "memory": True,
+    }  # fmt: skip
+
+
+# ---- encoders --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A row of whole encoders as processes. `more(files)` is what the child is told beside the usual."""
+
+    row: str
+    peer: str
+    engine: str
+    more: Callable[[Files], dict[str, Any]]
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    dtypes: tuple[torch.dtype, ...] | None = None
+    package: str | None = None
+    slow: bool = False
+    tolerance: float | None = None
+
+
+def encoders(files: Files, engines: tuple[Engine, ...], batch: int, memory: bool) -> Iterator[Row]:
+    """Rows whose runs encode the job's ids in a process."""
+    job = files.job
+    for e in engines:
+        if job.device.type not in e.devices or (e.dtypes and job.dtype not in e.dtypes):
+            continue
+
+        def make(e: Engine = e) -> Launch:
+            if e.peer != OURS:
+                need(e.engine)
+            same = {**common(job, "encode", e.engine), "ids": job.rows, "batch": batch, "memory": memory}
+            e.more(files)  # whatever has to be written is written before the first process starts
+            return Launch(files, lambda: [{**same, **e.more(files)}])
+
+        yield Row(e.row, e.peer, make, package=e.package, slow=e.slow, tolerance=e.tolerance)
