@@ -38,7 +38,7 @@ def _batch(job: Job) -> dict[str, Tensor]:
     return {name: t.to(job.device) for name, t in made.items()}
 
 
-def _model(job: Job, dtype: torch.dtype, attention: str) -> torch.nn.Module:
+def _model(job: Job, dtype: torch.dtype, attention: str = "sdpa") -> torch.nn.Module:
     transformers = need("transformers")
     if attention == "flash_attention_2":
         peers_packed.need_flash_attn(job)
