@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import memory
 from fastbert import BertConfig, BertModel, Encoder
 from fastbert.cli import main
 from fastbert.files import InputError, read_chunks
@@ -148,6 +149,19 @@ def test_resident_memory_does_not_grow_with_the_file(folder, tmp_path):
 
     few, many = peak(2_000), peak(20_000)
     assert many - few < 6_000, f"{few:,} kB for 2,000 lines, {many:,} kB for 20,000"
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory from Linux' /proc")
+def test_the_benchmark_of_memory_measures_this_process_and_finds_growth(capsys):
+    before = memory.memory(os.getpid())[1]
+    kept = torch.ones(32 * 2**20 // 4)
+    assert memory.memory(os.getpid())[1] - before > 30
+    del kept
+    lines = np.arange(0, 1001, 10.0)
+    memory.report(np.stack([lines, lines, lines + 300, 200 + lines / 1000], axis=1), count=5)
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 1 + 5 + 1
+    assert said[-1].endswith("anonymous 200.2 to 201.0 MB, growing +100.00 MB per 100,000 lines")
 
 
 def test_interrupted_says_that_nothing_was_written(folder, tmp_path, monkeypatch, capsys):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from .. import checkpoint
 from .. import functional as F
@@ -154,6 +155,16 @@ class BertLayer(nn.Module):
         return scores.softmax(-1) * real[:, None]
 
 
+class _LeftUninitialised(TorchFunctionMode):
+    """torch.nn.init does nothing. On the meta device it has nothing to fill, yet would import torch's compiler."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
 class BertModel(nn.Module):
     """The encoder, with transformers' signature, parameter names and outputs.
 
@@ -207,7 +218,7 @@ class BertModel(nn.Module):
         state = checkpoint.load_state_dict(folder)
         if add_pooling_layer is None:
             add_pooling_layer = any("pooler.dense.weight" in name for name in state)
-        with torch.device("meta"):
+        with torch.device("meta"), _LeftUninitialised():
             model = cls(config, add_pooling_layer, impl)
         # the heads of a checkpoint that was trained for one task are not part of the encoder
         heads = ("cls.*", "classifier.*", "qa_outputs.*")
