@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import memory
+from benchmarks import encode_memory as memory
 from fastbert import BertConfig, BertModel, Encoder
 from fastbert.cli import main
 from fastbert.files import InputError, read_chunks
