@@ -250,12 +250,13 @@ def _guarded(runs: dict[str, Run], result: dict, name: str) -> Run:
 
 
 def _compare_rows(results: dict[str, dict], case: Case) -> None:
-    """Ratios to ours and to the floor."""
+    """Ratios to ours and to the floor; to ours only where both have times enough for an interval."""
     timed = {name: result for name, result in results.items() if result["seconds"] is not None}
     ours = next((result for result in timed.values() if result["peer"] == OURS), None)
     floor = timed.get(case.floor or "")
     for result in timed.values():
-        if ours is not None and result is not ours:
+        fewest = min(len(r["seconds"]) for r in (result, ours or result))
+        if ours is not None and result is not ours and fewest >= FEWEST:
             result["ratio_to_ours"] = timing.bootstrap_ratio(result["seconds"], ours["seconds"])
         if floor is not None:
             result["floor_s"] = floor["median_s"]

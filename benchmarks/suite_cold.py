@@ -76,5 +76,5 @@ def cases(device: torch.device, dtype: torch.dtype, quick: bool) -> Iterator[Cas
             "cold", f"{model}_1x{length}", list(encoders(files, ENGINES, batch=1, memory=False)),
             functools.partial(job.truth, exact), functools.partial(job.truth, dtype), model, None, "first result",
             dtype, workloads.shape_of(workload), workload.tokens, priority=priority, quick=in_quick,
-            files=files, finish=finish, runs=(1, 2), warm=True,
+            files=files, finish=finish, runs=(1, 3), warm=True,
         )  # fmt: skip

@@ -48,6 +48,8 @@ CASES: tuple[tuple[str, str, str, int, bool, dict[str, Any]], ...] = (
     ("attention", BOTH, "base_8x2048", 32, False, {}),
     ("attention", FORWARD, "base_4x4096", 33, False, {}),
     ("attention", BOTH, "base_4x4096", 33, False, {}),
+    ("attention", FORWARD, "base_16x1024", 33, False, {}),
+    ("attention", BOTH, "base_16x1024", 33, False, {}),
     ("attention", FORWARD, "base_queries", 34, False, {}),
     ("attention", FORWARD, "base_paragraphs", 34, False, {}),
     ("attention", FORWARD, "base_one_long", 35, False, {}),

@@ -121,6 +121,8 @@ GRID = ((1, 16), (1, 128), (8, 128), (256, 128), (32, 512), (8, 2048), (4, 4096)
 for _name in ("minilm", "base", "large"):
     WORKLOADS |= {f"{_name}_{b}x{s}": Workload(MODELS[_name], (s,) * b) for b, s in GRID}
     WORKLOADS |= {f"{_name}_{kind}": Workload(MODELS[_name], real_lengths(kind, n)) for kind, n in REAL_TEXTS.items()}
+# with base_32x512 and base_4x4096: 16k tokens, as papers on attention measure it
+WORKLOADS["base_16x1024"] = Workload(MODELS["base"], (1024,) * 16)
 
 
 # ---- the budget ------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import child, children, compare, run, schema, suite_memory, suite_scaling, timing, workloads
+from benchmarks import case, child, children, compare, run, schema, suite_memory, suite_scaling, timing, workloads
 from benchmarks.case import Row
 from benchmarks.children import ChildCase, Files, Launch
 from benchmarks.jobs import Job
@@ -71,6 +71,17 @@ def test_processes_are_checked_and_timed_from_their_start(tmp_path):
     assert slow["settings"]["load_s"] == pytest.approx(0.6, abs=0.3)
     assert slow["ratio_to_ours"]["value"] == pytest.approx(slow["median_s"] / ours["median_s"])
     assert "folder" not in vars(case.files)  # taken away
+
+
+@pytest.mark.parametrize(("times", "known"), [(2, False), (3, True)])
+def test_a_ratio_of_too_few_times_is_not_given(times, known):
+    """One run of each has an interval of no width, which looks like certainty."""
+    facts = {"ratio_to_ours": None, "floor_s": None}
+    seconds = {"a": [1.0] * times, "b": [2.0] * times}
+    rows = {name: {"peer": name, "seconds": s, "median_s": s[0], **facts} for name, s in seconds.items()}
+    rows["a"]["peer"] = "fastbert"
+    case._compare_rows(rows, types.SimpleNamespace(floor=None))
+    assert (rows["b"]["ratio_to_ours"] is not None) == known
 
 
 def test_a_killed_process_and_no_process_are_failures(tmp_path):
