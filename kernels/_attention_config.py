@@ -38,7 +38,7 @@ def attention_config(
 
     direction: "fwd", "bwd_dq", "bwd_dkv" and "bwd_bias" have loops and take any length; "fwd_short" and "bwd_short"
         take sequences of at most SHORT tokens, "fwd_heads" and "bwd_heads" do so for packed plain scores, and
-        "bwd_tile" takes those up to TILE.
+        "fwd_tile" and "bwd_tile" take those up to TILE.
     traits: what takes registers beside the products: "dropout"; "modified" scores (bias, mask, ALiBi, window,
         rotary); "grouped" heads.
 
@@ -71,6 +71,16 @@ def _config(head_dim: int, arch: str, direction: str, traits: frozenset[str]) ->
         # latency decides, so many small programs: 79 registers and 24 KB at head_dim 64, six a multiprocessor;
         # 125 registers and four where any variant, padding or grouped heads can come ("short")
         return AttentionConfig(SHORT, SHORT, num_warps=4 if head_dim <= 128 else 8, num_stages=1)
+    if direction == "fwd_tile":
+        # keys of 128 tokens stay on chip, rows come in blocks. head_dim 64: 151 registers left alone, 128 under a cap
+        # without a spill, and 56 KB: four programs where the kernel with the loop has two. head_dim 128: two, it has one
+        if head_dim > 128:
+            return None  # 255 registers
+        if arch == "sm_90":
+            return AttentionConfig(64, TILE, num_warps=4, num_stages=2, max_registers=128 if head_dim <= 64 else None)
+        if arch == "sm_100" or head_dim > 64:
+            return AttentionConfig(64, TILE, num_warps=4 if head_dim <= 64 else 8, num_stages=2)
+        return AttentionConfig(32, TILE, num_warps=4, num_stages=2)  # sm_80: 124 registers, 64 rows take 230
     if direction == "bwd_dq":
         # as forward: 128 registers and 80 KB at head_dim 64, two programs; with two stages it takes 150, and one fits
         if head_dim <= 64 or (head_dim <= 128 and not is_crowded):
@@ -112,7 +122,7 @@ def _config(head_dim: int, arch: str, direction: str, traits: frozenset[str]) ->
 def _sm_80_crowded_config(head_dim: int, direction: str, traits: frozenset[str]) -> AttentionConfig | None:
     """16-bit types on sm_80 with modified scores or grouped heads: the largest tiles found that do not spill."""
     if "modified" not in traits:  # grouped alone: only dk and dv loop over heads
-        if direction in ("bwd_short", "bwd_heads", "bwd_tile"):
+        if direction.endswith(("short", "heads", "tile")) and direction.startswith("bwd"):
             return None
         if direction == "bwd_dkv":
             return AttentionConfig(32 if head_dim <= 64 else 16, 64, num_warps=8, num_stages=1)
@@ -130,7 +140,7 @@ def _sm_80_crowded_config(head_dim: int, direction: str, traits: frozenset[str])
 
 def _small_shared_config(head_dim: int, direction: str, traits: frozenset[str]) -> AttentionConfig | None:
     """16-bit types with 64 to 100 KB of shared memory: fewer stages and narrower blocks, no kernels for short ones."""
-    if direction == "bwd_tile":
+    if direction.endswith("tile"):
         return None
     if direction.endswith(("short", "heads")):
         if head_dim > 64 or traits & {"modified", "grouped"}:

@@ -17,7 +17,12 @@ from ._attention_bwd import (
 )
 from ._attention_config import SHORT, TILE, AttentionConfig, attention_config
 from ._attention_fwd import _attention_fwd_kernel
-from ._attention_short import _attention_bwd_heads_kernel, _attention_bwd_tile_kernel, _attention_fwd_heads_kernel
+from ._attention_short import (
+    _attention_bwd_heads_kernel,
+    _attention_bwd_tile_kernel,
+    _attention_fwd_heads_kernel,
+    _attention_fwd_tile_kernel,
+)
 from ._random import keep_threshold
 
 LOG2_E = 1.4426950408889634
@@ -169,14 +174,19 @@ def plan_forward(arch, o, lse, q, k, v, spans_q, spans_k, schedule, longest, *op
     arguments = _shared_arguments(q, k, v, spans_q, spans_k, *options)
     arguments |= {"o_ptr": o, "lse_ptr": lse, "SHORT": SHORT}
     traits, plain = _traits(arguments), _is_plain(arguments)
-    config, short_config = (
-        attention_config(head_dim, q.dtype, arch, d, traits) for d in ("fwd", "fwd_heads" if plain else "fwd_short")
+    config, of_short, of_tile = (
+        attention_config(head_dim, q.dtype, arch, direction, traits)
+        for direction in ("fwd", "fwd_heads" if plain else "fwd_short", "fwd_tile")
     )
-    long, n_long, short, n_short = _parts(schedule, _batch(q, spans_q), longest, short_config is not None)
+    of_tile = of_tile if plain else None
+    long, n_long, short, n_short = _parts(schedule, _batch(q, spans_q), longest, of_short is not None)
+    arguments["SKIP"] = TILE if of_tile else 0
+    n_loop = n_long * (TILE // config.block_m) * heads if of_tile is None or longest > TILE else 0
     short_kernel = _attention_fwd_heads_kernel if plain else _attention_fwd_kernel
     return [
-        _launch(_attention_fwd_kernel, n_long * (TILE // config.block_m) * heads, config, arguments | long),
-        _launch(short_kernel, n_short * heads, short_config, arguments | short),
+        _launch(_attention_fwd_kernel, n_loop, config, arguments | long),
+        _launch(_attention_fwd_tile_kernel, n_long * heads if of_tile else 0, of_tile, arguments | long),
+        _launch(short_kernel, n_short * heads, of_short, arguments | short),
     ]
 
 

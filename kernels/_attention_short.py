@@ -78,6 +78,23 @@ def _store_slots(
     tl.store(ptrs, x.to(ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _softmax_product(
+    qk, v, keys, cols, scale_log2, keep_scale, threshold, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """o and lse of rows whose products with all their keys are here: qk [M, N], -inf where there is no key."""
+    m_i = tl.max(qk, 1) * scale_log2
+    shift = tl.where(m_i == float("-inf"), 0.0, m_i)  # a row without a key
+    p = tl.exp2(qk * scale_log2 - shift[:, None])
+    l_i = tl.sum(p, 1)
+    if HAS_DROPOUT:
+        p = tl.where(_keep_mask(keys, cols, threshold), p, 0.0)
+    empty = l_i == 0.0
+    l_i = tl.where(empty, 1.0, l_i)
+    o = _dot(p.to(v.dtype), v, None, PRECISION) * (keep_scale / l_i)[:, None]
+    return o, tl.where(empty, float("-inf"), (m_i + tl.log2(l_i)) * LN_2)
+
+
 @triton.jit(do_not_specialize=RUNTIME_INTS)
 def _attention_fwd_heads_kernel(
     q_ptr, k_ptr, v_ptr,                                  # in:  [Tq, H, D], [Tk, H, D], [Tk, H, D]
@@ -108,21 +125,62 @@ def _attention_fwd_heads_kernel(
 
     qk = _dot(q, tl.trans(k), None, PRECISION)  # [BLOCK_M, BLOCK_N]
     qk = tl.where((heads[:, None] == heads[None, :]) & is_key[None, :], qk, float("-inf"))
-    m_i = tl.max(qk, 1) * scale_log2
-    shift = tl.where(m_i == float("-inf"), 0.0, m_i)  # a row without a key
-    p = tl.exp2(qk * scale_log2 - shift[:, None])
-    l_i = tl.sum(p, 1)
+    keys = rows
     if HAS_DROPOUT:
         name = tl.load(sequence_ids_ptr + sequence) if HAS_IDS else sequence.to(tl.int64)
         keys = _row_keys(seed_ptr, stream * HEAD_STREAMS + heads.to(tl.int64), (name << 32) | rows.to(tl.int64))
-        p = tl.where(_keep_mask(keys[:, None], rows[None, :], threshold), p, 0.0)
-    empty = l_i == 0.0
-    l_i = tl.where(empty, 1.0, l_i)
-    o = _dot(p.to(v.dtype), v, None, PRECISION) * (keep_scale / l_i)[:, None]
-    lse = tl.where(empty, float("-inf"), (m_i + tl.log2(l_i)) * LN_2)
+    o, lse = _softmax_product(
+        qk, v, keys[:, None], rows[None, :], scale_log2, keep_scale, threshold, HAS_DROPOUT, PRECISION
+    )
 
     _store_slots(o_ptr, o, start_q, heads, rows, is_row, n_heads, HEAD_DIM, BLOCK_D)
     tl.store(lse_ptr + heads.to(tl.int64) * width_q + start_q + rows, lse, mask=is_row)
+
+
+@triton.jit(do_not_specialize=RUNTIME_INTS)
+def _attention_fwd_tile_kernel(
+    q_ptr, k_ptr, v_ptr,                                  # in:  as above
+    spans_q_ptr, spans_k_ptr, schedule_ptr,
+    seed_ptr, sequence_ids_ptr,
+    o_ptr, lse_ptr,                                       # out: like q, contiguous; [H, Tq]
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
+    first_entry, n_heads, width_q, scale_log2, keep_scale, stream, threshold,
+    HAS_DROPOUT: tl.constexpr, HAS_IDS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    TILE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """o and lse of one head of a sequence of at most BLOCK_N = TILE tokens; longer ones are not this kernel's."""
+    sequence, _, head = _scheduled_block(schedule_ptr, first_entry, n_heads, TILE, TILE)
+    if sequence < 0:
+        return
+    start_q, length_q = _span(spans_q_ptr, sequence, False)
+    start_k, length_k = _span(spans_k_ptr, sequence, False)
+    if tl.maximum(length_q, length_k) > TILE:
+        return
+    h = head.to(tl.int64)
+    q_ptr += start_q * stride_qt + h * stride_qh
+    stride_ot = n_heads * HEAD_DIM
+    o_ptr += start_q * stride_ot + h * HEAD_DIM
+    lse_ptr += h * width_q + start_q
+
+    cols = tl.arange(0, BLOCK_N)
+    k_ptr += start_k * stride_kt + h * stride_kh
+    v_ptr += start_k * stride_vt + h * stride_vh
+    k = _load_rows(k_ptr, cols, length_k, stride_kt, HEAD_DIM, BLOCK_D, False, True)
+    v = _load_rows(v_ptr, cols, length_k, stride_vt, HEAD_DIM, BLOCK_D, False, True)
+    for first_row in tl.range(0, length_q, BLOCK_M):
+        rows = first_row + tl.arange(0, BLOCK_M)
+        q = _load_rows(q_ptr, rows, length_q, stride_qt, HEAD_DIM, BLOCK_D, False, True)
+        keys = rows
+        if HAS_DROPOUT:
+            name = tl.load(sequence_ids_ptr + sequence) if HAS_IDS else sequence.to(tl.int64)
+            keys = _row_keys(seed_ptr, stream * HEAD_STREAMS + h, (name << 32) | rows.to(tl.int64))
+        qk = tl.where((cols < length_k)[None, :], _dot(q, tl.trans(k), None, PRECISION), float("-inf"))
+        o, lse = _softmax_product(
+            qk, v, keys[:, None], cols[None, :], scale_log2, keep_scale, threshold, HAS_DROPOUT, PRECISION
+        )
+        _store_rows(o_ptr, o, rows, length_q, stride_ot, HEAD_DIM, BLOCK_D, False)
+        tl.store(lse_ptr + rows, lse, mask=rows < length_q)
 
 
 @triton.jit(do_not_specialize=RUNTIME_INTS)
