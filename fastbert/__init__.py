@@ -25,6 +25,7 @@ _PUBLIC = {
     "batch_invariant": "kernels._invariance",
     "explain": "dropin",
     "functional": "functional",
+    "prepack": "layers",
     "register_attention": "dropin",
     "restore": "dropin",
 }

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from . import checkpoint
 from . import functional as F
+from .layers import prepack
 from .models.bert import BertModel
 from .packing import PackedBatch
 from .tokenizer import Tokenizer
@@ -178,6 +179,7 @@ class Encoder:
         self.pooling, self.normalize, self.max_length = pooling, normalize, max_length
         self.lowercase, self.prompt = lowercase, prompt
         self.stats = EncodeStats()
+        prepack(model)
 
     @classmethod
     def from_pretrained(

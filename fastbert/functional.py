@@ -429,13 +429,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: Impl 
     on a CPU the vendor's in blocks of one size.
     """
     _expect_linear("linear", "weight", x.shape[-1], weight, bias)
-    if not is_batch_invariant():
-        return torch.nn.functional.linear(x, weight, bias)
-    if choose_impl(impl, x.device) == "native":
-        return native.linear(x, weight, bias)
-    from .kernels._gemm import linear as invariant_linear
+    if is_batch_invariant():
+        if choose_impl(impl, x.device) == "native":
+            return native.linear(x, weight, bias)
+        from .kernels._gemm import linear as invariant_linear
 
-    return invariant_linear(x, weight, bias)
+        return invariant_linear(x, weight, bias)
+    if impl != "reference" and x.device.type == "cpu":
+        return native.linear(x, weight, bias)
+    return torch.nn.functional.linear(x, weight, bias)
 
 
 def linear_act(

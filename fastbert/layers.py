@@ -10,6 +10,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from . import functional as F
+from .kernels import _prepack
 
 
 class JoinedLinears:
@@ -35,6 +36,8 @@ class JoinedLinears:
         state = tuple((p.data_ptr(), p._version) for p in parameters)
         if self._weight_and_bias is None or self._made_of != state:
             self._weight_and_bias, self._made_of = self._join(linears), state
+            if all(_prepack.is_marked(linear.weight) for linear in linears):
+                _prepack.mark(self._weight_and_bias[0])
         return self._weight_and_bias
 
     @staticmethod
@@ -57,6 +60,19 @@ class FusedLinears(nn.ModuleDict):
 
     def forward(self, x: Tensor, impl: F.Impl | None = None) -> Tensor:
         return self._joined(x, list(self.values()), impl)
+
+
+def prepack(model: nn.Module) -> nn.Module:
+    """Ready the linear layers of `model` for inference on a CPU; returns it. What `Encoder` does with its own.
+
+    Their weights are laid out for the vendor library's products at their second use without gradients, and then held
+    twice. Training them again, loading others or moving them is noticed; writing to them through `.data` is not, so do
+    not. Changes nothing on a GPU.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            _prepack.mark(module.weight)
+    return model
 
 
 # ---- with torch's constructors ---------------------------------------------------------------------------

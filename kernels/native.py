@@ -1,7 +1,7 @@
 """The same operators from PyTorch's own fast ones: oneDNN's matrix products, fused SDPA and LayerNorm.
 
 What a machine without a GPU runs. Nearly everything here is ordinary torch, so autograd and torch.compile need no
-help; where the specification already is a sequence of fast operators, it is used as it stands. Signatures are those
+help; for inference two operators in C++ (`_cpu.py`) and weights laid out beforehand (`_prepack.py`) step in. Where the specification already is a sequence of fast operators, it is used as it stands. Signatures are those
 of `fastbert.functional`, where every argument is described.
 """
 
@@ -10,14 +10,23 @@ import itertools
 import torch
 import torch.nn.functional as F
 
-from . import reference
+from . import _cpu, _prepack, reference
 from ._invariance import is_batch_invariant
 from ._random import HEAD_STREAMS, keep_mask, row_keys
 
-add_layer_norm = reference.add_layer_norm
 add_layer_norm_sum = reference.add_layer_norm_sum
 add_rms_norm = reference.add_rms_norm
 embedding_layer_norm = reference.embedding_layer_norm
+
+
+def add_layer_norm(x, residual, weight, bias, eps=1e-12, *, x_bias=None, dropout_p=0.0, **dropout):
+    """One pass in C++ where that is built; else as the specification does."""
+    if x_bias is None and dropout_p == 0.0 and _cpu.takes_add_layer_norm(x, residual, weight, bias):
+        return _cpu.add_layer_norm(x, residual, weight, bias, eps)
+    return reference.add_layer_norm(
+        x, residual, weight, bias, eps, x_bias=x_bias, dropout_p=dropout_p, **dropout
+    )  # fmt: skip
+
 
 # ---- products --------------------------------------------------------------------------------------------
 
@@ -29,7 +38,8 @@ def linear(x, weight, bias=None):
     """The vendor library's product. It picks its kernel by the number of rows, so within `batch_invariant()` it always
     gets the same number: the rows are cut into blocks, the last one filled up with zeros."""
     if not is_batch_invariant():
-        return F.linear(x, weight, bias)
+        packed = _prepack.find(x, weight, bias)
+        return F.linear(x, weight, bias) if packed is None else _prepack.linear(x, packed, bias)
     rows = x.reshape(-1, x.shape[-1])
     whole = len(rows) // INVARIANT_ROWS * INVARIANT_ROWS
     blocks = [*rows[:whole].split(INVARIANT_ROWS)] if whole else []
@@ -41,6 +51,10 @@ def linear(x, weight, bias=None):
 
 
 def linear_act(x, weight, bias=None, activation="gelu"):
+    if activation in _prepack.EPILOGUES and not is_batch_invariant():
+        packed = _prepack.find(x, weight, bias)
+        if packed is not None:
+            return _prepack.linear(x, packed, bias, activation)
     return reference.activate(linear(x, weight, bias), activation)
 
 
@@ -158,7 +172,9 @@ def _attention_in_runs(q, k, v, runs, scale, sequence_ids=None, bias=None, mask=
 def _attention_opaque(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, scale: float | None
 ) -> torch.Tensor:
-    """`_attention_in_runs` as one node of a traced graph, since its loop depends on data."""
+    """Plain attention as one node of a traced graph, since its loop depends on data."""
+    if _cpu.takes_attention(q, k, v, cu_seqlens):
+        return _cpu.attention(q, k, v, cu_seqlens, scale)
     return _attention_in_runs(q, k, v, attention_schedule(cu_seqlens, q.shape[0]), scale).contiguous()
 
 
@@ -215,9 +231,12 @@ def _variant(batch, device, options):
 
 
 def attention(q, k, v, cu_seqlens, max_seqlen=None, *, scale=None, schedule=None, **options):
-    """Self-attention runs on SDPA, and with dropout on explicit products; the rest as the specification does."""
+    """Plain self-attention runs in C++ where that is built, else on SDPA, as its variants do, and with dropout on
+    explicit products; the rest as the specification does."""
     variant = _variant(cu_seqlens.shape[0] - 1, q.device, options)
     compiling = torch.compiler.is_compiling()
+    if not variant and _cpu.takes_attention(q, k, v, cu_seqlens):
+        return _cpu.attention(q, k, v, cu_seqlens, scale)
     if compiling and not variant:
         return _attention_opaque(q, k, v, cu_seqlens, scale)
     if compiling or "return_lse" in variant or "cu_seqlens_k" in variant:

@@ -1,0 +1,98 @@
+"""The C++ operators of `_cpu_operators.cpp`, for inference on x86 CPUs with AVX-512: packed attention, and add + LayerNorm.
+
+Installing compiles them where there is a C++ compiler; without them, or on another CPU, `native.py` computes the same
+from torch's own operators. They are called through ctypes, so one build serves every version of torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
+WIDTH = 16  # elements that a row must be a multiple of
+
+
+@functools.cache
+def load() -> tuple[ctypes.CDLL | None, str | None]:
+    """(library, None), or (None, why there is none)."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    if not capability.startswith("AVX512"):
+        return None, f"they need AVX-512, this CPU has {capability}"
+    built = sorted(Path(__file__).parent.glob("_cpu_operators.*.so"))
+    if not built:
+        return None, "they were not built: installing found no C++ compiler"
+    try:
+        library = ctypes.CDLL(str(built[0]))
+    except OSError as error:
+        return None, f"they do not load: {error}"
+    for dtype in ("float32", "bfloat16"):
+        attention = getattr(library, f"attention_{dtype}")
+        attention.argtypes, attention.restype = [_POINTER] * 5 + [_INT] * 4 + [_LONG] * 6 + [_FLOAT], _INT
+        add_layer_norm = getattr(library, f"add_layer_norm_{dtype}")
+        add_layer_norm.argtypes, add_layer_norm.restype = [_POINTER] * 5 + [_LONG, _INT, _FLOAT], None
+    return library, None
+
+
+@functools.cache
+def _dtypes() -> tuple[torch.dtype, ...]:
+    if load()[0] is None:
+        return ()
+    return (torch.float32, torch.bfloat16) if torch.cpu._is_avx512_bf16_supported() else (torch.float32,)
+
+
+def _take(*tensors: Tensor) -> bool:
+    """Whether the operators compute with these: on the CPU, of one dtype that they know, and with no gradient to give."""
+    first = tensors[0]
+    return (
+        not torch.compiler.is_compiling()
+        and first.dtype in _dtypes()
+        and all(t.device.type == "cpu" and t.dtype == first.dtype and t.stride(-1) == 1 for t in tensors)
+        and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+        and not torch._C._functorch.maybe_current_level()
+    )
+
+
+def takes_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> bool:
+    return q.shape[-1] % WIDTH == 0 and cu_seqlens.dtype == torch.int32 and cu_seqlens.is_contiguous() and _take(q, k, v)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float | None) -> Tensor:
+    """Plain self-attention: q [T, H, D], k, v [T, Hk, D], strided over tokens and heads -> [T, H, D]."""
+    (_, heads, head_dim), kv_heads = q.shape, k.shape[1]
+    o = torch.empty(q.shape, dtype=q.dtype)
+    failed = getattr(load()[0], f"attention_{_name(q)}")(
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), o.data_ptr(), cu_seqlens.data_ptr(),
+        cu_seqlens.shape[0] - 1, heads, kv_heads, head_dim,
+        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], head_dim**-0.5 if scale is None else scale,
+    )  # fmt: skip
+    if failed:
+        raise MemoryError(f"attention: no memory for the keys of a sequence of {int(cu_seqlens.diff().max())} tokens")
+    return o
+
+
+def takes_add_layer_norm(x: Tensor, *others: Tensor | None) -> bool:
+    """others: residual, weight and bias."""
+    given = (x, *others)
+    if any(t is None or t.shape[-1] != x.shape[-1] or not t.is_contiguous() for t in given) or x.shape[-1] % WIDTH:
+        return False
+    return _take(*given) and others[0].shape == x.shape
+
+
+def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """LayerNorm(x + residual): contiguous [..., N], statistics in float32, the sum never rounded to x's dtype."""
+    y = torch.empty(x.shape, dtype=x.dtype)
+    width = x.shape[-1]
+    getattr(load()[0], f"add_layer_norm_{_name(x)}")(
+        x.data_ptr(), residual.data_ptr(), weight.data_ptr(), bias.data_ptr(), y.data_ptr(),
+        x.numel() // width, width, eps,
+    )  # fmt: skip
+    return y
+
+
+def _name(x: Tensor) -> str:
+    return "float32" if x.dtype == torch.float32 else "bfloat16"

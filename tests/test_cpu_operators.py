@@ -1,0 +1,264 @@
+"""What inference on a CPU adds to torch's own operators: attention and LayerNorm in C++, weights laid out beforehand."""
+
+import copy
+import gc
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastbert
+from fastbert.kernels import _cpu, _prepack, native, reference
+from fastbert.testing import assert_within_budget, cu_seqlens_of
+
+built = pytest.mark.skipif(_cpu.load()[0] is None, reason=f"no C++ operators: {_cpu.load()[1]}")
+DTYPES = [
+    torch.float32,
+    pytest.param(
+        torch.bfloat16,
+        marks=pytest.mark.skipif(torch.bfloat16 not in _cpu._dtypes(), reason="this CPU has no AVX512-BF16"),
+    ),
+]
+# around the six rows and the sixteen keys that go together, none, one, and more than four registers of keys
+LENGTHS = [1, 2, 5, 0, 6, 7, 16, 17, 64, 65, 130]
+
+
+def random_qkv(lengths, heads=4, kv_heads=4, head_dim=32):
+    """Views of one fused projection, as a model makes them."""
+    qkv = torch.randn(sum(lengths), heads + 2 * kv_heads, head_dim, dtype=torch.float64)
+    return qkv.split([heads, kv_heads, kv_heads], dim=1)
+
+
+def attend(q, k, v, lengths, dtype, scale=None):
+    q, k, v = (t.to(dtype) for t in (q, k, v))
+    cu_seqlens = cu_seqlens_of(lengths, "cpu")
+    assert _cpu.takes_attention(q, k, v, cu_seqlens)
+    return native.attention(q, k, v, cu_seqlens, max(lengths, default=0), scale=scale)
+
+
+# ---- attention -----------------------------------------------------------------------------------------------
+
+
+@built
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 4, 32), (2, 2, 64), (3, 3, 16), (4, 2, 80), (2, 1, 112)])
+def test_attention(dtype, heads, kv_heads, head_dim):
+    qkv = random_qkv(LENGTHS, heads, kv_heads, head_dim)
+    args = [cu_seqlens_of(LENGTHS, "cpu"), max(LENGTHS)]
+    expected = reference.attention(*qkv, *args)
+    plain = reference.attention(*(t.to(dtype) for t in qkv), *args)
+    assert_within_budget(attend(*qkv, LENGTHS, dtype), plain, expected, "o")
+
+
+@built
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attention_of_extreme_scores(dtype):
+    """Far above, far below, and all equal: nothing overflows, and the padding of a register of keys is no key."""
+    lengths = [20, 33, 7]
+    q, k, v = random_qkv(lengths)
+    for shift in (30.0, -30.0):
+        args = (4 + q / 8, shift + k / 8, v)
+        expected = reference.attention(*args, cu_seqlens_of(lengths, "cpu"), 33)
+        plain = reference.attention(*(t.to(dtype) for t in args), cu_seqlens_of(lengths, "cpu"), 33)
+        assert_within_budget(attend(*args, lengths, dtype), plain, expected, "o")
+    means = torch.cat([x.mean(0, keepdim=True).expand_as(x) for x in v.to(dtype).float().split(lengths)])
+    torch.testing.assert_close(attend(q * 0, k, v, lengths, dtype).float(), means, rtol=1e-2, atol=1e-2)
+
+
+@built
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_sequence_gets_the_same_bits_in_any_batch_and_any_number_of_threads(dtype):
+    qkv = random_qkv(LENGTHS)
+    together = attend(*qkv, LENGTHS, dtype).split(LENGTHS)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        for n, parts, expected in zip(LENGTHS, zip(*(t.split(LENGTHS) for t in qkv), strict=True), together, strict=True):
+            assert torch.equal(attend(*parts, [n], dtype), expected)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@built
+def test_nan_stays_in_its_sequence_and_is_not_hidden():
+    lengths = [20, 30, 5]
+    q, k, v = random_qkv(lengths)
+    q[25, 0, 3] = float("nan")
+    ours = attend(q, k, v, lengths, torch.float32)
+    assert ours[25, 0].isnan().all()
+    ours[25, 0] = 0.0
+    assert ours.isfinite().all()
+
+
+@built
+def test_no_tokens():
+    assert attend(*random_qkv([]), [], torch.float32).shape == (0, 4, 32)
+    assert attend(*random_qkv([0, 0]), [0, 0], torch.float32).shape == (0, 4, 32)
+
+
+@built
+@pytest.mark.parametrize("why", ["head_dim", "float16", "gradient", "stride", "options"])
+def test_what_it_does_not_take_goes_to_torch(why):
+    lengths, options = [5, 9], {}
+    q, k, v = random_qkv(lengths, head_dim=24 if why == "head_dim" else 32)
+    q, k, v = (t.to(torch.float16 if why == "float16" else torch.float32) for t in (q, k, v))
+    if why == "gradient":
+        q = q.clone().requires_grad_()
+    if why == "stride":
+        q = q.transpose(1, 2).contiguous().transpose(1, 2)
+    if why == "options":
+        options = {"window": (2, 2)}
+    else:
+        assert not _cpu.takes_attention(q, k, v, cu_seqlens_of(lengths, "cpu"))
+    args = [cu_seqlens_of(lengths, "cpu"), 9]
+    o = native.attention(q, k, v, *args, **options)
+    expected = reference.attention(q.double(), k.double(), v.double(), *args, **options)
+    torch.testing.assert_close(o.double(), expected, rtol=1e-2, atol=1e-2)
+    assert o.requires_grad == (why == "gradient")
+
+
+@built
+def test_compiled_attention_is_the_same():
+    lengths = [5, 40, 3]
+    q, k, v = (t.float() for t in random_qkv(lengths))
+    args = [cu_seqlens_of(lengths, "cpu"), 40]
+    compiled = torch.compile(native.attention, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(q, k, v, *args), native.attention(q, k, v, *args))
+
+
+# ---- add + LayerNorm -----------------------------------------------------------------------------------------
+
+
+@built
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [16, 384, 1024])
+def test_add_layer_norm(dtype, width):
+    """Rows far from zero too: the variance is of what is left when the mean is gone."""
+    x, residual = torch.randn(2, 7, 3, width, dtype=torch.float64)
+    residual += 5.0
+    weight, bias = torch.randn(2, width, dtype=torch.float64)
+    low = [t.to(dtype) for t in (x, residual, weight, bias)]
+    assert _cpu.takes_add_layer_norm(*low)
+    exact = reference.add_layer_norm(*(t.double() for t in low), 1e-12)
+    assert_within_budget(native.add_layer_norm(*low, 1e-12), reference.add_layer_norm(*low, 1e-12), exact, "y")
+
+
+@built
+def test_add_layer_norm_that_goes_to_torch():
+    x, residual = torch.randn(2, 5, 32)
+    weight, bias = torch.randn(2, 32)
+    for args in (
+        (x, None, weight, bias),
+        (x, residual, None, None),
+        (x[:, ::2], residual[:, ::2], weight[::2], bias[::2]),
+        (x[:, :24], residual[:, :24], weight[:24], bias[:24]),
+        (x, residual[:1], weight, bias),
+    ):
+        assert not _cpu.takes_add_layer_norm(*args)
+        torch.testing.assert_close(native.add_layer_norm(*args), reference.add_layer_norm(*args))
+    assert native.add_layer_norm(x.requires_grad_(), residual, weight, bias).requires_grad
+
+
+# ---- weights laid out beforehand -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def linear():
+    return fastbert.prepack(torch.nn.Linear(48, 32))
+
+
+def used(linear, x, times=3):
+    """What the product gives at the last of some uses without gradients."""
+    with torch.no_grad():
+        return [fastbert.functional.linear(x, linear.weight, linear.bias, impl="native") for _ in range(times)][-1]
+
+
+def is_packed(linear):
+    with torch.no_grad():
+        return _prepack.find(torch.zeros(1, 48, dtype=linear.weight.dtype), linear.weight, linear.bias) is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh", "relu", "silu"])
+def test_products_with_packed_weights(linear, dtype, activation):
+    linear.to(dtype)
+    x = torch.randn(7, 3, 48, dtype=torch.float64)
+    used(linear, x.to(dtype))
+    assert is_packed(linear)
+
+    def product(x, weight, bias):
+        y = F.linear(x, weight, bias)
+        return y if activation is None else reference.activate(y, activation)
+
+    with torch.no_grad():
+        args = (x.to(dtype), linear.weight, linear.bias)
+        ours = native.linear(*args) if activation is None else native.linear_act(*args, activation)
+        assert_within_budget(ours, product(*args), product(*(t.double() for t in args)), "y")
+
+
+def test_first_use_packs_nothing(linear):
+    """So that one text in a cold process does not pay for it."""
+    used(linear, torch.randn(2, 48), times=1)
+    assert _prepack._marked[linear.weight].packed is None
+
+
+@pytest.mark.parametrize("change", ["in place", "load_state_dict", "data", "dtype", "optimizer"])
+def test_changed_weights_are_noticed(linear, change):
+    x = torch.randn(5, 48)
+    used(linear, x)
+    assert is_packed(linear)
+    if change == "in place":
+        with torch.no_grad():
+            linear.weight.mul_(2.0)
+    elif change == "load_state_dict":
+        linear.load_state_dict(torch.nn.Linear(48, 32).state_dict())
+    elif change == "data":
+        linear.weight.data = torch.randn(32, 48)
+    elif change == "dtype":
+        linear.to(torch.bfloat16)
+        x = x.bfloat16()
+    else:
+        optimizer = torch.optim.SGD(linear.parameters(), lr=1.0)
+        linear(x).sum().backward()
+        optimizer.step()
+    assert torch.equal(used(linear, x, times=1), F.linear(x, linear.weight, linear.bias))
+    torch.testing.assert_close(used(linear, x), F.linear(x, linear.weight, linear.bias))
+
+
+def test_gradients_and_autocast_use_the_weight_itself(linear):
+    x = torch.randn(5, 48)
+    used(linear, x)
+    y = fastbert.functional.linear(x, linear.weight, linear.bias, impl="native")
+    y.sum().backward()
+    assert linear.weight.grad is not None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert used(linear, x).dtype == torch.bfloat16
+
+
+def test_copies_and_files_know_nothing_of_it(linear):
+    used(linear, torch.randn(5, 48))
+    twin = copy.deepcopy(linear)
+    assert not is_packed(twin)
+    buffer = io.BytesIO()
+    torch.save(linear, buffer)
+    buffer.seek(0)
+    assert torch.equal(torch.load(buffer, weights_only=False).weight, linear.weight)
+
+
+def test_packed_weights_die_with_their_model():
+    before = len(_prepack._marked)
+    linear = fastbert.prepack(torch.nn.Linear(48, 32))
+    used(linear, torch.randn(5, 48))
+    assert len(_prepack._marked) == before + 1
+    del linear
+    gc.collect()
+    assert len(_prepack._marked) == before
+
+
+def test_batch_invariant_products_do_not_take_them(linear):
+    used(linear, torch.randn(5, 48))
+    x = torch.randn(200, 48)
+    with fastbert.batch_invariant():
+        assert torch.equal(used(linear, x)[:3], used(linear, x[:3]))
