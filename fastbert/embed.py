@@ -331,8 +331,10 @@ class Encoder:
 
         @torch.inference_mode()  # a thread's own switch
         def encode(rows: list[int]) -> None:
-            batch = PackedBatch.from_lists([ids[row] for row in rows], device=self.device)
-            vectors[rows] = self._vectors(batch).float().cpu()
+            texts = [ids[row] for row in rows]
+            texts += [[0] * n for n in self._filling(sum(map(len, texts)))]
+            batch = PackedBatch.from_lists(texts, device=self.device)
+            vectors[rows] = self._vectors(batch)[: len(rows)].float().cpu()
 
         _run_batches(encode, _even_batches(order, lengths, budget, self.device), self.device)
         self.stats.texts += len(ids)
@@ -341,6 +343,15 @@ class Encoder:
             group = lengths[start : start + PADDED_BATCH]
             self.stats.padded_tokens += len(group) * max(group)
         return vectors
+
+    def _filling(self, tokens: int) -> list[int]:
+        """Lengths of sequences, one or none, that bring a batch on a CPU to one of a few numbers of tokens.
+
+        oneDNN makes a kernel for each number of rows of each product, about 0.4 ms and 0.6 MB, and keeps 1,024.
+        """
+        step = min(16 if tokens <= 512 else 32, self.max_length)
+        filling = -tokens % step if self.device.type == "cpu" else 0
+        return [filling] if filling else []
 
     def _vectors(self, batch: PackedBatch) -> Tensor:
         output = self.model(batch)

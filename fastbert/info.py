@@ -99,7 +99,8 @@ def _operators() -> list[str]:
     missing = _cpu.load()[1]
     inference = "C++ operators for inference on a CPU (attention, LayerNorm): "
     inference += "built" if missing is None else f"none; {missing}"
-    return [*_table(title, rows), f"  {inference}", f"  Triton's interpreter is {interpreter} (TRITON_INTERPRET={value or ''})"]
+    notes = [f"  {inference}", f"  Triton's interpreter is {interpreter} (TRITON_INTERPRET={value or ''})"]
+    return [*_table(title, rows), *notes]
 
 
 def _model(name: str) -> list[str]:

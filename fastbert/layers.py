@@ -65,7 +65,7 @@ class FusedLinears(nn.ModuleDict):
 def prepack(model: nn.Module) -> nn.Module:
     """Ready the linear layers of `model` for inference on a CPU; returns it. What `Encoder` does with its own.
 
-    Their weights are laid out for the vendor library's products at their second use without gradients, and then held
+    Their weights are laid out for the vendor library's products at their first use without gradients, and then held
     twice. Training them again, loading others or moving them is noticed; writing to them through `.data` is not, so do
     not. Changes nothing on a GPU.
     """

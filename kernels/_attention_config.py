@@ -72,8 +72,8 @@ def _config(head_dim: int, arch: str, direction: str, traits: frozenset[str]) ->
         # 125 registers and four where any variant, padding or grouped heads can come ("short")
         return AttentionConfig(SHORT, SHORT, num_warps=4 if head_dim <= 128 else 8, num_stages=1)
     if direction == "fwd_tile":
-        # keys of 128 tokens stay on chip, rows come in blocks. head_dim 64: 151 registers left alone, 128 under a cap
-        # without a spill, and 56 KB: four programs where the kernel with the loop has two. head_dim 128: two, it has one
+        # keys of 128 tokens stay on chip, rows come in blocks. head_dim 64: 151 registers left alone, 128 and no
+        # spill under a cap, 56 KB: four programs where the kernel with the loop has two. head_dim 128: two, it has one
         if head_dim > 128:
             return None  # 255 registers
         if arch == "sm_90":

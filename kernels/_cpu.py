@@ -1,4 +1,4 @@
-"""The C++ operators of `_cpu_operators.cpp`, for inference on x86 CPUs with AVX-512: packed attention, and add + LayerNorm.
+"""The C++ operators of `_cpu_operators.cpp`, for inference on x86 CPUs with AVX-512: attention, add + LayerNorm.
 
 Installing compiles them where there is a C++ compiler; without them, or on another CPU, `native.py` computes the same
 from torch's own operators. They are called through ctypes, so one build serves every version of torch.
@@ -46,7 +46,7 @@ def _dtypes() -> tuple[torch.dtype, ...]:
 
 
 def _take(*tensors: Tensor) -> bool:
-    """Whether the operators compute with these: on the CPU, of one dtype that they know, and with no gradient to give."""
+    """Whether the operators compute with these: on the CPU, of one dtype that they know, no gradient to give."""
     first = tensors[0]
     return (
         not torch.compiler.is_compiling()
@@ -58,7 +58,8 @@ def _take(*tensors: Tensor) -> bool:
 
 
 def takes_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> bool:
-    return q.shape[-1] % WIDTH == 0 and cu_seqlens.dtype == torch.int32 and cu_seqlens.is_contiguous() and _take(q, k, v)
+    lengths = cu_seqlens.dtype == torch.int32 and cu_seqlens.is_contiguous()
+    return lengths and q.shape[-1] % WIDTH == 0 and _take(q, k, v)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float | None) -> Tensor:

@@ -2,8 +2,8 @@
 
 A product with an ordinary weight lays it out anew at every call: of float32 products with 768 to 3,072 columns that is
 half the time at 16 rows and a seventh at 2,048. The owner of a model that no longer changes marks its weights; a marked
-one is laid out at its second use and then held twice. A change that torch counts (`_version`) or a new storage is
-noticed; one through `.data` or in inference mode, which torch does not count, is not.
+one is laid out at its first use and from then on held twice. A change that torch counts (`_version`) or a new storage
+is noticed; one through `.data` or in inference mode, which torch does not count, is not.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ EPILOGUES = {
 
 @dataclass
 class _Marked:
-    state: tuple | None = None  # of the weight when it was last used
-    packed: Tensor | None = None  # None until it is used again in that state
+    state: tuple | None = None  # of the weight that was laid out
+    packed: Tensor | None = None
 
 
 _marked: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -46,7 +46,7 @@ def is_marked(weight: Tensor) -> bool:
 
 def find(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     """The blocked copy of `weight` for x weight^T + bias, or None where the product has to go the ordinary way."""
-    if not _marked or torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not _marked:
         return None
     marked = _marked.get(weight)
     if marked is None or weight.device.type != "cpu" or weight.dtype not in DTYPES:
@@ -55,10 +55,10 @@ def find(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         return None
     state = (weight.data_ptr(), weight.dtype, None if weight.is_inference() else weight._version)
     if marked.state != state:
-        marked.state, marked.packed = state, None
-        return None
-    if marked.packed is None and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled:
+        if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+            return None
         marked.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
+        marked.state = state
     return marked.packed
 
 
