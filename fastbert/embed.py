@@ -332,7 +332,7 @@ class Encoder:
         @torch.inference_mode()  # a thread's own switch
         def encode(rows: list[int]) -> None:
             texts = [ids[row] for row in rows]
-            texts += [[0] * n for n in self._filling(sum(map(len, texts)))]
+            texts += [[0] * n for n in self._filling(sum(map(len, texts)), budget)]
             batch = PackedBatch.from_lists(texts, device=self.device)
             vectors[rows] = self._vectors(batch)[: len(rows)].float().cpu()
 
@@ -344,12 +344,12 @@ class Encoder:
             self.stats.padded_tokens += len(group) * max(group)
         return vectors
 
-    def _filling(self, tokens: int) -> list[int]:
+    def _filling(self, tokens: int, budget: int) -> list[int]:
         """Lengths of sequences, one or none, that bring a batch on a CPU to one of a few numbers of tokens.
 
         oneDNN makes a kernel for each number of rows of each product, about 0.4 ms and 0.6 MB, and keeps 1,024.
         """
-        step = min(16 if tokens <= 512 else 32, self.max_length)
+        step = min(16 if tokens <= 512 else 32, self.max_length, budget)
         filling = -tokens % step if self.device.type == "cpu" else 0
         return [filling] if filling else []
 
