@@ -114,9 +114,12 @@ def _cases(module: str, arch: str) -> list:
 
 
 def report_case(module: str, index: int, arch: str) -> Report:
-    """Compile and read one case. An error becomes part of the report."""
-    case = _cases(module, arch)[index]
-    report = Report(module.rsplit(".", 1)[-1], case.name, arch, warps=case.num_warps)
+    """Compile and read one case of a module's. An error becomes part of the report."""
+    return report_one(_cases(module, arch)[index], module.rsplit(".", 1)[-1], arch)
+
+
+def report_one(case, module: str, arch: str) -> Report:
+    report = Report(module, case.name, arch, warps=case.num_warps)
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # where ptxas fails Triton prints the whole program
             compiled = compile_case(case, arch)

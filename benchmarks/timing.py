@@ -1,7 +1,8 @@
 """Clocks, and what a list of times says: interleaved runs, medians, spread, and ratios with an interval.
 
 Runs go A B A B, so that whatever drifts (a clock that heats up, a neighbour) meets all of them alike. Every time is
-kept. A GPU is timed by events around each call, after its L2 cache was overwritten; a CPU by `perf_counter`.
+kept. A GPU is timed by events around each call; a kernel after the L2 cache was overwritten, and after a wait in which
+its launch is queued, so that the events do not time Python. A CPU is timed by `perf_counter`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 
 SHORT = 2e-3  # a CPU call below this is repeated within one sample: the clock and a context switch would show
+LAUNCH_CYCLES = 1_000_000  # half a millisecond at 2 GHz, for Python to queue the kernels of an operator in
 FLUSH_BYTES = 256 * 2**20  # more than twice the L2 cache of any GPU that is sold (50 MB on an H100 or H200)
 
 
@@ -70,6 +72,7 @@ class Clock:
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         if self._flush is not None:
             self._flush.zero_()
+            torch.cuda._sleep(LAUNCH_CYCLES)
         before.record()
         run()
         after.record()

@@ -1,0 +1,317 @@
+"""The kernels whose launch `benchmarks.tune` can choose, a row each: attention, matrix products, row-wise, loss."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import costs
+from .tunables import Config, Job, Kernel, Shape, operator_job, place, written
+
+# ---- attention -------------------------------------------------------------------------------------------
+
+
+def _attention(direction: str, batch: tuple[int, int], grid: Mapping[str, Sequence[Any]], **more: Any) -> Kernel:
+    def put(original: Callable, config: Config) -> Callable:
+        def attention_config(head_dim, dtype, arch, asked, traits=frozenset()):
+            return config if asked == direction else original(head_dim, dtype, arch, asked, traits)
+
+        return attention_config
+
+    def current(shape: Shape) -> Config:
+        from fastbert.kernels._attention_config import attention_config
+
+        traits = frozenset({"dropout"} if shape.dropout else ())
+        return attention_config(shape.model.head_dim, shape.dtype, shape.arch, direction, traits)
+
+    def compiled(shape: Shape) -> str:
+        form = "fp32" if shape.dtype == torch.float32 else "bf16,dropout" if shape.dropout else "bf16"
+        return f"attention:attention_{direction}[{form},D={shape.model.head_dim},"
+
+    backward = direction.startswith("bwd")
+
+    def start(shape: Shape) -> Config:
+        from fastbert.kernels._attention_config import SHORT, TILE, AttentionConfig
+
+        return AttentionConfig(SHORT, TILE if direction.endswith("tile") else SHORT, num_warps=8, num_stages=1)
+
+    def allowed(config: Config, shape: Shape) -> bool:
+        # only NVIDIA's compiler can be told how many registers to take, a multiple of 8 up to what a lane can get
+        most = 255 if config.num_warps <= 8 else 128
+        return config.max_registers is None or (shape.arch.startswith("sm_") and config.max_registers <= most)
+
+    def rung(config: Config, shape: Shape) -> str:
+        return f'if direction == "{direction}" and head_dim <= {shape.model.head_dim}:\n    return {written(config)}'
+
+    return Kernel(
+        f"attention_{direction}", {"_attention_launch:attention_config": put}, current, grid,
+        lambda shape: operator_job(
+            "attention", costs.BACKWARD if backward else costs.FORWARD, shape, dropout_p=shape.dropout
+        ),
+        batch, rung, allowed, compiled=compiled, start=start, **more,
+    )  # fmt: skip
+
+
+_TILES = {
+    "block_m": (32, 64, 128), "block_n": (16, 32, 64, 128), "num_warps": (4, 8), "num_stages": (1, 2, 3, 4),
+    "max_registers": (None, 128, 168),
+}  # fmt: skip
+_WHOLE_KEYS = {
+    "block_m": (32, 64, 128), "num_warps": (4, 8), "num_stages": (1, 2, 3), "max_registers": (None, 128, 168),
+}  # fmt: skip
+_ONE_BLOCK = {"num_warps": (2, 4, 8), "num_stages": (1, 2)}
+
+
+# ---- matrix products -------------------------------------------------------------------------------------
+
+
+def _gelu_gradient(h: Tensor) -> Tensor:
+    with torch.enable_grad():
+        leaf = h.detach().requires_grad_()
+        return torch.autograd.grad(torch.nn.functional.gelu(leaf).sum(), leaf)[0]
+
+
+def _plain(form: str, a: Tensor, b: Tensor, c: Tensor) -> list[Tensor]:
+    """What a form makes of its operands, in their dtype: c is the bias, or the pre-activation of a backward."""
+    gelu = torch.nn.functional.gelu
+    if form in ("nt", "nn", "tn"):
+        return [a @ b.T + c if form == "nt" else a @ b if form == "nn" else a.T @ b]
+    if form == "tn+accumulate":
+        return [a.T @ b]
+    if form == "nt+act":
+        return [gelu(a @ b.T + c)]
+    if form == "nt+geglu":
+        left, right = (a @ b.T + c).chunk(2, dim=-1)
+        return [gelu(left) * right]
+    g = a @ b
+    if form == "nn+dact":
+        dh = g * _gelu_gradient(c)
+        return [dh, gelu(c), dh.sum(0)]
+    left, right = c.chunk(2, dim=-1)
+    dh = torch.cat((g * right * _gelu_gradient(left), g * gelu(left)), dim=-1)
+    return [dh, gelu(left) * right, dh.sum(0)]
+
+
+def _ours(form: str, a: Tensor, b: Tensor, c: Tensor) -> list[Tensor]:
+    """The same by the launchers that ask for a config."""
+    from fastbert.kernels import _gemm, feed_forward
+
+    if form in ("nt", "nn", "tn"):
+        return [_gemm.matmul(a, b, c if form == "nt" else None, layout=form)]
+    if form == "tn+accumulate":
+        total = torch.empty(a.shape[1], b.shape[1], device=a.device)
+        _gemm.accumulate_tn(total, a, b, first=True)
+        return [total]
+    activation = "geglu" if form.endswith("geglu") else "gelu"
+    if form.startswith("nt"):
+        return [feed_forward._up(a, b, c, activation, False, False)[0]]
+    return list(feed_forward._down_backward(a, b, c, activation, True, True, False))
+
+
+def gemm_job(form: str, shape: Shape) -> Job:
+    (n, k), m, halves = gemm_sizes(form, shape), shape.workload.tokens, 2 if form.endswith("geglu") else 1
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*size: int, scale: float = 1.0) -> Tensor:
+        return (scale * torch.randn(size, generator=generator)).to(shape.device, shape.dtype)
+
+    layout = form[:2]
+    a = random(m, k)
+    b = random(m, n) if layout == "tn" else random(*((halves * n, k) if layout == "nt" else (k, n)), scale=k**-0.5)
+    c = random(m, halves * n) if form.startswith("nn+") else random(halves * n, scale=0.1)
+    operands = (a, b, c)
+    flops = 2.0 * m * n * k * (halves if layout == "nt" else 1)
+    moved = sum(t.nbytes for t in operands) + shape.dtype.itemsize * (k * n if layout == "tn" else m * n)
+    return Job(
+        lambda: _ours(form, *operands), lambda: _plain(form, *(t.double() for t in operands)),
+        lambda: _plain(form, *operands), costs.Work(flops, moved), {"m": m, "n": n, "k": k},
+    )  # fmt: skip
+
+
+def gemm_sizes(form: str, shape: Shape) -> tuple[int, int]:
+    """n, k as `_gemm_config.CHOICES` has them: what was asked for, or a product of the model."""
+    if shape.nk is not None:
+        return shape.nk
+    c, f, v = shape.model.hidden, shape.model.intermediate, shape.model.vocab
+    known = {"nt": (3 * c, c), "nn": (c, 3 * c), "tn": (c, 3 * c), "tn+accumulate": (c, v)}
+    return known.get(form, (f, c))
+
+
+def _gemm(form: str) -> Kernel:
+    layout, _, epilogue = form.partition("+")
+
+    def put(original: Callable, config: Config) -> Callable:
+        def gemm_config(n, k, dtype, arch, asked="nt", asked_epilogue="none", invariant=False):
+            if (asked, asked_epilogue) == (layout, epilogue or "none"):
+                return config
+            return original(n, k, dtype, arch, asked, asked_epilogue, invariant)
+
+        return gemm_config
+
+    def current(shape: Shape) -> Config:
+        from fastbert.kernels._gemm_config import gemm_config
+
+        return gemm_config(*gemm_sizes(form, shape), shape.dtype, shape.arch, layout, epilogue or "none")
+
+    def compiled(shape: Shape) -> str:
+        dtype = "fp32" if shape.dtype == torch.float32 else "bf16"
+        activation = "geglu" if epilogue.endswith("geglu") else "gelu"
+        names = {
+            "nt": f"linear[{dtype},nt", "nn": f"linear[{dtype},nn", "tn+accumulate": f"accumulate[{dtype},tn",
+            "nt+act": f"linear_act[{dtype},nt,gelu,h", "nt+geglu": f"linear_act[{dtype},nt,geglu,h",
+        }  # fmt: skip
+        return "_gemm:" + names.get(form, f"dact[{dtype},{activation}" if layout == "nn" else "none")
+
+    def rungs(_: Any, config: Config) -> Callable:
+        return lambda arch: dict.fromkeys(("act", "geglu", "dact"), ((0, 0, config),))
+
+    def allowed(config: Config, shape: Shape) -> bool:
+        accumulators = config.block_m * config.block_n * (2 if form == "nt+geglu" else 1)
+        has_bulk = any(rung[-1].bulk for rungs in ladder_of(shape.arch).values() for rung in rungs)
+        # 128 registers a lane of eight warps; exact float32 products are not for the bulk copy engine's tiles;
+        # one loop over all tiles of a program needs a program of several
+        return (
+            accumulators <= 2**15
+            and not (config.bulk and (shape.dtype == torch.float32 or not has_bulk))
+            and not (config.flatten and not config.programs_per_sm)
+        )
+
+    def rung(config: Config, shape: Shape) -> str:
+        n, k = gemm_sizes(form, shape)
+        return f"({n}, {k}, {written(config)}),"
+
+    from fastbert.kernels._gemm_config import VENDOR, ladder_of, own_config
+
+    return Kernel(
+        f"gemm:{form}", {"_gemm:gemm_config": put, "feed_forward:gemm_config": put}, current,
+        {
+            "block_m": (64, 128, 256), "block_n": (64, 128, 256), "block_k": (32, 64, 128), "num_warps": (4, 8),
+            "num_stages": (2, 3, 4, 5), "slice_n": (16, 32, 64), "bulk": (False, True), "flatten": (False, True),
+            "programs_per_sm": (0, 1, 2), "group_m": (4, 8, 16),
+        },
+        functools.partial(gemm_job, form), (32, 512), rung, allowed,
+        # nobody else adds 16-bit products onto a float32 matrix
+        () if form == "tn+accumulate" else (VENDOR,), compiled,
+        {"_gemm:ladder_of": rungs, "_gemm:accumulating": lambda _, config: lambda other: other},
+        start=lambda shape: own_config(*gemm_sizes(form, shape), shape.dtype, shape.arch, epilogue or "none"),
+    )  # fmt: skip
+
+
+# ---- row-wise kernels ------------------------------------------------------------------------------------
+
+
+def _of_width(
+    name: str, seam: str, grid: Mapping[str, Sequence[Any]], op: str, directions: str, cases: str, **more: Any
+) -> Kernel:
+    """A kernel whose config comes from the number of columns. `cases`: "module:prefixes" of its compile cases."""
+
+    def compiled(shape: Shape) -> str:
+        dtype = "fp32" if shape.dtype == torch.float32 else "bf16"
+        module, prefixes = cases.split(":")
+        return f"{module}:" + "|".join(f"{p}{dtype},N={shape.model.hidden}" for p in prefixes.split("|"))
+
+    def current(shape: Shape) -> Config:
+        module, function = place(seam)
+        return getattr(module, function)(shape.model.hidden)
+
+    return Kernel(
+        name, {seam: lambda _, config: lambda n_cols: config}, current, grid,
+        lambda shape: operator_job(op, directions, shape), (32, 512),
+        lambda config, shape: f"if n_cols <= {shape.model.hidden}:\n    return {written(config)}",
+        compiled=compiled, **more,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """`cross_entropy`'s two constants."""
+
+    block_v: int
+    num_warps: int
+
+
+def _loss_now(shape: Shape) -> LossConfig:
+    from fastbert.kernels import cross_entropy
+
+    return LossConfig(cross_entropy.BLOCK_V, cross_entropy.NUM_WARPS)
+
+
+_WARPS = (1, 2, 4, 8, 16)
+_whole_chunks = lambda config, shape: config.chunk % config.block_m == 0  # noqa: E731
+
+
+@functools.cache
+def kernels() -> dict[str, Kernel]:
+    """All of them, by name. (A function: it imports Triton.)"""
+    norm = {"block_m": (1, 2, 4, 8, 16), "num_warps": _WARPS}
+    found = [
+        _attention("fwd", (64, 512), _TILES),
+        _attention("bwd_dq", (64, 512), _TILES),
+        _attention("bwd_dkv", (64, 512), _TILES),
+        _attention("fwd_tile", (256, 128), _WHOLE_KEYS, others=(None,)),
+        _attention("bwd_tile", (256, 128), _WHOLE_KEYS, others=(None,)),
+        _attention("fwd_heads", (1024, 32), _ONE_BLOCK, others=(None,)),
+        _attention("bwd_heads", (1024, 32), _ONE_BLOCK, others=(None,)),
+        *(_gemm(form) for form in ("nt+act", "nn+dact", "nt", "nn", "tn", "tn+accumulate", "nt+geglu", "nn+dgeglu")),
+        _of_width(
+            "layer_norm_fwd", "layer_norm:norm_fwd_config", norm, "add_layer_norm", costs.FORWARD,
+            "layer_norm:add_layer_norm_fwd[",
+        ),
+        _of_width(
+            "layer_norm_bwd", "layer_norm:norm_bwd_config", {**norm, "programs_per_sm": (1, 2, 4, 8, 16)},
+            "add_layer_norm", costs.BACKWARD, "layer_norm:add_layer_norm_bwd[",
+        ),
+        _of_width(
+            "embedding_fwd", "embedding:norm_fwd_config", norm, "embedding_layer_norm", costs.FORWARD,
+            "embedding:embedding_layer_norm_fwd[",
+        ),
+        _of_width(
+            "embedding_bwd", "embedding:embedding_bwd_config", {**norm, "programs_per_sm": (1, 2, 4, 8, 16)},
+            "embedding_layer_norm", costs.BACKWARD, "embedding:embedding_layer_norm_bwd[",
+        ),
+        _of_width(
+            "embedding_scatter", "embedding:scatter_config",
+            {"chunk": (32, 64, 128), "block_m": (2, 4, 8), "block_n": (128, 256, 512, 1024), "num_warps": (1, 2, 4)},
+            "embedding_layer_norm", costs.BACKWARD, "embedding:sum_chunks[|sum_table_rows[", allowed=_whole_chunks,
+        ),
+        _of_width(
+            "pool_fwd", "pooling:pool_fwd_config",
+            {"chunk": (64, 128, 256), "block_m": (16, 32, 64), "block_n": (64, 128, 256), "num_warps": (2, 4, 8)},
+            "pool", costs.FORWARD, "pooling:pool_chunks[mean,", allowed=_whole_chunks,
+        ),
+        _of_width(
+            "pool_rows", "pooling:pool_row_config",
+            {"chunk": (16, 32, 64), "block_m": (1, 2, 4, 8), "num_warps": _WARPS},
+            "pool", costs.BACKWARD, "pooling:pool_rows[mean,|pool_bwd[mean,", allowed=_whole_chunks,
+        ),
+        Kernel(
+            "cross_entropy",
+            {
+                "cross_entropy:BLOCK_V": lambda _, config: config.block_v,
+                "cross_entropy:NUM_WARPS": lambda _, config: config.num_warps,
+            },
+            _loss_now, {"block_v": (1024, 2048, 4096, 8192), "num_warps": (4, 8, 16)},
+            # a narrow model: at its usual width the products would hide the kernel
+            lambda shape: operator_job("linear_cross_entropy", costs.BOTH, shape), (32, 128),
+            lambda config, shape: f"BLOCK_V, NUM_WARPS = {config.block_v}, {config.num_warps}", width=64,
+            compiled=lambda shape: f"cross_entropy:cross_entropy[{'fp32' if shape.dtype == torch.float32 else 'bf16'}",
+        ),
+    ]  # fmt: skip
+    return {kernel.name: kernel for kernel in found}
+
+
+def named(names: str) -> list[Kernel]:
+    """Of "attention_fwd", families such as "attention" or "gemm", several with commas, or "all"."""
+    chosen = []
+    for name in names.split(","):
+        family = [k for k in kernels().values() if name == "all" or k.name.startswith((f"{name}_", f"{name}:"))]
+        hits = [kernels()[name]] if name in kernels() else family
+        if not hits:
+            raise ValueError(f"no kernel {name!r}; there are {', '.join(kernels())}, their families, and all")
+        chosen += [kernel for kernel in hits if kernel not in chosen]
+    return chosen

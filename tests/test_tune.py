@@ -1,0 +1,506 @@
+"""`benchmarks.tune`: configs reach their launchers, the search finds what a fake clock calls fastest, and only configs
+whose outputs are right are timed and printed to paste."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+import types
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="configs are those of Triton kernels")
+
+from benchmarks import costs, timing, tunables, tune, tune_search, tune_table
+from fastbert.kernels import _device
+from fastbert.kernels._gemm_config import Choice, GemmConfig
+from fastbert.testing import MODELS
+
+KERNELS = tune_table.kernels()
+needs_interpreter = pytest.mark.skipif(
+    not _device.INTERPRETING, reason="runs kernels on CPU tensors, which Triton's interpreter does"
+)
+
+
+def shape_of(kernel, model="tiny", arch="sm_90", dtype=torch.float16) -> tunables.Shape:
+    return tunables.Shape(MODELS[model], (70, 3), dtype, arch, torch.device("cpu"))
+
+
+# ---- the table of kernels --------------------------------------------------------------------------------
+
+
+class Asked(Exception):
+    """Raised where a launcher asks for its config."""
+
+
+@needs_interpreter
+@pytest.mark.parametrize("name", [n for n in KERNELS if n != "cross_entropy"])  # its seams are constants
+def test_the_launcher_asks_where_the_table_says(name, monkeypatch):
+    kernel = KERNELS[name]
+    shape = shape_of(kernel)
+    before = [getattr(*tunables.place(seam)) for seam in kernel.seams]
+    run = kernel.job(shape).run
+    if "bwd" in name or name in ("embedding_scatter", "pool_rows"):
+        run()  # a forward is kept, so that what asks next is the backward
+
+    def refuse(put):
+        def patched(original, config):
+            chosen = put(original, config)
+
+            def asked(*args, **options):
+                if chosen(*args, **options) is config:
+                    raise Asked
+                return chosen(*args, **options)
+
+            return asked
+
+        return patched
+
+    spied = replace(kernel, seams={seam: refuse(put) for seam, put in kernel.seams.items()})
+    with tunables.using(spied, object()), pytest.raises(Asked):
+        run()
+    assert [getattr(*tunables.place(seam)) for seam in kernel.seams] == before  # an error leaves nothing behind
+
+
+CASES = """
+import json, torch
+from dataclasses import replace
+from benchmarks import tune_table, tunables
+from fastbert.testing import MODELS
+found = {}
+for kernel in tune_table.kernels().values():
+    model = replace(MODELS["base"], hidden=kernel.width or MODELS["base"].hidden)
+    shape = tunables.Shape(model, (512,), torch.bfloat16, "sm_90", torch.device("cpu"))
+    config = kernel.current(shape)
+    config = kernel.start(shape) if config is None or config in kernel.others else config
+    other = replace(config, num_warps=32)
+    cases = [tunables.compile_cases(kernel, c, shape) for c in (config, other, config)]
+    found[kernel.name] = [[[case.name, case.num_warps] for case in some] for some in cases]
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def cases():
+    """kernel -> its compile cases for the ladder's config, for one with 32 warps, and for the ladder's again."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", CASES], cwd=root, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_compiled_cases_are_those_of_the_config(name, cases):
+    """The offline compiler is asked about the config, not about the ladder's own; afterwards the ladder is back."""
+    ladders, others, again = cases[name]
+    if name == "gemm:tn":
+        assert ladders == others == []  # the module lists none: nobody is asked
+        return
+    assert ladders, "its module lists no such kernel"
+    assert {warps for _, warps in others} == {32}
+    assert again == ladders
+    assert 32 not in {warps for _, warps in ladders}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_neighbours_differ_in_one_field_and_the_grid_is_whole(name):
+    kernel = KERNELS[name]
+    shape = shape_of(kernel, "base", dtype=torch.bfloat16)
+    begin = kernel.current(shape)
+    begin = kernel.start(shape) if begin is None or begin in kernel.others else begin
+    for other in kernel.neighbours(begin):
+        if other not in kernel.others:
+            assert sum(getattr(other, f.name) != getattr(begin, f.name) for f in fields(begin)) == 1
+    assert {f.name for f in fields(begin)} >= set(kernel.grid)
+    everything = list(kernel.everything(begin))
+    size = len(kernel.others)
+    combinations = 1
+    for values in kernel.grid.values():
+        combinations *= len(values)
+    assert len(everything) == len(set(everything)) == size + combinations
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_rung_is_python_that_gives_the_config_back(name):
+    kernel = KERNELS[name]
+    shape = shape_of(kernel, "base", dtype=torch.bfloat16)
+    config = kernel.current(shape)
+    config = kernel.start(shape) if config is None or config in kernel.others else config
+    text = kernel.rung(config, shape)
+    ast.parse(text)
+    call = text.split("return ")[-1] if "return" in text else text
+    known = {type(config).__name__: type(config)}
+    if name == "cross_entropy":
+        assert eval(call.split("=")[1]) == (config.block_v, config.num_warps)
+    elif name.startswith("gemm:"):
+        assert eval(call, known) == ((*tune_table.gemm_sizes(name[5:], shape), config),)
+    else:
+        assert eval(call, known) == config
+
+
+def test_other_directions_and_forms_keep_their_own():
+    from fastbert.kernels import _attention_launch, _gemm
+
+    with tunables.using(KERNELS["attention_bwd_dq"], "mine"):
+        asked = {d: _attention_launch.attention_config(64, torch.float16, "sm_90", d) for d in ("fwd", "bwd_dq")}
+    assert asked["bwd_dq"] == "mine" != asked["fwd"]
+    with tunables.using(KERNELS["gemm:nn"], "mine"):
+        product, fused, other = (
+            _gemm.gemm_config(768, 768, torch.float16, "sm_90", *form) for form in (("nn",), ("nn", "dact"), ("nt",))
+        )
+    assert product == "mine"
+    assert "mine" not in (fused, other)
+
+
+def test_bulk_copies_and_register_limits_only_where_there_are_such():
+    gemm, attention = KERNELS["gemm:nt+act"], KERNELS["attention_fwd"]
+    bulk = GemmConfig(128, 128, 64, bulk=True, flatten=True, programs_per_sm=1)
+    assert gemm.allowed(bulk, shape_of(gemm))
+    assert not gemm.allowed(bulk, shape_of(gemm, arch="sm_80"))
+    assert not gemm.allowed(bulk, shape_of(gemm, dtype=torch.float32))
+    assert not gemm.allowed(replace(bulk, programs_per_sm=0), shape_of(gemm))  # one tile: no loop to flatten
+    assert not gemm.allowed(replace(bulk, block_m=256, block_n=256), shape_of(gemm))
+    limited = replace(attention.current(shape_of(attention)), max_registers=168)
+    assert attention.allowed(limited, shape_of(attention))
+    assert not attention.allowed(limited, shape_of(attention, arch="gfx942"))
+
+
+def test_names_families_and_unknown_ones():
+    assert [k.name for k in tune_table.named("attention")] == [n for n in KERNELS if n.startswith("attention_")]
+    assert next(k.name for k in tune_table.named("gemm:nt,gemm")) == "gemm:nt"
+    assert len(tune_table.named("all")) == len(KERNELS)
+    with pytest.raises(ValueError, match="no kernel 'atention'; there are attention_fwd"):
+        tune_table.named("atention")
+
+
+# ---- the search, by a fake clock -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Fake:
+    """A config whose time is `seconds[...]` of the module that stands in for a kernel module."""
+
+    block: int = 1
+    warps: int = 1
+    vendor: bool = False
+
+
+LADDER = Fake(4, 4)
+VENDOR_FAKE = Fake(vendor=True)
+
+
+@pytest.fixture
+def kernel_module(monkeypatch):
+    """A module with a launcher that asks for a config, and a clock that reads what the config costs."""
+    module = types.ModuleType("fastbert.kernels._fake")
+    module.config = lambda: LADDER
+    module.ran = []
+    # the best, block 16 with one warp, is two steps away, and neither of them is worse than the ladder's
+    module.cost = lambda c: 1.0 + abs(c.block - 16) / 16 + abs(c.warps - 1) / 8
+    module.wrong, module.broken, module.lazy = set(), set(), set()
+
+    def launch():
+        config = module.config()
+        module.ran.append(config)
+        if config in module.broken:
+            raise RuntimeError("out of shared memory")
+        out = torch.empty(100)
+        # where nobody writes and memory is as it was left, it holds what an earlier config left there: the right answer
+        if config not in module.lazy or not out.isnan().all():
+            out.copy_(torch.arange(100.0) + (1 if config in module.wrong else 0))
+        return [out]
+
+    module.launch = launch
+    monkeypatch.setitem(sys.modules, "fastbert.kernels._fake", module)
+
+    def clock(self, run, calls=1):
+        run()
+        return module.cost(module.ran[-1])
+
+    monkeypatch.setattr(timing.Clock, "__call__", clock)
+    return module
+
+
+def fake_kernel(module, name="fake", others=()):
+    truth = lambda: [torch.arange(100.0, dtype=torch.float64)]  # noqa: E731
+    return tunables.Kernel(
+        name, {"_fake:config": lambda original, config: lambda: config}, lambda shape: LADDER,
+        {"block": (4, 8, 16, 32), "warps": (1, 2, 4, 8)},
+        lambda shape: tunables.Job(module.launch, truth, truth, costs.Work(1e6, 1e6), {"m": 100}),
+        (1, 1), lambda config, shape: f"if n <= 100:\n    return {tunables.written(config)}", others=others,
+        start=lambda shape: LADDER,
+    )  # fmt: skip
+
+
+EFFORT = timing.Effort(warm_ups=1, least=3, most=3, seconds=0.0)
+CEILINGS = {"gemm_tflops": {}, "copy_gbs": 1.0}
+
+
+class Told:
+    """A compiler that says what a test wants."""
+
+    def __init__(self, failing=()):
+        self.failing, self.asked = failing, []
+
+    def __call__(self, kernel, configs, shape):
+        self.asked += configs
+        facts = {"registers": 100, "spills": 0, "shared": 2048, "ctas_per_sm": 2, "error": ""}
+        return {c: lambda c=c: facts | {"failures": ["spills (7)"] if c in self.failing else []} for c in configs}
+
+    def close(self):
+        pass
+
+
+def swept(kernel, compiler=None, whole_grid=False, most=None, stop=lambda: False):
+    shape = shape_of(kernel, dtype=torch.float32)
+    sweep = tune_search.Sweep(kernel, shape, EFFORT, compiler or Told(), CEILINGS, "benchmarks/results/fake/t.json")
+    sweep.run(whole_grid, most, stop, lambda: None)
+    return sweep.found
+
+
+@pytest.mark.parametrize("whole_grid", [False, True])
+def test_the_fastest_is_found_confirmed_and_printed(kernel_module, whole_grid):
+    found = swept(fake_kernel(kernel_module), whole_grid=whole_grid)
+    assert found["complete"]
+    assert found["better"] == repr(Fake(16, 1))
+    ratio = found["confirmed"][1]["ratio_to_ours"]["value"]
+    assert ratio == pytest.approx(1.0 / kernel_module.cost(LADDER))
+    comment, *rung = found["paste"]
+    assert f"{ratio:.3f}" in comment
+    assert rung == ["if n <= 100:", "    return Fake(block=16)"]
+    tried = {row["config"] for row in found["rows"]}
+    assert (len(tried) == 16) if whole_grid else (len(tried) < 16)
+
+
+def test_where_nothing_is_better_the_ladder_stands(kernel_module):
+    kernel_module.cost = lambda c: 1.0 if c == LADDER else 1.2
+    found = swept(fake_kernel(kernel_module))
+    assert found["better"] is None
+    assert found["confirmed"] == []
+    assert found["paste"][0].endswith("none of 6 others is faster")
+    assert found["paste"][2] == "    return Fake(block=4, warps=4)"
+
+
+def test_a_win_within_the_noise_is_none(kernel_module):
+    kernel_module.cost = lambda c: 0.995 if c == Fake(8, 4) else 1.0
+    found = swept(fake_kernel(kernel_module))
+    assert found["better"] is None
+    assert found["paste"][2] == "    return Fake(block=4, warps=4)"
+
+
+def test_a_win_that_does_not_come_back_is_none(kernel_module):
+    kernel_module.cost = lambda c: 0.5 if c == Fake(8, 4) and kernel_module.ran.count(c) <= 5 else 1.0
+    found = swept(fake_kernel(kernel_module))
+    assert any((row["ratio_to_ours"] or {"value": 1})["value"] < 0.6 for row in found["rows"])
+    assert found["better"] is None
+
+
+@pytest.mark.parametrize("how", ["wrong", "broken", "lazy"])
+def test_what_is_not_right_has_no_time_and_is_never_pasted(kernel_module, how):
+    """`lazy` writes nothing: memory that an earlier config wrote must not pass for its output."""
+    torch.use_deterministic_algorithms(False)  # with it goes the poisoned memory of tests; tune has to bring its own
+    getattr(kernel_module, how).update({Fake(16, 1), Fake(16, 2)})
+    found = swept(fake_kernel(kernel_module), whole_grid=True)
+    rows = {row["config"]: row for row in found["rows"]}
+    assert not torch.are_deterministic_algorithms_enabled()
+    bad = rows[repr(Fake(16, 1))]
+    assert bad["status"] == ("failed" if how == "broken" else "wrong")
+    assert bad["median_s"] is None
+    assert found["better"] not in (repr(Fake(16, 1)), repr(Fake(16, 2)), None)
+    assert "16" not in "".join(found["paste"][1:]) or "warps=4" in found["paste"][-1]
+    assert bad["reason"] in tune.table(found["rows"]).splitlines()[-1] + tune.table(found["rows"]).splitlines()[-2]
+
+
+@pytest.mark.parametrize("how", ["wrong", "broken"])
+def test_where_the_ladders_own_is_not_right_the_best_of_the_right_ones_is(kernel_module, how):
+    getattr(kernel_module, how).add(LADDER)
+    found = swept(fake_kernel(kernel_module))
+    assert found["better"] == repr(Fake(16, 1))
+    assert "the ladder's has no time" in found["paste"][0]
+    assert "Fake(block=16)" in found["paste"][-1]
+    assert "the ladder's  " in tune.table(found["rows"])
+
+
+def test_what_the_compiler_fails_never_runs(kernel_module):
+    compiler = Told(failing={Fake(16, 1), Fake(16, 4)})
+    found = swept(fake_kernel(kernel_module), compiler)
+    assert not {Fake(16, 1), Fake(16, 4)} & set(kernel_module.ran)
+    pruned = [row for row in found["rows"] if row["status"] == "pruned"]
+    assert {row["reason"] for row in pruned} == {"spills (7)"}
+    assert LADDER in compiler.asked  # its registers stand in the table too
+    assert "100" in tune.table(found["rows"]).splitlines()[1]
+
+
+def test_at_most_so_many_and_no_more_when_the_time_is_up(kernel_module):
+    found = swept(fake_kernel(kernel_module), most=2)
+    assert len({row["config"] for row in found["rows"]}) == 3
+    assert not found["complete"]
+    answers = iter([False, True])
+    found = swept(fake_kernel(kernel_module), whole_grid=True, stop=lambda: next(answers))
+    assert len({row["config"] for row in found["rows"]}) == 1 + tune_search.GROUP
+    assert not found["complete"]
+
+
+def test_a_product_says_who_multiplies(kernel_module, monkeypatch):
+    monkeypatch.setattr(tune_table, "gemm_sizes", lambda form, shape: (3072, 768))
+    kernel_module.cost = lambda c: 0.5 if c.vendor else 1.0 + abs(c.block - 16) / 16
+    found = swept(fake_kernel(kernel_module, "gemm:nt+act", (VENDOR_FAKE,)))
+    assert "Fake(block=16" in "".join(found["paste"])
+    at = next(n for n, line in enumerate(found["paste"]) if line.startswith("Choice("))
+    (choice,) = eval("(" + "\n".join(found["paste"][at:]) + "\n)", {"Choice": Choice})
+    source = "benchmarks/results/fake/t.json"
+    assert choice == Choice("sm_90", "fp32", "nt+act", 3072, 768, "vendor", "measured", source)
+    assert "2.00 times as long" in found["paste"][-1]
+
+
+def test_where_the_vendor_stands_our_best_tile_is_looked_for_all_the_same(kernel_module, monkeypatch):
+    monkeypatch.setattr(tune_table, "gemm_sizes", lambda form, shape: (768, 768))
+    kernel_module.config = lambda: VENDOR_FAKE
+    kernel_module.cost = lambda c: 2.0 if c.vendor else 1.0 + abs(c.block - 16) / 16
+    kernel = replace(fake_kernel(kernel_module, "gemm:nt", (VENDOR_FAKE,)), current=lambda shape: VENDOR_FAKE)
+    found = swept(kernel)
+    assert found["better"] == repr(Fake(16, 4))
+    assert '"ours"' in "".join(found["paste"])
+
+
+# ---- asking the compiler ---------------------------------------------------------------------------------
+
+
+def test_the_compiler_is_asked_in_another_process():
+    compiler = tune_search.Compiler(1)
+    try:
+        kernel = KERNELS["pool_rows"]
+        shape = shape_of(kernel, "minilm", dtype=torch.bfloat16)
+        facts = compiler(kernel, [kernel.current(shape)], shape)[kernel.current(shape)]()
+        assert facts["failures"] == []
+        assert facts["registers"] > 0
+        assert compiler(kernel, [kernel.current(shape)], replace(shape, arch="sm_1")) == {}
+    finally:
+        compiler.close()
+
+
+@pytest.mark.parametrize("deadly", [True, False])
+def test_a_compiler_that_dies_costs_one_config(monkeypatch, deadly):
+    """A worker that aborts breaks the pool for all questions: each is asked once more, alone."""
+
+    class Pool:
+        def __init__(self, alone):
+            self.alone = alone
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def submit(self, call, *question):
+            def result():
+                if not self.alone or deadly:
+                    raise BrokenProcessPool
+                return {"failures": []}
+
+            return types.SimpleNamespace(result=result)
+
+    pools = iter([Pool(False), Pool(True)])
+    monkeypatch.setattr(tune_search.Compiler, "_start", staticmethod(lambda jobs: next(pools)))
+    kernel = KERNELS["pool_rows"]
+    shape = shape_of(kernel)
+    facts = tune_search.Compiler(4)(kernel, [LADDER], shape)[LADDER]()
+    assert facts["failures"] == (["the compiler dies of it"] if deadly else [])
+
+
+# ---- the command -----------------------------------------------------------------------------------------
+
+
+def test_help_teaches(capsys):
+    with pytest.raises(SystemExit):
+        tune.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for words in ("Needs a GPU", "--budget-minutes 3 --out tune.json", "--compile-only sm_90", "a step of the ladder"):
+        assert words in text
+
+
+def test_list_names_every_kernel_and_value(capsys):
+    assert tune.main(["--list"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"{name} (" in text for name in KERNELS)
+    assert "    num_stages: 1, 2, 3, 4\n" in text
+
+
+def test_without_a_gpu_it_says_so_and_rehearses(monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(_device, "INTERPRETING", False)
+    monkeypatch.setattr(subprocess, "call", lambda command, env: calls.append((command, env)) or 7)
+    assert tune.main(["--kernel", "pool_rows"]) == 7
+    assert "no GPU here, and times need one" in capsys.readouterr().err
+    assert calls[0][0][1:] == ["-m", "benchmarks.tune", "--kernel", "pool_rows"]
+    assert calls[0][1]["TRITON_INTERPRET"] == "1"
+
+
+@needs_interpreter
+def test_a_rehearsal_runs_checks_and_writes(tmp_path, capsys):
+    out = tmp_path / "tune.json"
+    assert tune.main(["--kernel", "pool_rows,gemm:nt", "--rehearse", "--out", str(out)]) == 0
+    printed = capsys.readouterr()
+    assert "times mean nothing" in printed.err
+    assert "pool_rows, " in printed.out
+    assert "the ladder's  " in printed.out
+    assert "return" not in printed.out  # nothing to paste
+    written = json.loads(out.read_text())
+    assert written["schema"] == tune.SCHEMA
+    assert written["rehearsal"]
+    assert written["commit"]
+    assert [found["kernel"] for found in written["kernels"]] == ["pool_rows", "gemm:nt"]
+    for found in written["kernels"]:
+        assert {row["status"] for row in found["rows"]} == {"ok"}
+        assert all(row["error"] <= row["budget"] for row in found["rows"])
+
+
+@needs_interpreter
+def test_a_wrong_ladder_is_the_exit_code(monkeypatch, capsys):
+    """The kernel's own config gives wrong numbers: said, and the exit code is 1."""
+    kernel = KERNELS["pool_rows"]
+
+    def off_by_one(shape):
+        job = kernel.job(shape)
+        return replace(job, run=lambda: [t + 1 for t in job.run()])
+
+    monkeypatch.setattr(tune_table, "named", lambda names: [replace(kernel, job=off_by_one)])
+    assert tune.main(["--rehearse", "--most", "0"]) == 0  # nothing was run
+    assert tune.main(["--rehearse", "--most", "1"]) == 1
+    assert "the ladder's  wrong: relative RMS error" in capsys.readouterr().out
+
+
+def test_the_ladder_has_a_step_for_every_model(kernel_module):
+    found = [swept(fake_kernel(kernel_module)) for _ in range(2)]
+    text = tune.ladders(found)
+    assert text.splitlines()[0] == "# fake on sm_90"
+    assert text.count("return Fake(block=16)") == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--kernel", "nothing"], "no kernel 'nothing'; there are"),
+        (["--model", "huge"], "no model huge; there are minilm, base, large"),
+        (["--compile-only", "sm_91"], "no architecture 'sm_91'; there are sm_80"),
+        (["--out", "nowhere/at/all.json"], "no folder 'nowhere/at' to write all.json into"),
+        (["--n", "768", "--kernel", "gemm:nt"], "--n and --k come together"),
+        (["--width", "100", "--kernel", "pool_rows", "--compile-only", "sm_90"], "is not a multiple of head_dim"),
+        (["--dtype", "int8", "--kernel", "pool_rows"], "dtype must be auto or one of"),
+    ],
+)
+def test_what_is_asked_wrongly_is_said(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(_device, "INTERPRETING", True)
+    monkeypatch.setattr(tune_search.Compiler, "_start", staticmethod(lambda jobs: None))
+    assert tune.main(arguments) == 2
+    assert message in capsys.readouterr().err
