@@ -119,6 +119,25 @@ def _transformer_engine(inputs: dict[str, Any]) -> Prepared:
     return Prepared(call)
 
 
+def _flex(inputs: dict[str, Any]) -> Prepared:
+    """torch's flex_attention on the packed batch, told by a block mask which tokens share a sequence; compiled."""
+    flex = need("torch", "torch.nn.attention.flex_attention")
+    if inputs.get("dropout_p"):
+        raise Missing("flex_attention has no dropout")
+    lengths, q = _lengths(inputs), inputs["q"]
+    of = torch.repeat_interleave(torch.arange(len(lengths), device=q.device), lengths)
+    tokens = q.shape[0]
+    mask = flex.create_block_mask(
+        lambda b, h, i, j: of[i] == of[j], None, None, tokens, tokens, device=q.device, _compile=q.device.type == "cuda"
+    )
+    attend = torch.compile(flex.flex_attention, dynamic=False) if q.device.type == "cuda" else flex.flex_attention
+    return Prepared(
+        lambda q, k, v: attend(q, k, v, block_mask=mask),
+        lambda t: t.transpose(0, 1)[None].contiguous(),  # [1, H, T, D]
+        lambda t: t[0].transpose(0, 1),
+    )
+
+
 @dataclass(frozen=True)
 class AttentionPeer:
     row: str
@@ -137,6 +156,7 @@ PEERS = (
     AttentionPeer("torch sdpa efficient", "torch", _sdpa("EFFICIENT_ATTENTION"), devices=("cuda",)),
     AttentionPeer("torch sdpa math", "torch", _sdpa("MATH"), slow=True),
     AttentionPeer("torch varlen", "torch", _varlen, devices=("cuda",)),
+    AttentionPeer("torch flex, packed", "torch.compile", _flex, "torch", ("cuda",), slow=True),
     AttentionPeer("flash-attn varlen", "flash-attn", _flash_attn, devices=("cuda",)),
     AttentionPeer("xformers", "xformers", _xformers, devices=("cuda",)),
     AttentionPeer("transformer engine", "transformer-engine", _transformer_engine, devices=("cuda",)),

@@ -109,12 +109,14 @@ def _floor(job: Job) -> Run:
 # ---- others ----------------------------------------------------------------------------------------------
 
 
-def _transformers(attention: str, size: int, by_length: bool, mode: str | None = None):
+def _transformers(attention: str, size: int, by_length: bool, mode: str | None = None, dynamic: bool = True):
     def make(job: Job) -> Run:
         if attention == "flex_attention" and job.device.type != "cuda":
             raise Missing("flex attention is compiled for GPUs")
         model = their_model(job, attention)
-        call = model if mode is None else torch.compile(model, dynamic=True, mode=None if mode == "default" else mode)
+        call = model
+        if mode is not None:
+            call = torch.compile(model, dynamic=dynamic, mode=None if mode == "default" else mode)
         return padded_run(
             lambda ids, mask: call(input_ids=ids, attention_mask=mask).last_hidden_state, job, size, by_length
         )
@@ -334,6 +336,9 @@ PEERS = (
                 _transformers("sdpa", 4, True, "default"), CPU_ONLY, package="torch", slow=True, natural=True),
     EncoderPeer("torch.compile, transformers sdpa, sorted, batches of 32", "torch.compile",
                 _transformers("sdpa", 32, True, "default"), GPU_ONLY, package="torch", slow=True, natural=True),
+    EncoderPeer("torch.compile reduce-overhead, transformers sdpa", "torch.compile",
+                _transformers("sdpa", 1, True, "reduce-overhead", dynamic=False), GPU_ONLY, package="torch", slow=True,
+                many=False),  # its CUDA graphs, beside ours
     EncoderPeer("torch.compile max-autotune, transformers sdpa, sorted, batches of 32", "torch.compile",
                 _transformers("sdpa", 32, True, "max-autotune-no-cudagraphs"), GPU_ONLY, package="torch", slow=True,
                 natural=True),

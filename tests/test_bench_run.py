@@ -6,6 +6,7 @@ import re
 import shlex
 import signal
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ from benchmarks import (
     machine,
     peers_attention,
     peers_encoder,
+    peers_ops,
     peers_packed,
     profile_layer,
     run,
@@ -27,7 +29,8 @@ from benchmarks import (
 from benchmarks.case import Case, Interrupted, Missing, Row, measure
 from benchmarks.jobs import Job
 from fastbert import cli
-from fastbert.testing import MODELS, WORKLOADS, Workload, relative_rms
+from fastbert import functional as F
+from fastbert.testing import INPUTS, MODELS, WORKLOADS, Workload, relative_rms
 
 CPU = torch.device("cpu")
 CEILINGS = {"gemm_tflops": {"float32": 0.1}, "copy_gbs": 10.0}
@@ -250,6 +253,66 @@ def test_flash_attn_bert_gets_its_own_names(monkeypatch):
     assert not seen["config"].fused_bias_fc  # its extension is not built
     assert not seen["pooler"]
     assert "encoder.layers.0.attention.self.query.weight" in seen["state"]
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_knows_where_sequences_end():
+    """Uncompiled, as its own documentation checks it; on a GPU the same mask goes into its compiled kernel."""
+    inputs = INPUTS["attention"](MODELS["tiny"], (5, 130, 1, 17))
+    flex = peers_attention._flex(inputs)
+    out = flex.back(flex.call(*(flex.there(inputs[name]) for name in "qkv")))
+    truth = F.attention(**{k: v.double() if k in "qkv" else v for k, v in inputs.items()}, impl="reference")
+    assert relative_rms(out, truth) < 1e-6
+    with pytest.raises(Missing, match="no dropout"):
+        peers_attention._flex({**inputs, "dropout_p": 0.1})
+
+
+# what has to stand beside us, by device: a part of a row's name, in the tables of whole models and of attention
+ENCODERS = {
+    "cpu": ("transformers sdpa, sorted", "transformers sdpa, arrival order", "transformers eager, sorted",
+            "transformers eager, arrival order", "nn.TransformerEncoder nested", "torch.compile, transformers sdpa",
+            "onnxruntime fp32", "onnxruntime int8", "openvino", "matrix products alone"),
+    "cuda": ("transformers sdpa, sorted", "transformers sdpa, arrival order", "transformers eager, sorted",
+             "transformers eager, arrival order", "transformers flex", "nn.TransformerEncoder nested",
+             "torch.compile, transformers sdpa", "torch.compile max-autotune", "torch.compile reduce-overhead",
+             "sentence-transformers unpadded", "flash-attn BERT, packed", "matrix products alone", "CUDA graph"),
+}  # fmt: skip
+ATTENTION = {
+    "cpu": ("torch sdpa", "torch sdpa flash", "plain torch"),
+    "cuda": ("torch sdpa", "torch sdpa flash", "torch sdpa cudnn", "torch sdpa efficient", "torch varlen",
+             "torch flex", "flash-attn", "xformers", "transformer engine", "plain torch"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize(
+    "peers", [(ENCODERS, peers_encoder), (ATTENTION, peers_attention)], ids=["models", "attention"]
+)
+def test_the_real_alternatives_are_all_there(peers, device):
+    wanted, module = peers
+    there = [p.row for p in module.PEERS if device in p.devices]
+    assert [name for name in wanted[device] if not any(name in row for row in there)] == []
+
+
+def test_operators_of_liger_stand_beside_ours_on_gpus():
+    for operator in ("add_layer_norm", "linear_cross_entropy"):
+        assert [p.devices for p in peers_ops.PEERS[operator] if p.package is None and p.peer == "liger-kernel"] == [
+            ("cuda",)
+        ]
+
+
+@pytest.mark.parametrize(
+    ("row", "package"),
+    [("flash-attn varlen", "flash-attn"), ("xformers", "xformers"), ("transformer engine", "transformer-engine")],
+)
+def test_kernels_that_are_not_installed_are_missing_by_name(row, package, monkeypatch):
+    for module in ("flash_attn", "xformers", "xformers.ops", "transformer_engine", "transformer_engine.pytorch"):
+        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setattr("benchmarks.case.version", lambda package: None)
+    (peer,) = (p for p in peers_attention.PEERS if p.row == row)
+    inputs = INPUTS["attention"](MODELS["tiny"], (5, 17))
+    with pytest.raises(Missing, match=f"^{package} is not installed$"):
+        peer.prepare(inputs)
 
 
 def test_libraries_that_are_not_here_are_named():
