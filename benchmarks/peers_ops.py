@@ -56,6 +56,8 @@ def pool(x, cu_seqlens, mode="mean", normalize=False, **_) -> Tensor:
 
 def _compiled(plain: Callable[..., Tensor]) -> Callable[[torch.device], Callable[..., Tensor]]:
     def make(device: torch.device) -> Callable[..., Tensor]:
+        import torch._functorch.config  # not there before somebody asks for it
+
         # a graph is run backward many times over here, so its buffers may not be given away
         torch._functorch.config.donated_buffer = False
         return torch.compile(plain, mode="max-autotune-no-cudagraphs" if device.type == "cuda" else None)
