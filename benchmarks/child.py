@@ -13,6 +13,7 @@ import functools
 import json
 import re
 import sys
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -103,33 +104,17 @@ def _padded(call: Callable[[np.ndarray, np.ndarray], np.ndarray], size: int) -> 
 
 
 def fastbert(job: Job) -> Encode:
-    """As `fastbert.Encoder` does it, without the tokeniser."""
+    """`fastbert.Encoder` without the tokeniser."""
     import torch
 
-    from fastbert import functional as F
-    from fastbert.embed import TOKENS_PER_BATCH, _batches, _run_batches
+    from fastbert import Encoder
     from fastbert.models.bert import BertModel
-    from fastbert.packing import PackedBatch
 
     say("imported")
-    device = torch.device(job["device"])
     dtype = getattr(torch, job["dtype"])
-    model = BertModel.from_pretrained(job["folder"], dtype=dtype, device=device, add_pooling_layer=False)
-
-    def encode(ids: list[list[int]]) -> np.ndarray:
-        lengths = [len(row) for row in ids]
-        vectors = torch.empty(len(ids), model.config.hidden_size)
-
-        @torch.inference_mode()
-        def batch(rows: list[int]) -> None:
-            packed = PackedBatch.from_lists([ids[n] for n in rows], device=device)
-            vectors[rows] = F.pool(model(packed).last_hidden_state, packed.cu_seqlens).float().cpu()
-
-        order = sorted(range(len(ids)), key=lengths.__getitem__, reverse=True)
-        _run_batches(batch, list(_batches(order, lengths, TOKENS_PER_BATCH[device.type])), device)
-        return vectors.numpy()
-
-    return encode
+    model = BertModel.from_pretrained(job["folder"], dtype=dtype, device=job["device"], add_pooling_layer=False)
+    encoder = Encoder(model, types.SimpleNamespace(model_max_length=None))
+    return lambda ids: encoder.encode_ids(ids, encoder.token_budget()).numpy()
 
 
 def transformers(job: Job) -> Encode:

@@ -96,6 +96,6 @@ def padded_run(model: Padded, job: Job, size: int, by_length: bool) -> Run:
             if vectors is None:
                 vectors = pooled.new_empty(len(job.rows), pooled.shape[1])
             vectors[group] = pooled
-        return vectors
+        return vectors.cpu()
 
     return run

@@ -16,6 +16,7 @@ from torch import Tensor
 from fastbert import functional as F
 from fastbert.config import BertConfig
 from fastbert.embed import TOKENS_PER_BATCH, _batches
+from fastbert.layers import prepack
 from fastbert.models.bert import BertModel, Pass
 from fastbert.packing import PackedBatch
 from fastbert.testing import Workload
@@ -40,6 +41,8 @@ def measure(
 ) -> dict[Key, list[float]]:
     """Seconds of one call of each operator over all batches, and of the whole pass; every run's time."""
     model = _model(batches).to(device, dtype).train(training)
+    if not training:
+        prepack(model)  # as an Encoder does
     of_batches = [_runs(model, batch, device, dtype, training) for batch in batches]
     whole = [_whole(model, batch, device, training) for batch in batches]
     runs = {key: _one_after_another([runs[key] for runs in of_batches]) for key in of_batches[0]}

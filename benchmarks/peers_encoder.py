@@ -1,4 +1,4 @@
-"""Whole encoders by everybody: lists of token ids in, one mean-pooled vector each out, in the order given.
+"""Whole encoders by everybody: lists of token ids in, one mean-pooled vector each out, on the CPU, in the order given.
 
 All start from the same weights and the same ids, and each pays for its own sorting, padding or packing. Tokenising is
 nobody's here.
@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ import torch.nn.functional as tf
 from torch import Tensor
 
 from fastbert import functional as F
-from fastbert.embed import TOKENS_PER_BATCH, _batches, _run_batches
+from fastbert.embed import Encoder, _even_batches, _run_batches
+from fastbert.kernels import _prepack
 from fastbert.models.bert import BertModel
 from fastbert.packing import PackedBatch
 from fastbert.testing import ModelShape
@@ -34,10 +36,6 @@ from .workloads import padded, token_ids
 # ---- ours, and the floor ---------------------------------------------------------------------------------
 
 
-def _budget(job: Job) -> int:
-    return TOKENS_PER_BATCH["cuda" if job.device.type == "cuda" else "cpu"]
-
-
 def _model(job: Job) -> BertModel:
     def make() -> BertModel:
         config, state = job.model
@@ -48,24 +46,14 @@ def _model(job: Job) -> BertModel:
     return job.once("fastbert", make)
 
 
+def _encoder(job: Job) -> Encoder:
+    """Without a tokeniser, since it is given ids."""
+    return Encoder(_model(job), SimpleNamespace(model_max_length=None))
+
+
 def _fastbert(job: Job) -> Run:
-    """As `fastbert.embed.Encoder` does it: sorted, packed to its number of tokens, several batches at once on a CPU."""
-    model = _model(job)
-    lengths = [len(row) for row in job.rows]
-
-    def run() -> Tensor:
-        vectors = torch.empty(len(lengths), model.config.hidden_size, device=job.device)
-
-        @torch.inference_mode()  # a thread's own switch
-        def encode(group: list[int]) -> None:
-            batch = PackedBatch.from_lists([job.rows[n] for n in group], device=job.device)
-            vectors[group] = F.pool(model(batch).last_hidden_state, batch.cu_seqlens).float()
-
-        order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
-        _run_batches(encode, list(_batches(order, lengths, _budget(job))), job.device)
-        return vectors
-
-    return run
+    encoder = _encoder(job)
+    return lambda: encoder.encode_ids(job.rows, encoder.token_budget())
 
 
 def _graph(job: Job) -> Run:
@@ -75,13 +63,14 @@ def _graph(job: Job) -> Run:
 
     @torch.inference_mode()
     def run() -> Tensor:
-        return F.pool(model(batch).last_hidden_state, batch.cu_seqlens).float()
+        return F.pool(model(batch).last_hidden_state, batch.cu_seqlens).float().cpu()
 
     return run
 
 
 def _floor(job: Job) -> Run:
-    """The model's own matrix products on the real tokens through the vendor's library, and nothing else."""
+    """The model's own matrix products on the real tokens through the vendor's library, and nothing else: in the batches
+    that an Encoder makes, as many at once, and on a CPU from weights that the library laid out beforehand."""
     config, state = job.model
     names = (
         "attention.self.query", "attention.self.key", "attention.self.value",
@@ -89,19 +78,31 @@ def _floor(job: Job) -> Run:
     )  # fmt: skip
     layers = []
     for n in range(config.num_hidden_layers):
-        q, k, v, *rest = (state[f"encoder.layer.{n}.{name}.weight"].to(job.device, job.dtype) for name in names)
+        of_layer = (state[f"encoder.layer.{n}.{name}.weight"] for name in names)
+        q, k, v, *rest = (weight.to(job.device, job.dtype, copy=True) for weight in of_layer)
         layers.append([torch.cat((q, k, v)), *rest])
+        for weight in layers[-1]:
+            _prepack.mark(weight)
     lengths = [len(row) for row in job.rows]
-    tokens = [sum(lengths[n] for n in group) for group in _batches(list(range(len(lengths))), lengths, _budget(job))]
+    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    batches = _even_batches(order, lengths, _encoder(job).token_budget(), job.device)
+    tokens = [sum(lengths[n] for n in rows) for rows in batches]
     inputs = [torch.randn(t, config.hidden_size, device=job.device).to(job.dtype) for t in tokens]
 
-    @torch.inference_mode()
+    def product(x: Tensor, weight: Tensor) -> Tensor:
+        packed = _prepack.find(x, weight, None)
+        return tf.linear(x, weight) if packed is None else _prepack.linear(x, packed, None)
+
+    @torch.inference_mode()  # a thread's own switch
+    def multiply(batch: list[int]) -> None:
+        x = inputs[batch[0]]
+        for qkv, out, up, down in layers:
+            product(x, qkv)
+            product(product(product(x, out), up), down)
+
     def run() -> Tensor:
-        for x in inputs:
-            for qkv, out, up, down in layers:
-                tf.linear(x, qkv)
-                y = tf.linear(tf.linear(tf.linear(x, out), up), down)
-        return y
+        _run_batches(multiply, [[n] for n in range(len(inputs))], job.device)
+        return inputs[-1]
 
     return run
 

@@ -74,7 +74,7 @@ def sentence_transformers(size: int, attention: str = "flash_attention_2") -> Ca
                 hidden = model(**{name: flat[name] for name in names}).last_hidden_state
                 pooled = pooling({"token_embeddings": hidden, **flat})["sentence_embedding"]
                 vectors[group] = pooled.float()
-            return vectors
+            return vectors.cpu()
 
         return run
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -138,7 +139,7 @@ def test_interrupt_inside_a_case_keeps_what_was_timed():
         Row("fastbert", "fastbert", sleeper(0.02)), Row("rude", "rude", failing(4, KeyboardInterrupt(), 0.02))
     )  # fmt: skip
     with pytest.raises(Interrupted) as caught:
-        measure(slow, CPU, EFFORT, CEILINGS)
+        measure(slow, CPU, replace(EFFORT, share=60.0), CEILINGS)
     rows = {r["row"]: r for r in caught.value.rows}
     assert (rows["fastbert"]["status"], len(rows["fastbert"]["seconds"])) == ("ok", 3)
     assert (rows["rude"]["status"], rows["rude"]["reason"]) == ("skipped", "interrupted")
