@@ -5,26 +5,31 @@
 The texts are docstrings of the Python standard library (every machine has them), in the order found, at most 512 tokens
 each. Every row encodes the same texts with the same weights to the same mean-pooled vectors, in the same dtype, and
 is checked against transformers in float32 before its time is printed. Runs are interleaved (A B C A B C), medians
-are of the repeats, and tokens are real tokens: padding never counts.
+are of the repeats, and tokens are real tokens: padding never counts. OpenVINO takes part where it is installed.
+`python -m benchmarks.report` makes README's first table of the files encode-minilm-*.json in benchmarks/results.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
+import importlib.util
 import inspect
 import json
 import os
-import platform
 import statistics
 import sys
 import time
+from datetime import datetime, timezone
 from importlib.resources import files
 
 import torch
 
 from fastbert.embed import DTYPES, Encoder
+from fastbert.models.bert import BertModel
 from fastbert.testing import relative_rms
+
+from . import machine
+from .plain_bert import PlainMeanBert
 
 MODULES = (
     "argparse ast asyncio base64 bisect calendar collections concurrent.futures configparser contextlib csv ctypes "
@@ -85,6 +90,42 @@ def transformers_encoder(folder, dtype: torch.dtype, batch_size: int, by_length:
     return encode
 
 
+def openvino_encoder(folder, dtype: torch.dtype, batch_size: int):
+    """OpenVINO with its throughput hint and as many requests at once as it asks for, sorted by length, mean pooling."""
+    import openvino
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    own = BertModel.from_pretrained(folder, dtype=torch.float32, add_pooling_layer=False)
+    config = own.config
+    model = PlainMeanBert(own.state_dict(), config.num_hidden_layers, config.num_attention_heads, config.layer_norm_eps)
+    example = tokenizer(["two", "of unlike length"], padding=True, return_tensors="pt")
+    graph = openvino.convert_model(model, example_input=(example["input_ids"], example["attention_mask"]))
+    settings = {
+        "PERFORMANCE_HINT": "THROUGHPUT",
+        "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}[str(dtype)[6:]],
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+    }
+    compiled = openvino.Core().compile_model(graph, "CPU", settings)
+    names = {port.get_any_name() for port in compiled.inputs}
+    queue = openvino.AsyncInferQueue(compiled)
+
+    def encode(texts: list[str]) -> torch.Tensor:
+        ids = tokenizer(texts, truncation=True, max_length=MAX_LENGTH)["input_ids"]
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]), reverse=True)
+        vectors = torch.empty(len(texts), config.hidden_size)
+        into = vectors.numpy()
+        queue.set_callback(lambda request, rows: into.__setitem__(rows, request.get_output_tensor(0).data))
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            batch = tokenizer.pad({"input_ids": [ids[i] for i in rows]}, return_tensors="np")
+            queue.start_async({name: batch[name] for name in names}, rows)
+        queue.wait_all()
+        return vectors
+
+    return encode
+
+
 def fastbert_encoder(folder, dtype: torch.dtype):
     encoder = Encoder.from_pretrained(
         folder, pooling="mean", normalize=False, dtype=dtype, device="cpu", max_length=MAX_LENGTH
@@ -108,8 +149,10 @@ def main(argv: list[str] | None = None) -> int:
         "transformers, batches of 32 in arrival order": transformers_encoder(folder, dtype, 32, by_length=False),
         "transformers, batches of 32 sorted by length": transformers_encoder(folder, dtype, 32, by_length=True),
         "transformers, batches of 8 sorted by length": transformers_encoder(folder, dtype, 8, by_length=True),
-        "fastbert, packed": fastbert_encoder(folder, dtype),
     }
+    if importlib.util.find_spec("openvino"):
+        rows |= {f"OpenVINO, batches of {n} sorted by length": openvino_encoder(folder, dtype, n) for n in (4, 8)}
+    rows["fastbert, packed"] = fastbert_encoder(folder, dtype)
     counter = Encoder.from_pretrained(folder, dtype="float32", device="cpu", max_length=MAX_LENGTH)
     lengths = sorted(map(len, counter.tokenizer.input_ids(texts, MAX_LENGTH)))
     tokens = sum(lengths)
@@ -149,15 +192,16 @@ def main(argv: list[str] | None = None) -> int:
             }
         )
     if args.json:
-        machine = {
-            "cpu": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "torch": torch.__version__,
-        }
-        head = {"texts": len(texts), "tokens": tokens, "dtype": args.dtype, "threads": torch.get_num_threads()}
-        with open(args.json, "w", encoding="utf-8") as out:
-            json.dump({**head, "machine": machine, "rows": results}, out, indent=1)
+        head = {
+            "texts": len(texts), "tokens": tokens, "dtype": args.dtype,
+            "device": machine.describe(torch.device("cpu")), "versions": machine.versions(),
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"), "commit": machine.commit(),
+        }  # fmt: skip
+        temporary = f"{args.json}.part"
+        with open(temporary, "w", encoding="utf-8") as out:
+            json.dump({**head, "rows": results}, out, indent=1)
             out.write("\n")
+        os.replace(temporary, args.json)
     return 1 if wrong else 0
 
 

@@ -69,7 +69,7 @@ def _model(batches: Sequence[Workload]) -> BertModel:
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return BertModel(config, add_pooling_layer=False)
+        return prepack(BertModel(config, add_pooling_layer=False))
 
 
 def _packed(batch: Workload, device: torch.device) -> PackedBatch:

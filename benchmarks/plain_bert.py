@@ -45,3 +45,11 @@ class PlainBert(nn.Module):
             h = tf.gelu(tf.linear(x, *self.of(layer + "intermediate.dense")))
             x = self.norm(tf.linear(h, *self.of(layer + "output.dense")) + x, layer + "output.LayerNorm")
         return x
+
+
+class PlainMeanBert(PlainBert):
+    """The mean [B, C] of the hidden states that are no padding, so that a runtime computes all of it."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        mask = attention_mask[..., None].float()
+        return (super().forward(input_ids, attention_mask) * mask).sum(1) / mask.sum(1)

@@ -332,7 +332,7 @@ class Encoder:
         @torch.inference_mode()  # a thread's own switch
         def encode(rows: list[int]) -> None:
             texts = [ids[row] for row in rows]
-            texts += [[0] * n for n in self._filling(sum(map(len, texts)), budget)]
+            texts += [[0] * n for n in _filling(sum(map(len, texts)), min(budget, self.max_length), self.device)]
             batch = PackedBatch.from_lists(texts, device=self.device)
             vectors[rows] = self._vectors(batch)[: len(rows)].float().cpu()
 
@@ -344,15 +344,6 @@ class Encoder:
             self.stats.padded_tokens += len(group) * max(group)
         return vectors
 
-    def _filling(self, tokens: int, budget: int) -> list[int]:
-        """Lengths of sequences, one or none, that bring a batch on a CPU to one of a few numbers of tokens.
-
-        oneDNN makes a kernel for each number of rows of each product, about 0.4 ms and 0.6 MB, and keeps 1,024.
-        """
-        step = min(16 if tokens <= 512 else 32, self.max_length, budget)
-        filling = -tokens % step if self.device.type == "cpu" else 0
-        return [filling] if filling else []
-
     def _vectors(self, batch: PackedBatch) -> Tensor:
         output = self.model(batch)
         if self.pooling == "pooler":
@@ -361,6 +352,16 @@ class Encoder:
             pooled = F.pool(output.last_hidden_state, batch.cu_seqlens, self.pooling, impl=self.model.impl)
         # normalised in float32, so that a vector's length is 1 to float32's precision whatever the model computes in
         return torch.nn.functional.normalize(pooled.float(), dim=-1) if self.normalize else pooled
+
+
+def _filling(tokens: int, longest: int, device: torch.device) -> list[int]:
+    """Lengths of sequences, one or none, that bring a batch on a CPU to one of a few numbers of tokens.
+
+    oneDNN makes a kernel for each number of rows of each product, about 0.4 ms and 0.6 MB, and keeps 1,024.
+    """
+    step = min(16 if tokens <= 512 else 32, longest)
+    filling = -tokens % step if device.type == "cpu" else 0
+    return [filling] if filling else []
 
 
 def describe_operators(device: torch.device, impl: F.Impl | None = None) -> dict[str, tuple[str, str]]:

@@ -308,3 +308,11 @@ def test_explicit_triton_runs_or_raises(monkeypatch):
         BertModel(SMALL, impl="triton").eval()(torch.tensor([[1, 2]]))
     with pytest.raises(ValueError, match="impl must be one of"):
         BertModel(SMALL, impl="fast").eval()(torch.tensor([[1, 2]]))
+
+
+def test_a_pooler_that_is_not_asked_for_is_left_in_the_checkpoint(tmp_path):
+    ours = BertModel(SMALL)
+    ours.save_pretrained(tmp_path)
+    without = BertModel.from_pretrained(tmp_path, add_pooling_layer=False)
+    assert without.pooler is None
+    assert without.state_dict().keys() == {name for name in ours.state_dict() if "pooler" not in name}

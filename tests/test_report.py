@@ -1,6 +1,7 @@
 """The report says what the result files say, and nothing else; the scripts around it hold together."""
 
 import copy
+import json
 import re
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import report
+from benchmarks import report, report_encode
 
 ROOT = Path(__file__).parents[1]
 
@@ -68,6 +69,26 @@ def test_the_readme_table_replaces_only_itself(result):
     assert "next best: 1,000" in new
     with pytest.raises(ValueError, match="README"):
         report.with_table("no markers", "")
+
+
+def test_the_table_of_encoders(tmp_path):
+    def of(dtype, ours, correct):
+        rows = [("theirs in arrival order", 10.0, True), ("theirs, sorted", 40.0, correct), ("fastbert", ours, True)]
+        rows = [{"row": name, "tokens_per_second": speed, "correct": right} for name, speed, right in rows]
+        device = {"name": "CPU", "cores": 2}
+        return {"texts": 5, "dtype": dtype, "device": device, "versions": {"torch": "2"}, "rows": rows}
+
+    (tmp_path / "cpu").mkdir()
+    for dtype, result in (("float32", of("float32", 30.0, False)), ("bfloat16", of("bfloat16", 60.0, True))):
+        (tmp_path / "cpu" / f"encode-{dtype}.json").write_text(json.dumps(result))
+    text = report_encode.block(tmp_path)
+    assert "| theirs, sorted | 40 | not measured |" in text
+    assert "| **fastbert** | **60** | **30** |" in text
+    assert "| fastbert against arrival order | 6.00x | 3.00x |" in text
+    assert "| fastbert against the best of the others | 1.50x | 3.00x |" in text
+    readme = f"a\n{report_encode.BEGIN}\nold\n{report_encode.END}\nb\n"
+    assert report_encode.with_table(readme, text) == f"a\n{text}\nb\n"
+    assert "not measured" in report_encode.block(tmp_path / "cpu")
 
 
 def test_a_case_that_we_did_not_measure_has_no_figure(result):

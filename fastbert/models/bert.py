@@ -221,8 +221,8 @@ class BertModel(nn.Module):
         with torch.device("meta"), _LeftUninitialised():
             model = cls(config, add_pooling_layer, impl)
         # the heads of a checkpoint that was trained for one task are not part of the encoder
-        heads = ("cls.*", "classifier.*", "qa_outputs.*")
-        checkpoint.load_into(model, state, ignore_unexpected=heads, assign=True, source=folder)
+        others = ("cls.*", "classifier.*", "qa_outputs.*") + (() if add_pooling_layer else ("*pooler.*",))
+        checkpoint.load_into(model, state, ignore_unexpected=others, assign=True, source=folder)
         return model.to(device=device, dtype=dtype).eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
