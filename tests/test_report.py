@@ -17,11 +17,23 @@ ROOT = Path(__file__).parents[1]
 def row(name: str, peer: str, seconds: float | None, **more) -> dict:
     """An invented row."""
     empty = dict.fromkeys(
-        ("reason", "ratio_to_ours", "tokens_per_second", "tflops", "gbs", "error", "spread", "version")
+        (
+            "reason",
+            "ratio_to_ours",
+            "tokens_per_second",
+            "tflops",
+            "gbs",
+            "error",
+            "spread",
+            "version",
+            "share_of_ceiling",
+            "peak_memory_bytes",
+            "energy_j",
+        )
     )
     ratio = None if peer == "fastbert" or seconds is None else {"value": seconds / 0.5, "low": 1.9, "high": 2.1}
     return empty | {
-        "suite": "encoder", "workload": "invented", "model": "base", "operator": None, "direction": "forward",
+        "suite": "encoder", "workload": "invented_natural", "model": "base", "operator": None, "direction": "forward",
         "dtype": "bfloat16", "shape": {}, "row": name, "peer": peer, "tokens": 1000, "median_s": seconds,
         "status": "ok" if seconds else "wrong", "spread": 0.02, "ratio_to_ours": ratio,
         "tokens_per_second": 1000 / seconds if seconds else None,
@@ -33,7 +45,7 @@ def result() -> dict:
     return {
         "path": report.RESULTS / "invented" / "file.json", "created": "2026-01-01T00:00:00+00:00", "commit": "abc",
         "command": "fastbert bench", "complete": True, "versions": {"torch": "2.13"},
-        "device": {"type": "cpu", "name": "A CPU", "cores": 2, "threads": 2, "memory_bytes": 2**34},
+        "device": {"type": "cpu", "name": "A CPU", "cores": 2, "threads": 2, "driver": None, "memory_bytes": 2**34},
         "ceilings": {"gemm_tflops": {"bfloat16": 1.0}, "copy_gbs": 30.0},
         "rows": [
             row("fastbert", "fastbert", 0.5),
@@ -45,9 +57,13 @@ def result() -> dict:
     }  # fmt: skip
 
 
+def device(*results: dict) -> report.Device:
+    return report.Device("invented", list(results))
+
+
 def test_the_page_names_the_best_of_the_others_and_the_floor(result):
-    page = report.page([result], {})
-    (line,) = [line for line in page.splitlines() if line.startswith("| base forward, invented (1,000 tokens)")]
+    page = report.page([device(result)])
+    (line,) = [line for line in page.splitlines() if line.startswith("| base forward, invented_natural (1,000 tokens)")]
     assert "| 500 ms | 2,000 | next best: 1 s" in line.replace("1.00 s", "1 s")
     assert "2.00x (1.90 - 2.10)" in line
     assert line.rstrip(" |").endswith("2.00x")  # over the floor
@@ -57,12 +73,12 @@ def test_the_page_names_the_best_of_the_others_and_the_floor(result):
 
 def test_a_run_that_was_cut_short_says_so(result):
     result["complete"] = False
-    assert "cut short" in report.page([result], {})
+    assert "cut short" in report.page([device(result)])
 
 
 def test_the_readme_table_replaces_only_itself(result):
     readme = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
-    new = report.with_table(readme, report.readme_table([result]))
+    new = report.with_table(readme, report.readme_table([device(result)]))
     assert new.startswith("before\n")
     assert new.endswith("after\n")
     assert "old" not in new
@@ -93,8 +109,8 @@ def test_the_table_of_encoders(tmp_path):
 
 def test_a_case_that_we_did_not_measure_has_no_figure(result):
     result["rows"] = [r for r in copy.deepcopy(result["rows"]) if r["peer"] != "fastbert"]
-    assert "not measured" in report.page([result], {})
-    assert "not measured" in report.readme_table([result])
+    assert "not measured" in report.page([device(result)])
+    assert "not measured" in report.readme_table([device(result)])
 
 
 def test_readme_and_report_are_those_of_the_committed_results():
@@ -112,7 +128,11 @@ def test_gpu_day_is_a_script_whose_commands_exist():
 
 def test_pictures(result, tmp_path):
     pytest.importorskip("matplotlib", reason="draws pictures")
-    result["path"] = tmp_path / "file.json"
+    from benchmarks import report_plots
+
+    result |= {"path": tmp_path / "file.json", "curves": []}
     operator = {"operator": "attention", "suite": "kernels", "flops": 1e9, "bytes": 1e6, "tflops": 0.5}
     result["rows"].append(row("fastbert", "fastbert", 0.5, **operator))
-    assert [path.name for path in report.plot(result)] == ["file-models.png", "file-roofline.png"]
+    report_plots.draw(device(result))
+    names = {"bars": "encoder-bars", "ratios": "encoder-ratios", "kernels": "kernels-ratios", "roofline": "roofline"}
+    assert {path.name for path in tmp_path.iterdir()} == {f"picture-{name}.png" for name in names.values()}
