@@ -268,6 +268,9 @@ def judge(report: Report, case, arch: Arch) -> list[str]:
             failures.append(f"no matrix instructions ({wanted}), found {report.matrix_opcode or 'none'}")
     if case.bulk_copy and arch.target[0] == "cuda" and arch.target[1] >= 90 and not report.bulk_copies:
         failures.append(f"no bulk copies ({arch.bulk_copy})")
+    # where a warp has 64 lanes, a lane has half as much to load
+    if case.wide_loads and arch.target[0] == "cuda" and report.widest_load < 128:
+        failures.append(f"loads of {report.widest_load} bits a lane at most")
     return failures
 
 

@@ -275,9 +275,9 @@ def kernels() -> dict[str, Kernel]:
             "embedding_layer_norm", costs.BACKWARD, "embedding:embedding_layer_norm_bwd[",
         ),
         _of_width(
-            "embedding_scatter", "embedding:scatter_config",
+            "embedding_scatter", "_scatter:scatter_config",
             {"chunk": (32, 64, 128), "block_m": (2, 4, 8), "block_n": (128, 256, 512, 1024), "num_warps": (1, 2, 4)},
-            "embedding_layer_norm", costs.BACKWARD, "embedding:sum_chunks[|sum_table_rows[", allowed=_whole_chunks,
+            "embedding_layer_norm", costs.BACKWARD, "_scatter:sum_chunks[|sum_table_rows[", allowed=_whole_chunks,
         ),
         _of_width(
             "pool_fwd", "pooling:pool_fwd_config",

@@ -25,6 +25,7 @@ class CompileCase:
     num_stages: int
     matrix: bool = False  # must contain matrix instructions
     bulk_copy: bool = False  # must contain bulk copies (tensor descriptors) where the architecture has them
+    wide_loads: bool = False  # must load 128 bits a lane at once (NVIDIA)
     aligned: tuple[str, ...] = ()  # arguments known to be divisible by 16: pointers and sizes the launcher guarantees
     fast: bool = False  # belongs to the fixed subset that continuous integration compiles
     options: dict[str, Any] = field(default_factory=dict)  # further compiler options

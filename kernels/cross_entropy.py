@@ -23,6 +23,9 @@ Bytes moved, b an element, for N V the size of z (chunks come from and go to mem
                weight read once a chunk for each of two products; dweight written, and read again in later chunks
     backward   dweight scaled: V C (4 + b)
 
+At 4.3 TB/s BERT's head with gradients (N 2,458, V 30,522, C 768, bf16) moves 900 MB of z, 209 us, and its products are
+346 GFLOP, 438 us at 790 TFLOP/s; the loss alone 300 MB, 70 us, beside 146 us.
+
 z is read twice by its kernel, but a row (61 KB at BERT's vocabulary in bf16) is still in L2 the second time. The pass
 for dbias is one more than a product with it in its epilogue would need. Keeping z on chip in one kernel with the
 product (an online logsumexp in its epilogue) would save the first two passes, 2 N V b of 6, and would need z once

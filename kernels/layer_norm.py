@@ -24,85 +24,34 @@ same. Nothing is read twice. The partial sums add 8 P N bytes for each of dweigh
 
 No atomics: row m belongs to program (m // BLOCK_M) mod P, a program adds its rows in order, and one small kernel
 adds the P partial sums in order. (Rows wider than 4,096 leave dbias and dx_bias to torch.sum over dy and dx, one
-more read each: their fp32 sums no longer fit in registers.) A row's own results depend on nothing but that row.
+more read each, the only extra passes: their fp32 sums no longer fit in registers.) A row's own results depend on
+nothing but that row.
 """
-
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from . import _device
 from ._compile import TRITON_TYPES, CompileCase
 from ._library import register
-from ._random import keep_threshold
-from ._random_triton import _keep_mask, _row_keys
-
-MAX_WIDTH = 8192
-# up to here the backward kernel sums dbias and dx_bias on the way; in wider rows the registers for them would spill
-MAX_FUSED_WIDTH = 4096
-
-# ---- configs ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class NormConfig:
-    """A program's tile [block_m, block_n] and its warps; `programs_per_sm` bounds the backward grid."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    programs_per_sm: int = 0
-
-
-def norm_fwd_config(n_cols: int) -> NormConfig:
-    """The forward tile, from the width alone, so that the bits of a row do not depend on how many rows there are.
-
-    32 elements a lane: four 16-byte loads of bf16 in flight from each input. Up to 1,024 columns a row then
-    belongs to one warp, whose sums need shuffles but no barrier; narrower rows share a warp, wider ones take more.
-    At 64 to 80 registers an SM holds 25 to 32 one-warp programs, which have some 100 KB in flight, several times
-    what hides memory latency.
-    """
-    block_n = max(16, triton.next_power_of_2(n_cols))
-    return NormConfig(block_m=max(1, 1024 // block_n), block_n=block_n, num_warps=max(1, block_n // 1024))
-
-
-def norm_bwd_config(n_cols: int) -> NormConfig:
-    """The backward tile: 16 elements a lane, because a lane also keeps fp32 sums for three parameter gradients.
-
-    From 257 to 1,024 columns that is two rows of 8 columns a lane: they share a round of barriers and double the
-    bytes in flight. Programs loop over rows, 16 warps an SM: at most 128 registers a lane, all resident at once,
-    enough to cover latency and few enough that the partial sums stay small beside the rows.
-    """
-    block_n = max(16, triton.next_power_of_2(n_cols))
-    num_warps = min(16, max(1, block_n // 256))
-    block_m = min(4, 512 // block_n) if block_n <= 256 else 2 if block_n <= 1024 else 1
-    return NormConfig(block_m, block_n, num_warps, programs_per_sm=16 // num_warps)
-
+from ._rows import (
+    MAX_FUSED_WIDTH,
+    MAX_WIDTH,
+    _dropout_mask,
+    _norm_backward,
+    _norm_forward,
+    _row_block,
+    _store_part,
+    _store_statistics,
+    dropout_arguments,
+    norm_bwd_config,
+    norm_fwd_config,
+    rows_of,
+    sum_parts,
+)
 
 # ---- device code -----------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _dropout_mask(seed_ptr, row_ids_ptr, stream, threshold, rows, mask_m, cols):
-    """Keep mask [BLOCK_M, BLOCK_N]. Rows are named by row_ids, or by their number where that is None."""
-    if row_ids_ptr is None:
-        names = rows
-    else:
-        names = tl.load(row_ids_ptr + rows, mask=mask_m, other=0).to(tl.int64)
-    keys = _row_keys(seed_ptr, stream, names)
-    return _keep_mask(keys[:, None], cols[None, :], threshold)
-
-
-@triton.jit
-def _moments(z, mask, eps, N: tl.constexpr, RMS: tl.constexpr):
-    """(mean [M] or None, z - mean, rstd [M]) of fp32 rows z [M, BLOCK_N], zero where mask is false."""
-    mean = None if RMS else tl.sum(z, axis=1) / N
-    centred = z if RMS else tl.where(mask, z - mean[:, None], 0.0)
-    rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / N + eps)
-    return mean, centred, rstd
 
 
 @triton.jit
@@ -126,7 +75,7 @@ def _load_sum(
 # N is a compile-time number: a model has one or two widths, and knowing it lets the compiler prove that a mask is
 # whole over 16 bytes (so loads stay 128 bits wide at 768 or 1,000) and drop it where N fills the block. Numbers
 # that change from call to call are not specialised on, or a second kernel would be built when one of them is 1.
-_VARYING = ["n_rows", "stream", "threshold", "n_parts", "rows_per_step"]
+_VARYING = ["n_rows", "stream", "threshold", "rows_per_step"]
 
 
 @triton.jit(do_not_specialize=_VARYING[:3])
@@ -139,10 +88,8 @@ def _add_norm_fwd_kernel(
     N: tl.constexpr, RMS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_N)
-    mask_m = rows < n_rows
-    mask = mask_m[:, None] & (cols < N)[None, :]
+    rows, mask_m, mask = _row_block(tl.program_id(0).to(tl.int64) * BLOCK_M, n_rows, cols, N, BLOCK_M)
 
     keep = None
     if seed_ptr is not None:
@@ -152,21 +99,13 @@ def _add_norm_fwd_kernel(
         # y belongs to the z that is returned, and so agrees with the backward pass, which reads that z
         z = z.to(z_ptr.dtype.element_ty).to(tl.float32)
 
-    mean, centred, rstd = _moments(z, mask, eps, N, RMS)
-    y = centred * rstd[:, None]
-    if weight_ptr is not None:
-        y *= tl.load(weight_ptr + cols[None, :], mask=(cols < N)[None, :], other=0.0).to(tl.float32)
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + cols[None, :], mask=(cols < N)[None, :], other=0.0).to(tl.float32)
+    y, mean, rstd = _norm_forward(z, mask, weight_ptr, bias_ptr, cols, eps, N, RMS)
 
     offsets = rows[:, None] * N + cols[None, :]
     tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
     if z_ptr is not None:
         tl.store(z_ptr + offsets, z.to(z_ptr.dtype.element_ty), mask=mask)
-    if rstd_ptr is not None:
-        tl.store(rstd_ptr + rows, rstd, mask=mask_m)
-    if mean_ptr is not None:
-        tl.store(mean_ptr + rows, mean, mask=mask_m)
+    _store_statistics(mean_ptr, rstd_ptr, mean, rstd, rows, mask_m)
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -183,16 +122,13 @@ def _add_norm_bwd_kernel(
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_N)
-    mask_n = (cols < N)[None, :]
 
     dweight = tl.zeros((BLOCK_N,), tl.float32)
     dbias = tl.zeros((BLOCK_N,), tl.float32)
     dx_bias = tl.zeros((BLOCK_N,), tl.float32)
 
     for row in range(pid * BLOCK_M, n_rows, rows_per_step):
-        rows = row + tl.arange(0, BLOCK_M)
-        mask_m = rows < n_rows
-        mask = mask_m[:, None] & mask_n
+        rows, mask_m, mask = _row_block(row, n_rows, cols, N, BLOCK_M)
 
         keep = None
         if seed_ptr is not None:
@@ -202,28 +138,10 @@ def _add_norm_bwd_kernel(
             x_ptr, residual_ptr, x_bias_ptr, rows, cols, mask, stride_xm, stride_rm,
             None if X_IS_SUM else keep, keep_scale,
         )  # fmt: skip
-        rstd = tl.load(rstd_ptr + rows, mask=mask_m, other=0.0)
-
-        if RMS:
-            x_hat = z * rstd[:, None]
-        else:
-            mean = tl.load(mean_ptr + rows, mask=mask_m, other=0.0)
-            # not zero past N, but everything it meets there is
-            x_hat = (z - mean[:, None]) * rstd[:, None]
-        # summed here, before the reductions, so that dy is not held across them
-        if dweight_part_ptr is not None:
-            dweight += tl.sum(dy * x_hat, axis=0)
-        if dbias_part_ptr is not None:
-            dbias += tl.sum(dy, axis=0)
-
-        g = dy
-        if weight_ptr is not None:
-            # from the cache every time: held across the loop it would cost up to 16 registers a lane
-            g = dy * tl.load(weight_ptr + cols[None, :], mask=mask_n, other=0.0).to(tl.float32)
-        dz = g - x_hat * (tl.sum(g * x_hat, axis=1) / N)[:, None]
-        if not RMS:
-            dz -= (tl.sum(g, axis=1) / N)[:, None]
-        dz *= rstd[:, None]
+        dz, dweight, dbias = _norm_backward(
+            dy, z, mean_ptr, rstd_ptr, weight_ptr, dweight, dbias, rows, mask_m, cols,
+            N, RMS, dweight_part_ptr is not None, dbias_part_ptr is not None,
+        )  # fmt: skip
         if dz_out_ptr is not None:
             dz += tl.load(dz_out_ptr + rows[:, None] * stride_dzm + cols[None, :], mask=mask, other=0.0).to(tl.float32)
 
@@ -240,77 +158,12 @@ def _add_norm_bwd_kernel(
             # rows past the end have dy = 0 and rstd = 0, so dz = 0
             dx_bias += tl.sum(dx, axis=0)
 
-    offsets = pid * N + cols
-    if dweight_part_ptr is not None:
-        tl.store(dweight_part_ptr + offsets, dweight, mask=cols < N)
-    if dbias_part_ptr is not None:
-        tl.store(dbias_part_ptr + offsets, dbias, mask=cols < N)
-    if dx_bias_part_ptr is not None:
-        tl.store(dx_bias_part_ptr + offsets, dx_bias, mask=cols < N)
-
-
-@triton.jit(do_not_specialize=_VARYING)
-def _sum_parts_kernel(
-    parts_ptr,                                  # in:  [K, P, N] fp32
-    out0_ptr, out1_ptr, out2_ptr, out3_ptr,     # out: K vectors [N]; the others None
-    n_parts,
-    N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """out_k = sum over p of parts[k, p], always in the same order."""
-    k = tl.program_id(1)
-    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = cols < N
-
-    acc = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
-    for start in range(0, n_parts, BLOCK_P):
-        parts = start + tl.arange(0, BLOCK_P)
-        ptrs = parts_ptr + (k.to(tl.int64) * n_parts + parts)[:, None] * N + cols[None, :]
-        acc += tl.load(ptrs, mask=(parts < n_parts)[:, None] & mask_n[None, :], other=0.0)
-    total = tl.sum(acc, axis=0)
-
-    tl.store(out0_ptr + cols, total.to(out0_ptr.dtype.element_ty), mask=mask_n & (k == 0))
-    if out1_ptr is not None:
-        tl.store(out1_ptr + cols, total.to(out1_ptr.dtype.element_ty), mask=mask_n & (k == 1))
-    if out2_ptr is not None:
-        tl.store(out2_ptr + cols, total.to(out2_ptr.dtype.element_ty), mask=mask_n & (k == 2))
-    if out3_ptr is not None:
-        tl.store(out3_ptr + cols, total.to(out3_ptr.dtype.element_ty), mask=mask_n & (k == 3))
+    _store_part(dweight_part_ptr, dweight, pid, cols, N)
+    _store_part(dbias_part_ptr, dbias, pid, cols, N)
+    _store_part(dx_bias_part_ptr, dx_bias, pid, cols, N)
 
 
 # ---- launchers -------------------------------------------------------------------------------------------
-
-
-def rows_of(t: Tensor | None, n_cols: int) -> Tensor | None:
-    """t [..., N] as [M, N] with contiguous rows; a view where the strides allow it."""
-    if t is None:
-        return None
-    t = t.reshape(-1, n_cols)
-    return t if t.stride(1) == 1 or n_cols == 1 else t.contiguous()
-
-
-def dropout_arguments(dropout_p: float, seed: Tensor | None, row_ids: Tensor | None, stream: int) -> dict:
-    """A kernel's arguments for dropout; a seed of None compiles it without."""
-    active = dropout_p > 0.0
-    return {
-        "seed_ptr": seed if active else None,
-        "row_ids_ptr": row_ids.reshape(-1).contiguous() if active and row_ids is not None else None,
-        "stream": stream,
-        "threshold": keep_threshold(dropout_p),
-        "keep_scale": 1.0 / (1.0 - dropout_p),
-    }
-
-
-def sum_parts(parts: Tensor, outs: list[Tensor]) -> None:
-    """outs[k] [N] = sum over P of parts[k], for parts [K, P, N] fp32 with K at most 4: one launch, one order."""
-    if not outs:
-        return
-    n_cols = parts.shape[2]
-    out0, out1, out2, out3 = (*outs, None, None, None)[:4]
-    # 32 columns x 64 parts a step: 128-byte rows, and enough programs to spread a few short vectors over the machine
-    _sum_parts_kernel[(triton.cdiv(n_cols, 32), len(outs))](
-        parts_ptr=parts, out0_ptr=out0, out1_ptr=out1, out2_ptr=out2, out3_ptr=out3, n_parts=parts.shape[1],
-        N=n_cols, BLOCK_P=64, BLOCK_N=32, num_warps=4,
-    )  # fmt: skip
 
 
 def _launch_fwd(
@@ -518,86 +371,54 @@ _WIDTHS = (16, 32, 64, 128, 256, 384, 512, 768, 1000, 1024, 2048, 4096, 8192)
 
 def compile_cases(arch: str) -> list[CompileCase]:
     """Every config of the ladders, with all inputs and dropout: the most registers a launch can need."""
-    cases = []
-    for dtype in (torch.bfloat16, torch.float32):
-        d = f"*{TRITON_TYPES[dtype]}"
-        for n_cols in _WIDTHS:
-            fast = n_cols in (384, 768, 1024, 8192) and dtype == torch.bfloat16
-            inputs = dict.fromkeys(("x_ptr", "residual_ptr", "x_bias_ptr", "weight_ptr"), d)
-            dropout = {"seed_ptr": "*i64", "row_ids_ptr": "*i64"}
-            numbers = {"stream": "i32", "threshold": "i64", "keep_scale": "fp32"}
-            strides = ("stride_xm", "stride_rm")
-            config = norm_fwd_config(n_cols)
-            for what, gradient in (("", False), (",saves", True)):
-                outputs = {"y_ptr": d, "mean_ptr": "*fp32", "rstd_ptr": "*fp32"} if gradient else {"y_ptr": d}
-                signature = (
-                    inputs | {"bias_ptr": d} | dropout | outputs | numbers
-                    | {"n_rows": "i32", "eps": "fp32"} | dict.fromkeys(strides, "i32")
-                )  # fmt: skip
-                cases.append(
-                    CompileCase(
-                        name=f"add_layer_norm_fwd[{d[1:]},N={n_cols}{what}]",
-                        kernel=_add_norm_fwd_kernel,
-                        signature=signature,
-                        constexprs={
-                            "N": n_cols,
-                            "RMS": False,
-                            "BLOCK_M": config.block_m,
-                            "BLOCK_N": config.block_n,
-                            **{name: None for name in ("z_ptr", "mean_ptr", "rstd_ptr") if name not in outputs},
-                        },
-                        num_warps=config.num_warps,
-                        num_stages=3,
-                        aligned=(*(name for name in signature if name.endswith("_ptr")), *strides),
-                        fast=fast and not gradient,
-                    )
-                )
-            config = norm_bwd_config(n_cols)
-            strides = ("stride_dym", "stride_xm", "stride_rm")
-            parts = ["dweight_part_ptr", "dbias_part_ptr", "dx_bias_part_ptr"]
-            summed = parts if n_cols <= MAX_FUSED_WIDTH else parts[:1]
-            signature = (
-                inputs | {"dy_ptr": d, "mean_ptr": "*fp32", "rstd_ptr": "*fp32"} | dropout
-                | {"dx_ptr": d, "dresidual_ptr": d} | dict.fromkeys(summed, "*fp32") | numbers
-                | {"n_rows": "i32", "rows_per_step": "i32", "stride_dzm": "i32"} | dict.fromkeys(strides, "i32")
-            )  # fmt: skip
-            cases.append(
-                CompileCase(
-                    name=f"add_layer_norm_bwd[{d[1:]},N={n_cols}]",
-                    kernel=_add_norm_bwd_kernel,
-                    signature=signature,
-                    constexprs={
-                        "N": n_cols,
-                        "RMS": False,
-                        "X_IS_SUM": False,
-                        "dz_out_ptr": None,
-                        "BLOCK_M": config.block_m,
-                        "BLOCK_N": config.block_n,
-                        **{name: None for name in parts if name not in summed},
-                    },
-                    num_warps=config.num_warps,
-                    num_stages=3,
-                    aligned=(*(name for name in signature if name.endswith("_ptr")), *strides),
-                    fast=fast,
-                )
-            )
-        cases.append(
-            CompileCase(
-                name=f"sum_parts[{d[1:]}]",
-                kernel=_sum_parts_kernel,
-                signature={
-                    "parts_ptr": "*fp32",
-                    "out0_ptr": d,
-                    "out1_ptr": d,
-                    "out2_ptr": d,
-                    "out3_ptr": d,
-                    "n_parts": "i32",
-                },
-                constexprs={"N": 768, "BLOCK_P": 64, "BLOCK_N": 32},
-                num_warps=4,
-                num_stages=3,
-                aligned=("parts_ptr", "out0_ptr", "out1_ptr", "out2_ptr", "out3_ptr"),
-                fast=dtype == torch.bfloat16,
-            )
+    return [
+        case
+        for dtype in (torch.bfloat16, torch.float32)
+        for n_cols in _WIDTHS
+        for case in (
+            _forward_case(dtype, n_cols, saves=False),
+            _forward_case(dtype, n_cols, saves=True),
+            _backward_case(dtype, n_cols),
         )
-    return cases
+    ]
+
+
+def _forward_case(dtype: torch.dtype, n_cols: int, saves: bool) -> CompileCase:
+    d = f"*{TRITON_TYPES[dtype]}"
+    outputs = {"y_ptr": d} | (dict.fromkeys(("mean_ptr", "rstd_ptr"), "*fp32") if saves else {})
+    return _case(
+        f"add_layer_norm_fwd[{d[1:]},N={n_cols}{',saves' * saves}]", _add_norm_fwd_kernel, norm_fwd_config(n_cols),
+        dtype, n_cols,
+        {"bias_ptr": d, "eps": "fp32", "stride_xm": "i32", "stride_rm": "i32"} | outputs,
+        {name: None for name in ("z_ptr", "mean_ptr", "rstd_ptr") if name not in outputs},
+        fast=not saves,
+    )  # fmt: skip
+
+
+def _backward_case(dtype: torch.dtype, n_cols: int) -> CompileCase:
+    d = f"*{TRITON_TYPES[dtype]}"
+    parts = ("dweight_part_ptr", "dbias_part_ptr", "dx_bias_part_ptr")
+    summed = parts if n_cols <= MAX_FUSED_WIDTH else parts[:1]
+    return _case(
+        f"add_layer_norm_bwd[{d[1:]},N={n_cols}]", _add_norm_bwd_kernel, norm_bwd_config(n_cols), dtype, n_cols,
+        dict.fromkeys(("dy_ptr", "dx_ptr", "dresidual_ptr"), d)
+        | dict.fromkeys(("mean_ptr", "rstd_ptr", *summed), "*fp32")
+        | dict.fromkeys(("rows_per_step", "stride_dym", "stride_dzm", "stride_xm", "stride_rm"), "i32"),
+        {"X_IS_SUM": False, "dz_out_ptr": None} | {name: None for name in parts if name not in summed},
+    )  # fmt: skip
+
+
+def _case(name, kernel, config, dtype, n_cols, signature, constexprs, fast=True) -> CompileCase:
+    """A case of either kernel: what both have, and `signature` and `constexprs` of its own."""
+    signature = (
+        dict.fromkeys(("x_ptr", "residual_ptr", "x_bias_ptr", "weight_ptr"), f"*{TRITON_TYPES[dtype]}")
+        | {"seed_ptr": "*i64", "row_ids_ptr": "*i64", "stream": "i32", "threshold": "i64", "keep_scale": "fp32"}
+        | {"n_rows": "i32"} | signature
+    )  # fmt: skip
+    return CompileCase(
+        name=name, kernel=kernel, signature=signature,
+        constexprs={"N": n_cols, "RMS": False, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n} | constexprs,
+        num_warps=config.num_warps, num_stages=3, wide_loads=n_cols >= 128,
+        aligned=tuple(n for n in signature if n.endswith("_ptr") or (n.startswith("stride") and n != "stride_dzm")),
+        fast=fast and n_cols in (384, 768, 1024, 8192) and dtype == torch.bfloat16,
+    )  # fmt: skip

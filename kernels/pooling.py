@@ -23,7 +23,9 @@ by bisection.
 
 Bytes moved, b an element: forward reads x and writes y: (T + B) N b, plus at least 8 B N and about
 8 N (T / CHUNK + B / 2) bytes of partial sums; cls reads and writes only B N b. Backward writes dx: T N b (max
-also reads x), plus dy and p once for each chunk of 32 tokens.
+also reads x), plus dy and p once for each chunk of 32 tokens. No pass over x is made twice; the partial sums, 1 / 32
+of x at 128 tokens a chunk in bf16, are the only extra. At 4.3 TB/s mean over 16,384 tokens of 768 in bf16 cannot take
+less than 6 us forward, 6 us backward; max 12 us backward.
 """
 
 from dataclasses import dataclass
@@ -34,7 +36,7 @@ import triton.language as tl
 
 from ._compile import TRITON_TYPES, CompileCase
 from ._library import register
-from .layer_norm import MAX_WIDTH, rows_of
+from ._rows import MAX_WIDTH, rows_of
 
 MODES = ("mean", "cls", "max")
 

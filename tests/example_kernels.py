@@ -78,7 +78,7 @@ def _product(name, *, descriptors=False, dtype="bf16", stages=3, **fields) -> Co
 
 def compile_cases(arch: str) -> list[CompileCase]:
     common = [
-        _copy("good_copy", fast=True),
+        _copy("good_copy", fast=True, wide_loads=True),
         _product("good_product", stages=2, fast=True),
         _copy("matrix_missing", matrix=True),
         _product("copies_missing", stages=2, bulk_copy=True),
@@ -96,6 +96,7 @@ def compile_cases(arch: str) -> list[CompileCase]:
         *common,
         spills,
         _copy("good_copy_unaligned", aligned=()),
+        _copy("narrow", aligned=(), wide_loads=True),
         _product("good_product_descriptors", descriptors=True, stages=2, bulk_copy=True),
         _copy("block_of_1000", constexprs={"BLOCK": 1000}),
         _product("too_few_registers", stages=2, options={"maxnreg": 32}),

@@ -54,6 +54,7 @@ def test_good_kernels_pass(everything):
         ("sm_80", "shared_over", "shared memory 245760 > 166912"),
         ("sm_90", "shared_over", "shared memory 2"),
         ("sm_90", "copies_missing", "no bulk copies (UTMALDG|UBLKCP)"),
+        ("sm_90", "narrow", "loads of 16 bits a lane at most"),
         ("sm_90", "block_of_1000", "does not compile"),
         ("sm_90", "too_few_registers", "does not compile"),
         ("sm_90", "argument_forgotten", "does not compile"),

@@ -7,7 +7,7 @@ from torch._dynamo.testing import CompileCounter
 pytest.importorskip("triton", reason="tests the Triton kernels")
 
 from fastbert import functional
-from fastbert.kernels import _device, embedding, reference
+from fastbert.kernels import _device, _scatter, embedding, reference
 from fastbert.kernels._random import keep_mask, row_keys
 from fastbert.testing import ModelShape, assert_op, embedding_inputs
 
@@ -19,7 +19,7 @@ torch.set_num_threads(1)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # The interpreter truncates where it casts to bfloat16 (the hardware rounds): each such cast errs up to twice as much.
 BF16_FACTOR = 4.0 if _device.INTERPRETING else 2.0
-CHUNK = embedding.scatter_config(64).chunk
+CHUNK = _scatter.scatter_config(64).chunk
 
 
 def inputs_of(width, lengths, vocab=48, **options):
@@ -100,7 +100,7 @@ def test_scatter_of_runs(runs, device):
     ids = ids[torch.randperm(len(ids), device=device)]
     dz = torch.randint(-50, 50, (len(ids), 40), device=device).float()
     dtable = torch.empty(len(runs) + 1, 40, device=device)
-    embedding._scatter(dz, ids, dtable, skip_row=-1)
+    _scatter.scatter(dz, ids, dtable, skip_row=-1)
     assert torch.equal(dtable, torch.zeros_like(dtable).index_add_(0, ids, dz))
 
 
@@ -109,7 +109,7 @@ def test_scatter_keeps_poison_in_its_row(device):
     dz = torch.ones(180, 8, device=device)
     dz[ids == 1] = torch.nan
     dtable = torch.empty(3, 8, device=device)
-    embedding._scatter(dz, ids, dtable, skip_row=-1)
+    _scatter.scatter(dz, ids, dtable, skip_row=-1)
     assert torch.equal(dtable[::2], torch.full((2, 8), 60.0, device=device))
     assert dtable[1].isnan().all()
 
@@ -289,12 +289,12 @@ def test_exports(device):
 
 def test_compile_cases_cover_the_ladders():
     """Every tile that a width can lead to is compiled by some case."""
-    cases = embedding.compile_cases("sm_90")
+    cases = embedding.compile_cases("sm_90") + _scatter.compile_cases("sm_90")
     for kernel, config_of in (
         (embedding._embedding_fwd_kernel, embedding.norm_fwd_config),
         (embedding._embedding_bwd_kernel, embedding.embedding_bwd_config),
-        (embedding._sum_table_rows_kernel, embedding.scatter_config),
-        (embedding._sum_chunks_kernel, embedding.scatter_config),
+        (_scatter._sum_table_rows_kernel, _scatter.scatter_config),
+        (_scatter._sum_chunks_kernel, _scatter.scatter_config),
     ):
         compiled = {
             (case.constexprs["BLOCK_M"], case.constexprs["BLOCK_N"], case.num_warps)
