@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import report_anchors, report_encode
+from . import report_anchors, report_encode, report_sentences
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -33,6 +33,7 @@ TITLES = {
     "memory": "Memory",
     "cold": "From a cold process to the first result",
     "scaling": "Scaling",
+    "sentences": "Texts to vectors through sentence-transformers",
 }
 
 
@@ -424,6 +425,7 @@ def main(argv: list[str] | None = None) -> int:
             report_plots.draw(device)
     readme = ROOT / "README.md"
     text = with_table(readme.read_text(encoding="utf-8"), readme_table(devices))
+    text = report_sentences.with_table(text, ROOT / "benchmarks" / "results")
     wanted = {
         ROOT / "benchmarks" / "REPORT.md": page(devices),
         readme: report_encode.with_table(text, report_encode.block(ROOT / "benchmarks" / "results")),

@@ -33,6 +33,7 @@ SUITES = {
     "memory": "benchmarks.suite_memory",
     "cold": "benchmarks.suite_cold",
     "scaling": "benchmarks.suite_scaling",
+    "sentences": "benchmarks.suite_sentences",
 }
 
 EPILOG = """\

@@ -33,7 +33,7 @@ class JoinedLinears:
         parameters = [p for linear in linears for p in (linear.weight, linear.bias) if p is not None]
         if any(p.is_inference() for p in parameters):  # made in inference mode: nothing tells when they change
             return self._join(linears)
-        state = tuple((p.data_ptr(), p._version) for p in parameters)
+        state = tuple(map(_prepack.state_of, parameters))
         if self._weight_and_bias is None or self._made_of != state:
             self._weight_and_bias, self._made_of = self._join(linears), state
             if all(_prepack.is_marked(linear.weight) for linear in linears):
@@ -66,8 +66,8 @@ def prepack(model: nn.Module) -> nn.Module:
     """Ready the linear layers of `model` for inference on a CPU; returns it. What `Encoder` does with its own.
 
     Their weights are laid out for the vendor library's products at their first use without gradients, and then held
-    twice. Training them again, loading others or moving them is noticed; writing to them through `.data` is not, so do
-    not. Changes nothing on a GPU.
+    twice. Training them again, loading others or moving them is noticed; writing to a few of their elements through
+    `.data` may not be, so do not. Changes nothing on a GPU.
     """
     for module in model.modules():
         if isinstance(module, nn.Linear):

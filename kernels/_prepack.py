@@ -3,17 +3,20 @@
 A product with an ordinary weight lays it out anew at every call: of float32 products with 768 to 3,072 columns that is
 half the time at 16 rows and a seventh at 2,048. The owner of a model that no longer changes marks its weights; a marked
 one is laid out at its first use and from then on held twice. A change that torch counts (`_version`) or a new storage
-is noticed; one through `.data` or in inference mode, which torch does not count, is not.
+is noticed. One through `.data` or in inference mode, which torch does not count, is noticed by a glimpse of the weight:
+an optimiser's step or an average of weights changes all of it, a write to a few elements may miss the glimpse.
 """
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+GLIMPSE = 64  # bytes
 DTYPES = (torch.float32, torch.bfloat16)
 # our activations -> oneDNN's name and algorithm
 EPILOGUES = {
@@ -40,6 +43,27 @@ def mark(weight: Tensor) -> None:
         _marked[weight] = _Marked()
 
 
+def unmark(weight: Tensor) -> None:
+    """Takes `mark` back, and the copy with it."""
+    if weight in _marked:
+        del _marked[weight]
+
+
+def state_of(weight: Tensor) -> tuple:
+    """What a copy of `weight` was made of: another one, or another state, and the copy has to be made anew."""
+    return weight.data_ptr(), weight.dtype, None if weight.is_inference() else weight._version, _glimpse(weight)
+
+
+def _glimpse(weight: Tensor) -> bytes:
+    """A few bytes out of its middle: half a microsecond where an operator of torch takes several."""
+    ordinary = type(weight) in (Tensor, torch.nn.Parameter) and weight.device.type == "cpu" and weight.is_contiguous()
+    size = weight.numel() * weight.element_size() if ordinary else 0
+    if size == 0:
+        return b""
+    count = min(GLIMPSE, size)
+    return ctypes.string_at(weight.data_ptr() + (size - count) // 2, count)
+
+
 def is_marked(weight: Tensor) -> bool:
     return weight in _marked
 
@@ -53,7 +77,7 @@ def find(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         return None
     if x.dtype != weight.dtype or (bias is not None and bias.dtype != x.dtype) or x.numel() == 0:
         return None
-    state = (weight.data_ptr(), weight.dtype, None if weight.is_inference() else weight._version)
+    state = state_of(weight)
     if marked.state != state:
         if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
             return None

@@ -234,7 +234,7 @@ class EncoderForward(Forward):
     def pack(self, given: dict[str, Any], padding: bool) -> Shared:
         """The batch without its padding, or with it and a mask. While a graph is traced a full batch stays [B, S] too,
         so that its lengths are shapes and not data."""
-        mask, positions = given.get("attention_mask"), given.get("position_ids")
+        encoder, mask, positions = self.module, given.get("attention_mask"), given.get("position_ids")
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         rows, width = (ids if embeds is None else embeds).shape[:2]
         if positions is None and self.facts.positions == "after_padding_idx":
@@ -249,6 +249,7 @@ class EncoderForward(Forward):
             None,
             self.impl,
             padded=padding or (mask is None and torch.compiler.is_compiling()),
+            infers=not (torch.is_grad_enabled() or torch.compiler.is_compiling() or encoder.training),
             mask=(mask != 0)[:, None, None, :].expand(rows, 1, width, width) if padding else None,
             **self.tables(width, batch.positions.device),
         )

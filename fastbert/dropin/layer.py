@@ -7,6 +7,7 @@ from functools import partial
 import torch.nn as nn
 from torch import Tensor
 
+from ..kernels import _prepack
 from ..layers import JoinedLinears
 from . import facts as table
 from .forward import Forward
@@ -16,6 +17,7 @@ from .pieces import (
     at,
     feed_forward,
     fused_activation,
+    has,
     linear_without_bias,
     norm_and_sum,
     norm_only,
@@ -55,6 +57,13 @@ class LayerForward(Forward):
         forward.joined = JoinedLinears()  # of the replica's weights
         return forward
 
+    def remove(self) -> None:
+        super().remove()
+        facts = self.facts
+        for path in (*facts.qkv, facts.out, facts.up, facts.down):
+            if has(self.module, f"{path}.weight") and isinstance(weight := at(self.module, f"{path}.weight"), Tensor):
+                _prepack.unmark(weight)
+
     def __call__(self, *args, **kwargs):
         if not (len(args) == 3 and isinstance(args[1], Shared)):
             return self.original(*args, **kwargs)
@@ -67,16 +76,16 @@ class LayerForward(Forward):
     def attention(self, x: Tensor, shared: Shared, index: int, kind: str | None = None) -> tuple[Tensor, Tensor | None]:
         """(attention of x [T, C] through its output layer, that layer's bias where it is still to be added)."""
         layer, facts = self.module, self.facts
-        q, k, v = project(x, [at(layer, path) for path in facts.qkv], self.joined, at(layer, facts.head_dim))
+        q, k, v = project(x, [at(layer, path) for path in facts.qkv], self.joined, at(layer, facts.head_dim), shared)
         dropout = at(layer, facts.probs_dropout)
         p = probability(dropout) if isinstance(dropout, nn.Module) else dropout * layer.training
         o = shared.attend(q, k, v, p, index + 1, kind)
-        return linear_without_bias(at(layer, facts.out), o, fold=layer.training)
+        return linear_without_bias(at(layer, facts.out), o, layer.training, shared)
 
     def feed_forward(self, x: Tensor, shared: Shared, fold: bool) -> tuple[Tensor, Tensor | None]:
         layer, facts = self.module, self.facts
         return feed_forward(
-            x, at(layer, facts.up), at(layer, facts.activation), at(layer, facts.down), shared.impl,
+            x, at(layer, facts.up), at(layer, facts.activation), at(layer, facts.down), shared,
             gated=facts.gated, inner_dropout=self.probability(facts.inner_dropout), fold=fold,
         )  # fmt: skip
 

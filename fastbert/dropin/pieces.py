@@ -15,6 +15,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from .. import functional as F
+from ..kernels import _prepack
 from ..layers import JoinedLinears, activation_name
 from ..models.bert import Pass
 
@@ -79,6 +80,7 @@ class Shared(Pass):
         bias: [1 | B, 1 | H, S, S] added to every layer's scores.
         rotary: kind of layer -> (cos, sin).
         windows: kind of layer -> (left, right), or None.
+        infers: nothing of this pass is trained, so weights on a CPU may be multiplied from copies laid out for it.
     """
 
     padded: bool = False
@@ -86,6 +88,7 @@ class Shared(Pass):
     bias: Tensor | None = None
     rotary: dict[str, tuple[Tensor, Tensor]] | None = None
     windows: dict[str, tuple[int, int] | None] | None = None
+    infers: bool = False
 
     def scheduled(self) -> Shared:
         """With what attention derives from the lengths."""
@@ -113,20 +116,38 @@ class Shared(Pass):
         return o.flatten(1)
 
 
-def project(x: Tensor, linears: list[nn.Module], joined: JoinedLinears, head_dim: int) -> Iterable[Tensor]:
+def readied(shared: Shared, *linears: nn.Linear) -> None:
+    """Lays out the weights of plain layers for the products of inference, at their first use."""
+    if shared.infers:
+        for linear in linears:
+            _prepack.mark(linear.weight)
+
+
+def multiply(linear: nn.Module, x: Tensor, shared: Shared) -> Tensor:
+    """linear(x)."""
+    if not (shared.infers and plain(linear)):
+        return linear(x)
+    readied(shared, linear)
+    return F.linear(x, linear.weight, linear.bias, impl=shared.impl)
+
+
+def project(
+    x: Tensor, linears: list[nn.Module], joined: JoinedLinears, head_dim: int, shared: Shared
+) -> Iterable[Tensor]:
     """x [T, C] -> q, k, v [T, H, D], as views of one product where the linear layers allow it."""
     if len(linears) == 1:
-        return linears[0](x).unflatten(-1, (3, -1, head_dim)).unbind(1)
+        return multiply(linears[0], x, shared).unflatten(-1, (3, -1, head_dim)).unbind(1)
     if all(plain(linear) for linear in linears) and len({linear.bias is None for linear in linears}) == 1:
+        readied(shared, *linears)
         return joined(x, linears).unflatten(-1, (3, -1, head_dim)).unbind(1)
     return [linear(x).unflatten(-1, (-1, head_dim)) for linear in linears]
 
 
-def linear_without_bias(linear: nn.Module, x: Tensor, fold: bool) -> tuple[Tensor, Tensor | None]:
+def linear_without_bias(linear: nn.Module, x: Tensor, fold: bool, shared: Shared) -> tuple[Tensor, Tensor | None]:
     """(y, the bias still to be added): with `fold` a plain layer leaves its bias to the LayerNorm that follows."""
     if fold and linear.bias is not None and plain(linear):
         return nn.functional.linear(x, linear.weight), linear.bias
-    return linear(x), None
+    return multiply(linear, x, shared), None
 
 
 def add_norm(
@@ -163,7 +184,7 @@ def norm_and_sum(
 
 
 def feed_forward(
-    x: Tensor, up: nn.Module, activation: Callable, down: nn.Module, impl: F.Impl | None,
+    x: Tensor, up: nn.Module, activation: Callable, down: nn.Module, shared: Shared,
     *, gated: bool = False, inner_dropout: float = 0.0, fold: bool = False,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """(down(dropout(act(up(x)))), the bias still to be added)."""
@@ -171,9 +192,10 @@ def feed_forward(
     if gated:
         name = {"gelu": "geglu"}.get(name)
     if name is not None and inner_dropout == 0.0 and plain(up) and plain(down):
+        readied(shared, up, down)
         folded = down.bias if fold else None
         y = F.feed_forward(
-            x, up.weight, up.bias, down.weight, None if folded is not None else down.bias, name, impl=impl
+            x, up.weight, up.bias, down.weight, None if folded is not None else down.bias, name, impl=shared.impl
         )
         return y, folded
     h = up(x)

@@ -106,7 +106,7 @@ class LayerForward(TorchForward):
     def feed_forward(self, x: Tensor, shared: Shared, fold: bool) -> tuple[Tensor, Tensor | None]:
         layer = self.module
         return feed_forward(
-            x, layer.linear1, layer.activation, layer.linear2, shared.impl,
+            x, layer.linear1, layer.activation, layer.linear2, shared,
             inner_dropout=probability(layer.dropout), fold=fold,
         )  # fmt: skip
 

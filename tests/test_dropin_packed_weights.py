@@ -1,0 +1,153 @@
+"""An accelerated model that infers on a CPU multiplies from copies of its weights, and nobody may notice."""
+
+import copy
+import gc
+
+import pytest
+import torch
+
+import fastbert
+from fastbert.dropin.layer import LayerForward
+from fastbert.kernels import _prepack
+from fastbert.testing import assert_within_budget
+
+transformers = pytest.importorskip("transformers", reason="what is accelerated")
+
+FAMILIES = {
+    "bert": {"hidden_size": 32, "intermediate_size": 48},
+    "albert": {"hidden_size": 32, "intermediate_size": 48, "embedding_size": 24},
+    "distilbert": {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4},
+    "modernbert": {"hidden_size": 32, "intermediate_size": 48, "pad_token_id": 0},
+}
+IDS = torch.randint(5, 60, (3, 9), generator=torch.Generator().manual_seed(0))
+BATCH = {"input_ids": IDS, "attention_mask": (torch.arange(9) < torch.tensor([9, 4, 7])[:, None]).long()}
+
+
+def build(family: str = "bert", **more):
+    torch.manual_seed(0)
+    common = {"vocab_size": 60, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 40}
+    common = {} if family == "distilbert" else common
+    config = transformers.AutoConfig.for_model(family, **{"vocab_size": 60, **common, **FAMILIES[family], **more})
+    return transformers.AutoModel.from_config(config).eval()
+
+
+def packed(model) -> int:
+    """Weights of the layers of which there is a copy."""
+    names = ("query", "key", "value", "dense", "ffn", "lin", "W", "mlp")
+    weights = [p for name, p in model.named_parameters() if p.dim() == 2 and any(word in name for word in names)]
+    return sum(_prepack._marked[w].packed is not None for w in weights if _prepack.is_marked(w))
+
+
+def infer(model):
+    with torch.no_grad():
+        return model(**BATCH).last_hidden_state
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_same_states_from_copies(family, dtype):
+    plain = build(family).to(dtype)
+    truth = infer(copy.deepcopy(plain).double())
+    keys = {name: p.data_ptr() for name, p in plain.state_dict().items()}
+    ours = fastbert.accelerate(copy.deepcopy(plain), impl="native")
+    real = BATCH["attention_mask"].bool()
+    first = infer(ours)
+    assert packed(ours) >= 3  # of a layer: the output of attention, and both of the feed-forward block
+    assert_within_budget(first[real], infer(plain)[real], truth[real])
+    assert torch.equal(infer(ours), first)
+    assert list(ours.state_dict()) == list(keys)
+
+
+@pytest.mark.parametrize("how", ["gradients", "training", "restored"])
+def test_only_inference_makes_copies(how):
+    model = fastbert.accelerate(build(), impl="native")
+    if how == "gradients":
+        model(**BATCH).last_hidden_state.sum().backward()
+    elif how == "training":
+        infer(model.train())
+    else:
+        infer(model)
+        assert packed(model)
+        fastbert.restore(model)
+        assert not any(_prepack.is_marked(p) for p in model.parameters())
+    assert packed(model) == 0
+
+
+def step(model, ours):
+    optimizer = torch.optim.SGD(ours.parameters(), lr=0.1)
+    ours(**BATCH).last_hidden_state.square().sum().backward()
+    optimizer.step()
+
+
+def average(model, ours):
+    """As averages of weights are put in for an evaluation: `.data` is what torch does not count."""
+    for p in ours.parameters():
+        p.data.copy_(p.data * 0.5)
+
+
+def average_in_inference_mode(model, ours):
+    with torch.inference_mode():
+        for p in ours.parameters():
+            p.mul_(0.5)
+
+
+CHANGES = {
+    "an optimizer's step": step,
+    "an average through data": average,
+    "in inference mode": average_in_inference_mode,
+    "another checkpoint": lambda model, ours: ours.load_state_dict(build(initializer_range=0.3).state_dict()),
+    "assigned": lambda model, ours: ours.load_state_dict(build(initializer_range=0.3).state_dict(), assign=True),
+    "another dtype": lambda model, ours: ours.to(torch.bfloat16),
+    "there and back": lambda model, ours: ours.double().float(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_changed_weights_are_what_counts(change):
+    """Joined q, k, v were once kept over a change through `.data`: an evaluation on averaged weights mixed the two."""
+    ours = fastbert.accelerate(build(), impl="native")
+    before = infer(ours)
+    change(None, ours)
+    plain = fastbert.restore(copy.deepcopy(ours))
+    real = BATCH["attention_mask"].bool()
+    after = infer(ours)[real].float()
+    bound = {"atol": 0.1, "rtol": 0.1} if ours.dtype == torch.bfloat16 else {"atol": 1e-5, "rtol": 1e-4}
+    torch.testing.assert_close(after, infer(plain)[real].float(), **bound)
+    if change not in (CHANGES["another dtype"], CHANGES["there and back"]):
+        assert (after - before[real]).abs().max() > 1e-2  # or this test shows nothing
+
+
+def test_own_model_notices_averages_too():
+    config = fastbert.BertConfig(
+        vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
+    )
+    model = fastbert.BertModel(config, impl="native").eval()
+    before = infer(model)
+    average(None, model)
+    fresh = fastbert.BertModel(config, impl="native").eval()
+    fresh.load_state_dict(model.state_dict())
+    torch.testing.assert_close(infer(model), infer(fresh))
+    assert (infer(model) - before).abs().max() > 1e-2
+
+
+def test_adapters_and_listeners_are_called():
+    model = build()
+    heard = []
+    model.encoder.layer[0].attention.output.dense.register_forward_hook(lambda *_: heard.append(1))
+    fastbert.accelerate(model, impl="native")
+    infer(model)
+    infer(model)
+    assert len(heard) == 2
+    assert not _prepack.is_marked(model.encoder.layer[0].attention.output.dense.weight)
+
+
+def test_copies_go_with_the_model():
+    gc.collect()
+    before = len(_prepack._marked)
+    model = fastbert.accelerate(build(), impl="native")
+    infer(model)
+    assert len(_prepack._marked) > before
+    assert any(isinstance(module.__dict__.get("forward"), LayerForward) for module in model.modules())
+    del model
+    gc.collect()
+    assert len(_prepack._marked) == before
