@@ -8,19 +8,22 @@ from typing import Any
 
 BEGIN, END = "<!-- sentences: begin -->", "<!-- sentences: end -->"
 SUITE = "sentences"
+SHOWN = ("torch", "transformers", "sentence-transformers", "openvino", "onnxruntime")
 
 
 def newest(folder: Path) -> list[dict[str, Any]]:
-    """The last whole result of each device that has rows of this suite."""
-    found: dict[str, dict[str, Any]] = {}
+    """For each device and dtype the last whole result: its file with only those rows, bfloat16 first."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
     for path in sorted(folder.glob("*/*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
-        rows = [row for row in result.get("rows", ()) if row.get("suite") == SUITE]
-        if rows and result["complete"] and "--quick" not in result["command"].split():
-            before = found.get(path.parent.name)
-            if before is None or before["created"] < result["created"]:
-                found[path.parent.name] = {**result, "rows": rows}
-    return list(found.values())
+        if not result.get("complete") or "--quick" in result["command"].split():
+            continue
+        rows = [row for row in result["rows"] if row["suite"] == SUITE]
+        for dtype in {row["dtype"] for row in rows}:
+            key = (path.parent.name, dtype)
+            if key not in found or found[key]["created"] < result["created"]:
+                found[key] = {**result, "rows": [row for row in rows if row["dtype"] == dtype]}
+    return [found[key] for key in sorted(found)]
 
 
 def _cell(row: dict[str, Any] | None) -> str:
@@ -33,26 +36,30 @@ def _cell(row: dict[str, Any] | None) -> str:
     return f"{row['tokens_per_second']:,.0f}{slower}"
 
 
-def table(result: dict[str, Any]) -> list[str]:
-    rows = result["rows"]
-    dtypes, ways = (list(dict.fromkeys(row[name] for row in rows)) for name in ("dtype", "row"))
-    at = {(row["row"], row["dtype"]): row for row in rows}
-    texts, device = rows[0]["shape"]["sequences"], result["device"]
-    cores = f", {device['cores']} cores" if device["type"] == "cpu" else ""
-    title = f"`SentenceTransformer.encode`, {texts} docstrings, real tokens/s, {device['name']}{cores}"
-    lines = [f"| {title} | " + " | ".join(dtypes) + " |", "| --- |" + " --- |" * len(dtypes)]
+def table(results: list[dict[str, Any]]) -> list[str]:
+    """Of one device: a column for each result."""
+    ways = dict.fromkeys(row["row"] for result in results for row in result["rows"])
+    columns = [{row["row"]: row for row in result["rows"]} for result in results]
+    device, texts = results[0]["device"], results[0]["rows"][0]["shape"]["sequences"]
+    cores = f"{device['cores']} cores of an " if device["type"] == "cpu" else ""
+    title = f"`SentenceTransformer.encode`, {texts} docstrings, MiniLM-L6, {cores}{device['name']}"
+    dtypes = [f"{result['rows'][0]['dtype']}, real tokens/s" for result in results]
+    lines = [[title, *dtypes], ["---"] * (1 + len(results))]
     for way in ways:
-        ours = next(row for row in rows if row["row"] == way)["peer"] == "fastbert"
-        cells = [_cell(at.get((way, dtype))) for dtype in dtypes]
-        cells = [f"**{cell}**" if ours and cell else cell for cell in (way, *cells)]
-        lines.append("| " + " | ".join(cells) + " |")
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if name != "python")
-    return [*lines, "", f"In one run, each row's vectors checked: `{result['command']}`; {versions}."]
+        ours = any(way in column and column[way]["peer"] == "fastbert" for column in columns)
+        cells = [way, *(_cell(column.get(way)) for column in columns)]
+        lines.append([f"**{cell}**" if ours and cell else cell for cell in cells])
+    versions = results[0]["versions"]
+    used = ", ".join(f"{name} {versions[name]}" for name in SHOWN if name in versions)
+    return [*("| " + " | ".join(line) + " |" for line in lines), "", f"With {used}; each column is one run."]
 
 
 def readme(folder: Path) -> str:
     """What stands between the markers, and they."""
-    tables = [line for result in newest(folder) for line in ("", *table(result))]
+    devices: dict[str, list[dict[str, Any]]] = {}
+    for result in newest(folder):
+        devices.setdefault(result["device"]["name"], []).append(result)
+    tables = [line for results in devices.values() for line in ("", *table(results))]
     return "\n".join([BEGIN, *(tables or ["", "not measured"]), "", END])
 
 
