@@ -20,13 +20,15 @@ from tqdm import tqdm
 
 from . import checkpoint
 from . import functional as F
-from .layers import prepack
+from .kernels import _int8
+from .layers import prepack, quantise
 from .models.bert import BertModel
 from .packing import PackedBatch
 from .tokenizer import Tokenizer
 
 POOLING = (*F.POOLING_MODES, "pooler")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+INT8 = "int8"  # a way to multiply, not the dtype of a model
 
 # Tokens a batch. A CPU wants the activations of a layer to stay in its cache; a GPU wants to be full.
 TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 65536}
@@ -131,13 +133,24 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
         return dtype
     if dtype != "auto":
         if dtype not in DTYPES:
-            raise ValueError(f"dtype must be auto or one of {', '.join(DTYPES)}, got {dtype!r}")
+            raise ValueError(f"dtype must be auto or one of {', '.join(DTYPES)}, {INT8}, got {dtype!r}")
         return DTYPES[dtype]
     if device.type == "cuda":
         fast = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
         fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if fast else torch.float32
+
+
+def _expect_int8(device: torch.device, impl: F.Impl | None) -> None:
+    """Raises ValueError, saying why, where int8 is not to be had."""
+    reason = _int8.why_not()
+    if device.type != "cpu":
+        reason = f"it is for CPUs, and the device is {device}"
+    elif F.choose_impl(impl, device) != "native":
+        reason = f'impl "{F.choose_impl(impl, device)}" has no 8-bit products, "native" has'
+    if reason is not None:
+        raise ValueError(f"dtype int8 cannot be had here: {reason}")
 
 
 class Encoder:
@@ -201,7 +214,8 @@ class Encoder:
             pooling, normalize, max_length: None takes what the folder says (a plain BERT: mean, not normalised).
             layer: whose output is pooled: 1 is the first layer, 0 the embeddings, -1 the last, as an index into
                 hidden_states. Layers above it are not loaded.
-            dtype: auto, float32, bfloat16 or float16; auto is bfloat16 where the hardware multiplies it.
+            dtype: auto, float32, bfloat16, float16 or int8; auto is bfloat16 where the hardware multiplies it. int8,
+                on a CPU with VNNI or AMX, multiplies 8-bit weights by 8-bit activations and does all else as auto.
             device: auto, cpu, cuda, ...
             impl: see `fastbert.functional`.
             cuda_graphs: on a CUDA device, replay recorded launches for batches of up to 4,096 tokens: see
@@ -212,7 +226,10 @@ class Encoder:
         folder = checkpoint.resolve(id_or_path)
         sentence = SentenceConfig.from_folder(folder)
         device = resolve_device(device)
-        dtype = resolve_dtype(dtype, device)
+        int8 = dtype in (INT8, torch.int8)
+        if int8:
+            _expect_int8(device, impl)
+        dtype = resolve_dtype("auto" if int8 else dtype, device)
         F.choose_impl(impl, device)
         tokenizer = Tokenizer.from_pretrained(folder)
         model = BertModel.from_pretrained(folder, dtype=dtype, device=device, impl=impl)
@@ -222,6 +239,8 @@ class Encoder:
             )
         pooling = sentence.pooling if pooling is None else pooling
         _keep_layers(model, layer, pooling)
+        if int8:
+            quantise(model)
         if cuda_graphs:
             model.use_cuda_graphs()
         if max_length is None and sentence.max_length is not None:

@@ -36,8 +36,7 @@ class JoinedLinears:
         state = tuple(map(_prepack.state_of, parameters))
         if self._weight_and_bias is None or self._made_of != state:
             self._weight_and_bias, self._made_of = self._join(linears), state
-            if all(_prepack.is_marked(linear.weight) for linear in linears):
-                _prepack.mark(self._weight_and_bias[0])
+            _prepack.mark_joined(self._weight_and_bias[0], [linear.weight for linear in linears])
         return self._weight_and_bias
 
     @staticmethod
@@ -72,6 +71,17 @@ def prepack(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, nn.Linear):
             _prepack.mark(module.weight)
+    return model
+
+
+def quantise(model: nn.Module) -> nn.Module:
+    """`prepack` with products in 8-bit integers, on a CPU that has them; see `kernels/_int8.py`. Returns the model.
+
+    All else stays in the model's dtype. With gradients and within `batch_invariant()` weights are used as they are.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            _prepack.mark(module.weight, int8=True)
     return model
 
 

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ._int8 import Int8Weight
+
 GLIMPSE = 64  # bytes
 DTYPES = (torch.float32, torch.bfloat16)
 # our activations -> oneDNN's name and algorithm
@@ -30,17 +32,18 @@ EPILOGUES = {
 
 @dataclass
 class _Marked:
+    int8: bool
     state: tuple | None = None  # of the weight that was laid out
-    packed: Tensor | None = None
+    packed: Tensor | Int8Weight | None = None
 
 
 _marked: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def mark(weight: Tensor) -> None:
-    """Say that `weight` [N, K] will be multiplied from again and again, and not be trained."""
-    if weight not in _marked:
-        _marked[weight] = _Marked()
+def mark(weight: Tensor, int8: bool = False) -> None:
+    """Say that `weight` [N, K] will be multiplied from again and again, and not be trained; `int8`: in 8 bits."""
+    if int8 or weight not in _marked:
+        _marked[weight] = _Marked(int8)
 
 
 def unmark(weight: Tensor) -> None:
@@ -68,7 +71,14 @@ def is_marked(weight: Tensor) -> bool:
     return weight in _marked
 
 
-def find(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+def mark_joined(joined: Tensor, parts: list[Tensor]) -> None:
+    """Mark `joined`, made of `parts`, as they are; not where one of them is not."""
+    marks = [_marked.get(part) for part in parts]
+    if all(marks):
+        mark(joined, all(marked.int8 for marked in marks))
+
+
+def find(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | Int8Weight | None:
     """The blocked copy of `weight` for x weight^T + bias, or None where the product has to go the ordinary way."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not _marked:
         return None
@@ -81,12 +91,19 @@ def find(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     if marked.state != state:
         if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
             return None
-        marked.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
+        pack = Int8Weight if marked.int8 else _blocked
+        marked.packed = pack(weight)
         marked.state = state
     return marked.packed
 
 
-def linear(x: Tensor, packed: Tensor, bias: Tensor | None, activation: str | None = None) -> Tensor:
+def _blocked(weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
+
+
+def linear(x: Tensor, packed: Tensor | Int8Weight, bias: Tensor | None, activation: str | None = None) -> Tensor:
     """activation(x weight^T + bias) from what `find` gave, the activation on the float32 sums."""
+    if isinstance(packed, Int8Weight):
+        return packed.linear(x, bias, activation)
     name, algorithm = EPILOGUES[activation]
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, name, [], algorithm)
