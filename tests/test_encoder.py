@@ -233,7 +233,7 @@ SETTINGS = {
     "pooling": ({"pooling": "median"}, "pooling must be one of .*got 'median'"),
     "max_length_too_long": ({"max_length": 65}, r"max_length must be 2 to 64 \(the position table\), got 65"),
     "max_length_too_short": ({"max_length": 1}, "max_length must be 2 to 64"),
-    "dtype": ({"dtype": "int3"}, "dtype must be auto or one of float32, bfloat16, float16, got 'int3'"),
+    "dtype": ({"dtype": "int3"}, "dtype must be auto or one of float32, bfloat16, float16, int8, got 'int3'"),
 }
 
 
