@@ -70,8 +70,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--peers", type=_peers, default=_peers("auto"), metavar="auto|none|NAME,...",
         help="whom to measure beside us (default auto: all; -NAME leaves one out)",
     )  # fmt: skip
-    parser.add_argument("--workload", metavar="NAME", help="only this workload, such as base_natural")
-    parser.add_argument("--operator", metavar="NAME", help="only this operator, such as attention")
+    only = {"metavar": "NAME,...", "type": lambda text: text.split(",")}
+    parser.add_argument("--workload", **only, help="only these workloads, such as base_natural")
+    parser.add_argument("--operator", **only, help="only these operators, such as attention")
     parser.add_argument(
         "--out", metavar="FILE", type=Path, help="write the results there, as benchmarks/schema.json says"
     )
@@ -191,8 +192,13 @@ def _measure_all(args, device, dtype, results: Results, say: _Progress, deadline
 
     modules = [import_module(SUITES[name]) for name in args.suite]
     cases = [case for module in modules for case in module.cases(device, dtype, args.quick)]
-    cases = [c for c in cases if args.workload in (None, c.workload) and args.operator in (None, c.operator)]
-    if not cases and (args.workload or args.operator):
+    for only, has in ((args.workload, "workload"), (args.operator, "operator")):
+        if only is not None:
+            found = {getattr(case, has) for case in cases}
+            if unknown := [name for name in only if name not in found]:
+                raise ValueError(f"no case of these suites has {has} {', '.join(unknown)}")
+            cases = [case for case in cases if getattr(case, has) in only]
+    if not cases:
         raise ValueError("no case of these suites has this workload and operator")
     cases.sort(key=lambda case: case.priority)
     effort = timing.QUICK if args.quick else timing.GPU if device.type == "cuda" else timing.FULL
