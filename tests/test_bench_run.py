@@ -205,6 +205,18 @@ def test_tolerance_replaces_the_budget_and_is_written_down():
 
 
 @pytest.mark.parametrize(
+    ("lengths", "sizes"), [((8,) * 40, {16, 32}), ((30,) * 40, {4, 8}), ((1500,) * 3, {1})],
+    ids=["queries", "sentences", "documents"],
+)  # fmt: skip
+def test_others_have_batches_that_fit_the_lengths(lengths, sizes):
+    """Two queries at a time once made them look four times as slow as they are."""
+    job = Job(Workload(MODELS["tiny"], lengths), torch.float32, CPU)
+    names = {row.row for row in peers_encoder.rows(job, "tiny_queries", every=False)}
+    for peer in ("transformers sdpa", "openvino", "onnxruntime fp32"):
+        assert {f"{peer}, sorted, batches of {n}" for n in sizes} <= names
+
+
+@pytest.mark.parametrize(
     ("package", "dtype", "count"),
     [("onnxruntime", torch.float32, 4), ("openvino", torch.float32, 4), ("openvino", torch.bfloat16, 4)],
     ids=["onnxruntime fp32 and int8", "openvino fp32", "openvino bf16"],
