@@ -368,7 +368,7 @@ def rows(job: Job, name: str, every: bool) -> list[Row]:
     the lengths.
     """
     single = len(job.rows) == 1
-    peers = {p.row: p for p in (*(() if single or every else _fitting(job)), *PEERS)}
+    peers = {p.row: p for p in (*PEERS, *(() if single or every else _fitting(job)))}
     return [
         Row(
             p.row.split(", sorted")[0] if single else p.row, p.peer, functools.partial(p.make, job),
