@@ -17,6 +17,9 @@ import numpy as np
 import torch
 
 SHORT = 2e-3  # a CPU call below this is repeated within one sample: the clock and a context switch would show
+# A CPU call below this is made once more, untimed, at the start of its turn: the threads of the row before may still
+# spin for their next work, and took the caches.
+SETTLES = 0.1
 LAUNCH_CYCLES = 1_000_000  # half a millisecond at 2 GHz, for Python to queue the kernels of an operator in
 FLUSH_BYTES = 256 * 2**20  # more than twice the L2 cache of any GPU that is sold (50 MB on an H100 or H200)
 
@@ -104,6 +107,7 @@ def interleave(
     seconds = {} if seconds is None else seconds
     seconds |= {name: [] for name in runs}
     rounds = max(turns.values(), default=0)
+    settles = clock.device.type == "cpu" and len(runs) > 1
     for n in range(rounds):
         late = stop()
         if late and all(len(times) >= effort.least for times in seconds.values()):
@@ -111,6 +115,8 @@ def interleave(
         for name, run in runs.items():
             its_turn = (n + 1) * turns[name] // rounds > n * turns[name] // rounds
             if len(seconds[name]) < effort.least if late else its_turn:
+                if settles and once[name] < SETTLES:
+                    run()
                 seconds[name].append(clock(run, calls[name]))
     return seconds
 
