@@ -26,6 +26,7 @@ from . import timing
 from .machine import version
 
 OURS, FLOOR = "fastbert", "floor"
+OWN_THREADS = ("onnxruntime", "openvino")  # peers that do not use torch's
 Run = Callable[[], Any]
 
 
@@ -155,7 +156,8 @@ def measure(
             _warm_up(row, results[row.row], runs, once, clock, effort)
         del truth
         guarded = {name: _guarded(runs, results[name], name) for name in runs}
-        timing.interleave(guarded, clock, effort, stop, once=once, seconds=seconds)
+        settle = device.type == "cpu" and any(row.peer in OWN_THREADS for row in chosen)
+        timing.interleave(guarded, clock, effort, stop, once=once, seconds=seconds, settle=settle)
         _memory_and_energy(case, runs, results, device)
     except KeyboardInterrupt:
         interrupted = True

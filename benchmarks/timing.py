@@ -17,9 +17,10 @@ import numpy as np
 import torch
 
 SHORT = 2e-3  # a CPU call below this is repeated within one sample: the clock and a context switch would show
-# A CPU call below this is made once more, untimed, at the start of its turn: the threads of the row before may still
-# spin for their next work, and took the caches.
-SETTLES = 0.1
+# A CPU call below SETTLES seconds whose neighbours have threads of their own, which spin on after their work (ONNX
+# Runtime's for some 20 ms: another library's time doubles on two cores), begins its turn with a pause and an untimed
+# call, which also brings its weights back into the cache.
+SETTLES, PAUSE = 0.1, 0.04
 LAUNCH_CYCLES = 1_000_000  # half a millisecond at 2 GHz, for Python to queue the kernels of an operator in
 FLUSH_BYTES = 256 * 2**20  # more than twice the L2 cache of any GPU that is sold (50 MB on an H100 or H200)
 
@@ -90,13 +91,13 @@ def warm_up(run: Callable[[], object], clock: Clock, effort: Effort) -> float:
 
 def interleave(
     runs: dict[str, Callable[[], object]], clock: Clock, effort: Effort, stop: Callable[[], bool] = lambda: False, *,
-    once: dict[str, float] | None = None, seconds: dict[str, list[float]] | None = None,
+    once: dict[str, float] | None = None, seconds: dict[str, list[float]] | None = None, settle: bool = False,
 ) -> dict[str, list[float]]:  # fmt: skip
     """All times of each run, in the order of the rounds. A slow run sits out some rounds, evenly.
     After `stop` says so, only `least` rounds are completed.
 
     `once` holds what a call of each takes, where that is known; else all are warmed up. `seconds` is filled as it goes,
-    for a caller that has to know them when a run raises.
+    for a caller that has to know them when a run raises. `settle`: short runs wait for the threads of others.
     """
     once = once or {name: warm_up(run, clock, effort) for name, run in runs.items()}
     calls, turns = {}, {}
@@ -107,7 +108,6 @@ def interleave(
     seconds = {} if seconds is None else seconds
     seconds |= {name: [] for name in runs}
     rounds = max(turns.values(), default=0)
-    settles = clock.device.type == "cpu" and len(runs) > 1
     for n in range(rounds):
         late = stop()
         if late and all(len(times) >= effort.least for times in seconds.values()):
@@ -115,7 +115,8 @@ def interleave(
         for name, run in runs.items():
             its_turn = (n + 1) * turns[name] // rounds > n * turns[name] // rounds
             if len(seconds[name]) < effort.least if late else its_turn:
-                if settles and once[name] < SETTLES:
+                if settle and once[name] < SETTLES:
+                    time.sleep(PAUSE)
                     run()
                 seconds[name].append(clock(run, calls[name]))
     return seconds

@@ -157,15 +157,14 @@ def test_bootstrap_interval_holds_the_ratio_and_few_times_widen_it():
     assert (few["low"], few["high"]) == (pytest.approx(1.9 / 1.2), pytest.approx(3.0))
 
 
-def test_interleave_takes_turns():
-    """A short row's turn begins with an untimed call: the threads of the row before may still spin."""
+@pytest.mark.parametrize(("settle", "turn"), [(False, 1), (True, 2)])
+def test_interleave_takes_turns(settle, turn):
+    """Beside threads that spin on after their work, a turn begins with a call that is not timed."""
     order = []
     runs = {n: lambda n=n: (order.append(n), time.sleep(0.003)) for n in "ab"}
-    seconds = timing.interleave(runs, timing.Clock(CPU), EFFORT)
-    assert order[2:] == ["a", "a", "b", "b"] * 5  # after a warm-up of each
+    seconds = timing.interleave(runs, timing.Clock(CPU), EFFORT, settle=settle)
+    assert order[2:] == [*["a"] * turn, *["b"] * turn] * 5  # after a warm-up of each
     assert [len(times) for times in seconds.values()] == [5, 5]
-    timing.interleave({"a": runs["a"]}, timing.Clock(CPU), EFFORT)
-    assert order[22:] == ["a"] * 6  # alone there is nobody to wait for
 
 
 def test_fitted_slope():

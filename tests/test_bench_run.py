@@ -79,8 +79,7 @@ def test_row_over_its_share_is_skipped_by_name_and_ours_is_not():
     assert 3 <= len(rows["quick"]["seconds"]) <= 6
 
 
-def test_slow_rows_take_fewer_turns_spread_over_all_rounds(monkeypatch):
-    monkeypatch.setattr(timing, "SETTLES", 0.0)
+def test_slow_rows_take_fewer_turns_spread_over_all_rounds():
     calls: list[str] = []
     runs = {name: sleeper(0.0, calls, name)() for name in ("slow", "quick")}
     effort = timing.Effort(least=2, most=6, seconds=0.06)
@@ -134,9 +133,8 @@ def test_peer_that_raises_later_costs_only_its_own_row(after):
     assert rows["fastbert"]["status"] == "ok"
 
 
-def test_interrupt_inside_a_case_keeps_what_was_timed(monkeypatch):
+def test_interrupt_inside_a_case_keeps_what_was_timed():
     """The first row has its three times when the second, in its third round, is interrupted."""
-    monkeypatch.setattr(timing, "SETTLES", 0.0)
     slow = case_of(
         Row("fastbert", "fastbert", sleeper(0.02)), Row("rude", "rude", failing(4, KeyboardInterrupt(), 0.02))
     )  # fmt: skip
