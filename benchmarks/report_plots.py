@@ -15,7 +15,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib import ticker
 
-from .report import Case, Device, duration, mebibytes
+from .report import Case, Device, duration, mebibytes, tolerance
 
 OURS, FLOOR, OTHERS = "#0072b2", "#e69f00", "#bbbbbb"
 # Told apart by the colour-blind, and by their marks in grey.
@@ -144,10 +144,12 @@ def _ratios(device: Device, cases: Sequence[Case]) -> Any:
             if r is None:
                 continue
             colour, mark = STYLES.get(row["peer"], (OTHERS, "*"))
+            mark = "1" if tolerance(row) else mark
             axis.plot([r["low"], r["high"]], [at, at], color=colour, linewidth=1)
             drawn = axis.plot(r["value"], at, mark, color=colour, markersize=9 if mark == "|" else 6, markeredgewidth=2
                               if mark == "|" else 0.5)  # fmt: skip
-            seen.setdefault("matrix products alone" if row["peer"] == "floor" else row["peer"], drawn[0])
+            label = "matrix products alone" if row["peer"] == "floor" else row["peer"]
+            seen.setdefault(label + (" int8" if tolerance(row) else ""), drawn[0])
     axis.axvline(1, color=OURS, linewidth=2)
     axis.set_yticks(range(len(cases)), [case.name for case in cases])
     axis.set_ylim(len(cases) - 0.4, -0.6)
@@ -156,8 +158,7 @@ def _ratios(device: Device, cases: Sequence[Case]) -> Any:
     axis.xaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: f"{x:g}"))
     axis.xaxis.set_minor_formatter(ticker.NullFormatter())
     axis.grid(alpha=0.3)
-    axis.set_xlabel("time / fastbert's time (blue line); right of it fastbert is faster; the best row of each library",
-                    fontsize=8)  # fmt: skip
+    axis.set_xlabel("time / fastbert's (blue line): right of it fastbert is faster", fontsize=8)
     figure.legend(seen.values(), seen.keys(), loc="outside upper center", ncols=5, fontsize=8, title=device.name)
     return figure
 

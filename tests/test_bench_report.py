@@ -83,6 +83,22 @@ def test_whole_runs_come_before_quick_ones_and_new_before_old(folder):
     }  # fmt: skip
 
 
+def test_a_case_that_was_interrupted_hides_no_other(folder):
+    file(folder, "a", [row(time=0.2)])
+    none = {"seconds": None, "median_s": None, "status": "skipped", "reason": "interrupted"}
+    file(folder, "b", [row(**none), row("torch", **none)], created="2026-01-03T00:00:00+00:00", complete=False)
+    (device,) = report.load(folder)
+    assert [case.ours["median_s"] for case in device.cases] == [0.2]
+
+
+def test_a_row_with_a_tolerance_of_its_own_is_shown_and_does_not_count(folder):
+    int8 = slower("onnxruntime", 0.5, settings={"tolerance": 0.1}) | {"row": "onnxruntime int8"}
+    file(folder, "a", [row(), int8, slower("openvino", 1.5)])
+    page = page_of(folder)
+    assert "ahead of the best of them in 1," in page
+    assert "| onnxruntime int8 | 1 | 50 ms" in page
+
+
 def test_one_file_cut_short_says_so(folder):
     file(folder, "a", [row()], complete=False)
     assert "1, **cut short: not every case was measured**" in page_of(folder)
