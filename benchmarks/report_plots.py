@@ -144,7 +144,7 @@ def _ratios(device: Device, cases: Sequence[Case]) -> Any:
             if r is None:
                 continue
             colour, mark = STYLES.get(row["peer"], (OTHERS, "*"))
-            mark = "1" if tolerance(row) else mark
+            mark = "*" if tolerance(row) else mark
             axis.plot([r["low"], r["high"]], [at, at], color=colour, linewidth=1)
             drawn = axis.plot(r["value"], at, mark, color=colour, markersize=9 if mark == "|" else 6, markeredgewidth=2
                               if mark == "|" else 0.5)  # fmt: skip
