@@ -1,4 +1,4 @@
-"""The C++ operators of `_cpu_operators.cpp`, for inference on x86 CPUs with AVX-512: attention, add + LayerNorm.
+"""The C++ operators of `_cpu_operators.cpp`, for inference on x86 CPUs with AVX-512.
 
 Installing compiles them where there is a C++ compiler; without them, or on another CPU, `native.py` computes the same
 from torch's own operators. They are called through ctypes, so one build serves every version of torch.
@@ -35,6 +35,10 @@ def load() -> tuple[ctypes.CDLL | None, str | None]:
         attention.argtypes, attention.restype = [_POINTER] * 5 + [_INT] * 4 + [_LONG] * 6 + [_FLOAT], _INT
         add_layer_norm = getattr(library, f"add_layer_norm_{dtype}")
         add_layer_norm.argtypes, add_layer_norm.restype = [_POINTER] * 5 + [_LONG, _INT, _FLOAT], None
+        quantise_rows = getattr(library, f"quantise_rows_{dtype}")
+        quantise_rows.argtypes, quantise_rows.restype = [_POINTER] * 3 + [_LONG, _INT, _FLOAT], None
+        scale_rows = getattr(library, f"scale_rows_{dtype}")
+        scale_rows.argtypes, scale_rows.restype = [_POINTER] * 4 + [_LONG, _INT, _INT], None
     return library, None
 
 
@@ -93,6 +97,30 @@ def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, ep
         x.numel() // width, width, eps,
     )  # fmt: skip
     return y
+
+
+def takes_int8(x: Tensor, width: int, bias: Tensor | None, activation: str | None) -> bool:
+    """Whether `quantise_rows` of x [M, K] and `scale_rows` to [M, width] can stand around a product."""
+    given = (x,) if bias is None else (x, bias)
+    fits = x.shape[-1] % WIDTH == 0 and width % WIDTH == 0 and activation in (None, "gelu")
+    return fits and all(t.is_contiguous() for t in given) and _take(*given)
+
+
+def quantise_rows(x: Tensor, least: float) -> tuple[Tensor, Tensor]:
+    """x [M, K] -> round(x / s) + 128 [M, K] uint8, s = max(|x|, least) / 127 [M] float32; NaN or infinity: s NaN."""
+    q, scales = torch.empty(x.shape, dtype=torch.uint8), torch.empty(len(x))
+    getattr(load()[0], f"quantise_rows_{_name(x)}")(
+        x.data_ptr(), q.data_ptr(), scales.data_ptr(), *x.shape, least
+    )  # fmt: skip
+    return q, scales
+
+
+def scale_rows(sums: Tensor, scales: Tensor, bias: Tensor | None, activation: str | None, y: Tensor) -> None:
+    """y = activation(sums * scales + bias): [M, N] float32, [M] float32, [N] or None -> [M, N], in y's dtype."""
+    getattr(load()[0], f"scale_rows_{_name(y)}")(
+        sums.data_ptr(), scales.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr(),
+        *sums.shape, activation == "gelu",
+    )  # fmt: skip
 
 
 def _name(x: Tensor) -> str:

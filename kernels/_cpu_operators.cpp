@@ -1,4 +1,5 @@
-// Packed attention and add + LayerNorm for x86 CPUs with AVX-512, inference only. `_cpu.py` calls them.
+// Packed attention, add + LayerNorm, and what stands before and after a product of 8-bit integers, for x86 CPUs with
+// AVX-512, inference only. `_cpu.py` calls them.
 //
 // Attention goes head by head: K of one head is transposed once (16 keys side by side in a register), then six rows of
 // queries at a time get all their scores, a softmax in place, and their product with V. Everything a head needs stays
@@ -55,6 +56,20 @@ inline __m512 exp2_of_negative(__m512 x) {
     for (float c : {1.339993111e-3f, 9.618489007e-3f, 5.550328777e-2f, 0.2402264689f, 0.6931472057f, 1.0f})
         y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(c));
     return _mm512_scalef_ps(y, whole);
+}
+
+// x times the normal distribution's share below x. The share by Abramowitz and Stegun 7.1.26: to 8e-8, absolute.
+inline __m512 gelu(__m512 x) {
+    const __m512 z = _mm512_abs_ps(_mm512_mul_ps(x, _mm512_set1_ps(0.70710678f)));
+    const __m512 one = _mm512_set1_ps(1.0f);
+    const __m512 t = _mm512_div_ps(one, _mm512_fmadd_ps(z, _mm512_set1_ps(0.3275911f), one));
+    __m512 y = _mm512_set1_ps(0.5307027145f);
+    for (float c : {-0.7265760135f, 0.7107068705f, -0.142248368f, 0.127414796f})
+        y = _mm512_fmadd_ps(y, t, _mm512_set1_ps(c));
+    const __m512 e = exp2_of_negative(_mm512_mul_ps(_mm512_mul_ps(z, z), _mm512_set1_ps(-1.442695041f)));
+    const __m512 tail = _mm512_mul_ps(_mm512_mul_ps(y, t), e);  // the share beyond |x|
+    const __mmask16 positive = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GE_OQ);
+    return _mm512_mul_ps(x, _mm512_mask_sub_ps(tail, positive, one, tail));
 }
 
 // Lanes of 16 rows, one row a register, into one lane of all rows a register.
@@ -174,8 +189,8 @@ inline void value_tile(
 
 template <class T, int M>
 void rows_of_head(
-    const typename T::Element* q, int64_t q_stride, const float* k, const float* v, int64_t v_stride, int length, int keys,
-    int head_dim, float scale_log2, float* scores, typename T::Element* p, typename T::Element* o, int64_t o_stride
+    const typename T::Element* q, int64_t q_stride, const float* k, const float* v, int64_t v_stride, int length,
+    int keys, int head_dim, float scale_log2, float* scores, typename T::Element* p, typename T::Element* o, int64_t o_stride
 ) {
     const int lanes = head_dim / T::PER_LANE;
     int key = 0;
@@ -216,7 +231,7 @@ void transpose_keys(const typename T::Element* k, int64_t stride, int length, in
         }
 }
 
-// V of one head [length, head_dim] -> [length / 2, head_dim] lanes of two neighbouring keys, the last one filled with zeros.
+// V of one head [length, head_dim] -> [length / 2, head_dim] lanes of two neighbouring keys, the last filled with zeros.
 void pair_values(const uint16_t* v, int64_t stride, int length, int head_dim, float* to) {
     for (int key = 0; key < length; key += 2)
         for (int column = 0; column < head_dim; column += WIDTH) {
@@ -314,6 +329,48 @@ void add_layer_norm(
     }
 }
 
+// scale = max(|x|, least) / 127 of each row, q = round(x / scale) + 128; rows of `width` contiguous elements.
+template <class T>
+void quantise_rows(const typename T::Element* x, uint8_t* q, float* scales, int64_t rows, int width, float least) {
+#pragma omp parallel for schedule(static)
+    for (int64_t row = 0; row < rows; ++row) {
+        const int64_t at = row * width;
+        __m512 most = _mm512_set1_ps(least), odd = _mm512_setzero_ps();
+        for (int i = 0; i < width; i += WIDTH) {
+            const __m512 of_x = T::load(x + at + i);
+            most = _mm512_max_ps(_mm512_abs_ps(of_x), most);
+            odd = _mm512_fmadd_ps(of_x, _mm512_setzero_ps(), odd);  // NaN where x is NaN or infinite, else 0
+        }
+        const float scale = (_mm512_reduce_max_ps(most) + _mm512_reduce_add_ps(odd)) / 127;
+        scales[row] = scale;
+        const __m512 factor = _mm512_set1_ps(1.0f / scale);
+        for (int i = 0; i < width; i += WIDTH) {
+            const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(T::load(x + at + i), factor));
+            const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_add_epi32(whole, _mm512_set1_epi32(128)));
+            _mm_storeu_si128((__m128i*)(q + at + i), bytes);
+        }
+    }
+}
+
+// y = sums * scales[row] + bias, or GELU of it; rows of `width` contiguous elements, bias null for none.
+template <class T>
+void scale_rows(
+    const float* sums, const float* scales, const typename T::Element* bias, typename T::Element* y, int64_t rows,
+    int width, int with_gelu
+) {
+#pragma omp parallel for schedule(static)
+    for (int64_t row = 0; row < rows; ++row) {
+        const int64_t at = row * width;
+        const __m512 scale = _mm512_set1_ps(scales[row]);
+        for (int i = 0; i < width; i += WIDTH) {
+            const __m512 z = _mm512_fmadd_ps(
+                _mm512_loadu_ps(sums + at + i), scale, bias ? T::load(bias + i) : _mm512_setzero_ps()
+            );
+            T::store(y + at + i, with_gelu ? gelu(z) : z);
+        }
+    }
+}
+
 }  // namespace
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -331,6 +388,17 @@ void add_layer_norm(
         T::Element* y, int64_t rows, int width, float eps                                                          \
     ) {                                                                                                            \
         add_layer_norm<T>(x, residual, weight, bias, y, rows, width, eps);                                         \
+    }                                                                                                              \
+    EXPORT void quantise_rows_##name(                                                                              \
+        const T::Element* x, uint8_t* q, float* scales, int64_t rows, int width, float least                       \
+    ) {                                                                                                            \
+        quantise_rows<T>(x, q, scales, rows, width, least);                                                        \
+    }                                                                                                              \
+    EXPORT void scale_rows_##name(                                                                                 \
+        const float* sums, const float* scales, const T::Element* bias, T::Element* y, int64_t rows, int width,    \
+        int with_gelu                                                                                              \
+    ) {                                                                                                            \
+        scale_rows<T>(sums, scales, bias, y, rows, width, with_gelu);                                              \
     }
 
 EXPORT_FOR(Float32, float32)

@@ -5,7 +5,8 @@
     y = s (q Q^T) t + bias                       [M, N]                      sums in int32, exact
 
 With a scale for each row of x, not one for all, a text's vector does not depend on what shares its batch, and because
-integer sums are exact not even in its last bit. The product is torch's own for x86, `onednn::qlinear_pointwise`.
+integer sums are exact not even in its last bit. The product is torch's own for x86, `onednn::qlinear_pointwise`; what
+stands before and after it is C++ where `_cpu.py` has that, else a dozen operators of torch.
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from . import reference
+from . import _cpu, reference
 
 # the instructions that multiply 8-bit integers and add them up in 32 bits, as torch.cpu.get_capabilities spells them
 INSTRUCTIONS = ("avx512_vnni", "avx_vnni", "amx_int8")
 LARGEST = 127
 # torch's product takes activations of 0 to 255; these are moved there, and their zero with them
 ZERO = 128
-# rows at once, so that what lies between the passes stays in the cache
-BLOCK = 256
+# rows at once, so that what lies between the passes stays in the cache: of three passes in C++, of many by torch
+BLOCK, TORCH_BLOCK = 512, 256
 SMALLEST_SCALE = 1e-30  # of a row of zeros
 
 
@@ -56,18 +57,28 @@ class Int8Weight:
         """activation(x weight^T + bias) in x's dtype; bias and activation, one that keeps the width, in float32."""
         rows = x.reshape(-1, x.shape[-1])
         y = x.new_empty(len(rows), len(self.scales))
-        for some, out in zip(rows.split(BLOCK), y.split(BLOCK), strict=True):
-            out.copy_(self._block(some, bias, activation))
+        in_cpp = _cpu.takes_int8(rows, len(self.scales), bias, activation)
+        block = BLOCK if in_cpp else TORCH_BLOCK
+        for some, out in zip(rows.split(block), y.split(block), strict=True):
+            if in_cpp:
+                q, scales = _cpu.quantise_rows(some, SMALLEST_SCALE)
+                _cpu.scale_rows(self._product(q), scales, bias, activation, out)
+            else:
+                self._by_torch(some, bias, activation, out)
         return y.view(*x.shape[:-1], -1)
 
-    def _block(self, x: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    def _by_torch(self, x: Tensor, bias: Tensor | None, activation: str | None, out: Tensor) -> None:
         q, scales = quantise_rows(x)
-        y = torch.ops.onednn.qlinear_pointwise(
-            q, 1.0, ZERO, self.blocked, self.scales, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
-        ).mul_(scales)
+        y = self._product(q).mul_(scales)
         if bias is not None:
             y.add_(bias)
-        return y if activation is None else reference.activate(y, activation)
+        out.copy_(y if activation is None else reference.activate(y, activation))
+
+    def _product(self, q: Tensor) -> Tensor:
+        """[M, K] uint8 -> [M, N] float32, the weight's scales in it."""
+        return torch.ops.onednn.qlinear_pointwise(
+            q, 1.0, ZERO, self.blocked, self.scales, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
+        )
 
 
 def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:

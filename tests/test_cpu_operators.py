@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import fastbert
-from fastbert.kernels import _cpu, _prepack, native, reference
+from fastbert.kernels import _cpu, _int8, _prepack, native, reference
 from fastbert.testing import assert_within_budget, cu_seqlens_of
 
 built = pytest.mark.skipif(_cpu.load()[0] is None, reason=f"no C++ operators: {_cpu.load()[1]}")
@@ -161,6 +161,42 @@ def test_add_layer_norm_that_goes_to_torch():
         assert not _cpu.takes_add_layer_norm(*args)
         torch.testing.assert_close(native.add_layer_norm(*args), reference.add_layer_norm(*args))
     assert native.add_layer_norm(x.requires_grad_(), residual, weight, bias).requires_grad
+
+
+# ---- around a product of 8-bit integers ----------------------------------------------------------------------
+
+
+@built
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_in_eight_bits_are_those_of_torch(dtype):
+    x = (torch.randn(19, 48) * torch.logspace(-8, 6, 19)[:, None]).to(dtype)
+    x[3] = 0.0
+    q, scales = _cpu.quantise_rows(x, _int8.SMALLEST_SCALE)
+    expected_q, expected_scales = _int8.quantise_rows(x)
+    assert torch.equal(q, expected_q)
+    assert torch.equal(scales, expected_scales[:, 0])
+    x[5, 47], x[6, 0] = float("nan"), float("inf")
+    assert _cpu.quantise_rows(x, _int8.SMALLEST_SCALE)[1].isnan().nonzero().flatten().tolist() == [5, 6]
+
+
+@built
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", [None, "gelu"])
+@pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no_bias"])
+def test_scaled_rows(dtype, activation, with_bias):
+    sums, scales = torch.randn(7, 32) * 50, torch.rand(7) / 10
+    sums[0, :4] = torch.tensor([-1e4, 1e4, 0.0, float("nan")])
+    bias = torch.randn(32).to(dtype) if with_bias else None
+    y = torch.empty(7, 32, dtype=dtype)
+    _cpu.scale_rows(sums, scales, bias, activation, y)
+
+    def plain(dtype):
+        z = sums.to(dtype) * scales.to(dtype)[:, None] + (0 if bias is None else bias.to(dtype))
+        return F.gelu(z) if activation else z
+
+    assert y[0, 3].isnan()
+    ours, theirs, truth = (t.nan_to_num() for t in (y, plain(torch.float32).to(dtype), plain(torch.float64)))
+    assert_within_budget(ours, theirs, truth, "y")
 
 
 # ---- weights laid out beforehand -----------------------------------------------------------------------------
