@@ -67,12 +67,13 @@ def test_a_long_sequence(device):
 
 
 @pytest.mark.parametrize("normalize", [False, True])
-def test_ties_share_the_gradient_of_the_maximum(normalize, device):
+@pytest.mark.parametrize("width", [pytest.param(24, id="chunks_in_one_tile"), pytest.param(2050, id="a_chunk_a_step")])
+def test_ties_share_the_gradient_of_the_maximum(width, normalize, device):
     """As torch.amax does, within a tile, across tiles and across chunks: whole numbers, so most maxima are tied."""
     lengths = [CHUNK * 2 + 40, 3, 70]
-    x = torch.randint(-2, 3, (sum(lengths), 24), device=device).float()
+    x = torch.randint(-2, 3, (sum(lengths), width), device=device).float()
     cu_seqlens = cu_seqlens_of(lengths, device)
-    dy = torch.randn(3, 24, device=device)
+    dy = torch.randn(3, width, device=device)
     outputs = []
     for pool in (pooling.pool, reference.pool):
         leaf = x.clone().requires_grad_()
