@@ -217,6 +217,8 @@ def test_every_head_its_loss_and_every_gradient(family, head, mask):
     batch = batch_of(plain, mask, choices=2 if head == "ForMultipleChoice" else 0)
     batch |= pretraining_labels(family, mask) if head == "ForPreTraining" else labels_of(head, mask)
     outputs = [model(**batch) for model in (ours, plain, truth)]
+    if not (family == "modernbert" and (mask is MASKS["left"] or head == "ForQuestionAnswering")):
+        assert not any(m.forward.warned for m in ours.modules() if isinstance(m.forward, Forward))
     assert_loss(*(o.loss for o in outputs), dtype=torch.float32)
     for name in outputs[0].keys() & {"start_logits", "end_logits", "seq_relationship_logits", "sop_logits"}:
         assert_tensor(*(o[name] for o in outputs), name=name)
@@ -522,6 +524,14 @@ def test_accelerate_twice_is_accelerate_once():
     assert model.forward.impl == "reference"
     fastbert.restore(model)
     assert not any("forward" in m.__dict__ for m in model.modules())
+
+
+def test_modernbert_on_a_flash_attention_of_its_own_is_left_alone():
+    model = build("modernbert")
+    if not hasattr(model.layers[0].attn, "rotary_emb"):
+        pytest.skip("this transformers calls flash attention as it calls any other")
+    model.config._attn_implementation = "flash_attention_2"
+    assert "runs packed already" in str(fastbert.explain(model))
 
 
 def test_every_family_of_the_table_is_tested():

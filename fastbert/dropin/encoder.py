@@ -30,7 +30,7 @@ from .pieces import (
 )
 
 # arguments that say nothing about what the encoder computes
-IGNORED = {"return_dict", "output_hidden_states", "num_items_in_batch", "use_cache"}
+IGNORED = {"return_dict", "output_hidden_states", "num_items_in_batch", "use_cache", "batch_size", "seq_len"}
 INPUTS = {"input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds"}
 
 
@@ -165,12 +165,15 @@ class EncoderForward(Forward):
         return self.finish(x, shared.batch, hidden_states or [], given)
 
     def run(self, shared: Shared, embeds: Tensor | None = None, hidden_states: list[Tensor] | None = None) -> Tensor:
-        """The embeddings and the layers: x [T, C]. What goes into each layer is added to `hidden_states`."""
+        """The embeddings and the layers: x [T, C]. What goes into each layer is added to `hidden_states`,
+        and what goes into the last LayerNorm where that is the last of them."""
         x = self.embed(shared, embeds)
         for index, layer in self.layers():
             if hidden_states is not None:
                 hidden_states.append(x)
             x = layer(x, shared, index)
+        if hidden_states is not None and not self.facts.last_state_normed:
+            hidden_states.append(x)
         if self.facts.final_norm is not None:
             x = norm_only(x, at(self.module, self.facts.final_norm), shared)
         return x
@@ -189,9 +192,13 @@ class EncoderForward(Forward):
                 activation = at(encoder, facts.pooler_activation)
                 fields["pooler_output"] = activation(encoder.pooler(last_hidden_state[:, 0]))
         if hidden_states:
+            last = last_hidden_state
+            if not facts.last_state_normed:
+                *hidden_states, last = hidden_states
+                last = batch.pad(last)
             count, asked = len(hidden_states) + 1, self.asked(given, "output_hidden_states")
             kept = range(count) if asked is True else {i % count for i in asked if -count <= i < count}
-            states = (*(batch.pad(h) if i in kept else None for i, h in enumerate(hidden_states)), last_hidden_state)
+            states = (*(batch.pad(h) if i in kept else None for i, h in enumerate(hidden_states)), last)
             fields["hidden_states"] = states if count - 1 in kept else (*states[:-1], None)
         return self.output(fields, self.asked(given, "return_dict"))
 
@@ -282,14 +289,18 @@ class EncoderForward(Forward):
     def rotary(self, width: int, device: torch.device) -> dict[str, Any]:
         encoder, config = self.module, self.module.config
         columns, like = torch.arange(width, device=device)[None], torch.empty(0, device=device)
-        kinds = sorted({layer.attention_type for _, layer in self.layers()})
-        half = at(next(iter(self.layers()))[1], self.facts.layer.head_dim) // 2
-        tables = {kind: encoder.rotary_emb(like, columns, kind) for kind in kinds}
-        reach = config.sliding_window
-        return {
-            "rotary": {kind: tuple(t[0, :, :half] for t in pair) for kind, pair in tables.items()},
-            "windows": {kind: (reach, reach) if kind == "sliding_attention" else None for kind in kinds},
-        }
+        facts = self.facts.layer
+        one_of = {at(layer, facts.attention_type): layer for _, layer in self.layers()}
+        half = at(next(iter(one_of.values())), facts.head_dim) // 2
+        if facts.rotary is None:
+            tables = {kind: encoder.rotary_emb(like, columns, kind) for kind in sorted(one_of)}
+            reach = config.sliding_window
+            windows = {kind: (reach, reach) if kind == "sliding_attention" else None for kind in one_of}
+        else:  # a kind is its window, and minus one is no bound
+            tables = {kind: at(layer, facts.rotary)(like, columns) for kind, layer in one_of.items()}
+            windows = {kind: None if min(kind) < 0 else kind for kind in one_of}
+        rotary = {kind: tuple(t[0, :, :half] for t in pair) for kind, pair in tables.items()}
+        return {"rotary": rotary, "windows": windows}
 
     def embed(self, shared: Shared, embeds: Tensor | None) -> Tensor:
         """dropout(norm(word + position + segment)) [T, C], brought to the width of the layers."""

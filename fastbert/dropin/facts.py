@@ -5,7 +5,7 @@ Paths are attributes from the encoder (`Family`) or from one of its layers (`Lay
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 
@@ -22,6 +22,8 @@ class Layer:
         up, activation, inner_dropout, down, down_dropout, down_norm: the same of the feed-forward block.
         pre_norm: the LayerNorms come first in their blocks (x = x + f(norm(x))) rather than last.
         gated: `up` makes two halves, act(first) * second.
+        attention_type: with rotary positions, where it is written which rotation and window the layer has.
+        rotary: the module that makes the rotation's tables, where every layer has one of its own.
     """
 
     kind: str
@@ -39,6 +41,8 @@ class Layer:
     down_dropout: str | None = None
     pre_norm: bool = False
     gated: bool = False
+    attention_type: str | None = None
+    rotary: str | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ class Family:
             not padding, from padding_idx + 1 on; "rotary": no table, q and k are rotated.
         bias: the encoder whose `relative_attention_bias` table gives every layer's attention bias (MPNet).
         final_norm: a LayerNorm after the last layer.
+        last_state_normed: the last of the hidden states is the output, rather than what goes into `final_norm`.
         output: transformers' class of what the encoder returns.
         pooler_activation: the pooler is a linear layer of the first token, and this its activation.
         tuple_keeps_pooler: in a returned tuple the pooler's place is there even where there is no pooler.
@@ -73,6 +78,7 @@ class Family:
     positions: Literal["column", "after_padding_idx", "rotary"] = "column"
     bias: str | None = None
     final_norm: str | None = None
+    last_state_normed: bool = True
     pooler_activation: str | None = None
     tuple_keeps_pooler: bool = False
 
@@ -157,6 +163,7 @@ _MODERNBERT_LAYER = Layer(
     down_norm="mlp_norm",
     pre_norm=True,
     gated=True,
+    attention_type="attention_type",
 )
 
 _POOLED = "BaseModelOutputWithPoolingAndCrossAttentions"
@@ -206,4 +213,14 @@ FAMILIES = {
         positions="rotary",
         final_norm="final_norm",
     ),
+}
+
+# what is different under transformers 4
+_MODERNBERT = FAMILIES["ModernBertModel"]
+FAMILIES_OF_4 = FAMILIES | {
+    "ModernBertModel": replace(
+        _MODERNBERT,
+        layer=replace(_MODERNBERT.layer, attention_type="attn.local_attention", rotary="attn.rotary_emb"),
+        last_state_normed=False,
+    )
 }

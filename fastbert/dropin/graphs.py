@@ -76,9 +76,12 @@ class GraphedEncoderForward(EncoderForward):
         encoder, facts = self.module, self.facts
         if any(m.training for m in (encoder, *self.passed)):
             return "a module is in training mode"
-        rope = getattr(getattr(encoder, "rotary_emb", None), "rope_type", "default")
-        if set(rope.values() if isinstance(rope, dict) else [rope]) != {"default"}:
-            return "its rotary tables depend on the batch"
+        rotations = [getattr(encoder, "rotary_emb", None)]
+        if facts.layer.rotary is not None:
+            rotations = [at(layer, facts.layer.rotary) for _, layer in self.layers()]
+        for rope in (getattr(rotation, "rope_type", "default") for rotation in rotations):
+            if set(rope.values() if isinstance(rope, dict) else [rope]) != {"default"}:
+                return "its rotary tables depend on the batch"
         paths = [path for path in (facts.word, facts.position, facts.token_type) if path is not None]
         if not all(plain_table(at(encoder, path)) for path in paths):
             return "an embedding table is not torch's own, or has hooks"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from functools import partial
 
 import torch.nn as nn
@@ -73,7 +74,7 @@ class LayerForward(Forward):
             return layer._gradient_checkpointing_func(run, x)
         return run(x)
 
-    def attention(self, x: Tensor, shared: Shared, index: int, kind: str | None = None) -> tuple[Tensor, Tensor | None]:
+    def attention(self, x: Tensor, shared: Shared, index: int, kind: Hashable = None) -> tuple[Tensor, Tensor | None]:
         """(attention of x [T, C] through its output layer, that layer's bias where it is still to be added)."""
         layer, facts = self.module, self.facts
         q, k, v = project(x, [at(layer, path) for path in facts.qkv], self.joined, at(layer, facts.head_dim), shared)
@@ -107,7 +108,8 @@ class LayerForward(Forward):
     def pre_norm(self, x: Tensor, shared: Shared, index: int) -> Tensor:
         """x = x + attention(norm(x)); x = x + feed_forward(norm(x))."""
         layer, facts = self.module, self.facts
-        y, bias = self.attention(norm_only(x, at(layer, facts.out_norm), shared), shared, index, layer.attention_type)
+        kind = at(layer, facts.attention_type)
+        y, bias = self.attention(norm_only(x, at(layer, facts.out_norm), shared), shared, index, kind)
         h, x = norm_and_sum(
             y, bias, x, at(layer, facts.down_norm), self.probability(facts.out_dropout), shared, stream=2 * index + 1
         )

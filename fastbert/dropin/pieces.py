@@ -6,7 +6,7 @@ listens to it. Whatever else stands in its place (a LoRA adapter, a quantised la
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -86,8 +86,8 @@ class Shared(Pass):
     padded: bool = False
     mask: Tensor | None = None
     bias: Tensor | None = None
-    rotary: dict[str, tuple[Tensor, Tensor]] | None = None
-    windows: dict[str, tuple[int, int] | None] | None = None
+    rotary: dict[Hashable, tuple[Tensor, Tensor]] | None = None
+    windows: dict[Hashable, tuple[int, int] | None] | None = None
     infers: bool = False
 
     def scheduled(self) -> Shared:
@@ -95,7 +95,7 @@ class Shared(Pass):
         batch = self.batch
         return replace(self, schedule=F.attention_schedule(batch.cu_seqlens, batch.total_tokens, self.impl))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, stream: int, kind: str | None = None) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, stream: int, kind: Hashable = None) -> Tensor:
         """q, k, v [T, H, D] -> [T, H * D]."""
         batch = self.batch
         options = self.dropout(dropout_p, stream)

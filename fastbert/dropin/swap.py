@@ -11,7 +11,7 @@ from .. import functional as F
 from ..graphs import Graphs, graphs_for
 from . import sentence, torch_layers
 from .encoder import EncoderForward, HeadForward
-from .facts import FAMILIES, Family
+from .facts import FAMILIES, FAMILIES_OF_4, Family
 from .forward import Forward
 from .graphs import GraphedEncoderForward
 from .layer import LayerForward, not_plain
@@ -110,7 +110,10 @@ def family_of(module: nn.Module) -> Family | None:
     """The facts of this very class, or of one it derives from without a forward of its own."""
     for cls in type(module).__mro__:
         if cls.__name__ in FAMILIES and cls.__module__.startswith("transformers.models."):
-            return FAMILIES[cls.__name__] if type(module).forward is cls.forward else None
+            import transformers
+
+            families = FAMILIES_OF_4 if transformers.__version__.startswith("4.") else FAMILIES
+            return families[cls.__name__] if type(module).forward is cls.forward else None
     return None
 
 
@@ -124,13 +127,17 @@ def why_left(encoder: nn.Module, family: Family) -> str | None:
     if getattr(config, "position_embedding_type", "absolute") not in ("absolute", None):
         return f"its positions are {config.position_embedding_type}"
     paths = [family.layers, family.word, family.position, family.token_type, family.norm, family.dropout]
-    paths += [family.final_norm, "rotary_emb" if family.positions == "rotary" else None]
+    own_tables = family.layer.rotary is not None  # every layer makes those of its rotation
+    if own_tables and config._attn_implementation == "flash_attention_2":
+        return "its flash_attention_2 runs packed already, and rotates in its own way"
+    paths += [family.final_norm, "rotary_emb" if family.positions == "rotary" and not own_tables else None]
     for path in paths:
         if path is not None and not has(encoder, path):
             return f"this version of transformers has no {path} in it"
     facts = family.layer
     parts = (*facts.qkv, facts.head_dim, facts.probs_dropout, facts.out, facts.out_dropout, facts.out_norm, facts.up)
     parts += (facts.activation, facts.inner_dropout, facts.down, facts.down_dropout, facts.down_norm)
+    parts += (facts.attention_type, facts.rotary)
     for _, layer in EncoderForward(encoder, family, None).layers():
         if facts.kind not in (cls.__name__ for cls in type(layer).__mro__):
             return f"a layer is a {type(layer).__name__}, not a {facts.kind}"
