@@ -15,6 +15,8 @@ from torch import Tensor
 
 _POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 WIDTH = 16  # elements that a row must be a multiple of
+FEW_ROWS = 64  # up to which `linear` is ahead of the vendor library,
+FEW_ROWS_LAID_OUT = 16  # and of that with a weight that lies ready for it
 
 
 @functools.cache
@@ -37,6 +39,8 @@ def load() -> tuple[ctypes.CDLL | None, str | None]:
         add_layer_norm.argtypes, add_layer_norm.restype = [_POINTER] * 5 + [_LONG, _INT, _FLOAT], None
         quantise_rows = getattr(library, f"quantise_rows_{dtype}")
         quantise_rows.argtypes, quantise_rows.restype = [_POINTER] * 3 + [_LONG, _INT, _FLOAT], None
+        linear = getattr(library, f"linear_of_few_rows_{dtype}")
+        linear.argtypes, linear.restype = [_POINTER] * 4 + [_INT] * 4, None
         scale_rows = getattr(library, f"scale_rows_{dtype}")
         scale_rows.argtypes, scale_rows.restype = [_POINTER] * 4 + [_LONG, _INT, _INT], None
     return library, None
@@ -95,6 +99,31 @@ def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, ep
     getattr(load()[0], f"add_layer_norm_{_name(x)}")(
         x.data_ptr(), residual.data_ptr(), weight.data_ptr(), bias.data_ptr(), y.data_ptr(),
         x.numel() // width, width, eps,
+    )  # fmt: skip
+    return y
+
+
+def takes_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None, laid_out: bool = False
+) -> bool:
+    """Whether `linear` is the faster way to activation(x weight^T + bias)."""
+    most = FEW_ROWS_LAID_OUT if laid_out else FEW_ROWS
+    if activation not in (None, "gelu") or not 0 < x.numel() <= most * x.shape[-1]:
+        return False
+    columns, inner = weight.shape
+    given = (x, weight) if bias is None else (x, weight, bias)
+    if columns % 4 or inner % (WIDTH if x.dtype == torch.float32 else 2 * WIDTH):
+        return False
+    return all(t.is_contiguous() for t in given) and not torch.is_autocast_enabled("cpu") and _take(*given)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None) -> Tensor:
+    """activation(x weight^T + bias) of few rows: [..., K], [N, K], [N] or None -> [..., N]. Sums in float32."""
+    columns, inner = weight.shape
+    y = torch.empty(*x.shape[:-1], columns, dtype=x.dtype)
+    getattr(load()[0], f"linear_of_few_rows_{_name(x)}")(
+        x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr(),
+        x.numel() // inner, columns, inner, activation == "gelu",
     )  # fmt: skip
     return y
 

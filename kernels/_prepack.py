@@ -71,6 +71,11 @@ def is_marked(weight: Tensor) -> bool:
     return weight in _marked
 
 
+def is_int8(weight: Tensor) -> bool:
+    marked = _marked.get(weight)
+    return marked is not None and marked.int8
+
+
 def mark_joined(joined: Tensor, parts: list[Tensor]) -> None:
     """Mark `joined`, made of `parts`, as they are; not where one of them is not."""
     marks = [_marked.get(part) for part in parts]

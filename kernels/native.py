@@ -36,11 +36,11 @@ INVARIANT_ROWS = 128
 
 
 def linear(x, weight, bias=None):
-    """The vendor library's product. It picks its kernel by the number of rows, so within `batch_invariant()` it always
-    gets the same number: the rows are cut into blocks, the last one filled up with zeros."""
+    """The vendor library's product, but for few rows. It picks its kernel by the number of rows, so within
+    `batch_invariant()` it always gets the same number: the rows are cut into blocks, the last filled up with zeros."""
     if not is_batch_invariant():
-        packed = _prepack.find(x, weight, bias)
-        return F.linear(x, weight, bias) if packed is None else _prepack.linear(x, packed, bias)
+        y = _for_inference(x, weight, bias, None)
+        return F.linear(x, weight, bias) if y is None else y
     rows = x.reshape(-1, x.shape[-1])
     whole = len(rows) // INVARIANT_ROWS * INVARIANT_ROWS
     blocks = [*rows[:whole].split(INVARIANT_ROWS)] if whole else []
@@ -53,10 +53,20 @@ def linear(x, weight, bias=None):
 
 def linear_act(x, weight, bias=None, activation="gelu"):
     if activation in _prepack.EPILOGUES and not is_batch_invariant():
-        packed = _prepack.find(x, weight, bias)
-        if packed is not None:
-            return _prepack.linear(x, packed, bias, activation)
+        y = _for_inference(x, weight, bias, activation)
+        if y is not None:
+            return y
     return reference.activate(linear(x, weight, bias), activation)
+
+
+def _for_inference(x, weight, bias, activation):
+    """activation(x weight^T + bias) by the faster of what serves inference alone; None where nothing does."""
+    if torch.compiler.is_compiling():
+        return None
+    if not _prepack.is_int8(weight) and _cpu.takes_linear(x, weight, bias, activation, _prepack.is_marked(weight)):
+        return _cpu.linear(x, weight, bias, activation)
+    packed = _prepack.find(x, weight, bias)
+    return None if packed is None else _prepack.linear(x, packed, bias, activation)
 
 
 def feed_forward(x, up_weight, up_bias, down_weight, down_bias=None, activation="gelu", recompute=False):

@@ -163,6 +163,54 @@ def test_add_layer_norm_that_goes_to_torch():
     assert native.add_layer_norm(x.requires_grad_(), residual, weight, bias).requires_grad
 
 
+# ---- products of few rows ------------------------------------------------------------------------------------
+
+
+@built
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", [None, "gelu"])
+@pytest.mark.parametrize("rows", [1, 3, 4, 5, 17, 64])
+@pytest.mark.parametrize(("columns", "inner"), [(4, 32), (68, 96), (32, 1056)])
+def test_few_rows(dtype, activation, rows, columns, inner):
+    x, weight, bias = torch.randn(rows, inner), torch.randn(columns, inner) / inner**0.5, torch.randn(columns)
+    x, weight, bias = (t.double().to(dtype) for t in (x, weight, bias))
+    for b in (bias, None):
+        assert _cpu.takes_linear(x, weight, b, activation)
+
+        def plain(t, b=b):
+            y = F.linear(t(x), t(weight), None if b is None else t(b))
+            return F.gelu(y) if activation else y
+
+        ours = native.linear_act(x, weight, b) if activation else native.linear(x, weight, b)
+        assert_within_budget(ours, plain(lambda t: t), plain(torch.Tensor.double), "y")
+
+
+@built
+def test_few_rows_each_by_itself():
+    """A row's bits do not depend on how many others there are."""
+    x, weight, bias = torch.randn(9, 64), torch.randn(16, 64), torch.randn(16)
+    together = _cpu.linear(x, weight, bias, "gelu")
+    for n in range(9):
+        assert torch.equal(_cpu.linear(x[n : n + 1], weight, bias, "gelu")[0], together[n])
+
+
+@built
+def test_who_multiplies_few_rows(linear):
+    """With the weight laid out up to 16 rows; with gradients, many rows, odd widths, other activations not at all."""
+    x, weight = torch.randn(17, 48), linear.weight.detach()
+    assert _cpu.takes_linear(x, weight, None)
+    assert not _cpu.takes_linear(x, weight, None, laid_out=True)
+    assert _cpu.takes_linear(x[:16], weight, None, laid_out=True)
+    assert not _cpu.takes_linear(x, linear.weight, linear.bias)
+    assert not _cpu.takes_linear(torch.randn(65, 48), weight, None)
+    assert not _cpu.takes_linear(x, weight, None, "silu")
+    assert not _cpu.takes_linear(x, weight[:31], None)
+    assert not _cpu.takes_linear(x[:, :40], weight[:, :40].contiguous(), None)
+    assert not _cpu.takes_linear(x[0:0], weight, None)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not _cpu.takes_linear(x, weight, None)
+
+
 # ---- around a product of 8-bit integers ----------------------------------------------------------------------
 
 
