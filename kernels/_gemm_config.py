@@ -140,7 +140,7 @@ _SM_120 = {
 }
 # The compiler unrolls a flattened loop three times there: 15,000 instructions for geglu, so it is left as it is.
 _SM_100 = {
-    epilogue: tuple((n, k, replace(config, flatten=False, slice_n=32)) for n, k, config in rungs)
+    epilogue: tuple((n, k, replace(config, flatten=False, slice_n=min(config.slice_n, 32))) for n, k, config in rungs)
     for epilogue, rungs in _SM_90.items()
 }
 _CDNA = {
