@@ -1,4 +1,4 @@
-"""Ways out of Python and changes made behind `accelerate`: export, tracing, other layers, chunks, invariance."""
+"""Ways out of Python and changes made behind `accelerate`: export, tracing, other layers, int8, pipelines."""
 
 import copy
 import warnings
@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import fastbert
+from fastbert.testing import relative_rms
 
 transformers = pytest.importorskip("transformers", reason="what is accelerated")
 
@@ -174,3 +175,115 @@ def test_tied_weights_stay_tied():
     assert ours.cls.predictions.decoder.weight is ours.bert.embeddings.word_embeddings.weight
     copied = copy.deepcopy(ours)
     assert copied.cls.predictions.decoder.weight is copied.bert.embeddings.word_embeddings.weight
+
+
+def test_explain_says_that_padding_stays_under_compile():
+    ours, plain = pair()
+    for compiled in (torch.compile(ours), ours):
+        if compiled is ours:
+            ours.compile()
+        left = fastbert.explain(compiled).left
+        assert "padding stays" in left["(the model), under torch.compile"]
+    plain.compile()
+    assert "padding" not in str(fastbert.explain(plain))
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization:DeprecationWarning", "ignore:.*quantized tensor creation")
+@pytest.mark.parametrize("first", ["accelerate", "quantize"])
+def test_layers_quantized_to_int8_on_the_fly(first):
+    """torch scales each activation by its largest value: the same numbers without padding. With it the padding has
+    no part in the scale, so the error against the unquantised model is compared."""
+    quantization = pytest.importorskip("torch.ao.quantization", reason="what quantizes")
+    if not {"fbgemm", "x86", "qnnpack", "onednn"} & set(torch.backends.quantized.supported_engines):
+        pytest.skip("this torch has no int8 products")
+
+    def quantized(model: torch.nn.Module) -> torch.nn.Module:
+        return quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+
+    ours, plain = pair()
+    theirs = quantized(plain)
+    with torch.inference_mode():
+        if first == "accelerate":
+            ours(**batch_of())  # weights are laid out
+            ours = quantized(ours)
+        else:
+            ours = fastbert.accelerate(quantized(plain), impl="native")
+        full = {"input_ids": torch.randint(5, 60, (4, 13))}
+        mine, other, truth = (m(**full).last_hidden_state for m in (ours, theirs, plain))
+        assert relative_rms(mine, other) <= 0.5 * relative_rms(other, truth)  # a value may round to the other side
+        batch = batch_of()
+        mine, other, truth = (m(**batch).last_hidden_state[MASK] for m in (ours, theirs, plain))
+        assert not ours.forward.warned
+        assert relative_rms(mine, truth) <= 1.5 * relative_rms(other, truth)
+        assert relative_rms(other, truth) > 1e-3
+        report = fastbert.explain(ours)
+    assert "torch.ao" in report.left["encoder.layer.0.intermediate.dense"]
+    assert report.replaced["encoder.layer.0"] == "BertLayer: attention, add_layer_norm"
+
+
+TEXTS = ["a b", "the cat sat on the mat", "c", "a longer text of ten words : the cat and b"]
+TASKS = {
+    "feature-extraction": ("Model", TEXTS),
+    "fill-mask": ("ForMaskedLM", [f"{text} [MASK]" for text in TEXTS]),
+    "text-classification": ("ForSequenceClassification", TEXTS),
+    "token-classification": ("ForTokenClassification", TEXTS),
+    "question-answering": ("ForQuestionAnswering", [{"question": "the cat", "context": text} for text in TEXTS]),
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    import tokenizers
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(set(" ".join(TEXTS).split()))]
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, "[UNK]"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    made.post_processor = tokenizers.processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
+        mask_token="[MASK]", model_max_length=40,
+    )  # fmt: skip
+
+
+def assert_alike(mine, theirs) -> None:
+    """Lists and dicts of numbers, in the same shape."""
+    assert type(mine) is type(theirs)
+    if isinstance(mine, dict):
+        assert mine.keys() == theirs.keys()
+        mine, theirs = list(mine.values()), list(theirs.values())
+    if isinstance(mine, list):
+        assert len(mine) == len(theirs)
+        for pair_of in zip(mine, theirs, strict=True):
+            assert_alike(*pair_of)
+    elif isinstance(mine, str) or mine is None:
+        assert mine == theirs
+    else:
+        assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_pipelines(task, batch_size, tokenizer):
+    from transformers.pipelines import SUPPORTED_TASKS
+
+    if task not in SUPPORTED_TASKS:
+        pytest.skip("this transformers has no such pipeline")
+    head, inputs = TASKS[task]
+    plain = getattr(transformers, "Bert" + head)(transformers.BertConfig(**SIZES)).eval()
+    ours = fastbert.accelerate(copy.deepcopy(plain), impl="native")
+    mine, theirs = (
+        transformers.pipeline(task, model=m, tokenizer=tokenizer, device="cpu")(
+            copy.deepcopy(inputs), batch_size=batch_size
+        )
+        for m in (ours, plain)
+    )
+    encoder = ours if head == "Model" else ours.bert
+    assert not encoder.forward.warned
+    if task != "feature-extraction":
+        assert_alike(mine, theirs)
+        return
+    for text, a, b in zip(TEXTS, mine, theirs, strict=True):  # what stands at padding differs
+        real = len(text.split()) + 2
+        assert_alike(a[0][:real], b[0][:real])
+        assert len(a[0]) == len(b[0])

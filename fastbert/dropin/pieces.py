@@ -48,7 +48,8 @@ def listeners(module: nn.Module) -> list:
 def why_not_plain(module: nn.Module, kind: type[nn.Module]) -> str | None:
     """None where `module` is torch's `kind` and no more, so that its parameters say all; else what it is."""
     if type(module) is not kind:
-        return f"a {type(module).__name__}"
+        cls = type(module)
+        return f"a {cls.__name__}" + (f" of {cls.__module__}" if cls.__name__ == kind.__name__ else "")
     if "forward" in module.__dict__:
         return "its forward was replaced"
     if any(p is not None and type(p) not in (nn.Parameter, Tensor) for p in module._parameters.values()):

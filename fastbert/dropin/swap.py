@@ -228,6 +228,9 @@ def explain(model: nn.Module) -> Report:
             report.left[name] = f"{type(module).__name__}: {why_left_torch(module) or 'not accelerated'}"
         elif (family := family_of(module)) is not None:
             report.left[name] = f"{type(module).__name__}: {why_left(module, family) or 'not accelerated'}"
+        compiled = getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
+        if compiled and any(isinstance(m.__dict__.get("forward"), Forward) for m in module.modules()):
+            report.left[f"{name}, under torch.compile"] = "padding stays: how much there is, no graph can ask"
     if not report.replaced and not report.left:
         report.left["(the model)"] = (
             f"{type(model).__name__}: nothing in it is in the table of known models; fastbert.register_attention() "
