@@ -102,7 +102,9 @@ def kernel_modules() -> tuple[list[str], list[str]]:
 def _has_cases(module: str) -> bool:
     """Read from its source: importing a helper module could need what is not installed."""
     origin = importlib.util.find_spec(module).origin
-    return re.search(r"^def compile_cases\b", Path(origin).read_text(), re.MULTILINE) is not None
+    if not origin.endswith(".py"):  # the C++ operators
+        return False
+    return re.search(r"^def compile_cases\b", Path(origin).read_text(encoding="utf-8"), re.MULTILINE) is not None
 
 
 @functools.cache

@@ -112,27 +112,35 @@ struct Scratch {
 };
 thread_local Scratch scratch;
 
+// sum[i][j] = row i of a [M rows, lanes], times columns 16 j to 16 j + 15 of b [lanes, columns].
+template <class T, int M, int N>
+inline void multiply(
+    const typename T::Element* a, int64_t a_stride, const float* b, int64_t b_stride, int lanes, __m512 (&sum)[M][N]
+) {
+#pragma GCC unroll 6
+    for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+        for (int j = 0; j < N; ++j) sum[i][j] = _mm512_setzero_ps();
+    for (int lane = 0; lane < lanes; ++lane) {
+        __m512 of_b[N];
+#pragma GCC unroll 4
+        for (int j = 0; j < N; ++j) of_b[j] = _mm512_loadu_ps(b + lane * b_stride + j * WIDTH);
+#pragma GCC unroll 6
+        for (int i = 0; i < M; ++i) {
+            const __m512 of_a = broadcast_lane(a + i * a_stride + lane * T::PER_LANE);
+#pragma GCC unroll 4
+            for (int j = 0; j < N; ++j) sum[i][j] = T::multiply_add(sum[i][j], of_a, of_b[j]);
+        }
+    }
+}
+
 // Scores of M rows with N x 16 keys: q rows apart by q_stride elements, keys [lanes, keys] -> scores [M, keys].
 template <class T, int M, int N>
 inline void score_tile(
     const typename T::Element* q, int64_t q_stride, const float* k, int lanes, int keys, float* scores
 ) {
     __m512 sum[M][N];
-#pragma GCC unroll 6
-    for (int i = 0; i < M; ++i)
-#pragma GCC unroll 4
-        for (int j = 0; j < N; ++j) sum[i][j] = _mm512_setzero_ps();
-    for (int lane = 0; lane < lanes; ++lane) {
-        __m512 of_keys[N];
-#pragma GCC unroll 4
-        for (int j = 0; j < N; ++j) of_keys[j] = _mm512_load_ps(k + lane * keys + j * WIDTH);
-#pragma GCC unroll 6
-        for (int i = 0; i < M; ++i) {
-            const __m512 of_row = broadcast_lane(q + i * q_stride + lane * T::PER_LANE);
-#pragma GCC unroll 4
-            for (int j = 0; j < N; ++j) sum[i][j] = T::multiply_add(sum[i][j], of_row, of_keys[j]);
-        }
-    }
+    multiply<T, M, N>(q, q_stride, k, keys, lanes, sum);
 #pragma GCC unroll 6
     for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
@@ -166,21 +174,7 @@ inline void value_tile(
     typename T::Element* o, int64_t o_stride
 ) {
     __m512 sum[M][N];
-#pragma GCC unroll 6
-    for (int i = 0; i < M; ++i)
-#pragma GCC unroll 4
-        for (int j = 0; j < N; ++j) sum[i][j] = _mm512_setzero_ps();
-    for (int lane = 0; lane < lanes; ++lane) {
-        __m512 of_key[N];
-#pragma GCC unroll 4
-        for (int j = 0; j < N; ++j) of_key[j] = _mm512_loadu_ps(v + lane * stride + j * WIDTH);
-#pragma GCC unroll 6
-        for (int i = 0; i < M; ++i) {
-            const __m512 of_row = broadcast_lane(p + i * keys + lane * T::PER_LANE);
-#pragma GCC unroll 4
-            for (int j = 0; j < N; ++j) sum[i][j] = T::multiply_add(sum[i][j], of_row, of_key[j]);
-        }
-    }
+    multiply<T, M, N>(p, keys, v, stride, lanes, sum);
 #pragma GCC unroll 6
     for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
