@@ -249,7 +249,8 @@ class Graphs:
             key: whatever else the pass depends on.
         """
         tokens, sequences = bucket_of(batch.total_tokens, batch.batch_size)
-        with self._lock, torch.no_grad(), torch.inference_mode(False):  # inference tensors could not be written again
+        # inference tensors could not be written again; leaving that mode turns gradients on, so in this order
+        with self._lock, torch.inference_mode(False), torch.no_grad():
             if self._recorder is None:
                 self._recorder = RECORDERS[self.device.type](self.device)
             with self._recorder.in_order():

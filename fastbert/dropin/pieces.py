@@ -126,7 +126,7 @@ def readied(shared: Shared, *linears: nn.Linear) -> None:
 
 def multiply(linear: nn.Module, x: Tensor, shared: Shared) -> Tensor:
     """linear(x)."""
-    if not (shared.infers and plain(linear)):
+    if not plain(linear):
         return linear(x)
     readied(shared, linear)
     return F.linear(x, linear.weight, linear.bias, impl=shared.impl)
@@ -140,14 +140,14 @@ def project(
         return multiply(linears[0], x, shared).unflatten(-1, (3, -1, head_dim)).unbind(1)
     if all(plain(linear) for linear in linears) and len({linear.bias is None for linear in linears}) == 1:
         readied(shared, *linears)
-        return joined(x, linears).unflatten(-1, (3, -1, head_dim)).unbind(1)
+        return joined(x, linears, shared.impl).unflatten(-1, (3, -1, head_dim)).unbind(1)
     return [linear(x).unflatten(-1, (-1, head_dim)) for linear in linears]
 
 
 def linear_without_bias(linear: nn.Module, x: Tensor, fold: bool, shared: Shared) -> tuple[Tensor, Tensor | None]:
     """(y, the bias still to be added): with `fold` a plain layer leaves its bias to the LayerNorm that follows."""
     if fold and linear.bias is not None and plain(linear):
-        return nn.functional.linear(x, linear.weight), linear.bias
+        return F.linear(x, linear.weight, impl=shared.impl), linear.bias
     return multiply(linear, x, shared), None
 
 
