@@ -15,7 +15,6 @@ import argparse
 import importlib.util
 import inspect
 import json
-import os
 import statistics
 import sys
 import time
@@ -24,6 +23,7 @@ from importlib.resources import files
 
 import torch
 
+from fastbert.checkpoint import write_atomically
 from fastbert.embed import DTYPES, Encoder
 from fastbert.models.bert import BertModel
 from fastbert.testing import relative_rms
@@ -197,11 +197,8 @@ def main(argv: list[str] | None = None) -> int:
             "device": machine.describe(torch.device("cpu")), "versions": machine.versions(),
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"), "commit": machine.commit(),
         }  # fmt: skip
-        temporary = f"{args.json}.part"
-        with open(temporary, "w", encoding="utf-8") as out:
-            json.dump({**head, "rows": results}, out, indent=1)
-            out.write("\n")
-        os.replace(temporary, args.json)
+        with write_atomically(args.json) as temporary:
+            temporary.write_text(json.dumps({**head, "rows": results}, indent=1) + "\n", encoding="utf-8")
     return 1 if wrong else 0
 
 

@@ -14,8 +14,8 @@ import torch.nn as nn
 from torch import Tensor
 
 from fastbert import functional as F
+from fastbert.batching import TOKENS_PER_BATCH, batches_within
 from fastbert.config import BertConfig
-from fastbert.embed import TOKENS_PER_BATCH, _batches
 from fastbert.layers import prepack
 from fastbert.models.bert import BertModel, Pass
 from fastbert.packing import PackedBatch
@@ -32,7 +32,7 @@ Run = Callable[[], object]
 def batches_of(workload: Workload, device_type: str) -> list[Workload]:
     """The batches that an `Encoder` would make of these texts on such a device: by length, up to its budget."""
     lengths = sorted(workload.lengths, reverse=True)
-    groups = _batches(list(range(len(lengths))), lengths, TOKENS_PER_BATCH[device_type])
+    groups = batches_within(list(range(len(lengths))), lengths, TOKENS_PER_BATCH[device_type])
     return [Workload(workload.model, tuple(lengths[n] for n in group)) for group in groups]
 
 

@@ -21,7 +21,8 @@ import torch.nn.functional as tf
 from torch import Tensor
 
 from fastbert import functional as F
-from fastbert.embed import Encoder, _even_batches, _run_batches
+from fastbert.batching import even_batches, run_batches
+from fastbert.embed import Encoder
 from fastbert.kernels import _prepack
 from fastbert.models.bert import BertModel
 from fastbert.packing import PackedBatch
@@ -86,7 +87,7 @@ def _floor(job: Job) -> Run:
             _prepack.mark(weight)
     lengths = [len(row) for row in job.rows]
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
-    batches = _even_batches(order, lengths, _encoder(job).token_budget(), job.device)
+    batches = even_batches(order, lengths, _encoder(job).token_budget(), job.device)
     tokens = [sum(lengths[n] for n in rows) for rows in batches]
     inputs = [torch.randn(t, config.hidden_size, device=job.device).to(job.dtype) for t in tokens]
 
@@ -102,7 +103,7 @@ def _floor(job: Job) -> Run:
             product(product(product(x, out), up), down)
 
     def run() -> Tensor:
-        _run_batches(multiply, [[n] for n in range(len(inputs))], job.device)
+        run_batches(multiply, [[n] for n in range(len(inputs))], job.device)
         return inputs[-1]
 
     return run

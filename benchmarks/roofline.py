@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import os
 import shlex
 import statistics
 import sys
@@ -27,6 +26,7 @@ from typing import Any
 
 import torch
 
+from fastbert.checkpoint import write_atomically
 from fastbert.embed import resolve_device, resolve_dtype
 from fastbert.testing import WORKLOADS, Workload
 
@@ -381,9 +381,8 @@ def main(argv: list[str] | None = None) -> int:
         print(text, end="")
         return 0
     if args.json is not None:
-        temporary = args.json.with_name(f"{args.json.name}.{os.getpid()}.tmp")
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, args.json)
+        with write_atomically(args.json) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     print(headline(found), printed(table(found)), sep="\n\n")
     if args.plot is not None:
         plot(found, args.plot)

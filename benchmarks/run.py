@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import datetime
 import json
-import os
 import shlex
 import signal
 import sys
@@ -122,9 +121,10 @@ class Results:
     def write(self) -> None:
         if self.path is None:
             return
-        temporary = self.path.with_name(self.path.name + f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(self.data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(temporary, self.path)
+        from fastbert.checkpoint import write_atomically
+
+        with write_atomically(self.path) as temporary:
+            temporary.write_text(json.dumps(self.data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def run(args: argparse.Namespace) -> int:

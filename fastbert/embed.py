@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from . import checkpoint
 from . import functional as F
+from .batching import CHUNK_TEXTS, chunks_of, even_batches, filling, one_ahead, run_batches, tokens_per_batch
 from .kernels import _int8
 from .layers import prepack, quantise
 from .models.bert import BertModel
@@ -30,10 +25,6 @@ POOLING = (*F.POOLING_MODES, "pooler")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 INT8 = "int8"  # a way to multiply, not the dtype of a model
 
-# Tokens a batch. A CPU wants the activations of a layer to stay in its cache; a GPU wants to be full.
-TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 65536}
-# Texts tokenised and sorted together, bounded in number and in characters, so memory stays flat on any file.
-CHUNK_TEXTS, CHUNK_CHARACTERS = 8192, 4_000_000
 # What the share of avoided padding is measured against: batches of this many texts in arrival order.
 PADDED_BATCH = 32
 
@@ -310,14 +301,14 @@ class Encoder:
         what is computed together. While one chunk is computed the next one is tokenised, so `texts` is read one chunk
         ahead.
         """
-        return self.encode_chunks(_chunks(texts, chunk_size), max_tokens_per_batch=max_tokens_per_batch)
+        return self.encode_chunks(chunks_of(texts, chunk_size), max_tokens_per_batch=max_tokens_per_batch)
 
     def encode_chunks(
         self, chunks: Iterable[Sequence[str]], *, max_tokens_per_batch: int | None = None
     ) -> Iterator[Tensor]:
         """`encode_stream` of texts that are cut into chunks already: yields [n, C] for each chunk of n texts."""
         budget = self.token_budget(max_tokens_per_batch)
-        for tokenised in _one_ahead(self.tokenise, chunks):
+        for tokenised in one_ahead(self.tokenise, chunks):
             started = time.perf_counter()
             ids = tokenised()  # waits for the other thread where that is behind
             vectors = self.encode_ids(ids, budget)
@@ -326,7 +317,7 @@ class Encoder:
 
     def token_budget(self, max_tokens_per_batch: int | None = None) -> int:
         """The bound on the tokens computed at once: as asked for, or the device's."""
-        budget = max_tokens_per_batch or TOKENS_PER_BATCH.get(self.device.type, TOKENS_PER_BATCH["cuda"])
+        budget = max_tokens_per_batch or tokens_per_batch(self.device)
         if budget < 1:
             raise ValueError(f"max_tokens_per_batch must be at least 1, got {budget}")
         return budget
@@ -351,11 +342,11 @@ class Encoder:
         @torch.inference_mode()  # a thread's own switch
         def encode(rows: list[int]) -> None:
             texts = [ids[row] for row in rows]
-            texts += [[0] * n for n in _filling(sum(map(len, texts)), min(budget, self.max_length), self.device)]
+            texts += [[0] * n for n in filling(sum(map(len, texts)), min(budget, self.max_length), self.device)]
             batch = PackedBatch.from_lists(texts, device=self.device)
             vectors[rows] = self._vectors(batch)[: len(rows)].float().cpu()
 
-        _run_batches(encode, _even_batches(order, lengths, budget, self.device), self.device)
+        run_batches(encode, even_batches(order, lengths, budget, self.device), self.device)
         self.stats.texts += len(ids)
         self.stats.tokens += sum(lengths)
         for start in range(0, len(lengths), PADDED_BATCH):
@@ -371,17 +362,6 @@ class Encoder:
             pooled = F.pool(output.last_hidden_state, batch.cu_seqlens, self.pooling, impl=self.model.impl)
         # normalised in float32, so that a vector's length is 1 to float32's precision whatever the model computes in
         return torch.nn.functional.normalize(pooled.float(), dim=-1) if self.normalize else pooled
-
-
-def _filling(tokens: int, longest: int, device: torch.device) -> list[int]:
-    """Lengths of sequences, one or none, that bring a batch on a CPU to one of a few numbers of tokens.
-
-    oneDNN makes a kernel for each number of rows of each product, about 0.4 ms and 0.6 MB, and keeps 1,024. Up to 16
-    rows go without it where there is AVX-512.
-    """
-    step = min(16 if tokens <= 512 else 32, longest)
-    filling = -tokens % step if device.type == "cpu" and tokens > 16 else 0
-    return [filling] if filling else []
 
 
 def describe_operators(device: torch.device, impl: F.Impl | None = None) -> dict[str, tuple[str, str]]:
@@ -407,95 +387,3 @@ def _keep_layers(model: BertModel, layer: int, pooling: str) -> None:
     model.encoder["layer"] = model.encoder["layer"][:kept]
     if pooling != "pooler":
         model.pooler = None
-
-
-def _chunks(texts: Iterable[str], size: int) -> Iterator[list[str]]:
-    """Lists of at most `size` texts and about CHUNK_CHARACTERS characters."""
-    texts = iter(texts)
-    chunk: list[str] = []
-    characters = 0
-    for text in texts:
-        if not isinstance(text, str):
-            raise TypeError(f"texts must be str, got {type(text).__name__}")
-        chunk.append(text)
-        characters += len(text)
-        if len(chunk) >= size or characters >= CHUNK_CHARACTERS:
-            yield chunk
-            chunk, characters = [], 0
-    if chunk:
-        yield chunk
-
-
-def _one_ahead(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Callable[[], Any]]:
-    """For each item what gives function(item): a thread begins with the next one while the caller has this one.
-
-    The items themselves are drawn in the caller's thread. A single one needs no thread.
-    """
-    items = iter(items)
-    first = list(itertools.islice(items, 2))
-    if len(first) < 2:
-        yield from (partial(function, item) for item in first)
-        return
-    with ThreadPoolExecutor(1, "ahead") as thread:
-        coming = deque(thread.submit(function, item) for item in first)
-        try:
-            while coming:
-                yield coming.popleft().result
-                coming.extend(thread.submit(function, item) for item in itertools.islice(items, 1))
-        finally:
-            thread.shutdown(wait=False, cancel_futures=True)
-
-
-# Batches computed at once on a CPU. Threads that share one batch wait for each other at the end of every operator.
-IN_FLIGHT = 4
-
-
-def _run_batches(encode: Callable[[list[int]], None], batches: list[list[int]], device: torch.device) -> None:
-    """Encodes all batches: on a CPU several at once, each with its share of the threads.
-
-    One after another where there is one thread, too few batches to keep all of them busy to the end, or where bits must
-    not depend on the number of threads (`batch_invariant()`).
-    """
-    threads, flights = torch.get_num_threads(), _flights(len(batches), device)
-    if flights == 1:
-        for rows in batches:
-            encode(rows)
-        return
-    pool = ThreadPoolExecutor(flights, "encode", initializer=torch.set_num_threads, initargs=(threads // flights,))
-    try:
-        for _ in pool.map(encode, batches):
-            pass
-    finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)  # part of torch's count belongs to the process
-
-
-def _flights(batches: int, device: torch.device) -> int:
-    """How many of so many batches are computed at once."""
-    flights = min(IN_FLIGHT, torch.get_num_threads())
-    return 1 if device.type != "cpu" or batches < 3 * flights or F.is_batch_invariant() else flights
-
-
-def _even_batches(order: list[int], lengths: list[int], budget: int, device: torch.device) -> list[list[int]]:
-    """`_batches`; where several are computed at once, as many for each thread and all of about the same size, so that
-    all of them end together."""
-    batches = list(_batches(order, lengths, budget))
-    flights = _flights(len(batches), device)
-    total, room = sum(lengths), budget - max(lengths, default=0)  # a cut falls at most one text late
-    if flights == 1 or 2 * room < budget:
-        return batches
-    count = -(-total // (room * flights)) * flights
-    ends = np.searchsorted(np.cumsum([lengths[row] for row in order]), np.arange(1, count) * total / count) + 1
-    return [order[start:end] for start, end in itertools.pairwise((0, *ends.tolist(), len(order))) if start < end]
-
-
-def _batches(order: list[int], lengths: list[int], budget: int) -> Iterator[list[int]]:
-    """Cuts `order` into batches of at most `budget` tokens, one text at least."""
-    start = tokens = 0
-    for place, row in enumerate(order):
-        if place > start and tokens + lengths[row] > budget:
-            yield order[start:place]
-            start, tokens = place, 0
-        tokens += lengths[row]
-    if start < len(order):
-        yield order[start:]

@@ -97,7 +97,7 @@ def _operators() -> list[str]:
     title = f"operators on {device}, in {dtype} by default"
     value = os.environ.get("TRITON_INTERPRET")
     missing = _cpu.load()[1]
-    inference = "C++ operators for inference on a CPU (attention, LayerNorm): "
+    inference = "C++ operators for inference on a CPU: "
     inference += "built" if missing is None else f"none; {missing}"
     notes = [f"  {inference}", f"  Triton's interpreter is {interpreter} (TRITON_INTERPRET={value or ''})"]
     return [*_table(title, rows), *notes]

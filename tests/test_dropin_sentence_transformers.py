@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fastbert
-from fastbert import embed
+from fastbert import batching
 from fastbert.dropin import sentence
 from fastbert.dropin.encoder import EncoderForward
 from fastbert.testing import assert_within_budget
@@ -246,7 +246,7 @@ def test_encode_query_and_document(build):
 
 
 def test_batches_are_of_tokens_and_sorted_by_them(build, batches, monkeypatch):
-    monkeypatch.setitem(embed.TOKENS_PER_BATCH, "cpu", 200)
+    monkeypatch.setitem(batching.TOKENS_PER_BATCH, "cpu", 200)
     model = fastbert.accelerate(build(), impl="native")
     model.encode(MANY)
     lengths = [len(row) for row in model.tokenizer(MANY, truncation=True, max_length=64)["input_ids"]]
@@ -268,14 +268,14 @@ def test_a_small_batch_size_bounds_the_tokens(build, batches):
 
 def test_threads_change_nothing(build, two_threads, monkeypatch):
     """Several batches at once: the same vectors, without a graph, and under the caller's autocast."""
-    monkeypatch.setitem(embed.TOKENS_PER_BATCH, "cpu", 140)
+    monkeypatch.setitem(batching.TOKENS_PER_BATCH, "cpu", 140)
     model = fastbert.accelerate(build(), impl="native")
     together = model.encode(MANY, convert_to_tensor=True)
     assert not together.requires_grad
     assert torch.get_num_threads() == 2
     with torch.autocast("cpu", torch.bfloat16):
         low = model.encode(MANY, convert_to_tensor=True)
-    monkeypatch.setattr(embed, "IN_FLIGHT", 1)
+    monkeypatch.setattr(batching, "IN_FLIGHT", 1)
     torch.testing.assert_close(model.encode(MANY, convert_to_tensor=True), together, atol=1e-5, rtol=1e-4)
     with torch.autocast("cpu", torch.bfloat16):
         alone = model.encode(MANY, convert_to_tensor=True)
@@ -318,7 +318,7 @@ def test_pooling(build, options):
 
 
 def test_dense_and_normalise(build, two_threads, monkeypatch):
-    monkeypatch.setitem(embed.TOKENS_PER_BATCH, "cpu", 100)
+    monkeypatch.setitem(batching.TOKENS_PER_BATCH, "cpu", 100)
     model = build("bert", lambda: modules.Dense(32, 12), modules.Normalize)
     before = model.encode(MANY)
     fastbert.accelerate(model, impl="native")
@@ -349,10 +349,10 @@ def test_a_module_of_somebody_is_called_by_one_thread(build, two_threads, monkey
             self.inside -= 1
             return features
 
-    monkeypatch.setitem(embed.TOKENS_PER_BATCH, "cpu", 100)
+    monkeypatch.setitem(batching.TOKENS_PER_BATCH, "cpu", 100)
     used = []
-    run = embed._run_batches
-    monkeypatch.setattr(sentence, "_run_batches", lambda *args: (used.append(1), run(*args)))
+    run = batching.run_batches
+    monkeypatch.setattr(sentence, "run_batches", lambda *args: (used.append(1), run(*args)))
     model = build("bert", Counts)
     before = model.encode(MANY)
     fastbert.accelerate(model, impl="native")

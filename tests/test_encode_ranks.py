@@ -4,35 +4,22 @@ import os
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
-from fastbert import BertConfig, BertModel, Encoder
+from fastbert import Encoder
+from fastbert.batching import one_ahead
 from fastbert.cli import main
-from fastbert.embed import EncodeStats, _one_ahead
+from fastbert.embed import EncodeStats
 from fastbert.ranks import Ranks
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz"]
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
 WORDS_OF_OPTIONS = ["--impl", "native", "--device", "cpu", "--dtype", "float32"]
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    config = BertConfig(
-        vocab_size=len(WORDS), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48,
-        max_position_embeddings=32, initializer_range=0.5,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    BertModel(config).save_pretrained(folder)
-    (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n")
-    return folder
 
 
 def environment(**others: str) -> dict[str, str]:
@@ -47,8 +34,7 @@ def torchrun(*words) -> subprocess.CompletedProcess:
 
 
 def sentences(count: int) -> list[str]:
-    letters = WORDS[5:]
-    return [" ".join(letters[i * 7 % 26 : i * 7 % 26 + 1 + i % 9]) for i in range(count)]
+    return [" ".join(LETTERS[i * 7 % 26 : i * 7 % 26 + 1 + i % 9]) for i in range(count)]
 
 
 def test_one_ordered_result(folder, tmp_path):
@@ -76,7 +62,7 @@ def test_chunks_are_dealt_out_and_put_together(count, monkeypatch):
             self.stats = EncodeStats()
 
         def encode_chunks(self, chunks, max_tokens_per_batch=None):
-            for vectors in _one_ahead(lambda chunk: torch.tensor(chunk, dtype=torch.float32)[:, None], chunks):
+            for vectors in one_ahead(lambda chunk: torch.tensor(chunk, dtype=torch.float32)[:, None], chunks):
                 self.stats.texts += 1
                 yield vectors()
 

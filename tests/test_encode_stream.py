@@ -87,7 +87,7 @@ def test_one_chunk_needs_no_thread(encoder, monkeypatch):
     def refuse(*args, **options):
         raise AssertionError("a thread was started for a single chunk")
 
-    monkeypatch.setattr("fastbert.embed.ThreadPoolExecutor", refuse)
+    monkeypatch.setattr("fastbert.batching.ThreadPoolExecutor", refuse)
     assert encoder.encode("a b").shape == (WIDTH,)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastbert import BertConfig, BertModel, Encoder, Tokenizer, embed
+from fastbert import BertConfig, BertModel, Encoder, Tokenizer, batching
 from fastbert.embed import SentenceConfig, resolve_device, resolve_dtype
 from fastbert.testing import assert_within_budget
 
@@ -117,7 +117,7 @@ def test_batches_in_flight_change_nothing(tiny, two_threads, monkeypatch):
     monkeypatch.setattr(encoder, "_vectors", lambda batch: seen.add(threading.get_ident()) or vectors(batch))
     encoder.encode(texts, max_tokens_per_batch=40)
     assert threading.get_ident() not in seen  # or this test shows nothing
-    monkeypatch.setattr(embed, "IN_FLIGHT", 1)
+    monkeypatch.setattr(batching, "IN_FLIGHT", 1)
     torch.testing.assert_close(encoder.encode(texts, max_tokens_per_batch=40), together, rtol=1e-5, atol=1e-6)
 
 
@@ -127,7 +127,7 @@ def test_batches_for_threads_are_even_and_whole(two_threads, texts):
     lengths = sorted((random.Random(texts).randint(2, 64) for _ in range(texts)), reverse=True)
     order = random.Random(0).sample(range(texts), texts)
     lengths = [length for _, length in sorted(zip(order, lengths, strict=True))]  # order sorts them
-    batches = embed._even_batches(order, lengths, 512, torch.device("cpu"))
+    batches = batching.even_batches(order, lengths, 512, torch.device("cpu"))
     assert [row for batch in batches for row in batch] == order
     sizes = [sum(lengths[row] for row in batch) for batch in batches]
     assert max(sizes, default=0) <= 512

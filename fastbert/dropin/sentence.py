@@ -19,7 +19,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..embed import CHUNK_TEXTS, TOKENS_PER_BATCH, _even_batches, _run_batches
+from ..batching import CHUNK_TEXTS, even_batches, run_batches, tokens_per_batch
 from .encoder import EncoderForward, _module_of
 from .forward import Forward
 from .pieces import listeners
@@ -180,7 +180,7 @@ class Regrouped:
 
     def budget(self, device: torch.device) -> int:
         """Tokens a batch."""
-        budget = TOKENS_PER_BATCH.get(device.type, TOKENS_PER_BATCH["cuda"])
+        budget = tokens_per_batch(device)
         longest = self.model.max_seq_length
         return budget if not longest else min(budget, self.batch_size * longest)
 
@@ -192,7 +192,7 @@ class Regrouped:
             return type(model).forward(model, features, **kwargs)
         device = model.device
         order = sorted(range(len(rows.lengths)), key=rows.lengths.__getitem__, reverse=True)
-        batches = _even_batches(order, rows.lengths, self.budget(device), device)
+        batches = even_batches(order, rows.lengths, self.budget(device), device)
         outputs: dict[int, dict[str, Tensor]] = {}
         modes = _modes(device)
 
@@ -202,7 +202,7 @@ class Regrouped:
                 outputs[numbers[0]] = {name: out[name] for name in self.kept if name in out}
 
         if all(type(module).__module__.startswith("sentence_transformers.") for module in model):
-            _run_batches(encode, batches, device)
+            run_batches(encode, batches, device)
         else:  # somebody's module may not expect to be called by several threads
             for numbers in batches:
                 encode(numbers)
