@@ -1,4 +1,4 @@
-"""The C++ operators of `_cpu_operators.cpp`, for inference on x86 CPUs with AVX-512.
+"""The C++ operators of `_cpu_*.cpp`, for inference on x86 CPUs with AVX-512.
 
 Installing compiles them where there is a C++ compiler; without them, or on another CPU, `native.py` computes the same
 from torch's own operators. They are called through ctypes, so one build serves every version of torch.

@@ -1,0 +1,188 @@
+// Packed attention for inference, head by head: K of one head is transposed once (16 keys side by side in a register),
+// then six rows of queries at a time get all their scores, a softmax in place, and their product with V. Everything a
+// head needs stays in the core's own cache. `_cpu.py` calls it.
+
+#include "_cpu_simd.h"
+
+namespace {
+
+constexpr int ROWS = 6;       // query rows at a time: 6 x 4 accumulators, 4 registers of keys, 4 to spare
+constexpr int MOST_KEYS = 4;  // registers of keys at a time
+
+// Scores of M rows with N x 16 keys: q rows apart by q_stride elements, keys [lanes, keys] -> scores [M, keys].
+template <class T, int M, int N>
+inline void score_tile(
+    const typename T::Element* q, int64_t q_stride, const float* k, int lanes, int keys, float* scores
+) {
+    __m512 sum[M][N];
+    multiply<T, M, N>(q, q_stride, k, keys, lanes, sum);
+#pragma GCC unroll 6
+    for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+        for (int j = 0; j < N; ++j) _mm512_store_ps(scores + i * keys + j * WIDTH, sum[i][j]);
+}
+
+// Scores of one row -> p = exp(scale * (score - maximum)) in T, zero past `length`; returns 1 / sum(p).
+template <class T>
+inline float softmax(float* scores, typename T::Element* p, int length, int keys, float scale_log2) {
+    const __mmask16 tail = (__mmask16)((1u << (length - (keys - WIDTH))) - 1);
+    const __m512 nothing = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+    float* last = scores + keys - WIDTH;
+    _mm512_store_ps(last, _mm512_mask_mov_ps(nothing, tail, _mm512_load_ps(last)));
+    __m512 most = nothing;
+    for (int j = 0; j < keys; j += WIDTH) most = _mm512_max_ps(most, _mm512_load_ps(scores + j));
+    const __m512 scale = _mm512_set1_ps(scale_log2);
+    const __m512 shift = _mm512_set1_ps(_mm512_reduce_max_ps(most) * scale_log2);
+    __m512 sum = _mm512_setzero_ps();
+    for (int j = 0; j < keys; j += WIDTH) {
+        const __m512 x = exp2_of_negative(_mm512_fmsub_ps(_mm512_load_ps(scores + j), scale, shift));
+        sum = _mm512_add_ps(sum, x);
+        T::store(p + j, x);
+    }
+    return 1.0f / _mm512_reduce_add_ps(sum);
+}
+
+// M rows of p [M, keys] times N x 16 columns of v [lanes, stride] -> o, each row times its factor.
+template <class T, int M, int N>
+inline void value_tile(
+    const typename T::Element* p, int keys, const float* v, int64_t stride, int lanes, const float* factor,
+    typename T::Element* o, int64_t o_stride
+) {
+    __m512 sum[M][N];
+    multiply<T, M, N>(p, keys, v, stride, lanes, sum);
+#pragma GCC unroll 6
+    for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+        for (int j = 0; j < N; ++j)
+            T::store(o + i * o_stride + j * WIDTH, _mm512_mul_ps(sum[i][j], _mm512_set1_ps(factor[i])));
+}
+
+template <class T, int M>
+void rows_of_head(
+    const typename T::Element* q, int64_t q_stride, const float* k, const float* v, int64_t v_stride, int length,
+    int keys, int head_dim, float scale_log2, float* scores, typename T::Element* p, typename T::Element* o,
+    int64_t o_stride
+) {
+    const int lanes = head_dim / T::PER_LANE;
+    int key = 0;
+    for (; key + MOST_KEYS * WIDTH <= keys; key += MOST_KEYS * WIDTH)
+        score_tile<T, M, MOST_KEYS>(q, q_stride, k + key, lanes, keys, scores + key);
+    switch ((keys - key) / WIDTH) {
+        case 3: score_tile<T, M, 3>(q, q_stride, k + key, lanes, keys, scores + key); break;
+        case 2: score_tile<T, M, 2>(q, q_stride, k + key, lanes, keys, scores + key); break;
+        case 1: score_tile<T, M, 1>(q, q_stride, k + key, lanes, keys, scores + key); break;
+    }
+    float factor[M];
+    for (int i = 0; i < M; ++i)
+        factor[i] = softmax<T>(scores + i * keys, p + i * keys, length, keys, scale_log2);
+    const int pairs = (length + T::PER_LANE - 1) / T::PER_LANE;
+    int column = 0;
+    for (; column + 4 * WIDTH <= head_dim; column += 4 * WIDTH)
+        value_tile<T, M, 4>(p, keys, v + column, v_stride, pairs, factor, o + column, o_stride);
+    for (; column + 2 * WIDTH <= head_dim; column += 2 * WIDTH)
+        value_tile<T, M, 2>(p, keys, v + column, v_stride, pairs, factor, o + column, o_stride);
+    if (column < head_dim) value_tile<T, M, 1>(p, keys, v + column, v_stride, pairs, factor, o + column, o_stride);
+}
+
+// K of one head [length, head_dim] -> [lanes, keys], zero past `length`.
+template <class T>
+void transpose_keys(const typename T::Element* k, int64_t stride, int length, int keys, int head_dim, float* to) {
+    const int lanes = head_dim / T::PER_LANE;
+    for (int key = 0; key < keys; key += WIDTH)
+        for (int lane = 0; lane < lanes; lane += WIDTH) {
+            const int n = std::min(WIDTH, lanes - lane);
+            const __mmask16 real = (__mmask16)((1u << n) - 1);
+            __m512i r[WIDTH];
+            for (int i = 0; i < WIDTH; ++i)
+                r[i] = key + i < length
+                    ? _mm512_maskz_loadu_epi32(real, k + (key + i) * stride + lane * T::PER_LANE)
+                    : _mm512_setzero_si512();
+            transpose(r);
+            for (int i = 0; i < n; ++i) _mm512_store_si512(to + (lane + i) * keys + key, r[i]);
+        }
+}
+
+// V of one head [length, head_dim] -> [length / 2, head_dim] lanes of two neighbouring keys, zeros past the last.
+void pair_values(const uint16_t* v, int64_t stride, int length, int head_dim, float* to) {
+    for (int key = 0; key < length; key += 2)
+        for (int column = 0; column < head_dim; column += WIDTH) {
+            const uint16_t* from = v + key * stride + column;
+            const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from));
+            const __m512i high = key + 1 < length
+                ? _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(from + stride)))
+                : _mm512_setzero_si512();
+            _mm512_store_si512(
+                to + key / 2 * head_dim + column, _mm512_or_si512(low, _mm512_slli_epi32(high, 16))
+            );
+        }
+}
+
+template <class T>
+int attention(
+    const typename T::Element* q, const typename T::Element* k, const typename T::Element* v, typename T::Element* o,
+    const int32_t* starts, int sequences, int heads, int kv_heads, int head_dim,
+    int64_t q_token, int64_t q_head, int64_t k_token, int64_t k_head, int64_t v_token, int64_t v_head, float scale
+) {
+    using Element = typename T::Element;
+    const float scale_log2 = scale * 1.4426950408889634f;
+    const int64_t o_token = (int64_t)heads * head_dim;
+    bool failed = false;
+#pragma omp parallel for collapse(2) schedule(dynamic)
+    for (int sequence = 0; sequence < sequences; ++sequence)
+        for (int head = 0; head < heads; ++head) {
+            const int64_t start = starts[sequence];
+            const int length = starts[sequence + 1] - starts[sequence];
+            if (length == 0) continue;
+            const int keys = (length + WIDTH - 1) / WIDTH * WIDTH, kv_head = head / (heads / kv_heads);
+            const size_t of_keys = (size_t)keys * head_dim / T::PER_LANE;  // floats; as many of the paired values
+            if (!scratch.reserve(sizeof(float) * (2 * of_keys + head_dim + 2 * ROWS * (size_t)keys))) {
+                failed = true;
+                continue;
+            }
+            float* keys_transposed = (float*)scratch.memory;
+            float* values_paired = keys_transposed + of_keys;
+            float* scores = values_paired + (T::PER_LANE == 2 ? of_keys : 0);
+            Element* p = (Element*)(scores + ROWS * keys);
+
+            transpose_keys<T>(k + start * k_token + kv_head * k_head, k_token, length, keys, head_dim, keys_transposed);
+            const Element* of_head = v + start * v_token + kv_head * v_head;
+            const float* values = (const float*)of_head;
+            int64_t v_stride = v_token;
+            if constexpr (T::PER_LANE == 2) {
+                pair_values(of_head, v_token, length, head_dim, values_paired);
+                values = values_paired;
+                v_stride = head_dim;
+            }
+            const Element* rows = q + start * q_token + head * q_head;
+            Element* out = o + start * o_token + (int64_t)head * head_dim;
+            int row = 0;
+#define OF_ROWS(M)                                                                                                 \
+    rows_of_head<T, M>(rows + row * q_token, q_token, keys_transposed, values, v_stride, length, keys, head_dim,  \
+                       scale_log2, scores, p, out + row * o_token, o_token)
+            for (; row + ROWS <= length; row += ROWS) OF_ROWS(ROWS);
+            switch (length - row) {
+                case 5: OF_ROWS(5); break;
+                case 4: OF_ROWS(4); break;
+                case 3: OF_ROWS(3); break;
+                case 2: OF_ROWS(2); break;
+                case 1: OF_ROWS(1); break;
+            }
+#undef OF_ROWS
+        }
+    return failed ? 1 : 0;
+}
+
+}  // namespace
+
+#define EXPORT_FOR(T, name)                                                                                        \
+    EXPORT int attention_##name(                                                                                   \
+        const T::Element* q, const T::Element* k, const T::Element* v, T::Element* o, const int32_t* starts,       \
+        int sequences, int heads, int kv_heads, int head_dim, int64_t q_token, int64_t q_head, int64_t k_token,    \
+        int64_t k_head, int64_t v_token, int64_t v_head, float scale                                               \
+    ) {                                                                                                            \
+        return attention<T>(q, k, v, o, starts, sequences, heads, kv_heads, head_dim, q_token, q_head, k_token,    \
+                            k_head, v_token, v_head, scale);                                                       \
+    }
+
+EXPORT_FOR(Float32, float32)
+EXPORT_FOR(BFloat16, bfloat16)

@@ -1,0 +1,96 @@
+// Products of few rows, for inference. `_cpu.py` calls them.
+
+#include "_cpu_simd.h"
+
+namespace {
+
+// Sums of the lanes of each of 16 registers, in one register.
+inline __m512 sums_of_lanes(const __m512 of[WIDTH]) {
+    __m512 t[WIDTH];
+    for (int i = 0; i < WIDTH; i += 2)
+        t[i / 2] = _mm512_add_ps(_mm512_unpacklo_ps(of[i], of[i + 1]), _mm512_unpackhi_ps(of[i], of[i + 1]));
+    for (int i = 0; i < WIDTH / 2; i += 2) {
+        const __m512d low = _mm512_castps_pd(t[i]), high = _mm512_castps_pd(t[i + 1]);
+        t[i / 2] = _mm512_add_ps(
+            _mm512_castpd_ps(_mm512_unpacklo_pd(low, high)), _mm512_castpd_ps(_mm512_unpackhi_pd(low, high))
+        );
+    }
+    for (int n = WIDTH / 4; n > 1; n /= 2)
+        for (int i = 0; i < n; i += 2)
+            t[i / 2] = _mm512_add_ps(
+                _mm512_shuffle_f32x4(t[i], t[i + 1], 0x88), _mm512_shuffle_f32x4(t[i], t[i + 1], 0xdd)
+            );
+    return t[0];
+}
+
+constexpr int AHEAD = 16384;  // bytes of the weight that are on their way from memory
+constexpr int TILE = 4;  // rows of x and rows of the weight at a time: 16 accumulators, 8 loads for 16 multiplications
+
+// y = x weight^T + bias, or GELU of it: x [rows, inner], weight [columns, inner] as it is, y [rows, columns].
+// For few rows, where much of the time goes into reading the weight: it is read once and in order, AHEAD of its use.
+template <class T>
+void linear_of_few_rows(
+    const typename T::Element* x, const typename T::Element* weight, const typename T::Element* bias,
+    typename T::Element* y, int rows, int columns, int inner, int with_gelu
+) {
+    using Element = typename T::Element;
+    constexpr int STEP = WIDTH * T::PER_LANE;
+    constexpr __mmask16 ONE_OF_EACH = 0x000f;
+    auto lanes = [](const Element* from) { return _mm512_castsi512_ps(_mm512_loadu_si512(from)); };
+#pragma omp parallel for schedule(static)
+    for (int column = 0; column < columns; column += TILE) {
+        const Element* w = weight + (int64_t)column * inner;
+        for (int row = 0; row < rows; row += TILE) {
+            const int first = row * TILE / rows, end = std::min(row + TILE, rows) * TILE / rows;  // to fetch meanwhile
+            const Element* of_row[TILE];  // past the last row its neighbour again, computed and not stored
+            for (int i = 0; i < TILE; ++i) of_row[i] = x + (int64_t)std::min(row + i, rows - 1) * inner;
+            __m512 sum[TILE * TILE];
+#pragma GCC unroll 16
+            for (int i = 0; i < TILE * TILE; ++i) sum[i] = _mm512_setzero_ps();
+            for (int k = 0; k < inner; k += STEP) {
+                __m512 of_column[TILE];
+#pragma GCC unroll 4
+                for (int j = 0; j < TILE; ++j) {
+                    of_column[j] = lanes(w + (int64_t)j * inner + k);
+                    if (j >= first && j < end)
+                        _mm_prefetch((const char*)(w + (int64_t)j * inner + k) + AHEAD, _MM_HINT_T1);
+                }
+#pragma GCC unroll 4
+                for (int i = 0; i < TILE; ++i) {
+                    const __m512 a = lanes(of_row[i] + k);
+#pragma GCC unroll 4
+                    for (int j = 0; j < TILE; ++j)
+                        sum[i * TILE + j] = T::multiply_add(sum[i * TILE + j], a, of_column[j]);
+                }
+            }
+            alignas(64) float z[TILE * TILE];
+            __m512 of_bias = _mm512_setzero_ps();
+            if (bias) {
+                alignas(64) Element four[WIDTH] = {};
+                std::copy(bias + column, bias + column + TILE, four);
+                of_bias = T::load(four);
+                of_bias = _mm512_broadcast_f32x4(_mm512_castps512_ps128(of_bias));
+            }
+            const __m512 result = _mm512_add_ps(sums_of_lanes(sum), of_bias);
+            _mm512_store_ps(z, with_gelu ? gelu(result) : result);
+            for (int i = 0; i < std::min(TILE, rows - row); ++i) {
+                Element four[WIDTH];
+                T::store(four, _mm512_maskz_loadu_ps(ONE_OF_EACH, z + i * TILE));
+                std::copy(four, four + TILE, y + (int64_t)(row + i) * columns + column);
+            }
+        }
+    }
+}
+
+}  // namespace
+
+#define EXPORT_FOR(T, name)                                                                                        \
+    EXPORT void linear_of_few_rows_##name(                                                                         \
+        const T::Element* x, const T::Element* weight, const T::Element* bias, T::Element* y, int rows,            \
+        int columns, int inner, int with_gelu                                                                      \
+    ) {                                                                                                            \
+        linear_of_few_rows<T>(x, weight, bias, y, rows, columns, inner, with_gelu);                                \
+    }
+
+EXPORT_FOR(Float32, float32)
+EXPORT_FOR(BFloat16, bfloat16)

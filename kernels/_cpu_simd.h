@@ -1,0 +1,135 @@
+// What the operators of the `_cpu_*.cpp` share: 16 lanes of 32 bits a register, one float32 or two bfloat16 each.
+//
+// bfloat16 goes two elements at a time (vdpbf16ps), float32 one (vfmadd), through the same code: a "lane" is 32 bits of
+// a row. Threads are OpenMP's. The library is not linked with an OpenMP of its own: it finds the one that torch has
+// loaded.
+
+#pragma once
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <limits>
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+constexpr int WIDTH = 16;  // 32-bit lanes of a register
+
+struct Float32 {
+    using Element = float;
+    static constexpr int PER_LANE = 1;
+    static __m512 multiply_add(__m512 sum, __m512 a, __m512 b) { return _mm512_fmadd_ps(a, b, sum); }
+    static __m512 load(const float* from) { return _mm512_loadu_ps(from); }
+    static void store(float* to, __m512 x) { _mm512_storeu_ps(to, x); }
+};
+
+struct BFloat16 {
+    using Element = uint16_t;
+    static constexpr int PER_LANE = 2;
+    static __m512 multiply_add(__m512 sum, __m512 a, __m512 b) {
+        return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_castps_si512(a), (__m512bh)_mm512_castps_si512(b));
+    }
+    static __m512 load(const uint16_t* from) {
+        const __m256i bits = _mm256_loadu_si256((const __m256i*)from);
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+    }
+    static void store(uint16_t* to, __m512 x) { _mm256_storeu_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh(x)); }
+};
+
+inline __m512 broadcast_lane(const void* from) {
+    return _mm512_castsi512_ps(_mm512_set1_epi32(*(const int32_t*)from));
+}
+
+// 2^x for x <= 0, to 2e-9 of itself; NaN stays NaN.
+inline __m512 exp2_of_negative(__m512 x) {
+    x = _mm512_max_ps(_mm512_set1_ps(-200.0f), x);  // of two operands one of which is NaN, the second
+    const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512 f = _mm512_sub_ps(x, whole);
+    __m512 y = _mm512_set1_ps(1.534579869e-4f);
+    for (float c : {1.339993111e-3f, 9.618489007e-3f, 5.550328777e-2f, 0.2402264689f, 0.6931472057f, 1.0f})
+        y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(c));
+    return _mm512_scalef_ps(y, whole);
+}
+
+// x times the normal distribution's share below x. That beyond |x| is exp(-z^2) times a polynomial in 1 / (1 + 0.55 z),
+// z = |x| / sqrt(2), fitted for the least error of the share: 9e-9.
+inline __m512 gelu(__m512 x) {
+    const __m512 z = _mm512_abs_ps(_mm512_mul_ps(x, _mm512_set1_ps(0.70710678f)));
+    const __m512 one = _mm512_set1_ps(1.0f);
+    const __m512 t = _mm512_div_ps(one, _mm512_fmadd_ps(z, _mm512_set1_ps(0.55f), one));
+    __m512 y = _mm512_set1_ps(0.053667795f);
+    for (float c : {-0.259041805f, 0.37989395f, -0.02074261f, 0.19543282f, 0.150789855f})
+        y = _mm512_fmadd_ps(y, t, _mm512_set1_ps(c));
+    const __m512 e = exp2_of_negative(_mm512_mul_ps(_mm512_mul_ps(z, z), _mm512_set1_ps(-1.442695041f)));
+    const __m512 tail = _mm512_mul_ps(_mm512_mul_ps(y, t), e);  // the share beyond |x|
+    const __mmask16 positive = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GE_OQ);
+    return _mm512_mul_ps(x, _mm512_mask_sub_ps(tail, positive, one, tail));
+}
+
+// Lanes of 16 rows, one row a register, into one lane of all rows a register.
+inline void transpose(__m512i r[WIDTH]) {
+    __m512i t[WIDTH];
+    for (int i = 0; i < WIDTH; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < WIDTH; i += 4)
+        for (int j = 0; j < 2; ++j) {
+            r[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + j + 2]);
+            r[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + j + 2]);
+        }
+    for (int i = 0; i < 8; ++i) {
+        const int a = i / 4 * 8 + i % 4;
+        t[a] = _mm512_shuffle_i32x4(r[a], r[a + 4], 0x88);
+        t[a + 4] = _mm512_shuffle_i32x4(r[a], r[a + 4], 0xdd);
+    }
+    for (int i = 0; i < 8; ++i) {
+        r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+        r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+    }
+}
+
+// Memory of one thread, grown when needed and kept.
+struct Scratch {
+    char* memory = nullptr;
+    size_t size = 0;
+    ~Scratch() { std::free(memory); }
+    bool reserve(size_t bytes) {
+        if (bytes <= size) return true;
+        std::free(memory);
+        size = (bytes + 63) / 64 * 64;
+        memory = (char*)std::aligned_alloc(64, size);
+        if (!memory) size = 0;
+        return memory;
+    }
+};
+thread_local Scratch scratch;
+
+// sum[i][j] = row i of a [M rows, lanes], times columns 16 j to 16 j + 15 of b [lanes, columns].
+template <class T, int M, int N>
+inline void multiply(
+    const typename T::Element* a, int64_t a_stride, const float* b, int64_t b_stride, int lanes, __m512 (&sum)[M][N]
+) {
+#pragma GCC unroll 6
+    for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+        for (int j = 0; j < N; ++j) sum[i][j] = _mm512_setzero_ps();
+    for (int lane = 0; lane < lanes; ++lane) {
+        __m512 of_b[N];
+#pragma GCC unroll 4
+        for (int j = 0; j < N; ++j) of_b[j] = _mm512_loadu_ps(b + lane * b_stride + j * WIDTH);
+#pragma GCC unroll 6
+        for (int i = 0; i < M; ++i) {
+            const __m512 of_a = broadcast_lane(a + i * a_stride + lane * T::PER_LANE);
+#pragma GCC unroll 4
+            for (int j = 0; j < N; ++j) sum[i][j] = T::multiply_add(sum[i][j], of_a, of_b[j]);
+        }
+    }
+}
+
+}  // namespace
