@@ -1,7 +1,10 @@
 """The benchmark suite: a wrong row shows no time, a slow one its true ratio, and files are as the schema says."""
 
 import json
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -251,3 +254,18 @@ def test_wrong_row_of_ours_fails_the_command(short, monkeypatch):
     bad = of_rows(Row("fastbert", "fastbert", lambda: lambda: torch.zeros(1000)))
     monkeypatch.setattr(suite_kernels, "cases", lambda *_: [bad])
     assert run.main(short) == 1
+
+
+def test_pytest_benchmark_times_the_operators(tmp_path):
+    """`pytest benchmarks/`: a clock that waits for the device, the work beside the time, the machine in the head."""
+    pytest.importorskip("pytest_benchmark", reason="times through pytest-benchmark")
+    command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "-k", "pool", "--benchmark-max-time=0.1"]
+    file, root = tmp_path / "times.json", Path(__file__).parents[1]
+    done = subprocess.run([*command, f"--benchmark-json={file}"], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    made = json.loads(file.read_text())
+    assert made["machine_info"]["device"]["type"] in ("cpu", "cuda")
+    of = {b["name"].rstrip("]").split()[-1]: b for b in made["benchmarks"]}
+    assert {"fastbert", "torch"} <= set(of)
+    assert of["fastbert"]["options"]["timer"] == "synchronised"
+    assert of["fastbert"]["extra_info"]["bytes"] > 0
