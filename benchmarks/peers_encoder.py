@@ -112,14 +112,15 @@ def _floor(job: Job) -> Run:
 # ---- others ----------------------------------------------------------------------------------------------
 
 
-def _transformers(attention: str, size: int, by_length: bool, mode: str | None = None, dynamic: bool = True):
+def _transformers(attention: str, size: int, by_length: bool, mode: str | None = None):
     def make(job: Job) -> Run:
         if attention == "flex_attention" and job.device.type != "cuda":
             raise Missing("flex attention is compiled for GPUs")
         model = their_model(job, attention)
         call = model
-        if mode is not None:
-            call = torch.compile(model, dynamic=dynamic, mode=None if mode == "default" else mode)
+        if mode is not None:  # on a CPU with weights frozen, as its documentation advises for inference
+            options = torch._inductor.list_mode_options(mode) | {"freezing": job.device.type == "cpu"}
+            call = torch.compile(model, dynamic=len(job.rows) > 1, options=options)
         return padded_run(
             lambda ids, mask: call(input_ids=ids, attention_mask=mask).last_hidden_state, job, size, by_length
         )
@@ -281,7 +282,6 @@ class EncoderPeer:
     dtypes: Sequence[torch.dtype] | None = None  # computes in these only; None: in the case's
     single: bool = True  # makes sense for one query too
     many: bool = True  # makes sense for many texts
-    natural: bool = False  # long to get ready: for the workloads of that name only
     tolerance: float | None = None
 
 
@@ -335,17 +335,20 @@ PEERS = (
     EncoderPeer("transformers eager, sorted, batches of 32", "transformers", _transformers("eager", 32, True), GPU_ONLY,
                 slow=True),
     EncoderPeer("transformers eager, arrival order, batches of 32", "transformers", _transformers("eager", 32, False),
-                slow=True, single=False, natural=True),
-    EncoderPeer("torch.compile, transformers sdpa, sorted, batches of 4", "torch.compile",
-                _transformers("sdpa", 4, True, "default"), CPU_ONLY, package="torch", slow=True, natural=True),
+                slow=True, single=False),
+    EncoderPeer("torch.compile, frozen, transformers sdpa, sorted, batches of 4", "torch.compile",
+                _transformers("sdpa", 4, True, "default"), CPU_ONLY, package="torch", slow=True),
+    EncoderPeer("torch.compile max-autotune, frozen, transformers sdpa, sorted, batches of 4", "torch.compile",
+                _transformers("sdpa", 4, True, "max-autotune-no-cudagraphs"), CPU_ONLY, package="torch", slow=True),
     EncoderPeer("torch.compile, transformers sdpa, sorted, batches of 32", "torch.compile",
-                _transformers("sdpa", 32, True, "default"), GPU_ONLY, package="torch", slow=True, natural=True),
+                _transformers("sdpa", 32, True, "default"), GPU_ONLY, package="torch", slow=True,
+                single=False),
     EncoderPeer("torch.compile reduce-overhead, transformers sdpa", "torch.compile",
-                _transformers("sdpa", 1, True, "reduce-overhead", dynamic=False), GPU_ONLY, package="torch", slow=True,
+                _transformers("sdpa", 1, True, "reduce-overhead"), GPU_ONLY, package="torch", slow=True,
                 many=False),  # its CUDA graphs, beside ours
     EncoderPeer("torch.compile max-autotune, transformers sdpa, sorted, batches of 32", "torch.compile",
                 _transformers("sdpa", 32, True, "max-autotune-no-cudagraphs"), GPU_ONLY, package="torch", slow=True,
-                natural=True),
+                single=False),
 )  # fmt: skip
 
 
@@ -362,7 +365,7 @@ def _fitting(job: Job) -> list[EncoderPeer]:
     ]  # fmt: skip
 
 
-def rows(job: Job, name: str, every: bool) -> list[Row]:
+def rows(job: Job, every: bool) -> list[Row]:
     """The rows of a case of this workload, the slow ones too where `every` says so.
 
     One query leaves out those that only differ in how they batch; where not every size is measured, those are that fit
@@ -381,5 +384,4 @@ def rows(job: Job, name: str, every: bool) -> list[Row]:
         and (p.single if single else p.many)
         and (p.dtypes is None or job.dtype in p.dtypes)
         and (every or not p.slow)
-        and (not p.natural or name.endswith("_natural"))
     ]  # fmt: skip

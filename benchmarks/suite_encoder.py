@@ -39,7 +39,7 @@ def build(
     job = Job(workload, dtype, device)
     exact = torch.float64 if dtype == torch.float32 else torch.float32
     return Case(
-        suite, name, peers_encoder.rows(job, name, suite == "latency" or name.endswith("_natural")),
+        suite, name, peers_encoder.rows(job, suite == "latency" or name.endswith("_natural")),
         functools.partial(job.truth, exact), functools.partial(job.truth, dtype),
         workloads.model_name(name), None, "forward", dtype, workloads.shape_of(workload), workload.tokens,
         costs.encoder_flops(workload), None, priority, quick, floor=peers_encoder.FLOOR,

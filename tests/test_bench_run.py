@@ -199,7 +199,7 @@ def test_tolerance_replaces_the_budget_and_is_written_down():
     )  # fmt: skip
     assert [rows[name]["status"] for name in ("strict", "int8", "broken int8")] == ["wrong", "ok", "wrong"]
     assert rows["int8"]["budget"] == 0.1
-    int8 = [row for row in peers_encoder.rows(Job(TINY, torch.float32, CPU), "base_natural", True) if "int8" in row.row]
+    int8 = [row for row in peers_encoder.rows(Job(TINY, torch.float32, CPU), every=True) if "int8" in row.row]
     assert int8
     assert all(row.settings == {"tolerance": row.tolerance} and "tolerance 10%" in row.row for row in int8)
 
@@ -211,7 +211,7 @@ def test_tolerance_replaces_the_budget_and_is_written_down():
 def test_others_have_batches_that_fit_the_lengths(lengths, sizes):
     """Two queries at a time once made them look four times as slow as they are."""
     job = Job(Workload(MODELS["tiny"], lengths), torch.float32, CPU)
-    names = {row.row for row in peers_encoder.rows(job, "tiny_queries", every=False)}
+    names = {row.row for row in peers_encoder.rows(job, every=False)}
     for peer in ("transformers sdpa", "openvino", "onnxruntime fp32"):
         assert {f"{peer}, sorted, batches of {n}" for n in sizes} <= names
 
@@ -283,8 +283,9 @@ def test_flex_attention_knows_where_sequences_end():
 # what has to stand beside us, by device: a part of a row's name, in the tables of whole models and of attention
 ENCODERS = {
     "cpu": ("transformers sdpa, sorted", "transformers sdpa, arrival order", "transformers eager, sorted",
-            "transformers eager, arrival order", "nn.TransformerEncoder nested", "torch.compile, transformers sdpa",
-            "onnxruntime fp32", "onnxruntime int8", "openvino", "matrix products alone"),
+            "transformers eager, arrival order", "nn.TransformerEncoder nested", "torch.compile, frozen",
+            "torch.compile max-autotune, frozen", "onnxruntime fp32", "onnxruntime int8", "openvino",
+            "matrix products alone"),
     "cuda": ("transformers sdpa, sorted", "transformers sdpa, arrival order", "transformers eager, sorted",
              "transformers eager, arrival order", "transformers flex", "nn.TransformerEncoder nested",
              "torch.compile, transformers sdpa", "torch.compile max-autotune", "torch.compile reduce-overhead",

@@ -70,7 +70,7 @@ class LayerForward(Forward):
             return self.original(*args, **kwargs)
         layer, (x, shared, index) = self.module, args
         run = partial(self.pre_norm if self.facts.pre_norm else self.post_norm, shared=shared, index=index)
-        # most versions of transformers checkpoint in the layer's own __call__, around this; the newest in the original forward
+        # most versions of transformers checkpoint in the layer's __call__, around this; the newest in its forward
         outside = type(layer).__call__ is not nn.Module.__call__
         if getattr(layer, "gradient_checkpointing", False) and layer.training and not outside:
             return layer._gradient_checkpointing_func(run, x)
