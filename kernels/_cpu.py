@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from array import array
 from pathlib import Path
 
 import torch
@@ -43,6 +44,8 @@ def load() -> tuple[ctypes.CDLL | None, str | None]:
         linear.argtypes, linear.restype = [_POINTER] * 4 + [_INT] * 4, None
         scale_rows = getattr(library, f"scale_rows_{dtype}")
         scale_rows.argtypes, scale_rows.restype = [_POINTER] * 4 + [_LONG, _INT, _INT], None
+        layers = getattr(library, f"encoder_layers_{dtype}")
+        layers.argtypes, layers.restype = [_POINTER] * 2 + [_INT, _POINTER] + [_INT] * 5 + [_FLOAT], _INT
     return library, None
 
 
@@ -125,6 +128,46 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | Non
         x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr(),
         x.numel() // inner, columns, inner, activation == "gelu",
     )  # fmt: skip
+    return y
+
+
+# ---- a stack of encoder layers ---------------------------------------------------------------------------
+
+
+def layer_shapes(width: int, inner: int) -> list[tuple[int, ...]]:
+    """Of the 16 tensors of a layer, weight and bias of each: query, key, value, output, norm, up, down, last norm."""
+    square, vector = [(width, width), (width,)], (width,)
+    return [*square * 4, vector, vector, (inner, width), (inner,), (width, inner), vector, vector, vector]
+
+
+def takes_encoder_layers(x: Tensor, layers: list[Tensor], cu_seqlens: Tensor, heads: int, inner: int) -> bool:
+    """Whether `encoder_layers` is the way through these layers: few rows, no gradients, everything of one kind."""
+    rows, width = x.shape
+    if not 0 < rows <= FEW_ROWS or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        return False
+    if not _take(x) or not x.is_contiguous() or cu_seqlens.dtype != torch.int32 or not cu_seqlens.is_contiguous():
+        return False
+    if width % heads or width // heads % WIDTH or width % (2 * WIDTH) or inner % (2 * WIDTH):
+        return False
+    shapes = layer_shapes(width, inner) * (len(layers) // 16)
+    return [t.shape for t in layers] == shapes and all(
+        type(t) in (Tensor, torch.nn.Parameter) and t.dtype == x.dtype and t.device.type == "cpu" and t.is_contiguous()
+        for t in layers
+    )
+
+
+def encoder_layers(
+    x: Tensor, layers: list[Tensor], cu_seqlens: Tensor, heads: int, inner: int, eps: float
+) -> Tensor:  # fmt: skip
+    """x [T, C] through a stack of post-norm layers with GELU, `layers` the tensors of `layer_shapes` of one after
+    another; the weights are read where they lie."""
+    y, pointers = x.clone(), array("Q", [t.data_ptr() for t in layers])
+    failed = getattr(load()[0], f"encoder_layers_{_name(x)}")(
+        y.data_ptr(), pointers.buffer_info()[0], len(layers) // 16, cu_seqlens.data_ptr(),
+        cu_seqlens.shape[0] - 1, *x.shape, inner, heads, eps,
+    )  # fmt: skip
+    if failed:
+        raise MemoryError(f"encoder_layers: no memory for {x.shape[0]} rows of {inner} columns")
     return y
 
 

@@ -38,10 +38,13 @@ class _Marked:
 
 
 _marked: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_int8_since_start = False  # whether a weight was ever marked so: asking for each one costs a microsecond
 
 
 def mark(weight: Tensor, int8: bool = False) -> None:
     """Say that `weight` [N, K] will be multiplied from again and again, and not be trained; `int8`: in 8 bits."""
+    global _int8_since_start
+    _int8_since_start |= int8
     if int8 or weight not in _marked:
         _marked[weight] = _Marked(int8)
 
@@ -72,7 +75,7 @@ def is_marked(weight: Tensor) -> bool:
 
 
 def is_int8(weight: Tensor) -> bool:
-    marked = _marked.get(weight)
+    marked = _marked.get(weight) if _int8_since_start else None
     return marked is not None and marked.int8
 
 

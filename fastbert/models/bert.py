@@ -19,6 +19,7 @@ from .. import checkpoint
 from .. import functional as F
 from ..config import BertConfig
 from ..graphs import Graphs, graphs_for, why_not_recorded
+from ..kernels import _cpu, _prepack
 from ..layers import FusedLinears
 from ..packing import PackedBatch
 
@@ -145,6 +146,24 @@ class BertLayer(nn.Module):
             impl=impl, **shared.dropout(config.hidden_dropout_prob, stream=2 * self.index + 2),
         )  # fmt: skip
 
+    def tensors(self) -> list[Tensor] | None:
+        """Weight and bias of each module in the order of `_cpu.layer_shapes`; None if the layer is no longer plain."""
+        # by way of the dictionaries: nn.Module's own attributes take ten times as long
+        parts, attention = self._modules, self._modules["attention"]._modules
+        qkv, output, last = attention["self"], attention["output"]._modules, parts["output"]._modules
+        modules = (
+            *qkv._modules.values(), output["dense"], output["LayerNorm"],
+            parts["intermediate"]._modules["dense"], last["dense"], last["LayerNorm"],
+        )  # fmt: skip
+        if any(m.eps != self.config.layer_norm_eps for m in (output["LayerNorm"], last["LayerNorm"])):
+            return None
+        if type(qkv) is not FusedLinears or any(m._forward_hooks or m._forward_pre_hooks for m in (self, qkv)):
+            return None
+        if tuple(map(type, modules)) != PLAIN_LAYER:
+            return None
+        tensors = [t for m in modules for t in (m._parameters["weight"], m._parameters["bias"])]
+        return None if any(t is None or _prepack.is_int8(t) for t in tensors) else tensors
+
     def probabilities(self, x: Tensor, shared: Pass) -> Tensor:
         """Attention probabilities [B, H, S, S] of this layer for its input x [T, C], zero at padding. A plain path."""
         batch = shared.batch
@@ -153,6 +172,15 @@ class BertLayer(nn.Module):
         scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
         scores = scores.masked_fill(~real.transpose(1, 2)[:, None], torch.finfo(scores.dtype).min)
         return scores.softmax(-1) * real[:, None]
+
+
+# the modules of `BertLayer.tensors`
+PLAIN_LAYER = (*[nn.Linear] * 4, nn.LayerNorm, nn.Linear, nn.Linear, nn.LayerNorm)
+
+
+def _hooks_everywhere() -> bool:
+    of_all = nn.modules.module
+    return bool(of_all._global_forward_hooks or of_all._global_forward_pre_hooks)
 
 
 class _LeftUninitialised(TorchFunctionMode):
@@ -325,6 +353,10 @@ class BertModel(nn.Module):
             shared = replace(shared, seed=seed, row_ids=batch.row_ids())
 
         x = self.embeddings(shared, None if inputs_embeds is None else batch.unpad(inputs_embeds))
+        if hidden_states is None and attentions is None:
+            y = self._in_one_call(x, batch)
+            if y is not None:
+                return y
         for layer in self.encoder["layer"]:
             if hidden_states is not None:
                 hidden_states.append(x)
@@ -334,6 +366,25 @@ class BertModel(nn.Module):
         if hidden_states is not None:
             hidden_states.append(x)
         return x
+
+    def _in_one_call(self, x: Tensor, batch: PackedBatch) -> Tensor | None:
+        """x [T, C] of the last layer for few tokens on a CPU, where going from operator to operator costs as much as
+        the operators (kernels/_cpu_layer.cpp); None where the layers have to be called one after another."""
+        if torch.compiler.is_compiling() or x.shape[0] > _cpu.FEW_ROWS or self.training or F.is_batch_invariant():
+            return None
+        config, layers = self.config, self.encoder["layer"]
+        if config.activation != "gelu" or F.choose_impl(self.impl, x.device) != "native" or _hooks_everywhere():
+            return None
+        tensors = []
+        for layer in layers:
+            of_layer = layer.tensors() if type(layer) is BertLayer else None
+            if of_layer is None:
+                return None
+            tensors += of_layer
+        sizes = config.num_attention_heads, config.intermediate_size
+        if not _cpu.takes_encoder_layers(x, tensors, batch.cu_seqlens, *sizes):
+            return None
+        return _cpu.encoder_layers(x, tensors, batch.cu_seqlens, *sizes, config.layer_norm_eps)
 
     def _replayed(self, batch: PackedBatch) -> Tensor | None:
         """x [T, C] by a recording, or None where there is to be none."""

@@ -1,0 +1,238 @@
+"""The layers of a short batch in one call into C++: right, and only where nothing asks for the layers one by one."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import fastbert
+from fastbert import BertConfig, BertModel, PackedBatch
+from fastbert.kernels import _cpu
+from fastbert.testing import assert_within_budget
+
+pytestmark = pytest.mark.skipif(_cpu.load()[0] is None, reason=f"no C++ operators: {_cpu.load()[1]}")
+DTYPES = [
+    torch.float32,
+    pytest.param(
+        torch.bfloat16,
+        marks=pytest.mark.skipif(torch.bfloat16 not in _cpu._dtypes(), reason="this CPU has no AVX512-BF16"),
+    ),
+]
+CONFIG = {
+    "vocab_size": 120, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96,
+    "max_position_embeddings": 80,
+}  # fmt: skip
+
+
+def model_of(dtype=torch.float32, impl="native", **changes) -> BertModel:
+    """Weights larger than at the start of training, so that attention is not uniform and every bias counts."""
+    model = BertModel(BertConfig(**CONFIG | changes), impl=impl).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.2) if p.dim() > 1 else p.add_(torch.randn_like(p) * 0.1)
+    return model.to(dtype)
+
+
+def batch_of(*lengths: int) -> PackedBatch:
+    return PackedBatch.from_lists([torch.randint(1, 120, (n,)).tolist() for n in lengths])
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often the layers ran in one call."""
+    made, call = [], _cpu.encoder_layers
+
+    def counted(*args):
+        made.append(args)
+        return call(*args)
+
+    monkeypatch.setattr(_cpu, "encoder_layers", counted)
+    return made
+
+
+def one_by_one(model, batch, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(BertModel, "_in_one_call", lambda *_: None)
+        return model(batch)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("lengths", [(1,), (7,), (5, 0, 12), (33, 31)], ids=str)
+@pytest.mark.parametrize(("heads", "inner"), [(4, 96), (1, 32)])
+@torch.no_grad()
+def test_in_one_call(calls, dtype, lengths, heads, inner):
+    model = model_of(dtype, num_attention_heads=heads, intermediate_size=inner)
+    batch = batch_of(*lengths)
+    ours = model(batch)
+    assert len(calls) == 1
+    model.impl = "reference"
+    plain, truth = model(batch), copy.deepcopy(model).double()(batch)
+    assert len(calls) == 1
+    assert_within_budget(ours.last_hidden_state, plain.last_hidden_state, truth.last_hidden_state)
+    assert_within_budget(ours.pooler_output, plain.pooler_output, truth.pooler_output)
+
+
+@torch.no_grad()
+def test_padded_input_and_segments(calls):
+    model = model_of()
+    ids = torch.randint(1, 120, (3, 9))
+    mask = (torch.arange(9) < torch.tensor([9, 4, 1])[:, None]).long()
+    ours = model(ids, mask, torch.ones_like(ids)).last_hidden_state
+    assert len(calls) == 1
+    model.impl = "reference"
+    plain = model(ids, mask, torch.ones_like(ids)).last_hidden_state
+    assert_within_budget(ours, plain, model.double()(ids, mask, torch.ones_like(ids)).last_hidden_state)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@torch.no_grad()
+def test_a_text_gets_the_same_bits_with_others_and_on_one_thread(calls, dtype):
+    model, batch, threads = model_of(dtype), batch_of(7, 12, 3), torch.get_num_threads()
+    together = model(batch).last_hidden_state
+    alone = model(PackedBatch.from_lists([batch.input_ids[7:19].tolist()])).last_hidden_state
+    assert torch.equal(together[7:19], alone)
+    torch.set_num_threads(1)
+    try:
+        assert torch.equal(model(batch).last_hidden_state, together)
+    finally:
+        torch.set_num_threads(threads)
+    assert len(calls) == 3
+
+
+@torch.no_grad()
+def test_nan_stays_in_its_text(calls):
+    model, batch = model_of(), batch_of(3, 4)
+    clean = model(batch).last_hidden_state
+    model.embeddings.word_embeddings.weight[batch.input_ids[0]] = torch.nan
+    batch.input_ids[3:] = batch.input_ids[3:].where(batch.input_ids[3:] != batch.input_ids[0], 0)
+    poisoned = model(batch).last_hidden_state
+    assert poisoned[:3].isnan().all()
+    assert clean.isfinite().all()
+    assert not poisoned[3:].isnan().any()
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("change", ["in place", "load_state_dict", "data", "parameter", "module", "dtype", "copy"])
+@torch.no_grad()
+def test_changed_weights_are_noticed(calls, monkeypatch, change):
+    model, other, batch = model_of(), model_of(), batch_of(9)
+    before = model(batch).last_hidden_state
+    layer, new = model.encoder["layer"][1], other.encoder["layer"][1]
+    if change == "in place":
+        layer.attention["self"]["key"].weight.mul_(2.0)
+    elif change == "load_state_dict":
+        model.load_state_dict(other.state_dict())
+    elif change == "data":
+        layer.output["dense"].bias.data = new.output["dense"].bias.data + 1.0
+    elif change == "parameter":
+        layer.intermediate["dense"].weight = nn.Parameter(new.intermediate["dense"].weight)
+    elif change == "module":
+        layer.attention["output"]["dense"] = new.attention["output"]["dense"]
+    elif change == "dtype":
+        model.double().float()
+        layer.attention["self"]["query"].weight.zero_()
+    elif change == "copy":
+        model = copy.deepcopy(model)
+        model.encoder["layer"][0].output["LayerNorm"].weight.mul_(2.0)
+    after = model(batch).last_hidden_state
+    assert len(calls) == 2
+    assert not torch.allclose(after, before)
+    torch.testing.assert_close(after, one_by_one(model, batch, monkeypatch).last_hidden_state)
+
+
+def seen(*_):
+    """A hook's body."""
+    seen.count += 1
+
+
+WAYS_OUT = {
+    "gradients": lambda model: model.requires_grad_(),
+    "65 tokens": lambda model: model,
+    "hidden states": lambda model: model,
+    "training": lambda model: model.train(),
+    "hook of a layer": lambda model: model.encoder["layer"][1].register_forward_hook(seen),
+    "hook of its projection": lambda model: model.encoder["layer"][0].attention["self"].register_forward_pre_hook(seen),
+    "hook of all": lambda model: nn.modules.module.register_module_forward_hook(seen),
+    "8 bits": lambda model: fastbert.layers.quantise(model),
+    "autocast": lambda model: model,
+    "batch_invariant": lambda model: model,
+    "reference": lambda model: setattr(model, "impl", "reference"),
+    "another linear": lambda model: setattr(model.encoder["layer"][1].output["dense"], "__class__", Doubled),
+    "another layer": lambda model: model.encoder["layer"].append(nn.Identity()),
+    "no bias": lambda model: setattr(model.encoder["layer"][0].attention["output"]["dense"], "bias", None),
+    "a transposed weight": lambda model: setattr(
+        model.encoder["layer"][0].attention["output"]["dense"].weight, "data", torch.randn(64, 64).t()
+    ),
+    "one layer in float64": lambda model: model.encoder["layer"][1].double(),
+    "another eps": lambda model: setattr(model.encoder["layer"][1].output["LayerNorm"], "eps", 0.5),
+}
+
+
+class Doubled(nn.Linear):
+    """A linear layer of another kind, as a library that adapts models puts in."""
+
+
+@pytest.mark.parametrize("why", WAYS_OUT)
+def test_layers_one_by_one(calls, monkeypatch, why):
+    """Whatever is unusual, the layers are called as they always were."""
+    model, batch = model_of(), batch_of(*((65,) if why == "65 tokens" else (9, 4)))
+    seen.count = 0
+    handle = WAYS_OUT[why](model)
+    if why == "another layer":
+        model.encoder["layer"][2].forward = lambda x, shared: x
+    contexts = {
+        "gradients": torch.enable_grad,
+        "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+        "batch_invariant": fastbert.batch_invariant,
+    }
+    try:
+        with torch.no_grad(), contexts.get(why, torch.no_grad)():
+            if why == "one layer in float64":
+                with pytest.raises((RuntimeError, ValueError)):
+                    model(batch)
+            elif why == "hidden states":
+                assert len(model(batch, output_hidden_states=True).hidden_states) == 3
+            elif why == "training":
+                model(batch)
+            else:
+                expected = one_by_one(model, batch, monkeypatch).last_hidden_state
+                count = seen.count
+                assert torch.equal(model(batch).last_hidden_state, expected)
+                assert "hook" not in why or seen.count == 2 * count > 0
+    finally:
+        if "hook" in why:
+            handle.remove()
+    assert not calls
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_act": "relu"},
+        {"num_attention_heads": 8},
+        {"hidden_size": 48, "num_attention_heads": 3},
+        {"intermediate_size": 80},
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_models_it_does_not_know(calls, changes):
+    assert model_of(**changes)(batch_of(9)).last_hidden_state.isfinite().all()
+    assert not calls
+
+
+@torch.no_grad()
+def test_float16_and_no_tokens(calls):
+    assert model_of(torch.float16)(batch_of(9)).last_hidden_state.isfinite().all()
+    assert model_of()(batch_of(0)).last_hidden_state.shape == (0, 64)
+    assert not calls
+
+
+@torch.no_grad()
+def test_compiled_it_is_the_plain_model(calls):
+    model, batch = model_of(), batch_of(9)
+    ours = model(batch).last_hidden_state
+    compiled = torch.compile(lambda b: model(b).last_hidden_state, backend="aot_eager")(batch)
+    assert len(calls) == 1
+    torch.testing.assert_close(compiled, ours)
