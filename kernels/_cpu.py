@@ -1,4 +1,4 @@
-"""The C++ operators of `_cpu_*.cpp`, for inference on x86 CPUs with AVX-512.
+"""The C++ operators of `_cpu_*.cpp`, for x86 CPUs with AVX-512: for inference, and attention for training too.
 
 Installing compiles them where there is a C++ compiler; without them, or on another CPU, `native.py` computes the same
 from torch's own operators. They are called through ctypes, so one build serves every version of torch.
@@ -13,6 +13,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+from ._random import keep_threshold
 
 _POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 WIDTH = 16  # elements that a row must be a multiple of
@@ -35,7 +38,10 @@ def load() -> tuple[ctypes.CDLL | None, str | None]:
         return None, f"they do not load: {error}"
     for dtype in ("float32", "bfloat16"):
         attention = getattr(library, f"attention_{dtype}")
-        attention.argtypes, attention.restype = [_POINTER] * 5 + [_INT] * 4 + [_LONG] * 6 + [_FLOAT], _INT
+        lengths, options = [_POINTER] + [_INT] * 4, [_FLOAT, _POINTER]
+        attention.argtypes, attention.restype = [_POINTER] * 5 + lengths + [_LONG] * 6 + options, _INT
+        backward = getattr(library, f"attention_backward_{dtype}")
+        backward.argtypes, backward.restype = [_POINTER] * 9 + lengths + [_LONG] * 8 + options, _INT
         add_layer_norm = getattr(library, f"add_layer_norm_{dtype}")
         add_layer_norm.argtypes, add_layer_norm.restype = [_POINTER] * 5 + [_LONG, _INT, _FLOAT], None
         quantise_rows = getattr(library, f"quantise_rows_{dtype}")
@@ -56,35 +62,96 @@ def _dtypes() -> tuple[torch.dtype, ...]:
     return (torch.float32, torch.bfloat16) if torch.cpu._is_avx512_bf16_supported() else (torch.float32,)
 
 
-def _take(*tensors: Tensor) -> bool:
-    """Whether the operators compute with these: on the CPU, of one dtype that they know, no gradient to give."""
+def _know(*tensors: Tensor) -> bool:
+    """Whether the operators compute with these: on the CPU, of one dtype that they know, nothing traced."""
     first = tensors[0]
     return (
         not torch.compiler.is_compiling()
         and first.dtype in _dtypes()
         and all(t.device.type == "cpu" and t.dtype == first.dtype and t.stride(-1) == 1 for t in tensors)
-        and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
         and not torch._C._functorch.maybe_current_level()
+        and forward_ad._current_level < 0
     )
 
 
-def takes_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> bool:
-    lengths = cu_seqlens.dtype == torch.int32 and cu_seqlens.is_contiguous()
-    return lengths and q.shape[-1] % WIDTH == 0 and _take(q, k, v)
+def want_gradients(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float | None) -> Tensor:
-    """Plain self-attention: q [T, H, D], k, v [T, Hk, D], strided over tokens and heads -> [T, H, D]."""
-    (_, heads, head_dim), kv_heads = q.shape, k.shape[1]
-    o = torch.empty(q.shape, dtype=q.dtype)
-    failed = getattr(load()[0], f"attention_{_name(q)}")(
-        q.data_ptr(), k.data_ptr(), v.data_ptr(), o.data_ptr(), cu_seqlens.data_ptr(),
-        cu_seqlens.shape[0] - 1, heads, kv_heads, head_dim,
-        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], head_dim**-0.5 if scale is None else scale,
+def _take(*tensors: Tensor) -> bool:
+    """Whether the operators compute with these, and no gradient is to be given."""
+    return _know(*tensors) and not want_gradients(*tensors)
+
+
+# ---- attention -------------------------------------------------------------------------------------------
+
+
+class Dropout(ctypes.Structure):
+    """Dropout of probabilities by `_random.py`'s masks, as the C++ takes it."""
+
+    _fields_ = (
+        ("sequence_ids", _POINTER), ("seed", ctypes.c_uint64), ("stream", ctypes.c_uint64),
+        ("threshold", ctypes.c_uint32), ("scale", _FLOAT),
     )  # fmt: skip
+
+    def __init__(self, dropout_p: float, seed: Tensor, sequence_ids: Tensor, stream: int = 0) -> None:
+        ids = sequence_ids.to(torch.int64).contiguous()
+        # what was drawn, should the caller's seed change; it also keeps the addressed memory alive
+        self.options = {"dropout_p": dropout_p, "seed": seed.clone(), "sequence_ids": ids, "stream": stream}
+        super().__init__(ids.data_ptr(), int(seed), stream, keep_threshold(dropout_p), 1.0 / (1.0 - dropout_p))
+
+
+def takes_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float | None = None) -> bool:
+    """Whether `attention` and `attention_backward` compute with these."""
+    lengths = cu_seqlens.dtype == torch.int32 and cu_seqlens.is_contiguous()
+    return lengths and q.shape[-1] % WIDTH == 0 and (scale is None or scale >= 0.0) and _know(q, k, v)
+
+
+def _shape_of_attention(q: Tensor, k: Tensor, cu_seqlens: Tensor) -> tuple[int, ...]:
+    return cu_seqlens.data_ptr(), cu_seqlens.shape[0] - 1, q.shape[1], k.shape[1], q.shape[2]
+
+
+def _options_of_attention(q: Tensor, scale: float | None, dropout: Dropout | None) -> tuple:
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return scale, None if dropout is None else ctypes.addressof(dropout)
+
+
+def _expect_memory(failed: int, cu_seqlens: Tensor) -> None:
     if failed:
         raise MemoryError(f"attention: no memory for the keys of a sequence of {int(cu_seqlens.diff().max())} tokens")
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float | None,
+    dropout: Dropout | None = None, lse: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Self-attention: q [T, H, D], k, v [T, Hk, D], strided over tokens and heads -> [T, H, D]; and lse [H, T]."""
+    o = torch.empty(q.shape, dtype=q.dtype)
+    failed = getattr(load()[0], f"attention_{_name(q)}")(
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), o.data_ptr(), None if lse is None else lse.data_ptr(),
+        *_shape_of_attention(q, k, cu_seqlens), *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
+        *_options_of_attention(q, scale, dropout),
+    )  # fmt: skip
+    _expect_memory(failed, cu_seqlens)
     return o
+
+
+def attention_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, cu_seqlens: Tensor, scale: float | None,
+    dropout: Dropout | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, dk, dv of do [T, H, D] and what `attention` took and gave."""
+    do = do if do.stride(-1) == 1 else do.contiguous()
+    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype) for t in (q, k, v))
+    failed = getattr(load()[0], f"attention_backward_{_name(q)}")(
+        *(t.data_ptr() for t in (do, q, k, v, o, lse, dq, dk, dv)), *_shape_of_attention(q, k, cu_seqlens),
+        *(stride for t in (do, q, k, v) for stride in t.stride()[:2]), *_options_of_attention(q, scale, dropout),
+    )  # fmt: skip
+    _expect_memory(failed, cu_seqlens)
+    return dq, dk, dv
+
+
+# ---- rows and products -----------------------------------------------------------------------------------
 
 
 def takes_add_layer_norm(x: Tensor, *others: Tensor | None) -> bool:

@@ -1,8 +1,8 @@
-// Packed attention for inference, head by head: K of one head is transposed once (16 keys side by side in a register),
-// then six rows of queries at a time get all their scores, a softmax in place, and their product with V. Everything a
-// head needs stays in the core's own cache. `_cpu.py` calls it.
+// Packed attention, head by head: K of one head is transposed once (16 keys side by side in a register), then six rows
+// of queries at a time get all their scores, a softmax in place, dropout, and their product with V. Everything a head
+// needs stays in the core's own cache. `_cpu.py` calls it.
 
-#include "_cpu_simd.h"
+#include "_cpu_attention.h"
 
 namespace {
 
@@ -22,9 +22,10 @@ inline void score_tile(
         for (int j = 0; j < N; ++j) _mm512_store_ps(scores + i * keys + j * WIDTH, sum[i][j]);
 }
 
-// Scores of one row -> p = exp(scale * (score - maximum)) in T, zero past `length`; returns 1 / sum(p).
+// Scores of one row -> p = exp(scale * (score - maximum)) in T, zero past `length`; returns 1 / sum(p), and
+// lse = log(sum(exp(scale * score))).
 template <class T>
-inline float softmax(float* scores, typename T::Element* p, int length, int keys, float scale_log2) {
+inline float softmax(float* scores, typename T::Element* p, int length, int keys, float scale_log2, float& lse) {
     const __mmask16 tail = (__mmask16)((1u << (length - (keys - WIDTH))) - 1);
     const __m512 nothing = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
     float* last = scores + keys - WIDTH;
@@ -39,7 +40,20 @@ inline float softmax(float* scores, typename T::Element* p, int length, int keys
         sum = _mm512_add_ps(sum, x);
         T::store(p + j, x);
     }
-    return 1.0f / _mm512_reduce_add_ps(sum);
+    const float total = _mm512_reduce_add_ps(sum);
+    lse = std::log(total) + _mm512_reduce_max_ps(most) * scale_log2 / LOG2_E;
+    return 1.0f / total;
+}
+
+// p [keys] of the row with this key, zero where it is dropped.
+template <class T>
+inline void drop(typename T::Element* p, int keys, uint64_t key, uint32_t threshold) {
+    const __m512i low = _mm512_set1_epi32((int)key), high = _mm512_set1_epi32((int)(key >> 32));
+    __m512i column = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    for (int j = 0; j < keys; j += WIDTH) {
+        T::store(p + j, _mm512_maskz_mov_ps(keep_mask(low, high, column, threshold), T::load(p + j)));
+        column = _mm512_add_epi32(column, _mm512_set1_epi32(WIDTH));
+    }
 }
 
 // M rows of p [M, keys] times N x 16 columns of v [lanes, stride] -> o, each row times its factor.
@@ -60,8 +74,8 @@ inline void value_tile(
 template <class T, int M>
 void rows_of_head(
     const typename T::Element* q, int64_t q_stride, const float* k, const float* v, int64_t v_stride, int length,
-    int keys, int head_dim, float scale_log2, float* scores, typename T::Element* p, typename T::Element* o,
-    int64_t o_stride
+    int keys, int head_dim, float scale_log2, const Dropout* dropout, const uint64_t* row_keys, float* scores,
+    typename T::Element* p, typename T::Element* o, int64_t o_stride, float* lse
 ) {
     const int lanes = head_dim / T::PER_LANE;
     int key = 0;
@@ -73,8 +87,13 @@ void rows_of_head(
         case 1: score_tile<T, M, 1>(q, q_stride, k + key, lanes, keys, scores + key); break;
     }
     float factor[M];
-    for (int i = 0; i < M; ++i)
-        factor[i] = softmax<T>(scores + i * keys, p + i * keys, length, keys, scale_log2);
+    for (int i = 0; i < M; ++i) {
+        factor[i] = softmax<T>(scores + i * keys, p + i * keys, length, keys, scale_log2, lse[i]);
+        if (dropout) {
+            drop<T>(p + i * keys, keys, row_keys[i], dropout->threshold);
+            factor[i] *= dropout->scale;
+        }
+    }
     const int pairs = (length + T::PER_LANE - 1) / T::PER_LANE;
     int column = 0;
     for (; column + 4 * WIDTH <= head_dim; column += 4 * WIDTH)
@@ -84,48 +103,15 @@ void rows_of_head(
     if (column < head_dim) value_tile<T, M, 1>(p, keys, v + column, v_stride, pairs, factor, o + column, o_stride);
 }
 
-// K of one head [length, head_dim] -> [lanes, keys], zero past `length`.
-template <class T>
-void transpose_keys(const typename T::Element* k, int64_t stride, int length, int keys, int head_dim, float* to) {
-    const int lanes = head_dim / T::PER_LANE;
-    for (int key = 0; key < keys; key += WIDTH)
-        for (int lane = 0; lane < lanes; lane += WIDTH) {
-            const int n = std::min(WIDTH, lanes - lane);
-            const __mmask16 real = (__mmask16)((1u << n) - 1);
-            __m512i r[WIDTH];
-            for (int i = 0; i < WIDTH; ++i)
-                r[i] = key + i < length
-                    ? _mm512_maskz_loadu_epi32(real, k + (key + i) * stride + lane * T::PER_LANE)
-                    : _mm512_setzero_si512();
-            transpose(r);
-            for (int i = 0; i < n; ++i) _mm512_store_si512(to + (lane + i) * keys + key, r[i]);
-        }
-}
-
-// V of one head [length, head_dim] -> [length / 2, head_dim] lanes of two neighbouring keys, zeros past the last.
-void pair_values(const uint16_t* v, int64_t stride, int length, int head_dim, float* to) {
-    for (int key = 0; key < length; key += 2)
-        for (int column = 0; column < head_dim; column += WIDTH) {
-            const uint16_t* from = v + key * stride + column;
-            const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from));
-            const __m512i high = key + 1 < length
-                ? _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(from + stride)))
-                : _mm512_setzero_si512();
-            _mm512_store_si512(
-                to + key / 2 * head_dim + column, _mm512_or_si512(low, _mm512_slli_epi32(high, 16))
-            );
-        }
-}
-
 template <class T>
 int attention(
     const typename T::Element* q, const typename T::Element* k, const typename T::Element* v, typename T::Element* o,
-    const int32_t* starts, int sequences, int heads, int kv_heads, int head_dim,
-    int64_t q_token, int64_t q_head, int64_t k_token, int64_t k_head, int64_t v_token, int64_t v_head, float scale
+    float* lse, const int32_t* starts, int sequences, int heads, int kv_heads, int head_dim,
+    int64_t q_token, int64_t q_head, int64_t k_token, int64_t k_head, int64_t v_token, int64_t v_head, float scale,
+    const Dropout* dropout
 ) {
     using Element = typename T::Element;
-    const float scale_log2 = scale * 1.4426950408889634f;
-    const int64_t o_token = (int64_t)heads * head_dim;
+    const int64_t o_token = (int64_t)heads * head_dim, tokens = starts[sequences];
     bool failed = false;
 #pragma omp parallel for collapse(2) schedule(dynamic)
     for (int sequence = 0; sequence < sequences; ++sequence)
@@ -133,7 +119,7 @@ int attention(
             const int64_t start = starts[sequence];
             const int length = starts[sequence + 1] - starts[sequence];
             if (length == 0) continue;
-            const int keys = (length + WIDTH - 1) / WIDTH * WIDTH, kv_head = head / (heads / kv_heads);
+            const int keys = round_up(length, WIDTH), kv_head = head / (heads / kv_heads);
             const size_t of_keys = (size_t)keys * head_dim / T::PER_LANE;  // floats; as many of the paired values
             if (!scratch.reserve(sizeof(float) * (2 * of_keys + head_dim + 2 * ROWS * (size_t)keys))) {
                 failed = true;
@@ -144,30 +130,33 @@ int attention(
             float* scores = values_paired + (T::PER_LANE == 2 ? of_keys : 0);
             Element* p = (Element*)(scores + ROWS * keys);
 
-            transpose_keys<T>(k + start * k_token + kv_head * k_head, k_token, length, keys, head_dim, keys_transposed);
+            transpose_rows<T>(k + start * k_token + kv_head * k_head, k_token, length, keys, head_dim, keys_transposed);
             const Element* of_head = v + start * v_token + kv_head * v_head;
             const float* values = (const float*)of_head;
             int64_t v_stride = v_token;
             if constexpr (T::PER_LANE == 2) {
-                pair_values(of_head, v_token, length, head_dim, values_paired);
+                pair_rows(of_head, v_token, length, head_dim, values_paired);
                 values = values_paired;
                 v_stride = head_dim;
             }
             const Element* rows = q + start * q_token + head * q_head;
             Element* out = o + start * o_token + (int64_t)head * head_dim;
-            int row = 0;
+            float row_lse[ROWS];
+            uint64_t row_keys[ROWS];
+            for (int row = 0; row < length; row += ROWS) {
+                const int n = std::min(ROWS, length - row);
+                if (dropout)
+                    for (int i = 0; i < n; ++i) row_keys[i] = row_key(*dropout, sequence, head, row + i);
 #define OF_ROWS(M)                                                                                                 \
-    rows_of_head<T, M>(rows + row * q_token, q_token, keys_transposed, values, v_stride, length, keys, head_dim,  \
-                       scale_log2, scores, p, out + row * o_token, o_token)
-            for (; row + ROWS <= length; row += ROWS) OF_ROWS(ROWS);
-            switch (length - row) {
-                case 5: OF_ROWS(5); break;
-                case 4: OF_ROWS(4); break;
-                case 3: OF_ROWS(3); break;
-                case 2: OF_ROWS(2); break;
-                case 1: OF_ROWS(1); break;
-            }
+    case M:                                                                                                        \
+        rows_of_head<T, M>(rows + row * q_token, q_token, keys_transposed, values, v_stride, length, keys,         \
+                           head_dim, scale * LOG2_E, dropout, row_keys, scores, p, out + row * o_token, o_token,   \
+                           row_lse);                                                                               \
+        break;
+                switch (n) { OF_ROWS(6) OF_ROWS(5) OF_ROWS(4) OF_ROWS(3) OF_ROWS(2) OF_ROWS(1) }
 #undef OF_ROWS
+                if (lse) std::copy_n(row_lse, n, lse + head * tokens + start + row);
+            }
         }
     return failed ? 1 : 0;
 }
@@ -176,12 +165,13 @@ int attention(
 
 #define EXPORT_FOR(T, name)                                                                                        \
     EXPORT int attention_##name(                                                                                   \
-        const T::Element* q, const T::Element* k, const T::Element* v, T::Element* o, const int32_t* starts,       \
-        int sequences, int heads, int kv_heads, int head_dim, int64_t q_token, int64_t q_head, int64_t k_token,    \
-        int64_t k_head, int64_t v_token, int64_t v_head, float scale                                               \
+        const T::Element* q, const T::Element* k, const T::Element* v, T::Element* o, float* lse,                  \
+        const int32_t* starts, int sequences, int heads, int kv_heads, int head_dim, int64_t q_token,              \
+        int64_t q_head, int64_t k_token, int64_t k_head, int64_t v_token, int64_t v_head, float scale,             \
+        const Dropout* dropout                                                                                     \
     ) {                                                                                                            \
-        return attention<T>(q, k, v, o, starts, sequences, heads, kv_heads, head_dim, q_token, q_head, k_token,    \
-                            k_head, v_token, v_head, scale);                                                       \
+        return attention<T>(q, k, v, o, lse, starts, sequences, heads, kv_heads, head_dim, q_token, q_head,        \
+                            k_token, k_head, v_token, v_head, scale, dropout);                                     \
     }
 
 EXPORT_FOR(Float32, float32)

@@ -5,8 +5,8 @@
 
 #define DECLARE_FOR(T, name)                                                                                       \
     extern "C" int attention_##name(                                                                               \
-        const T::Element*, const T::Element*, const T::Element*, T::Element*, const int32_t*, int, int, int, int,  \
-        int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float                                                \
+        const T::Element*, const T::Element*, const T::Element*, T::Element*, float*, const int32_t*, int, int,    \
+        int, int, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float, const void*                         \
     );                                                                                                             \
     extern "C" void add_layer_norm_##name(                                                                         \
         const T::Element*, const T::Element*, const T::Element*, const T::Element*, T::Element*, int64_t, int,     \
@@ -47,8 +47,8 @@ struct Layer {
             linear_of_few_rows_##name(x, l->query.weight, l->query.bias, q, rows, width, width, 0);                \
             linear_of_few_rows_##name(x, l->key.weight, l->key.bias, k, rows, width, width, 0);                    \
             linear_of_few_rows_##name(x, l->value.weight, l->value.bias, v, rows, width, width, 0);                \
-            if (attention_##name(q, k, v, o, starts, sequences, heads, heads, head_dim, width, head_dim, width,    \
-                                 head_dim, width, head_dim, 1 / std::sqrt((float)head_dim)))                       \
+            if (attention_##name(q, k, v, o, nullptr, starts, sequences, heads, heads, head_dim, width, head_dim,  \
+                                 width, head_dim, width, head_dim, 1 / std::sqrt((float)head_dim), nullptr))       \
                 return 1;                                                                                          \
             linear_of_few_rows_##name(o, l->output.weight, l->output.bias, y, rows, width, width, 0);              \
             add_layer_norm_##name(y, x, l->norm.weight, l->norm.bias, x, rows, width, eps);                        \

@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <limits>
+#include <utility>
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 

@@ -1,9 +1,9 @@
 """The same operators from PyTorch's own fast ones: oneDNN's matrix products, fused SDPA and LayerNorm.
 
 What a machine without a GPU runs. Nearly everything here is ordinary torch, so autograd and torch.compile need no
-help; for inference two operators in C++ (`_cpu.py`) and weights laid out beforehand (`_prepack.py`) step in. Where
-the specification already is a sequence of fast operators, it is used as it stands. Signatures are those of
-`fastbert.functional`, where every argument is described.
+help; operators in C++ (`_cpu.py`), most for inference, attention with its gradients, and weights laid out beforehand
+(`_prepack.py`) step in. Where the specification already is a sequence of fast operators, it is used as it stands.
+Signatures are those of `fastbert.functional`, where every argument is described.
 """
 
 import itertools
@@ -179,19 +179,44 @@ def _attention_in_runs(q, k, v, runs, scale, sequence_ids=None, bias=None, mask=
     return torch.cat(outputs) if outputs else q.new_zeros(q.shape)
 
 
+class _Attention(torch.autograd.Function):
+    """Self-attention in C++, plain or with dropout, and its gradients."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, cu_seqlens, scale, dropout):
+        lse = torch.empty(q.shape[1], q.shape[0])
+        o = _cpu.attention(q, k, v, cu_seqlens, scale, dropout, lse)
+        ctx.save_for_backward(q, k, v, o, lse, cu_seqlens)
+        ctx.scale, ctx.dropout = scale, dropout
+        return o
+
+    @staticmethod
+    def backward(ctx, do):
+        q, k, v, o, lse, cu_seqlens = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            grads = _cpu.attention_backward(do, q, k, v, o, lse, cu_seqlens, ctx.scale, ctx.dropout)
+        else:  # these gradients' own gradients may be wanted: torch's operators have some
+            options = {} if ctx.dropout is None else ctx.dropout.options
+            o = _attention_in_runs(q, k, v, attention_schedule(cu_seqlens, q.shape[0]), ctx.scale, **options)
+            grads = torch.autograd.grad(o, (q, k, v), do, create_graph=True, materialize_grads=True)
+        return *grads, None, None, None
+
+
 @torch.library.custom_op("fastbert::attention_native", mutates_args=())
 def _attention_opaque(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, scale: float | None
-) -> torch.Tensor:
-    """Plain attention as one node of a traced graph, since its loop depends on data."""
-    if _cpu.takes_attention(q, k, v, cu_seqlens):
-        return _cpu.attention(q, k, v, cu_seqlens, scale)
-    return _attention_in_runs(q, k, v, attention_schedule(cu_seqlens, q.shape[0]), scale).contiguous()
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plain attention as one node of a traced graph, since its loop depends on data: o and lse [H, T], which is left
+    as it is where the backward will not need it."""
+    lse = torch.empty(q.shape[1], q.shape[0])
+    if _cpu.takes_attention(q, k, v, cu_seqlens, scale):
+        return _cpu.attention(q, k, v, cu_seqlens, scale, None, lse), lse
+    return _attention_in_runs(q, k, v, attention_schedule(cu_seqlens, q.shape[0]), scale).contiguous(), lse
 
 
 @_attention_opaque.register_fake
 def _(q, k, v, cu_seqlens, scale):
-    return q.new_empty(q.shape)
+    return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
 
 
 @torch.library.custom_op("fastbert::attention_native_backward", mutates_args=())
@@ -200,9 +225,13 @@ def _attention_opaque_backward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    o: torch.Tensor,
+    lse: torch.Tensor,
     cu_seqlens: torch.Tensor,
     scale: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if _cpu.takes_attention(q, k, v, cu_seqlens, scale):
+        return _cpu.attention_backward(do, q, k, v, o, lse, cu_seqlens, scale)
     with torch.enable_grad():
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
         o = _attention_in_runs(*leaves, attention_schedule(cu_seqlens, q.shape[0]), scale)
@@ -211,20 +240,23 @@ def _attention_opaque_backward(
 
 
 @_attention_opaque_backward.register_fake
-def _(do, q, k, v, cu_seqlens, scale):
+def _(do, q, k, v, o, lse, cu_seqlens, scale):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _save_attention(ctx, inputs, output):
-    *tensors, ctx.scale = inputs
-    ctx.save_for_backward(*tensors)
+    *tensors, cu_seqlens, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output, cu_seqlens)
 
 
-def _attention_opaque_grad(ctx, do):
+def _attention_opaque_grad(ctx, do, _):
     return *_attention_opaque_backward(do, *ctx.saved_tensors, ctx.scale), None, None
 
 
 _attention_opaque.register_autograd(_attention_opaque_grad, setup_context=_save_attention)
+
+
+DROPOUT = {"dropout_p", "seed", "stream", "sequence_ids"}
 
 
 def _variant(batch, device, options):
@@ -237,19 +269,22 @@ def _variant(batch, device, options):
     if given.get("dropout_p"):
         given.setdefault("sequence_ids", torch.arange(batch, device=device))
     else:
-        given = {name: given[name] for name in given.keys() - {"dropout_p", "seed", "stream", "sequence_ids"}}
+        given = {name: given[name] for name in given.keys() - DROPOUT}
     return given
 
 
 def attention(q, k, v, cu_seqlens, max_seqlen=None, *, scale=None, schedule=None, **options):
-    """Plain self-attention runs in C++ where that is built, else on SDPA, as its variants do, and with dropout on
-    explicit products; the rest as the specification does."""
+    """Plain self-attention and that with dropout run in C++ where that is built, else as their variants do: on SDPA,
+    with dropout on explicit products; the rest as the specification does."""
     variant = _variant(cu_seqlens.shape[0] - 1, q.device, options)
     compiling = torch.compiler.is_compiling()
-    if not variant and _cpu.takes_attention(q, k, v, cu_seqlens):
-        return _cpu.attention(q, k, v, cu_seqlens, scale)
+    autocast = q.dtype == torch.float32 and torch.is_autocast_enabled(q.device.type)
+    if variant.keys() <= DROPOUT and not autocast and _cpu.takes_attention(q, k, v, cu_seqlens, scale):
+        dropout = _cpu.Dropout(**variant) if variant else None
+        attend = _Attention.apply if _cpu.want_gradients(q, k, v) else _cpu.attention
+        return attend(q, k, v, cu_seqlens, scale, dropout)
     if compiling and not variant:
-        return _attention_opaque(q, k, v, cu_seqlens, scale)
+        return _attention_opaque(q, k, v, cu_seqlens, scale)[0]
     if compiling or "return_lse" in variant or "cu_seqlens_k" in variant:
         return reference.attention(q, k, v, cu_seqlens, max_seqlen, scale=scale, **options)
     runs = attention_schedule(cu_seqlens, q.shape[0]) if schedule is None else schedule

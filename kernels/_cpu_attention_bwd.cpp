@@ -1,0 +1,327 @@
+// The gradients of packed attention, head by head:
+//     p = exp(scale q k^T - lse)            dv = dropout(p)^T do
+//     dp = dropout'(do v^T)                 ds = p * (dp - delta),  delta = rowsum(do * o)
+//     dq = scale ds k                       dk = scale ds^T q
+// Everything is computed transposed, a row for a key and a column for a query: then lse and delta lie along a register,
+// and p^T and ds^T are the left operands of dv and dk as they come. Queries are laid out in blocks; past each go the
+// keys in blocks, and what is computed of both stays in the core's own cache. dk and dv add up in float32 over all
+// queries, and all heads that share them.
+
+#include "_cpu_attention.h"
+
+namespace {
+
+constexpr int ROWS = 6;      // keys at a time: 6 x 4 accumulators
+constexpr int QUERIES = 64;  // of a block
+constexpr int KEYS = 96;     // of a block, a multiple of ROWS
+
+// Everything of one head. Rows of elements are in T, the rest is float32 or lanes of T.
+template <class T>
+struct Memory {
+    using Element = typename T::Element;
+    Element *k, *v;           // [keys, head_dim], zero past the last
+    float* k_columns;         // [head_dim, key lanes]
+    float *dk, *dv;           // [keys, head_dim]
+    float *q, *d_o;           // of a block: transposed [lanes, QUERIES]
+    float *q_pairs, *do_pairs;  // [query lanes, head_dim]
+    float* dq;                // transposed [head_dim, QUERIES]
+    float *lse_log2, *delta;  // [QUERIES]
+    uint32_t *low, *high;     // [QUERIES] halves of the rows' keys, for dropout
+    Element *p, *ds;          // of both blocks: [KEYS, QUERIES]
+    float* ds_pairs;          // [key lanes, QUERIES]
+    int64_t key_lanes;        // a row of k_columns
+
+    bool reserve(int length, int head_dim) {
+        const size_t keys = round_up(length, ROWS), lanes = head_dim / T::PER_LANE;
+        key_lanes = round_up((length + T::PER_LANE - 1) / T::PER_LANE, WIDTH);
+        const size_t block = QUERIES * lanes, of_both = KEYS * QUERIES / T::PER_LANE;
+        const size_t floats = 2 * keys * lanes + key_lanes * head_dim + 2 * keys * head_dim + 4 * block
+            + (size_t)head_dim * QUERIES + 4 * QUERIES + 3 * of_both;
+        if (!scratch.reserve(sizeof(float) * floats)) return false;
+        float* next = (float*)scratch.memory;
+        const auto take = [&](size_t n) { return std::exchange(next, next + n); };
+        k = (Element*)take(keys * lanes), v = (Element*)take(keys * lanes);
+        k_columns = take(key_lanes * head_dim);
+        dk = take(keys * head_dim), dv = take(keys * head_dim);
+        q = take(block), d_o = take(block), q_pairs = take(block), do_pairs = take(block);
+        dq = take((size_t)head_dim * QUERIES);
+        lse_log2 = take(QUERIES), delta = take(QUERIES);
+        low = (uint32_t*)take(QUERIES), high = (uint32_t*)take(QUERIES);
+        p = (Element*)take(of_both), ds = (Element*)take(of_both);
+        ds_pairs = T::PER_LANE == 2 ? take(of_both) : (float*)ds;
+        return true;
+    }
+};
+
+// c [M, N x 16] += a [M, lanes] b [lanes, N x 16]
+template <class T, int M, int N>
+inline void add_tile(
+    const typename T::Element* a, int64_t a_stride, const float* b, int64_t b_stride, int lanes, float* c,
+    int64_t c_stride
+) {
+    __m512 sum[M][N];
+    multiply<T, M, N>(a, a_stride, b, b_stride, lanes, sum);
+#pragma GCC unroll 6
+    for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+        for (int j = 0; j < N; ++j) {
+            float* to = c + i * c_stride + j * WIDTH;
+            _mm512_store_ps(to, _mm512_add_ps(_mm512_load_ps(to), sum[i][j]));
+        }
+}
+
+template <class T, int M>
+inline void add_rows(
+    const typename T::Element* a, int64_t a_stride, const float* b, int64_t b_stride, int lanes, float* c,
+    int64_t c_stride, int columns
+) {
+    int column = 0;
+    for (; column + 4 * WIDTH <= columns; column += 4 * WIDTH)
+        add_tile<T, M, 4>(a, a_stride, b + column, b_stride, lanes, c + column, c_stride);
+    for (; column + 2 * WIDTH <= columns; column += 2 * WIDTH)
+        add_tile<T, M, 2>(a, a_stride, b + column, b_stride, lanes, c + column, c_stride);
+    if (column < columns) add_tile<T, M, 1>(a, a_stride, b + column, b_stride, lanes, c + column, c_stride);
+}
+
+// c [rows, columns] += a [rows, lanes] b [lanes, columns]; rows are even.
+template <class T>
+void add_product(
+    const typename T::Element* a, int64_t a_stride, const float* b, int64_t b_stride, int lanes, float* c,
+    int64_t c_stride, int rows, int columns
+) {
+    int row = 0;
+    for (; row + ROWS <= rows; row += ROWS)
+        add_rows<T, ROWS>(a + row * a_stride, a_stride, b, b_stride, lanes, c + row * c_stride, c_stride, columns);
+    for (; row < rows; row += 2)
+        add_rows<T, 2>(a + row * a_stride, a_stride, b, b_stride, lanes, c + row * c_stride, c_stride, columns);
+}
+
+// Two rows of ds, to their rows and to lanes of both.
+inline void store_pair(__m512 first, __m512 second, uint16_t* rows, float* pairs) {
+    alignas(64) static const uint16_t ALTERNATE[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(second, first);
+    _mm256_store_si256((__m256i*)rows, _mm512_castsi512_si256(both));
+    _mm256_store_si256((__m256i*)(rows + QUERIES), _mm512_extracti64x4_epi64(both, 1));
+    _mm512_store_si512(pairs, _mm512_permutexvar_epi16(_mm512_load_si512(ALTERNATE), both));
+}
+
+// p^T and ds^T of six keys, of which `real` are, and N x 16 queries.
+template <class T, int N>
+void tile(
+    const Memory<T>& m, int key, int real, int row, int lanes, float scale_log2, const Dropout* dropout
+) {
+    using Element = typename T::Element;
+    const int head_dim = lanes * T::PER_LANE;
+    Element* of_p = m.p + row * QUERIES;
+    Element* of_ds = m.ds + row * QUERIES;
+    float* of_pairs = m.ds_pairs + row / T::PER_LANE * QUERIES;
+    alignas(64) float p[ROWS][N * WIDTH];
+    __mmask16 keep[ROWS][N];
+    __m512 sum[ROWS][N];
+
+    if (dropout)
+        for (int j = 0; j < N; ++j) {
+            const __m512i low = _mm512_load_si512(m.low + j * WIDTH), high = _mm512_load_si512(m.high + j * WIDTH);
+            for (int i = 0; i < ROWS; ++i)
+                keep[i][j] = keep_mask(low, high, _mm512_set1_epi32(key + i), dropout->threshold);
+        }
+
+    multiply<T, ROWS, N>(m.k + (int64_t)key * head_dim, head_dim, m.q, QUERIES, lanes, sum);
+    const __m512 scale = _mm512_set1_ps(scale_log2);
+#pragma GCC unroll 6
+    for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 4
+        for (int j = 0; j < N; ++j) {
+            __m512 x = exp2_of_negative(_mm512_fmsub_ps(sum[i][j], scale, _mm512_load_ps(m.lse_log2 + j * WIDTH)));
+            if (i >= real) x = _mm512_setzero_ps();
+            _mm512_store_ps(p[i] + j * WIDTH, x);
+            T::store(of_p + i * QUERIES + j * WIDTH, dropout ? _mm512_maskz_mov_ps(keep[i][j], x) : x);
+        }
+
+    multiply<T, ROWS, N>(m.v + (int64_t)key * head_dim, head_dim, m.d_o, QUERIES, lanes, sum);
+    const __m512 kept = _mm512_set1_ps(dropout ? dropout->scale : 1.0f);
+#pragma GCC unroll 6
+    for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 4
+        for (int j = 0; j < N; ++j) {
+            const __m512 delta = _mm512_load_ps(m.delta + j * WIDTH);
+            if (dropout) sum[i][j] = _mm512_maskz_mul_ps(keep[i][j], sum[i][j], kept);
+            sum[i][j] = _mm512_mul_ps(_mm512_load_ps(p[i] + j * WIDTH), _mm512_sub_ps(sum[i][j], delta));
+        }
+#pragma GCC unroll 6
+    for (int i = 0; i < ROWS; i += T::PER_LANE)
+#pragma GCC unroll 4
+        for (int j = 0; j < N; ++j)
+            if constexpr (T::PER_LANE == 2)
+                store_pair(
+                    sum[i][j], sum[i + 1][j], of_ds + i * QUERIES + j * WIDTH, of_pairs + i / 2 * QUERIES + j * WIDTH
+                );
+            else
+                _mm512_store_ps(of_ds + i * QUERIES + j * WIDTH, sum[i][j]);
+}
+
+// The sums of one head [rows, head_dim], rounded once -> rows `stride` elements apart.
+template <class T>
+void store_rows(const float* sums, int rows, int head_dim, float scale, typename T::Element* to, int64_t stride) {
+    for (int row = 0; row < rows; ++row)
+        for (int column = 0; column < head_dim; column += WIDTH)
+            T::store(
+                to + row * stride + column,
+                _mm512_mul_ps(_mm512_load_ps(sums + row * head_dim + column), _mm512_set1_ps(scale))
+            );
+}
+
+// The same of sums [head_dim, QUERIES].
+template <class T>
+void store_columns(const float* sums, int rows, int head_dim, float scale, typename T::Element* to, int64_t stride) {
+    for (int row = 0; row < rows; row += WIDTH)
+        for (int column = 0; column < head_dim; column += WIDTH) {
+            __m512i r[WIDTH];
+            for (int i = 0; i < WIDTH; ++i) r[i] = _mm512_load_si512(sums + (column + i) * QUERIES + row);
+            transpose(r);
+            for (int i = 0; i < std::min(WIDTH, rows - row); ++i)
+                T::store(
+                    to + (row + i) * stride + column, _mm512_mul_ps(_mm512_castsi512_ps(r[i]), _mm512_set1_ps(scale))
+                );
+        }
+}
+
+// Rows -> lanes of neighbouring rows, which in float32 are the rows themselves.
+inline void lay_out_rows(const uint16_t* x, int64_t stride, int length, int head_dim, float* to) {
+    pair_rows(x, stride, length, head_dim, to);
+}
+inline void lay_out_rows(const float* x, int64_t stride, int length, int head_dim, float* to) {
+    for (int row = 0; row < length; ++row) std::copy_n(x + row * stride, head_dim, to + (int64_t)row * head_dim);
+}
+
+// Keys and values of one head [length, head_dim] into memory, their gradients to zero.
+template <class T>
+void lay_out_keys(
+    Memory<T>& m, const typename T::Element* k, int64_t k_token, const typename T::Element* v, int64_t v_token,
+    int length, int head_dim
+) {
+    const int keys = round_up(length, ROWS), lanes = (length + T::PER_LANE - 1) / T::PER_LANE;
+    for (int key = 0; key < keys; ++key)
+        if (key < length) {
+            std::copy_n(k + key * k_token, head_dim, m.k + (int64_t)key * head_dim);
+            std::copy_n(v + key * v_token, head_dim, m.v + (int64_t)key * head_dim);
+        } else {
+            std::fill_n(m.k + (int64_t)key * head_dim, head_dim, typename T::Element(0));
+            std::fill_n(m.v + (int64_t)key * head_dim, head_dim, typename T::Element(0));
+        }
+    lay_out_rows(m.k, head_dim, length, head_dim, m.dk);  // dk's memory is free as yet
+    transpose_rows<Float32>(m.dk, head_dim, lanes, m.key_lanes, head_dim, m.k_columns);
+    std::fill_n(m.dk, (int64_t)keys * head_dim, 0.0f);
+    std::fill_n(m.dv, (int64_t)keys * head_dim, 0.0f);
+}
+
+// One block of queries: their dq, and what they add to dk and dv. q, do, o, dq: rows of the block; lse: of its rows.
+template <class T>
+void block_of_queries(
+    Memory<T>& m, const typename T::Element* q, int64_t q_token, const typename T::Element* d_o, int64_t do_token,
+    const typename T::Element* o, typename T::Element* dq, int64_t o_token, const float* lse, int queries, int length,
+    int head_dim, float scale, const Dropout* dropout
+) {
+    const int columns = round_up(queries, WIDTH), lanes = head_dim / T::PER_LANE;
+    const int query_lanes = (queries + T::PER_LANE - 1) / T::PER_LANE;
+    transpose_rows<T>(q, q_token, queries, QUERIES, head_dim, m.q);
+    transpose_rows<T>(d_o, do_token, queries, QUERIES, head_dim, m.d_o);
+    lay_out_rows(q, q_token, queries, head_dim, m.q_pairs);
+    lay_out_rows(d_o, do_token, queries, head_dim, m.do_pairs);
+    for (int i = 0; i < queries; ++i) {
+        __m512 sum = _mm512_setzero_ps();
+        for (int c = 0; c < head_dim; c += WIDTH)
+            sum = _mm512_fmadd_ps(T::load(d_o + i * do_token + c), T::load(o + i * o_token + c), sum);
+        m.delta[i] = _mm512_reduce_add_ps(sum);
+        m.lse_log2[i] = lse[i] * LOG2_E;
+    }
+    // past the last query p is exp(-infinity)
+    std::fill(m.delta + queries, m.delta + columns, 0.0f);
+    std::fill(m.lse_log2 + queries, m.lse_log2 + columns, std::numeric_limits<float>::infinity());
+    std::fill_n(m.dq, head_dim * QUERIES, 0.0f);
+
+    for (int first = 0; first < length; first += KEYS) {
+        const int keys = std::min(KEYS, length - first), rows = round_up(keys, ROWS);
+        for (int row = 0; row < rows; row += ROWS) {
+#define OF_COLUMNS(N)                                                                                              \
+    case N: tile<T, N>(m, first + row, keys - row, row, lanes, scale * LOG2_E, dropout); break;
+            switch (columns / WIDTH) { OF_COLUMNS(4) OF_COLUMNS(3) OF_COLUMNS(2) OF_COLUMNS(1) }
+#undef OF_COLUMNS
+        }
+        float* dv = m.dv + (int64_t)first * head_dim;
+        float* dk = m.dk + (int64_t)first * head_dim;
+        add_product<T>(m.p, QUERIES, m.do_pairs, head_dim, query_lanes, dv, head_dim, rows, head_dim);
+        add_product<T>(m.ds, QUERIES, m.q_pairs, head_dim, query_lanes, dk, head_dim, rows, head_dim);
+        add_product<T>(
+            (const typename T::Element*)(m.k_columns + first / T::PER_LANE), m.key_lanes * T::PER_LANE, m.ds_pairs,
+            QUERIES, (keys + T::PER_LANE - 1) / T::PER_LANE, m.dq, QUERIES, head_dim, columns
+        );
+    }
+    store_columns<T>(m.dq, queries, head_dim, scale, dq, o_token);
+}
+
+template <class T>
+int backward(
+    const typename T::Element* d_o, const typename T::Element* q, const typename T::Element* k,
+    const typename T::Element* v, const typename T::Element* o, const float* lse,            // in
+    typename T::Element* dq, typename T::Element* dk, typename T::Element* dv,               // out
+    const int32_t* starts, int sequences, int heads, int kv_heads, int head_dim,
+    int64_t do_token, int64_t do_head, int64_t q_token, int64_t q_head, int64_t k_token, int64_t k_head,
+    int64_t v_token, int64_t v_head, float scale, const Dropout* dropout
+) {
+    const int64_t o_token = (int64_t)heads * head_dim, k_row = (int64_t)kv_heads * head_dim, tokens = starts[sequences];
+    const int group = heads / kv_heads;
+    bool failed = false;
+#pragma omp parallel for collapse(2) schedule(dynamic)
+    for (int sequence = 0; sequence < sequences; ++sequence)
+        for (int kv_head = 0; kv_head < kv_heads; ++kv_head) {
+            const int64_t start = starts[sequence];
+            const int length = starts[sequence + 1] - starts[sequence];
+            Memory<T> m;
+            if (length == 0) continue;
+            if (!m.reserve(length, head_dim)) {
+                failed = true;
+                continue;
+            }
+            lay_out_keys(
+                m, k + start * k_token + kv_head * k_head, k_token, v + start * v_token + kv_head * v_head, v_token,
+                length, head_dim
+            );
+            for (int head = kv_head * group; head < (kv_head + 1) * group; ++head)
+                for (int row = 0; row < length; row += QUERIES) {
+                    const int queries = std::min(QUERIES, length - row);
+                    const int64_t token = start + row, of_o = token * o_token + (int64_t)head * head_dim;
+                    if (dropout)
+                        for (int i = 0; i < queries; ++i) {
+                            const uint64_t key = row_key(*dropout, sequence, head, row + i);
+                            m.low[i] = (uint32_t)key, m.high[i] = (uint32_t)(key >> 32);
+                        }
+                    block_of_queries(
+                        m, q + token * q_token + head * q_head, q_token, d_o + token * do_token + head * do_head,
+                        do_token, o + of_o, dq + of_o, o_token, lse + head * tokens + token, queries, length, head_dim,
+                        scale, dropout
+                    );
+                }
+            const int64_t of_k = start * k_row + (int64_t)kv_head * head_dim;
+            store_rows<T>(m.dk, length, head_dim, scale, dk + of_k, k_row);
+            store_rows<T>(m.dv, length, head_dim, dropout ? dropout->scale : 1.0f, dv + of_k, k_row);
+        }
+    return failed ? 1 : 0;
+}
+
+}  // namespace
+
+#define EXPORT_FOR(T, name)                                                                                        \
+    EXPORT int attention_backward_##name(                                                                          \
+        const T::Element* d_o, const T::Element* q, const T::Element* k, const T::Element* v, const T::Element* o, \
+        const float* lse, T::Element* dq, T::Element* dk, T::Element* dv, const int32_t* starts, int sequences,    \
+        int heads, int kv_heads, int head_dim, int64_t do_token, int64_t do_head, int64_t q_token, int64_t q_head, \
+        int64_t k_token, int64_t k_head, int64_t v_token, int64_t v_head, float scale, const Dropout* dropout      \
+    ) {                                                                                                            \
+        return backward<T>(d_o, q, k, v, o, lse, dq, dk, dv, starts, sequences, heads, kv_heads, head_dim,         \
+                           do_token, do_head, q_token, q_head, k_token, k_head, v_token, v_head, scale, dropout);  \
+    }
+
+EXPORT_FOR(Float32, float32)
+EXPORT_FOR(BFloat16, bfloat16)
