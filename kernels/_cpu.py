@@ -1,4 +1,4 @@
-"""The C++ operators of `_cpu_*.cpp`, for x86 CPUs with AVX-512: for inference, and attention for training too.
+"""The C++ operators of `_cpu_*.cpp`, for x86 CPUs with AVX-512: for inference, attention and the loss for training too.
 
 Installing compiles them where there is a C++ compiler; without them, or on another CPU, `native.py` computes the same
 from torch's own operators. They are called through ctypes, so one build serves every version of torch.
@@ -48,6 +48,10 @@ def load() -> tuple[ctypes.CDLL | None, str | None]:
         quantise_rows.argtypes, quantise_rows.restype = [_POINTER] * 3 + [_LONG, _INT, _FLOAT], None
         linear = getattr(library, f"linear_of_few_rows_{dtype}")
         linear.argtypes, linear.restype = [_POINTER] * 4 + [_INT] * 4, None
+        sum_logits = getattr(library, f"sum_logits_{dtype}")
+        sum_logits.argtypes, sum_logits.restype = [_POINTER] * 7 + [_INT] * 3, None
+        logit_gradients = getattr(library, f"logit_gradients_{dtype}")
+        logit_gradients.argtypes, logit_gradients.restype = [_POINTER] * 7 + [_INT] * 3 + [_FLOAT] * 2, None
         scale_rows = getattr(library, f"scale_rows_{dtype}")
         scale_rows.argtypes, scale_rows.restype = [_POINTER] * 4 + [_LONG, _INT, _INT], None
         layers = getattr(library, f"encoder_layers_{dtype}")
@@ -62,15 +66,23 @@ def _dtypes() -> tuple[torch.dtype, ...]:
     return (torch.float32, torch.bfloat16) if torch.cpu._is_avx512_bf16_supported() else (torch.float32,)
 
 
+def runs_now(x: Tensor) -> bool:
+    """Whether x's values are here to be read: on the CPU, outside of tracing and of torch's transforms."""
+    return (
+        not torch.compiler.is_compiling()
+        and x.device.type == "cpu"
+        and not torch._C._functorch.maybe_current_level()
+        and forward_ad._current_level < 0
+    )
+
+
 def _know(*tensors: Tensor) -> bool:
     """Whether the operators compute with these: on the CPU, of one dtype that they know, nothing traced."""
     first = tensors[0]
     return (
-        not torch.compiler.is_compiling()
+        runs_now(first)
         and first.dtype in _dtypes()
         and all(t.device.type == "cpu" and t.dtype == first.dtype and t.stride(-1) == 1 for t in tensors)
-        and not torch._C._functorch.maybe_current_level()
-        and forward_ad._current_level < 0
     )
 
 
@@ -259,6 +271,37 @@ def scale_rows(sums: Tensor, scales: Tensor, bias: Tensor | None, activation: st
     getattr(load()[0], f"scale_rows_{_name(y)}")(
         sums.data_ptr(), scales.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr(),
         *sums.shape, activation == "gelu",
+    )  # fmt: skip
+
+
+def takes_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> bool:
+    """Whether `_cpu_loss.row_losses` computes with these, with or without gradients."""
+    given = (hidden, weight) if bias is None else (hidden, weight, bias)
+    return len(hidden) > 0 and labels.dtype == torch.int64 and _know(*given)
+
+
+def sum_logits(
+    logits: Tensor, bias: Tensor | None, labels: Tensor, greatest: Tensor, sums: Tensor, totals: Tensor,
+    of_label: Tensor, first: int,
+) -> None:  # fmt: skip
+    """Adds logits [words, N] of the words from `first` on to what was summed of z = logits + bias: greatest z, sum of
+    exp(z - greatest), sum of z, the label's z, all [N] float32. bias [V] or None, labels [N] int32."""
+    words, rows = logits.shape
+    getattr(load()[0], f"sum_logits_{_name(logits)}")(
+        logits.data_ptr(), None if bias is None else bias.data_ptr(), labels.data_ptr(),
+        greatest.data_ptr(), sums.data_ptr(), totals.data_ptr(), of_label.data_ptr(), first, words, rows,
+    )  # fmt: skip
+
+
+def logit_gradients(
+    logits: Tensor, bias: Tensor | None, labels: Tensor, lse: Tensor, dloss: Tensor, dz: Tensor, dbias: Tensor,
+    first: int, smoothing: float, vocabulary: int,
+) -> None:  # fmt: skip
+    """Fills dz [words, N], which may be logits, and these words of dbias [V] float32. lse, dloss: [N] float32."""
+    words, rows = logits.shape
+    getattr(load()[0], f"logit_gradients_{_name(logits)}")(
+        logits.data_ptr(), None if bias is None else bias.data_ptr(), labels.data_ptr(), lse.data_ptr(),
+        dloss.data_ptr(), dz.data_ptr(), dbias.data_ptr(), first, words, rows, smoothing, smoothing / vocabulary,
     )  # fmt: skip
 
 

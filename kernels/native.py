@@ -1,9 +1,9 @@
 """The same operators from PyTorch's own fast ones: oneDNN's matrix products, fused SDPA and LayerNorm.
 
 What a machine without a GPU runs. Nearly everything here is ordinary torch, so autograd and torch.compile need no
-help; operators in C++ (`_cpu.py`), most for inference, attention with its gradients, and weights laid out beforehand
-(`_prepack.py`) step in. Where the specification already is a sequence of fast operators, it is used as it stands.
-Signatures are those of `fastbert.functional`, where every argument is described.
+help; operators in C++ (`_cpu.py`), most for inference, attention and the loss (`_cpu_loss.py`) with their gradients, and
+weights laid out beforehand (`_prepack.py`) step in. Where the specification already is a sequence of fast operators, it
+is used as it stands. Signatures are those of `fastbert.functional`, where every argument is described.
 """
 
 import itertools
@@ -11,7 +11,7 @@ import itertools
 import torch
 import torch.nn.functional as F
 
-from . import _cpu, _prepack, reference
+from . import _cpu, _cpu_loss, _prepack, reference
 from ._invariance import is_batch_invariant
 from ._random import HEAD_STREAMS, keep_mask, row_keys
 
@@ -328,7 +328,32 @@ LOGIT_ROWS = 1024
 
 
 def linear_cross_entropy(hidden, weight, bias, labels, *, ignore_index=-100, label_smoothing=0.0, reduction="mean"):
-    """The loss in chunks of rows; of several chunks each one's logits are recomputed in its backward, not kept."""
+    """Of the rows that have a label, where labels can be read at no cost; the others enter no product."""
+    if not _cpu.runs_now(hidden):
+        losses = _losses_in_chunks(hidden, weight, bias, labels, ignore_index, label_smoothing)
+        return _reduced(losses, reduction, (labels != ignore_index).sum())
+    if torch.is_autocast_enabled("cpu"):
+        hidden, weight, bias = _cast_as_autocast(hidden, weight, bias)
+    counted = (labels != ignore_index).nonzero().flatten()
+    targets = labels[counted]
+    rows = hidden if len(counted) == len(hidden) else hidden[counted]
+    if _cpu.takes_loss(rows, weight, bias, targets) and not is_batch_invariant() and not _prepack.is_int8(weight):
+        losses = _cpu_loss.row_losses(rows, weight, bias, targets, label_smoothing)
+    else:
+        losses = _losses_in_chunks(rows, weight, bias, targets, ignore_index, label_smoothing)
+    if reduction == "none":
+        return losses.new_zeros(len(labels)).index_copy(0, counted, losses)
+    return _reduced(losses, reduction, len(counted))
+
+
+def _reduced(losses, reduction, count):
+    if reduction == "none":
+        return losses
+    return losses.sum() if reduction == "sum" else losses.sum() / count
+
+
+def _losses_in_chunks(hidden, weight, bias, labels, ignore_index, label_smoothing):
+    """[N] losses in chunks of rows; of several chunks each one's logits are recomputed in its backward, not kept."""
 
     def of_chunk(rows, targets):
         logits = linear(rows, weight, bias).float()
@@ -337,12 +362,12 @@ def linear_cross_entropy(hidden, weight, bias, labels, *, ignore_index=-100, lab
         )
 
     if len(hidden) <= LOGIT_ROWS:
-        losses = of_chunk(hidden, labels)
-    else:
-        chunks = zip(hidden.split(LOGIT_ROWS), labels.split(LOGIT_ROWS), strict=True)
-        kept = [torch.utils.checkpoint.checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks]
-        losses = torch.cat(kept)
-    if reduction == "none":
-        return losses
-    total = losses.sum()
-    return total if reduction == "sum" else total / (labels != ignore_index).sum()
+        return of_chunk(hidden, labels)
+    chunks = zip(hidden.split(LOGIT_ROWS), labels.split(LOGIT_ROWS), strict=True)
+    kept = [torch.utils.checkpoint.checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks]
+    return torch.cat(kept)
+
+
+def _cast_as_autocast(*tensors):
+    dtype = torch.get_autocast_dtype("cpu")
+    return (t.to(dtype) if t is not None and t.dtype == torch.float32 else t for t in tensors)

@@ -1,0 +1,106 @@
+"""Cross-entropy of a linear layer's outputs on a CPU: the vendor library's products, and between them passes in C++.
+
+    z    = weight hidden^T + bias                                    [V, N]
+    lse  = logsumexp(z)                                              [N]
+    loss = lse - (1 - e) z[label] - e / V * sum(z)                   [N]
+    dz   = (softmax(z) - (1 - e) onehot(label) - e / V) * dloss      [V, N]
+
+    dhidden = dz^T weight   [N, C]      dweight = dz hidden   [V, C]      dbias = row sums of dz   [V]
+
+The vocabulary is taken in chunks whose z, and dz, stay in the cache until they are used. z lies word by word: weight,
+the larger factor, is read as it lies, and sums over words go lane by lane. For the backward pass z (less bias, in the
+working dtype) is kept where it is small and computed again where it is not. dz is made there, so any upstream gradient
+will do. A row's loss is summed in one order, whatever the number of threads.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from . import _cpu
+
+ROWS = 32  # the number of rows is filled up to a multiple of this: whole registers, and faster products
+CHUNK_BYTES = 4 << 20  # of z at a time; of 800 rows in bfloat16 2,621 words
+LEAST_WORDS = 512  # a chunk, so that adding up dhidden stays small beside the products
+KEPT_BYTES = 128 << 20  # of z that may be kept; in bfloat16 2,200 rows of BERT's vocabulary
+
+
+def row_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, smoothing: float) -> Tensor:
+    """[N] float32 losses, N > 0, where `_cpu.takes_loss`; IndexError for a label that is not in the vocabulary."""
+    rows, words = len(hidden), len(weight)
+    for label in (labels.min(), labels.max()):
+        if not 0 <= label < words:
+            raise IndexError(f"Target {int(label)} is out of bounds.")
+    filler = -rows % ROWS  # rows of zeros, whose losses are cut off again, so that their upstream gradients are zero
+    hidden, labels = F.pad(hidden, (0, 0, 0, filler)), F.pad(labels, (0, filler))
+    return _Losses.apply(hidden, weight, bias, labels, smoothing, torch.is_grad_enabled())[:rows]
+
+
+def _plain(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, smoothing: float) -> Tensor:
+    """The same by torch's operators."""
+    logits = F.linear(hidden, weight, bias).float()
+    return F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
+
+
+class _Losses(torch.autograd.Function):
+    """The number of rows a multiple of ROWS."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, smoothing: float,
+        graph: bool,
+    ) -> Tensor:  # fmt: skip
+        rows, words = len(hidden), len(weight)
+        narrow = labels.int()
+        greatest = torch.full((rows,), torch.finfo(torch.float32).min)
+        sums, totals, of_label = torch.zeros(3, rows)
+        keep = graph and any(ctx.needs_input_grad) and rows * words * hidden.element_size() <= KEPT_BYTES
+        chunk = _chunk_words(hidden)
+        z = hidden.new_empty(words if keep else min(chunk, words), rows)
+
+        for first in range(0, words, chunk):
+            part = weight[first : first + chunk]
+            of_part = z[first : first + chunk] if keep else z[: len(part)]
+            torch.mm(part, hidden.t(), out=of_part)
+            _cpu.sum_logits(of_part, bias, narrow, greatest, sums, totals, of_label, first)
+
+        lse = greatest + sums.log()
+        ctx.save_for_backward(hidden, weight, bias, labels, lse, z if keep else None)
+        ctx.smoothing = smoothing
+        losses = lse - (1.0 - smoothing) * of_label
+        return losses - smoothing / words * totals if smoothing else losses
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, labels, lse, kept = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():  # of a gradient that is to be differentiated again
+            leaves = [t for t, is_wanted in zip((hidden, weight, bias), wanted, strict=True) if is_wanted]
+            losses = _plain(hidden, weight, bias, labels, ctx.smoothing)
+            grads = iter(torch.autograd.grad(losses, leaves, dloss, create_graph=True))
+            return *(next(grads) if is_wanted else None for is_wanted in wanted), None, None, None
+
+        rows, words = len(hidden), len(weight)
+        narrow, dloss = labels.int(), dloss.contiguous()
+        chunk = _chunk_words(hidden)
+        dhidden = torch.zeros(hidden.shape) if wanted[0] else None
+        dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if wanted[1] else None
+        dbias = torch.empty(words)
+        buffer = hidden.new_empty(min(chunk, words), rows)
+
+        for first in range(0, words, chunk):
+            part, dz = weight[first : first + chunk], buffer[: words - first]
+            z = torch.mm(part, hidden.t(), out=dz) if kept is None else kept[first : first + chunk]
+            _cpu.logit_gradients(z, bias, narrow, lse, dloss, dz, dbias, first, ctx.smoothing, words)
+            if wanted[1]:
+                torch.mm(dz, hidden, out=dweight[first : first + chunk])
+            if wanted[0]:
+                dhidden += dz.t() @ part
+
+        dhidden = dhidden.to(hidden.dtype) if wanted[0] else None
+        return dhidden, dweight, dbias.to(bias.dtype) if wanted[2] else None, None, None, None
+
+
+def _chunk_words(hidden: Tensor) -> int:
+    return max(LEAST_WORDS, CHUNK_BYTES // (len(hidden) * hidden.element_size()))

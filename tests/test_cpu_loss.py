@@ -1,0 +1,268 @@
+"""The masked-word loss on a CPU: rows without a label left out, passes over logits in C++, gradients by hand."""
+
+import pytest
+import torch
+
+from fastbert import functional, testing
+from fastbert.kernels import _cpu, _cpu_loss, native, reference
+from fastbert.kernels._invariance import batch_invariant
+from fastbert.testing import ModelShape, assert_within_budget
+
+built = pytest.mark.skipif(_cpu.load()[0] is None, reason=f"no C++ operators: {_cpu.load()[1]}")
+DTYPES = [
+    torch.float32,
+    pytest.param(
+        torch.bfloat16,
+        marks=pytest.mark.skipif(torch.bfloat16 not in _cpu._dtypes(), reason="this CPU has no AVX512-BF16"),
+    ),
+]
+MODEL = ModelShape(40, 1, 0, 1, vocab=1211)  # no chunk divides the vocabulary, no register the rows
+
+
+@pytest.fixture(params=["kept", "computed again"])
+def several_chunks(request, monkeypatch):
+    """The vocabulary in chunks of 512 words, and logits from either source in the backward pass."""
+    monkeypatch.setattr(_cpu_loss, "CHUNK_BYTES", 1)
+    if request.param == "computed again":
+        monkeypatch.setattr(_cpu_loss, "KEPT_BYTES", 1)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How many rows went to the C++ path, a call each."""
+    rows, row_losses = [], _cpu_loss.row_losses
+    monkeypatch.setattr(_cpu_loss, "row_losses", lambda h, *args: rows.append(len(h)) or row_losses(h, *args))
+    return rows
+
+
+def tensors(rows, dtype=torch.float32, bias=True):
+    inputs = testing.cross_entropy_inputs(MODEL, [rows], bias=bias)
+    leaves = [inputs[k].to(dtype).requires_grad_() for k in ("hidden", "weight", "bias") if inputs[k] is not None]
+    return *leaves, *([] if bias else [None]), inputs["labels"]
+
+
+def results(function, dtype, inputs, wanted=("hidden", "weight", "bias"), upstream=None):
+    """(loss, gradients) under a random upstream gradient."""
+    given = {k: t.to(dtype) if torch.is_tensor(t) and t.is_floating_point() else t for k, t in inputs.items()}
+    leaves = [given[k].requires_grad_() for k in wanted if given[k] is not None]
+    loss = function(**given)
+    generator = torch.Generator().manual_seed(5)
+    upstream = torch.randn(loss.shape, generator=generator, dtype=torch.float64) if upstream is None else upstream
+    return loss, *torch.autograd.grad(loss, leaves, upstream.to(loss.dtype))
+
+
+def check(dtype, inputs, **options):
+    low = {k: t.to(dtype).double() if torch.is_tensor(t) and t.is_floating_point() else t for k, t in inputs.items()}
+    ours = results(native.linear_cross_entropy, dtype, low, **options)
+    plain = results(reference.linear_cross_entropy, dtype, low, **options)
+    truth = results(reference.linear_cross_entropy, torch.float64, low, **options)
+    for name, *three in zip(("loss", "dhidden", "dweight", "dbias"), ours, plain, truth, strict=False):
+        assert_within_budget(*three, name)
+    assert len(ours) == len(truth)
+
+
+# ---- against float64 -----------------------------------------------------------------------------------------
+
+
+@built
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.usefixtures("several_chunks")
+def test_loss_and_gradients(dtype, smoothing, reduction, calls):
+    check(dtype, testing.cross_entropy_inputs(MODEL, [75], reduction=reduction, label_smoothing=smoothing))
+    assert calls == [60]  # every fifth row has no label
+
+
+@built
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 40, 41])
+def test_rows_and_no_bias(dtype, rows):
+    """One labelled row at least, a whole number of registers, and one more; a word that stands for no label."""
+    inputs = testing.cross_entropy_inputs(MODEL, [rows], bias=False, reduction="none", ignore_index=7)
+    inputs["labels"][0] = 3
+    check(dtype, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+def test_dtypes_that_torch_computes(dtype, calls):
+    *leaves, labels = (t.detach() for t in tensors(20, dtype))
+    loss = native.linear_cross_entropy(*leaves, labels, label_smoothing=0.1)
+    expected = reference.linear_cross_entropy(*(t.double() for t in leaves), labels, label_smoothing=0.1)
+    assert (loss.double() - expected).abs() < 1e-2
+    assert calls == []
+
+
+@built
+@pytest.mark.usefixtures("several_chunks")
+def test_words_ruled_out_and_great_logits():
+    """Whole chunks of -inf, and logits of 1e4: no overflow, no NaN."""
+    hidden, weight, bias, labels = (t.detach() for t in tensors(12))
+    bias[:600] = float("-inf")
+    labels[labels >= 0] = labels[labels >= 0] % 600 + 605
+    inputs = {"hidden": hidden * 3e3, "weight": weight, "bias": bias, "labels": labels}
+    ours = results(native.linear_cross_entropy, torch.float32, inputs, ("hidden", "weight"))
+    truth = results(reference.linear_cross_entropy, torch.float64, inputs, ("hidden", "weight"))
+    assert truth[0] > 100
+    for one, other in zip(ours, truth, strict=True):
+        assert testing.relative_rms(one, other) < 1e-3  # a float32 of 1e4 is off by 5e-4 itself
+
+
+@built
+def test_nan_stays_in_its_row():
+    hidden, weight, bias, labels = (t.detach() for t in tensors(12))
+    hidden[3, 5] = float("nan")
+    losses = native.linear_cross_entropy(hidden, weight, bias, labels, reduction="none")
+    assert losses.isnan().nonzero().flatten().tolist() == [3]
+
+
+# ---- labels --------------------------------------------------------------------------------------------------
+
+
+def test_rows_without_a_label_are_not_read():
+    """They may hold anything; their losses and gradients are zero."""
+    hidden, weight, bias, labels = tensors(35)
+    poisoned = hidden.detach().clone()
+    poisoned[labels == -100] = float("nan")
+    poisoned.requires_grad_()
+    losses = native.linear_cross_entropy(poisoned, weight, bias, labels, reduction="none")
+    expected = native.linear_cross_entropy(hidden, weight, bias, labels, reduction="none")
+    assert torch.equal(losses, expected)
+    grads = [torch.autograd.grad(x.sum(), (h, weight, bias)) for x, h in ((losses, poisoned), (expected, hidden))]
+    assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))
+    assert not grads[0][0][labels == -100].any()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("rows", [0, 6])
+def test_no_row_counts(rows, smoothing):
+    """As torch: the mean over nothing is NaN, sum and rows are zero, all gradients zero."""
+    hidden, weight, bias, labels = tensors(rows)
+    labels.fill_(-100)
+    for reduction in ("mean", "sum", "none"):
+        loss = native.linear_cross_entropy(hidden, weight, bias, labels, reduction=reduction, label_smoothing=smoothing)
+        assert loss.isnan().all() if reduction == "mean" else not loss.any()
+        assert loss.shape == ((rows,) if reduction == "none" else ())
+        for grad in torch.autograd.grad(loss, (hidden, weight, bias), torch.ones_like(loss)):
+            assert not grad.any()
+
+
+@pytest.mark.parametrize("wrong", [MODEL.vocab, -1, 2**33 + 1])
+def test_label_out_of_range(wrong):
+    *leaves, labels = tensors(6)
+    labels[3] = wrong
+    with pytest.raises(IndexError, match=f"Target {wrong} is out of bounds"):
+        native.linear_cross_entropy(*leaves, labels)
+
+
+# ---- gradients -----------------------------------------------------------------------------------------------
+
+
+@built
+@pytest.mark.parametrize("wanted", ["hidden", "weight", "bias"])
+def test_one_gradient_alone(wanted):
+    """A frozen decoder, or a frozen encoder."""
+    inputs = testing.cross_entropy_inputs(MODEL, [35])
+    alone = results(native.linear_cross_entropy, torch.float32, inputs, (wanted,))
+    names = ("hidden", "weight", "bias")
+    together = results(native.linear_cross_entropy, torch.float32, inputs, names)
+    assert torch.equal(alone[1], together[1 + names.index(wanted)])
+
+
+@built
+def test_a_second_backward_pass_through_the_same_graph():
+    *leaves, labels = tensors(35)
+    loss = native.linear_cross_entropy(*leaves, labels)
+    once, twice = torch.autograd.grad(loss, leaves, retain_graph=True), torch.autograd.grad(loss, leaves)
+    assert all(torch.equal(one, other) for one, other in zip(once, twice, strict=True))
+
+
+@built
+def test_gradients_of_gradients():
+    """By torch's operators, as a penalty on the gradient asks for."""
+    second = []
+    for function in (native.linear_cross_entropy, reference.linear_cross_entropy):
+        *leaves, labels = tensors(9)
+        grads = torch.autograd.grad(function(*leaves, labels), leaves, create_graph=True)
+        second.append(torch.autograd.grad(sum(g.square().sum() for g in grads), leaves))
+    for ours, theirs in zip(*second, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@built
+def test_views():
+    """hidden as columns of a wider matrix, weight transposed, every other element of bias."""
+    hidden, weight, bias, labels = (t.detach() for t in tensors(35))
+    wide = torch.cat((hidden, torch.full_like(hidden, torch.nan)), dim=1)[:, : hidden.shape[1]]
+    sparse = torch.stack((bias, torch.full_like(bias, torch.nan)), dim=1).flatten()[::2]
+    both = []
+    for leaves in ([hidden, weight, bias], [wide, weight.t().contiguous().t(), sparse]):
+        leaves = [t.requires_grad_() for t in leaves]
+        losses = native.linear_cross_entropy(*leaves, labels, reduction="none")
+        both.append((losses, *torch.autograd.grad(losses.sum(), leaves)))
+    for one, other in zip(*both, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+# ---- who computes --------------------------------------------------------------------------------------------
+
+
+@built
+@pytest.mark.skipif(torch.bfloat16 not in _cpu._dtypes(), reason="this CPU has no AVX512-BF16")
+def test_autocast(calls):
+    """Products in autocast's dtype, the loss in float32, gradients in the parameters' dtype."""
+    *leaves, labels = tensors(35)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = functional.linear_cross_entropy(*leaves, labels, impl="native")
+    assert calls == [28]
+    assert loss.dtype == torch.float32
+    assert {g.dtype for g in torch.autograd.grad(loss, leaves)} == {torch.float32}
+    lower = [leaf.detach().bfloat16() for leaf in leaves]
+    assert torch.equal(loss, native.linear_cross_entropy(*lower, labels))
+
+
+def test_compiled_and_transformed():
+    """Graphs and torch's transforms see torch's operators, and all rows."""
+    *leaves, labels = (t.detach() for t in tensors(20))
+    expected = reference.linear_cross_entropy(*leaves, labels)
+    compiled = torch.compile(native.linear_cross_entropy, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*leaves, labels), expected)
+    grad, loss = torch.func.grad_and_value(native.linear_cross_entropy)(*leaves, labels)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(grad, torch.func.grad(reference.linear_cross_entropy)(*leaves, labels))
+    tangents = [torch.randn_like(t) for t in leaves]
+    with torch.autograd.forward_ad.dual_level():
+        duals = [torch.autograd.forward_ad.make_dual(*pair) for pair in zip(leaves, tangents, strict=True)]
+        _, ours = torch.autograd.forward_ad.unpack_dual(native.linear_cross_entropy(*duals, labels))
+        _, theirs = torch.autograd.forward_ad.unpack_dual(reference.linear_cross_entropy(*duals, labels))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_batch_invariant_rows(calls):
+    """Within `batch_invariant()` a row's loss has the same bits alone and among others."""
+    *leaves, labels = (t.detach() for t in tensors(35))
+    with batch_invariant():
+        together = native.linear_cross_entropy(*leaves, labels, reduction="none")
+        alone = native.linear_cross_entropy(leaves[0][9:10], *leaves[1:], labels[9:10], reduction="none")
+    assert torch.equal(together[9:10], alone)
+    assert calls == []
+
+
+@built
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_passes_give_the_same_bits_with_any_number_of_threads(dtype):
+    """The passes in C++; the products between them are the vendor library's."""
+    logits, bias = torch.randn(70, 96).to(dtype), torch.randn(70).to(dtype)
+    labels, dloss = torch.randint(70, (96,), dtype=torch.int32), torch.randn(96)
+    both, threads = [], torch.get_num_threads()
+    try:
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            summed = [torch.full((96,), -1e30), *torch.zeros(3, 96)]
+            _cpu.sum_logits(logits, bias, labels, *summed, 0)
+            dz, dbias = torch.empty_like(logits), torch.empty(70)
+            _cpu.logit_gradients(logits, bias, labels, summed[0] + summed[1].log(), dloss, dz, dbias, 0, 0.1, 70)
+            both.append((*summed, dz, dbias))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(one, other) for one, other in zip(*both, strict=True))
