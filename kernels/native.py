@@ -1,7 +1,7 @@
 """The same operators from PyTorch's own fast ones: oneDNN's matrix products, fused SDPA and LayerNorm.
 
 What a machine without a GPU runs. Nearly everything here is ordinary torch, so autograd and torch.compile need no
-help; operators in C++ (`_cpu.py`), most for inference, attention and the loss (`_cpu_loss.py`) with their gradients, and
+help; operators in C++ (`_cpu.py`), most for inference, attention and the loss (`_cpu_loss.py`) with gradients, and
 weights laid out beforehand (`_prepack.py`) step in. Where the specification already is a sequence of fast operators, it
 is used as it stands. Signatures are those of `fastbert.functional`, where every argument is described.
 """
