@@ -10,10 +10,11 @@ Whatever goes wrong with one row is that row's status, in one line, and no other
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +33,19 @@ Run = Callable[[], Any]
 
 class Missing(Exception):
     """What a row needs is not here, and this is why."""
+
+
+@contextlib.contextmanager
+def compiling(rows: Sequence[Row]) -> Iterator[None]:
+    """torch.compile begins anew for each case, and raises where it would go on uncompiled after too many shapes."""
+    if not any(row.peer == "torch.compile" for row in rows):
+        yield
+        return
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        yield
 
 
 class Interrupted(KeyboardInterrupt):
@@ -148,17 +162,18 @@ def measure(
     seconds: dict[str, list[float]] = {}
     interrupted = False
     try:
-        truth, plain = _truth(case, chosen)
-        for row in chosen:
-            if stop():
-                break
-            _prepare(row, results[row.row], runs, truth, plain, device)
-            _warm_up(row, results[row.row], runs, once, clock, effort)
-        del truth
-        guarded = {name: _guarded(runs, results[name], name) for name in runs}
-        settle = device.type == "cpu" and any(row.peer in OWN_THREADS for row in chosen)
-        timing.interleave(guarded, clock, effort, stop, once=once, seconds=seconds, settle=settle)
-        _memory_and_energy(case, runs, results, device)
+        with compiling(chosen):
+            truth, plain = _truth(case, chosen)
+            for row in chosen:
+                if stop():
+                    break
+                _prepare(row, results[row.row], runs, truth, plain, device)
+                _warm_up(row, results[row.row], runs, once, clock, effort)
+            del truth
+            guarded = {name: _guarded(runs, results[name], name) for name in runs}
+            settle = device.type == "cpu" and any(row.peer in OWN_THREADS for row in chosen)
+            timing.interleave(guarded, clock, effort, stop, once=once, seconds=seconds, settle=settle)
+            _memory_and_energy(case, runs, results, device)
     except KeyboardInterrupt:
         interrupted = True
     for name, times in seconds.items():

@@ -112,6 +112,28 @@ def test_trouble_of_one_row_is_its_own():
     json.dumps(list(rows.values()), allow_nan=False)
 
 
+def test_a_compiled_row_never_runs_uncompiled():
+    """After too many shapes torch.compile goes on uncompiled, which no row may; each case counts anew."""
+
+    def of_sizes(name: str, sizes: range):
+        compiled = torch.compile(lambda x: x * 2, backend="eager", dynamic=False)
+
+        def run():
+            for n in sizes:
+                compiled(torch.ones(n))
+            return torch.ones(1000)
+
+        return Row(name, "torch.compile", lambda: run, package="torch")
+
+    for sizes in (range(2, 8), range(8, 14)):
+        rows = measured(of_rows(of_sizes("few shapes", sizes)))
+        assert rows["few shapes"]["status"] == "ok", rows["few shapes"]["reason"]
+    rows = measured(of_rows(of_sizes("many shapes", range(2, 14))))
+    assert rows["many shapes"]["status"] == "failed"
+    assert rows["many shapes"]["status"] == "failed"
+    assert "recompile_limit" in rows["many shapes"]["reason"]
+
+
 @pytest.mark.parametrize("op", ["attention", "feed_forward", "linear_cross_entropy", "embedding_layer_norm", "pool"])
 def test_operators_and_their_peers_agree(op):
     """Every row that runs here computes the same thing, gradients included."""
