@@ -75,7 +75,8 @@ def test_each_length_by_itself(dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shift", [30.0, -30.0], ids=["far above", "far below"])
 def test_extreme_scores(dtype, shift):
-    lengths = [20, 33, 7]
+    """Also where seven rows find what twelve left behind in the memory that they share."""
+    lengths = [20, 33, 12, 7]
     q, k, v, do = random_inputs(lengths)
     assert_like_the_reference([4 + q / 8, shift + k / 8, v, do], lengths, dtype)
 
