@@ -1,4 +1,5 @@
-"""The C++ operators of `_cpu_*.cpp`, for x86 CPUs with AVX-512: for inference, attention and the loss for training too.
+"""The C++ operators of `_cpu_*.cpp`, for x86 CPUs with AVX-512: for inference; attention, LayerNorm and the loss for
+training too.
 
 Installing compiles them where there is a C++ compiler; without them, or on another CPU, `native.py` computes the same
 from torch's own operators. They are called through ctypes, so one build serves every version of torch.
@@ -19,6 +20,7 @@ from ._random import keep_threshold
 
 _POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 WIDTH = 16  # elements that a row must be a multiple of
+NORM_BLOCK = 64  # BLOCK in _cpu_norm.cpp
 FEW_ROWS = 64  # up to which `linear` is ahead of the vendor library,
 FEW_ROWS_LAID_OUT = 16  # and of that with a weight that lies ready for it
 
@@ -44,6 +46,11 @@ def load() -> tuple[ctypes.CDLL | None, str | None]:
         backward.argtypes, backward.restype = [_POINTER] * 9 + lengths + [_LONG] * 8 + options, _INT
         add_layer_norm = getattr(library, f"add_layer_norm_{dtype}")
         add_layer_norm.argtypes, add_layer_norm.restype = [_POINTER] * 5 + [_LONG, _INT, _FLOAT], None
+        norm = [_LONG, _INT, _FLOAT, ctypes.c_uint32, _FLOAT]
+        with_dropout = getattr(library, f"dropout_add_layer_norm_{dtype}")
+        with_dropout.argtypes, with_dropout.restype = [_POINTER] * 6 + norm, None
+        norm_backward = getattr(library, f"add_layer_norm_backward_{dtype}")
+        norm_backward.argtypes, norm_backward.restype = [_POINTER] * 8 + norm, None
         quantise_rows = getattr(library, f"quantise_rows_{dtype}")
         quantise_rows.argtypes, quantise_rows.restype = [_POINTER] * 3 + [_LONG, _INT, _FLOAT], None
         linear = getattr(library, f"linear_of_few_rows_{dtype}")
@@ -171,18 +178,46 @@ def takes_add_layer_norm(x: Tensor, *others: Tensor | None) -> bool:
     given = (x, *others)
     if any(t is None or t.shape[-1] != x.shape[-1] or not t.is_contiguous() for t in given) or x.shape[-1] % WIDTH:
         return False
-    return _take(*given) and others[0].shape == x.shape
+    return _know(*given) and others[0].shape == x.shape
 
 
-def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """LayerNorm(x + residual): contiguous [..., N], statistics in float32, the sum never rounded to x's dtype."""
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, keys: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """LayerNorm(dropout(x) + residual): contiguous [..., N], statistics in float32, the sum never rounded to x's
+    dtype. keys: of the rows, as `_random.row_keys` makes them, or None for no dropout."""
     y = torch.empty(x.shape, dtype=x.dtype)
     width = x.shape[-1]
+    if keys is not None:
+        getattr(load()[0], f"dropout_add_layer_norm_{_name(x)}")(
+            x.data_ptr(), residual.data_ptr(), keys.data_ptr(), weight.data_ptr(), bias.data_ptr(), y.data_ptr(),
+            x.numel() // width, width, eps, keep_threshold(dropout_p), 1.0 / (1.0 - dropout_p),
+        )  # fmt: skip
+        return y
     getattr(load()[0], f"add_layer_norm_{_name(x)}")(
         x.data_ptr(), residual.data_ptr(), weight.data_ptr(), bias.data_ptr(), y.data_ptr(),
         x.numel() // width, width, eps,
     )  # fmt: skip
     return y
+
+
+def add_layer_norm_backward(
+    dy: Tensor, x: Tensor, residual: Tensor, weight: Tensor, eps: float, keys: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dx, dresidual, dweight, dbias); without dropout the first two are one tensor."""
+    dy, width = dy.contiguous(), x.shape[-1]
+    rows = x.numel() // width
+    dresidual = torch.empty(x.shape, dtype=x.dtype)
+    dx = dresidual if keys is None else torch.empty(x.shape, dtype=x.dtype)
+    parts = torch.zeros(max(1, -(-rows // NORM_BLOCK)), 2, width)
+    getattr(load()[0], f"add_layer_norm_backward_{_name(x)}")(
+        x.data_ptr(), residual.data_ptr(), None if keys is None else keys.data_ptr(), weight.data_ptr(), dy.data_ptr(),
+        None if keys is None else dx.data_ptr(), dresidual.data_ptr(), parts.data_ptr(),
+        rows, width, eps, keep_threshold(dropout_p), 1.0 / (1.0 - dropout_p),
+    )  # fmt: skip
+    return dx, dresidual, *parts[0].to(weight.dtype)
 
 
 def takes_linear(

@@ -1,9 +1,9 @@
 """The same operators from PyTorch's own fast ones: oneDNN's matrix products, fused SDPA and LayerNorm.
 
 What a machine without a GPU runs. Nearly everything here is ordinary torch, so autograd and torch.compile need no
-help; operators in C++ (`_cpu.py`), most for inference, attention and the loss (`_cpu_loss.py`) with gradients, and
-weights laid out beforehand (`_prepack.py`) step in. Where the specification already is a sequence of fast operators, it
-is used as it stands. Signatures are those of `fastbert.functional`, where every argument is described.
+help; operators in C++ (`_cpu.py`), most for inference, attention, add + LayerNorm and the loss (`_cpu_loss.py`) with
+gradients, and weights laid out beforehand (`_prepack.py`) step in. Where the specification already is a sequence of
+fast operators, it is used as it stands. Signatures are those of `fastbert.functional`, where every argument is described.
 """
 
 import itertools
@@ -20,13 +20,47 @@ add_rms_norm = reference.add_rms_norm
 embedding_layer_norm = reference.embedding_layer_norm
 
 
-def add_layer_norm(x, residual, weight, bias, eps=1e-12, *, x_bias=None, dropout_p=0.0, **dropout):
+def add_layer_norm(
+    x, residual, weight, bias, eps=1e-12, *, x_bias=None, dropout_p=0.0, seed=None, stream=0, row_ids=None
+):
     """One pass in C++ where that is built; else as the specification does."""
-    if x_bias is None and dropout_p == 0.0 and _cpu.takes_add_layer_norm(x, residual, weight, bias):
-        return _cpu.add_layer_norm(x, residual, weight, bias, eps)
+    if x_bias is None and _cpu.takes_add_layer_norm(x, residual, weight, bias):
+        keys = None
+        if dropout_p:
+            rows = torch.arange(x.numel() // x.shape[-1]) if row_ids is None else row_ids.flatten()
+            keys = row_keys(seed, stream, rows)
+        wanted = _cpu.want_gradients(x, residual, weight, bias)
+        return (_AddLayerNorm.apply if wanted else _cpu.add_layer_norm)(x, residual, weight, bias, eps, keys, dropout_p)
     return reference.add_layer_norm(
-        x, residual, weight, bias, eps, x_bias=x_bias, dropout_p=dropout_p, **dropout
-    )  # fmt: skip
+        x, residual, weight, bias, eps, x_bias=x_bias, dropout_p=dropout_p, seed=seed, stream=stream, row_ids=row_ids
+    )
+
+
+class _AddLayerNorm(torch.autograd.Function):
+    """LayerNorm(dropout(x) + residual) in C++, and its gradients."""
+
+    @staticmethod
+    def forward(ctx, x, residual, weight, bias, eps, keys, dropout_p):
+        ctx.save_for_backward(x, residual, weight, bias, keys)
+        ctx.eps, ctx.dropout_p = eps, dropout_p
+        return _cpu.add_layer_norm(x, residual, weight, bias, eps, keys, dropout_p)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, residual, weight, bias, keys = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            grads = _cpu.add_layer_norm_backward(dy, x, residual, weight, ctx.eps, keys, ctx.dropout_p)
+        else:  # these gradients' own gradients may be wanted: torch's operators have some
+            z = x
+            if keys is not None:
+                keep = keep_mask(keys, x.shape[-1], ctx.dropout_p).view(x.shape)
+                z = torch.where(keep, x / (1.0 - ctx.dropout_p), 0.0)
+            y = F.layer_norm(z + residual, z.shape[-1:], weight, bias, ctx.eps)
+            wanted = ctx.needs_input_grad[:4]
+            leaves = [t for t, is_wanted in zip((x, residual, weight, bias), wanted, strict=True) if is_wanted]
+            found = iter(torch.autograd.grad(y, leaves, dy, create_graph=True))
+            grads = [next(found) if is_wanted else None for is_wanted in wanted]
+        return *grads, None, None, None
 
 
 # ---- products --------------------------------------------------------------------------------------------

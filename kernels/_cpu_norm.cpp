@@ -1,0 +1,150 @@
+// dropout + add + LayerNorm for training: the forward pass with dropout, and the gradients. `_cpu.py` calls them.
+//
+//     z = dropout(x) + residual,  xhat = (z - mean) * rstd,  y = xhat * weight + bias
+//     g = dy * weight,  dz = rstd * (g - mean(g) - xhat * mean(g * xhat)) = dresidual,  dx = dz where kept, scaled
+//     dweight = sum over rows of dy * xhat,  dbias = sum over rows of dy
+//
+// Statistics and masks are computed again in the backward pass: a row is in the first cache by then.
+
+#include <vector>
+
+#include "_cpu_attention.h"
+
+namespace {
+
+constexpr int BLOCK = 64;  // rows whose dweight and dbias are summed by one thread, so the order is always the same
+
+// Rows of `width` contiguous elements; which of x stays is drawn by a row's key, all of it where there are no keys.
+template <class T>
+struct Sums {
+    const typename T::Element *x, *residual;
+    const uint64_t* keys;
+    int width;
+    float eps;
+    uint32_t threshold;
+    float scale;
+
+    __mmask16 kept(int64_t row, int i) const {
+        if (!keys) return 0xffff;
+        const __m512i low = _mm512_set1_epi32((int)keys[row]), high = _mm512_set1_epi32((int)(keys[row] >> 32));
+        const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        return keep_mask(low, high, _mm512_add_epi32(lanes, _mm512_set1_epi32(i)), threshold);
+    }
+
+    // xhat of this row, and what was kept of x; returns rstd.
+    float normalise(int64_t row, float* xhat, __mmask16* mask) const {
+        const int64_t at = row * width;
+        __m512 sum = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
+        for (int i = 0; i < width; i += WIDTH) {
+            mask[i / WIDTH] = kept(row, i);
+            const __m512 of_x = _mm512_maskz_mul_ps(mask[i / WIDTH], T::load(x + at + i), _mm512_set1_ps(scale));
+            const __m512 z = _mm512_add_ps(of_x, T::load(residual + at + i));
+            _mm512_storeu_ps(xhat + i, z);
+            sum = _mm512_add_ps(sum, z);
+        }
+        const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / width);
+        for (int i = 0; i < width; i += WIDTH) {
+            const __m512 centred = _mm512_sub_ps(_mm512_loadu_ps(xhat + i), mean);
+            squares = _mm512_fmadd_ps(centred, centred, squares);
+        }
+        const float rstd = 1.0f / std::sqrt(_mm512_reduce_add_ps(squares) / width + eps);
+        for (int i = 0; i < width; i += WIDTH) {
+            const __m512 centred = _mm512_sub_ps(_mm512_loadu_ps(xhat + i), mean);
+            _mm512_storeu_ps(xhat + i, _mm512_mul_ps(centred, _mm512_set1_ps(rstd)));
+        }
+        return rstd;
+    }
+};
+
+template <class T>
+void forward(
+    const Sums<T>& sums, const typename T::Element* weight, const typename T::Element* bias, typename T::Element* y,
+    int64_t rows
+) {
+    const int width = sums.width;
+#pragma omp parallel
+    {
+        std::vector<float> xhat(width);
+        std::vector<__mmask16> mask(width / WIDTH);
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < rows; ++row) {
+            sums.normalise(row, xhat.data(), mask.data());
+            for (int i = 0; i < width; i += WIDTH)
+                T::store(
+                    y + row * width + i,
+                    _mm512_fmadd_ps(_mm512_loadu_ps(&xhat[i]), T::load(weight + i), T::load(bias + i))
+                );
+        }
+    }
+}
+
+// parts: [blocks of rows, 2, width] zeros; its first block becomes (dweight, dbias). dx may be null: it is dresidual.
+template <class T>
+void backward(
+    const Sums<T>& sums, const typename T::Element* weight, const typename T::Element* dy, typename T::Element* dx,
+    typename T::Element* dresidual, float* parts, int64_t rows
+) {
+    const int width = sums.width;
+    const int64_t blocks = (rows + BLOCK - 1) / BLOCK;
+    const __m512 scale = _mm512_set1_ps(sums.scale);
+#pragma omp parallel
+    {
+        std::vector<float> xhat(width);
+        std::vector<__mmask16> mask(width / WIDTH);
+#pragma omp for schedule(static)
+        for (int64_t block = 0; block < blocks; ++block) {
+            float *dweight = parts + block * 2 * width, *dbias = dweight + width;
+            for (int64_t row = block * BLOCK; row < std::min(rows, (block + 1) * BLOCK); ++row) {
+                const int64_t at = row * width;
+                const __m512 rstd = _mm512_set1_ps(sums.normalise(row, xhat.data(), mask.data()));
+
+                __m512 sum = _mm512_setzero_ps(), with_xhat = _mm512_setzero_ps();
+                for (int i = 0; i < width; i += WIDTH) {
+                    const __m512 d = T::load(dy + at + i), h = _mm512_loadu_ps(&xhat[i]);
+                    const __m512 g = _mm512_mul_ps(d, T::load(weight + i));
+                    sum = _mm512_add_ps(sum, g);
+                    with_xhat = _mm512_fmadd_ps(g, h, with_xhat);
+                    _mm512_storeu_ps(dweight + i, _mm512_fmadd_ps(d, h, _mm512_loadu_ps(dweight + i)));
+                    _mm512_storeu_ps(dbias + i, _mm512_add_ps(d, _mm512_loadu_ps(dbias + i)));
+                }
+                const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / width);
+                const __m512 slope = _mm512_set1_ps(_mm512_reduce_add_ps(with_xhat) / width);
+
+                for (int i = 0; i < width; i += WIDTH) {
+                    const __m512 g = _mm512_mul_ps(T::load(dy + at + i), T::load(weight + i));
+                    const __m512 left = _mm512_fnmadd_ps(_mm512_loadu_ps(&xhat[i]), slope, _mm512_sub_ps(g, mean));
+                    const __m512 dz = _mm512_mul_ps(left, rstd);
+                    T::store(dresidual + at + i, dz);
+                    if (dx) T::store(dx + at + i, _mm512_maskz_mul_ps(mask[i / WIDTH], dz, scale));
+                }
+            }
+        }
+#pragma omp for schedule(static)
+        for (int i = 0; i < 2 * width; i += WIDTH) {
+            __m512 sum = _mm512_loadu_ps(parts + i);
+            for (int64_t block = 1; block < blocks; ++block)
+                sum = _mm512_add_ps(sum, _mm512_loadu_ps(parts + block * 2 * width + i));
+            _mm512_storeu_ps(parts + i, sum);
+        }
+    }
+}
+
+}  // namespace
+
+#define EXPORT_FOR(T, name)                                                                                        \
+    EXPORT void dropout_add_layer_norm_##name(                                                                     \
+        const T::Element* x, const T::Element* residual, const uint64_t* keys, const T::Element* weight,           \
+        const T::Element* bias, T::Element* y, int64_t rows, int width, float eps, uint32_t threshold, float scale \
+    ) {                                                                                                            \
+        forward<T>({x, residual, keys, width, eps, threshold, scale}, weight, bias, y, rows);                      \
+    }                                                                                                              \
+    EXPORT void add_layer_norm_backward_##name(                                                                    \
+        const T::Element* x, const T::Element* residual, const uint64_t* keys, const T::Element* weight,           \
+        const T::Element* dy, T::Element* dx, T::Element* dresidual, float* parts, int64_t rows, int width,        \
+        float eps, uint32_t threshold, float scale                                                                 \
+    ) {                                                                                                            \
+        backward<T>({x, residual, keys, width, eps, threshold, scale}, weight, dy, dx, dresidual, parts, rows);    \
+    }
+
+EXPORT_FOR(Float32, float32)
+EXPORT_FOR(BFloat16, bfloat16)

@@ -1,0 +1,113 @@
+"""dropout + add + LayerNorm on a CPU for training: the forward pass with dropout and the gradients in C++."""
+
+import pytest
+import torch
+
+from fastbert.kernels import _cpu, native, reference
+from fastbert.testing import assert_within_budget
+
+built = pytest.mark.skipif(_cpu.load()[0] is None, reason=f"no C++ operators: {_cpu.load()[1]}")
+pytestmark = built
+DTYPES = [
+    torch.float32,
+    pytest.param(
+        torch.bfloat16,
+        marks=pytest.mark.skipif(torch.bfloat16 not in _cpu._dtypes(), reason="this CPU has no AVX512-BF16"),
+    ),
+]
+NAMES = ("y", "dx", "dresidual", "dweight", "dbias")
+
+
+def tensors(shape, dtype=torch.float32):
+    """Rows far from zero: the variance is of what is left when the mean is gone."""
+    x, residual = torch.randn(2, *shape)
+    weight, bias = torch.randn(2, shape[-1])
+    return [t.to(dtype).requires_grad_() for t in (x, residual + 3.0, weight, bias)]
+
+
+def options(dropout_p, rows, named=False):
+    if not dropout_p:
+        return {}
+    names = torch.arange(rows) * 3 + (5 << 32) if named else None
+    return {"dropout_p": dropout_p, "seed": torch.tensor(2**63 - 25), "stream": 7, "row_ids": names}
+
+
+def results(function, leaves, **options):
+    y = function(*leaves, 1e-12, **options)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(y.dtype)
+    return y, *torch.autograd.grad(y, leaves, dy)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize(
+    "shape", [(1, 16), (64, 48), (3, 45, 384)], ids=str
+)  # one row, one block of them, two and some
+def test_gradients(dtype, dropout_p, shape):
+    leaves = tensors(shape, dtype)
+    assert _cpu.takes_add_layer_norm(*leaves)
+    drop = options(dropout_p, leaves[0].numel() // shape[-1], named=len(shape) == 3)
+    ours = results(native.add_layer_norm, leaves, **drop)
+    assert "AddLayerNorm" in ours[0].grad_fn.name()
+    plain = results(reference.add_layer_norm, leaves, **drop)
+    truth = results(reference.add_layer_norm, [t.detach().double().requires_grad_() for t in leaves], **drop)
+    for name, *three in zip(NAMES, ours, plain, truth, strict=True):
+        assert_within_budget(*three, name)
+    if dropout_p:
+        assert torch.equal(ours[1] == 0, truth[1] == 0)  # bit for bit the mask of the specification
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_the_same_bits_without_gradients_and_with_any_number_of_threads(dropout_p):
+    leaves, drop = tensors((200, 64)), options(dropout_p, 200)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            found.append(results(native.add_layer_norm, leaves, **drop))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    with torch.no_grad():
+        assert torch.equal(native.add_layer_norm(*leaves, 1e-12, **drop), found[0][0])
+
+
+@pytest.mark.parametrize("wanted", range(4), ids=NAMES[1:])
+def test_one_gradient_alone_and_a_strided_upstream(wanted):
+    leaves = tensors((5, 32))
+    y = native.add_layer_norm(*leaves)
+    dy = torch.randn(32, 5).t()
+    expected = torch.autograd.grad(y, leaves, dy)[wanted]
+    alone = [t if i == wanted else t.detach() for i, t in enumerate(leaves)]
+    assert torch.equal(torch.autograd.grad(native.add_layer_norm(*alone), alone[wanted], dy.contiguous())[0], expected)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_gradients_of_gradients(dropout_p, frozen):
+    """By torch's operators, under the same mask."""
+    second = []
+    leaves, drop = tensors((5, 16)), options(dropout_p, 5)
+    if frozen:
+        leaves[2:] = [t.detach() for t in leaves[2:]]
+    wanted = leaves[:2] if frozen else leaves
+    for function in (native.add_layer_norm, reference.add_layer_norm):
+        y = function(*leaves, **drop)
+        grads = torch.autograd.grad(y.pow(3).sum(), wanted, create_graph=True)
+        second.append(torch.autograd.grad(sum(g.square().sum() for g in grads), wanted))
+    for ours, theirs in zip(*second, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_one_tensor_as_both_and_no_rows():
+    x, _, weight, bias = tensors((6, 32))
+    for function in (native.add_layer_norm, reference.add_layer_norm):
+        y = function(x, x, weight, bias)
+        grads = torch.autograd.grad(y, (x, weight), torch.ones_like(y).cumsum(-1))
+        if function is native.add_layer_norm:
+            ours = grads
+    for one, other in zip(ours, grads, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    leaves = [x[:0].detach().requires_grad_(), x[:0].detach(), weight, bias]
+    y = native.add_layer_norm(*leaves)
+    assert not any(g.any() for g in torch.autograd.grad(y.sum(), (leaves[0], weight, bias)))
