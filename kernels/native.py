@@ -3,7 +3,7 @@
 What a machine without a GPU runs. Nearly everything here is ordinary torch, so autograd and torch.compile need no
 help; operators in C++ (`_cpu.py`), most for inference, attention, add + LayerNorm and the loss (`_cpu_loss.py`) with
 gradients, and weights laid out beforehand (`_prepack.py`) step in. Where the specification already is a sequence of
-fast operators, it is used as it stands. Signatures are those of `fastbert.functional`, where every argument is described.
+fast operators, it is used as it stands. Signatures are those of `fastbert.functional`: arguments are described there.
 """
 
 import itertools
