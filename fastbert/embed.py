@@ -342,7 +342,10 @@ class Encoder:
         @torch.inference_mode()  # a thread's own switch
         def encode(rows: list[int]) -> None:
             texts = [ids[row] for row in rows]
-            texts += [[0] * n for n in filling(sum(map(len, texts)), min(budget, self.max_length), self.device)]
+            tokens = sum(map(len, texts))
+            missing = filling(tokens, min(budget, self.max_length), self.device)
+            if missing and not self.model.takes_in_one_call(tokens):
+                texts += [[0] * n for n in missing]
             batch = PackedBatch.from_lists(texts, device=self.device)
             vectors[rows] = self._vectors(batch)[: len(rows)].float().cpu()
 

@@ -61,13 +61,18 @@ def load() -> tuple[ctypes.CDLL | None, str | None]:
         logit_gradients.argtypes, logit_gradients.restype = [_POINTER] * 7 + [_INT] * 3 + [_FLOAT] * 2, None
         scale_rows = getattr(library, f"scale_rows_{dtype}")
         scale_rows.argtypes, scale_rows.restype = [_POINTER] * 4 + [_LONG, _INT, _INT], None
+        embedding = getattr(library, f"embedding_layer_norm_{dtype}")
+        embedding.argtypes, embedding.restype = [_POINTER] * 9 + [_LONG, _POINTER, _INT, _FLOAT], _INT
+        mean = getattr(library, f"mean_of_sequences_{dtype}")
+        mean.argtypes, mean.restype = [_POINTER] * 3 + [_INT, _LONG, _INT], _INT
         layers = getattr(library, f"encoder_layers_{dtype}")
         layers.argtypes, layers.restype = [_POINTER] * 2 + [_INT, _POINTER] + [_INT] * 5 + [_FLOAT], _INT
     return library, None
 
 
 @functools.cache
-def _dtypes() -> tuple[torch.dtype, ...]:
+def dtypes() -> tuple[torch.dtype, ...]:
+    """What the operators compute in here; none where there are none."""
     if load()[0] is None:
         return ()
     return (torch.float32, torch.bfloat16) if torch.cpu._is_avx512_bf16_supported() else (torch.float32,)
@@ -88,7 +93,7 @@ def _know(*tensors: Tensor) -> bool:
     first = tensors[0]
     return (
         runs_now(first)
-        and first.dtype in _dtypes()
+        and first.dtype in dtypes()
         and all(t.device.type == "cpu" and t.dtype == first.dtype and t.stride(-1) == 1 for t in tensors)
     )
 
@@ -245,7 +250,41 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | Non
     return y
 
 
-# ---- a stack of encoder layers ---------------------------------------------------------------------------
+# ---- before, in and after the layers ---------------------------------------------------------------------
+
+
+def takes_embedding_layer_norm(indices: tuple[Tensor | None, ...], tables: tuple[Tensor | None, ...]) -> bool:
+    """indices: ids, segments, positions [T] int64; tables: word, segment, position [., N], LayerNorm's weight, bias."""
+    if any(t is None or not t.is_contiguous() for t in (*indices, *tables)) or tables[0].shape[-1] % WIDTH:
+        return False
+    return all(t.dtype == torch.int64 and t.device.type == "cpu" for t in indices) and _take(*tables)
+
+
+def embedding_layer_norm(
+    indices: tuple[Tensor, ...], tables: tuple[Tensor, ...], eps: float
+) -> Tensor | None:  # fmt: skip
+    """LayerNorm of the sum of three look-ups, summed in float32; None where an index lies outside its table."""
+    rows, width = len(indices[0]), tables[0].shape[-1]
+    y, sizes = torch.empty(rows, width, dtype=tables[0].dtype), array("q", map(len, tables[:3]))
+    outside = getattr(load()[0], f"embedding_layer_norm_{_name(y)}")(
+        *(t.data_ptr() for t in (*indices, *tables, y)), rows, sizes.buffer_info()[0], width, eps
+    )
+    return None if outside else y
+
+
+def takes_mean(x: Tensor, cu_seqlens: Tensor) -> bool:
+    starts = cu_seqlens.dtype == torch.int32 and cu_seqlens.is_contiguous() and cu_seqlens.device.type == "cpu"
+    return starts and x.shape[-1] % WIDTH == 0 and x.is_contiguous() and _take(x)
+
+
+def mean_of_sequences(x: Tensor, cu_seqlens: Tensor) -> Tensor | None:
+    """x [T, N], cu_seqlens [B + 1] -> [B, N], sums in float32; None where cu_seqlens does not end at T."""
+    sequences, (rows, width) = len(cu_seqlens) - 1, x.shape
+    y = torch.empty(sequences, width, dtype=x.dtype)
+    wrong = getattr(load()[0], f"mean_of_sequences_{_name(x)}")(
+        x.data_ptr(), cu_seqlens.data_ptr(), y.data_ptr(), sequences, rows, width
+    )
+    return None if wrong else y
 
 
 def layer_shapes(width: int, inner: int) -> list[tuple[int, ...]]:
@@ -263,11 +302,10 @@ def takes_encoder_layers(x: Tensor, layers: list[Tensor], cu_seqlens: Tensor, he
         return False
     if width % heads or width // heads % WIDTH or width % (2 * WIDTH) or inner % (2 * WIDTH):
         return False
-    shapes = layer_shapes(width, inner) * (len(layers) // 16)
-    return [t.shape for t in layers] == shapes and all(
-        type(t) in (Tensor, torch.nn.Parameter) and t.dtype == x.dtype and t.device.type == "cpu" and t.is_contiguous()
-        for t in layers
-    )
+    if [t.shape for t in layers] != layer_shapes(width, inner) * (len(layers) // 16):
+        return False
+    kinds = {*map(type, layers)} <= {Tensor, torch.nn.Parameter} and {t.dtype for t in layers} == {x.dtype}
+    return kinds and all(t.is_cpu and t.is_contiguous() for t in layers)
 
 
 def encoder_layers(

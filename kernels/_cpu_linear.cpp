@@ -23,7 +23,8 @@ inline __m512 sums_of_lanes(const __m512 of[WIDTH]) {
     return t[0];
 }
 
-constexpr int AHEAD = 16384;  // bytes of the weight that are on their way from memory
+constexpr int AHEAD = 16384;  // bytes of the weight that are on their way from memory, a tile at least
+constexpr int TILES = 4;  // of rows that share a pass of bias and GELU: one alone would wait for each of its own steps
 constexpr int TILE = 4;  // rows of x and rows of the weight at a time: 16 accumulators, 8 loads for 16 multiplications
 
 // y = x weight^T + bias, or GELU of it: x [rows, inner], weight [columns, inner] as it is, y [rows, columns].
@@ -35,48 +36,47 @@ void linear_of_few_rows(
 ) {
     using Element = typename T::Element;
     constexpr int STEP = WIDTH * T::PER_LANE;
-    constexpr __mmask16 ONE_OF_EACH = 0x000f;
     auto lanes = [](const Element* from) { return _mm512_castsi512_ps(_mm512_loadu_si512(from)); };
+    const int ahead = std::max(AHEAD / (int)sizeof(Element), TILE * inner);
 #pragma omp parallel for schedule(static)
     for (int column = 0; column < columns; column += TILE) {
         const Element* w = weight + (int64_t)column * inner;
-        for (int row = 0; row < rows; row += TILE) {
-            const int first = row * TILE / rows, end = std::min(row + TILE, rows) * TILE / rows;  // to fetch meanwhile
-            const Element* of_row[TILE];  // past the last row its neighbour again, computed and not stored
-            for (int i = 0; i < TILE; ++i) of_row[i] = x + (int64_t)std::min(row + i, rows - 1) * inner;
-            __m512 sum[TILE * TILE];
+        const __m512 of_bias = bias ? T::load_four(bias + column) : _mm512_setzero_ps();
+        for (int block = 0; block < rows; block += TILES * TILE) {
+            const int block_end = std::min(block + TILES * TILE, rows);
+            __m512 result[TILES];
+            for (int row = block; row < block_end; row += TILE) {
+                // rows of the weight to fetch meanwhile
+                const int first = row * TILE / rows, end = std::min(row + TILE, rows) * TILE / rows;
+                const Element* of_row[TILE];  // past the last row its neighbour again, computed and not stored
+                for (int i = 0; i < TILE; ++i) of_row[i] = x + (int64_t)std::min(row + i, rows - 1) * inner;
+                __m512 sum[TILE * TILE];
 #pragma GCC unroll 16
-            for (int i = 0; i < TILE * TILE; ++i) sum[i] = _mm512_setzero_ps();
-            for (int k = 0; k < inner; k += STEP) {
-                __m512 of_column[TILE];
+                for (int i = 0; i < TILE * TILE; ++i) sum[i] = _mm512_setzero_ps();
+                for (int k = 0; k < inner; k += STEP) {
+                    __m512 of_column[TILE];
 #pragma GCC unroll 4
-                for (int j = 0; j < TILE; ++j) {
-                    of_column[j] = lanes(w + (int64_t)j * inner + k);
-                    if (j >= first && j < end)
-                        _mm_prefetch((const char*)(w + (int64_t)j * inner + k) + AHEAD, _MM_HINT_T1);
+                    for (int j = 0; j < TILE; ++j) {
+                        of_column[j] = lanes(w + (int64_t)j * inner + k);
+                        if (j >= first && j < end)
+                            _mm_prefetch((const char*)(w + (int64_t)j * inner + k + ahead), _MM_HINT_T1);
+                    }
+#pragma GCC unroll 4
+                    for (int i = 0; i < TILE; ++i) {
+                        const __m512 a = lanes(of_row[i] + k);
+#pragma GCC unroll 4
+                        for (int j = 0; j < TILE; ++j)
+                            sum[i * TILE + j] = T::multiply_add(sum[i * TILE + j], a, of_column[j]);
+                    }
                 }
-#pragma GCC unroll 4
-                for (int i = 0; i < TILE; ++i) {
-                    const __m512 a = lanes(of_row[i] + k);
-#pragma GCC unroll 4
-                    for (int j = 0; j < TILE; ++j)
-                        sum[i * TILE + j] = T::multiply_add(sum[i * TILE + j], a, of_column[j]);
-                }
+                result[(row - block) / TILE] = _mm512_add_ps(sums_of_lanes(sum), of_bias);
             }
-            alignas(64) float z[TILE * TILE];
-            __m512 of_bias = _mm512_setzero_ps();
-            if (bias) {
-                alignas(64) Element four[WIDTH] = {};
-                std::copy(bias + column, bias + column + TILE, four);
-                of_bias = T::load(four);
-                of_bias = _mm512_broadcast_f32x4(_mm512_castps512_ps128(of_bias));
-            }
-            const __m512 result = _mm512_add_ps(sums_of_lanes(sum), of_bias);
-            _mm512_store_ps(z, with_gelu ? gelu(result) : result);
-            for (int i = 0; i < std::min(TILE, rows - row); ++i) {
-                Element four[WIDTH];
-                T::store(four, _mm512_maskz_loadu_ps(ONE_OF_EACH, z + i * TILE));
-                std::copy(four, four + TILE, y + (int64_t)(row + i) * columns + column);
+            for (int row = block; row < block_end; row += TILE) {
+                const __m512 of_tile = result[(row - block) / TILE];
+                alignas(64) Element z[WIDTH];
+                T::store(z, with_gelu ? gelu(of_tile) : of_tile);
+                for (int i = 0; i < std::min(TILE, rows - row); ++i)
+                    std::memcpy(y + (int64_t)(row + i) * columns + column, z + i * TILE, sizeof(Element) * TILE);
             }
         }
     }

@@ -12,6 +12,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <utility>
 
@@ -26,6 +27,7 @@ struct Float32 {
     static constexpr int PER_LANE = 1;
     static __m512 multiply_add(__m512 sum, __m512 a, __m512 b) { return _mm512_fmadd_ps(a, b, sum); }
     static __m512 load(const float* from) { return _mm512_loadu_ps(from); }
+    static __m512 load_four(const float* from) { return _mm512_broadcast_f32x4(_mm_loadu_ps(from)); }
     static void store(float* to, __m512 x) { _mm512_storeu_ps(to, x); }
 };
 
@@ -38,6 +40,10 @@ struct BFloat16 {
     static __m512 load(const uint16_t* from) {
         const __m256i bits = _mm256_loadu_si256((const __m256i*)from);
         return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+    }
+    static __m512 load_four(const uint16_t* from) {
+        const __m128i bits = _mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i*)from));
+        return _mm512_broadcast_f32x4(_mm_castsi128_ps(_mm_slli_epi32(bits, 16)));
     }
     static void store(uint16_t* to, __m512 x) { _mm256_storeu_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh(x)); }
 };

@@ -17,7 +17,23 @@ from ._random import HEAD_STREAMS, keep_mask, row_keys
 
 add_layer_norm_sum = reference.add_layer_norm_sum
 add_rms_norm = reference.add_rms_norm
-embedding_layer_norm = reference.embedding_layer_norm
+
+
+def embedding_layer_norm(
+    input_ids, token_type_ids, positions, word, position, token_type, weight, bias, eps=1e-12,
+    *, padding_idx=None, dropout_p=0.0, **dropout,
+):  # fmt: skip
+    """One pass in C++ where that is built; else, and for indices out of range, as the specification does."""
+    indices, tables = (input_ids, token_type_ids, positions), (word, token_type, position, weight, bias)
+    y = None
+    if dropout_p == 0.0 and _cpu.takes_embedding_layer_norm(indices, tables):
+        y = _cpu.embedding_layer_norm(indices, tables, eps)
+    if y is not None:
+        return y
+    return reference.embedding_layer_norm(
+        *indices, word, position, token_type, weight, bias, eps,
+        padding_idx=padding_idx, dropout_p=dropout_p, **dropout,
+    )  # fmt: skip
 
 
 def add_layer_norm(
@@ -337,7 +353,11 @@ def attention_padded(q, k, v, seqlens=None, seqlens_k=None, *, scale=None, **opt
 
 
 def pool(x, cu_seqlens, mode="mean", normalize=False):
-    """One vector a sequence without a loop over sequences."""
+    """One vector a sequence without a loop over sequences; means in C++ where that is built."""
+    if mode == "mean" and _cpu.takes_mean(x, cu_seqlens):
+        y = _cpu.mean_of_sequences(x, cu_seqlens)
+        if y is not None:
+            return F.normalize(y, dim=-1) if normalize else y
     lengths = cu_seqlens.diff()
     batch = lengths.shape[0]
     if mode == "cls":

@@ -1,6 +1,8 @@
-"""The layers of a short batch in one call into C++: right, and only where nothing asks for the layers one by one."""
+"""A short batch on a CPU: its layers in one call into C++, only where nothing asks for them one by one, and the C++
+that stands before and after them."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,15 +10,16 @@ from torch import nn
 
 import fastbert
 from fastbert import BertConfig, BertModel, PackedBatch
-from fastbert.kernels import _cpu
-from fastbert.testing import assert_within_budget
+from fastbert.embed import Encoder
+from fastbert.kernels import _cpu, native, reference
+from fastbert.testing import assert_within_budget, cu_seqlens_of
 
 pytestmark = pytest.mark.skipif(_cpu.load()[0] is None, reason=f"no C++ operators: {_cpu.load()[1]}")
 DTYPES = [
     torch.float32,
     pytest.param(
         torch.bfloat16,
-        marks=pytest.mark.skipif(torch.bfloat16 not in _cpu._dtypes(), reason="this CPU has no AVX512-BF16"),
+        marks=pytest.mark.skipif(torch.bfloat16 not in _cpu.dtypes(), reason="this CPU has no AVX512-BF16"),
     ),
 ]
 CONFIG = {
@@ -236,3 +239,93 @@ def test_compiled_it_is_the_plain_model(calls):
     compiled = torch.compile(lambda b: model(b).last_hidden_state, backend="aot_eager")(batch)
     assert len(calls) == 1
     torch.testing.assert_close(compiled, ours)
+
+
+@pytest.mark.parametrize(("int8", "tokens"), [(False, 20), (True, 32)], ids=["plain", "8 bits"])
+def test_few_tokens_are_not_filled_up(monkeypatch, int8, tokens):
+    """A batch of 20 tokens stays one of 20 where no kernel of oneDNN's is made for that number."""
+    model, seen = model_of(), []
+    encoder = Encoder(model, SimpleNamespace(model_max_length=None))
+    if int8:
+        fastbert.layers.quantise(model)
+    monkeypatch.setattr(BertModel, "_check", lambda _, batch: seen.append(batch.total_tokens))
+    encoder.encode_ids([[5] * 20], 2048)
+    assert seen == [tokens]
+
+
+# ---- before and after the layers -----------------------------------------------------------------------------
+
+
+def embedding_inputs(tokens, width=48, rows=(30, 2, 40)):
+    """ids, positions, segments; tables word, position, segment, weight, bias; in the operator's order."""
+    ids, types, places = (torch.randint(0, n, (tokens,)) for n in rows)
+    word, segment, position = (torch.randn(n, width, dtype=torch.float64) for n in rows)
+    return (ids, types, places), (word, position, segment, *torch.randn(2, width, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [0, 1, 5, 70])
+def test_embedding(dtype, tokens):
+    indices, tables = embedding_inputs(tokens)
+    tables = [t.to(dtype) for t in tables]
+    word, position, segment, *norm = tables
+    assert _cpu.takes_embedding_layer_norm(indices, (word, segment, position, *norm))
+    ours = native.embedding_layer_norm(*indices, *tables, 1e-6)
+    assert ours.shape == (tokens, 48)
+    if tokens:
+        plain = reference.embedding_layer_norm(*indices, *tables, 1e-6)
+        truth = reference.embedding_layer_norm(*indices, *(t.double() for t in tables), 1e-6)
+        assert_within_budget(ours, plain, truth)
+
+
+@pytest.mark.parametrize("index", [0, 1, 2], ids=["id", "segment", "position"])
+@pytest.mark.parametrize("value", [-1, 40, 2**40])
+def test_an_index_out_of_range_is_an_error_not_a_crash(index, value):
+    indices, tables = embedding_inputs(5)
+    indices[index][3] = value
+    with pytest.raises((IndexError, RuntimeError)):
+        native.embedding_layer_norm(*indices, *(t.float() for t in tables), 1e-6)
+
+
+@pytest.mark.parametrize("why", ["gradient", "int32", "no segments", "width", "float64", "stride"])
+def test_embedding_that_goes_to_torch(why):
+    (ids, types, places), tables = embedding_inputs(5, width=40 if why == "width" else 48)
+    tables = [t if why == "float64" else t.float() for t in tables]
+    if why == "gradient":
+        tables[0].requires_grad_()
+    if why == "int32":
+        ids = ids.int()
+    if why == "no segments":
+        types = tables[2] = None
+    if why == "stride":
+        tables[0] = tables[0].t().contiguous().t()
+    word, position, segment, *norm = tables
+    assert not _cpu.takes_embedding_layer_norm((ids, types, places), (word, segment, position, *norm))
+    ours = native.embedding_layer_norm(ids, types, places, *tables, 1e-6)
+    torch.testing.assert_close(ours, reference.embedding_layer_norm(ids, types, places, *tables, 1e-6))
+    assert ours.requires_grad == (why == "gradient")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("lengths", [(1,), (5, 0, 70), (0,), (2, 3)], ids=str)
+@pytest.mark.parametrize("normalize", [False, True])
+def test_means(dtype, lengths, normalize):
+    x, cu_seqlens = torch.randn(sum(lengths), 48).to(dtype), cu_seqlens_of(lengths, "cpu")
+    assert _cpu.takes_mean(x, cu_seqlens)
+    ours = native.pool(x, cu_seqlens, "mean", normalize)
+    plain = reference.pool(x, cu_seqlens, "mean", normalize)
+    assert ours.dtype == dtype
+    if any(lengths):
+        assert_within_budget(ours, plain, reference.pool(x.double(), cu_seqlens, "mean", normalize))
+    assert not ours[torch.tensor(lengths) == 0].any()
+
+
+def test_means_that_go_to_torch():
+    x, cu_seqlens = torch.randn(5, 48), cu_seqlens_of((2, 3), "cpu")
+    assert not _cpu.takes_mean(x.clone().requires_grad_(), cu_seqlens)
+    assert not _cpu.takes_mean(x.double(), cu_seqlens)
+    assert not _cpu.takes_mean(x[:, :40], cu_seqlens)
+    assert not _cpu.takes_mean(x[:, :32], cu_seqlens)
+    assert not _cpu.takes_mean(x, cu_seqlens.long())
+    assert _cpu.mean_of_sequences(x, cu_seqlens_of((2, 4), "cpu")) is None
+    assert _cpu.mean_of_sequences(x, torch.tensor([0, 7, 5], dtype=torch.int32)) is None

@@ -370,21 +370,32 @@ class BertModel(nn.Module):
     def _in_one_call(self, x: Tensor, batch: PackedBatch) -> Tensor | None:
         """x [T, C] of the last layer for few tokens on a CPU, where going from operator to operator costs as much as
         the operators (kernels/_cpu_layer.cpp); None where the layers have to be called one after another."""
-        if torch.compiler.is_compiling() or x.shape[0] > _cpu.FEW_ROWS or self.training or F.is_batch_invariant():
+        if torch.compiler.is_compiling() or x.shape[0] > _cpu.FEW_ROWS or F.is_batch_invariant():
             return None
-        config, layers = self.config, self.encoder["layer"]
-        if config.activation != "gelu" or F.choose_impl(self.impl, x.device) != "native" or _hooks_everywhere():
+        config, tensors = self.config, self._tensors_of_layers()
+        sizes = config.num_attention_heads, config.intermediate_size
+        if tensors is None or not _cpu.takes_encoder_layers(x, tensors, batch.cu_seqlens, *sizes):
+            return None
+        return _cpu.encoder_layers(x, tensors, batch.cu_seqlens, *sizes, config.layer_norm_eps)
+
+    def _tensors_of_layers(self) -> list[Tensor] | None:
+        """What `_cpu.encoder_layers` takes, or None where it cannot stand for the layers."""
+        if self.training or self.config.activation != "gelu" or _hooks_everywhere():
+            return None
+        if F.choose_impl(self.impl, self.device) != "native":
             return None
         tensors = []
-        for layer in layers:
+        for layer in self.encoder["layer"]:
             of_layer = layer.tensors() if type(layer) is BertLayer else None
             if of_layer is None:
                 return None
             tensors += of_layer
-        sizes = config.num_attention_heads, config.intermediate_size
-        if not _cpu.takes_encoder_layers(x, tensors, batch.cu_seqlens, *sizes):
-            return None
-        return _cpu.encoder_layers(x, tensors, batch.cu_seqlens, *sizes, config.layer_norm_eps)
+        return tensors
+
+    def takes_in_one_call(self, tokens: int) -> bool:
+        """Whether a pass of so many tokens without gradients needs no kernel of the vendor library's."""
+        few = tokens <= _cpu.FEW_ROWS and self.dtype in _cpu.dtypes() and not F.is_batch_invariant()
+        return few and self._tensors_of_layers() is not None
 
     def _replayed(self, batch: PackedBatch) -> Tensor | None:
         """x [T, C] by a recording, or None where there is to be none."""

@@ -1,0 +1,79 @@
+// What stands before and after the layers, for inference: three look-ups, their sum and LayerNorm; the mean of each
+// sequence. `_cpu.py` calls them.
+
+#include "_cpu_simd.h"
+
+namespace {
+
+// y = LayerNorm(word[ids] + segment[types] + position[places]), the sum in float32; tables of `width` contiguous
+// columns. Returns 1, and nothing is computed, where an index lies outside its table of sizes[0], [1] or [2] rows.
+template <class T>
+int embedding_layer_norm(
+    const int64_t* ids, const int64_t* types, const int64_t* places, const typename T::Element* word,
+    const typename T::Element* segment, const typename T::Element* position, const typename T::Element* weight,
+    const typename T::Element* bias, typename T::Element* y, int64_t rows, const int64_t* sizes, int width, float eps
+) {
+    for (int64_t row = 0; row < rows; ++row)
+        if ((uint64_t)ids[row] >= (uint64_t)sizes[0] || (uint64_t)types[row] >= (uint64_t)sizes[1] ||
+            (uint64_t)places[row] >= (uint64_t)sizes[2])
+            return 1;
+#pragma omp parallel for schedule(static) if (rows > 64)
+    for (int64_t row = 0; row < rows; ++row) {
+        const auto *a = word + ids[row] * width, *b = segment + types[row] * width, *c = position + places[row] * width;
+        auto z = [&](int i) { return _mm512_add_ps(_mm512_add_ps(T::load(a + i), T::load(b + i)), T::load(c + i)); };
+        __m512 sum = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
+        for (int i = 0; i < width; i += WIDTH) sum = _mm512_add_ps(sum, z(i));
+        const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / width);
+        for (int i = 0; i < width; i += WIDTH) {
+            const __m512 centred = _mm512_sub_ps(z(i), mean);
+            squares = _mm512_fmadd_ps(centred, centred, squares);
+        }
+        const __m512 factor = _mm512_set1_ps(1.0f / std::sqrt(_mm512_reduce_add_ps(squares) / width + eps));
+        for (int i = 0; i < width; i += WIDTH) {
+            const __m512 scaled = _mm512_mul_ps(_mm512_mul_ps(_mm512_sub_ps(z(i), mean), factor), T::load(weight + i));
+            T::store(y + row * width + i, _mm512_add_ps(scaled, T::load(bias + i)));
+        }
+    }
+    return 0;
+}
+
+// y [sequences, width] = the mean of each sequence's rows of x, summed in float32; zeros of an empty sequence.
+// Returns 1, and nothing is computed, where the sequences are not those of `rows` rows.
+template <class T>
+int mean_of_sequences(
+    const typename T::Element* x, const int32_t* starts, typename T::Element* y, int sequences, int64_t rows, int width
+) {
+    bool fit = starts[0] == 0 && starts[sequences] == rows;
+    for (int i = 0; i < sequences; ++i) fit &= starts[i] <= starts[i + 1];
+    if (!fit) return 1;
+#pragma omp parallel for schedule(static) if (rows > 64)
+    for (int i = 0; i < sequences; ++i)
+        for (int column = 0; column < width; column += WIDTH) {
+            __m512 sum = _mm512_setzero_ps();
+            for (int64_t row = starts[i]; row < starts[i + 1]; ++row)
+                sum = _mm512_add_ps(sum, T::load(x + row * width + column));
+            const __m512 count = _mm512_set1_ps(std::max(starts[i + 1] - starts[i], 1));
+            T::store(y + (int64_t)i * width + column, _mm512_div_ps(sum, count));
+        }
+    return 0;
+}
+
+}  // namespace
+
+#define EXPORT_FOR(T, name)                                                                                        \
+    EXPORT int embedding_layer_norm_##name(                                                                        \
+        const int64_t* ids, const int64_t* types, const int64_t* places, const T::Element* word,                   \
+        const T::Element* segment, const T::Element* position, const T::Element* weight, const T::Element* bias,   \
+        T::Element* y, int64_t rows, const int64_t* sizes, int width, float eps                                    \
+    ) {                                                                                                            \
+        return embedding_layer_norm<T>(ids, types, places, word, segment, position, weight, bias, y, rows, sizes,  \
+                                       width, eps);                                                                \
+    }                                                                                                              \
+    EXPORT int mean_of_sequences_##name(                                                                           \
+        const T::Element* x, const int32_t* starts, T::Element* y, int sequences, int64_t rows, int width          \
+    ) {                                                                                                            \
+        return mean_of_sequences<T>(x, starts, y, sequences, rows, width);                                         \
+    }
+
+EXPORT_FOR(Float32, float32)
+EXPORT_FOR(BFloat16, bfloat16)
