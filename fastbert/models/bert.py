@@ -157,7 +157,10 @@ class BertLayer(nn.Module):
         )  # fmt: skip
         if any(m.eps != self.config.layer_norm_eps for m in (output["LayerNorm"], last["LayerNorm"])):
             return None
-        if type(qkv) is not FusedLinears or any(m._forward_hooks or m._forward_pre_hooks for m in (self, qkv)):
+        called = self, qkv
+        if type(qkv) is not FusedLinears or any("forward" in m.__dict__ for m in called):
+            return None
+        if any(m._forward_hooks or m._forward_pre_hooks for m in called):
             return None
         if tuple(map(type, modules)) != PLAIN_LAYER:
             return None
