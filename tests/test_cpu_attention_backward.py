@@ -14,7 +14,7 @@ DTYPES = [
     torch.float32,
     pytest.param(
         torch.bfloat16,
-        marks=pytest.mark.skipif(torch.bfloat16 not in _cpu._dtypes(), reason="this CPU has no AVX512-BF16"),
+        marks=pytest.mark.skipif(torch.bfloat16 not in _cpu.dtypes(), reason="this CPU has no AVX512-BF16"),
     ),
 ]
 # around six keys, a register and a block of queries, a block of keys and two; none; one

@@ -13,7 +13,7 @@ DTYPES = [
     torch.float32,
     pytest.param(
         torch.bfloat16,
-        marks=pytest.mark.skipif(torch.bfloat16 not in _cpu._dtypes(), reason="this CPU has no AVX512-BF16"),
+        marks=pytest.mark.skipif(torch.bfloat16 not in _cpu.dtypes(), reason="this CPU has no AVX512-BF16"),
     ),
 ]
 MODEL = ModelShape(40, 1, 0, 1, vocab=1211)  # no chunk divides the vocabulary, no register the rows
@@ -208,7 +208,7 @@ def test_views():
 
 
 @built
-@pytest.mark.skipif(torch.bfloat16 not in _cpu._dtypes(), reason="this CPU has no AVX512-BF16")
+@pytest.mark.skipif(torch.bfloat16 not in _cpu.dtypes(), reason="this CPU has no AVX512-BF16")
 def test_autocast(calls):
     """Products in autocast's dtype, the loss in float32, gradients in the parameters' dtype."""
     *leaves, labels = tensors(35)
