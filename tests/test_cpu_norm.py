@@ -12,7 +12,7 @@ DTYPES = [
     torch.float32,
     pytest.param(
         torch.bfloat16,
-        marks=pytest.mark.skipif(torch.bfloat16 not in _cpu._dtypes(), reason="this CPU has no AVX512-BF16"),
+        marks=pytest.mark.skipif(torch.bfloat16 not in _cpu.dtypes(), reason="this CPU has no AVX512-BF16"),
     ),
 ]
 NAMES = ("y", "dx", "dresidual", "dweight", "dbias")
