@@ -373,7 +373,7 @@ class BertModel(nn.Module):
     def _in_one_call(self, x: Tensor, batch: PackedBatch) -> Tensor | None:
         """x [T, C] of the last layer for few tokens on a CPU, where going from operator to operator costs as much as
         the operators (kernels/_cpu_layer.cpp); None where the layers have to be called one after another."""
-        if torch.compiler.is_compiling() or x.shape[0] > _cpu.FEW_ROWS or F.is_batch_invariant():
+        if torch.compiler.is_compiling() or x.shape[0] > _cpu.FEW_TOKENS or F.is_batch_invariant():
             return None
         config, tensors = self.config, self._tensors_of_layers()
         sizes = config.num_attention_heads, config.intermediate_size
@@ -397,7 +397,7 @@ class BertModel(nn.Module):
 
     def takes_in_one_call(self, tokens: int) -> bool:
         """Whether a pass of so many tokens without gradients needs no kernel of the vendor library's."""
-        few = tokens <= _cpu.FEW_ROWS and self.dtype in _cpu.dtypes() and not F.is_batch_invariant()
+        few = tokens <= _cpu.FEW_TOKENS and self.dtype in _cpu.dtypes() and not F.is_batch_invariant()
         return few and self._tensors_of_layers() is not None
 
     def _replayed(self, batch: PackedBatch) -> Tensor | None:
