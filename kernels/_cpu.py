@@ -23,7 +23,7 @@ WIDTH = 16  # elements that a row must be a multiple of
 NORM_BLOCK = 64  # BLOCK in _cpu_norm.cpp
 FEW_ROWS = 64  # up to which `linear` is ahead of the vendor library,
 FEW_ROWS_LAID_OUT = 16  # and of that with a weight that lies ready for it
-FEW_TOKENS = 128  # up to which `encoder_layers` is ahead of the layers one by one
+FEW_BYTES = 288 << 10  # of x, up to which `encoder_layers` is ahead of the layers one by one
 
 
 @functools.cache
@@ -297,7 +297,7 @@ def layer_shapes(width: int, inner: int) -> list[tuple[int, ...]]:
 def takes_encoder_layers(x: Tensor, layers: list[Tensor], cu_seqlens: Tensor, heads: int, inner: int) -> bool:
     """Whether `encoder_layers` is the way through these layers: few rows, no gradients, everything of one kind."""
     rows, width = x.shape
-    if not 0 < rows <= FEW_TOKENS or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+    if not 0 < x.nbytes <= FEW_BYTES or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return False
     if not _take(x) or not x.is_contiguous() or cu_seqlens.dtype != torch.int32 or not cu_seqlens.is_contiguous():
         return False
