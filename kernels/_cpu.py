@@ -296,7 +296,7 @@ def layer_shapes(width: int, inner: int) -> list[tuple[int, ...]]:
 
 def takes_encoder_layers(x: Tensor, layers: list[Tensor], cu_seqlens: Tensor, heads: int, inner: int) -> bool:
     """Whether `encoder_layers` is the way through these layers: few rows, no gradients, everything of one kind."""
-    rows, width = x.shape
+    width = x.shape[-1]
     if not 0 < x.nbytes <= FEW_BYTES or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return False
     if not _take(x) or not x.is_contiguous() or cu_seqlens.dtype != torch.int32 or not cu_seqlens.is_contiguous():
