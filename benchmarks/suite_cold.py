@@ -60,6 +60,7 @@ def finish(result: dict[str, Any], said: list[Said]) -> None:
     result["first_call_s"] = result["median_s"]
     imported, loaded = (statistics.median(events[name]["at"] for events in said) for name in ("imported", "loaded"))
     result["settings"] = {
+        **result["settings"],
         "import_s": imported, "load_s": loaded - imported, "first_s": result["median_s"] - loaded,
     }  # fmt: skip
 

@@ -48,7 +48,8 @@ def stub_case(folder, **rows) -> ChildCase:
         return Launch(files, lambda: [dict(job)], "stub")
 
     ones = torch.ones(100)
-    made = [Row(name, name, lambda given=given: make(*given)) for name, given in rows.items()]
+    own = {"tolerance": 0.1}
+    made = [Row(name, name, lambda given=given: make(*given), settings=own) for name, given in rows.items()]
     return ChildCase(
         "cold", "tiny", made, lambda: [ones.double()], lambda: [ones],
         files=files, finish=finish, runs=(3, 3), warm=True,
@@ -68,6 +69,7 @@ def test_processes_are_checked_and_timed_from_their_start(tmp_path):
     assert len(slow["seconds"]) == 3  # the first run warmed up
     assert slow["first_call_s"] >= 0.6
     assert 0.5 < slow["first_call_s"] - ours["first_call_s"] < 1.5
+    assert slow["settings"]["tolerance"] == 0.1  # its own stay: the report tells rows apart by them
     assert slow["settings"]["load_s"] == pytest.approx(0.6, abs=0.3)
     assert slow["ratio_to_ours"]["value"] == pytest.approx(slow["median_s"] / ours["median_s"])
     assert "folder" not in vars(case.files)  # taken away
