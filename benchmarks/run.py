@@ -42,7 +42,7 @@ torch in the same dtype is "wrong", and has no time. A library that is not insta
 turns (A B A B); times are medians, tokens are real tokens. Ctrl-C and SIGTERM keep what was done.
 
 examples:
-  fastbert bench --quick                                 all suites, small; about a minute on two cores
+  fastbert bench --quick                                 all suites, small; under three minutes on two cores
   fastbert bench --suite kernels --peers none            only ours, as a share of the ceiling
   fastbert bench --peers auto,-torch.compile             all but one, which takes long to get ready
   fastbert bench --suite encoder,latency --peers transformers,openvino --out mine.json
