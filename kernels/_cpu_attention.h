@@ -6,8 +6,6 @@
 
 namespace {
 
-constexpr float LOG2_E = 1.4426950408889634f;
-
 inline int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // Rows of one head [length, head_dim], `stride` elements apart -> [lanes, padded], zero past `length`.

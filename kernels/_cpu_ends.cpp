@@ -21,18 +21,7 @@ int embedding_layer_norm(
     for (int64_t row = 0; row < rows; ++row) {
         const auto *a = word + ids[row] * width, *b = segment + types[row] * width, *c = position + places[row] * width;
         auto z = [&](int i) { return _mm512_add_ps(_mm512_add_ps(T::load(a + i), T::load(b + i)), T::load(c + i)); };
-        __m512 sum = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
-        for (int i = 0; i < width; i += WIDTH) sum = _mm512_add_ps(sum, z(i));
-        const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / width);
-        for (int i = 0; i < width; i += WIDTH) {
-            const __m512 centred = _mm512_sub_ps(z(i), mean);
-            squares = _mm512_fmadd_ps(centred, centred, squares);
-        }
-        const __m512 factor = _mm512_set1_ps(1.0f / std::sqrt(_mm512_reduce_add_ps(squares) / width + eps));
-        for (int i = 0; i < width; i += WIDTH) {
-            const __m512 scaled = _mm512_mul_ps(_mm512_mul_ps(_mm512_sub_ps(z(i), mean), factor), T::load(weight + i));
-            T::store(y + row * width + i, _mm512_add_ps(scaled, T::load(bias + i)));
-        }
+        layer_norm_of_row<T>(z, weight, bias, y + row * width, width, eps);
     }
     return 0;
 }

@@ -7,7 +7,6 @@
 
 namespace {
 
-constexpr float LOG2_E = 1.442695041f;
 constexpr int PANEL = 2;  // registers of rows at a time: a cache line in bfloat16
 
 inline float widen(float x) { return x; }

@@ -5,7 +5,7 @@
 
 namespace {
 
-// y = (z - mean) / sqrt(var + eps) * weight + bias of z = x + residual, rows of `width` contiguous elements.
+// y = LayerNorm(x + residual), rows of `width` contiguous elements.
 template <class T>
 void add_layer_norm(
     const typename T::Element* x, const typename T::Element* residual, const typename T::Element* weight,
@@ -14,22 +14,8 @@ void add_layer_norm(
 #pragma omp parallel for schedule(static)
     for (int64_t row = 0; row < rows; ++row) {
         const int64_t at = row * width;
-        auto z = [&](int i) {
-            const __m512 of_x = T::load(x + at + i);
-            return residual ? _mm512_add_ps(of_x, T::load(residual + at + i)) : of_x;
-        };
-        __m512 sum = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
-        for (int i = 0; i < width; i += WIDTH) sum = _mm512_add_ps(sum, z(i));
-        const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / width);
-        for (int i = 0; i < width; i += WIDTH) {
-            const __m512 centred = _mm512_sub_ps(z(i), mean);
-            squares = _mm512_fmadd_ps(centred, centred, squares);
-        }
-        const __m512 factor = _mm512_set1_ps(1.0f / std::sqrt(_mm512_reduce_add_ps(squares) / width + eps));
-        for (int i = 0; i < width; i += WIDTH) {
-            const __m512 scaled = _mm512_mul_ps(_mm512_mul_ps(_mm512_sub_ps(z(i), mean), factor), T::load(weight + i));
-            T::store(y + at + i, _mm512_add_ps(scaled, T::load(bias + i)));
-        }
+        auto z = [&](int i) { return _mm512_add_ps(T::load(x + at + i), T::load(residual + at + i)); };
+        layer_norm_of_row<T>(z, weight, bias, y + at, width, eps);
     }
 }
 

@@ -21,6 +21,7 @@
 namespace {
 
 constexpr int WIDTH = 16;  // 32-bit lanes of a register
+constexpr float LOG2_E = 1.4426950408889634f;
 
 struct Float32 {
     using Element = float;
@@ -76,6 +77,26 @@ inline __m512 gelu(__m512 x) {
     const __m512 tail = _mm512_mul_ps(_mm512_mul_ps(y, t), e);  // the share beyond |x|
     const __mmask16 positive = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GE_OQ);
     return _mm512_mul_ps(x, _mm512_mask_sub_ps(tail, positive, one, tail));
+}
+
+// y = (z - mean) / sqrt(var + eps) * weight + bias of one row, whose z(i) gives 16 elements from i on in float32.
+template <class T, class Z>
+inline void layer_norm_of_row(
+    const Z& z, const typename T::Element* weight, const typename T::Element* bias, typename T::Element* y, int width,
+    float eps
+) {
+    __m512 sum = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
+    for (int i = 0; i < width; i += WIDTH) sum = _mm512_add_ps(sum, z(i));
+    const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / width);
+    for (int i = 0; i < width; i += WIDTH) {
+        const __m512 centred = _mm512_sub_ps(z(i), mean);
+        squares = _mm512_fmadd_ps(centred, centred, squares);
+    }
+    const __m512 factor = _mm512_set1_ps(1.0f / std::sqrt(_mm512_reduce_add_ps(squares) / width + eps));
+    for (int i = 0; i < width; i += WIDTH) {
+        const __m512 scaled = _mm512_mul_ps(_mm512_mul_ps(_mm512_sub_ps(z(i), mean), factor), T::load(weight + i));
+        T::store(y + i, _mm512_add_ps(scaled, T::load(bias + i)));
+    }
 }
 
 // Lanes of 16 rows, one row a register, into one lane of all rows a register.
