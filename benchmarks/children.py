@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,52 +117,61 @@ class Launch:
 
 
 def run(module: str, jobs: list[dict[str, Any]]) -> list[Said]:
-    """`python -m module` for every job at the same time.
+    """`python -m module` for every job at the same time. Where one fails the others, who may wait for it, are ended.
 
-    Raises: RuntimeError with the last line of the standard error of one that fails.
+    Raises: RuntimeError with the last line of the standard error of the first that fails.
     """
+    started: list[subprocess.Popen] = []
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        try:
+            listening = []
+            for job in jobs:
+                log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with its process)
+                began = time.perf_counter()
+                started.append(_start(module, job, log))
+                listening.append(pool.submit(_listen, started[-1], began, log))
+            for heard in as_completed(listening):
+                heard.result()
+            return [heard.result() for heard in listening]
+        finally:
+            for child in started:
+                child.kill()  # nothing where it has ended
+
+
+def _start(module: str, job: dict[str, Any], log: Any) -> subprocess.Popen:
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    started = []
-    try:
-        for job in jobs:
-            log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with its process)
-            environment = {**os.environ, "PYTHONPATH": paths, **job.pop("environment", {})}
-            environment.pop("TRITON_INTERPRET", None)  # a test's own, and hundreds of times slower
-            began = time.perf_counter()
-            child = subprocess.Popen(
-                [sys.executable, "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
-                cwd=ROOT, env=environment,
-            )  # fmt: skip
-            started.append((child, began, log))
-            child.stdin.write(json.dumps(job) + "\n")
-            child.stdin.close()
-        return [_listen(*one) for one in started]
-    finally:
-        for child, _, log in started:
-            if child.poll() is None:
-                child.kill()
-            child.stdout.close()
-            child.wait()
-            log.close()
+    environment = {**os.environ, "PYTHONPATH": paths, **job.pop("environment", {})}
+    environment.pop("TRITON_INTERPRET", None)  # a test's own, and hundreds of times slower
+    child = subprocess.Popen(
+        [sys.executable, "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+        cwd=ROOT, env=environment,
+    )  # fmt: skip
+    child.stdin.write(json.dumps(job) + "\n")
+    child.stdin.close()
+    return child
 
 
 def _listen(child: subprocess.Popen, began: float, log: Any) -> Said:
     said: Said = {}
     timer = threading.Timer(PATIENCE, child.kill)
     timer.start()
-    try:
-        for line in child.stdout:
-            at = time.perf_counter() - began
-            if line.startswith('{"event"'):  # a library may print too
-                facts = json.loads(line)
-                said[facts.pop("event")] = {"at": at, **facts}
-        code = child.wait()
-    finally:
-        timer.cancel()
-    if code:
-        log.seek(0)
-        lines = [line.strip() for line in log if line.strip()]
-        raise RuntimeError(f"killed by signal {-code}" if code < 0 else lines[-1] if lines else f"exit code {code}")
+    with child, log:
+        try:
+            for line in child.stdout:
+                at = time.perf_counter() - began
+                if line.startswith('{"event"'):  # a library may print too
+                    facts = json.loads(line)
+                    said[facts.pop("event")] = {"at": at, **facts}
+            code = child.wait()
+        finally:
+            timer.cancel()
+        if code < 0:
+            late = time.perf_counter() - began >= PATIENCE
+            raise RuntimeError(f"not done after {PATIENCE:g} s" if late else f"killed by signal {-code}")
+        if code:
+            log.seek(0)
+            lines = [line.strip() for line in log if line.strip()]
+            raise RuntimeError(lines[-1] if lines else f"exit code {code}")
     return said
 
 

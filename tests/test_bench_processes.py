@@ -1,6 +1,7 @@
 """Suites whose rows are fresh processes, and curves: wrong rows show nothing, and what the others show is true."""
 
 import json
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -86,9 +87,38 @@ def test_a_ratio_of_too_few_times_is_not_given(times, known):
     assert (rows["b"]["ratio_to_ours"] is not None) == known
 
 
-def test_a_killed_process_and_no_process_are_failures(tmp_path):
+def test_a_killed_process_and_no_process_are_failures():
     with pytest.raises(RuntimeError, match="No module named"):
         children.run("benchmarks.nowhere", [{}])
+
+
+WAITER = """
+import json, os, sys, time
+job = json.loads(sys.stdin.readline())
+print(json.dumps({"event": "here", "pid": os.getpid()}), flush=True)
+if job["does"] == "waits":
+    time.sleep(100)
+elif job["does"] == "is killed":
+    os.kill(os.getpid(), 9)
+elif job["does"] == "fails":
+    sys.exit("what the matter was")
+"""
+
+
+@pytest.mark.parametrize(
+    ("does", "said"),
+    [(("waits", "fails"), "what the matter was"), (("waits", "is killed"), "killed by signal 9"),
+     (("ends", "waits"), "not done after 5 s")],
+)  # fmt: skip
+def test_one_that_fails_ends_those_who_wait_for_it(does, said, tmp_path, monkeypatch):
+    (tmp_path / "waiter.py").write_text(WAITER)
+    monkeypatch.setattr(children, "PATIENCE", 5 if "5 s" in said else 30)
+    started = []
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1])
+    with pytest.raises(RuntimeError, match=said):
+        children.run("waiter", [{"does": what, "environment": {"PYTHONPATH": str(tmp_path)}} for what in does])
+    assert [child.poll() is not None for child in started] == [True, True]
 
 
 @linux
