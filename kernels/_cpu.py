@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 from array import array
 from pathlib import Path
 
@@ -21,9 +22,10 @@ from ._random import keep_threshold
 _POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 WIDTH = 16  # elements that a row must be a multiple of
 NORM_BLOCK = 64  # BLOCK in _cpu_norm.cpp
-FEW_ROWS = 64  # up to which `linear` is ahead of the vendor library,
-FEW_ROWS_LAID_OUT = 16  # and of that with a weight that lies ready for it
-FEW_BYTES = 288 << 10  # of x, up to which `encoder_layers` is ahead of the layers one by one
+FEW_ROWS = 64  # up to which `linear` is taken where the vendor library has instructions that it has not,
+FEW_ROWS_LAID_OUT = 16  # and where besides a weight lies ready for that
+FEW_BYTES = 288 << 10  # of x, up to which `encoder_layers` is taken there; above, Ctrl-C is heard after each layer
+UP_ROWS = 1024  # UP_ROWS in _cpu_layer.cpp
 
 
 @functools.cache
@@ -54,8 +56,8 @@ def load() -> tuple[ctypes.CDLL | None, str | None]:
         norm_backward.argtypes, norm_backward.restype = [_POINTER] * 8 + norm, None
         quantise_rows = getattr(library, f"quantise_rows_{dtype}")
         quantise_rows.argtypes, quantise_rows.restype = [_POINTER] * 3 + [_LONG, _INT, _FLOAT], None
-        linear = getattr(library, f"linear_of_few_rows_{dtype}")
-        linear.argtypes, linear.restype = [_POINTER] * 4 + [_INT] * 4, None
+        linear = getattr(library, f"linear_{dtype}")
+        linear.argtypes, linear.restype = [_POINTER] * 4 + [_INT] * 4, _INT
         sum_logits = getattr(library, f"sum_logits_{dtype}")
         sum_logits.argtypes, sum_logits.restype = [_POINTER] * 7 + [_INT] * 3, None
         logit_gradients = getattr(library, f"logit_gradients_{dtype}")
@@ -67,7 +69,8 @@ def load() -> tuple[ctypes.CDLL | None, str | None]:
         mean = getattr(library, f"mean_of_sequences_{dtype}")
         mean.argtypes, mean.restype = [_POINTER] * 3 + [_INT, _LONG, _INT], _INT
         layers = getattr(library, f"encoder_layers_{dtype}")
-        layers.argtypes, layers.restype = [_POINTER] * 2 + [_INT, _POINTER] + [_INT] * 5 + [_FLOAT], _INT
+        layers.argtypes = [_POINTER] * 2 + [_INT, _POINTER] + [_INT] * 5 + [_FLOAT, _POINTER]
+        layers.restype = _INT
     return library, None
 
 
@@ -77,6 +80,12 @@ def dtypes() -> tuple[torch.dtype, ...]:
     if load()[0] is None:
         return ()
     return (torch.float32, torch.bfloat16) if torch.cpu._is_avx512_bf16_supported() else (torch.float32,)
+
+
+@functools.cache
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether `linear` is ahead of the vendor library with any number of rows: not of bfloat16 by AMX's tiles."""
+    return dtype == torch.float32 or not torch.cpu._is_amx_tile_supported()
 
 
 def runs_now(x: Tensor) -> bool:
@@ -230,10 +239,12 @@ def takes_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None, laid_out: bool = False
 ) -> bool:
     """Whether `linear` is the faster way to activation(x weight^T + bias)."""
-    most = FEW_ROWS_LAID_OUT if laid_out else FEW_ROWS
+    columns, inner = weight.shape
+    most = math.inf
+    if columns % WIDTH or not multiplies(x.dtype):
+        most = FEW_ROWS_LAID_OUT if laid_out else FEW_ROWS
     if activation not in (None, "gelu") or not 0 < x.numel() <= most * x.shape[-1]:
         return False
-    columns, inner = weight.shape
     given = (x, weight) if bias is None else (x, weight, bias)
     if columns % 4 or inner % (WIDTH if x.dtype == torch.float32 else 2 * WIDTH):
         return False
@@ -241,13 +252,15 @@ def takes_linear(
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None) -> Tensor:
-    """activation(x weight^T + bias) of few rows: [..., K], [N, K], [N] or None -> [..., N]. Sums in float32."""
+    """activation(x weight^T + bias): [..., K], [N, K], [N] or None -> [..., N]. Sums in float32."""
     columns, inner = weight.shape
     y = torch.empty(*x.shape[:-1], columns, dtype=x.dtype)
-    getattr(load()[0], f"linear_of_few_rows_{_name(x)}")(
+    failed = getattr(load()[0], f"linear_{_name(x)}")(
         x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr(),
         x.numel() // inner, columns, inner, activation == "gelu",
     )  # fmt: skip
+    if failed:
+        raise MemoryError(f"linear: no memory for 64 columns of {inner} weights")
     return y
 
 
@@ -294,10 +307,17 @@ def layer_shapes(width: int, inner: int) -> list[tuple[int, ...]]:
     return [*square * 4, vector, vector, (inner, width), (inner,), (width, inner), vector, vector, vector]
 
 
+def whole_layers(nbytes: int, dtype: torch.dtype) -> bool:
+    """Whether `encoder_layers` is ahead of the layers one by one, with x of so many bytes."""
+    return dtype in dtypes() and (multiplies(dtype) or nbytes <= FEW_BYTES)
+
+
 def takes_encoder_layers(x: Tensor, layers: list[Tensor], cu_seqlens: Tensor, heads: int, inner: int) -> bool:
-    """Whether `encoder_layers` is the way through these layers: few rows, no gradients, everything of one kind."""
+    """Whether `encoder_layers` is the way through these layers: no gradients, everything of one kind."""
     width = x.shape[-1]
-    if not 0 < x.nbytes <= FEW_BYTES or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+    if not len(x) or not whole_layers(x.nbytes, x.dtype):
+        return False
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return False
     if not _take(x) or not x.is_contiguous() or cu_seqlens.dtype != torch.int32 or not cu_seqlens.is_contiguous():
         return False
@@ -315,12 +335,16 @@ def encoder_layers(
     """x [T, C] through a stack of post-norm layers with GELU, `layers` the tensors of `layer_shapes` of one after
     another; the weights are read where they lie."""
     y, pointers = x.clone(), array("Q", [t.data_ptr() for t in layers])
-    failed = getattr(load()[0], f"encoder_layers_{_name(x)}")(
-        y.data_ptr(), pointers.buffer_info()[0], len(layers) // 16, cu_seqlens.data_ptr(),
-        cu_seqlens.shape[0] - 1, *x.shape, inner, heads, eps,
-    )  # fmt: skip
-    if failed:
-        raise MemoryError(f"encoder_layers: no memory for {x.shape[0]} rows of {inner} columns")
+    work = torch.empty(4 * x.numel() + min(len(x), UP_ROWS) * inner, dtype=x.dtype)
+    count = len(layers) // 16
+    step = count if x.nbytes <= FEW_BYTES else 1
+    for layer in range(0, count, step):
+        failed = getattr(load()[0], f"encoder_layers_{_name(x)}")(
+            y.data_ptr(), pointers.buffer_info()[0] + layer * 16 * pointers.itemsize, step, cu_seqlens.data_ptr(),
+            cu_seqlens.shape[0] - 1, *x.shape, inner, heads, eps, work.data_ptr(),
+        )  # fmt: skip
+        if failed:
+            raise MemoryError(f"encoder_layers: no memory for {x.shape[0]} rows of {inner} columns")
     return y
 
 

@@ -6,8 +6,6 @@
 
 namespace {
 
-inline int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
-
 // Rows of one head [length, head_dim], `stride` elements apart -> [lanes, padded], zero past `length`.
 template <class T>
 void transpose_rows(const typename T::Element* x, int64_t stride, int length, int padded, int head_dim, float* to) {

@@ -1,5 +1,5 @@
-// Whole encoder layers of few rows in one call, for inference: what happens between two operators costs as much as an
-// operator, where a pass takes a millisecond. `_cpu.py` calls it.
+// Whole encoder layers in one call, for inference, from the weights as they lie: what happens between two operators
+// costs as much as an operator, where a pass takes a millisecond, and nothing is held twice. `_cpu.py` calls it.
 
 #include "_cpu_simd.h"
 
@@ -12,7 +12,7 @@
         const T::Element*, const T::Element*, const T::Element*, const T::Element*, T::Element*, int64_t, int,     \
         float                                                                                                      \
     );                                                                                                             \
-    extern "C" void linear_of_few_rows_##name(                                                                     \
+    extern "C" int linear_##name(                                                                                  \
         const T::Element*, const T::Element*, const T::Element*, T::Element*, int, int, int, int                   \
     );
 
@@ -31,32 +31,38 @@ struct Layer {
     Linear<E> query, key, value, output, norm, up, down, last_norm;
 };
 
+constexpr int UP_ROWS = 1024;  // of the widest matrix at a time, UP_ROWS in _cpu.py
+
 }  // namespace
 
+// `work` has room for 4 [rows, width] and one [up to UP_ROWS of rows, inner].
 #define EXPORT_FOR(T, name)                                                                                        \
     EXPORT int encoder_layers_##name(                                                                              \
         T::Element* x, const Layer<T::Element>* layers, int count, const int32_t* starts, int sequences, int rows, \
-        int width, int inner, int heads, float eps                                                                 \
+        int width, int inner, int heads, float eps, T::Element* work                                               \
     ) {                                                                                                            \
         const int head_dim = width / heads;                                                                        \
         const int64_t size = (int64_t)rows * width;                                                                \
-        if (!scratch.reserve(sizeof(T::Element) * (5 * size + (int64_t)rows * inner))) return 1;                   \
-        T::Element *q = (T::Element*)scratch.memory, *k = q + size, *v = k + size, *o = v + size, *y = o + size,   \
-                   *up = y + size;                                                                                 \
-        for (const Layer<T::Element>* l = layers; l < layers + count; ++l) {                                       \
-            linear_of_few_rows_##name(x, l->query.weight, l->query.bias, q, rows, width, width, 0);                \
-            linear_of_few_rows_##name(x, l->key.weight, l->key.bias, k, rows, width, width, 0);                    \
-            linear_of_few_rows_##name(x, l->value.weight, l->value.bias, v, rows, width, width, 0);                \
-            if (attention_##name(q, k, v, o, nullptr, starts, sequences, heads, heads, head_dim, width, head_dim,  \
-                                 width, head_dim, width, head_dim, 1 / std::sqrt((float)head_dim), nullptr))       \
-                return 1;                                                                                          \
-            linear_of_few_rows_##name(o, l->output.weight, l->output.bias, y, rows, width, width, 0);              \
+        T::Element *q = work, *k = q + size, *v = k + size, *o = v + size, *up = o + size, *y = q;                 \
+        int failed = 0;                                                                                            \
+        for (const Layer<T::Element>* l = layers; l < layers + count && !failed; ++l) {                            \
+            failed |= linear_##name(x, l->query.weight, l->query.bias, q, rows, width, width, 0);                  \
+            failed |= linear_##name(x, l->key.weight, l->key.bias, k, rows, width, width, 0);                      \
+            failed |= linear_##name(x, l->value.weight, l->value.bias, v, rows, width, width, 0);                  \
+            failed |= attention_##name(q, k, v, o, nullptr, starts, sequences, heads, heads, head_dim, width,      \
+                                       head_dim, width, head_dim, width, head_dim,                                 \
+                                       1 / std::sqrt((float)head_dim), nullptr);                                   \
+            failed |= linear_##name(o, l->output.weight, l->output.bias, y, rows, width, width, 0);                \
             add_layer_norm_##name(y, x, l->norm.weight, l->norm.bias, x, rows, width, eps);                        \
-            linear_of_few_rows_##name(x, l->up.weight, l->up.bias, up, rows, inner, width, 1);                     \
-            linear_of_few_rows_##name(up, l->down.weight, l->down.bias, y, rows, width, inner, 0);                 \
+            for (int first = 0; first < rows; first += UP_ROWS) {                                                  \
+                const int n = std::min(UP_ROWS, rows - first);                                                     \
+                const int64_t at = (int64_t)first * width;                                                         \
+                failed |= linear_##name(x + at, l->up.weight, l->up.bias, up, n, inner, width, 1);                 \
+                failed |= linear_##name(up, l->down.weight, l->down.bias, y + at, n, width, inner, 0);             \
+            }                                                                                                      \
             add_layer_norm_##name(y, x, l->last_norm.weight, l->last_norm.bias, x, rows, width, eps);              \
         }                                                                                                          \
-        return 0;                                                                                                  \
+        return failed;                                                                                             \
     }
 
 EXPORT_FOR(Float32, float32)

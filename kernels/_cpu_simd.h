@@ -49,6 +49,8 @@ struct BFloat16 {
     static void store(uint16_t* to, __m512 x) { _mm256_storeu_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh(x)); }
 };
 
+inline int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
+
 inline __m512 broadcast_lane(const void* from) {
     return _mm512_castsi512_ps(_mm512_set1_epi32(*(const int32_t*)from));
 }

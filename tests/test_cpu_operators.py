@@ -3,6 +3,7 @@
 import copy
 import gc
 import io
+import itertools
 
 import pytest
 import torch
@@ -160,15 +161,19 @@ def test_add_layer_norm_that_goes_to_torch():
     assert native.add_layer_norm(x.requires_grad_(), residual, weight, bias).requires_grad
 
 
-# ---- products of few rows ------------------------------------------------------------------------------------
+# ---- products ------------------------------------------------------------------------------------------------
 
 
 @built
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", [None, "gelu"])
-@pytest.mark.parametrize("rows", [1, 3, 4, 5, 17, 64])
-@pytest.mark.parametrize(("columns", "inner"), [(4, 32), (68, 96), (32, 1056)])
-def test_few_rows(dtype, activation, rows, columns, inner):
+@pytest.mark.parametrize(
+    ("rows", "columns", "inner"),
+    # as they lie; then transposed: six rows and less, one register of columns to more than a panel of four
+    [*itertools.product((1, 3, 4, 5, 17, 64), (4, 68), (32, 96)), (17, 32, 1056), (64, 32, 1056),
+     (145, 16, 32), (146, 64, 544), (147, 112, 96), (148, 208, 32), (149, 80, 1056), (150, 128, 544)],
+)  # fmt: skip
+def test_products(dtype, activation, rows, columns, inner):
     x, weight, bias = torch.randn(rows, inner), torch.randn(columns, inner) / inner**0.5, torch.randn(columns)
     x, weight, bias = (t.double().to(dtype) for t in (x, weight, bias))
     for b in (bias, None):
@@ -183,23 +188,46 @@ def test_few_rows(dtype, activation, rows, columns, inner):
 
 
 @built
-def test_few_rows_each_by_itself():
-    """A row's bits do not depend on how many others there are."""
-    x, weight, bias = torch.randn(9, 64), torch.randn(16, 64), torch.randn(16)
-    together = _cpu.linear(x, weight, bias, "gelu")
-    for n in range(9):
-        assert torch.equal(_cpu.linear(x[n : n + 1], weight, bias, "gelu")[0], together[n])
+@pytest.mark.parametrize(("rows", "fewer"), [(9, 1), (300, 151)])
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_products_of_rows_in_other_company(rows, fewer, threads):
+    """A row's bits do not depend on how many others there are, nor on who shares the work."""
+    x, weight, bias = torch.randn(rows, 544), torch.randn(144, 544), torch.randn(144)
+    together, before = _cpu.linear(x, weight, bias, "gelu"), torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for n in range(0, rows - fewer + 1, 7):
+            assert torch.equal(_cpu.linear(x[n : n + fewer], weight, bias, "gelu"), together[n : n + fewer])
+    finally:
+        torch.set_num_threads(before)
 
 
 @built
-def test_who_multiplies_few_rows(linear):
-    """With the weight laid out up to 16 rows; with gradients, many rows, odd widths, other activations not at all."""
+@pytest.mark.parametrize("rows", [5, 150])
+def test_nan_stays_in_its_row(rows):
+    x, weight = torch.randn(rows, 64), torch.randn(80, 64)
+    x[3, 60] = torch.nan
+    y = _cpu.linear(x, weight, None, "gelu")
+    assert y[3].isnan().all()
+    y[3] = 0.0
+    assert y.isfinite().all()
+
+
+@built
+def test_who_multiplies(linear, monkeypatch):
+    """With gradients, odd widths, other activations not at all; few rows where the vendor has tiles or the width is no
+    multiple of 16, and fewer yet where a weight is laid out for them."""
     x, weight = torch.randn(17, 48), linear.weight.detach()
     assert _cpu.takes_linear(x, weight, None)
     assert not _cpu.takes_linear(x, weight, None, laid_out=True)
     assert _cpu.takes_linear(x[:16], weight, None, laid_out=True)
-    assert not _cpu.takes_linear(x, linear.weight, linear.bias)
     assert not _cpu.takes_linear(torch.randn(65, 48), weight, None)
+    monkeypatch.setattr(_cpu, "multiplies", lambda dtype: True)
+    for rows in (x, torch.randn(65, 48)):
+        assert _cpu.takes_linear(rows, weight, None, laid_out=True)
+    assert _cpu.takes_linear(x, weight[:28], None)
+    assert not _cpu.takes_linear(torch.randn(65, 48), weight[:28], None)
+    assert not _cpu.takes_linear(x, linear.weight, linear.bias)
     assert not _cpu.takes_linear(x, weight, None, "silu")
     assert not _cpu.takes_linear(x, weight[:31], None)
     assert not _cpu.takes_linear(x[:, :40], weight[:, :40].contiguous(), None)
@@ -248,7 +276,9 @@ def test_scaled_rows(dtype, activation, with_bias):
 
 
 @pytest.fixture
-def linear():
+def linear(monkeypatch):
+    """As where the vendor library has instructions that the operators have not: then weights are laid out for it."""
+    monkeypatch.setattr(_cpu, "multiplies", lambda dtype: False)
     return fastbert.prepack(torch.nn.Linear(48, 32))
 
 
@@ -282,13 +312,13 @@ def test_products_with_packed_weights(linear, dtype, activation):
 
 
 def test_every_use_gives_the_same_bits(linear):
-    x = torch.randn(2, 48)
+    x = torch.randn(20, 48)
     assert torch.equal(used(linear, x), used(linear, x))
 
 
 @pytest.mark.parametrize("change", ["in place", "load_state_dict", "data", "through data", "dtype", "optimizer"])
 def test_changed_weights_are_noticed(linear, change):
-    x = torch.randn(5, 48)
+    x = torch.randn(20, 48)
     used(linear, x)
     assert is_packed(linear)
     if change == "in place":
@@ -311,7 +341,7 @@ def test_changed_weights_are_noticed(linear, change):
 
 
 def test_gradients_and_autocast_use_the_weight_itself(linear):
-    x = torch.randn(5, 48)
+    x = torch.randn(20, 48)
     used(linear, x)
     y = fastbert.functional.linear(x, linear.weight, linear.bias, impl="native")
     y.sum().backward()
@@ -321,7 +351,7 @@ def test_gradients_and_autocast_use_the_weight_itself(linear):
 
 
 def test_copies_and_files_know_nothing_of_it(linear):
-    used(linear, torch.randn(5, 48))
+    used(linear, torch.randn(20, 48))
     twin = copy.deepcopy(linear)
     assert not is_packed(twin)
     buffer = io.BytesIO()
@@ -333,7 +363,7 @@ def test_copies_and_files_know_nothing_of_it(linear):
 def test_packed_weights_die_with_their_model():
     before = len(_prepack._marked)
     linear = fastbert.prepack(torch.nn.Linear(48, 32))
-    used(linear, torch.randn(5, 48))
+    used(linear, torch.randn(20, 48))
     assert len(_prepack._marked) == before + 1
     del linear
     gc.collect()
@@ -341,7 +371,7 @@ def test_packed_weights_die_with_their_model():
 
 
 def test_batch_invariant_products_do_not_take_them(linear):
-    used(linear, torch.randn(5, 48))
+    used(linear, torch.randn(20, 48))
     x = torch.randn(200, 48)
     with fastbert.batch_invariant():
         assert torch.equal(used(linear, x)[:3], used(linear, x[:3]))

@@ -371,9 +371,9 @@ class BertModel(nn.Module):
         return x
 
     def _in_one_call(self, x: Tensor, batch: PackedBatch) -> Tensor | None:
-        """x [T, C] of the last layer for few tokens on a CPU, where going from operator to operator costs as much as
-        the operators (kernels/_cpu_layer.cpp); None where the layers have to be called one after another."""
-        if torch.compiler.is_compiling() or x.nbytes > _cpu.FEW_BYTES or F.is_batch_invariant():
+        """x [T, C] of the last layer on a CPU, where going from operator to operator can cost as much as the operators
+        (kernels/_cpu_layer.cpp); None where the layers have to be called one after another."""
+        if torch.compiler.is_compiling() or not _cpu.whole_layers(x.nbytes, x.dtype) or F.is_batch_invariant():
             return None
         config, tensors = self.config, self._tensors_of_layers()
         sizes = config.num_attention_heads, config.intermediate_size
@@ -397,8 +397,8 @@ class BertModel(nn.Module):
 
     def takes_in_one_call(self, tokens: int) -> bool:
         """Whether a pass of so many tokens without gradients needs no kernel of the vendor library's."""
-        few = tokens * self.config.hidden_size * self.dtype.itemsize <= _cpu.FEW_BYTES
-        if not few or self.dtype not in _cpu.dtypes() or F.is_batch_invariant():
+        size = tokens * self.config.hidden_size * self.dtype.itemsize
+        if not _cpu.whole_layers(size, self.dtype) or F.is_batch_invariant():
             return False
         return self._tensors_of_layers() is not None
 
