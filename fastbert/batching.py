@@ -98,7 +98,7 @@ def filling(tokens: int, longest: int, device: torch.device) -> list[int]:
     """Lengths of sequences, one or none, that bring a batch on a CPU to one of a few numbers of tokens.
 
     oneDNN makes a kernel for each number of rows of each product, about 0.4 ms and 0.6 MB, and keeps 1,024. Up to 16
-    rows go without it where there is AVX-512, and more where `BertModel.takes_in_one_call`.
+    rows go without it where there is AVX-512, and any number where `BertModel.takes_in_one_call`.
     """
     step = min(16 if tokens <= 512 else 32, longest)
     missing = -tokens % step if device.type == "cpu" and tokens > 16 else 0

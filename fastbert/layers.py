@@ -10,14 +10,15 @@ import torch.nn as nn
 from torch import Tensor
 
 from . import functional as F
-from .kernels import _prepack
+from .kernels import _prepack, native
 
 
 class JoinedLinears:
     """Linear layers over one input as a single product: x [..., C] -> [..., sum of their widths].
 
     The joined weight is made anew where a gradient must reach the parts; without gradients it is kept until a part
-    changes. The layers are given at every call and not held.
+    changes, or not made at all where the parts are multiplied as they lie. The layers are given at every call and not
+    held.
     """
 
     def __init__(self):
@@ -25,6 +26,10 @@ class JoinedLinears:
         self._made_of: tuple = ()
 
     def __call__(self, x: Tensor, linears: Sequence[nn.Linear], impl: F.Impl | None = None) -> Tensor:
+        if not torch.is_grad_enabled() and F.choose_impl(impl, x.device) == "native":
+            y = native.linears(x, [linear.weight for linear in linears], [linear.bias for linear in linears])
+            if y is not None:
+                return y
         return F.linear(x, *self._joined(linears), impl=impl)
 
     def _joined(self, linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
@@ -64,9 +69,10 @@ class FusedLinears(nn.ModuleDict):
 def prepack(model: nn.Module) -> nn.Module:
     """Ready the linear layers of `model` for inference on a CPU; returns it. What `Encoder` does with its own.
 
-    Their weights are laid out for the vendor library's products at their first use without gradients, and then held
-    twice. Training them again, loading others or moving them is noticed; writing to a few of their elements through
-    `.data` may not be, so do not. Changes nothing on a GPU.
+    Where the vendor library's products are ahead of ours (AMX, no AVX-512, activations other than GELU), their weights
+    are laid out for it at their first use without gradients, and then held twice. Training them again, loading others
+    or moving them is noticed; writing to a few of their elements through `.data` may not be, so do not. Changes nothing
+    on a GPU.
     """
     for module in model.modules():
         if isinstance(module, nn.Linear):

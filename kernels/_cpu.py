@@ -11,6 +11,7 @@ import ctypes
 import functools
 import math
 from array import array
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ FEW_ROWS = 64  # up to which `linear` is taken where the vendor library has inst
 FEW_ROWS_LAID_OUT = 16  # and where besides a weight lies ready for that
 FEW_BYTES = 288 << 10  # of x, up to which `encoder_layers` is taken there; above, Ctrl-C is heard after each layer
 UP_ROWS = 1024  # UP_ROWS in _cpu_layer.cpp
+PLAIN = (Tensor, torch.nn.Parameter)
 
 
 @functools.cache
@@ -57,7 +59,7 @@ def load() -> tuple[ctypes.CDLL | None, str | None]:
         quantise_rows = getattr(library, f"quantise_rows_{dtype}")
         quantise_rows.argtypes, quantise_rows.restype = [_POINTER] * 3 + [_LONG, _INT, _FLOAT], None
         linear = getattr(library, f"linear_{dtype}")
-        linear.argtypes, linear.restype = [_POINTER] * 4 + [_INT] * 4, _INT
+        linear.argtypes, linear.restype = [_POINTER] * 4 + [_LONG] + [_INT] * 4, _INT
         sum_logits = getattr(library, f"sum_logits_{dtype}")
         sum_logits.argtypes, sum_logits.restype = [_POINTER] * 7 + [_INT] * 3, None
         logit_gradients = getattr(library, f"logit_gradients_{dtype}")
@@ -99,12 +101,16 @@ def runs_now(x: Tensor) -> bool:
 
 
 def _know(*tensors: Tensor) -> bool:
-    """Whether the operators compute with these: on the CPU, of one dtype that they know, nothing traced."""
+    """Whether the operators compute with these: on the CPU, of one dtype that they know, nothing traced, and no
+    subclass, whose memory need not be what its shape says."""
     first = tensors[0]
     return (
         runs_now(first)
         and first.dtype in dtypes()
-        and all(t.device.type == "cpu" and t.dtype == first.dtype and t.stride(-1) == 1 for t in tensors)
+        and all(
+            type(t) in PLAIN and t.device.type == "cpu" and t.dtype == first.dtype and t.stride(-1) == 1
+            for t in tensors
+        )
     )
 
 
@@ -253,15 +259,32 @@ def takes_linear(
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None) -> Tensor:
     """activation(x weight^T + bias): [..., K], [N, K], [N] or None -> [..., N]. Sums in float32."""
+    y = torch.empty(*x.shape[:-1], len(weight), dtype=x.dtype)
+    _multiply(x, weight, bias, y, len(weight), activation)
+    return y
+
+
+def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
+    """The products of x with each weight side by side: [..., K], [N, K] each -> [..., sum of N]."""
+    width = sum(map(len, weights))
+    y = torch.empty(*x.shape[:-1], width, dtype=x.dtype)
+    first = 0
+    for weight, bias in zip(weights, biases, strict=True):
+        _multiply(x, weight, bias, y[..., first:], width, None)
+        first += len(weight)
+    return y
+
+
+def _multiply(
+    x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, y_stride: int, activation: str | None
+) -> None:  # fmt: skip
     columns, inner = weight.shape
-    y = torch.empty(*x.shape[:-1], columns, dtype=x.dtype)
     failed = getattr(load()[0], f"linear_{_name(x)}")(
-        x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr(),
+        x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr(), y_stride,
         x.numel() // inner, columns, inner, activation == "gelu",
     )  # fmt: skip
     if failed:
         raise MemoryError(f"linear: no memory for 64 columns of {inner} weights")
-    return y
 
 
 # ---- before, in and after the layers ---------------------------------------------------------------------
@@ -325,7 +348,7 @@ def takes_encoder_layers(x: Tensor, layers: list[Tensor], cu_seqlens: Tensor, he
         return False
     if [t.shape for t in layers] != layer_shapes(width, inner) * (len(layers) // 16):
         return False
-    kinds = {*map(type, layers)} <= {Tensor, torch.nn.Parameter} and {t.dtype for t in layers} == {x.dtype}
+    kinds = {*map(type, layers)} <= {*PLAIN} and {t.dtype for t in layers} == {x.dtype}
     return kinds and all(t.is_cpu and t.is_contiguous() for t in layers)
 
 

@@ -13,7 +13,7 @@
         float                                                                                                      \
     );                                                                                                             \
     extern "C" int linear_##name(                                                                                  \
-        const T::Element*, const T::Element*, const T::Element*, T::Element*, int, int, int, int                   \
+        const T::Element*, const T::Element*, const T::Element*, T::Element*, int64_t, int, int, int, int          \
     );
 
 DECLARE_FOR(Float32, float32)
@@ -46,19 +46,19 @@ constexpr int UP_ROWS = 1024;  // of the widest matrix at a time, UP_ROWS in _cp
         T::Element *q = work, *k = q + size, *v = k + size, *o = v + size, *up = o + size, *y = q;                 \
         int failed = 0;                                                                                            \
         for (const Layer<T::Element>* l = layers; l < layers + count && !failed; ++l) {                            \
-            failed |= linear_##name(x, l->query.weight, l->query.bias, q, rows, width, width, 0);                  \
-            failed |= linear_##name(x, l->key.weight, l->key.bias, k, rows, width, width, 0);                      \
-            failed |= linear_##name(x, l->value.weight, l->value.bias, v, rows, width, width, 0);                  \
+            failed |= linear_##name(x, l->query.weight, l->query.bias, q, width, rows, width, width, 0);           \
+            failed |= linear_##name(x, l->key.weight, l->key.bias, k, width, rows, width, width, 0);               \
+            failed |= linear_##name(x, l->value.weight, l->value.bias, v, width, rows, width, width, 0);           \
             failed |= attention_##name(q, k, v, o, nullptr, starts, sequences, heads, heads, head_dim, width,      \
                                        head_dim, width, head_dim, width, head_dim,                                 \
                                        1 / std::sqrt((float)head_dim), nullptr);                                   \
-            failed |= linear_##name(o, l->output.weight, l->output.bias, y, rows, width, width, 0);                \
+            failed |= linear_##name(o, l->output.weight, l->output.bias, y, width, rows, width, width, 0);         \
             add_layer_norm_##name(y, x, l->norm.weight, l->norm.bias, x, rows, width, eps);                        \
             for (int first = 0; first < rows; first += UP_ROWS) {                                                  \
                 const int n = std::min(UP_ROWS, rows - first);                                                     \
                 const int64_t at = (int64_t)first * width;                                                         \
-                failed |= linear_##name(x + at, l->up.weight, l->up.bias, up, n, inner, width, 1);                 \
-                failed |= linear_##name(up, l->down.weight, l->down.bias, y + at, n, width, inner, 0);             \
+                failed |= linear_##name(x + at, l->up.weight, l->up.bias, up, inner, n, inner, width, 1);          \
+                failed |= linear_##name(up, l->down.weight, l->down.bias, y + at, width, n, width, inner, 0);      \
             }                                                                                                      \
             add_layer_norm_##name(y, x, l->last_norm.weight, l->last_norm.bias, x, rows, width, eps);              \
         }                                                                                                          \

@@ -34,12 +34,13 @@ constexpr int AHEAD = 16384;  // bytes of the weight that are on their way from 
 constexpr int TILES = 4;  // of rows that share a pass of bias and GELU: one alone would wait for each of its own steps
 constexpr int TILE = 4;  // rows of x and rows of the weight at a time: 16 accumulators, 8 loads for 16 multiplications
 
-// y = x weight^T + bias, or GELU of it: x [rows, inner], weight [columns, inner] as it is, y [rows, columns].
+// y = x weight^T + bias, or GELU of it: x [rows, inner], weight [columns, inner] as it is, y [rows, columns],
+// its rows y_stride apart.
 // For few rows, where much of the time goes into reading the weight: it is read once and in order, AHEAD of its use.
 template <class T>
 void linear_of_few_rows(
     const typename T::Element* x, const typename T::Element* weight, const typename T::Element* bias,
-    typename T::Element* y, int rows, int columns, int inner, int with_gelu
+    typename T::Element* y, int64_t y_stride, int rows, int columns, int inner, int with_gelu
 ) {
     using Element = typename T::Element;
     constexpr int STEP = WIDTH * T::PER_LANE;
@@ -83,7 +84,7 @@ void linear_of_few_rows(
                 alignas(64) Element z[WIDTH];
                 T::store(z, with_gelu ? gelu(of_tile) : of_tile);
                 for (int i = 0; i < std::min(TILE, rows - row); ++i)
-                    std::memcpy(y + (int64_t)(row + i) * columns + column, z + i * TILE, sizeof(Element) * TILE);
+                    std::memcpy(y + (row + i) * y_stride + column, z + i * TILE, sizeof(Element) * TILE);
             }
         }
     }
@@ -118,7 +119,7 @@ void lay_out(const typename T::Element* weight, int inner, int registers, float*
 template <class T, int M>
 inline void tile(
     const typename T::Element* x, const float* panel, const typename T::Element* bias, typename T::Element* y,
-    int64_t columns, int inner, int registers, int with_gelu
+    int64_t y_stride, int inner, int registers, int with_gelu
 ) {
     const int lanes = inner / T::PER_LANE;
     __m512 sum[M][REGISTERS];
@@ -152,7 +153,7 @@ inline void tile(
 #pragma GCC unroll 6
         for (int i = 0; i < M; ++i) {
             const __m512 z = _mm512_add_ps(sum[i][j], of_bias);
-            T::store(y + i * columns + j * WIDTH, with_gelu ? gelu(z) : z);
+            T::store(y + i * y_stride + j * WIDTH, with_gelu ? gelu(z) : z);
         }
     }
 }
@@ -169,7 +170,7 @@ inline int parts_of(int rows, int panels) {
 template <class T>
 int linear_of_many_rows(
     const typename T::Element* x, const typename T::Element* weight, const typename T::Element* bias,
-    typename T::Element* y, int rows, int columns, int inner, int with_gelu
+    typename T::Element* y, int64_t y_stride, int rows, int columns, int inner, int with_gelu
 ) {
     using Element = typename T::Element;
     const int panels = (columns + PANEL - 1) / PANEL, parts = parts_of(rows, panels);
@@ -199,7 +200,7 @@ int linear_of_many_rows(
 #define OF_ROWS(M)                                                                                                 \
     case M:                                                                                                        \
         tile<T, M>(x + (int64_t)row * inner, panel, bias ? bias + column : nullptr,                                \
-                   y + (int64_t)row * columns + column, columns, inner, registers, with_gelu);                     \
+                   y + row * y_stride + column, y_stride, inner, registers, with_gelu);                            \
         break;
                     switch (std::min(ROWS, end - row)) {
                         OF_ROWS(6) OF_ROWS(5) OF_ROWS(4) OF_ROWS(3) OF_ROWS(2) OF_ROWS(1)
@@ -215,12 +216,12 @@ int linear_of_many_rows(
 
 #define EXPORT_FOR(T, name)                                                                                        \
     EXPORT int linear_##name(                                                                                      \
-        const T::Element* x, const T::Element* weight, const T::Element* bias, T::Element* y, int rows,            \
-        int columns, int inner, int with_gelu                                                                      \
+        const T::Element* x, const T::Element* weight, const T::Element* bias, T::Element* y, int64_t y_stride,    \
+        int rows, int columns, int inner, int with_gelu                                                            \
     ) {                                                                                                            \
         if (rows > FEW_ROWS && columns % WIDTH == 0)                                                               \
-            return linear_of_many_rows<T>(x, weight, bias, y, rows, columns, inner, with_gelu);                    \
-        linear_of_few_rows<T>(x, weight, bias, y, rows, columns, inner, with_gelu);                                \
+            return linear_of_many_rows<T>(x, weight, bias, y, y_stride, rows, columns, inner, with_gelu);          \
+        linear_of_few_rows<T>(x, weight, bias, y, y_stride, rows, columns, inner, with_gelu);                      \
         return 0;                                                                                                  \
     }
 

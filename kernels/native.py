@@ -86,7 +86,7 @@ INVARIANT_ROWS = 128
 
 
 def linear(x, weight, bias=None):
-    """The vendor library's product, but for few rows. It picks its kernel by the number of rows, so within
+    """Our product where it is ahead, else the vendor library's. That picks its kernel by the number of rows, so within
     `batch_invariant()` it always gets the same number: the rows are cut into blocks, the last filled up with zeros."""
     if not is_batch_invariant():
         y = _for_inference(x, weight, bias, None)
@@ -99,6 +99,16 @@ def linear(x, weight, bias=None):
     parts = [F.linear(block, weight, bias) for block in blocks]
     y = torch.cat(parts)[: len(rows)] if parts else F.linear(rows, weight, bias)
     return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def linears(x, weights, biases):
+    """The products of x with each weight side by side, from the weights as they lie; None where nothing does that."""
+    if is_batch_invariant() or torch.compiler.is_compiling() or any(map(_prepack.is_int8, weights)):
+        return None
+    marked = any(map(_prepack.is_marked, weights))
+    if not all(_cpu.takes_linear(x, w, b, None, marked) for w, b in zip(weights, biases, strict=True)):
+        return None
+    return _cpu.linears(x, weights, biases)
 
 
 def linear_act(x, weight, bias=None, activation="gelu"):

@@ -204,6 +204,31 @@ def test_products_of_rows_in_other_company(rows, fewer, threads):
 
 @built
 @pytest.mark.parametrize("rows", [5, 150])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_products_side_by_side(dtype, rows, monkeypatch):
+    """Bit for bit the products one by one; the joined weight is not made."""
+    monkeypatch.setattr(_cpu, "multiplies", lambda dtype: True)
+    layers = [torch.nn.Linear(64, n, bias=n != 32).to(dtype) for n in (16, 80, 32)]
+    joined, x = fastbert.layers.JoinedLinears(), torch.randn(2, rows, 64).to(dtype)
+    with torch.no_grad():
+        y = joined(x, layers, impl="native")
+        apart = [_cpu.linear(x, layer.weight, layer.bias) for layer in layers]
+    assert torch.equal(y, torch.cat(apart, -1))
+    assert joined._weight_and_bias is None
+
+
+@built
+def test_subclasses_of_tensors_go_to_torch():
+    class Half(torch.Tensor):
+        """Says that it is larger than its memory, as a tensor that is spread over machines does."""
+
+    weight = torch.randn(32, 64).as_subclass(Half)
+    assert not _cpu.takes_linear(torch.randn(4, 64), weight, None)
+    assert _cpu.takes_linear(torch.randn(4, 64), weight.as_subclass(torch.Tensor), None)
+
+
+@built
+@pytest.mark.parametrize("rows", [5, 150])
 def test_nan_stays_in_its_row(rows):
     x, weight = torch.randn(rows, 64), torch.randn(80, 64)
     x[3, 60] = torch.nan

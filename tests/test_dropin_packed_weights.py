@@ -1,4 +1,4 @@
-"""An accelerated model that infers on a CPU multiplies from copies of its weights, and nobody may notice."""
+"""An accelerated model that infers on a CPU may multiply from copies of its weights, and nobody may notice."""
 
 import copy
 import gc
@@ -8,7 +8,7 @@ import torch
 
 import fastbert
 from fastbert.dropin.layer import LayerForward
-from fastbert.kernels import _prepack
+from fastbert.kernels import _cpu, _prepack
 from fastbert.testing import assert_within_budget
 
 transformers = pytest.importorskip("transformers", reason="what is accelerated")
@@ -29,6 +29,12 @@ def build(family: str = "bert", **more):
     common = {} if family == "distilbert" else common
     config = transformers.AutoConfig.for_model(family, **{"vocab_size": 60, **common, **FAMILIES[family], **more})
     return transformers.AutoModel.from_config(config).eval()
+
+
+@pytest.fixture(autouse=True)
+def _tiles(monkeypatch):
+    """As on a CPU whose vendor library has instructions that our products have not."""
+    monkeypatch.setattr(_cpu, "multiplies", lambda dtype: False)
 
 
 def packed(model) -> int:
@@ -56,6 +62,17 @@ def test_the_same_states_from_copies(family, dtype):
     assert_within_budget(first[real], infer(plain)[real], truth[real])
     assert torch.equal(infer(ours), first)
     assert list(ours.state_dict()) == list(keys)
+
+
+@pytest.mark.skipif(_cpu.load()[0] is None, reason=f"no C++ operators: {_cpu.load()[1]}")
+def test_no_copies_for_our_own_products(monkeypatch):
+    monkeypatch.setattr(_cpu, "multiplies", lambda dtype: True)
+    plain = build()
+    ours = fastbert.accelerate(copy.deepcopy(plain), impl="native")
+    real = BATCH["attention_mask"].bool()
+    first = infer(ours)
+    assert packed(ours) == 0
+    assert_within_budget(first[real], infer(plain)[real], infer(plain.double())[real])
 
 
 @pytest.mark.parametrize("how", ["gradients", "training", "restored"])

@@ -50,8 +50,9 @@ def accelerate(model: nn.Module, *, impl: F.Impl | None = None, cuda_graphs: boo
     padding are zero where nothing reads them (never in the first column, and not where a head's loss does). A call
     that asks for what the fused code cannot do runs the model's own, with a warning that says why, once.
 
-    Evaluating without gradients on a CPU multiplies from copies of the layers' weights, laid out as the vendor library
-    wants them (`fastbert.prepack`): they are held twice, until `restore`. Changes are noticed as `prepack` says.
+    Evaluating without gradients on a CPU whose vendor library is ahead of our products multiplies from copies of the
+    layers' weights, laid out as it wants them (`fastbert.prepack`): they are held twice, until `restore`. Changes are
+    noticed as `prepack` says.
 
     Args:
         model: of transformers (BERT, RoBERTa, XLM-RoBERTa, CamemBERT, DistilBERT, ELECTRA, ALBERT, MPNet, ModernBERT,
