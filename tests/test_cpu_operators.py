@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 import fastbert
 from fastbert.kernels import _cpu, _int8, _prepack, native, reference
+from fastbert.layers import JoinedLinears
 from fastbert.testing import assert_within_budget, cu_seqlens_of
 
 built = pytest.mark.skipif(_cpu.load()[0] is None, reason=f"no C++ operators: {_cpu.load()[1]}")
@@ -209,7 +210,7 @@ def test_products_side_by_side(dtype, rows, monkeypatch):
     """Bit for bit the products one by one; the joined weight is not made."""
     monkeypatch.setattr(_cpu, "multiplies", lambda dtype: True)
     layers = [torch.nn.Linear(64, n, bias=n != 32).to(dtype) for n in (16, 80, 32)]
-    joined, x = fastbert.layers.JoinedLinears(), torch.randn(2, rows, 64).to(dtype)
+    joined, x = JoinedLinears(), torch.randn(2, rows, 64).to(dtype)
     with torch.no_grad():
         y = joined(x, layers, impl="native")
         apart = [_cpu.linear(x, layer.weight, layer.bias) for layer in layers]
