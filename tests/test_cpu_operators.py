@@ -219,6 +219,18 @@ def test_products_side_by_side(dtype, rows, monkeypatch):
 
 
 @built
+def test_products_that_are_not_side_by_side():
+    x, weights = torch.randn(5, 64), [torch.nn.Parameter(torch.randn(32, 64)) for _ in range(2)]
+    with torch.no_grad():
+        assert native.linears(x, weights, [None, None]).shape == (5, 64)
+        with fastbert.batch_invariant():
+            assert native.linears(x, weights, [None, None]) is None
+        _prepack.mark(weights[1], int8=True)
+        assert native.linears(x, weights, [None, None]) is None
+    assert native.linears(x, weights[:1], [None]) is None  # with gradients
+
+
+@built
 def test_subclasses_of_tensors_go_to_torch():
     class Half(torch.Tensor):
         """Says that it is larger than its memory, as a tensor that is spread over machines does."""
