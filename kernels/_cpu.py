@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ._invariance import is_batch_invariant
 from ._random import keep_threshold
 
 _POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
@@ -59,7 +60,7 @@ def load() -> tuple[ctypes.CDLL | None, str | None]:
         quantise_rows = getattr(library, f"quantise_rows_{dtype}")
         quantise_rows.argtypes, quantise_rows.restype = [_POINTER] * 3 + [_LONG, _INT, _FLOAT], None
         linear = getattr(library, f"linear_{dtype}")
-        linear.argtypes, linear.restype = [_POINTER] * 4 + [_LONG] + [_INT] * 4, _INT
+        linear.argtypes, linear.restype = [_POINTER] * 4 + [_LONG] + [_INT] * 5, _INT
         sum_logits = getattr(library, f"sum_logits_{dtype}")
         sum_logits.argtypes, sum_logits.restype = [_POINTER] * 7 + [_INT] * 3, None
         logit_gradients = getattr(library, f"logit_gradients_{dtype}")
@@ -71,7 +72,7 @@ def load() -> tuple[ctypes.CDLL | None, str | None]:
         mean = getattr(library, f"mean_of_sequences_{dtype}")
         mean.argtypes, mean.restype = [_POINTER] * 3 + [_INT, _LONG, _INT], _INT
         layers = getattr(library, f"encoder_layers_{dtype}")
-        layers.argtypes = [_POINTER] * 2 + [_INT, _POINTER] + [_INT] * 5 + [_FLOAT, _POINTER]
+        layers.argtypes = [_POINTER] * 2 + [_INT, _POINTER] + [_INT] * 5 + [_FLOAT, _INT, _POINTER]
         layers.restype = _INT
     return library, None
 
@@ -248,6 +249,8 @@ def takes_linear(
     columns, inner = weight.shape
     most = math.inf
     if columns % WIDTH or not multiplies(x.dtype):
+        if is_batch_invariant():
+            return False
         most = FEW_ROWS_LAID_OUT if laid_out else FEW_ROWS
     if activation not in (None, "gelu") or not 0 < x.numel() <= most * x.shape[-1]:
         return False
@@ -258,7 +261,8 @@ def takes_linear(
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None) -> Tensor:
-    """activation(x weight^T + bias): [..., K], [N, K], [N] or None -> [..., N]. Sums in float32."""
+    """activation(x weight^T + bias): [..., K], [N, K], [N] or None -> [..., N]. Sums in float32. Within
+    `batch_invariant()` always by the product of many rows, in which a row's bits are its own."""
     y = torch.empty(*x.shape[:-1], len(weight), dtype=x.dtype)
     _multiply(x, weight, bias, y, len(weight), activation)
     return y
@@ -281,7 +285,7 @@ def _multiply(
     columns, inner = weight.shape
     failed = getattr(load()[0], f"linear_{_name(x)}")(
         x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr(), y_stride,
-        x.numel() // inner, columns, inner, activation == "gelu",
+        x.numel() // inner, columns, inner, activation == "gelu", is_batch_invariant(),
     )  # fmt: skip
     if failed:
         raise MemoryError(f"linear: no memory for 64 columns of {inner} weights")
@@ -332,7 +336,7 @@ def layer_shapes(width: int, inner: int) -> list[tuple[int, ...]]:
 
 def whole_layers(nbytes: int, dtype: torch.dtype) -> bool:
     """Whether `encoder_layers` is ahead of the layers one by one, with x of so many bytes."""
-    return dtype in dtypes() and (multiplies(dtype) or nbytes <= FEW_BYTES)
+    return dtype in dtypes() and (multiplies(dtype) or (nbytes <= FEW_BYTES and not is_batch_invariant()))
 
 
 def takes_encoder_layers(x: Tensor, layers: list[Tensor], cu_seqlens: Tensor, heads: int, inner: int) -> bool:
@@ -364,7 +368,7 @@ def encoder_layers(
     for layer in range(0, count, step):
         failed = getattr(load()[0], f"encoder_layers_{_name(x)}")(
             y.data_ptr(), pointers.buffer_info()[0] + layer * 16 * pointers.itemsize, step, cu_seqlens.data_ptr(),
-            cu_seqlens.shape[0] - 1, *x.shape, inner, heads, eps, work.data_ptr(),
+            cu_seqlens.shape[0] - 1, *x.shape, inner, heads, eps, is_batch_invariant(), work.data_ptr(),
         )  # fmt: skip
         if failed:
             raise MemoryError(f"encoder_layers: no memory for {x.shape[0]} rows of {inner} columns")

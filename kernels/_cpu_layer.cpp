@@ -13,7 +13,7 @@
         float                                                                                                      \
     );                                                                                                             \
     extern "C" int linear_##name(                                                                                  \
-        const T::Element*, const T::Element*, const T::Element*, T::Element*, int64_t, int, int, int, int          \
+        const T::Element*, const T::Element*, const T::Element*, T::Element*, int64_t, int, int, int, int, int     \
     );
 
 DECLARE_FOR(Float32, float32)
@@ -39,26 +39,26 @@ constexpr int UP_ROWS = 1024;  // of the widest matrix at a time, UP_ROWS in _cp
 #define EXPORT_FOR(T, name)                                                                                        \
     EXPORT int encoder_layers_##name(                                                                              \
         T::Element* x, const Layer<T::Element>* layers, int count, const int32_t* starts, int sequences, int rows, \
-        int width, int inner, int heads, float eps, T::Element* work                                               \
+        int width, int inner, int heads, float eps, int in_one_way, T::Element* work                               \
     ) {                                                                                                            \
         const int head_dim = width / heads;                                                                        \
         const int64_t size = (int64_t)rows * width;                                                                \
         T::Element *q = work, *k = q + size, *v = k + size, *o = v + size, *up = o + size, *y = q;                 \
         int failed = 0;                                                                                            \
         for (const Layer<T::Element>* l = layers; l < layers + count && !failed; ++l) {                            \
-            failed |= linear_##name(x, l->query.weight, l->query.bias, q, width, rows, width, width, 0);           \
-            failed |= linear_##name(x, l->key.weight, l->key.bias, k, width, rows, width, width, 0);               \
-            failed |= linear_##name(x, l->value.weight, l->value.bias, v, width, rows, width, width, 0);           \
+            failed |= linear_##name(x, l->query.weight, l->query.bias, q, width, rows, width, width, 0, in_one_way); \
+            failed |= linear_##name(x, l->key.weight, l->key.bias, k, width, rows, width, width, 0, in_one_way);   \
+            failed |= linear_##name(x, l->value.weight, l->value.bias, v, width, rows, width, width, 0, in_one_way); \
             failed |= attention_##name(q, k, v, o, nullptr, starts, sequences, heads, heads, head_dim, width,      \
                                        head_dim, width, head_dim, width, head_dim,                                 \
                                        1 / std::sqrt((float)head_dim), nullptr);                                   \
-            failed |= linear_##name(o, l->output.weight, l->output.bias, y, width, rows, width, width, 0);         \
+            failed |= linear_##name(o, l->output.weight, l->output.bias, y, width, rows, width, width, 0, in_one_way); \
             add_layer_norm_##name(y, x, l->norm.weight, l->norm.bias, x, rows, width, eps);                        \
             for (int first = 0; first < rows; first += UP_ROWS) {                                                  \
                 const int n = std::min(UP_ROWS, rows - first);                                                     \
                 const int64_t at = (int64_t)first * width;                                                         \
-                failed |= linear_##name(x + at, l->up.weight, l->up.bias, up, inner, n, inner, width, 1);          \
-                failed |= linear_##name(up, l->down.weight, l->down.bias, y + at, width, n, width, inner, 0);      \
+                failed |= linear_##name(x + at, l->up.weight, l->up.bias, up, inner, n, inner, width, 1, in_one_way); \
+                failed |= linear_##name(up, l->down.weight, l->down.bias, y + at, width, n, width, inner, 0, in_one_way); \
             }                                                                                                      \
             add_layer_norm_##name(y, x, l->last_norm.weight, l->last_norm.bias, x, rows, width, eps);              \
         }                                                                                                          \

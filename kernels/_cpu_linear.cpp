@@ -214,12 +214,13 @@ int linear_of_many_rows(
 
 }  // namespace
 
+// in_one_way: a row's bits do not depend on the number of rows.
 #define EXPORT_FOR(T, name)                                                                                        \
     EXPORT int linear_##name(                                                                                      \
         const T::Element* x, const T::Element* weight, const T::Element* bias, T::Element* y, int64_t y_stride,    \
-        int rows, int columns, int inner, int with_gelu                                                            \
+        int rows, int columns, int inner, int with_gelu, int in_one_way                                            \
     ) {                                                                                                            \
-        if (rows > FEW_ROWS && columns % WIDTH == 0)                                                               \
+        if ((rows > FEW_ROWS || in_one_way) && columns % WIDTH == 0)                                               \
             return linear_of_many_rows<T>(x, weight, bias, y, y_stride, rows, columns, inner, with_gelu);          \
         linear_of_few_rows<T>(x, weight, bias, y, y_stride, rows, columns, inner, with_gelu);                      \
         return 0;                                                                                                  \

@@ -88,9 +88,11 @@ INVARIANT_ROWS = 128
 def linear(x, weight, bias=None):
     """Our product where it is ahead, else the vendor library's. That picks its kernel by the number of rows, so within
     `batch_invariant()` it always gets the same number: the rows are cut into blocks, the last filled up with zeros."""
+    y = _for_inference(x, weight, bias, None)
+    if y is not None:
+        return y
     if not is_batch_invariant():
-        y = _for_inference(x, weight, bias, None)
-        return F.linear(x, weight, bias) if y is None else y
+        return F.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
     whole = len(rows) // INVARIANT_ROWS * INVARIANT_ROWS
     blocks = [*rows[:whole].split(INVARIANT_ROWS)] if whole else []
@@ -103,7 +105,7 @@ def linear(x, weight, bias=None):
 
 def linears(x, weights, biases):
     """The products of x with each weight side by side, from the weights as they lie; None where nothing does that."""
-    if is_batch_invariant() or torch.compiler.is_compiling() or any(map(_prepack.is_int8, weights)):
+    if torch.compiler.is_compiling() or any(map(_prepack.is_int8, weights)):
         return None
     marked = any(map(_prepack.is_marked, weights))
     if not all(_cpu.takes_linear(x, w, b, None, marked) for w, b in zip(weights, biases, strict=True)):
@@ -112,7 +114,7 @@ def linears(x, weights, biases):
 
 
 def linear_act(x, weight, bias=None, activation="gelu"):
-    if activation in _prepack.EPILOGUES and not is_batch_invariant():
+    if activation in _prepack.EPILOGUES:
         y = _for_inference(x, weight, bias, activation)
         if y is not None:
             return y
@@ -125,7 +127,7 @@ def _for_inference(x, weight, bias, activation):
         return None
     if not _prepack.is_int8(weight) and _cpu.takes_linear(x, weight, bias, activation, _prepack.is_marked(weight)):
         return _cpu.linear(x, weight, bias, activation)
-    packed = _prepack.find(x, weight, bias)
+    packed = None if is_batch_invariant() else _prepack.find(x, weight, bias)
     return None if packed is None else _prepack.linear(x, packed, bias, activation)
 
 

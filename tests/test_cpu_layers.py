@@ -104,6 +104,21 @@ def test_a_text_gets_the_same_bits_with_others_and_on_one_thread(calls, dtype):
     assert len(calls) == 3
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@torch.no_grad()
+def test_batch_invariant_in_one_call(calls, dtype):
+    """Also beside so many others that another product would be the faster one."""
+    model, batch = model_of(dtype), batch_of(80, 7, 80, 80)
+    alone = PackedBatch.from_lists([batch.input_ids[80:87].tolist()])
+    with fastbert.batch_invariant():
+        together = model(batch).last_hidden_state
+        assert torch.equal(together[80:87], model(alone).last_hidden_state)
+    assert len(calls) == 2
+    model.impl = "reference"
+    plain, truth = model(batch).last_hidden_state, copy.deepcopy(model).double()(batch).last_hidden_state
+    assert_within_budget(together, plain, truth)
+
+
 @torch.no_grad()
 def test_nan_stays_in_its_text(calls):
     model, batch = model_of(), batch_of(3, 4)
@@ -186,7 +201,7 @@ def test_layers_one_by_one(calls, monkeypatch, why):
     model, batch = model_of(), batch_of(*([80] * 15 if why == "many tokens" else (9, 4)))
     seen.count = 0
     handle = WAYS_OUT[why](model)
-    if why == "many tokens":
+    if why in ("many tokens", "batch_invariant"):  # as with AMX
         monkeypatch.setattr(_cpu, "multiplies", lambda dtype: False)
     if why == "another layer":
         model.encoder["layer"][2].forward = lambda x, shared: x

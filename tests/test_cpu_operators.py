@@ -223,8 +223,6 @@ def test_products_that_are_not_side_by_side():
     x, weights = torch.randn(5, 64), [torch.nn.Parameter(torch.randn(32, 64)) for _ in range(2)]
     with torch.no_grad():
         assert native.linears(x, weights, [None, None]).shape == (5, 64)
-        with fastbert.batch_invariant():
-            assert native.linears(x, weights, [None, None]) is None
         _prepack.mark(weights[1], int8=True)
         assert native.linears(x, weights, [None, None]) is None
     assert native.linears(x, weights[:1], [None]) is None  # with gradients
@@ -238,6 +236,23 @@ def test_subclasses_of_tensors_go_to_torch():
     weight = torch.randn(32, 64).as_subclass(Half)
     assert not _cpu.takes_linear(torch.randn(4, 64), weight, None)
     assert _cpu.takes_linear(torch.randn(4, 64), weight.as_subclass(torch.Tensor), None)
+
+
+@built
+def test_products_within_batch_invariant(monkeypatch):
+    """Rows of any company have the same bits; widths and CPUs without that product go in blocks of torch's."""
+    monkeypatch.setattr(_cpu, "multiplies", lambda dtype: True)
+    x, weight, bias = torch.randn(200, 96), torch.randn(64, 96), torch.randn(64)
+    with fastbert.batch_invariant():
+        assert _cpu.takes_linear(x, weight, bias)
+        assert not _cpu.takes_linear(x, weight[:60], bias[:60])
+        for columns in (64, 60):
+            given = weight[:columns], bias[:columns]
+            together = native.linear_act(x, *given)
+            for n in (1, 5, 150):
+                assert torch.equal(native.linear_act(x[:n], *given), together[:n])
+        monkeypatch.setattr(_cpu, "multiplies", lambda dtype: False)
+        assert not _cpu.takes_linear(x[:5], weight, bias)
 
 
 @built

@@ -373,7 +373,7 @@ class BertModel(nn.Module):
     def _in_one_call(self, x: Tensor, batch: PackedBatch) -> Tensor | None:
         """x [T, C] of the last layer on a CPU, where going from operator to operator can cost as much as the operators
         (kernels/_cpu_layer.cpp); None where the layers have to be called one after another."""
-        if torch.compiler.is_compiling() or not _cpu.whole_layers(x.nbytes, x.dtype) or F.is_batch_invariant():
+        if torch.compiler.is_compiling() or not _cpu.whole_layers(x.nbytes, x.dtype):
             return None
         config, tensors = self.config, self._tensors_of_layers()
         sizes = config.num_attention_heads, config.intermediate_size
@@ -398,9 +398,7 @@ class BertModel(nn.Module):
     def takes_in_one_call(self, tokens: int) -> bool:
         """Whether a pass of so many tokens without gradients needs no kernel of the vendor library's."""
         size = tokens * self.config.hidden_size * self.dtype.itemsize
-        if not _cpu.whole_layers(size, self.dtype) or F.is_batch_invariant():
-            return False
-        return self._tensors_of_layers() is not None
+        return _cpu.whole_layers(size, self.dtype) and self._tensors_of_layers() is not None
 
     def _replayed(self, batch: PackedBatch) -> Tensor | None:
         """x [T, C] by a recording, or None where there is to be none."""
