@@ -6,6 +6,7 @@ truth. Files that a library is served from (weights, an ONNX graph, OpenVINO's I
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -128,8 +129,9 @@ def run(module: str, jobs: list[dict[str, Any]]) -> list[Said]:
             for job in jobs:
                 log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with its process)
                 began = time.perf_counter()
-                started.append(_start(module, job, log))
-                listening.append(pool.submit(_listen, started[-1], began, log))
+                environment = job.pop("environment", {})
+                started.append(_start(module, environment, log))
+                listening.append(pool.submit(_listen, started[-1], job, began, log))
             for heard in as_completed(listening):
                 heard.result()
             return [heard.result() for heard in listening]
@@ -138,25 +140,25 @@ def run(module: str, jobs: list[dict[str, Any]]) -> list[Said]:
                 child.kill()  # nothing where it has ended
 
 
-def _start(module: str, job: dict[str, Any], log: Any) -> subprocess.Popen:
+def _start(module: str, more: dict[str, str], log: Any) -> subprocess.Popen:
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "PYTHONPATH": paths, **job.pop("environment", {})}
+    environment = {**os.environ, "PYTHONPATH": paths, **more}
     environment.pop("TRITON_INTERPRET", None)  # a test's own, and hundreds of times slower
-    child = subprocess.Popen(
+    return subprocess.Popen(
         [sys.executable, "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
         cwd=ROOT, env=environment,
     )  # fmt: skip
-    child.stdin.write(json.dumps(job) + "\n")
-    child.stdin.close()
-    return child
 
 
-def _listen(child: subprocess.Popen, began: float, log: Any) -> Said:
+def _listen(child: subprocess.Popen, job: dict[str, Any], began: float, log: Any) -> Said:
     said: Said = {}
     timer = threading.Timer(PATIENCE, child.kill)
     timer.start()
     with child, log:
         try:
+            with contextlib.suppress(BrokenPipeError):  # it has ended: what it said tells why
+                child.stdin.write(json.dumps(job) + "\n")
+                child.stdin.close()
             for line in child.stdout:
                 at = time.perf_counter() - began
                 if line.startswith('{"event"'):  # a library may print too

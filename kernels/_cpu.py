@@ -24,7 +24,7 @@ from ._random import keep_threshold
 _POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 WIDTH = 16  # elements that a row must be a multiple of
 NORM_BLOCK = 64  # BLOCK in _cpu_norm.cpp
-FEW_ROWS = 64  # up to which `linear` is taken where the vendor library has instructions that it has not,
+FEW_ROWS = 64  # up to which `linear` is taken of odd widths, and where the vendor library has instructions it has not,
 FEW_ROWS_LAID_OUT = 16  # and where besides a weight lies ready for that
 FEW_BYTES = 288 << 10  # of x, up to which `encoder_layers` is taken there; above, Ctrl-C is heard after each layer
 UP_ROWS = 1024  # UP_ROWS in _cpu_layer.cpp
