@@ -41,7 +41,7 @@ def _attention_bwd_dq_kernel(
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k,
     stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k, stride_cos, stride_sin,
-    first_entry, n_heads, width_q, scale, scale_log2, keep_scale, stream, threshold, window_left, window_right,
+    first_entry, n_heads, width_q, scale, scale_log2, keep_scale, stream_id, threshold, window_left, window_right,
     PADDED: tl.constexpr, GROUP: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_ROTARY: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_IDS: tl.constexpr, HAS_DLSE: tl.constexpr,
@@ -78,7 +78,7 @@ def _attention_bwd_dq_kernel(
     keys = rows
     if HAS_DROPOUT:
         name = tl.load(sequence_ids_ptr + sequence) if HAS_IDS else b
-        keys = _row_keys(seed_ptr, stream * HEAD_STREAMS + h, (name << 32) | rows.to(tl.int64))
+        keys = _row_keys(seed_ptr, stream_id * HEAD_STREAMS + h, (name << 32) | rows.to(tl.int64))
 
     # delta: here because o and do are at hand; the dk, dv kernel, launched after this one, reads it
     do = _load_rows(do_ptr + o_origin, rows, length_q, stride_ot, HEAD_DIM, BLOCK_D, False, True)
@@ -146,7 +146,7 @@ def _attention_bwd_dkv_kernel(
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k,
     stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k, stride_cos, stride_sin,
-    first_entry, n_heads, width_q, width_k, scale, scale_log2, keep_scale, stream, threshold, window_left, window_right,
+    first_entry, n_heads, width_q, width_k, scale, scale_log2, keep_scale, stream_id, threshold, window_left, window_right,
     PADDED: tl.constexpr, GROUP: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_ROTARY: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_IDS: tl.constexpr,
@@ -220,7 +220,7 @@ def _attention_bwd_dkv_kernel(
             kept = p
             if HAS_DROPOUT:
                 name = tl.load(sequence_ids_ptr + sequence) if HAS_IDS else b
-                keys = _row_keys(seed_ptr, stream * HEAD_STREAMS + h, (name << 32) | rows.to(tl.int64))
+                keys = _row_keys(seed_ptr, stream_id * HEAD_STREAMS + h, (name << 32) | rows.to(tl.int64))
                 keep = _keep_mask(keys[None, :], cols[:, None], threshold)
                 kept = tl.where(keep, p, 0.0)
                 dp = tl.where(keep, dp * keep_scale, 0.0)
@@ -256,7 +256,7 @@ def _attention_bwd_short_kernel(
     stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k,
     stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k, stride_cos, stride_sin,
     first_entry, n_heads, width_q, width_k,
-    scale, scale_log2, keep_scale, stream, threshold, window_left, window_right,
+    scale, scale_log2, keep_scale, stream_id, threshold, window_left, window_right,
     PADDED: tl.constexpr, GROUP: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_ROTARY: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_IDS: tl.constexpr, HAS_DLSE: tl.constexpr,
@@ -315,7 +315,7 @@ def _attention_bwd_short_kernel(
         kept = p
         if HAS_DROPOUT:
             name = tl.load(sequence_ids_ptr + sequence) if HAS_IDS else b
-            keys = _row_keys(seed_ptr, stream * HEAD_STREAMS + h, (name << 32) | rows.to(tl.int64))
+            keys = _row_keys(seed_ptr, stream_id * HEAD_STREAMS + h, (name << 32) | rows.to(tl.int64))
             keep = _keep_mask(keys[None, :], cols[:, None], threshold)
             kept = tl.where(keep, p, 0.0)
             dp = tl.where(keep, dp * keep_scale, 0.0)
@@ -354,7 +354,7 @@ def _attention_bwd_bias_kernel(
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k,
     stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k, stride_cos, stride_sin,
-    n_heads, width_q, scale_log2, keep_scale, stream, threshold, window_left, window_right,
+    n_heads, width_q, scale_log2, keep_scale, stream_id, threshold, window_left, window_right,
     bias_rows, bias_cols, batch,
     PADDED: tl.constexpr, GROUP: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_WINDOW: tl.constexpr,
@@ -413,7 +413,7 @@ def _attention_bwd_bias_kernel(
         dp = _dot(do, tl.trans(v), None, PRECISION)
         if HAS_DROPOUT:
             name = tl.load(sequence_ids_ptr + sequence) if HAS_IDS else b
-            keys = _row_keys(seed_ptr, stream * HEAD_STREAMS + h, (name << 32) | rows.to(tl.int64))
+            keys = _row_keys(seed_ptr, stream_id * HEAD_STREAMS + h, (name << 32) | rows.to(tl.int64))
             dp = tl.where(_keep_mask(keys[:, None], cols[None, :], threshold), dp * keep_scale, 0.0)
         dbias += p * (dp - delta[:, None])
 

@@ -16,7 +16,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 # Triton's interpreter multiplies bfloat16 tiles as if their bits were integers: there they are widened first.
 WIDEN_BFLOAT16 = tl.constexpr(_device.INTERPRETING)
 # Integers that change from call to call without changing the machine code: never specialised on.
-RUNTIME_INTS = ["first_entry", "width_q", "stream", "threshold", "window_left", "window_right"]
+RUNTIME_INTS = ["first_entry", "width_q", "stream_id", "threshold", "window_left", "window_right"]
 
 
 # ---- what all attention kernels share ------------------------------------------------------------------------
@@ -238,7 +238,7 @@ def _attention_fwd_kernel(
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k,
     stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k, stride_cos, stride_sin,
-    first_entry, n_heads, width_q, scale_log2, keep_scale, stream, threshold, window_left, window_right,
+    first_entry, n_heads, width_q, scale_log2, keep_scale, stream_id, threshold, window_left, window_right,
     PADDED: tl.constexpr, GROUP: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_ROTARY: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_IDS: tl.constexpr,
@@ -273,7 +273,7 @@ def _attention_fwd_kernel(
     keys = rows
     if HAS_DROPOUT:
         name = tl.load(sequence_ids_ptr + sequence) if HAS_IDS else b
-        keys = _row_keys(seed_ptr, stream * HEAD_STREAMS + h, (name << 32) | rows.to(tl.int64))
+        keys = _row_keys(seed_ptr, stream_id * HEAD_STREAMS + h, (name << 32) | rows.to(tl.int64))
 
     acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
     m_i = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)

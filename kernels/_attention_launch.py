@@ -99,7 +99,7 @@ def _shared_arguments(
         "stride_cos": 0 if cos is None else cos.stride(0), "stride_sin": 0 if sin is None else sin.stride(0),
         "n_heads": q.shape[-2], "width_q": q.shape[-3],
         "scale_log2": scale * LOG2_E, "keep_scale": 1.0 / (1.0 - dropout_p),
-        "stream": stream, "threshold": keep_threshold(dropout_p),
+        "stream_id": stream, "threshold": keep_threshold(dropout_p),
         "window_left": window_left, "window_right": window_right,
         "PADDED": padded, "GROUP": q.shape[-2] // k.shape[-2],
         "HAS_BIAS": bias is not None, "HAS_MASK": mask is not None, "HAS_ALIBI": alibi_slopes is not None,

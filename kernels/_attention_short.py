@@ -102,7 +102,7 @@ def _attention_fwd_heads_kernel(
     seed_ptr, sequence_ids_ptr,                           # in:  [1], [B]
     o_ptr, lse_ptr,                                       # out: like q, contiguous; [H, Tq]
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
-    first_entry, n_heads, width_q, scale_log2, keep_scale, stream, threshold,
+    first_entry, n_heads, width_q, scale_log2, keep_scale, stream_id, threshold,
     HAS_DROPOUT: tl.constexpr, HAS_IDS: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     TILE: tl.constexpr, PRECISION: tl.constexpr,
@@ -128,7 +128,7 @@ def _attention_fwd_heads_kernel(
     keys = rows
     if HAS_DROPOUT:
         name = tl.load(sequence_ids_ptr + sequence) if HAS_IDS else sequence.to(tl.int64)
-        keys = _row_keys(seed_ptr, stream * HEAD_STREAMS + heads.to(tl.int64), (name << 32) | rows.to(tl.int64))
+        keys = _row_keys(seed_ptr, stream_id * HEAD_STREAMS + heads.to(tl.int64), (name << 32) | rows.to(tl.int64))
     o, lse = _softmax_product(
         qk, v, keys[:, None], rows[None, :], scale_log2, keep_scale, threshold, HAS_DROPOUT, PRECISION
     )
@@ -144,7 +144,7 @@ def _attention_fwd_tile_kernel(
     seed_ptr, sequence_ids_ptr,
     o_ptr, lse_ptr,                                       # out: like q, contiguous; [H, Tq]
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
-    first_entry, n_heads, width_q, scale_log2, keep_scale, stream, threshold,
+    first_entry, n_heads, width_q, scale_log2, keep_scale, stream_id, threshold,
     HAS_DROPOUT: tl.constexpr, HAS_IDS: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     TILE: tl.constexpr, PRECISION: tl.constexpr,
@@ -174,7 +174,7 @@ def _attention_fwd_tile_kernel(
         keys = rows
         if HAS_DROPOUT:
             name = tl.load(sequence_ids_ptr + sequence) if HAS_IDS else sequence.to(tl.int64)
-            keys = _row_keys(seed_ptr, stream * HEAD_STREAMS + h, (name << 32) | rows.to(tl.int64))
+            keys = _row_keys(seed_ptr, stream_id * HEAD_STREAMS + h, (name << 32) | rows.to(tl.int64))
         qk = tl.where((cols < length_k)[None, :], _dot(q, tl.trans(k), None, PRECISION), float("-inf"))
         o, lse = _softmax_product(
             qk, v, keys[:, None], cols[None, :], scale_log2, keep_scale, threshold, HAS_DROPOUT, PRECISION
@@ -191,7 +191,7 @@ def _attention_bwd_heads_kernel(
     o_ptr, lse_ptr, do_ptr, dlse_ptr,                     # in:  like q, [H, Tq], like q, [H, Tq]; contiguous
     dq_ptr, dk_ptr, dv_ptr,                               # out: like q, like k, like v; contiguous
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
-    first_entry, n_heads, width_q, scale, scale_log2, keep_scale, stream, threshold,
+    first_entry, n_heads, width_q, scale, scale_log2, keep_scale, stream_id, threshold,
     HAS_DROPOUT: tl.constexpr, HAS_IDS: tl.constexpr, HAS_DLSE: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     TILE: tl.constexpr, PRECISION: tl.constexpr,
@@ -227,7 +227,7 @@ def _attention_bwd_heads_kernel(
     kept = p
     if HAS_DROPOUT:
         name = tl.load(sequence_ids_ptr + sequence) if HAS_IDS else sequence.to(tl.int64)
-        keys = _row_keys(seed_ptr, stream * HEAD_STREAMS + heads.to(tl.int64), (name << 32) | rows.to(tl.int64))
+        keys = _row_keys(seed_ptr, stream_id * HEAD_STREAMS + heads.to(tl.int64), (name << 32) | rows.to(tl.int64))
         keep = _keep_mask(keys[None, :], rows[:, None], threshold)
         kept = tl.where(keep, p, 0.0)
         dp = tl.where(keep, dp * keep_scale, 0.0)
@@ -248,7 +248,7 @@ def _attention_bwd_tile_kernel(
     o_ptr, lse_ptr, do_ptr, dlse_ptr,                     # in:  like q, [H, Tq], like q, [H, Tq]; contiguous
     dq_ptr, dk_ptr, dv_ptr,                               # out: like q, like k, like v; contiguous
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
-    first_entry, n_heads, width_q, scale, scale_log2, keep_scale, stream, threshold,
+    first_entry, n_heads, width_q, scale, scale_log2, keep_scale, stream_id, threshold,
     HAS_DROPOUT: tl.constexpr, HAS_IDS: tl.constexpr, HAS_DLSE: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     TILE: tl.constexpr, PRECISION: tl.constexpr,
@@ -291,7 +291,7 @@ def _attention_bwd_tile_kernel(
         kept = p
         if HAS_DROPOUT:
             name = tl.load(sequence_ids_ptr + sequence) if HAS_IDS else sequence.to(tl.int64)
-            keys = _row_keys(seed_ptr, stream * HEAD_STREAMS + h, (name << 32) | rows.to(tl.int64))
+            keys = _row_keys(seed_ptr, stream_id * HEAD_STREAMS + h, (name << 32) | rows.to(tl.int64))
             keep = _keep_mask(keys[None, :], cols[:, None], threshold)
             kept = tl.where(keep, p, 0.0)
             dp = tl.where(keep, dp * keep_scale, 0.0)

@@ -24,11 +24,11 @@ def _mix64(z):
 
 
 @triton.jit
-def _row_keys(seed_ptr, stream, rows):
-    """Keys of `rows` (int64, any shape), uint64. `stream`: an integer, or one a row."""
+def _row_keys(seed_ptr, stream_id, rows):
+    """Keys of `rows` (int64, any shape), uint64. `stream_id`: an integer, or one a row."""
     seed = tl.load(seed_ptr).to(tl.uint64)
     # tl.cast, as an argument of value 1 may arrive as a compile-time constant, which has no .to
-    stream_offset = (tl.full((), 1, tl.uint64) + tl.cast(stream, tl.uint64)) * tl.full((), GOLDEN, tl.uint64)
+    stream_offset = (tl.full((), 1, tl.uint64) + tl.cast(stream_id, tl.uint64)) * tl.full((), GOLDEN, tl.uint64)
     return _mix64(_mix64(seed + stream_offset) ^ rows.to(tl.uint64))
 
 

@@ -71,20 +71,21 @@ def _row_block(first, n_rows, cols, N: tl.constexpr, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def _dropout_mask(seed_ptr, row_ids_ptr, stream, threshold, rows, mask_m, cols):
+def _dropout_mask(seed_ptr, row_ids_ptr, stream_id, threshold, rows, mask_m, cols):
     """Keep mask [BLOCK_M, BLOCK_N]. Rows are named by row_ids, or by their number where that is None."""
     if row_ids_ptr is None:
         names = rows
     else:
         names = tl.load(row_ids_ptr + rows, mask=mask_m, other=0).to(tl.int64)
-    keys = _row_keys(seed_ptr, stream, names)
+    keys = _row_keys(seed_ptr, stream_id, names)
     return _keep_mask(keys[:, None], cols[None, :], threshold)
 
 
 @triton.jit
 def _moments(z, mask, eps, N: tl.constexpr, RMS: tl.constexpr):
-    """(mean [M] or None, z - mean, rstd [M]) of fp32 rows z [M, BLOCK_N], zero where mask is false."""
-    mean = None if RMS else tl.sum(z, axis=1) / N
+    """(mean [M], z - mean, rstd [M]) of fp32 rows z [M, BLOCK_N], zero where mask is false. RMS: the mean counts as 0."""
+    # zeros, not None: a jit function that is called as such cannot return None
+    mean = tl.zeros((z.shape[0],), tl.float32) if RMS else tl.sum(z, axis=1) / N
     centred = z if RMS else tl.where(mask, z - mean[:, None], 0.0)
     rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / N + eps)
     return mean, centred, rstd
@@ -92,7 +93,7 @@ def _moments(z, mask, eps, N: tl.constexpr, RMS: tl.constexpr):
 
 @triton.jit
 def _norm_forward(z, mask, weight_ptr, bias_ptr, cols, eps, N: tl.constexpr, RMS: tl.constexpr):
-    """(y, mean [M] or None, rstd [M]) of fp32 rows z [M, BLOCK_N], zero where mask is false; weight, bias: if any."""
+    """(y, mean [M], rstd [M]) of fp32 rows z [M, BLOCK_N], zero where mask is false; weight, bias: if any."""
     mean, centred, rstd = _moments(z, mask, eps, N, RMS)
     y = centred * rstd[:, None]
     if weight_ptr is not None:
@@ -194,7 +195,7 @@ def dropout_arguments(dropout_p: float, seed: Tensor | None, row_ids: Tensor | N
     return {
         "seed_ptr": seed if active else None,
         "row_ids_ptr": row_ids.reshape(-1).contiguous() if active and row_ids is not None else None,
-        "stream": stream,
+        "stream_id": stream,
         "threshold": keep_threshold(dropout_p),
         "keep_scale": 1.0 / (1.0 - dropout_p),
     }

@@ -93,7 +93,7 @@ def _load_embeddings(
     return z + _gather(positions_ptr, position_ptr, n_positions, tokens, mask_m, cols, N)
 
 
-_VARYING = ["n_tokens", "n_words", "n_types", "n_positions", "stream", "threshold"]
+_VARYING = ["n_tokens", "n_words", "n_types", "n_positions", "stream_id", "threshold"]
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -103,7 +103,7 @@ def _embedding_fwd_kernel(
     seed_ptr, row_ids_ptr,                                            # in:  [1], [T]
     y_ptr, mean_ptr, rstd_ptr,                                        # out: [T, N], [T], [T]; the last two or None
     n_tokens, n_words, n_types, n_positions,
-    eps, stream, threshold, keep_scale,
+    eps, stream_id, threshold, keep_scale,
     N: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -116,7 +116,7 @@ def _embedding_fwd_kernel(
     )  # fmt: skip
     y, mean, rstd = _norm_forward(z, mask, weight_ptr, bias_ptr, cols, eps, N, RMS=False)
     if seed_ptr is not None:
-        keep = _dropout_mask(seed_ptr, row_ids_ptr, stream, threshold, tokens, mask_m, cols)
+        keep = _dropout_mask(seed_ptr, row_ids_ptr, stream_id, threshold, tokens, mask_m, cols)
         y = tl.where(keep, y * keep_scale, 0.0)
 
     tl.store(y_ptr + tokens[:, None] * N + cols[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
@@ -132,7 +132,7 @@ def _embedding_bwd_kernel(
     dz_ptr,                                                           # out: [T, N] or None
     dweight_part_ptr, dbias_part_ptr, dtype0_part_ptr, dtype1_part_ptr,   # out: [P, N] fp32, or None
     n_tokens, n_words, n_types, n_positions, tokens_per_step, stride_dym,
-    stream, threshold, keep_scale,
+    stream_id, threshold, keep_scale,
     N: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -149,7 +149,7 @@ def _embedding_bwd_kernel(
 
         d = tl.load(dy_ptr + tokens[:, None] * stride_dym + cols[None, :], mask=mask, other=0.0).to(tl.float32)
         if seed_ptr is not None:
-            keep = _dropout_mask(seed_ptr, row_ids_ptr, stream, threshold, tokens, mask_m, cols)
+            keep = _dropout_mask(seed_ptr, row_ids_ptr, stream_id, threshold, tokens, mask_m, cols)
             d = tl.where(keep, d * keep_scale, 0.0)
         z = _load_embeddings(
             input_ids_ptr, token_type_ids_ptr, positions_ptr, word_ptr, token_type_ptr, position_ptr,
@@ -373,7 +373,7 @@ def compile_cases(arch: str) -> list[CompileCase]:
         stats = {"mean_ptr": "*fp32", "rstd_ptr": "*fp32"}
         sizes = dict.fromkeys(("n_tokens", "n_words", "n_types", "n_positions"), "i32")
         dropout = {
-            "seed_ptr": "*i64", "row_ids_ptr": "*i64", "stream": "i32", "threshold": "i64", "keep_scale": "fp32",
+            "seed_ptr": "*i64", "row_ids_ptr": "*i64", "stream_id": "i32", "threshold": "i64", "keep_scale": "fp32",
         }  # fmt: skip
         sums = dict.fromkeys(("dweight_part_ptr", "dbias_part_ptr"), "*fp32")
         type_sums = dict.fromkeys(("dtype0_part_ptr", "dtype1_part_ptr"), "*fp32")

@@ -75,7 +75,7 @@ def _load_sum(
 # N is a compile-time number: a model has one or two widths, and knowing it lets the compiler prove that a mask is
 # whole over 16 bytes (so loads stay 128 bits wide at 768 or 1,000) and drop it where N fills the block. Numbers
 # that change from call to call are not specialised on, or a second kernel would be built when one of them is 1.
-_VARYING = ["n_rows", "stream", "threshold", "rows_per_step"]
+_VARYING = ["n_rows", "stream_id", "threshold", "rows_per_step"]
 
 
 @triton.jit(do_not_specialize=_VARYING[:3])
@@ -84,7 +84,7 @@ def _add_norm_fwd_kernel(
     seed_ptr, row_ids_ptr,                                   # in: [1], [M]; None without dropout, without names
     y_ptr, z_ptr, mean_ptr, rstd_ptr,                        # out: [M, N], [M, N], [M], [M]; None if not wanted
     n_rows, stride_xm, stride_rm,
-    eps, stream, threshold, keep_scale,
+    eps, stream_id, threshold, keep_scale,
     N: tl.constexpr, RMS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -93,7 +93,7 @@ def _add_norm_fwd_kernel(
 
     keep = None
     if seed_ptr is not None:
-        keep = _dropout_mask(seed_ptr, row_ids_ptr, stream, threshold, rows, mask_m, cols)
+        keep = _dropout_mask(seed_ptr, row_ids_ptr, stream_id, threshold, rows, mask_m, cols)
     z = _load_sum(x_ptr, residual_ptr, x_bias_ptr, rows, cols, mask, stride_xm, stride_rm, keep, keep_scale)
     if z_ptr is not None:
         # y belongs to the z that is returned, and so agrees with the backward pass, which reads that z
@@ -115,7 +115,7 @@ def _add_norm_bwd_kernel(
     dx_ptr, dresidual_ptr,                                             # out: [M, N]; None if not wanted
     dweight_part_ptr, dbias_part_ptr, dx_bias_part_ptr,                # out: [P, N] fp32; None if not wanted
     n_rows, rows_per_step, stride_dym, stride_dzm, stride_xm, stride_rm,
-    stream, threshold, keep_scale,
+    stream_id, threshold, keep_scale,
     N: tl.constexpr, RMS: tl.constexpr,
     X_IS_SUM: tl.constexpr,                                            # x holds z already
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -132,7 +132,7 @@ def _add_norm_bwd_kernel(
 
         keep = None
         if seed_ptr is not None:
-            keep = _dropout_mask(seed_ptr, row_ids_ptr, stream, threshold, rows, mask_m, cols)
+            keep = _dropout_mask(seed_ptr, row_ids_ptr, stream_id, threshold, rows, mask_m, cols)
         dy = tl.load(dy_ptr + rows[:, None] * stride_dym + cols[None, :], mask=mask, other=0.0).to(tl.float32)
         z = _load_sum(
             x_ptr, residual_ptr, x_bias_ptr, rows, cols, mask, stride_xm, stride_rm,
@@ -412,7 +412,7 @@ def _case(name, kernel, config, dtype, n_cols, signature, constexprs, fast=True)
     """A case of either kernel: what both have, and `signature` and `constexprs` of its own."""
     signature = (
         dict.fromkeys(("x_ptr", "residual_ptr", "x_bias_ptr", "weight_ptr"), f"*{TRITON_TYPES[dtype]}")
-        | {"seed_ptr": "*i64", "row_ids_ptr": "*i64", "stream": "i32", "threshold": "i64", "keep_scale": "fp32"}
+        | {"seed_ptr": "*i64", "row_ids_ptr": "*i64", "stream_id": "i32", "threshold": "i64", "keep_scale": "fp32"}
         | {"n_rows": "i32"} | signature
     )  # fmt: skip
     return CompileCase(
