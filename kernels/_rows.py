@@ -83,7 +83,7 @@ def _dropout_mask(seed_ptr, row_ids_ptr, stream_id, threshold, rows, mask_m, col
 
 @triton.jit
 def _moments(z, mask, eps, N: tl.constexpr, RMS: tl.constexpr):
-    """(mean [M], z - mean, rstd [M]) of fp32 rows z [M, BLOCK_N], zero where mask is false. RMS: the mean counts as 0."""
+    """(mean [M], z - mean, rstd [M]) of fp32 rows z [M, BLOCK_N], zero where mask is false; RMS: with mean 0."""
     # zeros, not None: a jit function that is called as such cannot return None
     mean = tl.zeros((z.shape[0],), tl.float32) if RMS else tl.sum(z, axis=1) / N
     centred = z if RMS else tl.where(mask, z - mean[:, None], 0.0)
