@@ -46,7 +46,7 @@ def why_not_triton(device: torch.device) -> str | None:
     """None where Triton kernels run on this device, else the reason they do not."""
     if not _device.HAS_TRITON:
         return "triton is not installed"
-    if device.type == "cuda" or _device.INTERPRETING:
+    if device.type == "cuda" or _device.triton_on_cpu():
         return None
     return f"Triton needs a CUDA device (this one is {device.type}) or TRITON_INTERPRET=1"
 

@@ -1,7 +1,7 @@
 """One registration for every operator: schema, Triton launcher, shape function.
 
-An operator is an opaque node to torch.compile and torch.export. Its launcher runs on CUDA tensors, and on CPU
-tensors where Triton's interpreter is on (TRITON_INTERPRET=1). `Library` plus `autograd.Function` costs 5 to 7 us
+An operator is an opaque node to torch.compile and torch.export. Its launcher runs on CUDA tensors, and on CPU tensors
+where Triton takes those (`_device.triton_on_cpu`). `Library` plus `autograd.Function` costs 5 to 7 us
 a call where `torch.library.custom_op` costs 14 to 18, and a BERT pass makes some sixty calls.
 """
 
@@ -27,18 +27,24 @@ def _on_its_device(launch: Callable) -> Callable:
     return launch_there
 
 
-def register(schema: str, launch: Callable, fake: Callable, cpu: Callable | None = None) -> Callable:
+def _where_triton_takes_cpu_tensors(name: str, launch: Callable) -> Callable:
+    def launch_on_cpu(*args):
+        if not _device.triton_on_cpu():
+            raise RuntimeError(f"fastbert::{name} needs CUDA tensors, or TRITON_INTERPRET=1 for tensors on a CPU")
+        return launch(*args)
+
+    return launch_on_cpu
+
+
+def register(schema: str, launch: Callable, fake: Callable) -> Callable:
     """Define `fastbert::<schema>` and return its callable.
 
     `launch` allocates the outputs and launches the kernels; `fake` gives outputs of the right shape, dtype and
-    strides for tracing. On CPU tensors runs `launch` under the interpreter, otherwise `cpu`, otherwise an error.
+    strides for tracing.
     """
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, _on_its_device(launch), "CUDA")
-    if _device.INTERPRETING:
-        _LIBRARY.impl(name, launch, "CPU")
-    elif cpu is not None:
-        _LIBRARY.impl(name, cpu, "CPU")
+    _LIBRARY.impl(name, _where_triton_takes_cpu_tensors(name, launch), "CPU")
     torch.library.register_fake(f"fastbert::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.fastbert, name).default
