@@ -1,6 +1,11 @@
 """linear_cross_entropy against float64 by the error budget; and that the logits are never in memory as a whole."""
 
+import json
 import math
+import os
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -114,6 +119,14 @@ def test_empty_batch(rows, device):
     assert not any(g.any() for g in torch.autograd.grad(loss, (weight, bias)))
     assert linear_cross_entropy(hidden[:0], weight, bias, labels[:0]).isnan()
     assert linear_cross_entropy(hidden[:0], weight, bias, labels[:0], reduction="none").shape == (0,)
+
+
+@pytest.mark.parametrize("vocab", [192, 193, 191, 7])
+@pytest.mark.usefixtures("short_blocks")
+def test_ends_of_rows(vocab, device):
+    """Blocks of 64, then a rest in blocks of 8: no rest, one word of it, a full rest, nothing but a rest."""
+    inputs = testing.cross_entropy_inputs(ModelShape(40, 1, 0, 1, vocab=vocab), [5], reduction="none")
+    assert_op("linear_cross_entropy", inputs, torch.float32, device)
 
 
 @pytest.mark.usefixtures("short_blocks")
@@ -344,6 +357,53 @@ def test_errors(device):
         linear_cross_entropy(*leaves, labels, label_smoothing=1.5)
     with pytest.raises(TypeError, match="all tensors must share one dtype"):
         linear_cross_entropy(leaves[0].half(), *leaves[1:], labels)
+
+
+# ---- machine code ----------------------------------------------------------------------------------------
+
+# A gradient in bfloat16 with a bias, compiled for sm_90; prints Triton's last form and the widths of its accesses.
+COMPILE = """
+import json, re
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from fastbert.kernels.cross_entropy import BLOCK_V, NUM_WARPS, _cross_entropy_kernel as kernel
+
+pointers = {"z_ptr": "*bf16", "bias_ptr": "*bf16", "labels_ptr": "*i64", "loss_ptr": "*fp32"}
+sizes = {"stride_z": "i32", "n_cols": "i32", "ignore_index": "i32", "smoothing": "fp32"}
+constants = {"scale_ptr": None, "HAS_GRAD": True, "HAS_SMOOTHING": False, "BLOCK_V": BLOCK_V}
+signature = {n: ({**pointers, **sizes}).get(n, "constexpr") for n in kernel.arg_names}
+attributes = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in ("z_ptr", "bias_ptr", "stride_z")}
+source = ASTSource(kernel, signature, constants, attributes)
+made = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": NUM_WARPS})
+print(json.dumps({"ttgir": made.asm["ttgir"], "ptx": made.asm["ptx"]}))
+"""
+
+
+@pytest.fixture(scope="module")
+def machine_code():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def test_no_warp_reads_the_labels_logit_after_another_wrote_it(machine_code):
+    """dz goes where z was. z[label], which every warp reads, was once read after the sums, behind the last barrier:
+    a slow warp could find another's dz there, and its loss was wrong. Reductions are what holds barriers."""
+    lines = machine_code["ttgir"].splitlines()
+    reads = [n for n, line in enumerate(lines) if "tt.load" in line and line.count("!tt.ptr<bf16>") == 1]
+    scalars = [n for n in reads if "tensor<" not in lines[n]]
+    reductions = [n for n, line in enumerate(lines) if '"tt.reduce"' in line]
+    assert len(scalars) == 2, "z[label] and bias[label]"
+    assert max(scalars) < min(reductions)
+
+
+def test_accesses_of_whole_blocks_are_128_bits(machine_code):
+    """BERT's 30,522 words are a multiple of nothing: under a mask at their end all accesses were of 16 bits."""
+    code = machine_code["ptx"]
+    # a block of 4,096 in 256 lanes is two accesses of eight elements; z and bias in either loop, dz in the second
+    assert len(re.findall(r"ld\.global\.v4\.b32", code)) == 8
+    assert len(re.findall(r"st\.global\.v4\.b32", code)) == 2
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
