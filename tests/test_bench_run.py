@@ -83,7 +83,9 @@ def test_slow_rows_take_fewer_turns_spread_over_all_rounds():
     calls: list[str] = []
     runs = {name: sleeper(0.0, calls, name)() for name in ("slow", "quick")}
     effort = timing.Effort(least=2, most=6, seconds=0.06)
-    seconds = timing.interleave(runs, timing.Clock(CPU), effort, once={"slow": 0.03, "quick": 0.01})
+    seconds = timing.interleave(
+        runs, timing.Clock(CPU), effort, paces={"slow": timing.Pace(0.03), "quick": timing.Pace(0.01)}
+    )
     assert [len(seconds[name]) for name in runs] == [2, 6]
     assert calls == ["quick", "quick", "slow", "quick", "quick", "quick", "slow", "quick"]
 

@@ -67,7 +67,7 @@ def kernel_module(monkeypatch):
     module.launch = launch
     monkeypatch.setitem(sys.modules, "fastbert.kernels._fake", module)
 
-    def clock(self, run, calls=1):
+    def clock(self, run, calls=1, hold_s=0.0):
         run()
         return module.cost(module.ran[-1])
 
