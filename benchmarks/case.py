@@ -140,8 +140,8 @@ def _empty_row(case: Case, row: Row) -> dict[str, Any]:
         "tokens": case.tokens, "flops": case.flops, "bytes": case.bytes, "bound_by": None,
     }  # fmt: skip
     empty = (
-        "seconds median_s spread host_s device_s graph_s host_bound tokens_per_second tflops gbs share_of_ceiling floor_s "
-        "over_floor error budget peak_memory_bytes first_call_s energy_j ratio_to_ours"
+        "seconds median_s spread host_s device_s graph_s host_bound tokens_per_second tflops gbs share_of_ceiling "
+        "floor_s over_floor error budget peak_memory_bytes first_call_s energy_j ratio_to_ours"
     )
     return facts | dict.fromkeys(empty.split())
 

@@ -186,8 +186,8 @@ def interleave(
     """All times of each run, in the order of the rounds. A slow run sits out some rounds, evenly.
     After `stop` says so, only `least` rounds are completed.
 
-    `paces` holds what a call of each takes, where that is known; else all are warmed up. `seconds` is filled as it goes,
-    for a caller that has to know them when a run raises. `settle`: short runs wait for the threads of others.
+    `paces` holds what a call of each takes, where that is known; else all are warmed up. `seconds` is filled as it
+    goes, for a caller that has to know them when a run raises. `settle`: short runs wait for the threads of others.
     """
     paces = paces or {name: warm_up(run, clock, effort) for name, run in runs.items()}
     once = {name: pace.seconds for name, pace in paces.items()}

@@ -86,7 +86,7 @@ def test_events_do_not_time_python(monkeypatch, cycles):
 
 
 def test_a_clock_that_speeds_up_holds_long_enough(monkeypatch):
-    """A GPU that idles at 345 MHz runs at 1980 once it is busy: held for as many cycles it is held a sixth of the time."""
+    """A GPU that idles at 345 MHz runs at 1980 once it is busy: as many cycles hold it a sixth as long."""
     gpu = Gpu(monkeypatch, 0.345e9)
     run = gpu.call(12, device_s=100e-6, host_s=600e-6)
     spin = gpu.spin
