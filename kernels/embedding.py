@@ -38,6 +38,7 @@ from . import _device
 from ._compile import TRITON_TYPES, CompileCase
 from ._library import register
 from ._rows import (
+    EXACT,
     MAX_FUSED_WIDTH,
     MAX_WIDTH,
     NormConfig,
@@ -50,7 +51,7 @@ from ._rows import (
     dropout_arguments,
     norm_bwd_config,
     norm_fwd_config,
-    rows_of,
+    packed,
     sum_parts,
 )
 from ._scatter import scatter
@@ -96,14 +97,15 @@ def _load_embeddings(
 _VARYING = ["n_tokens", "n_words", "n_types", "n_positions", "stream_id", "threshold"]
 
 
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=[*_VARYING, "want_stats"])
 def _embedding_fwd_kernel(
     input_ids_ptr, token_type_ids_ptr, positions_ptr,                 # in:  [T]
     word_ptr, token_type_ptr, position_ptr, weight_ptr, bias_ptr,     # in:  [V, N], [types, N], [P, N], [N], [N]
     seed_ptr, row_ids_ptr,                                            # in:  [1], [T]
-    y_ptr, mean_ptr, rstd_ptr,                                        # out: [T, N], [T], [T]; the last two or None
+    y_ptr, mean_ptr, rstd_ptr,                                        # out: [T, N], [T], [T]
     n_tokens, n_words, n_types, n_positions,
     eps, stream_id, threshold, keep_scale,
+    want_stats,
     N: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -120,19 +122,23 @@ def _embedding_fwd_kernel(
         y = tl.where(keep, y * keep_scale, 0.0)
 
     tl.store(y_ptr + tokens[:, None] * N + cols[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
-    _store_statistics(mean_ptr, rstd_ptr, mean, rstd, tokens, mask_m)
+    _store_statistics(mean_ptr, rstd_ptr, mean, rstd, tokens, mask_m, want_stats)
 
 
-@triton.jit(do_not_specialize=[*_VARYING, "tokens_per_step"])
+_WANTS = ["want_dz", "want_dweight", "want_dbias", "want_dtype"]
+
+
+@triton.jit(do_not_specialize=[*_VARYING, "tokens_per_step", *_WANTS])
 def _embedding_bwd_kernel(
     dy_ptr,                                                           # in:  [T, N]
     input_ids_ptr, token_type_ids_ptr, positions_ptr,                 # in:  [T]
     word_ptr, token_type_ptr, position_ptr, weight_ptr,               # in:  [V, N], [types, N], [P, N], [N]
     mean_ptr, rstd_ptr, seed_ptr, row_ids_ptr,                        # in:  [T], [T], [1], [T]
-    dz_ptr,                                                           # out: [T, N] or None
-    dweight_part_ptr, dbias_part_ptr, dtype0_part_ptr, dtype1_part_ptr,   # out: [P, N] fp32, or None
-    n_tokens, n_words, n_types, n_positions, tokens_per_step, stride_dym,
+    dz_ptr,                                                           # out: [T, N]
+    dweight_part_ptr, dbias_part_ptr, dtype0_part_ptr, dtype1_part_ptr,   # out: [P, N] fp32; None if no such sum
+    n_tokens, n_words, n_types, n_positions, tokens_per_step,
     stream_id, threshold, keep_scale,
+    want_dz, want_dweight, want_dbias, want_dtype,
     N: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -147,7 +153,7 @@ def _embedding_bwd_kernel(
     for token in range(pid * BLOCK_M, n_tokens, tokens_per_step):
         tokens, mask_m, mask = _row_block(token, n_tokens, cols, N, BLOCK_M)
 
-        d = tl.load(dy_ptr + tokens[:, None] * stride_dym + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        d = tl.load(dy_ptr + tokens[:, None] * N + cols[None, :], mask=mask, other=0.0).to(tl.float32)
         if seed_ptr is not None:
             keep = _dropout_mask(seed_ptr, row_ids_ptr, stream_id, threshold, tokens, mask_m, cols)
             d = tl.where(keep, d * keep_scale, 0.0)
@@ -160,7 +166,7 @@ def _embedding_bwd_kernel(
             N, False, dweight_part_ptr is not None, dbias_part_ptr is not None,
         )  # fmt: skip
 
-        if dz_ptr is not None:
+        if want_dz != 0:
             tl.store(dz_ptr + tokens[:, None] * N + cols[None, :], dz.to(dz_ptr.dtype.element_ty), mask=mask)
         if dtype0_part_ptr is not None:
             types = tl.load(token_type_ids_ptr + tokens, mask=mask_m, other=-1)
@@ -168,10 +174,10 @@ def _embedding_bwd_kernel(
             if dtype1_part_ptr is not None:
                 dtype1 += tl.sum(tl.where((types == 1)[:, None], dz, 0.0), axis=0)
 
-    _store_part(dweight_part_ptr, dweight, pid, cols, N)
-    _store_part(dbias_part_ptr, dbias, pid, cols, N)
-    _store_part(dtype0_part_ptr, dtype0, pid, cols, N)
-    _store_part(dtype1_part_ptr, dtype1, pid, cols, N)
+    _store_part(dweight_part_ptr, dweight, pid, cols, want_dweight, N)
+    _store_part(dbias_part_ptr, dbias, pid, cols, want_dbias, N)
+    _store_part(dtype0_part_ptr, dtype0, pid, cols, want_dtype, N)
+    _store_part(dtype1_part_ptr, dtype1, pid, cols, want_dtype, N)
 
 
 # ---- launchers -------------------------------------------------------------------------------------------
@@ -191,22 +197,22 @@ def _launch_fwd(
     config = norm_fwd_config(n_cols)
     _embedding_fwd_kernel[(triton.cdiv(n_tokens, config.block_m),)](
         **_table_arguments(input_ids, token_type_ids, positions, word, position, token_type),
-        weight_ptr=weight, bias_ptr=bias,
-        y_ptr=y, mean_ptr=mean if want_stats else None, rstd_ptr=rstd if want_stats else None,
-        eps=eps, **dropout_arguments(dropout_p, seed, row_ids, stream),
-        N=n_cols, BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps,
+        weight_ptr=packed(weight), bias_ptr=packed(bias),
+        y_ptr=y, mean_ptr=mean, rstd_ptr=rstd,
+        eps=eps, **dropout_arguments(dropout_p, seed, row_ids, stream), want_stats=int(want_stats),
+        N=n_cols, BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps, **EXACT,
     )  # fmt: skip
     return outs
 
 
 def _table_arguments(input_ids, token_type_ids, positions, word, position, token_type) -> dict:
     return {
-        "input_ids_ptr": input_ids.contiguous(),
-        "token_type_ids_ptr": None if token_type_ids is None else token_type_ids.contiguous(),
-        "positions_ptr": positions.contiguous(),
-        "word_ptr": word.contiguous(),
-        "token_type_ptr": None if token_type is None else token_type.contiguous(),
-        "position_ptr": position.contiguous(),
+        "input_ids_ptr": packed(input_ids),
+        "token_type_ids_ptr": packed(token_type_ids),
+        "positions_ptr": packed(positions),
+        "word_ptr": packed(word),
+        "token_type_ptr": packed(token_type),
+        "position_ptr": packed(position),
         "n_tokens": input_ids.shape[0],
         "n_words": word.shape[0],
         "n_types": 0 if token_type is None else token_type.shape[0],
@@ -241,37 +247,40 @@ def _launch_bwd(
         for out in outs:
             out.zero_()
         return outs
-    dword, dposition, dtoken_type, dweight, dbias = (out if w else None for out, w in zip(outs, wanted, strict=True))
-    fused = dtoken_type is not None and len(dtoken_type) <= MAX_FUSED_TYPES and n_cols <= MAX_FUSED_WIDTH
-    types = list(dtoken_type) if fused else []
-    needs_dz = any(d is not None for d in (dword, dposition)) or (dtoken_type is not None and not fused)
-    dz = dy.new_empty((n_tokens, n_cols), dtype=word.dtype) if needs_dz else None
+    dword, dposition, dtoken_type, dweight, dbias = outs
+    want_dword, want_dposition, want_dtype, want_dweight, want_dbias = wanted
+    n_types = 0 if token_type is None else len(token_type)
+    fused = n_types <= MAX_FUSED_TYPES and n_cols <= MAX_FUSED_WIDTH
+    want_dz = want_dword or want_dposition or (want_dtype and not fused)
+    dz = dy.new_empty((n_tokens, n_cols) if want_dz else (0,), dtype=word.dtype)
 
-    dy = rows_of(dy, n_cols)
     config = embedding_bwd_config(n_cols)
     programs = min(
         config.programs_per_sm * _device.multiprocessors(dy.device.index), triton.cdiv(n_tokens, config.block_m)
     )
-    sums = [dweight, dbias, *(*types, None, None)[:2]]
+    # a place for every sum that there can be, whichever are wanted
+    types = [dtoken_type[n] if want_dtype else dtoken_type for n in range(n_types)] if fused else []
+    sums = [dweight if weight is not None else None, dbias if bias is not None else None, *(*types, None, None)[:2]]
     parts = dy.new_empty((sum(s is not None for s in sums), programs, n_cols), dtype=torch.float32)
     slots = iter(parts)
     dweight_part, dbias_part, dtype0_part, dtype1_part = (None if s is None else next(slots) for s in sums)
     _embedding_bwd_kernel[(programs,)](
-        dy_ptr=dy, **_table_arguments(input_ids, token_type_ids, positions, word, position, token_type),
-        weight_ptr=weight, mean_ptr=mean, rstd_ptr=rstd, dz_ptr=dz,
+        dy_ptr=packed(dy), **_table_arguments(input_ids, token_type_ids, positions, word, position, token_type),
+        weight_ptr=packed(weight), mean_ptr=mean, rstd_ptr=rstd, dz_ptr=dz,
         dweight_part_ptr=dweight_part, dbias_part_ptr=dbias_part,
         dtype0_part_ptr=dtype0_part, dtype1_part_ptr=dtype1_part,
-        tokens_per_step=programs * config.block_m, stride_dym=dy.stride(0),
+        tokens_per_step=programs * config.block_m,
         **dropout_arguments(dropout_p, seed, row_ids, stream),
-        N=n_cols, BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps,
+        want_dz=int(want_dz), want_dweight=int(want_dweight), want_dbias=int(want_dbias), want_dtype=int(want_dtype),
+        N=n_cols, BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps, **EXACT,
     )  # fmt: skip
     sum_parts(parts, [s for s in sums if s is not None])
 
-    if dword is not None:
+    if want_dword:
         scatter(dz, input_ids, dword, -1 if padding_idx is None else padding_idx % word.shape[0])
-    if dposition is not None:
+    if want_dposition:
         scatter(dz, positions, dposition, -1)
-    if dtoken_type is not None and not fused:
+    if want_dtype and not fused:
         scatter(dz, token_type_ids, dtoken_type, -1)
     return outs
 
@@ -282,7 +291,7 @@ def _fake_bwd(
 ):  # fmt: skip
     """(dword, dposition, dtoken_type, dweight, dbias); what is not wanted has no elements."""
     return tuple(
-        dy.new_empty(t.shape, dtype=t.dtype) if w else dy.new_empty(0)
+        dy.new_empty(0) if t is None else t.new_empty(t.shape if w else (0,))
         for t, w in zip((word, position, token_type, weight, bias), wanted, strict=True)
     )
 
@@ -382,12 +391,13 @@ def compile_cases(arch: str) -> list[CompileCase]:
             kernels = [
                 (
                     "embedding_layer_norm_fwd", _embedding_fwd_kernel, norm_fwd_config(n_cols), {},
-                    ids | tables | {"bias_ptr": d, "y_ptr": d, "eps": "fp32"} | stats | sizes | dropout,
+                    ids | tables | {"bias_ptr": d, "y_ptr": d, "eps": "fp32", "want_stats": "i32"} | stats | sizes
+                    | dropout,
                 ),
                 (
                     "embedding_layer_norm_bwd", _embedding_bwd_kernel, embedding_bwd_config(n_cols), unfused,
-                    ids | tables | {"dy_ptr": d, "dz_ptr": d, "tokens_per_step": "i32", "stride_dym": "i32"}
-                    | stats | sums | fused | sizes | dropout,
+                    ids | tables | {"dy_ptr": d, "dz_ptr": d, "tokens_per_step": "i32"}
+                    | stats | sums | fused | sizes | dropout | dict.fromkeys(_WANTS, "i32"),
                 ),
             ]  # fmt: skip
             for name, kernel, config, constexprs, signature in kernels:
@@ -400,7 +410,8 @@ def compile_cases(arch: str) -> list[CompileCase]:
                         num_warps=config.num_warps,
                         num_stages=3,
                         wide_loads=n_cols >= 128,
-                        aligned=tuple(a for a in signature if a.endswith("_ptr") or a.startswith("stride")),
+                        aligned=tuple(a for a in signature if a.endswith("_ptr")),
+                        options=EXACT,
                         fast=n_cols in (384, 768) and dtype == torch.bfloat16,
                     )
                 )
