@@ -25,7 +25,8 @@ same. Nothing is read twice. The partial sums add 8 P N bytes for each of dweigh
 No atomics: row m belongs to program (m // BLOCK_M) mod P, a program adds its rows in order, and one small kernel
 adds the P partial sums in order. (Rows wider than 4,096 leave dbias and dx_bias to torch.sum over dy and dx, one
 more read each, the only extra passes: their fp32 sums no longer fit in registers.) A row's own results depend on
-nothing but that row.
+nothing but that row, and no result on what else a call wants: outputs that it does not want are computed all the same
+and not written (`_rows` says why). Inputs that are not contiguous are copied.
 """
 
 import torch

@@ -42,6 +42,24 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def kernels_of():
+    """kernels_of(f): the kernels that f() would launch, each told apart by all that it is compiled for. None runs."""
+    from fastbert.kernels import _device
+
+    if _device.INTERPRETING:
+        pytest.skip("the interpreter compiles no kernels")
+    from fastbert.emulator.driver import offline
+
+    def kernels_of(f) -> set[tuple]:
+        launches = []
+        with offline("sm_90", launches.append, compiles=False):
+            f()
+        return {launch.variant for launch in launches}
+
+    return kernels_of
+
+
 @pytest.fixture(autouse=True)
 def _poisoned_empty(monkeypatch):
     """`torch.empty` is NaN (or a large integer) in tests, so an element nobody wrote shows."""

@@ -168,6 +168,33 @@ def test_a_gradient_alone_has_the_same_bits(wanted, device):
     assert torch.equal(torch.autograd.grad(y, tensors[leaf], upstream)[0], expected)
 
 
+TABLES = ["word", "position", "token_type", "weight", "bias"]
+
+
+@pytest.mark.parametrize("wanted", TABLES)
+@pytest.mark.parametrize("types", [1, 2, 3])
+def test_one_kernel_whichever_gradients_are_wanted(types, wanted, device, kernels_of):
+    """Two would add in two orders: their layouts are the compiler's choice, for what each loads and stores."""
+    inputs = inputs_of(7, [30]) | {"token_type_ids": torch.arange(30) % types, "token_type": torch.randn(types, 7)}
+    inputs = {name: t.to(device) for name, t in inputs.items()}
+
+    def gradients(names):
+        leaves = {name: inputs[name].clone().requires_grad_(name in names) for name in TABLES}
+        y = embedding.embedding_layer_norm(**inputs | leaves)
+        return torch.autograd.grad(y, [leaves[name] for name in names], torch.ones_like(y))
+
+    assert kernels_of(lambda: gradients([wanted])) <= kernels_of(lambda: gradients(TABLES))
+
+
+def test_one_kernel_whether_a_gradient_follows(device, kernels_of):
+    inputs = {name: t.to(device) for name, t in inputs_of(40, [9]).items()}
+    forward = lambda: embedding.embedding_layer_norm(**inputs)  # noqa: E731
+    alone, kernel = forward(), kernels_of(forward)
+    inputs["word"].requires_grad_()
+    assert kernels_of(forward) == kernel
+    assert torch.equal(forward(), alone)
+
+
 # ---- layouts, dropout, properties ------------------------------------------------------------------------
 
 
