@@ -69,8 +69,8 @@ def norm_bwd_config(n_cols: int) -> NormConfig:
 
 @triton.jit
 def _row_block(first, n_rows, cols, N: tl.constexpr, BLOCK_M: tl.constexpr):
-    """(rows [BLOCK_M], which of them exist, which elements [BLOCK_M, BLOCK_N] exist), from row `first` (int64) on."""
-    rows = first + tl.arange(0, BLOCK_M)
+    """(rows [BLOCK_M], which of them exist, which elements [BLOCK_M, BLOCK_N] exist), from row `first` on."""
+    rows = tl.cast(first, tl.int64) + tl.arange(0, BLOCK_M)  # a loop's counter has 32 bits under the interpreter
     mask_m = rows < n_rows
     return rows, mask_m, mask_m[:, None] & (cols < N)[None, :]
 
