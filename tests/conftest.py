@@ -1,4 +1,8 @@
-"""Test set-up: on a machine without a GPU the Triton kernels run through Triton's interpreter."""
+"""Test set-up: what the Triton kernels run on.
+
+A GPU, where there is one; else Triton's interpreter, which runs the kernels' source. FASTBERT_TEST_ARCH=sm_90 (sm_80,
+sm_100, sm_120) runs them compiled for that architecture instead, their PTX executed by `fastbert.emulator`.
+"""
 
 import os
 import subprocess
@@ -12,11 +16,20 @@ def _gpu_present() -> bool:
     return subprocess.run([sys.executable, "-c", question], check=False).returncode == 0
 
 
-if "TRITON_INTERPRET" not in os.environ and "FASTBERT_TEST_NATIVE" not in os.environ and not _gpu_present():
+EMULATED = os.environ.get("FASTBERT_TEST_ARCH")
+if EMULATED:
+    os.environ["TRITON_INTERPRET"] = "0"
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests then take CPU tensors, and so does the emulator
+elif "TRITON_INTERPRET" not in os.environ and "FASTBERT_TEST_NATIVE" not in os.environ and not _gpu_present():
     os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 import torch
+
+if EMULATED:
+    from fastbert.emulator import emulate
+
+    emulate(EMULATED)
 
 
 @pytest.fixture(scope="session")

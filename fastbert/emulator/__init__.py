@@ -29,3 +29,11 @@ def emulated(arch: str) -> Iterator:
 
     with offline(arch, on_launch=execute) as driver:
         yield driver
+
+
+def emulate(arch: str) -> None:
+    """`emulated` for the rest of the process."""
+    from .driver import activate
+    from .launch import execute
+
+    activate(arch, on_launch=execute)
