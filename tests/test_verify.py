@@ -99,6 +99,7 @@ def test_an_operator_that_raises_is_a_row_and_the_others_still_run(monkeypatch, 
         ("add_rms_norm", False), ("add_rms_norm", False), ("pool", True), ("pool", True),
     ]  # fmt: skip
     assert rows[0]["message"] == "RuntimeError: out of paper"
+    assert rows[0]["case"] == "dropout, 64 wide, 109 tokens"
     assert rows[0]["error"] is None
 
 
@@ -176,13 +177,11 @@ def test_real_shapes_are_for_gpus_and_for_who_asks(monkeypatch):
 
 
 def test_interrupted_it_shows_what_was_done_and_fails(monkeypatch, capsys):
-    def steps(*_):
-        yield [
-            verify.Row("pool", "fp32", direction, "", "out", 0.0, 1.0, True) for direction in ("forward", "backward")
-        ]
+    def steps(work, *_):
+        yield verify.Result(work[0], (Check("out", 0.0, 1.0), Check("dx", 0.0, 1.0)))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(verify, "_verify", steps)
+    monkeypatch.setattr(verify, "_results_of", steps)
     assert _run("--op", "pool", "--dtype", "fp32", "--dtype", "fp16") == 1
     out = capsys.readouterr().out
     assert "Interrupted" in out
