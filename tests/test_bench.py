@@ -16,6 +16,8 @@ from benchmarks.peers_ops import OpPeer
 from fastbert import functional as F
 from fastbert.testing import MODELS, WORKLOADS, Workload, real_lengths
 
+pytestmark = pytest.mark.once
+
 CPU = torch.device("cpu")
 CEILINGS = {"gemm_tflops": {"float32": 0.1}, "copy_gbs": 10.0}
 EFFORT = timing.Effort(warm_ups=1, least=5, most=5, seconds=0.1)

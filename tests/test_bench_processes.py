@@ -16,6 +16,8 @@ from benchmarks.children import ChildCase, Files, Launch
 from benchmarks.jobs import Job
 from fastbert.testing import MODELS, Workload
 
+pytestmark = pytest.mark.once
+
 CPU = torch.device("cpu")
 TINY = Workload(MODELS["tiny"], (5, 17, 1))
 TINY_JOB = Job(TINY, torch.float32, CPU)

@@ -33,6 +33,8 @@ from fastbert import cli
 from fastbert import functional as F
 from fastbert.testing import INPUTS, MODELS, WORKLOADS, Workload, relative_rms
 
+pytestmark = pytest.mark.once
+
 CPU = torch.device("cpu")
 CEILINGS = {"gemm_tflops": {"float32": 0.1}, "copy_gbs": 10.0}
 EFFORT = timing.Effort(warm_ups=1, least=3, most=6, seconds=0.05, share=0.1)

@@ -11,6 +11,8 @@ import pytest
 
 from fastbert.kernels import _device
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).resolve().parents[1]
 needs_triton = pytest.mark.skipif(not _device.HAS_TRITON, reason="triton is not installed")
 

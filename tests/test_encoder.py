@@ -73,6 +73,7 @@ def test_the_real_minilm_matches_sentence_transformers(minilm, dtype):
     assert_within_budget(vectors, theirs(getattr(torch, dtype)), theirs(torch.float64).double())
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("dtype", ["float32", "float16"])  # fp16 stands for bf16, which the interpreter truncates
 def test_the_real_minilm_through_the_triton_kernels(minilm, dtype):
     texts = ["A man is eating food.", "", "naïve"]

@@ -16,6 +16,8 @@ from fastbert.config import BertConfig
 from fastbert.models.bert import BertModel
 from fastbert.testing import INPUTS, MODELS, WORKLOADS, Workload
 
+pytestmark = pytest.mark.once
+
 TINY = MODELS["tiny"]
 RAGGED = Workload(TINY, (5, 31, 2, 12))
 FULL = Workload(TINY, (20,) * 3)  # one length: the same tokens padded and packed

@@ -18,6 +18,8 @@ from fastbert.kernels import _device
 from fastbert.kernels._gemm_config import GemmConfig
 from fastbert.testing import MODELS
 
+pytestmark = pytest.mark.once
+
 KERNELS = tune_table.kernels()
 needs_interpreter = pytest.mark.skipif(
     not _device.INTERPRETING, reason="runs kernels on CPU tensors, which Triton's interpreter does"

@@ -188,6 +188,7 @@ def test_interrupted_it_shows_what_was_done_and_fails(monkeypatch, capsys):
     assert "2 of 2 passed" in out
 
 
+@pytest.mark.once
 def test_without_a_gpu_it_starts_the_interpreter():
     """A fresh process, as a user starts it: no TRITON_INTERPRET in the environment."""
     if torch.cuda.is_available() or functional.why_not_triton(torch.device("cuda")):
