@@ -1,8 +1,8 @@
 """Test set-up: FASTBERT_TEST says which of three ways to compute is tested.
 
     triton   (the default) the Triton kernels: on a GPU, or without one on CPU tensors through Triton's interpreter,
-             which runs the kernels' source; FASTBERT_TEST_ARCH=sm_90 (sm_80, sm_100, sm_120) runs them compiled for that
-             architecture instead, their PTX executed by `fastbert.emulator`
+             which runs the kernels' source; FASTBERT_TEST_ARCH=sm_90 (sm_80, sm_100, sm_120) runs them compiled for
+             that architecture instead, their PTX executed by `fastbert.emulator`
     cpp      what a machine without a GPU runs as installed: the C++ operators, and no interpreter
     torch    the same where those were not built: PyTorch's own operators
 
