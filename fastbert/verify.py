@@ -24,7 +24,7 @@ import torch
 
 from . import functional
 from .kernels import _device
-from .testing import INPUTS, MODELS, Check, ModelShape, check_op
+from .testing import INPUTS, MODELS, Check, ModelShape, allowed_factor, check_op
 
 # operator -> case -> options of its inputs; together they touch every branch a kernel has
 CASES: dict[str, dict[str, dict]] = {
@@ -83,8 +83,6 @@ ROOMY = 40 * 2**30
 NARROW = ModelShape(hidden=256, heads=4, intermediate=1024, layers=1)
 SHAPES = ("auto", "small", "real")
 LONG = 1024  # no additive bias for sequences beyond this: the reference would hold it in float64, several times
-# Triton's interpreter casts float32 to bf16 by truncation, where hardware rounds to nearest: twice the error.
-INTERPRETED_BF16_FACTOR = 4.0
 
 
 @dataclass(frozen=True)
@@ -201,8 +199,7 @@ def tasks(ops: Sequence[str], dtypes: Sequence[str], device: torch.device, shape
 
 def check(task: Task, device: torch.device, impl: str) -> Result:
     """Checks one task here. An operator that raises has failed, and that is its result."""
-    interpreted_bf16 = task.dtype == "bf16" and impl == "triton" and device.type == "cpu"
-    factor = INTERPRETED_BF16_FACTOR if interpreted_bf16 else 2.0
+    factor = allowed_factor(DTYPES[task.dtype]) if impl == "triton" else 2.0
     began, checks, message = time.perf_counter(), (), ""
     try:
         checks = tuple(check_op(task.op, task.inputs(), DTYPES[task.dtype], device, impl=impl, factor=factor))
@@ -366,7 +363,7 @@ def _notes(device: torch.device, impl: str, rows: Sequence[Row]) -> list[str]:
     if any(row.dtype == "bf16" for row in rows):
         notes.append(
             f"The interpreter truncates where it casts to bf16 (hardware rounds): bf16 may err "
-            f"{INTERPRETED_BF16_FACTOR:g} times as much as plain torch here, instead of twice."
+            f"{allowed_factor(torch.bfloat16):g} times as much as plain torch here, instead of twice."
         )
     return notes
 

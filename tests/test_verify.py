@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastbert import functional, verify
-from fastbert.kernels import native, reference
+from fastbert.kernels import _device, native, reference
 from fastbert.testing import INPUTS, LENGTHS, MODELS, WORKLOADS, Check, check_op, compare, natural_lengths
 
 TINY = MODELS["tiny"]
@@ -152,11 +152,11 @@ def test_arguments_mount_on_another_parser():
 def test_bf16_gets_more_only_in_the_interpreter(monkeypatch):
     seen = []
     monkeypatch.setattr(verify, "check_op", lambda *a, factor, **o: seen.append(factor) or [Check("out", 0.0, 1.0)])
-    for device in ("cpu", "cuda"):
+    for interpreting, impl in ((True, "triton"), (True, "native"), (False, "triton")):
+        monkeypatch.setattr(_device, "INTERPRETING", interpreting)
         for dtype in verify.DTYPES:
-            verify.verify(["add_rms_norm"], [dtype], device)
-    n_cuda = len(verify.REAL)
-    assert seen == [2.0, 2.0, 4.0] + [2.0] * 3 * n_cuda
+            verify.verify(["add_rms_norm"], [dtype], "cpu", impl)
+    assert seen == [2.0, 2.0, 4.0] + [2.0] * 6
 
 
 def test_real_shapes_are_for_gpus_and_for_who_asks(monkeypatch):
