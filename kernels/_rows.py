@@ -11,14 +11,14 @@ build another kernel, with other layouts and so sums in another order, and what 
 pointer is that of an empty tensor, of the same dtype and as aligned as any.
 """
 
+import functools
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._compile import TRITON_TYPES, CompileCase
+from ._launch import Plan
 from ._random import keep_threshold
 from ._random_triton import _keep_mask, _row_keys
 
@@ -39,6 +39,7 @@ class NormConfig:
     programs_per_sm: int = 0
 
 
+@functools.cache
 def norm_fwd_config(n_cols: int) -> NormConfig:
     """The forward tile, from the width alone, so that the bits of a row do not depend on how many rows there are.
 
@@ -51,6 +52,7 @@ def norm_fwd_config(n_cols: int) -> NormConfig:
     return NormConfig(block_m=max(1, 1024 // block_n), block_n=block_n, num_warps=max(1, block_n // 1024))
 
 
+@functools.cache
 def norm_bwd_config(n_cols: int) -> NormConfig:
     """The backward tile: 16 elements a lane, because a lane also keeps fp32 sums for three parameter gradients.
 
@@ -218,16 +220,28 @@ def rows_of(t: Tensor | None, n_cols: int) -> Tensor | None:
     return t if t.stride(1) == 1 or n_cols == 1 else t.contiguous()
 
 
-def dropout_arguments(dropout_p: float, seed: Tensor | None, row_ids: Tensor | None, stream: int) -> dict:
-    """A kernel's arguments for dropout; a seed of None compiles it without."""
-    active = dropout_p > 0.0
-    return {
-        "seed_ptr": seed if active else None,
-        "row_ids_ptr": packed(row_ids) if active else None,
-        "stream_id": stream,
-        "threshold": keep_threshold(dropout_p),
-        "keep_scale": 1.0 / (1.0 - dropout_p),
-    }
+def dropout_constants(dropout_p: float) -> dict:
+    """Of a kernel's arguments for dropout those that follow from its probability."""
+    return {"threshold": keep_threshold(dropout_p), "keep_scale": 1.0 / (1.0 - dropout_p)}
+
+
+def dropout_tensors(
+    dropout_p: float, seed: Tensor | None, row_ids: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """(seed, row_ids) as kernels take them; a seed of None compiles them without dropout."""
+    return (None, None) if dropout_p == 0.0 else (seed, packed(row_ids))
+
+
+@functools.lru_cache(256)
+def _sum_plan(n_cols: int) -> Plan:
+    # 32 columns x 64 parts a step: 128-byte rows, and enough programs to spread a few short vectors over the machine
+    return Plan(
+        _sum_parts_kernel,
+        "parts_ptr out0_ptr out1_ptr out2_ptr out3_ptr",
+        "n_parts wanted",
+        {"N": n_cols, "BLOCK_P": 64, "BLOCK_N": 32},
+        num_warps=4,
+    )
 
 
 def sum_parts(parts: Tensor, outs: list[Tensor]) -> None:
@@ -239,30 +253,6 @@ def sum_parts(parts: Tensor, outs: list[Tensor]) -> None:
     if not wanted:
         return
     n_cols = parts.shape[2]
-    out0, out1, out2, out3 = (*outs, None, None, None)[:4]
-    # 32 columns x 64 parts a step: 128-byte rows, and enough programs to spread a few short vectors over the machine
-    _sum_parts_kernel[(triton.cdiv(n_cols, 32), len(outs))](
-        parts_ptr=parts, out0_ptr=out0, out1_ptr=out1, out2_ptr=out2, out3_ptr=out3, n_parts=parts.shape[1],
-        wanted=wanted, N=n_cols, BLOCK_P=64, BLOCK_N=32, num_warps=4,
-    )  # fmt: skip
-
-
-# ---- for the offline compiler ----------------------------------------------------------------------------
-
-
-def compile_cases(arch: str) -> list[CompileCase]:
-    """The sum of partial sums, for outputs of 16 and 32 bits."""
-    return [
-        CompileCase(
-            name=f"sum_parts[{TRITON_TYPES[dtype]}]",
-            kernel=_sum_parts_kernel,
-            signature={"parts_ptr": "*fp32", "n_parts": "i32", "wanted": "i32"}
-            | dict.fromkeys(_OUTS, f"*{TRITON_TYPES[dtype]}"),
-            constexprs={"N": 768, "BLOCK_P": 64, "BLOCK_N": 32},
-            num_warps=4,
-            num_stages=3,
-            aligned=("parts_ptr",),
-            fast=dtype == torch.bfloat16,
-        )
-        for dtype in (torch.bfloat16, torch.float32)
-    ]
+    _sum_plan(n_cols)(
+        (triton.cdiv(n_cols, 32), len(outs)), (parts, *(*outs, None, None, None)[:4]), (parts.shape[1], wanted)
+    )

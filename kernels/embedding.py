@@ -28,6 +28,7 @@ Ids must be in range: the caller checks, where that costs no wait for the device
 zeros and gets no gradient, so a wrong id cannot touch memory outside the tables.
 """
 
+import functools
 from dataclasses import replace
 
 import torch
@@ -35,7 +36,8 @@ import triton
 import triton.language as tl
 
 from . import _device
-from ._compile import TRITON_TYPES, CompileCase
+from ._compile import TRITON_TYPES, CompileCall, compile_call, empty
+from ._launch import Plan
 from ._library import register
 from ._rows import (
     EXACT,
@@ -48,7 +50,8 @@ from ._rows import (
     _row_block,
     _store_part,
     _store_statistics,
-    dropout_arguments,
+    dropout_constants,
+    dropout_tensors,
     norm_bwd_config,
     norm_fwd_config,
     packed,
@@ -62,6 +65,7 @@ MAX_FUSED_TYPES = 2
 # ---- configs ---------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def embedding_bwd_config(n_cols: int) -> NormConfig:
     """`norm_bwd_config` with half the rows: two more fp32 sums and the gathers' addresses need the registers."""
     config = norm_bwd_config(n_cols)
@@ -182,6 +186,33 @@ def _embedding_bwd_kernel(
 
 # ---- launchers -------------------------------------------------------------------------------------------
 
+_TABLES = "input_ids_ptr token_type_ids_ptr positions_ptr word_ptr token_type_ptr position_ptr"
+_SIZES = "n_tokens n_words n_types n_positions"
+
+
+@functools.lru_cache(256)
+def _fwd_plan(config: NormConfig, n_cols: int, eps: float, dropout_p: float) -> Plan:
+    return Plan(
+        _embedding_fwd_kernel,
+        f"{_TABLES} weight_ptr bias_ptr seed_ptr row_ids_ptr y_ptr mean_ptr rstd_ptr",
+        f"{_SIZES} stream_id want_stats",
+        {"eps": eps, **dropout_constants(dropout_p), "N": n_cols}
+        | {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n},
+        num_warps=config.num_warps, **EXACT,
+    )  # fmt: skip
+
+
+@functools.lru_cache(256)
+def _bwd_plan(config: NormConfig, n_cols: int, dropout_p: float) -> Plan:
+    return Plan(
+        _embedding_bwd_kernel,
+        f"dy_ptr {_TABLES} weight_ptr mean_ptr rstd_ptr seed_ptr row_ids_ptr dz_ptr "
+        "dweight_part_ptr dbias_part_ptr dtype0_part_ptr dtype1_part_ptr",
+        f"{_SIZES} tokens_per_step stream_id {' '.join(_WANTS)}",
+        {**dropout_constants(dropout_p), "N": n_cols, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n},
+        num_warps=config.num_warps, **EXACT,
+    )  # fmt: skip
+
 
 def _launch_fwd(
     input_ids, token_type_ids, positions, word, position, token_type, weight, bias, eps,
@@ -195,29 +226,22 @@ def _launch_fwd(
         return outs
     n_tokens, n_cols = y.shape
     config = norm_fwd_config(n_cols)
-    _embedding_fwd_kernel[(triton.cdiv(n_tokens, config.block_m),)](
-        **_table_arguments(input_ids, token_type_ids, positions, word, position, token_type),
-        weight_ptr=packed(weight), bias_ptr=packed(bias),
-        y_ptr=y, mean_ptr=mean, rstd_ptr=rstd,
-        eps=eps, **dropout_arguments(dropout_p, seed, row_ids, stream), want_stats=int(want_stats),
-        N=n_cols, BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps, **EXACT,
-    )  # fmt: skip
+    tables, sizes = _tables_and_sizes(input_ids, token_type_ids, positions, word, position, token_type)
+    _fwd_plan(config, n_cols, eps, dropout_p)(
+        (triton.cdiv(n_tokens, config.block_m),),
+        (*tables, packed(weight), packed(bias), *dropout_tensors(dropout_p, seed, row_ids), y, mean, rstd),
+        (*sizes, stream, int(want_stats)),
+    )
     return outs
 
 
-def _table_arguments(input_ids, token_type_ids, positions, word, position, token_type) -> dict:
-    return {
-        "input_ids_ptr": packed(input_ids),
-        "token_type_ids_ptr": packed(token_type_ids),
-        "positions_ptr": packed(positions),
-        "word_ptr": packed(word),
-        "token_type_ptr": packed(token_type),
-        "position_ptr": packed(position),
-        "n_tokens": input_ids.shape[0],
-        "n_words": word.shape[0],
-        "n_types": 0 if token_type is None else token_type.shape[0],
-        "n_positions": position.shape[0],
-    }
+def _tables_and_sizes(input_ids, token_type_ids, positions, word, position, token_type) -> tuple[tuple, tuple]:
+    """What the plans name _TABLES and _SIZES."""
+    n_types = 0 if token_type is None else token_type.shape[0]
+    return (
+        tuple(packed(t) for t in (input_ids, token_type_ids, positions, word, token_type, position)),
+        (input_ids.shape[0], word.shape[0], n_types, position.shape[0]),
+    )
 
 
 def _fake_fwd(
@@ -264,15 +288,17 @@ def _launch_bwd(
     parts = dy.new_empty((sum(s is not None for s in sums), programs, n_cols), dtype=torch.float32)
     slots = iter(parts)
     dweight_part, dbias_part, dtype0_part, dtype1_part = (None if s is None else next(slots) for s in sums)
-    _embedding_bwd_kernel[(programs,)](
-        dy_ptr=packed(dy), **_table_arguments(input_ids, token_type_ids, positions, word, position, token_type),
-        weight_ptr=packed(weight), mean_ptr=mean, rstd_ptr=rstd, dz_ptr=dz,
-        dweight_part_ptr=dweight_part, dbias_part_ptr=dbias_part,
-        dtype0_part_ptr=dtype0_part, dtype1_part_ptr=dtype1_part,
-        tokens_per_step=programs * config.block_m,
-        **dropout_arguments(dropout_p, seed, row_ids, stream),
-        want_dz=int(want_dz), want_dweight=int(want_dweight), want_dbias=int(want_dbias), want_dtype=int(want_dtype),
-        N=n_cols, BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps, **EXACT,
+    tables, sizes = _tables_and_sizes(input_ids, token_type_ids, positions, word, position, token_type)
+    _bwd_plan(config, n_cols, dropout_p)(
+        (programs,),
+        (
+            packed(dy), *tables, packed(weight), mean, rstd, *dropout_tensors(dropout_p, seed, row_ids),
+            dz, dweight_part, dbias_part, dtype0_part, dtype1_part,
+        ),
+        (
+            *sizes, programs * config.block_m, stream,
+            int(want_dz), int(want_dweight), int(want_dbias), int(want_dtype),
+        ),
     )  # fmt: skip
     sum_parts(parts, [s for s in sums if s is not None])
 
@@ -370,49 +396,37 @@ def embedding_layer_norm(
 
 # one width for every step of the ladders, and those of BERT-base, large and MiniLM
 _WIDTHS = (16, 32, 64, 128, 256, 384, 512, 768, 1024, 2048, 4096, 8192)
+_TOKENS = 128  # two chunks of the scatter
 
 
-def compile_cases(arch: str) -> list[CompileCase]:
+def compile_calls() -> list[CompileCall]:
     """Every config of the ladders, with all tables, dropout and gradients: the most registers a launch can need."""
-    cases = []
-    for dtype in (torch.bfloat16, torch.float32):
-        d = f"*{TRITON_TYPES[dtype]}"
-        ids = dict.fromkeys(("input_ids_ptr", "token_type_ids_ptr", "positions_ptr"), "*i64")
-        tables = dict.fromkeys(("word_ptr", "token_type_ptr", "position_ptr", "weight_ptr"), d)
-        stats = {"mean_ptr": "*fp32", "rstd_ptr": "*fp32"}
-        sizes = dict.fromkeys(("n_tokens", "n_words", "n_types", "n_positions"), "i32")
-        dropout = {
-            "seed_ptr": "*i64", "row_ids_ptr": "*i64", "stream_id": "i32", "threshold": "i64", "keep_scale": "fp32",
-        }  # fmt: skip
-        sums = dict.fromkeys(("dweight_part_ptr", "dbias_part_ptr"), "*fp32")
-        type_sums = dict.fromkeys(("dtype0_part_ptr", "dtype1_part_ptr"), "*fp32")
-        for n_cols in _WIDTHS:
-            fused, unfused = (type_sums, {}) if n_cols <= MAX_FUSED_WIDTH else ({}, dict.fromkeys(type_sums))
-            kernels = [
-                (
-                    "embedding_layer_norm_fwd", _embedding_fwd_kernel, norm_fwd_config(n_cols), {},
-                    ids | tables | {"bias_ptr": d, "y_ptr": d, "eps": "fp32", "want_stats": "i32"} | stats | sizes
-                    | dropout,
-                ),
-                (
-                    "embedding_layer_norm_bwd", _embedding_bwd_kernel, embedding_bwd_config(n_cols), unfused,
-                    ids | tables | {"dy_ptr": d, "dz_ptr": d, "tokens_per_step": "i32"}
-                    | stats | sums | fused | sizes | dropout | dict.fromkeys(_WANTS, "i32"),
-                ),
-            ]  # fmt: skip
-            for name, kernel, config, constexprs, signature in kernels:
-                cases.append(
-                    CompileCase(
-                        name=f"{name}[{d[1:]},N={n_cols}]",
-                        kernel=kernel,
-                        signature=signature,
-                        constexprs=constexprs | {"N": n_cols, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n},
-                        num_warps=config.num_warps,
-                        num_stages=3,
-                        wide_loads=n_cols >= 128,
-                        aligned=tuple(a for a in signature if a.endswith("_ptr")),
-                        options=EXACT,
-                        fast=n_cols in (384, 768) and dtype == torch.bfloat16,
-                    )
-                )
-    return cases
+    ids = empty(_TOKENS, dtype=torch.int64)
+    dropout = {"dropout_p": 0.1, "seed": empty(1, dtype=torch.int64), "row_ids": ids}
+
+    def call(name, n_cols=768, dtype=torch.bfloat16, absent=(), types=2, **more):
+        table, vector = functools.partial(empty, dtype=dtype), empty(n_cols, dtype=dtype)
+        given = dict.fromkeys(("input_ids", "token_type_ids", "positions"), ids)
+        given |= {"word": table(50, n_cols), "position": table(60, n_cols), "token_type": table(types, n_cols)}
+        given |= {"weight": vector, "bias": vector} | dropout | dict.fromkeys(absent)
+        if "seed" in absent:
+            given["dropout_p"] = 0.0
+        wide = (_embedding_fwd_kernel, _embedding_bwd_kernel) if n_cols >= 128 else ()
+        form = f"{name},N={n_cols}"
+        inference = n_cols in (384, 768)
+        return compile_call(embedding_layer_norm, form, wide_loads=wide, inference=inference, **given, **more)
+
+    return [
+        *(
+            call(TRITON_TYPES[dtype], n_cols, dtype, fast=n_cols == 768 and dtype == torch.bfloat16)
+            for dtype in (torch.bfloat16, torch.float32)
+            for n_cols in _WIDTHS
+        ),
+        call("fp16", dtype=torch.float16),
+        call("bf16,bare", absent=("token_type_ids", "token_type", "weight", "bias", "seed", "row_ids")),
+        call("bf16,without_row_ids", absent=("row_ids",)),
+        call("bf16,one_type", types=1),
+        call("bf16,many_types", types=5),
+        call("bf16,only_weight", grads=("weight",)),
+        call("bf16,only_bias", grads=("bias",)),
+    ]

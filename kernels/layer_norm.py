@@ -29,24 +29,29 @@ nothing but that row, and no result on what else a call wants: outputs that it d
 and not written (`_rows` says why). Inputs that are not contiguous are copied.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
 from . import _device
-from ._compile import TRITON_TYPES, CompileCase
+from ._compile import TRITON_TYPES, CompileCall, compile_call, empty
+from ._launch import Plan
 from ._library import register
 from ._rows import (
     EXACT,
     MAX_FUSED_WIDTH,
     MAX_WIDTH,
+    NormConfig,
     _dropout_mask,
     _norm_backward,
     _norm_forward,
     _row_block,
     _store_part,
     _store_statistics,
-    dropout_arguments,
+    dropout_constants,
+    dropout_tensors,
     norm_bwd_config,
     norm_fwd_config,
     packed,
@@ -169,6 +174,31 @@ def _add_norm_bwd_kernel(
 # ---- launchers -------------------------------------------------------------------------------------------
 
 
+@functools.lru_cache(256)
+def _fwd_plan(config: NormConfig, n_cols: int, eps: float, dropout_p: float, rms: bool) -> Plan:
+    return Plan(
+        _add_norm_fwd_kernel,
+        "x_ptr residual_ptr x_bias_ptr weight_ptr bias_ptr seed_ptr row_ids_ptr y_ptr z_ptr mean_ptr rstd_ptr",
+        "n_rows stream_id want_stats",
+        {"eps": eps, **dropout_constants(dropout_p), "N": n_cols, "RMS": rms}
+        | {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n},
+        num_warps=config.num_warps, **EXACT,
+    )  # fmt: skip
+
+
+@functools.lru_cache(256)
+def _bwd_plan(config: NormConfig, n_cols: int, dropout_p: float, rms: bool, x_is_sum: bool) -> Plan:
+    return Plan(
+        _add_norm_bwd_kernel,
+        "dy_ptr dz_out_ptr x_ptr residual_ptr x_bias_ptr weight_ptr mean_ptr rstd_ptr seed_ptr row_ids_ptr "
+        "dx_ptr dresidual_ptr dweight_part_ptr dbias_part_ptr dx_bias_part_ptr",
+        f"n_rows rows_per_step stream_id {' '.join(_WANTS)}",
+        {**dropout_constants(dropout_p), "N": n_cols, "RMS": rms, "X_IS_SUM": x_is_sum}
+        | {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n},
+        num_warps=config.num_warps, **EXACT,
+    )  # fmt: skip
+
+
 def _launch_fwd(
     x, residual, weight, bias, eps, x_bias, seed, row_ids, dropout_p, stream, rms, want_sum, want_stats
 ):  # fmt: skip
@@ -180,13 +210,14 @@ def _launch_fwd(
         return y, z, mean, rstd
     n_rows = x.numel() // n_cols
     config = norm_fwd_config(n_cols)
-    _add_norm_fwd_kernel[(triton.cdiv(n_rows, config.block_m),)](
-        x_ptr=packed(x), residual_ptr=packed(residual), x_bias_ptr=packed(x_bias),
-        weight_ptr=packed(weight), bias_ptr=packed(bias),
-        y_ptr=y, z_ptr=z if want_sum else None,
-        mean_ptr=None if rms else mean, rstd_ptr=rstd,
-        n_rows=n_rows, eps=eps, **dropout_arguments(dropout_p, seed, row_ids, stream), want_stats=int(want_stats),
-        N=n_cols, RMS=rms, BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps, **EXACT,
+    _fwd_plan(config, n_cols, eps, dropout_p, rms)(
+        (triton.cdiv(n_rows, config.block_m),),
+        (
+            packed(x), packed(residual), packed(x_bias), packed(weight), packed(bias),
+            *dropout_tensors(dropout_p, seed, row_ids),
+            y, z if want_sum else None, None if rms else mean, rstd,
+        ),
+        (n_rows, stream, int(want_stats)),
     )  # fmt: skip
     return y, z, mean, rstd
 
@@ -235,19 +266,17 @@ def _launch_bwd(
     dweight_part, dbias_part, dx_bias_part = (next(slots) if there else None for _, there in sums)
     # where z is an output a gradient of it may come, or not: one kernel for both
     z_gradient = None if not x_is_sum else x.new_empty(0) if dz_out is None else packed(dz_out)
-    _add_norm_bwd_kernel[(programs,)](
-        dy_ptr=packed(dy), dz_out_ptr=z_gradient, x_ptr=packed(x),
-        residual_ptr=None if x_is_sum else packed(residual), x_bias_ptr=None if x_is_sum else packed(x_bias),
-        weight_ptr=packed(weight),
-        mean_ptr=None if rms else mean, rstd_ptr=rstd,
-        dx_ptr=dx, dresidual_ptr=dresidual,
-        dweight_part_ptr=dweight_part, dbias_part_ptr=dbias_part, dx_bias_part_ptr=dx_bias_part,
-        n_rows=n_rows, rows_per_step=programs * config.block_m,
-        **dropout_arguments(dropout_p, seed, row_ids, stream),
-        has_dz_out=int(dz_out is not None), want_dx=int(dx.numel() > 0), want_dresidual=int(want_dresidual),
-        want_dweight=int(want_dweight), want_dbias=int(want_dbias), want_dx_bias=int(want_dx_bias),
-        N=n_cols, RMS=rms, X_IS_SUM=x_is_sum,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps, **EXACT,
+    _bwd_plan(config, n_cols, dropout_p, rms, x_is_sum)(
+        (programs,),
+        (
+            packed(dy), z_gradient, packed(x), *((None, None) if x_is_sum else (packed(residual), packed(x_bias))),
+            packed(weight), None if rms else mean, rstd, *dropout_tensors(dropout_p, seed, row_ids),
+            dx, dresidual, dweight_part, dbias_part, dx_bias_part,
+        ),
+        (
+            n_rows, programs * config.block_m, stream, int(dz_out is not None), int(dx.numel() > 0),
+            int(want_dresidual), int(want_dweight), int(want_dbias), int(want_dx_bias),
+        ),
     )  # fmt: skip
     sum_parts(parts, [out for out, there in sums if there])
     if want_dbias and not fused:
@@ -374,55 +403,39 @@ def add_rms_norm(x, residual, weight, eps=1e-6, *, x_bias=None, dropout_p=0.0, s
 
 # one width for every step of the two ladders, and those of BERT-base, large and MiniLM
 _WIDTHS = (16, 32, 64, 128, 256, 384, 512, 768, 1000, 1024, 2048, 4096, 8192)
+_ROWS = 48
 
 
-def compile_cases(arch: str) -> list[CompileCase]:
-    """Every config of the ladders, with all inputs and dropout: the most registers a launch can need."""
-    return [
-        case
-        for dtype in (torch.bfloat16, torch.float32)
-        for n_cols in _WIDTHS
-        for case in (
-            _forward_case(dtype, n_cols),
-            _backward_case(dtype, n_cols),
+def compile_calls() -> list[CompileCall]:
+    """Every config of the ladders with all inputs and dropout, the most registers a launch can need; then the forms."""
+    dropout = {"dropout_p": 0.1, "seed": empty(1, dtype=torch.int64), "row_ids": empty(_ROWS, dtype=torch.int64)}
+
+    def call(name, function, n_cols=768, dtype=torch.bfloat16, absent=(), **more):
+        rows, vector = (empty(_ROWS, n_cols, dtype=dtype) for _ in range(2)), empty(n_cols, dtype=dtype)
+        given = dict(zip(("x", "residual"), rows, strict=True)) | dict.fromkeys(("weight", "bias", "x_bias"), vector)
+        if function is add_rms_norm:
+            del given["bias"]
+        given |= dropout | dict.fromkeys(absent)
+        if "seed" in absent:
+            given["dropout_p"] = 0.0
+        wide = (_add_norm_fwd_kernel, _add_norm_bwd_kernel) if n_cols >= 128 else ()
+        return compile_call(
+            function, f"{name},N={n_cols}", wide_loads=wide, inference=n_cols in (384, 768), **given, **more
         )
+
+    bare = ("residual", "weight", "bias", "x_bias", "seed", "row_ids")
+    return [
+        *(
+            call(TRITON_TYPES[dtype], add_layer_norm, n_cols, dtype, fast=n_cols == 768 and dtype == torch.bfloat16)
+            for dtype in (torch.bfloat16, torch.float32)
+            for n_cols in _WIDTHS
+        ),
+        call("fp16", add_layer_norm, dtype=torch.float16),
+        call("bf16,bare", add_layer_norm, absent=bare),
+        call("bf16,without_dropout", add_layer_norm, absent=("x_bias", "seed", "row_ids"), fast=True),
+        call("bf16,without_row_ids", add_layer_norm, absent=("row_ids",)),
+        call("bf16,only_weight", add_layer_norm, grads=("weight",)),
+        call("bf16,sum", add_layer_norm_sum),
+        call("bf16,rms", add_rms_norm, fast=True),
+        call("bf16,rms,bare", add_rms_norm, absent=("residual", "weight", "x_bias", "seed", "row_ids")),
     ]
-
-
-def _forward_case(dtype: torch.dtype, n_cols: int) -> CompileCase:
-    d = f"*{TRITON_TYPES[dtype]}"
-    return _case(
-        f"add_layer_norm_fwd[{d[1:]},N={n_cols}]", _add_norm_fwd_kernel, norm_fwd_config(n_cols), dtype, n_cols,
-        dict.fromkeys(("bias_ptr", "y_ptr"), d) | dict.fromkeys(("mean_ptr", "rstd_ptr"), "*fp32")
-        | {"eps": "fp32", "want_stats": "i32"},
-        {"z_ptr": None},
-    )  # fmt: skip
-
-
-def _backward_case(dtype: torch.dtype, n_cols: int) -> CompileCase:
-    d = f"*{TRITON_TYPES[dtype]}"
-    parts = ("dweight_part_ptr", "dbias_part_ptr", "dx_bias_part_ptr")
-    summed = parts if n_cols <= MAX_FUSED_WIDTH else parts[:1]
-    return _case(
-        f"add_layer_norm_bwd[{d[1:]},N={n_cols}]", _add_norm_bwd_kernel, norm_bwd_config(n_cols), dtype, n_cols,
-        dict.fromkeys(("dy_ptr", "dx_ptr", "dresidual_ptr"), d)
-        | dict.fromkeys(("mean_ptr", "rstd_ptr", *summed), "*fp32")
-        | dict.fromkeys(("rows_per_step", *_WANTS), "i32"),
-        {"X_IS_SUM": False, "dz_out_ptr": None} | {name: None for name in parts if name not in summed},
-    )  # fmt: skip
-
-
-def _case(name, kernel, config, dtype, n_cols, signature, constexprs) -> CompileCase:
-    """A case of either kernel: what both have, and `signature` and `constexprs` of its own."""
-    signature = (
-        dict.fromkeys(("x_ptr", "residual_ptr", "x_bias_ptr", "weight_ptr"), f"*{TRITON_TYPES[dtype]}")
-        | {"seed_ptr": "*i64", "row_ids_ptr": "*i64", "stream_id": "i32", "threshold": "i64", "keep_scale": "fp32"}
-        | {"n_rows": "i32"} | signature
-    )  # fmt: skip
-    return CompileCase(
-        name=name, kernel=kernel, signature=signature,
-        constexprs={"N": n_cols, "RMS": False, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n} | constexprs,
-        num_warps=config.num_warps, num_stages=3, wide_loads=n_cols >= 128,
-        aligned=tuple(n for n in signature if n.endswith("_ptr")), options=EXACT,
-        fast=n_cols in (384, 768, 1024, 8192) and dtype == torch.bfloat16,
-    )  # fmt: skip

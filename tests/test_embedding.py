@@ -306,24 +306,3 @@ def test_exports(device):
     ids = [inputs[name] for name in names]
     assert torch.equal(exported.module()(*ids), Embed()(*ids))
     torch.testing.assert_close(Embed()(*ids), reference.embedding_layer_norm(*ids, **tables))
-
-
-# ---- for the offline compiler ----------------------------------------------------------------------------
-
-
-def test_compile_cases_cover_the_ladders():
-    """Every tile that a width can lead to is compiled by some case."""
-    cases = embedding.compile_cases("sm_90") + _scatter.compile_cases("sm_90")
-    for kernel, config_of in (
-        (embedding._embedding_fwd_kernel, embedding.norm_fwd_config),
-        (embedding._embedding_bwd_kernel, embedding.embedding_bwd_config),
-        (_scatter._sum_table_rows_kernel, _scatter.scatter_config),
-        (_scatter._sum_chunks_kernel, _scatter.scatter_config),
-    ):
-        compiled = {
-            (case.constexprs["BLOCK_M"], case.constexprs["BLOCK_N"], case.num_warps)
-            for case in cases
-            if case.kernel is kernel
-        }
-        configs = (config_of(width) for width in range(1, embedding.MAX_WIDTH + 1))
-        assert {(config.block_m, config.block_n, config.num_warps) for config in configs} == compiled

@@ -133,5 +133,3 @@ def test_tiles(arch):
                 assert not config.bulk or arch in ("sm_90", "sm_100", "sm_120")
     wide = gemm_config(3072, 768, torch.bfloat16, "sm_90", "nt", "act")
     assert (wide.block_m, wide.block_n, wide.block_k, wide.num_warps) == (128, 256, 64, 8)
-    assert {case.kernel.__name__ for case in _gemm.compile_cases(arch)} == {"_linear_act_kernel", "_dact_kernel"}
-    assert feed_forward.compile_cases(arch)

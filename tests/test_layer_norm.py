@@ -424,22 +424,3 @@ def test_exports(device):
     assert any("add_norm_fwd" in str(node.target) for node in exported.graph.nodes)
     x = torch.randn(20, 24, device=device)
     assert torch.equal(exported.module()(x, x), block(x, x))
-
-
-# ---- for the offline compiler ----------------------------------------------------------------------------
-
-
-def test_compile_cases_cover_the_ladders():
-    """Every tile that a width can lead to is compiled by some case."""
-    cases = layer_norm.compile_cases("sm_90")
-    for kernel, config_of in (
-        (layer_norm._add_norm_fwd_kernel, layer_norm.norm_fwd_config),
-        (layer_norm._add_norm_bwd_kernel, layer_norm.norm_bwd_config),
-    ):
-        compiled = {
-            (case.constexprs["BLOCK_M"], case.constexprs["BLOCK_N"], case.num_warps)
-            for case in cases
-            if case.kernel is kernel
-        }
-        configs = (config_of(width) for width in range(1, layer_norm.MAX_WIDTH + 1))
-        assert {(config.block_m, config.block_n, config.num_warps) for config in configs} == compiled

@@ -226,23 +226,3 @@ def test_exports(device):
     assert any("pool_fwd" in str(node.target) for node in exported.graph.nodes)
     x, cu_seqlens = torch.randn(20, 24, device=device), cu_seqlens_of([4, 0, 16], device)
     assert torch.equal(exported.module()(x, cu_seqlens), Pool()(x, cu_seqlens))
-
-
-# ---- for the offline compiler ----------------------------------------------------------------------------
-
-
-def test_compile_cases_cover_the_ladders():
-    """Every tile that a width can lead to is compiled by some case."""
-    cases = pooling.compile_cases("sm_90")
-    for kernel, config_of in (
-        (pooling._pool_chunks_kernel, pooling.pool_fwd_config),
-        (pooling._pool_rows_kernel, pooling.pool_row_config),
-        (pooling._pool_bwd_kernel, pooling.pool_row_config),
-    ):
-        compiled = {
-            (case.constexprs["BLOCK_M"], case.constexprs["BLOCK_N"], case.num_warps)
-            for case in cases
-            if case.kernel is kernel
-        }
-        configs = (config_of(width) for width in range(1, pooling.MAX_WIDTH + 1))
-        assert {(config.block_m, config.block_n, config.num_warps) for config in configs} == compiled
