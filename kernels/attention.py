@@ -212,41 +212,46 @@ def _attend(
 
 # ---- for the offline compiler --------------------------------------------------------------------------------
 
-# variant -> what differs from plain packed bf16 self-attention at head_dim 64 with dropout
+_EVERYTHING = {
+    "bias": True, "mask": True, "alibi": True, "window": (64, 64), "rotary": True, "groups": 4, "dropout": True,
+    "ids": True, "return_lse": True,
+}  # fmt: skip
+
+# variant -> what differs from plain packed self-attention in bfloat16 at head_dim 64
 _VARIANTS = {
-    "padded": {"padded": True},
+    "dropout": {"dropout": True},
+    "padded": {"padded": True, "dropout": True, "return_lse": True},
     "bias": {"bias": True},
-    "mask": {"mask": True, "dropout": False},
+    "mask": {"mask": True},
     "alibi": {"alibi": True},
     "window": {"window": (64, 64)},
     "rotary": {"rotary": True},
     "rotary,D=80": {"rotary": True, "head_dim": 80},
     "grouped": {"groups": 4},
-    "ids": {"ids": True},
+    "ids": {"ids": True, "dropout": True},
+    "padded,ids": {"padded": True, "ids": True, "dropout": True},
     "lse_grad": {"return_lse": True},
-    "all": {"bias": True, "mask": True, "alibi": True, "window": (64, 64), "rotary": True, "groups": 4, "ids": True,
-            "return_lse": True},
-    "all,padded": {"padded": True, "bias": True, "bias_planes": 3, "mask": True, "alibi": True, "window": (64, 64),
-                   "rotary": True, "groups": 4, "ids": True, "return_lse": True},
-}  # fmt: skip
+    "all": _EVERYTHING,
+    "all,padded": {**_EVERYTHING, "padded": True, "bias_planes": 3},
+}
 
 
 def compile_calls() -> list[CompileCall]:
     """Every config of the ladder on plain attention, and every variant at head_dim 64."""
-    plain = {"dropout": False}
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     return [
-        *(_call("bf16", head_dim=d, fast=d == 64, **plain) for d in (32, 64, 80, 96, 128, 256)),
-        _call("fp16", dtype=torch.float16, **plain),
-        *(_call("fp32", dtype=torch.float32, head_dim=d, **plain) for d in (64, 128, 256)),
-        *(_call(f"bf16,{name}", **changes) for name, changes in _VARIANTS.items()),
-        *(_call(f"{kind},all", dtype=dtype, **_VARIANTS["all"]) for kind, dtype in
-          (("fp16", torch.float16), ("fp32", torch.float32))),
-    ]  # fmt: skip
+        *(_call("bf16", bf16, head_dim=d, fast=d == 64) for d in (32, 64, 80, 96, 128, 256)),
+        _call("fp16", fp16),
+        *(_call("fp32", fp32, head_dim=d) for d in (64, 128, 256)),
+        *(_call(f"bf16,{name}", bf16, **changes) for name, changes in _VARIANTS.items()),
+        _call("fp16,all", fp16, **_EVERYTHING),
+        _call("fp32,all", fp32, **_EVERYTHING),
+    ]
 
 
 def _call(
-    name, *, dtype=torch.bfloat16, head_dim=64, groups=1, padded=False, dropout=True, bias=False, bias_planes=1,
-    mask=False, alibi=False, rotary=False, ids=False, fast=False, **options,
+    name, dtype, *, head_dim=64, groups=1, padded=False, dropout=False, bias=False, bias_planes=1, mask=False,
+    alibi=False, rotary=False, ids=False, fast=False, **options,
 ) -> CompileCall:  # fmt: skip
     """A call over sequences of one block, of one tile and longer, with q, k and v views of one fused projection."""
     lengths, heads = [40, 100, 300], 12
