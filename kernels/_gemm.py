@@ -291,10 +291,10 @@ def compile_calls() -> list[CompileCall]:
     calls = []
     for dtype, kind in TRITON_TYPES.items():
         for name, (n, k) in COMPILED_SIZES.items():
-            x, weight = empty(64, k, dtype=dtype), empty(n, k, dtype=dtype)
+            x, weight = empty(16, k, dtype=dtype), empty(n, k, dtype=dtype)
             for form, bias in ((",bias", empty(n, dtype=dtype)), ("", None)):
                 calls.append(compile_call(linear, f"{kind},{name}{form}", x, weight, bias))
             if dtype != torch.float32:
-                total, a, b = empty(k, n, dtype=torch.float32), empty(64, k, dtype=dtype), empty(64, n, dtype=dtype)
+                total, a, b = empty(k, n, dtype=torch.float32), empty(16, k, dtype=dtype), empty(16, n, dtype=dtype)
                 calls.append(compile_call(accumulate_tn, f"{kind},accumulate,{name}", total, a, b, False, grads=()))
     return calls

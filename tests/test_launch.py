@@ -116,7 +116,9 @@ KERNELS = {name: function for name, function in FUNCTIONS.items() if name.endswi
 # It is launched where there is a bias alone.
 ONE_VALUE = {("_attention_bwd_bias_kernel", "HAS_BIAS")}
 # Handed to a function that takes None, but never None themselves.
-NEVER_NONE = {("_sum_chunks_kernel", "order_ptr"), ("_sum_table_rows_kernel", "order_ptr")}
+NEVER_NONE = {
+    ("_sum_chunks_kernel", "order_ptr"), ("_sum_table_rows_kernel", "order_ptr"), ("_embedding_fwd_kernel", "mean_ptr"),
+}  # fmt: skip
 
 
 @functools.cache
