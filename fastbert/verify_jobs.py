@@ -97,7 +97,7 @@ def share_out(tasks: Sequence[Task], jobs: int, device: torch.device, impl: str,
                 if worker.connection in ready:
                     if (result := worker.result()) is not None:
                         yield result
-                elif False:
+                elif time.monotonic() - worker.began > seconds:
                     yield worker.overdue(seconds)
                 if not worker.fit:
                     worker.end()
