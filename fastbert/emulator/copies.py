@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .errors import BarrierMisuse, InvalidOperand, Misaligned, OutOfBounds, UnknownInstruction
+from .errors import InvalidOperand, Misaligned, MissingWait, OutOfBounds, UnknownInstruction
 from .formats import i32, i64, u8, u32
 from .ptx import Immediate, Instruction
 from .translate import Emitter, refuse, translates
@@ -47,9 +47,10 @@ class _ThreadCopy:
 @dataclass
 class _BulkCopy:
     barrier: int
+    code: int  # of the mbarrier in stamps
     phase: np.ndarray  # [programs] that it belongs to
     pending: np.ndarray  # [programs]
-    place: np.ndarray  # [programs, pieces] of 16 bytes
+    place: np.ndarray  # [programs, pieces] of 16 bytes each
     data: np.ndarray  # [programs, pieces] complex128
 
 
@@ -78,6 +79,7 @@ class AsyncCopies:
         if reads is not None:
             data = np.where(S.full(reads)[..., None], data, u32(0))
         pending = np.ones(S.shape, bool) if mask is None else S.full(mask).copy()
+        S.shared.shadow.fly(place, size, pending, None)
         self._copies.append(_ThreadCopy(place, size, np.ascontiguousarray(data).view(u8), self._committed, pending))
 
     def commit(self, S: Machine, mask) -> None:
@@ -89,6 +91,7 @@ class AsyncCopies:
             done = copy.pending if allowed is None else copy.pending & (copy.group < self._committed - allowed)
             done = done if mask is None else done & mask
             if done.any():
+                S.shared.shadow.land(copy.place, copy.size, done)
                 view = S.shared.view(copy.size * 8)
                 view[copy.place[done] // copy.size] = copy.data[done].view(view.dtype)[..., 0]
                 copy.pending = copy.pending & ~done
@@ -105,24 +108,26 @@ class AsyncCopies:
             programs, lane = chosen.any(1), chosen.argmax(1)
             pick = lambda x: S.full(x)[np.arange(S.count), lane]  # noqa: B023, E731
             at = np.stack([pick(c).astype(u32).view(i32).astype(i64) for c in coordinates[::-1]], 1)
-            self._load_boxes(S, pick(target).astype(i64), pick(descriptor), at, pick(barrier).astype(i64), programs)
+            self._load_boxes(
+                S, pick(target).astype(i64), pick(descriptor), at, pick(barrier).astype(i64), programs, lane
+            )
 
-    def _load_boxes(self, S: Machine, target, descriptor, coordinates, barrier, programs) -> None:
+    def _load_boxes(self, S: Machine, target, descriptor, coordinates, barrier, programs, thread) -> None:
         """One box a program: all arguments are [programs]."""
         for address in np.unique(descriptor[programs]).tolist():
             box = S.descriptor(address)
             for at in np.unique(barrier[programs]).tolist():
                 here = programs & (descriptor == address) & (barrier == at)
                 if here.any():
-                    self._start_box(S, box, target, coordinates, at, here)
+                    self._start_box(S, box, target, coordinates, at, here, thread)
 
-    def _start_box(self, S: Machine, box: TensorDescriptor, target, coordinates, barrier: int, programs) -> None:
+    def _start_box(self, S: Machine, box: TensorDescriptor, target, coordinates, at: int, programs, thread) -> None:
+        barrier = S.barriers.used(S, at, programs, np.arange(S.threads) == thread[:, None])
         values, place = self._read_box(S, box, coordinates), self._box_places(S, box, target, programs)
-        count = S.barriers.mbarriers.get(barrier)
-        if count is None:
-            raise BarrierMisuse(f"no mbarrier was initialised at byte {barrier} of shared memory")
-        self._bulk.append(_BulkCopy(barrier, count.phase.copy(), programs.copy(), place, values))
-        S.barriers.transferred(barrier, programs, int(np.prod(box.box)) * box.element)
+        everywhere = np.broadcast_to(programs[:, None], place.shape)
+        S.shared.shadow.fly(place, 16, everywhere, thread[:, None], np.int64(barrier.code))
+        self._bulk.append(_BulkCopy(at, barrier.code, barrier.phase.copy(), programs.copy(), place, values))
+        S.barriers.transferred(at, programs, int(np.prod(box.box)) * box.element)
 
     @staticmethod
     def _read_box(S: Machine, box: TensorDescriptor, coordinates: np.ndarray) -> np.ndarray:
@@ -154,14 +159,28 @@ class AsyncCopies:
             raise OutOfBounds(f"a bulk copy of {size} bytes to byte {target.max()} of {S.shared.size} of shared memory")
         return swizzle(target[:, None] + np.arange(0, size, 16), span) + S.shared.base
 
-    def deliver(self, S: Machine, barrier: int, programs: np.ndarray, phase: np.ndarray) -> None:
-        """Phases of an mbarrier before `phase` are over for programs (a mask) that have waited."""
+    def deliver(self, S: Machine, barrier: int, programs: np.ndarray, phase: np.ndarray) -> np.ndarray:
+        """Phases of an mbarrier before `phase` are over for programs (a mask) that have waited; gives to which of them
+        something came."""
+        came = np.zeros(S.count, bool)
         for copy in self._bulk:
             if copy.barrier == barrier:
                 done = copy.pending & programs & (copy.phase < phase)
+                S.shared.shadow.land(
+                    copy.place, 16, np.broadcast_to(done[:, None], copy.place.shape), np.int64(copy.code)
+                )
                 S.shared.view(128)[copy.place[done] // 16] = copy.data[done]
                 copy.pending &= ~done
+                came |= done
         self._bulk = [copy for copy in self._bulk if copy.pending.any()]
+        return came
+
+    def expect_none(self) -> None:
+        """At the end of the programs nothing flies: shared memory is gone then."""
+        if self._copies:
+            raise MissingWait("a program ends before it has waited for its cp.async")
+        if self._bulk:
+            raise MissingWait("a program ends before it has waited for its bulk copies")
 
 
 def swizzle(address: np.ndarray, span: int) -> np.ndarray:

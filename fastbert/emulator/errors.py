@@ -42,6 +42,42 @@ class Misaligned(EmulatorError):
     """An address that is not a multiple of the size of the access."""
 
 
+class UnwrittenShared(EmulatorError):
+    """A read of shared memory that nothing has written."""
+
+
+class SharedRace(EmulatorError):
+    """Two threads use the same shared memory, one of them writes, and no barrier lies between."""
+
+
+class StoreConflict(EmulatorError):
+    """One instruction stores different values to one address: which stays, nobody knows."""
+
+
+class ProgramRace(EmulatorError):
+    """A program uses global memory that another program of the launch writes, or both write it."""
+
+
+class GlobalRace(EmulatorError):
+    """A thread uses global memory that another thread of its program wrote, and no barrier lies between."""
+
+
+class MissingWait(EmulatorError):
+    """Memory or registers are used that an asynchronous instruction still fills or reads."""
+
+
+class MissingFence(EmulatorError):
+    """An asynchronous unit reads what threads wrote, and no fence makes it visible there."""
+
+
+class UninitialisedRegister(EmulatorError):
+    """An instruction reads a register that no way through the program assigns before."""
+
+
+class LimitExceeded(EmulatorError):
+    """More threads, shared memory or the like than the architecture has."""
+
+
 class DivergentWarp(EmulatorError):
     """An instruction that a whole warp (or warpgroup) has to run together, run by a part of it."""
 

@@ -14,7 +14,7 @@ import numpy as np
 from . import arithmetic, convert, floating, integer, matrix, warp  # noqa: F401  they register their translators
 from .barriers import evaluate
 from .errors import DivergentBarrier, EmulatorError, Trap
-from .flow import blocks_of, waits
+from .flow import blocks_of, smallest_access, waits
 from .formats import i64
 from .machine import Machine
 from .memory import GlobalMemory
@@ -32,6 +32,7 @@ class Translated:
         self.program: Program = parse(text)
         self.blocks = blocks_of(self.program)
         self.waits = {start for start in self.blocks if waits(self.program.instructions[start])}
+        self.piece = smallest_access(self.program, "shared")
         self._functions: dict[tuple[int, bool], tuple[Callable, Instruction | None]] = {}
 
     def function(self, start: int, masked: bool) -> tuple[Callable, Instruction | None]:
@@ -67,9 +68,11 @@ def run(
     total = 0
     for first in range(0, len(numbers), per_batch):
         batch = numbers[first : first + per_batch]
-        machine = Machine(batch, grid, program.threads, shared_bytes, memory, descriptors or {})
+        machine = Machine(batch, grid, program.threads, shared_bytes, memory, descriptors or {}, code.piece)
         try:
             total += _run_batch(code, machine, parameters) * machine.count * machine.warps
+            machine.at = None
+            machine.expect_finished()
         except EmulatorError as error:
             if machine.at is None:
                 raise error.at(program.name, None, None) from None

@@ -5,7 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .ptx import BRANCHES, Address, Instruction, Not, Operand, Pair, Program, Register, TensorAddress, Vector
+from .ptx import (
+    BRANCHES,
+    WIDTHS,
+    Address,
+    Immediate,
+    Instruction,
+    Not,
+    Operand,
+    Pair,
+    Program,
+    Register,
+    TensorAddress,
+    Vector,
+)
 
 # Instructions whose first operand is no destination.
 _NO_DESTINATION = ("st", "red", "bar", "barrier", "cp", "stmatrix", "fence", "membar", "nanosleep", "griddepcontrol")
@@ -53,6 +66,21 @@ def sources(instruction: Instruction) -> list[Register]:
         skip = 0
     found = [r for operand in instruction.operands[skip:] for r in registers(operand)]
     return found if instruction.guard is None else [instruction.guard[0], *found]
+
+
+def smallest_access(program: Program, space: str) -> int:
+    """Bytes of the smallest access to a state space ("shared" or "global"); 16 without one."""
+    sizes = [16]
+    for i in program.instructions:
+        spaces = [p.split("::")[0] for p in i.parts]
+        if i.name in ("ld", "st", "atom", "red") and space in spaces:
+            count = next((len(o.items) for o in i.operands if isinstance(o, Vector)), 1)
+            sizes.append(WIDTHS[i.type] // 8 * count)
+        elif i.opcode.startswith("cp.async.c") and space in spaces and "bulk" not in i.parts:
+            sizes.append(next((o.value for o in i.operands if isinstance(o, Immediate)), 16))
+        elif i.name == "mbarrier" and space == "shared":
+            sizes.append(8)
+    return min(sizes)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from .copies import AsyncCopies
 from .errors import UnknownInstruction
 from .formats import i64, u32, u64
 from .memory import GlobalMemory
+from .order import Order
 from .shared import SharedMemory
 from .warpgroup import MatrixQueue
 
@@ -16,11 +17,12 @@ PARAMETER_SPACE = 0xFFFE << 48  # addresses of parameters, which are no addresse
 
 
 class Machine:
-    """`programs`: their numbers in the grid, [n, 3]. Arrays of the state are [n, threads]."""
+    """`programs`: their numbers in the grid, [n, 3]. Arrays of the state are [n, threads]. `piece`: bytes of the
+    smallest access to shared memory."""
 
     def __init__(
         self, programs: np.ndarray, grid: tuple[int, int, int], threads: int, shared_bytes: int,
-        memory: GlobalMemory, descriptors: dict[int, object],
+        memory: GlobalMemory, descriptors: dict[int, object], piece: int = 1,
     ):  # fmt: skip
         self.count, self.threads = len(programs), threads
         self.shape = self.count, threads
@@ -40,7 +42,8 @@ class Machine:
             self._special[f"%nctaid.{name}"] = u32(grid[axis])
         self._special = {name: np.asarray(value) for name, value in self._special.items()}
         self.memory = memory
-        self.shared = SharedMemory(self, shared_bytes)
+        self.order = Order(self)
+        self.shared = SharedMemory(self, shared_bytes, piece)
         self.barriers = Barriers(self)
         self.copies = AsyncCopies(self)
         self.queue = MatrixQueue(self)
@@ -52,6 +55,16 @@ class Machine:
     def by_warp(self, x) -> np.ndarray:
         """x as [programs, warps, 32]."""
         return np.reshape(self.full(x), (self.count, self.warps, 32))
+
+    def warps_of(self, mask) -> np.ndarray:
+        """[programs, warps]: has the mask a thread of it?"""
+        return np.ones((self.count, self.warps), bool) if mask is None else self.by_warp(mask).any(-1)
+
+    def expect_finished(self) -> None:
+        """At the end of the programs: nothing flies, and no mbarrier waits."""
+        self.copies.expect_none()
+        self.queue.expect_none()
+        self.barriers.expect_finished()
 
     def special(self, name: str) -> np.ndarray:
         if name not in self._special:

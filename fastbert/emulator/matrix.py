@@ -112,10 +112,16 @@ def _row_places(S: Machine, address, count: int, mask, what: str) -> np.ndarray:
     return place.reshape(S.count, S.warps, 32)[..., : 8 * count]
 
 
+def _rows_of(S: Machine, mask, count: int):
+    """The mask for places [programs, rows]."""
+    return None if mask is None else S.by_warp(mask)[..., : 8 * count].reshape(S.count, -1)
+
+
 @available
 def load_matrices(S: Machine, address, count: int, transposed: bool, mask) -> list[np.ndarray]:
     """ldmatrix: a register a matrix; lane l gets elements (l / 4, 2 (l % 4) + {0, 1}), of the transpose if asked."""
     place = _row_places(S, address, count, mask, "ldmatrix")
+    S.shared.shadow.read(place.reshape(S.count, -1), 16, _rows_of(S, mask, count), S.shared.shadow.rows_of_warps[count])
     rows = S.shared.view(128).take(place // 16).view(u16).reshape(S.count, S.warps, count, 8, 8)
     if transposed:
         rows = np.ascontiguousarray(rows.swapaxes(-1, -2))
@@ -127,6 +133,9 @@ def load_matrices(S: Machine, address, count: int, transposed: bool, mask) -> li
 def store_matrices(S: Machine, address, registers: list, transposed: bool, mask) -> None:
     count = len(registers)
     place = _row_places(S, address, count, mask, "stmatrix")
+    S.shared.shadow.write(
+        place.reshape(S.count, -1), 16, _rows_of(S, mask, count), S.shared.shadow.rows_of_warps[count]
+    )
     words = np.stack([S.by_warp(r) for r in registers], 2)
     rows = np.ascontiguousarray(words).view(u16).reshape(S.count, S.warps, count, 8, 8)
     if transposed:

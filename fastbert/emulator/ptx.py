@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass, field
 
@@ -114,6 +115,13 @@ class Program:
     widths: list[int] = field(default_factory=list)  # of the registers
     instructions: list[Instruction] = field(default_factory=list)
     shared: dict[str, int] = field(default_factory=dict)  # variable in shared memory -> offset
+
+    @functools.cached_property
+    def matrix_registers(self) -> frozenset[int]:
+        """Numbers of the registers that `wgmma` reads or writes while threads go on: D, and A where it is in some."""
+        used = (i.operands[:2] for i in self.instructions if i.opcode.startswith("wgmma.mma_async"))
+        vectors = (o for operands in used for o in operands if isinstance(o, Vector))
+        return frozenset(r.index for vector in vectors for r in vector.items if isinstance(r, Register))
 
 
 def parse(text: str) -> Program:

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .errors import Misaligned, OutOfBounds
+from .errors import Misaligned, OutOfBounds, StoreConflict
 from .formats import RAW, i64
 from .memory import combine
 from .ptx import WIDTHS
+from .shadow import Shadow
 
 if TYPE_CHECKING:
     from .machine import Machine
@@ -21,11 +22,12 @@ _UNIT = 128  # bytes; programs start at multiples
 class SharedMemory:
     """One array of bytes: program p has `size` from p * `stride`."""
 
-    def __init__(self, machine: Machine, size: int):
+    def __init__(self, machine: Machine, size: int, piece: int):
         self.size = size
         self.stride = -(-size // _UNIT) * _UNIT + _UNIT
         self.bytes = np.full(machine.count * self.stride, _UNWRITTEN, np.uint8)
         self.base = (np.arange(machine.count, dtype=i64) * self.stride)[:, None]
+        self.shadow = Shadow(machine, len(self.bytes), self.stride, piece)
         self._views = {width: self.bytes.view(RAW[width]) for width in (8, 16, 32, 64)}
         self._views[128] = self.bytes.view(np.complex128)
 
@@ -55,6 +57,7 @@ class SharedMemory:
             return [np.zeros(S.shape, RAW[width])] * count
         size = width // 8 * count
         place = self.locate(S, address, size, mask)
+        self.shadow.read(place, size, mask if mask is None else S.full(mask))
         if count == 1:
             return [self.view(width).take(place // size)]
         whole = self.view(size * 8).take(place // size)
@@ -65,18 +68,24 @@ class SharedMemory:
         if mask is not None and not np.any(mask):
             return
         place = self.locate(S, address, width // 8 * len(values), mask)
-        index = place // (width // 8)
         mask = None if mask is None else S.full(mask)
-        chosen = index if mask is None else index[mask]
+        several = self.shadow.write(place, width // 8 * len(values), mask)
+        index = place // (width // 8)
+        chosen, view = index if mask is None else index[mask], self.view(width)
         for n, value in enumerate(values):
-            value = S.full(value)
-            self.view(width)[chosen + n] = value if mask is None else value[mask]
+            value = S.full(value) if mask is None else S.full(value)[mask]
+            view[chosen + n] = value
+            if several and (differs := view[chosen + n] != value).any():
+                at = int(chosen[differs].flat[0] + n) * (width // 8) % self.stride
+                raise StoreConflict(f"two threads store different values to byte {at} of shared memory at once")
 
     def atomic(self, S: Machine, operation: str, kind: str, address, value, mask, compare=None) -> np.ndarray:
         width = WIDTHS[kind]
         old = np.zeros(S.shape, RAW[width])
         which = np.ones(S.shape, bool) if mask is None else S.full(mask)
-        place = self.locate(S, address, width // 8, mask) // (width // 8)
+        place = self.locate(S, address, width // 8, mask)
+        self.shadow.read(place, width // 8, which)
+        place = place // (width // 8)
         value, compare = S.full(value), None if compare is None else S.full(compare)
         view = self.view(width)
         for p, t in np.argwhere(which).tolist():

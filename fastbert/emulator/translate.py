@@ -19,7 +19,7 @@ import numpy as np
 
 from . import formats
 from .errors import EmulatorError, UnknownInstruction
-from .flow import Block
+from .flow import Block, destinations, sources
 from .formats import FLOAT, RAW, SIGNED
 from .ptx import (
     BRANCHES,
@@ -202,6 +202,7 @@ class Emitter:
                 translator = TRANSLATORS.get(instruction.name)
                 if translator is None:
                     refuse(instruction)
+                self._guard_matrix_registers(instruction, index)
                 if getattr(translator, "can_fail", True):
                     self.line(f"S.at = {index}")
                 translator(self, instruction)
@@ -223,6 +224,17 @@ class Emitter:
         names = NAMES | self.constants
         exec(compile(source, f"<{self.program.name} {self.block.start}>", "exec"), names)
         return names["block"], branch
+
+    def _guard_matrix_registers(self, instruction: Instruction, index: int) -> None:
+        """Ordinary instructions may not use registers that the matrix unit works on."""
+        shared = self.program.matrix_registers
+        if not shared or instruction.name == "wgmma":
+            return
+        read = frozenset(r.index for r in sources(instruction)) & shared
+        written = frozenset(r.index for r in destinations(instruction)) & shared
+        if read or written:
+            self.line(f"S.at = {index}")
+            self.line(f"S.queue.touch(S, {self.constant(read)}, {self.constant(written)}, {self.mask})")
 
     # ---- operands
 

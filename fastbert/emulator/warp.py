@@ -22,16 +22,14 @@ _REDUCTIONS = {
 
 
 def expect_whole_warps(S: Machine, mask, what: str, members=None) -> None:
-    """Raises DivergentWarp where an instruction that warps run together is run by a part of one."""
+    """Raises DivergentWarp where an instruction that warps run together is run by a part of one. `members`: bits of the
+    lanes that take part, None for all of them; those that have ended need not."""
     if mask is None:
         return
-    by_warp = S.by_warp(mask)
-    live = S.live.reshape(by_warp.shape)
-    missing = by_warp.any(-1, keepdims=True) & ~by_warp & live
+    active = S.by_warp(mask)
+    missing = active.any(-1, keepdims=True) & ~active & S.by_warp(S.live)
     if members is not None:
-        named = (S.by_warp(members) >> _LANES.astype(u32)) & u32(1) != 0
-        missing &= np.where(by_warp, named, False).any(-1, keepdims=True) & named.any(-1, keepdims=True)
-        first = np.take_along_axis(S.by_warp(members), by_warp.argmax(-1)[..., None], -1)
+        first = np.take_along_axis(S.by_warp(members), active.argmax(-1)[..., None], -1)
         missing &= (first >> _LANES.astype(u32)) & u32(1) != 0
     if missing.any():
         program, warp, lane = np.argwhere(missing)[0]

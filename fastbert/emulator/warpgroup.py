@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .copies import swizzle
-from .errors import InvalidOperand, Misaligned, OutOfBounds
+from .errors import InvalidOperand, Misaligned, MissingFence, MissingWait, OutOfBounds
 from .formats import f32, f64, i64, u16, u32, u64
 from .matrix import halves_to_f32
 from .ptx import Immediate, Instruction, Vector
@@ -42,29 +42,81 @@ class _Accumulator:
     group: np.ndarray  # [programs, warpgroups] of the newest instruction
 
 
+@dataclass
+class _Read:
+    """An operand in shared memory that an instruction in flight reads."""
+
+    index: np.ndarray  # pieces of it, [warpgroups that read, pieces]
+    flying: np.ndarray  # [programs, warpgroups]
+    here: np.ndarray  # [programs, warpgroups] that `index` belongs to
+    group: np.ndarray
+
+
 class MatrixQueue:
-    """The matrix instructions in flight, by their destination registers."""
+    """The matrix instructions in flight, by their destination registers, and what registers they may not share.
+
+    Registers of D and A that other instructions use count as touched until `wgmma.fence`.
+    """
 
     def __init__(self, machine: Machine):
         self.groups = machine.count, max(machine.threads // 128, 1)
-        self._flying: dict[tuple[int, ...], _Accumulator] = {}
+        self.flying: dict[tuple[int, ...], _Accumulator] = {}
+        self._sources: list[tuple[frozenset[int], np.ndarray, np.ndarray]] = []  # A in registers, flying, group
+        self._reads: list[_Read] = []
+        self._touched: dict[int, np.ndarray] = {}  # register -> [programs, warpgroups]
+        self._unfenced = np.ones(self.groups, bool)  # no fence at all yet
         self._committed = np.zeros(self.groups, i64)
 
-    def issue(
-        self, S: Machine, kind: str, registers: tuple[int, ...], d: list, a, b, scale_d, negated: tuple[bool, bool],
-        transposed: tuple[bool, bool], mask,
-    ) -> None:  # fmt: skip
-        """D = A B + D. a: a descriptor, or four registers; b: a descriptor."""
+    # ---- registers that instructions in flight use
+
+    def touch(self, S: Machine, read: frozenset[int], written: frozenset[int], mask) -> None:
+        """An ordinary instruction reads and writes registers that some wgmma uses."""
+        here = self._parts(S, mask)
+        for registers, accumulator in self.flying.items():
+            if not (read | written).isdisjoint(registers) and (accumulator.flying & here).any():
+                raise MissingWait("a register of an accumulator is used before wgmma.wait_group")
+        for registers, flying, _ in self._sources:
+            if not written.isdisjoint(registers) and (flying & here).any():
+                raise MissingWait("a register that a wgmma in flight reads is written before wgmma.wait_group")
+        for register in read | written:
+            before = self._touched.get(register)
+            self._touched[register] = here if before is None else before | here
+
+    def fence(self, S: Machine, mask) -> None:
         here = self._warpgroups(S, mask)
+        self._unfenced = self._unfenced & ~here
+        self._touched = {r: left for r, at in self._touched.items() if (left := at & ~here).any()}
+
+    def _expect_fenced(self, registers, here: np.ndarray) -> None:
+        if (self._unfenced & here).any():
+            raise MissingFence("no wgmma.fence before the first wgmma")
+        for register in registers:
+            if register in self._touched and (self._touched[register] & here).any():
+                raise MissingFence("no wgmma.fence between the use of a register and the wgmma that uses it too")
+
+    # ---- the instructions
+
+    def issue(
+        self, S: Machine, kind: str, registers: tuple[int, ...], sources: tuple[int, ...], d: list, a, b, scale_d,
+        negated: tuple[bool, bool], transposed: tuple[bool, bool], mask,
+    ) -> None:  # fmt: skip
+        """D = A B + D. a: a descriptor, or four registers (`sources` are their numbers); b: a descriptor."""
+        here = self._warpgroups(S, mask)
+        self._expect_fenced((*registers, *sources), here)
+        for others, accumulator in self.flying.items():
+            if others != registers and not set(others).isdisjoint((*registers, *sources)):
+                if (accumulator.flying & here).any():
+                    raise MissingWait(
+                        "a wgmma uses registers of an accumulator of another shape before wgmma.wait_group"
+                    )
         n = len(registers) * 2
         product = self._operand_a(S, a, kind, transposed[0], here) @ self._tile(S, b, n, kind, transposed[1], here)
         if negated[0] != negated[1]:
             product = -product
         keeps = self._uniform(S, scale_d, here, "scale-d")
-        old = self._flying.get(registers)
+        old = self.flying.get(registers)
         if old is None:
-            value = _to_matrix(S, d)
-            old = self._flying[registers] = _Accumulator(value, here.copy(), self._committed.copy())
+            old = self.flying[registers] = _Accumulator(_to_matrix(S, d), here.copy(), self._committed.copy())
         elif not old.flying[here].all():
             fresh = (here & ~old.flying)[..., None, None]
             old.value = np.where(fresh, _to_matrix(S, d), old.value)
@@ -72,14 +124,17 @@ class MatrixQueue:
         old.value = total if here.all() else np.where(here[..., None, None], total, old.value)
         old.flying = old.flying | here
         old.group = np.where(here, self._committed, old.group)
+        if sources:
+            self._sources.append((frozenset(sources), here, self._committed))
 
     def commit(self, S: Machine, mask) -> None:
         self._committed = self._committed + self._warpgroups(S, mask)
 
     def wait(self, S: Machine, R: list, allowed: int, mask) -> None:
         here = self._warpgroups(S, mask)
-        for registers, accumulator in list(self._flying.items()):
-            done = accumulator.flying & here & (accumulator.group < self._committed - allowed)
+        is_over = lambda flying, group: flying & here & (group < self._committed - allowed)  # noqa: E731
+        for registers, accumulator in list(self.flying.items()):
+            done = is_over(accumulator.flying, accumulator.group)
             if not done.any():
                 continue
             for register, value in zip(registers, _to_registers(S, accumulator.value), strict=True):
@@ -89,7 +144,30 @@ class MatrixQueue:
                     R[register] = np.where(done.repeat(128, 1), value, R[register])
             accumulator.flying = accumulator.flying & ~done
             if not accumulator.flying.any():
-                del self._flying[registers]
+                del self.flying[registers]
+        left = [(r, flying & ~is_over(flying, group), group) for r, flying, group in self._sources]
+        self._sources = [source for source in left if source[1].any()]
+        self._end_reads(S, is_over)
+
+    def _end_reads(self, S: Machine, is_over) -> None:
+        for read in self._reads:
+            done = is_over(read.flying, read.group)
+            if done.any():
+                S.shared.shadow.read_is_over(read.index[done[read.here]])
+                read.flying = read.flying & ~done
+        self._reads = [read for read in self._reads if read.flying.any()]
+        for read in self._reads:  # what one instruction is done with another may still read
+            S.shared.shadow.read_goes_on(read.index[read.flying[read.here]])
+
+    def expect_none(self) -> None:
+        if self.flying:
+            raise MissingWait("a program ends before it has waited for its wgmma")
+
+    def _parts(self, S: Machine, mask) -> np.ndarray:
+        """[programs, warpgroups] with a thread in the mask."""
+        if mask is None:
+            return np.ones(self.groups, bool)
+        return S.full(mask).reshape(*self.groups, -1).any(-1)
 
     def _warpgroups(self, S: Machine, mask) -> np.ndarray:
         """[programs, warpgroups] that run this."""
@@ -128,6 +206,11 @@ class MatrixQueue:
         if places.max() + 16 > S.shared.size:
             raise OutOfBounds(f"wgmma reads byte {places.max()} of shared memory, which has {S.shared.size}")
         places += S.shared.base[..., None, None]
+        program, group = np.nonzero(here)
+        index = S.shared.shadow.read_async(
+            places[here].reshape(len(program), -1), program, group[:, None] * 4 + np.arange(4)
+        )
+        self._reads.append(_Read(index, here, here, self._committed))
         bits = S.shared.view(128).take(places // 16).view(u16)
         values = halves_to_f32(bits, kind).astype(f64)
         return values if transposed else values.swapaxes(-1, -2)
@@ -188,7 +271,9 @@ def _wgmma(emit: Emitter, i: Instruction) -> None:
         emit.line(f"S.queue.commit(S, {emit.mask})")
     elif operation == "wait_group":
         emit.line(f"S.queue.wait(S, R, {i.operands[0].value}, {emit.mask})")
-    elif operation != "fence":
+    elif operation == "fence":
+        emit.line(f"S.queue.fence(S, {emit.mask})")
+    else:
         refuse(i)
 
 
@@ -203,9 +288,10 @@ def _mma_async(emit: Emitter, i: Instruction) -> None:
     in_registers = isinstance(a, Vector)
     transposed = (False, bool(transposed[0])) if in_registers else tuple(map(bool, transposed))
     registers = tuple(r.index for r in d.items)
+    sources = tuple(r.index for r in a.items) if in_registers else ()
     a_text = f"[{', '.join(emit.read(r, 'b32') for r in a.items)}]" if in_registers else emit.read(a, "b64")
     emit.line(
-        f"S.queue.issue(S, {kind!r}, {registers}, [{', '.join(emit.read(r, 'b32') for r in d.items)}], {a_text}, "
+        f"S.queue.issue(S, {kind!r}, {registers}, {sources}, [{', '.join(emit.read(r, 'b32') for r in d.items)}], {a_text}, "
         f"{emit.read(b, 'b64')}, {emit.read(scale_d, 'pred')}, {(scale_a == -1, scale_b == -1)}, {transposed}, "
         f"{emit.mask})"
     )
