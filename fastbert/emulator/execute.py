@@ -14,10 +14,10 @@ import numpy as np
 from . import arithmetic, convert, floating, integer, matrix, warp  # noqa: F401  they register their translators
 from .barriers import evaluate
 from .errors import DivergentBarrier, EmulatorError, Trap
-from .flow import blocks_of, smallest_access, waits
+from .flow import blocks_of, expect_initialised, smallest_access, stored_parameters, waits
 from .formats import i64
 from .machine import Machine
-from .memory import GlobalMemory
+from .memory import GlobalMemory, Region, region_of
 from .ptx import Instruction, Program, parse
 from .translate import POISON, Emitter
 
@@ -31,7 +31,9 @@ class Translated:
     def __init__(self, text: str):
         self.program: Program = parse(text)
         self.blocks = blocks_of(self.program)
+        expect_initialised(self.program, self.blocks)
         self.waits = {start for start in self.blocks if waits(self.program.instructions[start])}
+        self.stored = stored_parameters(self.program)
         self.piece = smallest_access(self.program, "shared")
         self._functions: dict[tuple[int, bool], tuple[Callable, Instruction | None]] = {}
 
@@ -52,23 +54,25 @@ def translated(text: str) -> Translated:
 
 
 def run(
-    text: str, grid: tuple[int, int, int], parameters: list[np.generic], memory: GlobalMemory, shared_bytes: int,
+    text: str, grid: tuple[int, int, int], parameters: list[np.generic], regions: list[Region], shared_bytes: int,
     descriptors: dict[int, object] | None = None,
 ) -> int:  # fmt: skip
     """Run a kernel over its grid; gives the number of instructions that warps ran.
 
-    parameters: the bits of each as an unsigned numpy scalar. descriptors: number of a parameter -> TensorDescriptor.
-    Raises: EmulatorError, of the class of the fault.
+    parameters: the bits of each as an unsigned numpy scalar, addresses made by `pointer`. regions: the tensors.
+    descriptors: number of a parameter -> TensorDescriptor. Raises: EmulatorError, of the class of the fault.
     """
     code = translated(text)
     program = code.program
+    stored = {region_of(parameters[n]) for n in code.stored if n < len(parameters)}
+    memory = GlobalMemory(regions, stored, smallest_access(program, "global"))
     x, y, z = grid
     numbers = np.stack(np.unravel_index(np.arange(x * y * z), (z, y, x))[::-1], 1)
     per_batch = max(1, BATCH // program.threads)
     total = 0
     for first in range(0, len(numbers), per_batch):
         batch = numbers[first : first + per_batch]
-        machine = Machine(batch, grid, program.threads, shared_bytes, memory, descriptors or {}, code.piece)
+        machine = Machine(batch, grid, program.threads, shared_bytes, memory, descriptors or {}, first, code.piece)
         try:
             total += _run_batch(code, machine, parameters) * machine.count * machine.warps
             machine.at = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from .errors import UninitialisedRegister
 from .ptx import (
     BRANCHES,
     WIDTHS,
@@ -81,6 +82,63 @@ def smallest_access(program: Program, space: str) -> int:
         elif i.name == "mbarrier" and space == "shared":
             sizes.append(8)
     return min(sizes)
+
+
+def stored_parameters(program: Program) -> set[int]:
+    """Positions of the parameters that the address of some store to global memory is computed from."""
+    code = program.instructions
+    origin = [0] * len(program.widths)  # of each register: positions of parameters, as bits
+    flows = [(destinations(i), sources(i)) for i in code if i.name != "ld"]
+    for i in code:
+        if i.name == "ld" and "param" in i.parts:
+            origin[i.operands[0].index] |= 1 << program.parameters[i.operands[1].base.name]
+    changed = True
+    while changed:
+        changed = False
+        for to, sources_ in flows:
+            what = 0
+            for register in sources_:
+                what |= origin[register.index]
+            for register in to:
+                changed |= what & ~origin[register.index] != 0
+                origin[register.index] |= what
+    stored = 0
+    for i in code:
+        if i.name in ("st", "red", "atom") and "global" in i.parts:
+            for register in registers(next(o for o in i.operands if isinstance(o, Address))):
+                stored |= origin[register.index]
+    return set(_bits(stored))
+
+
+def expect_initialised(program: Program, blocks: dict[int, Block]) -> None:
+    """Raises UninitialisedRegister where an instruction reads what no way to it assigns."""
+    before = dict.fromkeys(blocks, 0)  # registers that some way to a block assigns, as bits
+    todo = [0]
+    seen = set()
+    while todo:
+        start = todo.pop()
+        seen.add(start)
+        assigned = before[start]
+        for i in program.instructions[start : blocks[start].stop]:
+            for register in destinations(i):
+                assigned |= 1 << register.index
+        for following in blocks[start].successors:
+            joined = before[following] | assigned
+            if joined != before[following] or following not in seen:
+                before[following] = joined
+                todo.append(following)
+    for start in seen:
+        assigned = before[start]
+        for i in program.instructions[start : blocks[start].stop]:
+            written = destinations(i)
+            # what a guarded instruction leaves alone is no read, nor is an accumulator that starts at zero
+            kept = written if i.guard is not None or i.name == "wgmma" else []
+            for register in sources(i):
+                if not assigned >> register.index & 1 and register not in kept:
+                    fault = UninitialisedRegister(f"{register.name} is read, and nothing has assigned it")
+                    raise fault.at(program.name, i.line, i.text)
+            for register in written:
+                assigned |= 1 << register.index
 
 
 @dataclass(frozen=True)

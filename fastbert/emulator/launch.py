@@ -11,7 +11,7 @@ from .copies import TensorDescriptor
 from .errors import InvalidOperand
 from .execute import run
 from .formats import f32, f64, u8, u16, u32, u64
-from .memory import GlobalMemory, Region
+from .memory import Region, pointer
 
 if TYPE_CHECKING:
     from .driver import Launch
@@ -23,7 +23,7 @@ def execute(launch: Launch) -> int:
     """Run a compiled launch; its tensors are written in place. Gives the number of instructions that warps ran."""
     arguments = _Arguments(launch)
     return run(
-        launch.compiled.asm["ptx"], launch.grid, arguments.parameters, GlobalMemory(arguments.regions), launch.shared,
+        launch.compiled.asm["ptx"], launch.grid, arguments.parameters, arguments.regions, launch.shared,
         arguments.descriptors,
     )  # fmt: skip
 
@@ -54,7 +54,7 @@ class _Arguments:
         self.parameters += [u64(0), u64(0)]
 
     def _pointer(self, name: str, tensor: Tensor) -> None:
-        self.parameters.append(GlobalMemory.pointer(len(self.regions), tensor.data_ptr()))
+        self.parameters.append(pointer(len(self.regions), tensor.data_ptr()))
         self.regions.append(Region(name, *extent(tensor)))
 
     def _descriptor(self, name: str, given: Any, meta: dict | None) -> None:

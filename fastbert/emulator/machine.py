@@ -17,13 +17,14 @@ PARAMETER_SPACE = 0xFFFE << 48  # addresses of parameters, which are no addresse
 
 
 class Machine:
-    """`programs`: their numbers in the grid, [n, 3]. Arrays of the state are [n, threads]. `piece`: bytes of the
-    smallest access to shared memory."""
+    """`programs`: their numbers in the grid, [n, 3]. Arrays of the state are [n, threads]. `first`: number of the
+    first one, counted through the grid; `piece`: bytes of the smallest access to shared memory."""
 
     def __init__(
         self, programs: np.ndarray, grid: tuple[int, int, int], threads: int, shared_bytes: int,
-        memory: GlobalMemory, descriptors: dict[int, object], piece: int = 1,
+        memory: GlobalMemory, descriptors: dict[int, object], first: int, piece: int,
     ):  # fmt: skip
+        self.first = first
         self.count, self.threads = len(programs), threads
         self.shape = self.count, threads
         self.warps = threads // 32

@@ -121,7 +121,8 @@ def _rows_of(S: Machine, mask, count: int):
 def load_matrices(S: Machine, address, count: int, transposed: bool, mask) -> list[np.ndarray]:
     """ldmatrix: a register a matrix; lane l gets elements (l / 4, 2 (l % 4) + {0, 1}), of the transpose if asked."""
     place = _row_places(S, address, count, mask, "ldmatrix")
-    S.shared.shadow.read(place.reshape(S.count, -1), 16, _rows_of(S, mask, count), S.shared.shadow.rows_of_warps[count])
+    shadow = S.shared.shadow
+    shadow.read(place.reshape(S.count, -1), 16, _rows_of(S, mask, count), shadow.rows_of_warps[count])
     rows = S.shared.view(128).take(place // 16).view(u16).reshape(S.count, S.warps, count, 8, 8)
     if transposed:
         rows = np.ascontiguousarray(rows.swapaxes(-1, -2))

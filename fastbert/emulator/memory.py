@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .errors import Misaligned, OutOfBounds
+from .errors import Misaligned, OutOfBounds, StoreConflict
 from .formats import RAW, i64, u64
+from .ownership import Ownership
 from .ptx import WIDTHS, Instruction, Sink, Symbol, Vector
 from .translate import Emitter, refuse, translates
 
@@ -38,17 +39,24 @@ class Region:
         return np.ctypeslib.as_array((ctypes.c_uint8 * max(size, _WIDEST)).from_address(self.origin))
 
 
+def pointer(number: int, address: int) -> np.uint64:
+    """What a kernel gets for an address in the region of a number."""
+    return u64((number + 1) << 48 | address)
+
+
+def region_of(bits: np.generic) -> int:
+    """The number of the region that a parameter points into; -1 if it is no pointer."""
+    return (int(bits) >> 48) - 1
+
+
 class GlobalMemory:
     """All tensors of a launch."""
 
-    def __init__(self, regions: list[Region]):
+    def __init__(self, regions: list[Region], stored: set[int] = frozenset(), piece: int = 1):
+        """`stored`: numbers of regions that a launch may write; `piece`: bytes of its smallest access."""
         self.regions = regions
+        self.ownership = Ownership(regions, stored, piece)
         self._views: dict[tuple[int, np.dtype], np.ndarray] = {}
-
-    @staticmethod
-    def pointer(number: int, address: int) -> np.uint64:
-        """What a kernel gets for the address of a tensor; number 0 is the first region's."""
-        return u64((number + 1) << 48 | address)
 
     def view(self, number: int, kind: np.dtype) -> np.ndarray:
         """A region's bytes as elements of a numpy type."""
@@ -76,7 +84,7 @@ class GlobalMemory:
         if low >> 48 != high >> 48:
             return self._locate_each(address, size, mask)
         self._check(number, low, high, address, size, mask)
-        return [(number, (address - self.pointer(number, self.regions[number].origin)).view(i64), mask)]
+        return [(number, (address - pointer(number, self.regions[number].origin)).view(i64), mask)]
 
     def _locate_each(self, address, size, mask):
         found, numbers = [], (address >> _SHIFT).astype(i64) - 1
@@ -107,6 +115,8 @@ class GlobalMemory:
         """`count` adjacent elements of `width` bits a thread; 0 where the mask is off."""
         kind, bytes_ = np.dtype(RAW[width]), width // 8 * count
         found = self.locate(S.full(address), bytes_, mask if mask is None else S.full(mask))
+        for number, offset, here in found:
+            self.ownership.read(S, number, offset, bytes_, here)
         if len(found) == 1:
             return self._gather(found[0], kind, bytes_, count)
         result = [np.zeros(S.shape, kind) for _ in range(count)]
@@ -130,12 +140,19 @@ class GlobalMemory:
         kind, count = np.dtype(RAW[width]), len(values)
         mask = mask if mask is None else S.full(mask)
         for number, offset, here in self.locate(S.full(address), width // 8 * count, mask):
-            view = self.view(number, kind)
-            index = offset // (width // 8)
+            several = self.ownership.write(S, number, offset, width // 8 * count, here)
+            view, index = self.view(number, kind), offset // (width // 8)
             chosen = index if here is None else index[here]
             for n, value in enumerate(values):
-                value = S.full(value)
-                view[chosen + n] = value if here is None else value[here]
+                value = S.full(value) if here is None else S.full(value)[here]
+                view[chosen + n] = value
+                if several and (view[chosen + n] != value).any():
+                    at = int(chosen[view[chosen + n] != value].flat[0] + n) * (width // 8)
+                    region = self.regions[number]
+                    raise StoreConflict(
+                        f"two threads store different values to byte {at + region.origin - region.start} of "
+                        f"{region.name} at once"
+                    )
 
     def atomic(self, S, operation: str, kind: str, address, value, mask, compare=None) -> np.ndarray:
         """One thread after the other, in the order of programs and threads; gives what was there before."""

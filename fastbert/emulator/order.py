@@ -1,10 +1,10 @@
 """What happens before what among the warps of every program.
 
-Time counts the events that order memory: barriers, fences, waits. `known[p, v, u]` is the time up to which all that warp
-u of program p did is known to have happened before what warp v does now; v's own column says up to when its lanes know
-of one another. Columns beyond the warps stand for mbarriers: what bulk copies brought is known to those warps that have
-waited on its mbarrier. A barrier of all threads raises `floor`, below which all is known to all: nearly every access is
-settled by that one comparison.
+Time counts the events that order memory: barriers, fences, waits. `known[p, v, u]` is the time up to which all that
+warp u of program p did is known to have happened before what warp v does now; v's own column says up to when its lanes
+know of one another. Columns beyond the warps stand for mbarriers: what bulk copies brought is known to those warps that
+have waited on its mbarrier. A barrier of all threads raises `limit`: what has a smaller stamp is known to all, and
+nearly every access is settled by that one comparison.
 
 What a warp takes part in counts for all its lanes.
 """

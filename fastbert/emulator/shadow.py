@@ -37,7 +37,7 @@ class Shadow:
     # ---- what threads do
 
     def read(self, place: np.ndarray, size: int, mask, who: np.ndarray | None = None) -> None:
-        """Threads read `size` bytes at places [programs, threads]; `who`: codes, if it is not each thread for itself."""
+        """Threads read `size` bytes at places [programs, threads]; `who`: codes, if not each thread for itself."""
         index, program, who = self._pieces(place, size, mask, who)
         written = self._written.take(index)
         if not written.all():

@@ -104,11 +104,9 @@ class MatrixQueue:
         here = self._warpgroups(S, mask)
         self._expect_fenced((*registers, *sources), here)
         for others, accumulator in self.flying.items():
-            if others != registers and not set(others).isdisjoint((*registers, *sources)):
-                if (accumulator.flying & here).any():
-                    raise MissingWait(
-                        "a wgmma uses registers of an accumulator of another shape before wgmma.wait_group"
-                    )
+            used = others != registers and not set(others).isdisjoint((*registers, *sources))
+            if used and (accumulator.flying & here).any():
+                raise MissingWait("a wgmma uses a part of the registers of another one in flight")
         n = len(registers) * 2
         product = self._operand_a(S, a, kind, transposed[0], here) @ self._tile(S, b, n, kind, transposed[1], here)
         if negated[0] != negated[1]:
@@ -290,10 +288,10 @@ def _mma_async(emit: Emitter, i: Instruction) -> None:
     registers = tuple(r.index for r in d.items)
     sources = tuple(r.index for r in a.items) if in_registers else ()
     a_text = f"[{', '.join(emit.read(r, 'b32') for r in a.items)}]" if in_registers else emit.read(a, "b64")
+    d_text = ", ".join(emit.read(r, "b32") for r in d.items)
     emit.line(
-        f"S.queue.issue(S, {kind!r}, {registers}, {sources}, [{', '.join(emit.read(r, 'b32') for r in d.items)}], {a_text}, "
-        f"{emit.read(b, 'b64')}, {emit.read(scale_d, 'pred')}, {(scale_a == -1, scale_b == -1)}, {transposed}, "
-        f"{emit.mask})"
+        f"S.queue.issue(S, {kind!r}, {registers}, {sources}, [{d_text}], {a_text}, {emit.read(b, 'b64')}, "
+        f"{emit.read(scale_d, 'pred')}, {(scale_a == -1, scale_b == -1)}, {transposed}, {emit.mask})"
     )
     poison = emit.constant(POISON[32])
     for register in d.items:

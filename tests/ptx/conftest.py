@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fastbert.emulator.execute import run
-from fastbert.emulator.memory import GlobalMemory, Region
+from fastbert.emulator.memory import Region, pointer
 
 _BITS = {1: "b16", 2: "b16", 4: "b32", 8: "b64"}  # register for an element of so many bytes
 
@@ -45,10 +45,10 @@ class Ptx:
         tensors = {name: value for name, value in arguments.items() if isinstance(value, np.ndarray)}
         numbers = {name: value for name, value in arguments.items() if name not in tensors}
         regions = [Region(name, t.ctypes.data, t.ctypes.data + t.nbytes) for name, t in tensors.items()]
-        parameters = [GlobalMemory.pointer(n, region.start) for n, region in enumerate(regions)]
+        parameters = [pointer(n, region.start) for n, region in enumerate(regions)]
         parameters += [np.uint32(int(value) & 0xFFFFFFFF) for value in numbers.values()]
         text = self.text(body, tensors, numbers, threads)
-        return run(text, grid, parameters, GlobalMemory(regions), shared, descriptors)
+        return run(text, grid, parameters, regions, shared, descriptors)
 
     def each(self, body: str, *inputs: np.ndarray, out) -> np.ndarray:
         """One thread an element: `body` computes `%out` of the dtype `out` from `%in0`, `%in1` and so on."""

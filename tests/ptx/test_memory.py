@@ -14,7 +14,7 @@ def test_each_thread_adds_two_numbers(ptx):
 
 def test_an_access_past_its_tensor_is_an_error_though_another_tensor_lies_there(ptx):
     both = np.zeros(64, np.uint32)
-    body = "mad.wide.u32 %d0, %t, 4, %x; ld.global.b32 %r0, [%d0 + OFFSET]; @%p0 st.global.b32 [%y], %r0;"
+    body = "mad.wide.u32 %d0, %t, 4, %x; ld.global.b32 %r0, [%d0 + OFFSET];"
     ptx(body.replace("OFFSET", "0"), x=both[:32], y=both[32:])
     with pytest.raises(errors.OutOfBounds, match=r"4 bytes at byte 128 of x, which has 128 .*ld\.global\.b32"):
         ptx(body.replace("OFFSET", "4"), x=both[:32], y=both[32:])
@@ -45,4 +45,4 @@ def test_a_vector_access_is_aligned_to_all_of_it(ptx):
 
 def test_what_the_emulator_does_not_know_is_named(ptx):
     with pytest.raises(errors.UnknownInstruction, match=r"does not know frobnicate\.b32 \(example, PTX line \d+"):
-        ptx("frobnicate.b32 %r0, %r1;")
+        ptx("frobnicate.b32 %r0, %t;")
