@@ -46,6 +46,8 @@ def _versions() -> list[str]:
 
 
 def _version(name: str) -> str:
+    if name == "torch":
+        return torch.__version__  # with what it is built for, which its package need not say
     try:
         return version(name)
     except PackageNotFoundError:
