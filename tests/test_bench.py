@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -32,7 +31,7 @@ def of_rows(*rows: Row, dtype=torch.float32) -> Case:
 
 def sleeper(seconds: float):
     def run():
-        time.sleep(seconds)
+        timing.time.sleep(seconds)
         return torch.ones(1000)
 
     return lambda: run
@@ -81,7 +80,7 @@ def test_wrong_gradient_shows_wrong():
     assert measured(case, quick=True)["doubled"]["status"] == "wrong"
 
 
-def test_slow_row_shows_its_true_ratio():
+def test_slow_row_shows_its_true_ratio(watch):
     rows = measured(of_rows(Row("fastbert", "fastbert", sleeper(0.04)), Row("slow", "slow", sleeper(0.12))))
     ratio = rows["slow"]["ratio_to_ours"]
     assert 2.5 < ratio["value"] < 3.3
@@ -159,14 +158,14 @@ def result_file(seconds: list[float]) -> dict:
     times = iter(seconds)
 
     def run():
-        time.sleep(next(times, 0.01))
+        timing.time.sleep(next(times, 0.01))
         return torch.ones(1000)
 
     rows = measure(of_rows(Row("fastbert", "fastbert", lambda: run)), CPU, EFFORT, CEILINGS)
     return {"device": {"name": "this"}, "rows": rows}
 
 
-def test_compare_flags_a_regression_and_not_noise():
+def test_compare_flags_a_regression_and_not_noise(watch):
     noisy = [0.03, 0.03, 0.030, 0.0312, 0.0288, 0.0306, 0.0297]  # long enough that a busy machine's own noise is small
     old, again, slower = result_file(noisy), result_file(noisy[::-1]), result_file([t + 0.015 for t in noisy])
     assert [c["verdict"] for c in compare.changes(old, again)] == ["same"]
@@ -186,10 +185,10 @@ def test_bootstrap_interval_holds_the_ratio_and_few_times_widen_it():
 
 
 @pytest.mark.parametrize(("settle", "turn"), [(False, 1), (True, 2)])
-def test_interleave_takes_turns(settle, turn):
+def test_interleave_takes_turns(settle, turn, watch):
     """Beside threads that spin on after their work, a turn begins with a call that is not timed."""
     order = []
-    runs = {n: lambda n=n: (order.append(n), time.sleep(0.003)) for n in "ab"}
+    runs = {n: lambda n=n: (order.append(n), timing.time.sleep(0.003)) for n in "ab"}
     seconds = timing.interleave(runs, timing.Clock(CPU), EFFORT, settle=settle)
     assert order[2:] == [*["a"] * turn, *["b"] * turn] * 5  # after a warm-up of each
     assert [len(times) for times in seconds.values()] == [5, 5]
