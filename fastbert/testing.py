@@ -122,8 +122,12 @@ GRID = ((1, 16), (1, 128), (8, 128), (256, 128), (32, 512), (8, 2048), (4, 4096)
 for _name in ("minilm", "base", "large"):
     WORKLOADS |= {f"{_name}_{b}x{s}": Workload(MODELS[_name], (s,) * b) for b, s in GRID}
     WORKLOADS |= {f"{_name}_{kind}": Workload(MODELS[_name], real_lengths(kind, n)) for kind, n in REAL_TEXTS.items()}
-# with base_32x512 and base_4x4096: 16k tokens, as papers on attention measure it
-WORKLOADS["base_16x1024"] = Workload(MODELS["base"], (1024,) * 16)
+# A GPU's: 16k tokens of each length, as papers on attention measure it (with the grid's 32x512 and 4x4096); 2k to 64k
+# rows of an operator; and 4k to 64k tokens of natural lengths.
+for _name in ("base", "large"):
+    _sizes = ((64, 256), (16, 1024), (16, 128), (64, 128), (512, 128))
+    WORKLOADS |= {f"{_name}_{b}x{s}": Workload(MODELS[_name], (s,) * b) for b, s in _sizes}
+    WORKLOADS |= {f"{_name}_natural{n}": Workload(MODELS[_name], tuple(natural_lengths(n))) for n in (64, 1024)}
 
 
 # ---- the budget ------------------------------------------------------------------------------------------

@@ -9,11 +9,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import compare, run, schema, suite_encoder, suite_kernels, timing, workloads
+from benchmarks import (
+    compare,
+    peers_encoder,
+    run,
+    schema,
+    suite_encoder,
+    suite_kernels,
+    suite_training,
+    timing,
+    workloads,
+)
 from benchmarks.case import Case, Missing, Row, measure
+from benchmarks.jobs import Job
 from benchmarks.peers_ops import OpPeer
 from fastbert import functional as F
-from fastbert.testing import MODELS, WORKLOADS, Workload, real_lengths
+from fastbert.testing import MODELS, WORKLOADS, Workload, real_lengths, relative_rms
 
 pytestmark = pytest.mark.once
 
@@ -151,7 +162,33 @@ def test_whole_encoders_agree_and_name_the_floor():
     rows = measured(case, quick=True, peers=lambda row: row.peer in ("fastbert", "floor", "transformers", "torch"))
     assert {r["status"] for r in rows.values()} == {"ok"}, {n: r["reason"] for n, r in rows.items()}
     assert len(rows) >= 5
+    plain = [p for p in peers_encoder.PEERS if p.row.startswith("plain torch")]  # a GPU's, but it runs anywhere
+    job = Job(TINY, torch.float32, CPU)
+    assert relative_rms(plain[0].make(job)(), job.truth(torch.float64)[0]) < 1e-5
     assert rows["fastbert"]["over_floor"] == pytest.approx(rows["fastbert"]["median_s"] / rows["fastbert"]["floor_s"])
+
+
+def test_training_steps_agree_with_and_without_transformers(monkeypatch):
+    """All start from the same weights, so that the gradient of every parameter is one vector for all."""
+    monkeypatch.setitem(WORKLOADS, "minilm_natural", TINY)
+    monkeypatch.setattr(suite_training, "CASES", (("minilm_natural", 1, True),))
+    (case,) = suite_training.cases(CPU, torch.float32, True)
+    rows = measured(case, quick=True)
+    ours = {"fastbert.accelerate", "fastbert, packed"}
+    assert {r["status"] for r in rows.values()} == {"ok"}, {n: r["reason"] for n, r in rows.items()}
+    assert {*ours, "transformers sdpa", "plain torch sdpa", "matrix products alone"} <= {*rows}
+    assert rows["fastbert, packed"]["floor_s"] == rows["matrix products alone"]["median_s"]
+    assert {r["row"] for r in rows.values() if r["ratio_to_ours"]} >= {"fastbert, packed", "plain torch sdpa"}
+
+
+def test_a_wrong_head_is_a_wrong_step(monkeypatch):
+    monkeypatch.setitem(WORKLOADS, "minilm_natural", TINY)
+    monkeypatch.setattr(suite_training, "CASES", (("minilm_natural", 1, True),))
+    right = F.linear_cross_entropy
+    monkeypatch.setattr(F, "linear_cross_entropy", lambda x, w, *rest: right(x, w * 1.01, *rest))
+    (case,) = suite_training.cases(CPU, torch.float32, True)
+    rows = measured(case, quick=True, peers=lambda row: row.row in ("fastbert, packed", "plain torch sdpa"))
+    assert {name: r["status"] for name, r in rows.items()} == {"fastbert, packed": "wrong", "plain torch sdpa": "ok"}
 
 
 def result_file(seconds: list[float]) -> dict:
