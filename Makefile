@@ -12,13 +12,16 @@ JOBS ?= 2
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+BUILT := $(VENV)/.built
+SOURCES := $(shell find kernels -name '*.cpp' -o -name '*.h')
 
-.PHONY: help install demo test verify bench compile lint format clean
+.PHONY: help install demo test test-triton test-cpp test-torch verify bench compile lint format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo     encode some real sentences with a real BERT, and ask them questions"
-	@echo "make test     run the tests; without a GPU the kernels run through Triton's interpreter"
+	@echo "make test     run the tests in three ways: the Triton kernels (without a GPU through Triton's interpreter),"
+	@echo "              then what a CPU runs with the C++ operators, and without; test-triton, test-cpp, test-torch"
 	@echo "make verify   check every operator on this machine against the reference"
 	@echo "make bench    time everything beside the libraries people use (BENCH_ARGS="--quick")"
 	@echo "make compile  compile the kernels for NVIDIA and AMD without a GPU, and read their machine code"
@@ -35,19 +38,26 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e '.[demo,test,lint]'
 	@touch $@
 
-install: $(INSTALLED)
+# The C++ operators, of every source and header wherever it lies; setup.py sees whether what is there is of these.
+$(BUILT): $(INSTALLED) $(SOURCES) setup.py kernels/_cpu_library.py
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $@
 
-demo: $(INSTALLED)
+install: $(BUILT)
+
+demo: $(BUILT)
 	@$(BIN)/python -m fastbert.demo
 
 # The interpreter runs one program at a time, in Python: processes help, threads of torch only get in their way.
-test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(JOBS)
+test: test-triton test-cpp test-torch
 
-verify: $(INSTALLED)
+test-triton test-cpp test-torch: $(BUILT)
+	FASTBERT_TEST=$(@:test-%=%) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(JOBS)
+
+verify: $(BUILT)
 	@$(BIN)/python -m fastbert verify
 
-bench: $(INSTALLED)
+bench: $(BUILT)
 	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 # A fixed subset; `python -m benchmarks.compile_report` compiles every kernel at every config.
@@ -63,6 +73,6 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf build dist .pytest_cache .ruff_cache .benchmarks *.egg-info
+	rm -rf build dist .pytest_cache .ruff_cache .benchmarks *.egg-info kernels/_cpu_operators.*
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
 	test ! -e $(INSTALLED) || rm -rf $(VENV)

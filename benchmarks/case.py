@@ -15,7 +15,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -140,8 +140,8 @@ def _empty_row(case: Case, row: Row) -> dict[str, Any]:
         "tokens": case.tokens, "flops": case.flops, "bytes": case.bytes, "bound_by": None,
     }  # fmt: skip
     empty = (
-        "seconds median_s spread tokens_per_second tflops gbs share_of_ceiling floor_s over_floor error budget "
-        "peak_memory_bytes first_call_s energy_j ratio_to_ours"
+        "seconds median_s spread host_s device_s graph_s host_bound tokens_per_second tflops gbs share_of_ceiling "
+        "floor_s over_floor error budget peak_memory_bytes first_call_s energy_j ratio_to_ours"
     )
     return facts | dict.fromkeys(empty.split())
 
@@ -158,7 +158,7 @@ def measure(
     chosen = [row for row in case.rows if row.row in results]
     clock = timing.Clock(device, cold_cache=case.suite == "kernels")
     runs: dict[str, Run] = {}
-    once: dict[str, float] = {}  # seconds of a call
+    paces: dict[str, timing.Pace] = {}
     seconds: dict[str, list[float]] = {}
     interrupted = False
     try:
@@ -168,17 +168,19 @@ def measure(
                 if stop():
                     break
                 _prepare(row, results[row.row], runs, truth, plain, device)
-                _warm_up(row, results[row.row], runs, once, clock, effort)
+                _warm_up(row, results[row.row], runs, paces, clock, effort)
             del truth
             guarded = {name: _guarded(runs, results[name], name) for name in runs}
             settle = device.type == "cpu" and any(row.peer in OWN_THREADS for row in chosen)
-            timing.interleave(guarded, clock, effort, stop, once=once, seconds=seconds, settle=settle)
+            timing.interleave(guarded, clock, effort, stop, paces=paces, seconds=seconds, settle=settle)
             _memory_and_energy(case, runs, results, device)
+            _graphs(case, runs, results, paces, clock, effort)
     except KeyboardInterrupt:
         interrupted = True
     for name, times in seconds.items():
         if name in runs and len(times) >= FEWEST:
             _write_times(results[name], times, case, ceilings)
+            _write_pace(results[name], paces[name])
     for result in results.values():
         if result["status"] in ("ok", "skipped") and result["seconds"] is None and result["reason"] is None:
             result |= {"status": "skipped", "reason": "interrupted" if interrupted else "the time was up"}
@@ -233,17 +235,17 @@ def _prepare(row: Row, result: dict, runs: dict[str, Run], truth, plain, device:
         runs[row.row] = run
 
 
-def _warm_up(row: Row, result: dict, runs: dict[str, Run], once: dict[str, float], clock, effort) -> None:
+def _warm_up(row: Row, result: dict, runs: dict[str, Run], paces: dict[str, timing.Pace], clock, effort) -> None:
     """Learns what a call of a prepared row takes; one of another library that would outrun its share is skipped."""
     if row.row not in runs:
         return
-    seconds = timing.warm_up(_guarded(runs, result, row.row), clock, effort)
+    pace = timing.warm_up(_guarded(runs, result, row.row), clock, effort)
     if row.row not in runs:
         return
-    once[row.row] = seconds
-    theirs = row.peer not in (OURS, FLOOR)
+    theirs, seconds = row.peer not in (OURS, FLOOR), pace.seconds
     if theirs and seconds <= effort.share < effort.least * seconds:  # once more: a first warm pass may be a slow one
-        seconds = once[row.row] = min(seconds, clock(_guarded(runs, result, row.row)))
+        seconds = min(seconds, clock(_guarded(runs, result, row.row)))
+    paces[row.row] = replace(pace, seconds=seconds)
     if theirs and effort.least * seconds > effort.share and row.row in runs:
         del runs[row.row]
         reason = f"{seconds:.2g} s a pass, {effort.least} passes are over the row's share of {effort.share:.2g} s"
@@ -299,6 +301,10 @@ def _write_times(result: dict, seconds: list[float], case: Case, ceilings: dict[
         result["share_of_ceiling"] = shares[result["bound_by"]]
 
 
+def _write_pace(result: dict, pace: timing.Pace) -> None:
+    result |= {"host_s": pace.host_s, "device_s": pace.device_s, "host_bound": pace.host_bound}
+
+
 def _memory_and_energy(case: Case, runs: dict[str, Run], results: dict[str, dict], device: torch.device) -> None:
     """On a GPU: the most memory a call allocates on top of its inputs, and the energy a call of a model takes."""
     if device.type != "cuda":
@@ -321,3 +327,24 @@ def _memory_and_energy(case: Case, runs: dict[str, Run], results: dict[str, dict
                 run()
         if "joules" in reading:
             results[name]["energy_j"] = reading["joules"] / calls
+
+
+def _graphs(case: Case, runs: dict[str, Run], results: dict[str, dict], paces, clock: timing.Clock, effort) -> None:
+    """On a GPU: what our operator takes as a CUDA graph, which Python only starts.
+
+    Not of a call that waits for the GPU, which no graph may do, nor of one with dropout: a recording that fails leaves
+    torch's random numbers unusable.
+    """
+    if clock.device.type != "cuda" or case.suite != "kernels" or case.random:
+        return
+    for row in case.rows:
+        pace = paces.get(row.row)
+        if row.row not in runs or row.peer != OURS or None in (pace.host_s, pace.device_s):
+            continue
+        try:
+            replay = timing.graph_of(runs[row.row])
+            times = [clock(replay, 1, timing.HOLD_LEAST) for _ in range(effort.least)]
+        except Exception as error:  # what cannot be recorded was timed without a graph all the same
+            results[row.row]["settings"] = {**results[row.row]["settings"], "graph": _line(error)}
+        else:
+            results[row.row]["graph_s"] = statistics.median(times)

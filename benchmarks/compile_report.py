@@ -1,18 +1,17 @@
 """What every kernel compiles to, on every architecture, without a GPU: `python -m benchmarks.compile_report`.
 
-Each kernel module lists its kernels at the configs its ladder can return (`compile_cases(arch)`). Each is compiled
-to machine code, which is then read: registers, spills, shared memory, how many warps fit a multiprocessor, matrix
-instructions, bulk copies, widest global load, and the instruction mix of the inner loops with the cycles that
-each unit needs for it at least. Exit code 1 where a kernel does not compile, spills, needs more shared memory
-than there is, lacks the matrix instructions or bulk copies it is meant to have, or touches registers of an asynchronous
-product too early (`async_products`).
+Each kernel module lists calls of its operators (`compile_calls()`). They are run through the real launchers for a card
+that is not there, and what they launch is compiled to machine code, which is then read: registers, spills, shared
+memory, how many warps fit a multiprocessor, matrix instructions, bulk copies, widest global load, and the instruction
+mix of the inner loops with the cycles that each unit needs for it at least. Exit code 1 where a launch is refused, a
+kernel does not compile, spills, needs more shared memory than there is, or lacks the matrix instructions or bulk
+copies it is meant to have.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import importlib.util
 import io
 import json
@@ -29,9 +28,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastbert.kernels._assembler import assembler
-
-from . import async_products, machine_code
+from . import machine_code
+from .compile_cases import CompileCase, cases_of
 
 KB = 1024
 
@@ -55,20 +53,14 @@ class Arch:
     shared_bytes: int = 128  # a cycle
 
 
-# Multiprocessor limits: the CUDA programming guide's table of compute capabilities, and AMD's CDNA 3 guide. Products a
-# cycle: the vendors' peak rates over multiprocessors and clock; GeForce cards sum in float32 at half the rate given
-# for 8.6, 8.9 and 12.x, which is that of the professional cards.
 ARCHES = {
     "sm_80": Arch(("cuda", 80, 32), 64, 32, 2048, 164 * KB, 163 * KB, KB, "HMMA", "LDGSTS", 2048),
-    "sm_86": Arch(("cuda", 86, 32), 48, 16, 2048, 100 * KB, 99 * KB, KB, "HMMA", "LDGSTS", 1024),
-    "sm_89": Arch(("cuda", 89, 32), 48, 24, 2048, 100 * KB, 99 * KB, KB, "HMMA", "LDGSTS", 1024),
     "sm_90": Arch(("cuda", 90, 32), 64, 32, 2048, 228 * KB, 227 * KB, KB, "HGMMA", "UTMALDG|UBLKCP", 4096),
     "sm_100": Arch(("cuda", 100, 32), 64, 32, 2048, 228 * KB, 227 * KB, KB, "UTC[A-Z]*MMA", "UTMALDG|UBLKCP", 8192),
-    "sm_120": Arch(("cuda", 120, 32), 48, 24, 2048, 100 * KB, 99 * KB, KB, "HMMA", "UTMALDG|UBLKCP", 1024),
-    "sm_121": Arch(("cuda", 121, 32), 48, 24, 2048, 100 * KB, 99 * KB, KB, "HMMA", "UTMALDG|UBLKCP", 1024),
+    "sm_120": Arch(("cuda", 120, 32), 48, 24, 2048, 100 * KB, 99 * KB, KB, "HMMA", "UTMALDG|UBLKCP", 2048),
     "gfx942": Arch(("hip", "gfx942", 64), 32, 32, 2048, 64 * KB, 64 * KB, 0, "v_mfma", "(?!)", 2048, issue=1),
 }
-DEFAULT_ARCHES = tuple(ARCHES)
+DEFAULT_ARCHES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
 @dataclass
@@ -87,12 +79,11 @@ class Report:
     warps_per_sm: int = 0
     limit: str = ""  # what bounds the occupancy
     global_scratch: int = 0
+    wants_matrix: bool = False  # it multiplies tiles of 16-bit types
     matrix: int = 0
     matrix_opcode: str = ""
     bulk_copies: int = 0
     widest_load: int = 0
-    hazards: list[str] = field(default_factory=list)  # asynchronous products whose registers are touched too early
-    transposed_products: int = 0  # left operands that are the transpose of another asynchronous product's result
     loops: list[dict[str, Any]] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
@@ -101,37 +92,28 @@ class Report:
 
 
 def kernel_modules() -> tuple[list[str], list[str]]:
-    """Modules that have compile cases, and those that the seam names but are not there yet."""
+    """Modules that list calls, and those that the seam names but are not there yet."""
     from fastbert import functional, kernels
 
     present = sorted(m.name for m in pkgutil.iter_modules(kernels.__path__))
     named = set(functional.TRITON_MODULES.values())
-    modules = [f"fastbert.kernels.{n}" for n in present if n in named or _has_cases(f"fastbert.kernels.{n}")]
+    modules = [f"fastbert.kernels.{n}" for n in present if n in named or _lists_calls(f"fastbert.kernels.{n}")]
     return modules, sorted(named - set(present))
 
 
-def _has_cases(module: str) -> bool:
+def _lists_calls(module: str) -> bool:
     """Read from its source: importing a helper module could need what is not installed."""
     origin = importlib.util.find_spec(module).origin
     if not origin.endswith(".py"):  # the C++ operators
         return False
-    return re.search(r"^def compile_cases\b", Path(origin).read_text(encoding="utf-8"), re.MULTILINE) is not None
-
-
-@functools.cache
-def _cases(module: str, arch: str) -> list:
-    return importlib.import_module(module).compile_cases(arch)
+    return re.search(r"^def compile_calls\b", Path(origin).read_text(encoding="utf-8"), re.MULTILINE) is not None
 
 
 # ---- one case --------------------------------------------------------------------------------------------
 
 
-def report_case(module: str, index: int, arch: str) -> Report:
-    """Compile and read one case of a module's. An error becomes part of the report."""
-    return report_one(_cases(module, arch)[index], module.rsplit(".", 1)[-1], arch)
-
-
-def report_one(case, module: str, arch: str) -> Report:
+def report_one(case: CompileCase, module: str, arch: str) -> Report:
+    """Compile and read one case. An error becomes part of the report."""
     report = Report(module, case.name, arch, warps=case.num_warps)
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # where ptxas fails Triton prints the whole program
@@ -152,26 +134,22 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {next((line for line in lines if 'fatal' in line), lines[-1])}"
 
 
-def compile_case(case, arch: str):
+def compile_case(case: CompileCase, arch: str) -> Any:
     """The compiled kernel of a case, from Triton's cache where it has been compiled before."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    names = case.kernel.arg_names
-    for kind, given in (("argument", {*case.signature, *case.constexprs}), ("aligned argument", set(case.aligned))):
-        if unknown := given - set(names):
-            raise ValueError(f"{case.kernel.__name__} has no {kind} {', '.join(sorted(unknown))}")
-    if missing := set(names) - {*case.signature, *case.constexprs}:
-        raise ValueError(f"the case says nothing of {case.kernel.__name__}'s {', '.join(sorted(missing))}")
+    module, name = case.kernel.split(":")
+    kernel = getattr(importlib.import_module(module), name)
+    place = {name: (n,) for n, name in enumerate(kernel.arg_names)}
     source = ASTSource(
-        fn=case.kernel,
-        signature={n: "constexpr" if n in case.constexprs else case.signature[n] for n in names},
-        constexprs=case.constexprs,
-        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in case.aligned if n not in case.constexprs},
+        fn=kernel,
+        signature=case.signature,
+        constexprs={place[name]: value for name, value in case.constexprs.items()},
+        attrs={place[name]: value for name, value in case.attrs.items()},
     )
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **case.options}
-    return triton.compile(source, target=GPUTarget(*ARCHES[arch].target), options=options)
+    return triton.compile(source, target=GPUTarget(*ARCHES[arch].target), options=case.options)
 
 
 def _tool(name: str, *args: str) -> str:
@@ -184,6 +162,7 @@ def _tool(name: str, *args: str) -> str:
 
 def _read(report: Report, case, compiled, arch: Arch) -> None:
     report.shared = compiled.metadata.shared
+    report.wants_matrix = wants_matrix(compiled.asm["ttir"])
     report.global_scratch = getattr(compiled.metadata, "global_scratch_size", 0) or 0
     if arch.target[0] == "cuda":
         with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
@@ -194,8 +173,6 @@ def _read(report: Report, case, compiled, arch: Arch) -> None:
         used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
         report.registers = used["REG"]
         report.spills = len(code.of_kind("spill")) or used["STACK"] + used["LOCAL"]
-        report.hazards = [hazard.describe(code) for hazard in async_products.hazards(code)]
-        report.transposed_products = async_products.transposed_products(compiled.asm["ttgir"])
         # Helper warps of a warp-specialised kernel come on top of num_warps.
         if threads := re.search(r"\.(?:req|max)ntid\s+(\d+)", compiled.asm["ptx"]):
             report.warps = int(threads[1]) // arch.target[2]
@@ -209,9 +186,7 @@ def _read(report: Report, case, compiled, arch: Arch) -> None:
 
     matrix = code.of_kind("matrix")
     report.matrix = len(matrix)
-    # the architecture's own where there are any: beside them a product too small for them takes older ones
-    own = [i.opcode for i in matrix if re.match(arch.matrix, i.opcode)] or [i.opcode for i in matrix]
-    report.matrix_opcode = max(sorted(set(own)), key=own.count, default="")
+    report.matrix_opcode = max({i.opcode for i in matrix}, key=[i.opcode for i in matrix].count, default="")
     report.bulk_copies = code.count(arch.bulk_copy)
     report.widest_load = machine_code.widest_global_load(code)
     report.loops = [_loop(*loop, report.warps, arch) for loop in machine_code.inner_loops(code)]
@@ -270,24 +245,20 @@ def _shared_bits(instruction: machine_code.Instruction) -> int:
     return machine_code.access_bits(instruction)
 
 
-def judge(report: Report, case, arch: Arch) -> list[str]:
+def wants_matrix(ttir: str) -> bool:
+    """Does the kernel multiply tiles of 16-bit types? (Exact float32 products run outside the matrix unit.)"""
+    return re.search(r"tt\.dot\b.*: tensor<\w+x(bf16|f16)>", ttir) is not None
+
+
+def judge(report: Report, case: CompileCase, arch: Arch) -> list[str]:
     """Why this kernel must not ship, or nothing."""
     failures = []
     if report.spills:
         failures.append(f"spills ({report.spills})")
     if report.shared > arch.shared_per_cta:
         failures.append(f"shared memory {report.shared} > {arch.shared_per_cta}")
-    if report.hazards:
-        failures.append(f"registers of asynchronous products touched before the wait ({len(report.hazards)}): "
-                        f"{report.hazards[0]}")  # fmt: skip
-    if report.transposed_products:
-        failures.append(f"left operands that are transposed results of products ({report.transposed_products})")
-    if case.matrix:
-        low_precision = any(re.search(r"fp16|bf16", t) for t in case.signature.values())
-        # float32 in full precision runs on the older matrix instructions, or on none
-        wanted = arch.matrix if low_precision else r"HGMMA|HMMA|UTC[A-Z]*MMA|v_mfma"
-        if not re.match(wanted, report.matrix_opcode):
-            failures.append(f"no matrix instructions ({wanted}), found {report.matrix_opcode or 'none'}")
+    if report.wants_matrix and not re.match(arch.matrix, report.matrix_opcode):
+        failures.append(f"no matrix instructions ({arch.matrix}), found {report.matrix_opcode or 'none'}")
     if case.bulk_copy and arch.target[0] == "cuda" and arch.target[1] >= 90 and not report.bulk_copies:
         failures.append(f"no bulk copies ({arch.bulk_copy})")
     # where a warp has 64 lanes, a lane has half as much to load
@@ -299,17 +270,20 @@ def judge(report: Report, case, arch: Arch) -> list[str]:
 # ---- all of them -----------------------------------------------------------------------------------------
 
 
-def report_all(tasks: list[tuple[str, int, str]], jobs: int, progress: bool = False) -> list[Report]:
+Task = tuple[CompileCase, str, str]  # with its module and architecture
+
+
+def report_all(tasks: list[Task], jobs: int, progress: bool = False) -> list[Report]:
     """A report a task, in order. Each runs in a worker process, so a compiler that aborts costs one case."""
     from tqdm import tqdm
 
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(sorted({module for module, _, _ in tasks}))
+    context.set_forkserver_preload(sorted({case.kernel.split(":")[0] for case, _, _ in tasks}))
     reports: dict[int, Report] = {}
     with tqdm(total=len(tasks), unit="kernel", disable=not progress, leave=False) as bar:
         try:
             with ProcessPoolExecutor(jobs, mp_context=context) as pool:
-                futures = {pool.submit(report_case, *task): n for n, task in enumerate(tasks)}
+                futures = {pool.submit(report_one, *task): n for n, task in enumerate(tasks)}
                 for future in as_completed(futures):
                     reports[futures[future]] = future.result()
                     bar.update()
@@ -320,16 +294,13 @@ def report_all(tasks: list[tuple[str, int, str]], jobs: int, progress: bool = Fa
     return [reports[n] for n in range(len(tasks))]
 
 
-def _report_alone(task: tuple[str, int, str], context) -> Report:
+def _report_alone(task: Task, context) -> Report:
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         try:
-            return pool.submit(report_case, *task).result()
+            return pool.submit(report_one, *task).result()
         except BrokenProcessPool:
-            module, index, arch = task
-            name = _cases(module, arch)[index].name
-            return Report(
-                module.rsplit(".", 1)[-1], name, arch, error="the compiler aborted", failures=["does not compile"]
-            )
+            case, module, arch = task
+            return Report(module, case.name, arch, error="the compiler aborted", failures=["does not compile"])
 
 
 # ---- output ----------------------------------------------------------------------------------------------
@@ -387,7 +358,7 @@ def main(argv: list[str] | None = None) -> int:
         "--fast", action="store_true", help="only the fixed subset that continuous integration compiles"
     )
     parser.add_argument("--kernel", default="", metavar="SUBSTRING", help="only kernels whose name contains this")
-    parser.add_argument("--module", action="append", metavar="NAME", help="read cases from this module instead")
+    parser.add_argument("--module", action="append", metavar="NAME", help="take the calls of this module instead")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="worker processes (default: all cores)")
     parser.add_argument("--json", metavar="FILE", help="also write all of it as JSON (- for standard output)")
     parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
@@ -406,30 +377,25 @@ def main(argv: list[str] | None = None) -> int:
         return subprocess.call([sys.executable, "-m", "benchmarks.compile_report", *arguments], env=environment)
 
     modules, missing = (args.module, []) if args.module else kernel_modules()
-    tasks, failed = [], []
+    tasks, failed, known = [], [], set()
     for module in modules:
         for arch in arches:
-            try:
-                cases = _cases(module, arch)
-            except Exception as error:  # one broken module must not hide the others
-                failed.append(Report(module.rsplit(".", 1)[-1], module, arch, f"{type(error).__name__}: {error}"))
-                failed[-1].failures = ["compile_cases fails"]
-                continue
-            tasks += [
-                (module, n, arch)
-                for n, case in enumerate(cases)
-                if args.kernel in case.name and (case.fast or not args.fast)
-            ]
+            cases, errors = cases_of(module, arch, args.fast)
+            for name, error in errors.items():
+                failed.append(Report(module.rsplit(".", 1)[-1], name, arch, _reason(error)))
+                failed[-1].failures = ["is refused"]
+            for case in cases:
+                if args.kernel in case.name and (what := (arch, *case.bound)) not in known:
+                    known.add(what)  # modules share kernels, but each variant is compiled once
+                    tasks.append((case, module.rsplit(".", 1)[-1], arch))
     tasks.sort(key=lambda task: arches.index(task[2]))
     reports = failed + report_all(tasks, args.jobs, progress=sys.stderr.isatty())
 
     to_stdout = args.json == "-"
-    assemblers = {arch: assembler(arch) for arch in arches if ARCHES[arch].target[0] == "cuda"}
     if args.json:
         import triton
 
-        document = {"triton": triton.__version__, "assemblers": assemblers, "missing": missing}
-        document["kernels"] = [asdict(r) for r in reports]
+        document = {"triton": triton.__version__, "missing": missing, "kernels": [asdict(r) for r in reports]}
         text = json.dumps(document, indent=1) + "\n"
         sys.stdout.write(text) if to_stdout else Path(args.json).write_text(text)
     if not to_stdout:
@@ -439,9 +405,6 @@ def main(argv: list[str] | None = None) -> int:
     bad = [r for r in reports if r.failures]
     for r in bad:
         print(f"FAIL {r.arch} {r.name}: {r.error or '; '.join(r.failures)}", file=sys.stderr)
-    for assembled_by in dict.fromkeys(assemblers.values()):
-        by_it = ", ".join(arch for arch, name in assemblers.items() if name == assembled_by)
-        print(f"{by_it}: {assembled_by}", file=sys.stderr)
     print(f"{len(reports)} kernels, {len(bad)} failed", file=sys.stderr)
     return 1 if bad or not reports else 0
 

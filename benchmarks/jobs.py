@@ -15,7 +15,7 @@ from fastbert.models.bert import BertModel
 from fastbert.testing import ModelShape, Workload
 
 from .case import Run
-from .plain_bert import PlainBert
+from .plain_bert import HEAD, PlainBert, PlainMaskedLM
 from .workloads import padded, token_ids
 
 Padded = Callable[[Tensor, Tensor], Tensor]  # input_ids, attention_mask [B, S] -> hidden states [B, S, C]
@@ -31,6 +31,18 @@ def weights(shape: ModelShape, positions: int) -> tuple[BertConfig, dict[str, Te
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return config, BertModel(config, add_pooling_layer=False).state_dict()
+
+
+@functools.lru_cache(maxsize=3)
+def head_of_masked_words(shape: ModelShape) -> dict[str, Tensor]:
+    """Random weights of BERT's masked-word head, under transformers' names; its decoder is the table of words."""
+    generator = torch.Generator().manual_seed(1)
+    dense = torch.randn(shape.hidden, shape.hidden, generator=generator, dtype=torch.float32, device="cpu") * 0.02
+    ones, zeros = (torch.full((shape.hidden,), value, dtype=torch.float32, device="cpu") for value in (1.0, 0.0))
+    return {
+        HEAD + "dense.weight": dense, HEAD + "dense.bias": zeros, HEAD + "LayerNorm.weight": ones,
+        HEAD + "LayerNorm.bias": zeros, "cls.predictions.bias": zeros.new_zeros(shape.vocab),
+    }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -66,6 +78,12 @@ class Job:
         config, state = self.model
         bert = PlainBert(state, config.num_hidden_layers, config.num_attention_heads, config.layer_norm_eps)
         return bert.to(self.device, dtype).eval()
+
+    def plain_masked_lm(self, dtype: torch.dtype) -> PlainMaskedLM:
+        config, state = self.model
+        state = {**state, **head_of_masked_words(self.workload.model)}
+        model = PlainMaskedLM(state, config.num_hidden_layers, config.num_attention_heads, config.layer_norm_eps)
+        return model.to(self.device, dtype).train()
 
     def truth(self, dtype: torch.dtype) -> list[Tensor]:
         return [padded_run(self.plain(dtype), self, 8, by_length=True)()]

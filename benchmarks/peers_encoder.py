@@ -128,6 +128,19 @@ def _transformers(attention: str, size: int, by_length: bool, mode: str | None =
     return make
 
 
+def _plain(size: int, mode: str | None = None):
+    """BERT in plain torch, which every machine has that has torch."""
+
+    def make(job: Job) -> Run:
+        model = job.once("plain torch", lambda: job.plain(job.dtype))
+        if mode is not None:
+            options = torch._inductor.list_mode_options(mode)
+            model = torch.compile(model, dynamic=len(job.rows) > 1, options=options)
+        return padded_run(model, job, size, True)
+
+    return make
+
+
 # ---- runtimes of ONNX and OpenVINO graphs ----------------------------------------------------------------
 # A graph is exported once a model and run, whatever the batches; a session or compiled model once a case.
 
@@ -324,6 +337,9 @@ PEERS = (
     EncoderPeer("flash-attn BERT, packed, sorted, batches of 128", "flash-attn", peers_packed.flash_attn_bert(128),
                 GPU_ONLY),
     EncoderPeer("nn.TransformerEncoder nested, sorted, batches of 32", "torch", peers_packed.nested(32), single=False),
+    EncoderPeer("plain torch sdpa, sorted, batches of 32", "torch", _plain(32), GPU_ONLY),
+    EncoderPeer("torch.compile, plain torch sdpa, sorted, batches of 32", "torch.compile", _plain(32, "default"),
+                GPU_ONLY, package="torch", slow=True),
     EncoderPeer("transformers flex, sorted, batches of 32", "transformers", _transformers("flex_attention", 32, True),
                 GPU_ONLY),
     EncoderPeer("transformers sdpa, sorted, batches of 32", "transformers", _sdpa(32), CPU_ONLY, single=False,

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as tf
 from torch import Tensor, nn
 
+HEAD = "cls.predictions.transform."  # the head of masked words, as transformers names it
+
 
 class PlainBert(nn.Module):
     """Hidden states [B, S, C] of input_ids and attention_mask [B, S]. `state` has transformers' names."""
@@ -45,6 +47,25 @@ class PlainBert(nn.Module):
             h = tf.gelu(tf.linear(x, *self.of(layer + "intermediate.dense")))
             x = self.norm(tf.linear(h, *self.of(layer + "output.dense")) + x, layer + "output.LayerNorm")
         return x
+
+
+class PlainMaskedLM(PlainBert):
+    """The mean loss of masked words, given labels [B, S] (-100: none); logits of every token, as transformers has them.
+
+    `state` has transformers' names, those of the encoder without "bert.". Parameters have gradients.
+    """
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.requires_grad_()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
+        hidden = super().forward(input_ids, attention_mask)
+        hidden = self.norm(tf.gelu(tf.linear(hidden, *self.of(HEAD + "dense"))), HEAD + "LayerNorm")
+        table = self.weights["embeddings/word_embeddings/weight"]
+        logits = tf.linear(hidden, table, self.weights["cls/predictions/bias"])
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        return tf.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
 class PlainMeanBert(PlainBert):

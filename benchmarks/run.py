@@ -261,6 +261,8 @@ class _Progress:
                 figures += f"  {r['share_of_ceiling']:4.0%} of {r['bound_by']}"
             if r["over_floor"]:
                 figures += f"  {r['over_floor']:.2f}x floor"
+            if r.get("host_bound"):
+                figures += "  host-bound"
             if r["ratio_to_ours"]:
                 ratio = r["ratio_to_ours"]
                 figures += f"  {ratio['value']:.2f}x ours [{ratio['low']:.2f}, {ratio['high']:.2f}]"

@@ -27,6 +27,8 @@ CASES = (
     *((f"{model}_{rest}", priority, False) for model, priority in (("large", 60), ("minilm", 80))
       for rest in (*(REAL_TEXTS if model == "large" else ()), *(f"{b}x{s}" for b, s in GRID))),
 )  # fmt: skip
+# What a GPU also measures: 4k and 64k tokens in a batch.
+ON_GPUS = tuple((f"{model}_natural{n}", 4, False) for n in (64, 1024) for model in ("base", "large"))
 # What a CPU measures later: the large model takes a quarter of its time.
 LATER = {"large_natural": 39}
 FLOAT32 = {"base_natural": 8, "minilm_natural": 9, "large_natural": 100}
@@ -49,7 +51,7 @@ def build(
 
 def cases(device: torch.device, dtype: torch.dtype, quick: bool) -> Iterator[Case]:
     """A CPU leaves out sequences longer than it has tokens for, and also measures real lengths in float32."""
-    for name, priority, in_quick in CASES:
+    for name, priority, in_quick in (*CASES, *(ON_GPUS if device.type == "cuda" else ())):
         if quick and not in_quick:
             continue
         workload = workloads.fit(name, device, workloads.model_name(name), quick)

@@ -57,6 +57,19 @@ CASES: tuple[tuple[str, str, str, int, bool, dict[str, Any]], ...] = (
     ("embedding_layer_norm", BOTH, "base_natural", 37, False, {}),
     ("pool", FORWARD, "base_natural", 38, True, {}),
 )
+# What a GPU also measures: every length with 12 and with 16 heads, and few and many rows.
+ON_GPUS: tuple[tuple[str, str, str, int, bool, dict[str, Any]], ...] = (
+    *(("attention", direction, f"large_{size}", 34, False, {})
+      for size in ("256x128", "64x256", "16x1024", "8x2048", "4x4096") for direction in (FORWARD, BOTH)),
+    *(("attention", direction, name, 34, False, {})
+      for name in ("base_64x256", "large_natural", "base_sentences") for direction in (FORWARD, BOTH)),
+    ("attention", BOTH, "base_16x1024", 35, False, {"dropout_p": 0.1}),
+    *(("add_layer_norm", direction, name, 35, False, {})
+      for name in ("base_64x128", "base_512x128", "large_64x128", "large_512x128") for direction in (FORWARD, BOTH)),
+    *(("feed_forward", direction, name, 35, False, {})
+      for name in ("base_64x128", "base_512x128", "large_64x128") for direction in (FORWARD, BOTH)),
+    *(("linear_cross_entropy", BOTH, name, 35, False, {}) for name in ("base_16x128", "base_64x128")),
+)  # fmt: skip
 
 
 def work(
@@ -177,6 +190,6 @@ def _attention_rows(inputs, upstream, direction: str, device: torch.device) -> l
 
 
 def cases(device: torch.device, dtype: torch.dtype, quick: bool) -> Iterator[Case]:
-    for op, direction, name, priority, in_quick, options in CASES:
+    for op, direction, name, priority, in_quick, options in (*CASES, *(ON_GPUS if device.type == "cuda" else ())):
         if in_quick or not quick:
             yield build(op, direction, name, priority, in_quick, options, device=device, dtype=dtype, small=quick)

@@ -12,7 +12,7 @@ import functools
 import importlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from fastbert import functional as F
 from fastbert.testing import INPUTS, ModelShape, Workload
 
 from . import costs
+from .compile_cases import CompileCase, case_of
 
 KERNELS_PACKAGE = "fastbert.kernels."
 Config = Any  # a frozen dataclass of a kernel module; None: no kernel of its own
@@ -68,8 +69,7 @@ class Kernel:
     rung: Callable[[Config, Shape], str]  # as its module's ladder writes it
     allowed: Callable[[Config, Shape], bool] = lambda config, shape: True
     others: tuple[Config, ...] = ()  # configs outside the grid: the vendor library, or no kernel at all
-    compiled: Callable[[Shape], str] | None = None  # "module:how the names of its compile cases begin"
-    compile_seams: Mapping[str, Callable[[Any, Config], Any]] = field(default_factory=dict)
+    launches: Sequence[str] = ()  # names of the @triton.jit functions that the config launches
     width: int | None = None  # where none is asked for
     start: Callable[[Shape], Config] | None = None  # where the search begins if the current config is of no grid
 
@@ -109,10 +109,9 @@ def place(seam: str) -> tuple[Any, str]:
 
 
 @contextlib.contextmanager
-def using(kernel: Kernel, config: Config, compiling: bool = False) -> Iterator[None]:
-    """Launches of `kernel` (compiling: the cases of its module) take `config` inside the block."""
-    seams = {**kernel.seams, **(kernel.compile_seams if compiling else {})}
-    places = [(*place(seam), put) for seam, put in seams.items()]
+def using(kernel: Kernel, config: Config) -> Iterator[None]:
+    """Launches of `kernel` take `config` inside the block."""
+    places = [(*place(seam), put) for seam, put in kernel.seams.items()]
     before = [getattr(module, name) for module, name, _ in places]
     try:
         for (module, name, put), original in zip(places, before, strict=True):
@@ -123,15 +122,25 @@ def using(kernel: Kernel, config: Config, compiling: bool = False) -> Iterator[N
             setattr(module, name, original)
 
 
-def compile_cases(kernel: Kernel, config: Config, shape: Shape) -> list[Any]:
-    """What the offline compiler is to compile for this config; nothing where the module lists no such shape."""
-    if kernel.compiled is None or config is None or getattr(config, "vendor", False):
+# Sequences of one block, of one tile and longer, so that every kernel of attention has some.
+COMPILED_LENGTHS = (40, 100, 200)
+
+
+def compile_cases(kernel: Kernel, config: Config, shape: Shape) -> list[CompileCase]:
+    """What the kernel's work launches with this config on the shape's architecture: for the offline compiler.
+
+    Nothing where another kernel takes its part. Not in a process where Triton interprets.
+    """
+    if config is None or getattr(config, "vendor", False):
         return []
-    module, prefixes = kernel.compiled(shape).split(":")
-    with using(kernel, config, compiling=True):
-        cases = importlib.import_module(KERNELS_PACKAGE + module).compile_cases(shape.arch)
-    # cases of unaligned operands have a config of their own
-    return [c for c in cases if c.name.startswith(tuple(prefixes.split("|"))) and not c.name.endswith("-unaligned")]
+    from fastbert.emulator.driver import Launch, offline
+
+    job = kernel.job(replace(shape, lengths=COMPILED_LENGTHS, device=torch.device("cpu")))
+    seen: list[Launch] = []
+    with using(kernel, config), offline(shape.arch, seen.append, compiles=False):
+        job.run()
+    cases = [case_of(launch, kernel.name) for launch in seen if launch.name in kernel.launches]
+    return list({case.bound: case for case in cases}.values())
 
 
 # ---- work on operators -----------------------------------------------------------------------------------

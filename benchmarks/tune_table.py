@@ -29,10 +29,6 @@ def _attention(direction: str, batch: tuple[int, int], grid: Mapping[str, Sequen
         traits = frozenset({"dropout"} if shape.dropout else ())
         return attention_config(shape.model.head_dim, shape.dtype, shape.arch, direction, traits)
 
-    def compiled(shape: Shape) -> str:
-        form = "fp32" if shape.dtype == torch.float32 else "bf16,dropout" if shape.dropout else "bf16"
-        return f"attention:attention_{direction}[{form},D={shape.model.head_dim},"
-
     backward = direction.startswith("bwd")
 
     def start(shape: Shape) -> Config:
@@ -53,7 +49,7 @@ def _attention(direction: str, batch: tuple[int, int], grid: Mapping[str, Sequen
         lambda shape: operator_job(
             "attention", costs.BACKWARD if backward else costs.FORWARD, shape, dropout_p=shape.dropout
         ),
-        batch, rung, allowed, compiled=compiled, start=start, **more,
+        batch, rung, allowed, launches=(f"_attention_{direction}_kernel",), start=start, **more,
     )  # fmt: skip
 
 
@@ -121,7 +117,7 @@ def gemm_job(form: str, shape: Shape) -> Job:
         return (scale * torch.randn(size, generator=generator)).to(shape.device, shape.dtype)
 
     layout = form[:2]
-    a = random(m, k)
+    a = random(m, -(-k // 64) * 64)[:, :k]  # rows of whole 128 bytes, as the loss has them for any vocabulary
     b = random(m, n) if layout == "tn" else random(*((halves * n, k) if layout == "nt" else (k, n)), scale=k**-0.5)
     c = random(m, halves * n) if form.startswith("nn+") else random(halves * n, scale=0.1)
     operands = (a, b, c)
@@ -158,18 +154,6 @@ def _gemm(form: str) -> Kernel:
 
         return gemm_config(*gemm_sizes(form, shape), shape.dtype, shape.arch, layout, epilogue or "none")
 
-    def compiled(shape: Shape) -> str:
-        dtype = "fp32" if shape.dtype == torch.float32 else "bf16"
-        activation = "geglu" if epilogue.endswith("geglu") else "gelu"
-        names = {
-            "nt": f"linear[{dtype},nt", "nn": f"linear[{dtype},nn", "tn+accumulate": f"accumulate[{dtype},tn",
-            "nt+act": f"linear_act[{dtype},nt,gelu,h", "nt+geglu": f"linear_act[{dtype},nt,geglu,h",
-        }  # fmt: skip
-        return "_gemm:" + names.get(form, f"dact[{dtype},{activation}" if layout == "nn" else "none")
-
-    def rungs(_: Any, config: Config) -> Callable:
-        return lambda arch: dict.fromkeys(("act", "geglu", "dact"), ((0, 0, config),))
-
     def allowed(config: Config, shape: Shape) -> bool:
         accumulators = config.block_m * config.block_n * (2 if form == "nt+geglu" else 1)
         has_bulk = any(rung[-1].bulk for rungs in ladder_of(shape.arch).values() for rung in rungs)
@@ -196,8 +180,8 @@ def _gemm(form: str) -> Kernel:
         },
         functools.partial(gemm_job, form), (32, 512), rung, allowed,
         # nobody else adds 16-bit products onto a float32 matrix
-        () if form == "tn+accumulate" else (VENDOR,), compiled,
-        {"_gemm:ladder_of": rungs, "_gemm:accumulating": lambda _, config: lambda other: other},
+        () if form == "tn+accumulate" else (VENDOR,),
+        ("_dact_kernel" if epilogue.startswith("d") else "_linear_act_kernel",),
         start=lambda shape: own_config(*gemm_sizes(form, shape), shape.dtype, shape.arch, epilogue or "none"),
     )  # fmt: skip
 
@@ -206,14 +190,9 @@ def _gemm(form: str) -> Kernel:
 
 
 def _of_width(
-    name: str, seam: str, grid: Mapping[str, Sequence[Any]], op: str, directions: str, cases: str, **more: Any
+    name: str, seam: str, grid: Mapping[str, Sequence[Any]], op: str, directions: str, launches: str, **more: Any
 ) -> Kernel:
-    """A kernel whose config comes from the number of columns. `cases`: "module:prefixes" of its compile cases."""
-
-    def compiled(shape: Shape) -> str:
-        dtype = "fp32" if shape.dtype == torch.float32 else "bf16"
-        module, prefixes = cases.split(":")
-        return f"{module}:" + "|".join(f"{p}{dtype},N={shape.model.hidden}" for p in prefixes.split("|"))
+    """A kernel whose config comes from the number of columns."""
 
     def current(shape: Shape) -> Config:
         module, function = place(seam)
@@ -223,7 +202,7 @@ def _of_width(
         name, {seam: lambda _, config: lambda n_cols: config}, current, grid,
         lambda shape: operator_job(op, directions, shape), (32, 512),
         lambda config, shape: f"if n_cols <= {shape.model.hidden}:\n    return {written(config)}",
-        compiled=compiled, **more,
+        launches=launches.split(), **more,
     )  # fmt: skip
 
 
@@ -260,34 +239,34 @@ def kernels() -> dict[str, Kernel]:
         *(_gemm(form) for form in ("nt+act", "nn+dact", "nt", "nn", "tn", "tn+accumulate", "nt+geglu", "nn+dgeglu")),
         _of_width(
             "layer_norm_fwd", "layer_norm:norm_fwd_config", norm, "add_layer_norm", costs.FORWARD,
-            "layer_norm:add_layer_norm_fwd[",
+            "_add_norm_fwd_kernel",
         ),
         _of_width(
             "layer_norm_bwd", "layer_norm:norm_bwd_config", {**norm, "programs_per_sm": (1, 2, 4, 8, 16)},
-            "add_layer_norm", costs.BACKWARD, "layer_norm:add_layer_norm_bwd[",
+            "add_layer_norm", costs.BACKWARD, "_add_norm_bwd_kernel",
         ),
         _of_width(
             "embedding_fwd", "embedding:norm_fwd_config", norm, "embedding_layer_norm", costs.FORWARD,
-            "embedding:embedding_layer_norm_fwd[",
+            "_embedding_fwd_kernel",
         ),
         _of_width(
             "embedding_bwd", "embedding:embedding_bwd_config", {**norm, "programs_per_sm": (1, 2, 4, 8, 16)},
-            "embedding_layer_norm", costs.BACKWARD, "embedding:embedding_layer_norm_bwd[",
+            "embedding_layer_norm", costs.BACKWARD, "_embedding_bwd_kernel",
         ),
         _of_width(
             "embedding_scatter", "_scatter:scatter_config",
             {"chunk": (32, 64, 128), "block_m": (2, 4, 8), "block_n": (128, 256, 512, 1024), "num_warps": (1, 2, 4)},
-            "embedding_layer_norm", costs.BACKWARD, "_scatter:sum_chunks[|sum_table_rows[", allowed=_whole_chunks,
+            "embedding_layer_norm", costs.BACKWARD, "_sum_chunks_kernel _sum_table_rows_kernel", allowed=_whole_chunks,
         ),
         _of_width(
             "pool_fwd", "pooling:pool_fwd_config",
             {"chunk": (64, 128, 256), "block_m": (16, 32, 64), "block_n": (64, 128, 256), "num_warps": (2, 4, 8)},
-            "pool", costs.FORWARD, "pooling:pool_chunks[mean,", allowed=_whole_chunks,
+            "pool", costs.FORWARD, "_pool_chunks_kernel", allowed=_whole_chunks,
         ),
         _of_width(
             "pool_rows", "pooling:pool_row_config",
             {"chunk": (16, 32, 64), "block_m": (1, 2, 4, 8), "num_warps": _WARPS},
-            "pool", costs.BACKWARD, "pooling:pool_rows[mean,|pool_bwd[mean,", allowed=_whole_chunks,
+            "pool", costs.BACKWARD, "_pool_rows_kernel _pool_bwd_kernel", allowed=_whole_chunks,
         ),
         Kernel(
             "cross_entropy",
@@ -299,7 +278,7 @@ def kernels() -> dict[str, Kernel]:
             # a narrow model: at its usual width the products would hide the kernel
             lambda shape: operator_job("linear_cross_entropy", costs.BOTH, shape), (32, 128),
             lambda config, shape: f"BLOCK_V, NUM_WARPS = {config.block_v}, {config.num_warps}", width=64,
-            compiled=lambda shape: f"cross_entropy:cross_entropy[{'fp32' if shape.dtype == torch.float32 else 'bf16'}",
+            launches=("_cross_entropy_kernel",),
         ),
     ]  # fmt: skip
     return {kernel.name: kernel for kernel in found}

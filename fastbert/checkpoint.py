@@ -22,8 +22,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -205,6 +203,9 @@ def load_state_dict(folder: str | os.PathLike) -> dict[str, Tensor]:
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError  # here, so that whatever loads no checkpoint does without it
+    from safetensors.torch import load_file
+
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
@@ -255,6 +256,9 @@ def save_state_dict(
 
     Returns: the files written. Raises: CheckpointError where the folder cannot be written.
     """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
     folder = make_folder(folder)
     tensors = _without_aliases(state)
     shards = _split(tensors, _size_in_bytes(max_shard_size))

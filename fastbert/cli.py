@@ -113,11 +113,17 @@ def among_ranks() -> bool:
 
 @contextlib.contextmanager
 def _clean_up_when_terminated() -> Iterator[None]:
-    """SIGTERM unwinds the stack as Ctrl-C does, so that no temporary file stays behind."""
+    """SIGTERM unwinds the stack as Ctrl-C does, so that no temporary file stays behind.
+
+    Where this process was started with SIGTERM ignored, it stays ignored, as Python leaves SIGINT then.
+    """
 
     def leave(signum: int, frame: Any) -> NoReturn:
         raise SystemExit(128 + signum)
 
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:
+        yield
+        return
     try:
         before = signal.signal(signal.SIGTERM, leave)
     except ValueError:  # not the main thread: whoever runs us there minds the signals

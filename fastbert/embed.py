@@ -7,10 +7,10 @@ import time
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from . import checkpoint
 from . import functional as F
@@ -19,7 +19,9 @@ from .kernels import _int8
 from .layers import prepack, quantise
 from .models.bert import BertModel
 from .packing import PackedBatch
-from .tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # whoever brings ids, as the benchmarks do, does without the tokenizers library
+    from .tokenizer import Tokenizer
 
 POOLING = (*F.POOLING_MODES, "pooler")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -214,6 +216,8 @@ class Encoder:
 
         Raises: CheckpointError and ValueError, with messages of one line.
         """
+        from .tokenizer import Tokenizer
+
         folder = checkpoint.resolve(id_or_path)
         sentence = SentenceConfig.from_folder(folder)
         device = resolve_device(device)
@@ -274,6 +278,8 @@ class Encoder:
                 One text longer than that is a batch of its own.
             progress: show a bar of texts done.
         """
+        from tqdm import tqdm
+
         if isinstance(texts, str):
             return self.encode([texts], max_tokens_per_batch=max_tokens_per_batch)[0]
         count = len(texts) if isinstance(texts, Sized) else None

@@ -10,18 +10,21 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from . import functional
 from .kernels import _device
-from .kernels._assembler import assembler
-from .testing import INPUTS, MODELS, Check, ModelShape, check_op
+from .testing import INPUTS, MODELS, Check, ModelShape, allowed_factor, check_op
 
 # operator -> case -> options of its inputs; together they touch every branch a kernel has
 CASES: dict[str, dict[str, dict]] = {
@@ -80,8 +83,59 @@ ROOMY = 40 * 2**30
 NARROW = ModelShape(hidden=256, heads=4, intermediate=1024, layers=1)
 SHAPES = ("auto", "small", "real")
 LONG = 1024  # no additive bias for sequences beyond this: the reference would hold it in float64, several times
-# Triton's interpreter casts float32 to bf16 by truncation, where hardware rounds to nearest: twice the error.
-INTERPRETED_BF16_FACTOR = 4.0
+
+
+@dataclass(frozen=True)
+class Task:
+    """One case of an operator in one dtype at one shape: what a process is given to check."""
+
+    op: str
+    dtype: str
+    case: str  # of CASES[op]
+    model: ModelShape
+    lengths: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.case}, {self.model.hidden} wide, {sum(self.lengths)} tokens"
+
+    def inputs(self) -> dict:
+        return _inputs(self.op, self.model, self.lengths, **CASES[self.op][self.case])
+
+    @property
+    def needs(self) -> int:
+        """Bytes of the device that it may take, by measurements of the float64 reference and its gradients."""
+        m, tokens = self.model, sum(self.lengths)
+        if self.op.startswith("attention"):
+            scores = m.heads * sum(n * n for n in self.lengths)
+            elements = 4 * tokens * m.hidden + scores * (2 if "bias" in CASES[self.op][self.case] else 1)
+        else:
+            elements = tokens * (4 * m.hidden + 3 * m.intermediate) + m.vocab * m.hidden
+            elements += tokens * m.vocab if self.op == "linear_cross_entropy" else 0
+        return 64 * elements + 2**30
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a task: a check a tensor, or in `message` why there are none."""
+
+    task: Task
+    checks: tuple[Check, ...] = ()
+    seconds: float = 0.0
+    message: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return not self.message and all(check.passed for check in self.checks)
+
+    def as_json(self) -> dict:
+        """JSON has no NaN and no infinity: null."""
+        t = self.task
+        checks = [{**asdict(c), "passed": c.passed} for c in self.checks]
+        return {
+            "op": t.op, "dtype": t.dtype, "case": t.case, "hidden": t.model.hidden, "heads": t.model.heads,
+            "lengths": list(t.lengths), "passed": self.passed, "seconds": round(self.seconds, 3),
+            "message": self.message, "checks": [{k: _plain(v) for k, v in c.items()} for c in checks],
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -113,8 +167,9 @@ def verify(
         impl: which implementation is held to the reference; "triton" on a CPU needs TRITON_INTERPRET=1.
         shapes: "real", BERT-base and -large, 1 to 4,096 tokens a sequence; "small"; "auto" is real on a GPU.
     """
-    steps = _verify(ops or tuple(CASES), dtypes or tuple(DTYPES), _pick(device), impl, shapes)
-    return [row for rows in steps for row in rows]
+    device = _pick(device)
+    found = [check(task, device, impl) for task in tasks(ops or tuple(CASES), dtypes or tuple(DTYPES), device, shapes)]
+    return worst(found)
 
 
 def _pick(device: str | torch.device | None) -> torch.device:
@@ -130,39 +185,54 @@ def _shapes(name: str, device: torch.device) -> tuple[tuple[ModelShape, tuple[in
     return tuple((NARROW if max(n) > LONG and memory < ROOMY else model, n) for model, n in REAL)
 
 
-def _verify(
-    ops: Sequence[str], dtypes: Sequence[str], device: torch.device, impl: str, shapes: str
-) -> Iterator[list[Row]]:
-    chosen = _shapes(shapes, device)
-    for op in ops:
-        for dtype in dtypes:
-            yield _rows(op, dtype, device, impl, chosen)
+def tasks(ops: Sequence[str], dtypes: Sequence[str], device: torch.device, shapes: str = "auto") -> list[Task]:
+    """All there is to check, dtype by dtype."""
+    return [
+        Task(op, dtype, case, model, lengths)
+        for dtype in dtypes
+        for op in ops
+        for model, lengths in _shapes(shapes, device)
+        for case, options in CASES[op].items()
+        if not (max(lengths) > LONG and "bias" in options)
+    ]
 
 
-def _rows(op: str, dtype: str, device: torch.device, impl: str, shapes) -> list[Row]:
-    interpreted_bf16 = dtype == "bf16" and impl == "triton" and device.type == "cpu"
-    factor = INTERPRETED_BF16_FACTOR if interpreted_bf16 else 2.0
-    worst: dict[str, tuple[str, Check]] = {}
-    for model, lengths in shapes:
-        for name, options in CASES[op].items():
-            if max(lengths) > LONG and "bias" in options:
-                continue
-            case = f"{name}, {model.hidden} wide, {sum(lengths)} tokens"
-            try:
-                checks = check_op(
-                    op, _inputs(op, model, lengths, **options), DTYPES[dtype], device, impl=impl, factor=factor
-                )
-            except Exception as error:  # an operator that raises has failed; the others still run
-                message = f"{type(error).__name__}: {error}".splitlines()[0]
-                nothing = (case, "", float("nan"), float("nan"), False, message)
-                return [Row(op, dtype, direction, *nothing) for direction in ("forward", "backward")]
-            for check in checks:
-                direction = "forward" if check.name.startswith("out") else "backward"
-                if direction not in worst or _badness(check) > _badness(worst[direction][1]):
-                    worst[direction] = (case, check)
+def check(task: Task, device: torch.device, impl: str) -> Result:
+    """Checks one task here. An operator that raises has failed, and that is its result."""
+    factor = allowed_factor(DTYPES[task.dtype]) if impl == "triton" else 2.0
+    began, checks, message = time.perf_counter(), (), ""
+    try:
+        checks = tuple(check_op(task.op, task.inputs(), DTYPES[task.dtype], device, impl=impl, factor=factor))
+    except Exception as error:
+        message = f"{type(error).__name__}: {error}".splitlines()[0]
+    return Result(task, checks, time.perf_counter() - began, message)
+
+
+def worst(results: Iterable[Result]) -> list[Row]:
+    """Of each operator and dtype, in the order of CASES, the rows of both directions."""
+    groups: dict[tuple[str, str], list[Result]] = {}
+    for result in results:
+        groups.setdefault((result.task.op, result.task.dtype), []).append(result)
+    ops = tuple(CASES)
+    return [row for key in sorted(groups, key=lambda key: ops.index(key[0])) for row in _rows(groups[key])]
+
+
+def _rows(results: Sequence[Result]) -> list[Row]:
+    """The two rows of one operator and dtype: those that raised are the worst."""
+    op, dtype = results[0].task.op, results[0].task.dtype
+    raised = next((result for result in results if result.message), None)
+    if raised is not None:
+        nothing = (str(raised.task), "", float("nan"), float("nan"), False, raised.message)
+        return [Row(op, dtype, direction, *nothing) for direction in ("forward", "backward")]
+    found: dict[str, tuple[str, Check]] = {}
+    for result in results:
+        for check in result.checks:
+            direction = "forward" if check.name.startswith("out") else "backward"
+            if direction not in found or _badness(check) > _badness(found[direction][1]):
+                found[direction] = (str(result.task), check)
     return [
         Row(op, dtype, direction, case, check.name, check.error, check.budget, check.passed)
-        for direction, (case, check) in worst.items()
+        for direction, (case, check) in found.items()
     ]
 
 
@@ -174,6 +244,10 @@ def _inputs(op: str, model: ModelShape, lengths: Sequence[int], *, cross: bool =
 
 def _badness(check: Check) -> float:
     return check.error / check.budget
+
+
+def _plain(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # ---- command line ----------------------------------------------------------------------------------------
@@ -192,6 +266,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="real: BERT-base and -large, 1 to 4,096 tokens a sequence; small; default auto: real on a GPU",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument(
+        "--json-lines", metavar="FILE", type=Path, help="append a line of JSON there for each case, once it is known"
+    )
+    parser.add_argument(
+        "--jobs", metavar="N", type=int,
+        help="share the cases among N processes; one that crashes, or loses the GPU, costs only its own case",
+    )  # fmt: skip
+    parser.add_argument(
+        "--case-seconds",
+        metavar="S",
+        type=float,
+        default=300.0,
+        help="with --jobs: a case that takes longer has failed, and its process is ended (default: 300)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -207,10 +295,14 @@ def run(args: argparse.Namespace) -> int:
             print(f"fastbert verify: {reason}; --impl native checks the CPU operators", file=sys.stderr)
             return 2
         return _again_interpreted(args)
-    ops, dtypes = args.op or tuple(CASES), args.dtype or tuple(DTYPES)
-    rows = _run_with_progress(ops, dtypes, device, args.impl, args.shapes)
+    if args.jobs is not None and args.jobs < 1:
+        print(f"fastbert verify: --jobs must be at least 1, got {args.jobs}", file=sys.stderr)
+        return 2
+    work = tasks(args.op or tuple(CASES), args.dtype or tuple(DTYPES), device, args.shapes)
+    found = _run_with_progress(work, device, args)
+    rows = worst(found)
     notes = _notes(device, args.impl, rows)
-    whole = len(rows) == 2 * len(ops) * len(dtypes)
+    whole = len(found) == len(work)
     if not whole:
         notes.append("Interrupted: this is not all.")
     if args.json:
@@ -228,29 +320,40 @@ def _again_interpreted(args: argparse.Namespace) -> int:
     command += [word for op in args.op or () for word in ("--op", op)]
     command += [word for dtype in args.dtype or () for word in ("--dtype", dtype)]
     command += ["--json"] if args.json else []
+    command += [] if args.json_lines is None else ["--json-lines", str(args.json_lines)]
+    command += [] if args.jobs is None else ["--jobs", str(args.jobs), "--case-seconds", str(args.case_seconds)]
     return subprocess.call(command, env=os.environ | {"TRITON_INTERPRET": "1"})
 
 
-def _run_with_progress(
-    ops: Sequence[str], dtypes: Sequence[str], device: torch.device, impl: str, shapes: str
-) -> list[Row]:
-    """The rows, those before Ctrl-C where it came."""
-    from tqdm import tqdm
+def _run_with_progress(work: Sequence[Task], device: torch.device, args: argparse.Namespace) -> list[Result]:
+    """The results, those before Ctrl-C where it came; each is in --json-lines at once."""
+    results = _results_of(work, device, args)
+    if sys.stderr.isatty():
+        from tqdm import tqdm
 
-    steps, rows = _verify(ops, dtypes, device, impl, shapes), []
-    total = len(ops) * len(dtypes)
-    with contextlib.suppress(KeyboardInterrupt, SystemExit):  # Ctrl-C, and SIGTERM as the command line takes it
-        for found in tqdm(steps, total=total, unit="check", disable=not sys.stderr.isatty(), leave=False):
-            rows += found
-    return rows
+        results = tqdm(results, total=len(work), unit="case", leave=False)
+    found: list[Result] = []
+    lines = contextlib.nullcontext() if args.json_lines is None else args.json_lines.open("a", encoding="utf-8")
+    # Ctrl-C, and SIGTERM as the command line takes it
+    with contextlib.suppress(KeyboardInterrupt, SystemExit), lines as file:
+        for result in results:
+            found.append(result)
+            if file is not None:
+                print(json.dumps(result.as_json(), allow_nan=False), file=file, flush=True)
+    return found
+
+
+def _results_of(work: Sequence[Task], device: torch.device, args: argparse.Namespace) -> Iterator[Result]:
+    if args.jobs is None:
+        return (check(task, device, args.impl) for task in work)
+    from . import verify_jobs
+
+    return verify_jobs.share_out(work, args.jobs, device, args.impl, args.case_seconds)
 
 
 def _describe(device: torch.device) -> str:
-    if device.type != "cuda":
-        return f"CPU, torch {torch.__version__}"
-    arch = _device.arch(device.index)
-    assembled = f", {assembler(arch)}" if _device.HAS_TRITON and arch.startswith("sm_") else ""
-    return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}{assembled}"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    return f"{name}, torch {torch.__version__}"
 
 
 def _notes(device: torch.device, impl: str, rows: Sequence[Row]) -> list[str]:
@@ -260,14 +363,14 @@ def _notes(device: torch.device, impl: str, rows: Sequence[Row]) -> list[str]:
     if any(row.dtype == "bf16" for row in rows):
         notes.append(
             f"The interpreter truncates where it casts to bf16 (hardware rounds): bf16 may err "
-            f"{INTERPRETED_BF16_FACTOR:g} times as much as plain torch here, instead of twice."
+            f"{allowed_factor(torch.bfloat16):g} times as much as plain torch here, instead of twice."
         )
     return notes
 
 
 def _results(rows: Sequence[Row]) -> dict:
     """JSON has no NaN: an operator that raised has null for its error and budget."""
-    plain = [{k: None if v != v or v == float("inf") else v for k, v in asdict(row).items()} for row in rows]
+    plain = [{k: _plain(v) for k, v in asdict(row).items()} for row in rows]
     return {"passed": all(row.passed for row in rows), "rows": plain}
 
 

@@ -85,7 +85,7 @@ class EncoderPool:
     def close(self) -> None:
         """Ends the workers, whatever they are at."""
         for process in self.processes:
-            process.terminate()
+            process.kill()  # SIGTERM may be ignored since this process was, and they have nothing to tidy up
         for process in self.processes:
             process.join()
         for pipe in self.pipes:

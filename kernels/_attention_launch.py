@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import triton
@@ -23,6 +25,7 @@ from ._attention_short import (
     _attention_fwd_heads_kernel,
     _attention_fwd_tile_kernel,
 )
+from ._launch import Plan
 from ._random import keep_threshold
 
 LOG2_E = 1.4426950408889634
@@ -86,164 +89,184 @@ def unit_stride(*tensors: Tensor) -> list[Tensor]:
     return [t if t.stride(-1) == 1 else t.contiguous() for t in tensors]
 
 
-def _shared_arguments(
-    q, k, v, spans_q, spans_k, bias, mask, alibi_slopes, cos, sin, seed, sequence_ids,
-    window_left, window_right, dropout_p, stream, scale,
-) -> dict:  # fmt: skip
-    """What every kernel here takes: inputs, their strides, sizes and flags, by name."""
+class _Options(NamedTuple):
+    """What an operator's call says beside q, k, v, the spans and the schedule, in the order of its schema."""
+
+    bias: Tensor | None
+    mask: Tensor | None
+    alibi_slopes: Tensor | None
+    cos: Tensor | None
+    sin: Tensor | None
+    seed: Tensor | None
+    sequence_ids: Tensor | None
+    window_left: int
+    window_right: int
+    dropout_p: float
+    stream: int
+    scale: float
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """What the plans name _MODIFIERS."""
+        mask = None if self.mask is None else self.mask.view(torch.uint8)
+        return self.bias, mask, self.alibi_slopes, self.cos, self.sin, self.seed, self.sequence_ids
+
+    def traits(self, q: Tensor, k: Tensor) -> _Traits:
+        return _Traits(
+            _device.arch(q.device.index), q.dtype, q.shape[-2], k.shape[-2], q.shape[-1], q.dim() == 4,
+            None if self.bias is None else _broadcast_strides(self.bias),
+            None if self.mask is None else _broadcast_strides(self.mask),
+            self.alibi_slopes is not None,
+            None if self.cos is None else (self.cos.stride(0), self.sin.stride(0)),
+            min(self.window_left, self.window_right) < UNBOUNDED,
+            self.dropout_p, self.sequence_ids is not None, self.scale,
+        )  # fmt: skip
+
+
+class _Traits(NamedTuple):
+    """What a launch's plans depend on, beside the strides of q, k and v. One value for all batches of a model."""
+
+    arch: str
+    dtype: torch.dtype
+    heads: int
+    kv_heads: int
+    head_dim: int
+    padded: bool
+    bias: tuple[int, ...] | None  # strides
+    mask: tuple[int, ...] | None
+    alibi: bool
+    rotary: tuple[int, int] | None
+    window: bool
+    dropout_p: float
+    ids: bool
+    scale: float
+
+    def of_config(self) -> frozenset[str]:
+        """What `attention_config` has to know."""
+        modified = self.bias or self.mask or self.alibi or self.window or self.rotary
+        has = {"modified": modified, "dropout": self.dropout_p > 0.0, "grouped": self.heads > self.kv_heads}
+        return frozenset(trait for trait, present in has.items() if present)
+
+    def is_plain(self) -> bool:
+        """Whether the kernels of `_attention_short.py` take it: packed, unmodified scores, a key head a query head."""
+        return not self.padded and self.of_config() <= {"dropout"}
+
+
+def _broadcast_strides(t: Tensor) -> tuple[int, ...]:
+    """Strides of bias or mask [B, H, Sq, Sk]: a dimension of one is shared by all sequences or heads.
+
+    One column has the stride of many, since Triton compiles anew for a stride of one.
+    """
+    steps = [0 if n == 1 else step for n, step in zip(t.shape, t.stride(), strict=True)]
+    return *steps[:3], 1 if t.shape[3] == 1 else steps[3]
+
+
+def _row_strides(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, ...]:
+    """Strides of sequence, token and head of each; packed tensors have no sequence stride: cu_seqlens says where."""
     padded = q.dim() == 4
-    arguments = {
-        "q_ptr": q, "k_ptr": k, "v_ptr": v, "spans_q_ptr": spans_q, "spans_k_ptr": spans_k,
-        "bias_ptr": bias, "mask_ptr": None if mask is None else mask.view(torch.uint8), "slopes_ptr": alibi_slopes,
-        "cos_ptr": cos, "sin_ptr": sin, "seed_ptr": seed, "sequence_ids_ptr": sequence_ids,
-        "stride_cos": 0 if cos is None else cos.stride(0), "stride_sin": 0 if sin is None else sin.stride(0),
-        "n_heads": q.shape[-2], "width_q": q.shape[-3],
-        "scale_log2": scale * LOG2_E, "keep_scale": 1.0 / (1.0 - dropout_p),
-        "stream_id": stream, "threshold": keep_threshold(dropout_p),
-        "window_left": window_left, "window_right": window_right,
-        "PADDED": padded, "GROUP": q.shape[-2] // k.shape[-2],
-        "HAS_BIAS": bias is not None, "HAS_MASK": mask is not None, "HAS_ALIBI": alibi_slopes is not None,
-        "HAS_WINDOW": min(window_left, window_right) < UNBOUNDED, "HAS_ROTARY": cos is not None,
-        "HAS_DROPOUT": dropout_p > 0.0, "HAS_IDS": sequence_ids is not None,
-        "HEAD_DIM": q.shape[-1], "BLOCK_D": max(16, triton.next_power_of_2(q.shape[-1])),
-        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",  # means nothing for 16-bit types
+    return tuple(n for t in (q, k, v) for n in (t.stride(0) if padded else 0, t.stride(-3), t.stride(-2)))
+
+
+# the tensors and numbers of a call, as the kernels name them
+_INPUTS = "q_ptr k_ptr v_ptr spans_q_ptr spans_k_ptr"
+_MODIFIERS = "bias_ptr mask_ptr slopes_ptr cos_ptr sin_ptr seed_ptr sequence_ids_ptr"
+_DROPOUT = "seed_ptr sequence_ids_ptr"
+_WINDOW = "window_left window_right"
+_STRIDES = tuple(f"stride_{name}{axis}" for name in "qkv" for axis in "bth")
+
+
+def _plan(
+    kernel, tensors: str, numbers: str, config: AttentionConfig, traits: _Traits, strides: tuple[int, ...], **more
+) -> Plan:
+    """A plan with those of the constants that the kernel takes."""
+    constants = dict(zip(_STRIDES, strides, strict=True))
+    for name, steps in (("bias", traits.bias), ("mask", traits.mask)):
+        constants |= dict(zip((f"stride_{name}_{axis}" for axis in "bhqk"), steps or (0,) * 4, strict=True))
+    stride_cos, stride_sin = traits.rotary or (0, 0)
+    constants |= {
+        "stride_cos": stride_cos, "stride_sin": stride_sin, "n_heads": traits.heads,
+        "scale": traits.scale, "scale_log2": traits.scale * LOG2_E,
+        "keep_scale": 1.0 / (1.0 - traits.dropout_p), "threshold": keep_threshold(traits.dropout_p),
+        "PADDED": traits.padded, "GROUP": traits.heads // traits.kv_heads,
+        "HAS_BIAS": traits.bias is not None, "HAS_MASK": traits.mask is not None, "HAS_ALIBI": traits.alibi,
+        "HAS_WINDOW": traits.window, "HAS_ROTARY": traits.rotary is not None,
+        "HAS_DROPOUT": traits.dropout_p > 0.0, "HAS_IDS": traits.ids, "SHORT": SHORT,
+        "HEAD_DIM": traits.head_dim, "BLOCK_D": max(16, triton.next_power_of_2(traits.head_dim)),
+        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
+        "PRECISION": "ieee" if traits.dtype == torch.float32 else "tf32",  # means nothing for 16-bit types
+        **more,
     }  # fmt: skip
-    for name, t in (("q", q), ("k", k), ("v", v)):
-        # packed tensors have no sequence stride: cu_seqlens says where a sequence begins
-        arguments[f"stride_{name}b"] = t.stride(0) if padded else 0
-        arguments[f"stride_{name}t"], arguments[f"stride_{name}h"] = t.stride(-3), t.stride(-2)
-    for name, t in (("bias", bias), ("mask", mask)):
-        # a dimension of one is shared by all sequences or heads
-        strides = [0] * 4 if t is None else [0 if n == 1 else step for n, step in zip(t.shape, t.stride(), strict=True)]
-        arguments.update(zip((f"stride_{name}_{axis}" for axis in "bhqk"), strides, strict=True))
-    return arguments
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One kernel launch, ready to run, or to be compiled without a device (`compile_cases`)."""
-
-    kernel: triton.runtime.JITFunction
-    n_programs: int
-    config: AttentionConfig
-    arguments: dict
-
-    def run(self) -> None:
-        if self.n_programs == 0:
-            return
-        self.kernel[(self.n_programs,)](
-            **self.arguments,
-            BLOCK_M=self.config.block_m,
-            BLOCK_N=self.config.block_n,
-            num_warps=self.config.num_warps,
-            num_stages=self.config.num_stages,
-            **self.config.options,
-        )
-
-
-def _launch(kernel, n_programs: int, config: AttentionConfig | None, arguments: dict) -> Launch:
-    """A launch with those of the arguments that the kernel takes."""
     taken = set(kernel.arg_names)
-    return Launch(kernel, n_programs, config, {name: value for name, value in arguments.items() if name in taken})
+    constants = {name: value for name, value in constants.items() if name in taken}
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, **config.options}
+    return Plan(kernel, tensors, numbers, constants, **options)
 
 
-def _traits(arguments: dict) -> frozenset[str]:
-    """What `attention_config` has to know of a launch's options."""
-    is_modified = any(arguments[f"HAS_{option}"] for option in ("BIAS", "MASK", "ALIBI", "WINDOW", "ROTARY"))
-    has = {"modified": is_modified, "dropout": arguments["HAS_DROPOUT"], "grouped": arguments["GROUP"] > 1}
-    return frozenset(trait for trait, present in has.items() if present)
+# ---- forward
 
 
-def _parts(schedule: Tensor, batch: int, longest: int, has_short: bool) -> tuple[dict, int, dict, int]:
-    """(where, number of entries) for the kernels with loops, then for those of short sequences, if there are such."""
-    n_long = schedule.shape[0] - batch
-    long = {"schedule_ptr": schedule, "first_entry": 0, "TILE": TILE}
-    if not has_short:
-        return long, schedule.shape[0], {}, 0
-    short = {"schedule_ptr": schedule, "first_entry": n_long, "TILE": SHORT}
-    return long, n_long if longest > SHORT else 0, short, batch
+class _Forward(NamedTuple):
+    """Plans of the kernel with a loop, of the one for a tile, of the one for short sequences; None: the first does."""
+
+    loop: Plan
+    programs: int  # of the kernel with a loop, an entry of the schedule
+    tile: Plan | None
+    short: Plan | None
+    plain: bool
 
 
-def _is_plain(arguments: dict) -> bool:
-    """Whether the kernels of `_attention_short.py` take it: packed, scores as they are, a key head a query head."""
-    return not arguments["PADDED"] and _traits(arguments) <= {"dropout"}
-
-
-def plan_forward(arch, o, lse, q, k, v, spans_q, spans_k, schedule, longest, *options) -> list[Launch]:
-    heads, head_dim = q.shape[-2:]
-    arguments = _shared_arguments(q, k, v, spans_q, spans_k, *options)
-    arguments |= {"o_ptr": o, "lse_ptr": lse, "SHORT": SHORT}
-    traits, plain = _traits(arguments), _is_plain(arguments)
+@functools.lru_cache(1024)
+def _forward_plans(config_of: Callable, traits: _Traits, strides: tuple[int, ...]) -> _Forward:
+    """config_of: `attention_config`."""
+    plain = traits.is_plain()
     config, of_short, of_tile = (
-        attention_config(head_dim, q.dtype, arch, direction, traits)
+        config_of(traits.head_dim, traits.dtype, traits.arch, direction, traits.of_config())
         for direction in ("fwd", "fwd_heads" if plain else "fwd_short", "fwd_tile")
     )
     of_tile = of_tile if plain else None
-    long, n_long, short, n_short = _parts(schedule, _batch(q, spans_q), longest, of_short is not None)
-    arguments["SKIP"] = TILE if of_tile else 0
-    n_loop = n_long * (TILE // config.block_m) * heads if of_tile is None or longest > TILE else 0
-    short_kernel = _attention_fwd_heads_kernel if plain else _attention_fwd_kernel
-    return [
-        _launch(_attention_fwd_kernel, n_loop, config, arguments | long),
-        _launch(_attention_fwd_tile_kernel, n_long * heads if of_tile else 0, of_tile, arguments | long),
-        _launch(short_kernel, n_short * heads, of_short, arguments | short),
-    ]
+    full, plain_tensors = (f"{_INPUTS} schedule_ptr {options} o_ptr lse_ptr" for options in (_MODIFIERS, _DROPOUT))
+    numbers = "first_entry width_q stream_id"
+    skip = {"SKIP": TILE if of_tile else 0}
+    loop = _plan(_attention_fwd_kernel, full, f"{numbers} {_WINDOW}", config, traits, strides, TILE=TILE, **skip)
+    tile = short = None
+    if of_tile:
+        tile = _plan(_attention_fwd_tile_kernel, plain_tensors, numbers, of_tile, traits, strides, TILE=TILE)
+    if of_short and plain:
+        short = _plan(_attention_fwd_heads_kernel, plain_tensors, numbers, of_short, traits, strides, TILE=SHORT)
+    elif of_short:
+        short = _plan(
+            _attention_fwd_kernel, full, f"{numbers} {_WINDOW}", of_short, traits, strides, TILE=SHORT, **skip
+        )
+    return _Forward(loop, TILE // config.block_m * traits.heads, tile, short, plain)
 
 
-def plan_backward(
-    arch, dq, dk, dv, delta, do, dlse, o, lse, q, k, v, spans_q, spans_k, schedule_q, schedule_k, longest, *options
-) -> list[Launch]:
-    """dq before dk and dv: it also writes delta, which they read."""
-    heads, kv_heads, head_dim = q.shape[-2], k.shape[-2], q.shape[-1]
-    arguments = _shared_arguments(q, k, v, spans_q, spans_k, *options)
-    arguments |= {"lse_ptr": lse, "do_ptr": do, "delta_ptr": delta, "scale": options[-1], "SHORT": SHORT}
-    arguments |= {"o_ptr": o, "dlse_ptr": dlse, "HAS_DLSE": dlse is not None}
-    arguments |= {"dq_ptr": dq, "dk_ptr": dk, "dv_ptr": dv, "width_k": k.shape[-3]}
-
-    traits, plain = _traits(arguments), _is_plain(arguments)
-    of_dq, of_dkv, of_short, of_tile = (
-        attention_config(head_dim, q.dtype, arch, direction, traits)
-        for direction in ("bwd_dq", "bwd_dkv", "bwd_heads" if plain else "bwd_short", "bwd_tile")
-    )
-    of_tile = of_tile if plain else None
-    batch = _batch(q, spans_q)
-    long_q, n_long_q, short, n_short = _parts(schedule_q, batch, longest, of_short is not None)
-    long_k, n_long_k, _, _ = _parts(schedule_k, batch, longest, of_short is not None)
-    arguments["SKIP"] = TILE if of_tile else 0
-    # Does any sequence need the kernels with loops? Keys without rows do too, which only cross-attention can have.
-    is_cross = schedule_q.data_ptr() != schedule_k.data_ptr()
-    is_longer = of_tile is None or longest > TILE or is_cross
-    n_dq = n_long_q * (TILE // of_dq.block_m) * heads if is_longer else 0
-    n_dkv = n_long_k * (TILE // of_dkv.block_n) * kv_heads if is_longer else 0
-    short_kernel = _attention_bwd_heads_kernel if plain else _attention_bwd_short_kernel
-    return [
-        _launch(_attention_bwd_dq_kernel, n_dq, of_dq, arguments | long_q),
-        _launch(_attention_bwd_dkv_kernel, n_dkv, of_dkv, arguments | long_k),
-        _launch(_attention_bwd_tile_kernel, n_long_q * heads if of_tile else 0, of_tile, arguments | long_q),
-        _launch(short_kernel, n_short * kv_heads, of_short, arguments | short),
-    ]
-
-
-def plan_backward_bias(arch, dbias, do, lse, delta, q, k, v, spans_q, spans_k, bias, *options) -> Launch:
-    planes_b, planes_h, rows, cols = bias.shape
-    arguments = _shared_arguments(q, k, v, spans_q, spans_k, bias, *options)
-    config = attention_config(q.shape[-1], q.dtype, arch, "bwd_bias", _traits(arguments))
-    return Launch(
-        _attention_bwd_bias_kernel,
-        planes_b * planes_h * triton.cdiv(rows, config.block_m) * triton.cdiv(cols, config.block_n),
-        config,
-        arguments
-        | {"lse_ptr": lse, "do_ptr": do, "delta_ptr": delta, "dbias_ptr": dbias}
-        | {"bias_rows": rows, "bias_cols": cols, "batch": _batch(q, spans_q)}
-        | {"OF_BATCH": planes_b == 1, "OF_HEADS": planes_h == 1},
-    )
-
-
-def launch_forward(q, k, v, *rest):
+def launch_forward(q, k, v, spans_q, spans_k, schedule, longest, *given):
     o, lse = forward_outputs(q)
-    for launch in plan_forward(_device.arch(q.device.index), o, lse, *unit_stride(q, k, v), *rest):
-        launch.run()
+    q, k, v = unit_stride(q, k, v)
+    options = _Options(*given)
+    plans = _forward_plans(attention_config, options.traits(q, k), _row_strides(q, k, v))
+    heads = q.shape[-2]
+    n_long, n_short = _parts(schedule, _batch(q, spans_q), longest, plans.short is not None)
+
+    inputs, outputs = (q, k, v, spans_q, spans_k, schedule), (o, lse)
+    full = (*inputs, *options.tensors(), *outputs)
+    dropout = (*inputs, options.seed, options.sequence_ids, *outputs)
+    numbers, window = (q.shape[-3], options.stream), (options.window_left, options.window_right)
+    if n_long and (plans.tile is None or longest > TILE):
+        plans.loop((n_long * plans.programs,), full, (0, *numbers, *window))
+    if n_long and plans.tile is not None:
+        plans.tile((n_long * heads,), dropout, (0, *numbers))
+    if n_short and plans.plain:
+        plans.short((n_short * heads,), dropout, (schedule.shape[0] - n_short, *numbers))
+    elif n_short:
+        plans.short((n_short * heads,), full, (schedule.shape[0] - n_short, *numbers, *window))
     return o, lse
+
+
+def _parts(schedule: Tensor, batch: int, longest: int, has_short: bool) -> tuple[int, int]:
+    """Entries for the kernels with loops, then for those of short sequences, if there are such."""
+    if not has_short:
+        return schedule.shape[0], 0
+    return schedule.shape[0] - batch if longest > SHORT else 0, batch
 
 
 def forward_outputs(q, *_):
@@ -253,11 +276,91 @@ def forward_outputs(q, *_):
     return q.new_empty(q.shape), q.new_empty(lse_shape, dtype=torch.float32)
 
 
-def launch_backward(do, dlse, o, lse, q, k, v, *rest):
-    outputs = backward_outputs(do, dlse, o, lse, q, k, v)
+# ---- backward
+
+
+class _Backward(NamedTuple):
+    """Plans of the kernels with loops, of the one for a tile, of the one for short sequences (None: the first do)."""
+
+    dq: Plan
+    dq_programs: int  # an entry of the schedule
+    dkv: Plan
+    dkv_programs: int
+    tile: Plan | None
+    short: Plan | None
+    plain: bool
+
+
+@functools.lru_cache(1024)
+def _backward_plans(config_of: Callable, traits: _Traits, strides: tuple[int, ...], has_dlse: bool) -> _Backward:
+    plain = traits.is_plain()
+    of_dq, of_dkv, of_short, of_tile = (
+        config_of(traits.head_dim, traits.dtype, traits.arch, direction, traits.of_config())
+        for direction in ("bwd_dq", "bwd_dkv", "bwd_heads" if plain else "bwd_short", "bwd_tile")
+    )
+    of_tile = of_tile if plain else None
+    loop = {"TILE": TILE, "SKIP": TILE if of_tile else 0, "HAS_DLSE": has_dlse}
+    inputs, saved = f"{_INPUTS} schedule_ptr {_MODIFIERS}", "o_ptr lse_ptr do_ptr dlse_ptr"
+    of_q, of_k = "first_entry width_q stream_id", "first_entry width_q width_k stream_id"
+
+    def plan(kernel, tensors, numbers, config, **more):
+        return _plan(kernel, tensors, numbers, config, traits, strides, **{**loop, **more})
+
+    dq = plan(_attention_bwd_dq_kernel, f"{inputs} {saved} dq_ptr delta_ptr", f"{of_q} {_WINDOW}", of_dq)
+    dkv = plan(
+        _attention_bwd_dkv_kernel, f"{inputs} lse_ptr do_ptr delta_ptr dk_ptr dv_ptr", f"{of_k} {_WINDOW}", of_dkv
+    )
+    tile = short = None
+    plain_tensors = f"{_INPUTS} schedule_ptr {_DROPOUT} {saved} dq_ptr dk_ptr dv_ptr"
+    if of_tile:
+        tile = plan(_attention_bwd_tile_kernel, plain_tensors, of_q, of_tile)
+    if of_short and plain:
+        short = plan(_attention_bwd_heads_kernel, plain_tensors, of_q, of_short, TILE=SHORT)
+    elif of_short:
+        tensors = f"{inputs} {saved} dq_ptr dk_ptr dv_ptr delta_ptr"
+        short = plan(_attention_bwd_short_kernel, tensors, f"{of_k} {_WINDOW}", of_short, TILE=SHORT)
+    return _Backward(
+        dq, TILE // of_dq.block_m * traits.heads, dkv, TILE // of_dkv.block_n * traits.kv_heads, tile, short, plain
+    )
+
+
+def launch_backward(do, dlse, o, lse, q, k, v, spans_q, spans_k, schedule_q, schedule_k, longest, *given):
+    dq, dk, dv, delta = outputs = backward_outputs(do, dlse, o, lse, q, k, v)
     do, dlse = do.contiguous(), None if dlse is None else dlse.contiguous()
-    for launch in plan_backward(_device.arch(q.device.index), *outputs, do, dlse, o, lse, *unit_stride(q, k, v), *rest):
-        launch.run()
+    q, k, v = unit_stride(q, k, v)
+    options = _Options(*given)
+    plans = _backward_plans(attention_config, options.traits(q, k), _row_strides(q, k, v), dlse is not None)
+    heads, kv_heads, batch, has_short = q.shape[-2], k.shape[-2], _batch(q, spans_q), plans.short is not None
+    n_long_q, n_short = _parts(schedule_q, batch, longest, has_short)
+    n_long_k, _ = _parts(schedule_k, batch, longest, has_short)
+
+    inputs, modifiers, saved = (q, k, v, spans_q, spans_k), options.tensors(), (o, lse, do, dlse)
+    width_q, width_k, stream = q.shape[-3], k.shape[-3], options.stream
+    window, first_short = (options.window_left, options.window_right), schedule_q.shape[0] - n_short
+    plain = (*inputs, schedule_q, options.seed, options.sequence_ids, *saved, dq, dk, dv)
+    # Does any sequence need the kernels with loops? Keys without rows do too, which only cross-attention can have.
+    is_cross = schedule_q.data_ptr() != schedule_k.data_ptr()
+    if plans.tile is None or longest > TILE or is_cross:
+        # dq before dk and dv: it also writes delta, which they read
+        if n_long_q:
+            plans.dq(
+                (n_long_q * plans.dq_programs,), (*inputs, schedule_q, *modifiers, *saved, dq, delta),
+                (0, width_q, stream, *window),
+            )  # fmt: skip
+        if n_long_k:
+            plans.dkv(
+                (n_long_k * plans.dkv_programs,), (*inputs, schedule_k, *modifiers, lse, do, delta, dk, dv),
+                (0, width_q, width_k, stream, *window),
+            )  # fmt: skip
+    if plans.tile is not None and n_long_q:
+        plans.tile((n_long_q * heads,), plain, (0, width_q, stream))
+    if n_short and plans.plain:
+        plans.short((n_short * kv_heads,), plain, (first_short, width_q, stream))
+    elif n_short:
+        plans.short(
+            (n_short * kv_heads,), (*inputs, schedule_q, *modifiers, *saved, dq, dk, dv, delta),
+            (first_short, width_q, width_k, stream, *window),
+        )  # fmt: skip
     return outputs
 
 
@@ -266,18 +369,30 @@ def backward_outputs(do, dlse, o, lse, q, k, v, *_):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), lse.new_empty(lse.shape)
 
 
-def launch_backward_bias(do, lse, delta, q, k, v, spans_q, spans_k, bias, *options):
-    dbias = bias.new_empty(bias.shape)
-    plan_backward_bias(
-        _device.arch(q.device.index),
-        dbias,
-        do.contiguous(),
-        lse,
-        delta,
-        *unit_stride(q, k, v),
-        spans_q,
-        spans_k,
-        bias,
-        *options,
-    ).run()
+# ---- gradient of the bias
+
+
+@functools.lru_cache(1024)
+def _bias_plan(config: AttentionConfig, traits: _Traits, strides: tuple[int, ...], of: tuple[bool, bool]) -> Plan:
+    return _plan(
+        _attention_bwd_bias_kernel, f"{_INPUTS} {_MODIFIERS} lse_ptr do_ptr delta_ptr dbias_ptr",
+        f"width_q stream_id {_WINDOW} bias_rows bias_cols batch", config, traits, strides,
+        OF_BATCH=of[0], OF_HEADS=of[1],
+    )  # fmt: skip
+
+
+def launch_backward_bias(do, lse, delta, q, k, v, spans_q, spans_k, *given):
+    options = _Options(*given)
+    dbias = options.bias.new_empty(options.bias.shape)
+    if dbias.numel() == 0:
+        return dbias
+    q, k, v = unit_stride(q, k, v)
+    planes_b, planes_h, rows, cols = dbias.shape
+    traits = options.traits(q, k)
+    config = attention_config(traits.head_dim, traits.dtype, traits.arch, "bwd_bias", traits.of_config())
+    _bias_plan(config, traits, _row_strides(q, k, v), (planes_b == 1, planes_h == 1))(
+        (planes_b * planes_h * triton.cdiv(rows, config.block_m) * triton.cdiv(cols, config.block_n),),
+        (q, k, v, spans_q, spans_k, *options.tensors(), lse, do.contiguous(), delta, dbias),
+        (q.shape[-3], options.stream, options.window_left, options.window_right, rows, cols, _batch(q, spans_q)),
+    )
     return dbias

@@ -1,31 +1,64 @@
-"""What a kernel module tells the offline compiler about itself, so its machine code can be read without a GPU."""
+"""What a kernel module tells the offline compiler: calls of its operators, whose launches are to be compiled.
+
+A call is run through the real launchers with a driver for a card that is not there, so what is compiled is what they
+launch: types, constants, what is divisible by 16, warps and stages. See `benchmarks.compile_cases`.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 TRITON_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 @dataclass(frozen=True)
-class CompileCase:
-    """One kernel at one config that its ladder can return.
+class CompileCall:
+    """`function(*args, **kwargs)` without gradients (`inference`), then with them and its backward pass.
 
-    A kernel module lists its own in `compile_cases(arch)`, arch being "sm_80", "sm_90", "sm_100", "sm_120" or "gfx942".
+    A module lists its own in `compile_calls()`. Shapes need only be large enough for every kernel to be launched.
     """
 
-    name: str  # e.g. "attention_fwd[bf16,D=64,128x128]"
-    kernel: Any  # the @triton.jit function
-    signature: dict[str, str]  # run-time argument -> Triton type, e.g. "*bf16", "i32", "i64", "fp32"
-    constexprs: dict[str, Any]  # compile-time argument -> value
-    num_warps: int
-    num_stages: int
-    matrix: bool = False  # must contain matrix instructions
-    bulk_copy: bool = False  # must contain bulk copies (tensor descriptors) where the architecture has them
-    wide_loads: bool = False  # must load 128 bits a lane at once (NVIDIA)
-    aligned: tuple[str, ...] = ()  # arguments known to be divisible by 16: pointers and sizes the launcher guarantees
-    fast: bool = False  # belongs to the fixed subset that continuous integration compiles
-    options: dict[str, Any] = field(default_factory=dict)  # further compiler options
+    name: str  # of the form, e.g. "bf16,dropout,D=64"; a kernel's case is then "attention_fwd[bf16,dropout,D=64]"
+    function: Callable
+    args: tuple
+    kwargs: dict[str, Any]
+    grads: Sequence[int | str] | None  # the arguments, by place or name, that get gradients; None: all float tensors
+    fast: bool  # its kernels belong to the fixed subset that continuous integration compiles
+    wide_loads: Sequence[Any]  # kernels that must load 128 bits a lane at once (NVIDIA)
+    inference: bool  # False: only with gradients, where the other form takes fewer registers at the same config
+
+    def run(self) -> None:
+        given = {**dict(enumerate(self.args)), **self.kwargs}
+        wanted = [n for n, value in given.items() if (_is_float(value) if self.grads is None else n in self.grads)]
+        if self.inference or not wanted:
+            with torch.no_grad():
+                self.function(*self.args, **self.kwargs)
+        if not wanted:
+            return
+        given |= {name: given[name].detach().requires_grad_() for name in wanted}
+        out = self.function(*(given[n] for n in range(len(self.args))), **{name: given[name] for name in self.kwargs})
+        outs = [o for o in (out if isinstance(out, tuple) else (out,)) if o.requires_grad]
+        torch.autograd.backward(outs, [torch.empty_like(o) for o in outs])
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def compile_call(
+    function: Callable, name: str, *args: Any, grads: Sequence[int | str] | None = None, fast: bool = False,
+    wide_loads: Sequence[Any] = (), inference: bool = True, **kwargs: Any,
+) -> CompileCall:  # fmt: skip
+    """The `CompileCall` of these arguments."""
+    return CompileCall(name, function, args, kwargs, grads, fast, wide_loads, inference)
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """A tensor for a call: nobody reads what it holds. (Indices are zeros: torch may sort or look up by them.)"""
+    make = torch.empty if dtype.is_floating_point else torch.zeros
+    return make(shape, dtype=dtype, device="cpu")

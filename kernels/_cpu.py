@@ -10,6 +10,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+import os
+import warnings
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,63 +20,33 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from . import _cpu_library
+from ._cpu_library import NORM_BLOCK, UP_ROWS, WIDTH
 from ._invariance import is_batch_invariant
 from ._random import keep_threshold
 
-_POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
-WIDTH = 16  # elements that a row must be a multiple of
-NORM_BLOCK = 64  # BLOCK in _cpu_norm.cpp
 FEW_ROWS = 64  # up to which `linear` is taken of odd widths, and where the vendor library has instructions it has not,
 FEW_ROWS_LAID_OUT = 16  # and where besides a weight lies ready for that
 FEW_BYTES = 288 << 10  # of x, up to which `encoder_layers` is taken there; above, Ctrl-C is heard after each layer
-UP_ROWS = 1024  # UP_ROWS in _cpu_layer.cpp
 PLAIN = (Tensor, torch.nn.Parameter)
 
 
 @functools.cache
 def load() -> tuple[ctypes.CDLL | None, str | None]:
-    """(library, None), or (None, why there is none)."""
+    """(library, None), or (None, why there is none). Warns where one lies there that is not this code's own."""
+    if os.environ.get("FASTBERT_CPP") == "0":
+        return None, "FASTBERT_CPP=0 turns them off"
     capability = torch.backends.cpu.get_cpu_capability()
     if not capability.startswith("AVX512"):
         return None, f"they need AVX-512, this CPU has {capability}"
-    built = sorted(Path(__file__).parent.glob("_cpu_operators.*.so"))
-    if not built:
+    built = _cpu_library.find(Path(__file__).parent)
+    if built is None:
         return None, "they were not built: installing found no C++ compiler"
     try:
-        library = ctypes.CDLL(str(built[0]))
-    except OSError as error:
-        return None, f"they do not load: {error}"
-    for dtype in ("float32", "bfloat16"):
-        attention = getattr(library, f"attention_{dtype}")
-        lengths, options = [_POINTER] + [_INT] * 4, [_FLOAT, _POINTER]
-        attention.argtypes, attention.restype = [_POINTER] * 5 + lengths + [_LONG] * 6 + options, _INT
-        backward = getattr(library, f"attention_backward_{dtype}")
-        backward.argtypes, backward.restype = [_POINTER] * 9 + lengths + [_LONG] * 8 + options, _INT
-        add_layer_norm = getattr(library, f"add_layer_norm_{dtype}")
-        add_layer_norm.argtypes, add_layer_norm.restype = [_POINTER] * 5 + [_LONG, _INT, _FLOAT], None
-        norm = [_LONG, _INT, _FLOAT, ctypes.c_uint32, _FLOAT]
-        with_dropout = getattr(library, f"dropout_add_layer_norm_{dtype}")
-        with_dropout.argtypes, with_dropout.restype = [_POINTER] * 6 + norm, None
-        norm_backward = getattr(library, f"add_layer_norm_backward_{dtype}")
-        norm_backward.argtypes, norm_backward.restype = [_POINTER] * 8 + norm, None
-        quantise_rows = getattr(library, f"quantise_rows_{dtype}")
-        quantise_rows.argtypes, quantise_rows.restype = [_POINTER] * 3 + [_LONG, _INT, _FLOAT], None
-        linear = getattr(library, f"linear_{dtype}")
-        linear.argtypes, linear.restype = [_POINTER] * 4 + [_LONG] + [_INT] * 5, _INT
-        sum_logits = getattr(library, f"sum_logits_{dtype}")
-        sum_logits.argtypes, sum_logits.restype = [_POINTER] * 7 + [_INT] * 3, None
-        logit_gradients = getattr(library, f"logit_gradients_{dtype}")
-        logit_gradients.argtypes, logit_gradients.restype = [_POINTER] * 7 + [_INT] * 3 + [_FLOAT] * 2, None
-        scale_rows = getattr(library, f"scale_rows_{dtype}")
-        scale_rows.argtypes, scale_rows.restype = [_POINTER] * 4 + [_LONG, _INT, _INT], None
-        embedding = getattr(library, f"embedding_layer_norm_{dtype}")
-        embedding.argtypes, embedding.restype = [_POINTER] * 9 + [_LONG, _POINTER, _INT, _FLOAT], _INT
-        mean = getattr(library, f"mean_of_sequences_{dtype}")
-        mean.argtypes, mean.restype = [_POINTER] * 3 + [_INT, _LONG, _INT], _INT
-        layers = getattr(library, f"encoder_layers_{dtype}")
-        layers.argtypes = [_POINTER] * 2 + [_INT, _POINTER] + [_INT] * 5 + [_FLOAT, _INT, _POINTER]
-        layers.restype = _INT
-    return library, None
+        return _cpu_library.open_library(built), None
+    except _cpu_library.UnusableLibrary as unusable:
+        warnings.warn(f"fastbert computes without its C++ operators: {unusable}", RuntimeWarning, stacklevel=2)
+        return None, str(unusable)
 
 
 @functools.cache
@@ -130,10 +102,7 @@ def _take(*tensors: Tensor) -> bool:
 class Dropout(ctypes.Structure):
     """Dropout of probabilities by `_random.py`'s masks, as the C++ takes it."""
 
-    _fields_ = (
-        ("sequence_ids", _POINTER), ("seed", ctypes.c_uint64), ("stream", ctypes.c_uint64),
-        ("threshold", ctypes.c_uint32), ("scale", _FLOAT),
-    )  # fmt: skip
+    _fields_ = tuple((name, _cpu_library.TYPES[letter]) for name, letter in _cpu_library.DROPOUT_FIELDS)
 
     def __init__(self, dropout_p: float, seed: Tensor, sequence_ids: Tensor, stream: int = 0) -> None:
         ids = sequence_ids.to(torch.int64).contiguous()

@@ -25,6 +25,8 @@ B in L2. On Hopper and newer the operands come by tensor descriptors (the bulk c
 row is not a multiple of 16 bytes, by pointers; both sum in the same order.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -32,9 +34,10 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import _device
-from ._compile import CompileCase
-from ._gemm_config import FLOAT32, UNALIGNED, GemmConfig, accumulating, gemm_config, ladder_of
+from ._compile import TRITON_TYPES, CompileCall, compile_call, empty
+from ._gemm_config import UNALIGNED, GemmConfig, gemm_config
 from ._gemm_kernels import _dact_kernel, _linear_act_kernel
+from ._launch import Plan
 from ._library import register
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -54,21 +57,52 @@ def _aligned(x: Tensor) -> bool:
     return x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
 
 
-def _operands(a: Tensor, b: Tensor, layout: str, config: GemmConfig) -> tuple[GemmConfig, dict]:
-    """The config that these operands allow, and the kernel's arguments for them."""
+def _operands(
+    a: Tensor, b: Tensor, layout: str, config: GemmConfig
+) -> tuple[GemmConfig, Tensor | TensorDescriptor, Tensor | TensorDescriptor]:
+    """(the config that these operands allow, a and b as the kernel takes them)."""
     if a.element_size() < 4 and not (_aligned(a) and _aligned(b)):
         config = UNALIGNED
-    arguments = {"stride_a": a.stride(0), "stride_b": b.stride(0), "a": a, "b": b}
-    if config.bulk:
-        m, n, k = config.block_m, config.block_n, config.block_k
-        arguments["a"] = TensorDescriptor.from_tensor(a, [k, m] if layout == "tn" else [m, k])
-        arguments["b"] = TensorDescriptor.from_tensor(b, [n, k] if layout == "nt" else [k, n])
-    blocks = {
+    if not config.bulk:
+        return config, a, b
+    m, n, k = config.block_m, config.block_n, config.block_k
+    return (
+        config,
+        TensorDescriptor.from_tensor(a, [k, m] if layout == "tn" else [m, k]),
+        TensorDescriptor.from_tensor(b, [n, k] if layout == "nt" else [k, n]),
+    )
+
+
+def _constants(config: GemmConfig, n: int, k: int, activation: str, **strides: int) -> dict:
+    """What both kernels take beside the tensors and m."""
+    return strides | {
+        "n": n, "k": k, "ACTIVATION": activation,
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
         "GROUP_M": config.group_m, "SLICE": config.slice_n, "BULK": config.bulk, "FLATTEN": config.flatten,
-        "num_warps": config.num_warps, "num_stages": config.num_stages,
     }  # fmt: skip
-    return config, arguments | blocks
+
+
+@functools.lru_cache(1024)
+def _plan(
+    config: GemmConfig, n: int, k: int, layout: str, activation: str, accumulate: bool, a: int, b: int, y: int, h: int
+) -> Plan:
+    """a, b, y, h: strides of rows. (With layout "tn" k is rows of the batch, and bound anew for every length.)"""
+    return Plan(
+        _linear_act_kernel, "a b bias_ptr y_ptr h_ptr", "m",
+        _constants(config, n, k, activation, stride_a=a, stride_b=b, stride_y=y, stride_h=h)
+        | {"LAYOUT": layout, "ACCUMULATE": accumulate},
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+
+
+@functools.lru_cache(1024)
+def _dact_plan(config: GemmConfig, n: int, k: int, activation: str, a: int, b: int, h: int, dh: int) -> Plan:
+    return Plan(
+        _dact_kernel, "a b h_ptr dh_ptr act_ptr dbias_part_ptr", "m",
+        _constants(config, n, k, activation, stride_a=a, stride_b=b, stride_h=h, stride_dh=dh)
+        | {"stride_act": n, "stride_dbias": dh},
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
 
 
 def _grid(m: int, n: int, config: GemmConfig, device: torch.device) -> tuple[int]:
@@ -94,12 +128,11 @@ def gemm(
     h = a.new_empty(m, width) if save_h else None
     if y.numel() == 0:
         return y, h
-    config, operands = _operands(a, b, layout, config)
-    _linear_act_kernel[_grid(m, n, config, a.device)](
-        **operands, bias_ptr=bias, y_ptr=y, h_ptr=h,
-        stride_y=y.stride(0), stride_h=width, m=m, n=n, k=k,
-        LAYOUT=layout, ACTIVATION=activation, ACCUMULATE=accumulate,
-    )  # fmt: skip
+    config, *operands = _operands(a, b, layout, config)
+    strides = a.stride(0), b.stride(0), y.stride(0), width
+    _plan(config, n, k, layout, activation, accumulate, *strides)(
+        _grid(m, n, config, a.device), (a, b, bias, y, h), (m,), passed=(*operands, bias, y, h)
+    )
     return y, h
 
 
@@ -115,14 +148,13 @@ def gemm_dact(
     a = h.new_empty(m, n) if want_a else None
     if dh.numel() == 0:
         return dh, a, h.new_zeros(h.shape[1], dtype=torch.float32) if want_dbias else None
-    config, operands = _operands(dy, weight, "nn", config)
+    config, *operands = _operands(dy, weight, "nn", config)
     blocks_m = triton.cdiv(m, config.block_m)
     dbias_part = h.new_empty(blocks_m, h.shape[1], dtype=torch.float32) if want_dbias else None
-    _dact_kernel[_grid(m, n, config, dy.device)](
-        **operands, h_ptr=h, dh_ptr=dh, act_ptr=a, dbias_part_ptr=dbias_part,
-        stride_h=h.stride(0), stride_dh=h.shape[1], stride_act=n, stride_dbias=h.shape[1],
-        m=m, n=n, k=k, ACTIVATION=activation,
-    )  # fmt: skip
+    rest = (h, dh, a, dbias_part)
+    _dact_plan(config, n, k, activation, dy.stride(0), weight.stride(0), h.stride(0), h.shape[1])(
+        _grid(m, n, config, dy.device), (dy, weight, *rest), (m,), passed=(*operands, *rest)
+    )
     return dh, a, dbias_part.sum(0) if want_dbias else None
 
 
@@ -250,77 +282,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 # ---- for the offline compiler ----------------------------------------------------------------------------
 
-
-def _forward_case(name, config, dtype, layout, activation="none", save_h=False, accumulate=False, **more):
-    m, n, k = config.block_m, config.block_n, config.block_k
-    blocks = ([k, m] if layout == "tn" else [m, k], [n, k] if layout == "nt" else [k, n])
-    return _case(
-        f"{name}[{dtype},{layout},{activation}{',h' if save_h else ''},{m}x{n}x{k}]",
-        _linear_act_kernel, config, dtype, blocks,
-        {"bias_ptr": f"*{dtype}", "y_ptr": "*fp32" if accumulate else f"*{dtype}", "stride_y": "i32", "stride_h": "i32"}
-        | ({"h_ptr": f"*{dtype}"} if save_h else {}),
-        {"LAYOUT": layout, "ACTIVATION": activation, "ACCUMULATE": accumulate} | ({} if save_h else {"h_ptr": None}),
-        **more,
-    )  # fmt: skip
+# columns and length of the sum: one pair for each rung of the ladders, and one whose rows are not whole 16 bytes
+COMPILED_SIZES = {"wide": (3072, 768), "small": (512, 128), "unaligned": (515, 131)}
 
 
-def _backward_case(name: str, config: GemmConfig, dtype: str, activation: str, **more):
-    m, n, k = config.block_m, config.block_n, config.block_k
-    return _case(
-        f"{name}[{dtype},{activation},{m}x{n}x{k}]",
-        _dact_kernel, config, dtype, ([m, k], [k, n]),
-        {"h_ptr": f"*{dtype}", "dh_ptr": f"*{dtype}", "act_ptr": f"*{dtype}", "dbias_part_ptr": "*fp32"}
-        | dict.fromkeys(("stride_h", "stride_dh", "stride_act", "stride_dbias"), "i32"),
-        {"ACTIVATION": activation},
-        **more,
-    )  # fmt: skip
-
-
-def _case(name, kernel, config, dtype, blocks, signature, constexprs, aligned=True, fast=False) -> CompileCase:
-    """A case of either kernel: what both have, and `signature` and `constexprs` of its own."""
-    a, b = (f"tensordesc<{dtype}{block}>" for block in blocks) if config.bulk else (f"*{dtype}",) * 2
-    signature = {"a": a, "b": b, "stride_a": "i32", "stride_b": "i32", "m": "i32", "n": "i32", "k": "i32"} | signature
-    # m is never specialised, and a descriptor has no alignment to declare
-    known = [arg for arg, kind in signature.items() if arg != "m" and not kind.startswith("tensordesc")]
-    pointers = [arg for arg in known if signature[arg].startswith("*")]
-    return CompileCase(
-        name=name if aligned else name + "-unaligned",
-        kernel=kernel, signature=signature,
-        constexprs={
-            "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
-            "GROUP_M": config.group_m, "SLICE": config.slice_n, "BULK": config.bulk, "FLATTEN": config.flatten,
-        } | constexprs,
-        num_warps=config.num_warps, num_stages=config.num_stages,
-        matrix=dtype != "fp32", bulk_copy=config.bulk, aligned=tuple(known if aligned else pointers), fast=fast,
-    )  # fmt: skip
-
-
-def compile_cases(arch: str) -> list[CompileCase]:
-    """Both kernels at every config that `gemm_config` can return there, training form; the main ones also without h."""
-    ladder = ladder_of(arch)
-    cases = []
-    for rung, (_, _, config) in enumerate(ladder["act"]):
-        cases += [
-            _forward_case("linear_act", config, "bf16", "nt", "gelu", True, fast=rung == 0),
-            _forward_case("linear_act", config, "bf16", "nt", "gelu", False),
-            _forward_case("linear_act", config, "fp16", "nt", "gelu_tanh", True),
-            _forward_case("linear", config, "bf16", "nt"),
-            _forward_case("linear", config, "bf16", "nn"),
-            _forward_case("accumulate", accumulating(config), "bf16", "tn", accumulate=True),
-        ]
-    for _, _, config in ladder["geglu"]:
-        cases += [_forward_case("linear_act", config, "bf16", "nt", "geglu", h) for h in (True, False)]
-    for rung, (_, _, config) in enumerate(ladder["dact"]):
-        cases += [
-            _backward_case("dact", config, "bf16", "gelu", fast=rung == 0),
-            _backward_case("dact", config, "fp16", "gelu_tanh"),
-            _backward_case("dact", config, "bf16", "geglu"),
-        ]
-    for activation in ("gelu", "geglu"):
-        cases += [
-            _forward_case("linear_act", UNALIGNED, "bf16", "nt", activation, True, aligned=False),
-            _backward_case("dact", UNALIGNED, "bf16", activation, aligned=False),
-            _forward_case("linear_act", FLOAT32, "fp32", "nt", activation, True),
-            _backward_case("dact", FLOAT32, "fp32", activation),
-        ]
-    return [*cases, _forward_case("linear", FLOAT32, "fp32", "nn")]
+def compile_calls() -> list[CompileCall]:
+    """The products without an epilogue at every rung, and the sum in float32; those with one are `feed_forward`'s."""
+    calls = []
+    for dtype, kind in TRITON_TYPES.items():
+        for name, (n, k) in COMPILED_SIZES.items():
+            x, weight = empty(16, k, dtype=dtype), empty(n, k, dtype=dtype)
+            for form, bias in ((",bias", empty(n, dtype=dtype)), ("", None)):
+                calls.append(compile_call(linear, f"{kind},{name}{form}", x, weight, bias))
+            if dtype != torch.float32:
+                total, a, b = empty(k, n, dtype=torch.float32), empty(16, k, dtype=dtype), empty(16, n, dtype=dtype)
+                calls.append(compile_call(accumulate_tn, f"{kind},accumulate,{name}", total, a, b, False, grads=()))
+    return calls

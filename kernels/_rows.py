@@ -4,16 +4,21 @@ A program takes blocks of BLOCK_M rows; a row of N elements lies in BLOCK_N lane
 statistics need no second look at it. Sums over all rows (gradients of weight, bias, ...) are made in two steps, without
 atomics: every program adds the rows it meets, in order, to a row of a [P, N] matrix in fp32, and `sum_parts` adds
 those P rows in order.
+
+An output that a call does not ask for (the gradient of a frozen weight, statistics that nothing will read) is a store
+that a number at run time leaves out: `want_...`, or a bit of `wanted`. Were it a pointer of None, the compiler would
+build another kernel, with other layouts and so sums in another order, and what is left would have other bits. Its
+pointer is that of an empty tensor, of the same dtype and as aligned as any.
 """
 
+import functools
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._compile import TRITON_TYPES, CompileCase
+from ._launch import Plan
 from ._random import keep_threshold
 from ._random_triton import _keep_mask, _row_keys
 
@@ -34,6 +39,7 @@ class NormConfig:
     programs_per_sm: int = 0
 
 
+@functools.cache
 def norm_fwd_config(n_cols: int) -> NormConfig:
     """The forward tile, from the width alone, so that the bits of a row do not depend on how many rows there are.
 
@@ -46,6 +52,7 @@ def norm_fwd_config(n_cols: int) -> NormConfig:
     return NormConfig(block_m=max(1, 1024 // block_n), block_n=block_n, num_warps=max(1, block_n // 1024))
 
 
+@functools.cache
 def norm_bwd_config(n_cols: int) -> NormConfig:
     """The backward tile: 16 elements a lane, because a lane also keeps fp32 sums for three parameter gradients.
 
@@ -64,8 +71,8 @@ def norm_bwd_config(n_cols: int) -> NormConfig:
 
 @triton.jit
 def _row_block(first, n_rows, cols, N: tl.constexpr, BLOCK_M: tl.constexpr):
-    """(rows [BLOCK_M], which of them exist, which elements [BLOCK_M, BLOCK_N] exist), from row `first` (int64) on."""
-    rows = first + tl.arange(0, BLOCK_M)
+    """(rows [BLOCK_M], which of them exist, which elements [BLOCK_M, BLOCK_N] exist), from row `first` on."""
+    rows = tl.cast(first, tl.int64) + tl.arange(0, BLOCK_M)  # a loop's counter has 32 bits under the interpreter
     mask_m = rows < n_rows
     return rows, mask_m, mask_m[:, None] & (cols < N)[None, :]
 
@@ -108,7 +115,7 @@ def _norm_backward(
     dy, z, mean_ptr, rstd_ptr, weight_ptr,   # [BLOCK_M, BLOCK_N] fp32 x 2, zero past the end; [M] (RMS: None), [M], [N]
     dweight, dbias,                          # sums so far, [BLOCK_N]
     rows, mask_m, cols,
-    N: tl.constexpr, RMS: tl.constexpr, WANT_DWEIGHT: tl.constexpr, WANT_DBIAS: tl.constexpr,
+    N: tl.constexpr, RMS: tl.constexpr, SUM_DWEIGHT: tl.constexpr, SUM_DBIAS: tl.constexpr,
 ):  # fmt: skip
     """(dz, dweight, dbias): the gradient of the rows, zero past the end, and the sums with these rows added."""
     rstd = tl.load(rstd_ptr + rows, mask=mask_m, other=0.0)
@@ -119,9 +126,9 @@ def _norm_backward(
         # not zero past N, but everything it meets there is
         x_hat = (z - mean[:, None]) * rstd[:, None]
     # summed here, before the reductions, so that dy is not held across them
-    if WANT_DWEIGHT:
+    if SUM_DWEIGHT:
         dweight += tl.sum(dy * x_hat, axis=0)
-    if WANT_DBIAS:
+    if SUM_DBIAS:
         dbias += tl.sum(dy, axis=0)
 
     g = dy
@@ -135,30 +142,37 @@ def _norm_backward(
 
 
 @triton.jit
-def _store_statistics(mean_ptr, rstd_ptr, mean, rstd, rows, mask_m):
-    """Whichever of mean and rstd [M] are wanted."""
-    if rstd_ptr is not None:
+def _store_statistics(mean_ptr, rstd_ptr, mean, rstd, rows, mask_m, want):
+    """rstd [M], and mean [M] unless its pointer is None, where `want` is not 0."""
+    if want != 0:
         tl.store(rstd_ptr + rows, rstd, mask=mask_m)
-    if mean_ptr is not None:
-        tl.store(mean_ptr + rows, mean, mask=mask_m)
+        if mean_ptr is not None:
+            tl.store(mean_ptr + rows, mean, mask=mask_m)
 
 
 @triton.jit
-def _store_part(part_ptr, part, pid, cols, N: tl.constexpr):
-    """Row pid of the partial sums [P, N], if they are wanted."""
+def _store_part(part_ptr, part, pid, cols, want, N: tl.constexpr):
+    """Row pid of the partial sums [P, N], if there are such sums and `want` is not 0."""
     if part_ptr is not None:
-        tl.store(part_ptr + pid * N + cols, part, mask=cols < N)
+        tl.store(part_ptr + pid * N + cols, part, mask=(cols < N) & (want != 0))
 
 
-@triton.jit(do_not_specialize=["n_parts"])
+_OUTS = ["out0_ptr", "out1_ptr", "out2_ptr", "out3_ptr"]
+
+
+# A row of a table may lie at any address, an output that is not wanted lies at 0: one kernel for both.
+@triton.jit(do_not_specialize=["n_parts", "wanted"], do_not_specialize_on_alignment=_OUTS)
 def _sum_parts_kernel(
     parts_ptr,                                  # in:  [K, P, N] fp32
     out0_ptr, out1_ptr, out2_ptr, out3_ptr,     # out: K vectors [N]; the others None
-    n_parts,
+    n_parts, wanted,
     N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """out_k = sum over p of parts[k, p], always in the same order."""
+    """out_k = sum over p of parts[k, p], always in the same order, where bit k of `wanted` is set."""
     k = tl.program_id(1)
+    if (wanted >> k) & 1 == 0:
+        return
+
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = cols < N
 
@@ -181,6 +195,23 @@ def _sum_parts_kernel(
 # ---- launchers -------------------------------------------------------------------------------------------
 
 
+# Compiler options of the kernels on rows. A product must not become one instruction with the sum of what another lane
+# holds: two lanes that add the same two products would round them differently, and a row's statistics, held in every
+# lane of the row, would not be one number. It costs up to 5% more instructions, in kernels that wait for memory.
+EXACT = {"enable_fp_fusion": False}
+
+
+def packed(t: Tensor | None) -> Tensor | None:
+    """t, or a copy where t is not contiguous, or lies at an address that 16 does not divide.
+
+    With less known of an address, the compiler would build another kernel, which adds in another order.
+    """
+    if t is None:
+        return None
+    t = t.contiguous()
+    return t if t.data_ptr() % 16 == 0 else t.clone()
+
+
 def rows_of(t: Tensor | None, n_cols: int) -> Tensor | None:
     """t [..., N] as [M, N] with contiguous rows; a view where the strides allow it."""
     if t is None:
@@ -189,47 +220,39 @@ def rows_of(t: Tensor | None, n_cols: int) -> Tensor | None:
     return t if t.stride(1) == 1 or n_cols == 1 else t.contiguous()
 
 
-def dropout_arguments(dropout_p: float, seed: Tensor | None, row_ids: Tensor | None, stream: int) -> dict:
-    """A kernel's arguments for dropout; a seed of None compiles it without."""
-    active = dropout_p > 0.0
-    return {
-        "seed_ptr": seed if active else None,
-        "row_ids_ptr": row_ids.reshape(-1).contiguous() if active and row_ids is not None else None,
-        "stream_id": stream,
-        "threshold": keep_threshold(dropout_p),
-        "keep_scale": 1.0 / (1.0 - dropout_p),
-    }
+def dropout_constants(dropout_p: float) -> dict:
+    """Of a kernel's arguments for dropout those that follow from its probability."""
+    return {"threshold": keep_threshold(dropout_p), "keep_scale": 1.0 / (1.0 - dropout_p)}
+
+
+def dropout_tensors(
+    dropout_p: float, seed: Tensor | None, row_ids: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """(seed, row_ids) as kernels take them; a seed of None compiles them without dropout."""
+    return (None, None) if dropout_p == 0.0 else (seed, packed(row_ids))
+
+
+@functools.lru_cache(256)
+def _sum_plan(n_cols: int) -> Plan:
+    # 32 columns x 64 parts a step: 128-byte rows, and enough programs to spread a few short vectors over the machine
+    return Plan(
+        _sum_parts_kernel,
+        "parts_ptr out0_ptr out1_ptr out2_ptr out3_ptr",
+        "n_parts wanted",
+        {"N": n_cols, "BLOCK_P": 64, "BLOCK_N": 32},
+        num_warps=4,
+    )
 
 
 def sum_parts(parts: Tensor, outs: list[Tensor]) -> None:
-    """outs[k] [N] = sum over P of parts[k], for parts [K, P, N] fp32 with K at most 4: one launch, one order."""
-    if not outs:
+    """outs[k] [N] = sum over P of parts[k], for parts [K, P, N] fp32 with K at most 4: one launch, one order.
+
+    An output without elements is left out.
+    """
+    wanted = sum(1 << k for k, out in enumerate(outs) if out.numel())
+    if not wanted:
         return
     n_cols = parts.shape[2]
-    out0, out1, out2, out3 = (*outs, None, None, None)[:4]
-    # 32 columns x 64 parts a step: 128-byte rows, and enough programs to spread a few short vectors over the machine
-    _sum_parts_kernel[(triton.cdiv(n_cols, 32), len(outs))](
-        parts_ptr=parts, out0_ptr=out0, out1_ptr=out1, out2_ptr=out2, out3_ptr=out3, n_parts=parts.shape[1],
-        N=n_cols, BLOCK_P=64, BLOCK_N=32, num_warps=4,
-    )  # fmt: skip
-
-
-# ---- for the offline compiler ----------------------------------------------------------------------------
-
-
-def compile_cases(arch: str) -> list[CompileCase]:
-    """The sum of partial sums, for outputs of 16 and 32 bits."""
-    outs = ("out0_ptr", "out1_ptr", "out2_ptr", "out3_ptr")
-    return [
-        CompileCase(
-            name=f"sum_parts[{TRITON_TYPES[dtype]}]",
-            kernel=_sum_parts_kernel,
-            signature={"parts_ptr": "*fp32", "n_parts": "i32"} | dict.fromkeys(outs, f"*{TRITON_TYPES[dtype]}"),
-            constexprs={"N": 768, "BLOCK_P": 64, "BLOCK_N": 32},
-            num_warps=4,
-            num_stages=3,
-            aligned=("parts_ptr", *outs),
-            fast=dtype == torch.bfloat16,
-        )
-        for dtype in (torch.bfloat16, torch.float32)
-    ]
+    _sum_plan(n_cols)(
+        (triton.cdiv(n_cols, 32), len(outs)), (parts, *(*outs, None, None, None)[:4]), (parts.shape[1], wanted)
+    )

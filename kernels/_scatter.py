@@ -12,6 +12,7 @@ rows that occur, at most T N b. The chunks' sums add T / 64 N 4 bytes, written a
 a few times. With T = 16,384, N = 768, V = 30,522 in bf16 these are 25 + 47 + at most 25 MB, 23 us at 4.3 TB/s.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._compile import TRITON_TYPES, CompileCase
+from ._launch import Plan
 
 # ---- configs ---------------------------------------------------------------------------------------------
 
@@ -34,6 +35,7 @@ class ScatterConfig:
     num_warps: int
 
 
+@functools.cache
 def scatter_config(n_cols: int) -> ScatterConfig:
     """8 columns a lane (one 16-byte load of bf16) and 4 rows in flight: most table rows have fewer tokens than that,
     and with 8 the sums take 128 registers, which halves the programs that can wait for memory side by side.
@@ -120,6 +122,28 @@ def _sum_table_rows_kernel(
 # ---- launcher --------------------------------------------------------------------------------------------
 
 
+@functools.lru_cache(256)
+def _chunk_plan(config: ScatterConfig, n_cols: int) -> Plan:
+    return Plan(
+        _sum_chunks_kernel,
+        "dz_ptr sorted_ids_ptr order_ptr chunk_sum_ptr",
+        "",
+        {"N": n_cols, "CHUNK": config.chunk, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n},
+        num_warps=config.num_warps,
+    )
+
+
+@functools.lru_cache(256)
+def _table_plan(config: ScatterConfig, n_cols: int) -> Plan:
+    return Plan(
+        _sum_table_rows_kernel,
+        "dz_ptr sorted_ids_ptr order_ptr ends_ptr chunk_sum_ptr dtable_ptr",
+        "n_table skip_row",
+        {"N": n_cols, "CHUNK": config.chunk, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n},
+        num_warps=config.num_warps,
+    )
+
+
 def scatter(dz: Tensor, ids: Tensor, dtable: Tensor, skip_row: int) -> None:
     """dtable[v] = sum of dz[t] over ids[t] == v, zero for v = skip_row. Deterministic: sorted, no atomics."""
     dtable.zero_()
@@ -130,51 +154,8 @@ def scatter(dz: Tensor, ids: Tensor, dtable: Tensor, skip_row: int) -> None:
     n_chunks = n_tokens // config.chunk
     chunk_sum = dz.new_empty((n_chunks, n_cols), dtype=torch.float32)
     blocks = triton.cdiv(n_cols, config.block_n)
-    tile = {
-        "N": n_cols, "CHUNK": config.chunk, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
-        "num_warps": config.num_warps,
-    }  # fmt: skip
     if n_chunks > 0:
-        _sum_chunks_kernel[(n_chunks, blocks)](
-            dz_ptr=dz, sorted_ids_ptr=sorted_ids, order_ptr=order, chunk_sum_ptr=chunk_sum, **tile
-        )
-    _sum_table_rows_kernel[(n_tokens, blocks)](
-        dz_ptr=dz, sorted_ids_ptr=sorted_ids, order_ptr=order, ends_ptr=ends, chunk_sum_ptr=chunk_sum,
-        dtable_ptr=dtable, n_table=dtable.shape[0], skip_row=skip_row, **tile,
-    )  # fmt: skip
-
-
-# ---- for the offline compiler ----------------------------------------------------------------------------
-
-# one width for every step of the ladder, and those of BERT-base and MiniLM
-_WIDTHS = (16, 32, 64, 128, 256, 384, 512, 768, 1024)
-
-
-def compile_cases(arch: str) -> list[CompileCase]:
-    """Both kernels at every config of the ladder."""
-    cases = []
-    for dtype in (torch.bfloat16, torch.float32):
-        d = f"*{TRITON_TYPES[dtype]}"
-        common = {"dz_ptr": d, "sorted_ids_ptr": "*i64", "order_ptr": "*i64", "chunk_sum_ptr": "*fp32"}
-        table = {"ends_ptr": "*i32", "dtable_ptr": d, "n_table": "i32", "skip_row": "i32"}
-        for n_cols in _WIDTHS:
-            config = scatter_config(n_cols)
-            for name, kernel, signature in (
-                ("sum_chunks", _sum_chunks_kernel, common),
-                ("sum_table_rows", _sum_table_rows_kernel, common | table),
-            ):
-                cases.append(
-                    CompileCase(
-                        name=f"{name}[{d[1:]},N={n_cols}]",
-                        kernel=kernel,
-                        signature=signature,
-                        constexprs={
-                            "N": n_cols, "CHUNK": config.chunk, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
-                        },
-                        num_warps=config.num_warps,
-                        num_stages=3,
-                        aligned=tuple(a for a in signature if a.endswith("_ptr")),
-                        fast=n_cols in (384, 768) and dtype == torch.bfloat16,
-                    )
-                )  # fmt: skip
-    return cases
+        _chunk_plan(config, n_cols)((n_chunks, blocks), (dz, sorted_ids, order, chunk_sum))
+    _table_plan(config, n_cols)(
+        (n_tokens, blocks), (dz, sorted_ids, order, ends, chunk_sum, dtable), (dtable.shape[0], skip_row)
+    )

@@ -28,20 +28,16 @@ from torch import Tensor
 from ._attention_config import MAX_HEAD_DIM
 from ._attention_launch import (
     UNBOUNDED,
-    Launch,
     backward_outputs,
     forward_outputs,
     launch_backward,
     launch_backward_bias,
     launch_forward,
-    plan_backward,
-    plan_backward_bias,
-    plan_forward,
     schedule_sizes,
     schedule_tiles,
     unit_stride,
 )
-from ._compile import CompileCase
+from ._compile import CompileCall, compile_call, empty
 from ._library import register
 
 # ---- registration --------------------------------------------------------------------------------------------
@@ -214,111 +210,70 @@ def _attend(
     return (o, lse) if return_lse else o
 
 
-# ---- offline compilation -------------------------------------------------------------------------------------
+# ---- for the offline compiler --------------------------------------------------------------------------------
 
-_TRITON_TYPES = {
-    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",
-    torch.int64: "i64", torch.int32: "i32", torch.uint8: "u8",
+_EVERYTHING = {
+    "bias": True, "mask": True, "alibi": True, "window": (64, 64), "rotary": True, "groups": 4, "dropout": True,
+    "ids": True, "return_lse": True,
 }  # fmt: skip
 
-# variant -> what differs from plain packed bf16 self-attention at head_dim 64
+# variant -> what differs from plain packed self-attention in bfloat16 at head_dim 64
 _VARIANTS = {
-    "dropout": {"dropout_p": 0.1},
-    "padded": {"padded": True},
+    "dropout": {"dropout": True},
+    "padded": {"padded": True, "dropout": True, "return_lse": True},
     "bias": {"bias": True},
     "mask": {"mask": True},
     "alibi": {"alibi": True},
-    "window": {"window": 64},
+    "window": {"window": (64, 64)},
     "rotary": {"rotary": True},
     "rotary,D=80": {"rotary": True, "head_dim": 80},
     "grouped": {"groups": 4},
-    "lse_grad": {"dlse": True},
-    "all": {"dropout_p": 0.1, "bias": True, "mask": True, "alibi": True, "window": 64, "rotary": True, "groups": 4},
+    "ids": {"ids": True, "dropout": True},
+    "padded,ids": {"padded": True, "ids": True, "dropout": True},
+    "lse_grad": {"return_lse": True},
+    "all": _EVERYTHING,
+    "all,padded": {**_EVERYTHING, "padded": True, "bias_planes": 3},
 }
 
 
-def compile_cases(arch: str) -> list[CompileCase]:
+def compile_calls() -> list[CompileCall]:
     """Every config of the ladder on plain attention, and every variant at head_dim 64."""
-    cases = []
-    for head_dim in (32, 64, 80, 96, 128, 256):
-        cases += _compile_cases(arch, "bf16", head_dim=head_dim)
-    cases += _compile_cases(arch, "fp16", dtype=torch.float16)
-    for head_dim in (64, 128, 256):
-        cases += _compile_cases(arch, "fp32", dtype=torch.float32, head_dim=head_dim)
-    for name, changes in _VARIANTS.items():
-        cases += _compile_cases(arch, f"bf16,{name}", **changes)
-    return cases
-
-
-def _compile_cases(
-    arch, name, *, dtype=torch.bfloat16, head_dim=64, groups=1, padded=False, dropout_p=0.0, bias=False, mask=False,
-    alibi=False, window=UNBOUNDED, rotary=False, dlse=False,
-):  # fmt: skip
-    """The launches of one forward and backward pass over tensors without data, as the launchers would make them."""
-    batch, heads, width = 8, 12, 512
-
-    def empty(*shape, dtype=dtype):
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    rows = (batch, width) if padded else (batch * width,)
-    qkv = empty(*rows, heads + 2 * (heads // groups), head_dim)  # one fused projection
-    q, k, v = qkv.split([heads, heads // groups, heads // groups], dim=-2)
-    spans = empty(batch if padded else batch + 1, dtype=torch.int32)
-    schedule = empty(2 * batch, 2, dtype=torch.int32)
-    plane = (batch, heads, width, width)
-    bias = empty(*plane) if bias else None
-    table = empty(width, head_dim // 2, dtype=torch.float32) if rotary else None
-    options = (
-        empty(*plane, dtype=torch.uint8) if mask else None,
-        empty(heads, dtype=torch.float32) if alibi else None,
-        table, table,
-        empty(1, dtype=torch.int64) if dropout_p else None,
-        empty(batch, dtype=torch.int64) if dropout_p else None,
-        window, window, dropout_p, 2, head_dim**-0.5,
-    )  # fmt: skip
-    o, lse = forward_outputs(q)
-    dlse = lse if dlse else None
-    outputs = backward_outputs(o, dlse, o, lse, q, k, v)
-    launches = [
-        *plan_forward(arch, o, lse, q, k, v, spans, spans, schedule, width, bias, *options),
-        *plan_backward(
-            arch, *outputs, o, dlse, o, lse, q, k, v, spans, spans, schedule, schedule, width, bias, *options
-        ),
-    ]
-    if bias is not None:
-        launches.append(plan_backward_bias(arch, bias, o, lse, lse, q, k, v, spans, spans, bias, *options))
-    fast = name == "bf16" and head_dim == 64
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     return [
-        _compile_case(launch, name, matrix=dtype != torch.float32, fast=fast) for launch in launches if launch.config
+        *(_call("bf16", bf16, head_dim=d, fast=d == 64) for d in (32, 64, 80, 96, 128, 256)),
+        _call("fp16", fp16),
+        *(_call("fp32", fp32, head_dim=d) for d in (64, 128, 256)),
+        *(_call(f"bf16,{name}", bf16, **changes) for name, changes in _VARIANTS.items()),
+        _call("fp16,all", fp16, **_EVERYTHING),
+        _call("fp32,all", fp32, **_EVERYTHING),
     ]
 
 
-def _compile_case(launch: Launch, name: str, matrix: bool, fast: bool) -> CompileCase:
-    """What Triton's launcher would derive from the arguments: types, constants, divisibility by 16."""
-    config = launch.config
-    signature, constexprs, aligned = {}, {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}, []
-    free = {p.name for p in launch.kernel.params if p.do_not_specialize}
-    for key, value in launch.arguments.items():
-        if isinstance(value, Tensor):
-            signature[key] = "*" + _TRITON_TYPES[value.dtype]
-            aligned.append(key)
-        elif key.isupper() or value is None or (value == 1 and key not in free):
-            constexprs[key] = value
-        else:
-            signature[key] = "fp32" if isinstance(value, float) else "i32" if abs(value) < 2**31 else "i64"
-            if signature[key] != "fp32" and value % 16 == 0 and key not in free:
-                aligned.append(key)
-    kernel = launch.kernel.__name__.removeprefix("_").removesuffix("_kernel")
-    blocks = f"{config.block_m}x{config.block_n}"
-    return CompileCase(
-        name=f"{kernel}[{name},D={launch.arguments['HEAD_DIM']},{blocks}]",
-        kernel=launch.kernel,
-        signature=signature,
-        constexprs=constexprs,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        matrix=matrix,
-        aligned=tuple(aligned),
-        fast=fast,
-        options=config.options,
-    )
+def _call(
+    name, dtype, *, head_dim=64, groups=1, padded=False, dropout=False, bias=False, bias_planes=1, mask=False,
+    alibi=False, rotary=False, ids=False, fast=False, **options,
+) -> CompileCall:  # fmt: skip
+    """A call over sequences of one block, of one tile and longer, with q, k and v views of one fused projection."""
+    lengths, heads = [40, 100, 300], 12
+    batch, width = len(lengths), max(lengths)
+    rows = (batch, width) if padded else (sum(lengths),)
+    qkv = empty(*rows, heads + 2 * (heads // groups), head_dim, dtype=dtype)
+    q, k, v = qkv.split([heads, heads // groups, heads // groups], dim=-2)
+    if bias:
+        options["bias"] = empty(bias_planes, heads if bias_planes == 1 else 1, width, width, dtype=dtype)
+    if mask:
+        options["mask"] = empty(1, 1, width, width, dtype=torch.bool)
+    if alibi:
+        options["alibi_slopes"] = empty(heads, dtype=torch.float32)
+    if rotary:
+        options["rotary"] = (empty(width, head_dim // 2, dtype=torch.float32),) * 2
+    if dropout:
+        options |= {"dropout_p": 0.1, "seed": empty(1, dtype=torch.int64)}
+    if ids:
+        options["sequence_ids"] = empty(batch, dtype=torch.int64)
+    spans = torch.tensor(lengths if padded else [0, 40, 140, 440], dtype=torch.int32)
+    given = (q, k, v, spans) if padded else (q, k, v, spans, width)
+    return compile_call(
+        attention_padded if padded else attention, f"{name},D={head_dim}", *given,
+        grads=(0, 1, 2, "bias") if bias else (0, 1, 2), fast=fast, **options,
+    )  # fmt: skip

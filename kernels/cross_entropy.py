@@ -36,12 +36,14 @@ A row's loss comes from that row's z alone, in one order. The products of z and 
 which may choose its kernel by N; in `batch_invariant()` they are ours, and the bits of a row are its own.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._compile import CompileCase
+from ._compile import TRITON_TYPES, CompileCall, compile_call, empty
 from ._gemm import (
     accumulate_tn,
     cast_for_autocast,
@@ -53,6 +55,7 @@ from ._gemm import (
     wants_grad,
 )
 from ._invariance import is_batch_invariant
+from ._launch import Plan
 from ._library import register
 
 # Of z at a time. At BERT's vocabulary in bf16, 4,352 rows: products long enough to fill the machine (34 x 120 tiles),
@@ -183,6 +186,20 @@ def _row_elements(n_cols: int) -> int:
     return triton.cdiv(n_cols, 64) * 64
 
 
+@functools.lru_cache(256)
+def _plan(
+    stride_z: int, n_cols: int, ignore_index: int, smoothing: float, has_grad: bool, block_v: int, num_warps: int
+) -> Plan:
+    return Plan(
+        _cross_entropy_kernel,
+        "z_ptr bias_ptr labels_ptr scale_ptr loss_ptr",
+        "",
+        {"stride_z": stride_z, "n_cols": n_cols, "ignore_index": ignore_index, "smoothing": smoothing}
+        | {"HAS_GRAD": has_grad, "HAS_SMOOTHING": smoothing > 0.0, "BLOCK_V": block_v},
+        num_warps=num_warps,
+    )
+
+
 def _launch(hidden, weight, bias, labels, row_scale, ignore_index, smoothing, wants, invariant):
     want_dhidden, want_dweight, want_dbias = wants
     (n_rows, width), n_cols = hidden.shape, weight.shape[0]
@@ -200,11 +217,9 @@ def _launch(hidden, weight, bias, labels, row_scale, ignore_index, smoothing, wa
         rows = slice(start, min(start + chunk_rows, n_rows))
         z = buffer[: rows.stop - start, :n_cols]
         matmul(hidden[rows], weight, invariant=invariant, out=z)
-        _cross_entropy_kernel[(z.shape[0],)](
-            z_ptr=z, bias_ptr=bias, labels_ptr=labels[rows], scale_ptr=None if row_scale is None else row_scale[rows],
-            loss_ptr=loss[rows], stride_z=z.stride(0), n_cols=n_cols, ignore_index=ignore_index, smoothing=smoothing,
-            HAS_GRAD=any(wants), HAS_SMOOTHING=smoothing > 0.0, BLOCK_V=BLOCK_V, num_warps=NUM_WARPS,
-        )  # fmt: skip
+        _plan(z.stride(0), n_cols, ignore_index, smoothing, any(wants), BLOCK_V, NUM_WARPS)(
+            (z.shape[0],), (z, bias, labels[rows], None if row_scale is None else row_scale[rows], loss[rows])
+        )
         if want_dhidden:
             matmul(z, weight, layout="nn", invariant=invariant, out=dhidden[rows])
         if want_dweight:
@@ -322,29 +337,19 @@ def linear_cross_entropy(
 # ---- for the offline compiler ----------------------------------------------------------------------------
 
 
-def compile_cases(arch: str) -> list[CompileCase]:
-    """The kernel with and without gradients, of 16 and 32 bits, smoothing and row scales."""
-    cases = []
-    for dtype in ("bf16", "fp32"):
-        for grad, smoothing, scaled in ((False, False, False), (True, False, False), (True, True, True)):
-            signature = {
-                "z_ptr": f"*{dtype}", "bias_ptr": f"*{dtype}", "labels_ptr": "*i64", "loss_ptr": "*fp32",
-                "stride_z": "i32", "n_cols": "i32", "ignore_index": "i32", "smoothing": "fp32",
-            } | ({"scale_ptr": "*fp32"} if scaled else {})  # fmt: skip
-            form = "".join((",grad" * grad, ",smooth" * smoothing, ",scaled" * scaled))
-            cases.append(
-                CompileCase(
-                    name=f"cross_entropy[{dtype}{form}]",
-                    kernel=_cross_entropy_kernel,
-                    signature=signature,
-                    constexprs={"HAS_GRAD": grad, "HAS_SMOOTHING": smoothing, "BLOCK_V": BLOCK_V}
-                    | ({} if scaled else {"scale_ptr": None}),
-                    num_warps=NUM_WARPS,
-                    num_stages=3,
-                    wide_loads=True,
-                    # neither a vocabulary nor the place of a chunk's first loss is a multiple of anything
-                    aligned=("z_ptr", "bias_ptr", "stride_z"),
-                    fast=dtype == "bf16" and grad and not smoothing,
-                )
-            )
-    return cases
+def compile_calls() -> list[CompileCall]:
+    """The kernel with and without gradients, of 16 and 32 bits, smoothing and row scales, at BERT's vocabulary."""
+
+    def call(name, dtype=torch.bfloat16, bias=True, **more):
+        given = {"hidden": empty(8, 64, dtype=dtype), "weight": empty(30522, 64, dtype=dtype)}
+        given |= {"bias": empty(30522, dtype=dtype) if bias else None, "labels": empty(8, dtype=torch.int64)}
+        form, wide = f"{TRITON_TYPES[dtype]}{name}", [_cross_entropy_kernel]
+        return compile_call(linear_cross_entropy, form, wide_loads=wide, **given, **more)
+
+    return [
+        call("", fast=True),
+        call("", torch.float32),
+        call("", torch.float16),
+        call(",without_bias", bias=False),
+        *(call(",smooth,rows", dtype, label_smoothing=0.1, reduction="none") for dtype in TRITON_TYPES),
+    ]

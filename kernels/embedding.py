@@ -28,6 +28,7 @@ Ids must be in range: the caller checks, where that costs no wait for the device
 zeros and gets no gradient, so a wrong id cannot touch memory outside the tables.
 """
 
+import functools
 from dataclasses import replace
 
 import torch
@@ -35,9 +36,11 @@ import triton
 import triton.language as tl
 
 from . import _device
-from ._compile import TRITON_TYPES, CompileCase
+from ._compile import TRITON_TYPES, CompileCall, compile_call, empty
+from ._launch import Plan
 from ._library import register
 from ._rows import (
+    EXACT,
     MAX_FUSED_WIDTH,
     MAX_WIDTH,
     NormConfig,
@@ -47,10 +50,11 @@ from ._rows import (
     _row_block,
     _store_part,
     _store_statistics,
-    dropout_arguments,
+    dropout_constants,
+    dropout_tensors,
     norm_bwd_config,
     norm_fwd_config,
-    rows_of,
+    packed,
     sum_parts,
 )
 from ._scatter import scatter
@@ -61,6 +65,7 @@ MAX_FUSED_TYPES = 2
 # ---- configs ---------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def embedding_bwd_config(n_cols: int) -> NormConfig:
     """`norm_bwd_config` with half the rows: two more fp32 sums and the gathers' addresses need the registers."""
     config = norm_bwd_config(n_cols)
@@ -96,14 +101,15 @@ def _load_embeddings(
 _VARYING = ["n_tokens", "n_words", "n_types", "n_positions", "stream_id", "threshold"]
 
 
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=[*_VARYING, "want_stats"])
 def _embedding_fwd_kernel(
     input_ids_ptr, token_type_ids_ptr, positions_ptr,                 # in:  [T]
     word_ptr, token_type_ptr, position_ptr, weight_ptr, bias_ptr,     # in:  [V, N], [types, N], [P, N], [N], [N]
     seed_ptr, row_ids_ptr,                                            # in:  [1], [T]
-    y_ptr, mean_ptr, rstd_ptr,                                        # out: [T, N], [T], [T]; the last two or None
+    y_ptr, mean_ptr, rstd_ptr,                                        # out: [T, N], [T], [T]
     n_tokens, n_words, n_types, n_positions,
     eps, stream_id, threshold, keep_scale,
+    want_stats,
     N: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -120,19 +126,23 @@ def _embedding_fwd_kernel(
         y = tl.where(keep, y * keep_scale, 0.0)
 
     tl.store(y_ptr + tokens[:, None] * N + cols[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
-    _store_statistics(mean_ptr, rstd_ptr, mean, rstd, tokens, mask_m)
+    _store_statistics(mean_ptr, rstd_ptr, mean, rstd, tokens, mask_m, want_stats)
 
 
-@triton.jit(do_not_specialize=[*_VARYING, "tokens_per_step"])
+_WANTS = ["want_dz", "want_dweight", "want_dbias", "want_dtype"]
+
+
+@triton.jit(do_not_specialize=[*_VARYING, "tokens_per_step", *_WANTS])
 def _embedding_bwd_kernel(
     dy_ptr,                                                           # in:  [T, N]
     input_ids_ptr, token_type_ids_ptr, positions_ptr,                 # in:  [T]
     word_ptr, token_type_ptr, position_ptr, weight_ptr,               # in:  [V, N], [types, N], [P, N], [N]
     mean_ptr, rstd_ptr, seed_ptr, row_ids_ptr,                        # in:  [T], [T], [1], [T]
-    dz_ptr,                                                           # out: [T, N] or None
-    dweight_part_ptr, dbias_part_ptr, dtype0_part_ptr, dtype1_part_ptr,   # out: [P, N] fp32, or None
-    n_tokens, n_words, n_types, n_positions, tokens_per_step, stride_dym,
+    dz_ptr,                                                           # out: [T, N]
+    dweight_part_ptr, dbias_part_ptr, dtype0_part_ptr, dtype1_part_ptr,   # out: [P, N] fp32; None if no such sum
+    n_tokens, n_words, n_types, n_positions, tokens_per_step,
     stream_id, threshold, keep_scale,
+    want_dz, want_dweight, want_dbias, want_dtype,
     N: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -147,7 +157,7 @@ def _embedding_bwd_kernel(
     for token in range(pid * BLOCK_M, n_tokens, tokens_per_step):
         tokens, mask_m, mask = _row_block(token, n_tokens, cols, N, BLOCK_M)
 
-        d = tl.load(dy_ptr + tokens[:, None] * stride_dym + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        d = tl.load(dy_ptr + tokens[:, None] * N + cols[None, :], mask=mask, other=0.0).to(tl.float32)
         if seed_ptr is not None:
             keep = _dropout_mask(seed_ptr, row_ids_ptr, stream_id, threshold, tokens, mask_m, cols)
             d = tl.where(keep, d * keep_scale, 0.0)
@@ -160,7 +170,7 @@ def _embedding_bwd_kernel(
             N, False, dweight_part_ptr is not None, dbias_part_ptr is not None,
         )  # fmt: skip
 
-        if dz_ptr is not None:
+        if want_dz != 0:
             tl.store(dz_ptr + tokens[:, None] * N + cols[None, :], dz.to(dz_ptr.dtype.element_ty), mask=mask)
         if dtype0_part_ptr is not None:
             types = tl.load(token_type_ids_ptr + tokens, mask=mask_m, other=-1)
@@ -168,13 +178,40 @@ def _embedding_bwd_kernel(
             if dtype1_part_ptr is not None:
                 dtype1 += tl.sum(tl.where((types == 1)[:, None], dz, 0.0), axis=0)
 
-    _store_part(dweight_part_ptr, dweight, pid, cols, N)
-    _store_part(dbias_part_ptr, dbias, pid, cols, N)
-    _store_part(dtype0_part_ptr, dtype0, pid, cols, N)
-    _store_part(dtype1_part_ptr, dtype1, pid, cols, N)
+    _store_part(dweight_part_ptr, dweight, pid, cols, want_dweight, N)
+    _store_part(dbias_part_ptr, dbias, pid, cols, want_dbias, N)
+    _store_part(dtype0_part_ptr, dtype0, pid, cols, want_dtype, N)
+    _store_part(dtype1_part_ptr, dtype1, pid, cols, want_dtype, N)
 
 
 # ---- launchers -------------------------------------------------------------------------------------------
+
+_TABLES = "input_ids_ptr token_type_ids_ptr positions_ptr word_ptr token_type_ptr position_ptr"
+_SIZES = "n_tokens n_words n_types n_positions"
+
+
+@functools.lru_cache(256)
+def _fwd_plan(config: NormConfig, n_cols: int, eps: float, dropout_p: float) -> Plan:
+    return Plan(
+        _embedding_fwd_kernel,
+        f"{_TABLES} weight_ptr bias_ptr seed_ptr row_ids_ptr y_ptr mean_ptr rstd_ptr",
+        f"{_SIZES} stream_id want_stats",
+        {"eps": eps, **dropout_constants(dropout_p), "N": n_cols}
+        | {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n},
+        num_warps=config.num_warps, **EXACT,
+    )  # fmt: skip
+
+
+@functools.lru_cache(256)
+def _bwd_plan(config: NormConfig, n_cols: int, dropout_p: float) -> Plan:
+    return Plan(
+        _embedding_bwd_kernel,
+        f"dy_ptr {_TABLES} weight_ptr mean_ptr rstd_ptr seed_ptr row_ids_ptr dz_ptr "
+        "dweight_part_ptr dbias_part_ptr dtype0_part_ptr dtype1_part_ptr",
+        f"{_SIZES} tokens_per_step stream_id {' '.join(_WANTS)}",
+        {**dropout_constants(dropout_p), "N": n_cols, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n},
+        num_warps=config.num_warps, **EXACT,
+    )  # fmt: skip
 
 
 def _launch_fwd(
@@ -189,29 +226,22 @@ def _launch_fwd(
         return outs
     n_tokens, n_cols = y.shape
     config = norm_fwd_config(n_cols)
-    _embedding_fwd_kernel[(triton.cdiv(n_tokens, config.block_m),)](
-        **_table_arguments(input_ids, token_type_ids, positions, word, position, token_type),
-        weight_ptr=weight, bias_ptr=bias,
-        y_ptr=y, mean_ptr=mean if want_stats else None, rstd_ptr=rstd if want_stats else None,
-        eps=eps, **dropout_arguments(dropout_p, seed, row_ids, stream),
-        N=n_cols, BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps,
-    )  # fmt: skip
+    tables, sizes = _tables_and_sizes(input_ids, token_type_ids, positions, word, position, token_type)
+    _fwd_plan(config, n_cols, eps, dropout_p)(
+        (triton.cdiv(n_tokens, config.block_m),),
+        (*tables, packed(weight), packed(bias), *dropout_tensors(dropout_p, seed, row_ids), y, mean, rstd),
+        (*sizes, stream, int(want_stats)),
+    )
     return outs
 
 
-def _table_arguments(input_ids, token_type_ids, positions, word, position, token_type) -> dict:
-    return {
-        "input_ids_ptr": input_ids.contiguous(),
-        "token_type_ids_ptr": None if token_type_ids is None else token_type_ids.contiguous(),
-        "positions_ptr": positions.contiguous(),
-        "word_ptr": word.contiguous(),
-        "token_type_ptr": None if token_type is None else token_type.contiguous(),
-        "position_ptr": position.contiguous(),
-        "n_tokens": input_ids.shape[0],
-        "n_words": word.shape[0],
-        "n_types": 0 if token_type is None else token_type.shape[0],
-        "n_positions": position.shape[0],
-    }
+def _tables_and_sizes(input_ids, token_type_ids, positions, word, position, token_type) -> tuple[tuple, tuple]:
+    """What the plans name _TABLES and _SIZES."""
+    n_types = 0 if token_type is None else token_type.shape[0]
+    return (
+        tuple(packed(t) for t in (input_ids, token_type_ids, positions, word, token_type, position)),
+        (input_ids.shape[0], word.shape[0], n_types, position.shape[0]),
+    )
 
 
 def _fake_fwd(
@@ -241,37 +271,42 @@ def _launch_bwd(
         for out in outs:
             out.zero_()
         return outs
-    dword, dposition, dtoken_type, dweight, dbias = (out if w else None for out, w in zip(outs, wanted, strict=True))
-    fused = dtoken_type is not None and len(dtoken_type) <= MAX_FUSED_TYPES and n_cols <= MAX_FUSED_WIDTH
-    types = list(dtoken_type) if fused else []
-    needs_dz = any(d is not None for d in (dword, dposition)) or (dtoken_type is not None and not fused)
-    dz = dy.new_empty((n_tokens, n_cols), dtype=word.dtype) if needs_dz else None
+    dword, dposition, dtoken_type, dweight, dbias = outs
+    want_dword, want_dposition, want_dtype, want_dweight, want_dbias = wanted
+    n_types = 0 if token_type is None else len(token_type)
+    fused = n_types <= MAX_FUSED_TYPES and n_cols <= MAX_FUSED_WIDTH
+    want_dz = want_dword or want_dposition or (want_dtype and not fused)
+    dz = dy.new_empty((n_tokens, n_cols) if want_dz else (0,), dtype=word.dtype)
 
-    dy = rows_of(dy, n_cols)
     config = embedding_bwd_config(n_cols)
     programs = min(
         config.programs_per_sm * _device.multiprocessors(dy.device.index), triton.cdiv(n_tokens, config.block_m)
     )
-    sums = [dweight, dbias, *(*types, None, None)[:2]]
+    # a place for every sum that there can be, whichever are wanted
+    types = [dtoken_type[n] if want_dtype else dtoken_type for n in range(n_types)] if fused else []
+    sums = [dweight if weight is not None else None, dbias if bias is not None else None, *(*types, None, None)[:2]]
     parts = dy.new_empty((sum(s is not None for s in sums), programs, n_cols), dtype=torch.float32)
     slots = iter(parts)
     dweight_part, dbias_part, dtype0_part, dtype1_part = (None if s is None else next(slots) for s in sums)
-    _embedding_bwd_kernel[(programs,)](
-        dy_ptr=dy, **_table_arguments(input_ids, token_type_ids, positions, word, position, token_type),
-        weight_ptr=weight, mean_ptr=mean, rstd_ptr=rstd, dz_ptr=dz,
-        dweight_part_ptr=dweight_part, dbias_part_ptr=dbias_part,
-        dtype0_part_ptr=dtype0_part, dtype1_part_ptr=dtype1_part,
-        tokens_per_step=programs * config.block_m, stride_dym=dy.stride(0),
-        **dropout_arguments(dropout_p, seed, row_ids, stream),
-        N=n_cols, BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps,
+    tables, sizes = _tables_and_sizes(input_ids, token_type_ids, positions, word, position, token_type)
+    _bwd_plan(config, n_cols, dropout_p)(
+        (programs,),
+        (
+            packed(dy), *tables, packed(weight), mean, rstd, *dropout_tensors(dropout_p, seed, row_ids),
+            dz, dweight_part, dbias_part, dtype0_part, dtype1_part,
+        ),
+        (
+            *sizes, programs * config.block_m, stream,
+            int(want_dz), int(want_dweight), int(want_dbias), int(want_dtype),
+        ),
     )  # fmt: skip
     sum_parts(parts, [s for s in sums if s is not None])
 
-    if dword is not None:
+    if want_dword:
         scatter(dz, input_ids, dword, -1 if padding_idx is None else padding_idx % word.shape[0])
-    if dposition is not None:
+    if want_dposition:
         scatter(dz, positions, dposition, -1)
-    if dtoken_type is not None and not fused:
+    if want_dtype and not fused:
         scatter(dz, token_type_ids, dtoken_type, -1)
     return outs
 
@@ -282,7 +317,7 @@ def _fake_bwd(
 ):  # fmt: skip
     """(dword, dposition, dtoken_type, dweight, dbias); what is not wanted has no elements."""
     return tuple(
-        dy.new_empty(t.shape, dtype=t.dtype) if w else dy.new_empty(0)
+        dy.new_empty(0) if t is None else t.new_empty(t.shape if w else (0,))
         for t, w in zip((word, position, token_type, weight, bias), wanted, strict=True)
     )
 
@@ -361,47 +396,37 @@ def embedding_layer_norm(
 
 # one width for every step of the ladders, and those of BERT-base, large and MiniLM
 _WIDTHS = (16, 32, 64, 128, 256, 384, 512, 768, 1024, 2048, 4096, 8192)
+_TOKENS = 128  # two chunks of the scatter
 
 
-def compile_cases(arch: str) -> list[CompileCase]:
+def compile_calls() -> list[CompileCall]:
     """Every config of the ladders, with all tables, dropout and gradients: the most registers a launch can need."""
-    cases = []
-    for dtype in (torch.bfloat16, torch.float32):
-        d = f"*{TRITON_TYPES[dtype]}"
-        ids = dict.fromkeys(("input_ids_ptr", "token_type_ids_ptr", "positions_ptr"), "*i64")
-        tables = dict.fromkeys(("word_ptr", "token_type_ptr", "position_ptr", "weight_ptr"), d)
-        stats = {"mean_ptr": "*fp32", "rstd_ptr": "*fp32"}
-        sizes = dict.fromkeys(("n_tokens", "n_words", "n_types", "n_positions"), "i32")
-        dropout = {
-            "seed_ptr": "*i64", "row_ids_ptr": "*i64", "stream_id": "i32", "threshold": "i64", "keep_scale": "fp32",
-        }  # fmt: skip
-        sums = dict.fromkeys(("dweight_part_ptr", "dbias_part_ptr"), "*fp32")
-        type_sums = dict.fromkeys(("dtype0_part_ptr", "dtype1_part_ptr"), "*fp32")
-        for n_cols in _WIDTHS:
-            fused, unfused = (type_sums, {}) if n_cols <= MAX_FUSED_WIDTH else ({}, dict.fromkeys(type_sums))
-            kernels = [
-                (
-                    "embedding_layer_norm_fwd", _embedding_fwd_kernel, norm_fwd_config(n_cols), {},
-                    ids | tables | {"bias_ptr": d, "y_ptr": d, "eps": "fp32"} | stats | sizes | dropout,
-                ),
-                (
-                    "embedding_layer_norm_bwd", _embedding_bwd_kernel, embedding_bwd_config(n_cols), unfused,
-                    ids | tables | {"dy_ptr": d, "dz_ptr": d, "tokens_per_step": "i32", "stride_dym": "i32"}
-                    | stats | sums | fused | sizes | dropout,
-                ),
-            ]  # fmt: skip
-            for name, kernel, config, constexprs, signature in kernels:
-                cases.append(
-                    CompileCase(
-                        name=f"{name}[{d[1:]},N={n_cols}]",
-                        kernel=kernel,
-                        signature=signature,
-                        constexprs=constexprs | {"N": n_cols, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n},
-                        num_warps=config.num_warps,
-                        num_stages=3,
-                        wide_loads=n_cols >= 128,
-                        aligned=tuple(a for a in signature if a.endswith("_ptr") or a.startswith("stride")),
-                        fast=n_cols in (384, 768) and dtype == torch.bfloat16,
-                    )
-                )
-    return cases
+    ids = empty(_TOKENS, dtype=torch.int64)
+    dropout = {"dropout_p": 0.1, "seed": empty(1, dtype=torch.int64), "row_ids": ids}
+
+    def call(name, n_cols=768, dtype=torch.bfloat16, absent=(), types=2, **more):
+        table, vector = functools.partial(empty, dtype=dtype), empty(n_cols, dtype=dtype)
+        given = dict.fromkeys(("input_ids", "token_type_ids", "positions"), ids)
+        given |= {"word": table(50, n_cols), "position": table(60, n_cols), "token_type": table(types, n_cols)}
+        given |= {"weight": vector, "bias": vector} | dropout | dict.fromkeys(absent)
+        if "seed" in absent:
+            given["dropout_p"] = 0.0
+        wide = (_embedding_fwd_kernel, _embedding_bwd_kernel) if n_cols >= 128 else ()
+        form = f"{name},N={n_cols}"
+        inference = n_cols in (384, 768)
+        return compile_call(embedding_layer_norm, form, wide_loads=wide, inference=inference, **given, **more)
+
+    return [
+        *(
+            call(TRITON_TYPES[dtype], n_cols, dtype, fast=n_cols == 768 and dtype == torch.bfloat16)
+            for dtype in (torch.bfloat16, torch.float32)
+            for n_cols in _WIDTHS
+        ),
+        call("fp16", dtype=torch.float16),
+        call("bf16,bare", absent=("token_type_ids", "token_type", "weight", "bias", "seed", "row_ids")),
+        call("bf16,without_row_ids", absent=("row_ids",)),
+        call("bf16,one_type", types=1),
+        call("bf16,many_types", types=5),
+        call("bf16,only_weight", grads=("weight",)),
+        call("bf16,only_bias", grads=("bias",)),
+    ]

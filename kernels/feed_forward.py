@@ -46,6 +46,8 @@ At 4.3 TB/s BERT-base (C 768, F 3072, bf16, 16,384 tokens) moves 252 MB forward,
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -53,8 +55,9 @@ from torch import Tensor
 
 from . import _device
 from ._activation import _act_and_grad, _act_backward_tile, _load_tile, _store_tile
-from ._compile import CompileCase
+from ._compile import TRITON_TYPES, CompileCall, compile_call, empty
 from ._gemm import (
+    COMPILED_SIZES,
     cast_for_autocast,
     column_sums,
     expect_one_dtype,
@@ -68,6 +71,7 @@ from ._gemm import (
 )
 from ._gemm_config import GemmConfig, gemm_config
 from ._invariance import is_batch_invariant
+from ._launch import Plan
 from ._library import register
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "geglu")
@@ -125,6 +129,26 @@ def _activate_backward_kernel(
 POINTWISE_M, POINTWISE_N, POINTWISE_WARPS = 32, 128, 4
 
 
+@functools.lru_cache(256)
+def _activate_plan(n: int, stride_h: int, activation: str) -> Plan:
+    return Plan(
+        _activate_kernel, "h_ptr a_ptr", "m",
+        {"stride_h": stride_h, "stride_a": n, "n": n, "ACTIVATION": activation}
+        | {"BLOCK_M": POINTWISE_M, "BLOCK_N": POINTWISE_N},
+        num_warps=POINTWISE_WARPS,
+    )  # fmt: skip
+
+
+@functools.lru_cache(256)
+def _activate_backward_plan(n: int, stride_g: int, stride_h: int, h_width: int, activation: str) -> Plan:
+    return Plan(
+        _activate_backward_kernel, "g_ptr h_ptr dh_ptr a_ptr dbias_part_ptr", "m",
+        {"stride_g": stride_g, "stride_h": stride_h, "stride_dh": h_width, "stride_a": n, "stride_dbias": h_width}
+        | {"n": n, "ACTIVATION": activation, "BLOCK_M": POINTWISE_M, "BLOCK_N": POINTWISE_N},
+        num_warps=POINTWISE_WARPS,
+    )  # fmt: skip
+
+
 def _width(h_width: int, activation: str) -> int:
     """Columns after the activation."""
     return h_width // 2 if activation == "geglu" else h_width
@@ -135,10 +159,9 @@ def _activate(h: Tensor, activation: str) -> Tensor:
     m, n = h.shape[0], _width(h.shape[1], activation)
     a = h.new_empty(m, n)
     if a.numel() > 0:
-        _activate_kernel[(triton.cdiv(m, POINTWISE_M), triton.cdiv(n, POINTWISE_N))](
-            h_ptr=h, a_ptr=a, stride_h=h.stride(0), stride_a=n, m=m, n=n, ACTIVATION=activation,
-            BLOCK_M=POINTWISE_M, BLOCK_N=POINTWISE_N, num_warps=POINTWISE_WARPS,
-        )  # fmt: skip
+        _activate_plan(n, h.stride(0), activation)(
+            (triton.cdiv(m, POINTWISE_M), triton.cdiv(n, POINTWISE_N)), (h, a), (m,)
+        )
     return a
 
 
@@ -152,12 +175,9 @@ def _activate_backward(
     a = h.new_empty(m, n) if want_a else None
     dbias_part = h.new_empty(blocks_m, h.shape[1], dtype=torch.float32) if want_dbias else None
     if dh.numel() > 0:
-        _activate_backward_kernel[(blocks_m, triton.cdiv(n, POINTWISE_N))](
-            g_ptr=g, h_ptr=h, dh_ptr=dh, a_ptr=a, dbias_part_ptr=dbias_part,
-            stride_g=g.stride(0), stride_h=h.stride(0), stride_dh=h.shape[1], stride_a=n, stride_dbias=h.shape[1],
-            m=m, n=n, ACTIVATION=activation,
-            BLOCK_M=POINTWISE_M, BLOCK_N=POINTWISE_N, num_warps=POINTWISE_WARPS,
-        )  # fmt: skip
+        _activate_backward_plan(n, g.stride(0), h.stride(0), h.shape[1], activation)(
+            (blocks_m, triton.cdiv(n, POINTWISE_N)), (g, h, dh, a, dbias_part), (m,)
+        )
     return dh, a, dbias_part.sum(0) if want_dbias else None
 
 
@@ -390,34 +410,30 @@ def feed_forward(
 # ---- for the offline compiler ----------------------------------------------------------------------------
 
 
-def compile_cases(arch: str) -> list[CompileCase]:
-    """The two pointwise kernels, exact and 16-bit; the products are `_gemm`'s."""
-    cases = []
-    for dtype in ("fp32", "bf16"):
-        for activation in ("gelu", "geglu"):
-            common = {
-                "constexprs": {"ACTIVATION": activation, "BLOCK_M": POINTWISE_M, "BLOCK_N": POINTWISE_N},
-                "num_warps": POINTWISE_WARPS,
-                "num_stages": 1,
-            }
-            tensor = f"*{dtype}"
-            forward = {"h_ptr": tensor, "a_ptr": tensor, "stride_h": "i32", "stride_a": "i32", "n": "i32"}
-            backward = {
-                **dict.fromkeys(("g_ptr", "h_ptr", "dh_ptr", "a_ptr"), tensor), "dbias_part_ptr": "*fp32", "n": "i32",
-                **dict.fromkeys(("stride_g", "stride_h", "stride_dh", "stride_a", "stride_dbias"), "i32"),
-            }  # fmt: skip
-            for name, kernel, signature in (
-                ("activate", _activate_kernel, forward),
-                ("activate_backward", _activate_backward_kernel, backward),
-            ):
-                cases.append(
-                    CompileCase(
-                        name=f"{name}[{dtype},{activation}]",
-                        kernel=kernel,
-                        signature=signature | {"m": "i32"},
-                        aligned=tuple(signature),
-                        fast=dtype == "bf16" and activation == "gelu",
-                        **common,
-                    )
-                )
-    return cases
+def compile_calls() -> list[CompileCall]:
+    """Both operators at every rung of the ladders, every activation, with and without what may be absent."""
+
+    def call(function, dtype, size, activation, biases=True, fast=False, **more):
+        n, k = COMPILED_SIZES[size]
+        up, down = empty(2 * n if activation == "geglu" else n, k, dtype=dtype), empty(k, n, dtype=dtype)
+        bias = (lambda weight: empty(weight.shape[0], dtype=dtype)) if biases else (lambda weight: None)
+        form = ",".join((TRITON_TYPES[dtype], size, activation, *(["no_bias"] * (not biases)), *map(str, more)))
+        weights = (up, bias(up)) if function is linear_act else (up, bias(up), down, bias(down))
+        x = empty(16, k, dtype=dtype)
+        return compile_call(function, form, x, *weights, activation, fast=fast, **more)
+
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    return [
+        *(
+            call(feed_forward, bf16, size, activation, fast=(size, activation) == ("wide", "gelu"))
+            for size in COMPILED_SIZES
+            for activation in ("gelu", "geglu")
+        ),
+        *(call(feed_forward, bf16, "wide", activation) for activation in ACTIVATIONS if activation[:2] != "ge"),
+        *(call(feed_forward, dtype, "wide", name) for dtype in (fp16, fp32) for name in ("gelu_tanh", "geglu")),
+        call(feed_forward, fp32, "wide", "gelu"),
+        call(feed_forward, bf16, "wide", "gelu", biases=False, grads=(0,)),
+        call(feed_forward, fp32, "wide", "gelu", biases=False, grads=(0,)),
+        call(feed_forward, bf16, "wide", "gelu", recompute=True),
+        *(call(linear_act, dtype, "wide", name) for dtype in (bf16, fp16, fp32) for name in ("gelu", "geglu")),
+    ]

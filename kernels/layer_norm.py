@@ -25,29 +25,36 @@ same. Nothing is read twice. The partial sums add 8 P N bytes for each of dweigh
 No atomics: row m belongs to program (m // BLOCK_M) mod P, a program adds its rows in order, and one small kernel
 adds the P partial sums in order. (Rows wider than 4,096 leave dbias and dx_bias to torch.sum over dy and dx, one
 more read each, the only extra passes: their fp32 sums no longer fit in registers.) A row's own results depend on
-nothing but that row.
+nothing but that row, and no result on what else a call wants: outputs that it does not want are computed all the same
+and not written (`_rows` says why). Inputs that are not contiguous are copied.
 """
+
+import functools
 
 import torch
 import triton
 import triton.language as tl
 
 from . import _device
-from ._compile import TRITON_TYPES, CompileCase
+from ._compile import TRITON_TYPES, CompileCall, compile_call, empty
+from ._launch import Plan
 from ._library import register
 from ._rows import (
+    EXACT,
     MAX_FUSED_WIDTH,
     MAX_WIDTH,
+    NormConfig,
     _dropout_mask,
     _norm_backward,
     _norm_forward,
     _row_block,
     _store_part,
     _store_statistics,
-    dropout_arguments,
+    dropout_constants,
+    dropout_tensors,
     norm_bwd_config,
     norm_fwd_config,
-    rows_of,
+    packed,
     sum_parts,
 )
 
@@ -57,34 +64,34 @@ from ._rows import (
 @triton.jit
 def _load_sum(
     x_ptr, residual_ptr, x_bias_ptr,   # in: [M, N], [M, N] or None, [N] or None
-    rows, cols, mask,                  # [BLOCK_M], [BLOCK_N], [BLOCK_M, BLOCK_N]
-    stride_xm, stride_rm,
+    offsets, cols, mask,               # [BLOCK_M, BLOCK_N], [BLOCK_N], [BLOCK_M, BLOCK_N]
     keep, keep_scale,                  # [BLOCK_M, BLOCK_N] or None
 ):  # fmt: skip
     """z = dropout(x + x_bias) + residual in fp32, zero where mask is false."""
-    z = tl.load(x_ptr + rows[:, None] * stride_xm + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    z = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     if x_bias_ptr is not None:
         z += tl.load(x_bias_ptr + cols[None, :], mask=mask, other=0.0).to(tl.float32)
     if keep is not None:
         z = tl.where(keep, z * keep_scale, 0.0)
     if residual_ptr is not None:
-        z += tl.load(residual_ptr + rows[:, None] * stride_rm + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        z += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     return z
 
 
 # N is a compile-time number: a model has one or two widths, and knowing it lets the compiler prove that a mask is
 # whole over 16 bytes (so loads stay 128 bits wide at 768 or 1,000) and drop it where N fills the block. Numbers
 # that change from call to call are not specialised on, or a second kernel would be built when one of them is 1.
-_VARYING = ["n_rows", "stream_id", "threshold", "rows_per_step"]
+_VARYING = ["n_rows", "stream_id", "threshold"]
 
 
-@triton.jit(do_not_specialize=_VARYING[:3])
+@triton.jit(do_not_specialize=[*_VARYING, "want_stats"])
 def _add_norm_fwd_kernel(
     x_ptr, residual_ptr, x_bias_ptr, weight_ptr, bias_ptr,   # in: [M, N], [M, N], [N], [N], [N]; None if absent
     seed_ptr, row_ids_ptr,                                   # in: [1], [M]; None without dropout, without names
-    y_ptr, z_ptr, mean_ptr, rstd_ptr,                        # out: [M, N], [M, N], [M], [M]; None if not wanted
-    n_rows, stride_xm, stride_rm,
+    y_ptr, z_ptr, mean_ptr, rstd_ptr,                        # out: [M, N], [M, N] or None, [M] (RMS: None), [M]
+    n_rows,
     eps, stream_id, threshold, keep_scale,
+    want_stats,
     N: tl.constexpr, RMS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -94,28 +101,32 @@ def _add_norm_fwd_kernel(
     keep = None
     if seed_ptr is not None:
         keep = _dropout_mask(seed_ptr, row_ids_ptr, stream_id, threshold, rows, mask_m, cols)
-    z = _load_sum(x_ptr, residual_ptr, x_bias_ptr, rows, cols, mask, stride_xm, stride_rm, keep, keep_scale)
+    offsets = rows[:, None] * N + cols[None, :]
+    z = _load_sum(x_ptr, residual_ptr, x_bias_ptr, offsets, cols, mask, keep, keep_scale)
     if z_ptr is not None:
         # y belongs to the z that is returned, and so agrees with the backward pass, which reads that z
         z = z.to(z_ptr.dtype.element_ty).to(tl.float32)
 
     y, mean, rstd = _norm_forward(z, mask, weight_ptr, bias_ptr, cols, eps, N, RMS)
 
-    offsets = rows[:, None] * N + cols[None, :]
     tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
     if z_ptr is not None:
         tl.store(z_ptr + offsets, z.to(z_ptr.dtype.element_ty), mask=mask)
-    _store_statistics(mean_ptr, rstd_ptr, mean, rstd, rows, mask_m)
+    _store_statistics(mean_ptr, rstd_ptr, mean, rstd, rows, mask_m, want_stats)
 
 
-@triton.jit(do_not_specialize=_VARYING)
+_WANTS = ["has_dz_out", "want_dx", "want_dresidual", "want_dweight", "want_dbias", "want_dx_bias"]
+
+
+@triton.jit(do_not_specialize=[*_VARYING, "rows_per_step", *_WANTS])
 def _add_norm_bwd_kernel(
     dy_ptr, dz_out_ptr, x_ptr, residual_ptr, x_bias_ptr, weight_ptr,   # in: [M, N] x 4, [N], [N]; None if absent
     mean_ptr, rstd_ptr, seed_ptr, row_ids_ptr,                         # in: [M], [M], [1], [M]
-    dx_ptr, dresidual_ptr,                                             # out: [M, N]; None if not wanted
-    dweight_part_ptr, dbias_part_ptr, dx_bias_part_ptr,                # out: [P, N] fp32; None if not wanted
-    n_rows, rows_per_step, stride_dym, stride_dzm, stride_xm, stride_rm,
+    dx_ptr, dresidual_ptr,                                             # out: [M, N]
+    dweight_part_ptr, dbias_part_ptr, dx_bias_part_ptr,                # out: [P, N] fp32; None if there is no such sum
+    n_rows, rows_per_step,
     stream_id, threshold, keep_scale,
+    has_dz_out, want_dx, want_dresidual, want_dweight, want_dbias, want_dx_bias,
     N: tl.constexpr, RMS: tl.constexpr,
     X_IS_SUM: tl.constexpr,                                            # x holds z already
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -133,37 +144,59 @@ def _add_norm_bwd_kernel(
         keep = None
         if seed_ptr is not None:
             keep = _dropout_mask(seed_ptr, row_ids_ptr, stream_id, threshold, rows, mask_m, cols)
-        dy = tl.load(dy_ptr + rows[:, None] * stride_dym + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-        z = _load_sum(
-            x_ptr, residual_ptr, x_bias_ptr, rows, cols, mask, stride_xm, stride_rm,
-            None if X_IS_SUM else keep, keep_scale,
-        )  # fmt: skip
+        offsets = rows[:, None] * N + cols[None, :]
+        dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        z = _load_sum(x_ptr, residual_ptr, x_bias_ptr, offsets, cols, mask, None if X_IS_SUM else keep, keep_scale)
         dz, dweight, dbias = _norm_backward(
             dy, z, mean_ptr, rstd_ptr, weight_ptr, dweight, dbias, rows, mask_m, cols,
             N, RMS, dweight_part_ptr is not None, dbias_part_ptr is not None,
         )  # fmt: skip
         if dz_out_ptr is not None:
-            dz += tl.load(dz_out_ptr + rows[:, None] * stride_dzm + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+            dz += tl.load(dz_out_ptr + offsets, mask=mask & (has_dz_out != 0), other=0.0).to(tl.float32)
 
-        offsets = rows[:, None] * N + cols[None, :]
-        if dresidual_ptr is not None:
+        if want_dresidual != 0:
             tl.store(dresidual_ptr + offsets, dz.to(dresidual_ptr.dtype.element_ty), mask=mask)
 
         dx = dz
         if seed_ptr is not None:
             dx = tl.where(keep, dz * keep_scale, 0.0)
-        if dx_ptr is not None:
+        if want_dx != 0:
             tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
         if dx_bias_part_ptr is not None:
             # rows past the end have dy = 0 and rstd = 0, so dz = 0
             dx_bias += tl.sum(dx, axis=0)
 
-    _store_part(dweight_part_ptr, dweight, pid, cols, N)
-    _store_part(dbias_part_ptr, dbias, pid, cols, N)
-    _store_part(dx_bias_part_ptr, dx_bias, pid, cols, N)
+    _store_part(dweight_part_ptr, dweight, pid, cols, want_dweight, N)
+    _store_part(dbias_part_ptr, dbias, pid, cols, want_dbias, N)
+    _store_part(dx_bias_part_ptr, dx_bias, pid, cols, want_dx_bias, N)
 
 
 # ---- launchers -------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(256)
+def _fwd_plan(config: NormConfig, n_cols: int, eps: float, dropout_p: float, rms: bool) -> Plan:
+    return Plan(
+        _add_norm_fwd_kernel,
+        "x_ptr residual_ptr x_bias_ptr weight_ptr bias_ptr seed_ptr row_ids_ptr y_ptr z_ptr mean_ptr rstd_ptr",
+        "n_rows stream_id want_stats",
+        {"eps": eps, **dropout_constants(dropout_p), "N": n_cols, "RMS": rms}
+        | {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n},
+        num_warps=config.num_warps, **EXACT,
+    )  # fmt: skip
+
+
+@functools.lru_cache(256)
+def _bwd_plan(config: NormConfig, n_cols: int, dropout_p: float, rms: bool, x_is_sum: bool) -> Plan:
+    return Plan(
+        _add_norm_bwd_kernel,
+        "dy_ptr dz_out_ptr x_ptr residual_ptr x_bias_ptr weight_ptr mean_ptr rstd_ptr seed_ptr row_ids_ptr "
+        "dx_ptr dresidual_ptr dweight_part_ptr dbias_part_ptr dx_bias_part_ptr",
+        f"n_rows rows_per_step stream_id {' '.join(_WANTS)}",
+        {**dropout_constants(dropout_p), "N": n_cols, "RMS": rms, "X_IS_SUM": x_is_sum}
+        | {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n},
+        num_warps=config.num_warps, **EXACT,
+    )  # fmt: skip
 
 
 def _launch_fwd(
@@ -175,15 +208,16 @@ def _launch_fwd(
     )
     if x.numel() == 0:
         return y, z, mean, rstd
-    x, residual = rows_of(x, n_cols), rows_of(residual, n_cols)
+    n_rows = x.numel() // n_cols
     config = norm_fwd_config(n_cols)
-    _add_norm_fwd_kernel[(triton.cdiv(x.shape[0], config.block_m),)](
-        x_ptr=x, residual_ptr=residual, x_bias_ptr=x_bias, weight_ptr=weight, bias_ptr=bias,
-        y_ptr=y, z_ptr=z if want_sum else None,
-        mean_ptr=mean if want_stats and not rms else None, rstd_ptr=rstd if want_stats else None,
-        n_rows=x.shape[0], stride_xm=x.stride(0), stride_rm=0 if residual is None else residual.stride(0),
-        eps=eps, **dropout_arguments(dropout_p, seed, row_ids, stream),
-        N=n_cols, RMS=rms, BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps,
+    _fwd_plan(config, n_cols, eps, dropout_p, rms)(
+        (triton.cdiv(n_rows, config.block_m),),
+        (
+            packed(x), packed(residual), packed(x_bias), packed(weight), packed(bias),
+            *dropout_tensors(dropout_p, seed, row_ids),
+            y, z if want_sum else None, None if rms else mean, rstd,
+        ),
+        (n_rows, stream, int(want_stats)),
     )  # fmt: skip
     return y, z, mean, rstd
 
@@ -215,36 +249,38 @@ def _launch_bwd(
         for dparam in outs[2:]:
             dparam.zero_()
         return outs
-    dy, dz_out, x, residual = (rows_of(t, n_cols) for t in (dy, dz_out, x, residual))
+    n_rows = x.numel() // n_cols
     config = norm_bwd_config(n_cols)
     programs = min(
-        config.programs_per_sm * _device.multiprocessors(x.device.index), triton.cdiv(x.shape[0], config.block_m)
+        config.programs_per_sm * _device.multiprocessors(x.device.index), triton.cdiv(n_rows, config.block_m)
     )
 
     want_dweight, want_dbias, want_dx_bias = want_params
     fused = n_cols <= MAX_FUSED_WIDTH
     if want_dx_bias and not (want_dx or fused):
-        dx = torch.empty_like(dy)  # only to be summed
-    sums = (dweight, want_dweight), (dbias, want_dbias and fused), (dx_bias, want_dx_bias and fused)
-    parts = x.new_empty((sum(wanted for _, wanted in sums), programs, n_cols), dtype=torch.float32)
+        dx = dy.new_empty(x.shape)  # only to be summed
+    # a place for every sum that there can be, whichever are wanted
+    sums = (dweight, weight is not None), (dbias, bias is not None and fused), (dx_bias, x_bias is not None and fused)
+    parts = x.new_empty((sum(there for _, there in sums), programs, n_cols), dtype=torch.float32)
     slots = iter(parts)
-    dweight_part, dbias_part, dx_bias_part = (next(slots) if wanted else None for _, wanted in sums)
-    _add_norm_bwd_kernel[(programs,)](
-        dy_ptr=dy, dz_out_ptr=dz_out, x_ptr=x, residual_ptr=None if x_is_sum else residual,
-        x_bias_ptr=None if x_is_sum else x_bias, weight_ptr=weight,
-        mean_ptr=None if rms else mean, rstd_ptr=rstd,
-        dx_ptr=dx if dx.numel() else None, dresidual_ptr=dresidual if want_dresidual else None,
-        dweight_part_ptr=dweight_part, dbias_part_ptr=dbias_part, dx_bias_part_ptr=dx_bias_part,
-        n_rows=x.shape[0], rows_per_step=programs * config.block_m,
-        stride_dym=dy.stride(0), stride_dzm=0 if dz_out is None else dz_out.stride(0),
-        stride_xm=x.stride(0), stride_rm=0 if residual is None else residual.stride(0),
-        **dropout_arguments(dropout_p, seed, row_ids, stream),
-        N=n_cols, RMS=rms, X_IS_SUM=x_is_sum,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps,
+    dweight_part, dbias_part, dx_bias_part = (next(slots) if there else None for _, there in sums)
+    # where z is an output a gradient of it may come, or not: one kernel for both
+    z_gradient = None if not x_is_sum else x.new_empty(0) if dz_out is None else packed(dz_out)
+    _bwd_plan(config, n_cols, dropout_p, rms, x_is_sum)(
+        (programs,),
+        (
+            packed(dy), z_gradient, packed(x), *((None, None) if x_is_sum else (packed(residual), packed(x_bias))),
+            packed(weight), None if rms else mean, rstd, *dropout_tensors(dropout_p, seed, row_ids),
+            dx, dresidual, dweight_part, dbias_part, dx_bias_part,
+        ),
+        (
+            n_rows, programs * config.block_m, stream, int(dz_out is not None), int(dx.numel() > 0),
+            int(want_dresidual), int(want_dweight), int(want_dbias), int(want_dx_bias),
+        ),
     )  # fmt: skip
-    sum_parts(parts, [out for out, wanted in sums if wanted])
+    sum_parts(parts, [out for out, there in sums if there])
     if want_dbias and not fused:
-        dbias.copy_(dy.sum(0, dtype=torch.float32))
+        dbias.copy_(dy.reshape(-1, n_cols).sum(0, dtype=torch.float32))
     if want_dx_bias and not fused:
         dx_bias.copy_(dx.view(-1, n_cols).sum(0, dtype=torch.float32))
     return outs
@@ -259,7 +295,7 @@ def _fake_bwd(
         dy.new_empty(x.shape if want_dx else (0,)),
         dy.new_empty(x.shape if want_dresidual else (0,), dtype=x.dtype if residual is None else residual.dtype),
         *(
-            dy.new_empty(t.shape, dtype=t.dtype) if wanted else dy.new_empty(0)
+            dy.new_empty(0) if t is None else t.new_empty(t.shape if wanted else (0,))
             for t, wanted in zip((weight, bias, x_bias), want_params, strict=True)
         ),
     )
@@ -367,58 +403,39 @@ def add_rms_norm(x, residual, weight, eps=1e-6, *, x_bias=None, dropout_p=0.0, s
 
 # one width for every step of the two ladders, and those of BERT-base, large and MiniLM
 _WIDTHS = (16, 32, 64, 128, 256, 384, 512, 768, 1000, 1024, 2048, 4096, 8192)
+_ROWS = 48
 
 
-def compile_cases(arch: str) -> list[CompileCase]:
-    """Every config of the ladders, with all inputs and dropout: the most registers a launch can need."""
-    return [
-        case
-        for dtype in (torch.bfloat16, torch.float32)
-        for n_cols in _WIDTHS
-        for case in (
-            _forward_case(dtype, n_cols, saves=False),
-            _forward_case(dtype, n_cols, saves=True),
-            _backward_case(dtype, n_cols),
+def compile_calls() -> list[CompileCall]:
+    """Every config of the ladders with all inputs and dropout, the most registers a launch can need; then the forms."""
+    dropout = {"dropout_p": 0.1, "seed": empty(1, dtype=torch.int64), "row_ids": empty(_ROWS, dtype=torch.int64)}
+
+    def call(name, function, n_cols=768, dtype=torch.bfloat16, absent=(), **more):
+        rows, vector = (empty(_ROWS, n_cols, dtype=dtype) for _ in range(2)), empty(n_cols, dtype=dtype)
+        given = dict(zip(("x", "residual"), rows, strict=True)) | dict.fromkeys(("weight", "bias", "x_bias"), vector)
+        if function is add_rms_norm:
+            del given["bias"]
+        given |= dropout | dict.fromkeys(absent)
+        if "seed" in absent:
+            given["dropout_p"] = 0.0
+        wide = (_add_norm_fwd_kernel, _add_norm_bwd_kernel) if n_cols >= 128 else ()
+        return compile_call(
+            function, f"{name},N={n_cols}", wide_loads=wide, inference=n_cols in (384, 768), **given, **more
         )
+
+    bare = ("residual", "weight", "bias", "x_bias", "seed", "row_ids")
+    return [
+        *(
+            call(TRITON_TYPES[dtype], add_layer_norm, n_cols, dtype, fast=n_cols == 768 and dtype == torch.bfloat16)
+            for dtype in (torch.bfloat16, torch.float32)
+            for n_cols in _WIDTHS
+        ),
+        call("fp16", add_layer_norm, dtype=torch.float16),
+        call("bf16,bare", add_layer_norm, absent=bare),
+        call("bf16,without_dropout", add_layer_norm, absent=("x_bias", "seed", "row_ids"), fast=True),
+        call("bf16,without_row_ids", add_layer_norm, absent=("row_ids",)),
+        call("bf16,only_weight", add_layer_norm, grads=("weight",)),
+        call("bf16,sum", add_layer_norm_sum),
+        call("bf16,rms", add_rms_norm, fast=True),
+        call("bf16,rms,bare", add_rms_norm, absent=("residual", "weight", "x_bias", "seed", "row_ids")),
     ]
-
-
-def _forward_case(dtype: torch.dtype, n_cols: int, saves: bool) -> CompileCase:
-    d = f"*{TRITON_TYPES[dtype]}"
-    outputs = {"y_ptr": d} | (dict.fromkeys(("mean_ptr", "rstd_ptr"), "*fp32") if saves else {})
-    return _case(
-        f"add_layer_norm_fwd[{d[1:]},N={n_cols}{',saves' * saves}]", _add_norm_fwd_kernel, norm_fwd_config(n_cols),
-        dtype, n_cols,
-        {"bias_ptr": d, "eps": "fp32", "stride_xm": "i32", "stride_rm": "i32"} | outputs,
-        {name: None for name in ("z_ptr", "mean_ptr", "rstd_ptr") if name not in outputs},
-        fast=not saves,
-    )  # fmt: skip
-
-
-def _backward_case(dtype: torch.dtype, n_cols: int) -> CompileCase:
-    d = f"*{TRITON_TYPES[dtype]}"
-    parts = ("dweight_part_ptr", "dbias_part_ptr", "dx_bias_part_ptr")
-    summed = parts if n_cols <= MAX_FUSED_WIDTH else parts[:1]
-    return _case(
-        f"add_layer_norm_bwd[{d[1:]},N={n_cols}]", _add_norm_bwd_kernel, norm_bwd_config(n_cols), dtype, n_cols,
-        dict.fromkeys(("dy_ptr", "dx_ptr", "dresidual_ptr"), d)
-        | dict.fromkeys(("mean_ptr", "rstd_ptr", *summed), "*fp32")
-        | dict.fromkeys(("rows_per_step", "stride_dym", "stride_dzm", "stride_xm", "stride_rm"), "i32"),
-        {"X_IS_SUM": False, "dz_out_ptr": None} | {name: None for name in parts if name not in summed},
-    )  # fmt: skip
-
-
-def _case(name, kernel, config, dtype, n_cols, signature, constexprs, fast=True) -> CompileCase:
-    """A case of either kernel: what both have, and `signature` and `constexprs` of its own."""
-    signature = (
-        dict.fromkeys(("x_ptr", "residual_ptr", "x_bias_ptr", "weight_ptr"), f"*{TRITON_TYPES[dtype]}")
-        | {"seed_ptr": "*i64", "row_ids_ptr": "*i64", "stream_id": "i32", "threshold": "i64", "keep_scale": "fp32"}
-        | {"n_rows": "i32"} | signature
-    )  # fmt: skip
-    return CompileCase(
-        name=name, kernel=kernel, signature=signature,
-        constexprs={"N": n_cols, "RMS": False, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n} | constexprs,
-        num_warps=config.num_warps, num_stages=3, wide_loads=n_cols >= 128,
-        aligned=tuple(n for n in signature if n.endswith("_ptr") or (n.startswith("stride") and n != "stride_dzm")),
-        fast=fast and n_cols in (384, 768, 1024, 8192) and dtype == torch.bfloat16,
-    )  # fmt: skip

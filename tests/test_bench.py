@@ -4,17 +4,29 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import compare, run, schema, suite_encoder, suite_kernels, timing, workloads
+from benchmarks import (
+    compare,
+    peers_encoder,
+    run,
+    schema,
+    suite_encoder,
+    suite_kernels,
+    suite_training,
+    timing,
+    workloads,
+)
 from benchmarks.case import Case, Missing, Row, measure
+from benchmarks.jobs import Job
 from benchmarks.peers_ops import OpPeer
 from fastbert import functional as F
-from fastbert.testing import MODELS, WORKLOADS, Workload, real_lengths
+from fastbert.testing import MODELS, WORKLOADS, Workload, real_lengths, relative_rms
+
+pytestmark = pytest.mark.once
 
 CPU = torch.device("cpu")
 CEILINGS = {"gemm_tflops": {"float32": 0.1}, "copy_gbs": 10.0}
@@ -30,7 +42,7 @@ def of_rows(*rows: Row, dtype=torch.float32) -> Case:
 
 def sleeper(seconds: float):
     def run():
-        time.sleep(seconds)
+        timing.time.sleep(seconds)
         return torch.ones(1000)
 
     return lambda: run
@@ -79,7 +91,7 @@ def test_wrong_gradient_shows_wrong():
     assert measured(case, quick=True)["doubled"]["status"] == "wrong"
 
 
-def test_slow_row_shows_its_true_ratio():
+def test_slow_row_shows_its_true_ratio(watch):
     rows = measured(of_rows(Row("fastbert", "fastbert", sleeper(0.04)), Row("slow", "slow", sleeper(0.12))))
     ratio = rows["slow"]["ratio_to_ours"]
     assert 2.5 < ratio["value"] < 3.3
@@ -150,21 +162,47 @@ def test_whole_encoders_agree_and_name_the_floor():
     rows = measured(case, quick=True, peers=lambda row: row.peer in ("fastbert", "floor", "transformers", "torch"))
     assert {r["status"] for r in rows.values()} == {"ok"}, {n: r["reason"] for n, r in rows.items()}
     assert len(rows) >= 5
+    plain = [p for p in peers_encoder.PEERS if p.row.startswith("plain torch")]  # a GPU's, but it runs anywhere
+    job = Job(TINY, torch.float32, CPU)
+    assert relative_rms(plain[0].make(job)(), job.truth(torch.float64)[0]) < 1e-5
     assert rows["fastbert"]["over_floor"] == pytest.approx(rows["fastbert"]["median_s"] / rows["fastbert"]["floor_s"])
+
+
+def test_training_steps_agree_with_and_without_transformers(monkeypatch):
+    """All start from the same weights, so that the gradient of every parameter is one vector for all."""
+    monkeypatch.setitem(WORKLOADS, "minilm_natural", TINY)
+    monkeypatch.setattr(suite_training, "CASES", (("minilm_natural", 1, True),))
+    (case,) = suite_training.cases(CPU, torch.float32, True)
+    rows = measured(case, quick=True)
+    ours = {"fastbert.accelerate", "fastbert, packed"}
+    assert {r["status"] for r in rows.values()} == {"ok"}, {n: r["reason"] for n, r in rows.items()}
+    assert {*ours, "transformers sdpa", "plain torch sdpa", "matrix products alone"} <= {*rows}
+    assert rows["fastbert, packed"]["floor_s"] == rows["matrix products alone"]["median_s"]
+    assert {r["row"] for r in rows.values() if r["ratio_to_ours"]} >= {"fastbert, packed", "plain torch sdpa"}
+
+
+def test_a_wrong_head_is_a_wrong_step(monkeypatch):
+    monkeypatch.setitem(WORKLOADS, "minilm_natural", TINY)
+    monkeypatch.setattr(suite_training, "CASES", (("minilm_natural", 1, True),))
+    right = F.linear_cross_entropy
+    monkeypatch.setattr(F, "linear_cross_entropy", lambda x, w, *rest: right(x, w * 1.01, *rest))
+    (case,) = suite_training.cases(CPU, torch.float32, True)
+    rows = measured(case, quick=True, peers=lambda row: row.row in ("fastbert, packed", "plain torch sdpa"))
+    assert {name: r["status"] for name, r in rows.items()} == {"fastbert, packed": "wrong", "plain torch sdpa": "ok"}
 
 
 def result_file(seconds: list[float]) -> dict:
     times = iter(seconds)
 
     def run():
-        time.sleep(next(times, 0.01))
+        timing.time.sleep(next(times, 0.01))
         return torch.ones(1000)
 
     rows = measure(of_rows(Row("fastbert", "fastbert", lambda: run)), CPU, EFFORT, CEILINGS)
     return {"device": {"name": "this"}, "rows": rows}
 
 
-def test_compare_flags_a_regression_and_not_noise():
+def test_compare_flags_a_regression_and_not_noise(watch):
     noisy = [0.03, 0.03, 0.030, 0.0312, 0.0288, 0.0306, 0.0297]  # long enough that a busy machine's own noise is small
     old, again, slower = result_file(noisy), result_file(noisy[::-1]), result_file([t + 0.015 for t in noisy])
     assert [c["verdict"] for c in compare.changes(old, again)] == ["same"]
@@ -184,10 +222,10 @@ def test_bootstrap_interval_holds_the_ratio_and_few_times_widen_it():
 
 
 @pytest.mark.parametrize(("settle", "turn"), [(False, 1), (True, 2)])
-def test_interleave_takes_turns(settle, turn):
+def test_interleave_takes_turns(settle, turn, watch):
     """Beside threads that spin on after their work, a turn begins with a call that is not timed."""
     order = []
-    runs = {n: lambda n=n: (order.append(n), time.sleep(0.003)) for n in "ab"}
+    runs = {n: lambda n=n: (order.append(n), timing.time.sleep(0.003)) for n in "ab"}
     seconds = timing.interleave(runs, timing.Clock(CPU), EFFORT, settle=settle)
     assert order[2:] == [*["a"] * turn, *["b"] * turn] * 5  # after a warm-up of each
     assert [len(times) for times in seconds.values()] == [5, 5]

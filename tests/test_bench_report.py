@@ -8,6 +8,8 @@ import pytest
 
 from benchmarks import report, report_anchors
 
+pytestmark = pytest.mark.once
+
 SHAPE = {"tokens": 100, "sequences": 4, "longest": 40, "hidden": 768, "heads": 12}
 
 

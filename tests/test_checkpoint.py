@@ -15,6 +15,8 @@ from torch import nn
 from fastbert import checkpoint
 from fastbert.checkpoint import CheckpointError, load_into, load_state_dict, resolve, save_state_dict, write_atomically
 
+pytestmark = pytest.mark.once
+
 
 def state(**shapes) -> dict[str, torch.Tensor]:
     return {name: torch.randn(shape) for name, shape in shapes.items()}

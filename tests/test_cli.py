@@ -23,8 +23,11 @@ from fastbert import BertConfig, BertModel, Encoder
 from fastbert.cli import main
 from fastbert.files import HEADER_BYTES, npy_header, safetensors_header
 
+pytestmark = pytest.mark.once
+
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz", *(f"##{c}" for c in "abcdxyz")]
 WIDTH = 32
+PATIENCE = 600  # seconds after which a process hangs: any that does not has long ended, on a busy machine too
 TEXTS = ["a b c", "", "d", "abc xyz " * 7, "e f", "naïve \U0001f600 日本"]
 
 
@@ -75,8 +78,8 @@ def read(path: Path) -> np.ndarray:
     return np.array(rows, dtype=np.float32).reshape(len(rows), -1)
 
 
-def start(*argv, **pipes) -> subprocess.Popen:
-    command = [sys.executable, "-m", "fastbert", *map(str, argv)]
+def start(*argv, before=(), **pipes) -> subprocess.Popen:
+    command = [*before, sys.executable, "-m", "fastbert", *map(str, argv)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stderr=subprocess.PIPE, env=environment, **pipes)
 
@@ -377,23 +380,53 @@ def test_memory_does_not_grow_with_the_file(suffix, tmp_path, options):
     assert many < 1.5 * few, f"{few:,} bytes for 2,048 lines, {many:,} for six times as many"
 
 
+def wait_for_vectors(process: subprocess.Popen, folder: Path) -> None:
+    """Until the process, whose input is still open, has written some into the only file of the folder."""
+    deadline = time.monotonic() + PATIENCE
+    while sum(path.stat().st_size for path in folder.iterdir()) <= HEADER_BYTES:
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline, "nothing was written while the input was still open"
+        time.sleep(0.02)
+
+
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "terminate"])
-def test_interrupted_leaves_no_file(number, code, tmp_path, options):
-    process = start("encode", "-", "-o", tmp_path / "out.npy", *options, stdin=subprocess.PIPE)
+def test_interrupted_leaves_no_file(number, code, tmp_path, options, hearing):
+    process = start("encode", "-", "-o", tmp_path / "out.npy", *options, stdin=subprocess.PIPE, before=hearing)
     try:
         process.stdin.write(b"a b c\n" * 2500)  # more than two chunks, and no end: half the work is done
         process.stdin.flush()
-        deadline = time.monotonic() + 60
-        while sum(path.stat().st_size for path in tmp_path.iterdir()) <= HEADER_BYTES:
-            assert process.poll() is None, process.stderr.read()
-            assert time.monotonic() < deadline, "nothing was written while the input was still open"
-            time.sleep(0.02)
+        wait_for_vectors(process, tmp_path)
         assert not (tmp_path / "out.npy").exists(), "the output had its name before it was whole"
         process.send_signal(number)
-        assert process.wait(timeout=30) == code
+        assert process.wait(timeout=PATIENCE) == code
         assert b"Traceback" not in process.stderr.read()
         assert list(tmp_path.iterdir()) == []
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_signals_that_are_ignored_from_the_start_stay_ignored(workers, tmp_path, options):
+    """As in a shell's background job, which Ctrl-C in its terminal must not end, or under `trap '' TERM`."""
+    ignoring = (
+        "import os, signal, sys; [signal.signal(n, signal.SIG_IGN) for n in (signal.SIGINT, signal.SIGTERM)]; "
+        "os.execv(sys.argv[1], sys.argv[1:])"
+    )
+    words = ["encode", "-", "-o", tmp_path / "out.npy", *options, "--workers", workers]
+    pipes = {"stdin": subprocess.PIPE, "start_new_session": True}
+    process = start(*words, before=[sys.executable, "-c", ignoring], **pipes)
+    try:
+        process.stdin.write(b"a b c\n" * 9000)
+        process.stdin.flush()
+        wait_for_vectors(process, tmp_path)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.killpg(process.pid, number)
+        said = process.communicate(timeout=PATIENCE)[1]
+        assert (process.returncode, said) == (0, b"")
+        assert np.load(tmp_path / "out.npy").shape == (9000, WIDTH)
     finally:
         process.kill()
         process.communicate()
@@ -408,7 +441,7 @@ def test_reader_that_leaves_early(tmp_path, options):
     try:
         assert json.loads(process.stdout.readline())["text"] == "a b c"
         process.stdout.close()
-        assert process.wait(timeout=60) == 141
+        assert process.wait(timeout=PATIENCE) == 141
         assert process.stderr.read() == b""
     finally:
         process.kill()

@@ -4,9 +4,12 @@ import os
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from fastbert import BertConfig, BertModel
+
+pytestmark = pytest.mark.once
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b", "c"]
 # Each takes a tenth of a second to several seconds to import, and a CPU needs none of them to encode.

@@ -3,15 +3,15 @@
 import importlib
 import json
 import os
-import re
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 from fastbert.kernels import _device
+
+pytestmark = pytest.mark.once
 
 ROOT = Path(__file__).resolve().parents[1]
 needs_triton = pytest.mark.skipif(not _device.HAS_TRITON, reason="triton is not installed")
@@ -39,29 +39,28 @@ def everything(tmp_path_factory):
 @needs_triton
 def test_good_kernels_pass(everything):
     _, reports = everything
-    good = [r for (_, name), r in reports.items() if name.startswith("good")]
-    assert len(good) == 8
-    assert [r["failures"] for r in good] == [[]] * 8
+    good = {key: r["failures"] for key, r in reports.items() if "[good" in key[1]}
+    assert good == {
+        ("sm_80", "copy_rows[good]"): [], ("sm_80", "product[good]"): [],
+        ("sm_90", "copy_rows[good]"): [], ("sm_90", "product[good]"): [], ("sm_90", "product[good_descriptors]"): [],
+        ("gfx942", "copy_rows[good]"): [], ("gfx942", "product[good]"): [],
+    }  # fmt: skip
 
 
 @needs_triton
 @pytest.mark.parametrize(
     ("arch", "name", "failure"),
     [
-        ("sm_80", "spills", "spills ("),
-        ("sm_90", "spills", "spills ("),
-        ("sm_80", "matrix_missing", "no matrix instructions (HMMA), found none"),
-        ("sm_90", "matrix_missing", "no matrix instructions (HGMMA), found none"),
-        ("gfx942", "matrix_missing", "no matrix instructions (v_mfma), found none"),
-        ("sm_80", "shared_over", "shared memory 245760 > 166912"),
-        ("sm_90", "shared_over", "shared memory 2"),
-        ("sm_90", "copies_missing", "no bulk copies (UTMALDG|UBLKCP)"),
-        ("sm_90", "narrow", "loads of 16 bits a lane at most"),
-        ("sm_90", "transposed", "left operands that are transposed results of products (1)"),
-        ("sm_90", "block_of_1000", "does not compile"),
-        ("sm_90", "too_few_registers", "does not compile"),
-        ("sm_90", "argument_forgotten", "does not compile"),
-        ("sm_90", "aborts", "does not compile"),
+        ("sm_80", "softmax_row[spills]", "spills ("),
+        ("sm_90", "softmax_row[spills]", "spills ("),
+        ("sm_90", "product[small]", "no matrix instructions (HGMMA), found HMMA"),
+        ("sm_80", "product[shared_over]", "shared memory 245760 > 166912"),
+        ("sm_90", "product[shared_over]", "shared memory 2"),
+        ("sm_90", "copy_rows[narrow]", "loads of 16 bits a lane at most"),
+        ("sm_90", "copy_rows[block_of_1000]", "does not compile"),
+        ("sm_90", "product[too_few_registers]", "does not compile"),
+        ("sm_90", "refused[refused]", "is refused"),
+        ("sm_90", "aborts[aborts]", "does not compile"),
     ],
 )
 def test_each_fault_is_found(everything, arch, name, failure):
@@ -72,32 +71,14 @@ def test_each_fault_is_found(everything, arch, name, failure):
 
 
 @needs_triton
-def test_overwritten_operands_are_found(everything):
-    """Triton issue 9433: a left operand is converted in registers for the next product while the last one reads it."""
-    if tuple(map(int, version("triton").split(".")[:2])) >= (3, 8):
-        pytest.skip("from Triton 3.8 on, whether the machine code is right depends on the assembler")
-    (found,) = everything[1]["sm_90", "operands_overwritten"]["failures"]
-    assert re.match(
-        r"registers of asynchronous products touched before the wait \(\d+\): operand written \(R\d+", found
-    )
-
-
-@needs_triton
-def test_bulk_copies_are_asked_only_where_the_architecture_has_them(everything):
-    _, reports = everything
-    assert reports["sm_80", "copies_missing"]["failures"] == []
-    assert reports["gfx942", "copies_missing"]["failures"] == []
-
-
-@needs_triton
 def test_errors_say_what_is_wrong(everything):
     done, reports = everything
     errors = {name: r["error"] for (_, name), r in reports.items() if r["error"]}
-    assert errors.pop("too_few_registers").startswith("PTXASError: ptxas fatal")
+    assert errors.pop("product[too_few_registers]").startswith("PTXASError: ptxas fatal")
     assert errors == {
-        "block_of_1000": "ValueError: arange's range must be a power of 2",
-        "argument_forgotten": "ValueError: the case says nothing of copy_rows's n_cols, y_ptr",
-        "aborts": "the compiler aborted",
+        "copy_rows[block_of_1000]": "ValueError: arange's range must be a power of 2",
+        "refused[refused]": "TypeError: dynamic_func() missing 1 required positional argument: 'y_ptr'",
+        "aborts[aborts]": "the compiler aborted",
     }
     assert "TRITON_INTERPRET is set: starting again without it" in done.stderr
     assert ".version" not in done.stdout, "ptxas's input has no place in a report"
@@ -107,15 +88,17 @@ def test_errors_say_what_is_wrong(everything):
 def test_facts_are_read_from_the_machine_code(everything):
     _, reports = everything
     for arch, opcode in (("sm_80", "HMMA.16816.F32.BF16"), ("sm_90", "HGMMA.64x64x16.F32.BF16"), ("gfx942", "v_mfma")):
-        product = reports[arch, "good_product"]
+        product = reports[arch, "product[good]"]
         assert product["matrix_opcode"].startswith(opcode)
+        assert product["wants_matrix"]
         (loop,) = product["loops"]
         assert loop["matrix_flops"] == 2 * 64 * 64 * 64, "an iteration multiplies one block of each"
-    assert reports["sm_90", "good_product_descriptors"]["bulk_copies"] >= 2
-    assert reports["sm_90", "good_product"]["shared"] >= 2 * 2 * 64 * 64 * 2, "two stages of two blocks"
-    assert reports["sm_90", "good_copy"]["widest_load"] == 128
-    assert reports["sm_90", "good_copy_unaligned"]["widest_load"] == 16
-    (loop,) = reports["sm_90", "good_copy"]["loops"]
+        assert not reports[arch, "copy_rows[good]"]["wants_matrix"]
+    assert reports["sm_90", "product[good_descriptors]"]["bulk_copies"] >= 2
+    assert reports["sm_90", "product[good]"]["shared"] >= 2 * 2 * 64 * 64 * 2, "two stages of two blocks"
+    assert reports["sm_90", "copy_rows[good]"]["widest_load"] == 128
+    assert reports["sm_90", "copy_rows[narrow]"]["widest_load"] == 16
+    (loop,) = reports["sm_90", "copy_rows[good]"]["loops"]
     # eight elements a load of 128 bits, however often the compiler unrolled; 16 lanes of exp2 a cycle, four warps
     assert loop["mix"]["exp2"] == 8 * loop["mix"]["global"] // 2
     assert loop["cycles"]["exp2"] == loop["mix"]["exp2"] * 4 * 32 // 16
@@ -126,7 +109,7 @@ def test_fast_subset_is_clean_and_prints_a_table():
     done = _report("--arch", "sm_90", "--fast", "--jobs", "1", "--markdown")
     assert done.returncode == 0, done.stdout + done.stderr
     assert [line.split("|")[1].strip() for line in done.stdout.splitlines() if line.startswith("|")] == [
-        "sm_90", "---", "good_copy", "good_product",
+        "sm_90", "---", "copy_rows[good]", "product[good]",
     ]  # fmt: skip
 
 
@@ -176,6 +159,38 @@ def test_occupancy_is_that_of_the_vendors_rules(
     compile_report._occupancy(report, compile_report.ARCHES[arch], tensor_memory)
     assert (report.ctas_per_sm, report.limit) == (ctas, limit)
     assert report.warps_per_sm == ctas * warps
+
+
+@pytest.mark.parametrize(
+    ("arch", "kinds", "has", "failure"),
+    [
+        ("sm_80", ["*bf16"], {"wants_matrix": True}, "no matrix instructions (HMMA), found none"),
+        ("gfx942", ["*bf16"], {"wants_matrix": True}, "no matrix instructions (v_mfma), found none"),
+        ("sm_90", ["*bf16"], {"wants_matrix": True, "matrix_opcode": "HGMMA.64x64x16.F32.BF16"}, None),
+        ("sm_90", ["tensordesc<bf16[64, 64]>"], {}, "no bulk copies (UTMALDG|UBLKCP)"),
+        ("sm_90", ["tensordesc<bf16[64, 64]>"], {"bulk_copies": 2}, None),
+        ("sm_80", ["tensordesc<bf16[64, 64]>"], {}, None),  # has no such instruction
+        ("gfx942", ["tensordesc<bf16[64, 64]>"], {}, None),
+    ],
+)
+def test_what_a_kernel_is_meant_to_have(compile_report, arch, kinds, has, failure):
+    signature = {f"x{n}": kind for n, kind in enumerate(kinds)}
+    case = compile_report.CompileCase("k", "m:k", signature, {}, {}, {})
+    report = compile_report.Report("m", "k", arch, **has)
+    assert compile_report.judge(report, case, compile_report.ARCHES[arch]) == ([] if failure is None else [failure])
+
+
+@pytest.mark.parametrize(
+    ("operation", "wants"),
+    [
+        ("%c_1 = tt.dot %a, %b, %c : tensor<64x32xbf16> * tensor<32x64xbf16> -> tensor<64x64xf32>", True),
+        ("%c_1 = tt.dot %a, %b, %c, inputPrecision = tf32 : tensor<64x32xf16> * tensor<32x64xf16> -> t", True),
+        ("%c_1 = tt.dot %a, %b, %c : tensor<64x32xf32> * tensor<32x64xf32> -> tensor<64x64xf32>", False),
+        ("%c_1 = tt.load %a : tensor<64x!tt.ptr<bf16>>", False),
+    ],
+)
+def test_products_are_found_in_tritons_own_code(compile_report, operation, wants):
+    assert compile_report.wants_matrix(f"module {{\n  {operation}\n}}") is wants
 
 
 # An outer loop around an inner one that waits on a barrier; the wait's slow path lies behind the end and jumps back.

@@ -10,6 +10,8 @@ from fastbert.checkpoint import CheckpointError
 from fastbert.config import ACTIVATIONS, BertConfig
 from fastbert.kernels import reference
 
+pytestmark = pytest.mark.once
+
 TINY = {
     "vocab_size": 50,
     "hidden_size": 24,

@@ -8,6 +8,8 @@ import torch
 from fastbert import BertConfig, BertModel, demo
 from fastbert.kernels import _device
 
+pytestmark = pytest.mark.once
+
 
 def test_the_sentences():
     entries = demo.entries()

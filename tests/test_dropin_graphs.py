@@ -551,10 +551,9 @@ def test_the_encoder_takes_the_option(tmp_path):
     assert plain.model.graphs is None
 
 
+@pytest.mark.triton
 def test_through_the_kernels():
     """Under the interpreter: the list of tiles is made within the recording, of cu_seqlens in its buffer."""
-    if reason := fastbert.functional.why_not_triton(torch.device("cpu")):
-        pytest.skip(reason)
     model = BertModel(BertConfig(**{**SIZES, "num_hidden_layers": 1}), impl="triton").eval()
     ours = copy.deepcopy(model).use_cuda_graphs()
     with torch.no_grad():

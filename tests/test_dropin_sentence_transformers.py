@@ -500,6 +500,7 @@ def test_it_evaluates_and_can_train_afterwards(build):
     assert all(p.grad is not None for name, p in model.named_parameters() if "pooler" not in name)
 
 
+@pytest.mark.once
 def test_a_pool_of_processes(build):
     model = build()
     before = model.encode(MANY)

@@ -12,7 +12,6 @@ import fastbert
 from fastbert.dropin.facts import FAMILIES
 from fastbert.dropin.forward import Forward
 from fastbert.dropin.layer import LayerForward
-from fastbert.functional import why_not_triton
 from fastbert.testing import assert_within_budget, relative_rms
 
 transformers = pytest.importorskip("transformers", reason="what is accelerated")
@@ -120,8 +119,6 @@ def assert_loss(ours: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor, dt
 
 def three(model: torch.nn.Module, dtype: torch.dtype = torch.float32, impl: str = "native") -> tuple:
     """(accelerated, plain, truth) with one set of weights."""
-    if impl == "triton" and (reason := why_not_triton(torch.device("cpu"))):
-        pytest.skip(reason)
     rounded = model.to(dtype)
     ours = fastbert.accelerate(copy.deepcopy(rounded), impl=impl)
     return ours, rounded, copy.deepcopy(rounded).double()
@@ -290,6 +287,7 @@ def test_gradients_in_bfloat16(family):
     assert_gradients(ours, plain, truth, losses)
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("family", ["bert", "mpnet", "modernbert", "albert"])
 def test_gradients_through_the_kernels(family):
     ours, plain, truth = three(build(family, num_hidden_layers=2), impl="triton")

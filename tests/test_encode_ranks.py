@@ -19,7 +19,7 @@ from fastbert.ranks import Ranks
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 WORDS_OF_OPTIONS = ["--impl", "native", "--device", "cpu", "--dtype", "float32"]
 
-pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
+pytestmark = [pytest.mark.once, pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")]
 
 
 def environment(**others: str) -> dict[str, str]:
@@ -29,7 +29,7 @@ def environment(**others: str) -> dict[str, str]:
 def torchrun(*words) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fastbert"]
     return subprocess.run(
-        [*command, *map(str, words)], env=environment(), capture_output=True, text=True, timeout=300, check=False
+        [*command, *map(str, words)], env=environment(), capture_output=True, text=True, timeout=600, check=False
     )
 
 
@@ -116,8 +116,8 @@ def test_a_rank_that_vanishes_is_noticed(folder, tmp_path):
     )  # fmt: skip
     try:
         second = [sys.executable, "-c", vanishing]
-        subprocess.run(second, env=environment(**there, RANK="1", LOCAL_RANK="1"), timeout=120, check=False)
-        said = first.communicate(timeout=120)[1]
+        subprocess.run(second, env=environment(**there, RANK="1", LOCAL_RANK="1"), timeout=600, check=False)
+        said = first.communicate(timeout=600)[1]
     finally:
         first.kill()
     assert first.returncode == 1

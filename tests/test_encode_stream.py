@@ -16,6 +16,8 @@ from fastbert import BertConfig, BertModel, Encoder
 from fastbert.cli import main
 from fastbert.files import InputError, read_chunks
 
+pytestmark = pytest.mark.once
+
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz"]
 WIDTH = 256
 
@@ -54,9 +56,9 @@ def test_the_next_chunk_is_tokenised_while_one_is_computed(encoder, monkeypatch)
         return ids
 
     def when_one_ahead(ids, budget):
-        assert tokenised.acquire(timeout=30)
+        assert tokenised.acquire(timeout=600)
         if len(ids) == 20:
-            assert tokenised.acquire(timeout=30), "the next chunk was not tokenised meanwhile"
+            assert tokenised.acquire(timeout=600), "the next chunk was not tokenised meanwhile"
             tokenised.release()
         return encode_ids(ids, budget)
 
@@ -117,7 +119,7 @@ def test_a_stream_left_early_leaves_no_thread(encoder):
     stream.close()
     for thread in threading.enumerate():
         if thread.name.startswith("ahead"):
-            thread.join(timeout=30)
+            thread.join(timeout=600)
     assert threading.active_count() == before
 
 

@@ -19,7 +19,10 @@ from fastbert.cli import main
 from fastbert.files import HEADER_BYTES
 from fastbert.workers import CHUNKS_AHEAD, EncoderPool, numa_nodes
 
+pytestmark = pytest.mark.once
+
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
+PATIENCE = 600  # seconds after which a process hangs: any that does not has long ended, on a busy machine too
 OPTIONS = {"impl": "native", "device": "cpu", "dtype": "float32"}
 
 
@@ -118,20 +121,26 @@ def test_the_command(folder, tmp_path, capsys):
         assert f"from 1 up, got '{wrong}'" in capsys.readouterr().err
 
 
+def imports_torch(pid: str) -> bool:
+    with contextlib.suppress(OSError):
+        return "libtorch" in Path(f"/proc/{pid}/maps").read_text()
+    return False
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="counts children in Linux' /proc")
 @pytest.mark.parametrize("when", ["starting", "encoding"])
-def test_ctrl_c_ends_all_and_leaves_nothing(when, folder, tmp_path):
+def test_ctrl_c_ends_all_and_leaves_nothing(when, folder, tmp_path, hearing):
     """To every process of the group, as a terminal sends it: one line on standard error, no file, no process."""
     out = tmp_path / "out.npy"
     words = ["encode", "-", "-o", out, "--model", folder, "--impl", "native", "--device", "cpu", "--workers", "2"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "fastbert", *map(str, words)],
+        [*hearing, sys.executable, "-m", "fastbert", *map(str, words)],
         stdin=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 
     def wait_until(done, why: str) -> None:
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + PATIENCE
         while not done():
             assert process.poll() is None, process.stderr.read()
             assert time.monotonic() < deadline, why
@@ -146,20 +155,18 @@ def test_ctrl_c_ends_all_and_leaves_nothing(when, folder, tmp_path):
         else:
             children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
             wait_until(lambda: len(children.read_text().split()) >= 3, "no workers were started")
-            time.sleep(0.5)  # they import torch now
+            wait_until(lambda: any(map(imports_torch, children.read_text().split())), "no worker imported torch")
         os.killpg(process.pid, signal.SIGINT)
-        said = process.communicate(timeout=60)[1].decode()
+        said = process.communicate(timeout=PATIENCE)[1].decode()
         assert process.returncode == 130
         assert said.startswith("fastbert: error: interrupted")
         assert said.count("\n") == 1
         assert list(tmp_path.iterdir()) == []
-        for _ in range(500):  # multiprocessing's own helper notices a moment later
-            try:
+        deadline = time.monotonic() + PATIENCE
+        with contextlib.suppress(ProcessLookupError):  # multiprocessing's own helper notices a moment later
+            while time.monotonic() < deadline:
                 os.killpg(process.pid, 0)
-            except ProcessLookupError:
-                break
-            time.sleep(0.02)
-        else:
+                time.sleep(0.02)
             pytest.fail("a process was left behind")
     finally:
         with contextlib.suppress(ProcessLookupError):

@@ -45,6 +45,7 @@ def gradients(model: BertModel, rows: list[list[int]], padded: bool, dy, dpooled
     return {name: p.grad for name, p in model.named_parameters()}
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize(
     ("widths", "dtype", "dropout", "padded"),
     [

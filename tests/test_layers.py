@@ -6,12 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from fastbert.functional import why_not_triton
 from fastbert.layers import AddLayerNorm, EncoderLayer, FeedForward, FusedLinears, JoinedLinears, MultiheadAttention
 from fastbert.testing import assert_within_budget
 
-REASON = why_not_triton(torch.device("cpu"))
-IMPLS = ["native", pytest.param("triton", marks=pytest.mark.skipif(bool(REASON), reason=str(REASON)))]
+IMPLS = ["native", "triton"]
 CASES = {
     "self": (3, {}, {}),
     "cross": (2, {}, {}),

@@ -5,6 +5,8 @@ import torch
 
 from fastbert.packing import PackedBatch
 
+pytestmark = pytest.mark.once
+
 MASKS = {
     "right_padded": [[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]],
     "left_padded": [[0, 1, 1, 1], [0, 0, 0, 1], [1, 1, 1, 1]],

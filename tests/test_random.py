@@ -97,11 +97,10 @@ def test_torch_gives_the_bits_of_the_formula(name):
         assert keep_mask(keys, 70, p).tolist() == by_hand
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("p", PROBABILITIES.values(), ids=PROBABILITIES)
 @pytest.mark.parametrize("name", KEYS)
 def test_the_kernel_gives_torchs_bits(name, p, device):
-    if reason := functional.why_not_triton(torch.device(device)):
-        pytest.skip(reason)
     seed, stream, rows = KEYS[name]
     expected = _keys(seed, stream, rows)
 

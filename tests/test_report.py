@@ -11,6 +11,8 @@ import pytest
 
 from benchmarks import report, report_encode
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).parents[1]
 
 

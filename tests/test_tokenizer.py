@@ -13,6 +13,8 @@ import pytest
 from fastbert.checkpoint import CheckpointError
 from fastbert.tokenizer import TRUNCATIONS, Tokenizer
 
+pytestmark = pytest.mark.once
+
 STRESS = {
     "empty": "",
     "one_space": " ",

@@ -17,6 +17,8 @@ from fastbert.kernels import _device
 from fastbert.kernels._gemm_config import Choice
 from fastbert.testing import MODELS
 
+pytestmark = pytest.mark.once
+
 KERNELS = tune_table.kernels()
 needs_interpreter = pytest.mark.skipif(
     not _device.INTERPRETING, reason="runs kernels on CPU tensors, which Triton's interpreter does"
@@ -67,7 +69,7 @@ def kernel_module(monkeypatch):
     module.launch = launch
     monkeypatch.setitem(sys.modules, "fastbert.kernels._fake", module)
 
-    def clock(self, run, calls=1):
+    def clock(self, run, calls=1, hold_s=0.0):
         run()
         return module.cost(module.ran[-1])
 

@@ -18,6 +18,8 @@ from fastbert.kernels import _device
 from fastbert.kernels._gemm_config import GemmConfig
 from fastbert.testing import MODELS
 
+pytestmark = pytest.mark.once
+
 KERNELS = tune_table.kernels()
 needs_interpreter = pytest.mark.skipif(
     not _device.INTERPRETING, reason="runs kernels on CPU tensors, which Triton's interpreter does"
@@ -95,10 +97,7 @@ def cases():
 def test_compiled_cases_are_those_of_the_config(name, cases):
     """The offline compiler is asked about the config, not about the ladder's own; afterwards the ladder is back."""
     ladders, others, again = cases[name]
-    if name == "gemm:tn":
-        assert ladders == others == []  # the module lists none: nobody is asked
-        return
-    assert ladders, "its module lists no such kernel"
+    assert ladders, "its work launches no such kernel"
     assert {warps for _, warps in others} == {32}
     assert again == ladders
     assert 32 not in {warps for _, warps in ladders}

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastbert import functional, verify
-from fastbert.kernels import native, reference
+from fastbert.kernels import _device, native, reference
 from fastbert.testing import INPUTS, LENGTHS, MODELS, WORKLOADS, Check, check_op, compare, natural_lengths
 
 TINY = MODELS["tiny"]
@@ -99,6 +99,7 @@ def test_an_operator_that_raises_is_a_row_and_the_others_still_run(monkeypatch, 
         ("add_rms_norm", False), ("add_rms_norm", False), ("pool", True), ("pool", True),
     ]  # fmt: skip
     assert rows[0]["message"] == "RuntimeError: out of paper"
+    assert rows[0]["case"] == "dropout, 64 wide, 109 tokens"
     assert rows[0]["error"] is None
 
 
@@ -151,11 +152,11 @@ def test_arguments_mount_on_another_parser():
 def test_bf16_gets_more_only_in_the_interpreter(monkeypatch):
     seen = []
     monkeypatch.setattr(verify, "check_op", lambda *a, factor, **o: seen.append(factor) or [Check("out", 0.0, 1.0)])
-    for device in ("cpu", "cuda"):
+    for interpreting, impl in ((True, "triton"), (True, "native"), (False, "triton")):
+        monkeypatch.setattr(_device, "INTERPRETING", interpreting)
         for dtype in verify.DTYPES:
-            verify.verify(["add_rms_norm"], [dtype], device)
-    n_cuda = len(verify.REAL)
-    assert seen == [2.0, 2.0, 4.0] + [2.0] * 3 * n_cuda
+            verify.verify(["add_rms_norm"], [dtype], "cpu", impl)
+    assert seen == [2.0, 2.0, 4.0] + [2.0] * 6
 
 
 def test_real_shapes_are_for_gpus_and_for_who_asks(monkeypatch):
@@ -176,19 +177,18 @@ def test_real_shapes_are_for_gpus_and_for_who_asks(monkeypatch):
 
 
 def test_interrupted_it_shows_what_was_done_and_fails(monkeypatch, capsys):
-    def steps(*_):
-        yield [
-            verify.Row("pool", "fp32", direction, "", "out", 0.0, 1.0, True) for direction in ("forward", "backward")
-        ]
+    def steps(work, *_):
+        yield verify.Result(work[0], (Check("out", 0.0, 1.0), Check("dx", 0.0, 1.0)))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(verify, "_verify", steps)
+    monkeypatch.setattr(verify, "_results_of", steps)
     assert _run("--op", "pool", "--dtype", "fp32", "--dtype", "fp16") == 1
     out = capsys.readouterr().out
     assert "Interrupted" in out
     assert "2 of 2 passed" in out
 
 
+@pytest.mark.once
 def test_without_a_gpu_it_starts_the_interpreter():
     """A fresh process, as a user starts it: no TRITON_INTERPRET in the environment."""
     if torch.cuda.is_available() or functional.why_not_triton(torch.device("cuda")):

@@ -1,0 +1,110 @@
+"""Who imports whom: `python -m benchmarks.inspect_imports [PREFIX]` prints each module's imports within the project.
+
+Read from the source, so that imports inside functions and names of modules in tables count like those at the top, and
+nothing is run.
+`tests/test_architecture.py` holds the graph to the floors of the house.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+# folder -> the package that it is imported as
+PACKAGES = {"fastbert": "fastbert", "kernels": "fastbert.kernels", "benchmarks": "benchmarks"}
+
+Graph = dict[str, set[str]]
+
+
+def sources() -> dict[str, Path]:
+    """Module -> its file."""
+    found = {}
+    for folder, package in PACKAGES.items():
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            parts = path.relative_to(ROOT / folder).with_suffix("").parts
+            found[".".join([package, *parts]).removesuffix(".__init__")] = path
+    return found
+
+
+def imported(module: str, path: Path) -> Iterator[str]:
+    """Every name that the source of `module` may import, absolute: a module, or something in one."""
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parts = package.split(".")
+                base = ".".join([*parts[: len(parts) - node.level + 1], *filter(None, [node.module])])
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and "." in node.value:
+            yield node.value  # a table of modules to import, if it is the name of one
+
+
+def graph() -> Graph:
+    """Module -> the modules of the project that it imports. A package counts where something of its own is taken."""
+    files = sources()
+    found: Graph = {}
+    for module, path in files.items():
+        homes = {name if name in files else name.rpartition(".")[0] for name in imported(module, path)}
+        found[module] = {home for home in homes if home in files and home != module}
+    return found
+
+
+def outside(module: str) -> set[str]:
+    """The top names of what a module imports from outside of the project and of Python's own library."""
+    tree = ast.parse(sources()[module].read_text(encoding="utf-8"))
+    names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level]
+    return {name.partition(".")[0] for name in names} - {*sys.stdlib_module_names, "fastbert", "benchmarks"}
+
+
+def circles(edges: Graph) -> list[list[str]]:
+    """The groups of modules that import each other, directly or by way of others. Tarjan, SIAM J. Comput. 1972."""
+    index: dict[str, int] = {}
+    lowest: dict[str, int] = {}
+    stack: list[str] = []
+    groups: list[list[str]] = []
+
+    def visit(module: str) -> None:
+        index[module] = lowest[module] = len(index)
+        stack.append(module)
+        for other in sorted(edges[module]):
+            if other not in index:
+                visit(other)
+                lowest[module] = min(lowest[module], lowest[other])
+            elif other in stack:
+                lowest[module] = min(lowest[module], index[other])
+        if lowest[module] == index[module]:
+            group = [stack.pop()]
+            while group[-1] != module:
+                group.append(stack.pop())
+            if len(group) > 1:
+                groups.append(sorted(group))
+
+    for module in edges:
+        if module not in index:
+            visit(module)
+    return sorted(groups)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Who imports whom within the project.")
+    parser.add_argument("prefix", nargs="?", default="", help="only modules whose name begins so")
+    prefix = parser.parse_args(argv).prefix
+    edges = graph()
+    for module in sorted(edges):
+        if module.startswith(prefix):
+            print(module, *(f"  -> {other}" for other in sorted(edges[module])), sep="\n")
+    for group in circles(edges):
+        print("circle:", ", ".join(group))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

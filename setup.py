@@ -1,0 +1,37 @@
+"""Builds the C++ operators of kernels/; all else about the package is in pyproject.toml."""
+
+import runpy
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+KERNELS = ROOT / "kernels"
+library = runpy.run_path(str(KERNELS / "_cpu_library.py"))
+STAMPS = {"SOURCES_STAMP": library["sources_stamp"](KERNELS), "INTERFACE_STAMP": library["interface_stamp"]()}
+
+
+class BuildOperators(build_ext):
+    """As setuptools builds, and also where what lies there is newer than the sources but was built of others."""
+
+    def build_extension(self, ext: Extension) -> None:
+        built = Path(self.get_ext_fullpath(ext.name))
+        if built.exists():
+            content = built.read_bytes()
+            self.force = self.force or not all(stamp.encode() in content for stamp in STAMPS.values())
+        super().build_extension(ext)
+
+
+files = [path.relative_to(ROOT).as_posix() for path in library["sources"](KERNELS)]
+operators = Extension(
+    f"fastbert.kernels.{library['NAME']}",
+    sources=[name for name in files if name.endswith(".cpp")],
+    depends=[*(name for name in files if name.endswith(".h")), "kernels/_cpu_library.py"],
+    define_macros=[(name, f'"{stamp}"') for name, stamp in STAMPS.items()],
+    extra_compile_args=[*library["FLAGS"]],
+    # Left out where they cannot be compiled. OpenMP is torch's, found when the library is loaded.
+    optional=True,
+)
+
+setup(ext_modules=[operators], cmdclass={"build_ext": BuildOperators})

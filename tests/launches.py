@@ -1,0 +1,120 @@
+"""Runs every operator through Triton's launch path for a card that is not there, and prints what was launched as JSON.
+
+For `test_launch.py`, in a process of its own: the tests' process interprets kernels, and Triton settles that at import.
+"""
+
+import itertools
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fastbert import functional as F
+from fastbert import verify
+from fastbert.emulator.driver import Launch, offline
+from fastbert.testing import LENGTHS, MODELS, WITHOUT_GRADIENT
+
+DTYPES = verify.DTYPES
+# (architecture, dtypes): what tells architectures apart is the same for both types of 16 bits
+ARCHES = (("sm_90", tuple(DTYPES)), ("sm_80", ("bf16",)), ("gfx942", ("bf16",)))
+NARROW = replace(MODELS["base"], hidden=128, heads=2, intermediate=256, vocab=211)
+
+# Twenty batches: one token, whole and odd numbers of tokens, one sequence and many, short and long ones.
+BATCHES = [
+    *([n] for n in (1, 16, 17, 63, 64, 65, 100, 128, 129, 200)),
+    *([n] * 3 for n in (5, 16, 64, 128)),
+    *(LENGTHS[name] for name in ("mixed", "with_empty")),
+    [1, 1], [300, 2, 40], [7] * 16, [33, 80, 15, 128],
+]  # fmt: skip
+
+
+def run(op: str, inputs: dict, dtype: torch.dtype, backward: bool = True) -> None:
+    """The operator on these inputs in a dtype, forward, and backward to every floating-point input."""
+    leaves = {
+        name: value.to(dtype).requires_grad_(backward)
+        for name, value in inputs.items()
+        if isinstance(value, Tensor) and value.is_floating_point() and name not in WITHOUT_GRADIENT
+    }
+    out = getattr(F, op)(**{**inputs, **leaves}, impl="triton")
+    if backward:
+        outs = [o for o in (out if isinstance(out, tuple) else (out,)) if o.requires_grad]
+        torch.autograd.backward(outs, [torch.zeros_like(o) for o in outs])
+
+
+def shown(launch: Launch) -> dict:
+    bound = {name: str(value) for name, value in launch.constexprs.items()}
+    return {"kernel": launch.name, "variant": hash(launch.variant), "grid": launch.grid, "constexprs": bound}
+
+
+def every_operator() -> Iterator[dict]:
+    """Every case of `fastbert verify`, forward and backward, in every dtype: the launches of each, or its error."""
+    found = ((arch, dtype, op) for arch, dtypes in ARCHES for dtype in dtypes for op in verify.CASES)
+    for arch, dtype, op in found:
+        for name, options in verify.CASES[op].items():
+            seen: list[Launch] = []
+            error = None
+            with offline(arch, seen.append, compiles=False):
+                try:
+                    for _ in range(2):  # bound, then by the plan that was kept
+                        inputs = verify._inputs(op, NARROW, (5, 70, 0, 1, 33, 200), **options)
+                        run(op, inputs, DTYPES[dtype])
+                except Exception as raised:
+                    error = f"{type(raised).__name__}: {raised}"
+            first, second = (seen[half * (len(seen) // 2) :][: len(seen) // 2] for half in (0, 1))
+            yield {
+                "arch": arch, "op": op, "case": name, "dtype": dtype, "error": error,
+                "launches": [shown(launch) for launch in first],
+                "same": [launch.variant for launch in first] == [launch.variant for launch in second],
+            }  # fmt: skip
+
+
+def twenty_batches() -> Iterator[dict]:
+    """Of every operator and case the variants of each kernel and config over batches of all sizes."""
+    for (op, cases), dtype in itertools.product(verify.CASES.items(), ("bf16", "fp32")):
+        for name, options in cases.items():
+            seen: list[Launch] = []
+            with offline("sm_90", seen.append, compiles=False):
+                for lengths in BATCHES:
+                    run(op, verify._inputs(op, NARROW, tuple(lengths), **options), DTYPES[dtype])
+            variants: dict[str, set] = {}
+            for launch in seen:
+                blocks = "x".join(str(value) for key, value in launch.constexprs.items() if key.startswith("BLOCK_"))
+                variants.setdefault(f"{launch.name} {blocks}", set()).add(launch.variant)
+            yield {
+                "op": op, "case": name, "dtype": dtype,
+                "variants": {kernel: len(found) for kernel, found in variants.items()},
+                "differ": {kernel: _differences(found) for kernel, found in variants.items() if len(found) > 1},
+            }  # fmt: skip
+
+
+def _differences(variants: set) -> list[str]:
+    """What tells variants of one kernel apart."""
+    parts = [dict(pair for part in variant[1:] for pair in part) for variant in variants]
+    return sorted(k for k in set().union(*parts) if len({p.get(k) for p in parts}) > 1)
+
+
+def compile_cases() -> Iterator[dict]:
+    from benchmarks.compile_cases import cases_of
+    from benchmarks.compile_report import kernel_modules
+
+    for arch, module in itertools.product(("sm_80", "sm_90"), kernel_modules()[0]):
+        cases, errors = cases_of(module, arch)
+        yield {
+            "arch": arch,
+            "module": module,
+            "errors": {name: str(error) for name, error in errors.items()},
+            "cases": [
+                {"kernel": case.kernel.split(":")[1], "num_warps": case.num_warps, "constexprs": case.constexprs}
+                for case in cases
+            ],
+        }
+
+
+if __name__ == "__main__":
+    parts: dict[str, Callable[[], Iterator[dict]]] = {
+        "every_operator": every_operator, "twenty_batches": twenty_batches, "compile_cases": compile_cases,
+    }  # fmt: skip
+    json.dump({name: list(parts[name]()) for name in sys.argv[1:]}, sys.stdout)

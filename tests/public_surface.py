@@ -1,0 +1,117 @@
+"""What fastbert promises: its public names with their parameters, and the rows of its benchmark.
+
+`python tests/public_surface.py` writes both to public_surface.json, against which test_public_surface.py holds them. A
+name that goes is first kept for a while, with a DeprecationWarning, and then taken out of the file in a commit that
+says so.
+
+Public is what a program would import. The command line and what is behind it are not: they promise commands, which
+test_cli.py holds. Nor are the kernels: `fastbert.functional` stands before them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import pkgutil
+import sys
+from importlib import import_module
+from pathlib import Path
+from types import FunctionType, ModuleType
+from typing import Any
+from unittest import mock
+
+RECORD = Path(__file__).with_suffix(".json")
+INTERNAL = {
+    "fastbert.__main__", "fastbert.bench", "fastbert.cli", "fastbert.demo", "fastbert.emulator", "fastbert.encode",
+    "fastbert.files", "fastbert.info", "fastbert.kernels", "fastbert.ranks", "fastbert.verify",
+}  # fmt: skip
+
+
+# ---- names -----------------------------------------------------------------------------------------------
+
+
+def modules() -> list[str]:
+    import fastbert
+
+    found = ["fastbert", *(module.name for module in pkgutil.walk_packages(fastbert.__path__, "fastbert."))]
+    inner = ("fastbert.kernels.", "fastbert.dropin.", "fastbert.emulator.")
+    return [name for name in found if name not in INTERNAL and not name.startswith(inner)]
+
+
+def names() -> dict[str, str]:
+    """module.name, or module.Class.name where the class is written -> its parameters, or "" where it has none."""
+    found = {}
+    for module_name in modules():
+        module = import_module(module_name)
+        for name in dir(module):
+            value = getattr(module, name)
+            if not name.startswith("_") and _is_its_own(value, module):
+                found[f"{module_name}.{name}"] = parameters_of(value) if callable(value) else ""
+                if inspect.isclass(value) and value.__module__ == module_name:
+                    found |= _members(f"{module_name}.{name}", value)
+    return found
+
+
+def _is_its_own(value: Any, module: ModuleType) -> bool:
+    """Whether the module offers it, and does not only use it."""
+    if isinstance(value, ModuleType):
+        return module.__name__ == "fastbert" and value.__name__ == "fastbert.functional"
+    home = getattr(value, "__module__", module.__name__)
+    if module.__name__ in ("fastbert", "fastbert.dropin"):
+        return str(home).startswith("fastbert")
+    return home == module.__name__
+
+
+def _members(path: str, value: type) -> dict[str, str]:
+    found = {}
+    for owner in reversed(value.__mro__):
+        if not owner.__module__.startswith("fastbert"):
+            continue
+        for name, member in vars(owner).items():
+            if not name.startswith("_"):
+                function = member.__func__ if isinstance(member, (classmethod, staticmethod)) else member
+                is_function = isinstance(function, FunctionType)
+                found[f"{path}.{name}"] = parameters_of(function) if is_function else ""
+    return found
+
+
+def parameters_of(function: Any) -> str:
+    """As they stand between the parentheses of its definition, without annotations."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return ""
+    bare = []
+    for parameter in signature.parameters.values():
+        default = parameter.default
+        if default is not parameter.empty and not isinstance(default, (bool, int, float, str, tuple, type(None))):
+            default = ...
+        bare.append(parameter.replace(annotation=parameter.empty, default=default))
+    return str(signature.replace(parameters=bare, return_annotation=signature.empty))[1:-1].replace("Ellipsis", "...")
+
+
+# ---- rows of the benchmark -------------------------------------------------------------------------------
+
+
+def rows() -> dict[str, dict[str, list[str]]]:
+    """Suite, device and dtype -> the names of its cases, and of all rows that these have; none of them is run."""
+    import torch
+
+    from benchmarks.run import SUITES
+
+    found = {}
+    with mock.patch.object(torch, "get_num_threads", return_value=2):  # some cases are for as many processes as cores
+        for suite, module in SUITES.items():
+            for device in ("cpu", "cuda"):
+                for dtype in (torch.float32, torch.bfloat16):
+                    cases = list(import_module(module).cases(torch.device(device), dtype, False))
+                    found[f"{suite} {device} {str(dtype).removeprefix('torch.')}"] = {
+                        "cases": sorted({case.name for case in cases}),
+                        "rows": sorted({row.row for case in cases for row in case.rows}),
+                    }
+    return found
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(RECORD.parents[1]))  # where benchmarks/ lies
+    RECORD.write_text(json.dumps({"names": names(), "rows": rows()}, indent=1) + "\n")

@@ -1,0 +1,139 @@
+"""Imports point down: the floors of the house, from the source of every module.
+
+What stands against a rule today is listed beside it, and the list can only shrink: an arrow that is not in it fails,
+and so does one in it that is gone.
+"""
+
+import pytest
+
+from benchmarks import inspect_imports
+
+pytestmark = pytest.mark.once
+
+GRAPH = inspect_imports.graph()
+
+# From the ground up; a module may import from its own floor and from those below. A name stands for all within it.
+FLOORS = (
+    ("fastbert.kernels",),
+    ("fastbert.checkpoint", "fastbert.config", "fastbert.files", "fastbert.packing"),
+    ("fastbert.functional",),
+    ("fastbert.batching", "fastbert.graphs", "fastbert.layers", "fastbert.testing", "fastbert.tokenizer"),
+    ("fastbert.models",),
+    ("fastbert.dropin", "fastbert.embed"),
+    ("fastbert.bench", "fastbert.demo", "fastbert.emulator", "fastbert.encode", "fastbert.info", "fastbert.ranks",
+     "fastbert.verify", "fastbert.verify_jobs", "fastbert.workers"),
+    ("fastbert.__main__", "fastbert.cli"),
+    ("benchmarks",),
+)  # fmt: skip
+UPWARDS = {
+    "fastbert.bench -> benchmarks.run",
+    "fastbert.encode -> fastbert.cli",
+}
+
+# The only ways from the package into the kernels: operators, and weights at inference.
+SEAMS = {"fastbert.functional", "fastbert.inference"}
+PAST_THE_SEAMS = {
+    "fastbert.dropin.layer -> fastbert.kernels._prepack",
+    "fastbert.dropin.pieces -> fastbert.kernels._prepack",
+    "fastbert.embed -> fastbert.kernels._int8",
+    "fastbert.emulator.driver -> fastbert.kernels._device",
+    "fastbert.info -> fastbert.kernels._cpu",
+    "fastbert.info -> fastbert.kernels._device",
+    "fastbert.layers -> fastbert.kernels._prepack",
+    "fastbert.layers -> fastbert.kernels.native",
+    "fastbert.models.bert -> fastbert.kernels._cpu",
+    "fastbert.models.bert -> fastbert.kernels._prepack",
+    "fastbert.testing -> fastbert.kernels._device",
+    "fastbert.verify -> fastbert.kernels._device",
+}
+
+CIRCLES = {
+    ("benchmarks.report", "benchmarks.report_plots"),
+    ("fastbert.cli", "fastbert.encode"),
+    ("fastbert.emulator.barriers", "fastbert.emulator.copies", "fastbert.emulator.machine", "fastbert.emulator.matrix",
+     "fastbert.emulator.shared", "fastbert.emulator.warp", "fastbert.emulator.warpgroup"),
+    ("fastbert.verify", "fastbert.verify_jobs"),
+}  # fmt: skip
+
+
+def is_within(module: str, name: str) -> bool:
+    return module == name or module.startswith(f"{name}.")
+
+
+def floor_of(module: str) -> int:
+    found = [n for n, floor in enumerate(FLOORS) if any(is_within(module, name) for name in floor)]
+    assert len(found) == 1, f"{module} has no floor: give it one in FLOORS"
+    return found[0]
+
+
+def arrows() -> list[tuple[str, str]]:
+    """All but those from and to the bare package, which offers what is public and holds nothing itself."""
+    return [(a, b) for a in sorted(GRAPH) for b in sorted(GRAPH[a]) if "fastbert" not in (a, b)]
+
+
+def assert_only(found: set, listed: set) -> None:
+    assert not found - listed, "against the rule"
+    assert not listed - found, "no longer against the rule: take it out of the list"
+
+
+def test_every_module_has_a_floor_and_none_reaches_up():
+    assert_only({f"{a} -> {b}" for a, b in arrows() if floor_of(a) < floor_of(b)}, UPWARDS)
+
+
+def test_two_ways_lead_into_the_kernels():
+    kernels = "fastbert.kernels"
+    ways = {
+        f"{a} -> {b}"
+        for a, b in arrows()
+        if is_within(b, kernels) and not is_within(a, kernels) and is_within(a, "fastbert") and a not in SEAMS
+    }
+    assert_only(ways, PAST_THE_SEAMS)
+
+
+def test_kernels_import_torch_and_triton_alone():
+    modules = [module for module in GRAPH if is_within(module, "fastbert.kernels")]
+    assert len(modules) > 20
+    assert {name for module in modules for name in inspect_imports.outside(module)} <= {"torch", "triton"}
+    assert not [(a, b) for a in modules for b in GRAPH[a] if not is_within(b, "fastbert.kernels")]
+
+
+def test_no_circles():
+    assert_only({tuple(group) for group in inspect_imports.circles(GRAPH)}, CIRCLES)
+
+
+# ---- the script itself -----------------------------------------------------------------------------------
+
+
+def test_imports_are_read_however_they_are_written(tmp_path, monkeypatch):
+    (tmp_path / "fastbert" / "inner").mkdir(parents=True)
+    (tmp_path / "fastbert" / "__init__.py").write_text("")
+    (tmp_path / "fastbert" / "inner" / "__init__.py").write_text("from .a import f\n")
+    (tmp_path / "fastbert" / "inner" / "a.py").write_text(
+        "from .. import b\nfrom ..kernels import k\nimport torch.nn\n"
+    )
+    (tmp_path / "fastbert" / "b.py").write_text("def f():\n    import fastbert.c\n    from fastbert.inner import f\n")
+    (tmp_path / "fastbert" / "c.py").write_text("TABLE = {'b': 'fastbert.b'}\n'fastbert'\n")
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "k.py").write_text("from ._l import x\nfrom os import path\n")
+    (tmp_path / "kernels" / "_l.py").write_text("")
+    monkeypatch.setattr(inspect_imports, "ROOT", tmp_path)
+    found = inspect_imports.graph()
+    assert found == {
+        "fastbert": set(),
+        "fastbert.inner": {"fastbert.inner.a"},
+        "fastbert.inner.a": {"fastbert.b", "fastbert.kernels.k"},
+        "fastbert.b": {"fastbert.c", "fastbert.inner"},
+        "fastbert.c": {"fastbert.b"},
+        "fastbert.kernels.k": {"fastbert.kernels._l"},
+        "fastbert.kernels._l": set(),
+    }
+    assert inspect_imports.outside("fastbert.inner.a") == {"torch"}
+    assert inspect_imports.outside("fastbert.kernels.k") == set()
+    assert inspect_imports.circles(found) == [["fastbert.b", "fastbert.c", "fastbert.inner", "fastbert.inner.a"]]
+
+
+def test_what_is_listed_and_gone_fails():
+    with pytest.raises(AssertionError, match="take it out"):
+        assert_only({"a"}, {"a", "b"})
+    with pytest.raises(AssertionError, match="against the rule"):
+        assert_only({"a"}, set())

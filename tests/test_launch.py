@@ -1,0 +1,195 @@
+"""Every operator through Triton's own launch path: argument binding, specialisation and packing, without a card.
+
+The interpreter and the offline compiler go round that code, and so did these tests once: every kernel with an argument
+named `stream` passed them all, and none could be launched, because Triton's launcher keeps that keyword to itself.
+`launches.py` runs the operators with a driver for a card that is not there; here is what must be true of its record.
+"""
+
+import ast
+import functools
+import json
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+from fastbert import functional, verify
+from fastbert.kernels import _device
+
+if not _device.HAS_TRITON:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+from fastbert.kernels import _scatter, embedding, layer_norm, pooling
+
+ROOT = Path(__file__).resolve().parents[1]
+MOST_VARIANTS = 4
+
+
+def _record(part: str) -> list[dict]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "tests" / "launches.py"), part]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)[part]
+
+
+@pytest.fixture(scope="module")
+def every_operator():
+    return _record("every_operator")
+
+
+@pytest.fixture(scope="module")
+def twenty_batches():
+    return _record("twenty_batches")
+
+
+@pytest.fixture(scope="module")
+def compile_cases():
+    return _record("compile_cases")
+
+
+# ---- launches ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op", verify.CASES)
+def test_every_operator_dtype_and_direction_is_launched(every_operator, op):
+    """The launcher refuses nothing, and what it packs is what the kernel was bound for."""
+    runs = [run for run in every_operator if run["op"] == op]
+    assert {run["dtype"] for run in runs} == set(verify.DTYPES)
+    assert {run["case"] for run in runs} == set(verify.CASES[op])
+    assert [(run["arch"], run["case"], run["dtype"], run["error"]) for run in runs if run["error"]] == []
+    assert all(run["launches"] for run in runs)
+    assert all(min(launch["grid"]) > 0 for run in runs for launch in run["launches"])
+
+
+def test_a_second_call_launches_what_the_first_did(every_operator):
+    """The first goes through Triton's binder, the second through the plan that was kept."""
+    assert [run for run in every_operator if not run["same"]] == []
+
+
+def test_every_kernel_is_launched(every_operator):
+    launched = {launch["kernel"] for run in every_operator for launch in run["launches"]}
+    assert launched == set(KERNELS)
+
+
+def test_no_kernel_is_compiled_again_and_again(twenty_batches):
+    """Over twenty batches of all sizes a kernel's config has few variants: each costs seconds when it first comes."""
+    many = [
+        (run["op"], run["case"], run["dtype"], kernel, count, run["differ"].get(kernel))
+        for run in twenty_batches
+        for kernel, count in run["variants"].items()
+        if count > MOST_VARIANTS
+    ]
+    assert many == []
+
+
+def test_sizes_of_the_batch_are_no_reason_to_compile(twenty_batches):
+    """Where no bias, mask or padded width is given nothing of a batch is in a kernel but whether it is long."""
+    plain = {"plain", "dropout", "mean", "gelu", "cls", "max"}
+    found = {
+        (run["op"], kernel, *names)
+        for run in twenty_batches
+        if run["case"] in plain and not run["op"].endswith("padded") and run["op"] != "linear_cross_entropy"
+        for kernel, names in run["differ"].items()
+    }
+    assert found == set()
+
+
+# ---- what there is to compile ------------------------------------------------------------------------------
+
+
+def _device_functions() -> dict[str, ast.FunctionDef]:
+    folder = Path(functional.__file__).parents[1] / "kernels"
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.py"))]
+    functions = [node for tree in trees for node in tree.body if isinstance(node, ast.FunctionDef)]
+    return {f.name: f for f in functions if any("triton.jit" in ast.unparse(d) for d in f.decorator_list)}
+
+
+FUNCTIONS = _device_functions()
+KERNELS = {name: function for name, function in FUNCTIONS.items() if name.endswith("_kernel")}
+
+
+# It is launched where there is a bias alone.
+ONE_VALUE = {("_attention_bwd_bias_kernel", "HAS_BIAS")}
+# Handed to a function that takes None, but never None themselves.
+NEVER_NONE = {
+    ("_sum_chunks_kernel", "order_ptr"), ("_sum_table_rows_kernel", "order_ptr"), ("_embedding_fwd_kernel", "mean_ptr"),
+}  # fmt: skip
+
+
+@functools.cache
+def _may_be_none(name: str) -> frozenset[str]:
+    """Arguments that the function, or one that it hands them to, compares with None."""
+    found = set()
+    for node in ast.walk(FUNCTIONS[name]):
+        if isinstance(node, ast.Compare) and isinstance(node.left, ast.Name) and ast.unparse(node).endswith("None"):
+            found.add(node.left.id)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in {*FUNCTIONS} - {name}:
+            theirs = [argument.arg for argument in FUNCTIONS[node.func.id].args.args]
+            handed = [*zip(theirs, node.args, strict=False), *((k.arg, k.value) for k in node.keywords)]
+            inner = _may_be_none(node.func.id)
+            found |= {value.id for name, value in handed if name in inner and isinstance(value, ast.Name)}
+    return frozenset(found & {argument.arg for argument in FUNCTIONS[name].args.args})
+
+
+def _flags(function: ast.FunctionDef) -> list[str]:
+    return [a.arg for a in function.args.args if a.annotation and ast.unparse(a.annotation) == "tl.constexpr"]
+
+
+@pytest.fixture(scope="module")
+def bound(compile_cases):
+    """(kernel, argument) -> the values that compile cases bind it to, "tensor" for what they give at run time."""
+    values = defaultdict(set)
+    for part in compile_cases:
+        for case in part["cases"]:
+            for argument in KERNELS[case["kernel"]].args.args:
+                values[case["kernel"], argument.arg].add(case["constexprs"].get(argument.arg, "tensor"))
+    return values
+
+
+def test_no_call_is_refused(compile_cases):
+    assert [(part["arch"], part["module"], part["errors"]) for part in compile_cases if part["errors"]] == []
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_both_values_of_every_flag_are_compiled(bound, kernel):
+    """`add_rms_norm` did not compile for as long as no case asked for it."""
+    flags = {name: bound[kernel, name] for name in _flags(KERNELS[kernel]) if (kernel, name) not in ONE_VALUE}
+    of_booleans = {name: values for name, values in flags.items() if {type(value) for value in values} == {bool}}
+    assert {name: values for name, values in of_booleans.items() if values != {False, True}} == {}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_what_may_be_absent_is_compiled_with_and_without(bound, kernel):
+    absent = {name: bound[kernel, name] for name in _may_be_none(kernel) if (kernel, name) not in NEVER_NONE}
+    assert {name: values for name, values in absent.items() if values != {None, "tensor"}} == {}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "config_of", "most"),
+    [
+        ("_add_norm_fwd_kernel", layer_norm.norm_fwd_config, layer_norm.MAX_WIDTH),
+        ("_add_norm_bwd_kernel", layer_norm.norm_bwd_config, layer_norm.MAX_WIDTH),
+        ("_embedding_fwd_kernel", embedding.norm_fwd_config, embedding.MAX_WIDTH),
+        ("_embedding_bwd_kernel", embedding.embedding_bwd_config, embedding.MAX_WIDTH),
+        ("_sum_table_rows_kernel", _scatter.scatter_config, embedding.MAX_WIDTH),
+        ("_sum_chunks_kernel", _scatter.scatter_config, embedding.MAX_WIDTH),
+        ("_pool_chunks_kernel", pooling.pool_fwd_config, pooling.MAX_WIDTH),
+        ("_pool_rows_kernel", pooling.pool_row_config, pooling.MAX_WIDTH),
+        ("_pool_bwd_kernel", pooling.pool_row_config, pooling.MAX_WIDTH),
+    ],
+)
+def test_compile_cases_cover_the_ladders(compile_cases, kernel, config_of, most):
+    """Every tile that a width can lead to is compiled by some case."""
+    compiled = {
+        (case["constexprs"]["BLOCK_M"], case["constexprs"]["BLOCK_N"], case["num_warps"])
+        for part in compile_cases
+        for case in part["cases"]
+        if case["kernel"] == kernel
+    }
+    configs = (config_of(width) for width in range(1, most + 1))
+    assert {(config.block_m, config.block_n, config.num_warps) for config in configs} == compiled

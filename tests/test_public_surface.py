@@ -1,0 +1,188 @@
+"""What was public stays public: names and their parameters, rows of the benchmark, and what fifty calls give.
+
+A name that moved went without a word before this test, together with whatever imported it.
+"""
+
+import ast
+import json
+import runpy
+import warnings
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+
+surface = runpy.run_path(str(Path(__file__).with_name("public_surface.py")))
+
+RECORDED = json.loads(surface["RECORD"].read_text())
+
+
+def arguments(text: str) -> ast.arguments:
+    return ast.parse(f"def function({text}): pass").body[0].args
+
+
+def broken(before: str, now: str) -> list[str]:
+    """What a call that was right before would meet now."""
+    old, new = arguments(before), arguments(now)
+    problems = []
+    positional = [a.arg for a in new.posonlyargs + new.args]
+    if [a.arg for a in old.args] != positional[: len(old.args)]:
+        problems.append(f"positional ({before}) became ({now})")
+    keywords = {*positional, *(a.arg for a in new.kwonlyargs)}
+    if not new.kwarg:
+        problems += [f"no {a.arg} any more" for a in old.kwonlyargs if a.arg not in keywords]
+
+    def defaults(of: ast.arguments) -> dict[str, str]:
+        last = of.args[len(of.args) - len(of.defaults) :]
+        pairs = [*zip(last, of.defaults, strict=True), *zip(of.kwonlyargs, of.kw_defaults, strict=True)]
+        return {a.arg: ast.unparse(value) for a, value in pairs if value is not None}
+
+    had, has = defaults(old), defaults(new)
+    problems += [f"{name}={value} became {has.get(name)}" for name, value in had.items() if has.get(name) != value]
+    known = {a.arg for a in old.args + old.kwonlyargs}
+    required = [a.arg for a in new.args + new.kwonlyargs if a.arg not in known and a.arg not in has]
+    return problems + [f"{name} has to be given" for name in required]
+
+
+def found(path: str) -> bool:
+    """Whether `path` still leads to something, with or without a DeprecationWarning."""
+    parts = path.split(".")
+    for n in range(len(parts) - 1, 0, -1):
+        try:
+            value = import_module(".".join(parts[:n]))
+        except ModuleNotFoundError:
+            continue
+        for name in parts[n:]:
+            if not hasattr(value, name):
+                return False
+            value = getattr(value, name)
+        return True
+    return False
+
+
+@pytest.mark.once
+def test_every_public_name_is_still_there_and_called_as_before():
+    now = surface["names"]()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        gone = [path for path in RECORDED["names"] if path not in now and not found(path)]
+    assert not gone, f"gone without a deprecation: {gone}"
+    changed = {
+        path: problems
+        for path, before in RECORDED["names"].items()
+        if path in now and (problems := broken(before, now[path]))
+    }
+    assert not changed
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("before", "now", "problems"),
+    [
+        ("a, b=1, *, c=None", "a, b=1, d=2, *, c=None, e=3", 0),
+        ("a, *, b", "a, **others", 0),
+        ("a, b", "b, a", 1),
+        ("a, b=1", "a, b=2", 1),
+        ("a, *, b=1", "a", 2),
+        ("a", "a, *, b", 1),
+        ("a", "", 1),
+    ],
+)
+def test_what_breaks_a_call(before, now, problems):
+    assert len(broken(before, now)) == problems
+
+
+@pytest.mark.once
+def test_names_that_are_gone_are_found_gone():
+    assert found("fastbert.layers.prepack")
+    assert found("fastbert.BertModel.forward")
+    assert not found("fastbert.layers.prepacked")
+    assert not found("fastbert.nowhere.prepack")
+
+
+@pytest.mark.once
+def test_every_row_of_the_benchmark_is_still_there():
+    now = surface["rows"]()
+    gone = [
+        f"{suite}: {name}"
+        for suite, recorded in RECORDED["rows"].items()
+        for kind in ("cases", "rows")
+        for name in recorded[kind]
+        if name not in now.get(suite, {}).get(kind, ())
+    ]
+    assert not gone
+
+
+@pytest.mark.once
+def test_the_record_holds_what_the_front_page_names():
+    import fastbert
+
+    assert {f"fastbert.{name}" for name in fastbert.__all__ if name != "__version__"} <= {*RECORDED["names"]}
+    assert len(RECORDED["names"]) > 200
+    assert len(RECORDED["rows"]) == 4 * 8
+
+
+# ---- what calls give -------------------------------------------------------------------------------------
+
+calls = runpy.run_path(str(Path(__file__).with_name("public_calls.py")))
+GIVEN = json.loads(calls["RECORD"].read_text())
+# Of the largest number that is kept of a tensor; what is computed in other ways differs by rounding alone.
+TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2}
+
+
+def differences(now, before, path="") -> list[str]:
+    """Where two records differ by more than rounding."""
+    if isinstance(before, list) and isinstance(now, list) and len(now) == len(before):
+        pairs = enumerate(zip(now, before, strict=True))
+        return [line for n, (a, b) in pairs for line in differences(a, b, f"{path}[{n}]")]
+    if not isinstance(before, dict) or not isinstance(now, dict):
+        return [] if now == before else [f"{path}: {now!r}, and before {before!r}"]
+    facts = [(record["dtype"], record["shape"], len(record["numbers"])) for record in (now, before)]
+    if facts[0] != facts[1]:
+        return [f"{path}: {facts[0]}, and before {facts[1]}"]
+    tolerance = TOLERANCE.get(before["dtype"], 0.0)
+    largest = max((abs(x) for x in before["numbers"][1:] if not isinstance(x, str)), default=0.0)
+    found = []
+    for n, (a, b) in enumerate(zip(now["numbers"], before["numbers"], strict=True)):
+        allowed = tolerance * (largest if n else abs(b)) + 1e-9
+        if isinstance(b, str) or isinstance(a, str):
+            allowed, same = 0.0, a == b
+        else:
+            same = abs(a - b) <= allowed
+        if not same:
+            found.append(f"{path}: {a} in place of {b}, {allowed:.2g} allowed")
+    return found
+
+
+@pytest.mark.parametrize("name", calls["CALLS"])
+def test_what_a_public_call_gives(name):
+    if name.startswith("transformers"):
+        pytest.importorskip("transformers", reason="what is accelerated")
+    given = json.loads(json.dumps(calls["kept"](calls["CALLS"][name]())))
+    assert not differences(given, GIVEN[name])
+
+
+@pytest.mark.once
+def test_fifty_calls_are_recorded():
+    assert {*calls["CALLS"]} == {*GIVEN}
+    assert len(GIVEN) >= 50
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("change", "differs"),
+    [
+        (lambda x: x, False),
+        (lambda x: x * (1 + 1e-6), False),
+        (lambda x: x * (1 + 1e-4), True),
+        (lambda x: x.roll(1), True),
+        (lambda x: x.double(), True),
+        (lambda x: x[:-1], True),
+        (lambda x: torch.where(x == x.max(), torch.nan, x), True),
+    ],
+)
+def test_what_differs_is_found(change, differs):
+    x = torch.linspace(-1, 2, 12)
+    now, before = (calls["kept"]([t, "words"]) for t in (change(x), x))
+    assert bool(differences(now, before)) == differs
