@@ -276,9 +276,10 @@ def _do_compile(self, key, signature, device, constexprs, options, attrs, warmup
     src = self.ASTSource(self, signature, constexprs, attrs)
     src.bound_options, src.compiled = dict(options.__dict__), None
     kernel_cache = self.device_caches[device][0]
+    run = _launch_nothing if active.on_launch is None else _Launcher(src, None)
     kernel_cache[key] = SimpleNamespace(
         src=src, function=None, packed_metadata=None, metadata=None, name=self.__name__, asm={},
-        run=_launch_nothing if active.on_launch is None else _Launcher(src, None), launch_metadata=lambda grid, stream, *args: None,
+        run=run, launch_metadata=lambda grid, stream, *args: None,
     )  # fmt: skip
     return kernel_cache[key]
 
