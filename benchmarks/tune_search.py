@@ -31,7 +31,7 @@ def label(config: Config, beside: Config = None) -> str:
     if config is None:
         return "none: other kernels take its part"
     if getattr(config, "vendor", False):
-        return "vendor library"
+        return "vendor library, with its own epilogue" if config.vendor_epilogue else "vendor library"
     known = asdict(beside) if beside is not None and beside != config and not getattr(beside, "vendor", False) else {}
     shown = {name: value for name, value in asdict(config).items() if name not in known or value != known[name]}
     return ", ".join(f"{n}={v}" for n, v in shown.items() if n != "vendor" and (known or v is not None))
@@ -295,7 +295,8 @@ class Sweep:
             return ["# vendor or ours: one of them was not measured"]
         from fastbert.kernels._compile import TRITON_TYPES
 
-        by, other = ("vendor", min(ours) / vendor[0]) if vendor[0] < min(ours) else ("ours", vendor[0] / min(ours))
+        others = "vendor epilogue" if self.kernel.others[0].vendor_epilogue else "vendor"
+        by, other = (others, min(ours) / vendor[0]) if vendor[0] < min(ours) else ("ours", vendor[0] / min(ours))
         form = self.kernel.name.removeprefix("gemm:")
         n, k = tune_table.gemm_sizes(form, self.shape)
         row = f'Choice("{self.shape.arch}", "{TRITON_TYPES[self.shape.dtype]}", "{form}", {n}, {k}, "{by}", "measured",'

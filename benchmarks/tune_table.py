@@ -66,6 +66,10 @@ _ONE_BLOCK = {"num_warps": (2, 4, 8), "num_stages": (1, 2)}
 # ---- matrix products -------------------------------------------------------------------------------------
 
 
+# of `_gemm_config.FORMS`, the most valuable first
+FORMS_BY_WORTH = ("nt+act only", "nt+act", "nn+dact", "nt", "nn", "tn", "tn+accumulate", "nt+geglu", "nn+dgeglu")
+
+
 def _gelu_gradient(h: Tensor) -> Tensor:
     with torch.enable_grad():
         leaf = h.detach().requires_grad_()
@@ -79,8 +83,8 @@ def _plain(form: str, a: Tensor, b: Tensor, c: Tensor) -> list[Tensor]:
         return [a @ b.T + c if form == "nt" else a @ b if form == "nn" else a.T @ b]
     if form == "tn+accumulate":
         return [a.T @ b]
-    if form == "nt+act":
-        return [gelu(a @ b.T + c)]
+    if form.startswith("nt+act"):
+        return [gelu(a @ b.T + c, approximate="tanh" if form.endswith("only") else "none")]
     if form == "nt+geglu":
         left, right = (a @ b.T + c).chunk(2, dim=-1)
         return [gelu(left) * right]
@@ -103,9 +107,9 @@ def _ours(form: str, a: Tensor, b: Tensor, c: Tensor) -> list[Tensor]:
         total = torch.empty(a.shape[1], b.shape[1], device=a.device)
         _gemm.accumulate_tn(total, a, b, first=True)
         return [total]
-    activation = "geglu" if form.endswith("geglu") else "gelu"
+    activation = "geglu" if form.endswith("geglu") else "gelu_tanh" if form.endswith("only") else "gelu"
     if form.startswith("nt"):
-        return [feed_forward._up(a, b, c, activation, False, False)[0]]
+        return [feed_forward._up(a, b, c, activation, False, False, form.endswith("only"))[0]]
     return list(feed_forward._down_backward(a, b, c, activation, True, True, False))
 
 
@@ -142,10 +146,10 @@ def _gemm(form: str) -> Kernel:
     layout, _, epilogue = form.partition("+")
 
     def put(original: Callable, config: Config) -> Callable:
-        def gemm_config(n, k, dtype, arch, asked="nt", asked_epilogue="none", invariant=False):
+        def gemm_config(n, k, dtype, arch, asked="nt", asked_epilogue="none", *rest):
             if (asked, asked_epilogue) == (layout, epilogue or "none"):
                 return config
-            return original(n, k, dtype, arch, asked, asked_epilogue, invariant)
+            return original(n, k, dtype, arch, asked, asked_epilogue, *rest)
 
         return gemm_config
 
@@ -169,7 +173,7 @@ def _gemm(form: str) -> Kernel:
         n, k = gemm_sizes(form, shape)
         return f"({n}, {k}, {written(config)}),"
 
-    from fastbert.kernels._gemm_config import VENDOR, ladder_of, own_config
+    from fastbert.kernels._gemm_config import VENDOR, VENDOR_EPILOGUE, ladder_of, own_config
 
     return Kernel(
         f"gemm:{form}", {"_gemm:gemm_config": put, "feed_forward:gemm_config": put}, current,
@@ -179,8 +183,7 @@ def _gemm(form: str) -> Kernel:
             "programs_per_sm": (0, 1, 2), "group_m": (4, 8, 16),
         },
         functools.partial(gemm_job, form), (32, 512), rung, allowed,
-        # nobody else adds 16-bit products onto a float32 matrix
-        () if form == "tn+accumulate" else (VENDOR,),
+        (VENDOR_EPILOGUE if form == "nt+act only" else VENDOR,),
         ("_dact_kernel" if epilogue.startswith("d") else "_linear_act_kernel",),
         start=lambda shape: own_config(*gemm_sizes(form, shape), shape.dtype, shape.arch, epilogue or "none"),
     )  # fmt: skip
@@ -236,7 +239,7 @@ def kernels() -> dict[str, Kernel]:
         _attention("bwd_tile", (256, 128), _WHOLE_KEYS, others=(None,)),
         _attention("fwd_heads", (1024, 32), _ONE_BLOCK, others=(None,)),
         _attention("bwd_heads", (1024, 32), _ONE_BLOCK, others=(None,)),
-        *(_gemm(form) for form in ("nt+act", "nn+dact", "nt", "nn", "tn", "tn+accumulate", "nt+geglu", "nn+dgeglu")),
+        *(_gemm(form) for form in FORMS_BY_WORTH),
         _of_width(
             "layer_norm_fwd", "layer_norm:norm_fwd_config", norm, "add_layer_norm", costs.FORWARD,
             "_add_norm_fwd_kernel",

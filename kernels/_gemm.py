@@ -12,7 +12,7 @@ Epilogues, on the float32 accumulator:
                dbias_part = column sums of dh, a row of them per row of tiles, in float32
 
 Order of summation: K in steps of BLOCK_K, first to last, in one accumulator (no split-K, no atomics). The tile
-comes from (n, k, dtype, device), never from M, so the bits of a row depend on nothing but that row.
+comes from (n, k, dtype, device), never from M, so the bits of a row of our product depend on nothing but that row.
 
 Work and bytes, b an element: 2 M N K floating-point operations; reads A and B, writes C: (M K + K N + M N) b, and with
 an epilogue reads or writes M N b more for each further matrix (h, act, dh). No pass more than that: column sums leave
@@ -177,10 +177,14 @@ def matmul(
 def accumulate_tn(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     """total [M, N] float32 (+)= A^T B of a [K, M], b [K, N], whose rows are contiguous. `first` overwrites."""
     config = gemm_config(b.shape[1], a.shape[1], a.dtype, _device.arch(a.device.index), "tn", "accumulate")
-    if config.vendor:
-        total.addmm_(a.t(), b, beta=0.0 if first else 1.0)
-    else:
+    if not config.vendor:
         gemm(a, b, None, "tn", config, out=total, accumulate=not first)
+    elif a.dtype == total.dtype or not a.is_cuda:
+        total.addmm_(a.t().to(total.dtype), b.to(total.dtype), beta=0.0 if first else 1.0)
+    elif first:  # 16-bit operands, and the float32 sums that the vendor library makes of them: on CUDA only
+        torch.mm(a.t(), b, out_dtype=total.dtype, out=total)
+    else:
+        torch.addmm(total, a.t(), b, out_dtype=total.dtype, out=total)
 
 
 # ---- what the operators of this floor share --------------------------------------------------------------

@@ -1,14 +1,16 @@
 """How the matrix products are launched: by the vendor library or by us, and by us with which tile.
 
-Both answers come from the model's shape, the dtype and the device, never from the batch, so the bits of a row do not
-depend on what shares its batch. `CHOICES` is a table, and says of every row what it rests on:
+Both answers come from the model's shape, the dtype and the device, and not from the batch, so the bits of a row do not
+depend on what shares its batch; one exception, `FEW_ROWS`, is left out under `batch_invariant()`. `CHOICES` is a table,
+and says of every row what it rests on:
 
     arch    "sm_90", "gfx942", ..., or "*": any
     dtype   "bf16", "fp16", "fp32", or "*"
     form    the product and what its epilogue does: see `FORMS`; or "*"
     n, k    the product's sizes that belong to the model: columns of the result, and the length of the sum; for "tn",
             whose sum runs over the batch, the rows of the result. 0: any
-    by      "vendor" (the vendor library, and a pointwise kernel of ours for the epilogue) or "ours" (our kernel)
+    by      "vendor" (the vendor library, and a pointwise kernel of ours for the epilogue), "vendor epilogue" (the
+            vendor library alone, with bias and activation in its own epilogue) or "ours" (our kernel)
     basis   "measured" or "reasoned"
     source  of a measured row the result file in this repository, of a reasoned one the reason
 
@@ -30,6 +32,7 @@ FORMS = {
     "nn": "dy weight: its input gradient; weight [k, n]",
     "tn": "dy^T x: its weight gradient [k, n]",
     "nt+act": "act(x weight^T + bias), and the pre-activation where a gradient follows; weight [n, k]",
+    "nt+act only": "the same in inference, by an activation that the vendor's epilogue has; weight [n, k]",
     "nt+geglu": "the same of two halves; weight [2n, k]",
     "nn+dact": "(dy weight) * act'(h), act(h) and column sums; weight [k, n]",
     "nn+dgeglu": "the same of two halves; weight [k, n]",
@@ -69,11 +72,13 @@ CHOICES = (
     Choice("*", "*", "nn", 0, 0, "vendor", "reasoned", "nothing to fuse"),
     Choice("*", "*", "tn", 0, 0, "vendor", "reasoned", "nothing to fuse"),
     Choice("*", "*", "nt+act", 0, 0, "ours", "reasoned", "the epilogue saves a pass over h: see above"),
+    Choice("*", "*", "nt+act only", 0, 0, "vendor epilogue", "reasoned",
+           "no pass over h either, at the vendor's rate: our product is expected at 600 of its 790 TFLOP/s on sm_90"),
     Choice("*", "*", "nt+geglu", 0, 0, "ours", "reasoned", "the epilogue saves a pass over both halves of h"),
     Choice("*", "*", "nn+dact", 0, 0, "ours", "reasoned", "the epilogue saves a pass over g: see above"),
     Choice("*", "*", "nn+dgeglu", 0, 0, "ours", "reasoned", "the epilogue saves a pass over g"),
     Choice("*", "*", "tn+accumulate", 0, 0, "ours", "reasoned",
-           "the vendor library would round each part of the sum to 16 bits"),
+           "adds in its epilogue, where the vendor library reads and writes the sum once more"),
 )  # fmt: skip
 
 
@@ -100,9 +105,24 @@ class GemmConfig:
     programs_per_sm: int = 0  # of the persistent grid; 0: one program a tile
     group_m: int = 8
     vendor: bool = False
+    vendor_epilogue: bool = False  # with `vendor`: bias and activation in the vendor's own epilogue
 
 
 VENDOR = GemmConfig(vendor=True)
+VENDOR_EPILOGUE = GemmConfig(vendor=True, vendor_epilogue=True)
+
+# Products of at most this many rows go to the vendor library outside `batch_invariant()`. A tile of ours has 128 rows,
+# so such a product is 12 programs at BERT-base's 3,072 columns on 132 multiprocessors; the vendor splits the sum.
+FEW_ROWS = 64
+
+# Activations that the vendor's epilogue has, and the dtypes in which its form is close enough. Its GELU is the tanh
+# form. For erf's GELU in bfloat16 that errs by 1.7e-3, where torch's own pass (a rounded product, then GELU) errs by
+# 2.6e-3; in float16 it would double the error of a product that is not rounded, in float32 leave the budget.
+VENDOR_ACTIVATIONS = {
+    "gelu": (torch.bfloat16,),
+    "gelu_tanh": (torch.bfloat16, torch.float16),
+    "relu": (torch.bfloat16, torch.float16),
+}
 
 # Exact float32 products run on the scalar units; a small tile keeps the operands of one in registers.
 FLOAT32 = GemmConfig(64, 64, 16, num_warps=4, num_stages=2, slice_n=32)
@@ -158,18 +178,23 @@ def ladder_of(arch: str) -> dict:
 
 @functools.cache
 def gemm_config(
-    n: int, k: int, dtype: torch.dtype, arch: str, layout: str = "nt", epilogue: str = "none", invariant: bool = False
-) -> GemmConfig:
-    """The launch of op(A) op(B)^T; n, k as in the table above. M has no say: a row's bits must not depend on it.
+    n: int, k: int, dtype: torch.dtype, arch: str, layout: str = "nt", epilogue: str = "none", invariant: bool = False,
+    few_rows: bool = False,
+) -> GemmConfig:  # fmt: skip
+    """The launch of op(A) op(B)^T; n, k as in the table above.
 
     epilogue: "none" (with or without bias), "act", "geglu" (two accumulators, n of each), "dact" and "dgeglu"
-        (their backward), "accumulate" (onto a float32 matrix).
+        (their backward), "accumulate" (onto a float32 matrix); "act only" (inference, see `VENDOR_ACTIVATIONS`).
     invariant: not the vendor library, which picks its kernel by M. (layout "tn" sums over the batch in any case.)
+    few_rows: M is at most FEW_ROWS; means nothing where `invariant`.
     """
     form = layout if epilogue == "none" else f"{layout}+{epilogue}"
-    may_be_vendor = layout == "tn" or not invariant
-    if may_be_vendor and choice(n, k, dtype, arch, form).by == "vendor":
-        return VENDOR
+    if layout == "tn" or not invariant:
+        by = choice(n, k, dtype, arch, form).by
+        if by == "vendor epilogue":
+            return VENDOR_EPILOGUE
+        if by == "vendor" or (few_rows and layout != "tn"):
+            return VENDOR
     return own_config(n, k, dtype, arch, epilogue)
 
 
@@ -177,7 +202,9 @@ def own_config(n: int, k: int, dtype: torch.dtype, arch: str, epilogue: str = "n
     """The tile of our kernel, whoever `CHOICES` prefers."""
     if dtype == torch.float32:
         return FLOAT32
-    rungs = ladder_of(arch)[{"none": "act", "accumulate": "act", "dgeglu": "dact"}.get(epilogue, epilogue)]
+    rungs = ladder_of(arch)[
+        {"none": "act", "act only": "act", "accumulate": "act", "dgeglu": "dact"}.get(epilogue, epilogue)
+    ]
     config = next(config for least_n, least_k, config in rungs if n >= least_n and k >= least_k)
     return accumulating(config) if epilogue == "accumulate" else config
 

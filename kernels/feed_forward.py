@@ -32,7 +32,8 @@ Passes that a perfect fusion would not make: `a` written and read once by the se
 because a program of the first product holds a slice of F, the second needs all of it), and dy read once more for
 ddown_bias (pass down_bias=None and give it to `add_layer_norm` as `x_bias`, which sums it on its own way). dup_bias
 costs no pass: its column sums leave with dh, one row for 128. The activation costs none in either direction. Where
-the vendor library multiplies (float32) the activation is one pass more: reads h, writes a, or reads g, h, writes dh, a.
+the vendor library multiplies (float32, few rows) the activation is one pass more: reads h, writes a, or reads g, h,
+writes dh, a; not in 16-bit inference, where its own epilogue has the activation (`_gemm_config.VENDOR_ACTIVATIONS`).
 
 Adding the residual in the second product's epilogue would save no pass: the product would read it and `add_layer_norm`
 would not, and the dropout between the two would have to move into the product, the vendor library's.
@@ -69,7 +70,7 @@ from ._gemm import (
     wanted_of,
     wants_grad,
 )
-from ._gemm_config import GemmConfig, gemm_config
+from ._gemm_config import FEW_ROWS, VENDOR_ACTIVATIONS, GemmConfig, gemm_config
 from ._invariance import is_batch_invariant
 from ._launch import Plan
 from ._library import register
@@ -181,15 +182,19 @@ def _activate_backward(
     return dh, a, dbias_part.sum(0) if want_dbias else None
 
 
-def _up_config(x: Tensor, weight: Tensor, activation: str, invariant: bool) -> GemmConfig:
-    epilogue = "geglu" if activation == "geglu" else "act"
+def _up_config(x: Tensor, weight: Tensor, activation: str, invariant: bool, only: bool = False) -> GemmConfig:
+    epilogue = "geglu" if activation == "geglu" else "act only" if only else "act"
     n, k = _width(weight.shape[0], activation), weight.shape[1]
-    return gemm_config(n, k, x.dtype, _device.arch(x.device.index), "nt", epilogue, invariant)
+    few_rows = x.shape[0] <= FEW_ROWS
+    return gemm_config(n, k, x.dtype, _device.arch(x.device.index), "nt", epilogue, invariant, few_rows)
 
 
-def _up(x, weight, bias, activation, save_h, invariant) -> tuple[Tensor, Tensor | None]:
-    """(a, h or None) of x [M, C]."""
-    config = _up_config(x, weight, activation, invariant)
+def _up(x, weight, bias, activation, save_h, invariant, inference) -> tuple[Tensor, Tensor | None]:
+    """(a, h or None) of x [M, C]. inference: no backward pass follows that would have to make the same `a` again."""
+    only = inference and bias is not None and x.dtype in VENDOR_ACTIVATIONS.get(activation, ())
+    config = _up_config(x, weight, activation, invariant, only)
+    if config.vendor_epilogue:
+        return torch._addmm_activation(bias, x, weight.t(), use_gelu=activation != "relu"), None
     if not config.vendor:
         return gemm(x, weight, bias, "nt", config, activation, save_h)
     h = torch.nn.functional.linear(x, weight, bias)
@@ -208,7 +213,8 @@ def _down_backward(dy, weight, h, activation, want_a, want_dbias, invariant):
     """(dh, a or None, column sums of dh or None)."""
     epilogue = "dgeglu" if activation == "geglu" else "dact"
     k, n = weight.shape
-    config = gemm_config(n, k, dy.dtype, _device.arch(dy.device.index), "nn", epilogue, invariant)
+    few_rows = dy.shape[0] <= FEW_ROWS
+    config = gemm_config(n, k, dy.dtype, _device.arch(dy.device.index), "nn", epilogue, invariant, few_rows)
     if not config.vendor:
         return gemm_dact(dy, weight, h, activation, config, want_a, want_dbias)
     g = matmul(dy, weight, layout="nn", invariant=invariant)
@@ -219,7 +225,7 @@ def _down_backward(dy, weight, h, activation, want_a, want_dbias, invariant):
 
 
 def _launch_linear_act(x, weight, bias, activation, save_h, invariant):
-    y, h = _up(rows_of(x), rows_of(weight), bias, activation, save_h, invariant)
+    y, h = _up(rows_of(x), rows_of(weight), bias, activation, save_h, invariant, inference=not save_h)
     rows = x.shape[:-1]
     return y.view(*rows, y.shape[1]), none_of(x) if h is None else h.view(*rows, h.shape[1])
 
@@ -265,14 +271,14 @@ _linear_act_backward = register(
 # feed_forward
 
 
-def _launch_feed_forward(x, up_weight, up_bias, down_weight, down_bias, activation, save_h, invariant):
-    a, h = _up(rows_of(x), rows_of(up_weight), up_bias, activation, save_h, invariant)
+def _launch_feed_forward(x, up_weight, up_bias, down_weight, down_bias, activation, save_h, invariant, inference):
+    a, h = _up(rows_of(x), rows_of(up_weight), up_bias, activation, save_h, invariant, inference)
     y = matmul(a, rows_of(down_weight), down_bias, invariant=invariant)
     rows = x.shape[:-1]
     return y.view(*rows, y.shape[1]), none_of(x) if h is None else h.view(*rows, h.shape[1])
 
 
-def _fake_feed_forward(x, up_weight, up_bias, down_weight, down_bias, activation, save_h, invariant):
+def _fake_feed_forward(x, up_weight, up_bias, down_weight, down_bias, activation, save_h, invariant, inference):
     rows = x.shape[:-1]
     return (
         x.new_empty(*rows, down_weight.shape[0]),
@@ -309,7 +315,7 @@ def _fake_feed_forward_backward(dy, x, up_weight, up_bias, down_weight, h, activ
 
 _feed_forward = register(
     "feed_forward(Tensor x, Tensor up_weight, Tensor? up_bias, Tensor down_weight, Tensor? down_bias, "
-    "str activation, bool save_h, bool invariant) -> (Tensor, Tensor)",
+    "str activation, bool save_h, bool invariant, bool inference) -> (Tensor, Tensor)",
     _launch_feed_forward,
     _fake_feed_forward,
 )
@@ -346,7 +352,7 @@ class _LinearAct(torch.autograd.Function):
 class _FeedForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, up_weight, up_bias, down_weight, down_bias, activation, recompute, invariant):
-        y, h = _feed_forward(x, up_weight, up_bias, down_weight, down_bias, activation, not recompute, invariant)
+        y, h = _feed_forward(x, up_weight, up_bias, down_weight, down_bias, activation, not recompute, invariant, False)
         ctx.save_for_backward(x, up_weight, up_bias, down_weight, None if recompute else h)
         ctx.activation, ctx.invariant = activation, invariant
         return y
@@ -404,7 +410,7 @@ def feed_forward(
     )  # fmt: skip
     if wants_grad(*tensors):
         return _FeedForward.apply(*tensors, activation, recompute, is_batch_invariant())
-    return _feed_forward(*tensors, activation, False, is_batch_invariant())[0]
+    return _feed_forward(*tensors, activation, False, is_batch_invariant(), True)[0]
 
 
 # ---- for the offline compiler ----------------------------------------------------------------------------

@@ -417,7 +417,7 @@ def operators(device):
     yield "linear_act, inference", feed_forward._linear_act, (x, up, None, "geglu", False, False)
     wants = [True, False, True]
     yield "linear_act_backward", feed_forward._linear_act_backward, (act, x, up, h, "geglu", wants, False)
-    yield "feed_forward", feed_forward._feed_forward, (x, up, up_bias, down, down_bias, "geglu", True, False)
+    yield "feed_forward", feed_forward._feed_forward, (x, up, up_bias, down, down_bias, "geglu", True, False, False)
     wants = [True, True, False, True, True]
     yield "backward", feed_forward._feed_forward_backward, (dy, x, up, up_bias, down, h, "geglu", wants, False)
     yield "recompute", feed_forward._feed_forward_backward, (dy, x, up, up_bias, down, None, "geglu", wants, True)

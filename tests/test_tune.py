@@ -39,6 +39,7 @@ class Fake:
     block: int = 1
     warps: int = 1
     vendor: bool = False
+    vendor_epilogue: bool = False
 
 
 LADDER = Fake(4, 4)
