@@ -17,12 +17,13 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import functional
+from . import functional, verify_jobs
 from .kernels import _device
 from .testing import INPUTS, MODELS, Check, ModelShape, allowed_factor, check_op
 
@@ -346,9 +347,27 @@ def _run_with_progress(work: Sequence[Task], device: torch.device, args: argpars
 def _results_of(work: Sequence[Task], device: torch.device, args: argparse.Namespace) -> Iterator[Result]:
     if args.jobs is None:
         return (check(task, device, args.impl) for task in work)
-    from . import verify_jobs
+    outcomes = verify_jobs.share_out(
+        work, args.jobs, partial(check, device=device, impl=args.impl), seconds=args.case_seconds,
+        is_fit=partial(_still_answers, device), needs=lambda task: task.needs, room=_room(device),
+    )  # fmt: skip
+    return (o.answer or Result(o.task, (), o.seconds, o.reason) for o in outcomes)
 
-    return verify_jobs.share_out(work, args.jobs, device, args.impl, args.case_seconds)
+
+def _still_answers(device: torch.device) -> bool:
+    """Whether this process still has the device, whose unused memory it gives back for the others."""
+    if device.type == "cuda":
+        try:
+            torch.cuda.synchronize(device)
+            torch.cuda.empty_cache()
+        except RuntimeError:
+            return False
+    return True
+
+
+def _room(device: torch.device) -> float:
+    """Bytes of the device's memory that cases may share; what is left is for what allocators waste."""
+    return 0.9 * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else float("inf")
 
 
 def _describe(device: torch.device) -> str:

@@ -52,7 +52,6 @@ CIRCLES = {
     ("fastbert.cli", "fastbert.encode"),
     ("fastbert.emulator.barriers", "fastbert.emulator.copies", "fastbert.emulator.machine", "fastbert.emulator.matrix",
      "fastbert.emulator.shared", "fastbert.emulator.warp", "fastbert.emulator.warpgroup"),
-    ("fastbert.verify", "fastbert.verify_jobs"),
 }  # fmt: skip
 
 

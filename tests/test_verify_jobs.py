@@ -104,7 +104,9 @@ def loses(x, cu_seqlens, mode, *rest):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
     return right(x, cu_seqlens, mode, *rest)
 native.pool = loses
-verify_jobs._answers = lambda device: not lost
+def still_answers(device):
+    return not lost
+verify._still_answers = still_answers
 """
     _, _, found = verified(tmp_path, "--op", "pool", "--dtype", "fp32", "--jobs", "1", more=more)
     assert [line["passed"] for line in found] == [True, False, True]
@@ -147,39 +149,35 @@ def test_json_lines_have_their_fields_and_no_nan(tmp_path):
 class Idle:
     """A worker that only remembers what it was given."""
 
-    made: list["Idle"]
-
-    def __init__(self, device, impl):
-        self.task, self.fit = None, True
-        self.made.append(self)
+    def __init__(self):
+        self.task = None
 
     def begin(self, task):
         self.task = task
 
 
-def test_cases_begin_in_order_while_there_is_room(monkeypatch):
-    monkeypatch.setattr(verify_jobs, "Worker", Idle)
-    Idle.made = []
-    work = verify.tasks(["attention", "pool"], ["bf16"], torch.device("cpu"), "real")
+def test_cases_begin_in_order_while_there_is_room():
+    work = verify.tasks(["attention", "pool"], ["bf16"], CPU, "real")
     large = [task for task in work if task.op == "attention" and max(task.lengths) == 4096]
     assert all(4 * 2**30 < task.needs < 6 * 2**30 for task in large)
     small = next(task for task in work if task.op == "pool")
     assert small.needs < 3.5 * 2**30
+
+    def handed_out(waiting, workers, jobs, room):
+        verify_jobs.hand_out(waiting, workers, jobs, lambda task: task.needs, room, Idle)
+        return [worker.task for worker in workers]
+
     waiting, workers = deque([*large[:3], small]), []
-    verify_jobs._hand_out(waiting, workers, 8, 12 * 2**30, CPU, "triton")
-    assert [worker.task for worker in workers] == large[:2]  # the small one waits for its turn
+    assert handed_out(waiting, workers, 8, 12 * 2**30) == large[:2]  # the small one waits for its turn
     workers[0].task = None
-    verify_jobs._hand_out(waiting, workers, 8, 12 * 2**30, CPU, "triton")
-    assert workers[0].task is large[2]
-    assert not [t for t in waiting if t is not small]
+    assert handed_out(waiting, workers, 8, 12 * 2**30) == [large[2], large[1]]
+    assert [*waiting] == [small]
     # what is too large for the device is tried all the same, alone
-    waiting, workers = deque([large[0], small]), []
-    verify_jobs._hand_out(waiting, workers, 8, 2**30, CPU, "triton")
-    assert [worker.task for worker in workers] == [large[0]]
+    assert handed_out(deque([large[0], small]), [], 8, 2**30) == [large[0]]
     # no more processes than asked for
-    waiting, workers = deque([small] * 5), []
-    verify_jobs._hand_out(waiting, workers, 2, 1e15, CPU, "triton")
-    assert (len(workers), len(waiting)) == (2, 3)
+    waiting = deque([small] * 5)
+    assert handed_out(waiting, [], 2, 1e15) == [small, small]
+    assert len(waiting) == 3
 
 
 def test_dtypes_come_one_after_the_other_and_rows_by_operator():

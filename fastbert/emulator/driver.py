@@ -10,7 +10,8 @@ as a `Launch`; without one, nothing runs and the outputs stay as they were alloc
     compiles=True    kernels are compiled for the card (seconds each, kept in Triton's cache): `launch.compiled` has the
                      PTX and the machine code, `launch.shared` the shared memory. A kernel that needs more than the
                      card has raises Triton's OutOfResources, as it would there.
-    compiles=False   nothing is compiled: `launch.compiled` is None. A launch costs what Python costs.
+    compiles=False   nothing is compiled: `launch.compiled` is None. Without `on_launch` not even the arguments are
+                     looked at, and a call costs what it costs in Python.
 
 Triton settles at import whether it interprets kernels, so neither works where TRITON_INTERPRET is set. One driver is
 active in a process at a time. Kernels are bound anew for every architecture and either value of `compiles`, and what
@@ -132,6 +133,8 @@ class OfflineDriver:
         self._target, max_shared = CARDS[arch]
         number = 94 if self._target.backend == "hip" else self._target.arch  # of the MI300, as torch gives it
         self.card = _device.Card(arch, divmod(number, 10), MULTIPROCESSORS)
+        # Triton keeps what it bound by this name: never that of a real card, whose numbers count from 0
+        self._device = arch if compiles else f"{arch}, not compiled" if on_launch else f"{arch}, nothing launched"
         self.utils = _Utils(self._target, max_shared)
         self.launcher_cls = _Launcher
 
@@ -155,8 +158,7 @@ class OfflineDriver:
         raise NotImplementedError("nothing can be timed without a card")
 
     def get_current_device(self) -> str:
-        # Triton keeps what it bound by this name: never that of a real card, whose numbers count from 0
-        return f"{self.arch}{'' if self.compiles else ' (not compiled)'}"
+        return self._device
 
     def set_current_device(self, device: str) -> None:
         pass
@@ -216,6 +218,10 @@ class _Launcher:
             exit_(metadata)
 
 
+def _launch_nothing(*args: Any) -> None:
+    pass
+
+
 INT_BITS = {"i1": 1, "i8": 8, "i16": 16, "i32": 32, "i64": 64, "u1": 1, "u8": 8, "u16": 16, "u32": 32, "u64": 64}
 
 
@@ -270,9 +276,10 @@ def _do_compile(self, key, signature, device, constexprs, options, attrs, warmup
     src = self.ASTSource(self, signature, constexprs, attrs)
     src.bound_options, src.compiled = dict(options.__dict__), None
     kernel_cache = self.device_caches[device][0]
+    run = _launch_nothing if active.on_launch is None else _Launcher(src, None)
     kernel_cache[key] = SimpleNamespace(
         src=src, function=None, packed_metadata=None, metadata=None, name=self.__name__, asm={},
-        run=_Launcher(src, None), launch_metadata=lambda grid, stream, *args: None,
+        run=run, launch_metadata=lambda grid, stream, *args: None,
     )  # fmt: skip
     return kernel_cache[key]
 
