@@ -4,8 +4,8 @@ Each kernel module lists calls of its operators (`compile_calls()`). They are ru
 that is not there, and what they launch is compiled to machine code, which is then read: registers, spills, shared
 memory, how many warps fit a multiprocessor, matrix instructions, bulk copies, widest global load, and the instruction
 mix of the inner loops with the cycles that each unit needs for it at least. Exit code 1 where a launch is refused, a
-kernel does not compile, spills, needs more shared memory than there is, or lacks the matrix instructions or bulk
-copies it is meant to have.
+kernel does not compile, spills, needs more shared memory than there is, lacks the matrix instructions or bulk
+copies it is meant to have, or touches registers of an asynchronous product too early (`async_products`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import machine_code
+from fastbert.kernels._assembler import assembler
+
+from . import async_products, machine_code
 from .compile_cases import CompileCase, cases_of
 
 KB = 1024
@@ -53,14 +55,20 @@ class Arch:
     shared_bytes: int = 128  # a cycle
 
 
+# Multiprocessor limits: the CUDA programming guide's table of compute capabilities, and AMD's CDNA 3 guide. Products a
+# cycle: the vendors' peak rates over multiprocessors and clock; GeForce cards sum in float32 at half the rate given
+# for 8.6, 8.9 and 12.x, which is that of the professional cards.
 ARCHES = {
     "sm_80": Arch(("cuda", 80, 32), 64, 32, 2048, 164 * KB, 163 * KB, KB, "HMMA", "LDGSTS", 2048),
+    "sm_86": Arch(("cuda", 86, 32), 48, 16, 2048, 100 * KB, 99 * KB, KB, "HMMA", "LDGSTS", 1024),
+    "sm_89": Arch(("cuda", 89, 32), 48, 24, 2048, 100 * KB, 99 * KB, KB, "HMMA", "LDGSTS", 1024),
     "sm_90": Arch(("cuda", 90, 32), 64, 32, 2048, 228 * KB, 227 * KB, KB, "HGMMA", "UTMALDG|UBLKCP", 4096),
     "sm_100": Arch(("cuda", 100, 32), 64, 32, 2048, 228 * KB, 227 * KB, KB, "UTC[A-Z]*MMA", "UTMALDG|UBLKCP", 8192),
-    "sm_120": Arch(("cuda", 120, 32), 48, 24, 2048, 100 * KB, 99 * KB, KB, "HMMA", "UTMALDG|UBLKCP", 2048),
+    "sm_120": Arch(("cuda", 120, 32), 48, 24, 2048, 100 * KB, 99 * KB, KB, "HMMA", "UTMALDG|UBLKCP", 1024),
+    "sm_121": Arch(("cuda", 121, 32), 48, 24, 2048, 100 * KB, 99 * KB, KB, "HMMA", "UTMALDG|UBLKCP", 1024),
     "gfx942": Arch(("hip", "gfx942", 64), 32, 32, 2048, 64 * KB, 64 * KB, 0, "v_mfma", "(?!)", 2048, issue=1),
 }
-DEFAULT_ARCHES = ("sm_80", "sm_90", "sm_100", "gfx942")
+DEFAULT_ARCHES = tuple(ARCHES)
 
 
 @dataclass
@@ -84,6 +92,8 @@ class Report:
     matrix_opcode: str = ""
     bulk_copies: int = 0
     widest_load: int = 0
+    hazards: list[str] = field(default_factory=list)  # asynchronous products whose registers are touched too early
+    transposed_products: int = 0  # left operands that are the transpose of another asynchronous product's result
     loops: list[dict[str, Any]] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
@@ -173,6 +183,8 @@ def _read(report: Report, case, compiled, arch: Arch) -> None:
         used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
         report.registers = used["REG"]
         report.spills = len(code.of_kind("spill")) or used["STACK"] + used["LOCAL"]
+        report.hazards = [hazard.describe(code) for hazard in async_products.hazards(code)]
+        report.transposed_products = async_products.transposed_products(compiled.asm["ttgir"])
         # Helper warps of a warp-specialised kernel come on top of num_warps.
         if threads := re.search(r"\.(?:req|max)ntid\s+(\d+)", compiled.asm["ptx"]):
             report.warps = int(threads[1]) // arch.target[2]
@@ -186,7 +198,9 @@ def _read(report: Report, case, compiled, arch: Arch) -> None:
 
     matrix = code.of_kind("matrix")
     report.matrix = len(matrix)
-    report.matrix_opcode = max({i.opcode for i in matrix}, key=[i.opcode for i in matrix].count, default="")
+    # the architecture's own where there are any: beside them a product too small for them takes older ones
+    own = [i.opcode for i in matrix if re.match(arch.matrix, i.opcode)] or [i.opcode for i in matrix]
+    report.matrix_opcode = max(sorted(set(own)), key=own.count, default="")
     report.bulk_copies = code.count(arch.bulk_copy)
     report.widest_load = machine_code.widest_global_load(code)
     report.loops = [_loop(*loop, report.warps, arch) for loop in machine_code.inner_loops(code)]
@@ -257,6 +271,11 @@ def judge(report: Report, case: CompileCase, arch: Arch) -> list[str]:
         failures.append(f"spills ({report.spills})")
     if report.shared > arch.shared_per_cta:
         failures.append(f"shared memory {report.shared} > {arch.shared_per_cta}")
+    if report.hazards:
+        failures.append(f"registers of asynchronous products touched before the wait ({len(report.hazards)}): "
+                        f"{report.hazards[0]}")  # fmt: skip
+    if report.transposed_products:
+        failures.append(f"left operands that are transposed results of products ({report.transposed_products})")
     if report.wants_matrix and not re.match(arch.matrix, report.matrix_opcode):
         failures.append(f"no matrix instructions ({arch.matrix}), found {report.matrix_opcode or 'none'}")
     if case.bulk_copy and arch.target[0] == "cuda" and arch.target[1] >= 90 and not report.bulk_copies:
@@ -392,10 +411,12 @@ def main(argv: list[str] | None = None) -> int:
     reports = failed + report_all(tasks, args.jobs, progress=sys.stderr.isatty())
 
     to_stdout = args.json == "-"
+    assemblers = {arch: assembler(arch) for arch in arches if ARCHES[arch].target[0] == "cuda"}
     if args.json:
         import triton
 
-        document = {"triton": triton.__version__, "missing": missing, "kernels": [asdict(r) for r in reports]}
+        document = {"triton": triton.__version__, "assemblers": assemblers, "missing": missing}
+        document["kernels"] = [asdict(r) for r in reports]
         text = json.dumps(document, indent=1) + "\n"
         sys.stdout.write(text) if to_stdout else Path(args.json).write_text(text)
     if not to_stdout:
@@ -405,6 +426,9 @@ def main(argv: list[str] | None = None) -> int:
     bad = [r for r in reports if r.failures]
     for r in bad:
         print(f"FAIL {r.arch} {r.name}: {r.error or '; '.join(r.failures)}", file=sys.stderr)
+    for assembled_by in dict.fromkeys(assemblers.values()):
+        by_it = ", ".join(arch for arch, name in assemblers.items() if name == assembled_by)
+        print(f"{by_it}: {assembled_by}", file=sys.stderr)
     print(f"{len(reports)} kernels, {len(bad)} failed", file=sys.stderr)
     return 1 if bad or not reports else 0
 

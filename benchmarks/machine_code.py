@@ -112,6 +112,12 @@ def _successors(code: Code, index: int, joins: dict[str, str]) -> list[int]:
     return following
 
 
+def successors(code: Code) -> list[list[int]]:
+    """Where control may go after each instruction."""
+    joins: dict[str, str] = {}
+    return [_successors(code, i, joins) for i in range(len(code.instructions))]
+
+
 @dataclass(frozen=True)
 class Loop:
     """A natural loop, as indices of instructions."""
@@ -122,16 +128,15 @@ class Loop:
 
 def find_loops(code: Code) -> list[Loop]:
     """The loops of a kernel, one a header."""
-    joins: dict[str, str] = {}
-    after = [_successors(code, i, joins) for i in range(len(code.instructions))]
+    after = successors(code)
     # Basic blocks begin at labels, at branch targets and after branches.
     starts = {0, *code.labels.values(), *(t for i, ts in enumerate(after) if ts != [i + 1] for t in (*ts, i + 1))}
     starts = sorted(s for s in starts if s < len(code.instructions))
     block_of = {s: b for b, s in enumerate(starts)}
     ends = [*starts[1:], len(code.instructions)]
-    successors = [[block_of[t] for t in after[end - 1]] for end in ends]
+    block_successors = [[block_of[t] for t in after[end - 1]] for end in ends]
     predecessors: list[list[int]] = [[] for _ in starts]
-    for block, targets in enumerate(successors):
+    for block, targets in enumerate(block_successors):
         for target in targets:
             predecessors[target].append(block)
 
@@ -152,7 +157,7 @@ def find_loops(code: Code) -> list[Loop]:
 
     bodies: dict[int, set[int]] = {}
     always: dict[int, int] = {}
-    for block, targets in enumerate(successors):
+    for block, targets in enumerate(block_successors):
         for header in targets:
             if predecessors[header] and dominators[block] >> header & 1:
                 always[header] = always.get(header, everything) & dominators[block]

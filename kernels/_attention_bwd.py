@@ -22,6 +22,7 @@ from ._attention_fwd import (
     _scheduled_block,
     _scores,
     _span,
+    _store_columns,
     _store_rows,
     _zero_rows,
 )
@@ -322,12 +323,15 @@ def _attention_bwd_short_kernel(
             dp = tl.where(keep, dp * keep_scale, 0.0)
         dv = _dot(kept.to(do.dtype), do, dv, PRECISION)
         ds = (p * (dp - delta[None, :])).to(q.dtype)
-        dk = _dot(ds, q, dk, PRECISION)
-
-        dq = _dot(tl.trans(ds), k, None, PRECISION) * scale
+        dq = _dot(tl.trans(k), ds, None, PRECISION) * scale  # [BLOCK_D, BLOCK_M], see `_attention_short.py`
         if HAS_ROTARY:
-            dq = _rotate(dq, cos_ptr, sin_ptr, rows, length_q, stride_cos, stride_sin, True, HEAD_DIM, BLOCK_D)
-        _store_rows(dq_ptr + o_origin, dq, rows, n_rows, stride_ot, HEAD_DIM, BLOCK_D, HAS_ROTARY)
+            dq = _rotate(
+                tl.trans(dq), cos_ptr, sin_ptr, rows, length_q, stride_cos, stride_sin, True, HEAD_DIM, BLOCK_D
+            )  # fmt: skip
+            _store_rows(dq_ptr + o_origin, dq, rows, n_rows, stride_ot, HEAD_DIM, BLOCK_D, True)
+        else:
+            _store_columns(dq_ptr + o_origin, dq, rows, n_rows, stride_ot, HEAD_DIM, BLOCK_D)
+        dk = _dot(ds, q, dk, PRECISION)
         if PADDED:
             _zero_rows(dq_ptr + o_origin, BLOCK_M, n_rows, stride_ot, HEAD_DIM, BLOCK_M, BLOCK_D)
 

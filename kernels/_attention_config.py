@@ -112,8 +112,9 @@ def _config(head_dim: int, arch: str, direction: str, traits: frozenset[str]) ->
         wide = head_dim > 64 or arch == "sm_80" or (arch == "sm_100" and "dropout" in traits)
         return AttentionConfig(SHORT, SHORT, num_warps=8 if wide else 4, num_stages=1)
     if direction == "bwd_short":
-        # 154 registers and 33 KB at head_dim 64, three programs; head_dim 256 would spill, and so would all variants
-        if head_dim > 128 or traits >= {"modified", "dropout"}:
+        # 135 registers and 33 KB at head_dim 64, three programs; head_dim 256 would spill, and so would all variants,
+        # and rotary at 80
+        if head_dim > 128 or traits >= {"modified", "dropout"} or (is_modified and head_dim > 64):
             return None
         return AttentionConfig(SHORT, SHORT, num_warps=4 if head_dim <= 64 and not is_crowded else 8, num_stages=1)
     return AttentionConfig(64, 64, num_warps=4 if head_dim <= 128 else 8, num_stages=1)  # bwd_bias

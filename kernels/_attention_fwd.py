@@ -136,6 +136,17 @@ def _store_rows(
 
 
 @triton.jit
+def _store_columns(ptr, x, rows, n_rows, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """`_store_rows` of x [BLOCK_D, len(rows)], whose columns are the rows of memory."""
+    offs_d = tl.arange(0, BLOCK_D)
+    ptrs = ptr + rows[None, :].to(tl.int64) * stride + offs_d[:, None]
+    mask = (rows < n_rows)[None, :]
+    if HEAD_DIM < BLOCK_D:
+        mask = mask & (offs_d < HEAD_DIM)[:, None]
+    tl.store(ptrs, x.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _padding_end(row, length_q, length_k, n_rows, SHORT: tl.constexpr):
     """Up to which row the program of this block writes padding past its TILE: a short sequence has one entry only."""
     return tl.where((row == 0) & (tl.maximum(length_q, length_k) <= SHORT), n_rows, 0)

@@ -4,6 +4,10 @@ Up to 64 tokens one block holds rows and keys, and shorter ones share it: of a s
 program takes two (four) heads, stacked along the block, with the products across heads masked away. Up to 128 tokens
 the backward pass keeps all keys and walks over the rows: five matrix products where the kernels with two loops need
 seven, and no second reading. Equations are in `attention.py`.
+
+The backward kernels compute scores transposed, [keys, rows], so that p and ds are left operands as they come. dq is
+then computed transposed as well, as k^T ds, with ds on the right: ds^T on the left would be the transpose of a
+product's result, which compilers for sm_90 have got wrong (LOG.md, "The assembler").
 """
 
 import triton
@@ -18,6 +22,7 @@ from ._attention_fwd import (
     _lse_log2,
     _scheduled_block,
     _span,
+    _store_columns,
     _store_rows,
 )
 from ._random_triton import HEAD_STREAMS, _keep_mask, _row_keys
@@ -75,6 +80,19 @@ def _store_slots(
     mask = exists[:, None]
     if HEAD_DIM < BLOCK_D:
         mask = mask & (offs_d < HEAD_DIM)[None, :]
+    tl.store(ptrs, x.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _store_slot_columns(
+    ptr, x, start, heads, rows, exists, n_heads, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """`_store_slots` of x [BLOCK_D, BLOCK], whose columns are the slots."""
+    offs_d = tl.arange(0, BLOCK_D)
+    ptrs = ptr + start * n_heads * HEAD_DIM + ((rows * n_heads + heads) * HEAD_DIM)[None, :] + offs_d[:, None]
+    mask = exists[None, :]
+    if HEAD_DIM < BLOCK_D:
+        mask = mask & (offs_d < HEAD_DIM)[:, None]
     tl.store(ptrs, x.to(ptr.dtype.element_ty), mask=mask)
 
 
@@ -234,10 +252,10 @@ def _attention_bwd_heads_kernel(
     dv = _dot(kept.to(do.dtype), do, None, PRECISION) * keep_scale
     _store_slots(dv_ptr, dv, start_k, heads, rows, is_key, n_heads, HEAD_DIM, BLOCK_D)
     ds = (p * (dp - delta[None, :])).to(q.dtype)
+    dq = _dot(tl.trans(k), ds, None, PRECISION) * scale  # [BLOCK_D, BLOCK_M]
+    _store_slot_columns(dq_ptr, dq, start_q, heads, rows, is_row, n_heads, HEAD_DIM, BLOCK_D)
     dk = _dot(ds, q, None, PRECISION) * scale
     _store_slots(dk_ptr, dk, start_k, heads, rows, is_key, n_heads, HEAD_DIM, BLOCK_D)
-    dq = _dot(tl.trans(ds), k, None, PRECISION) * scale
-    _store_slots(dq_ptr, dq, start_q, heads, rows, is_row, n_heads, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=RUNTIME_INTS)
@@ -297,10 +315,10 @@ def _attention_bwd_tile_kernel(
             dp = tl.where(keep, dp * keep_scale, 0.0)
         dv = _dot(kept.to(do.dtype), do, dv, PRECISION)
         ds = (p * (dp - delta[None, :])).to(q.dtype)
-        dk = _dot(ds, q, dk, PRECISION)
         # every key is here, so a row's dq is whole
-        dq = _dot(tl.trans(ds), k, None, PRECISION) * scale
-        _store_rows(dq_ptr + o_origin, dq, rows, length_q, stride_ot, HEAD_DIM, BLOCK_D, False)
+        dq = _dot(tl.trans(k), ds, None, PRECISION) * scale  # [BLOCK_D, BLOCK_M]
+        dk = _dot(ds, q, dk, PRECISION)
+        _store_columns(dq_ptr + o_origin, dq, rows, length_q, stride_ot, HEAD_DIM, BLOCK_D)
 
     origin = start_k * stride_ot + h * HEAD_DIM
     _store_rows(dk_ptr + origin, dk * scale, cols, length_k, stride_ot, HEAD_DIM, BLOCK_D, False)

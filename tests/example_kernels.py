@@ -41,9 +41,18 @@ def product_kernel(
         else:
             a_block = tl.load(a + offs_m[:, None] * k + (start + offs_k)[None, :])
             b_block = tl.load(b + offs_n[:, None] * k + (start + offs_k)[None, :])
-        acc = tl.dot(a_block, b_block.T, acc)
+        acc = tl.dot(a_block.to(b_block.dtype), b_block.T, acc)
 
     tl.store(c_ptr + offs_m[:, None] * n + offs_n[None, :], acc.to(c_ptr.dtype.element_ty))
+
+
+@triton.jit
+def product_of_transpose_kernel(a_ptr, b_ptr, c_ptr, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    offs = offs[:, None] * BLOCK + offs[None, :]
+    a, b = tl.load(a_ptr + offs), tl.load(b_ptr + offs)
+    ab = tl.dot(a, b).to(a.dtype)
+    tl.store(c_ptr + offs, tl.dot(ab.T, b).to(c_ptr.dtype.element_ty))
 
 
 @triton.jit
@@ -70,14 +79,20 @@ def copy_rows(columns: int = 1024, block: int = 1024, unaligned: bool = False) -
     copy_rows_kernel[(1,)](x, y, columns, BLOCK=block, num_warps=4, num_stages=1)
 
 
-def product(side: int = 64, stages: int = 2, descriptors: bool = False, **options: int) -> None:
-    a, b, c = (empty(side, 64) for _ in range(3))
+def product(
+    side: int = 64, stages: int = 2, descriptors: bool = False, left: torch.dtype = torch.bfloat16, **options: int
+) -> None:
+    a, b, c = (empty(side, 64, dtype=dtype) for dtype in (left, torch.bfloat16, torch.bfloat16))
     if descriptors:
         a, b = (TensorDescriptor.from_tensor(t, [side, 64]) for t in (a, b))
     product_kernel[(1, 1)](
         a, b, c, 64, 64, DESCRIPTORS=descriptors, BLOCK_M=side, BLOCK_N=side, BLOCK_K=64,
         num_warps=4, num_stages=stages, **options,
     )  # fmt: skip
+
+
+def product_of_transpose() -> None:
+    product_of_transpose_kernel[(1,)](*(empty(64, 64) for _ in "abc"), BLOCK=64, num_warps=4, num_stages=1)
 
 
 def softmax_row() -> None:
@@ -116,6 +131,8 @@ def compile_calls() -> list[CompileCall]:
         compile_call(on("sm_90", product), "good_descriptors", descriptors=True),
         compile_call(on("sm_90", copy_rows), "narrow", unaligned=True, wide_loads=[copy_rows_kernel]),
         compile_call(on("sm_90", copy_rows), "block_of_1000", block=1000),
+        compile_call(on("sm_90", product), "operands_overwritten", stages=3, left=torch.int8),
+        compile_call(on("sm_90", product_of_transpose), "transposed"),
         compile_call(on("sm_90", refused), "refused"),
         compile_call(on("sm_90", aborts), "aborts"),
     ]

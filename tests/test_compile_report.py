@@ -3,8 +3,10 @@
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,7 @@ def test_good_kernels_pass(everything):
         ("sm_80", "product[shared_over]", "shared memory 245760 > 166912"),
         ("sm_90", "product[shared_over]", "shared memory 2"),
         ("sm_90", "copy_rows[narrow]", "loads of 16 bits a lane at most"),
+        ("sm_90", "product_of_transpose[transposed]", "left operands that are transposed results of products (1)"),
         ("sm_90", "copy_rows[block_of_1000]", "does not compile"),
         ("sm_90", "product[too_few_registers]", "does not compile"),
         ("sm_90", "refused[refused]", "is refused"),
@@ -71,6 +74,16 @@ def test_each_fault_is_found(everything, arch, name, failure):
 
 
 @needs_triton
+def test_overwritten_operands_are_found(everything):
+    """Triton issue 9433: a left operand is converted in registers for the next product while the last one reads it."""
+    if tuple(map(int, version("triton").split(".")[:2])) >= (3, 8):
+        pytest.skip("from Triton 3.8 on, whether the machine code is right depends on the assembler")
+    (found,) = everything[1]["sm_90", "product[operands_overwritten]"]["failures"]
+    assert re.match(
+        r"registers of asynchronous products touched before the wait \(\d+\): operand written \(R\d+", found
+    )
+
+
 def test_errors_say_what_is_wrong(everything):
     done, reports = everything
     errors = {name: r["error"] for (_, name), r in reports.items() if r["error"]}
