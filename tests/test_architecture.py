@@ -37,6 +37,7 @@ PAST_THE_SEAMS = {
     "fastbert.dropin.pieces -> fastbert.kernels._prepack",
     "fastbert.embed -> fastbert.kernels._int8",
     "fastbert.emulator.driver -> fastbert.kernels._device",
+    "fastbert.info -> fastbert.kernels._assembler",
     "fastbert.info -> fastbert.kernels._cpu",
     "fastbert.info -> fastbert.kernels._device",
     "fastbert.layers -> fastbert.kernels._prepack",
@@ -44,6 +45,7 @@ PAST_THE_SEAMS = {
     "fastbert.models.bert -> fastbert.kernels._cpu",
     "fastbert.models.bert -> fastbert.kernels._prepack",
     "fastbert.testing -> fastbert.kernels._device",
+    "fastbert.verify -> fastbert.kernels._assembler",
     "fastbert.verify -> fastbert.kernels._device",
 }
 
@@ -51,6 +53,7 @@ CIRCLES = {
     ("benchmarks.report", "benchmarks.report_plots"),
     ("fastbert.cli", "fastbert.encode"),
     ("fastbert.emulator.barriers", "fastbert.emulator.copies", "fastbert.emulator.machine", "fastbert.emulator.matrix",
+     "fastbert.emulator.memory", "fastbert.emulator.order", "fastbert.emulator.ownership", "fastbert.emulator.shadow",
      "fastbert.emulator.shared", "fastbert.emulator.warp", "fastbert.emulator.warpgroup"),
 }  # fmt: skip
 
