@@ -1,8 +1,8 @@
-"""add, mul, fma and their kin: one name for integers, floats and packed pairs; the type decides."""
+"""add, mul, fma and their kin: one name for integers, floats and pairs of them; the types decide."""
 
 from __future__ import annotations
 
-from .floating import floating, packed
+from .floating import floating, mixed, packed
 from .integer import integer
 from .ptx import Instruction
 from .translate import Emitter, refuse, translates
@@ -13,8 +13,10 @@ def _arithmetic(emit: Emitter, i: Instruction) -> None:
     kind = i.type
     if kind is None:
         refuse(i)
-    if kind in ("f16x2", "bf16x2"):
+    if kind in ("f16x2", "bf16x2", "f32x2"):
         packed(emit, i)
+    elif len(i.types) == 2:
+        mixed(emit, i)
     elif kind in ("f16", "bf16", "f32", "f64"):
         floating(emit, i)
     elif kind[0] in "su":

@@ -44,22 +44,17 @@ def clip_integer(x, kind):
 
 
 def _is_float(kind: str) -> bool:
-    return kind[0] == "f" or kind in ("bf16", "bf16x2", "tf32")
+    return kind[0] == "f" or kind in ("bf16", "bf16x2")
 
 
 @translates("cvt")
 def _cvt(emit: Emitter, i: Instruction) -> None:
-    kinds = [p for p in i.parts if p in WIDTHS]
-    if len(kinds) != 2 or "pack" in i.parts:
+    if len(i.types) != 2 or "pack" in i.parts:
         refuse(i)
-    to, source = kinds
+    to, source = i.types
     parts = set(i.parts)
     if to.endswith("x2"):
         _pair(emit, i, to, source)
-    elif to == "tf32":
-        if "rna" not in parts:
-            refuse(i)
-        emit.write(i.operands[0], f"to_tf32({emit.read(i.operands[1], 'f32')})")
     elif _is_float(to) and _is_float(source):
         _float_to_float(emit, i, to, source)
     elif _is_float(source):

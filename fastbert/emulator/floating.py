@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from .formats import f32, f64
-from .ptx import WIDTHS, Instruction, Operand, Pair
+from .ptx import WIDTHS, Instruction, Pair
 from .translate import Emitter, available, refuse, translates
 
 
@@ -91,12 +91,25 @@ def floating(emit: Emitter, i: Instruction) -> None:
         emit.write(i.operands[0], result, "f")
 
 
+def mixed(emit: Emitter, i: Instruction) -> None:
+    """add, sub and fma of float32 whose first operands are f16 or bf16: `add.f32.bf16 d, a, c` with c float32."""
+    if i.types not in (["f32", "f16"], ["f32", "bf16"]) or i.name not in ("add", "sub", "fma"):
+        refuse(i)
+    if set(i.parts) & (_ROUNDINGS | {"sat"}):
+        refuse(i)
+    *narrow, last = i.operands[1:]
+    values = [*(emit.read(o, i.type) for o in narrow), emit.read(last, "f32")]
+    emit.write(i.operands[0], _formula(i, values), "f")
+
+
 def packed(emit: Emitter, i: Instruction) -> None:
-    """The same of both halves of a word: f16x2 and bf16x2."""
+    """The same of both halves of a register: f16x2, bf16x2 and f32x2."""
     kind = i.type[:-2]
     if set(i.parts) & (_ROUNDINGS | {"xorsign", "sat", "relu"}):
         refuse(i)
     low, high = (_formula(i, [emit.half(o, which, kind) for o in i.operands[1:]]) for which in ("low", "high"))
+    if "ftz" in i.parts and kind == "f32":
+        low, high = f"flush({low})", f"flush({high})"
     emit.write(i.operands[0], f"pack_{kind}({low}, {high})")
 
 
@@ -153,20 +166,11 @@ def _setp(emit: Emitter, i: Instruction) -> None:
     emit.write(target, result)
 
 
-@translates("set")
-def _set(emit: Emitter, i: Instruction) -> None:
-    refuse(i)
-
-
 @translates("selp")
 def _selp(emit: Emitter, i: Instruction) -> None:
     bits = f"b{WIDTHS[i.type]}"
     a, b = (emit.read(o, bits) for o in i.operands[1:3])
     emit.write(i.operands[0], f"where({emit.read(i.operands[3], 'pred')}, {a}, {b})")
-
-
-def _read_all(emit: Emitter, operands: list[Operand], kind: str) -> list[str]:
-    return [emit.read(o, kind) for o in operands]
 
 
 for _translator in (_approximate, _copysign, _setp, _selp):

@@ -1,4 +1,4 @@
-"""Number formats that numpy lacks: bfloat16, tf32, and two 16-bit numbers in a word.
+"""Number formats that numpy lacks: bfloat16, and two numbers in one register.
 
 Values of 16-bit formats are held as float32, which represents all of them.
 """
@@ -79,20 +79,19 @@ def pack_f16(low, high):
     return to_f16(low).astype(u32) | (to_f16(high).astype(u32) << _S16)
 
 
-# ---- tf32 --------------------------------------------------------------------------------------------------
+# ---- two float32 in 64 bits --------------------------------------------------------------------------------
 
 
-def as_tf32(bits):
-    """The value that the matrix unit sees in a 32-bit register: the low 13 bits are not read."""
-    return (bits & u32(0xFFFFE000)).view(f32)
+def low_f32(bits):
+    return bits.astype(u32).view(f32)
 
 
-def to_tf32(x):
-    """float32 -> tf32 bits, to nearest, ties away from zero (cvt.rna)."""
-    bits = x.view(u32)
-    special = (bits & u32(0x7F800000)) == u32(0x7F800000)
-    rounded = (bits + u32(0x1000)) & u32(0xFFFFE000)
-    return np.where(special, np.where(np.isnan(x), u32(0x7FFFFFFF), bits), rounded)
+def high_f32(bits):
+    return (bits >> u64(32)).astype(u32).view(f32)
+
+
+def pack_f32(low, high):
+    return low.view(u32).astype(u64) | (high.view(u32).astype(u64) << u64(32))
 
 
 def flush(x):

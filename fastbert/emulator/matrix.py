@@ -1,8 +1,7 @@
 """The matrix unit of a warp: ldmatrix, stmatrix, mma.sync.
 
-Products are exact (16-bit and tf32 factors), their sum over the instruction's k and the accumulator is taken in
-float64 and rounded once to float32; int8 sums wrap around in int32. A card sums in its own order with fewer bits, so
-its results differ in the last bits of float32.
+Products of 16-bit numbers are exact, their sum over the instruction's k and the accumulator is taken in float64 and
+rounded once to float32. A card sums in its own order with fewer bits, so its results differ in the last bits.
 
 Fragments (g = lane / 4, t = lane % 4): the four 16-bit-pair registers of A hold rows g, g + 8, g, g + 8 and columns
 2t.., 2t.., 2t + 8.., 2t + 8..; those of B hold column g and rows 2t.., 2t + 8..; D holds row g columns 2t, 2t + 1, and
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .formats import as_tf32, f32, f64, i8, i32, i64, u16, u32
+from .formats import f32, f64, u16, u32
 from .ptx import Instruction, Vector
 from .translate import Emitter, available, refuse, translates
 from .warp import expect_whole_warps
@@ -34,13 +33,7 @@ def halves_to_f32(bits: np.ndarray, kind: str) -> np.ndarray:
 
 def _elements(registers: list[np.ndarray], kind: str) -> np.ndarray:
     """Registers of all lanes, [programs, threads] each, as rows: [warps, 8, 4 lanes * elements of the registers]."""
-    words = np.stack(registers, -1)
-    if kind == "tf32":
-        values = as_tf32(words).astype(f64)
-    elif kind == "s8":
-        values = words.view(i8).astype(f64)
-    else:
-        values = halves_to_f32(words.view(u16), kind).astype(f64)
+    values = halves_to_f32(np.stack(registers, -1).view(u16), kind).astype(f64)
     return values.reshape(-1, 8, 4 * values.shape[-1])
 
 
@@ -58,39 +51,25 @@ def fragment_b(S: Machine, registers: list, kind: str) -> np.ndarray:
 
 
 @available
-def multiply(S: Machine, a: np.ndarray, b: np.ndarray, c: list, kind: str) -> list[np.ndarray]:
+def multiply(S: Machine, a: np.ndarray, b: np.ndarray, c: list) -> list[np.ndarray]:
     """D = A B + C of every warp; the four registers of D as bits."""
     product = np.matmul(a, b).reshape(2, *S.shape, 2)
-    result = []
-    for n in range(4):
-        part = product[n >> 1, :, :, n & 1]
-        if kind == "s8":
-            result.append((part.astype(i64).astype(i32) + c[n].view(i32)).view(u32))
-        else:
-            result.append((part + c[n].view(f32)).astype(f32).view(u32))
-    return result
-
-
-_MMA = {
-    ("m16n8k16", "f16"), ("m16n8k16", "bf16"), ("m16n8k8", "tf32"), ("m16n8k32", "s8"), ("m16n8k8", "bf16"),
-    ("m16n8k8", "f16"),
-}  # fmt: skip
+    return [(product[n >> 1, :, :, n & 1] + c[n].view(f32)).astype(f32).view(u32) for n in range(4)]
 
 
 @translates("mma")
 def _mma(emit: Emitter, i: Instruction) -> None:
-    parts = i.parts  # mma.sync.aligned.shape.row.col.[satfinite.]d.a.b.c
-    shape, (d, a, b, c) = parts[3], parts[-4:]
-    accumulator = "s32" if a == "s8" else "f32"
-    if parts[4:-4] != ["row", "col"] or a != b or d != c or d != accumulator or (shape, a) not in _MMA:
+    kind = i.parts[-2]
+    if kind not in ("f16", "bf16") or i.opcode != f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32":
         refuse(i)
-    fragments = [[emit.read(r, "b32") for r in o.items] for o in i.operands[:4][1:]]
-    emit.line(f"expect_whole_warps(S, {emit.mask}, 'mma')") if emit.mask != "None" else None
+    fragments = [[emit.read(r, "b32") for r in o.items] for o in i.operands[1:]]
+    if emit.mask != "None":
+        emit.line(f"expect_whole_warps(S, {emit.mask}, 'mma')")
     names = []
     for operand, registers in zip("ab", fragments[:2], strict=True):
-        key = f"fragment_{operand}(S, [{', '.join(registers)}], {a!r})"
+        key = f"fragment_{operand}(S, [{', '.join(registers)}], {kind!r})"
         names.append(emit.once(key))
-    got = emit.new(f"multiply(S, {names[0]}, {names[1]}, [{', '.join(fragments[2])}], {a!r})", "got")
+    got = emit.new(f"multiply(S, {names[0]}, {names[1]}, [{', '.join(fragments[2])}])", "got")
     for n, register in enumerate(i.operands[0].items):
         emit.write(register, f"{got}[{n}]")
 

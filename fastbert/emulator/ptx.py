@@ -11,7 +11,7 @@ from .errors import EmulatorError
 # bits of every type that an instruction can name
 WIDTHS = {
     "pred": 1, "b8": 8, "u8": 8, "s8": 8, "b16": 16, "u16": 16, "s16": 16, "f16": 16, "bf16": 16, "b32": 32, "u32": 32,
-    "s32": 32, "f32": 32, "f16x2": 32, "bf16x2": 32, "tf32": 32, "b64": 64, "u64": 64, "s64": 64, "f64": 64,
+    "s32": 32, "f32": 32, "f16x2": 32, "bf16x2": 32, "b64": 64, "u64": 64, "s64": 64, "f64": 64,
     "f32x2": 64, "b128": 128,
 }  # fmt: skip
 BRANCHES = ("bra", "ret", "exit", "trap")
@@ -100,9 +100,13 @@ class Instruction:
         return self.opcode.split(".", 1)[0]
 
     @property
+    def types(self) -> list[str]:
+        return [p for p in self.parts if p in WIDTHS]
+
+    @property
     def type(self) -> str | None:
         """The last type that the opcode names."""
-        return next((p for p in reversed(self.parts) if p in WIDTHS), None)
+        return next(reversed(self.types), None)
 
 
 @dataclass

@@ -120,8 +120,6 @@ class Emitter:
             case Register():
                 if kind in ("f16", "bf16"):
                     return self.form(operand, kind, f"from_{kind}({{}})")
-                if kind == "tf32":
-                    return self.form(operand, kind, "as_tf32({})")
                 if operand.width != width:
                     resized = self.form(operand, f"u{width}", self._resized(operand, width))
                     return f"{resized}.view({kind[0].replace('s', 'i')}{width})" if kind[0] in "sf" else resized
@@ -149,10 +147,10 @@ class Emitter:
         return forms[form]
 
     def half(self, operand: Operand, which: str, kind: str) -> str:
-        """The "low" or "high" half of a 32-bit operand as float32; `kind` is "f16" or "bf16"."""
+        """The "low" or "high" half of an operand as float32; `kind` is that of a half, "f16", "bf16" or "f32"."""
         if isinstance(operand, Register):
             return self.form(operand, f"{which}_{kind}", f"{which}_{kind}({{}})")
-        return f"{which}_{kind}({self.read(operand, 'b32')})"
+        return f"{which}_{kind}({self.read(operand, f'b{2 * WIDTHS[kind]}')})"
 
     def address(self, operand: Operand, width: int) -> str:
         """The value of [base + offset] in `width` bits."""
@@ -264,8 +262,6 @@ class Emitter:
             return formats.from_bf16(raw)
         if kind == "f16":
             return formats.from_f16(raw)
-        if kind == "tf32":
-            return formats.as_tf32(raw)
         if kind[0] == "s":
             return raw.view(SIGNED[width])
         return raw.view(FLOAT[width]) if kind[0] == "f" and not kind.endswith("x2") else raw
