@@ -17,7 +17,7 @@ from .formats import i64
 from .order import BULK
 from .ptx import Address, Immediate, Instruction, Operand, Register, Sink
 from .translate import Emitter, refuse, translates
-from .warp import expect_whole_warps
+from .warp import expect_named_lanes
 
 if TYPE_CHECKING:
     from .machine import Machine
@@ -50,9 +50,8 @@ class Barriers:
         """All threads of the mask's programs have met."""
         S.order.meet(np.ones(S.count, bool) if mask is None else S.full(mask).any(1))
 
-    def warp_sync(self, S: Machine, members, mask) -> None:
+    def warp_sync(self, S: Machine, mask) -> None:
         """The threads of the mask have met, warp by warp."""
-        expect_whole_warps(S, mask, "bar.warp.sync", members)
         S.order.meet_in_warp(S.warps_of(mask))
 
     # ---- mbarriers
@@ -209,7 +208,8 @@ def evaluate(S: Machine, R: list, operand: Operand):
 @translates("bar", "barrier")
 def _bar(emit: Emitter, i: Instruction) -> None:
     if "warp" in i.parts:
-        emit.line(f"S.barriers.warp_sync(S, {emit.read(i.operands[0], 'u32')}, {emit.mask})")
+        expect_named_lanes(emit, i)
+        emit.line(f"S.barriers.warp_sync(S, {emit.mask})")
     elif "sync" in i.parts:
         if i.guard is not None or len(i.operands) != 1 or i.operands[0] != Immediate(0):
             refuse(i)

@@ -21,26 +21,31 @@ def fused(a, b, c):
     return (a.astype(f64) * b + c).astype(f32) if a.dtype == f32 else a * b + c
 
 
+def _lesser_zero(a, b, otherwise):
+    """Of equal numbers the one with a sign, which only zeros can differ in."""
+    return np.where(a == b, np.where(np.signbit(a), a, b), otherwise)
+
+
 @available
 def minimum(a, b):
     """The number where one of the two is a NaN; -0 is less than +0."""
-    return np.where((a == b) & np.signbit(a), a, np.fmin(a, b))
+    return _lesser_zero(a, b, np.fmin(a, b))
 
 
 @available
 def maximum(a, b):
-    return np.where((a == b) & np.signbit(a), b, np.fmax(a, b))
+    return -minimum(-a, -b)
 
 
 @available
 def minimum_nan(a, b):
     """A NaN where one of the two is."""
-    return np.where((a == b) & np.signbit(a), a, np.minimum(a, b))
+    return _lesser_zero(a, b, np.minimum(a, b))
 
 
 @available
 def maximum_nan(a, b):
-    return np.where((a == b) & np.signbit(a), b, np.maximum(a, b))
+    return -minimum_nan(-a, -b)
 
 
 @available

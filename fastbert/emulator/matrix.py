@@ -74,8 +74,6 @@ def _mma(emit: Emitter, i: Instruction) -> None:
         emit.write(register, f"{got}[{n}]")
 
 
-available(expect_whole_warps)
-
 # ---- between shared memory and fragments -------------------------------------------------------------------
 
 _ROW, _COLUMN = np.arange(32) >> 2, (np.arange(32) & 3) * 2

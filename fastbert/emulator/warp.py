@@ -36,10 +36,21 @@ def expect_whole_warps(S: Machine, mask, what: str, members=None) -> None:
         raise DivergentWarp(f"{what} without thread {warp * 32 + lane} of program {program} of the batch")
 
 
+available(expect_whole_warps)
+
+
+def expect_named_lanes(emit: Emitter, i: Instruction) -> None:
+    """The last operand names the lanes that run this together."""
+    if emit.mask != "None":
+        members = i.operands[-1]
+        whole = isinstance(members, Immediate) and members.value in (-1, 0xFFFFFFFF)
+        named = "None" if whole else emit.read(members, "u32")
+        emit.line(f"expect_whole_warps(S, {emit.mask}, {i.opcode!r}, {named})")
+
+
 @available
-def shuffle(S: Machine, how: str, a, b, c, members, mask):
+def shuffle(S: Machine, how: str, a, b, c):
     """(values, was the source lane in range); a lane out of range keeps its own value."""
-    expect_whole_warps(S, mask, f"shfl.{how}", members)
     value = S.by_warp(a)
     b, c = np.asarray(b).astype(i64) & 31, np.asarray(c).astype(i64)
     lane = S.lane
@@ -70,9 +81,9 @@ def shuffle(S: Machine, how: str, a, b, c, members, mask):
 def _shfl(emit: Emitter, i: Instruction) -> None:
     if i.parts[1] != "sync" or i.type != "b32":
         refuse(i)
-    a, b, c, members = (emit.read(o, "b32") for o in i.operands[1:5])
-    whole = isinstance(i.operands[4], Immediate) and i.operands[4].value in (-1, 0xFFFFFFFF)
-    got = emit.new(f"shuffle(S, {i.parts[2]!r}, {a}, {b}, {c}, {None if whole else members}, {emit.mask})", "got")
+    expect_named_lanes(emit, i)
+    a, b, c = (emit.read(o, "b32") for o in i.operands[1:4])
+    got = emit.new(f"shuffle(S, {i.parts[2]!r}, {a}, {b}, {c})", "got")
     target = i.operands[0]
     if isinstance(target, Pair):
         emit.write(target.first, f"{got}[0]")
@@ -102,6 +113,7 @@ def reduce_warp(S: Machine, operation: str, a, mask):
 def _redux(emit: Emitter, i: Instruction) -> None:
     if i.type not in ("s32", "u32", "b32"):
         refuse(i)
+    expect_named_lanes(emit, i)
     result = f"reduce_warp(S, {i.parts[2]!r}, {emit.read(i.operands[1], i.type)}, {emit.mask})"
     emit.write(i.operands[0], result, "s" if i.type[0] == "s" else "b")
 
@@ -127,6 +139,7 @@ def vote(S: Machine, how: str, predicate, mask):
 def _vote(emit: Emitter, i: Instruction) -> None:
     if i.parts[1] != "sync":
         refuse(i)
+    expect_named_lanes(emit, i)
     predicate = emit.read(i.operands[1], "pred")
     if i.parts[2] == "ballot":
         emit.write(i.operands[0], f"ballot(S, {predicate}, {emit.mask})")
@@ -146,6 +159,7 @@ def elect(S: Machine, mask):
 
 @translates("elect")
 def _elect(emit: Emitter, i: Instruction) -> None:
+    expect_named_lanes(emit, i)
     got = emit.new(f"elect(S, {emit.mask})", "got")
     emit.write(i.operands[0].first, f"{got}[0]")
     emit.write(i.operands[0].second, f"{got}[1]")
