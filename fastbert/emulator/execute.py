@@ -168,7 +168,7 @@ class _Schedule:
             if np.ndim(taken) == 0:
                 taken = bool(taken)
         if branch.name == "trap" and np.any(taken):
-            S.at = start
+            S.at = following - 1
             raise Trap("the program ran a trap")
         target = self.end if branch.target is None else branch.target
         everyone = S.live if mask is None else mask

@@ -146,7 +146,7 @@ class Shadow:
         at = np.flatnonzero(open_)
         at = at[self.order.unknown(stamps[at], program[at], who[at])]
         if at.size:
-            first = at[int(np.argmax(stamps[at]))]
+            first = at[int(np.argmax(stamps[at] >= _FLIES))]
             self._refuse(int(stamps[first]), int(index[first]), int(who[first]), does, did, at.size)
 
     def _refuse(self, old: int, index: int, who: int, does: str, did: str, count: int) -> None:
@@ -160,7 +160,7 @@ class Shadow:
         raise SharedRace(f"{what}, which {self._name(old)} {did} with no barrier between ({count} such accesses)")
 
     def _never_written(self, index, never) -> None:
-        where = int(index[np.argmax(never)])
+        where = int(index.flat[np.argmax(never)])
         raise UnwrittenShared(f"byte {self._byte(where)} of shared memory is read, but nothing was written there")
 
     def _byte(self, index) -> int:

@@ -21,12 +21,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .copies import swizzle
-from .errors import InvalidOperand, Misaligned, MissingFence, MissingWait, OutOfBounds
+from .errors import DivergentWarp, InvalidOperand, Misaligned, MissingFence, MissingWait, OutOfBounds
 from .formats import f32, f64, i64, u16, u32, u64
 from .matrix import halves_to_f32
 from .ptx import Immediate, Instruction, Vector
 from .translate import POISON, Emitter, refuse, translates
-from .warp import expect_whole_warps
 
 if TYPE_CHECKING:
     from .machine import Machine
@@ -172,9 +171,10 @@ class MatrixQueue:
         if mask is None:
             return np.ones(self.groups, bool)
         by_group = S.full(mask).reshape(*self.groups, 128)
-        expect_whole_warps(
-            S, np.broadcast_to(by_group.any(-1, keepdims=True), by_group.shape).reshape(S.shape), "wgmma"
-        )
+        missing = by_group.any(-1, keepdims=True) & ~by_group
+        if missing.any():
+            program, group, thread = np.argwhere(missing)[0]
+            raise DivergentWarp(f"wgmma without thread {group * 128 + thread} of program {program} of the batch")
         return by_group.all(-1)
 
     def _uniform(self, S: Machine, value, here: np.ndarray, what: str) -> np.ndarray:

@@ -50,6 +50,11 @@ class Ptx:
         text = self.text(body, tensors, numbers, threads)
         return run(text, grid, parameters, regions, shared, descriptors)
 
+    @staticmethod
+    def position(name: str, tensors: list[str], numbers: list[str]) -> int:
+        """Of an argument among the parameters, where tensors stand before numbers."""
+        return [*tensors, *numbers].index(name)
+
     def each(self, body: str, *inputs: np.ndarray, out) -> np.ndarray:
         """One thread an element: `body` computes `%out` of the dtype `out` from `%in0`, `%in1` and so on."""
         threads = -(-len(inputs[0]) // 32) * 32

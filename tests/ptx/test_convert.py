@@ -94,7 +94,8 @@ MOVES = {
     "mov.u32": (np.uint32, "mov.u32 %out, -1;", 0xFFFFFFFF),
     "mov.b64": (np.uint64, "mov.b64 %out, 0x123456789ABCDEF0;", 0x123456789ABCDEF0),
     "mov.u64": (np.uint64, "mov.u64 %out, -2;", 2**64 - 2),
-    "mov.pred": (np.uint32, "mov.pred %p0, -1; mov.pred %p1, 0; selp.b32 %r0, 8, 0, %p1; selp.b32 %out, 3, %r0, %p0;", 3),
+    "mov.pred": (np.uint32, "mov.pred %p0, -1; mov.pred %p1, %p0; mov.pred %p2, 0; or.pred %p3, %p1, %p2; "
+                            "selp.b32 %out, 3, 4, %p3;", 3),
     "not.pred": (np.uint32, "mov.pred %p0, 0; not.pred %p1, %p0; selp.b32 %out, 3, 4, %p1;", 3),
     "and.pred": (np.uint32, "mov.pred %p0, -1; mov.pred %p1, 0; and.pred %p2, %p0, %p1; selp.b32 %out, 3, 4, %p2;", 4),
     "or.pred": (np.uint32, "mov.pred %p0, -1; mov.pred %p1, 0; or.pred %p2, %p0, %p1; selp.b32 %out, 3, 4, %p2;", 3),

@@ -13,9 +13,13 @@ ONE_UP = 1 + 2.0**-23  # the float32 after 1
 # opcode -> (operands, inputs of each thread as float32, results)
 CASES = {
     # a sum halfway between two float32 goes to the even one
-    "add.f32": ("%in0, %in1", [(1, 2.0**-24), (ONE_UP, 2.0**-24), (INF, -INF), (TINY, TINY)], [1, 1 + 2.0**-22, NAN, 2 * TINY]),
+    "add.f32": (
+        "%in0, %in1", [(1, 2.0**-24), (ONE_UP, 2.0**-24), (INF, -INF), (TINY, TINY)], [1, 1 + 2.0**-22, NAN, 2 * TINY],
+    ),
     "sub.f32": ("%in0, %in1", [(1, ONE_UP), (0, 0.0)], [-(2.0**-23), 0]),
-    "mul.f32": ("%in0, %in1", [(ONE_UP, ONE_UP), (3, -0.5), (SMALL, 0.5), (INF, 0)], [1 + 2.0**-22, -1.5, SMALL / 2, NAN]),
+    "mul.f32": (
+        "%in0, %in1", [(ONE_UP, ONE_UP), (3, -0.5), (SMALL, 0.5), (INF, 0)], [1 + 2.0**-22, -1.5, SMALL / 2, NAN],
+    ),
     "mul.ftz.f32": ("%in0, %in1", [(SMALL, 0.5), (-SMALL, 0.5), (TINY, 2.0**127)], [0, -0.0, 0]),
     # one rounding: the product alone would lose its last bit, and with it all of the result
     "fma.rn.f32": ("%in0, %in1, %in2", [(ONE_UP, ONE_UP, -1 - 2.0**-22), (2, 3, 4)], [2.0**-46, 10]),
@@ -25,7 +29,9 @@ CASES = {
     "abs.f32": ("%in0", [(-1,), (-0.0,), (-TINY,)], [1, 0, TINY]),
     "abs.ftz.f32": ("%in0", [(-1,), (-TINY,)], [1, 0]),
     # the number of the two where one is a NaN; -0 is the smaller zero
-    "min.f32": ("%in0, %in1", [(1, 2), (NAN, 2), (1, NAN), (0, -0.0), (-0.0, 0), (NAN, NAN)], [1, 2, 1, -0.0, -0.0, NAN]),
+    "min.f32": (
+        "%in0, %in1", [(1, 2), (NAN, 2), (1, NAN), (0, -0.0), (-0.0, 0), (NAN, NAN)], [1, 2, 1, -0.0, -0.0, NAN],
+    ),
     "max.f32": ("%in0, %in1", [(1, 2), (NAN, 2), (1, NAN), (0, -0.0), (-0.0, 0), (NAN, NAN)], [2, 2, 1, 0, 0, NAN]),
     "min.NaN.f32": ("%in0, %in1", [(1, 2), (NAN, 2), (1, NAN), (0, -0.0), (-0.0, 0)], [1, NAN, NAN, -0.0, -0.0]),
     "max.NaN.f32": ("%in0, %in1", [(1, 2), (NAN, 2), (1, NAN), (0, -0.0), (-0.0, 0)], [2, NAN, NAN, 0, 0]),

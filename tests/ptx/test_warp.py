@@ -92,7 +92,14 @@ def test_votes(ptx, vote):
 def test_one_lane_is_elected(ptx):
     got = ptx.each("elect.sync %r0|%p0, -1; selp.b32 %out, 1, 0, %p0;", np.arange(64, dtype=np.uint32), out=np.uint32)
     assert got.tolist() == ([1] + [0] * 31) * 2
-    body = "setp.ge.u32 %p1, %t, 9; mov.u32 %out, 0; @!%p1 bra done; elect.sync %r0|%p0, MEMBERS; selp.b32 %out, %r0, 0, %p0; done:"
+    body = """
+    setp.ge.u32 %p1, %t, 9;
+    mov.u32 %out, 0;
+    @!%p1 bra done;
+    elect.sync %r0|%p0, MEMBERS;
+    selp.b32 %out, %r0, 0, %p0;
+    done:
+    """
     got = ptx.each(body.replace("MEMBERS", "0xfffffe00"), LANES, out=np.uint32)
     assert got.tolist() == [0] * 9 + [9] + [0] * 22
     with pytest.raises(errors.DivergentWarp):
