@@ -106,6 +106,12 @@ def _expect_dropout(op: str, dropout_p: float, seed: Tensor | None) -> None:
         )
 
 
+def _expect_integers(op: str, name: str, t: Tensor | None, count: int) -> None:
+    """Of a list that kernels index by row or sequence: one integer for each."""
+    if t is not None and (t.numel() != count or t.dtype not in (torch.int64, torch.int32)):
+        raise ValueError(f"{op}: {name} must be {count} int64 or int32, got {t.dtype} of shape {tuple(t.shape)}")
+
+
 # ---- attention -------------------------------------------------------------------------------------------
 
 
@@ -165,7 +171,7 @@ def attention(
         rotary: (cos, sin), each [>= max_seqlen, D / 2], applied to q and k by position in the sequence.
         dropout_p, seed, stream: probabilities are dropped by (seed, stream, head, sequence id, row, column);
             seed is an int64 tensor with one element, stream tells call sites (layers) apart.
-        sequence_ids: [B] int64 names of the sequences for dropout; by default 0 to B - 1.
+        sequence_ids: [B] int64 or int32 names of the sequences for dropout; by default 0 to B - 1.
         scale: softmax scale, by default D ** -0.5.
         return_lse: also return lse, [H, Tq] float32, natural logarithm (-inf where a row has no key).
         schedule: `attention_schedule(...)` of this batch, to share among layers.
@@ -194,6 +200,7 @@ def attention(
             )
         if max_seqlen_k is None:
             raise ValueError("attention: cu_seqlens_k needs max_seqlen_k")
+    _expect_integers("attention", "sequence_ids", sequence_ids, cu_seqlens.shape[0] - 1)
     _expect_attention_options("attention", q, cu_seqlens.shape[0] - 1, bias, mask, alibi_slopes, window, rotary)
     return _resolve("attention", impl, q)(
         q, k, v, cu_seqlens, max_seqlen,
@@ -262,6 +269,7 @@ def attention_padded(
     for name, t in (("seqlens", seqlens), ("seqlens_k", seqlens_k)):
         if t is not None and (t.shape != (q.shape[0],) or t.dtype != torch.int32):
             raise ValueError(f"attention_padded: {name} must be [{q.shape[0]}] int32, got {(t.dtype, tuple(t.shape))}")
+    _expect_integers("attention_padded", "sequence_ids", sequence_ids, q.shape[0])
     _expect_attention_options("attention_padded", q, q.shape[0], bias, mask, alibi_slopes, window, rotary)
     return _resolve("attention_padded", impl, q)(
         q, k, v, seqlens, seqlens_k,
@@ -293,8 +301,8 @@ def _expect_norm(op, x, residual, weight, bias, x_bias, dropout_p, seed, row_ids
         if t is not None and t.shape != (width,):
             raise ValueError(f"{op}: {name} must be [{width}] like x's last dimension, got {tuple(t.shape)}")
     _expect_dropout(op, dropout_p, seed)
-    if row_ids is not None and row_ids.numel() * width != x.numel():
-        raise ValueError(f"{op}: row_ids must name every row of x {tuple(x.shape)}, got {row_ids.numel()}")
+    if row_ids is not None:
+        _expect_integers(op, "row_ids", row_ids, x.numel() // max(width, 1))
     _expect_one_device(op, x=x, residual=residual, weight=weight, bias=bias, x_bias=x_bias, row_ids=row_ids)
 
 
@@ -319,7 +327,7 @@ def add_layer_norm(
         weight, bias, x_bias: [N] or None. x_bias is the bias of the linear layer that made x.
         eps: added to the variance.
         dropout_p, seed, stream, row_ids: element (row, column) is dropped by (seed, stream, row_ids[row], column);
-            row_ids is int64, one a row, by default the row's number; see `PackedBatch.row_ids`.
+            row_ids is int64 or int32, one a row, by default the row's number; see `PackedBatch.row_ids`.
 
     Returns: [..., N] in x's dtype; statistics are float32.
     """
@@ -526,6 +534,10 @@ def embedding_layer_norm(
     for name, t in (("position", position), ("token_type", token_type)):
         if t is not None and t.shape[1] != word.shape[1]:
             raise ValueError(f"{op}: word has width {word.shape[1]}, {name} has {t.shape[1]}")
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None and t.shape != word.shape[1:]:
+            raise ValueError(f"{op}: {name} must be [{word.shape[1]}] like a row of word, got {tuple(t.shape)}")
+    _expect_integers(op, "row_ids", row_ids, input_ids.shape[0])
     _expect_dropout(op, dropout_p, seed)
     _expect_one_device(op, input_ids=input_ids, positions=positions, word=word, position=position, weight=weight)
     return _resolve(op, impl, word)(
@@ -546,6 +558,10 @@ def pool(
         raise ValueError(f"pool: mode must be one of {POOLING_MODES}, got {mode!r}")
     if x.dim() != 2:
         raise ValueError(f"pool: x must be [T, C], got {tuple(x.shape)}")
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(
+            f"pool: cu_seqlens must be [B + 1] int32, got {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
+        )
     _expect_one_device("pool", x=x, cu_seqlens=cu_seqlens)
     return _resolve("pool", impl, x)(x, cu_seqlens, mode, normalize)
 

@@ -12,6 +12,7 @@ from ._attention_fwd import (
     LOG2_E,
     RUNTIME_INTS,
     _dot,
+    _dropout_keys,
     _key_range,
     _load_lse_log2,
     _load_rows,
@@ -26,7 +27,7 @@ from ._attention_fwd import (
     _store_rows,
     _zero_rows,
 )
-from ._random_triton import HEAD_STREAMS, _keep_mask, _row_keys
+from ._random_triton import _keep_mask
 
 CHUNK = tl.constexpr(32)  # columns of `_product_in_chunks`
 
@@ -78,8 +79,7 @@ def _attention_bwd_dq_kernel(
     slope_log2 = tl.load(slopes_ptr + head).to(tl.float32) * LOG2_E if HAS_ALIBI else 0.0
     keys = rows
     if HAS_DROPOUT:
-        name = tl.load(sequence_ids_ptr + sequence) if HAS_IDS else b
-        keys = _row_keys(seed_ptr, stream_id * HEAD_STREAMS + h, (name << 32) | rows.to(tl.int64))
+        keys = _dropout_keys(seed_ptr, stream_id, h, sequence_ids_ptr, sequence, rows, HAS_IDS)
 
     # delta: here because o and do are at hand; the dk, dv kernel, launched after this one, reads it
     do = _load_rows(do_ptr + o_origin, rows, length_q, stride_ot, HEAD_DIM, BLOCK_D, False, True)
@@ -221,8 +221,7 @@ def _attention_bwd_dkv_kernel(
                 dp = _dot(v, tl.trans(do), None, PRECISION)
             kept = p
             if HAS_DROPOUT:
-                name = tl.load(sequence_ids_ptr + sequence) if HAS_IDS else b
-                keys = _row_keys(seed_ptr, stream_id * HEAD_STREAMS + h, (name << 32) | rows.to(tl.int64))
+                keys = _dropout_keys(seed_ptr, stream_id, h, sequence_ids_ptr, sequence, rows, HAS_IDS)
                 keep = _keep_mask(keys[None, :], cols[:, None], threshold)
                 kept = tl.where(keep, p, 0.0)
                 dp = tl.where(keep, dp * keep_scale, 0.0)
@@ -316,8 +315,7 @@ def _attention_bwd_short_kernel(
         dp = _dot(v, tl.trans(do), None, PRECISION)
         kept = p
         if HAS_DROPOUT:
-            name = tl.load(sequence_ids_ptr + sequence) if HAS_IDS else b
-            keys = _row_keys(seed_ptr, stream_id * HEAD_STREAMS + h, (name << 32) | rows.to(tl.int64))
+            keys = _dropout_keys(seed_ptr, stream_id, h, sequence_ids_ptr, sequence, rows, HAS_IDS)
             keep = _keep_mask(keys[None, :], cols[:, None], threshold)
             kept = tl.where(keep, p, 0.0)
             dp = tl.where(keep, dp * keep_scale, 0.0)
@@ -417,8 +415,7 @@ def _attention_bwd_bias_kernel(
         delta = tl.load(delta_ptr + lse_origin + rows, mask=rows < length_q, other=0.0)
         dp = _dot(do, tl.trans(v), None, PRECISION)
         if HAS_DROPOUT:
-            name = tl.load(sequence_ids_ptr + sequence) if HAS_IDS else b
-            keys = _row_keys(seed_ptr, stream_id * HEAD_STREAMS + h, (name << 32) | rows.to(tl.int64))
+            keys = _dropout_keys(seed_ptr, stream_id, h, sequence_ids_ptr, sequence, rows, HAS_IDS)
             dp = tl.where(_keep_mask(keys[:, None], cols[None, :], threshold), dp * keep_scale, 0.0)
         dbias += p * (dp - delta[:, None])
 

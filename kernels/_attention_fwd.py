@@ -181,6 +181,15 @@ def _rotate(
 
 
 @triton.jit
+def _dropout_keys(seed_ptr, stream_id, heads, sequence_ids_ptr, sequence, rows, HAS_IDS: tl.constexpr):
+    """Keys for dropout of the rows of a sequence; heads: one, or one a row."""
+    # names may be of 32 bits: wide before they are moved out of the way of a row's number
+    name = tl.load(sequence_ids_ptr + sequence).to(tl.int64) if HAS_IDS else sequence.to(tl.int64)
+    streams = tl.cast(stream_id, tl.int64) * HEAD_STREAMS + heads.to(tl.int64)
+    return _row_keys(seed_ptr, streams, (name << 32) | rows.to(tl.int64))
+
+
+@triton.jit
 def _scores(
     qk, rows, cols, n_rows, n_cols,
     scale_log2, slope_log2, bias_ptr, stride_bias_q, stride_bias_k, mask_ptr, stride_mask_q, stride_mask_k,
@@ -283,8 +292,7 @@ def _attention_fwd_kernel(
     slope_log2 = tl.load(slopes_ptr + head).to(tl.float32) * LOG2_E if HAS_ALIBI else 0.0
     keys = rows
     if HAS_DROPOUT:
-        name = tl.load(sequence_ids_ptr + sequence) if HAS_IDS else b
-        keys = _row_keys(seed_ptr, stream_id * HEAD_STREAMS + h, (name << 32) | rows.to(tl.int64))
+        keys = _dropout_keys(seed_ptr, stream_id, h, sequence_ids_ptr, sequence, rows, HAS_IDS)
 
     acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
     m_i = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)

@@ -17,6 +17,7 @@ from ._attention_fwd import (
     LN_2,
     RUNTIME_INTS,
     _dot,
+    _dropout_keys,
     _load_lse_log2,
     _load_rows,
     _lse_log2,
@@ -25,7 +26,7 @@ from ._attention_fwd import (
     _store_columns,
     _store_rows,
 )
-from ._random_triton import HEAD_STREAMS, _keep_mask, _row_keys
+from ._random_triton import _keep_mask
 
 
 @triton.jit
@@ -145,8 +146,7 @@ def _attention_fwd_heads_kernel(
     qk = tl.where((heads[:, None] == heads[None, :]) & is_key[None, :], qk, float("-inf"))
     keys = rows
     if HAS_DROPOUT:
-        name = tl.load(sequence_ids_ptr + sequence) if HAS_IDS else sequence.to(tl.int64)
-        keys = _row_keys(seed_ptr, stream_id * HEAD_STREAMS + heads.to(tl.int64), (name << 32) | rows.to(tl.int64))
+        keys = _dropout_keys(seed_ptr, stream_id, heads, sequence_ids_ptr, sequence, rows, HAS_IDS)
     o, lse = _softmax_product(
         qk, v, keys[:, None], rows[None, :], scale_log2, keep_scale, threshold, HAS_DROPOUT, PRECISION
     )
@@ -191,8 +191,7 @@ def _attention_fwd_tile_kernel(
         q = _load_rows(q_ptr, rows, length_q, stride_qt, HEAD_DIM, BLOCK_D, False, True)
         keys = rows
         if HAS_DROPOUT:
-            name = tl.load(sequence_ids_ptr + sequence) if HAS_IDS else sequence.to(tl.int64)
-            keys = _row_keys(seed_ptr, stream_id * HEAD_STREAMS + h, (name << 32) | rows.to(tl.int64))
+            keys = _dropout_keys(seed_ptr, stream_id, h, sequence_ids_ptr, sequence, rows, HAS_IDS)
         qk = tl.where((cols < length_k)[None, :], _dot(q, tl.trans(k), None, PRECISION), float("-inf"))
         o, lse = _softmax_product(
             qk, v, keys[:, None], cols[None, :], scale_log2, keep_scale, threshold, HAS_DROPOUT, PRECISION
@@ -244,8 +243,7 @@ def _attention_bwd_heads_kernel(
     dp = _dot(v, tl.trans(do), None, PRECISION)
     kept = p
     if HAS_DROPOUT:
-        name = tl.load(sequence_ids_ptr + sequence) if HAS_IDS else sequence.to(tl.int64)
-        keys = _row_keys(seed_ptr, stream_id * HEAD_STREAMS + heads.to(tl.int64), (name << 32) | rows.to(tl.int64))
+        keys = _dropout_keys(seed_ptr, stream_id, heads, sequence_ids_ptr, sequence, rows, HAS_IDS)
         keep = _keep_mask(keys[None, :], rows[:, None], threshold)
         kept = tl.where(keep, p, 0.0)
         dp = tl.where(keep, dp * keep_scale, 0.0)
@@ -308,8 +306,7 @@ def _attention_bwd_tile_kernel(
         dp = _dot(v, tl.trans(do), None, PRECISION)
         kept = p
         if HAS_DROPOUT:
-            name = tl.load(sequence_ids_ptr + sequence) if HAS_IDS else sequence.to(tl.int64)
-            keys = _row_keys(seed_ptr, stream_id * HEAD_STREAMS + h, (name << 32) | rows.to(tl.int64))
+            keys = _dropout_keys(seed_ptr, stream_id, h, sequence_ids_ptr, sequence, rows, HAS_IDS)
             keep = _keep_mask(keys[None, :], cols[:, None], threshold)
             kept = tl.where(keep, p, 0.0)
             dp = tl.where(keep, dp * keep_scale, 0.0)

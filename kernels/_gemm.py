@@ -128,6 +128,7 @@ def gemm(
     h = a.new_empty(m, width) if save_h else None
     if y.numel() == 0:
         return y, h
+    bias = None if bias is None else bias.contiguous()
     config, *operands = _operands(a, b, layout, config)
     strides = a.stride(0), b.stride(0), y.stride(0), width
     _plan(config, n, k, layout, activation, accumulate, *strides)(

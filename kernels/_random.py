@@ -47,12 +47,12 @@ def _mix64(z: torch.Tensor) -> torch.Tensor:
 
 
 def row_keys(seed: torch.Tensor, stream: int | torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Keys of `rows` (int64, any shape), int64. `stream` may be a tensor that broadcasts against rows."""
+    """Keys of `rows` (int64 or int32, any shape), int64. `stream` may be a tensor that broadcasts against rows."""
     if isinstance(stream, int):
         stream_offset = _signed(GOLDEN * (stream + 1))
     else:
         stream_offset = (stream.to(torch.int64) + 1) * _signed(GOLDEN)
-    return _mix64(_mix64(seed.to(torch.int64).reshape(()) + stream_offset) ^ rows)
+    return _mix64(_mix64(seed.to(torch.int64).reshape(()) + stream_offset) ^ rows.to(torch.int64))
 
 
 def keep_mask(keys: torch.Tensor, n_cols: int, p: float) -> torch.Tensor:

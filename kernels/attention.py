@@ -200,6 +200,10 @@ def _attend(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     _expect_supported(op, q, scale, alibi_slopes, rotary)
     cos, sin = (None, None) if rotary is None else unit_stride(*rotary)
+    # the kernels step freely over rows and heads of tensors and tables, but read lists one entry after another
+    spans_q, spans_k, schedule, alibi_slopes, sequence_ids = (
+        None if t is None else t.contiguous() for t in (spans_q, spans_k, schedule, alibi_slopes, sequence_ids)
+    )
     left, right = (UNBOUNDED, UNBOUNDED) if window is None else (min(side, UNBOUNDED) for side in window)
 
     options = (mask, alibi_slopes, cos, sin, seed, sequence_ids, left, right, dropout_p, stream, scale)

@@ -204,6 +204,7 @@ def _launch(hidden, weight, bias, labels, row_scale, ignore_index, smoothing, wa
     want_dhidden, want_dweight, want_dbias = wants
     (n_rows, width), n_cols = hidden.shape, weight.shape[0]
     hidden, weight, labels = rows_of(hidden), rows_of(weight), labels.contiguous()
+    bias = None if bias is None else bias.contiguous()
     loss = hidden.new_empty(n_rows, dtype=torch.float32)
     dhidden = hidden.new_empty(n_rows, width) if want_dhidden else none_of(hidden)
     # nothing to add up in an empty batch, so the sums start as zeros there

@@ -183,7 +183,7 @@ def _probabilities_with_dropout(q, k, added, allowed, p, seed, stream, sequence_
         dead = ~allowed.any(-1, keepdim=True)
         s = s.masked_fill(~allowed & ~dead, float("-inf"))
     heads = torch.arange(q.shape[1], device=q.device)[:, None]
-    rows = (sequence_ids[:, None, None] << 32) | torch.arange(q.shape[2], device=q.device)
+    rows = (sequence_ids.to(torch.int64)[:, None, None] << 32) | torch.arange(q.shape[2], device=q.device)
     keep = keep_mask(row_keys(seed, stream * HEAD_STREAMS + heads, rows), k.shape[2], p)
     probabilities = torch.where(keep, s.softmax(-1) / (1.0 - p), 0.0)
     return probabilities if dead is None else probabilities.masked_fill(dead, 0.0)

@@ -29,12 +29,12 @@ def activate(h, activation):
 
 
 def dropout(x, p, seed, stream, row_ids):
-    """x [M, N] with elements dropped by (seed, stream, row_ids [M], column), the rest scaled by 1 / (1 - p)."""
+    """x [M, N] with elements dropped by (seed, stream, row_ids (M of them), column), the rest scaled by 1 / (1 - p)."""
     if p == 0.0:
         return x
     if row_ids is None:
         row_ids = torch.arange(x.shape[0], device=x.device)
-    keep = keep_mask(row_keys(seed, stream, row_ids), x.shape[-1], p)
+    keep = keep_mask(row_keys(seed, stream, row_ids.reshape(-1)), x.shape[-1], p)
     return torch.where(keep, x / (1.0 - p), 0.0)
 
 
