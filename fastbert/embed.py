@@ -121,7 +121,8 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """ "auto": bfloat16 where the hardware multiplies it (AVX512-BF16 or AMX; compute capability 8.0), else float32."""
+    """ "auto": what the hardware multiplies fast, of most use first: bfloat16 (AVX512-BF16 or AMX; compute capability
+    8.0 and AMD's cards), float16 (compute capability 7.0), else float32."""
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype != "auto":
@@ -129,9 +130,11 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
             raise ValueError(f"dtype must be auto or one of {', '.join(DTYPES)}, {INT8}, got {dtype!r}")
         return DTYPES[dtype]
     if device.type == "cuda":
-        fast = torch.cuda.get_device_capability(device) >= (8, 0)
-    else:
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        capability = torch.cuda.get_device_capability(device)
+        if torch.version.hip is not None or capability >= (8, 0):
+            return torch.bfloat16
+        return torch.float16 if capability >= (7, 0) else torch.float32
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if fast else torch.float32
 
 
@@ -207,7 +210,8 @@ class Encoder:
             pooling, normalize, max_length: None takes what the folder says (a plain BERT: mean, not normalised).
             layer: whose output is pooled: 1 is the first layer, 0 the embeddings, -1 the last, as an index into
                 hidden_states. Layers above it are not loaded.
-            dtype: auto, float32, bfloat16, float16 or int8; auto is bfloat16 where the hardware multiplies it. int8,
+            dtype: auto, float32, bfloat16, float16 or int8; auto is bfloat16 where the hardware multiplies it, float16
+                on a GPU that multiplies that alone (V100, T4), else float32. int8,
                 on a CPU with VNNI or AMX, multiplies 8-bit weights by 8-bit activations and does all else as auto.
             device: auto, cpu, cuda, ...
             impl: see `fastbert.functional`.

@@ -5,7 +5,8 @@ Every operator of the encoder, as a plain function of tensors. `impl` picks who 
     "triton"     the hand-written kernels: CUDA tensors, or CPU tensors under TRITON_INTERPRET=1
     "native"     PyTorch's own fast operators (oneDNN, SDPA), on any device
     "reference"  plain torch as in the specification, on any device
-    None         triton where the tensor lies on a CUDA device (or the interpreter is on), else native
+    None         triton where the tensor lies on a CUDA device of compute capability 8.0 or newer (or the interpreter
+                 is on), else native
 
 An explicit `impl` runs that implementation or raises; only None may choose. Gradients flow through all three.
 Shapes use T tokens in the packed batch, B sequences, H heads, D head_dim, C hidden width, F feed-forward width.
@@ -42,13 +43,33 @@ ACTIVATIONS = (*tuple(reference.ACTIVATIONS), "geglu")
 POOLING_MODES = ("mean", "cls", "max")
 
 
+# The kernels are written for, and compiled for in tests: matrix units with bfloat16, copies to shared memory that pass
+# no registers. Triton itself builds for older cards what it can, and fails on the rest.
+OLDEST_CAPABILITY = (8, 0)
+
+
 def why_not_triton(device: torch.device) -> str | None:
     """None where Triton kernels run on this device, else the reason they do not."""
     if not _device.HAS_TRITON:
         return "triton is not installed"
-    if device.type == "cuda" or _device.triton_on_cpu():
+    if device.type == "cuda":
+        return _why_too_old(device.index)
+    if _device.triton_on_cpu():
         return None
     return f"Triton needs a CUDA device (this one is {device.type}) or TRITON_INTERPRET=1"
+
+
+@torch.compiler.assume_constant_result
+def _why_too_old(index: int | None) -> str | None:
+    """Why a CUDA device is too old for the kernels, or None. ROCm's capability is the number of AMD's own target
+    (gfx942 is 9.4) and says nothing of this kind."""
+    if torch.version.hip is not None or (found := _device.capability(index)) >= OLDEST_CAPABILITY:
+        return None
+    return f"the kernels need compute capability {_dotted(OLDEST_CAPABILITY)}, and this card has {_dotted(found)}"
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
 
 
 def choose_impl(impl: str | None, device: torch.device) -> Impl:
@@ -60,8 +81,10 @@ def choose_impl(impl: str | None, device: torch.device) -> Impl:
     elif impl == "triton" and (reason := why_not_triton(device)):
         raise RuntimeError(f'impl="triton" cannot run here: {reason}')
     if is_batch_invariant() and impl != "triton" and (impl, device.type) != ("native", "cpu"):
+        reason = why_not_triton(device)
         raise RuntimeError(
             f'batch_invariant() needs impl "triton", or "native" on a CPU; got "{impl}" on {device.type}'
+            + (f" ({reason})" if reason else "")
         )
     return impl
 

@@ -39,6 +39,7 @@ from ._gemm_config import UNALIGNED, GemmConfig, gemm_config
 from ._gemm_kernels import _dact_kernel, _linear_act_kernel
 from ._launch import Plan
 from ._library import register
+from ._rows import packed
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -128,7 +129,7 @@ def gemm(
     h = a.new_empty(m, width) if save_h else None
     if y.numel() == 0:
         return y, h
-    bias = None if bias is None else bias.contiguous()
+    bias = packed(bias)
     config, *operands = _operands(a, b, layout, config)
     strides = a.stride(0), b.stride(0), y.stride(0), width
     _plan(config, n, k, layout, activation, accumulate, *strides)(

@@ -57,6 +57,7 @@ from ._gemm import (
 from ._invariance import is_batch_invariant
 from ._launch import Plan
 from ._library import register
+from ._rows import packed
 
 # Of z at a time. At BERT's vocabulary in bf16, 4,352 rows: products long enough to fill the machine (34 x 120 tiles),
 # and one chunk for the masked words of 29,000 tokens.
@@ -204,7 +205,7 @@ def _launch(hidden, weight, bias, labels, row_scale, ignore_index, smoothing, wa
     want_dhidden, want_dweight, want_dbias = wants
     (n_rows, width), n_cols = hidden.shape, weight.shape[0]
     hidden, weight, labels = rows_of(hidden), rows_of(weight), labels.contiguous()
-    bias = None if bias is None else bias.contiguous()
+    bias = packed(bias)
     loss = hidden.new_empty(n_rows, dtype=torch.float32)
     dhidden = hidden.new_empty(n_rows, width) if want_dhidden else none_of(hidden)
     # nothing to add up in an empty batch, so the sums start as zeros there

@@ -246,9 +246,10 @@ def _explain_encoder(report: Report, path: str, forward: EncoderForward) -> None
     def name(inner: str) -> str:
         return f"{path}.{inner}" if path else inner
 
-    report.replaced[path or "(the model)"] = (
-        f"{type(encoder).__name__}: unpads once, pads once; impl={forward.impl or 'of the device'}"
-        + (f"; {forward.graphs.summary()}" if isinstance(forward, GraphedEncoderForward) else "")
+    reason = F.why_not_triton(next(encoder.parameters()).device)
+    impl = forward.impl or ("triton" if reason is None else f"native ({reason})")
+    report.replaced[path or "(the model)"] = f"{type(encoder).__name__}: unpads once, pads once; impl={impl}" + (
+        f"; {forward.graphs.summary()}" if isinstance(forward, GraphedEncoderForward) else ""
     )
     tables = [p for p in (family.word, family.position, family.token_type) if p is not None]
     if family.position is not None and all(plain_table(at(encoder, p)) for p in tables):

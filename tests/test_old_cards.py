@@ -1,0 +1,117 @@
+"""GPUs older than the kernels are written for (V100, T4): native computes there, in float16, and everybody says so.
+
+No such card is needed: what torch answers about one is replaced.
+"""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="without Triton every card is refused for that")
+
+import fastbert
+from fastbert import BertConfig, BertModel, functional, info
+from fastbert.embed import resolve_dtype
+from fastbert.kernels import _device
+
+CARD = torch.device("cuda", 0)
+REASON = "the kernels need compute capability 8.0, and this card has 7.5"
+
+
+@pytest.fixture
+def capability(monkeypatch):
+    """Sets the compute capability of every CUDA device, and whether torch is built for AMD's."""
+
+    def answer(major: int, minor: int, hip: str | None = None) -> None:
+        monkeypatch.setattr(torch.version, "hip", hip)
+        monkeypatch.setattr(_device, "capability", lambda index=None: (major, minor))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (major, minor))
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("given", "impl", "dtype"),
+    [
+        ((6, 1), "native", torch.float32),  # GTX 1080: float16 at a sixty-fourth of float32's rate
+        ((7, 0), "native", torch.float16),  # V100
+        ((7, 5), "native", torch.float16),  # T4
+        ((8, 0), "triton", torch.bfloat16),
+        ((8, 6), "triton", torch.bfloat16),
+        ((9, 0), "triton", torch.bfloat16),
+        ((12, 1), "triton", torch.bfloat16),
+        ((9, 4, "6.4"), "triton", torch.bfloat16),  # MI300: gfx942
+        ((7, 0, "6.4"), "triton", torch.bfloat16),  # an AMD number below 8.0 says nothing about matrix units
+    ],
+)
+def test_who_computes_and_in_what(given, impl, dtype, capability):
+    capability(*given)
+    assert functional.choose_impl(None, CARD) == impl
+    assert resolve_dtype("auto", CARD) == dtype
+    assert resolve_dtype("bfloat16", CARD) == torch.bfloat16, "what was asked for stays"
+    assert (functional.why_not_triton(CARD) is None) == (impl == "triton")
+
+
+def test_triton_is_refused_by_name(capability):
+    capability(7, 5)
+    assert functional.why_not_triton(CARD) == REASON
+    with pytest.raises(RuntimeError, match=f'impl="triton" cannot run here: {REASON}'):
+        functional.choose_impl("triton", CARD)
+    with fastbert.batch_invariant(), pytest.raises(RuntimeError, match=rf'got "native" on cuda \({REASON}\)'):
+        functional.choose_impl(None, CARD)
+
+
+def test_info_says_so(capability, monkeypatch):
+    capability(7, 5)
+    monkeypatch.setattr("fastbert.embed.resolve_device", lambda device: CARD)
+    lines = info._operators()
+    assert lines[0] == "operators on cuda:0, in float16 by default"
+    assert len([line for line in lines if REASON in line and " native " in line]) == len(functional.TRITON_MODULES)
+
+
+def test_explain_says_so(monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    model = transformers.BertModel(
+        transformers.BertConfig(
+            vocab_size=11, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+        )
+    )
+    fastbert.accelerate(model)
+    monkeypatch.setattr(functional, "why_not_triton", lambda device: None)
+    assert "impl=triton\n" in str(fastbert.explain(model))
+    monkeypatch.setattr(functional, "why_not_triton", lambda device: REASON)
+    assert f"impl=native ({REASON})\n" in str(fastbert.explain(model))
+    fastbert.accelerate(model, impl="native")
+    assert "impl=native\n" in str(fastbert.explain(model)), "asked for"
+
+
+@pytest.mark.parametrize("given", [(7, 5), (9, 0)])
+def test_the_question_is_no_part_of_a_graph(given, monkeypatch):
+    """torch.compile meets it in every operator: one graph, whatever the answer."""
+    torch._dynamo.reset()
+
+    def ask(index=None):
+        torch._dynamo.graph_break()  # as torch's own question of the driver: not to be traced
+        return given
+
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(_device, "capability", ask)
+
+    def f(x):
+        return x * 2 if functional.choose_impl(None, CARD) == "native" else x * 3
+
+    compiled = torch.compile(f, fullgraph=True, backend="eager")
+    assert compiled(torch.ones(())) == (2.0 if given < (8, 0) else 3.0)
+
+
+def test_models_run_there(capability):
+    """The path that such a card takes, on a CPU: every operator of a model by native, in float16."""
+    capability(7, 5)
+    config = BertConfig(vocab_size=29, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
+    torch.manual_seed(0)
+    model = BertModel(config, impl=functional.choose_impl(None, CARD)).to(resolve_dtype("auto", CARD)).eval()
+    ids = torch.randint(29, (3, 7))
+    with torch.no_grad():
+        expected = model.float()(ids).last_hidden_state
+        out = model.half()(ids).last_hidden_state
+    assert out.dtype == torch.float16
+    assert (out.float() - expected).norm() < 5e-3 * expected.norm()
