@@ -32,6 +32,7 @@ from fastbert.testing import ModelShape
 from . import peers_encoder, timing
 from .case import OURS, Case, Interrupted, Row, _compare_rows, _empty_row, _prepare, _truth, need
 from .jobs import Job
+from .machine import version
 from .suite_training import _model
 
 ROOT = Path(__file__).parents[1]
@@ -70,8 +71,13 @@ class Files:
         config, state = self.job.model
         model = BertModel(config, add_pooling_layer=False)
         model.load_state_dict(state)
-        model.save_pretrained(self.folder / "weights")
-        return str(self.folder / "weights")
+        folder = self.shared_folder("weights")
+        if version("safetensors") is None:  # in torch's own format then, which every library here reads too
+            config.save_pretrained(folder)
+            torch.save(model.state_dict(), f"{folder}/pytorch_model.bin")
+        else:
+            model.save_pretrained(folder)
+        return folder
 
     @functools.cached_property
     def masked(self) -> str:

@@ -11,6 +11,8 @@ import torch
 
 from . import _device
 
+# operator -> its launcher on CPU tensors, for who goes past torch's dispatcher
+LAUNCHERS: dict[str, Callable] = {}
 _LIBRARY = torch.library.Library("fastbert", "DEF")
 
 
@@ -45,6 +47,7 @@ def register(schema: str, launch: Callable, fake: Callable) -> Callable:
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, _on_its_device(launch), "CUDA")
-    _LIBRARY.impl(name, _where_triton_takes_cpu_tensors(name, launch), "CPU")
+    LAUNCHERS[name] = _where_triton_takes_cpu_tensors(name, launch)
+    _LIBRARY.impl(name, LAUNCHERS[name], "CPU")
     torch.library.register_fake(f"fastbert::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.fastbert, name).default

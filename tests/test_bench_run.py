@@ -3,9 +3,7 @@
 import json
 import os
 import re
-import shlex
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -21,7 +19,6 @@ from benchmarks import (
     peers_encoder,
     peers_ops,
     peers_packed,
-    profile_layer,
     run,
     suite_encoder,
     suite_kernels,
@@ -29,9 +26,8 @@ from benchmarks import (
 )  # fmt: skip
 from benchmarks.case import Case, Interrupted, Missing, Row, measure
 from benchmarks.jobs import Job
-from fastbert import cli
 from fastbert import functional as F
-from fastbert.testing import INPUTS, MODELS, WORKLOADS, Workload, relative_rms
+from fastbert.testing import INPUTS, MODELS, Workload, relative_rms
 
 pytestmark = pytest.mark.once
 
@@ -372,55 +368,3 @@ def test_gpus_have_folders_of_their_own():
     cuda = torch.device("cuda")
     assert machine._slug("NVIDIA H200", cuda) == "h200"
     assert machine._slug("NVIDIA GeForce RTX 3060", cuda) == "nvidia-geforce-rtx-3060"
-
-
-# ---- a day with a GPU ------------------------------------------------------------------------------------
-
-GPU_DAY = ROOT / "benchmarks" / "gpu_day.sh"
-
-
-def gpu_day_steps() -> list[tuple[str, int, list[str]]]:
-    """(name, seconds, arguments of Python) of each step in the script, those of the rehearsal first."""
-    text = GPU_DAY.read_text().replace("\\\n", " ").replace("$dtype", "bf16").replace("$out/", "")
-    steps = []
-    for line in text.splitlines():
-        found = re.search(r'^\s*step "?([\w-]+)"? (\d+) .*?"\$python" (-m .*?)( \|\| failed=1| &|$)', line)
-        if found:
-            steps.append((found[1], int(found[2]), shlex.split(found[3])))
-    return steps
-
-
-STEPS = gpu_day_steps()
-
-
-def test_gpu_day_rehearses_every_step():
-    names = [name for name, *_ in STEPS]
-    half = names.index("verify-bf16", 1)
-    assert names[:half] == [name for name in names[half:] if name != "sanitizer"]
-    assert names[half:] == ["verify-bf16", "kernels", "models", "latency", "profile", "compile", "sanitizer"]
-    limits = [seconds for _, seconds, _ in STEPS[half:]]
-    assert sum(limits) <= 9 * 60 + 60  # few steps take their limit; the script stops at `total` whatever they do
-    assert "total=530" in GPU_DAY.read_text()
-
-
-@pytest.mark.parametrize(
-    "words", [words for *_, words in STEPS], ids=[f"{n} {name}" for n, (name, *_) in enumerate(STEPS)]
-)
-def test_gpu_day_command_lines_parse(words, tmp_path):
-    """A misspelt option would cost the day's step."""
-    module, *arguments = words[1:]
-    if module == "benchmarks.profile_layer":
-        profile_layer.build_parser().parse_args(arguments)
-        return
-    assert module == "fastbert"
-    args = cli.build_parser().parse_args(arguments)
-    if arguments[0] == "bench":
-        known = {row.peer for row in (*peers_encoder.PEERS, *peers_attention.PEERS)} | {"torch.compile"}
-        assert (args.peers.only or set()) | args.peers.without <= known
-        assert args.budget_minutes
-        assert args.out
-        assert {"minilm_1x16", *WORKLOADS}.issuperset(args.workload or ())
-
-
-def test_gpu_day_is_sound_bash():
-    subprocess.run(["bash", "-n", str(GPU_DAY)], check=True)

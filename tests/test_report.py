@@ -2,9 +2,6 @@
 
 import copy
 import json
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -117,15 +114,6 @@ def test_a_case_that_we_did_not_measure_has_no_figure(result):
 
 def test_readme_and_report_are_those_of_the_committed_results():
     assert report.main(["--check"]) == 0
-
-
-def test_gpu_day_is_a_script_whose_commands_exist():
-    script = ROOT / "benchmarks" / "gpu_day.sh"
-    subprocess.run(["bash", "-n", script], check=True)
-    modules = set(re.findall(r'"\$python" -m (\S+(?: (?:bench|verify))?)', script.read_text()))
-    assert modules == {"fastbert verify", "fastbert bench", "benchmarks.profile_layer"}
-    for module in modules:
-        subprocess.run([sys.executable, "-m", *module.split(), "--help"], check=True, capture_output=True, cwd=ROOT)
 
 
 def test_pictures(result, tmp_path):

@@ -73,6 +73,7 @@ class Launch:
     attrs: dict[str, list]
     options: dict[str, Any]  # of the compiler
     descriptors: list[dict]  # where compiled: for each tensor descriptor what the compiler says of its copies
+    source: Any = None  # what Triton compiles: with `options` it names the entry of Triton's cache
 
     @property
     def num_warps(self) -> int:
@@ -211,7 +212,7 @@ class _Launcher:
             on_launch(
                 Launch(
                     self._src.fn.__name__, self._src.fn, self._src.compiled, (grid_x, grid_y, grid_z), arguments,
-                    self._signature, self._constexprs, self._attrs, self._options, self._descriptors,
+                    self._signature, self._constexprs, self._attrs, self._options, self._descriptors, self._src,
                 )
             )  # fmt: skip
         if exit_ is not None:

@@ -1,0 +1,197 @@
+"""A day with a GPU in one run: `benchmarks/gpu_day.sh`. Steps are processes, each with its time; this needs no torch.
+
+What the run leaves is FOLDER/gpu_day.tar.gz, all results and logs, and FOLDER/summary.json, as benchmarks/gpu_day.json
+describes. Both are there from the first second and are only ever replaced whole, so a run that is cut short by a
+signal, a limit or the machine leaves those of some seconds before.
+
+Exit code: 0 where all steps ended well, 1 where one failed or the time was up, 128 + the signal where one ended it.
+"""
+
+from __future__ import annotations
+
+import time
+
+BEGAN = time.monotonic()
+
+import argparse  # noqa: E402 (the clock runs from the start)
+import ctypes  # noqa: E402
+import os  # noqa: E402
+import shutil  # noqa: E402
+import signal  # noqa: E402
+import subprocess  # noqa: E402
+import sys  # noqa: E402
+import tempfile  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)
+
+from benchmarks import gpu_day_plan, gpu_day_summary  # noqa: E402
+from benchmarks.gpu_day_plan import Step  # noqa: E402
+
+LIMIT = 480.0  # seconds of the whole run
+LAST = 6.0  # of them for ending what still runs, and for writing
+GRACE = 3.0  # seconds between asking a step to end and ending it
+EVERY = 4.0  # seconds between two looks at what the steps have written
+
+
+class Cut(Exception):
+    """A signal ends the run."""
+
+
+class Day:
+    """One run: a folder to work in, the two files that it leaves, and the steps so far."""
+
+    def __init__(self, out: Path, mode: str, rehearsal: bool, limit: float):
+        self.out, self.ends = out, BEGAN + limit - LAST
+        self.work = Path(tempfile.mkdtemp(prefix="gpu_day-"))
+        self.source = _source_tree(self.work / "source")
+        self.logs = self.work / "results" / "logs"
+        self.logs.mkdir(parents=True)
+        out.mkdir(parents=True, exist_ok=True)
+        self.record = gpu_day_summary.Record(self.work / "results", out, mode, rehearsal, limit, BEGAN)
+        self.written = 0.0
+
+    def run(self, waves: list[list[Step]]) -> bool:
+        """All steps, those of a wave side by side; whether all ended well. Raises Cut on a signal."""
+        self.record.steps = [gpu_day_summary.state_of(step) for wave in waves for step in wave]
+        self.record.write()
+        for wave in waves:
+            self._run_wave(wave)
+        return all(state["status"] in ("ok", "skipped") for state in self.record.steps)
+
+    def _run_wave(self, wave: list[Step]) -> None:
+        running: dict[str, tuple[subprocess.Popen, float]] = {}
+        try:
+            for step in wave:
+                state = self.record.state(step.name)
+                reason = step.why_not()
+                left = self.ends - time.monotonic()
+                if reason is not None or left < step.least:
+                    status = "skipped" if reason else "out of time"
+                    state.update(status=status, reason=reason or f"{max(0.0, left):.0f} s were left")
+                    continue
+                limit = min(step.limit, left)
+                state.update(status="running", began_s=time.monotonic() - BEGAN, limit_s=limit)
+                running[step.name] = self._start(step, limit), time.monotonic() + limit
+            self.record.write()
+            while running:
+                self._look(running)
+                time.sleep(0.1)
+        finally:
+            for name, (process, _) in running.items():
+                _end(process, 0.5)
+                self._ended(name, "cut", "the run was ended")
+
+    def _look(self, running: dict[str, tuple[subprocess.Popen, float]]) -> None:
+        for name, (process, until) in list(running.items()):
+            if process.poll() is not None:
+                del running[name]
+                ok = process.returncode == 0
+                self._ended(name, "ok" if ok else "failed", None if ok else self._why(name, process.returncode))
+            elif time.monotonic() > until:
+                del running[name]
+                _end(process, GRACE)
+                self._ended(name, "out of time", "its time was up; what it had written is kept")
+        if time.monotonic() - self.written > EVERY:
+            self.written = time.monotonic()
+            self.record.write()
+
+    def _start(self, step: Step, limit: float) -> subprocess.Popen:
+        command = step.command(self.work / "results", limit, self.record)
+        environment = {
+            **os.environ, "PYTHONPATH": str(self.source), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1",
+            "TRITON_CACHE_DIR": str(self.work / "cache"), "TORCHINDUCTOR_CACHE_DIR": str(self.work / "inductor"),
+        }  # fmt: skip
+        environment.pop("TRITON_INTERPRET", None)
+        environment.update(step.environment(self.record))
+        self.record.state(step.name)["command"] = " ".join(command)
+        with open(self.logs / f"{step.name}.log", "wb") as log:
+            return subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=self.source,
+                env=environment, start_new_session=True, preexec_fn=_end_with_parent,
+            )  # fmt: skip
+
+    def _why(self, name: str, code: int) -> str:
+        lines = (self.logs / f"{name}.log").read_text(errors="replace").split("\n")
+        last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+        return f"exit code {code}: {last[:200]}"
+
+    def _ended(self, name: str, status: str, reason: str | None) -> None:
+        state = self.record.state(name)
+        state.update(status=status, reason=reason, seconds=round(time.monotonic() - BEGAN - state["began_s"], 1))
+        print(f"{name:14} {status:12} {state['seconds']:6.1f} s  {reason or ''}", flush=True)
+        self.record.write()
+
+    def close(self, cut: str | None) -> None:
+        self.record.cut = cut
+        self.record.finished = True
+        self.record.write()
+        shutil.rmtree(self.work, ignore_errors=True)
+
+
+def _source_tree(folder: Path) -> Path:
+    """The package put together from links, since fastbert.kernels lies in kernels/."""
+    (folder / "fastbert").mkdir(parents=True)
+    for path in (ROOT / "fastbert").iterdir():
+        (folder / "fastbert" / path.name).symlink_to(path)
+    (folder / "fastbert" / "kernels").symlink_to(ROOT / "kernels")
+    for name in ("kernels", "benchmarks", "tests"):
+        (folder / name).symlink_to(ROOT / name)
+    return folder
+
+
+def _end_with_parent() -> None:
+    """In the step's process: the kernel ends it with SIGTERM when this script is gone, however it goes."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+
+def _end(process: subprocess.Popen, grace: float) -> None:
+    """The step and all that it started: first asked, so that it writes what it has, then ended."""
+    for number, patience in ((signal.SIGTERM, grace), (signal.SIGKILL, 1.0)):
+        try:
+            os.killpg(process.pid, number)
+        except ProcessLookupError:
+            return
+        try:
+            process.wait(patience)
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="benchmarks/gpu_day.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("gpu_day"), help="default: gpu_day")
+    parser.add_argument("--tune", action="store_true", help="the second run: search for faster launches")
+    parser.add_argument("--rehearse", action="store_true", help="every step on a CPU, with tiny shapes")
+    parser.add_argument("--seconds", type=float, default=LIMIT, help=f"of the whole run (default: {LIMIT:g})")
+    args = parser.parse_args(argv)
+
+    def cut(number: int, frame: object) -> None:
+        raise Cut(signal.Signals(number).name)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, cut)
+    mode = "tune" if args.tune else "day"
+    day = Day(args.folder.resolve(), mode, args.rehearse, args.seconds)
+    plan = gpu_day_plan.tune if args.tune else gpu_day_plan.day
+    ended = None
+    code = 1
+    try:
+        code = 0 if day.run(plan(sys.executable, args.rehearse)) else 1
+    except Cut as signalled:
+        ended = str(signalled)
+        code = 128 + signal.Signals[ended]
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)  # the last writing is not cut
+        day.close(ended)
+    print(gpu_day_summary.table(day.record.summary()))
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,181 @@
+"""The steps of a day with a GPU, best first: what each runs, for how long at most, and its stand-in in a rehearsal."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+CORES = os.cpu_count() or 1
+SANITIZER = "compute-sanitizer"
+
+
+@dataclass(frozen=True)
+class Step:
+    """`command(results folder, seconds it has, the record so far)` is what runs; `least` seconds make it worth it."""
+
+    name: str
+    limit: float
+    command: Callable[[Path, float, Any], list[str]]
+    least: float = 12.0
+    needs: str | None = None  # a program that has to be installed
+    environment: Callable[[Any], dict[str, str]] = lambda record: {}
+    unless: Callable[[], str | None] = lambda: None
+
+    def why_not(self) -> str | None:
+        """Why the step is left out here, or None."""
+        if self.needs is not None and shutil.which(self.needs) is None:
+            return f"{self.needs} is not installed"
+        return self.unless()
+
+
+def day(python: str, rehearsal: bool) -> list[list[Step]]:
+    """Waves of steps, those of one side by side."""
+    return _rehearsal(python) if rehearsal else _day(python)
+
+
+def _verify(python: str, step: str, *arguments: str) -> Callable:
+    def command(results: Path, seconds: float, record: Any) -> list[str]:
+        # the last two seconds are for the table
+        lines = ["--json-lines", str(results / f"{step}.jsonl"), "--case-seconds", "60"]
+        return [python, "-m", "fastbert", "verify", *arguments, *lines]
+
+    return command
+
+
+def _bench(python: str, step: str, *arguments: str, spare: float = 8.0) -> Callable:
+    def command(results: Path, seconds: float, record: Any) -> list[str]:
+        minutes = max(0.05, (seconds - spare) / 60)  # what is begun by then ends within the rest
+        files = ["--out", str(results / f"{step}.json"), "--ceilings", str(results / "card.json")]
+        return [python, "-m", "fastbert", "bench", *arguments, "--budget-minutes", f"{minutes:.2f}", *files]
+
+    return command
+
+
+def _newer_assembler(record: Any) -> dict[str, str]:
+    """The newer of those that come with Triton, where it takes the card."""
+    path = record.other_assembler()
+    return {} if path is None else {"TRITON_PTXAS_PATH": path}
+
+
+def _better_assembler(record: Any) -> dict[str, str]:
+    """The newer one, where attention passed with it and did not with Triton's own."""
+    return _newer_assembler(record) if record.newer_is_better() else {}
+
+
+def _day(python: str) -> list[list[Step]]:
+    module = [python, "-m"]
+    jobs = str(CORES)
+    without_compile = ("--peers", "auto,-torch.compile")
+    operators = "add_layer_norm,feed_forward,linear_cross_entropy,embedding_layer_norm,pool"
+
+    def card(results: Path, seconds: float, record: Any) -> list[str]:
+        return [*module, "benchmarks.card", "--json", str(results / "card.json")]
+
+    def precompile(results: Path, seconds: float, record: Any) -> list[str]:
+        return [
+            *module, "benchmarks.precompile", "--card", str(results / "card.json"), "--both-assemblers",
+            "--json-lines", str(results / "precompile.jsonl"), "--jobs", jobs, "--seconds", f"{seconds - 3:.0f}",
+        ]  # fmt: skip
+
+    def timed(name: str, limit: float, *arguments: str, **more: Any) -> Step:
+        command = _bench(python, name, "--device", "cuda", *arguments)
+        return Step(name, limit, command, environment=_better_assembler, **more)
+
+    def sanitizer(tool: str, ops: Sequence[str], limit: float) -> Step:
+        chosen = [word for op in ops for word in ("--op", op)]
+
+        def command(results: Path, seconds: float, record: Any) -> list[str]:
+            checked = _verify(python, tool, "--shapes", "small", "--dtype", "bf16", *chosen)(results, seconds, record)
+            return [SANITIZER, "--tool", tool, "--error-exitcode", "9", *checked]
+
+        memory = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # or an access past a tensor stays within a larger block
+        return Step(tool, limit, command, needs=SANITIZER, environment=lambda record: memory)
+
+    products = ("attention", "linear_act", "feed_forward")
+    return [
+        [Step("card", 40, card)],
+        [Step("precompile", 130, precompile)],
+        [Step("verify", 110, _verify(python, "verify", "--jobs", jobs, *_dtypes()))],
+        [Step("verify-newer", 50, _verify(python, "verify-newer", "--jobs", jobs, *_dtypes(), "--op", "attention",
+                                          "--op", "attention_padded"), environment=_newer_assembler)],
+        [timed("encoder", 70, "--suite", "encoder,latency", *without_compile)],
+        [timed("attention", 80, "--suite", "kernels", "--operator", "attention", *without_compile)],
+        [timed("training", 45, "--suite", "training", *without_compile)],
+        [timed("operators", 55, "--suite", "kernels", "--operator", operators, *without_compile)],
+        [timed("cold", 40, "--suite", "cold", "--quick", *without_compile)],
+        [timed("compile", 50, "--suite", "encoder,training", "--workload", "base_natural", "--peers", "torch.compile")],
+        [sanitizer("memcheck", products, 40)],
+        [sanitizer("racecheck", products[:2], 60)],
+    ]  # fmt: skip
+
+
+def _dtypes() -> list[str]:
+    return [word for dtype in ("bf16", "fp16", "fp32") for word in ("--dtype", dtype)]
+
+
+def _rehearsal(python: str) -> list[list[Step]]:
+    """The same steps, in name and order, on a CPU: kernels interpreted or bound, two of them compiled."""
+    module = [python, "-m"]
+    interpreted = {"TRITON_INTERPRET": "1"}
+
+    def card(results: Path, seconds: float, record: Any) -> list[str]:
+        return [*module, "benchmarks.card", "--device", "cpu", "--quick", "--json", str(results / "card.json")]
+
+    def precompile(results: Path, seconds: float, record: Any) -> list[str]:
+        return [
+            *module, "benchmarks.precompile", "--card", str(results / "card.json"), "--both-assemblers", "--quick",
+            "--most", "2", "--json-lines", str(results / "precompile.jsonl"), "--jobs", "2",
+        ]  # fmt: skip
+
+    def verify(name: str, *arguments: str) -> Step:
+        command = _verify(python, name, "--device", "cpu", "--shapes", "small", *arguments)
+        return Step(name, 120, command, environment=lambda record: interpreted)
+
+    def timed(name: str, *arguments: str) -> Step:
+        command = _bench(python, name, "--device", "cpu", "--dtype", "float32", "--quick", *arguments, spare=100.0)
+        return Step(name, 120, command)
+
+    minilm = ("--workload", "minilm_natural")
+    return [
+        [Step("card", 60, card)],
+        [Step("precompile", 120, precompile)],
+        [verify("verify", "--jobs", "2", "--op", "pool", "--op", "add_rms_norm", *_dtypes())],
+        [verify("verify-newer", "--jobs", "1", "--op", "attention_padded", "--dtype", "fp16")],
+        [timed("encoder", "--suite", "encoder", *minilm, "--peers", "none")],
+        [timed("attention", "--suite", "kernels", "--operator", "attention", "--peers", "torch")],
+        [timed("training", "--suite", "training", *minilm, "--peers", "torch")],
+        [timed("operators", "--suite", "kernels", "--operator", "add_layer_norm,pool", "--peers", "torch")],
+        [timed("cold", "--suite", "cold", "--peers", "none")],
+        [timed("compile", "--suite", "kernels", "--operator", "pool", "--peers", "torch.compile")],
+        [verify("memcheck", "--dtype", "bf16", "--op", "add_rms_norm")],
+        [verify("racecheck", "--dtype", "bf16", "--op", "add_rms_norm")],
+    ]
+
+
+# ---- the second run --------------------------------------------------------------------------------------
+
+# kernels, and seconds for them
+TUNED = (("attention", 150), ("gemm", 150), ("layer_norm", 50), ("embedding,pool,cross_entropy", 70))
+
+
+def tune(python: str, rehearsal: bool) -> list[list[Step]]:
+    """The card, then the searches of benchmarks.tune, one after the other; what one leaves the next may take."""
+
+    def search(kernels: str, limit: float) -> Step:
+        name = f"tune-{kernels.split(',')[0]}"
+
+        def command(results: Path, seconds: float, record: Any) -> list[str]:
+            tiny = ["--rehearse", "--most", "1"] if rehearsal else []
+            minutes = f"{max(0.05, (seconds - 15) / 60):.2f}"
+            out = ["--budget-minutes", minutes, "--out", str(results / f"{name}.json")]
+            return [python, "-m", "benchmarks.tune", "--kernel", kernels, *tiny, *out]
+
+        return Step(name, limit, command)
+
+    first = day(python, rehearsal)[0]
+    chosen = (("pool", 120),) if rehearsal else TUNED
+    return [first, *([search(kernels, limit)] for kernels, limit in chosen)]
