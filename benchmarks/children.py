@@ -32,7 +32,6 @@ from fastbert.testing import ModelShape
 from . import peers_encoder, timing
 from .case import OURS, Case, Interrupted, Row, _compare_rows, _empty_row, _prepare, _truth, need
 from .jobs import Job
-from .machine import version
 from .suite_training import _model
 
 ROOT = Path(__file__).parents[1]
@@ -72,11 +71,11 @@ class Files:
         model = BertModel(config, add_pooling_layer=False)
         model.load_state_dict(state)
         folder = self.shared_folder("weights")
-        if version("safetensors") is None:  # in torch's own format then, which every library here reads too
+        try:
+            model.save_pretrained(folder)
+        except ImportError:  # no safetensors: in torch's own format, which every library here reads too
             config.save_pretrained(folder)
             torch.save(model.state_dict(), f"{folder}/pytorch_model.bin")
-        else:
-            model.save_pretrained(folder)
         return folder
 
     @functools.cached_property

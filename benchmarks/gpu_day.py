@@ -101,7 +101,8 @@ class Day:
     def _start(self, step: Step, limit: float) -> subprocess.Popen:
         command = step.command(self.work / "results", limit, self.record)
         environment = {
-            **os.environ, "PYTHONPATH": str(self.source), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1",
+            **os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(self.source), os.environ.get("PYTHONPATH")))),
             "TRITON_CACHE_DIR": str(self.work / "cache"), "TORCHINDUCTOR_CACHE_DIR": str(self.work / "inductor"),
         }  # fmt: skip
         environment.pop("TRITON_INTERPRET", None)
