@@ -186,7 +186,35 @@ class Check:
 # ---- one operator against the truth ----------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Runs:
+    """One operator run three times on the same inputs: what came of it, and under which upstream gradients."""
+
+    names: list[str]  # of the tensors: "out" (of several "out[1]"), then "d" and the input's name
+    ours: list[Tensor]  # in the dtype under test
+    plain: list[Tensor]  # the specification in that dtype
+    truth: list[Tensor]  # the specification in float64
+    upstream: list[Tensor | None]  # an output's; None where it carries no gradient
+
+    def checks(self, factor: float = 2.0) -> list[Check]:
+        return [
+            Check(name, relative_rms(o, t), budget(p, t, factor))
+            for name, o, p, t in zip(self.names, self.ours, self.plain, self.truth, strict=True)
+        ]
+
+
 def compare(
+    ours: Callable, plain: Callable, inputs: dict[str, Any], dtype: torch.dtype, device: torch.device | str = "cpu", *,
+    factor: float = 2.0, **options,
+) -> list[Check]:  # fmt: skip
+    """A Check for each output of `ours(**inputs)` and each input's gradient, under a random upstream gradient.
+
+    `plain` is the specification of the same; options as in `run_three`.
+    """
+    return run_three(ours, plain, inputs, dtype, device, **options).checks(factor)
+
+
+def run_three(
     ours: Callable,
     plain: Callable,
     inputs: dict[str, Any],
@@ -194,14 +222,14 @@ def compare(
     device: torch.device | str = "cpu",
     *,
     constant: Sequence[str] = (),
-    factor: float = 2.0,
     backward: bool = True,
-) -> list[Check]:
-    """A Check for each output of `ours(**inputs)` and each input's gradient, under a random upstream gradient.
+    upstream: Sequence[Tensor | None] = (),
+) -> Runs:
+    """`ours(**inputs)` and its gradients, and the specification's: `plain`, in `dtype` and in float64.
 
-    `plain` is the specification of the same: run in `dtype` it sets the budget, in float64 it is the truth.
     Floating-point tensors among the inputs are rounded to `dtype` once, the same for all three, and get
     gradients; those named in `constant`, and whatever is no tensor, are passed as they are.
+    upstream: gradients of the outputs; random ones by default.
     """
     inputs = {name: _move(value, device) for name, value in inputs.items()}
     rounded = {
@@ -209,8 +237,7 @@ def compare(
         for name, value in inputs.items()
         if isinstance(value, Tensor) and value.is_floating_point() and name not in constant
     }
-
-    upstream: list[Tensor | None] = []
+    upstream = [_move(gradient, device) for gradient in upstream]
 
     def run(f: Callable, working: torch.dtype) -> list[Tensor]:
         leaves = {name: value.to(working, copy=True).requires_grad_(backward) for name, value in rounded.items()}
@@ -227,9 +254,7 @@ def compare(
     n_outputs = len(tensors[0]) - (len(rounded) if backward else 0)
     names = ["out"] if n_outputs == 1 else [f"out[{n}]" for n in range(n_outputs)]
     names += [f"d{name}" for name in rounded] if backward else []
-    return [
-        Check(name, relative_rms(o, t), budget(p, t, factor)) for name, o, p, t in zip(names, *tensors, strict=True)
-    ]
+    return Runs(names, *tensors, upstream)
 
 
 def _move(value: Any, device: torch.device | str) -> Any:
@@ -257,16 +282,24 @@ def _gradients(outputs: list[Tensor], leaves: list[Tensor], upstream: list[Tenso
 WITHOUT_GRADIENT = ("alibi_slopes", "rotary")
 
 
+def run_op(
+    op: str, inputs: dict[str, Any], dtype: torch.dtype, device: torch.device | str = "cpu", *,
+    impl: str | None = "triton", **options,
+) -> Runs:  # fmt: skip
+    """`run_three` for `functional.<op>`: this implementation of it and the reference."""
+    function = getattr(functional, op)
+    return run_three(
+        functools.partial(function, impl=impl), functools.partial(function, impl="reference"),
+        inputs, dtype, device, constant=WITHOUT_GRADIENT, **options,
+    )  # fmt: skip
+
+
 def check_op(
     op: str, inputs: dict[str, Any], dtype: torch.dtype, device: torch.device | str = "cpu", *,
-    impl: str | None = "triton", factor: float = 2.0, backward: bool = True,
+    factor: float = 2.0, **options,
 ) -> list[Check]:  # fmt: skip
-    """`compare` for `functional.<op>`: this implementation of it against the reference."""
-    function = getattr(functional, op)
-    return compare(
-        functools.partial(function, impl=impl), functools.partial(function, impl="reference"),
-        inputs, dtype, device, constant=WITHOUT_GRADIENT, factor=factor, backward=backward,
-    )  # fmt: skip
+    """A Check for each output and gradient of `functional.<op>` against the reference; options as in `run_op`."""
+    return run_op(op, inputs, dtype, device, **options).checks(factor)
 
 
 def assert_op(

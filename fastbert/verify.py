@@ -15,7 +15,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -83,7 +83,10 @@ REAL = (
 # The reference holds the scores of a long sequence in float64, several times: on GPUs with less, only four heads.
 ROOMY = 40 * 2**30
 NARROW = ModelShape(hidden=256, heads=4, intermediate=1024, layers=1)
-SHAPES = ("auto", "small", "real")
+# Recorded on cards and replayed by the emulator: the real widths' tiles, in minutes.
+MEDIUM = (*SMALL, (ModelShape(hidden=768, heads=12, intermediate=1024, layers=1, vocab=1000), (5, 150, 0, 45)))
+SHAPES = ("auto", "small", "medium", "real")
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")  # that the emulator knows
 LONG = 1024  # no additive bias for sequences beyond this: the reference would hold it in float64, several times
 
 
@@ -183,6 +186,8 @@ def _shapes(name: str, device: torch.device) -> tuple[tuple[ModelShape, tuple[in
         raise ValueError(f"shapes must be one of {', '.join(SHAPES)}, got {name!r}")
     if name == "small" or (name == "auto" and device.type != "cuda"):
         return SMALL
+    if name == "medium":
+        return MEDIUM
     memory = torch.cuda.get_device_properties(device).total_memory if torch.cuda.is_available() else 0
     return tuple((NARROW if max(n) > LONG and memory < ROOMY else model, n) for model, n in REAL)
 
@@ -200,14 +205,28 @@ def tasks(ops: Sequence[str], dtypes: Sequence[str], device: torch.device, shape
 
 
 def check(task: Task, device: torch.device, impl: str) -> Result:
-    """Checks one task here. An operator that raises has failed, and that is its result."""
-    factor = allowed_factor(DTYPES[task.dtype]) if impl == "triton" else 2.0
-    began, checks, message = time.perf_counter(), (), ""
+    """Checks one task here."""
+    return result_of(
+        task,
+        lambda: check_op(
+            task.op, task.inputs(), DTYPES[task.dtype], device, impl=impl, factor=factor_of(task.dtype, impl)
+        ),
+    )
+
+
+def factor_of(dtype: str, impl: str) -> float:
+    """How many times plain torch's error an implementation may make in this dtype."""
+    return allowed_factor(DTYPES[dtype]) if impl == "triton" else 2.0
+
+
+def result_of(task: Task, checks: Callable[[], Iterable[Check]]) -> Result:
+    """What `checks()` gives. An operator that raises has failed, and that is its result."""
+    began, found, message = time.perf_counter(), (), ""
     try:
-        checks = tuple(check_op(task.op, task.inputs(), DTYPES[task.dtype], device, impl=impl, factor=factor))
+        found = tuple(checks())
     except Exception as error:
         message = f"{type(error).__name__}: {error}".splitlines()[0]
-    return Result(task, checks, time.perf_counter() - began, message)
+    return Result(task, found, time.perf_counter() - began, message)
 
 
 def worst(results: Iterable[Result]) -> list[Row]:
@@ -265,7 +284,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--shapes", choices=SHAPES, default="auto",
-        help="real: BERT-base and -large, 1 to 4,096 tokens a sequence; small; default auto: real on a GPU",
+        help="real: BERT-base and -large, 1 to 4,096 tokens a sequence; medium: base's width, 200 tokens; small; "
+        "default auto: real on a GPU, medium with --record on one",
+    )  # fmt: skip
+    parser.add_argument(
+        "--emulate", metavar="ARCH", choices=ARCHITECTURES,
+        help="without a GPU: compile the kernels for this architecture (sm_90, ...), and execute them on the CPU",
+    )  # fmt: skip
+    files = parser.add_mutually_exclusive_group()
+    files.add_argument(
+        "--record", metavar="FILE", type=Path, help="also save the inputs and outputs of every case there (safetensors)"
+    )
+    files.add_argument(
+        "--replay", metavar="FILE", type=Path,
+        help="take the cases of this recording, and hold what is computed here against what was recorded",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument(
@@ -286,24 +318,75 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Verify and print; 0 where all passed, 1 on any failure, 2 where nothing can run."""
-    try:
-        device = _pick(args.device)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        print(f"fastbert verify: device {args.device!r}: {str(error).splitlines()[0]}", file=sys.stderr)
+    if refusal := _refusal(args):
+        print(f"fastbert verify: {refusal}", file=sys.stderr)
         return 2
-    if args.impl == "triton" and (reason := functional.why_not_triton(device)):
-        if not _device.HAS_TRITON:
-            print(f"fastbert verify: {reason}; --impl native checks the CPU operators", file=sys.stderr)
+    if args.emulate and _device.INTERPRETING:
+        return _again(args, interpreting=False)
+    with _emulation(args.emulate):
+        try:
+            device = torch.device("cpu") if args.emulate else _pick(args.device)
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+            print(f"fastbert verify: device {args.device!r}: {str(error).splitlines()[0]}", file=sys.stderr)
             return 2
-        return _again_interpreted(args)
+        if args.impl == "triton" and functional.why_not_triton(device):
+            return _again(args, interpreting=True)
+        return _run(args, device)
+
+
+def _refusal(args: argparse.Namespace) -> str | None:
+    """Why these arguments cannot be run at all, if so."""
+    if args.impl == "triton" and not _device.HAS_TRITON:
+        return "triton is not installed; --impl native checks the CPU operators"
+    if args.emulate and args.impl != "triton":
+        return f"--emulate executes Triton kernels; --impl {args.impl} has none"
+    if args.emulate and args.device not in (None, "cpu"):
+        return f"--emulate computes on the CPU, not on --device {args.device}"
     if args.jobs is not None and args.jobs < 1:
-        print(f"fastbert verify: --jobs must be at least 1, got {args.jobs}", file=sys.stderr)
-        return 2
-    work = tasks(args.op or tuple(CASES), args.dtype or tuple(DTYPES), device, args.shapes)
-    found = _run_with_progress(work, device, args)
+        return f"--jobs must be at least 1, got {args.jobs}"
+    if args.jobs is not None and (args.record or args.replay):
+        return "--record and --replay take one process, without --jobs"
+    return None
+
+
+def _emulation(arch: str | None) -> contextlib.AbstractContextManager:
+    if arch is None:
+        return contextlib.nullcontext()
+    from .emulator import emulated
+
+    return emulated(arch)
+
+
+def _run(args: argparse.Namespace, device: torch.device) -> int:
+    ops, dtypes = args.op or tuple(CASES), args.dtype or tuple(DTYPES)
+    notes, recorder, replayed = [], None, None
+    if args.replay:
+        from . import recording
+
+        try:
+            recorded = recording.Recording(args.replay)
+        except ValueError as error:
+            print(f"fastbert verify: {error}", file=sys.stderr)
+            return 2
+        replayed = recording.Replay(recorded, device, args.impl)
+        work = recorded.tasks(ops, dtypes)
+    else:
+        shapes = "medium" if args.record and args.shapes == "auto" and device.type == "cuda" else args.shapes
+        work = tasks(ops, dtypes, device, shapes)
+    if args.record:
+        from . import recording
+
+        recorder = recording.Recorder(device, args.impl)
+    found = _run_with_progress(work, device, args, recorder or replayed)
     rows = worst(found)
-    notes = _notes(device, args.impl, rows)
+    notes += _notes(device, args, rows)
+    if recorder:
+        recorder.save(args.record)
+        notes.append(f"Recorded in {args.record}: {recording.describe(recording.environment(device, args.impl))}")
+    if replayed:
+        notes.append(f"Recorded: {recording.describe(recorded.environment)}")
+        notes.append(f"Of {replayed.tensors} tensors {replayed.same} have the bits of the recording.")
     whole = len(found) == len(work)
     if not whole:
         notes.append("Interrupted: this is not all.")
@@ -316,20 +399,27 @@ def run(args: argparse.Namespace) -> int:
     return 0 if whole and all(row.passed for row in rows) else 1
 
 
-def _again_interpreted(args: argparse.Namespace) -> int:
-    """The same in a process whose Triton runs on the CPU; Triton settles that when it is imported."""
+def _again(args: argparse.Namespace, interpreting: bool) -> int:
+    """The same in another process, whose Triton interprets kernels or compiles them: settled when it is imported."""
     command = [sys.executable, "-m", "fastbert.verify", "--device", "cpu", "--impl", args.impl, "--shapes", args.shapes]
     command += [word for op in args.op or () for word in ("--op", op)]
     command += [word for dtype in args.dtype or () for word in ("--dtype", dtype)]
     command += ["--json"] if args.json else []
-    command += [] if args.json_lines is None else ["--json-lines", str(args.json_lines)]
     command += [] if args.jobs is None else ["--jobs", str(args.jobs), "--case-seconds", str(args.case_seconds)]
-    return subprocess.call(command, env=os.environ | {"TRITON_INTERPRET": "1"})
+    for name in ("emulate", "record", "replay", "json_lines"):
+        if (value := getattr(args, name)) is not None:
+            command += [f"--{name.replace('_', '-')}", str(value)]
+    return subprocess.call(command, env=os.environ | {"TRITON_INTERPRET": str(int(interpreting))})
 
 
-def _run_with_progress(work: Sequence[Task], device: torch.device, args: argparse.Namespace) -> list[Result]:
-    """The results, those before Ctrl-C where it came; each is in --json-lines at once."""
-    results = _results_of(work, device, args)
+def _run_with_progress(
+    work: Sequence[Task], device: torch.device, args: argparse.Namespace, checker: Any | None
+) -> list[Result]:
+    """The results, those before Ctrl-C where it came; each is in --json-lines at once.
+
+    checker: what has a `check(task)` of its own, a Recorder or a Replay.
+    """
+    results = map(checker.check, work) if checker else _results_of(work, device, args)
     if sys.stderr.isatty():
         from tqdm import tqdm
 
@@ -349,10 +439,16 @@ def _results_of(work: Sequence[Task], device: torch.device, args: argparse.Names
     if args.jobs is None:
         return (check(task, device, args.impl) for task in work)
     outcomes = verify_jobs.share_out(
-        work, args.jobs, partial(check, device=device, impl=args.impl), seconds=args.case_seconds,
+        work, args.jobs, partial(_check_in_process, device=device, impl=args.impl, emulate=args.emulate),
+        seconds=args.case_seconds,
         is_fit=partial(_still_answers, device), needs=lambda task: task.needs, room=_room(device),
     )  # fmt: skip
     return (o.answer or Result(o.task, (), o.seconds, o.reason) for o in outcomes)
+
+
+def _check_in_process(task: Task, device: torch.device, impl: str, emulate: str | None) -> Result:
+    with _emulation(emulate):
+        return check(task, device, impl)
 
 
 def _still_answers(device: torch.device) -> bool:
@@ -379,9 +475,11 @@ def _describe(device: torch.device) -> str:
     return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}{assembled}"
 
 
-def _notes(device: torch.device, impl: str, rows: Sequence[Row]) -> list[str]:
-    if impl != "triton" or device.type == "cuda":
+def _notes(device: torch.device, args: argparse.Namespace, rows: Sequence[Row]) -> list[str]:
+    if args.impl != "triton" or device.type == "cuda":
         return []
+    if args.emulate:
+        return [f"No GPU is used: the kernels are compiled for {args.emulate}, and the CPU executes their PTX."]
     notes = ["No GPU is used: the kernels run through Triton's interpreter, on small shapes."]
     if any(row.dtype == "bf16" for row in rows):
         notes.append(

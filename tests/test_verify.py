@@ -166,7 +166,7 @@ def test_real_shapes_are_for_gpus_and_for_who_asks(monkeypatch):
     lengths = {n for _, shape in verify._shapes("auto", cuda) for n in shape}
     assert {0, 1, 128, 512, 4096} <= lengths
     assert {MODELS["base"], MODELS["large"]} <= {model for model, _ in verify.REAL}
-    with pytest.raises(ValueError, match="shapes must be one of auto, small, real, got 'huge'"):
+    with pytest.raises(ValueError, match="shapes must be one of auto, small, medium, real, got 'huge'"):
         verify.verify(["pool"], ["fp32"], "cpu", impl="native", shapes="huge")
 
     seen = []
