@@ -33,19 +33,19 @@ FORMAT = "1"
 
 def environment(device: torch.device, impl: str) -> dict[str, str]:
     """What decides the bits that come out: device, architecture, versions, assembler; empty where there is no such."""
-    name, arch, triton, assembler = "CPU", "", "", ""
+    name, arch, compiler, assembler = "CPU", "", "", ""
     if device.type == "cuda":
         name, arch = torch.cuda.get_device_name(device), _device.arch(device.index)
     elif impl == "triton":
         name, arch = "the interpreter" if _device.INTERPRETING else "the emulator", _device.arch()
     if impl == "triton":
-        from triton import knobs
+        import triton
 
-        triton = version("triton")
-        assembler = "" if torch.version.hip or _device.INTERPRETING else f"ptxas {knobs.nvidia.ptxas.version}"
+        compiler = triton.__version__
+        assembler = "" if torch.version.hip or _device.INTERPRETING else f"ptxas {triton.knobs.nvidia.ptxas.version}"
     return {
         "format": FORMAT, "device": name, "arch": arch, "impl": impl, "fastbert": version("fastbert"),
-        "torch": torch.__version__, "triton": triton, "assembler": assembler,
+        "torch": torch.__version__, "triton": compiler, "assembler": assembler,
     }  # fmt: skip
 
 
