@@ -205,13 +205,13 @@ class Runs:
 
 def compare(
     ours: Callable, plain: Callable, inputs: dict[str, Any], dtype: torch.dtype, device: torch.device | str = "cpu", *,
-    factor: float = 2.0, **options,
+    constant: Sequence[str] = (), factor: float = 2.0, backward: bool = True,
 ) -> list[Check]:  # fmt: skip
     """A Check for each output of `ours(**inputs)` and each input's gradient, under a random upstream gradient.
 
-    `plain` is the specification of the same; options as in `run_three`.
+    `plain` is the specification of the same; see `run_three`.
     """
-    return run_three(ours, plain, inputs, dtype, device, **options).checks(factor)
+    return run_three(ours, plain, inputs, dtype, device, constant=constant, backward=backward).checks(factor)
 
 
 def run_three(
@@ -284,22 +284,22 @@ WITHOUT_GRADIENT = ("alibi_slopes", "rotary")
 
 def run_op(
     op: str, inputs: dict[str, Any], dtype: torch.dtype, device: torch.device | str = "cpu", *,
-    impl: str | None = "triton", **options,
+    impl: str | None = "triton", backward: bool = True, upstream: Sequence[Tensor | None] = (),
 ) -> Runs:  # fmt: skip
     """`run_three` for `functional.<op>`: this implementation of it and the reference."""
     function = getattr(functional, op)
     return run_three(
         functools.partial(function, impl=impl), functools.partial(function, impl="reference"),
-        inputs, dtype, device, constant=WITHOUT_GRADIENT, **options,
+        inputs, dtype, device, constant=WITHOUT_GRADIENT, backward=backward, upstream=upstream,
     )  # fmt: skip
 
 
 def check_op(
     op: str, inputs: dict[str, Any], dtype: torch.dtype, device: torch.device | str = "cpu", *,
-    factor: float = 2.0, **options,
+    impl: str | None = "triton", factor: float = 2.0, backward: bool = True,
 ) -> list[Check]:  # fmt: skip
-    """A Check for each output and gradient of `functional.<op>` against the reference; options as in `run_op`."""
-    return run_op(op, inputs, dtype, device, **options).checks(factor)
+    """`compare` for `functional.<op>`: this implementation of it against the reference."""
+    return run_op(op, inputs, dtype, device, impl=impl, backward=backward).checks(factor)
 
 
 def assert_op(
