@@ -21,7 +21,7 @@ FLOORS = (
     ("fastbert.models",),
     ("fastbert.dropin", "fastbert.embed"),
     ("fastbert.bench", "fastbert.demo", "fastbert.emulator", "fastbert.encode", "fastbert.info", "fastbert.ranks",
-     "fastbert.verify", "fastbert.verify_jobs", "fastbert.workers"),
+     "fastbert.recording", "fastbert.verify", "fastbert.verify_jobs", "fastbert.workers"),
     ("fastbert.__main__", "fastbert.cli"),
     ("benchmarks",),
 )  # fmt: skip
@@ -44,6 +44,7 @@ PAST_THE_SEAMS = {
     "fastbert.layers -> fastbert.kernels.native",
     "fastbert.models.bert -> fastbert.kernels._cpu",
     "fastbert.models.bert -> fastbert.kernels._prepack",
+    "fastbert.recording -> fastbert.kernels._device",
     "fastbert.testing -> fastbert.kernels._device",
     "fastbert.verify -> fastbert.kernels._assembler",
     "fastbert.verify -> fastbert.kernels._device",
@@ -55,6 +56,7 @@ CIRCLES = {
     ("fastbert.emulator.barriers", "fastbert.emulator.copies", "fastbert.emulator.machine", "fastbert.emulator.matrix",
      "fastbert.emulator.memory", "fastbert.emulator.order", "fastbert.emulator.ownership", "fastbert.emulator.shadow",
      "fastbert.emulator.shared", "fastbert.emulator.warp", "fastbert.emulator.warpgroup"),
+    ("fastbert.recording", "fastbert.verify"),
 }  # fmt: skip
 
 
