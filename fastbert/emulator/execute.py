@@ -13,7 +13,7 @@ import numpy as np
 
 from . import arithmetic, convert, floating, integer, matrix, warp  # noqa: F401  they register their translators
 from .barriers import evaluate
-from .errors import DivergentBarrier, EmulatorError, Trap
+from .errors import DivergentBarrier, EmulatorError, LimitExceeded, Trap
 from .flow import blocks_of, expect_initialised, smallest_access, stored_parameters, waits
 from .formats import i64
 from .machine import Machine
@@ -22,6 +22,7 @@ from .ptx import Instruction, Program, parse
 from .translate import POISON, Emitter
 
 BATCH = 4096  # threads that run side by side, unless one program has more
+MAX_THREADS = 1024  # of a program
 LIMIT = 50_000_000  # instructions of one batch, each counted once for all its threads
 
 
@@ -64,6 +65,8 @@ def run(
     """
     code = translated(text)
     program = code.program
+    if program.threads > MAX_THREADS or program.threads % 32:
+        raise LimitExceeded(f"{program.name} wants {program.threads} threads: not whole warps, or over {MAX_THREADS}")
     stored = {region_of(parameters[n]) for n in code.stored if n < len(parameters)}
     memory = GlobalMemory(regions, stored, smallest_access(program, "global"))
     x, y, z = grid

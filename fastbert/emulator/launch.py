@@ -8,7 +8,8 @@ import numpy as np
 from torch import Tensor
 
 from .copies import TensorDescriptor
-from .errors import InvalidOperand
+from .driver import CARDS
+from .errors import InvalidOperand, LimitExceeded
 from .execute import run
 from .formats import f32, f64, u8, u16, u32, u64
 from .memory import Region, pointer
@@ -21,6 +22,9 @@ _INTEGERS = {"1": u8, "8": u8, "16": u16, "32": u32, "64": u64}
 
 def execute(launch: Launch) -> int:
     """Run a compiled launch; its tensors are written in place. Gives the number of instructions that warps ran."""
+    arch = f"sm_{launch.compiled.metadata.target.arch}"
+    if launch.shared > CARDS[arch][1]:
+        raise LimitExceeded(f"{launch.name} needs {launch.shared} bytes of shared memory, {arch} has {CARDS[arch][1]}")
     arguments = _Arguments(launch)
     return run(
         launch.compiled.asm["ptx"], launch.grid, arguments.parameters, arguments.regions, launch.shared,

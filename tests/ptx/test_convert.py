@@ -5,6 +5,8 @@ import math
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.once
+
 INF, NAN = math.inf, math.nan
 U = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 F = {16: np.float16, 32: np.float32, 64: np.float64}

@@ -6,6 +6,8 @@ import pytest
 from fastbert.emulator import errors
 from fastbert.emulator.copies import TensorDescriptor
 
+pytestmark = pytest.mark.once
+
 # ---- cp.async ----------------------------------------------------------------------------------------------
 
 COPY = """

@@ -1,9 +1,13 @@
 """Control flow: branches that threads take apart, loops, predicates, the end; and registers that nobody assigned."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from fastbert.emulator import errors
+
+pytestmark = pytest.mark.once
 
 LANES = np.arange(32, dtype=np.uint32)
 
@@ -130,3 +134,21 @@ def test_an_unknown_form_of_an_instruction_is_named(ptx, text, what):
 def test_unknown_special_registers_are_named(ptx):
     with pytest.raises(errors.UnknownInstruction, match="%clock64"):
         ptx("mov.u64 %d0, %clock64;")
+
+
+def test_a_program_has_whole_warps_and_at_most_1024_threads(ptx):
+    ptx("mov.u32 %r0, 0;", threads=1024)
+    for threads in (1056, 48):
+        with pytest.raises(errors.LimitExceeded, match=f"wants {threads} threads"):
+            ptx("mov.u32 %r0, 0;", threads=threads)
+
+
+def test_a_launch_keeps_to_the_shared_memory_of_its_architecture():
+    """Triton refuses such a launch itself; one made otherwise is refused here."""
+    pytest.importorskip("triton")
+    from fastbert.emulator.launch import execute
+
+    metadata = SimpleNamespace(target=SimpleNamespace(arch=80))
+    launch = SimpleNamespace(name="large", shared=164 * 1024, compiled=SimpleNamespace(metadata=metadata))
+    with pytest.raises(errors.LimitExceeded, match="large needs 167936 bytes of shared memory, sm_80 has 166912"):
+        execute(launch)

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.once
+
 TOP = 0x80000000
 
 # opcode -> (operands, the inputs of each thread, what it must get). Inputs and results are bits.

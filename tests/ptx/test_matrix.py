@@ -5,6 +5,8 @@ import pytest
 
 from fastbert.emulator import errors
 
+pytestmark = pytest.mark.once
+
 KINDS = {
     "bf16": lambda x: np.array(x, np.float32).view(np.uint32) >> 16,
     "f16": lambda x: np.array(x, np.float16).view(np.uint16),

@@ -5,6 +5,8 @@ import pytest
 
 from fastbert.emulator import errors
 
+pytestmark = pytest.mark.once
+
 
 def test_each_thread_adds_two_numbers(ptx):
     a, b = np.arange(32, dtype=np.uint32), np.full(32, 5, np.uint32)

@@ -5,6 +5,8 @@ import pytest
 
 from fastbert.emulator import errors
 
+pytestmark = pytest.mark.once
+
 # %r0: the thread's own word of shared memory; %r1: that of the thread of the other warp; %r2: of the next lane
 PLACES = """
 mul.lo.s32 %r0, %t, 4; xor.b32 %r1, %r0, 128; xor.b32 %r2, %r0, 4; and.b32 %r3, %r0, 127; mov.u32 %r9, 0;

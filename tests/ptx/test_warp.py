@@ -5,6 +5,8 @@ import pytest
 
 from fastbert.emulator import errors
 
+pytestmark = pytest.mark.once
+
 LANES = np.arange(32, dtype=np.uint32)
 
 

@@ -5,6 +5,8 @@ import pytest
 
 from fastbert.emulator import errors
 
+pytestmark = pytest.mark.once
+
 KINDS = {
     "bf16": lambda x: (np.asarray(x, np.float32).view(np.uint32) >> 16).astype(np.uint16),
     "f16": lambda x: np.asarray(x, np.float16).view(np.uint16),
