@@ -125,11 +125,14 @@ class Day:
         print(f"{name:14} {status:12} {state['seconds']:6.1f} s  {reason or ''}", flush=True)
         self.record.write()
 
-    def close(self, cut: str | None) -> None:
+    def close(self, cut: str | None) -> str:
+        """Writes both files for the last time; the run in some lines."""
         self.record.cut = cut
         self.record.finished = True
         self.record.write()
+        lines = gpu_day_summary.table(self.record.summary())
         shutil.rmtree(self.work, ignore_errors=True)
+        return lines
 
 
 def _source_tree(folder: Path) -> Path:
@@ -189,8 +192,7 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)  # the last writing is not cut
-        day.close(ended)
-    print(gpu_day_summary.table(day.record.summary()))
+        print(day.close(ended))
     return code
 
 

@@ -271,6 +271,7 @@ def test_rehearsal(tmp_path):
     summary = both_whole(tmp_path / "out")
     assert statuses(summary) == dict.fromkeys(NAMES, "ok"), done.stdout
     assert done.returncode == 0
+    assert "precompiled 2 of " in done.stdout
     assert summary["complete"]
     made = summary["precompile"]
     assert made["kernels"] > 100  # bound through the launch path of every operator, dtype and direction
