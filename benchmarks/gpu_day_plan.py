@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -45,6 +46,22 @@ def _verify(python: str, step: str, *arguments: str) -> Callable:
         return [python, "-m", "fastbert", "verify", *arguments, *lines]
 
     return command
+
+
+def _recording(python: str, *arguments: str) -> Callable:
+    def command(results: Path, seconds: float, record: Any) -> list[str]:
+        verify = _verify(python, "record", "--shapes", "small", "--dtype", "bf16", *arguments)(results, seconds, record)
+        return [*verify, "--record", str(results / "recording.safetensors")]
+
+    return command
+
+
+def _no_safetensors() -> str | None:
+    try:
+        found = importlib.util.find_spec("safetensors")
+    except ImportError:
+        found = None
+    return "safetensors is not installed" if found is None else None
 
 
 def _bench(python: str, step: str, *arguments: str, spare: float = 8.0) -> Callable:
@@ -103,6 +120,7 @@ def _day(python: str) -> list[list[Step]]:
         [Step("verify", 110, _verify(python, "verify", "--jobs", jobs, *_dtypes()))],
         [Step("verify-newer", 50, _verify(python, "verify-newer", "--jobs", jobs, *_dtypes(), "--op", "attention",
                                           "--op", "attention_padded"), environment=_newer_assembler)],
+        [Step("record", 30, _recording(python), unless=_no_safetensors)],
         [timed("encoder", 70, "--suite", "encoder,latency", *without_compile)],
         [timed("attention", 80, "--suite", "kernels", "--operator", "attention", *without_compile)],
         [timed("training", 45, "--suite", "training", *without_compile)],
@@ -147,6 +165,8 @@ def _rehearsal(python: str) -> list[list[Step]]:
         [Step("precompile", SLOWLY, precompile)],
         [verify("verify", "--jobs", "2", "--op", "pool", "--op", "add_rms_norm", *_dtypes())],
         [verify("verify-newer", "--jobs", "1", "--op", "attention_padded", "--dtype", "fp16")],
+        [Step("record", SLOWLY, _recording(python, "--device", "cpu", "--op", "add_rms_norm"), unless=_no_safetensors,
+              environment=lambda record: interpreted)],
         [timed("encoder", "--suite", "encoder", *minilm, "--peers", "none")],
         [timed("attention", "--suite", "kernels", "--operator", "attention", "--peers", "torch")],
         [timed("training", "--suite", "training", *minilm, "--peers", "torch")],
@@ -155,7 +175,7 @@ def _rehearsal(python: str) -> list[list[Step]]:
         [timed("compile", "--suite", "kernels", "--operator", "pool", "--peers", "torch.compile")],
         [verify("memcheck", "--dtype", "bf16", "--op", "add_rms_norm")],
         [verify("racecheck", "--dtype", "bf16", "--op", "add_rms_norm")],
-    ]
+    ]  # fmt: skip
 
 
 # ---- the second run --------------------------------------------------------------------------------------

@@ -290,7 +290,9 @@ def main(argv: list[str] | None = None) -> int:
         for path in others:
             found += kernels_of(list(of_verify(attention, dtypes, args.quick)), path, refused)
         known = {(k.launch.kernel.fn.__module__, k.launch.variant) for k in found if k.assembler is None}
-        for kernel in kernels_of(list(of_suites(torch.bfloat16, args.quick)), None, refused):
+        # last what is recorded, and what runs under the sanitizer
+        rest = [*of_suites(torch.bfloat16, args.quick), *of_verify(tuple(verify.CASES), dtypes[:1], True)]
+        for kernel in kernels_of(rest, None, refused):
             if (kernel.launch.kernel.fn.__module__, kernel.launch.variant) not in known:
                 found.append(kernel)
         target = driver.get_current_target()
