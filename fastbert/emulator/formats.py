@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import numpy as np
 
+if np.lib.NumpyVersion(np.__version__) < "2.0.0":  # which took the value of a scalar for its type
+    raise ImportError(f"fastbert.emulator needs numpy 2, found {np.__version__}")
+
 u8, u16, u32, u64 = np.uint8, np.uint16, np.uint32, np.uint64
 i8, i16, i32, i64 = np.int8, np.int16, np.int32, np.int64
 f16, f32, f64 = np.float16, np.float32, np.float64

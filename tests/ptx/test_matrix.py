@@ -75,6 +75,10 @@ def test_mma_rounds_its_sum_once(ptx):
     ones_a, ones_b = [[1] * 16] * 16, [[1] * 8] * 16
     got = _run_mma(ptx, "bf16", _fragments("bf16", ones_a, ones_b, [[2.0**24] * 8] * 16))
     assert got.tolist() == [[2.0**24 + 16] * 8] * 16
+    # 4096 * 4096 + 1, which float32 lacks, and 1 more
+    row, column = [4096, 1, *[0] * 14], [[4096] * 8, *[[1] * 8] * 15]
+    got = _run_mma(ptx, "bf16", _fragments("bf16", [row] * 16, column, [[1] * 8] * 16))
+    assert got.tolist() == [[2.0**24 + 2] * 8] * 16
 
 
 def test_mma_in_a_part_of_a_warp_is_an_error(ptx):
