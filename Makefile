@@ -15,13 +15,15 @@ INSTALLED := $(VENV)/.installed
 BUILT := $(VENV)/.built
 SOURCES := $(shell find kernels -name '*.cpp' -o -name '*.h')
 
-.PHONY: help install demo test test-triton test-cpp test-torch verify bench compile lint format clean
+.PHONY: help install demo test test-triton test-cpp test-torch ptx ptx-fast verify bench compile lint format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo     encode some real sentences with a real BERT, and ask them questions"
 	@echo "make test     run the tests in three ways: the Triton kernels (without a GPU through Triton's interpreter),"
 	@echo "              then what a CPU runs with the C++ operators, and without; test-triton, test-cpp, test-torch"
+	@echo "make ptx      run the tests of the operators on compiled kernels, emulated: sm_80, sm_90, sm_120 (ARCHES="sm_90")"
+	@echo "make ptx-fast every kernel at every flag once on sm_80 and sm_90: what continuous integration runs"
 	@echo "make verify   check every operator on this machine against the reference"
 	@echo "make bench    time everything beside the libraries people use (BENCH_ARGS="--quick")"
 	@echo "make compile  compile the kernels for NVIDIA and AMD without a GPU, and read their machine code"
@@ -53,6 +55,17 @@ test: test-triton test-cpp test-torch
 
 test-triton test-cpp test-torch: $(BUILT)
 	FASTBERT_TEST=$(@:test-%=%) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(JOBS)
+
+# Triton compiles for each architecture, numpy executes the PTX. What was compiled stays in Triton's cache.
+ARCHES ?= sm_80 sm_90 sm_120
+OPERATORS := emulated attention batch_invariance cross_entropy embedding encoder_gradients feed_forward layer_norm pooling random
+EMULATED = OMP_NUM_THREADS=1 FASTBERT_TEST_ARCH=$$arch $(BIN)/python -m pytest -n $(JOBS)
+
+ptx: $(BUILT)
+	set -e; for arch in $(ARCHES); do $(EMULATED) $(OPERATORS:%=tests/test_%.py); done
+
+ptx-fast: $(BUILT)
+	set -e; for arch in sm_80 sm_90; do $(EMULATED) tests/test_emulated.py; done
 
 verify: $(BUILT)
 	@$(BIN)/python -m fastbert verify

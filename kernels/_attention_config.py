@@ -104,6 +104,10 @@ def _config(head_dim: int, arch: str, direction: str, traits: frozenset[str]) ->
         # but 131 KB a head pass through memory where dq, dk and dv apart read and write 213. head_dim 128 spills
         if head_dim > 64:
             return None
+        # One stage on sm_90: with two, Triton 3.7 copies the next rows of do over those that the product for dv, which
+        # nothing has waited for, may still be reading
+        if arch == "sm_90":
+            return AttentionConfig(64, TILE, num_warps=8, num_stages=1)
         return AttentionConfig(*((32, TILE) if arch == "sm_80" else (64, TILE)), num_warps=8, num_stages=2)
     if direction == "bwd_heads":
         # 162 registers and 32 KB at head_dim 64, three programs; head_dim 256 and sm_100's dropout would spill

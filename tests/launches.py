@@ -113,8 +113,25 @@ def compile_cases() -> Iterator[dict]:
         }
 
 
+def emulated_subset() -> Iterator[dict]:
+    """What the runs of `emulated_subset.py` launch."""
+    from emulated_subset import SUBSET
+
+    for arch, (name, run) in itertools.product(("sm_80", "sm_90"), SUBSET.items()):
+        seen: list[Launch] = []
+        with offline(arch, seen.append, compiles=False):
+            run()
+        launches = [{"kernel": launch.name, "constexprs": _plain(launch.constexprs)} for launch in seen]
+        yield {"arch": arch, "name": name, "launches": launches}
+
+
+def _plain(constexprs: dict) -> dict:
+    return {name: value for name, value in constexprs.items() if isinstance(value, (bool, str)) or value is None}
+
+
 if __name__ == "__main__":
     parts: dict[str, Callable[[], Iterator[dict]]] = {
         "every_operator": every_operator, "twenty_batches": twenty_batches, "compile_cases": compile_cases,
+        "emulated_subset": emulated_subset,
     }  # fmt: skip
     json.dump({name: list(parts[name]()) for name in sys.argv[1:]}, sys.stdout)

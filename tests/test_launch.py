@@ -169,6 +169,26 @@ def test_what_may_be_absent_is_compiled_with_and_without(bound, kernel):
     assert {name: values for name, values in absent.items() if values != {None, "tensor"}} == {}
 
 
+def _values(launches) -> dict[tuple[str, str], set]:
+    """(kernel, argument) -> the flags, names and None that it is bound to at compile time."""
+    values = defaultdict(set)
+    for launch in launches:
+        for argument, value in launch["constexprs"].items():
+            if isinstance(value, (bool, str)) or value is None:
+                values[launch["kernel"], argument].add(value)
+    return values
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_what_is_emulated_in_minutes_launches_every_kernel_at_every_flag(compile_cases, arch):
+    """Whatever a compile case reaches on this architecture, a run of `emulated_subset.py` does too."""
+    compiled = [case for part in compile_cases if part["arch"] == arch for case in part["cases"]]
+    launched = [launch for run in _record("emulated_subset") if run["arch"] == arch for launch in run["launches"]]
+    assert {launch["kernel"] for launch in launched} == set(KERNELS)
+    reached, run = _values(compiled), _values(launched)
+    assert {key: values - run[key] for key, values in reached.items() if values - run[key]} == {}
+
+
 @pytest.mark.parametrize(
     ("kernel", "config_of", "most"),
     [

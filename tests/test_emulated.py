@@ -1,0 +1,23 @@
+"""Every kernel at every flag, compiled, its PTX executed: what `make ptx-fast` runs, architecture by architecture."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="tests the Triton kernels")
+
+from fastbert.kernels import _device
+
+pytestmark = [
+    pytest.mark.triton,
+    pytest.mark.skipif(_device.INTERPRETING, reason="interpreted, the tests of each operator run all of it"),
+]
+
+SUBSET = runpy.run_path(str(Path(__file__).with_name("emulated_subset.py")))["SUBSET"]
+
+
+@pytest.mark.parametrize("name", SUBSET)
+def test_within_budget(name):
+    failed = [str(check) for check in SUBSET[name]() if not check.passed]
+    assert not failed
