@@ -185,6 +185,20 @@ def test_every_thread_that_reads_has_to_wait(ptx):
         _box(ptx, body.replace("BARRIER", ""), x, threads=64)
 
 
+def test_a_wait_brings_the_boxes_of_its_phase_alone(ptx):
+    """The second box belongs to the next phase, which still waits for a third."""
+    x = np.zeros((16, 64), np.uint16)
+    second = START.replace("mov.u32 %r7, 0;", "mov.u32 %r7, 512;")
+    body = (
+        INIT + EXPECT + START + EXPECT.replace(str(BYTES), str(2 * BYTES)) + second + WAIT.replace("PARITY", "0")
+        + "mul.lo.s32 %r0, %t, 16; ld.shared.b32 %r1, [%r0 + PLACE]; bar.sync 0;"
+        + START + WAIT.replace("again", "again1").replace("PARITY", "1") + END
+    )  # fmt: skip
+    _box(ptx, body.replace("PLACE", "0"), x)
+    with pytest.raises(errors.MissingWait, match="to which a bulk copy started a copy"):
+        _box(ptx, body.replace("PLACE", "512"), x)
+
+
 def test_a_box_may_not_fall_on_what_is_in_use(ptx):
     x = np.zeros((16, 64), np.uint16)
     use = "xor.b32 %r0, %t, 32; mul.lo.s32 %r0, %r0, 4; st.shared.b32 [%r0], %t; BARRIER"
