@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fastbert import BertConfig, BertModel, PackedBatch
+from fastbert.kernels import _device
 from fastbert.testing import assert_within_budget
 
 WIDTHS = {
@@ -46,6 +47,14 @@ def gradients(model: BertModel, rows: list[list[int]], padded: bool, dy, dpooled
 
 
 @pytest.mark.triton
+@pytest.mark.skipif(_device.INTERPRETING, reason="the interpreter truncates to bf16, and takes minutes for this many")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_two_hundred_tokens_of_bert_base(dtype, device):
+    """Compiled kernels at their real tiles: on a GPU, or emulated."""
+    hold("base", dtype, 0.1, False, device, lengths=(130, 1, 69))
+
+
+@pytest.mark.triton
 @pytest.mark.parametrize(
     ("widths", "dtype", "dropout", "padded"),
     [
@@ -58,13 +67,17 @@ def gradients(model: BertModel, rows: list[list[int]], padded: bool, dy, dpooled
     ids=["fp32", "fp32-dropout-padded", "fp16-padded", "fp16-dropout", "base-fp32-dropout"],
 )
 def test_every_parameter(widths, dtype, dropout, padded, device):
+    hold(widths, dtype, dropout, padded, device)
+
+
+def hold(widths, dtype, dropout, padded, device, lengths=LENGTHS):
     config = BertConfig(
-        vocab_size=200, num_hidden_layers=2, max_position_embeddings=80,
+        vocab_size=200, num_hidden_layers=2, max_position_embeddings=max(lengths) + 10,
         hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, **WIDTHS[widths],
     )  # fmt: skip
     state = model_with(config, "reference").state_dict()
-    rows = [torch.randint(1, 200, (n,)).tolist() for n in LENGTHS]
-    dy, dpooled = torch.randn(sum(LENGTHS), config.hidden_size), torch.randn(len(LENGTHS), config.hidden_size)
+    rows = [torch.randint(1, 200, (n,)).tolist() for n in lengths]
+    dy, dpooled = torch.randn(sum(lengths), config.hidden_size), torch.randn(len(lengths), config.hidden_size)
 
     def of(impl: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         return gradients(model_with(config, impl, state).to(dtype), rows, padded, dy, dpooled, device)
