@@ -6,6 +6,18 @@
 
 namespace {
 
+at::Tensor new_empty(
+    const at::Tensor& like, at::IntArrayRef size, std::optional<at::ScalarType> dtype, std::optional<at::Layout>,
+    std::optional<at::Device>, std::optional<bool>) {
+  return at::empty(size, dtype ? like.options().dtype(*dtype) : like.options());
+}
+
+at::Tensor empty_like(
+    const at::Tensor& like, std::optional<at::ScalarType> dtype, std::optional<at::Layout>, std::optional<at::Device>,
+    std::optional<bool>, std::optional<at::MemoryFormat>) {
+  return at::empty(like.sizes(), dtype ? like.options().dtype(*dtype) : like.options());
+}
+
 at::Tensor addmm(const at::Tensor& bias, const at::Tensor& a, const at::Tensor& b, const at::Scalar&, const at::Scalar&) {
   return at::empty({a.size(0), b.size(1)}, a.options());
 }
@@ -52,6 +64,8 @@ at::Tensor& zero_(at::Tensor& x) { return x; }
 }  // namespace
 
 TORCH_LIBRARY_IMPL(aten, Meta, m) {
+  m.impl("new_empty", new_empty);
+  m.impl("empty_like", empty_like);
   m.impl("mm", mm);
   m.impl("mm.out", mm_out);
   m.impl("addmm", addmm);

@@ -156,21 +156,20 @@ def cases() -> dict[str, Callable[[], object]]:
     def layers(model: str, width: int, inner: int, heads: int) -> None:
         config = BertConfig(hidden_size=width, num_attention_heads=heads, intermediate_size=inner)
         with torch.device("meta"):
-            layer = BertLayer(config, 0).to(torch.bfloat16)
+            evaluated, trained = (BertLayer(config, 0).to(torch.bfloat16).train(mode) for mode in (False, True))
         plain = Pass(batch, schedule, "triton")
         seed, row_ids = empty(1, dtype=torch.int64), empty(tokens, dtype=torch.int64)
         dropping = replace(plain, seed=seed, row_ids=row_ids)
         x = empty(tokens, width, grad=True)
+        leaves = [x, *trained.parameters()]
 
         def forward():
-            layer.eval()
             with torch.no_grad():
-                return layer(x, plain)
+                return evaluated(x, plain)
 
         def forward_backward(shared):
-            layer.train()
-            y = layer(x, shared)
-            return torch.autograd.grad(y, [x, *layer.parameters()], torch.empty_like(y))
+            y = trained(x, shared)
+            return torch.autograd.grad(y, leaves, torch.empty_like(y))
 
         found[f"layer, {model}, forward"] = forward
         found[f"layer, {model}, forward + backward"] = lambda: forward_backward(plain)

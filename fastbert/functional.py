@@ -89,18 +89,19 @@ def choose_impl(impl: str | None, device: torch.device) -> Impl:
     return impl
 
 
+_modules: dict[str, Any] = {}
+
+
 def _triton_module(name: str) -> Any:
     """A kernel module, imported on first use. (Statements, since torch.compile follows those and no import_module.)"""
-    from .kernels import attention, cross_entropy, embedding, feed_forward, layer_norm, pooling
+    if name not in _modules:
+        from .kernels import attention, cross_entropy, embedding, feed_forward, layer_norm, pooling
 
-    return {
-        "attention": attention,
-        "cross_entropy": cross_entropy,
-        "embedding": embedding,
-        "feed_forward": feed_forward,
-        "layer_norm": layer_norm,
-        "pooling": pooling,
-    }[name]
+        _modules.update(
+            attention=attention, cross_entropy=cross_entropy, embedding=embedding, feed_forward=feed_forward,
+            layer_norm=layer_norm, pooling=pooling,
+        )  # fmt: skip
+    return _modules[name]
 
 
 def _resolve(op: str, impl: str | None, x: Tensor) -> Any:
@@ -111,12 +112,10 @@ def _resolve(op: str, impl: str | None, x: Tensor) -> Any:
 
 
 def _expect_one_device(op: str, **tensors: Tensor | None) -> None:
-    first = next(iter(tensors.values()))
+    device = next(iter(tensors.values())).device
     for name, t in tensors.items():
-        if t is not None and t.device != first.device:
-            raise ValueError(
-                f"{op}: all tensors must lie on one device, but {name} is on {t.device}, not {first.device}"
-            )
+        if t is not None and t.device != device:
+            raise ValueError(f"{op}: all tensors must lie on one device, but {name} is on {t.device}, not {device}")
 
 
 def _expect_dropout(op: str, dropout_p: float, seed: Tensor | None) -> None:

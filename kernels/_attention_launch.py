@@ -25,7 +25,7 @@ from ._attention_short import (
     _attention_fwd_heads_kernel,
     _attention_fwd_tile_kernel,
 )
-from ._launch import Plan
+from ._launch import Plan, cdiv
 from ._random import keep_threshold
 
 LOG2_E = 1.4426950408889634
@@ -51,7 +51,7 @@ def schedule_tiles(spans: Tensor, other_spans: Tensor | None, size: int, padded:
     if other_spans is not None:
         is_short &= (other_spans if padded else other_spans.diff())[order] <= SHORT
 
-    tiles = torch.full_like(lengths, triton.cdiv(size, TILE)) if padded else (lengths + (TILE - 1)) // TILE
+    tiles = torch.full_like(lengths, cdiv(size, TILE)) if padded else (lengths + (TILE - 1)) // TILE
     tiles = tiles.masked_fill(is_short, 0)
     ends = tiles.cumsum(0)
     index = torch.arange(n_long, device=spans.device)
@@ -391,7 +391,7 @@ def launch_backward_bias(do, lse, delta, q, k, v, spans_q, spans_k, *given):
     traits = options.traits(q, k)
     config = attention_config(traits.head_dim, traits.dtype, traits.arch, "bwd_bias", traits.of_config())
     _bias_plan(config, traits, _row_strides(q, k, v), (planes_b == 1, planes_h == 1))(
-        (planes_b * planes_h * triton.cdiv(rows, config.block_m) * triton.cdiv(cols, config.block_n),),
+        (planes_b * planes_h * cdiv(rows, config.block_m) * cdiv(cols, config.block_n),),
         (q, k, v, spans_q, spans_k, *options.tensors(), lse, do.contiguous(), delta, dbias),
         (q.shape[-3], options.stream, options.window_left, options.window_right, rows, cols, _batch(q, spans_q)),
     )

@@ -26,10 +26,10 @@ row is not a multiple of 16 bytes, by pointers; both sum in the same order.
 """
 
 import functools
+from dataclasses import MISSING, fields
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -37,8 +37,8 @@ from . import _device
 from ._compile import TRITON_TYPES, CompileCall, compile_call, empty
 from ._gemm_config import UNALIGNED, GemmConfig, gemm_config
 from ._gemm_kernels import _dact_kernel, _linear_act_kernel
-from ._launch import Plan
-from ._library import register
+from ._launch import Plan, cdiv
+from ._library import apply, register
 from ._rows import packed
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -62,16 +62,26 @@ def _operands(
     a: Tensor, b: Tensor, layout: str, config: GemmConfig
 ) -> tuple[GemmConfig, Tensor | TensorDescriptor, Tensor | TensorDescriptor]:
     """(the config that these operands allow, a and b as the kernel takes them)."""
-    if a.element_size() < 4 and not (_aligned(a) and _aligned(b)):
+    if a.element_size() < 4 and not (_aligned(a) and _aligned(b) and a.shape[0] and a.shape[1]):
         config = UNALIGNED
     if not config.bulk:
         return config, a, b
     m, n, k = config.block_m, config.block_n, config.block_k
     return (
         config,
-        TensorDescriptor.from_tensor(a, [k, m] if layout == "tn" else [m, k]),
-        TensorDescriptor.from_tensor(b, [n, k] if layout == "nt" else [k, n]),
+        _descriptor(a, [k, m] if layout == "tn" else [m, k]),
+        _descriptor(b, [n, k] if layout == "nt" else [k, n]),
     )
+
+
+_DEFAULTS = {f.name: f.default for f in fields(TensorDescriptor) if f.default is not MISSING}
+
+
+def _descriptor(t: Tensor, block: list[int]) -> TensorDescriptor:
+    """`TensorDescriptor.from_tensor` without its checks: that `t` is `_aligned` and not empty is known here."""
+    descriptor = object.__new__(TensorDescriptor)
+    descriptor.__dict__.update(_DEFAULTS, base=t, shape=t.shape, strides=t.stride(), block_shape=block)
+    return descriptor
 
 
 def _constants(config: GemmConfig, n: int, k: int, activation: str, **strides: int) -> dict:
@@ -107,7 +117,7 @@ def _dact_plan(config: GemmConfig, n: int, k: int, activation: str, a: int, b: i
 
 
 def _grid(m: int, n: int, config: GemmConfig, device: torch.device) -> tuple[int]:
-    tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
+    tiles = cdiv(m, config.block_m) * cdiv(n, config.block_n)
     if not config.programs_per_sm:
         return (tiles,)
     return (min(tiles, config.programs_per_sm * _device.multiprocessors(device.index)),)
@@ -151,7 +161,7 @@ def gemm_dact(
     if dh.numel() == 0:
         return dh, a, h.new_zeros(h.shape[1], dtype=torch.float32) if want_dbias else None
     config, *operands = _operands(dy, weight, "nn", config)
-    blocks_m = triton.cdiv(m, config.block_m)
+    blocks_m = cdiv(m, config.block_m)
     dbias_part = h.new_empty(blocks_m, h.shape[1], dtype=torch.float32) if want_dbias else None
     rest = (h, dh, a, dbias_part)
     _dact_plan(config, n, k, activation, dy.stride(0), weight.stride(0), h.stride(0), h.shape[1])(
@@ -283,7 +293,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     x, weight, bias = cast_for_autocast(x, weight, bias)
     expect_one_dtype("linear", x=x, weight=weight, bias=bias)
-    return (_Linear.apply if wants_grad(x, weight, bias) else _linear)(x, weight, bias)
+    return apply(_Linear, x, weight, bias) if wants_grad(x, weight, bias) else _linear(x, weight, bias)
 
 
 # ---- for the offline compiler ----------------------------------------------------------------------------

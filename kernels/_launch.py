@@ -24,8 +24,14 @@ from triton import knobs
 from triton.runtime import driver
 
 INT32 = 1 << 31
-# On AMD Triton also looks at whether a tensor's storage is within the reach of 32-bit offsets.
+_IS_AMD = torch.version.hip is not None
+_RUNTIME = knobs.runtime
 WITHIN_32_BITS = 2**31 - 1
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. (`triton.cdiv` is for kernels too, and takes ten times as long on the host.)"""
+    return -(-a // b)
 
 
 class _Bound(NamedTuple):
@@ -70,10 +76,10 @@ class Plan:
 
     def __call__(
         self,
-        grid: Sequence[int],
-        tensors: Sequence[Tensor | None],
-        numbers: Sequence[int] = (),
-        passed: Sequence[Any] | None = None,
+        grid: tuple[int, ...],
+        tensors: tuple[Tensor | None, ...],
+        numbers: tuple[int, ...] = (),
+        passed: tuple[Any, ...] | None = None,
     ) -> None:
         """Launch. passed: what the kernel gets in place of `tensors`, where some of them go as tensor descriptors."""
         if not self._may_bind:
@@ -81,8 +87,7 @@ class Plan:
             return
         active = driver.active
         device = active.get_current_device()
-        key: list[Any] = [device]
-        addresses = 0
+        key, addresses = [device], 0
         for t in tensors:
             if t is None:
                 key.append(None)
@@ -90,25 +95,23 @@ class Plan:
                 key.append(t.dtype)
                 addresses |= t.data_ptr()
         key = tuple(key)
-        fits = not addresses & 15
-        for number in numbers:
-            fits = fits and -INT32 <= number < INT32
         bound = self._bound.get(key)
-        if bound is None or not fits or self.kernel.pre_run_hooks or not _in_reach(tensors):
+        fits = not addresses & 15 and (not numbers or (max(numbers) < INT32 and min(numbers) >= -INT32))
+        if bound is None or not fits or self.kernel.pre_run_hooks or (_IS_AMD and not _in_reach(tensors)):
             compiled = self._through_binder(grid, passed or tensors, numbers)
-            if fits and bound is None and hasattr(compiled, "packed_metadata") and _in_reach(tensors):
+            if fits and bound is None and hasattr(compiled, "packed_metadata") and (not _IS_AMD or _in_reach(tensors)):
                 self._bound[key] = _Bound(compiled, compiled.run, compiled.function, compiled.packed_metadata)
             return
+        compiled, run, function, packed_metadata = bound
         args = self._in_order((*(passed or tensors), *numbers, *self._values))
         stream = active.get_current_stream(device)
-        x, y, z = (*grid, 1, 1)[:3]
-        enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-        metadata = None
+        x, y, z = grid if len(grid) == 3 else (*grid, 1) if len(grid) == 2 else (*grid, 1, 1)
+        enter, leave = _RUNTIME.launch_enter_hook, _RUNTIME.launch_exit_hook
         if _listens(enter) or _listens(leave):
-            metadata = bound.compiled.launch_metadata(grid, stream, *args)
+            metadata = compiled.launch_metadata(grid, stream, *args)
+            run(x, y, z, stream, function, packed_metadata, metadata, enter, leave, *args)
         else:
-            enter = leave = None
-        bound.run(x, y, z, stream, bound.function, bound.packed_metadata, metadata, enter, leave, *args)
+            run(x, y, z, stream, function, packed_metadata, None, None, None, *args)
 
     def _through_binder(self, grid, tensors, numbers) -> Any:
         given = dict(zip(self._names, (*tensors, *numbers), strict=True))
@@ -120,9 +123,6 @@ def _listens(hook: Any) -> bool:
     return hook is not None and bool(getattr(hook, "calls", True))
 
 
-_IS_AMD = torch.version.hip is not None
-
-
 def _in_reach(tensors: Sequence[Tensor | None]) -> bool:
-    """May a launch be bound for all like it? On AMD only for storages within 2 GiB, of which Triton assumes more."""
-    return not _IS_AMD or all(t is None or t.untyped_storage().nbytes() <= WITHIN_32_BITS for t in tensors)
+    """On AMD Triton assumes more of storages within 2 GiB: may a launch be bound for all like it?"""
+    return all(t is None or t.untyped_storage().nbytes() <= WITHIN_32_BITS for t in tensors)

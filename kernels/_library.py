@@ -1,53 +1,115 @@
 """One registration for every operator: schema, Triton launcher, shape function.
 
 An operator is an opaque node to torch.compile and torch.export. Its launcher runs on CUDA tensors, and on CPU tensors
-where Triton takes those (`_device.triton_on_cpu`). `Library` plus `autograd.Function` costs 5 to 7 us
-a call where `torch.library.custom_op` costs 14 to 18, and a BERT pass makes some sixty calls.
+where Triton takes those (`_device.triton_on_cpu`).
+
+Called eagerly, an operator is its launcher: torch's dispatcher would cost 5 to 10 us more a call. It is gone through
+where somebody may be looking on: a compiler, a tracer, a profiler, a mode, a tensor of a class of its own.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
+from torch.nn import Parameter
 
 from . import _device
 
 # operator -> its launcher on CPU tensors, for who goes past torch's dispatcher
 LAUNCHERS: dict[str, Callable] = {}
 _LIBRARY = torch.library.Library("fastbert", "DEF")
+# kinds of device whose tensors go to the launcher directly
+EAGER = {"cuda", "cpu"}
 
 
-def _on_its_device(launch: Callable) -> Callable:
+def _on_its_device(name: str, launch: Callable) -> Callable:
     """`launch` with its tensors' device as the current one, which is where Triton launches."""
 
     def launch_there(*args):
-        device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
-        if device.index == torch.cuda.current_device():
-            return launch(*args)
-        with torch.cuda.device(device):
-            return launch(*args)
+        first = args[0]
+        if first.is_cuda:
+            index = first.get_device()
+            if index != torch.cuda.current_device():
+                with torch.cuda.device(index):
+                    return launch(*args)
+        elif first.is_cpu and not _device.triton_on_cpu():
+            raise RuntimeError(f"fastbert::{name} needs CUDA tensors, or TRITON_INTERPRET=1 for tensors on a CPU")
+        return launch(*args)
 
     return launch_there
 
 
-def _where_triton_takes_cpu_tensors(name: str, launch: Callable) -> Callable:
-    def launch_on_cpu(*args):
-        if not _device.triton_on_cpu():
-            raise RuntimeError(f"fastbert::{name} needs CUDA tensors, or TRITON_INTERPRET=1 for tensors on a CPU")
-        return launch(*args)
+_is_compiling = torch.compiler.is_compiling
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_mode = torch._C._is_torch_function_mode_enabled
+_functorch = torch._C._functorch.peek_interpreter_stack
+_profiler = torch.autograd._profiler_enabled
+_tracing = torch._C._get_tracing_state
 
-    return launch_on_cpu
+
+# what an operator is given where nobody looks on
+PLAIN = {Tensor, Parameter, type(None), int, float, bool, str, list, tuple, torch.dtype, torch.Size}
+
+
+def _watched(args: tuple) -> bool:
+    """Would torch's dispatcher do more with these arguments than call the launcher?"""
+    return (
+        _dispatch_modes() > 0
+        or _function_mode()
+        or _profiler()
+        or _functorch() is not None
+        or _tracing() is not None
+        or not PLAIN.issuperset(map(type, args))
+    )
 
 
 def register(schema: str, launch: Callable, fake: Callable) -> Callable:
-    """Define `fastbert::<schema>` and return its callable.
+    """Define `fastbert::<schema>` and return what calls it (`.operator`: torch's own). The first argument is a tensor.
 
     `launch` allocates the outputs and launches the kernels; `fake` gives outputs of the right shape, dtype and
-    strides for tracing.
+    strides for tracing. An output that was not asked for is None from `launch`, and without elements from `fake` and
+    from the operator.
     """
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema)
-    _LIBRARY.impl(name, _on_its_device(launch), "CUDA")
-    LAUNCHERS[name] = _where_triton_takes_cpu_tensors(name, launch)
-    _LIBRARY.impl(name, LAUNCHERS[name], "CPU")
+    launch = _on_its_device(name, launch)
+
+    def implementation(*args):
+        outputs = launch(*args)
+        if isinstance(outputs, tuple) and any(output is None for output in outputs):
+            empty = fake(*args)
+            outputs = tuple(e if output is None else output for output, e in zip(outputs, empty, strict=True))
+        return outputs
+
+    LAUNCHERS[name] = implementation
+    for device in ("CUDA", "CPU"):
+        _LIBRARY.impl(name, implementation, device)
     torch.library.register_fake(f"fastbert::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.fastbert, name).default
+    operator = getattr(torch.ops.fastbert, name).default
+
+    def call(*args):
+        if _is_compiling() or args[0].device.type not in EAGER or _watched(args):
+            return operator(*args)
+        return launch(*args)
+
+    call.operator = operator
+    return call
+
+
+def apply(function: type[torch.autograd.Function], *args):
+    """`function.apply(*args)`; where nobody looks on, without the look for wrappers of functorch."""
+    if _is_compiling() or _watched(args):
+        return function.apply(*args)
+    return super(torch.autograd.Function, function).apply(*args)
+
+
+def once(backward: Callable) -> Callable:
+    """`torch.autograd.function.once_differentiable`, at no cost where no second derivative is recorded."""
+    guarded = torch.autograd.function.once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def differentiated_once(ctx, *gradients):
+        return (guarded if torch.is_grad_enabled() else backward)(ctx, *gradients)
+
+    return differentiated_once

@@ -12,13 +12,15 @@ pointer is that of an empty tensor, of the same dtype and as aligned as any.
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import Plan
+from ._launch import Plan, cdiv
 from ._random import keep_threshold
 from ._random_triton import _keep_mask, _row_keys
 
@@ -206,10 +208,16 @@ def packed(t: Tensor | None) -> Tensor | None:
 
     With less known of an address, the compiler would build another kernel, which adds in another order.
     """
-    if t is None:
-        return None
+    if t is None or (t.is_contiguous() and not t.data_ptr() & 15):
+        return t
     t = t.contiguous()
     return t if t.data_ptr() % 16 == 0 else t.clone()
+
+
+@functools.lru_cache(64)
+def unwanted(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """What a kernel gets for an output that a call does not ask for: its pointer is never used."""
+    return torch.empty(0, dtype=dtype, device=device)
 
 
 def rows_of(t: Tensor | None, n_cols: int) -> Tensor | None:
@@ -244,15 +252,20 @@ def _sum_plan(n_cols: int) -> Plan:
     )
 
 
-def sum_parts(parts: Tensor, outs: list[Tensor]) -> None:
+def sum_parts(parts: Tensor, outs: list[Tensor | None], like: Sequence[Tensor]) -> None:
     """outs[k] [N] = sum over P of parts[k], for parts [K, P, N] fp32 with K at most 4: one launch, one order.
 
-    An output without elements is left out.
+    An output that is None is left out; like[k] has its dtype.
     """
-    wanted = sum(1 << k for k, out in enumerate(outs) if out.numel())
-    if not wanted:
-        return
-    n_cols = parts.shape[2]
-    _sum_plan(n_cols)(
-        (triton.cdiv(n_cols, 32), len(outs)), (parts, *(*outs, None, None, None)[:4]), (parts.shape[1], wanted)
-    )
+    wanted = 0
+    tensors = [parts]
+    for k, out in enumerate(outs):
+        if out is None:
+            out = unwanted(parts.device, like[k].dtype)
+        else:
+            wanted |= 1 << k
+        tensors.append(out)
+    if wanted:
+        _, n_parts, n_cols = parts.shape
+        tensors += [None] * (5 - len(tensors))
+        _sum_plan(n_cols)((cdiv(n_cols, 32), len(outs)), tuple(tensors), (n_parts, wanted))

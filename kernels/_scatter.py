@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import Plan
+from ._launch import Plan, cdiv
 
 # ---- configs ---------------------------------------------------------------------------------------------
 
@@ -153,7 +153,7 @@ def scatter(dz: Tensor, ids: Tensor, dtable: Tensor, skip_row: int) -> None:
     ends = torch.searchsorted(sorted_ids, sorted_ids, right=True, out_int32=True)
     n_chunks = n_tokens // config.chunk
     chunk_sum = dz.new_empty((n_chunks, n_cols), dtype=torch.float32)
-    blocks = triton.cdiv(n_cols, config.block_n)
+    blocks = cdiv(n_cols, config.block_n)
     if n_chunks > 0:
         _chunk_plan(config, n_cols)((n_chunks, blocks), (dz, sorted_ids, order, chunk_sum))
     _table_plan(config, n_cols)(

@@ -38,7 +38,7 @@ from ._attention_launch import (
     unit_stride,
 )
 from ._compile import CompileCall, compile_call, empty
-from ._library import register
+from ._library import apply, register
 
 # ---- registration --------------------------------------------------------------------------------------------
 
@@ -208,7 +208,7 @@ def _attend(
 
     options = (mask, alibi_slopes, cos, sin, seed, sequence_ids, left, right, dropout_p, stream, scale)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, bias)):
-        o, lse = _Attention.apply(q, k, v, bias, spans_q, spans_k, schedule, longest, *options)
+        o, lse = apply(_Attention, q, k, v, bias, spans_q, spans_k, schedule, longest, *options)
     else:
         o, lse = _forward_op(q, k, v, spans_q, _first(spans_k, spans_q), schedule, longest, bias, *options)
     return (o, lse) if return_lse else o

@@ -55,7 +55,7 @@ from ._gemm import (
     wants_grad,
 )
 from ._invariance import is_batch_invariant
-from ._launch import Plan
+from ._launch import Plan, cdiv
 from ._library import register
 from ._rows import packed
 
@@ -184,7 +184,7 @@ def _chunk_rows(n_cols: int, dtype: torch.dtype) -> int:
 
 def _row_elements(n_cols: int) -> int:
     """Elements from one row of z to the next: whole 128 bytes, so rows can be read by 16 bytes and by descriptors."""
-    return triton.cdiv(n_cols, 64) * 64
+    return cdiv(n_cols, 64) * 64
 
 
 @functools.lru_cache(256)

@@ -37,8 +37,8 @@ import triton.language as tl
 
 from . import _device
 from ._compile import TRITON_TYPES, CompileCall, compile_call, empty
-from ._launch import Plan
-from ._library import register
+from ._launch import Plan, cdiv
+from ._library import apply, once, register
 from ._rows import (
     EXACT,
     MAX_FUSED_WIDTH,
@@ -228,7 +228,7 @@ def _launch_fwd(
     config = norm_fwd_config(n_cols)
     tables, sizes = _tables_and_sizes(input_ids, token_type_ids, positions, word, position, token_type)
     _fwd_plan(config, n_cols, eps, dropout_p)(
-        (triton.cdiv(n_tokens, config.block_m),),
+        (cdiv(n_tokens, config.block_m),),
         (*tables, packed(weight), packed(bias), *dropout_tensors(dropout_p, seed, row_ids), y, mean, rstd),
         (*sizes, stream, int(want_stats)),
     )
@@ -279,9 +279,7 @@ def _launch_bwd(
     dz = dy.new_empty((n_tokens, n_cols) if want_dz else (0,), dtype=word.dtype)
 
     config = embedding_bwd_config(n_cols)
-    programs = min(
-        config.programs_per_sm * _device.multiprocessors(dy.device.index), triton.cdiv(n_tokens, config.block_m)
-    )
+    programs = min(config.programs_per_sm * _device.multiprocessors(dy.device.index), cdiv(n_tokens, config.block_m))
     # a place for every sum that there can be, whichever are wanted
     types = [dtoken_type[n] if want_dtype else dtoken_type for n in range(n_types)] if fused else []
     sums = [dweight if weight is not None else None, dbias if bias is not None else None, *(*types, None, None)[:2]]
@@ -300,7 +298,8 @@ def _launch_bwd(
             int(want_dz), int(want_dweight), int(want_dbias), int(want_dtype),
         ),
     )  # fmt: skip
-    sum_parts(parts, [s for s in sums if s is not None])
+    there = [s for s in sums if s is not None]
+    sum_parts(parts, [s if s.numel() else None for s in there], there)
 
     if want_dword:
         scatter(dz, input_ids, dword, -1 if padding_idx is None else padding_idx % word.shape[0])
@@ -359,7 +358,7 @@ class _EmbeddingLayerNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once
     def backward(ctx, dy):
         wanted = list(ctx.needs_input_grad[:5])
         grads = _embedding_bwd(dy, *ctx.saved_tensors, *ctx.options, wanted)
@@ -384,8 +383,18 @@ def embedding_layer_norm(
         seed = row_ids = None
     tables = word, position, token_type, weight, bias
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tables):
-        return _EmbeddingLayerNorm.apply(
-            *tables, input_ids, token_type_ids, positions, eps, seed, row_ids, dropout_p, stream, padding_idx
+        return apply(
+            _EmbeddingLayerNorm,
+            *tables,
+            input_ids,
+            token_type_ids,
+            positions,
+            eps,
+            seed,
+            row_ids,
+            dropout_p,
+            stream,
+            padding_idx,
         )
     return _embedding_fwd(input_ids, token_type_ids, positions, *tables, eps, seed, row_ids, dropout_p, stream, False)[
         0

@@ -72,8 +72,8 @@ from ._gemm import (
 )
 from ._gemm_config import FEW_ROWS, VENDOR_ACTIVATIONS, GemmConfig, gemm_config
 from ._invariance import is_batch_invariant
-from ._launch import Plan
-from ._library import register
+from ._launch import Plan, cdiv
+from ._library import apply, register
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "geglu")
 
@@ -160,9 +160,7 @@ def _activate(h: Tensor, activation: str) -> Tensor:
     m, n = h.shape[0], _width(h.shape[1], activation)
     a = h.new_empty(m, n)
     if a.numel() > 0:
-        _activate_plan(n, h.stride(0), activation)(
-            (triton.cdiv(m, POINTWISE_M), triton.cdiv(n, POINTWISE_N)), (h, a), (m,)
-        )
+        _activate_plan(n, h.stride(0), activation)((cdiv(m, POINTWISE_M), cdiv(n, POINTWISE_N)), (h, a), (m,))
     return a
 
 
@@ -171,13 +169,13 @@ def _activate_backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """As `_gemm.gemm_dact`, of g [M, N] that is there already."""
     m, n = g.shape
-    blocks_m = triton.cdiv(m, POINTWISE_M)
+    blocks_m = cdiv(m, POINTWISE_M)
     dh = h.new_empty(h.shape)
     a = h.new_empty(m, n) if want_a else None
     dbias_part = h.new_empty(blocks_m, h.shape[1], dtype=torch.float32) if want_dbias else None
     if dh.numel() > 0:
         _activate_backward_plan(n, g.stride(0), h.stride(0), h.shape[1], activation)(
-            (blocks_m, triton.cdiv(n, POINTWISE_N)), (g, h, dh, a, dbias_part), (m,)
+            (blocks_m, cdiv(n, POINTWISE_N)), (g, h, dh, a, dbias_part), (m,)
         )
     return dh, a, dbias_part.sum(0) if want_dbias else None
 
@@ -384,7 +382,7 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation
     x, weight, bias = cast_for_autocast(x, weight, bias)
     _check("linear_act", activation, x=x, weight=weight, bias=bias)
     if wants_grad(x, weight, bias):
-        return _LinearAct.apply(x, weight, bias, activation, is_batch_invariant())
+        return apply(_LinearAct, x, weight, bias, activation, is_batch_invariant())
     return _linear_act(x, weight, bias, activation, False, is_batch_invariant())[0]
 
 
@@ -409,7 +407,7 @@ def feed_forward(
         x=x, up_weight=up_weight, up_bias=up_bias, down_weight=down_weight, down_bias=down_bias,
     )  # fmt: skip
     if wants_grad(*tensors):
-        return _FeedForward.apply(*tensors, activation, recompute, is_batch_invariant())
+        return apply(_FeedForward, *tensors, activation, recompute, is_batch_invariant())
     return _feed_forward(*tensors, activation, False, is_batch_invariant(), True)[0]
 
 

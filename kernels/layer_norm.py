@@ -37,8 +37,8 @@ import triton.language as tl
 
 from . import _device
 from ._compile import TRITON_TYPES, CompileCall, compile_call, empty
-from ._launch import Plan
-from ._library import register
+from ._launch import Plan, cdiv
+from ._library import apply, once, register
 from ._rows import (
     EXACT,
     MAX_FUSED_WIDTH,
@@ -56,6 +56,7 @@ from ._rows import (
     norm_fwd_config,
     packed,
     sum_parts,
+    unwanted,
 )
 
 # ---- device code -----------------------------------------------------------------------------------------
@@ -202,23 +203,27 @@ def _bwd_plan(config: NormConfig, n_cols: int, dropout_p: float, rms: bool, x_is
 def _launch_fwd(
     x, residual, weight, bias, eps, x_bias, seed, row_ids, dropout_p, stream, rms, want_sum, want_stats
 ):  # fmt: skip
-    n_cols = x.shape[-1]
-    y, z, mean, rstd = _fake_fwd(
-        x, residual, weight, bias, eps, x_bias, seed, row_ids, dropout_p, stream, rms, want_sum, want_stats
-    )
-    if x.numel() == 0:
-        return y, z, mean, rstd
+    shape = x.shape
+    n_cols = shape[-1]
+    y, z, mean, rstd = x.new_empty(shape), None, None, None
+    if want_sum:
+        z = y.new_empty(shape, dtype=x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype))
+    if want_stats:
+        rstd = y.new_empty(shape[:-1], dtype=torch.float32)
+        mean = None if rms else y.new_empty(shape[:-1], dtype=torch.float32)
     n_rows = x.numel() // n_cols
-    config = norm_fwd_config(n_cols)
-    _fwd_plan(config, n_cols, eps, dropout_p, rms)(
-        (triton.cdiv(n_rows, config.block_m),),
-        (
-            packed(x), packed(residual), packed(x_bias), packed(weight), packed(bias),
-            *dropout_tensors(dropout_p, seed, row_ids),
-            y, z if want_sum else None, None if rms else mean, rstd,
-        ),
-        (n_rows, stream, int(want_stats)),
-    )  # fmt: skip
+    if n_rows:
+        config = norm_fwd_config(n_cols)
+        none = None if want_stats else unwanted(x.device, torch.float32)
+        _fwd_plan(config, n_cols, eps, dropout_p, rms)(
+            (cdiv(n_rows, config.block_m),),
+            (
+                packed(x), packed(residual), packed(x_bias), packed(weight), packed(bias),
+                *dropout_tensors(dropout_p, seed, row_ids),
+                y, z, None if rms else mean if want_stats else none, rstd if want_stats else none,
+            ),
+            (n_rows, stream, int(want_stats)),
+        )  # fmt: skip
     return y, z, mean, rstd
 
 
@@ -240,50 +245,56 @@ def _launch_bwd(
     dy, dz_out, x, residual, weight, bias, x_bias, mean, rstd, seed, row_ids,
     dropout_p, stream, rms, x_is_sum, want_dx, want_dresidual, want_params,
 ):  # fmt: skip
-    n_cols = x.shape[-1]
-    dx, dresidual, dweight, dbias, dx_bias = outs = _fake_bwd(
-        dy, dz_out, x, residual, weight, bias, x_bias, mean, rstd, seed, row_ids,
-        dropout_p, stream, rms, x_is_sum, want_dx, want_dresidual, want_params,
-    )  # fmt: skip
-    if x.numel() == 0:
-        for dparam in outs[2:]:
-            dparam.zero_()
-        return outs
+    shape = x.shape
+    n_cols = shape[-1]
+    dx = dy.new_empty(shape) if want_dx else None
+    residual_dtype = x.dtype if residual is None else residual.dtype
+    dresidual = dy.new_empty(shape, dtype=residual_dtype) if want_dresidual else None
+    params = weight, bias, x_bias
+    dweight, dbias, dx_bias = dparams = [
+        p.new_empty(p.shape) if wanted else None for p, wanted in zip(params, want_params, strict=True)
+    ]
     n_rows = x.numel() // n_cols
+    if n_rows == 0:
+        for dparam in dparams:
+            if dparam is not None:
+                dparam.zero_()
+        return dx, dresidual, *dparams
     config = norm_bwd_config(n_cols)
-    programs = min(
-        config.programs_per_sm * _device.multiprocessors(x.device.index), triton.cdiv(n_rows, config.block_m)
-    )
+    programs = min(config.programs_per_sm * _device.multiprocessors(x.device.index), cdiv(n_rows, config.block_m))
 
     want_dweight, want_dbias, want_dx_bias = want_params
     fused = n_cols <= MAX_FUSED_WIDTH
+    summed_dx = dx
     if want_dx_bias and not (want_dx or fused):
-        dx = dy.new_empty(x.shape)  # only to be summed
+        summed_dx = dy.new_empty(shape)  # only to be summed
     # a place for every sum that there can be, whichever are wanted
-    sums = (dweight, weight is not None), (dbias, bias is not None and fused), (dx_bias, x_bias is not None and fused)
-    parts = x.new_empty((sum(there for _, there in sums), programs, n_cols), dtype=torch.float32)
-    slots = iter(parts)
-    dweight_part, dbias_part, dx_bias_part = (next(slots) if there else None for _, there in sums)
+    has = weight is not None, bias is not None and fused, x_bias is not None and fused
+    parts = x.new_empty((sum(has), programs, n_cols), dtype=torch.float32)
+    slots = iter(parts.unbind())
     # where z is an output a gradient of it may come, or not: one kernel for both
-    z_gradient = None if not x_is_sum else x.new_empty(0) if dz_out is None else packed(dz_out)
+    z_gradient = None if not x_is_sum else unwanted(x.device, x.dtype) if dz_out is None else packed(dz_out)
     _bwd_plan(config, n_cols, dropout_p, rms, x_is_sum)(
         (programs,),
         (
             packed(dy), z_gradient, packed(x), *((None, None) if x_is_sum else (packed(residual), packed(x_bias))),
             packed(weight), None if rms else mean, rstd, *dropout_tensors(dropout_p, seed, row_ids),
-            dx, dresidual, dweight_part, dbias_part, dx_bias_part,
+            unwanted(x.device, dy.dtype) if summed_dx is None else summed_dx,
+            unwanted(x.device, residual_dtype) if dresidual is None else dresidual,
+            *[next(slots) if there else None for there in has],
         ),
         (
-            n_rows, programs * config.block_m, stream, int(dz_out is not None), int(dx.numel() > 0),
+            n_rows, programs * config.block_m, stream, int(dz_out is not None), int(summed_dx is not None),
             int(want_dresidual), int(want_dweight), int(want_dbias), int(want_dx_bias),
         ),
     )  # fmt: skip
-    sum_parts(parts, [out for out, there in sums if there])
+    there = [n for n in range(3) if has[n]]
+    sum_parts(parts, [dparams[n] for n in there], [params[n] for n in there])
     if want_dbias and not fused:
         dbias.copy_(dy.reshape(-1, n_cols).sum(0, dtype=torch.float32))
     if want_dx_bias and not fused:
-        dx_bias.copy_(dx.view(-1, n_cols).sum(0, dtype=torch.float32))
-    return outs
+        dx_bias.copy_(summed_dx.view(-1, n_cols).sum(0, dtype=torch.float32))
+    return dx, dresidual, dweight, dbias, dx_bias
 
 
 def _fake_bwd(
@@ -338,7 +349,7 @@ class _AddNorm(torch.autograd.Function):
         return (y, z) if want_sum else y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once
     def backward(ctx, dy, dz_out=None):
         x, residual, weight, bias, x_bias, mean, rstd, seed, row_ids = ctx.saved_tensors
         dropout_p, stream, rms, want_sum = ctx.options
@@ -368,7 +379,7 @@ def _add_norm(x, residual, weight, bias, eps, x_bias, dropout_p, seed, stream, r
     if dropout_p == 0.0:
         seed = row_ids = None
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, residual, weight, bias, x_bias)):
-        return _AddNorm.apply(x, residual, weight, bias, eps, x_bias, seed, row_ids, dropout_p, stream, rms, want_sum)
+        return apply(_AddNorm, x, residual, weight, bias, eps, x_bias, seed, row_ids, dropout_p, stream, rms, want_sum)
     y, z, _, _ = _add_norm_fwd(
         x, residual, weight, bias, eps, x_bias, seed, row_ids, dropout_p, stream, rms, want_sum, False
     )

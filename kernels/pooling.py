@@ -36,8 +36,8 @@ import triton
 import triton.language as tl
 
 from ._compile import TRITON_TYPES, CompileCall, compile_call, empty
-from ._launch import Plan
-from ._library import register
+from ._launch import Plan, cdiv
+from ._library import apply, once, register
 from ._rows import MAX_WIDTH, rows_of
 
 MODES = ("mean", "cls", "max")
@@ -304,7 +304,7 @@ def _launch_fwd(x, cu_seqlens, mode, normalize, want_saved):
         part = x.new_empty((slots, n_cols), dtype=torch.float32)
         ties_part = torch.empty_like(part) if want_ties else None
         _chunk_plan(chunks, n_cols, x.stride(0), mode == "max")(
-            (slots, triton.cdiv(n_cols, chunks.block_n)), (x, cu_seqlens, part, ties_part), (n_seqs, x.shape[0])
+            (slots, cdiv(n_cols, chunks.block_n)), (x, cu_seqlens, part, ties_part), (n_seqs, x.shape[0])
         )
     _row_plan(rows, n_cols, x.stride(0), mode, normalize, chunks.chunk)(
         (n_seqs,),
@@ -373,7 +373,7 @@ class _Pool(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once
     def backward(ctx, dy):
         return _pool_bwd(dy, *ctx.saved_tensors, *ctx.options), None, None, None
 
@@ -388,7 +388,7 @@ def pool(x, cu_seqlens, mode="mean", normalize=False):
     if not 1 <= x.shape[1] <= MAX_WIDTH:
         raise ValueError(f"the Triton pool takes rows of 1 to {MAX_WIDTH} elements, got {x.shape[1]}")
     if torch.is_grad_enabled() and x.requires_grad:
-        return _Pool.apply(x, cu_seqlens, mode, normalize)
+        return apply(_Pool, x, cu_seqlens, mode, normalize)
     return _pool_fwd(x, cu_seqlens, mode, normalize, False)[0]
 
 

@@ -340,10 +340,10 @@ def test_exports(device):
 def test_opcheck(device):
     hidden, weight, bias, labels = (t.detach() for t in tensors(35, device, torch.float16))
     scale = torch.rand(35, device=device)
-    losses = cross_entropy._losses
+    losses = cross_entropy._losses.operator
     torch.library.opcheck(losses, (hidden, weight, bias, labels, None, -100, 0.0, [False] * 3, False))
     torch.library.opcheck(losses, (hidden, weight, None, labels, scale, -100, 0.1, [True, True, False], False))
-    torch.library.opcheck(cross_entropy._scaled, (torch.randn(5, 7, device=device), scale[0], torch.float16))
+    torch.library.opcheck(cross_entropy._scaled.operator, (torch.randn(5, 7, device=device), scale[0], torch.float16))
 
 
 def test_errors(device):

@@ -427,7 +427,7 @@ def operators(device):
 
 def test_opcheck(device):
     for _name, op, arguments in operators(device):
-        torch.library.opcheck(op, arguments)
+        torch.library.opcheck(op.operator, arguments)
 
 
 # ---- errors ----------------------------------------------------------------------------------------------
