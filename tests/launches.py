@@ -96,6 +96,29 @@ def _differences(variants: set) -> list[str]:
     return sorted(k for k in set().union(*parts) if len({p.get(k) for p in parts}) > 1)
 
 
+def layers() -> Iterator[dict]:
+    """The kernels that one encoder layer launches, forward in evaluation and forward and backward in training."""
+    from fastbert import BertConfig
+    from fastbert.models.bert import BertLayer, Pass
+    from fastbert.packing import PackedBatch
+
+    config = BertConfig(hidden_size=128, num_attention_heads=2, intermediate_size=256)
+    layer = BertLayer(config, 0).to(torch.bfloat16)
+    for name, lengths in (("short", [30] * 4), ("tile", [100] * 4), ("long", [300, 300]), ("mixed", [30, 100, 300])):
+        batch = PackedBatch.from_lists([[5] * n for n in lengths])
+        x = torch.zeros(sum(lengths), 128, dtype=torch.bfloat16, requires_grad=True)
+        for training in (False, True):
+            seen: list[Launch] = []
+            with offline("sm_90", seen.append, compiles=False):
+                schedule = F.attention_schedule(batch.cu_seqlens, batch.total_tokens, impl="triton")
+                seen.clear()
+                with torch.set_grad_enabled(training):
+                    y = layer.train(training)(x, Pass(batch, schedule, "triton"))
+                if training:
+                    y.backward(torch.zeros_like(y))
+            yield {"batch": name, "training": training, "kernels": sorted(launch.name for launch in seen)}
+
+
 def compile_cases() -> Iterator[dict]:
     from benchmarks.compile_cases import cases_of
     from benchmarks.compile_report import kernel_modules
@@ -131,7 +154,8 @@ def _plain(constexprs: dict) -> dict:
 
 if __name__ == "__main__":
     parts: dict[str, Callable[[], Iterator[dict]]] = {
-        "every_operator": every_operator, "twenty_batches": twenty_batches, "compile_cases": compile_cases,
+        "every_operator": every_operator, "twenty_batches": twenty_batches, "layers": layers,
+        "compile_cases": compile_cases,
         "emulated_subset": emulated_subset,
     }  # fmt: skip
     json.dump({name: list(parts[name]()) for name in sys.argv[1:]}, sys.stdout)

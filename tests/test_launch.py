@@ -99,6 +99,20 @@ def test_sizes_of_the_batch_are_no_reason_to_compile(twenty_batches):
     assert found == set()
 
 
+# ours, in one layer: forward in evaluation; forward and backward in training
+LAUNCHES_OF_A_LAYER = {"short": (3, 10), "tile": (4, 12), "long": (5, 15), "mixed": (5, 15)}
+
+
+def test_launches_of_a_layer():
+    """Python between launches is what holds up a small batch, so their number is a figure of its own."""
+    layers = _record("layers")
+    found = {(layer["batch"], layer["training"]): len(layer["kernels"]) for layer in layers}
+    expected = {(name, training): n[training] for name, n in LAUNCHES_OF_A_LAYER.items() for training in (False, True)}
+    assert found == expected
+    (short,) = (layer["kernels"] for layer in layers if layer["batch"] == "short" and not layer["training"])
+    assert short == ["_add_norm_fwd_kernel", "_add_norm_fwd_kernel", "_attention_fwd_heads_kernel"]
+
+
 # ---- what there is to compile ------------------------------------------------------------------------------
 
 
