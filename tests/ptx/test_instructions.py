@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.once
+
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 ARCH = os.environ.get("FASTBERT_TEST_ARCH", "sm_90")
-# Written by hand, once: what it lists has to be tested; what the compiler newly emits has to be listed.
+# What it lists has to be tested; what the compiler newly emits has to be listed.
 LISTED = {
     words[0]: words[1:]
     for line in (HERE / "instructions.txt").read_text().splitlines()
@@ -23,8 +25,6 @@ COMPILE = """
 import re, sys
 from triton.backends.nvidia.compiler import CUDABackend
 from benchmarks.compile_cases import cases_of
-
-pytestmark = pytest.mark.once
 from benchmarks.compile_report import compile_case, kernel_modules
 from fastbert.emulator.ptx import parse
 
