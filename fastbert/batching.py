@@ -5,11 +5,14 @@ texts --chunks_of--> chunks, each tokenised one ahead --even_batches--> batches 
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -116,16 +119,38 @@ def run_batches(encode: Callable[[list[int]], None], batches: list[list[int]], d
         for rows in batches:
             encode(rows)
         return
-    pool = ThreadPoolExecutor(flights, "encode", initializer=torch.set_num_threads, initargs=(threads // flights,))
+    pool = ThreadPoolExecutor(flights, "encode", initializer=use_threads, initargs=(threads // flights,))
     try:
         for _ in pool.map(encode, batches):
             pass
     finally:
         pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)  # part of torch's count belongs to the process
 
 
 def flights_of(batches: int, device: torch.device) -> int:
     """How many of so many batches are computed at once."""
     flights = min(IN_FLIGHT, torch.get_num_threads())
-    return 1 if device.type != "cpu" or batches < 3 * flights or F.is_batch_invariant() else flights
+    alone = device.type != "cpu" or batches < 3 * flights or F.is_batch_invariant() or _openmp() is None
+    return 1 if alone else flights
+
+
+@functools.cache
+def _openmp() -> ctypes.CDLL | None:
+    """torch's own library, by way of which OpenMP is reached; None where its operators run on other threads."""
+    try:
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        return library if hasattr(library, "omp_set_num_threads") else None
+    except OSError:  # another system
+        return None
+
+
+def use_threads(count: int) -> None:
+    """From here on this thread computes on `count` threads, and no other thread is told.
+
+    `torch.set_num_threads` also sets the number that threads begin with which are new to torch: one that somebody
+    starts meanwhile would keep it.
+    """
+    torch.get_num_threads()  # torch takes its own number once in each thread, now
+    _openmp().omp_set_num_threads(count)
+    if hasattr(_openmp(), "MKL_Set_Num_Threads_Local"):
+        _openmp().MKL_Set_Num_Threads_Local(count)

@@ -170,7 +170,8 @@ def multi_head_attention(
         bias=None if bias is None else bias.to(q.dtype).expand(shape),
         impl=impl, **dropout_options(module.dropout if module.training else 0.0, q.device),
     )  # fmt: skip
-    return module.out_proj(o.flatten(2))
+    # torch takes this layer's weight and never calls it
+    return nn.functional.linear(o.flatten(2), module.out_proj.weight, module.out_proj.bias)
 
 
 def dropout_options(p: float, device: torch.device) -> dict[str, Any]:

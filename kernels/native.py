@@ -10,6 +10,7 @@ import itertools
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import _cpu, _cpu_loss, _prepack, reference
 from ._invariance import is_batch_invariant
@@ -259,7 +260,8 @@ class _Attention(torch.autograd.Function):
             grads = _cpu.attention_backward(do, q, k, v, o, lse, cu_seqlens, ctx.scale, ctx.dropout)
         else:  # these gradients' own gradients may be wanted: torch's operators have some
             options = {} if ctx.dropout is None else ctx.dropout.options
-            o = _attention_in_runs(q, k, v, attention_schedule(cu_seqlens, q.shape[0]), ctx.scale, **options)
+            with sdpa_kernel(SDPBackend.MATH):
+                o = _attention_in_runs(q, k, v, attention_schedule(cu_seqlens, q.shape[0]), ctx.scale, **options)
             grads = torch.autograd.grad(o, (q, k, v), do, create_graph=True, materialize_grads=True)
         return *grads, None, None, None
 

@@ -355,10 +355,13 @@ def test_a_module_of_somebody_is_called_by_one_thread(build, two_threads, monkey
     monkeypatch.setattr(sentence, "run_batches", lambda *args: (used.append(1), run(*args)))
     model = build("bert", Counts)
     before = model.encode(MANY)
-    fastbert.accelerate(model, impl="native")
+    fastbert.accelerate(model, impl="native", padding="zero")  # it does not look at padding, but who knows
     assert_same(quietly(lambda: model.encode(MANY)), before)
     assert model[2].most == 1
     assert not used
+    fastbert.accelerate(model, impl="native")
+    with pytest.warns(UserWarning, match="a Counts is not known to leave padding alone, and other batches have other"):
+        assert_same(model.encode(MANY), before)
 
 
 # ---- what is left to the library -------------------------------------------------------------------------
@@ -403,8 +406,6 @@ def test_what_the_library_does_itself(build, reason):
     fastbert.accelerate(model, impl="native")
     with pytest.warns(UserWarning, match=f"SentenceTransformer: {reason}"):
         after = model.encode(inputs, **given)
-    if given.get("output_value", "") is None:  # padding differs: it is zero in an accelerated model
-        before, after = ([row["sentence_embedding"] for row in rows] for rows in (before, after))
     assert_same(after, before)
     quietly(lambda: model.encode(inputs, **given))
     assert any(reason in what and "2 calls" in name for name, what in fastbert.explain(model).left.items())
@@ -468,8 +469,8 @@ def test_restore_copies_and_pickles(build):
     attributes, keys, before = set(model.__dict__), list(model.state_dict()), model.encode(MANY)
     fastbert.accelerate(model, impl="native")
     added = set(model.__dict__) - attributes
-    assert added <= {"_inference", "encode"}
-    assert len(added) == 1
+    assert added - {"_inference", "encode"} == {"forward", "_replicate_for_data_parallel"}
+    assert len(added) == 3
     assert list(model.state_dict()) == keys
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         (method,) = (value for value in other.__dict__.values() if isinstance(value, sentence.BatchedMethod))

@@ -1,7 +1,8 @@
-"""The swap for transformers' encoders: unpad once, run the layers packed, pad once; and the heads that read padding."""
+"""The swap for transformers' encoders: unpad once, run the layers packed, pad once."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -11,23 +12,14 @@ import torch.nn as nn
 from torch import Tensor
 
 from .. import functional as F
-from ..graphs import CONTAINERS
 from ..packing import PackedBatch
 from . import facts as table
-from .forward import TRACED, Forward
+from .forward import Forward, count
 from .layer import LayerForward
-from .pieces import (
-    Shared,
-    at,
-    frozen_row,
-    has,
-    listeners,
-    look_up,
-    norm_only,
-    plain,
-    plain_table,
-    probability,
-)
+from .own import listeners, why_not_here
+from .padding import ABOVE, EXACT, FULL, OTHERS, WINDOW, ZEROS, Policy, Rows, reading_now, rows_to_compute
+from .parts import Part, Seen, at, has, layers_of, look
+from .pieces import Shared, frozen_row, multiply, norm_only, only_once, probability
 
 # arguments that say nothing about what the encoder computes
 IGNORED = {"return_dict", "output_hidden_states", "num_items_in_batch", "use_cache", "batch_size", "seq_len"}
@@ -37,46 +29,48 @@ INPUTS = {"input_ids", "attention_mask", "token_type_ids", "position_ids", "inpu
 class EncoderForward(Forward):
     """The encoder. What it cannot do, `type(encoder).forward` does for that call, with a warning that says why, once.
 
-    `reads`: what the head above reads beyond the first column and the real tokens; see `HeadForward`.
+    Args:
+        padding: see `accelerate`.
+        bare: nothing but wrappers is around the encoder, so whoever calls it reads what it returns.
     """
 
-    reads: Tensor | str | None = None
-
-    def __init__(self, encoder: nn.Module, facts: table.Family, impl: F.Impl | None):
+    def __init__(
+        self, encoder: nn.Module, facts: table.Family, impl: F.Impl | None, padding: Policy = "auto", bare: bool = True
+    ):
         super().__init__(encoder)
-        self.facts, self.impl = facts, impl
-        # Modules that are walked past: whoever listens to one of them must be heard, so then the original runs.
-        inner = [m for path, m in encoder.named_modules() if path and path.split(".")[0] != "pooler"]
-        self.passed = [m for m in inner if not isinstance(m, CONTAINERS)]
+        self.facts, self.impl, self.padding, self.bare = facts, impl, padding, bare
+        self.seen: Seen | None = None
+        self.computed: dict[str, int] = {}  # why padding was computed -> calls
+        self.told: dict[str, int] = {}
+
+    def over(self, replica: nn.Module) -> EncoderForward:
+        forward = super().over(replica)
+        forward.seen = None
+        return forward
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy looks at its own modules."""
+        return self.__dict__ | {"seen": None}
 
     # ---- the parts ----
 
     def layers(self) -> Iterator[tuple[int, nn.Module]]:
-        """(number of the pass, layer), in order; a shared layer comes as often as it runs."""
-        layers = at(self.module, self.facts.layers)
-        if not self.facts.groups:
-            yield from enumerate(layers)
-            return
-        config, index = self.module.config, 0
-        for i in range(config.num_hidden_layers):
-            for layer in layers[int(i / (config.num_hidden_layers / config.num_hidden_groups))].albert_layers:
-                yield index, layer
-                index += 1
+        return layers_of(self.module, self.facts)
+
+    def look(self) -> Seen:
+        """What is known of the encoder's parts, looked at closely again where one has changed."""
+        if torch.compiler.is_compiling():
+            return Seen(None, *constants(self))
+        seen = self.seen  # one thread may put another one there meanwhile
+        if seen is None or not seen.watch.is_same():
+            seen = self.seen = look(self.module, self.facts, is_layer)
+        return seen
 
     # ---- what cannot be done ----
 
-    def why_not(self, given: dict[str, Any]) -> str | None:
+    def why_not(self, given: dict[str, Any], seen: Seen) -> str | None:
         """Why this call goes to the original, or None."""
-        return TRACED if torch.jit.is_tracing() else self.why_not_model() or self.why_not_given(given)
-
-    def why_not_model(self) -> str | None:
-        """Why every call goes to the original: somebody changed the model, or wants to see inside."""
-        if reason := self.who_listens():
-            return reason
-        for _, layer in self.layers():  # itself, or in a wrapper that calls it
-            if not any(isinstance(module.__dict__.get("forward"), LayerForward) for module in layer.modules()):
-                return f"a {type(layer).__name__} came in place of an accelerated layer"
-        return None
+        return why_not_here(given) or seen.reason or self.why_not_given(given)
 
     def why_not_given(self, given: dict[str, Any]) -> str | None:
         config = self.module.config
@@ -122,63 +116,121 @@ class EncoderForward(Forward):
         first = 0 if self.facts.positions == "column" else self.module.embeddings.padding_idx + 1
         return positions.num_embeddings - first if hasattr(positions, "num_embeddings") else None
 
-    def who_listens(self) -> str | None:
-        for module in self.passed:
-            own = "forward" in module.__dict__
-            if not own and not (
-                module._forward_hooks
-                or module._forward_pre_hooks
-                or module._backward_hooks
-                or module._backward_pre_hooks
-            ):
-                continue
-            hooks = listeners(module)
-            if own and isinstance(module.__dict__["forward"], LayerForward):
-                # a layer is called, so the hooks that gather a sharded one do their work
-                own, hooks = False, [h for h in hooks if not _module_of(h).startswith("torch.distributed")]
-            # transformers' own hooks, which sleep unless the original runs
-            hooks = [h for h in hooks if not _module_of(h).startswith("transformers.utils")]
-            if own:
-                return f"the forward of a {type(module).__name__} was replaced"
-            if hooks and not isinstance(module, (nn.Linear, nn.Embedding, nn.LayerNorm)):  # those are called then
-                return f"a {type(module).__name__} has a hook"
-        return None
-
     def asked(self, given: dict[str, Any], name: str) -> Any:
         value = given.get(name)
         return getattr(self.module.config, name, False) if value is None else value
 
+    # ---- padding ----
+
+    def rows(self, mask: Tensor | None, ids: Tensor | None, seen: Seen) -> Rows:
+        """Which rows are computed. While a graph is traced nobody can tell how many are real: all of them."""
+        if mask is None:
+            return FULL
+        if torch.compiler.is_compiling():
+            return Rows(mask != 0, None, None if self.reach() is None else WINDOW)
+        reads, others, why = self.wants(ids, seen)
+        relative = self.facts.relative
+        rows, by_others = rows_to_compute(mask, reads, others, relative, self.reach() if relative else None)
+        if rows.padding and rows.reason is None:
+            count(self.computed, OTHERS if by_others else why)
+        elif rows.queries is not None and self.anybody(reads):
+            self.tell()
+        return rows
+
+    def wants(self, ids: Tensor | None, seen: Seen) -> tuple[bool | Tensor, Tensor | None, str]:
+        """(which rows of padding somebody reads: all, none, or those of a [B, S] bool; where [B, S] a token stands that
+        makes the caller read them if it is masked, or None; who reads)."""
+        reads, why = self.reads(seen)
+        if not self.anybody(reads) or ids is None:
+            return reads, None, why
+        padding = getattr(self.module.config, "pad_token_id", None)
+        return reads, torch.ones_like(ids, dtype=torch.bool) if padding is None else ids != padding, why
+
+    def anybody(self, reads: bool | Tensor) -> bool:
+        """Is it not known who reads, and nothing but wrappers above?"""
+        return reads is False and self.padding == "auto" and self.bare and reading_now() is None
+
+    def reads(self, seen: Seen) -> tuple[bool | Tensor, str]:
+        """(which rows of padding somebody reads: all, none, or those of a [B, S]; who)."""
+        if self.padding == "exact":
+            return True, EXACT
+        if seen.whole is not None or seen.pools is not None:
+            return True, f"{seen.whole or seen.pools}, which may look at more than one token"
+        now = reading_now()
+        if self.padding == "zero":
+            return (False, "") if now is None else (now.needs, now.why)
+        if listeners(self.module, sharded=True):
+            return True, f"a hook on the {type(self.module).__name__} sees it"
+        if now is not None:
+            return now.rows, now.why
+        return (False, "") if self.bare else (True, ABOVE)
+
+    def tell(self) -> None:
+        """Zeros in place of what the original has there: said once."""
+        if count(self.told, ZEROS) == 1:
+            warnings.warn(f"{type(self.module).__name__}: {ZEROS}", stacklevel=6)
+
+    def reach(self) -> int | None:
+        """How far a token sees in the layer where it sees least; None: everywhere."""
+        if self.facts.positions != "rotary":
+            return None
+        facts, sees = self.facts.layer, []
+        for kind in {at(layer, facts.attention_type) for _, layer in self.layers()}:
+            if kind == "sliding_attention":
+                sees.append(self.module.config.sliding_window)
+            elif not isinstance(kind, str) and min(kind) >= 0:
+                sees.append(min(kind))
+        return min(sees, default=None)
+
     # ---- the pass ----
 
     def __call__(self, *args, **kwargs):
-        given = self.named(args, kwargs)
-        reason = self.why_not(given)
-        padding = reason is None and self.keeps_padding(given.get("attention_mask"))
-        if padding:
-            reason = self.why_not_padded(given["attention_mask"])
+        given, seen = self.named(args, kwargs), self.look()
+        reason, rows = self.why_not(given, seen), FULL
+        if reason is None:
+            rows = self.rows(given.get("attention_mask"), given.get("input_ids"), seen)
+            reason = rows.reason
         if reason is not None:
             self.warn(reason)
             return self.original(*args, **kwargs)
-        shared = self.pack(given, padding)
-        hidden_states = [] if self.asked(given, "output_hidden_states") else None
-        x = self.run(shared, given.get("inputs_embeds"), hidden_states)
-        return self.finish(x, shared.batch, hidden_states or [], given)
+        shared = self.pack(given, rows, seen)
+        x, states = self.run(shared, seen, given.get("inputs_embeds"), self.wanted(given))
+        return self.finish(x, shared.batch, states, given)
 
-    def run(self, shared: Shared, embeds: Tensor | None = None, hidden_states: list[Tensor] | None = None) -> Tensor:
-        """The embeddings and the layers: x [T, C]. What goes into each layer is added to `hidden_states`,
-        and what goes into the last LayerNorm where that is the last of them."""
-        x = self.embed(shared, embeds)
+    def wanted(self, given: dict[str, Any]) -> set[int] | None:
+        """The places of the hidden states that are asked for; None where none is."""
+        asked = self.asked(given, "output_hidden_states")
+        if not asked:
+            return None
+        count = len(list(self.layers())) + 1
+        return set(range(count)) if asked is True else {i % count for i in asked if -count <= i < count}
+
+    def run(
+        self, shared: Shared, seen: Seen, embeds: Tensor | None = None, wanted: set[int] | None = None
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """The embeddings and the layers: x [T, C], and [B, S, C] of what goes into each layer, None where it is not
+        wanted; and of what goes into the last LayerNorm, where that is the last of the states."""
+        states: list[Tensor | None] = []
+
+        def shown(x: Tensor) -> Tensor:
+            place = len(states)
+            if wanted is None or place not in wanted:
+                states.append(None)
+                return x
+            states.append(shared.batch.pad(x))
+            # what is returned lies on the way to the loss, so that it gets a gradient
+            return shared.batch.unpad(states[-1]) if torch.is_grad_enabled() and x.requires_grad else x
+
+        x = self.embed(shared, seen, embeds)
         for index, layer in self.layers():
-            if hidden_states is not None:
-                hidden_states.append(x)
-            x = layer(x, shared, index)
-        if hidden_states is not None and not self.facts.last_state_normed:
-            hidden_states.append(x)
+            x = layer(shown(x), shared, index)
+        if not self.facts.last_state_normed:
+            x = shown(x)
         if self.facts.final_norm is not None:
-            x = norm_only(x, at(self.module, self.facts.final_norm), shared)
-        return x
+            x = norm_only(x, self.part(self.facts.final_norm, seen.final_norm), shared)
+        return only_once(x, self.impl), states
 
-    def finish(self, x: Tensor, batch: PackedBatch, hidden_states: list[Tensor], given: dict[str, Any]):
+    def finish(self, x: Tensor, batch: PackedBatch, states: list[Tensor | None], given: dict[str, Any]):
         """transformers' output of the last hidden state x [T, C], and of what went into each layer."""
         encoder, facts = self.module, self.facts
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
@@ -191,15 +243,11 @@ class EncoderForward(Forward):
             else:
                 activation = at(encoder, facts.pooler_activation)
                 fields["pooler_output"] = activation(encoder.pooler(last_hidden_state[:, 0]))
-        if hidden_states:
-            last = last_hidden_state
-            if not facts.last_state_normed:
-                *hidden_states, last = hidden_states
-                last = batch.pad(last)
-            count, asked = len(hidden_states) + 1, self.asked(given, "output_hidden_states")
-            kept = range(count) if asked is True else {i % count for i in asked if -count <= i < count}
-            states = (*(batch.pad(h) if i in kept else None for i, h in enumerate(hidden_states)), last)
-            fields["hidden_states"] = states if count - 1 in kept else (*states[:-1], None)
+        wanted = self.wanted(given)
+        if wanted is not None:
+            if facts.last_state_normed:
+                states = [*states, last_hidden_state if len(states) in wanted else None]
+            fields["hidden_states"] = tuple(states)
         return self.output(fields, self.asked(given, "return_dict"))
 
     def output(self, fields: dict[str, Any], return_dict: bool):
@@ -213,64 +261,60 @@ class EncoderForward(Forward):
             return tuple(fields.values())
         return getattr(transformers.modeling_outputs, self.facts.output)(**fields)
 
-    def keeps_padding(self, mask: Tensor | None) -> bool:
-        """Would somebody miss what is computed at the padding of this mask [B, S]? Waits for the device.
-
-        While a graph is traced nobody can tell: the number of real tokens is data, so padding stays.
-        """
-        if mask is None or torch.compiler.is_compiling():
-            return mask is not None
-        real = mask != 0
-        if isinstance(self.reads, str):
-            return not real.all()
-        unseen = real[:, 0].all()  # the first column is read by poolers, classifiers and people
-        if self.facts.relative:  # no holes, so that distances stay what they were
-            unseen &= (real[:, 1:] <= real[:, :-1]).all()
-        if self.reads is not None and self.reads.shape == real.shape:
-            unseen &= ~(self.reads & ~real).any()
-        return not unseen
-
-    def why_not_padded(self, mask: Tensor) -> str | None:
-        """A query that sees no key gives zero here and the mean of all values there; the original knows which."""
-        if self.facts.positions == "rotary":
-            return "padding that is read, or lies left of a token, under a sliding window"
-        if not torch.compiler.is_compiling() and not (mask != 0).any(1).all():
-            return "a sequence has no token"
-        return None
-
-    def pack(self, given: dict[str, Any], padding: bool) -> Shared:
-        """The batch without its padding, or with it and a mask. While a graph is traced a full batch stays [B, S] too,
-        so that its lengths are shapes and not data."""
-        encoder, mask, positions = self.module, given.get("attention_mask"), given.get("position_ids")
-        ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
-        rows, width = (ids if embeds is None else embeds).shape[:2]
+    def pack(self, given: dict[str, Any], rows: Rows, seen: Seen) -> Shared:
+        """The batch without the rows that nobody reads. While a graph is traced a full batch stays [B, S] too, so that
+        its lengths are shapes and not data."""
+        ids, embeds, positions = given.get("input_ids"), given.get("inputs_embeds"), given.get("position_ids")
+        height, width = (ids if embeds is None else embeds).shape[:2]
         if positions is None and self.facts.positions == "after_padding_idx":
             positions = self.count_positions(ids, embeds)
         if embeds is not None and positions is None:
-            positions = torch.arange(width, device=embeds.device)[None]
+            positions = torch.arange(width, dtype=torch.int64, device=embeds.device)[None]
         batch = PackedBatch.from_padded(
-            ids, None if padding else mask, given.get("token_type_ids"), positions, shape=(rows, width)
+            ids, rows.queries, given.get("token_type_ids"), positions, shape=(height, width)
         )
+        compiling, trains = torch.compiler.is_compiling(), torch.is_grad_enabled()
+        impl = F.choose_impl(self.impl, batch.positions.device)
+        # all rows with a mask in one call, but for kernels that go by the keys of each sequence
+        everywhere = compiling or self.facts.relative or impl != "triton"
+        masked = rows.padding and rows.queries is None and everywhere
         shared = Shared(
             batch,
             None,
             self.impl,
-            padded=padding or (mask is None and torch.compiler.is_compiling()),
-            infers=not (torch.is_grad_enabled() or torch.compiler.is_compiling() or encoder.training),
-            mask=(mask != 0)[:, None, None, :].expand(rows, 1, width, width) if padding else None,
+            padded=masked or (rows.real is None and compiling),
+            infers=not (trains or compiling or self.module.training),
+            mask=rows.real[:, None, None, :].expand(height, 1, width, width) if masked else None,
+            parts=seen.parts,
+            twice=trains and not compiling and impl == "native" and self.is_eager(),
             **self.tables(width, batch.positions.device),
         )
-        if not shared.padded:
+        if rows.padding and not masked:
+            shared = shared.over_keys(rows.real, impl)
+        elif not shared.padded:
             shared = shared.scheduled()
-        if any(m.training for m in (self.module, *self.passed)):  # dropout may be on in a model that evaluates
-            seed = torch.randint(2**62, (1,), device=batch.cu_seqlens.device)
+        if seen.drops if compiling else self.drops(seen):
+            seed = torch.randint(2**62, (1,), dtype=torch.int64, device=batch.cu_seqlens.device)
             shared = replace(shared, seed=seed, row_ids=batch.row_ids())
         return shared
+
+    def is_eager(self) -> bool:
+        """Is the original's attention made of plain products, which may be differentiated twice?"""
+        return self.module.config._attn_implementation in ("eager", None)
+
+    def drops(self, seen: Seen) -> bool:
+        """Is anything dropped? If not, nothing is drawn from torch's generator, as in the original."""
+        if not any(module.training for module in seen.dropouts):
+            return False
+        if probability(at(self.module, self.facts.dropout)):
+            return True
+        return any(layer.__dict__["forward"].drops() for layer in seen.parts)
 
     def count_positions(self, ids: Tensor | None, embeds: Tensor | None) -> Tensor:
         padding_idx = self.module.embeddings.padding_idx
         if ids is None:
-            return torch.arange(padding_idx + 1, embeds.shape[1] + padding_idx + 1, device=embeds.device)[None]
+            first, device = padding_idx + 1, embeds.device
+            return torch.arange(first, embeds.shape[1] + first, dtype=torch.int64, device=device)[None]
         real = ids != padding_idx
         return real.cumsum(1) * real + padding_idx
 
@@ -288,7 +332,8 @@ class EncoderForward(Forward):
 
     def rotary(self, width: int, device: torch.device) -> dict[str, Any]:
         encoder, config = self.module, self.module.config
-        columns, like = torch.arange(width, device=device)[None], torch.empty(0, device=device)
+        columns = torch.arange(width, dtype=torch.int64, device=device)[None]
+        like = torch.empty(0, dtype=torch.float32, device=device)
         facts = self.facts.layer
         one_of = {at(layer, facts.attention_type): layer for _, layer in self.layers()}
         half = at(next(iter(one_of.values())), facts.head_dim) // 2
@@ -302,7 +347,10 @@ class EncoderForward(Forward):
         rotary = {kind: tuple(t[0, :, :half] for t in pair) for kind, pair in tables.items()}
         return {"rotary": rotary, "windows": windows}
 
-    def embed(self, shared: Shared, embeds: Tensor | None) -> Tensor:
+    def part(self, path: str, verdict: tuple[bool, bool]) -> Part:
+        return Part(at(self.module, path), *verdict)
+
+    def embed(self, shared: Shared, seen: Seen, embeds: Tensor | None) -> Tensor:
         """dropout(norm(word + position + segment)) [T, C], brought to the width of the layers."""
         encoder, facts, batch = self.module, self.facts, shared.batch
         word, norm = at(encoder, facts.word), at(encoder, facts.norm)
@@ -313,8 +361,7 @@ class EncoderForward(Forward):
             types = torch.zeros_like(batch.positions)
         p = probability(at(encoder, facts.dropout))
 
-        tables = [t for t in (word, position, segment) if t is not None]
-        if embeds is None and position is not None and all(map(plain_table, tables)) and plain(norm, nn.LayerNorm):
+        if embeds is None and seen.tables:
             x = F.embedding_layer_norm(
                 batch.input_ids, types if segment is not None else None, batch.positions,
                 word.weight, frozen_row(position), None if segment is None else frozen_row(segment),
@@ -322,43 +369,24 @@ class EncoderForward(Forward):
                 padding_idx=word.padding_idx, impl=shared.impl, **shared.dropout(p, stream=0),
             )  # fmt: skip
         else:
-            x = look_up(word, batch.input_ids) if embeds is None else batch.unpad(embeds)
+            x = word(batch.input_ids) if embeds is None else batch.unpad(embeds)
             if segment is not None:
-                x = x + look_up(segment, types)
+                x = x + segment(types)
             if position is not None:
-                x = x + look_up(position, batch.positions)
-            x = nn.functional.dropout(norm_only(x, norm, shared), p)
+                x = x + position(batch.positions)
+            x = nn.functional.dropout(norm_only(x, self.part(facts.norm, seen.norm), shared), p)
         if facts.project is not None and has(encoder, facts.project):
-            x = at(encoder, facts.project)(x)
+            x = multiply(self.part(facts.project, seen.project), x, shared)
         return x
 
 
-class HeadForward(Forward):
-    """A head that may read the encoder's output at padding: it says so, and the encoder then computes that too.
-
-    A question answering head scores every token, padding too. Any other one with a label a token, that is [B, S],
-    reads the tokens whose label counts.
-    """
-
-    def __init__(self, head: nn.Module, path: str):
-        super().__init__(head)
-        self.path = path  # of the encoder
-        self.all_tokens = type(head).__name__.endswith("ForQuestionAnswering")
-
-    def __call__(self, *args, **kwargs):
-        labels = self.named(args, kwargs).get("labels")
-        encoder = at(self.module, self.path).__dict__.get("forward")
-        if not isinstance(encoder, EncoderForward):  # restored on its own, or another encoder came in its place
-            return self.original(*args, **kwargs)
-        if self.all_tokens:
-            encoder.reads = "every token"
-        elif isinstance(labels, Tensor) and labels.dim() == 2:
-            encoder.reads = labels != -100
-        try:
-            return self.original(*args, **kwargs)
-        finally:
-            encoder.reads = None
+def is_layer(module: nn.Module) -> bool:
+    return isinstance(module.__dict__.get("forward"), LayerForward)
 
 
-def _module_of(hook: Any) -> str:
-    return getattr(getattr(hook, "func", hook), "__module__", "") or ""
+@torch.compiler.assume_constant_result
+def constants(forward: EncoderForward) -> tuple:
+    """What the code of a traced pass depends on: the fields of `Seen` after `watch`, without modules."""
+    seen = look(forward.module, forward.facts, is_layer)
+    drops = seen.reason is None and forward.drops(seen)
+    return seen.reason, seen.whole, seen.pools, (), None, seen.tables, seen.norm, seen.final_norm, seen.project, drops

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import threading
 import warnings
 from types import CodeType
 from typing import Any
@@ -15,8 +16,8 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-# torch.jit.trace records the branches of one batch, and which branch packs depends on the batch
-TRACED = "torch.jit.trace is at work"
+# A count is read and written in two steps, and calls come from several threads.
+_COUNTING = threading.Lock()
 
 
 class Forward:
@@ -70,13 +71,21 @@ class Forward:
         return {**dict(zip(self.names, args, strict=False)), **kwargs}
 
     def warn(self, reason: str) -> None:
-        if reason not in self.warned and not torch.compiler.is_compiling():
+        """Counts a call that the original's code has, and says so the first time."""
+        if torch.compiler.is_compiling():
+            return
+        if count(self.warned, reason) == 1:
             warnings.warn(
                 f"{type(self.module).__name__}: {reason}, so fastbert leaves this call to the model's own code",
                 stacklevel=4,
             )
-        if not torch.compiler.is_compiling():
-            self.warned[reason] = self.warned.get(reason, 0) + 1
 
     def __call__(self, *args, **kwargs):
         raise TypeError(f"{type(self).__name__} has no forward")
+
+
+def count(counts: dict[str, int], what: str) -> int:
+    """One more of `what`; returns how many there are now."""
+    with _COUNTING:
+        counts[what] = counts.get(what, 0) + 1
+        return counts[what]

@@ -14,15 +14,25 @@ from ..graphs import Graphs
 from ..packing import PackedBatch
 from . import facts as table
 from .encoder import EncoderForward
-from .layer import not_plain
-from .pieces import Shared, at, has, plain_table, why_not_plain
+from .own import why_not_here
+from .padding import Policy, rows_to_compute
+from .parts import at, has, not_plain, plain_table, why_not_plain
+from .pieces import Shared
 
 
 class GraphedEncoderForward(EncoderForward):
     """The encoder by replays of `graphs`; a call that cannot be replayed runs as it would without them."""
 
-    def __init__(self, encoder: nn.Module, facts: table.Family, impl: F.Impl | None, graphs: Graphs):
-        super().__init__(encoder, facts, impl)
+    def __init__(
+        self,
+        encoder: nn.Module,
+        facts: table.Family,
+        impl: F.Impl | None,
+        padding: Policy,
+        bare: bool,
+        graphs: Graphs,
+    ):
+        super().__init__(encoder, facts, impl, padding, bare)
         self.graphs: Graphs | None = graphs
 
     def over(self, replica: nn.Module) -> GraphedEncoderForward:
@@ -33,10 +43,10 @@ class GraphedEncoderForward(EncoderForward):
     def __call__(self, *args, **kwargs):
         given = self.named(args, kwargs)
         replayed = self.replay(given)
-        return super().__call__(*args, **kwargs) if replayed is None else self.finish(*replayed, [], given)
+        return super().__call__(*args, **kwargs) if replayed is None else self.finish(*replayed, given)
 
-    def replay(self, given: dict[str, Any]) -> tuple[Tensor, PackedBatch] | None:
-        """(x [T, C], the batch) by a recording of `graphs`, or None: this call runs as it would without them."""
+    def replay(self, given: dict[str, Any]) -> tuple[Tensor, PackedBatch, list] | None:
+        """(x [T, C], the batch, no states) by a recording of `graphs`, or None: it runs as it would without them."""
         graphs = self.graphs
         if graphs is None or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return None
@@ -49,32 +59,38 @@ class GraphedEncoderForward(EncoderForward):
         if reason is not None:
             graphs.calls[reason] += 1
             return None
+        seen = self.seen
 
         def prepare(max_seqlen: int):
             tables = self.tables(max_seqlen, graphs.device)  # they depend on no batch: made once
-            return lambda batch: self.run(Shared(batch, None, self.impl, **tables).scheduled())
+            return lambda batch: self.run(
+                Shared(batch, None, self.impl, parts=seen.parts, **tables).scheduled(), seen
+            )[0]  # fmt: skip
 
         x = graphs.run(self.module, batch, prepare, self.longest())
-        return None if x is None else (x, batch)
+        return None if x is None else (x, batch, [])
 
     def why_not_replayed(self, given: dict[str, Any]) -> str | None:
         if torch.is_grad_enabled():
             return "gradients are on; torch.inference_mode() or torch.no_grad() turns them off"
-        if self.reads is not None:
-            return "a head reads padding"
+        if reason := why_not_here(given):
+            return reason
         ids = given.get("input_ids")
         if not isinstance(ids, Tensor):
             return "there are no input_ids"
         if self.asked(given, "output_hidden_states"):
             return "output_hidden_states was asked for"
-        if not self.graphs.is_same() and (reason := self.why_not_model() or self.why_not_recorded()):
+        # a recording is dropped when a module changes; functions put on classes are looked at here
+        same = self.graphs.is_same() and self.seen is not None and self.seen.watch.code_is_same()
+        if not same and (reason := self.look().reason or self.why_not_recorded()):
             return reason
         return self.why_not_given(given)
 
     def why_not_recorded(self) -> str | None:
         """A recording keeps what the Python code of a module did once: nothing with code of its own is in it."""
         encoder, facts = self.module, self.facts
-        if any(m.training for m in (encoder, *self.passed)):
+        seen = self.look()
+        if any(m.training for m in (encoder, *seen.parts, *seen.dropouts)):
             return "a module is in training mode"
         rotations = [getattr(encoder, "rotary_emb", None)]
         if facts.layer.rotary is not None:
@@ -97,17 +113,26 @@ class GraphedEncoderForward(EncoderForward):
     def pack_on_host(self, given: dict[str, Any]) -> PackedBatch | None:
         """The batch with all that follows from its mask on the host, for one wait; None where padding stays."""
         ids, mask, positions = given["input_ids"], given.get("attention_mask"), given.get("position_ids")
-        rows, width = ids.shape
-        mask = None if mask is None else mask.cpu()
-        if mask is not None and self.keeps_padding(mask):
-            return None
-        if mask is not None and (mask != 0).all():
-            mask = None
-        batch = PackedBatch.from_padded(None, mask, None, torch.arange(width)[None], shape=(rows, width))
+        height, width = ids.shape
+        if mask is not None:
+            reads, others, _ = self.wants(ids, self.seen)
+            planes = [mask != 0, *(t for t in (reads, others) if isinstance(t, Tensor))]
+            mask, *planes = torch.stack(planes).cpu().unbind()
+            reads, others = (planes.pop(0) if isinstance(t, Tensor) else t for t in (reads, others))
+            relative = self.facts.relative
+            rows, _ = rows_to_compute(mask, reads, others, relative, self.reach() if relative else None)
+            if rows.padding or rows.reason is not None:
+                return None
+            mask = rows.real
+            if mask is not None and self.anybody(reads):
+                self.tell()
+        batch = PackedBatch.from_padded(
+            None, mask, None, torch.arange(width, dtype=torch.int64, device="cpu")[None], shape=(height, width)
+        )
         indices = None if batch.indices is None else batch.indices.to(ids.device)
 
         def take(plane: Tensor | None) -> Tensor | None:
-            flat = None if plane is None else plane.expand(rows, width).reshape(-1)
+            flat = None if plane is None else plane.expand(height, width).reshape(-1)
             return flat if flat is None or indices is None else flat[indices]
 
         if positions is None and self.facts.positions == "after_padding_idx":

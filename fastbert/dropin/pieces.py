@@ -1,69 +1,22 @@
-"""Steps of a layer, from the modules somebody else made.
-
-A module is taken apart, and its parameters given to a fused operator, only where it is exactly torch's own and nobody
-listens to it. Whatever else stands in its place (a LoRA adapter, a quantised layer, a parametrisation) is called.
-"""
+"""Steps of a layer, from the modules somebody else made: each taken apart, or called, as `parts` found it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Hashable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import functional as F
 from ..kernels import _prepack
-from ..layers import JoinedLinears, activation_name
+from ..layers import JoinedLinears
 from ..models.bert import Pass
-
-
-def at(module: Any, path: str) -> Any:
-    """The attribute of an attribute: at(layer, "attention.self.query")."""
-    for name in path.split("."):
-        module = getattr(module, name)
-    return module
-
-
-def has(module: Any, path: str) -> bool:
-    for name in path.split("."):
-        if not hasattr(module, name):
-            return False
-        module = getattr(module, name)
-    return True
-
-
-def listeners(module: nn.Module) -> list:
-    """Everything that wants to see or change what goes through this module."""
-    return [
-        *module._forward_pre_hooks.values(),
-        *module._forward_hooks.values(),
-        *module._backward_pre_hooks.values(),
-        *module._backward_hooks.values(),
-    ]
-
-
-def why_not_plain(module: nn.Module, kind: type[nn.Module]) -> str | None:
-    """None where `module` is torch's `kind` and no more, so that its parameters say all; else what it is."""
-    if type(module) is not kind:
-        cls = type(module)
-        return f"a {cls.__name__}" + (f" of {cls.__module__}" if cls.__name__ == kind.__name__ else "")
-    if "forward" in module.__dict__:
-        return "its forward was replaced"
-    if any(p is not None and type(p) not in (nn.Parameter, Tensor) for p in module._parameters.values()):
-        return f"its weight is a {type(module.weight).__name__}"
-    return "it has hooks" if listeners(module) else None
-
-
-def plain(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
-    return why_not_plain(module, kind) is None
-
-
-def fused_activation(activation: Callable) -> str | None:
-    """The operators' name of an activation that nobody listens to, or None."""
-    return None if isinstance(activation, nn.Module) and listeners(activation) else activation_name(activation)
+from .parts import LayerParts, Part, usable
 
 
 def probability(dropout: nn.Module | float | None) -> float:
@@ -82,6 +35,11 @@ class Shared(Pass):
         rotary: kind of layer -> (cos, sin).
         windows: kind of layer -> (left, right), or None.
         infers: nothing of this pass is trained, so weights on a CPU may be multiplied from copies laid out for it.
+        parts: of each layer, or None: each looks at its own.
+        twice: second derivatives may follow, which SDPA has in its plain form alone.
+        keys: [Tk], the rows that are keys, where some rows are queries only.
+        cu_seqlens_k: [B + 1] int32, the same for them as `batch.cu_seqlens` for the queries.
+        spans: (first query, queries, first key, keys) of each sequence, on the host, where no kernel goes by them.
     """
 
     padded: bool = False
@@ -90,6 +48,25 @@ class Shared(Pass):
     rotary: dict[Hashable, tuple[Tensor, Tensor]] | None = None
     windows: dict[Hashable, tuple[int, int] | None] | None = None
     infers: bool = False
+    parts: dict[nn.Module, LayerParts] | None = None
+    twice: bool = False
+    keys: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+    spans: list[tuple[int, int, int, int]] | None = None
+
+    def over_keys(self, real: Tensor, impl: F.Impl) -> Shared:
+        """With the rows of the tokens that are `real` [B, S] as keys, and all others as queries only."""
+        batch = self.batch
+        flat = real.flatten()
+        keys = (flat if batch.indices is None else flat[batch.indices]).nonzero().squeeze(1)
+        cu_seqlens_k = torch.zeros_like(batch.cu_seqlens)
+        torch.cumsum(real.sum(1), 0, out=cu_seqlens_k[1:])
+        spans = None
+        if impl != "triton":
+            starts = [t.tolist() for t in (batch.cu_seqlens, cu_seqlens_k)]
+            (rows, ends), (first, last) = ((t[:-1], t[1:]) for t in starts)
+            spans = [(a, b - a, c, d - c) for a, b, c, d in zip(rows, ends, first, last, strict=True)]
+        return replace(self, keys=keys, cu_seqlens_k=cu_seqlens_k, spans=spans)
 
     def scheduled(self) -> Shared:
         """With what attention derives from the lengths."""
@@ -98,7 +75,6 @@ class Shared(Pass):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, stream: int, kind: Hashable = None) -> Tensor:
         """q, k, v [T, H, D] -> [T, H * D]."""
-        batch = self.batch
         options = self.dropout(dropout_p, stream)
         options.pop("row_ids", None)
         if self.bias is not None:
@@ -107,14 +83,62 @@ class Shared(Pass):
             options["mask"] = self.mask
         if kind is not None:
             options |= {"rotary": self.rotary[kind], "window": self.windows[kind]}
-        if not self.padded:
-            o = F.attention(
-                q, k, v, batch.cu_seqlens, batch.max_seqlen, schedule=self.schedule, impl=self.impl, **options
-            )
-        else:
+        with sdpa_kernel(SDPBackend.MATH) if self.twice else nullcontext():
+            return self._attend(q, k, v, options).flatten(1)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
+        batch, impl = self.batch, self.impl
+        if self.padded:
             q, k, v = (t.unflatten(0, batch.padded_shape) for t in (q, k, v))
-            o = F.attention_padded(q, k, v, impl=self.impl, **options).flatten(0, 1)
-        return o.flatten(1)
+            return F.attention_padded(q, k, v, impl=impl, **options).flatten(0, 1)
+        if self.keys is None:
+            schedule = self.schedule
+            return F.attention(q, k, v, batch.cu_seqlens, batch.max_seqlen, schedule=schedule, impl=impl, **options)
+        k, v, longest = k[self.keys], v[self.keys], batch.max_seqlen
+        if self.spans is None:
+            over = {"cu_seqlens_k": self.cu_seqlens_k, "max_seqlen_k": longest}
+            return F.attention(q, k, v, batch.cu_seqlens, longest, impl=impl, **over, **options)
+        outputs = []
+        for number, (row, rows, key, keys) in enumerate(self.spans):
+            if "seed" in options:
+                options["sequence_ids"] = torch.tensor([number], dtype=torch.int64, device=q.device)
+            of_one = (
+                t[start : start + count][None] for t, start, count in ((q, row, rows), (k, key, keys), (v, key, keys))
+            )
+            outputs.append(F.attention_padded(*of_one, impl=impl, **options)[0])
+        return torch.cat(outputs)
+
+
+class OnlyOnce(torch.autograd.Function):
+    """x, whose gradient has none itself: the Triton kernels' backward passes are not differentiable, and torch would go
+    on without them, with no more than a warning."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "fastbert: second derivatives (create_graph=True) do not go through its Triton kernels; "
+                'fastbert.restore(model), or fastbert.accelerate(model, impl="native"), for these calls'
+            )
+        return dy
+
+
+def only_once(x: Tensor, impl: F.Impl | None) -> Tensor:
+    """The output of a pass, behind `OnlyOnce` where kernels made it."""
+    if torch.is_grad_enabled() and x.requires_grad and F.choose_impl(impl, x.device) == "triton":
+        return OnlyOnce.apply(x)
+    return x
+
+
+def call(part: Part, x: Tensor, shared: Shared) -> Tensor:
+    """part(x) of x [T, C]. What may look at more than a token gets [B, S, C], which is then all of the batch."""
+    if not part.whole:
+        return part.module(x)
+    return part.module(x.unflatten(0, shared.batch.padded_shape)).flatten(0, 1)
 
 
 def readied(shared: Shared, *linears: nn.Linear) -> None:
@@ -124,97 +148,97 @@ def readied(shared: Shared, *linears: nn.Linear) -> None:
             _prepack.mark(linear.weight)
 
 
-def multiply(linear: nn.Module, x: Tensor, shared: Shared) -> Tensor:
+def apart(*parts: Part) -> bool:
+    """Can all of them be taken apart now? A sharded module holds other weights outside of its call than within."""
+    return all(part.plain and usable(part.module.weight) and usable(part.module.bias) for part in parts)
+
+
+def multiply(part: Part, x: Tensor, shared: Shared) -> Tensor:
     """linear(x)."""
-    if not plain(linear):
-        return linear(x)
+    if not apart(part):
+        return call(part, x, shared)
+    linear = part.module
     readied(shared, linear)
     return F.linear(x, linear.weight, linear.bias, impl=shared.impl)
 
 
 def project(
-    x: Tensor, linears: list[nn.Module], joined: JoinedLinears, head_dim: int, shared: Shared
+    x: Tensor, parts: tuple[Part, ...], joined: JoinedLinears, head_dim: int, shared: Shared
 ) -> Iterable[Tensor]:
     """x [T, C] -> q, k, v [T, H, D], as views of one product where the linear layers allow it."""
-    if len(linears) == 1:
-        return multiply(linears[0], x, shared).unflatten(-1, (3, -1, head_dim)).unbind(1)
-    if all(plain(linear) for linear in linears) and len({linear.bias is None for linear in linears}) == 1:
+    if len(parts) == 1:
+        return multiply(parts[0], x, shared).unflatten(-1, (3, -1, head_dim)).unbind(1)
+    linears = [part.module for part in parts]
+    if apart(*parts) and len({linear.bias is None for linear in linears}) == 1:
         readied(shared, *linears)
         return joined(x, linears, shared.impl).unflatten(-1, (3, -1, head_dim)).unbind(1)
-    return [linear(x).unflatten(-1, (-1, head_dim)) for linear in linears]
+    return [call(part, x, shared).unflatten(-1, (-1, head_dim)) for part in parts]
 
 
-def linear_without_bias(linear: nn.Module, x: Tensor, fold: bool, shared: Shared) -> tuple[Tensor, Tensor | None]:
+def linear_without_bias(part: Part, x: Tensor, fold: bool, shared: Shared) -> tuple[Tensor, Tensor | None]:
     """(y, the bias still to be added): with `fold` a plain layer leaves its bias to the LayerNorm that follows."""
-    if fold and linear.bias is not None and plain(linear):
-        return F.linear(x, linear.weight, impl=shared.impl), linear.bias
-    return multiply(linear, x, shared), None
+    if fold and apart(part) and part.module.bias is not None:
+        return F.linear(x, part.module.weight, impl=shared.impl), part.module.bias
+    return multiply(part, x, shared), None
 
 
 def add_norm(
-    y: Tensor, y_bias: Tensor | None, residual: Tensor, norm: nn.Module, dropout_p: float, shared: Shared, stream: int
+    y: Tensor, y_bias: Tensor | None, residual: Tensor, part: Part, dropout_p: float, shared: Shared, stream: int
 ) -> Tensor:
     """norm(dropout(y + y_bias) + residual)."""
-    if plain(norm, nn.LayerNorm):
+    if apart(part):
+        norm = part.module
         return F.add_layer_norm(
             y, residual, norm.weight, norm.bias, norm.eps, x_bias=y_bias,
             impl=shared.impl, **shared.dropout(dropout_p, stream),
         )  # fmt: skip
-    return norm(nn.functional.dropout(y if y_bias is None else y + y_bias, dropout_p) + residual)
+    return call(part, nn.functional.dropout(y if y_bias is None else y + y_bias, dropout_p) + residual, shared)
 
 
-def norm_only(x: Tensor, norm: nn.Module, shared: Shared) -> Tensor:
-    if isinstance(norm, nn.Identity):
-        return x
-    if plain(norm, nn.LayerNorm):
+def norm_only(x: Tensor, part: Part, shared: Shared) -> Tensor:
+    if apart(part):
+        norm = part.module
         return F.add_layer_norm(x, None, norm.weight, norm.bias, norm.eps, impl=shared.impl)
-    return norm(x)
+    return call(part, x, shared)
 
 
 def norm_and_sum(
-    y: Tensor, y_bias: Tensor | None, residual: Tensor, norm: nn.Module, dropout_p: float, shared: Shared, stream: int
+    y: Tensor, y_bias: Tensor | None, residual: Tensor, part: Part, dropout_p: float, shared: Shared, stream: int
 ) -> tuple[Tensor, Tensor]:
     """(norm(z), z) with z = dropout(y + y_bias) + residual."""
-    if plain(norm, nn.LayerNorm):
+    if apart(part):
+        norm = part.module
         return F.add_layer_norm_sum(
             y, residual, norm.weight, norm.bias, norm.eps, x_bias=y_bias,
             impl=shared.impl, **shared.dropout(dropout_p, stream),
         )  # fmt: skip
     z = nn.functional.dropout(y if y_bias is None else y + y_bias, dropout_p) + residual
-    return norm(z), z
+    return call(part, z, shared), z
 
 
 def feed_forward(
-    x: Tensor, up: nn.Module, activation: Callable, down: nn.Module, shared: Shared,
+    x: Tensor, up: Part, activation: Part, name: str | None, down: Part, shared: Shared,
     *, gated: bool = False, inner_dropout: float = 0.0, fold: bool = False,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """(down(dropout(act(up(x)))), the bias still to be added)."""
-    name = fused_activation(activation)
+    """(down(dropout(act(up(x)))), the bias still to be added). name: the operators' for the activation."""
     if gated:
         name = {"gelu": "geglu"}.get(name)
-    if name is not None and inner_dropout == 0.0 and plain(up) and plain(down):
-        readied(shared, up, down)
-        folded = down.bias if fold else None
+    if name is not None and inner_dropout == 0.0 and apart(up, down):
+        first, second = up.module, down.module
+        readied(shared, first, second)
+        folded = second.bias if fold else None
         y = F.feed_forward(
-            x, up.weight, up.bias, down.weight, None if folded is not None else down.bias, name, impl=shared.impl
-        )
+            x, first.weight, first.bias, second.weight, None if folded is not None else second.bias, name,
+            impl=shared.impl,
+        )  # fmt: skip
         return y, folded
-    h = up(x)
+    h = multiply(up, x, shared)
     if gated:
         first, second = h.chunk(2, dim=-1)
-        h = activation(first) * second
+        h = call(activation, first, shared) * second
     else:
-        h = activation(h)
-    return down(nn.functional.dropout(h, inner_dropout)), None
-
-
-def look_up(table: nn.Module, ids: Tensor) -> Tensor:
-    return table(ids)
-
-
-def plain_table(table: nn.Module) -> bool:
-    """An nn.Embedding whose gradient is an ordinary one."""
-    return plain(table, nn.Embedding) and table.max_norm is None and not (table.sparse or table.scale_grad_by_freq)
+        h = call(activation, h, shared)
+    return multiply(down, nn.functional.dropout(h, inner_dropout), shared), None
 
 
 def frozen_row(table: nn.Embedding) -> Tensor:

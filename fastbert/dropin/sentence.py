@@ -20,18 +20,32 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..batching import CHUNK_TEXTS, even_batches, run_batches, tokens_per_batch
-from .encoder import EncoderForward, _module_of
+from .encoder import EncoderForward
 from .forward import Forward
-from .pieces import listeners
+from .own import listeners
+from .padding import Policy, Reading, reading, reading_now
 
 # class of the model -> the methods that may hold the loop over batches, the innermost first
 METHODS = {"SentenceTransformer": ("_inference", "encode"), "CrossEncoder": ("_inference", "predict")}
 PUBLIC = {"SentenceTransformer": "encode", "CrossEncoder": "predict, rank"}
+# classes of sentence-transformers that leave padding alone, or see one vector a text, and what makes sure of it
+BY_MASK = {
+    "Pooling": lambda module: True,
+    "SpladePooling": lambda module: True,
+    "WeightedLayerPooling": lambda module: True,
+    "Normalize": lambda module: getattr(module, "module_input_name", VECTOR) == VECTOR,
+    "Dense": lambda module: getattr(module, "module_input_name", VECTOR) == VECTOR,
+    "LayerNorm": lambda module: True,
+    "Dropout": lambda module: True,
+}
+VECTOR = "sentence_embedding"
 # Texts handed to the tokenizer at once, which pads them to the longest.
 TOKENISED_TEXTS = 128
 # Texts a step of a progress bar.
 SHOWN_TEXTS = 512
 ROWS = "fastbert_rows"
+# classes that hold a transformer of transformers and pass its rows on
+TRANSFORMERS = ("Transformer", "MLMTransformer")
 
 
 class CannotPack(Exception):
@@ -44,6 +58,57 @@ def kind_of(module: nn.Module) -> str | None:
         if cls.__name__ in METHODS and cls.__module__.startswith("sentence_transformers."):
             return cls.__name__
     return None
+
+
+def is_pipeline(model: nn.Module) -> bool:
+    """Is this a list of modules of sentence-transformers, the first of which holds an accelerated encoder?"""
+    of_library = any(cls.__module__.startswith("sentence_transformers.") for cls in type(model).__mro__)
+    if not (of_library and isinstance(model, nn.Sequential) and len(model)):
+        return False
+    return any(isinstance(m.__dict__.get("forward"), EncoderForward) for m in model[0].modules())
+
+
+def why_read(model: nn.Sequential) -> str | None:
+    """Why padding may be read in this list of modules, or seen by somebody: not all of them are known."""
+    for module in model:
+        cls = type(module)
+        if not cls.__module__.startswith("sentence_transformers."):
+            return f"a {cls.__name__} is not known to leave padding alone"
+        if "forward" in module.__dict__:
+            return f"the forward of a {cls.__name__} was replaced"
+        if listeners(module):
+            return f"a {cls.__name__} has a hook"
+        if module is not model[0] and not BY_MASK.get(cls.__name__, lambda module: False)(module):
+            return f"a {cls.__name__} is not known to leave padding alone"
+    return None if type(model[0]).__name__ in TRANSFORMERS else f"its first module is a {type(model[0]).__name__}"
+
+
+class PooledForward(Forward):
+    """A list of modules of sentence-transformers: runs its own code, and within it the encoder knows what is read."""
+
+    def why_read(self) -> str | None:
+        model = self.module
+        if listeners(model):
+            return f"a {type(model).__name__} has a hook"
+        if type(model).forward.__module__.partition(".")[0] not in ("sentence_transformers", "torch"):
+            return f"{type(model).__name__} has a forward of its own"
+        return why_read(model)
+
+    def reads(self) -> Reading:
+        """What this call reads; the rows of tokens that are also returned are not known to be read."""
+        why = self.why_read()
+        return Reading() if why is None else Reading(True, why=why)
+
+    def says(self) -> str:
+        why = self.why_read()
+        return "its poolings leave padding alone" if why is None else f"padding is computed: {why}"
+
+    def __call__(self, *args, **kwargs):
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # nothing is left out of a traced pass
+            return self.original(*args, **kwargs)
+        outer = reading_now()
+        with reading(self.reads() if outer is None or not outer.shows else outer):
+            return self.original(*args, **kwargs)
 
 
 def method_of(model: nn.Module, kind: str) -> str | None:
@@ -73,8 +138,8 @@ def why_left(model: nn.Module, kind: str) -> str | None:
 class BatchedMethod(Forward):
     """`_inference`, `encode` or `predict` of one model, in place of its class's."""
 
-    def __init__(self, model: nn.Module, kind: str):
-        self.module, self.kind = model, kind
+    def __init__(self, model: nn.Module, kind: str, padding: Policy = "auto"):
+        self.module, self.kind, self.padding = model, kind, padding
         self.name = method_of(model, kind)
         self.warned: dict[str, int] = {}
 
@@ -109,6 +174,9 @@ class BatchedMethod(Forward):
             except CannotPack as error:
                 reason = str(error)
         self.warn(reason)
+        if given.get("output_value", "") is None:  # the caller gets the rows of all tokens
+            with reading(Reading(shows=True, why="output_value=None returns the rows of all tokens")):
+                return self.original(*args, **kwargs)
         return self.original(*args, **kwargs)
 
     def why_not(self, texts: Any, given: dict[str, Any]) -> str | None:
@@ -116,6 +184,8 @@ class BatchedMethod(Forward):
         model = self.module
         if reason := why_left(model, self.kind):
             return reason
+        if self.padding != "zero" and (reason := why_read(model)):
+            return f"{reason}, and other batches have other padding"
         if not isinstance(texts, str) and not all(map(_is_text, texts)):
             return "not all inputs are texts"
         if "output_value" in given and given["output_value"] is None:
@@ -130,8 +200,7 @@ class BatchedMethod(Forward):
             own = module.__dict__.get("forward")
             if own is not None and not isinstance(own, Forward):
                 return f"the forward of a {type(module).__name__} was replaced"
-            # transformers' own hooks sleep unless its own code runs
-            if any(not _module_of(h).startswith("transformers.utils") for h in listeners(module)):
+            if listeners(module):
                 return f"a {type(module).__name__} has a hook"
         return None
 
@@ -197,7 +266,7 @@ class Regrouped:
         modes = _modes(device)
 
         def encode(numbers: list[int]) -> None:
-            with modes():
+            with modes(), reading(Reading()):  # by `why_not`, or because the caller says so
                 out = type(model).forward(model, {**features, **rows.batch(numbers, device)}, **kwargs)
                 outputs[numbers[0]] = {name: out[name] for name in self.kept if name in out}
 

@@ -2,96 +2,190 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import warnings
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn as nn
 from torch import Tensor
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .. import functional as F
-from ..graphs import CONTAINERS
 from ..layers import attention_masks, multi_head_attention, same_where_same
 from ..packing import PackedBatch
-from .forward import TRACED, Forward
-from .pieces import (
-    Shared,
-    add_norm,
-    feed_forward,
-    listeners,
-    norm_and_sum,
-    norm_only,
-    plain,
-    probability,
-)
+from .forward import Forward, count
+from .own import LIBRARY, Watch, listeners, why_not_here, why_own
+from .padding import EMPTY, ZEROS, Policy
+from .parts import Part, by_token, fused_activation, usable, verdict, why_not_dropout
+from .pieces import Shared, add_norm, feed_forward, norm_and_sum, norm_only, only_once, probability
 
-
-def is_torch(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Is `module` of torch's own `kind`, or of a subclass that computes the same?"""
-    return isinstance(module, kind) and type(module).forward is kind.forward
+TORCH_NN = "torch.nn.modules."
+DROPOUTS = ("dropout", "dropout1", "dropout2")
 
 
 def why_not_attention(module: nn.MultiheadAttention) -> str | None:
-    if not is_torch(module, nn.MultiheadAttention):
-        return f"attention is a {type(module).__name__}"
+    if why := why_own(module, ("MultiheadAttention",), TORCH_NN):
+        return why
     if module.bias_k is not None or module.add_zero_attn:
         return "add_bias_kv and add_zero_attn are not among the fused operators' options"
+    if not all(usable(p) for p in module.parameters()):
+        return "its weights are not ordinary tensors"
     return None
 
 
 def why_not_layer(layer: nn.Module) -> str | None:
-    if not is_torch(layer, nn.TransformerEncoderLayer):
-        return f"a layer is a {type(layer).__name__}"
+    if why := why_own(layer, ("TransformerEncoderLayer",), TORCH_NN):
+        return why
     attention = layer.self_attn
-    if attention.in_proj_weight is None:
+    if isinstance(attention, nn.MultiheadAttention) and attention.in_proj_weight is None:
         return "q, k and v are projected from different widths"
-    return why_not_attention(attention)
+    dropouts = (why_not_dropout(getattr(layer, name)) for name in DROPOUTS)
+    return next((why for why in dropouts if why), None) or why_not_attention(attention)
+
+
+def why_not_stack(stack: nn.Module) -> str | None:
+    if why := why_own(stack, ("TransformerEncoder",), TORCH_NN):
+        return why
+    if reason := next((r for layer in stack.layers if (r := why_not_layer(layer))), None):
+        return reason
+    heads = {layer.self_attn.num_heads for layer in stack.layers}
+    return None if len(heads) == 1 else "layers differ in their number of heads"
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a close look at a module found; good as long as `watch.is_same()`.
+
+    Attributes:
+        reason: why every call runs the original's code, or None.
+        whole: a part that may look at more than a token: with it in place padding is computed; or None.
+        parts: whether linear1, linear2, norm1, norm2 and activation of a layer are taken apart, and called whole.
+        name: the operators' name of the activation.
+    """
+
+    watch: Watch | None
+    reason: str | None
+    whole: str | None = None
+    parts: tuple[tuple[bool, bool], ...] = ()
+    name: str | None = None
 
 
 class TorchForward(Forward):
-    """What these three share: fallback with a warning, and torch's shapes."""
+    """What these three share: fallback with a warning, and torch's shapes.
 
-    def __init__(self, module: nn.Module, impl: F.Impl | None):
+    padding, bare: as in `EncoderForward`.
+    """
+
+    why_left = None  # module -> why it cannot be replaced
+
+    def __init__(self, module: nn.Module, impl: F.Impl | None, padding: Policy = "auto", bare: bool = True):
         super().__init__(module)
-        self.impl = impl
-        self.passed = [m for path, m in module.named_modules() if path and not isinstance(m, CONTAINERS)]
+        self.impl, self.padding, self.bare = impl, padding, bare
+        self.seen: Seen | None = None
+        self.told: dict[str, int] = {}
+
+    def over(self, replica: nn.Module) -> TorchForward:
+        forward = super().over(replica)
+        forward.seen = None
+        return forward
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"seen": None}
+
+    def look(self) -> Seen:
+        if torch.compiler.is_compiling():
+            return Seen(None, *constants(self))
+        seen = self.seen  # one thread may put another one there meanwhile
+        if seen is None or not seen.watch.is_same():
+            reason = type(self).why_left(self.module) or self.who_listens()
+            found = (None,) if reason else self.look_closely()
+            inner = list(self.module.modules())
+            activations = [(m.__dict__, "activation") for m in inner if isinstance(m, nn.TransformerEncoderLayer)]
+            seen = self.seen = Seen(Watch(inner, [*LIBRARY, *activations]), reason, *found)
+        return seen
+
+    def look_closely(self) -> tuple:
+        """The fields of `Seen` after `reason`."""
+        return (None,)
+
+    def who_listens(self) -> str | None:
+        for path, module in self.module.named_modules():
+            # torch never calls the output layer of its attention, whose weight it takes
+            if path and not path.endswith("out_proj") and listeners(module):
+                return f"a {type(module).__name__} has a hook"
+        return None
 
     def fall_back(self, reason: str, given: dict):
         self.warn(reason)
         return self.original(**given)
 
-    @property
-    def drops(self) -> bool:
-        """May anything be dropped? A dropout module may be on in a model that evaluates."""
-        return any(m.training for m in (self.module, *self.passed))
+    def computes(self, given: dict, zeros: bool) -> bool:
+        """Is padding computed? zeros: torch would give zeros there too."""
+        if given.get("src_key_padding_mask") is None or self.look().whole is not None:
+            return True
+        if zeros or self.padding == "zero":
+            return False
+        if self.padding == "exact" or not self.bare or listeners(self.module):
+            return True
+        if not torch.compiler.is_compiling() and count(self.told, ZEROS) == 1:
+            warnings.warn(f"{type(self.module).__name__}: {ZEROS}", stacklevel=5)
+        return False
 
-    def who_listens(self) -> str | None:
-        for module in self.passed:
-            if isinstance(module, nn.Linear) and type(module) is nn.Linear:
-                continue  # it is called if anybody listens
-            if listeners(module):
-                return f"a {type(module).__name__} has a hook"
-            if "forward" in module.__dict__ and not isinstance(module.__dict__["forward"], Forward):
-                return f"the forward of a {type(module).__name__} was replaced"
-        return None
+    def says(self) -> str:
+        raise TypeError(f"{type(self).__name__} says nothing")
+
+
+@torch.compiler.assume_constant_result
+def constants(forward: TorchForward) -> tuple:
+    """The fields of `Seen` after `watch`, for a traced pass."""
+    reason = type(forward).why_left(forward.module) or forward.who_listens()
+    found = (None,) if reason else forward.look_closely()
+    return (reason, *found, *(None, (), None)[len(found) :])
 
 
 class LayerForward(TorchForward):
     """nn.TransformerEncoderLayer: packed where an encoder gives what its layers share, else on its own."""
+
+    why_left = staticmethod(why_not_layer)
+
+    def look_closely(self) -> tuple:
+        layer = self.module
+        linears = tuple(verdict(getattr(layer, name), nn.Linear) for name in ("linear1", "linear2"))
+        norms = tuple(verdict(getattr(layer, name), nn.LayerNorm) for name in ("norm1", "norm2"))
+        parts = (*linears, *norms, (False, not by_token(layer.activation)))
+        names = ("linear1", "linear2", "norm1", "norm2", "activation")
+        whole = next((name for name, (_, whole) in zip(names, parts, strict=True) if whole), None)
+        return whole, parts, fused_activation(layer.activation)
+
+    def says(self) -> str:
+        return "attention, feed_forward, add_layer_norm"
 
     def __call__(self, *args, **kwargs):
         if len(args) == 3 and isinstance(args[1], Shared):
             return self.run(*args)
         given = self.named(args, kwargs)
         src = given["src"]
-        reason = why_not_layer(self.module) or why_not_masks(given) or self.who_listens()
+        reason = why_not_here(given) or self.look().reason or why_not_masks(given) or self.why_not_now()
         if reason is not None:
             return self.fall_back(reason, given)
-        batch_first = self.module.self_attn.batch_first
-        shared, x = pack(given, batch_first, self.module.self_attn.num_heads, self.impl, self.drops)
+        attention = self.module.self_attn
+        shared, x = pack(given, attention, self.impl, self.computes(given, zeros=False), self.drops())
         if shared is None:
-            return self.fall_back("a sequence has no token", given)
-        return unpack(self.run(x, shared, 0), shared, src, batch_first)
+            return self.fall_back(EMPTY, given)
+        return unpack(only_once(self.run(x, shared, 0), self.impl), shared, src, attention.batch_first)
+
+    def why_not_now(self) -> str | None:
+        """torch's inference path drops nothing whatever its dropout modules say, and its other path does."""
+        layer = self.module
+        if not layer.training and any(probability(getattr(layer, name)) for name in DROPOUTS):
+            return "a dropout is on in a layer that evaluates"
+        return None
+
+    def drops(self) -> bool:
+        layer = self.module
+        attention = layer.self_attn
+        p = attention.dropout if attention.training else 0.0
+        return p > 0.0 or any(probability(getattr(layer, name)) > 0.0 for name in DROPOUTS)
 
     def attention(self, x: Tensor, shared: Shared, index: int) -> tuple[Tensor, Tensor | None]:
         module = self.module.self_attn
@@ -99,63 +193,80 @@ class LayerForward(TorchForward):
         q, k, v = qkv.unflatten(-1, (3, module.num_heads, -1)).unbind(1)
         o = shared.attend(q, k, v, module.dropout if module.training else 0.0, stream=index + 1)
         out = module.out_proj
-        if out.bias is not None and self.module.training and plain(out, NonDynamicallyQuantizableLinear):
+        if out.bias is not None and self.module.training:
             return nn.functional.linear(o, out.weight), out.bias
-        return out(o), None
-
-    def feed_forward(self, x: Tensor, shared: Shared, fold: bool) -> tuple[Tensor, Tensor | None]:
-        layer = self.module
-        return feed_forward(
-            x, layer.linear1, layer.activation, layer.linear2, shared,
-            inner_dropout=probability(layer.dropout), fold=fold,
-        )  # fmt: skip
+        return nn.functional.linear(o, out.weight, out.bias), None
 
     def run(self, x: Tensor, shared: Shared, index: int) -> Tensor:
-        layer = self.module
+        layer, seen = self.module, self.look()
+        modules = (layer.linear1, layer.linear2, layer.norm1, layer.norm2, layer.activation)
+        up, down, norm1, norm2, activation = (Part(m, *v) for m, v in zip(modules, seen.parts, strict=True))
         p1, p2, first = probability(layer.dropout1), probability(layer.dropout2), 2 * index + 1
+
+        def forward(x: Tensor, fold: bool) -> tuple[Tensor, Tensor | None]:
+            p = probability(layer.dropout)
+            return feed_forward(x, up, activation, seen.name, down, shared, inner_dropout=p, fold=fold)
+
         if layer.norm_first:
-            y, bias = self.attention(norm_only(x, layer.norm1, shared), shared, index)
-            h, x = norm_and_sum(y, bias, x, layer.norm2, p1, shared, stream=first)
-            return x + nn.functional.dropout(self.feed_forward(h, shared, fold=False)[0], p2)
+            y, bias = self.attention(norm_only(x, norm1, shared), shared, index)
+            h, x = norm_and_sum(y, bias, x, norm2, p1, shared, stream=first)
+            return x + nn.functional.dropout(forward(h, False)[0], p2)
         y, bias = self.attention(x, shared, index)
-        x = add_norm(y, bias, x, layer.norm1, p1, shared, stream=first)
-        y, bias = self.feed_forward(x, shared, fold=layer.training)
-        return add_norm(y, bias, x, layer.norm2, p2, shared, stream=first + 1)
+        x = add_norm(y, bias, x, norm1, p1, shared, stream=first)
+        y, bias = forward(x, layer.training)
+        return add_norm(y, bias, x, norm2, p2, shared, stream=first + 1)
 
 
 class StackForward(TorchForward):
-    """nn.TransformerEncoder: unpads once, pads once. Padding comes out as zeros, through the last norm if there is
-    one: what torch's own inference path gives there."""
+    """nn.TransformerEncoder: unpads once, pads once. Zeros at padding come through the last norm if there is one: what
+    torch's own inference path gives there."""
+
+    why_left = staticmethod(why_not_stack)
+
+    def look_closely(self) -> tuple:
+        return (next((f"a {w}" for layer in self.module.layers if (w := layer.forward.look().whole)), None),)
+
+    def says(self) -> str:
+        if self.bare and self.padding == "auto":
+            return f"unpads once, pads once; {ZEROS}"
+        return "unpads once, pads once; zeros at padding where torch's own code gives them" + (
+            ', and elsewhere, as padding="zero" asks' if self.padding == "zero" else ""
+        )
 
     def __call__(self, *args, **kwargs):
         given, module = self.named(args, kwargs), self.module
-        given["src_mask"] = given.get("mask")
-        reason = next((r for layer in module.layers if (r := why_not_layer(layer))), None)
-        reason = reason or why_not_masks(given) or self.who_listens()
-        first = None if reason else module.layers[0].self_attn
-        if reason is None and any(layer.self_attn.num_heads != first.num_heads for layer in module.layers):
-            reason = "layers differ in their number of heads"
+        layers = [layer.__dict__.get("forward") for layer in module.layers]
+        reason = why_not_here(given) or self.look().reason
+        if reason is None and not all(isinstance(forward, LayerForward) for forward in layers):
+            reason = "a layer came in place of an accelerated one"
+        reason = reason or why_not_masks(given) or next((why for f in layers if (why := f.why_not_now())), None)
         if reason is None:
-            shared, x = pack(given, first.batch_first, first.num_heads, self.impl, self.drops)
-            if shared is None:
-                reason = "a sequence has no token"
-        del given["src_mask"]
+            first = module.layers[0].self_attn
+            exact = self.computes(given, zeros=nests(module, given))
+            drops = any(forward.drops() for forward in layers)
+            shared, x = pack({**given, "src_mask": given.get("mask")}, first, self.impl, exact, drops)
+            reason = EMPTY if shared is None else None
         if reason is not None:
             return self.fall_back(reason, given)
         for index, layer in enumerate(module.layers):
             x = layer(x, shared, index)
-        y = unpack(x, shared, given["src"], first.batch_first)
+        y = unpack(only_once(x, self.impl), shared, given["src"], first.batch_first)
         return y if module.norm is None else module.norm(y)
 
 
 class AttentionForward(TorchForward):
     """nn.MultiheadAttention(need_weights=False), for itself."""
 
+    why_left = staticmethod(why_not_attention)
+
+    def says(self) -> str:
+        return "attention_padded, where need_weights=False"
+
     def __call__(self, *args, **kwargs):
         given, module = self.named(args, kwargs), self.module
         query, key, value = given["query"], given["key"], given["value"]
         key_padding_mask, attn_mask = given.get("key_padding_mask"), given.get("attn_mask")
-        reason = TRACED if torch.jit.is_tracing() else why_not_attention(module)
+        reason = why_not_here(given) or self.look().reason
         if given.get("need_weights", True):
             reason = "need_weights=True asks for the attention weights"
         elif given.get("is_causal") and attn_mask is None:
@@ -167,15 +278,15 @@ class AttentionForward(TorchForward):
         if query.dim() == 2:
             query, key, value = same_where_same([query, key, value], 0)
             padding = None if key_padding_mask is None else key_padding_mask[None]
-            return multi_head_attention(module, query, key, value, padding, attn_mask, self.impl)[0], None
+            o = multi_head_attention(module, query, key, value, padding, attn_mask, self.impl)
+            return only_once(o, self.impl)[0], None
         query, key, value = same_where_same([query, key, value], None if module.batch_first else 1)
         o = multi_head_attention(module, query, key, value, key_padding_mask, attn_mask, self.impl)
+        o = only_once(o, self.impl)
         return (o if module.batch_first else o.transpose(0, 1).contiguous()), None
 
 
 def why_not_masks(given: dict) -> str | None:
-    if torch.jit.is_tracing():
-        return TRACED
     if given.get("is_causal"):
         return "is_causal=True"
     src = given["src"]
@@ -184,28 +295,47 @@ def why_not_masks(given: dict) -> str | None:
     return None
 
 
+def nests(module: nn.TransformerEncoder, given: dict) -> bool:
+    """Would torch's own code take its path over nested tensors, which gives zeros at padding? As that asks."""
+    src, padding, layer = given["src"], given.get("src_key_padding_mask"), module.layers[0]
+    checks = getattr(module, "mask_check", True)
+    if padding is None or given.get("mask") is not None or src.dim() != 3 or layer.training:
+        return False
+    if not (torch.backends.mha.get_fastpath_enabled() and getattr(module, "use_nested_tensor", False)):
+        return False
+    if torch.is_autocast_enabled() or (checks and torch.compiler.is_compiling()):
+        return False
+    if torch.is_grad_enabled() and (src.requires_grad or any(p.requires_grad for p in layer.parameters())):
+        return False
+    real = padding.logical_not() if padding.dtype == torch.bool else padding == 0
+    return not checks or torch._nested_tensor_from_mask_left_aligned(src, real)
+
+
 def pack(
-    given: dict, batch_first: bool, heads: int, impl: F.Impl | None, training: bool
+    given: dict, attention: nn.MultiheadAttention, impl: F.Impl | None, exact: bool, drops: bool
 ) -> tuple[Shared | None, Tensor | None]:
-    """(what the layers share, src [T, C]) of torch's arguments; (None, None) where a sequence has no token."""
+    """(what the layers share, src [T, C]) of torch's arguments; (None, None) where a sequence has no token.
+
+    exact: all rows stay, behind a mask.
+    """
     src, padding, attn_mask = given["src"], given.get("src_key_padding_mask"), given.get("src_mask")
     if src.dim() == 2:
         src, padding = src[None], None if padding is None else padding[None]
-    elif not batch_first:
+    elif not attention.batch_first:
         src = src.transpose(0, 1)
     rows, width = src.shape[:2]
-    columns = torch.arange(width, device=src.device)[None]
+    columns = torch.arange(width, dtype=torch.int64, device=src.device)[None]
     real = None
     if padding is not None and not torch.compiler.is_compiling():
         real = ~padding if padding.dtype == torch.bool else None
         empty = real.logical_not() if real is not None else padding == float("-inf")
         if empty.all(1).any():
             return None, None
-        if real is not None and not (real[:, 1:] <= real[:, :-1]).all():
+        if exact or (real is not None and not (real[:, 1:] <= real[:, :-1]).all()):
             real = None  # only what is padded on the right is packed, as in torch's own inference path
     batch = PackedBatch.from_padded(None, real, None, columns, shape=(rows, width))
     # where padding is gone, a token still stands in the row and column that it had
-    mask, bias = attention_masks(None if real is not None else padding, attn_mask, rows, heads)
+    mask, bias = attention_masks(None if real is not None else padding, attn_mask, rows, attention.num_heads)
     shape = (-1, -1, width, width)
     padded = real is None and (padding is not None or torch.compiler.is_compiling())
     shared = Shared(
@@ -216,8 +346,8 @@ def pack(
         bias=None if bias is None else bias.expand(shape),
         padded=padded,
     )
-    if training:
-        seed = torch.randint(2**62, (1,), device=src.device)
+    if drops:
+        seed = torch.randint(2**62, (1,), dtype=torch.int64, device=src.device)
         shared = replace(shared, seed=seed, row_ids=batch.row_ids())
     return shared, batch.unpad(src)
 

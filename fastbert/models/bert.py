@@ -186,6 +186,17 @@ def _hooks_everywhere() -> bool:
     return bool(of_all._global_forward_hooks or of_all._global_forward_pre_hooks)
 
 
+def _shown(x: Tensor, batch: PackedBatch, states: list[Tensor] | None) -> Tensor:
+    """x [T, C], by way of what is added to `states`: so a loss has a gradient by the states that are returned."""
+    if states is None:
+        return x
+    if batch.padded_shape is None:
+        states.append(x)
+        return x
+    states.append(batch.pad(x))
+    return batch.unpad(states[-1]) if torch.is_grad_enabled() else x
+
+
 class _LeftUninitialised(TorchFunctionMode):
     """torch.nn.init does nothing. On the meta device it has nothing to fill, yet would import torch's compiler."""
 
@@ -333,11 +344,11 @@ class BertModel(nn.Module):
             first = F.pool(x, batch.cu_seqlens, "cls", impl=self.impl)
             dense = self.pooler["dense"]
             pooler_output = torch.tanh(F.linear(first, dense.weight, dense.bias, impl=self.impl))
-        shape = (lambda t: t) if packed else batch.pad
+        last = hidden_states[-1] if output_hidden_states else x if packed else batch.pad(x)
         output = BertOutput(
-            last_hidden_state=shape(x),
+            last_hidden_state=last,
             pooler_output=pooler_output,
-            hidden_states=tuple(map(shape, hidden_states)) if output_hidden_states else None,
+            hidden_states=tuple(hidden_states) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
         )
         return output if return_dict else output.to_tuple()
@@ -349,7 +360,7 @@ class BertModel(nn.Module):
         hidden_states: list[Tensor] | None = None,
         attentions: list[Tensor] | None = None,
     ) -> Tensor:
-        """x [T, C] of the last layer; what lists are given are filled."""
+        """x [T, C] of the last layer. The lists that are given are filled, with states in the shape of the output."""
         shared = Pass(batch, F.attention_schedule(batch.cu_seqlens, batch.total_tokens, self.impl), self.impl)
         if self.training and max(self.config.hidden_dropout_prob, self.config.attention_probs_dropout_prob) > 0.0:
             seed = torch.randint(2**62, (1,), device=batch.cu_seqlens.device)
@@ -361,14 +372,11 @@ class BertModel(nn.Module):
             if y is not None:
                 return y
         for layer in self.encoder["layer"]:
-            if hidden_states is not None:
-                hidden_states.append(x)
+            x = _shown(x, batch, hidden_states)
             if attentions is not None:
                 attentions.append(layer.probabilities(x, shared))
             x = layer(x, shared)
-        if hidden_states is not None:
-            hidden_states.append(x)
-        return x
+        return _shown(x, batch, hidden_states)
 
     def _in_one_call(self, x: Tensor, batch: PackedBatch) -> Tensor | None:
         """x [T, C] of the last layer on a CPU, where going from operator to operator can cost as much as the operators

@@ -1,0 +1,77 @@
+"""What is known in a model: encoders of transformers, modules of torch; and why one of them is left alone."""
+
+from __future__ import annotations
+
+import torch.nn as nn
+
+from . import torch_layers
+from .facts import FAMILIES, FAMILIES_OF_4, Family
+from .forward import Forward
+from .parts import has, layers_of, why_every_call
+
+# torch's modules and their forwards, outermost first
+TORCH = {
+    nn.TransformerEncoder: torch_layers.StackForward,
+    nn.TransformerEncoderLayer: torch_layers.LayerForward,
+    nn.MultiheadAttention: torch_layers.AttentionForward,
+}
+# whose modules pass on what they are given, and give back what they get
+WRAPPERS = ("torch.nn.parallel.", "torch.distributed.", "torch._dynamo.", "torch.optim.swa_utils", "peft.")
+
+
+def family_of(module: nn.Module) -> Family | None:
+    """The facts of this very class, or of one it derives from without a forward of its own."""
+    for cls in type(module).__mro__:
+        if cls.__name__ in FAMILIES and cls.__module__.startswith("transformers.models."):
+            import transformers
+
+            families = FAMILIES_OF_4 if transformers.__version__.startswith("4.") else FAMILIES
+            return families[cls.__name__] if type(module).forward is cls.forward else None
+    return None
+
+
+def is_bare(model: nn.Module, encoder: nn.Module) -> bool:
+    """Is nothing but wrappers around an encoder in `model`, so that its caller reads what it returns?"""
+    above = [m for m in model.modules() if m is not encoder and any(inner is encoder for inner in m.modules())]
+    return all(type(m).__module__.startswith(WRAPPERS) for m in above)
+
+
+def why_left(encoder: nn.Module, family: Family) -> str | None:
+    """Why an encoder of a known family cannot be replaced, or None."""
+    if "forward" in encoder.__dict__ and not isinstance(encoder.__dict__["forward"], Forward):
+        return "its forward was replaced already"
+    config = encoder.config
+    if getattr(config, "is_decoder", False):
+        return "it is a decoder"
+    if getattr(config, "position_embedding_type", "absolute") not in ("absolute", None):
+        return f"its positions are {config.position_embedding_type}"
+    facts, own_tables = family.layer, family.layer.rotary is not None  # every layer makes those of its rotation
+    if own_tables and config._attn_implementation == "flash_attention_2":
+        return "its flash_attention_2 runs packed already, and rotates in its own way"
+    paths = [family.layers, family.word, family.position, family.token_type, family.norm, family.dropout]
+    paths += [family.final_norm, "rotary_emb" if family.positions == "rotary" and not own_tables else None]
+    for path in (*paths, *family.modules):
+        if path is not None and not has(encoder, path):
+            return f"this version of transformers has no {path} in it"
+    parts = (*facts.linears, *facts.norms, *facts.dropouts, facts.activation, facts.head_dim)
+    parts += (facts.attention_type, facts.rotary, facts.probs_switch, *filter(None, facts.modules))
+    layers = {}
+    paths = {module: path for path, module in encoder.named_modules()}
+    for _, layer in layers_of(encoder, family):
+        if facts.kind not in (cls.__name__ for cls in type(layer).__mro__):
+            return f"a {type(layer).__name__} came in place of a {facts.kind}"
+        for path in parts:
+            if path is not None and not has(layer, path):
+                return f"this version of transformers has no {path} in a {facts.kind}"
+        layers[paths[layer]] = layer
+    return why_every_call(encoder, family, layers)
+
+
+def why_left_torch(module: nn.Module) -> str | None:
+    """Why a module is not replaced by what `TORCH` has for it, or None."""
+    kind = next((kind for kind in TORCH if isinstance(module, kind)), None)
+    if kind is None:
+        return "it is not torch's own"
+    if "forward" in module.__dict__ and not isinstance(module.__dict__["forward"], Forward):
+        return "its forward was replaced already"
+    return TORCH[kind].why_left(module)

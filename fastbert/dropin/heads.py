@@ -1,0 +1,114 @@
+"""transformers' heads: each says what it reads of the encoder's output at padding, and what it shows its caller."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from .forward import Forward
+from .own import Watch, listeners, why_own
+from .padding import Reading, reading, reading_now
+from .parts import TRANSFORMERS, at, by_token
+
+FIRST, LABELS, EVERY = "the first column", "tokens whose label counts", "every token"
+# what a head is called, after the family's name -> what it reads
+HEADS = {
+    "ForSequenceClassification": FIRST,
+    "ForMultipleChoice": FIRST,
+    "ForNextSentencePrediction": FIRST,
+    "ForTokenClassification": LABELS,
+    "ForMaskedLM": LABELS,
+    "ForPreTraining": LABELS,
+    "ForQuestionAnswering": EVERY,  # its loss is a softmax over all columns
+}
+# heads whose loss takes the mask, so that a label at padding does not count
+BY_MASK = {"ElectraForPreTraining"}
+
+
+def kind_of(head: nn.Module) -> str | None:
+    """What a head of transformers reads, or None: it is no head that is known."""
+    cls = type(head)
+    if not cls.__module__.startswith(TRANSFORMERS):
+        return None
+    return next((reads for name, reads in HEADS.items() if cls.__name__.endswith(name)), None)
+
+
+class HeadForward(Forward):
+    """A head of transformers: runs its own code, and within it the encoder knows what is read.
+
+    Args:
+        path: of the encoder.
+    """
+
+    def __init__(self, head: nn.Module, path: str):
+        super().__init__(head)
+        self.path, self.kind = path, kind_of(head)
+        self.seen: tuple[Watch, str | None] | None = None
+
+    def over(self, replica: nn.Module) -> HeadForward:
+        forward = super().over(replica)
+        forward.seen = None
+        return forward
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"seen": None}
+
+    def why_unknown(self) -> str | None:
+        """What in the head is somebody's own and may look at padding, or None."""
+        seen = self.seen  # one thread may put another one there meanwhile
+        if seen is None or not seen[0].is_same():
+            encoder = at(self.module, self.path)
+            below = set(encoder.modules())
+            parts = [(path, m) for path, m in self.module.named_modules() if m not in below]
+            reason = next((why for path, m in parts if (why := _why_part(path, m))), None)
+            seen = self.seen = Watch([m for _, m in parts]), reason
+        return seen[1]
+
+    def reads(self, given: dict[str, Any]) -> Reading:
+        """What this call reads, and shows."""
+        if (why := self.why_unknown()) is not None:
+            return Reading(True, why=why)
+        name, config = type(self.module).__name__, self.module.config
+        if getattr(self.module, "sequence_summary", None) is not None and config.summary_type != "first":
+            return Reading(True, why=f"{name} summarises by {config.summary_type}")
+        outer, labels = reading_now(), given.get("labels")
+        masked = outer is not None and not outer.shows  # whoever reads what the head shows leaves padding alone
+        states = given.get("output_hidden_states")
+        states = getattr(config, "output_hidden_states", False) if states is None else states
+        why = f"{name} returns hidden states" if states else f"{name} returns something of each token"
+        if self.kind == FIRST or (self.kind == LABELS and masked):
+            return Reading(False, bool(states) and not masked, why)
+        if self.kind == EVERY:
+            return Reading(True, why=f"{name} reads every token")
+        if not isinstance(labels, Tensor):
+            return Reading(False, True, why)
+        if name in BY_MASK:
+            return Reading(False, bool(states), why)
+        ids = given.get("inputs_embeds") if given.get("input_ids") is None else given["input_ids"]
+        if labels.dim() != 2 or ids is None or labels.shape != ids.shape[:2]:
+            return Reading(True, why="labels are not [batch, tokens]")
+        return Reading(labels != -100, bool(states), why if states else f"{name} has labels at padding")
+
+    def says(self) -> str:
+        why = self.why_unknown()
+        return f"it reads {self.kind}" if why is None else f"padding is computed: {why}"
+
+    def __call__(self, *args, **kwargs):
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # nothing is left out of a traced pass
+            return self.original(*args, **kwargs)
+        with reading(self.reads(self.named(args, kwargs))):
+            return self.original(*args, **kwargs)
+
+
+def _why_part(path: str, module: nn.Module) -> str | None:
+    """Why a module of a head may look at padding, or lets somebody look."""
+    if path and listeners(module):
+        return f"a {type(module).__name__} of the head has a hook"
+    if by_token(module) or isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        return None
+    if type(module).__module__.startswith("peft.") and "forward" not in module.__dict__:
+        return None  # a copy of a module of the head that is trained
+    return why_own(module, (type(module).__name__,), TRANSFORMERS)

@@ -1,0 +1,245 @@
+"""Is a module still the one that the fused code stands in for, and does anybody listen to it?
+
+The fused code walks past a module only where that module would have run the very code of its library: no subclass with
+a method of its own, no method put on the instance or on the class, no function changed that this code calls, no hook.
+`why_own` looks closely, which takes a while; `Watch` tells in a few microseconds that nothing has changed since.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterable, Mapping
+from operator import attrgetter, is_
+from types import CodeType, FunctionType
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from .forward import Forward
+
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+# functions that a library hangs on modules and that look at no tensor's shape: where they come from -> their name
+HARMLESS = {
+    "torch.nn.utils.": "",  # a weight computed anew before each call: pruning, weight norm, spectral norm
+    "transformers.utils.": "",  # sleep unless the original runs
+    "transformers.modeling_utils": "make_inputs_require_grad",
+    "peft.": "make_inputs_require_grad",
+}
+# what torch hangs on a module that is sharded; it is called, so they do their work
+SHARDED = "torch.distributed."
+PACKAGES = ("torch", "transformers")
+# functions of torch that the original's code calls, and the fused code does not
+LIBRARY = [
+    (nn.functional.__dict__, name)
+    for name in ("dropout", "embedding", "gelu", "layer_norm", "linear", "scaled_dot_product_attention", "softmax")
+]
+
+
+@functools.cache
+def _folder(package: str) -> str | None:
+    """The folder that a package's code lies in, or None: it is not installed."""
+    import importlib.util
+
+    spec = importlib.util.find_spec(package)
+    return None if spec is None or spec.origin is None else os.path.dirname(spec.origin) + os.sep
+
+
+def of_library(function: Any) -> bool:
+    """Is this code of torch or transformers, with every decorator around it?"""
+    while function is not None:
+        function = getattr(function, "__func__", function)
+        code = getattr(function, "__code__", None)
+        if isinstance(code, CodeType):
+            if not code.co_filename.startswith(tuple(filter(None, map(_folder, PACKAGES)))):
+                return False
+        elif not type(function).__module__.startswith(("builtins", "functools", "torch", "transformers")):
+            return False
+        function = getattr(function, "__wrapped__", getattr(function, "func", None))
+    return True
+
+
+def _inner(function: Any) -> Any:
+    """A function without its decorators."""
+    function = getattr(function, "__func__", function)
+    while hasattr(function, "__wrapped__"):
+        function = function.__wrapped__
+    return function
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Is this the same code? A library may decorate the methods of its classes anew in each class derived from them."""
+    return one is other or (_inner(one) is _inner(other) and of_library(one))
+
+
+def _static(cls: type, name: str) -> Any:
+    """The attribute of a class as it stands in its dictionary, or in that of a class it derives from."""
+    return next((vars(c)[name] for c in cls.__mro__ if name in vars(c)), None)
+
+
+def _names(code: CodeType) -> Iterable[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
+
+
+@functools.cache
+def used_by(cls: type[nn.Module]) -> tuple[tuple[str, ...], tuple[tuple[dict, str], ...]]:
+    """(the methods of `cls` that a call of it may run, the functions of their files that these call)."""
+    methods, functions, left = {"__call__": None}, {}, ["forward"]
+    while left:
+        name = left.pop()
+        if name in methods:
+            continue
+        methods[name] = None
+        code = getattr(_inner(_static(cls, name)), "__code__", None)
+        for used in () if code is None else _names(code):
+            here = getattr(_inner(_static(cls, name)), "__globals__", {})
+            if callable(_static(cls, used)) or isinstance(_static(cls, used), (staticmethod, classmethod)):
+                left.append(used)
+            elif isinstance(here.get(used), FunctionType):
+                functions[id(here), used] = (here, used)
+    return tuple(methods), tuple(functions.values())
+
+
+def why_own(module: nn.Module, names: tuple[str, ...], package: str) -> str | None:
+    """None where a call of `module` runs the code of the class of `package` that has one of these names, and no other;
+    else what is somebody's own."""
+    cls = type(module)
+    base = next((c for c in cls.__mro__ if c.__name__ in names and c.__module__.startswith(package)), None)
+    if base is None:
+        return f"a {cls.__name__} came in place of a {names[0]}"
+    methods, functions = used_by(base)
+    for name in methods:
+        if not _same(_static(cls, name), _static(base, name)):
+            return f"{cls.__name__} has a {name} of its own"
+        if name in module.__dict__ and not isinstance(module.__dict__[name], Forward):
+            return f"the {name} of a {cls.__name__} was replaced"
+        if not of_library(_static(base, name)):
+            return f"{base.__name__}.{name} was replaced"
+    return next(
+        (f"{name} was replaced, which {base.__name__} calls" for f, name in functions if not of_library(f[name])), None
+    )
+
+
+def module_of(hook: Any) -> str:
+    """Where the code of a hook comes from."""
+    hook = getattr(hook, "func", hook)
+    if not isinstance(hook, FunctionType) and not hasattr(hook, "__func__"):
+        hook = type(hook).__call__  # an object: pruning and spectral norm are classes
+    return getattr(hook, "__module__", "") or ""
+
+
+def listeners(module: nn.Module, sharded: bool = False) -> list:
+    """The hooks that want to see or change what goes through this module; `sharded`: it is called, in its place."""
+    hooks = [hook for name in HOOKS for hook in getattr(module, name).values()]
+    return [hook for hook in hooks if not _harmless(hook) and not (sharded and module_of(hook).startswith(SHARDED))]
+
+
+def _harmless(hook: Any) -> bool:
+    here, name = module_of(hook), getattr(hook, "__name__", "")
+    return any(here.startswith(package) and name.startswith(of) for package, of in HARMLESS.items())
+
+
+def globally_heard() -> bool:
+    """Is there a hook on every module that there is?"""
+    of_all = nn.modules.module
+    return bool(
+        of_all._global_forward_pre_hooks
+        or of_all._global_forward_hooks
+        or of_all._global_backward_pre_hooks
+        or of_all._global_backward_hooks
+    )
+
+
+class Watch:
+    """Are these modules what they were? Looked at: their classes and the methods of these, the functions that they
+    call, what was put on an instance in place of a method, children, hooks, and whatever else is given.
+
+    A look takes a few dozen microseconds for a hundred modules, so everything is compared in lists made beforehand.
+
+    Args:
+        modules: whose calls the fused code stands in for, or makes.
+        places: (dictionary, key) of what else must stay the same object.
+        buffers: tensors that must not be written to.
+    """
+
+    def __init__(
+        self,
+        modules: Iterable[nn.Module],
+        places: Iterable[tuple[Mapping, str]] = (),
+        buffers: Iterable[Tensor] = (),
+    ):
+        self.modules = list(modules)
+        self.types = list(map(type, self.modules))
+        places = list(places)
+        looked: dict[tuple[type, str], Callable] = {(nn.Module, "__call__"): nn.Module.__call__}
+        for module in self.modules:
+            methods, functions = used_by(type(module))
+            places += [(module._modules, key) for key in module._modules]
+            places += [(module.__dict__, name) for name in methods if not name.startswith("__")]
+            places += functions
+            looked |= {(type(module), name): getattr(type(module), name) for name in methods}
+        places = list({(id(table), key): (table, key) for table, key in places}.values())
+        self.tables, self.keys = [table for table, _ in places], [key for _, key in places]
+        self.things = list(map(dict.get, self.tables, self.keys))
+        self.classes, self.names = [cls for cls, _ in looked], [name for _, name in looked]
+        self.methods = list(looked.values())
+        hooks = [getattr(module, name) for module in self.modules for name in HOOKS]
+        self.silent = [of_one for of_one in hooks if not of_one]
+        self.heard = [(of_one, list(of_one.values())) for of_one in hooks if of_one]
+        self.buffers = [t for t in buffers if not t.is_inference()]
+        self.versions = list(map(attrgetter("_version"), self.buffers))
+
+    def is_same(self) -> bool:
+        return (
+            list(map(type, self.modules)) == self.types
+            and all(map(is_, map(dict.get, self.tables, self.keys), self.things))
+            and not any(self.silent)
+            and all(list(hooks.values()) == known for hooks, known in self.heard)
+            and list(map(attrgetter("_version"), self.buffers)) == self.versions
+            and self.code_is_same()
+        )
+
+    def code_is_same(self) -> bool:
+        """Are the methods of the classes the same? (And the functions that they call, but for `is_same` alone.)"""
+        return all(map(is_, map(getattr, self.classes, self.names), self.methods))
+
+
+# ---- what a call itself brings --------------------------------------------------------------------------
+
+TRACED = "torch.jit.trace is at work"  # it records the branches of one batch, and which branch packs depends on it
+_CALL = nn.Module.__call__
+
+
+def why_not_here(given: Mapping[str, Any]) -> str | None:
+    """Why a call with these arguments, in this place of the program, needs the original code: somebody follows each
+    step of it. None while a graph is traced by torch.compile, which follows ours."""
+    if torch.jit.is_tracing():
+        return TRACED
+    if torch.compiler.is_compiling():
+        return None
+    if nn.Module.__call__ is not _CALL:
+        return "somebody follows every call of a module"
+    if globally_heard():
+        return "a hook on all modules is there"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode derivatives are taken"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a transformation of torch.func is at work"
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return "a TorchDispatchMode follows every operator"
+    if torch._C._len_torch_function_stack() > 0 and any(
+        not isinstance(mode, torch.utils._device.DeviceContext)
+        for mode in torch.overrides._get_current_function_mode_stack()
+    ):
+        return "a TorchFunctionMode follows every function"
+    for name, value in given.items():
+        if isinstance(value, Tensor) and type(value) is not Tensor and type(value) is not nn.Parameter:
+            return f"{name} is a {type(value).__name__}"
+        if isinstance(value, torch.fx.Proxy):
+            return "torch.fx traces it"
+    return None

@@ -1,0 +1,126 @@
+"""Who reads what an encoder puts at padding, and which rows are therefore computed.
+
+Rows of padding that nobody reads are left out and come back as zeros; rows that somebody reads are computed as the
+original computes them, as queries over the keys of the real tokens. Who reads is known of the code above the encoder
+that says so (`reading`): transformers' heads and sentence-transformers' poolings. Of all others it is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Policy = Literal["auto", "exact", "zero"]
+POLICIES = ("auto", "exact", "zero")
+
+ABOVE = "what lies above the encoder is not known to leave padding alone"
+OTHERS = "a masked position holds a token other than padding"
+EXACT = 'padding="exact" asks for it'
+ZEROS = (
+    'rows at padding come back as zeros; fastbert.accelerate(model, padding="exact") computes them as the original '
+    'does, padding="zero" leaves them out without this warning'
+)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Which rows of padding are read in a call, beyond the first column: all, none, or those of a [B, S].
+
+    Attributes:
+        needs: by the code above the encoder itself, for what it returns of each sequence.
+        shows: by whoever has called that code, which returns something of each token.
+        why: said by `explain` where they are computed.
+    """
+
+    needs: bool | Tensor = False
+    shows: bool = False
+    why: str = ABOVE
+
+    @property
+    def rows(self) -> bool | Tensor:
+        return True if self.shows else self.needs
+
+
+# What the known code does that runs at the moment, in this thread. None: nothing known has called.
+_READING: ContextVar[Reading | None] = ContextVar("fastbert_reading", default=None)
+
+
+def reading_now() -> Reading | None:
+    return _READING.get()
+
+
+@contextmanager
+def reading(what: Reading) -> Iterator[None]:
+    """Within it, encoders are called by code that reads so much."""
+    token = _READING.set(what)
+    try:
+        yield
+    finally:
+        _READING.reset(token)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which rows of a batch [B, S] are computed.
+
+    Attributes:
+        real: [B, S] bool, the tokens that are keys; None where all are.
+        queries: [B, S] bool, the rows that are computed; None: all of them.
+        reason: why the original runs instead.
+    """
+
+    real: Tensor | None = None
+    queries: Tensor | None = None
+    reason: str | None = None
+
+    @property
+    def padding(self) -> bool:
+        """Is a row of padding computed?"""
+        return self.real is not None and self.queries is not self.real
+
+
+FULL = Rows()
+EMPTY = "a sequence has no token"  # its rows are zeros here and a mean of all values there; the original knows which
+WINDOW = "padding that is read, out of sight of every token under a sliding window"
+
+
+def rows_to_compute(
+    mask: Tensor, reads: bool | Tensor, others: Tensor | None = None, relative: bool = False, reach: int | None = None
+) -> tuple[Rows, bool]:
+    """(the rows of a batch that are computed, whether `others` decided it). Waits once for the device.
+
+    Args:
+        mask: [B, S], 0 at padding.
+        reads: which rows of padding somebody reads: all, none, or those of a bool [B, S].
+        others: [B, S] bool, where a token other than padding stands: all rows are computed if it is masked anywhere.
+        relative: attention looks at distances, so that nothing may be left out between two tokens.
+        reach: with relative, how far a token sees in the layer where it sees least; None: everywhere.
+    """
+    real = mask != 0
+    left_out = ~real
+    looks = [
+        left_out.any(), left_out[:, 0].any(), (~real.any(1)).any(), (real[:, 1:] & left_out[:, :-1]).any(),
+        left_out.sum(1).max(),
+    ]  # fmt: skip
+    looks += [(t & left_out).any() for t in (reads, others) if isinstance(t, Tensor)]
+    padding, first, empty, holes, longest, *more = torch.stack([look.to(torch.int64) for look in looks]).tolist()
+    if not padding:
+        return FULL, False
+    if empty:
+        return Rows(reason=EMPTY), False
+    by_others = others is not None and bool(more.pop())
+    some = isinstance(reads, Tensor) and bool(more[0])
+    if reads is True or by_others or (relative and (holes or first or some)):
+        blind = reach is not None and longest > reach
+        return Rows(real, None, WINDOW if blind else None), by_others
+    if not (some or first):
+        return Rows(real, real), False
+    queries = real | reads if some else real.clone()
+    queries[:, 0] = True  # it is read by poolers, classifiers and people
+    return Rows(real, queries), False

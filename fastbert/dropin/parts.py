@@ -1,0 +1,454 @@
+"""The parts of an encoder, looked at once: what is taken apart, what is called and with which shape, what is refused.
+
+A module is taken apart, and its parameters given to a fused operator, only where it is exactly torch's own and nobody
+listens to it. What stands in its place is called: on packed tokens [T, C] where it is known to treat each token by
+itself (a LoRA adapter, a parametrisation, a pruned weight), else on [B, S, C], padding computed, as the original does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from ..graphs import CONTAINERS
+from ..layers import activation_name
+from . import facts as table
+from .forward import Forward
+from .own import HOOKS, LIBRARY, Watch, listeners, of_library, why_own
+
+TRANSFORMERS = "transformers.models."
+
+# activations of torch that look at one element at a time
+ELEMENTWISE = {
+    getattr(nn, name)
+    for name in (
+        "CELU ELU GELU Hardshrink Hardsigmoid Hardswish Hardtanh LeakyReLU LogSigmoid Mish ReLU ReLU6 SELU SiLU "
+        "Sigmoid Softplus Softshrink Softsign Tanh Tanhshrink Threshold"
+    ).split()
+}
+# modules whose `forward`, inherited or not, treats each token by itself
+BY_TOKEN = {nn.Linear, nn.Embedding, nn.Identity, nn.LayerNorm, nn.RMSNorm, nn.Dropout, *ELEMENTWISE}
+# the same of other libraries: where the class is -> its names
+BY_TOKEN_ELSEWHERE = {
+    "peft.tuners.lora.layer": {"Linear", "Embedding"},
+    "peft.tuners.adalora.layer": {"SVDLinear"},
+    "peft.tuners.ia3.layer": {"Linear"},
+}
+
+
+def at(module: Any, path: str) -> Any:
+    """The attribute of an attribute: at(layer, "attention.self.query"); of "" the module itself."""
+    for name in path.split(".") if path else ():
+        module = getattr(module, name)
+    return module
+
+
+def has(module: Any, path: str) -> bool:
+    for name in path.split("."):
+        if not hasattr(module, name):
+            return False
+        module = getattr(module, name)
+    return True
+
+
+# ---- one part ---------------------------------------------------------------------------------------------
+
+
+def why_not_plain(module: Any, kind: type[nn.Module]) -> str | None:
+    """None where `module` is torch's `kind` and no more, so that its parameters say all; else what it is."""
+    if type(module) is not kind:
+        cls = type(module)
+        return f"a {cls.__name__}" + (f" of {cls.__module__}" if cls.__name__ == kind.__name__ else "")
+    if "forward" in module.__dict__:
+        return "its forward was replaced"
+    if not of_library(kind.forward):
+        return f"{kind.__name__}.forward was replaced"
+    if any(getattr(module, name) for name in HOOKS):
+        return "it has hooks"
+    if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) != 1:
+        return "it is of several dimensions"
+    # a sharded weight is an ordinary one while its module is called
+    weights = (p for p in module._parameters.values() if not usable(p) and type(p).__name__ != "DTensor")
+    return next((f"its weight is a {type(p).__name__}" for p in weights), None)
+
+
+def usable(weight: Tensor | None) -> bool:
+    """Is this an ordinary tensor, and no quantised or sharded one?"""
+    return weight is None or type(weight) is nn.Parameter or type(weight) is Tensor
+
+
+def by_token(module: Any) -> bool:
+    """Is this module known to treat each token by itself, whatever the shape around it?"""
+    if not isinstance(module, nn.Module):
+        return fused_activation(module) is not None
+    cls = type(module)
+    if "forward" in module.__dict__ or not all(usable(p) for p in module.parameters()):
+        return False
+    if cls.__name__ in BY_TOKEN_ELSEWHERE.get(cls.__module__, ()):
+        return True
+    if cls.__module__ == "transformers.activations":
+        return of_library(cls.forward)
+    if cls is nn.Sequential:
+        return of_library(cls.forward) and all(map(by_token, module))
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and len(module.normalized_shape) != 1:
+        return False
+    return any(isinstance(module, kind) and cls.forward is kind.forward for kind in BY_TOKEN) and of_library(
+        cls.forward
+    )
+
+
+def fused_activation(activation: Any) -> str | None:
+    """The operators' name of an activation that is torch's or transformers' own and that nobody listens to, or None."""
+    if isinstance(activation, nn.Module):
+        cls = type(activation)
+        ours = cls in (nn.GELU, nn.ReLU, nn.SiLU) or cls.__module__ == "transformers.activations"
+        heard = "forward" in activation.__dict__ or any(getattr(activation, name) for name in HOOKS)
+        if heard or not ours or not of_library(cls.forward):
+            return None
+    return activation_name(activation)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A module, and how it is used.
+
+    Attributes:
+        plain: it is taken apart.
+        whole: it is called on [B, S, C] with nothing left out, since it may look at more than a token.
+    """
+
+    module: Any
+    plain: bool
+    whole: bool = False
+
+
+@dataclass(frozen=True)
+class LayerParts:
+    """The parts of one layer; those of `table.Layer` have its names."""
+
+    qkv: tuple[Part, ...]
+    out: Part
+    up: Part
+    down: Part
+    out_norm: Part
+    down_norm: Part
+    activation: Part
+    name: str | None  # the operators' name of the activation
+    head_dim: int
+
+
+Verdict = tuple[bool, bool]  # plain, whole
+
+
+def verdict(module: Any, kind: type[nn.Module]) -> Verdict:
+    plain = why_not_plain(module, kind) is None
+    return plain, not (plain or by_token(module))
+
+
+@torch.compiler.assume_constant_result
+def verdicts(layer: nn.Module, facts: table.Layer) -> tuple[tuple[Verdict, ...], tuple[Verdict, ...], bool, str | None]:
+    """Of the linear layers, of the norms, whether the activation is called whole, and the operators' name for it."""
+    linears = tuple(verdict(at(layer, path), nn.Linear) for path in facts.linears)
+    norms = tuple(verdict(at(layer, path), nn.LayerNorm) for path in facts.norms)
+    activation = at(layer, facts.activation)
+    return linears, norms, not by_token(activation), fused_activation(activation)
+
+
+def parts_of(layer: nn.Module, facts: table.Layer) -> LayerParts:
+    linears, norms, whole, name = verdicts(layer, facts)
+    *qkv, out, up, down = (Part(at(layer, p), *v) for p, v in zip(facts.linears, linears, strict=True))
+    out_norm, down_norm = (Part(at(layer, p), *v) for p, v in zip(facts.norms, norms, strict=True))
+    activation = Part(at(layer, facts.activation), False, whole)
+    return LayerParts(
+        tuple(qkv), out, up, down, out_norm, down_norm, activation, name, at(layer, facts.head_dim)
+    )  # fmt: skip
+
+
+def not_plain(layer: nn.Module, facts: table.Layer) -> dict[str, str]:
+    """The parts that are called rather than taken apart: path -> why."""
+    reasons = {path: why_not_plain(at(layer, path), nn.Linear) for path in facts.linears}
+    reasons |= {
+        path: why_not_plain(at(layer, path), nn.LayerNorm)
+        for path in facts.norms
+        if not isinstance(at(layer, path), nn.Identity)
+    }
+    activation = at(layer, facts.activation)
+    name = fused_activation(activation)
+    if name is None or (facts.gated and name != "gelu"):
+        reasons[facts.activation] = f"{type(activation).__name__} is not among the fused activations"
+    return {path: reason for path, reason in reasons.items() if reason is not None}
+
+
+# ---- all of them ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a close look at an encoder found; good as long as `watch.is_same()`.
+
+    Attributes:
+        reason: why every call runs the original's code, or None.
+        whole: a part that may look at more than a token: with it in place padding is computed; or None.
+        pools: a pooler that may look at more than the first column; or None.
+        dropouts: the modules whose training mode turns a dropout on.
+        parts: of each layer; None while a graph is traced, where each layer looks at its own.
+        tables: the embeddings' tables and their norm are all taken apart.
+        norm, final_norm, project: how these are used.
+        drops: is anything dropped? Known here only while a graph is traced.
+    """
+
+    watch: Watch | None
+    reason: str | None
+    whole: str | None
+    pools: str | None
+    dropouts: Sequence[nn.Module]
+    parts: dict[nn.Module, LayerParts] | None
+    tables: bool
+    norm: Verdict
+    final_norm: Verdict
+    project: Verdict
+    drops: bool = False
+
+
+def layers_of(encoder: nn.Module, facts: table.Family) -> Iterator[tuple[int, nn.Module]]:
+    """(number of the pass, layer), in order; a shared layer comes as often as it runs."""
+    layers = at(encoder, facts.layers)
+    if not facts.groups:
+        yield from enumerate(layers)
+        return
+    config, index = encoder.config, 0
+    for i in range(config.num_hidden_layers):
+        for layer in layers[int(i / (config.num_hidden_layers / config.num_hidden_groups))].albert_layers:
+            yield index, layer
+            index += 1
+
+
+def look(encoder: nn.Module, facts: table.Family, is_layer: Callable[[nn.Module], bool]) -> Seen:
+    """A close look at an encoder. is_layer: does this module's `forward` stand in for a layer's?"""
+    layers = {}  # of its own or in a wrapper that calls it: path -> layer
+    reason = None
+    paths = {module: path for path, module in encoder.named_modules()}
+    for _, given in layers_of(encoder, facts):
+        layer = next((m for m in given.modules() if is_layer(m)), None)
+        if layer is None or not (layer is given or type(given).__module__.startswith(WRAPPERS)):
+            reason = f"a {type(given).__name__} came in place of an accelerated layer"
+            break
+        layers[paths[layer]] = layer
+    reason = reason or why_every_call(encoder, facts, layers) or _why_heard(encoder, facts, layers)
+    whole, parts, tables = None, {}, False
+    around = [
+        (True, False) if path is None or not has(encoder, path) else verdict(at(encoder, path), kind)
+        for path, kind in ((facts.norm, nn.LayerNorm), (facts.final_norm, nn.LayerNorm), (facts.project, nn.Linear))
+    ]
+    if reason is None:
+        parts = {layer: parts_of(layer, facts.layer) for layer in layers.values()}
+        whole = _whole(encoder, facts, layers, parts)
+        tables = around[0][0] and _plain_tables(encoder, facts)
+    return Seen(
+        _watch(encoder, facts, layers), reason, whole, _pools(encoder, facts), _dropouts(encoder, facts, layers), parts,
+        tables, *around,
+    )  # fmt: skip
+
+
+def _plain_tables(encoder: nn.Module, facts: table.Family) -> bool:
+    """Are all of them, the positions' among them, torch's own, with ordinary gradients?"""
+    tables = [at(encoder, path) for path in (facts.word, facts.position, facts.token_type) if path is not None]
+    return facts.position is not None and all(map(plain_table, tables))
+
+
+def plain_table(module: nn.Module) -> bool:
+    """An nn.Embedding whose gradient is an ordinary one."""
+    return why_not_plain(module, nn.Embedding) is None and not module.sparse
+
+
+# libraries whose wrappers around a layer call it with what they are given
+WRAPPERS = ("torch.distributed.", "torch._dynamo.", "torch.nn.parallel.")
+
+
+def why_every_call(encoder: nn.Module, facts: table.Family, layers: dict[str, nn.Module]) -> str | None:
+    """Why every call runs the original's code: something in the encoder is not what the fused code stands in for."""
+    own = next(cls.__name__ for cls in type(encoder).__mro__ if cls.__name__ in table.FAMILIES)
+    if why := why_own(encoder, (own,), TRANSFORMERS) or _why_unaccounted(encoder, facts, layers):
+        return why
+    for path, names in facts.modules.items():
+        if why := why_own(at(encoder, path), names, TRANSFORMERS):
+            return why
+    if facts.groups:
+        for group in at(encoder, facts.layers):
+            if why := why_own(group, ("AlbertLayerGroup",), TRANSFORMERS):
+                return why
+    for layer in layers.values():
+        for path, names in facts.layer.modules.items():
+            if why := why_own(at(layer, path), names, TRANSFORMERS):
+                return why
+        if why := _why_setting(layer, facts.layer):
+            return why
+    for path in _dropout_paths(encoder, facts, layers):
+        if why := why_not_dropout(at(encoder, path)):
+            return f"{path}: {why}"
+    for path in (facts.word, facts.position, facts.token_type):
+        if path is not None and (why := _why_table(at(encoder, path))):
+            return f"{path}: {why}"
+    for path, content in facts.buffers.items():
+        if has(encoder, path) and not _holds(at(encoder, path), content):
+            return f"{path} does not hold {content}"
+    return _why_attention(encoder)
+
+
+def _why_unaccounted(encoder: nn.Module, facts: table.Family, layers: dict[str, nn.Module]) -> str | None:
+    """A parameter or buffer that the row of this family does not know would be left out in silence."""
+    around = [facts.word, facts.position, facts.token_type, facts.norm, facts.final_norm, facts.project]
+    around += ["pooler", "rotary_emb", None if facts.bias is None else f"{facts.bias}.relative_attention_bias"]
+    inside = (*facts.layer.linears, *facts.layer.norms, facts.layer.activation, facts.layer.rotary)
+    known = [*around, *(f"{path}.{part}" for path in layers for part in inside if part is not None)]
+    within = tuple(f"{path}." for path in known if path is not None)
+    for name, _ in (*encoder.named_parameters(), *encoder.named_buffers()):
+        if name not in facts.buffers and not name.startswith(within):
+            return f"the table of known models has no {name}"
+    return None
+
+
+def _why_setting(layer: nn.Module, facts: table.Layer) -> str | None:
+    scale = at(layer, facts.scale) if facts.scale is not None and has(layer, facts.scale) else None
+    if scale is not None and scale != at(layer, facts.head_dim) ** -0.5:
+        return f"a {facts.kind} scales its scores by {scale}"
+    if facts.causal is not None and has(layer, facts.causal) and at(layer, facts.causal):
+        return f"a {facts.kind} is causal"
+    if facts.reach is not None and has(layer, facts.reach):
+        local = at(layer, facts.attention_type) == "sliding_attention"
+        if at(layer, facts.reach) != (layer.config.sliding_window + 1 if local else None):
+            return f"a {facts.kind} has a window of its own"
+    return None
+
+
+def why_not_dropout(dropout: Any) -> str | None:
+    """Why this is not a dropout whose probability says all."""
+    if not isinstance(dropout, nn.Module) or isinstance(dropout, nn.Identity):
+        return None if not isinstance(dropout, nn.Module) or type(dropout) is nn.Identity else "a subclass of Identity"
+    if not isinstance(dropout, nn.Dropout) or type(dropout).forward is not nn.Dropout.forward:
+        return f"a {type(dropout).__name__} came in place of a Dropout"
+    if "forward" in dropout.__dict__ or not of_library(nn.Dropout.forward):
+        return "the forward of a Dropout was replaced"
+    return None
+
+
+def _why_table(embedding: nn.Module) -> str | None:
+    """Why the fused code cannot look up in this table, nor call it with other shapes of ids."""
+    if not by_token(embedding):
+        return f"a {type(embedding).__name__} came in place of an Embedding"
+    base = embedding if isinstance(embedding, nn.Embedding) else getattr(embedding, "base_layer", embedding)
+    if getattr(base, "max_norm", None) is not None:
+        return "a table with max_norm is written to by every look-up"
+    if getattr(base, "scale_grad_by_freq", False):
+        return "a table with scale_grad_by_freq counts how often it is looked up"
+    return None
+
+
+def _holds(buffer: Any, content: str) -> bool:
+    if not isinstance(buffer, Tensor) or buffer.is_meta:
+        return False
+    if content == "zeros":
+        return not buffer.any()
+    return torch.equal(buffer.flatten(), torch.arange(buffer.numel(), dtype=buffer.dtype, device=buffer.device))
+
+
+def _attention_of(encoder: nn.Module) -> tuple[Any, str | None]:
+    """(transformers' table of attention functions, the one that the model asks for)."""
+    from transformers import modeling_utils
+
+    return getattr(modeling_utils, "ALL_ATTENTION_FUNCTIONS", {}), encoder.config._attn_implementation
+
+
+def _why_attention(encoder: nn.Module) -> str | None:
+    functions, name = _attention_of(encoder)
+    function = functions.get(name) if hasattr(functions, "get") else None
+    if function is None:  # eager is a function of the model's own file
+        return None if name in ("eager", None) else f"its attention is {name}"
+    if getattr(function, "__module__", "").startswith(__name__.rpartition(".")[0]):
+        return None  # our own
+    return None if of_library(function) else f"its attention is somebody's own {name}"
+
+
+def _past(encoder: nn.Module, facts: table.Family, layers: dict[str, nn.Module]) -> set[nn.Module]:
+    """The modules that are walked past, and not called."""
+    past = {at(encoder, path) for path in facts.modules}
+    past |= {at(layer, path) for layer in layers.values() for path in facts.layer.modules if path}
+    past |= set(at(encoder, facts.layers)) if facts.groups else set()
+    return past | {at(encoder, path) for path in _dropout_paths(encoder, facts, layers)}
+
+
+def _inner(encoder: nn.Module) -> dict[str, nn.Module]:
+    """Everything below an encoder, but for what is below its pooler."""
+    return {path: m for path, m in encoder.named_modules() if path and not path.startswith("pooler.")}
+
+
+def _why_heard(encoder: nn.Module, facts: table.Family, layers: dict[str, nn.Module]) -> str | None:
+    past = _past(encoder, facts, layers)
+    for path, module in _inner(encoder).items():
+        if isinstance(module, CONTAINERS):
+            continue  # it is never called
+        if path != "pooler" and listeners(module, sharded=module not in past):
+            return f"a {type(module).__name__} has a hook"
+        if module in past and "forward" in module.__dict__ and not isinstance(module.__dict__["forward"], Forward):
+            return f"the forward of a {type(module).__name__} was replaced"
+    return None
+
+
+def _dropout_paths(encoder: nn.Module, facts: table.Family, layers: dict[str, nn.Module]) -> list[str]:
+    """Where the dropouts are that are modules."""
+    paths = [facts.dropout]
+    for path, layer in layers.items():
+        paths += [f"{path}.{part}" for part in facts.layer.dropouts if isinstance(at(layer, part), nn.Module)]
+    return paths
+
+
+def _dropouts(encoder: nn.Module, facts: table.Family, layers: dict[str, nn.Module]) -> list[nn.Module]:
+    modules = [at(encoder, path) for path in _dropout_paths(encoder, facts, layers) if has(encoder, path)]
+    if facts.layer.probs_switch is not None:
+        modules += [at(layer, facts.layer.probs_switch) for layer in layers.values()]
+    return modules
+
+
+def _pools(encoder: nn.Module, facts: table.Family) -> str | None:
+    """What makes the pooler look at more than the first column, or lets somebody see what it is given."""
+    pooler = getattr(encoder, "pooler", None)
+    if pooler is None or facts.pooler_activation is not None:  # given the first column alone
+        return None
+    return why_own(pooler, facts.pooler, TRANSFORMERS) or ("the pooler has a hook" if listeners(pooler) else None)
+
+
+def _whole(
+    encoder: nn.Module, facts: table.Family, layers: dict[str, nn.Module], parts: dict[nn.Module, LayerParts]
+) -> str | None:
+    for path, kind in ((facts.norm, nn.LayerNorm), (facts.final_norm, nn.LayerNorm), (facts.project, nn.Linear)):
+        if path is not None and has(encoder, path) and verdict(at(encoder, path), kind)[1]:
+            return f"{path} is a {type(at(encoder, path)).__name__}"
+    for path, layer in layers.items():
+        of = parts[layer]
+        named = zip(facts.layer.linears, (*of.qkv, of.out, of.up, of.down), strict=True)
+        for part, found in (*named, (facts.layer.out_norm, of.out_norm), (facts.layer.down_norm, of.down_norm)):
+            if found.whole:
+                return f"{path}.{part} is a {type(found.module).__name__}"
+        if of.activation.whole:
+            return f"{path}.{facts.layer.activation} is a {type(of.activation.module).__name__}"
+    return None
+
+
+def _watch(encoder: nn.Module, facts: table.Family, layers: dict[str, nn.Module]) -> Watch:
+    places = [*LIBRARY, (encoder.config.__dict__, "_attn_implementation_internal")]
+    for layer in layers.values():
+        for path in (facts.layer.scale, facts.layer.causal, facts.layer.reach, facts.layer.activation):
+            if path is not None:
+                owner, _, name = path.rpartition(".")
+                places.append((at(layer, owner).__dict__, name))
+    functions, name = _attention_of(encoder)
+    for mapping in ("_global_mapping", "_local_mapping"):
+        if isinstance(getattr(functions, mapping, None), dict):
+            places.append((getattr(functions, mapping), name))
+    buffers = [at(encoder, path) for path in facts.buffers if has(encoder, path)]
+    return Watch([encoder, *_inner(encoder).values()], places, [t for t in buffers if isinstance(t, Tensor)])
