@@ -1,0 +1,75 @@
+"""The rule of the drop-in: the original's numbers on everything that is returned and heard, or the original's code."""
+
+import copy
+
+import pytest
+import torch
+
+import fastbert
+
+transformers = pytest.importorskip("transformers", reason="what is accelerated")
+SIZES = {
+    "vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
+    "max_position_embeddings": 40, "initializer_range": 0.2,
+}  # fmt: skip
+MASK = torch.arange(9) < torch.tensor([9, 4, 2])[:, None]
+IDS = torch.where(MASK, torch.arange(5, 32).view(3, 9), 0)
+
+
+def plain(**settings) -> torch.nn.Module:
+    return transformers.BertModel(transformers.BertConfig(**SIZES, **settings)).eval()
+
+
+def state(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(IDS, attention_mask=MASK.long()).last_hidden_state
+
+
+def test_exact_padding_is_the_originals():
+    """A module of the user's above the encoder (BiLSTM, convolution, mean without a mask) reads rows that were zeros."""
+    model = plain()
+    exact = fastbert.accelerate(copy.deepcopy(model), impl="native", padding="exact")
+    torch.testing.assert_close(state(exact), state(model), atol=1e-5, rtol=1e-4)
+    below = torch.nn.Sequential(fastbert.restore(copy.deepcopy(model)))
+    fastbert.accelerate(below, impl="native")
+    torch.testing.assert_close(state(below[0]), state(model), atol=1e-5, rtol=1e-4)
+
+
+def test_a_bare_encoder_says_that_padding_is_zeros():
+    model = fastbert.accelerate(plain(), impl="native")
+    with pytest.warns(UserWarning, match='padding="exact"'):
+        assert not state(model)[~MASK].any()
+    assert 'padding="exact"' in str(fastbert.explain(model))
+
+
+class Louder(transformers.models.bert.modeling_bert.BertSelfOutput):
+    def forward(self, hidden_states, input_tensor):
+        return super().forward(hidden_states, input_tensor) * 2
+
+
+def test_somebodys_own_output_layer_runs():
+    """A subclass in place of a module that the fused code walks past was ignored in silence."""
+    model = plain()
+    ours = fastbert.accelerate(copy.deepcopy(model), impl="native")
+    for m in (model, ours):
+        torch.manual_seed(1)
+        m.encoder.layer[0].attention.output = Louder(m.config).eval()
+    with pytest.warns(UserWarning, match="Louder has a forward of its own"):
+        assert torch.equal(state(ours), state(model))
+
+
+def test_no_dropout_draws_nothing():
+    """In training with every dropout at 0 a number was drawn from torch's generator; the original leaves it alone."""
+    model = plain(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).train()
+    fastbert.accelerate(model, impl="native", padding="zero")
+    before = torch.get_rng_state()
+    state(model)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_hidden_states_have_gradients():
+    """They were copies beside the way to the loss."""
+    model = fastbert.accelerate(plain(), impl="native", padding="exact")
+    output = model(IDS, attention_mask=MASK.long(), output_hidden_states=True)
+    grads = torch.autograd.grad(output.pooler_output.sum(), output.hidden_states)
+    assert all(g.any() for g in grads)
