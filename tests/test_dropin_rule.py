@@ -26,7 +26,7 @@ def state(model: torch.nn.Module) -> torch.Tensor:
 
 
 def test_exact_padding_is_the_originals():
-    """A module of the user's above the encoder (BiLSTM, convolution, mean without a mask) reads rows that were zeros."""
+    """A module of the user's above the encoder (BiLSTM, convolution, unmasked mean) reads rows that were zeros."""
     model = plain()
     exact = fastbert.accelerate(copy.deepcopy(model), impl="native", padding="exact")
     torch.testing.assert_close(state(exact), state(model), atol=1e-5, rtol=1e-4)
