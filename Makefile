@@ -4,18 +4,21 @@
 #   make VENV=/elsewhere/venv   where the environment goes
 #   make PIP_ARGS='...'         extra arguments for pip, such as an index that has CPU-only builds of torch
 #   make JOBS=8                 processes that run the tests
+#   make TORCH=2.14.1 TRITON=3.8.0                              other versions than those in constraints.txt
 
 PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
 JOBS ?= 2
+TORCH ?=
+TRITON ?=
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 BUILT := $(VENV)/.built
 SOURCES := $(shell find kernels -name '*.cpp' -o -name '*.h')
 
-.PHONY: help install demo test test-triton test-cpp test-torch ptx ptx-fast verify bench compile lint format clean
+.PHONY: help install demo test test-triton test-cpp test-torch ptx ptx-fast verify bench compile compile-all full lint format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -27,6 +30,7 @@ help:
 	@echo "make verify   check every operator on this machine against the reference"
 	@echo "make bench    time everything beside the libraries people use (BENCH_ARGS="--quick")"
 	@echo "make compile  compile the kernels for NVIDIA and AMD without a GPU, and read their machine code"
+	@echo "make full     all that takes hours: every kernel at every config, emulated PTX, other versions of Python and torch"
 	@echo "make lint     check code and format"
 	@echo "make format   apply both"
 	@echo "make install  only make the environment, in $(VENV)"
@@ -36,8 +40,9 @@ help:
 # torch comes first and alone: pip then settles on one build of it, before anything else asks for another.
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt torch
-	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e '.[demo,test,lint]'
+	sed $(TORCH:%=-e 's/^torch==.*/torch==%/') $(TRITON:%=-e 's/^triton==.*/triton==%/') -e '' constraints.txt > $(VENV)/constraints.txt
+	$(BIN)/python -m pip install $(PIP_ARGS) -c $(VENV)/constraints.txt torch
+	$(BIN)/python -m pip install $(PIP_ARGS) -c $(VENV)/constraints.txt -e '.[demo,test,lint]'
 	@touch $@
 
 # The C++ operators, of every source and header wherever it lies; setup.py sees whether what is there is of these.
@@ -73,9 +78,15 @@ verify: $(BUILT)
 bench: $(BUILT)
 	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
-# A fixed subset; `python -m benchmarks.compile_report` compiles every kernel at every config.
+# A fixed subset; `compile-all` compiles every kernel at every config.
 compile: $(INSTALLED)
 	$(BIN)/python -m benchmarks.compile_report --fast
+
+compile-all: $(INSTALLED)
+	$(BIN)/python -m benchmarks.compile_report
+
+full:
+	@PARTS='$(PARTS)' PIP_ARGS='$(PIP_ARGS)' .ci/full
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -87,5 +98,6 @@ format: $(INSTALLED)
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache .benchmarks *.egg-info kernels/_cpu_operators.*
+	rm -rf .venvs full_logs
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
 	test ! -e $(INSTALLED) || rm -rf $(VENV)
