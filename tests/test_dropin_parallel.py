@@ -124,8 +124,10 @@ def test_lora_adapters(order, targets):
         torch.testing.assert_close(merged[0](**batch).logits, merged[1](**batch).logits, atol=1e-5, rtol=1e-4)
 
 
-def test_adapter_through_the_model_itself():
+def test_adapter_through_the_model_itself(monkeypatch):
     peft = pytest.importorskip("peft", reason="what makes the adapters")
+    # transformers 5.24 asks for a PEFT that is not published yet; what it calls is in the one before as well
+    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "0.14.0")
     plain, batch = build().eval(), batch_of()
     ours = fastbert.accelerate(copy.deepcopy(plain), impl="native")
     for model in (ours, plain):
