@@ -59,13 +59,16 @@ def why_not_triton(device: torch.device) -> str | None:
     return f"Triton needs a CUDA device (this one is {device.type}) or TRITON_INTERPRET=1"
 
 
-@torch.compiler.assume_constant_result
 def _why_too_old(index: int | None) -> str | None:
     """Why a CUDA device is too old for the kernels, or None. ROCm's capability is the number of AMD's own target
     (gfx942 is 9.4) and says nothing of this kind."""
     if torch.version.hip is not None or (found := _device.capability(index)) >= OLDEST_CAPABILITY:
         return None
     return f"the kernels need compute capability {_dotted(OLDEST_CAPABILITY)}, and this card has {_dotted(found)}"
+
+
+# What `torch.compiler.assume_constant_result` sets, without the second that importing torch's compiler takes.
+_why_too_old._dynamo_marked_constant = True
 
 
 def _dotted(capability: tuple[int, int]) -> str:

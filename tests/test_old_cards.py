@@ -77,9 +77,9 @@ def test_explain_says_so(monkeypatch):
     )
     fastbert.accelerate(model)
     monkeypatch.setattr(functional, "why_not_triton", lambda device: None)
-    assert "impl=triton\n" in str(fastbert.explain(model))
+    assert "impl=triton;" in str(fastbert.explain(model))
     monkeypatch.setattr(functional, "why_not_triton", lambda device: REASON)
-    assert f"impl=native ({REASON})\n" in str(fastbert.explain(model))
+    assert f"impl=native ({REASON});" in str(fastbert.explain(model))
     fastbert.accelerate(model, impl="native")
     assert "impl=native\n" in str(fastbert.explain(model)), "asked for"
 
