@@ -423,7 +423,7 @@ def compile_calls() -> list[CompileCall]:
         bias = (lambda weight: empty(weight.shape[0], dtype=dtype)) if biases else (lambda weight: None)
         form = ",".join((TRITON_TYPES[dtype], size, activation, *(["no_bias"] * (not biases)), *map(str, more)))
         weights = (up, bias(up)) if function is linear_act else (up, bias(up), down, bias(down))
-        x = empty(16, k, dtype=dtype)
+        x = empty(FEW_ROWS + 16, k, dtype=dtype)
         return compile_call(function, form, x, *weights, activation, fast=fast, **more)
 
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32

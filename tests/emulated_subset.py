@@ -13,16 +13,21 @@ import torch
 
 import fastbert
 from fastbert import functional as F
-from fastbert.kernels import _gemm, feed_forward, reference
+from fastbert.kernels import _gemm, _gemm_config, feed_forward, reference
 from fastbert.testing import INPUTS, MODELS, WITHOUT_GRADIENT, Check, ModelShape, compare, run_op
 
 TINY = MODELS["tiny"]
+WIDE = ModelShape(512, 8, 2048, 1)  # the first rung of every ladder of products
 ODD = ModelShape(41, 1, 51, 1)  # rows of 82 bytes: no bulk copies
 LENGTHS = (40, 100, 0, 200)  # one block, one tile, none, and the kernels with loops
 SHORT = (40, 0, 9)
 GROUPED = {"kv_heads": 1}
 EVERYTHING = {"bias": True, "mask": True, "alibi": True, "window": (24, 40), "rotary": True, "return_lse": True}
 IDS = {"dropout_p": 0.1, "return_lse": True}
+
+
+def _product(op: str, **options) -> list[Check]:
+    return _op(op, (_gemm_config.FEW_ROWS + 3,), **options)  # fewer rows are the vendor library's
 
 
 def _op(op: str, lengths=(35,), model: ModelShape = TINY, dtype=torch.bfloat16, **options) -> list[Check]:
@@ -68,6 +73,22 @@ def _invariant(op: str, model: ModelShape, **options) -> list[Check]:
 
     plain = functools.partial(getattr(F, op), impl="reference")
     return compare(ours, plain, INPUTS[op](model, [35], **options), torch.bfloat16, constant=WITHOUT_GRADIENT)
+
+
+def _frozen() -> list[Check]:
+    """Only x wants a gradient."""
+    weights = INPUTS["feed_forward"](TINY, [_gemm_config.FEW_ROWS + 3])
+    x = weights.pop("x")
+    weights = {name: w.bfloat16() if isinstance(w, torch.Tensor) else w for name, w in weights.items()}
+
+    def by(impl):
+        def run(x):
+            cast = {name: w.to(x.dtype) if isinstance(w, torch.Tensor) else w for name, w in weights.items()}
+            return F.feed_forward(x, **cast, impl=impl)
+
+        return run
+
+    return compare(by("triton"), by("reference"), {"x": x}, torch.bfloat16)
 
 
 def _linear(model: ModelShape) -> list[Check]:
@@ -137,11 +158,13 @@ SUBSET: dict[str, Callable[[], list[Check]]] = {
     "embedding_dropout": lambda: _embedding(types=1, dropout_p=0.1),
     "embedding_bare": lambda: _embedding(types=None, weight=False),
     "embedding_many_types": lambda: _embedding(types=3),
-    **{f"linear_act_{a}": functools.partial(_op, "linear_act", activation=a) for a in ACTIVATIONS},
-    **{f"feed_forward_{a}": functools.partial(_op, "feed_forward", activation=a) for a in ACTIVATIONS},
-    "feed_forward_recompute": lambda: _op("feed_forward", recompute=True, down_bias=False),
-    "feed_forward_odd": lambda: _op("feed_forward", model=ODD),
-    "feed_forward_odd_geglu": lambda: _op("feed_forward", model=ODD, activation="geglu"),
+    **{f"linear_act_{a}": functools.partial(_product, "linear_act", activation=a) for a in ACTIVATIONS},
+    **{f"feed_forward_{a}": functools.partial(_product, "feed_forward", activation=a) for a in ACTIVATIONS},
+    "feed_forward_recompute": lambda: _product("feed_forward", recompute=True, down_bias=False),
+    "feed_forward_frozen": _frozen,
+    "feed_forward_wide": lambda: _product("feed_forward", model=WIDE),
+    "feed_forward_odd": lambda: _product("feed_forward", model=ODD),
+    "feed_forward_odd_geglu": lambda: _product("feed_forward", model=ODD, activation="geglu"),
     "feed_forward_invariant": lambda: _invariant("feed_forward", TINY),
     "linear_even": lambda: _linear(TINY),
     "linear_odd": lambda: _linear(ODD),
