@@ -1,6 +1,6 @@
-"""What an architecture offers, by the name that compilers give it: its matrix unit, and shared memory for a program.
+"""What an architecture offers, by the name that compilers give it: matrix unit, shared memory, bulk copies.
 
-The ladders ask for these two, never for a name: a card newer than this file gets the tiles of the class it is of.
+The ladders ask for these, never for a name: a card newer than this file gets the tiles of the class it is of.
 """
 
 from __future__ import annotations
@@ -14,31 +14,34 @@ KB = 1024
 
 @dataclass(frozen=True)
 class Hardware:
-    """matrix: which matrix instructions there are; shared: bytes of shared memory one program may take.
+    """matrix: the matrix instructions for 16-bit types; shared: bytes of shared memory that one program may take.
 
-    "mma.sync"  operands and sums in registers, synchronous: every NVIDIA card from 8.0 on that is not below
+    "mma.sync"  operands and sums in registers, synchronous: all NVIDIA cards from 8.0 on but for the next two
     "wgmma"     operands from shared memory, sums in registers, asynchronous: 9.x (Hopper)
-    "tcgen05"   operands from shared memory, sums in a memory of their own: 10.x and 11.x (data centre Blackwell, Thor)
+    "tcgen05"   operands from shared memory, sums in a memory of their own: 10.x (data centre Blackwell), 11.x (Thor)
     "mfma"      operands and sums in registers, 64 lanes a warp: AMD's CDNA
+
+    bulk_copy: has an engine that copies blocks of a tensor by its descriptor.
     """
 
     matrix: str
     shared: int
+    bulk_copy: bool
 
 
-# compute capability: exactly this one, or of this major version
-_OF_CAPABILITY = {
-    80: Hardware("mma.sync", 163 * KB),
-    87: Hardware("mma.sync", 163 * KB),
+_EXACTLY = {  # by compute capability
+    80: Hardware("mma.sync", 163 * KB, bulk_copy=False),
+    87: Hardware("mma.sync", 163 * KB, bulk_copy=False),
 }
 _OF_MAJOR = {
-    9: Hardware("wgmma", 227 * KB),
-    10: Hardware("tcgen05", 227 * KB),
-    11: Hardware("tcgen05", 227 * KB),
+    8: Hardware("mma.sync", 99 * KB, bulk_copy=False),
+    9: Hardware("wgmma", 227 * KB, bulk_copy=True),
+    10: Hardware("tcgen05", 227 * KB, bulk_copy=True),
+    11: Hardware("tcgen05", 227 * KB, bulk_copy=True),
+    12: Hardware("mma.sync", 99 * KB, bulk_copy=True),
 }
-# 8.6, 8.9, 12.x, and what is not known: every NVIDIA card has this much
-_LEAST = Hardware("mma.sync", 99 * KB)
-_AMD = Hardware("mfma", 64 * KB)
+_UNKNOWN = Hardware("mma.sync", 99 * KB, bulk_copy=False)  # every NVIDIA card from 8.0 on has this
+_AMD = Hardware("mfma", 64 * KB, bulk_copy=False)
 
 
 @functools.cache
@@ -49,4 +52,4 @@ def hardware(arch: str) -> Hardware:
     if not (number := re.fullmatch(r"sm_(\d{2,})[af]?", arch)):
         raise ValueError(f'expected an architecture such as "sm_90" or "gfx942", got {arch!r}')
     capability = int(number[1])
-    return _OF_CAPABILITY.get(capability) or _OF_MAJOR.get(capability // 10, _LEAST)
+    return _EXACTLY.get(capability) or _OF_MAJOR.get(capability // 10, _UNKNOWN)

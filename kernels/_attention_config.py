@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ._arch import KB, hardware
+
 TILE = 128  # rows of one entry of a schedule; kernels with smaller blocks run several programs an entry
 SHORT = 64  # a sequence up to this long, in q and k, is one block: its kernels need no loop
 MAX_HEAD_DIM = 256
@@ -44,28 +46,27 @@ def attention_config(
 
     Depends on nothing that differs between the batches of one model, so a sequence's bits do not either.
     """
+    unit = hardware(arch)
     if dtype == torch.float32:
-        return _float32_config(head_dim, arch, direction)
-    if arch.startswith("gfx") or (arch in ("sm_86", "sm_89", "sm_120") and head_dim > 64):
-        return _small_shared_config(head_dim, direction, traits)
-    if arch == "sm_80" and traits & {"modified", "grouped"}:
-        return _sm_80_crowded_config(head_dim, direction, traits)
-    return _config(head_dim, arch, direction, traits)
+        return _float32_config(head_dim, unit.matrix, direction)
+    if unit.matrix == "mfma":
+        return _mfma_config(head_dim, direction, traits)
+    if unit.matrix == "mma.sync":
+        of_class = _mma_sync_crowded_config if traits & {"modified", "grouped"} else _mma_sync_config
+        return of_class(head_dim, unit.shared, direction, traits)
+    return _config(head_dim, unit.matrix, direction, traits)
 
 
-def _config(head_dim: int, arch: str, direction: str, traits: frozenset[str]) -> AttentionConfig | None:
-    """16-bit types where a program may take over 160 KB of shared memory. Registers are those of sm_90 in bf16."""
+def _config(head_dim: int, matrix: str, direction: str, traits: frozenset[str]) -> AttentionConfig | None:
+    """16-bit types on matrix units with operands in shared memory ("wgmma", "tcgen05"). Registers: sm_90, bf16."""
     is_modified = "modified" in traits
-    is_crowded = is_modified or arch == "sm_80"  # HMMA wants its operands in registers
     if direction == "fwd":
         # 128 rows share each load of k and v: 64 rows would ask L2 for 5 TB/s at 340 TFLOP/s. Eight warps rather than
         # four with twice the rows: 127 registers at head_dim 64, so two programs (four warp groups) fit a
         # multiprocessor and one's exp2, as long as its products there, runs under another's. Four warps: 239.
         # head_dim 128: 171 registers, one program; 128 keys would take 249, and any variant would spill.
-        if arch == "sm_80" and head_dim > 128:
-            return AttentionConfig(64, 64, num_warps=8, num_stages=1)
-        # sm_100: three stages spill 5 registers at head_dim 64, two take 136 and none.
-        stages = 2 if arch == "sm_100" and head_dim <= 64 else 3
+        # tcgen05: three stages spill 5 registers at head_dim 64, two take 136 and none.
+        stages = 2 if matrix == "tcgen05" and head_dim <= 64 else 3
         return AttentionConfig(128, 64 if head_dim <= 128 else 32, num_warps=8, num_stages=stages)
     if direction in ("fwd_short", "fwd_heads"):
         # latency decides, so many small programs: 79 registers and 24 KB at head_dim 64, six a multiprocessor;
@@ -76,16 +77,14 @@ def _config(head_dim: int, arch: str, direction: str, traits: frozenset[str]) ->
         # spill under a cap, 56 KB: four programs where the kernel with the loop has two. head_dim 128: two, it has one
         if head_dim > 128:
             return None  # 255 registers
-        if arch == "sm_90":
+        if matrix == "wgmma":
             return AttentionConfig(64, TILE, num_warps=4, num_stages=2, max_registers=128 if head_dim <= 64 else None)
-        if arch == "sm_100" or head_dim > 64:
-            return AttentionConfig(64, TILE, num_warps=4 if head_dim <= 64 else 8, num_stages=2)
-        return AttentionConfig(32, TILE, num_warps=4, num_stages=2)  # sm_80: 124 registers, 64 rows take 230
+        return AttentionConfig(64, TILE, num_warps=4 if head_dim <= 64 else 8, num_stages=2)
     if direction == "bwd_dq":
         # as forward: 128 registers and 80 KB at head_dim 64, two programs; with two stages it takes 150, and one fits
-        if head_dim <= 64 or (head_dim <= 128 and not is_crowded):
-            # sm_100 spills a few with modified scores at any number of stages: half the rows
-            rows = 64 if arch == "sm_100" and is_modified else 128
+        if head_dim <= 64 or (head_dim <= 128 and not is_modified):
+            # tcgen05 spills a few with modified scores at any number of stages: half the rows
+            rows = 64 if matrix == "tcgen05" and is_modified else 128
             return AttentionConfig(rows, 64, num_warps=8, num_stages=3)
         # head_dim 256: 218 registers, 64 keys spill; 80 with rotary: 32 keys spill
         return AttentionConfig(64, 16 if is_modified else 32, num_warps=8, num_stages=2)
@@ -95,43 +94,83 @@ def _config(head_dim: int, arch: str, direction: str, traits: frozenset[str]) ->
         if head_dim <= 64 and "grouped" in traits and not is_modified:
             return AttentionConfig(64, 64, num_warps=8, num_stages=1)  # the loop over heads: 182, four warps spill
         if head_dim <= 64:
-            most = 168 if not traits and arch == "sm_90" else None
+            most = 168 if not traits and matrix == "wgmma" else None
             return AttentionConfig(32 if is_modified else 64, 64, num_warps=4, num_stages=2, max_registers=most)
         rows = 64 if head_dim <= 128 and not is_modified else 32  # 218 registers at 128, 250 at 256
         return AttentionConfig(rows, 64, num_warps=8, num_stages=2)
     if direction == "bwd_tile":
-        # keys of 128 tokens stay on chip, rows come in blocks: 238 registers and 80 KB at head_dim 64, one program,
+        # keys of 128 tokens stay on chip, rows come in blocks: 216 registers and 80 KB at head_dim 64, one program,
         # but 131 KB a head pass through memory where dq, dk and dv apart read and write 213. head_dim 128 spills
         if head_dim > 64:
             return None
-        # One stage on sm_90: with two, Triton 3.7 copies the next rows of do over those that the product for dv, which
+        # One stage on wgmma: with two, Triton 3.7 copies the next rows of do over those that the product for dv, which
         # nothing has waited for, may still be reading
-        if arch == "sm_90":
-            return AttentionConfig(64, TILE, num_warps=8, num_stages=1)
-        return AttentionConfig(*((32, TILE) if arch == "sm_80" else (64, TILE)), num_warps=8, num_stages=2)
+        return AttentionConfig(64, TILE, num_warps=8, num_stages=1 if matrix == "wgmma" else 2)
     if direction == "bwd_heads":
-        # 162 registers and 32 KB at head_dim 64, three programs; head_dim 256 and sm_100's dropout would spill
+        # 138 registers and 40 KB at head_dim 64, three programs; head_dim 32: 136 left alone, 128 without a spill under
+        # a cap, four programs; head_dim 256 and tcgen05's dropout would spill
         if head_dim > 128:
             return None
-        wide = head_dim > 64 or arch == "sm_80" or (arch == "sm_100" and "dropout" in traits)
-        return AttentionConfig(SHORT, SHORT, num_warps=8 if wide else 4, num_stages=1)
+        wide = head_dim > 64 or (matrix == "tcgen05" and "dropout" in traits)
+        most = 128 if matrix == "wgmma" and head_dim <= 32 and not traits else None
+        return AttentionConfig(SHORT, SHORT, num_warps=8 if wide else 4, num_stages=1, max_registers=most)
     if direction == "bwd_short":
         # 135 registers and 33 KB at head_dim 64, three programs; head_dim 256 would spill, and so would all variants,
         # and rotary at 80
         if head_dim > 128 or traits >= {"modified", "dropout"} or (is_modified and head_dim > 64):
             return None
-        return AttentionConfig(SHORT, SHORT, num_warps=4 if head_dim <= 64 and not is_crowded else 8, num_stages=1)
+        return AttentionConfig(SHORT, SHORT, num_warps=4 if head_dim <= 64 and not is_modified else 8, num_stages=1)
     return AttentionConfig(64, 64, num_warps=4 if head_dim <= 128 else 8, num_stages=1)  # bwd_bias
 
 
-def _sm_80_crowded_config(head_dim: int, direction: str, traits: frozenset[str]) -> AttentionConfig | None:
-    """16-bit types on sm_80 with modified scores or grouped heads: the largest tiles found that do not spill."""
+def _mma_sync_config(head_dim: int, shared: int, direction: str, traits: frozenset[str]) -> AttentionConfig | None:
+    """16-bit types on "mma.sync", plain scores: as above, but operands take registers too. Registers: sm_80, bf16.
+
+    shared: of 99 KB, which most of these cards have, two steps are short: see there.
+    """
+    if direction == "fwd":
+        if head_dim > 128:
+            return AttentionConfig(64, 64, num_warps=8, num_stages=1)
+        return AttentionConfig(128, 64, num_warps=8, num_stages=3)
+    if direction in ("fwd_short", "fwd_heads"):
+        return AttentionConfig(SHORT, SHORT, num_warps=4 if head_dim <= 128 else 8, num_stages=1)
+    if direction == "fwd_tile":
+        if head_dim > 128:
+            return None
+        # head_dim 64: 124 registers, 64 rows take 230
+        rows, warps = (32, 4) if head_dim <= 64 else (64, 8)
+        return AttentionConfig(rows, TILE, num_warps=warps, num_stages=2)
+    if direction == "bwd_dq":
+        if head_dim <= 64:
+            return AttentionConfig(128, 64, num_warps=8, num_stages=3)
+        # head_dim 256: 96 KB in one stage, 100 in two
+        stages = 2 if head_dim <= 128 or shared > 100 * KB else 1
+        return AttentionConfig(64, 32, num_warps=8, num_stages=stages)
+    if direction == "bwd_dkv":
+        if head_dim <= 64:
+            return AttentionConfig(64, 64, num_warps=4, num_stages=2)
+        if head_dim <= 128:
+            return AttentionConfig(64, 64, num_warps=8, num_stages=2)
+        # 64 keys take 100 KB and 248 registers, 32 take 66 KB and 135
+        return AttentionConfig(32, 64 if shared > 100 * KB else 32, num_warps=8, num_stages=2)
+    if direction == "bwd_tile":
+        return AttentionConfig(32, TILE, num_warps=8, num_stages=2) if head_dim <= 64 else None
+    # bwd_heads and bwd_short: 255 registers, of which sm_120 spills some at head_dim 128, sm_80 at 64 with dropout
+    if head_dim > 64 or (head_dim > 32 and "dropout" in traits):
+        return None
+    return AttentionConfig(SHORT, SHORT, num_warps=4 if head_dim <= 32 else 8, num_stages=1)
+
+
+def _mma_sync_crowded_config(
+    head_dim: int, shared: int, direction: str, traits: frozenset[str]
+) -> AttentionConfig | None:
+    """The same with modified scores or grouped heads: the largest tiles found that do not spill."""
     if "modified" not in traits:  # grouped alone: only dk and dv loop over heads
         if direction.endswith(("short", "heads", "tile")) and direction.startswith("bwd"):
             return None
         if direction == "bwd_dkv":
             return AttentionConfig(32 if head_dim <= 64 else 16, 64, num_warps=8, num_stages=1)
-        return _config(head_dim, "sm_80", direction, traits - {"grouped"})
+        return _mma_sync_config(head_dim, shared, direction, traits)
     if direction.endswith(("short", "heads", "tile")):
         return None
     if direction == "fwd":
@@ -143,8 +182,8 @@ def _sm_80_crowded_config(head_dim: int, direction: str, traits: frozenset[str])
     return AttentionConfig(32 if direction == "bwd_dkv" else 64, 32, num_warps=8, num_stages=1)  # bwd_dkv, bwd_bias
 
 
-def _small_shared_config(head_dim: int, direction: str, traits: frozenset[str]) -> AttentionConfig | None:
-    """16-bit types with 64 to 100 KB of shared memory: fewer stages and narrower blocks, no kernels for short ones."""
+def _mfma_config(head_dim: int, direction: str, traits: frozenset[str]) -> AttentionConfig | None:
+    """16-bit types on AMD's CDNA, with 64 KB of shared memory: one stage, narrow blocks, few kernels of one block."""
     if direction.endswith("tile"):
         return None
     if direction.endswith(("short", "heads")):
@@ -156,23 +195,25 @@ def _small_shared_config(head_dim: int, direction: str, traits: frozenset[str]) 
         block = 32 if head_dim <= 128 and not traits & {"modified", "grouped"} else 16
         return AttentionConfig(2 * block, block, num_warps=warps, num_stages=1)
     if direction == "fwd" and "modified" not in traits:
-        return AttentionConfig(128, 32, num_warps=4, num_stages=1)  # gfx942: 64 keys spill, 32 take 123 registers
+        return AttentionConfig(128, 32, num_warps=4, num_stages=1)  # 64 keys spill, 32 take 123 registers
     if direction == "bwd_dkv":
         rows = 16 if traits >= {"modified", "dropout"} else 32 if traits else 64
         return AttentionConfig(rows, 32 if traits else 64, num_warps=warps, num_stages=1)
     if direction == "bwd_dq" and "modified" in traits:
         return AttentionConfig(32, 32, num_warps=warps, num_stages=1)
-    return AttentionConfig(64, 32, num_warps=warps, num_stages=1)  # gfx942: dq with 64 keys spills, 32 take 119
+    return AttentionConfig(64, 32, num_warps=warps, num_stages=1)  # dq with 64 keys spills, 32 take 119
 
 
-def _float32_config(head_dim: int, arch: str, direction: str) -> AttentionConfig | None:
+def _float32_config(head_dim: int, matrix: str, direction: str) -> AttentionConfig | None:
     """Exact products run outside the matrix units with operands in registers: the smallest blocks, to fit."""
     if direction.endswith(("short", "heads", "tile")):
         return None
     if head_dim <= 64:
         # four warps spill in the backward pass
-        return AttentionConfig(64 if arch == "sm_80" and direction == "fwd" else 32, 32, num_warps=8, num_stages=1)
+        return AttentionConfig(64 if matrix == "mma.sync" and direction == "fwd" else 32, 32, num_warps=8, num_stages=1)
     if direction == "bwd_dkv" and head_dim > 128:
         return AttentionConfig(32, 16, num_warps=8, num_stages=1)  # with 16 rows sm_80 and sm_100 spill two or three
-    block = 32 if arch == "sm_90" and direction == "fwd" and head_dim <= 128 else 16
-    return AttentionConfig(block, block, num_warps=8, num_stages=1)
+    if direction == "fwd" and head_dim <= 128 and matrix in ("wgmma", "mma.sync"):
+        # mma.sync: 16 rows spill two on sm_89
+        return AttentionConfig(32, 32 if matrix == "wgmma" else 16, num_warps=8, num_stages=1)
+    return AttentionConfig(16, 16, num_warps=8, num_stages=1)

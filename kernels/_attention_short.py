@@ -236,19 +236,20 @@ def _attention_bwd_heads_kernel(
     k = _load_slots(k_ptr, start_k, heads, rows, is_key, stride_kt, stride_kh, HEAD_DIM, BLOCK_D)
     v = _load_slots(v_ptr, start_k, heads, rows, is_key, stride_vt, stride_vh, HEAD_DIM, BLOCK_D)
 
-    # transposed, so that p and ds come out as left operands of the products below
+    # dv before dp, dq before dk: fewest registers
     qk = _dot(k, tl.trans(q), None, PRECISION)  # [BLOCK_N, BLOCK_M]
     qk = tl.where((heads[:, None] == heads[None, :]) & is_key[:, None], qk, float("-inf"))
     p = tl.exp2(qk * scale_log2 - lse_log2[None, :])
-    dp = _dot(v, tl.trans(do), None, PRECISION)
     kept = p
     if HAS_DROPOUT:
         keys = _dropout_keys(seed_ptr, stream_id, heads, sequence_ids_ptr, sequence, rows, HAS_IDS)
         keep = _keep_mask(keys[None, :], rows[:, None], threshold)
         kept = tl.where(keep, p, 0.0)
-        dp = tl.where(keep, dp * keep_scale, 0.0)
     dv = _dot(kept.to(do.dtype), do, None, PRECISION) * keep_scale
     _store_slots(dv_ptr, dv, start_k, heads, rows, is_key, n_heads, HEAD_DIM, BLOCK_D)
+    dp = _dot(v, tl.trans(do), None, PRECISION)
+    if HAS_DROPOUT:
+        dp = tl.where(keep, dp * keep_scale, 0.0)
     ds = (p * (dp - delta[None, :])).to(q.dtype)
     dq = _dot(tl.trans(k), ds, None, PRECISION) * scale  # [BLOCK_D, BLOCK_M]
     _store_slot_columns(dq_ptr, dq, start_q, heads, rows, is_row, n_heads, HEAD_DIM, BLOCK_D)
@@ -303,14 +304,15 @@ def _attention_bwd_tile_kernel(
         p = tl.exp2(qk * scale_log2 - lse_log2[None, :])
         # keys past the end: q k = 0 there, and exp2(-lse) may be infinite
         p = tl.where((cols < length_k)[:, None], p, 0.0)
-        dp = _dot(v, tl.trans(do), None, PRECISION)
         kept = p
         if HAS_DROPOUT:
             keys = _dropout_keys(seed_ptr, stream_id, h, sequence_ids_ptr, sequence, rows, HAS_IDS)
             keep = _keep_mask(keys[None, :], cols[:, None], threshold)
             kept = tl.where(keep, p, 0.0)
-            dp = tl.where(keep, dp * keep_scale, 0.0)
         dv = _dot(kept.to(do.dtype), do, dv, PRECISION)
+        dp = _dot(v, tl.trans(do), None, PRECISION)
+        if HAS_DROPOUT:
+            dp = tl.where(keep, dp * keep_scale, 0.0)
         ds = (p * (dp - delta[None, :])).to(q.dtype)
         # every key is here, so a row's dq is whole
         dq = _dot(tl.trans(k), ds, None, PRECISION) * scale  # [BLOCK_D, BLOCK_M]

@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ._arch import hardware
 from ._compile import TRITON_TYPES
 
 # layout (see `_gemm`), then the epilogue
@@ -134,7 +135,7 @@ UNALIGNED = GemmConfig(64, 64, 32, num_warps=8, num_stages=2, slice_n=32)
 # The wide tile reads 48 bytes of operands a cycle of matrix work from L2, the square one 64; the square one pays
 # where a wide one would leave processors idle (few columns) or where the epilogue weighs as much as the products
 # (small k): two programs a processor, the epilogue of one under the products of the other.
-_SM_90 = {
+_WGMMA = {
     "act": (
         (2048, 512, GemmConfig(128, 256, 64, 8, 4, slice_n=64, bulk=True, flatten=True, programs_per_sm=1)),
         (0, 0, GemmConfig(128, 128, 64, 4, 3, slice_n=32, bulk=True, flatten=True, programs_per_sm=2)),
@@ -148,32 +149,33 @@ _SM_90 = {
         (0, 0, GemmConfig(128, 128, 64, 4, 3, slice_n=16, bulk=True, programs_per_sm=2)),
     ),
 }
-_SM_80 = {
+_MMA_SYNC = {
     "act": ((0, 0, GemmConfig(128, 128, 32, 4, 4, slice_n=32)),),
     "geglu": ((0, 0, GemmConfig(128, 64, 32, 4, 4, slice_n=32)),),
     "dact": ((0, 0, GemmConfig(128, 128, 32, 8, 4, slice_n=32)),),
 }
-_SM_120 = {
+_MMA_SYNC_BULK = {
     "act": ((0, 0, GemmConfig(128, 128, 32, 8, 3, slice_n=32, bulk=True, programs_per_sm=1)),),
     "geglu": ((0, 0, GemmConfig(128, 64, 32, 8, 3, slice_n=32, bulk=True, programs_per_sm=1)),),
     "dact": ((0, 0, GemmConfig(128, 128, 32, 8, 3, slice_n=32, bulk=True, programs_per_sm=1)),),
 }
 # The compiler unrolls a flattened loop three times there: 15,000 instructions for geglu, so it is left as it is.
-_SM_100 = {
+_TCGEN05 = {
     epilogue: tuple((n, k, replace(config, flatten=False, slice_n=min(config.slice_n, 32))) for n, k, config in rungs)
-    for epilogue, rungs in _SM_90.items()
+    for epilogue, rungs in _WGMMA.items()
 }
-_CDNA = {
+_MFMA = {
     "act": ((0, 0, GemmConfig(128, 128, 64, 8, 2, slice_n=32)),),
     "geglu": ((0, 0, GemmConfig(128, 64, 64, 8, 2, slice_n=32)),),
     "dact": ((0, 0, GemmConfig(128, 128, 64, 8, 2, slice_n=32)),),
 }
-LADDERS = {"sm_90": _SM_90, "sm_100": _SM_100, "sm_103": _SM_100, "sm_120": _SM_120, "sm_121": _SM_120, "gfx": _CDNA}
+LADDERS = {"wgmma": _WGMMA, "tcgen05": _TCGEN05, "mfma": _MFMA, "mma.sync": _MMA_SYNC}
 
 
 def ladder_of(arch: str) -> dict:
     """Rungs of every epilogue there."""
-    return LADDERS.get("gfx" if arch.startswith("gfx") else arch, _SM_80)
+    unit = hardware(arch)
+    return _MMA_SYNC_BULK if unit.matrix == "mma.sync" and unit.bulk_copy else LADDERS[unit.matrix]
 
 
 @functools.cache
