@@ -1,6 +1,14 @@
-"""`attn_implementation="fastbert"`: our attention in transformers' own attention interface, for models of any kind."""
+"""`attn_implementation="fastbert"`: our attention in transformers' own attention interface, for models of any kind.
+
+The models of transformers hand an attention function far more than queries, keys and values. Every keyword argument
+that they pass (5.24) is in one of the tables below: it is honoured, says nothing that the mask does not say, or the
+call is refused with its name. A name in no table is refused too, since nobody can know what it changes.
+"""
 
 from __future__ import annotations
+
+import sys
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,8 +17,27 @@ from .. import functional as F
 from ..layers import dropout_options
 
 NAME = "fastbert"
-# what some models ask of attention and the operator does not have; sdpa does it, or says why not
-UNSUPPORTED = ("softcap", "s_aux", "position_bias", "cache", "output_attentions")
+# what the operator does not have and transformers' sdpa does exactly as the models' own code
+BY_SDPA = frozenset({"position_bias", "cache"})
+# what changes no attention output: the mask holds it, another part of the model reads it, or it picks a flash kernel
+HARMLESS = frozenset(
+    {
+        "sliding_window", "position_ids", "cache_position", "past_key_values", "past_key_value", "use_cache",
+        "deterministic", "max_length_q", "max_length_k", "num_items_in_batch", "output_hidden_states",
+        "output_router_logits", "return_dict", "layer_idx", "token_type_ids",
+    }
+)  # fmt: skip
+# lengths of packed sequences: the mask holds them where transformers made one out of position_ids
+PACKED = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"})
+# what would change the output and is not computed here -> what it is
+REFUSED = {
+    "s_aux": "attention sinks",
+    "sinks": "attention sinks",
+    "softcap": "a cap on the scores",
+    "indices": "a choice of keys that is in no mask",
+    "block_indices": "a choice of keys that is in no mask",
+    "output_attentions": "attention probabilities, which are never stored",
+}
 
 
 def register_attention() -> None:
@@ -19,8 +46,9 @@ def register_attention() -> None:
         fastbert.register_attention()
         model = AutoModel.from_pretrained(..., attn_implementation="fastbert")
 
-    For models that `accelerate` does not know: only attention is replaced, and padding stays. Calls that the operator
-    cannot do go to transformers' "sdpa".
+    For models that `accelerate` does not know: only attention is replaced, and padding stays. Position biases and paged
+    caches go to transformers' "sdpa". A model whose attention asks for what neither has (sinks, a soft cap, sparse
+    indices), or does not say whether it is causal, raises a ValueError in its first layer that names the argument.
     """
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -40,17 +68,22 @@ def attention_forward(
     is_causal: bool | None = None,
     **options,
 ) -> tuple[Tensor, None]:
-    """query [B, H, Sq, D], key, value [B, Hk, Sk, D], mask [B, 1 | H, Sq, Sk] bool or float -> [B, Sq, H, D]."""
+    """query [B, H, Sq, D], key, value [B, Hk, Sk, D], mask [B, 1 | H, Sq, Sk] bool or float -> [B, Sq, H, D].
+
+    Raises: ValueError where `options` or the module ask for what is not computed here.
+    """
+    given = {name: value for name, value in options.items() if value is not None and value is not False}
+    if (why := _why_refused(given, attention_mask)) is not None:
+        raise ValueError(f'attn_implementation="{NAME}": {type(module).__name__} {why}; load the model with "eager"')
+    is_causal = _causal(module) if is_causal is None else is_causal
     width_q, width_k = query.shape[2], key.shape[2]
-    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = bool(is_causal) and attention_mask is None and width_q > 1
-    other_values = value.shape != key.shape
-    if other_values or (causal and width_q != width_k) or any(options.get(name) is not None for name in UNSUPPORTED):
+    if value.shape != key.shape or (causal and width_q != width_k) or not BY_SDPA.isdisjoint(given):
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(
             module, query, key, value, attention_mask,
-            dropout=dropout, scaling=scaling, is_causal=is_causal, **options,
+            dropout=dropout, scaling=scaling, is_causal=is_causal, **given,
         )  # fmt: skip
 
     variant = dropout_options(dropout, query.device)
@@ -61,3 +94,36 @@ def attention_forward(
         variant["window"] = (width_k, 0)  # every key up to its own
     o = F.attention_padded(*(t.transpose(1, 2) for t in (query, key, value)), scale=scaling, **variant)
     return o.contiguous(), None
+
+
+def _why_refused(given: dict[str, Any], attention_mask: Tensor | None) -> str | None:
+    """What in the keyword arguments of a call is not computed here, or None."""
+    for name in given:
+        if name in REFUSED:
+            return f"passes {name} ({REFUSED[name]}), which is not computed"
+        if name in PACKED:
+            if attention_mask is None:
+                return f"passes {name} (packed sequences) without a mask that keeps them apart"
+        elif name not in HARMLESS and name not in BY_SDPA:
+            return f"passes {name}, which is not known"
+    return None
+
+
+def _causal(module: torch.nn.Module) -> bool:
+    """Whether a module that was given no `is_causal` attends to the left only when there is no mask.
+
+    A module without the attribute is causal under transformers' sdpa. Where its model allows no sdpa (ALIGN, CLAP,
+    MarkupLM, Splinter), nothing says which of the two it is, and their eager attention is not causal: refused.
+    """
+    if hasattr(module, "is_causal"):
+        return module.is_causal
+    from transformers import PreTrainedModel
+
+    file = type(module).__module__
+    models = [c for c in vars(sys.modules[file]).values() if isinstance(c, type) and issubclass(c, PreTrainedModel)]
+    if any(c._supports_sdpa for c in models if c.__module__ == file):
+        return True
+    raise ValueError(
+        f'attn_implementation="{NAME}": {type(module).__name__} does not say whether it is causal (it has no '
+        'is_causal); load the model with "eager"'
+    )
