@@ -13,6 +13,7 @@ from ._attention_fwd import (
     RUNTIME_INTS,
     _dot,
     _dropout_keys,
+    _gradient_origin,
     _key_range,
     _load_lse_log2,
     _load_rows,
@@ -39,8 +40,8 @@ def _attention_bwd_dq_kernel(
     bias_ptr, mask_ptr, slopes_ptr,
     cos_ptr, sin_ptr, seed_ptr, sequence_ids_ptr,
     o_ptr, lse_ptr, do_ptr, dlse_ptr,                     # in:  like q, [H, Tq], like q, [H, Tq]; contiguous
-    dq_ptr, delta_ptr,                                    # out: like q, [H, Tq]
-    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+    dq_ptr, delta_ptr,                                    # out: like q, tokens stride_dq apart; [H, Tq]
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_dq,
     stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k,
     stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k, stride_cos, stride_sin,
     first_entry, n_heads, width_q, scale, scale_log2, keep_scale, stream_id, threshold, window_left, window_right,
@@ -130,10 +131,11 @@ def _attention_bwd_dq_kernel(
     dq *= scale
     if HAS_ROTARY:
         dq = _rotate(dq, cos_ptr, sin_ptr, rows, length_q, stride_cos, stride_sin, True, HEAD_DIM, BLOCK_D)
-    _store_rows(dq_ptr + o_origin, dq, rows, n_out, stride_ot, HEAD_DIM, BLOCK_D, HAS_ROTARY)
+    dq_ptr += _gradient_origin(sequence, start_q, head, width_q, stride_dq, HEAD_DIM, PADDED)
+    _store_rows(dq_ptr, dq, rows, n_out, stride_dq, HEAD_DIM, BLOCK_D, HAS_ROTARY)
     if PADDED:
         end = _padding_end(row, length_q, length_k, n_out, SHORT)
-        _zero_rows(dq_ptr + o_origin, TILE, end, stride_ot, HEAD_DIM, BLOCK_M, BLOCK_D)
+        _zero_rows(dq_ptr, TILE, end, stride_dq, HEAD_DIM, BLOCK_M, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=[*RUNTIME_INTS, "width_k"])
@@ -143,8 +145,8 @@ def _attention_bwd_dkv_kernel(
     bias_ptr, mask_ptr, slopes_ptr,
     cos_ptr, sin_ptr, seed_ptr, sequence_ids_ptr,
     lse_ptr, do_ptr, delta_ptr,                           # in:  [H, Tq], like q, [H, Tq]; contiguous
-    dk_ptr, dv_ptr,                                       # out: like k, contiguous
-    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+    dk_ptr, dv_ptr,                                       # out: like k, tokens stride_dkv apart
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_dkv,
     stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k,
     stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k, stride_cos, stride_sin,
     first_entry, n_heads, width_q, width_k, scale, scale_log2, keep_scale, stream_id, threshold,
@@ -235,14 +237,13 @@ def _attention_bwd_dkv_kernel(
     dv = tl.where(exists, dv * keep_scale, 0.0)
     if HAS_ROTARY:
         dk = _rotate(dk, cos_ptr, sin_ptr, cols, length_k, stride_cos, stride_sin, True, HEAD_DIM, BLOCK_D)
-    origin, _ = _origins(sequence, start_k, kv_head, n_kv_heads, width_k, HEAD_DIM, PADDED)
-    stride_out = n_kv_heads * HEAD_DIM
-    _store_rows(dk_ptr + origin, dk, cols, n_out, stride_out, HEAD_DIM, BLOCK_D, HAS_ROTARY)
-    _store_rows(dv_ptr + origin, dv, cols, n_out, stride_out, HEAD_DIM, BLOCK_D, False)
+    origin = _gradient_origin(sequence, start_k, kv_head, width_k, stride_dkv, HEAD_DIM, PADDED)
+    _store_rows(dk_ptr + origin, dk, cols, n_out, stride_dkv, HEAD_DIM, BLOCK_D, HAS_ROTARY)
+    _store_rows(dv_ptr + origin, dv, cols, n_out, stride_dkv, HEAD_DIM, BLOCK_D, False)
     if PADDED:
         end = _padding_end(col, length_q, length_k, n_out, SHORT)
-        _zero_rows(dk_ptr + origin, TILE, end, stride_out, HEAD_DIM, BLOCK_N, BLOCK_D)
-        _zero_rows(dv_ptr + origin, TILE, end, stride_out, HEAD_DIM, BLOCK_N, BLOCK_D)
+        _zero_rows(dk_ptr + origin, TILE, end, stride_dkv, HEAD_DIM, BLOCK_N, BLOCK_D)
+        _zero_rows(dv_ptr + origin, TILE, end, stride_dkv, HEAD_DIM, BLOCK_N, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=[*RUNTIME_INTS, "width_k"])
@@ -252,8 +253,9 @@ def _attention_bwd_short_kernel(
     bias_ptr, mask_ptr, slopes_ptr,
     cos_ptr, sin_ptr, seed_ptr, sequence_ids_ptr,
     o_ptr, lse_ptr, do_ptr, dlse_ptr,                     # in:  like q, [H, Tq], like q, [H, Tq]; contiguous
-    dq_ptr, dk_ptr, dv_ptr, delta_ptr,                    # out: like q, like k, like v, [H, Tq]; contiguous
+    dq_ptr, dk_ptr, dv_ptr, delta_ptr,                    # out: like q, like k, like v; [H, Tq]
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+    stride_dq, stride_dkv,
     stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k,
     stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k, stride_cos, stride_sin,
     first_entry, n_heads, width_q, width_k,
@@ -322,28 +324,28 @@ def _attention_bwd_short_kernel(
         dv = _dot(kept.to(do.dtype), do, dv, PRECISION)
         ds = (p * (dp - delta[None, :])).to(q.dtype)
         dq = _dot(tl.trans(k), ds, None, PRECISION) * scale  # [BLOCK_D, BLOCK_M], see `_attention_short.py`
+        dq_origin = _gradient_origin(sequence, start_q, head, width_q, stride_dq, HEAD_DIM, PADDED)
         if HAS_ROTARY:
             dq = _rotate(
                 tl.trans(dq), cos_ptr, sin_ptr, rows, length_q, stride_cos, stride_sin, True, HEAD_DIM, BLOCK_D
             )  # fmt: skip
-            _store_rows(dq_ptr + o_origin, dq, rows, n_rows, stride_ot, HEAD_DIM, BLOCK_D, True)
+            _store_rows(dq_ptr + dq_origin, dq, rows, n_rows, stride_dq, HEAD_DIM, BLOCK_D, True)
         else:
-            _store_columns(dq_ptr + o_origin, dq, rows, n_rows, stride_ot, HEAD_DIM, BLOCK_D)
+            _store_columns(dq_ptr + dq_origin, dq, rows, n_rows, stride_dq, HEAD_DIM, BLOCK_D)
         dk = _dot(ds, q, dk, PRECISION)
         if PADDED:
-            _zero_rows(dq_ptr + o_origin, BLOCK_M, n_rows, stride_ot, HEAD_DIM, BLOCK_M, BLOCK_D)
+            _zero_rows(dq_ptr + dq_origin, BLOCK_M, n_rows, stride_dq, HEAD_DIM, BLOCK_M, BLOCK_D)
 
     dk *= scale
     dv *= keep_scale
     if HAS_ROTARY:
         dk = _rotate(dk, cos_ptr, sin_ptr, cols, length_k, stride_cos, stride_sin, True, HEAD_DIM, BLOCK_D)
-    origin, _ = _origins(sequence, start_k, kv_head, n_kv_heads, width_k, HEAD_DIM, PADDED)
-    stride_out = n_kv_heads * HEAD_DIM
-    _store_rows(dk_ptr + origin, dk, cols, n_cols, stride_out, HEAD_DIM, BLOCK_D, HAS_ROTARY)
-    _store_rows(dv_ptr + origin, dv, cols, n_cols, stride_out, HEAD_DIM, BLOCK_D, False)
+    origin = _gradient_origin(sequence, start_k, kv_head, width_k, stride_dkv, HEAD_DIM, PADDED)
+    _store_rows(dk_ptr + origin, dk, cols, n_cols, stride_dkv, HEAD_DIM, BLOCK_D, HAS_ROTARY)
+    _store_rows(dv_ptr + origin, dv, cols, n_cols, stride_dkv, HEAD_DIM, BLOCK_D, False)
     if PADDED:
-        _zero_rows(dk_ptr + origin, BLOCK_N, n_cols, stride_out, HEAD_DIM, BLOCK_N, BLOCK_D)
-        _zero_rows(dv_ptr + origin, BLOCK_N, n_cols, stride_out, HEAD_DIM, BLOCK_N, BLOCK_D)
+        _zero_rows(dk_ptr + origin, BLOCK_N, n_cols, stride_dkv, HEAD_DIM, BLOCK_N, BLOCK_D)
+        _zero_rows(dv_ptr + origin, BLOCK_N, n_cols, stride_dkv, HEAD_DIM, BLOCK_N, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=[*RUNTIME_INTS, "bias_rows", "bias_cols", "batch"])

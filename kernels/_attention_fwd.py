@@ -90,6 +90,13 @@ def _origins(sequence, start, head, n_heads, width, HEAD_DIM: tl.constexpr, PADD
 
 
 @triton.jit
+def _gradient_origin(sequence, start, head, width, stride_t, HEAD_DIM: tl.constexpr, PADDED: tl.constexpr):
+    """Where a sequence and head begin in dq, dk or dv [T, H, D], or [B, S, H, D], of tokens that lie stride_t apart."""
+    first = sequence.to(tl.int64) * width if PADDED else start
+    return first * stride_t + head.to(tl.int64) * HEAD_DIM
+
+
+@triton.jit
 def _columns(HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, HAS_ROTARY: tl.constexpr):
     """Column in memory of each on-chip column [BLOCK_D], and which of them exist.
 

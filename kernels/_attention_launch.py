@@ -292,7 +292,10 @@ class _Backward(NamedTuple):
 
 
 @functools.lru_cache(1024)
-def _backward_plans(config_of: Callable, traits: _Traits, strides: tuple[int, ...], has_dlse: bool) -> _Backward:
+def _backward_plans(
+    config_of: Callable, traits: _Traits, strides: tuple[int, ...], gradient_strides: tuple[int, int], has_dlse: bool
+) -> _Backward:
+    """gradient_strides: from token to token of dq, and of dk and dv."""
     plain = traits.is_plain()
     of_dq, of_dkv, of_short, of_tile = (
         config_of(traits.head_dim, traits.dtype, traits.arch, direction, traits.of_config())
@@ -300,6 +303,7 @@ def _backward_plans(config_of: Callable, traits: _Traits, strides: tuple[int, ..
     )
     of_tile = of_tile if plain else None
     loop = {"TILE": TILE, "SKIP": TILE if of_tile else 0, "HAS_DLSE": has_dlse}
+    loop |= dict(zip(("stride_dq", "stride_dkv"), gradient_strides, strict=True))
     inputs, saved = f"{_INPUTS} schedule_ptr {_MODIFIERS}", "o_ptr lse_ptr do_ptr dlse_ptr"
     of_q, of_k = "first_entry width_q stream_id", "first_entry width_q width_k stream_id"
 
@@ -324,12 +328,16 @@ def _backward_plans(config_of: Callable, traits: _Traits, strides: tuple[int, ..
     )
 
 
-def launch_backward(do, dlse, o, lse, q, k, v, spans_q, spans_k, schedule_q, schedule_k, longest, *given):
-    dq, dk, dv, delta = outputs = backward_outputs(do, dlse, o, lse, q, k, v)
+def launch_backward(do, dlse, o, lse, q, k, v, spans_q, spans_k, schedule_q, schedule_k, longest, *given, into=None):
+    """into: dq, dk, dv, delta to write to, of heads that are contiguous and tokens at any distance, the same one for dk
+    and dv; padded, sequences next to each other. By default new ones."""
+    dq, dk, dv, delta = outputs = backward_outputs(do, dlse, o, lse, q, k, v) if into is None else into
     do, dlse = do.contiguous(), None if dlse is None else dlse.contiguous()
     q, k, v = unit_stride(q, k, v)
     options = _Options(*given)
-    plans = _backward_plans(attention_config, options.traits(q, k), _row_strides(q, k, v), dlse is not None)
+    plans = _backward_plans(
+        attention_config, options.traits(q, k), _row_strides(q, k, v), (dq.stride(-3), dk.stride(-3)), dlse is not None
+    )
     heads, kv_heads, batch, has_short = q.shape[-2], k.shape[-2], _batch(q, spans_q), plans.short is not None
     n_long_q, n_short = _parts(schedule_q, batch, longest, has_short)
     n_long_k, _ = _parts(schedule_k, batch, longest, has_short)

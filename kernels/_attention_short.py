@@ -72,12 +72,12 @@ def _load_contiguous(
 
 @triton.jit
 def _store_slots(
-    ptr, x, start, heads, rows, exists, n_heads, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
+    ptr, x, start, heads, rows, exists, stride_t, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
-    """The counterpart of `_load_slots` for contiguous [T, H, D]."""
+    """The counterpart of `_load_slots` for [T, H, D] whose heads are contiguous and whose tokens lie stride_t apart."""
     offs_d = tl.arange(0, BLOCK_D)
-    # a block spans less than 2^31 elements of a contiguous tensor
-    ptrs = ptr + start * n_heads * HEAD_DIM + ((rows * n_heads + heads) * HEAD_DIM)[:, None] + offs_d[None, :]
+    # a block spans less than 2^31 elements
+    ptrs = ptr + start * stride_t + (rows * stride_t + heads * HEAD_DIM)[:, None] + offs_d[None, :]
     mask = exists[:, None]
     if HEAD_DIM < BLOCK_D:
         mask = mask & (offs_d < HEAD_DIM)[None, :]
@@ -86,11 +86,11 @@ def _store_slots(
 
 @triton.jit
 def _store_slot_columns(
-    ptr, x, start, heads, rows, exists, n_heads, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
+    ptr, x, start, heads, rows, exists, stride_t, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
     """`_store_slots` of x [BLOCK_D, BLOCK], whose columns are the slots."""
     offs_d = tl.arange(0, BLOCK_D)
-    ptrs = ptr + start * n_heads * HEAD_DIM + ((rows * n_heads + heads) * HEAD_DIM)[None, :] + offs_d[:, None]
+    ptrs = ptr + start * stride_t + (rows * stride_t + heads * HEAD_DIM)[None, :] + offs_d[:, None]
     mask = exists[None, :]
     if HEAD_DIM < BLOCK_D:
         mask = mask & (offs_d < HEAD_DIM)[:, None]
@@ -151,7 +151,7 @@ def _attention_fwd_heads_kernel(
         qk, v, keys[:, None], rows[None, :], scale_log2, keep_scale, threshold, HAS_DROPOUT, PRECISION
     )
 
-    _store_slots(o_ptr, o, start_q, heads, rows, is_row, n_heads, HEAD_DIM, BLOCK_D)
+    _store_slots(o_ptr, o, start_q, heads, rows, is_row, n_heads * HEAD_DIM, HEAD_DIM, BLOCK_D)
     tl.store(lse_ptr + heads.to(tl.int64) * width_q + start_q + rows, lse, mask=is_row)
 
 
@@ -206,8 +206,8 @@ def _attention_bwd_heads_kernel(
     spans_q_ptr, spans_k_ptr, schedule_ptr,
     seed_ptr, sequence_ids_ptr,
     o_ptr, lse_ptr, do_ptr, dlse_ptr,                     # in:  like q, [H, Tq], like q, [H, Tq]; contiguous
-    dq_ptr, dk_ptr, dv_ptr,                               # out: like q, like k, like v; contiguous
-    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
+    dq_ptr, dk_ptr, dv_ptr,                               # out: like q, like k, like v, heads contiguous
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dq, stride_dkv,
     first_entry, n_heads, width_q, scale, scale_log2, keep_scale, stream_id, threshold,
     HAS_DROPOUT: tl.constexpr, HAS_IDS: tl.constexpr, HAS_DLSE: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -246,15 +246,15 @@ def _attention_bwd_heads_kernel(
         keep = _keep_mask(keys[None, :], rows[:, None], threshold)
         kept = tl.where(keep, p, 0.0)
     dv = _dot(kept.to(do.dtype), do, None, PRECISION) * keep_scale
-    _store_slots(dv_ptr, dv, start_k, heads, rows, is_key, n_heads, HEAD_DIM, BLOCK_D)
+    _store_slots(dv_ptr, dv, start_k, heads, rows, is_key, stride_dkv, HEAD_DIM, BLOCK_D)
     dp = _dot(v, tl.trans(do), None, PRECISION)
     if HAS_DROPOUT:
         dp = tl.where(keep, dp * keep_scale, 0.0)
     ds = (p * (dp - delta[None, :])).to(q.dtype)
     dq = _dot(tl.trans(k), ds, None, PRECISION) * scale  # [BLOCK_D, BLOCK_M]
-    _store_slot_columns(dq_ptr, dq, start_q, heads, rows, is_row, n_heads, HEAD_DIM, BLOCK_D)
+    _store_slot_columns(dq_ptr, dq, start_q, heads, rows, is_row, stride_dq, HEAD_DIM, BLOCK_D)
     dk = _dot(ds, q, None, PRECISION) * scale
-    _store_slots(dk_ptr, dk, start_k, heads, rows, is_key, n_heads, HEAD_DIM, BLOCK_D)
+    _store_slots(dk_ptr, dk, start_k, heads, rows, is_key, stride_dkv, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=RUNTIME_INTS)
@@ -263,8 +263,8 @@ def _attention_bwd_tile_kernel(
     spans_q_ptr, spans_k_ptr, schedule_ptr,
     seed_ptr, sequence_ids_ptr,
     o_ptr, lse_ptr, do_ptr, dlse_ptr,                     # in:  like q, [H, Tq], like q, [H, Tq]; contiguous
-    dq_ptr, dk_ptr, dv_ptr,                               # out: like q, like k, like v; contiguous
-    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
+    dq_ptr, dk_ptr, dv_ptr,                               # out: like q, like k, like v, heads contiguous
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dq, stride_dkv,
     first_entry, n_heads, width_q, scale, scale_log2, keep_scale, stream_id, threshold,
     HAS_DROPOUT: tl.constexpr, HAS_IDS: tl.constexpr, HAS_DLSE: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -282,6 +282,7 @@ def _attention_bwd_tile_kernel(
     q_ptr += start_q * stride_qt + h * stride_qh
     stride_ot = n_heads * HEAD_DIM
     o_origin, lse_origin = start_q * stride_ot + h * HEAD_DIM, h * width_q + start_q
+    dq_origin = start_q * stride_dq + h * HEAD_DIM
 
     cols = tl.arange(0, BLOCK_N)
     k_ptr += start_k * stride_kt + h * stride_kh
@@ -317,8 +318,8 @@ def _attention_bwd_tile_kernel(
         # every key is here, so a row's dq is whole
         dq = _dot(tl.trans(k), ds, None, PRECISION) * scale  # [BLOCK_D, BLOCK_M]
         dk = _dot(ds, q, dk, PRECISION)
-        _store_columns(dq_ptr + o_origin, dq, rows, length_q, stride_ot, HEAD_DIM, BLOCK_D)
+        _store_columns(dq_ptr + dq_origin, dq, rows, length_q, stride_dq, HEAD_DIM, BLOCK_D)
 
-    origin = start_k * stride_ot + h * HEAD_DIM
-    _store_rows(dk_ptr + origin, dk * scale, cols, length_k, stride_ot, HEAD_DIM, BLOCK_D, False)
-    _store_rows(dv_ptr + origin, dv * keep_scale, cols, length_k, stride_ot, HEAD_DIM, BLOCK_D, False)
+    origin = start_k * stride_dkv + h * HEAD_DIM
+    _store_rows(dk_ptr + origin, dk * scale, cols, length_k, stride_dkv, HEAD_DIM, BLOCK_D, False)
+    _store_rows(dv_ptr + origin, dv * keep_scale, cols, length_k, stride_dkv, HEAD_DIM, BLOCK_D, False)

@@ -13,6 +13,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WHY_NOT = functional.why_not_triton(DEVICE)
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 if WHY_NOT is None:
+    from fastbert.kernels import _attention_launch
     from fastbert.kernels import attention as kernels
 
 
@@ -372,6 +373,29 @@ def test_offsets_past_two_to_the_31(lengths):
         results += [o, *torch.autograd.grad(o, leaves, do)]
     assert near[1].stride(0) == 16
     assert all(torch.equal(a, b) for a, b in zip(ours, near, strict=True))
+
+
+@pytest.mark.parametrize("variant", ["plain", "window", "padded_grouped"])
+def test_gradients_go_into_one_buffer(variant):
+    """dq, dk and dv as slices of one [T, (H + 2 Hk) D], and not an element beside them: the bits of three tensors."""
+    lengths, head_dim = torch.tensor([70, 5, 130], dtype=torch.int32, device=DEVICE), 16
+    heads, kv_heads, padded = (2, 1, True) if variant == "padded_grouped" else (2, 2, False)
+    rows = (3, 130) if padded else (205,)
+    qkv = torch.randn(*rows, heads + 2 * kv_heads, head_dim, device=DEVICE).half()
+    q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=-2)
+    spans = lengths if padded else cu_seqlens_of([70, 5, 130], DEVICE)
+    schedule = _attention_launch.schedule_tiles(spans, None, rows[-1], padded)
+    window = (9, 4) if variant == "window" else (_attention_launch.UNBOUNDED,) * 2
+    options = (*(None,) * 7, *window, 0.0, 0, head_dim**-0.5)
+    o, lse = _attention_launch.launch_forward(q, k, v, spans, spans, schedule, 130, *options)
+    given = (torch.randn_like(o), None, o, lse, q, k, v, spans, spans, schedule, schedule, 130, *options)
+    *apart, delta = _attention_launch.launch_backward(*given)
+
+    wide = torch.full((*rows, heads + 2 * kv_heads + 1, head_dim), 7.0, dtype=torch.float16, device=DEVICE)
+    *slices, beside = wide.split([heads, kv_heads, kv_heads, 1], dim=-2)
+    _attention_launch.launch_backward(*given, into=(*slices, torch.empty_like(delta)))
+    assert all(torch.equal(one, other) for one, other in zip(slices, apart, strict=True))
+    assert (beside == 7.0).all()
 
 
 def test_shared_schedule_changes_nothing():
