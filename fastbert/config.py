@@ -7,7 +7,8 @@ import os
 from dataclasses import InitVar, dataclass, field, fields
 from typing import Any
 
-from .checkpoint import CheckpointError, make_folder, read_json, resolve, write_json
+from .checkpoint import CheckpointError, make_folder, read_json, write_json
+from .formats import Model, open_model, opened
 
 # transformers' name -> ours: several names there are one function.
 ACTIVATIONS = {
@@ -175,13 +176,28 @@ class BertConfig:
 
     @classmethod
     def from_pretrained(cls, id_or_path: str | os.PathLike, **changes: Any) -> BertConfig:
-        """From the config.json of a model's folder, or of a hub id. Raises CheckpointError, in one line."""
-        path = resolve(id_or_path) / "config.json"
-        data = read_json(path)
+        """From the config.json of a model's folder, or of a hub id; of other formats, what `fastbert.formats` makes.
+
+        Raises: CheckpointError, in one line.
+        """
+        with opened(id_or_path) as path:
+            model = open_model(path)
+            if model is not None:
+                return cls.from_model(model, **changes)
+            path = path / "config.json"
+            data = read_json(path)
+            try:
+                return cls.from_dict(data, **changes)
+            except ValueError as error:
+                raise CheckpointError(f"{path}: {error}") from error
+
+    @classmethod
+    def from_model(cls, model: Model, **changes: Any) -> BertConfig:
+        """Of a model in somebody else's format. Raises CheckpointError."""
         try:
-            return cls.from_dict(data, **changes)
+            return cls.from_dict(model.config, **changes)
         except ValueError as error:
-            raise CheckpointError(f"{path}: {error}") from error
+            raise CheckpointError(f"{model.source.path}: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """What goes into config.json; transformers reads it, and `from_dict` gives this config back."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from . import checkpoint
 from . import functional as F
 from .batching import CHUNK_TEXTS, chunks_of, even_batches, filling, one_ahead, run_batches, tokens_per_batch
+from .formats import opened
 from .kernels import _int8
 from .layers import prepack, quantise
 from .models.bert import BertModel
@@ -204,7 +205,7 @@ class Encoder:
         impl: F.Impl | None = None,
         cuda_graphs: bool = False,
     ) -> Encoder:
-        """Loads a BERT folder or hub id, sentence-transformers' kind (modules.json) or a plain one.
+        """Loads a BERT folder or hub id, sentence-transformers' kind (modules.json) or a plain one, or another format.
 
         Args:
             pooling, normalize, max_length: None takes what the folder says (a plain BERT: mean, not normalised).
@@ -222,19 +223,19 @@ class Encoder:
         """
         from .tokenizer import Tokenizer
 
-        folder = checkpoint.resolve(id_or_path)
-        sentence = SentenceConfig.from_folder(folder)
         device = resolve_device(device)
         int8 = dtype in (INT8, torch.int8)
         if int8:
             _expect_int8(device, impl)
         dtype = resolve_dtype("auto" if int8 else dtype, device)
         F.choose_impl(impl, device)
-        tokenizer = Tokenizer.from_pretrained(folder)
-        model = BertModel.from_pretrained(folder, dtype=dtype, device=device, impl=impl)
+        with opened(id_or_path) as path:
+            sentence = SentenceConfig.from_folder(path)
+            tokenizer = Tokenizer.from_pretrained(path)
+            model = BertModel.from_pretrained(path, dtype=dtype, device=device, impl=impl)
         if tokenizer.vocab_size > model.config.vocab_size:
             raise ValueError(
-                f"{folder}: the tokenizer knows {tokenizer.vocab_size} words, the model {model.config.vocab_size}"
+                f"{id_or_path}: the tokenizer knows {tokenizer.vocab_size} words, the model {model.config.vocab_size}"
             )
         pooling = sentence.pooling if pooling is None else pooling
         _keep_layers(model, layer, pooling)

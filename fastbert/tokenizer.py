@@ -15,7 +15,10 @@ from typing import Any, Literal
 import tokenizers
 from tokenizers import AddedToken, Encoding, decoders, models, normalizers, pre_tokenizers, processors
 
-from .checkpoint import CheckpointError, make_folder, read_json, resolve, write_atomically, write_json
+from .checkpoint import CheckpointError, make_folder, read_json, write_atomically, write_json
+from .formats import opened
+from .formats.detect import find_source
+from .formats.source import Source
 
 Truncation = Literal["longest_first", "only_first", "only_second"]
 TRUNCATIONS = ("longest_first", "only_first", "only_second")
@@ -100,11 +103,31 @@ class Tokenizer:
     @classmethod
     def from_pretrained(cls, id_or_path: str | os.PathLike) -> Tokenizer:
         """From a model's folder or hub id: its tokenizer.json, else its vocab.txt; with its tokenizer_config.json.
+        Of another format that `fastbert.formats` reads, from its vocabulary.
 
         As in transformers, do_lower_case, strip_accents and tokenize_chinese_chars of tokenizer_config.json win over
         what tokenizer.json says. Raises: CheckpointError, in one line.
         """
-        folder = resolve(id_or_path)
+        with opened(id_or_path) as path:
+            source = find_source(path)
+            return cls._from_folder(path) if source is None else cls._from_source(source)
+
+    @classmethod
+    def _from_source(cls, source: Source) -> Tokenizer:
+        if not source.words:
+            raise CheckpointError(f"{source.path} has no vocabulary")
+        if source.lower_case is None:
+            raise CheckpointError(
+                f"{source.path} does not say whether its tokenizer lower-cases: "
+                "fastbert convert has --lower-case and --no-lower-case"
+            )
+        try:
+            return cls.from_words(source.words, source.lower_case)
+        except CheckpointError as error:
+            raise CheckpointError(f"{source.path}: {error}") from error
+
+    @classmethod
+    def _from_folder(cls, folder: Path) -> Tokenizer:
         config: dict[str, Any] = {}
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
             if (folder / name).is_file():
@@ -120,7 +143,8 @@ class Tokenizer:
                 raise CheckpointError(f"{folder} has no tokenizer: expected tokenizer.json or vocab.txt")
             if kind not in _WORDPIECE_CLASSES:
                 raise CheckpointError(f"{folder} needs a tokenizer.json: {kind}Tokenizer is not plain WordPiece")
-            return cls._from_vocab_and_config(folder / "vocab.txt", config)
+            vocab_file = folder / "vocab.txt"
+            return cls._from_vocab_and_config(_read_vocab(vocab_file), config, vocab_file)
         except ValueError as error:
             raise CheckpointError(f"{folder}: {error}") from error
 
@@ -148,12 +172,22 @@ class Tokenizer:
         }
         if model_max_length is not None:
             config["model_max_length"] = model_max_length
-        return cls._from_vocab_and_config(Path(vocab_file), config)
+        vocab_file = Path(vocab_file)
+        return cls._from_vocab_and_config(_read_vocab(vocab_file), config, vocab_file)
 
     @classmethod
-    def _from_vocab_and_config(cls, vocab_file: Path, config: dict[str, Any]) -> Tokenizer:
+    def from_words(cls, words: Sequence[str], lowercase: bool, *, model_max_length: int | None = 512) -> Tokenizer:
+        """From a vocabulary in the order of the ids; else as `from_vocab`. Raises CheckpointError."""
+        config = {"do_lower_case": lowercase, "strip_accents": None, "tokenize_chinese_chars": True}
+        if model_max_length is not None:
+            config["model_max_length"] = model_max_length
+        # of a word that comes twice the last place counts, as in a vocab.txt
+        return cls._from_vocab_and_config({word: i for i, word in enumerate(words)}, config, "the vocabulary")
+
+    @classmethod
+    def _from_vocab_and_config(cls, vocab: dict[str, int], config: dict[str, Any], vocab_file: Path | str) -> Tokenizer:
+        """vocab_file: what messages call the vocabulary."""
         special = {role: _content(config.get(role)) or default for role, default in SPECIAL_TOKENS.items()}
-        vocab = _read_vocab(vocab_file)
         if absent := [special[role] for role in ("unk_token", "cls_token", "sep_token") if special[role] not in vocab]:
             raise CheckpointError(f"{vocab_file} is not a BERT vocabulary: it lacks {', '.join(absent)}")
 

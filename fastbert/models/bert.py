@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from .. import checkpoint
 from .. import functional as F
 from ..config import BertConfig
+from ..formats import open_model, opened
 from ..graphs import Graphs, graphs_for, why_not_recorded
 from ..kernels import _cpu, _prepack
 from ..layers import FusedLinears
@@ -247,24 +248,29 @@ class BertModel(nn.Module):
         impl: F.Impl | None = None,
         add_pooling_layer: bool | None = None,
     ) -> BertModel:
-        """Weights and config from a local folder or a hub id; in evaluation mode.
+        """Weights and config from a local folder or a hub id, or from another format; in evaluation mode.
 
         Args:
+            id_or_path: a folder or a hub id; or what else `fastbert convert` reads, as that command reads it. A
+                TensorFlow checkpoint is memory-mapped; matrices, which lie transposed there, are copied.
             dtype: of the parameters; None keeps the checkpoint's.
             add_pooling_layer: None: if the checkpoint has one.
 
         Raises: CheckpointError, which names what is missing, unexpected or of the wrong shape.
         """
-        folder = checkpoint.resolve(id_or_path)
-        config = BertConfig.from_pretrained(folder)
-        state = checkpoint.load_state_dict(folder)
+        with opened(id_or_path) as path:
+            foreign = open_model(path)
+            if foreign is None:
+                config, state = BertConfig.from_pretrained(path), checkpoint.load_state_dict(path)
+            else:
+                config, state = BertConfig.from_model(foreign), foreign.state_dict()
         if add_pooling_layer is None:
             add_pooling_layer = any("pooler.dense.weight" in name for name in state)
         with torch.device("meta"), _LeftUninitialised():
             model = cls(config, add_pooling_layer, impl)
         # the heads of a checkpoint that was trained for one task are not part of the encoder
         others = ("cls.*", "classifier.*", "qa_outputs.*") + (() if add_pooling_layer else ("*pooler.*",))
-        checkpoint.load_into(model, state, ignore_unexpected=others, assign=True, source=folder)
+        checkpoint.load_into(model, state, ignore_unexpected=others, assign=True, source=id_or_path)
         return model.to(device=device, dtype=dtype).eval()
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -1,0 +1,231 @@
+"""Which weights a BERT, an ALBERT or an ELECTRA has, and of which shapes, by transformers' names.
+
+A shape is written in letters that stand for numbers of the config: ("V", "C") is [vocab_size, hidden_size]. So the
+same table holds a checkpoint against a config and, where somebody's files have no config, finds its numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..checkpoint import CheckpointError
+from .names import pattern_of
+from .variable import Variable
+
+Letters = tuple[str, ...]
+Shapes = dict[str, Letters]
+
+LETTERS = {
+    "V": "vocab_size",
+    "C": "hidden_size",
+    "E": "embedding_size",
+    "F": "intermediate_size",
+    "P": "max_position_embeddings",
+    "T": "type_vocab_size",
+}
+COUNTS = {"n": "num_hidden_layers", "g": "num_hidden_groups", "i": "inner_group_num"}
+_LABELS = "N"  # how many labels a classifier has; no two heads of one checkpoint have different ones
+_HEADS = "A"  # the width of all of a layer's attention heads: hidden_size, or less where heads are pruned
+
+
+def _linear(name: str, to: str, of: str) -> Shapes:
+    return {f"{name}.weight": (to, of), f"{name}.bias": (to,)}
+
+
+def _norm(name: str, width: str) -> Shapes:
+    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+
+
+def _embeddings(prefix: str, width: str) -> Shapes:
+    tables = {"word_embeddings": "V", "position_embeddings": "P", "token_type_embeddings": "T"}
+    shapes: Shapes = {f"{prefix}embeddings.{name}.weight": (rows, width) for name, rows in tables.items()}
+    return shapes | _norm(f"{prefix}embeddings.LayerNorm", width)
+
+
+def _layers(prefix: str) -> Shapes:
+    layer = prefix + "encoder.layer.{n}."
+    shapes: Shapes = {}
+    for name in ("query", "key", "value"):
+        shapes |= _linear(f"{layer}attention.self.{name}", _HEADS, "C")
+    return (
+        shapes
+        | {f"{layer}attention.output.dense.weight": ("C", _HEADS), f"{layer}attention.output.dense.bias": ("C",)}
+        | _norm(f"{layer}attention.output.LayerNorm", "C")
+        | _linear(f"{layer}intermediate.dense", "F", "C")
+        | _linear(f"{layer}output.dense", "C", "F")
+        | _norm(f"{layer}output.LayerNorm", "C")
+    )
+
+
+_ALBERT_LAYER = "albert.encoder.albert_layer_groups.{g}.albert_layers.{i}."
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The weights of one of transformers' model types.
+
+    Attributes:
+        required: the encoder's; a checkpoint lacks none of them.
+        heads: what may be there beside: the weights of each are there all or none.
+        classes: heads that are there -> transformers' class of such a model, the first that fits.
+        optional: single weights that may be there.
+    """
+
+    required: Shapes
+    heads: dict[str, Shapes]
+    classes: tuple[tuple[frozenset[str], str], ...]
+    optional: Shapes = field(default_factory=dict)
+
+
+BERT = Architecture(
+    required=_embeddings("bert.", "C") | _layers("bert."),
+    heads={
+        "pooler": _linear("bert.pooler.dense", "C", "C"),
+        "masked words": _linear("cls.predictions.transform.dense", "C", "C")
+        | _norm("cls.predictions.transform.LayerNorm", "C")
+        | {"cls.predictions.bias": ("V",)},
+        "next sentence": _linear("cls.seq_relationship", "2", "C"),
+        "classifier": _linear("classifier", _LABELS, "C"),
+        "question answering": _linear("qa_outputs", "2", "C"),
+    },
+    classes=(
+        (frozenset({"masked words", "next sentence"}), "BertForPreTraining"),
+        (frozenset({"masked words"}), "BertForMaskedLM"),
+        (frozenset({"next sentence"}), "BertForNextSentencePrediction"),
+        (frozenset({"question answering"}), "BertForQuestionAnswering"),
+        (frozenset({"classifier"}), "BertForSequenceClassification"),
+        (frozenset(), "BertModel"),
+    ),
+    optional={"cls.predictions.decoder.weight": ("V", "C"), "cls.predictions.decoder.bias": ("V",)},
+)
+
+ALBERT = Architecture(
+    required=_embeddings("albert.", "E")
+    | _linear("albert.encoder.embedding_hidden_mapping_in", "C", "E")
+    | {
+        name: shape
+        for part in ("query", "key", "value", "dense")
+        for name, shape in _linear(f"{_ALBERT_LAYER}attention.{part}", "C", "C").items()
+    }
+    | _norm(f"{_ALBERT_LAYER}attention.LayerNorm", "C")
+    | _linear(f"{_ALBERT_LAYER}ffn", "F", "C")
+    | _linear(f"{_ALBERT_LAYER}ffn_output", "C", "F")
+    | _norm(f"{_ALBERT_LAYER}full_layer_layer_norm", "C"),
+    heads={
+        "pooler": _linear("albert.pooler", "C", "C"),
+        "masked words": _linear("predictions.dense", "E", "C")
+        | _norm("predictions.LayerNorm", "E")
+        | {"predictions.bias": ("V",)},
+        "sentence order": _linear("sop_classifier.classifier", "2", "C"),
+        "classifier": _linear("classifier", _LABELS, "C"),
+    },
+    classes=(
+        (frozenset({"masked words", "sentence order"}), "AlbertForPreTraining"),
+        (frozenset({"masked words"}), "AlbertForMaskedLM"),
+        (frozenset({"classifier"}), "AlbertForSequenceClassification"),
+        (frozenset(), "AlbertModel"),
+    ),
+)
+
+ELECTRA = Architecture(
+    required=_embeddings("electra.", "E") | _layers("electra."),
+    heads={
+        "projection of the embeddings": _linear("electra.embeddings_project", "C", "E"),
+        "discriminator": _linear("discriminator_predictions.dense", "C", "C")
+        | _linear("discriminator_predictions.dense_prediction", "1", "C"),
+        "masked words": _linear("generator_predictions.dense", "E", "C")
+        | _norm("generator_predictions.LayerNorm", "E")
+        | {"generator_lm_head.bias": ("V",)},
+    },
+    classes=(
+        (frozenset({"discriminator"}), "ElectraForPreTraining"),
+        (frozenset({"masked words"}), "ElectraForMaskedLM"),
+        (frozenset(), "ElectraModel"),
+    ),
+)
+
+ARCHITECTURES = {"bert": BERT, "albert": ALBERT, "electra": ELECTRA}
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What `fit` found: the config's numbers, the heads that are there, and the number of labels if one has labels."""
+
+    sizes: dict[str, int]
+    heads: frozenset[str]
+    labels: int | None
+
+
+def fit(architecture: Architecture, tensors: dict[str, Variable], config: dict[str, Any]) -> Fit:
+    """Holds weights against a config, and finds the numbers that the config lacks.
+
+    Raises: CheckpointError that names what is missing, what is unknown, and which shape does not fit.
+    """
+    shapes = dict(architecture.required)
+    for head in architecture.heads.values():
+        shapes |= head
+    patterns = [(pattern_of(name), name, letters) for name, letters in (shapes | architecture.optional).items()]
+    numbers: dict[str, tuple[int, str]] = {}  # letter -> its number, and who said so
+    for letter, key in LETTERS.items():
+        if isinstance(config.get(key), int):
+            numbers[letter] = config[key], f"the config's {key}"
+    counts: dict[str, int] = {}
+    there: set[str] = set()  # names with their counts left open
+    for name, variable in tensors.items():
+        match, template, letters = next(
+            ((m, t, letters) for pattern, t, letters in patterns if (m := pattern.fullmatch(name))), (None, "", ())
+        )
+        if match is None:
+            raise CheckpointError(f"it has an unknown weight, {name}")
+        there.add(template)
+        for count, number in match.groupdict().items():
+            counts[count] = max(counts.get(count, 0), int(number) + 1)
+        _check_shape(name, variable.shape, letters, numbers, config, match.groupdict())
+    for count, number in counts.items():
+        key = COUNTS[count]
+        if config.get(key, number) != number:
+            raise CheckpointError(f"it has {number} of what the config's {key} says are {config[key]}")
+    heads = frozenset(title for title, head in architecture.heads.items() if there & head.keys())
+    wanted = list(architecture.required)
+    for title in heads:
+        wanted += architecture.heads[title]
+    missing = [name for template in wanted for name in _all_of(template, counts) if name not in tensors]
+    if missing:
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise CheckpointError(f"it lacks {len(missing)} weights: {', '.join(missing[:5])}{more}")
+    sizes = {LETTERS[letter]: number for letter, (number, _) in numbers.items() if letter in LETTERS}
+    sizes |= {COUNTS[count]: number for count, number in counts.items()}
+    return Fit(sizes, heads, numbers[_LABELS][0] if _LABELS in numbers else None)
+
+
+def _check_shape(
+    name: str,
+    shape: tuple[int, ...],
+    letters: Letters,
+    numbers: dict[str, tuple[int, str]],
+    config: dict[str, Any],
+    indices: dict[str, str],
+) -> None:
+    if len(shape) != len(letters):
+        raise CheckpointError(f"{name} is {list(shape)}, and has {len(letters)} axes here")
+    for size, letter in zip(shape, letters, strict=True):
+        if letter.isdecimal():
+            wanted, who = int(letter), "this head"
+        elif letter == _HEADS and (pruned := len((config.get("pruned_heads") or {}).get(indices["n"], ()))):
+            heads = config["num_attention_heads"]
+            wanted = config["hidden_size"] // heads * (heads - pruned)
+            who = f"hidden_size with {pruned} of {heads} heads pruned"
+        else:
+            wanted, who = numbers.setdefault("C" if letter == _HEADS else letter, (size, name))
+        if size != wanted:
+            raise CheckpointError(f"{name} is {list(shape)}, but {who} says {wanted} where it has {size}")
+
+
+def _all_of(template: str, counts: dict[str, int]) -> list[str]:
+    """The names that a template stands for."""
+    names = [template]
+    for count, number in counts.items():
+        if f"{{{count}}}" in template:
+            names = [name.replace(f"{{{count}}}", str(i)) for name in names for i in range(number)]
+    return names

@@ -1,0 +1,38 @@
+"""Which format lies at a path."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..checkpoint import PICKLE, PICKLE_INDEX, SAFETENSORS, SAFETENSORS_INDEX, CheckpointError
+from . import pytorch, tensorflow
+from .source import Source
+
+
+def find_source(path: Path) -> Source | None:
+    """What lies at a path; None where it is a folder as transformers writes it, or no model.
+
+    Raises: CheckpointError for a format that is not read, and where the format's reader does.
+    """
+    if path.is_dir():
+        return _in_folder(path)
+    if path.suffix == ".index" and path.is_file():
+        path = path.with_suffix("")
+    if path.with_name(path.name + ".index").is_file():
+        return tensorflow.read(path)
+    if tensorflow.is_v1(path):
+        raise CheckpointError(f"{path} is a TensorFlow checkpoint of the V1 format of 2016, which is not read")
+    return None
+
+
+def _in_folder(folder: Path) -> Source | None:
+    if pytorch.is_old(folder):
+        return pytorch.read_old(folder)
+    if (folder / "config.json").is_file() and _has_weights_of_transformers(folder):
+        return None
+    prefix = tensorflow.prefix_in(folder)
+    return None if prefix is None else tensorflow.read(prefix)
+
+
+def _has_weights_of_transformers(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (SAFETENSORS, SAFETENSORS_INDEX, PICKLE, PICKLE_INDEX))

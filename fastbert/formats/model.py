@@ -1,0 +1,166 @@
+"""A model of any format that is read here: its config and its weights as transformers has them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..checkpoint import CheckpointError
+from .architectures import ARCHITECTURES, Fit, fit
+from .detect import find_source
+from .names import GENERATOR, Named, assign, assign_plain, drop_tied
+from .source import Source
+from .variable import Variable
+
+ACTIVATIONS = ("gelu", "gelu_new")
+_HEAD_WIDTH_OF_ELECTRA = 64  # in every one of Google's: model_size small, base and large
+_BERT_DEFAULTS = {
+    "hidden_dropout_prob": 0.1,
+    "attention_probs_dropout_prob": 0.1,
+    "initializer_range": 0.02,
+    "layer_norm_eps": 1e-12,
+    "pad_token_id": 0,
+}
+# ALBERT's own defaults, where transformers has others.
+_ALBERT_DEFAULTS = {
+    "num_hidden_groups": 1,
+    "inner_group_num": 1,
+    "hidden_dropout_prob": 0,
+    "attention_probs_dropout_prob": 0,
+}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that has been understood; its weights are read when they are asked for.
+
+    Attributes:
+        source: where it is from.
+        config: the content of a config.json.
+        tensors: transformers' name -> the weight.
+        used, skipped: the source's names, and what became of them: transformers' name, or why it is not read.
+        notes: what was decided on the way, in sentences.
+        generator: ELECTRA's generator, which lies in the discriminator's checkpoint; else None.
+    """
+
+    source: Source
+    config: dict[str, Any]
+    tensors: dict[str, Variable]
+    used: dict[str, str]
+    skipped: dict[str, str]
+    notes: list[str] = field(default_factory=list)
+    generator: Model | None = None
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The weights, on the CPU, each contiguous; memory-mapped where the source has them as they are."""
+        return {name: t.read() for name, t in self.tensors.items()}
+
+
+def open_model(path: str | os.PathLike, *, activation: str | None = None) -> Model | None:
+    """The model at a path; None where it is a folder as transformers writes it.
+
+    Args:
+        path: a folder, a checkpoint's prefix, or a file.
+        activation: what the config's "gelu" is to mean, "gelu" or "gelu_new"; None takes what the framework computes.
+
+    Raises: CheckpointError, in one line: what is missing or damaged, a variable that is not known, a shape that does
+        not fit, a format that is not read.
+    """
+    source = find_source(Path(path))
+    return None if source is None else understand(source, activation=activation)
+
+
+def understand(source: Source, *, activation: str | None = None) -> Model:
+    """A source under transformers' names, held against its config. Raises CheckpointError."""
+    try:
+        return _understand(source, activation)
+    except CheckpointError as error:
+        raise CheckpointError(f"{source.path}: {error}") from None
+
+
+def _understand(source: Source, activation: str | None) -> Model:
+    family = source.family(source.variables)
+    if family is not None:
+        named, model_type = assign(family, source.variables), family.model_type
+    else:
+        model_type = source.config.get("model_type", "bert")
+        if model_type not in ARCHITECTURES:
+            raise CheckpointError(f"its model_type is {model_type!r}; one of {', '.join(ARCHITECTURES)} is read")
+        named = assign_plain(model_type, source.variables)
+    drop_tied(named)
+    if not named.tensors:
+        raise CheckpointError("it holds no weights")
+    notes: list[str] = []
+    tensors = {name: t for name, t in named.tensors.items() if not name.startswith(GENERATOR)}
+    config = dict(source.config)
+    if model_type == "albert":
+        config = {"embedding_size": config.get("hidden_size")} | _ALBERT_DEFAULTS | config
+    found = fit(ARCHITECTURES[model_type], tensors, config)
+    config = _config(model_type, config, found, named, notes)
+    config["hidden_act"] = _activation(source, config.get("hidden_act", "gelu"), activation, notes)
+    if source.words and len(source.words) > config["vocab_size"]:
+        raise CheckpointError(f"the vocabulary has {len(source.words)} words, the model {config['vocab_size']}")
+    model = Model(source, config, tensors, named.used, named.skipped, notes, _generator(source, named, config))
+    return model
+
+
+def _config(model_type: str, config: dict[str, Any], found: Fit, named: Named, notes: list[str]) -> dict[str, Any]:
+    """The config.json: what the source says, what the shapes say, and what the framework takes for granted."""
+    complete = _BERT_DEFAULTS | found.sizes | config | {"model_type": model_type}
+    if model_type == "electra":
+        complete.setdefault("embedding_size", found.sizes["embedding_size"])
+    if "num_attention_heads" not in complete:
+        if len(named.heads) == 1:
+            complete["num_attention_heads"] = next(iter(named.heads))
+        elif model_type == "electra":
+            complete["num_attention_heads"] = max(1, complete["hidden_size"] // _HEAD_WIDTH_OF_ELECTRA)
+            notes.append(
+                f"There is no config: attention heads are {_HEAD_WIDTH_OF_ELECTRA} wide, as in all of Google's."
+            )
+        else:
+            raise CheckpointError("there is no bert_config.json, and the shapes do not show the number of heads")
+    if named.heads - {complete["num_attention_heads"]}:
+        heads = ", ".join(map(str, sorted(named.heads)))
+        raise CheckpointError(f"its weights have {heads} heads, its config {complete['num_attention_heads']}")
+    if found.labels is not None and len(complete.get("id2label") or ()) != found.labels:
+        complete["id2label"] = {str(i): f"LABEL_{i}" for i in range(found.labels)}
+        complete["label2id"] = {f"LABEL_{i}": i for i in range(found.labels)}
+    if not complete.get("architectures"):
+        classes = ARCHITECTURES[model_type].classes
+        complete["architectures"] = [next(name for heads, name in classes if heads <= found.heads)]
+    return complete
+
+
+def _activation(source: Source, said: str, wanted: str | None, notes: list[str]) -> str:
+    """hidden_act of the config.json."""
+    if said != "gelu":
+        if wanted is not None and wanted != said:
+            raise CheckpointError(f"its config says hidden_act {said!r}, which is not a gelu of two kinds")
+        return said
+    act = source.activation if wanted is None else wanted
+    why = f"as {source.title} computes it" if wanted is None else "as asked for"
+    notes.append(f'"gelu" is {act}, {"by tanh" if act == "gelu_new" else "by erf"}, {why}.')
+    return act
+
+
+def _generator(source: Source, named: Named, config: dict[str, Any]) -> Model | None:
+    tensors = {
+        name.removeprefix(GENERATOR): Variable(name.removeprefix(GENERATOR), v.shape, v.kind, v.dtype, v.read, v.verify)
+        for name, v in named.tensors.items()
+        if name.startswith(GENERATOR)
+    }
+    if not tensors:
+        return None
+    shared = {name: v for name, v in named.tensors.items() if name.startswith("electra.embeddings.")}
+    tensors = shared | tensors  # a generator has no embeddings of its own, unless they were not tied
+    known = {key: config[key] for key in ("vocab_size", "embedding_size", "max_position_embeddings", "type_vocab_size")}
+    found = fit(ARCHITECTURES["electra"], tensors, known)
+    # model/modeling.py computes the generator's heads so, whatever the discriminator's are
+    heads = max(1, found.sizes["hidden_size"] // _HEAD_WIDTH_OF_ELECTRA)
+    sizes = found.sizes | {"num_attention_heads": heads, "architectures": None}
+    generator = _config("electra", {k: v for k, v in config.items() if k not in sizes} | sizes, found, named, [])
+    return Model(source, generator, tensors, {}, {})

@@ -1,0 +1,499 @@
+"""What each framework calls BERT's variables, and what transformers calls them.
+
+A family is a table of modules, (their name, our name, kind). "{n}" in a name stands for a number. A kind says which
+variables a module of theirs has, what ours are called, and how the array must be turned:
+
+    ("bert/encoder/layer_{n}/intermediate/dense", "bert.encoder.layer.{n}.intermediate.dense", LINEAR)
+    .../kernel [in, out] -> ....weight [out, in];  .../bias [out] -> ....bias [out]
+
+Our names are those of transformers' pre-training models, with the prefix "bert.", "albert." or "electra.".
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from ..checkpoint import CheckpointError
+from .variable import Variable
+
+
+class Turn(NamedTuple):
+    """How an array of theirs becomes a matrix or a vector of ours.
+
+    Attributes:
+        transposed: theirs is [in, out], ours is [out, in].
+        heads: the axis of their array that counts attention heads, where it may have one. This axis and the one
+            after it, the width of a head, are joined.
+    """
+
+    transposed: bool = False
+    heads: int | None = None
+
+    def applies(self, shape: tuple[int, ...]) -> bool:
+        """Whether this array has an axis of heads that is to be joined with the next."""
+        return self.heads is not None and len(shape) == (3 if self.transposed else 2)
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of ours."""
+        if self.applies(shape):
+            shape = (*shape[: self.heads], shape[self.heads] * shape[self.heads + 1], *shape[self.heads + 2 :])
+        return shape[::-1] if self.transposed else shape
+
+    def variable(self, name: str, theirs: Variable) -> Variable:
+        """Ours, under our name, read when it is asked for."""
+        if not self.transposed and not self.applies(theirs.shape):
+            return Variable(name, theirs.shape, theirs.kind, theirs.dtype, theirs.read, theirs.verify)
+        shape = self.shape(theirs.shape)
+
+        def read():
+            if not self.transposed:
+                return theirs.read().reshape(shape)
+            return theirs.read().reshape(shape[::-1]).t().contiguous()
+
+        return Variable(name, shape, theirs.kind, theirs.dtype, read, theirs.verify)
+
+
+# A kind: their ending -> (our ending, how to turn the array)
+Kind = dict[str, tuple[str, Turn]]
+
+ARRAY: Kind = {"": ("", Turn())}
+TABLE: Kind = {"": (".weight", Turn())}
+LINEAR: Kind = {"/kernel": (".weight", Turn(transposed=True)), "/bias": (".bias", Turn())}
+# [in, heads, width of a head] and [heads, width of a head, out] in newer frameworks
+LINEAR_TO_HEADS: Kind = {
+    "/kernel": (".weight", Turn(transposed=True, heads=1)),
+    "/bias": (".bias", Turn(heads=0)),
+}
+LINEAR_FROM_HEADS: Kind = {"/kernel": (".weight", Turn(transposed=True, heads=0)), "/bias": (".bias", Turn())}
+NORM: Kind = {"/gamma": (".weight", Turn()), "/beta": (".bias", Turn())}
+EMBEDDING: Kind = {"/embeddings": (".weight", Turn())}
+# keras-hub numbers the variables of a layer
+KERAS_TABLE: Kind = {"/0": (".weight", Turn())}
+KERAS_LINEAR: Kind = {"/0": (".weight", Turn(transposed=True)), "/1": (".bias", Turn())}
+KERAS_LINEAR_TO_HEADS: Kind = {"/0": (".weight", Turn(transposed=True, heads=1)), "/1": (".bias", Turn(heads=0))}
+KERAS_LINEAR_FROM_HEADS: Kind = {"/0": (".weight", Turn(transposed=True, heads=0)), "/1": (".bias", Turn())}
+KERAS_NORM: Kind = {"/0": (".weight", Turn()), "/1": (".bias", Turn())}
+# the same names as ours; Paddle's matrices are [in, out]
+SAME: Kind = {".weight": (".weight", Turn()), ".bias": (".bias", Turn())}
+PADDLE_LINEAR: Kind = {".weight": (".weight", Turn(transposed=True)), ".bias": (".bias", Turn())}
+
+Module = tuple[str, str, Kind]
+
+
+class Rule(NamedTuple):
+    """One variable of a family, or one for each number in its name."""
+
+    theirs: str
+    ours: str
+    turn: Turn
+
+
+@dataclass(frozen=True)
+class Family:
+    """The names of one framework.
+
+    Attributes:
+        title: what messages call it.
+        model_type: transformers' name of the architecture.
+        anchor: a variable that every model of the family has. What stands before it in the file is the scope, which
+            the other names have before them too.
+        modules: the table.
+        activation: what "gelu" means there, in transformers' words.
+        ending: stands at the end of every variable's name.
+    """
+
+    title: str
+    model_type: str
+    anchor: str
+    modules: tuple[Module, ...]
+    activation: str
+    ending: str = ""
+
+    def rules(self) -> Iterator[Rule]:
+        for theirs, ours, kind in self.modules:
+            for their_ending, (our_ending, turn) in kind.items():
+                yield Rule(theirs + their_ending, ours + our_ending, turn)
+
+
+def _bert_layers(
+    theirs: str, ours: str, names: Iterable[str], to_heads: Kind, from_heads: Kind, linear: Kind, norm: Kind
+) -> tuple[Module, ...]:
+    """The rows of a layer. names: theirs for query, key, value, the output product, its norm, up, down, their norm."""
+    query, key, value, output, output_norm, up, down, last_norm = names
+    return (
+        (theirs + query, ours + "attention.self.query", to_heads),
+        (theirs + key, ours + "attention.self.key", to_heads),
+        (theirs + value, ours + "attention.self.value", to_heads),
+        (theirs + output, ours + "attention.output.dense", from_heads),
+        (theirs + output_norm, ours + "attention.output.LayerNorm", norm),
+        (theirs + up, ours + "intermediate.dense", linear),
+        (theirs + down, ours + "output.dense", linear),
+        (theirs + last_norm, ours + "output.LayerNorm", norm),
+    )
+
+
+_BERT_LAYER = "bert.encoder.layer.{n}."
+_GOOGLE_LAYER_NAMES = (
+    "attention/self/query", "attention/self/key", "attention/self/value", "attention/output/dense",
+    "attention/output/LayerNorm", "intermediate/dense", "output/dense", "output/LayerNorm",
+)  # fmt: skip
+
+
+def _google_embeddings(theirs: str, ours: str) -> tuple[Module, ...]:
+    return (
+        (theirs + "word_embeddings", ours + "word_embeddings", TABLE),
+        (theirs + "position_embeddings", ours + "position_embeddings", TABLE),
+        (theirs + "token_type_embeddings", ours + "token_type_embeddings", TABLE),
+        (theirs + "LayerNorm", ours + "LayerNorm", NORM),
+    )
+
+
+def _google_layers(theirs: str, ours: str) -> tuple[Module, ...]:
+    return _bert_layers(theirs, ours, _GOOGLE_LAYER_NAMES, LINEAR, LINEAR, LINEAR, NORM)
+
+
+# google-research/bert: modeling.py, run_pretraining.py, run_classifier.py, run_squad.py
+GOOGLE = Family(
+    "Google's TensorFlow checkpoint",
+    "bert",
+    "bert/embeddings/word_embeddings",
+    (
+        *_google_embeddings("bert/embeddings/", "bert.embeddings."),
+        *_google_layers("bert/encoder/layer_{n}/", _BERT_LAYER),
+        ("bert/pooler/dense", "bert.pooler.dense", LINEAR),
+        ("cls/predictions/transform/dense", "cls.predictions.transform.dense", LINEAR),
+        ("cls/predictions/transform/LayerNorm", "cls.predictions.transform.LayerNorm", NORM),
+        ("cls/predictions/output_bias", "cls.predictions.bias", ARRAY),
+        ("cls/seq_relationship/output_weights", "cls.seq_relationship.weight", ARRAY),
+        ("cls/seq_relationship/output_bias", "cls.seq_relationship.bias", ARRAY),
+        ("cls/squad/output_weights", "qa_outputs.weight", ARRAY),
+        ("cls/squad/output_bias", "qa_outputs.bias", ARRAY),
+        ("output_weights", "classifier.weight", ARRAY),
+        ("output_bias", "classifier.bias", ARRAY),
+    ),
+    "gelu_new",
+)
+
+_TF2_ENDING = "/.ATTRIBUTES/VARIABLE_VALUE"
+_TF2_LAYER_NAMES = (
+    "_attention_layer/_query_dense", "_attention_layer/_key_dense", "_attention_layer/_value_dense",
+    "_attention_layer/_output_dense", "_attention_layer_norm", "_intermediate_dense", "_output_dense",
+    "_output_layer_norm",
+)  # fmt: skip
+
+# tf-models-official since 2.4: BertEncoder and BertEncoderV2
+MODEL_GARDEN = Family(
+    "TF Model Garden's checkpoint",
+    "bert",
+    "_embedding_layer/embeddings",
+    (
+        ("_embedding_layer", "bert.embeddings.word_embeddings", EMBEDDING),
+        ("_position_embedding_layer", "bert.embeddings.position_embeddings", EMBEDDING),
+        ("_type_embedding_layer", "bert.embeddings.token_type_embeddings", EMBEDDING),
+        ("_embedding_norm_layer", "bert.embeddings.LayerNorm", NORM),
+        *_bert_layers("_transformer_layers/{n}/", _BERT_LAYER, _TF2_LAYER_NAMES,
+                      LINEAR_TO_HEADS, LINEAR_FROM_HEADS, LINEAR, NORM),
+        ("_pooler_layer", "bert.pooler.dense", LINEAR),
+        ("masked_lm/dense", "cls.predictions.transform.dense", LINEAR),
+        ("masked_lm/layer_norm", "cls.predictions.transform.LayerNorm", NORM),
+        ("masked_lm/bias", "cls.predictions.bias", ARRAY),
+    ),
+    "gelu_new",
+    _TF2_ENDING,
+)  # fmt: skip
+
+# Until 2.3 the attention's output product belonged to the layer, and the parts of the encoder were numbered: four for
+# the embeddings, then the layers, then the pooler, whose number so depends on how many layers there are.
+_NUMBERED_LAYER_NAMES = (*_TF2_LAYER_NAMES[:3], "_attention_output_dense", *_TF2_LAYER_NAMES[4:])
+
+
+def numbered_family(parts: int) -> Family:
+    """tf-models-official until 2.3, of an encoder of `parts` numbered parts, and TF-Hub's modules made with it."""
+    embeddings = ("word_embeddings", "position_embeddings", "token_type_embeddings")
+    modules = [(f"layer_with_weights-{i}", f"bert.embeddings.{name}", EMBEDDING) for i, name in enumerate(embeddings)]
+    modules.append(("layer_with_weights-3", "bert.embeddings.LayerNorm", NORM))
+    for i in range(4, parts - 1):
+        theirs, ours = f"layer_with_weights-{i}/", _BERT_LAYER.format(n=i - 4)
+        # The attention's output product has its axis of heads under either name.
+        for names in (_TF2_LAYER_NAMES, _NUMBERED_LAYER_NAMES):
+            modules += _bert_layers(theirs, ours, names, LINEAR_TO_HEADS, LINEAR_FROM_HEADS, LINEAR, NORM)
+    modules.append((f"layer_with_weights-{parts - 1}", "bert.pooler.dense", LINEAR))
+    return Family(
+        "TF Model Garden's checkpoint (2.3 or older)",
+        "bert",
+        "layer_with_weights-0/embeddings",
+        tuple(modules),
+        "gelu_new",
+        _TF2_ENDING,
+    )
+
+
+_ALBERT_THEIRS = "bert/encoder/transformer/group_{g}/inner_group_{i}/"
+_ALBERT_OURS = "albert.encoder.albert_layer_groups.{g}.albert_layers.{i}."
+
+# google-research/albert: modeling.py
+ALBERT = Family(
+    "Google's ALBERT checkpoint",
+    "albert",
+    "bert/embeddings/word_embeddings",
+    (
+        *_google_embeddings("bert/embeddings/", "albert.embeddings."),
+        ("bert/encoder/embedding_hidden_mapping_in", "albert.encoder.embedding_hidden_mapping_in", LINEAR),
+        *(
+            (f"{_ALBERT_THEIRS}attention_1/self/{name}", f"{_ALBERT_OURS}attention.{name}", LINEAR)
+            for name in ("query", "key", "value")
+        ),
+        (_ALBERT_THEIRS + "attention_1/output/dense", _ALBERT_OURS + "attention.dense", LINEAR),
+        (_ALBERT_THEIRS + "LayerNorm", _ALBERT_OURS + "attention.LayerNorm", NORM),
+        (_ALBERT_THEIRS + "ffn_1/intermediate/dense", _ALBERT_OURS + "ffn", LINEAR),
+        (_ALBERT_THEIRS + "ffn_1/intermediate/output/dense", _ALBERT_OURS + "ffn_output", LINEAR),
+        (_ALBERT_THEIRS + "LayerNorm_1", _ALBERT_OURS + "full_layer_layer_norm", NORM),
+        ("bert/pooler/dense", "albert.pooler", LINEAR),
+        ("cls/predictions/transform/dense", "predictions.dense", LINEAR),
+        ("cls/predictions/transform/LayerNorm", "predictions.LayerNorm", NORM),
+        ("cls/predictions/output_bias", "predictions.bias", ARRAY),
+        ("cls/seq_relationship/output_weights", "sop_classifier.classifier.weight", ARRAY),
+        ("cls/seq_relationship/output_bias", "sop_classifier.classifier.bias", ARRAY),
+        ("output_weights", "classifier.weight", ARRAY),
+        ("output_bias", "classifier.bias", ARRAY),
+    ),
+    "gelu_new",
+)
+
+# What stands before the generator's names, so that both of ELECTRA's models can lie in one dict.
+GENERATOR = "generator:"
+
+# google-research/electra: model/modeling.py, pretrain/pretrain_helpers.py. Its gelu is computed by erf.
+ELECTRA = Family(
+    "Google's ELECTRA checkpoint",
+    "electra",
+    "electra/embeddings/word_embeddings",
+    (
+        *_google_embeddings("electra/embeddings/", "electra.embeddings."),
+        ("electra/embeddings_project", "electra.embeddings_project", LINEAR),
+        *_google_layers("electra/encoder/layer_{n}/", "electra.encoder.layer.{n}."),
+        ("discriminator_predictions/dense", "discriminator_predictions.dense", LINEAR),
+        ("discriminator_predictions/dense_1", "discriminator_predictions.dense_prediction", LINEAR),
+        *_google_embeddings("generator/embeddings/", GENERATOR + "electra.embeddings."),
+        ("generator/embeddings_project", GENERATOR + "electra.embeddings_project", LINEAR),
+        *_google_layers("generator/encoder/layer_{n}/", GENERATOR + "electra.encoder.layer.{n}."),
+        ("generator_predictions/dense", GENERATOR + "generator_predictions.dense", LINEAR),
+        ("generator_predictions/LayerNorm", GENERATOR + "generator_predictions.LayerNorm", NORM),
+        ("generator_predictions/output_bias", GENERATOR + "generator_lm_head.bias", ARRAY),
+    ),
+    "gelu",
+)
+
+_KERAS_ATTENTION = "_self_attention_layer/"
+_KERAS_LAYER_NAMES = (
+    _KERAS_ATTENTION + "query_dense", _KERAS_ATTENTION + "key_dense", _KERAS_ATTENTION + "value_dense",
+    _KERAS_ATTENTION + "output_dense", "_self_attention_layer_norm", "_feedforward_intermediate_dense",
+    "_feedforward_output_dense", "_feedforward_layer_norm",
+)  # fmt: skip
+
+KERAS_HUB = Family(
+    "keras-hub's weights",
+    "bert",
+    "token_embedding/0",
+    (
+        ("token_embedding", "bert.embeddings.word_embeddings", KERAS_TABLE),
+        ("position_embedding", "bert.embeddings.position_embeddings", KERAS_TABLE),
+        ("segment_embedding", "bert.embeddings.token_type_embeddings", KERAS_TABLE),
+        ("embeddings_layer_norm", "bert.embeddings.LayerNorm", KERAS_NORM),
+        *_bert_layers("transformer_layer_{n}/", _BERT_LAYER, _KERAS_LAYER_NAMES,
+                      KERAS_LINEAR_TO_HEADS, KERAS_LINEAR_FROM_HEADS, KERAS_LINEAR, KERAS_NORM),
+        ("pooled_dense", "bert.pooler.dense", KERAS_LINEAR),
+    ),
+    "gelu_new",
+)  # fmt: skip
+
+_PADDLE_LAYER_NAMES = (
+    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "norm1", "linear1", "linear2",
+    "norm2",
+)  # fmt: skip
+
+# These have the prefix "bert."; the reader adds it to a file whose names have none.
+PADDLE = Family(
+    "PaddleNLP's parameters",
+    "bert",
+    "bert.embeddings.word_embeddings.weight",
+    (
+        ("bert.embeddings.word_embeddings", "bert.embeddings.word_embeddings", SAME),
+        ("bert.embeddings.position_embeddings", "bert.embeddings.position_embeddings", SAME),
+        ("bert.embeddings.token_type_embeddings", "bert.embeddings.token_type_embeddings", SAME),
+        ("bert.embeddings.layer_norm", "bert.embeddings.LayerNorm", SAME),
+        *_bert_layers("bert.encoder.layers.{n}.", _BERT_LAYER, _PADDLE_LAYER_NAMES,
+                      PADDLE_LINEAR, PADDLE_LINEAR, PADDLE_LINEAR, SAME),
+        ("bert.pooler.dense", "bert.pooler.dense", PADDLE_LINEAR),
+        ("cls.predictions.transform", "cls.predictions.transform.dense", PADDLE_LINEAR),
+        ("cls.predictions.layer_norm", "cls.predictions.transform.LayerNorm", SAME),
+        ("cls.predictions.decoder_bias", "cls.predictions.bias", ARRAY),
+        ("cls.predictions.decoder_weight", "cls.predictions.decoder.weight", ARRAY),
+        ("cls.seq_relationship", "cls.seq_relationship", PADDLE_LINEAR),
+        ("classifier", "classifier", PADDLE_LINEAR),
+    ),
+    "gelu",
+)  # fmt: skip
+
+_GGUF_LAYER_NAMES = (
+    "attn_q", "attn_k", "attn_v", "attn_output", "attn_output_norm", "ffn_up", "ffn_down", "layer_output_norm",
+)  # fmt: skip
+
+GGUF = Family(
+    "GGUF",
+    "bert",
+    "token_embd.weight",
+    (
+        ("token_embd", "bert.embeddings.word_embeddings", SAME),
+        ("position_embd", "bert.embeddings.position_embeddings", SAME),
+        ("token_types", "bert.embeddings.token_type_embeddings", SAME),
+        ("token_embd_norm", "bert.embeddings.LayerNorm", SAME),
+        *_bert_layers("blk.{n}.", _BERT_LAYER, _GGUF_LAYER_NAMES, SAME, SAME, SAME, SAME),
+    ),
+    "gelu_new",
+)
+
+
+def tensorflow_family(names: Iterable[str]) -> Family:
+    """Whose TensorFlow checkpoint has these names. Raises CheckpointError where it is no BERT of a known kind."""
+    names = list(names)
+
+    def has(pattern: str) -> bool:
+        return any(re.search(pattern, name) for name in names)
+
+    if has(r"(^|/)electra/embeddings/"):
+        return ELECTRA
+    if has(r"(^|/)bert/encoder/transformer/group_\d+/"):
+        return ALBERT
+    if has(r"(^|/)bert/embeddings/word_embeddings$"):
+        return GOOGLE
+    if has(r"(^|/)_transformer_layers/\d+/"):
+        return MODEL_GARDEN
+    numbers = [
+        int(m[1]) for name in names if (m := re.search(r"layer_with_weights-(\d+)/(?!layer_with_weights-)", name))
+    ]
+    if numbers:
+        return numbered_family(max(numbers) + 1)
+    some = ", ".join(names[:3])
+    raise CheckpointError(f"it holds no BERT, ALBERT or ELECTRA that is known here: its variables are {some}, ...")
+
+
+# What training leaves in a checkpoint beside the weights: (a pattern of names, why it is not read).
+NOT_WEIGHTS = (
+    (r"(^|/)(adam_[mv]|lamb_[mv]|Adam(_\d+)?|LAMB(_\d+)?|Momentum|RMSProp(_\d+)?|Adagrad)$", "optimiser state"),
+    (r"(^|/)(optimizer|_optimizer)/|/\.OPTIMIZER_SLOT/", "optimiser state"),
+    (r"(^|/)(beta[12]_power|loss_scale|current_loss_scale|good_steps|bad_steps)(/|$)", "optimiser state"),
+    (r"(^|/)(global_step|save_counter|train_counter)(/|$)", "training counter"),
+    (r"ExponentialMovingAverage|(^|/)(average|ema)$", "moving average of a weight"),
+    (r"^_CHECKPOINTABLE_OBJECT_GRAPH$", "TensorFlow's description of its objects"),
+    (r"(^|/)do_lower_case/", "a setting of the tokenizer"),
+    (r"(^|\.)embeddings\.(position_ids|token_type_ids)$", "a buffer, not a weight"),
+)
+
+
+def pattern_of(template: str) -> re.Pattern[str]:
+    """Matches the names that a template stands for: {n} in it is a number, and becomes the group n."""
+    parts = re.split(r"\{(\w+)\}", template)
+    return re.compile("".join(f"(?P<{part}>\\d+)" if i % 2 else re.escape(part) for i, part in enumerate(parts)))
+
+
+class Named(NamedTuple):
+    """What `assign` made of a checkpoint.
+
+    Attributes:
+        tensors: our name -> the variable, under our name and in our shape.
+        used: their name -> our name.
+        skipped: their name -> why it is not read.
+        heads: the numbers of attention heads that axes of heads show, each once; empty where there are no such axes.
+    """
+
+    tensors: dict[str, Variable]
+    used: dict[str, str]
+    skipped: dict[str, str]
+    heads: set[int]
+
+
+def assign(family: Family, variables: dict[str, Variable]) -> Named:
+    """Their variables under our names. Raises CheckpointError on a name that is not known, and on a double one."""
+    anchor = family.anchor + family.ending
+    scopes = {name.removesuffix(anchor) for name in variables if name == anchor or name.endswith("/" + anchor)}
+    if len(scopes) > 1:
+        listed = ", ".join(scope or "no scope" for scope in sorted(scopes))
+        raise CheckpointError(f"it holds several models, in the scopes {listed}; one is expected")
+    scope = next(iter(scopes), "")
+    patterns = [(pattern_of(rule.theirs + family.ending), rule) for rule in family.rules()]
+    named = Named({}, {}, {}, set())
+    unknown = []
+    for name, theirs in variables.items():
+        reason = next((why for pattern, why in NOT_WEIGHTS if re.search(pattern, name)), None)
+        if reason is not None:
+            named.skipped[name] = reason
+            continue
+        plain = name.removeprefix(scope)
+        match, rule = next(((m, rule) for pattern, rule in patterns if (m := pattern.fullmatch(plain))), (None, None))
+        if match is None:
+            unknown.append(name)
+            continue
+        ours = rule.ours.format(**match.groupdict())
+        if ours in named.tensors:
+            first = next(other for other, target in named.used.items() if target == ours)
+            raise CheckpointError(f"both {first} and {name} are {ours}")
+        if rule.turn.applies(theirs.shape):
+            named.heads.add(theirs.shape[rule.turn.heads])
+        named.tensors[ours] = rule.turn.variable(ours, theirs)
+        named.used[name] = ours
+    if unknown:
+        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        raise CheckpointError(f"{family.title} has {len(unknown)} unknown variables: {', '.join(unknown[:5])}{more}")
+    return named
+
+
+_OLD_ENDINGS = ((".gamma", ".weight"), (".beta", ".bias"))
+_TIED = ("cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight")
+
+
+def assign_plain(model_type: str, variables: dict[str, Variable]) -> Named:
+    """Variables that have transformers' names, or older spellings of them, as `assign` gives them.
+
+    The prefix "module." of DataParallel goes, LayerNorm.gamma and beta become weight and bias, and an encoder that
+    was saved alone gets its prefix. Raises: CheckpointError where two names become one.
+    """
+    prefix = model_type + "."
+    alone = not any(name.removeprefix("module.").startswith(prefix) for name in variables)
+    named = Named({}, {}, {}, set())
+    for name, theirs in variables.items():
+        reason = next((why for pattern, why in NOT_WEIGHTS if re.search(pattern, name)), None)
+        if reason is not None:
+            named.skipped[name] = reason
+            continue
+        ours = name.removeprefix("module.")
+        for old, new in _OLD_ENDINGS:
+            if ours.endswith("LayerNorm" + old):
+                ours = ours.removesuffix(old) + new
+        if alone and ours.startswith(("embeddings.", "encoder.", "pooler.", "embeddings_project.")):
+            ours = prefix + ours
+        if ours in named.tensors:
+            raise CheckpointError(f"{name} is {ours}, which is there already")
+        named.tensors[ours] = Turn().variable(ours, theirs)
+        named.used[name] = ours
+    return named
+
+
+def drop_tied(named: Named) -> None:
+    """Takes the masked words' output matrix away where it is the table of words; that a model ties them is usual.
+
+    Raises: CheckpointError where it is another matrix, or its bias another vector than cls.predictions.bias.
+    """
+    for copy, original in (_TIED, ("cls.predictions.decoder.bias", "cls.predictions.bias")):
+        if copy not in named.tensors or original not in named.tensors:
+            continue
+        if not torch.equal(named.tensors[copy].read(), named.tensors[original].read()):
+            raise CheckpointError(f"{copy} differs from {original}, to which it is tied")
+        theirs = next(name for name, ours in named.used.items() if ours == copy)
+        del named.tensors[copy], named.used[theirs]
+        named.skipped[theirs] = f"the same as {original}"

@@ -1,0 +1,29 @@
+"""From what a user names, a path or a hub id, to a path that can be read."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..checkpoint import resolve
+from .archive import is_archive, unpacked
+from .detect import find_source
+
+
+@contextlib.contextmanager
+def opened(id_or_path: str | os.PathLike) -> Iterator[Path]:
+    """Yields the path of a model: a folder, a checkpoint's prefix or a file; of an archive, a temporary folder.
+
+    Inside the block the path can be opened again, so what needs several parts of an archive unpacks it once.
+    Raises: CheckpointError, in one line, where there is no model.
+    """
+    path = Path(id_or_path).expanduser()
+    if is_archive(path):
+        with unpacked(path) as folder:
+            yield folder if find_source(folder) is not None else resolve(folder)
+    elif find_source(path) is not None:
+        yield path
+    else:
+        yield resolve(id_or_path)

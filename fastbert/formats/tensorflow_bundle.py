@@ -1,0 +1,338 @@
+"""TensorFlow's checkpoint files ("tensor bundle", V2) read and written without TensorFlow.
+
+    PREFIX.index                  a sorted table: name -> dtype, shape, shard, offset, size, checksum
+    PREFIX.data-00000-of-00001    the arrays' bytes, one after another
+
+The table is LevelDB's. It ends in a footer of 48 bytes with the handles of two blocks and a magic number; the index
+block there leads to the data blocks. A block is a list of entries, the restart offsets, one byte of compression type
+and a masked CRC-32C. An entry shares a prefix with the key before it. Values are protocol buffers: a BundleHeaderProto
+under the empty key, a BundleEntryProto under each other one.
+See tensorflow/core/util/tensor_bundle and tensorflow/core/lib/io/table_format.txt.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import CheckpointError
+from .crc32c import crc32c, masked
+from .variable import Variable, as_tensor, map_bytes
+
+_MAGIC = 0xDB4775248B80FB57
+_FOOTER_BYTES = 48
+_TRAILER_BYTES = 5  # of a block: its compression type and its checksum
+_RESTART_INTERVAL = 16
+_BLOCK_BYTES = 256 * 1024  # a table's block is closed once it is this long
+
+# TensorFlow's number of a type -> its name, and torch's where torch has it
+_DTYPES: dict[int, tuple[str, torch.dtype | None]] = {
+    1: ("float32", torch.float32),
+    2: ("float64", torch.float64),
+    3: ("int32", torch.int32),
+    4: ("uint8", torch.uint8),
+    5: ("int16", torch.int16),
+    6: ("int8", torch.int8),
+    7: ("string", None),
+    9: ("int64", torch.int64),
+    10: ("bool", torch.bool),
+    14: ("bfloat16", torch.bfloat16),
+    19: ("float16", torch.float16),
+}
+_NUMBER_OF = {dtype: number for number, (_, dtype) in _DTYPES.items() if dtype is not None}
+
+
+class _Malformed(Exception):
+    """Bytes that are no table, no block or no protocol buffer; callers say of which file."""
+
+
+# ---- reading ---------------------------------------------------------------------------------------------
+
+
+def read_bundle(prefix: str | os.PathLike) -> dict[str, Variable]:
+    """The variables of a checkpoint, by name, sorted. The index is read and its checksums are verified; no data is.
+
+    Args:
+        prefix: the path without ".index".
+
+    Raises: CheckpointError naming the file that is missing, truncated or damaged, and where the checkpoint is
+        big-endian, of the format of 2016 (V1), compressed, or has partitioned variables.
+    """
+    prefix = Path(prefix)
+    index = prefix.with_name(prefix.name + ".index")
+    if not index.is_file():
+        if prefix.is_file():
+            raise CheckpointError(f"{prefix} is a TensorFlow checkpoint of the V1 format of 2016, which is not read")
+        raise CheckpointError(f"{prefix.parent} has no {index.name}")
+    try:
+        table = dict(_entries_of_table(index.read_bytes()))
+        shards = _read_header(index, table.pop("", None))
+        entries = {name: _parse_entry(value) for name, value in table.items()}
+    except _Malformed as error:
+        raise CheckpointError(f"{index} is truncated or damaged: {error}") from None
+    return {name: _variable(prefix, name, entry, shards) for name, entry in entries.items()}
+
+
+def _read_header(index: Path, header: bytes | None) -> int:
+    """The number of data shards."""
+    if header is None:
+        raise _Malformed("it has no header entry")
+    fields = _parse_message(header)
+    if fields.get(2, [0])[-1] != 0:
+        raise CheckpointError(f"{index} is of a big-endian machine, which is not read")
+    return fields.get(1, [0])[-1]
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A BundleEntryProto: where an array's bytes are."""
+
+    dtype: int
+    shape: tuple[int, ...]
+    shard: int
+    offset: int
+    size: int
+    crc: int
+    slices: int
+
+
+def _parse_entry(value: bytes) -> _Entry:
+    fields = _parse_message(value)
+
+    def last(field: int) -> int:
+        number = fields.get(field, [0])[-1]
+        if not isinstance(number, int):
+            raise _Malformed(f"field {field} of an entry is not a number")
+        return number
+
+    shape = []
+    for part in fields.get(2, []):
+        for dim in _parse_message(part).get(2, []):
+            shape.append(_parse_message(dim).get(1, [0])[-1])
+    return _Entry(last(1), tuple(shape), last(3), last(4), last(5), last(6), len(fields.get(7, [])))
+
+
+def _variable(prefix: Path, name: str, entry: _Entry, shards: int) -> Variable:
+    path = prefix.with_name(f"{prefix.name}.data-{entry.shard:05d}-of-{shards:05d}")
+    kind, dtype = _DTYPES.get(entry.dtype, (f"type {entry.dtype}", None))
+    if entry.slices:
+        raise CheckpointError(f"{prefix}.index: {name} is partitioned into {entry.slices} slices, which is not read")
+    size = entry.size
+    if dtype is not None:
+        size = dtype.itemsize
+        for length in entry.shape:
+            size *= length
+        if size != entry.size:
+            raise CheckpointError(
+                f"{prefix}.index: {name} has {entry.size} bytes, but {kind} {list(entry.shape)} needs {size}"
+            )
+
+    def data():
+        try:
+            available = path.stat().st_size
+        except OSError:
+            raise CheckpointError(f"{path.parent} lacks the shard {path.name} that {name} is in") from None
+        if entry.offset + size > available:
+            raise CheckpointError(f"{path} is truncated: {name} ends at byte {entry.offset + size} of {available}")
+        return map_bytes(path, entry.offset, size)
+
+    def read() -> Tensor:
+        if dtype is None:
+            raise CheckpointError(f"{prefix}.index: {name} is of {kind}, which is not read")
+        return as_tensor(data(), dtype, entry.shape)
+
+    def verify() -> None:
+        if masked(crc32c(data())) != entry.crc:
+            raise CheckpointError(f"{path} is damaged: the bytes of {name} do not have their checksum")
+
+    # Strings have a checksum of another kind. None of a model's weights are strings.
+    return Variable(name, entry.shape, kind, dtype, read, None if dtype is None else verify)
+
+
+def _entries_of_table(table: bytes) -> Iterator[tuple[str, bytes]]:
+    if len(table) < _FOOTER_BYTES:
+        raise _Malformed(f"it has {len(table)} bytes, and a table has at least {_FOOTER_BYTES}")
+    footer = table[-_FOOTER_BYTES:]
+    if struct.unpack("<Q", footer[-8:])[0] != _MAGIC:
+        raise _Malformed("it does not end as a table does")
+    _, at = _parse_handle(footer, 0)
+    index, _ = _parse_handle(footer, at)
+    for _, handle in _entries_of_block(_block(table, index)):
+        for key, value in _entries_of_block(_block(table, _parse_handle(handle, 0)[0])):
+            try:
+                yield key.decode("utf-8"), value
+            except UnicodeDecodeError:
+                # Only the slices of a partitioned variable have keys that are no text.
+                raise _Malformed("it has partitioned variables, which are not read") from None
+
+
+def _parse_handle(data: bytes, at: int) -> tuple[tuple[int, int], int]:
+    offset, at = _parse_varint(data, at)
+    size, at = _parse_varint(data, at)
+    return (offset, size), at
+
+
+def _block(table: bytes, handle: tuple[int, int]) -> bytes:
+    """A block's content, its checksum verified."""
+    offset, size = handle
+    end = offset + size + _TRAILER_BYTES
+    if end > len(table):
+        raise _Malformed(f"a block ends at byte {end} of {len(table)}")
+    compression, crc = table[offset + size], struct.unpack("<I", table[end - 4 : end])[0]
+    if masked(crc32c(table[offset : end - 4])) != crc:
+        raise _Malformed(f"the block at byte {offset} does not have its checksum")
+    if compression:
+        name = "snappy" if compression == 1 else f"of type {compression}"
+        raise _Malformed(f"its blocks are compressed ({name}), which is not read")
+    return table[offset : offset + size]
+
+
+def _entries_of_block(block: bytes) -> Iterator[tuple[bytes, bytes]]:
+    if len(block) < 4:
+        raise _Malformed("a block is too short")
+    end = len(block) - 4 - 4 * struct.unpack("<I", block[-4:])[0]  # the restart offsets and their number
+    key, at = b"", 0
+    while at < end:
+        shared, at = _parse_varint(block, at)
+        unshared, at = _parse_varint(block, at)
+        length, at = _parse_varint(block, at)
+        if shared > len(key) or at + unshared + length > end:
+            raise _Malformed("an entry reaches past its block")
+        key = key[:shared] + block[at : at + unshared]
+        at += unshared
+        yield key, block[at : at + length]
+        at += length
+
+
+def _parse_varint(data: bytes, at: int) -> tuple[int, int]:
+    """(the number, where it ends)."""
+    number = 0
+    for shift in range(0, 64, 7):
+        if at >= len(data):
+            raise _Malformed("a number reaches past its end")
+        number |= (data[at] & 0x7F) << shift
+        at += 1
+        if data[at - 1] < 0x80:
+            return number, at
+    raise _Malformed("a number has more than 64 bits")
+
+
+def _parse_message(data: bytes) -> dict[int, list]:
+    """A protocol buffer: field number -> its values in order, an int, or bytes of what has a length."""
+    fields: dict[int, list] = {}
+    at = 0
+    while at < len(data):
+        tag, at = _parse_varint(data, at)
+        wire_type = tag & 7
+        if wire_type == 0:
+            value, at = _parse_varint(data, at)
+        elif wire_type == 2:
+            length, at = _parse_varint(data, at)
+            value, at = data[at : at + length], at + length
+        elif wire_type in (1, 5):
+            length = 8 if wire_type == 1 else 4
+            value, at = int.from_bytes(data[at : at + length], "little"), at + length
+        else:
+            raise _Malformed(f"a protocol buffer has a field of wire type {wire_type}")
+        if at > len(data):
+            raise _Malformed("a field reaches past its protocol buffer")
+        fields.setdefault(tag >> 3, []).append(value)
+    return fields
+
+
+# ---- writing ---------------------------------------------------------------------------------------------
+
+
+def write_bundle(prefix: str | os.PathLike, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Writes PREFIX.index and PREFIX.data-00000-of-00001, which TensorFlow reads; one tensor in memory at a time.
+
+    Args:
+        tensors: pairs of name and tensor, in any order, of a dtype that TensorFlow has.
+
+    Raises: ValueError on a name that comes twice or a dtype that TensorFlow lacks; OSError.
+    """
+    prefix = Path(prefix)
+    entries: dict[str, bytes] = {"": _message((1, 1), (3, _message((1, 1))))}
+    with open(prefix.with_name(prefix.name + ".data-00000-of-00001"), "wb") as file:
+        for name, t in tensors:
+            if name in entries:
+                raise ValueError(f"the variable {name!r} comes twice")
+            if t.dtype not in _NUMBER_OF:
+                raise ValueError(f"TensorFlow has no type for {name}, which is {t.dtype}")
+            data = t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            shape = b"".join(_field(2, _message((1, length))) for length in t.shape)
+            entries[name] = (
+                _message((1, _NUMBER_OF[t.dtype]), (2, shape), (4, file.tell()), (5, data.nbytes))
+                + b"\x35"
+                + struct.pack("<I", masked(crc32c(data)))
+            )  # field 6, of 32 bits
+            file.write(data)
+        _sync(file)
+    with open(prefix.with_name(prefix.name + ".index"), "wb") as file:
+        file.write(_table(sorted((name.encode("utf-8"), value) for name, value in entries.items())))
+        _sync(file)
+
+
+def _sync(file) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _table(items: list[tuple[bytes, bytes]]) -> bytes:
+    table, handles = bytearray(), []
+
+    def add(block: bytes) -> bytes:
+        """Appends a block with its trailer; its handle."""
+        offset = len(table)
+        content = block + b"\x00"  # not compressed
+        table.extend(content + struct.pack("<I", masked(crc32c(content))))
+        return _varint(offset) + _varint(len(block))
+
+    start = size = 0
+    for i, (key, value) in enumerate(items):
+        size += len(key) + len(value)
+        if size >= _BLOCK_BYTES or i == len(items) - 1:
+            handles.append((key, add(_encode_block(items[start : i + 1]))))
+            start, size = i + 1, 0
+    meta = add(_encode_block([]))
+    index = add(_encode_block(handles))
+    return bytes(table) + (meta + index).ljust(_FOOTER_BYTES - 8, b"\x00") + struct.pack("<Q", _MAGIC)
+
+
+def _encode_block(items: list[tuple[bytes, bytes]]) -> bytes:
+    block, restarts, previous = bytearray(), [0], b""
+    for i, (key, value) in enumerate(items):
+        shared = 0
+        if i and i % _RESTART_INTERVAL == 0:
+            restarts.append(len(block))
+        else:
+            while shared < min(len(previous), len(key)) and previous[shared] == key[shared]:
+                shared += 1
+        block += _varint(shared) + _varint(len(key) - shared) + _varint(len(value)) + key[shared:] + value
+        previous = key
+    return bytes(block) + struct.pack(f"<{len(restarts) + 1}I", *restarts, len(restarts))
+
+
+def _varint(number: int) -> bytes:
+    out = bytearray()
+    while number >= 0x80:
+        out.append(number & 0x7F | 0x80)
+        number >>= 7
+    return bytes(out + bytes([number]))
+
+
+def _field(number: int, value: int | bytes) -> bytes:
+    if isinstance(value, int):
+        return _varint(number << 3) + _varint(value)
+    return _varint(number << 3 | 2) + _varint(len(value)) + value
+
+
+def _message(*fields: tuple[int, int | bytes]) -> bytes:
+    """A protocol buffer of (number, value) pairs; as usual, zeros are left out."""
+    return b"".join(_field(number, value) for number, value in fields if value != 0)

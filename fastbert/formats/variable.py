@@ -1,0 +1,54 @@
+"""What every reader of a file format yields: a named array whose bytes are read when they are asked for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One array of somebody's checkpoint.
+
+    Attributes:
+        name: as the file has it.
+        shape: as the file has it, before anything is transposed.
+        kind: the file's word for its numbers: "float32", "q8_0", "string".
+        dtype: of what `read` gives; None where the variable holds no numbers, and cannot be read.
+        read: the array on the CPU, contiguous, [*shape]; memory-mapped and private where the file allows it.
+        verify: raises CheckpointError where the bytes do not have the checksum that the file gives; None where the
+            format has no checksums.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+    dtype: torch.dtype | None
+    read: Callable[[], Tensor]
+    verify: Callable[[], None] | None = None
+
+    @classmethod
+    def of_tensor(cls, name: str, t: Tensor) -> Variable:
+        """A variable whose tensor is there already."""
+        return cls(name, tuple(t.shape), str(t.dtype).removeprefix("torch."), t.dtype, lambda: t)
+
+
+def map_bytes(path: str | os.PathLike, offset: int, size: int) -> np.ndarray:
+    """Bytes of a file as an array of uint8, memory-mapped and private: writing into it does not change the file."""
+    if size == 0:  # nothing to map
+        return np.empty(0, dtype=np.uint8)
+    return np.memmap(path, dtype=np.uint8, mode="c", offset=offset, shape=(size,))
+
+
+def as_tensor(data: np.ndarray, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """An array of uint8, seen as a tensor; copied only where it lies at an address that the dtype cannot have."""
+    if data.size == 0:  # torch does not view an empty array as another dtype
+        return torch.empty(shape, dtype=dtype, device="cpu")
+    if data.ctypes.data % dtype.itemsize:
+        data = np.array(data)
+    return torch.from_numpy(data.view(np.ndarray)).view(dtype).reshape(shape)
