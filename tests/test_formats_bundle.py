@@ -186,7 +186,7 @@ def test_a_flipped_byte_of_data_is_found_and_its_variable_named(bundle):
     data_of(bundle).write_bytes(bytes(data))
     variables = read_bundle(bundle)
     bad = []
-    for name, variable in variables.items():
+    for variable in variables.values():
         try:
             variable.verify()
         except CheckpointError as error:
@@ -238,7 +238,7 @@ def test_snappy_is_refused_by_name(tmp_path):
     table = index_of(tmp_path / "x").read_bytes()
     trailer = table.index(b"\x00" + struct.pack("<I", masked(crc32c(block_with_type(table)))))
     rewritten(tmp_path / "x", table[trailer - 4 : trailer + 1], table[trailer - 4 : trailer] + b"\x01")
-    with pytest.raises(CheckpointError, match="compressed .snappy."):
+    with pytest.raises(CheckpointError, match=r"compressed \(snappy\)"):
         read_bundle(tmp_path / "x")
 
 
