@@ -1,0 +1,1 @@
+"""Where time, instructions and imports go: what is looked into, not compared."""

@@ -1,0 +1,1 @@
+"""By whom else: the libraries that people use."""

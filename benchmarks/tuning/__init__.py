@@ -1,0 +1,1 @@
+"""Which launch of a kernel is fastest."""
