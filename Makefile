@@ -80,10 +80,10 @@ bench: $(BUILT)
 
 # A fixed subset; `compile-all` compiles every kernel at every config.
 compile: $(INSTALLED)
-	$(BIN)/python -m benchmarks.compile_report --fast
+	$(BIN)/python -m benchmarks.inspection.compile_report --fast
 
 compile-all: $(INSTALLED)
-	$(BIN)/python -m benchmarks.compile_report
+	$(BIN)/python -m benchmarks.inspection.compile_report
 
 full:
 	@PARTS='$(PARTS)' PIP_ARGS='$(PIP_ARGS)' .ci/full

@@ -6,5 +6,5 @@
 #   benchmarks/gpu_day.sh --rehearse [FOLDER]   the same steps on a CPU with tiny shapes, to see that all of them run
 #   PYTHON=python3.12 benchmarks/gpu_day.sh     another interpreter
 #
-# Works from a plain checkout with torch, Triton and numpy: nothing is installed. See benchmarks/gpu_day.py.
-exec "${PYTHON:-python3}" "$(dirname "$0")/gpu_day.py" "$@"
+# Works from a plain checkout with torch, Triton and numpy: nothing is installed. See benchmarks/gpu_day/day.py.
+exec "${PYTHON:-python3}" "$(dirname "$0")/gpu_day/day.py" "$@"

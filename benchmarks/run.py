@@ -25,14 +25,14 @@ SCHEMA = "fastbert-bench/1"
 
 # suite -> its module, which has cases(device, dtype, quick) and perhaps curves(rows, device, quick)
 SUITES = {
-    "kernels": "benchmarks.suite_kernels",
-    "encoder": "benchmarks.suite_encoder",
-    "latency": "benchmarks.suite_latency",
-    "training": "benchmarks.suite_training",
-    "memory": "benchmarks.suite_memory",
-    "cold": "benchmarks.suite_cold",
-    "scaling": "benchmarks.suite_scaling",
-    "sentences": "benchmarks.suite_sentences",
+    "kernels": "benchmarks.suites.kernels",
+    "encoder": "benchmarks.suites.encoder",
+    "latency": "benchmarks.suites.latency",
+    "training": "benchmarks.suites.training",
+    "memory": "benchmarks.suites.memory",
+    "cold": "benchmarks.suites.cold",
+    "scaling": "benchmarks.suites.scaling",
+    "sentences": "benchmarks.suites.sentences",
 }
 
 EPILOG = """\
@@ -73,11 +73,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workload", **only, help="only these workloads, such as base_natural")
     parser.add_argument("--operator", **only, help="only these operators, such as attention")
     parser.add_argument(
-        "--out", metavar="FILE", type=Path, help="write the results there, as benchmarks/schema.json says"
+        "--out", metavar="FILE", type=Path, help="write the results there, as benchmarks/harness/schema.json says"
     )
     parser.add_argument("--compare", metavar="OLD", type=Path, help="then compare with the results in this file")
     parser.add_argument(
-        "--ceilings", metavar="FILE", type=Path, help="take the ceilings from what benchmarks.card wrote in this run"
+        "--ceilings",
+        metavar="FILE",
+        type=Path,
+        help="take the ceilings from what benchmarks.gpu_day.card wrote in this run",
     )
     parser.add_argument("--budget-minutes", metavar="N", type=float, help="start nothing after N minutes")
 
@@ -136,7 +139,7 @@ def run(args: argparse.Namespace) -> int:
 
     from fastbert.embed import resolve_device, resolve_dtype
 
-    from . import compare, machine
+    from .harness import compare, machine
 
     old = json.loads(args.compare.read_text(encoding="utf-8")) if args.compare else None
     if args.out and not (args.out.parent.is_dir()):
@@ -176,7 +179,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _ceilings(path: Path | None) -> dict[str, Any] | None:
-    """Those that benchmarks.card measured, where it did."""
+    """Those that benchmarks.gpu_day.card measured, where it did."""
     return json.loads(path.read_text(encoding="utf-8"))["ceilings"] if path and path.is_file() else None
 
 
@@ -195,8 +198,8 @@ def _sigterm_as_interrupt() -> Iterator[None]:
 
 def _measure_all(args, device, dtype, results: Results, say: _Progress, deadline: float | None) -> bool:
     """True if every case was measured."""
-    from . import timing
-    from .case import Interrupted
+    from .harness import timing
+    from .harness.case import Interrupted
 
     modules = [import_module(SUITES[name]) for name in args.suite]
     cases = [case for module in modules for case in module.cases(device, dtype, args.quick)]

@@ -1,7 +1,7 @@
 """How attention's kernels are launched: a ladder over head_dim, dtype, architecture, and what a call asks for.
 
 Each step says what it follows from: registers, shared memory and spills as the compiler reports them without a GPU
-(`python -m benchmarks.compile_report`), and arithmetic. None of it has been measured on a GPU yet.
+(`python -m benchmarks.inspection.compile_report`), and arithmetic. None of it has been measured on a GPU yet.
 """
 
 from __future__ import annotations

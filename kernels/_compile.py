@@ -1,7 +1,7 @@
 """What a kernel module tells the offline compiler: calls of its operators, whose launches are to be compiled.
 
 A call is run through the real launchers with a driver for a card that is not there, so what is compiled is what they
-launch: types, constants, what is divisible by 16, warps and stages. See `benchmarks.compile_cases`.
+launch: types, constants, what is divisible by 16, warps and stages. See `benchmarks.inspection.compile_cases`.
 """
 
 from __future__ import annotations

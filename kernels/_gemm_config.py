@@ -14,7 +14,7 @@ and says of every row what it rests on:
     basis   "measured" or "reasoned"
     source  of a measured row the result file in this repository, of a reasoned one the reason
 
-The first row that fits decides. `python -m benchmarks.tune` measures and prints rows for the top of the table.
+The first row that fits decides. `python -m benchmarks.tuning.tune` measures and prints rows for the top of the table.
 """
 
 from __future__ import annotations

@@ -144,7 +144,7 @@ class Watch:
 def watch(monkeypatch) -> Watch:
     """The benchmark's time, for a test whose rows sleep by `timing.time.sleep`: how busy the machine is changes
     nothing."""
-    from benchmarks import timing
+    from benchmarks.harness import timing
 
     watch = Watch()
     monkeypatch.setattr(timing, "time", watch)

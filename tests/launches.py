@@ -120,8 +120,8 @@ def layers() -> Iterator[dict]:
 
 
 def compile_cases() -> Iterator[dict]:
-    from benchmarks.compile_cases import cases_of
-    from benchmarks.compile_report import kernel_modules
+    from benchmarks.inspection.compile_cases import cases_of
+    from benchmarks.inspection.compile_report import kernel_modules
 
     for arch, module in itertools.product(("sm_80", "sm_90"), kernel_modules()[0]):
         cases, errors = cases_of(module, arch)

@@ -68,7 +68,7 @@ def test_a_class_has_one_ladder(new, known):
 def test_the_compile_report_knows_the_same():
     with pytest.MonkeyPatch.context() as patch:  # the root on the path for this moment alone, see test_compile_report
         patch.syspath_prepend(str(ROOT))
-        arches = importlib.import_module("benchmarks.compile_report").ARCHES
+        arches = importlib.import_module("benchmarks.inspection.compile_report").ARCHES
     assert set(arches) == {"sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "sm_121", "gfx942"}
     opcodes = {"mma.sync": "HMMA", "wgmma": "HGMMA", "tcgen05": "UTC[A-Z]*MMA", "mfma": "v_mfma"}
     for name, arch in arches.items():

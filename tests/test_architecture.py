@@ -6,7 +6,7 @@ and so does one in it that is gone.
 
 import pytest
 
-from benchmarks import inspect_imports
+from benchmarks.inspection import imports as inspect_imports
 
 pytestmark = pytest.mark.once
 
@@ -51,7 +51,7 @@ PAST_THE_SEAMS = {
 }
 
 CIRCLES = {
-    ("benchmarks.report", "benchmarks.report_plots"),
+    ("benchmarks.reporting.report", "benchmarks.reporting.plots"),
     ("fastbert.cli", "fastbert.encode"),
     ("fastbert.emulator.barriers", "fastbert.emulator.copies", "fastbert.emulator.machine", "fastbert.emulator.matrix",
      "fastbert.emulator.memory", "fastbert.emulator.order", "fastbert.emulator.ownership", "fastbert.emulator.shadow",

@@ -1,4 +1,4 @@
-"""`benchmarks.async_products` finds registers of asynchronous products that are touched before their wait."""
+"""`inspection.async_products` finds registers of asynchronous products that are touched before their wait."""
 
 import importlib
 from pathlib import Path
@@ -13,8 +13,8 @@ def hazards():
     """Hazards of SASS without addresses, as (instruction, product, what, registers)."""
     with pytest.MonkeyPatch.context() as patch:  # the root on the path for this moment alone, see test_compile_report
         patch.syspath_prepend(str(ROOT))
-        async_products = importlib.import_module("benchmarks.async_products")
-    parse_sass = importlib.import_module("benchmarks.machine_code").parse_sass
+        async_products = importlib.import_module("benchmarks.inspection.async_products")
+    parse_sass = importlib.import_module("benchmarks.inspection.machine_code").parse_sass
 
     def find(text):
         lines = (line if line.startswith(".L") else f"        /*0000*/  {line} ;" for line in text.split("\n") if line)

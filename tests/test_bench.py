@@ -9,20 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import (
-    compare,
-    peers_encoder,
-    run,
-    schema,
-    suite_encoder,
-    suite_kernels,
-    suite_training,
-    timing,
-    workloads,
-)
-from benchmarks.case import Case, Missing, Row, measure
-from benchmarks.jobs import Job
-from benchmarks.peers_ops import OpPeer
+from benchmarks import run
+from benchmarks.harness import compare, schema, timing, workloads
+from benchmarks.harness.case import Case, Missing, Row, measure
+from benchmarks.harness.jobs import Job
+from benchmarks.peers import encoder as peers_encoder
+from benchmarks.peers.operators import OpPeer
+from benchmarks.suites import encoder as suite_encoder
+from benchmarks.suites import kernels as suite_kernels
+from benchmarks.suites import training as suite_training
 from fastbert import functional as F
 from fastbert.testing import MODELS, WORKLOADS, Workload, real_lengths, relative_rms
 
@@ -257,7 +252,7 @@ def short(monkeypatch):
     """A run of two cases on a tiny model, ceilings given."""
     two = [op_case("pool", suite_kernels.FORWARD), op_case("add_layer_norm", suite_kernels.FORWARD)]
     monkeypatch.setattr(suite_kernels, "cases", lambda *_: two)
-    monkeypatch.setattr("benchmarks.machine.ceilings", lambda *_: CEILINGS)
+    monkeypatch.setattr("benchmarks.harness.machine.ceilings", lambda *_: CEILINGS)
     monkeypatch.setattr(timing, "QUICK", EFFORT)
     return ["--suite", "kernels", "--quick", "--dtype", "float32", "--device", "cpu"]
 

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import case, schema, timing
-from benchmarks.case import Case, Row, measure
+from benchmarks.harness import case, schema, timing
+from benchmarks.harness.case import Case, Row, measure
 
 CUDA = torch.device("cuda")
 LAUNCH = 5e-6  # seconds that Python takes to queue one kernel

@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import case, child, children, compare, run, schema, suite_memory, suite_scaling, timing, workloads
-from benchmarks.case import Row
-from benchmarks.children import ChildCase, Files, Launch
-from benchmarks.jobs import Job
+from benchmarks import run
+from benchmarks.harness import case, child, children, compare, schema, timing, workloads
+from benchmarks.harness.case import Row
+from benchmarks.harness.children import ChildCase, Files, Launch
+from benchmarks.harness.jobs import Job
+from benchmarks.suites import memory as suite_memory
+from benchmarks.suites import scaling as suite_scaling
 from fastbert.testing import MODELS, Workload
 
 pytestmark = pytest.mark.once
@@ -41,7 +44,7 @@ np.save(job["out"], np.full(100, job["value"], dtype=np.float32))
 
 def stub_case(folder, **rows) -> ChildCase:
     """A case of processes that wait and give a hundred times a value; the truth is 1."""
-    from benchmarks.suite_cold import finish
+    from benchmarks.suites.cold import finish
 
     (folder / "stub.py").write_text(STUB)
     files = Files(TINY_JOB)
@@ -79,7 +82,7 @@ def test_processes_are_checked_and_timed_from_their_start(tmp_path):
 
 
 def test_a_cold_start_is_divided_by_its_events():
-    from benchmarks.suite_cold import finish
+    from benchmarks.suites.cold import finish
 
     said = [{"imported": {"at": 1.0 + n}, "loaded": {"at": 1.5 + n}, "first": {"at": 3.5 + n}} for n in (0.2, 0.0, 0.1)]
     result = {"settings": {"tolerance": 0.1}}
@@ -239,7 +242,9 @@ def test_curves_go_into_the_file(tmp_path, monkeypatch, capsys):
             yield suite_scaling._encoder(f"tiny_tokens_{tokens}", workload, suite_scaling._rows(job), 1, job)
 
     monkeypatch.setattr(suite_scaling, "cases", tiny)
-    monkeypatch.setattr("benchmarks.machine.ceilings", lambda *_: {"gemm_tflops": {"float32": 0.1}, "copy_gbs": 10.0})
+    monkeypatch.setattr(
+        "benchmarks.harness.machine.ceilings", lambda *_: {"gemm_tflops": {"float32": 0.1}, "copy_gbs": 10.0}
+    )
     out = tmp_path / "r.json"
     arguments = "--suite scaling --quick --dtype float32 --device cpu --peers transformers --out".split()
     assert run.main([*arguments, str(out)]) == 0

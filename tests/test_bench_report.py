@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import report, report_anchors
+from benchmarks.reporting import anchors as report_anchors
+from benchmarks.reporting import report
 
 pytestmark = pytest.mark.once
 
@@ -194,7 +195,7 @@ def test_committed_report_and_readme_are_those_of_the_committed_files(capsys):
 
 
 def test_committed_files_are_as_the_schema_says_and_every_picture_is_there():
-    from benchmarks import schema
+    from benchmarks.harness import schema
 
     for device in report.load():
         for result in device.results:
@@ -209,7 +210,7 @@ def test_committed_files_are_as_the_schema_says_and_every_picture_is_there():
 def test_pictures_are_drawn_of_whatever_there_is(folder):
     """With no rows of ours, one point of a curve, or none at all, there is one picture less and no error."""
     pytest.importorskip("matplotlib", reason="draws")
-    from benchmarks import report_plots
+    from benchmarks.reporting import plots as report_plots
 
     file(folder, "a", [row(), slower("openvino", 0.7), row("torch", suite="latency")])
     (device,) = report.load(folder)

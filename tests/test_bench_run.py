@@ -13,19 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import (
-    machine,
-    peers_attention,
-    peers_encoder,
-    peers_ops,
-    peers_packed,
-    run,
-    suite_encoder,
-    suite_kernels,
-    timing,
-)  # fmt: skip
-from benchmarks.case import Case, Interrupted, Missing, Row, measure
-from benchmarks.jobs import Job
+from benchmarks import run  # fmt: skip
+from benchmarks.harness import machine, timing  # fmt: skip
+from benchmarks.harness.case import Case, Interrupted, Missing, Row, measure
+from benchmarks.harness.jobs import Job
+from benchmarks.peers import attention as peers_attention  # fmt: skip
+from benchmarks.peers import encoder as peers_encoder
+from benchmarks.peers import operators as peers_ops
+from benchmarks.peers import packed as peers_packed
+from benchmarks.suites import encoder as suite_encoder  # fmt: skip
+from benchmarks.suites import kernels as suite_kernels
 from fastbert import functional as F
 from fastbert.testing import INPUTS, MODELS, Workload, relative_rms
 
@@ -147,7 +144,7 @@ def test_interrupt_inside_a_case_keeps_what_was_timed(watch):
 
 @pytest.fixture
 def arguments(monkeypatch):
-    monkeypatch.setattr("benchmarks.machine.ceilings", lambda *_: CEILINGS)
+    monkeypatch.setattr("benchmarks.harness.machine.ceilings", lambda *_: CEILINGS)
     monkeypatch.setattr(timing, "QUICK", EFFORT)
     return ["--suite", "kernels", "--quick", "--dtype", "float32", "--device", "cpu"]
 
@@ -322,7 +319,7 @@ def test_operators_of_liger_stand_beside_ours_on_gpus():
 def test_kernels_that_are_not_installed_are_missing_by_name(row, package, monkeypatch):
     for module in ("flash_attn", "xformers", "xformers.ops", "transformer_engine", "transformer_engine.pytorch"):
         monkeypatch.setitem(sys.modules, module, None)
-    monkeypatch.setattr("benchmarks.case.version", lambda package: None)
+    monkeypatch.setattr("benchmarks.harness.case.version", lambda package: None)
     (peer,) = (p for p in peers_attention.PEERS if p.row == row)
     inputs = INPUTS["attention"](MODELS["tiny"], (5, 17))
     with pytest.raises(Missing, match=f"^{package} is not installed$"):

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 import fastbert
-from benchmarks import case, report_sentences, suite_sentences, timing
-from benchmarks.case import Missing
+from benchmarks.harness import case, timing
+from benchmarks.harness.case import Missing
+from benchmarks.reporting import sentences as report_sentences
+from benchmarks.suites import sentences as suite_sentences
 
 pytestmark = pytest.mark.once
 

@@ -1,4 +1,4 @@
-"""`benchmarks.compile_report` finds each faulty kernel of `example_kernels.py`, and passes the good ones."""
+"""`benchmarks.inspection.compile_report` finds each faulty kernel of `example_kernels.py`, and passes the good ones."""
 
 import importlib
 import json
@@ -22,7 +22,7 @@ needs_triton = pytest.mark.skipif(not _device.HAS_TRITON, reason="triton is not 
 def _report(*arguments: str) -> subprocess.CompletedProcess:
     """The command line on the example kernels."""
     environment = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "benchmarks.compile_report", "--module", "example_kernels", *arguments]
+    command = [sys.executable, "-m", "benchmarks.inspection.compile_report", "--module", "example_kernels", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
@@ -139,7 +139,7 @@ def compile_report():
     """Imported with the repository's root on the path for this moment alone: `kernels` must not be importable."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT))
-        return importlib.import_module("benchmarks.compile_report")
+        return importlib.import_module("benchmarks.inspection.compile_report")
 
 
 @pytest.fixture(scope="module")

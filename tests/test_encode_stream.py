@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import encode_memory as memory
+from benchmarks.suites import long_file as memory
 from fastbert import BertConfig, BertModel, Encoder
 from fastbert.cli import main
 from fastbert.files import InputError, read_chunks

@@ -11,15 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu_day_plan, gpu_day_summary, schema
-from benchmarks.gpu_day_plan import Step
+from benchmarks.gpu_day import plan as gpu_day_plan
+from benchmarks.gpu_day import summary as gpu_day_summary
+from benchmarks.gpu_day.plan import Step
+from benchmarks.harness import schema
 from benchmarks.run import SUITES
 from fastbert import cli, verify
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.once
 SCRIPT = ROOT / "benchmarks" / "gpu_day.sh"
-RULE = json.loads((ROOT / "benchmarks" / "gpu_day.json").read_text())
+RULE = json.loads((ROOT / "benchmarks" / "gpu_day" / "summary.json").read_text())
 NAMES = [
     "card", "precompile", "verify", "verify-newer", "record", "encoder", "attention", "training", "operators", "cold",
     "compile", "memcheck", "racecheck",
@@ -28,15 +30,15 @@ NAMES = [
 MAIN = """
 import sys
 sys.path.insert(0, {root!r})
-from benchmarks import gpu_day, gpu_day_plan
-from benchmarks.gpu_day_plan import Step
+from benchmarks.gpu_day import day, plan
+from benchmarks.gpu_day.plan import Step
 
 def step(name, code, limit=60.0, least=0.0):
     return [Step(name, limit, lambda results, seconds, record: [sys.executable, "-c", code, str(results)], least)]
 
-gpu_day.GRACE, gpu_day.EVERY = 0.5, 0.2
-gpu_day_plan.day = lambda python, rehearsal: [{steps}]
-sys.exit(gpu_day.main(sys.argv[1:]))
+day.GRACE, day.EVERY = 0.5, 0.2
+plan.day = lambda python, rehearsal: [{steps}]
+sys.exit(day.main(sys.argv[1:]))
 """
 LINE = (
     '{"op": "pool", "dtype": "fp32", "case": "mean", "hidden": 8, "heads": 1, "lengths": [1], "passed": true, '
@@ -233,7 +235,7 @@ def test_a_sanitizer_that_is_not_there_is_named(monkeypatch):
 
 
 def test_the_second_run_searches_all_kernels(tmp_path):
-    from benchmarks import tune_table
+    from benchmarks.tuning import table as tune_table
 
     steps = steps_of(gpu_day_plan.tune("python", False))
     words = [step.command(tmp_path, 100.0, Known()) for name, step in steps.items() if name != "card"]

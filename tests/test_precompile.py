@@ -1,4 +1,4 @@
-"""What benchmarks.precompile compiles is what launches look for, so that nothing is compiled twice."""
+"""What benchmarks.gpu_day.precompile compiles is what launches look for, so that nothing is compiled twice."""
 
 import json
 import os
@@ -17,7 +17,7 @@ import json, os, sys, time
 from pathlib import Path
 sys.path.insert(0, {root!r})
 import torch
-from benchmarks import precompile
+from benchmarks.gpu_day import precompile
 from fastbert import verify
 from fastbert.emulator.driver import offline
 from fastbert.testing import MODELS
@@ -71,7 +71,7 @@ import json, os, signal, sys, time
 sys.path.insert(0, {root!r})
 from types import SimpleNamespace
 import triton
-from benchmarks import precompile
+from benchmarks.gpu_day import precompile
 
 def compile(source, target, options):
     if source == "crash":
@@ -105,7 +105,7 @@ import sys
 sys.path.insert(0, {root!r})
 import torch
 from torch.nn import functional as tf
-from benchmarks.precompile import WithoutNumbers
+from benchmarks.gpu_day.precompile import WithoutNumbers
 
 torch.utils.deterministic.fill_uninitialized_memory = False
 with WithoutNumbers():

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import report, report_encode
+from benchmarks.reporting import report
+from benchmarks.reporting import texts as report_encode
 
 pytestmark = pytest.mark.once
 
@@ -118,7 +119,7 @@ def test_readme_and_report_are_those_of_the_committed_results():
 
 def test_pictures(result, tmp_path):
     pytest.importorskip("matplotlib", reason="draws pictures")
-    from benchmarks import report_plots
+    from benchmarks.reporting import plots as report_plots
 
     result |= {"path": tmp_path / "file.json", "curves": []}
     operator = {"operator": "attention", "suite": "kernels", "flops": 1e9, "bytes": 1e6, "tflops": 0.5}

@@ -8,8 +8,9 @@ import torch.nn.functional as tf
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import costs, machine, operator_times, roofline
-from benchmarks.plain_bert import PlainBert
+from benchmarks.harness import costs, machine
+from benchmarks.harness.plain_bert import PlainBert
+from benchmarks.inspection import operator_times, roofline
 from fastbert import functional as F
 from fastbert.config import BertConfig
 from fastbert.models.bert import BertModel

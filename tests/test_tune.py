@@ -1,4 +1,4 @@
-"""`benchmarks.tune`: the search finds what a fake clock calls fastest, and only what is right is timed and pasted."""
+"""`tuning.tune`: the search finds what a fake clock calls fastest, and only what is right is timed and pasted."""
 
 import json
 import subprocess
@@ -12,7 +12,10 @@ import torch
 
 pytest.importorskip("triton", reason="configs are those of Triton kernels")
 
-from benchmarks import costs, timing, tunables, tune, tune_search, tune_table
+from benchmarks.harness import costs, timing
+from benchmarks.tuning import search as tune_search
+from benchmarks.tuning import table as tune_table
+from benchmarks.tuning import tunables, tune
 from fastbert.kernels import _device
 from fastbert.kernels._gemm_config import Choice
 from fastbert.testing import MODELS
@@ -291,7 +294,7 @@ def test_without_a_gpu_it_says_so_and_rehearses(monkeypatch, capsys):
     monkeypatch.setattr(subprocess, "call", lambda command, env: calls.append((command, env)) or 7)
     assert tune.main(["--kernel", "pool_rows"]) == 7
     assert "no GPU here, and times need one" in capsys.readouterr().err
-    assert calls[0][0][1:] == ["-m", "benchmarks.tune", "--kernel", "pool_rows"]
+    assert calls[0][0][1:] == ["-m", "benchmarks.tuning.tune", "--kernel", "pool_rows"]
     assert calls[0][1]["TRITON_INTERPRET"] == "1"
 
 

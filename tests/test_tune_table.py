@@ -1,4 +1,4 @@
-"""The kernels that `benchmarks.tune` knows: a config reaches its launcher and its compile cases, and nobody else's."""
+"""The kernels that `tuning.tune` knows: a config reaches its launcher and its compile cases, and nobody else's."""
 
 import ast
 import json
@@ -13,7 +13,8 @@ import torch
 
 pytest.importorskip("triton", reason="configs are those of Triton kernels")
 
-from benchmarks import tunables, tune_table
+from benchmarks.tuning import table as tune_table
+from benchmarks.tuning import tunables
 from fastbert.kernels import _device
 from fastbert.kernels._gemm_config import GemmConfig
 from fastbert.testing import MODELS
@@ -66,7 +67,8 @@ def test_the_launcher_asks_where_the_table_says(name, monkeypatch):
 CASES = """
 import json, torch
 from dataclasses import replace
-from benchmarks import tune_table, tunables
+from benchmarks.tuning import table as tune_table
+from benchmarks.tuning import tunables
 from fastbert.testing import MODELS
 found = {}
 for kernel in tune_table.kernels().values():

@@ -1,4 +1,6 @@
-"""The card at hand: `python -m benchmarks.card --json FILE` writes what it is, what assembles for it, and its ceilings.
+"""The card at hand: what it is, what assembles for it, and its ceilings.
+
+    python -m benchmarks.gpu_day.card --json FILE
 
 The file is written as soon as the facts are known, and once more with the ceilings: the largest matrix product of each
 dtype and the largest copy, measured on random data.
@@ -19,7 +21,7 @@ import torch
 
 from fastbert.checkpoint import write_atomically
 
-from . import machine
+from ..harness import machine
 
 CLOCKS = "clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.draw,power.limit,temperature.gpu"
 # The smallest program that tells whether an assembler knows an architecture.
@@ -73,7 +75,9 @@ def _takes(path: Path, arch: str) -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.card", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.gpu_day.card",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--json", metavar="FILE", type=Path, required=True)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")

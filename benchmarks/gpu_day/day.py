@@ -1,8 +1,8 @@
 """A day with a GPU in one run: `benchmarks/gpu_day.sh`. Steps are processes, each with its time; this needs no torch.
 
-What the run leaves is FOLDER/gpu_day.tar.gz, all results and logs, and FOLDER/summary.json, as benchmarks/gpu_day.json
-describes. Both are there from the first second and are only ever replaced whole, so a run that is cut short by a
-signal, a limit or the machine leaves those of some seconds before.
+What the run leaves is FOLDER/gpu_day.tar.gz, all results and logs, and FOLDER/summary.json, as summary.json beside
+this file describes. Both are there from the first second and are only ever replaced whole, so a run that is cut short
+by a signal, a limit or the machine leaves those of some seconds before.
 
 Exit code: 0 where all steps ended well, 1 where one failed or the time was up, 128 + the signal where one ended it.
 """
@@ -23,12 +23,13 @@ import sys  # noqa: E402
 import tempfile  # noqa: E402
 from pathlib import Path  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)
 
-from benchmarks import gpu_day_plan, gpu_day_summary  # noqa: E402
-from benchmarks.gpu_day_plan import Step  # noqa: E402
+from benchmarks.gpu_day import plan as plans  # noqa: E402
+from benchmarks.gpu_day import summary  # noqa: E402
+from benchmarks.gpu_day.plan import Step  # noqa: E402
 
 LIMIT = 480.0  # seconds of the whole run
 LAST = 6.0  # of them for ending what still runs, and for writing
@@ -50,12 +51,12 @@ class Day:
         self.logs = self.work / "results" / "logs"
         self.logs.mkdir(parents=True)
         out.mkdir(parents=True, exist_ok=True)
-        self.record = gpu_day_summary.Record(self.work / "results", out, mode, rehearsal, limit, BEGAN)
+        self.record = summary.Record(self.work / "results", out, mode, rehearsal, limit, BEGAN)
         self.written = 0.0
 
     def run(self, waves: list[list[Step]]) -> bool:
         """All steps, those of a wave side by side; whether all ended well. Raises Cut on a signal."""
-        self.record.steps = [gpu_day_summary.state_of(step) for wave in waves for step in wave]
+        self.record.steps = [summary.state_of(step) for wave in waves for step in wave]
         self.record.write()
         for wave in waves:
             self._run_wave(wave)
@@ -130,7 +131,7 @@ class Day:
         self.record.cut = cut
         self.record.finished = True
         self.record.write()
-        lines = gpu_day_summary.table(self.record.summary())
+        lines = summary.table(self.record.summary())
         shutil.rmtree(self.work, ignore_errors=True)
         return lines
 
@@ -181,7 +182,7 @@ def main(argv: list[str] | None = None) -> int:
         signal.signal(number, cut)
     mode = "tune" if args.tune else "day"
     day = Day(args.folder.resolve(), mode, args.rehearse, args.seconds)
-    plan = gpu_day_plan.tune if args.tune else gpu_day_plan.day
+    plan = plans.tune if args.tune else plans.day
     ended = None
     code = 1
     try:

@@ -91,11 +91,11 @@ def _day(python: str) -> list[list[Step]]:
     operators = "add_layer_norm,feed_forward,linear_cross_entropy,embedding_layer_norm,pool"
 
     def card(results: Path, seconds: float, record: Any) -> list[str]:
-        return [*module, "benchmarks.card", "--json", str(results / "card.json")]
+        return [*module, "benchmarks.gpu_day.card", "--json", str(results / "card.json")]
 
     def precompile(results: Path, seconds: float, record: Any) -> list[str]:
         return [
-            *module, "benchmarks.precompile", "--card", str(results / "card.json"), "--both-assemblers",
+            *module, "benchmarks.gpu_day.precompile", "--card", str(results / "card.json"), "--both-assemblers",
             "--json-lines", str(results / "precompile.jsonl"), "--jobs", jobs, "--seconds", f"{seconds - 3:.0f}",
         ]  # fmt: skip
 
@@ -142,12 +142,12 @@ def _rehearsal(python: str) -> list[list[Step]]:
     interpreted = {"TRITON_INTERPRET": "1"}
 
     def card(results: Path, seconds: float, record: Any) -> list[str]:
-        return [*module, "benchmarks.card", "--device", "cpu", "--quick", "--json", str(results / "card.json")]
+        return [*module, "benchmarks.gpu_day.card", "--device", "cpu", "--quick", "--json", str(results / "card.json")]
 
     def precompile(results: Path, seconds: float, record: Any) -> list[str]:
         return [
-            *module, "benchmarks.precompile", "--card", str(results / "card.json"), "--both-assemblers", "--quick",
-            "--most", "2", "--json-lines", str(results / "precompile.jsonl"), "--jobs", "2",
+            *module, "benchmarks.gpu_day.precompile", "--card", str(results / "card.json"), "--both-assemblers",
+            "--quick", "--most", "2", "--json-lines", str(results / "precompile.jsonl"), "--jobs", "2",
         ]  # fmt: skip
 
     def verify(name: str, *arguments: str) -> Step:
@@ -185,7 +185,7 @@ TUNED = (("attention", 150), ("gemm", 150), ("layer_norm", 50), ("embedding,pool
 
 
 def tune(python: str, rehearsal: bool) -> list[list[Step]]:
-    """The card, then the searches of benchmarks.tune, one after the other; what one leaves the next may take."""
+    """The card, then the searches of benchmarks.tuning.tune, one after the other; what one leaves the next may take."""
 
     def search(kernels: str, limit: float) -> Step:
         name = f"tune-{kernels.split(',')[0]}"
@@ -194,7 +194,7 @@ def tune(python: str, rehearsal: bool) -> list[list[Step]]:
             tiny = ["--rehearse", "--most", "1"] if rehearsal else []
             minutes = f"{max(0.05, (seconds - 15) / 60):.2f}"
             out = ["--budget-minutes", minutes, "--out", str(results / f"{name}.json")]
-            return [python, "-m", "benchmarks.tune", "--kernel", kernels, *tiny, *out]
+            return [python, "-m", "benchmarks.tuning.tune", "--kernel", kernels, *tiny, *out]
 
         return Step(name, limit, command)
 

@@ -1,4 +1,6 @@
-"""Compiles every kernel that a day on a card will launch, before anything is: `python -m benchmarks.precompile`.
+"""Compiles every kernel that a day on a card will launch, before anything is launched.
+
+    python -m benchmarks.gpu_day.precompile --json-lines FILE
 
 The calls of `fastbert verify` and of the benchmark suites are run through Triton's launch path for a card that is not
 there, at their real shapes, with what torch would compute left out. What they launch is compiled into Triton's cache in
@@ -108,7 +110,10 @@ def _forward_and_backward(task: verify.Task) -> None:
 
 def of_suites(dtype: torch.dtype, quick: bool) -> Iterator[Call]:
     """Ours in each case of the suites that a card runs, in their order; of a model one layer, since all are alike."""
-    from . import suite_encoder, suite_kernels, suite_latency, suite_training
+    from ..suites import encoder as suite_encoder
+    from ..suites import kernels as suite_kernels
+    from ..suites import latency as suite_latency
+    from ..suites import training as suite_training
 
     names = [(entry[0], entry[1]) for entry in (*suite_encoder.CASES, *suite_encoder.ON_GPUS)]
     models: list[tuple[int, Call]] = []
@@ -130,14 +135,14 @@ def of_suites(dtype: torch.dtype, quick: bool) -> Iterator[Call]:
 
 
 def _operator(call: tuple, dtype: torch.dtype) -> None:
-    from . import suite_kernels
+    from ..suites import kernels as suite_kernels
 
     case = suite_kernels.build(*call, device=CPU, dtype=dtype, workload=WORKLOADS[call[2]])
     case.rows[0].make()()
 
 
 def _one_layer(workload: Workload, dtype: torch.dtype) -> Any:
-    from .jobs import Job
+    from ..harness.jobs import Job
 
     return Job(Workload(replace(workload.model, layers=1), workload.lengths), dtype, CPU)
 
@@ -145,14 +150,15 @@ def _one_layer(workload: Workload, dtype: torch.dtype) -> Any:
 def _encode(workload: Workload, dtype: torch.dtype) -> None:
     from fastbert.batching import TOKENS_PER_BATCH
 
-    from .peers_encoder import _encoder
+    from ..peers.encoder import _encoder
 
     job = _one_layer(workload, dtype)
     _encoder(job).encode_ids(job.rows, TOKENS_PER_BATCH["cuda"])
 
 
 def _train(workload: Workload, dtype: torch.dtype) -> None:
-    from . import suite_training, workloads
+    from ..harness import workloads
+    from ..suites import training as suite_training
 
     job = _one_layer(workloads.cut(workload, max(suite_training.GPU_TOKENS.values())), dtype)
     model = suite_training.PackedMaskedLM(job).to(dtype).train()
@@ -257,12 +263,14 @@ def _start(kernel: Kernel, target: Any, say: Callable[[dict], None]) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.precompile",
+        prog="python -m benchmarks.gpu_day.precompile",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--json-lines", metavar="FILE", type=Path, required=True)
-    parser.add_argument("--card", metavar="FILE", type=Path, help="what benchmarks.card wrote (default: asked here)")
+    parser.add_argument(
+        "--card", metavar="FILE", type=Path, help="what benchmarks.gpu_day.card wrote (default: asked here)"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--seconds", type=float, default=600.0, help="begin nothing after so many")
     parser.add_argument("--both-assemblers", action="store_true", help="attention's kernels with the newer one too")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 SCHEMA = "fastbert-gpu-day/1"
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 LONGEST_LOG = 400_000  # bytes of a log that are kept: its end
 MOST_FAILED = 60  # failed cases of a verify that the summary tells of; the archive has all
 OF_A_ROW = (
@@ -58,7 +58,7 @@ class Record:
                     _add(archive, file, f"gpu_day/{file.relative_to(self.results)}")
 
     def summary(self) -> dict[str, Any]:
-        """As benchmarks/gpu_day.json says."""
+        """As benchmarks/gpu_day/summary.json says."""
         card = _read(self.results / "card.json") or {}
         return {
             "schema": SCHEMA, "mode": self.mode, "rehearsal": self.rehearsal, "created": self.created,

@@ -1,4 +1,4 @@
-"""A fresh process that does one job and says when it got where: `python -m benchmarks.child < JOB`.
+"""A fresh process that does one job and says when it got where: `python -m benchmarks.harness.child < JOB`.
 
 The job is a line of JSON (see `main`). On standard output come lines of JSON: "imported", "loaded", "first" when the
 first result is there, "done" with figures of memory. Each engine imports what it needs and nothing else, so that nobody
@@ -234,7 +234,7 @@ def loss(job: Job) -> np.ndarray:
     """The masked-word loss of hidden states, and the gradients of hidden states, table and bias."""
     import torch
 
-    from benchmarks.peers_ops import linear_cross_entropy
+    from benchmarks.peers.operators import linear_cross_entropy
     from fastbert import functional as F
 
     inputs, labels = loss_inputs(job["tokens"], job["hidden"], job["vocab"])

@@ -1,4 +1,4 @@
-"""One of several processes that train on shares of one batch: `python -m benchmarks.child_parallel < JOB`.
+"""One of several processes that train on shares of one batch: `python -m benchmarks.harness.child_parallel < JOB`.
 
 torch's DistributedDataParallel, over gloo between processes of a CPU and NCCL between GPUs, one process each. The job:
 rank, world, store (a file by which they meet), folder (the model), tensors (this rank's share), engine, device, dtype,

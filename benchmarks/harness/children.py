@@ -1,7 +1,7 @@
 """Rows that are fresh processes: the time from their start to the first result, and the most memory they take.
 
-A run is a process of its own (benchmarks/child.py), in turns (A B A B); the first of each row is checked against the
-truth. Files that a library is served from (weights, an ONNX graph, OpenVINO's IR) are written beforehand.
+A run is a process of its own (child.py), in turns (A B A B); the first of each row is checked against the truth.
+ Files that a library is served from (weights, an ONNX graph, OpenVINO's IR) are written beforehand.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ from fastbert.checkpoint import save_state_dict
 from fastbert.models.bert import BertModel
 from fastbert.testing import ModelShape
 
-from . import peers_encoder, timing
+from ..peers import encoder as peers_encoder
+from ..suites.training import _model
+from . import timing
 from .case import OURS, Case, Interrupted, Row, _compare_rows, _empty_row, _prepare, _truth, need
 from .jobs import Job
-from .suite_training import _model
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PATIENCE = 900  # seconds after which a process is given up
 
 Said = dict[str, dict[str, Any]]  # event -> what a child said about it, and "at", seconds since its start
@@ -106,10 +107,12 @@ class Files:
 class Launch:
     """Calling it runs the jobs, processes at the same time, and gives the result of the first; `said` keeps all events.
 
-    A job is what benchmarks/child.py is told, and may have an "environment".
+    A job is what benchmarks/harness/child.py is told, and may have an "environment".
     """
 
-    def __init__(self, files: Files, jobs: Callable[[], list[dict[str, Any]]], module: str = "benchmarks.child"):
+    def __init__(
+        self, files: Files, jobs: Callable[[], list[dict[str, Any]]], module: str = "benchmarks.harness.child"
+    ):
         self.files, self.jobs, self.module = files, jobs, module
         self.said: list[Said] = []
 

@@ -42,7 +42,7 @@ def versions() -> dict[str, str]:
 
 def commit() -> str | None:
     """This checkout's commit, "+" where the tree differs from it; None outside one."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
 
     def git(*args: str) -> str:
         return subprocess.run(["git", "-C", root, *args], capture_output=True, text=True, check=True).stdout.strip()

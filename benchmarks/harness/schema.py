@@ -1,4 +1,4 @@
-"""Whether a result file is what benchmarks/schema.json says: the part of JSON Schema that it uses, on half a page."""
+"""Whether a result file is what schema.json says: the part of JSON Schema that it uses, on half a page."""
 
 from __future__ import annotations
 

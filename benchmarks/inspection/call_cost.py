@@ -1,4 +1,6 @@
-"""What a call costs in Python: the CPU time between launches, without a card. `python -m benchmarks.call_cost`.
+"""What a call costs in Python: the CPU time between launches, without a card.
+
+    python -m benchmarks.inspection.call_cost
 
 The operators run on tensors without data (device meta), forward and backward, through Triton's real launch path for a
 card that is not there, and the launch itself does nothing. So no time is spent on numbers, and what is left is
@@ -46,7 +48,7 @@ def _launch_nothing() -> None:
         _library.EAGER.add("meta")
     _library.register = _registering_for_meta(_library)
     spec = importlib.util.spec_from_file_location(
-        "fastbert.emulator.driver", HERE.parents[1] / "fastbert" / "emulator" / "driver.py"
+        "fastbert.emulator.driver", HERE.parents[2] / "fastbert" / "emulator" / "driver.py"
     )
     driver = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     interpreting, _device.INTERPRETING = _device.INTERPRETING, False
@@ -223,12 +225,14 @@ def _measured(folder: Path) -> dict[str, float]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.call_cost", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.inspection.call_cost", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--beside", type=Path, metavar="FOLDER", help="another checkout, measured in the same run")
     parser.add_argument("--turns", type=int, default=TURNS, help="processes a checkout (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     args = parser.parse_args(argv)
-    folders = [HERE.parents[1]] if args.beside is None else [args.beside.resolve(), HERE.parents[1]]
+    folders = [HERE.parents[2]] if args.beside is None else [args.beside.resolve(), HERE.parents[2]]
     runs: list[list[dict[str, float]]] = [[] for _ in folders]
     for _ in range(args.turns):
         for folder, found in zip(folders, runs, strict=True):

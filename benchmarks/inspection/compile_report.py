@@ -1,4 +1,6 @@
-"""What every kernel compiles to, on every architecture, without a GPU: `python -m benchmarks.compile_report`.
+"""What every kernel compiles to, on every architecture, without a GPU.
+
+    python -m benchmarks.inspection.compile_report
 
 Each kernel module lists calls of its operators (`compile_calls()`). They are run through the real launchers for a card
 that is not there, and what they launch is compiled to machine code, which is then read: registers, spills, shared
@@ -369,7 +371,9 @@ def format_reports(reports: list[Report], markdown: bool = False) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.compile_report", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.inspection.compile_report", description=__doc__.splitlines()[0]
+    )
     parser.add_argument(
         "--arch", default=",".join(DEFAULT_ARCHES), help=f"of {', '.join(ARCHES)} (default: %(default)s)"
     )
@@ -393,7 +397,9 @@ def main(argv: list[str] | None = None) -> int:
         print("TRITON_INTERPRET is set: starting again without it", file=sys.stderr)
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         arguments = sys.argv[1:] if argv is None else argv
-        return subprocess.call([sys.executable, "-m", "benchmarks.compile_report", *arguments], env=environment)
+        return subprocess.call(
+            [sys.executable, "-m", "benchmarks.inspection.compile_report", *arguments], env=environment
+        )
 
     modules, missing = (args.module, []) if args.module else kernel_modules()
     tasks, failed, known = [], [], set()

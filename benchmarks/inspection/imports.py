@@ -1,4 +1,4 @@
-"""Who imports whom: `python -m benchmarks.inspect_imports [PREFIX]` prints each module's imports within the project.
+"""Who imports whom: `python -m benchmarks.inspection.imports [PREFIX]` prints each module's imports within the project.
 
 Read from the source, so that imports inside functions and names of modules in tables count like those at the top, and
 nothing is run.
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # folder -> the package that it is imported as
 PACKAGES = {"fastbert": "fastbert", "kernels": "fastbert.kernels", "benchmarks": "benchmarks"}
 

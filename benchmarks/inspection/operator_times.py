@@ -21,8 +21,8 @@ from fastbert.models.bert import BertModel, Pass
 from fastbert.packing import PackedBatch
 from fastbert.testing import Workload
 
-from . import timing, workloads
-from .costs import BACKWARD, BOTH, FORWARD, masked
+from ..harness import timing, workloads
+from ..harness.costs import BACKWARD, BOTH, FORWARD, masked
 
 WHOLE = ("whole model", "")
 Key = tuple[str, str]  # operator, direction

@@ -1,4 +1,6 @@
-"""Where the time of one encoder layer goes, by kernel: `python -m benchmarks.profile_layer [--workload base_natural]`.
+"""Where the time of one encoder layer goes, by kernel.
+
+    python -m benchmarks.inspection.profile_layer [--workload base_natural]
 
 torch's profiler over forward and backward of one layer on packed real lengths; needs no rights and no other tool.
 """
@@ -17,12 +19,14 @@ from fastbert.models.bert import BertModel
 from fastbert.packing import PackedBatch
 from fastbert.testing import WORKLOADS
 
-from . import workloads
+from ..harness import workloads
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.profile_layer", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        prog="python -m benchmarks.inspection.profile_layer",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
     )
     parser.add_argument("--workload", choices=list(WORKLOADS), default="base_natural", help="default: base_natural")
     parser.add_argument("--device", default="auto", help="default: cuda where there is one")

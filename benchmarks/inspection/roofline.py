@@ -1,14 +1,14 @@
-"""Where a pass's time has to go, and where it goes: `python -m benchmarks.roofline [--workload base_natural]`.
+"""Where a pass's time has to go, and where it goes.
 
 For each operator of a workload: FLOPs and bytes (costs.py), the floor that follows from two ceilings (the largest
 matrix product, the largest copy), its share of the whole floor, and the measured time above it. Times are taken here,
 operator by operator beside the whole model, or read from a result file; for a device that is not here there are floors
 alone. On a CPU a tensor that stays in cache may beat the floor of the copy, which is that of memory.
 
-  python -m benchmarks.roofline                                     this machine, its ceilings measured in the same run
-  python -m benchmarks.roofline --workload large_512 --training --device h200
-  python -m benchmarks.roofline --device day.json                   floors at the ceilings in a result file
-  python -m benchmarks.roofline --result day.json --plot day.png    and the times that `fastbert bench` measured there
+  python -m benchmarks.inspection.roofline                                 this machine, its ceilings measured too
+  python -m benchmarks.inspection.roofline --workload large_512 --training --device h200
+  python -m benchmarks.inspection.roofline --device day.json               floors at the ceilings in a result file
+  python -m benchmarks.inspection.roofline --result day.json --plot day.png    and the times that are there
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fastbert.checkpoint import write_atomically
 from fastbert.embed import resolve_device, resolve_dtype
 from fastbert.testing import WORKLOADS, Workload
 
-from . import costs, machine, timing, workloads
+from ..harness import costs, machine, timing, workloads
 
 SCHEMA = "fastbert-roofline/1"
 
@@ -354,7 +354,9 @@ def _pair(text: str) -> tuple[float, float]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.roofline", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.inspection.roofline",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--workload", default="base_natural", metavar="NAME", help="default: base_natural")
     parser.add_argument(
@@ -371,7 +373,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all of it there (- for standard output)")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write the picture there (needs matplotlib)")
     args = parser.parse_args(argv)
-    command = shlex.join(["python", "-m", "benchmarks.roofline", *(sys.argv[1:] if argv is None else argv)])
+    command = shlex.join(["python", "-m", "benchmarks.inspection.roofline", *(sys.argv[1:] if argv is None else argv)])
     try:
         found = analyse(args, command)
     except ValueError as error:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastbert import functional as F
 
-from .case import Missing, need
+from ..harness.case import Missing, need
 
 
 @dataclass(frozen=True)

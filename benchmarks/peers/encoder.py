@@ -28,12 +28,12 @@ from fastbert.models.bert import BertModel
 from fastbert.packing import PackedBatch
 from fastbert.testing import ModelShape
 
-from . import peers_packed
-from .case import OURS, Missing, Row, Run, need
-from .jobs import Job, groups, padded_run, weights
-from .peers_packed import their_model
-from .plain_bert import PlainBert, PlainMeanBert
-from .workloads import padded, token_ids
+from ..harness.case import OURS, Missing, Row, Run, need
+from ..harness.jobs import Job, groups, padded_run, weights
+from ..harness.plain_bert import PlainBert, PlainMeanBert
+from ..harness.workloads import padded, token_ids
+from . import packed as peers_packed
+from .packed import their_model
 
 # ---- ours, and the floor ---------------------------------------------------------------------------------
 

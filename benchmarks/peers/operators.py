@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as tf
 from torch import Tensor
 
-from .case import Missing, need
+from ..harness.case import Missing, need
 
 
 @dataclass(frozen=True)

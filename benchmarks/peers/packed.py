@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as tf
 from torch import Tensor
 
-from .case import Missing, Run, need
-from .jobs import Job, groups, padded_run
-from .plain_bert import PlainBert
+from ..harness.case import Missing, Run, need
+from ..harness.jobs import Job, groups, padded_run
+from ..harness.plain_bert import PlainBert
 
 
 def their_config(job: Job, **more: Any) -> Any:

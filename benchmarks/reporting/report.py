@@ -1,10 +1,10 @@
-"""From result files to a page that a person reads in a minute: `python -m benchmarks.report [--check]`.
+"""From result files to a page that a person reads in a minute: `python -m benchmarks.reporting.report [--check]`.
 
-Reads every benchmarks/results/*/*.json that `fastbert bench` or `python -m benchmarks.roofline` wrote, and writes
-benchmarks/REPORT.md, pictures beside the results (with matplotlib; `--no-plots` leaves them alone), and the table
-between the markers in README.md. No number in either is typed by hand. A case that several files of a device have is
-taken from a whole run rather than a --quick one, then from the newest. --check writes nothing and exits 1 where a file
-is out of date.
+Reads every benchmarks/results/*/*.json that `fastbert bench` or `python -m benchmarks.inspection.roofline` wrote, and
+writes benchmarks/REPORT.md, pictures beside the results (with matplotlib; `--no-plots` leaves them alone), and the
+table between the markers in README.md. No number in either is typed by hand. A case that several files of a device
+have is taken from a whole run rather than a --quick one, then from the newest. --check writes nothing and exits 1
+where a file is out of date.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import report_anchors, report_encode, report_sentences
+from . import anchors as report_anchors
+from . import sentences as report_sentences
+from . import texts as report_encode
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 SCHEMA, ROOFLINE = "fastbert-bench/1", "fastbert-roofline/1"
@@ -374,10 +376,11 @@ def section(device: Device) -> list[str]:
 def page(devices: list[Device]) -> str:
     lines = [
         "# Benchmark report", "",
-        "Made by `python -m benchmarks.report` from the files in `results/`; nothing here is typed by hand. Times are",
-        "medians; a ratio above 1 means that fastbert is faster, with its bootstrap interval of 95%. Tokens are real",
-        "tokens: padding never counts. Every result was checked before its time was taken (with dropout only for being",
-        "finite). Rows with a tolerance of their own (int8) are shown, and are not among the others that count.", "",
+        "Made by `python -m benchmarks.reporting.report` from the files in `results/`; nothing here is typed by hand.",
+        "Times are medians; a ratio above 1 means that fastbert is faster, with its bootstrap interval of 95%. Tokens",
+        "are real tokens: padding never counts. Every result was checked before its time was taken (with dropout only",
+        "for being finite). Rows with a tolerance of their own (int8) are shown, and are not among the others that",
+        "count.", "",
     ]  # fmt: skip
     for device in devices:
         lines += section(device)
@@ -421,14 +424,16 @@ def with_table(readme: str, new: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.reporting.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a file is out of date")
     parser.add_argument("--no-plots", action="store_true", help="leave the pictures as they are")
     args = parser.parse_args(argv)
     devices = load()
     if not args.check and not args.no_plots:
-        from . import report_plots
+        from . import plots as report_plots
 
         for device in devices:
             report_plots.draw(device)
@@ -442,7 +447,9 @@ def main(argv: list[str] | None = None) -> int:
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     for path in stale:
         if args.check:
-            print(f"{path.relative_to(ROOT)} is out of date: run python -m benchmarks.report", file=sys.stderr)
+            print(
+                f"{path.relative_to(ROOT)} is out of date: run python -m benchmarks.reporting.report", file=sys.stderr
+            )
         else:
             path.write_text(wanted[path], encoding="utf-8")
     return 1 if args.check and stale else 0

@@ -1,4 +1,4 @@
-"""README's first table, of the encode-*.json files that `python -m benchmarks.encode --json` wrote, one a dtype."""
+"""README's first table, of the files encode-*.json that `python -m benchmarks.suites.texts` wrote, one a dtype."""
 
 from __future__ import annotations
 

@@ -16,11 +16,11 @@ import torch
 
 from fastbert.testing import MODELS, Workload
 
-from . import timing, workloads
-from .case import Case
-from .children import ChildCase, Engine, Files, Said, encoders
-from .jobs import Job
-from .peers_encoder import INT8
+from ..harness import timing, workloads
+from ..harness.case import Case
+from ..harness.children import ChildCase, Engine, Files, Said, encoders
+from ..harness.jobs import Job
+from ..peers.encoder import INT8
 
 # model, length, priority, in --quick
 CASES = (("minilm", 16, 100, True), ("base", 16, 109, False))

@@ -2,7 +2,7 @@
 
 from fastbert.embed import resolve_device
 
-from . import machine
+from ..harness import machine
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):

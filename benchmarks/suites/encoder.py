@@ -9,9 +9,10 @@ import torch
 
 from fastbert.testing import GRID, REAL_TEXTS, WORKLOADS, Workload
 
-from . import costs, peers_encoder, workloads
-from .case import Case
-from .jobs import Job
+from ..harness import costs, workloads
+from ..harness.case import Case
+from ..harness.jobs import Job
+from ..peers import encoder as peers_encoder
 
 # workload, priority (smaller first), in --quick. First what people run; then each kind of real text; then the grid of
 # full batches, where there is no padding to leave out.

@@ -1,6 +1,6 @@
 """How long until the first vector: a new process that encodes one sentence, beside what cannot be avoided.
 
-    python -m benchmarks.encode_cold [--repeats 7] [-- ARGUMENTS OF fastbert encode]
+    python -m benchmarks.suites.first_vector [--repeats 7] [-- ARGUMENTS OF fastbert encode]
 
 The floor is a process that imports torch and reads the weights, as safetensors gives them. Processes run in turns
 (A B C A B C), each from a warm file cache; the first turn is not counted.
@@ -26,7 +26,9 @@ from safetensors.torch import load_file
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.encode_cold", description="Time to the first vector.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.suites.first_vector", description="Time to the first vector."
+    )
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("encode", nargs="*", help="after --: further arguments of fastbert encode")
     args = parser.parse_args(argv)

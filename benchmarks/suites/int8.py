@@ -1,6 +1,6 @@
 """What products in 8-bit integers cost in accuracy and gain in speed on this CPU: float32, bfloat16 and int8 in turns.
 
-    python -m benchmarks.int8 --sick SICK_test_annotated.txt --sst2 FOLDER [--model ID_OR_PATH] [--repeats 5]
+    python -m benchmarks.suites.int8 --sick SICK_test_annotated.txt --sst2 FOLDER [--model ID_OR_PATH] [--repeats 5]
 
 Similarity: Spearman's correlation of the cosine of two sentences' vectors with SICK's gold relatedness (test split).
 Sentiment: the accuracy on SST-2's dev.tsv of one logistic regression on vectors, fitted once, to float32 vectors of
@@ -27,7 +27,7 @@ DTYPES = ("float32", "bfloat16", "int8")
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.int8", description="int8: accuracy and speed.")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.suites.int8", description="int8: accuracy and speed.")
     parser.add_argument("--sick", type=Path, required=True, help="SICK_test_annotated.txt")
     parser.add_argument("--sst2", type=Path, required=True, help="the folder of train.tsv and dev.tsv, as in GLUE")
     parser.add_argument("--model", default=default_model())

@@ -16,9 +16,11 @@ from torch import Tensor
 from fastbert import functional as F
 from fastbert.testing import INPUTS, Workload
 
-from . import costs, peers_attention, peers_ops, workloads
-from .case import OURS, Case, Row
-from .costs import BOTH, FORWARD
+from ..harness import costs, workloads
+from ..harness.case import OURS, Case, Row
+from ..harness.costs import BOTH, FORWARD
+from ..peers import attention as peers_attention
+from ..peers import operators as peers_ops
 
 # operator, direction, workload, priority (smaller first), in --quick, options. The order of the goals on a GPU:
 # attention where BERT lives, then the rest of a layer, then the long and the odd.

@@ -8,8 +8,8 @@ import torch
 
 from fastbert.testing import MODELS, Workload
 
-from .case import Case
-from .suite_encoder import build
+from ..harness.case import Case
+from .encoder import build
 
 CASES = (("base", 16, 4, True), ("minilm", 16, 5, True), ("base", 8, 45, False), ("base", 64, 46, False))
 

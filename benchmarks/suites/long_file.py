@@ -1,6 +1,6 @@
 """Resident memory of `fastbert encode` along a long file (Linux).
 
-    python -m benchmarks.encode_memory [--lines 200000] [--texts FILE] [--samples 20] [-- ARGUMENTS OF fastbert encode]
+    python -m benchmarks.suites.long_file [--lines 200000] [--texts FILE] [--samples 20] [-- ENCODE_ARGUMENTS]
 
 The lines of FILE (by default the sentences of the dictionary that the package carries), over and over until there are
 as many as asked for, go through `fastbert encode` in a process of its own, whose memory, with that of its children, is
@@ -30,7 +30,9 @@ SECONDS_A_LOOK = 0.25
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.encode_memory", description="Memory of a long encode.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.suites.long_file", description="Memory of a long encode."
+    )
     parser.add_argument("--lines", type=int, default=200_000)
     parser.add_argument("--texts", type=Path, help="a text a line (default: sentences of the package's dictionary)")
     parser.add_argument("--samples", type=int, default=20, help="how many to print")

@@ -18,12 +18,12 @@ from torch import Tensor
 from fastbert import functional as F
 from fastbert.testing import MODELS, ModelShape, Workload
 
-from . import workloads
-from .case import OURS, Case, Row, need
-from .child import first_layer_gradient, loss_inputs
-from .children import ChildCase, Engine, Files, Launch, Said, common, encoders
-from .jobs import Job
-from .suite_training import _batch, _model
+from ..harness import workloads
+from ..harness.case import OURS, Case, Row, need
+from ..harness.child import first_layer_gradient, loss_inputs
+from ..harness.children import ChildCase, Engine, Files, Launch, Said, common, encoders
+from ..harness.jobs import Job
+from .training import _batch, _model
 
 # workload, priority, in --quick
 ENCODE = (("minilm_natural", 101, True), ("base_natural", 102, False), ("minilm_documents", 107, False))

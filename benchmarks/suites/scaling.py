@@ -17,12 +17,13 @@ from torch import Tensor
 
 from fastbert.testing import MODELS, Workload, natural_lengths
 
-from . import costs, peers_encoder, timing, workloads
-from .case import OURS, Case, Row
-from .child import first_layer_gradient
-from .children import ChildCase, Files, Launch, Said, common
-from .jobs import Job
-from .suite_training import _model
+from ..harness import costs, timing, workloads
+from ..harness.case import OURS, Case, Row
+from ..harness.child import first_layer_gradient
+from ..harness.children import ChildCase, Files, Launch, Said, common
+from ..harness.jobs import Job
+from ..peers import encoder as peers_encoder
+from .training import _model
 
 # curve -> all its points
 POINTS = {
@@ -133,7 +134,7 @@ def _processes(model: str, world: int, sequences: int, length: int, dtype: torch
         ]  # fmt: skip
 
     def make(engine: str) -> Launch:
-        return Launch(files, functools.partial(jobs, engine), "benchmarks.child_parallel")
+        return Launch(files, functools.partial(jobs, engine), "benchmarks.harness.child_parallel")
 
     rows = [
         Row("fastbert.accelerate", OURS, functools.partial(make, "fastbert"), settings={"threads": 1}),

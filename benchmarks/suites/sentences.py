@@ -22,10 +22,10 @@ from torch import Tensor
 import fastbert
 from fastbert.testing import MODELS, Workload
 
-from . import costs, timing, workloads
-from .case import OURS, Case, Missing, Row, Run, measure, need
-from .encode import docstrings
-from .machine import version
+from ..harness import costs, timing, workloads
+from ..harness.case import OURS, Case, Missing, Row, Run, measure, need
+from ..harness.machine import version
+from .texts import docstrings
 
 TEXTS = {True: 32, False: 256}  # --quick or not
 LONGEST = 256  # tokens: what the checkpoint's folder says

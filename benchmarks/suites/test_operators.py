@@ -14,8 +14,9 @@ import torch
 from fastbert.embed import resolve_dtype
 from fastbert.testing import relative_rms
 
-from . import suite_kernels, timing
-from .case import _as_list, _empty_row, _prepare
+from ..harness import timing
+from ..harness.case import _as_list, _empty_row, _prepare
+from . import kernels as suite_kernels
 
 pytest.importorskip("pytest_benchmark", reason="times through pytest-benchmark")
 

@@ -1,12 +1,12 @@
 """Real texts of real lengths through fastbert and through what people use, in one run.
 
-    python -m benchmarks.encode [--texts 256] [--dtype bfloat16] [--repeats 3] [--json FILE]
+    python -m benchmarks.suites.texts [--texts 256] [--dtype bfloat16] [--repeats 3] [--json FILE]
 
 The texts are docstrings of the Python standard library (every machine has them), in the order found, at most 512 tokens
 each. Every row encodes the same texts with the same weights to the same mean-pooled vectors, in the same dtype, and
 is checked against transformers in float32 before its time is printed. Runs are interleaved (A B C A B C), medians
 are of the repeats, and tokens are real tokens: padding never counts. OpenVINO takes part where it is installed.
-`python -m benchmarks.report` makes README's first table of the files encode-minilm-*.json in benchmarks/results.
+`python -m benchmarks.reporting.report` makes README's first table of the files encode-minilm-*.json in results/.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from fastbert.embed import DTYPES, Encoder
 from fastbert.models.bert import BertModel
 from fastbert.testing import relative_rms
 
-from . import machine
-from .plain_bert import PlainMeanBert
+from ..harness import machine
+from ..harness.plain_bert import PlainMeanBert
 
 MODULES = (
     "argparse ast asyncio base64 bisect calendar collections concurrent.futures configparser contextlib csv ctypes "

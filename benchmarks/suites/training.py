@@ -18,10 +18,11 @@ from fastbert import functional as F
 from fastbert.models.bert import BertModel
 from fastbert.packing import PackedBatch
 
-from . import costs, peers_packed, workloads
-from .case import OURS, Case, Row, Run, need
-from .jobs import Job, head_of_masked_words
-from .peers_encoder import FLOOR
+from ..harness import costs, workloads
+from ..harness.case import OURS, Case, Row, Run, need
+from ..harness.jobs import Job, head_of_masked_words
+from ..peers import packed as peers_packed
+from ..peers.encoder import FLOOR
 
 # workload, priority, in --quick
 CASES = (

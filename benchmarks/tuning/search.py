@@ -16,8 +16,10 @@ from typing import Any
 
 import torch
 
-from . import timing, tunables, tune_table
-from .case import OURS, Case, Row, measure
+from ..harness import timing
+from ..harness.case import OURS, Case, Row, measure
+from . import table as tune_table
+from . import tunables
 from .tunables import Config, Kernel, Shape, written
 
 GROUP = 6  # configs that take turns with the ladder's
@@ -42,7 +44,7 @@ def label(config: Config, beside: Config = None) -> str:
 
 def compiled(name: str, config: Config, shape: Shape) -> dict[str, Any] | None:
     """The worst of what the offline compiler says of a config, or None where nobody asks it. In a worker process."""
-    from . import compile_report
+    from ..inspection import compile_report
 
     with contextlib.redirect_stdout(io.StringIO()):
         cases = tunables.compile_cases(tune_table.kernels()[name], config, shape)
@@ -82,7 +84,7 @@ class Compiler:
 
     def __call__(self, kernel: Kernel, configs: Sequence[Config], shape: Shape) -> dict[Config, Callable[[], Facts]]:
         """Functions that wait for the answers, so that the caller can measure meanwhile."""
-        from .compile_report import ARCHES
+        from ..inspection.compile_report import ARCHES
 
         if self.pool is None or shape.arch not in ARCHES:
             return {}

@@ -1,4 +1,4 @@
-"""The kernels whose launch `benchmarks.tune` can choose, a row each: attention, matrix products, row-wise, loss."""
+"""The kernels whose launch can be tuned, a row each: attention, matrix products, row-wise, loss."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import costs
+from ..harness import costs
 from .tunables import Config, Job, Kernel, Shape, operator_job, place, written
 
 # ---- attention -------------------------------------------------------------------------------------------

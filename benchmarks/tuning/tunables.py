@@ -1,4 +1,4 @@
-"""What `benchmarks.tune` knows of a kernel: where its launcher asks for a config, what it may be, work to try it on.
+"""What is known of a kernel that is tuned: where its launcher asks for a config, what it may be, work to try it on.
 
 The kernels themselves are in `tune_table`. A config is given by `using(kernel, config)`, which puts another function
 (or constant) in the place where its launcher looks it up, for the length of a block. Nothing else of the library
@@ -21,8 +21,8 @@ from torch import Tensor
 from fastbert import functional as F
 from fastbert.testing import INPUTS, ModelShape, Workload
 
-from . import costs
-from .compile_cases import CompileCase, case_of
+from ..harness import costs
+from ..inspection.compile_cases import CompileCase, case_of
 
 KERNELS_PACKAGE = "fastbert.kernels."
 Config = Any  # a frozen dataclass of a kernel module; None: no kernel of its own

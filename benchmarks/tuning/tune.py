@@ -1,4 +1,4 @@
-"""Which launch of a kernel is fastest on the device at hand: `python -m benchmarks.tune --kernel attention`.
+"""Which launch of a kernel is fastest on the device at hand: `python -m benchmarks.tuning.tune --kernel attention`.
 
 Starts from the config that the kernel's ladder gives, tries every config that differs from the best so far in one
 field, and goes on from a better one until none is better or time runs out. Each config's outputs are compared with the
@@ -9,11 +9,11 @@ do not fit (shared memory, spills, as the compiler reports them) are left out be
 Needs a GPU. Without one the kernels run in Triton's interpreter on tiny shapes: a rehearsal, whose times mean nothing;
 and --compile-only says what the compiler makes of each config.
 
-  python -m benchmarks.tune --kernel attention --budget-minutes 3 --out tune.json
-  python -m benchmarks.tune --kernel layer_norm --model minilm,base,large    a ladder of three steps
-  python -m benchmarks.tune --kernel gemm:nt+act --width 1024 --inner 4096
-  python -m benchmarks.tune --kernel attention_fwd --compile-only sm_90      registers and spills alone, on any machine
-  python -m benchmarks.tune --list                                           kernels and the values each field may take
+  python -m benchmarks.tuning.tune --kernel attention --budget-minutes 3 --out tune.json
+  python -m benchmarks.tuning.tune --kernel layer_norm --model minilm,base,large    a ladder of three steps
+  python -m benchmarks.tuning.tune --kernel gemm:nt+act --width 1024 --inner 4096
+  python -m benchmarks.tuning.tune --kernel attention_fwd --compile-only sm_90      registers and spills alone
+  python -m benchmarks.tuning.tune --list                                           kernels, and values of each field
 """
 
 from __future__ import annotations
@@ -37,11 +37,12 @@ from fastbert.embed import resolve_dtype
 from fastbert.kernels import _device
 from fastbert.testing import MODELS, ModelShape
 
-from . import machine, timing, tune_table
-from .case import OURS
-from .run import Results
+from ..harness import machine, timing
+from ..harness.case import OURS
+from ..run import Results
+from . import table as tune_table
+from .search import Compiler, Sweep, dtype_name, interval, label
 from .tunables import Kernel, Shape
-from .tune_search import Compiler, Sweep, dtype_name, interval, label
 
 BERTS = [name for name in MODELS if name != "tiny"]
 SCHEMA = "fastbert-tune/1"
@@ -133,7 +134,9 @@ def _batch(text: str) -> tuple[int, int]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.tuning.tune",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--kernel", default="all", metavar="NAME,...", help="kernels, families of them, or all (default)"
@@ -176,7 +179,7 @@ def main(argv: list[str] | None = None) -> int:
     if not gpu and not _device.INTERPRETING and not args.compile_only and not args.list:
         print("no GPU here, and times need one: rehearsing under Triton's interpreter instead", file=sys.stderr)
         environment = {**os.environ, "TRITON_INTERPRET": "1"}
-        return subprocess.call([sys.executable, "-m", "benchmarks.tune", *given], env=environment)
+        return subprocess.call([sys.executable, "-m", "benchmarks.tuning.tune", *given], env=environment)
     try:
         if args.list:
             print(listing())
@@ -193,7 +196,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _compile_only(args: argparse.Namespace, chosen: Sequence[Kernel]) -> int:
-    from .compile_report import ARCHES
+    from ..inspection.compile_report import ARCHES
 
     if args.compile_only not in ARCHES:
         raise ValueError(f"no architecture {args.compile_only!r}; there are {', '.join(ARCHES)}")
@@ -220,7 +223,7 @@ def _tune(args: argparse.Namespace, chosen: Sequence[Kernel], gpu: bool, given: 
     dtypes = list(dict.fromkeys(shape.dtype for _, shape in work))
     head = {
         "schema": SCHEMA, "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": machine.commit(), "command": shlex.join(["python", "-m", "benchmarks.tune", *given]),
+        "commit": machine.commit(), "command": shlex.join(["python", "-m", "benchmarks.tuning.tune", *given]),
         "device": machine.describe(device), "versions": machine.versions(), "rehearsal": rehearsal,
         "ceilings": machine.ceilings(device, dtypes, quick=True) if gpu else {"gemm_tflops": {}, "copy_gbs": 1.0},
         "kernels": [],

@@ -24,8 +24,8 @@ LISTED = {
 COMPILE = """
 import re, sys
 from triton.backends.nvidia.compiler import CUDABackend
-from benchmarks.compile_cases import cases_of
-from benchmarks.compile_report import compile_case, kernel_modules
+from benchmarks.inspection.compile_cases import cases_of
+from benchmarks.inspection.compile_report import compile_case, kernel_modules
 from fastbert.emulator.ptx import parse
 
 add_stages = CUDABackend.add_stages
