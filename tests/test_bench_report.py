@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.reporting import anchors as report_anchors
-from benchmarks.reporting import report
+from benchmarks.reporting import report, results
 
 pytestmark = pytest.mark.once
 
@@ -38,7 +38,7 @@ def file(folder: Path, name: str, rows: list[dict], *, kind: str = "cpu", comman
         "driver": None, "capability": None,
     }  # fmt: skip
     result = {
-        "schema": report.SCHEMA, "created": "2026-01-02T00:00:00+00:00", "commit": "abc1234",
+        "schema": results.SCHEMA, "created": "2026-01-02T00:00:00+00:00", "commit": "abc1234",
         "command": f"fastbert bench {command}", "device": device, "versions": {"torch": "2.13"}, "complete": True,
         "ceilings": {"gemm_tflops": {"bfloat16": 0.4}, "copy_gbs": 40.0}, "rows": rows, "curves": [], **more,
     }  # fmt: skip
@@ -54,7 +54,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 
 def page_of(folder: Path) -> str:
-    return report.page(report.load(folder))
+    return report.page(results.load(folder))
 
 
 def test_page_says_ahead_and_behind_and_shows_no_time_of_a_wrong_row(folder):
@@ -80,7 +80,7 @@ def test_whole_runs_come_before_quick_ones_and_new_before_old(folder):
     file(folder, "b-older", [row(time=0.4)], created="2026-01-01T00:00:00+00:00")
     quick = [row(time=0.3), row(time=0.5, workload="minilm_natural", model="minilm")]
     file(folder, "c-quick", quick, command="--quick", created="2026-01-03T00:00:00+00:00")
-    (device,) = report.load(folder)
+    (device,) = results.load(folder)
     assert {case.rows[0]["workload"]: case.ours["median_s"] for case in device.cases} == {
         "base_natural": 0.2, "minilm_natural": 0.5,
     }  # fmt: skip
@@ -90,7 +90,7 @@ def test_a_case_that_was_interrupted_hides_no_other(folder):
     file(folder, "a", [row(time=0.2)])
     none = {"seconds": None, "median_s": None, "status": "skipped", "reason": "interrupted"}
     file(folder, "b", [row(**none), row("torch", **none)], created="2026-01-03T00:00:00+00:00", complete=False)
-    (device,) = report.load(folder)
+    (device,) = results.load(folder)
     assert [case.ours["median_s"] for case in device.cases] == [0.2]
 
 
@@ -197,7 +197,7 @@ def test_committed_report_and_readme_are_those_of_the_committed_files(capsys):
 def test_committed_files_are_as_the_schema_says_and_every_picture_is_there():
     from benchmarks.harness import schema
 
-    for device in report.load():
+    for device in results.load():
         for result in device.results:
             assert schema.problems({k: v for k, v in result.items() if k != "path"}) == [], result["path"]
     text = (report.ROOT / "benchmarks" / "REPORT.md").read_text(encoding="utf-8")
@@ -213,7 +213,7 @@ def test_pictures_are_drawn_of_whatever_there_is(folder):
     from benchmarks.reporting import plots as report_plots
 
     file(folder, "a", [row(), slower("openvino", 0.7), row("torch", suite="latency")])
-    (device,) = report.load(folder)
+    (device,) = results.load(folder)
     report_plots.draw(device)
     assert sorted(p.name for p in device.folder.glob("*.png")) == [
         "picture-encoder-bars.png", "picture-encoder-ratios.png",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.reporting import report
+from benchmarks.reporting import report, results
 from benchmarks.reporting import texts as report_encode
 
 pytestmark = pytest.mark.once
@@ -43,7 +43,7 @@ def row(name: str, peer: str, seconds: float | None, **more) -> dict:
 @pytest.fixture
 def result() -> dict:
     return {
-        "path": report.RESULTS / "invented" / "file.json", "created": "2026-01-01T00:00:00+00:00", "commit": "abc",
+        "path": results.RESULTS / "invented" / "file.json", "created": "2026-01-01T00:00:00+00:00", "commit": "abc",
         "command": "fastbert bench", "complete": True, "versions": {"torch": "2.13"},
         "device": {"type": "cpu", "name": "A CPU", "cores": 2, "threads": 2, "driver": None, "memory_bytes": 2**34},
         "ceilings": {"gemm_tflops": {"bfloat16": 1.0}, "copy_gbs": 30.0},
@@ -57,8 +57,8 @@ def result() -> dict:
     }  # fmt: skip
 
 
-def device(*results: dict) -> report.Device:
-    return report.Device("invented", list(results))
+def device(*files: dict) -> results.Device:
+    return results.Device("invented", list(files))
 
 
 def test_the_page_names_the_best_of_the_others_and_the_floor(result):

@@ -15,7 +15,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib import ticker
 
-from .report import Case, Device, duration, mebibytes, tolerance
+from .cells import duration, mebibytes
+from .results import Case, Device, tolerance
 
 OURS, FLOOR, OTHERS = "#0072b2", "#e69f00", "#bbbbbb"
 # Told apart by the colour-blind, and by their marks in grey.

@@ -10,179 +10,14 @@ where a file is out of date.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from . import anchors as report_anchors
-from . import sentences as report_sentences
-from . import texts as report_encode
+from . import anchors, sentences, texts
+from .cells import duration, mebibytes, ratio, table
+from .results import ROOT, TITLES, Case, Device, load
 
-ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
-SCHEMA, ROOFLINE = "fastbert-bench/1", "fastbert-roofline/1"
-
-# suite -> its title; one that is not here follows under its own name
-TITLES = {
-    "encoder": "Whole models: ids to vectors",
-    "training": "A training step",
-    "latency": "One query alone",
-    "kernels": "Operators",
-    "memory": "Memory",
-    "cold": "From a cold process to the first result",
-    "scaling": "Scaling",
-    "sentences": "Texts to vectors through sentence-transformers",
-}
-
-
-@dataclass(frozen=True)
-class Case:
-    """The rows of one piece of work, and the file they are from."""
-
-    name: str
-    suite: str
-    rows: list[dict[str, Any]]
-    result: dict[str, Any]
-
-    @property
-    def metric(self) -> str:
-        return "peak_memory_bytes" if self.suite == "memory" else "median_s"
-
-    @property
-    def measured(self) -> list[dict[str, Any]]:
-        return [row for row in self.rows if row["status"] == "ok" and row[self.metric] is not None]
-
-    @property
-    def ours(self) -> dict[str, Any] | None:
-        return self._best([row for row in self.measured if row["peer"] == "fastbert"])
-
-    @property
-    def peer(self) -> dict[str, Any] | None:
-        """The best row of the others that keeps the budget: one with a tolerance of its own (int8) does other work."""
-        others = [row for row in self.measured if row["peer"] not in ("fastbert", "floor")]
-        return self._best([row for row in others if tolerance(row) is None])
-
-    @property
-    def floor(self) -> dict[str, Any] | None:
-        return self._best([row for row in self.measured if row["peer"] == "floor"])
-
-    @property
-    def best_of_each(self) -> list[dict[str, Any]]:
-        """The best row of each library, best first; int8 counts as one of its own."""
-        kinds: dict[tuple, list[dict]] = {}
-        for row in self.measured:
-            kinds.setdefault((row["peer"], tolerance(row)), []).append(row)
-        best = [self._best(rows) for rows in kinds.values()]
-        return sorted(best, key=lambda row: row[self.metric])
-
-    def _best(self, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-        return min(rows, key=lambda row: row[self.metric], default=None)
-
-
-@dataclass
-class Device:
-    """Everything measured on one device."""
-
-    slug: str
-    results: list[dict[str, Any]] = field(default_factory=list)
-    rooflines: list[dict[str, Any]] = field(default_factory=list)
-
-    @property
-    def name(self) -> str:
-        return self.latest["device"]["name"]
-
-    @property
-    def folder(self) -> Path:
-        return self.latest["path"].parent
-
-    @property
-    def latest(self) -> dict[str, Any]:
-        return (self.results or self.rooflines)[-1]
-
-    @property
-    def cases(self) -> list[Case]:
-        """By suite, in the order measured."""
-        found: dict[tuple, Case] = {}
-        for result in self.results:
-            of_file: dict[tuple, Case] = {}
-            for row in result["rows"]:
-                names = ("suite", "workload", "model", "operator", "direction", "dtype")
-                key = (*(row[name] for name in names), row["shape"].get("dropout_p", 0))
-                of_file.setdefault(key, Case(case_name(row), row["suite"], [], result)).rows.append(row)
-            # a case that the time or Ctrl-C left no row of hides none that another file has
-            found |= {key: case for key, case in of_file.items() if any(r["status"] != "skipped" for r in case.rows)}
-        order = list(TITLES)
-        return sorted(found.values(), key=lambda c: order.index(c.suite) if c.suite in order else len(order))
-
-    @property
-    def curves(self) -> list[dict[str, Any]]:
-        found = {}
-        for result in self.results:
-            found |= {tuple(c[name] for name in ("name", "row", "dtype", "model")): c for c in result["curves"]}
-        return list(found.values())
-
-
-def tolerance(row: dict[str, Any]) -> float | None:
-    """What the row may err, where that is not the budget of its dtype."""
-    return row.get("settings", {}).get("tolerance")
-
-
-def case_name(row: dict[str, Any]) -> str:
-    dropout = ", dropout 0.1" if row["shape"].get("dropout_p") else ""
-    what = f"{row['operator'] or row['model']} {row['direction']}{dropout}"
-    return f"{what}, {row['workload']} ({row['tokens']:,} tokens), {row['dtype']}"
-
-
-def load(folder: Path = RESULTS) -> list[Device]:
-    """A Device for each folder, its files in the order in which later ones replace earlier ones."""
-    devices = []
-    for path in sorted(folder.glob("*/*.json")):
-        if path.name.startswith("encode-"):  # README's first table
-            continue
-        result = json.loads(path.read_text(encoding="utf-8"))
-        schema = result.get("schema")
-        if schema not in (SCHEMA, ROOFLINE):
-            print(f"skipped: {path.relative_to(folder)} is of neither {SCHEMA} nor {ROOFLINE}", file=sys.stderr)
-            continue
-        if not devices or devices[-1].slug != path.parent.name:
-            devices.append(Device(path.parent.name))
-        (devices[-1].results if schema == SCHEMA else devices[-1].rooflines).append({**result, "path": path})
-    for device in devices:
-        device.results.sort(key=lambda r: ("--quick" not in r["command"].split(), r["created"]))
-    return devices
-
-
-# ---- cells -----------------------------------------------------------------------------------------------
-
-
-def ratio(row: dict | None) -> str:
-    if row is None or row["ratio_to_ours"] is None:
-        return ""
-    r = row["ratio_to_ours"]
-    return f"{r['value']:.2f}x ({r['low']:.2f} - {r['high']:.2f})"
-
-
-def duration(seconds: float) -> str:
-    if seconds >= 1:
-        return f"{seconds:,.2f} s"
-    return f"{1e3 * seconds:,.3g} ms" if seconds >= 1e-3 else f"{1e6 * seconds:,.3g} µs"
-
-
-def mebibytes(count: float) -> str:
-    return f"{count / 2**20:,.0f} MiB"
-
-
-def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
-    """Columns that are empty in every row are left out."""
-    head, rows = list(head), [list(row) for row in rows]
-    kept = [n for n in range(len(head)) if n == 0 or any(row[n] for row in rows)]
-    lines = [head, ["---"] * len(head), *rows]
-    return [*("| " + " | ".join(line[n] for n in kept) + " |" for line in lines), ""]
-
 
 # ---- one device ------------------------------------------------------------------------------------------
 
@@ -395,7 +230,7 @@ def page(devices: list[Device]) -> str:
     measured = [
         (gpu.name, row) for gpu in gpus for case in gpu.cases for row in case.measured if row["peer"] == "fastbert"
     ]
-    lines += table(("work", "figure", "hardware", "source", "ours"), report_anchors.rows(measured))
+    lines += table(("work", "figure", "hardware", "source", "ours"), anchors.rows(measured))
     return "\n".join(lines)
 
 
@@ -433,16 +268,16 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     devices = load()
     if not args.check and not args.no_plots:
-        from . import plots as report_plots
+        from . import plots
 
         for device in devices:
-            report_plots.draw(device)
+            plots.draw(device)
     readme = ROOT / "README.md"
-    text = with_table(readme.read_text(encoding="utf-8"), readme_table(devices))
-    text = report_sentences.with_table(text, ROOT / "benchmarks" / "results")
+    front = with_table(readme.read_text(encoding="utf-8"), readme_table(devices))
+    front = sentences.with_table(front, ROOT / "benchmarks" / "results")
     wanted = {
         ROOT / "benchmarks" / "REPORT.md": page(devices),
-        readme: report_encode.with_table(text, report_encode.block(ROOT / "benchmarks" / "results")),
+        readme: texts.with_table(front, texts.block(ROOT / "benchmarks" / "results")),
     }
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     for path in stale:
