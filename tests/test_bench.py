@@ -13,8 +13,8 @@ from benchmarks import run
 from benchmarks.harness import compare, schema, timing, workloads
 from benchmarks.harness.case import Case, Missing, Row, measure
 from benchmarks.harness.jobs import Job
-from benchmarks.peers import encoder as peers_encoder
-from benchmarks.peers.operators import OpPeer
+from benchmarks.harness.peer import OperatorPeer
+from benchmarks.peers import torch as peers_torch
 from benchmarks.suites import encoder as suite_encoder
 from benchmarks.suites import kernels as suite_kernels
 from benchmarks.suites import training as suite_training
@@ -47,7 +47,7 @@ def measured(case: Case, **options) -> dict[str, dict]:
     return {r["row"]: r for r in measure(case, CPU, EFFORT, CEILINGS, **options)}
 
 
-def op_case(op: str, direction: str, *extra: OpPeer) -> Case:
+def op_case(op: str, direction: str, *extra: OperatorPeer) -> Case:
     return suite_kernels.build(
         op, direction, "base_natural", 1, True, {}, device=CPU, dtype=torch.float32, workload=TINY, extra=extra
     )
@@ -56,7 +56,7 @@ def op_case(op: str, direction: str, *extra: OpPeer) -> Case:
 @pytest.mark.parametrize("direction", [suite_kernels.FORWARD, suite_kernels.BOTH])
 def test_wrong_kernel_shows_wrong_and_no_time(direction):
     """Off by 1%: far past what float32 may err, too little to see in a printed number."""
-    off = OpPeer("off", "off", lambda device: lambda **kw: F.add_layer_norm(impl="native", **kw) * 1.01)
+    off = OperatorPeer("off", "off", lambda device: lambda **kw: F.add_layer_norm(impl="native", **kw) * 1.01)
     rows = {r["row"]: r for r in measure(op_case("add_layer_norm", direction, off), CPU, EFFORT, CEILINGS, quick=True)}
     assert rows["fastbert"]["status"] == "ok"
     assert rows["torch"]["status"] == "ok"
@@ -82,7 +82,7 @@ def test_wrong_gradient_shows_wrong():
     def doubled(device):
         return lambda *, x, **kw: F.add_layer_norm(Doubled.apply(x), impl="native", **kw)
 
-    case = op_case("add_layer_norm", suite_kernels.BOTH, OpPeer("doubled", "doubled", doubled))
+    case = op_case("add_layer_norm", suite_kernels.BOTH, OperatorPeer("doubled", "doubled", doubled))
     assert measured(case, quick=True)["doubled"]["status"] == "wrong"
 
 
@@ -157,9 +157,9 @@ def test_whole_encoders_agree_and_name_the_floor():
     rows = measured(case, quick=True, peers=lambda row: row.peer in ("fastbert", "floor", "transformers", "torch"))
     assert {r["status"] for r in rows.values()} == {"ok"}, {n: r["reason"] for n, r in rows.items()}
     assert len(rows) >= 5
-    plain = [p for p in peers_encoder.PEERS if p.row.startswith("plain torch")]  # a GPU's, but it runs anywhere
     job = Job(TINY, torch.float32, CPU)
-    assert relative_rms(plain[0].make(job)(), job.truth(torch.float64)[0]) < 1e-5
+    plain = peers_torch.plain(32)(job)  # a GPU's row, but it runs anywhere
+    assert relative_rms(plain(), job.truth(torch.float64)[0]) < 1e-5
     assert rows["fastbert"]["over_floor"] == pytest.approx(rows["fastbert"]["median_s"] / rows["fastbert"]["floor_s"])
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import run
-from benchmarks.harness import case, child, children, compare, schema, timing, workloads
+from benchmarks.harness import case, child_tools, children, compare, schema, timing, workloads
 from benchmarks.harness.case import Row
 from benchmarks.harness.children import ChildCase, Files, Launch
 from benchmarks.harness.jobs import Job
@@ -140,7 +140,7 @@ def test_one_that_fails_ends_those_who_wait_for_it(does, said, tmp_path, monkeyp
 @linux
 def test_the_meter_forgets_what_was_before():
     """200 MB before the reset, 50 MB after it."""
-    memory = child.Memory("cpu")
+    memory = child_tools.Memory("cpu")
     before = np.ones(25_000_000)
     del before
     memory.reset()

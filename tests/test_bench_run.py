@@ -13,14 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import run  # fmt: skip
+from benchmarks import peers, run
 from benchmarks.harness import machine, timing  # fmt: skip
 from benchmarks.harness.case import Case, Interrupted, Missing, Row, measure
 from benchmarks.harness.jobs import Job
-from benchmarks.peers import attention as peers_attention  # fmt: skip
-from benchmarks.peers import encoder as peers_encoder
-from benchmarks.peers import operators as peers_ops
-from benchmarks.peers import packed as peers_packed
+from benchmarks.peers import flash_attn, sentence_transformers, torch_compile
 from benchmarks.suites import encoder as suite_encoder  # fmt: skip
 from benchmarks.suites import kernels as suite_kernels
 from fastbert import functional as F
@@ -196,7 +193,7 @@ def test_tolerance_replaces_the_budget_and_is_written_down():
     )  # fmt: skip
     assert [rows[name]["status"] for name in ("strict", "int8", "broken int8")] == ["wrong", "ok", "wrong"]
     assert rows["int8"]["budget"] == 0.1
-    int8 = [row for row in peers_encoder.rows(Job(TINY, torch.float32, CPU), every=True) if "int8" in row.row]
+    int8 = [row for row in suite_encoder.rows(Job(TINY, torch.float32, CPU), every=True) if "int8" in row.row]
     assert int8
     assert all(row.settings == {"tolerance": row.tolerance} and "tolerance 10%" in row.row for row in int8)
 
@@ -208,7 +205,7 @@ def test_tolerance_replaces_the_budget_and_is_written_down():
 def test_others_have_batches_that_fit_the_lengths(lengths, sizes):
     """Two queries at a time once made them look four times as slow as they are."""
     job = Job(Workload(MODELS["tiny"], lengths), torch.float32, CPU)
-    names = {row.row for row in peers_encoder.rows(job, every=False)}
+    names = {row.row for row in suite_encoder.rows(job, every=False)}
     for peer in ("transformers sdpa", "openvino", "onnxruntime fp32"):
         assert {f"{peer}, sorted, batches of {n}" for n in sizes} <= names
 
@@ -231,7 +228,7 @@ def test_sentence_transformers_flattened_batches():
     """The path of its unpadding, on texts one at a time, where any attention may stand for flash-attention's."""
     pytest.importorskip("sentence_transformers", reason="a peer that is not installed")
     job = Job(TINY, torch.float32, CPU)
-    vectors = peers_packed.sentence_transformers(1, attention="sdpa")(job)()
+    vectors = sentence_transformers.unpadded(1, attention="sdpa")(job)()
     [truth] = job.truth(torch.float64)
     assert relative_rms(vectors, truth) < 1e-6
 
@@ -256,8 +253,8 @@ def test_flash_attn_bert_gets_its_own_names(monkeypatch):
             return {name.replace("encoder.layer.", "encoder.layers."): value for name, value in state.items()}
 
     pytest.importorskip("transformers", reason="a peer that is not installed")
-    monkeypatch.setattr(peers_packed, "need_flash_attn", lambda *_: Module)
-    peers_packed.flash_attn_bert(2)(Job(TINY, torch.float32, CPU))
+    monkeypatch.setattr(flash_attn, "module_for", lambda *_: Module)
+    flash_attn.bert(2)(Job(TINY, torch.float32, CPU))
     assert seen["config"].use_flash_attn
     assert seen["config"].fused_dropout_add_ln
     assert not seen["config"].fused_bias_fc  # its extension is not built
@@ -269,12 +266,12 @@ def test_flash_attn_bert_gets_its_own_names(monkeypatch):
 def test_flex_attention_knows_where_sequences_end():
     """Uncompiled, as its own documentation checks it; on a GPU the same mask goes into its compiled kernel."""
     inputs = INPUTS["attention"](MODELS["tiny"], (5, 130, 1, 17))
-    flex = peers_attention._flex(inputs)
+    flex = torch_compile._flex(inputs)
     out = flex.back(flex.call(*(flex.there(inputs[name]) for name in "qkv")))
     truth = F.attention(**{k: v.double() if k in "qkv" else v for k, v in inputs.items()}, impl="reference")
     assert relative_rms(out, truth) < 1e-6
     with pytest.raises(Missing, match="no dropout"):
-        peers_attention._flex({**inputs, "dropout_p": 0.1})
+        torch_compile._flex({**inputs, "dropout_p": 0.1})
 
 
 # what has to stand beside us, by device: a part of a row's name, in the tables of whole models and of attention
@@ -296,20 +293,16 @@ ATTENTION = {
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize(
-    "peers", [(ENCODERS, peers_encoder), (ATTENTION, peers_attention)], ids=["models", "attention"]
-)
-def test_the_real_alternatives_are_all_there(peers, device):
-    wanted, module = peers
-    there = [p.row for p in module.PEERS if device in p.devices]
+@pytest.mark.parametrize(("wanted", "table"), [(ENCODERS, "ENCODERS"), (ATTENTION, "ATTENTION")])
+def test_the_real_alternatives_are_all_there(wanted, table, device):
+    entered = [p for p in peers.rows(table) if device in p.devices]
+    there = [row.row for p in entered for row in (p.rows() if table == "ENCODERS" else [p])]
     assert [name for name in wanted[device] if not any(name in row for row in there)] == []
 
 
 def test_operators_of_liger_stand_beside_ours_on_gpus():
     for operator in ("add_layer_norm", "linear_cross_entropy"):
-        assert [p.devices for p in peers_ops.PEERS[operator] if p.package is None and p.peer == "liger-kernel"] == [
-            ("cuda",)
-        ]
+        assert [p.devices for p in peers.operators(operator) if p.peer == "liger-kernel"] == [("cuda",)]
 
 
 @pytest.mark.parametrize(
@@ -319,8 +312,8 @@ def test_operators_of_liger_stand_beside_ours_on_gpus():
 def test_kernels_that_are_not_installed_are_missing_by_name(row, package, monkeypatch):
     for module in ("flash_attn", "xformers", "xformers.ops", "transformer_engine", "transformer_engine.pytorch"):
         monkeypatch.setitem(sys.modules, module, None)
-    monkeypatch.setattr("benchmarks.harness.case.version", lambda package: None)
-    (peer,) = (p for p in peers_attention.PEERS if p.row == row)
+    monkeypatch.setattr("benchmarks.harness.peer.version", lambda package: None)
+    (peer,) = (p for p in peers.rows("ATTENTION") if p.row == row)
     inputs = INPUTS["attention"](MODELS["tiny"], (5, 17))
     with pytest.raises(Missing, match=f"^{package} is not installed$"):
         peer.prepare(inputs)
@@ -329,9 +322,9 @@ def test_kernels_that_are_not_installed_are_missing_by_name(row, package, monkey
 def test_libraries_that_are_not_here_are_named():
     job = Job(TINY, torch.float32, CPU)
     with pytest.raises(Missing, match=r"flash-attn (is not installed|needs a CUDA device)"):
-        peers_packed.flash_attn_bert(2)(job)
+        flash_attn.bert(2)(job)
     with pytest.raises(Missing, match=r"(sentence-transformers|flash-attn) (is not installed|needs a CUDA device)"):
-        peers_packed.sentence_transformers(2)(job)
+        sentence_transformers.unpadded(2)(job)
 
 
 # ---- the machine -----------------------------------------------------------------------------------------

@@ -2,13 +2,16 @@
 
 import functools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 import fastbert
-from benchmarks.harness import case, timing
-from benchmarks.harness.case import Missing
+from benchmarks.harness import peer, timing
+from benchmarks.harness.peer import Missing
+from benchmarks.peers import fastbert as ours
+from benchmarks.peers import onnxruntime, openvino
 from benchmarks.reporting import sentences as report_sentences
 from benchmarks.suites import sentences as suite_sentences
 
@@ -50,8 +53,12 @@ def test_every_backend_in_its_dtypes(few):
 
 
 def test_a_wrong_vector_shows_no_time(few, monkeypatch):
-    honest = suite_sentences._accelerated
-    monkeypatch.setattr(suite_sentences, "_accelerated", lambda texts, *rest: honest([*texts[1:], texts[0]], *rest))
+    (honest,) = ours.SENTENCES
+
+    def wrong(folder, texts, *rest):
+        return honest.make(folder, [*texts[1:], texts[0]], *rest)
+
+    monkeypatch.setattr(ours, "SENTENCES", (replace(honest, make=wrong),))
     (case_,) = suite_sentences.cases(CPU, torch.float32, True)
     row = measured(case_, ("accelerated",))["accelerated"]
     assert row["status"] == "wrong"
@@ -62,9 +69,10 @@ def test_a_backend_that_is_not_installed_is_missing(few, monkeypatch):
     def need(package, module=None):
         if package.startswith("optimum"):
             raise Missing(f"{package} is not installed")
-        return case.need(package, module)
+        return peer.need(package, module)
 
-    monkeypatch.setattr(suite_sentences, "need", need)
+    for module in (onnxruntime, openvino):
+        monkeypatch.setattr(module, "need", need)
     (case_,) = suite_sentences.cases(CPU, torch.float32, True)
     rows = measured(case_, ("ONNX backend, batches of 32", "OpenVINO backend, batches of 32"))
     assert {row["status"] for row in rows.values()} == {"missing"}

@@ -150,21 +150,23 @@ def _one_layer(workload: Workload, dtype: torch.dtype) -> Any:
 def _encode(workload: Workload, dtype: torch.dtype) -> None:
     from fastbert.batching import TOKENS_PER_BATCH
 
-    from ..peers.encoder import _encoder
+    from ..peers.fastbert import encoder
 
     job = _one_layer(workload, dtype)
-    _encoder(job).encode_ids(job.rows, TOKENS_PER_BATCH["cuda"])
+    encoder(job).encode_ids(job.rows, TOKENS_PER_BATCH["cuda"])
 
 
 def _train(workload: Workload, dtype: torch.dtype) -> None:
     from ..harness import workloads
+    from ..harness.steps import labelled
+    from ..peers.fastbert import packed_masked_lm
     from ..suites import training as suite_training
 
     job = _one_layer(workloads.cut(workload, max(suite_training.GPU_TOKENS.values())), dtype)
-    model = suite_training.PackedMaskedLM(job).to(dtype).train()
+    model = packed_masked_lm(job).to(dtype).train()
     from fastbert.packing import PackedBatch
 
-    rows, labels = suite_training._labelled(job)
+    rows, labels = labelled(job)
     model(PackedBatch.from_lists(job.rows, device=CPU), rows, labels).backward()
 
 

@@ -24,15 +24,9 @@ from torch import Tensor
 from fastbert.testing import TINY, relative_rms
 
 from . import timing
-from .machine import version
+from .peer import FLOOR, OURS, Missing, Run, one_line, version
 
-OURS, FLOOR = "fastbert", "floor"
 OWN_THREADS = ("onnxruntime", "openvino")  # peers that do not use torch's
-Run = Callable[[], Any]
-
-
-class Missing(Exception):
-    """What a row needs is not here, and this is why."""
 
 
 @contextlib.contextmanager
@@ -54,19 +48,6 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, rows: list[dict[str, Any]]):
         super().__init__()
         self.rows = rows
-
-
-def need(package: str, module: str | None = None) -> Any:
-    """The module, or Missing."""
-    import importlib
-
-    try:
-        return importlib.import_module(module or package.replace("-", "_"))
-    except ImportError as error:
-        found = version(package)
-        raise Missing(
-            f"{package} is not installed" if found is None else f"{package} {found}: {_line(error)}"
-        ) from None
 
 
 @dataclass(frozen=True)
@@ -121,11 +102,6 @@ class Case:
     @property
     def dtype_name(self) -> str:
         return str(self.dtype).removeprefix("torch.")
-
-
-def _line(error: BaseException) -> str:
-    words = " ".join(str(error).split())[:200]
-    return f"{type(error).__name__}: {words}" if words else type(error).__name__
 
 
 def _as_list(result: Any) -> list[Tensor]:
@@ -229,7 +205,7 @@ def _prepare(row: Row, result: dict, runs: dict[str, Run], truth, plain, device:
     except Missing as error:
         result |= {"status": "missing", "reason": str(error)}
     except Exception as error:  # a peer's trouble is its row's, whatever it is
-        result |= {"status": "failed", "reason": _line(error)}
+        result |= {"status": "failed", "reason": one_line(error)}
     else:
         result["status"] = "ok"
         runs[row.row] = run
@@ -263,7 +239,7 @@ def _guarded(runs: dict[str, Run], result: dict, name: str) -> Run:
             run()
         except Exception as error:
             del runs[name]
-            result.update(status="failed", reason=_line(error))
+            result.update(status="failed", reason=one_line(error))
 
     return call
 
@@ -345,6 +321,6 @@ def _graphs(case: Case, runs: dict[str, Run], results: dict[str, dict], paces, c
             replay = timing.graph_of(runs[row.row])
             times = [clock(replay, 1, timing.HOLD_LEAST) for _ in range(effort.least)]
         except Exception as error:  # what cannot be recorded was timed without a graph all the same
-            results[row.row]["settings"] = {**results[row.row]["settings"], "graph": _line(error)}
+            results[row.row]["settings"] = {**results[row.row]["settings"], "graph": one_line(error)}
         else:
             results[row.row]["graph_s"] = statistics.median(times)

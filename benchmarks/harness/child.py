@@ -1,177 +1,33 @@
 """A fresh process that does one job and says when it got where: `python -m benchmarks.harness.child < JOB`.
 
 The job is a line of JSON (see `main`). On standard output come lines of JSON: "imported", "loaded", "first" when the
-first result is there, "done" with figures of memory. Each engine imports what it needs and nothing else, so that nobody
-pays for another's import; the plain array code that pads and pools here is the same for all.
+first result is there, "done" with figures of memory. The engine is a file of
+benchmarks/peers, which imports what it needs and nothing else, so that nobody pays for another's import.
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import functools
 import json
-import re
 import sys
-import types
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import numpy as np
 
+from .child_tools import Memory, say
+
 Job = dict[str, Any]
-Encode = Callable[[list[list[int]]], np.ndarray]  # lists of ids -> a mean-pooled vector each, [B, C] float32
 
 
-def say(event: str, **more: Any) -> None:
-    print(json.dumps({"event": event, **more}), flush=True)
-
-
-# ---- memory ----------------------------------------------------------------------------------------------
-
-
-class Memory:
-    """What the process, or its GPU, holds (`now`), and the most it held since `reset`. Bytes."""
-
-    def __init__(self, device: str):
-        self.device = device
-
-    def now(self) -> int:
-        if self.device == "cuda":
-            return _cuda().memory_allocated()
-        return _status("VmRSS")
-
-    def reset(self) -> None:
-        """Forgets the peak so far; gives what was freed back first, or a call could use it unseen."""
-        if self.device == "cuda":
-            _cuda().synchronize()
-            _cuda().empty_cache()
-            _cuda().reset_peak_memory_stats()
-            return
-        with contextlib.suppress(OSError, AttributeError):  # not glibc: nothing to give back
-            ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-
-    def peak(self) -> int:
-        if self.device == "cuda":
-            _cuda().synchronize()
-            return _cuda().max_memory_allocated()
-        return _status("VmHWM")
-
-    def whole(self) -> int:
-        """The most that was reserved: on a GPU what its allocator took from it, on a CPU the peak itself."""
-        return _cuda().max_memory_reserved() if self.device == "cuda" else self.peak()
-
-
-def _cuda() -> Any:
-    import torch
-
-    return torch.cuda
-
-
-def _status(name: str) -> int:
-    """VmRSS or VmHWM of this process; Linux only, and the error says so."""
-    return 1024 * int(re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)[1])
-
-
-# ---- lists of ids to vectors -----------------------------------------------------------------------------
-
-
-def padded_groups(ids: list[list[int]], size: int) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
-    """Longest first, `size` at a time: which rows, and their input_ids and attention_mask [B, S], int64."""
-    order = sorted(range(len(ids)), key=lambda n: len(ids[n]), reverse=True)
-    for start in range(0, len(order), size):
-        rows = order[start : start + size]
-        mask = np.arange(len(ids[rows[0]])) < np.array([[len(ids[n])] for n in rows])
-        padded = np.zeros(mask.shape, dtype=np.int64)
-        padded[mask] = [token for n in rows for token in ids[n]]
-        yield rows, padded, mask.astype(np.int64)
-
-
-def mean(hidden: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    return (hidden * mask[..., None].astype(np.float32)).sum(1) / mask.sum(1, keepdims=True)
-
-
-def _padded(call: Callable[[np.ndarray, np.ndarray], np.ndarray], size: int) -> Encode:
-    def encode(ids: list[list[int]]) -> np.ndarray:
-        vectors: dict[int, np.ndarray] = {}
-        for rows, padded, mask in padded_groups(ids, size):
-            vectors.update(zip(rows, mean(call(padded, mask), mask), strict=True))
-        return np.stack([vectors[n] for n in range(len(ids))])
-
-    return encode
-
-
-def fastbert(job: Job) -> Encode:
-    """`fastbert.Encoder` without the tokeniser."""
-    import torch
-
-    from fastbert import Encoder
-    from fastbert.models.bert import BertModel
-
-    say("imported")
-    dtype = getattr(torch, job["dtype"])
-    model = BertModel.from_pretrained(job["folder"], dtype=dtype, device=job["device"], add_pooling_layer=False)
-    encoder = Encoder(model, types.SimpleNamespace(model_max_length=None))
-    return lambda ids: encoder.encode_ids(ids, encoder.token_budget()).numpy()
-
-
-def transformers(job: Job) -> Encode:
-    import torch
-    from transformers import BertModel
-
-    say("imported")
-    model = BertModel.from_pretrained(
-        job["folder"], dtype=getattr(torch, job["dtype"]), attn_implementation="sdpa", add_pooling_layer=False
-    )
-    model = model.to(job["device"]).eval()
-    run = torch.compile(model, dynamic=True) if job.get("compile") else model
-
-    @torch.inference_mode()
-    def encode(ids: list[list[int]]) -> np.ndarray:
-        # pooled where the model is: only vectors leave the device
-        vectors = torch.empty(len(ids), model.config.hidden_size)
-        for rows, padded, mask in padded_groups(ids, job["batch"]):
-            padded, mask = (torch.from_numpy(t).to(job["device"]) for t in (padded, mask))
-            real = mask[..., None].float()
-            hidden = run(input_ids=padded, attention_mask=mask).last_hidden_state.float()
-            vectors[rows] = ((hidden * real).sum(1) / real.sum(1)).cpu()
-        return vectors.numpy()
-
-    return encode
-
-
-def onnxruntime(job: Job) -> Encode:
-    import onnxruntime as ort
-
-    say("imported")
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = job["threads"]
-    session = ort.InferenceSession(job["file"], options, providers=["CPUExecutionProvider"])
-    return _padded(lambda ids, mask: session.run(None, {"input_ids": ids, "attention_mask": mask})[0], job["batch"])
-
-
-def openvino(job: Job) -> Encode:
-    import openvino as ov
-
-    say("imported")
-    hint = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}[job["dtype"]]
-    settings = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": job["threads"]}
-    settings["PERFORMANCE_HINT"] = "LATENCY"
-    core = ov.Core()
-    if "cache" in job:
-        core.set_property({"CACHE_DIR": job["cache"]})
-    compiled = core.compile_model(job["file"], "CPU", settings)
-    return _padded(lambda ids, mask: next(iter(compiled((ids, mask)).values())), job["batch"])
-
-
-ENCODERS = {f.__name__: f for f in (fastbert, transformers, onnxruntime, openvino)}
+def _engine(job: Job) -> Any:
+    return import_module(f"benchmarks.peers.{job['engine']}")
 
 
 def encode(job: Job) -> np.ndarray:
     """First result, or (with "memory") one short text and then all of them under the meter."""
-    run = ENCODERS[job["engine"]](job)
+    run = _engine(job).in_process(job)
     say("loaded")
     if not job["memory"]:
         vectors = run(job["ids"])
@@ -234,13 +90,10 @@ def loss(job: Job) -> np.ndarray:
     """The masked-word loss of hidden states, and the gradients of hidden states, table and bias."""
     import torch
 
-    from benchmarks.peers.operators import linear_cross_entropy
-    from fastbert import functional as F
-
     inputs, labels = loss_inputs(job["tokens"], job["hidden"], job["vocab"])
     values = [t.to(job["device"], getattr(torch, job["dtype"])).requires_grad_() for t in inputs]
     labels = labels.to(job["device"])
-    call = F.linear_cross_entropy if job["engine"] == "fastbert" else linear_cross_entropy
+    call = _engine(job).OPERATORS["linear_cross_entropy"][0].make(labels.device)
 
     def run() -> list:
         return torch.autograd.grad(call(*values, labels), values)

@@ -13,7 +13,8 @@ import time
 
 import numpy as np
 
-from .child import first_layer_gradient, say
+from .child import first_layer_gradient
+from .child_tools import say
 
 
 def main() -> None:

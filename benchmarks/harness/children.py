@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,15 +25,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastbert.checkpoint import save_state_dict
 from fastbert.models.bert import BertModel
-from fastbert.testing import ModelShape
 
-from ..peers import encoder as peers_encoder
-from ..suites.training import _model
 from . import timing
-from .case import OURS, Case, Interrupted, Row, _compare_rows, _empty_row, _prepare, _truth, need
+from .case import Case, Interrupted, Row, _compare_rows, _empty_row, _prepare, _truth
 from .jobs import Job
+from .peer import OURS, ProcessPeer, need
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 900  # seconds after which a process is given up
@@ -46,6 +43,7 @@ class Files:
 
     def __init__(self, job: Job):
         self.job = job
+        self._written: dict[str, str] = {}
 
     @functools.cached_property
     def folder(self) -> Path:
@@ -55,53 +53,39 @@ class Files:
     def close(self) -> None:
         if "folder" in vars(self):
             self._temporary.cleanup()
-        for name in ("folder", "weights", "masked"):
-            vars(self).pop(name, None)
+            del self.folder
+        self._written.clear()
 
     def new_folder(self) -> str:
         return tempfile.mkdtemp(dir=self.folder)
 
-    def shared_folder(self, name: str) -> str:
-        (self.folder / name).mkdir(exist_ok=True)
-        return str(self.folder / name)
+    def once(self, name: str, write: Callable[[str], None]) -> str:
+        """The folder of this name, which `write` fills when it is asked for the first time."""
+        if name not in self._written:
+            folder = self.folder / name
+            folder.mkdir()
+            write(str(folder))
+            self._written[name] = str(folder)
+        return self._written[name]
 
-    @functools.cached_property
+    def shared_folder(self, name: str) -> str:
+        return self.once(name, lambda folder: None)
+
+    @property
     def weights(self) -> str:
         """A folder with config.json and model.safetensors in float32, as models are published."""
-        config, state = self.job.model
-        model = BertModel(config, add_pooling_layer=False)
-        model.load_state_dict(state)
-        folder = self.shared_folder("weights")
-        try:
-            model.save_pretrained(folder)
-        except ImportError:  # no safetensors: in torch's own format, which every library here reads too
-            config.save_pretrained(folder)
-            torch.save(model.state_dict(), f"{folder}/pytorch_model.bin")
-        return folder
 
-    @functools.cached_property
-    def masked(self) -> str:
-        """The model of the training suite, with its head for masked words."""
-        model = _model(self.job, torch.float32)
-        folder = self.shared_folder("masked")
-        model.config.save_pretrained(folder)
-        save_state_dict(folder, model.state_dict())
-        return folder
+        def write(folder: str) -> None:
+            config, state = self.job.model
+            model = BertModel(config, add_pooling_layer=False)
+            model.load_state_dict(state)
+            try:
+                model.save_pretrained(folder)
+            except ImportError:  # no safetensors: in torch's own format, which every library here reads too
+                config.save_pretrained(folder)
+                torch.save(model.state_dict(), f"{folder}/pytorch_model.bin")
 
-    def _exported(self, make: Callable[[ModelShape, int], Path]) -> str:
-        return str(peers_encoder._export(self.job, make))
-
-    @property
-    def onnx(self) -> str:
-        return self._exported(peers_encoder._fused)
-
-    @property
-    def onnx_int8(self) -> str:
-        return self._exported(peers_encoder._quantised)
-
-    @property
-    def openvino(self) -> str:
-        return self._exported(peers_encoder._openvino_file)
+        return self.once("weights", write)
 
 
 class Launch:
@@ -237,7 +221,7 @@ class ChildCase(Case):
 def common(job: Job, work: str, engine: str) -> dict[str, Any]:
     """The part of a child's job that all have."""
     return {
-        "work": work, "engine": engine, "device": job.device.type, "dtype": str(job.dtype).removeprefix("torch."),
+        "work": work, "engine": engine, "device": job.device.type, "dtype": job.dtype_name,
         "threads": torch.get_num_threads(), "memory": True,
     }  # fmt: skip
 
@@ -245,33 +229,27 @@ def common(job: Job, work: str, engine: str) -> dict[str, Any]:
 # ---- encoders --------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Engine:
-    """A row of whole encoders as processes. `more(files)` is what the child is told beside the usual."""
-
-    row: str
-    peer: str
-    engine: str
-    more: Callable[[Files], dict[str, Any]]
-    devices: tuple[str, ...] = ("cpu", "cuda")
-    dtypes: tuple[torch.dtype, ...] | None = None
-    package: str | None = None
-    slow: bool = False
-    tolerance: float | None = None
-
-
-def encoders(files: Files, engines: tuple[Engine, ...], batch: int, memory: bool) -> Iterator[Row]:
-    """Rows whose runs encode the job's ids in a process."""
+def encoders(files: Files, suite: str, rows: Sequence[ProcessPeer], batch: int) -> Iterator[Row]:
+    """Rows whose runs encode the job's ids in a process, in batches of `batch`."""
     job = files.job
-    for e in engines:
-        if job.device.type not in e.devices or (e.dtypes and job.dtype not in e.dtypes):
+    for peer in rows:
+        if suite not in peer.suites or job.device.type not in peer.devices:
+            continue
+        if peer.dtypes and job.dtype_name not in peer.dtypes:
             continue
 
-        def make(e: Engine = e) -> Launch:
-            if e.peer != OURS:
-                need(e.engine)
-            same = {**common(job, "encode", e.engine), "ids": job.rows, "batch": batch, "memory": memory}
-            e.more(files)  # whatever has to be written is written before the first process starts
-            return Launch(files, lambda: [{**same, **e.more(files)}])
+        def make(peer: ProcessPeer = peer) -> Launch:
+            if peer.peer != OURS:
+                need(peer.module)
+            peer.files(files)  # whatever has to be written is written before the first process starts
+            return Launch(files, functools.partial(told, peer))
 
-        yield Row(e.row, e.peer, make, package=e.package, slow=e.slow, tolerance=e.tolerance)
+        def told(peer: ProcessPeer) -> list[dict[str, Any]]:
+            metered = {"memory": suite == "memory", "ids": job.rows, "batch": batch}
+            more = peer.files(files)
+            if suite == "cold" and peer.cache is not None:
+                more |= peer.cache(files.new_folder() if peer.empty else files.shared_folder(f"cache-{peer.module}"))
+            return [{**common(job, "encode", peer.module), **metered, **more}]
+
+        many = "" if suite == "cold" or peer.peer == OURS else f", sorted, batches of {batch}"
+        yield Row(peer.row + many, peer.peer, make, package=peer.package, slow=peer.slow, tolerance=peer.tolerance)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from fastbert.config import BertConfig
 from fastbert.models.bert import BertModel
 from fastbert.testing import ModelShape, Workload
 
-from .case import Run
+from .peer import Run
 from .plain_bert import HEAD, PlainBert, PlainMaskedLM
 from .workloads import padded, token_ids
 
@@ -45,6 +46,25 @@ def head_of_masked_words(shape: ModelShape) -> dict[str, Tensor]:
     }  # fmt: skip
 
 
+@functools.cache
+def _scratch() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="fastbert-bench-")
+
+
+def scratch_folder() -> str:
+    """For files that go away with the process."""
+    return _scratch().name
+
+
+def example(
+    shape: ModelShape, positions: int, kind: type[PlainBert] = PlainBert
+) -> tuple[torch.nn.Module, tuple[Tensor, Tensor]]:
+    """The plain model in float32, and two sequences to trace it with."""
+    config, state = weights(shape, positions)
+    bert = kind(state, config.num_hidden_layers, config.num_attention_heads, config.layer_norm_eps).eval()
+    return bert, padded(token_ids((7, 5), shape.vocab), torch.device("cpu"))
+
+
 @dataclass(frozen=True)
 class Job:
     """What every encoder is given."""
@@ -56,6 +76,15 @@ class Job:
     @property
     def model(self) -> tuple[BertConfig, dict[str, Tensor]]:
         return weights(self.workload.model, max(512, *self.workload.lengths))
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def exported_as(self) -> tuple[ModelShape, int]:
+        """What a graph of the model is exported for, whatever the batches: its shape, and how many positions it has."""
+        return self.workload.model, self.model[0].max_position_embeddings
 
     @functools.cached_property
     def rows(self) -> list[list[int]]:

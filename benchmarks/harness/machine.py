@@ -7,13 +7,12 @@ import platform
 import re
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .peer import version
 from .timing import Clock
 
 PACKAGES = (
@@ -25,14 +24,6 @@ PACKAGES = (
 SLUGS = (
     ("h200", "h200"), ("h100", "h100"), ("a100", "a100"), ("b200", "b200"), ("l40", "l40"), ("4090", "rtx4090"),
 )  # fmt: skip
-
-
-def version(package: str) -> str | None:
-    """The installed version, or None."""
-    try:
-        return installed_version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def versions() -> dict[str, str]:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
 from fastbert.testing import GRID, REAL_TEXTS, WORKLOADS, Workload
 
+from .. import peers
 from ..harness import costs, workloads
-from ..harness.case import Case
+from ..harness.case import Case, Row
 from ..harness.jobs import Job
-from ..peers import encoder as peers_encoder
+from ..harness.peer import PRODUCTS
 
 # workload, priority (smaller first), in --quick. First what people run; then each kind of real text; then the grid of
 # full batches, where there is no padding to leave out.
@@ -35,6 +38,37 @@ LATER = {"large_natural": 39}
 FLOAT32 = {"base_natural": 8, "minilm_natural": 9, "large_natural": 100}
 
 
+def _fitting(job: Job) -> list[int]:
+    """Batches of about 128 and 256 tokens: what is fastest for them on a CPU, be the texts queries or documents."""
+    mean_length = job.workload.tokens / len(job.rows)
+    return sorted({max(1, 2 ** round(math.log2(tokens / mean_length))) for tokens in (128, 256)})
+
+
+def rows(job: Job, every: bool) -> list[Row]:
+    """The rows of a case of this workload, the slow ones too where `every` says so.
+
+    One query leaves out those that only differ in how they batch; where not every size is measured, those are that fit
+    the lengths.
+    """
+    single = len(job.rows) == 1
+    entered = [
+        p for p in peers.rows("ENCODERS")
+        if job.device.type in p.devices and (p.dtypes is None or job.dtype_name in p.dtypes)
+    ]  # fmt: skip
+    found = {row.row: row for p in entered for row in p.rows()}
+    if not (single or every):
+        found |= {row.row: row for p in entered if p.fits for row in replace(p, slow=False).of_sizes(_fitting(job))}
+    return [
+        Row(
+            p.row.split(", sorted")[0] if single else p.row, p.peer, functools.partial(p.make, job),
+            package=p.package, checked=p.checked, slow=p.slow, tolerance=p.tolerance,
+            settings={} if p.tolerance is None else {"tolerance": p.tolerance},
+        )
+        for p in found.values()
+        if (p.single if single else p.many) and (every or not p.slow)
+    ]  # fmt: skip
+
+
 def build(
     suite: str, name: str, workload: Workload, priority: int, quick: bool, *, device: torch.device, dtype: torch.dtype
 ) -> Case:
@@ -42,10 +76,10 @@ def build(
     job = Job(workload, dtype, device)
     exact = torch.float64 if dtype == torch.float32 else torch.float32
     return Case(
-        suite, name, peers_encoder.rows(job, suite == "latency" or name.endswith("_natural")),
+        suite, name, rows(job, suite == "latency" or name.endswith("_natural")),
         functools.partial(job.truth, exact), functools.partial(job.truth, dtype),
         workloads.model_name(name), None, "forward", dtype, workloads.shape_of(workload), workload.tokens,
-        costs.encoder_flops(workload), None, priority, quick, floor=peers_encoder.FLOOR,
+        costs.encoder_flops(workload), None, priority, quick, floor=PRODUCTS,
         close=job.close,
     )  # fmt: skip
 

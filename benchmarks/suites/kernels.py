@@ -16,11 +16,11 @@ from torch import Tensor
 from fastbert import functional as F
 from fastbert.testing import INPUTS, Workload
 
+from .. import peers
 from ..harness import costs, workloads
-from ..harness.case import OURS, Case, Row
+from ..harness.case import Case, Row
 from ..harness.costs import BOTH, FORWARD
-from ..peers import attention as peers_attention
-from ..peers import operators as peers_ops
+from ..harness.peer import AttentionPeer, OperatorPeer
 
 # operator, direction, workload, priority (smaller first), in --quick, options. The order of the goals on a GPU:
 # attention where BERT lives, then the rest of a layer, then the long and the odd.
@@ -91,6 +91,11 @@ def _leaves(inputs: dict[str, Any], backward: bool) -> dict[str, Tensor]:
     }
 
 
+def _bound(function: Callable[..., Tensor], inputs: dict[str, Any]) -> Callable[..., Tensor]:
+    """`function` of the tensors that have gradients, the rest of `inputs` filled in."""
+    return lambda **leaves: function(**{**inputs, **leaves})
+
+
 def _runner(call: Callable[..., Tensor], leaves: dict[str, Tensor], upstream: Tensor, direction: str):
     """What is timed: the output alone, or the output and every leaf's gradient."""
     values = list(leaves.values())
@@ -109,7 +114,7 @@ def _runner(call: Callable[..., Tensor], leaves: dict[str, Tensor], upstream: Te
 def build(
     op: str, direction: str, name: str, priority: int, quick: bool, options: dict[str, Any], *,
     device: torch.device, dtype: torch.dtype, small: bool = False, workload: Workload | None = None,
-    extra: tuple[peers_ops.OpPeer, ...] = (),
+    extra: tuple[OperatorPeer, ...] = (),
 ) -> Case:  # fmt: skip
     """One case. Inputs are made when its first row is, and shared by all rows; `extra` rows are for tests."""
     # the loss costs some 30 times what another operator does for a token
@@ -133,18 +138,17 @@ def build(
         leaves = {
             k: v.detach().to(working).requires_grad_(direction != FORWARD) for k, v in _leaves(inputs(), False).items()
         }
-        call = peers_ops.bound(functools.partial(getattr(F, op), impl="reference"), inputs())
+        call = _bound(functools.partial(getattr(F, op), impl="reference"), inputs())
         return _runner(
             call, leaves, upstream().to(torch.float64 if working == torch.float64 else upstream().dtype), direction
         )()
 
     def made_by(function: Callable[..., Tensor]) -> Callable[[], list[Tensor]]:
         backward = direction != FORWARD
-        return _runner(peers_ops.bound(function, inputs()), _leaves(inputs(), backward), upstream(), direction)
+        return _runner(_bound(function, inputs()), _leaves(inputs(), backward), upstream(), direction)
 
     rows = _attention_rows(inputs, upstream, direction, device) if op == "attention" else [
-        Row(OURS, OURS, lambda: made_by(getattr(F, op))),
-        *(_op_row(peer, made_by, device) for peer in peers_ops.PEERS[op] if device.type in peer.devices),
+        _op_row(peer, made_by, device) for peer in peers.operators(op) if device.type in peer.devices
     ]  # fmt: skip
     rows += [_op_row(peer, made_by, device) for peer in extra]
     flops, moved = work(op, direction, w, dtype, bool(options.get("dropout_p")))
@@ -157,12 +161,12 @@ def build(
     )  # fmt: skip
 
 
-def _op_row(peer: peers_ops.OpPeer, made_by, device: torch.device) -> Row:
+def _op_row(peer: OperatorPeer, made_by, device: torch.device) -> Row:
     return Row(peer.row, peer.peer, lambda: made_by(peer.make(device)), package=peer.package, slow=peer.slow)
 
 
 def _attention_rows(inputs, upstream, direction: str, device: torch.device) -> list[Row]:
-    def make(peer: peers_attention.AttentionPeer, kept: dict):
+    def make(peer: AttentionPeer, kept: dict):
         def made():
             given = inputs()
             prepared = kept["prepared"] = peer.prepare(given)
@@ -175,7 +179,7 @@ def _attention_rows(inputs, upstream, direction: str, device: torch.device) -> l
         return made
 
     rows = []
-    for peer in peers_attention.PEERS:
+    for peer in peers.rows("ATTENTION"):
         if device.type in peer.devices:
             kept: dict[str, Any] = {}
             rows.append(

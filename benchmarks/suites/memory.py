@@ -18,12 +18,15 @@ from torch import Tensor
 from fastbert import functional as F
 from fastbert.testing import MODELS, ModelShape, Workload
 
+from .. import peers
 from ..harness import workloads
-from ..harness.case import OURS, Case, Row, need
+from ..harness.case import Case, Row
 from ..harness.child import first_layer_gradient, loss_inputs
-from ..harness.children import ChildCase, Engine, Files, Launch, Said, common, encoders
+from ..harness.children import ChildCase, Files, Launch, Said, common, encoders
 from ..harness.jobs import Job
-from .training import _batch, _model
+from ..harness.peer import OURS, need
+from ..harness.steps import batch_of
+from ..peers.transformers import masked_folder, masked_lm
 
 # workload, priority, in --quick
 ENCODE = (("minilm_natural", 101, True), ("base_natural", 102, False), ("minilm_documents", 107, False))
@@ -49,23 +52,6 @@ def finish(result: dict[str, Any], said: list[Said]) -> None:
 # ---- encoding --------------------------------------------------------------------------------------------
 
 
-def _weights(files: Files) -> dict[str, Any]:
-    return {"folder": files.weights}
-
-
-def _engines(batch: int) -> tuple[Engine, ...]:
-    many = f", sorted, batches of {batch}"
-    return (
-        Engine("fastbert", "fastbert", "fastbert", _weights),
-        Engine("transformers sdpa" + many, "transformers", "transformers", _weights),
-        Engine("torch.compile, transformers sdpa" + many, "torch.compile", "transformers",
-               lambda files: {**_weights(files), "compile": True}, package="torch", slow=True),
-        Engine("onnxruntime fp32" + many, "onnxruntime", "onnxruntime",
-               lambda files: {"file": files.onnx}, ("cpu",), (torch.float32,)),
-        Engine("openvino" + many, "openvino", "openvino", lambda files: {"file": files.openvino}, ("cpu",)),
-    )  # fmt: skip
-
-
 def _case(name: str, job: Job, files: Files, rows: list[Row], truth, priority: int, quick: bool, **more) -> ChildCase:
     exact = torch.float64 if job.dtype == torch.float32 else torch.float32
     return ChildCase(
@@ -76,8 +62,8 @@ def _case(name: str, job: Job, files: Files, rows: list[Row], truth, priority: i
 
 
 def _encode(name: str, job: Job, priority: int, quick: bool) -> Case:
-    files, batch = Files(job), 2 if job.device.type == "cpu" else 32  # what is fast for them, see peers_encoder
-    rows = list(encoders(files, _engines(batch), batch, memory=True))
+    files, batch = Files(job), 2 if job.device.type == "cpu" else 32  # what is fast for them, see the peers' files
+    rows = list(encoders(files, "memory", peers.rows("PROCESSES"), batch))
     return _case(name, job, files, rows, job.truth, priority, quick, model=workloads.model_name(name))
 
 
@@ -89,14 +75,16 @@ def _train(name: str, job: Job, priority: int, quick: bool) -> Case:
     files = Files(job)
 
     def truth(dtype: torch.dtype) -> list[Tensor]:
-        model = _model(job, dtype)
-        model(**_batch(job)).loss.backward()
+        model = masked_lm(job, dtype)
+        model(**batch_of(job)).loss.backward()
         return [torch.from_numpy(first_layer_gradient(model))]
 
     def make(engine: str) -> Launch:
         need("transformers")
-        tensors = {key: value.tolist() for key, value in _batch(job).items()}
-        return Launch(files, lambda: [{**common(job, "train", engine), "folder": files.masked, "tensors": tensors}])
+        tensors = {key: value.tolist() for key, value in batch_of(job).items()}
+        return Launch(
+            files, lambda: [{**common(job, "train", engine), "folder": masked_folder(files), "tensors": tensors}]
+        )
 
     rows = [
         Row("fastbert.accelerate", OURS, functools.partial(make, "fastbert")),

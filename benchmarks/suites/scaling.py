@@ -18,12 +18,13 @@ from torch import Tensor
 from fastbert.testing import MODELS, Workload, natural_lengths
 
 from ..harness import costs, timing, workloads
-from ..harness.case import OURS, Case, Row
+from ..harness.case import Case, Row
 from ..harness.child import first_layer_gradient
 from ..harness.children import ChildCase, Files, Launch, Said, common
 from ..harness.jobs import Job
-from ..peers import encoder as peers_encoder
-from .training import _model
+from ..harness.peer import OURS
+from ..peers import fastbert, openvino, transformers
+from ..peers.transformers import masked_folder, masked_lm
 
 # curve -> all its points
 POINTS = {
@@ -74,7 +75,7 @@ def _encoder(name: str, workload: Workload, rows: Sequence[Row], priority: int, 
 
 
 def _ours(job: Job) -> Row:
-    return Row("fastbert", OURS, functools.partial(peers_encoder._fastbert, job))
+    return Row("fastbert", OURS, functools.partial(fastbert.encode, job))
 
 
 def _rows(job: Job, batches: bool = True) -> list[Row]:
@@ -83,17 +84,16 @@ def _rows(job: Job, batches: bool = True) -> list[Row]:
     many = f", sorted, batches of {size}" if batches else ""
     rows = [
         _ours(job),
-        Row("transformers sdpa" + many, "transformers", functools.partial(peers_encoder._sdpa(size), job)),
+        Row("transformers sdpa" + many, "transformers", functools.partial(transformers.sdpa(size), job)),
     ]
     if job.device.type == "cpu":
-        run = peers_encoder._openvino(size)
-        rows.append(Row("openvino" + many, "openvino", functools.partial(run, job), slow=True))
+        rows.append(Row("openvino" + many, "openvino", functools.partial(openvino.encoder(size), job), slow=True))
     return rows
 
 
 def _one_padded_batch(job: Job) -> list[Row]:
     """As a server meets it that answers what came in together, or a trainer's collator."""
-    run = peers_encoder._transformers("sdpa", len(job.rows), False)
+    run = transformers.padded("sdpa", len(job.rows), False)
     return [_ours(job), Row("transformers sdpa, one padded batch", "transformers", functools.partial(run, job))]
 
 
@@ -120,7 +120,7 @@ def _processes(model: str, world: int, sequences: int, length: int, dtype: torch
     tensors = {"input_ids": ids, "labels": torch.where(chosen, ids, -100)}
 
     def truth(working: torch.dtype) -> list[Tensor]:
-        whole = _model(job, working)
+        whole = masked_lm(job, working)
         whole(**{name: t.to(device) for name, t in tensors.items()}).loss.backward()
         return [torch.from_numpy(first_layer_gradient(whole))]
 
@@ -129,7 +129,7 @@ def _processes(model: str, world: int, sequences: int, length: int, dtype: torch
         shares = zip(*(t.chunk(world) for t in tensors.values()), strict=True)
         return [
             {**common(job, "", engine), "threads": 1, "rank": rank, "world": world, "store": store, "steps": 5,
-             "folder": files.masked, "tensors": {n: t.tolist() for n, t in zip(tensors, share, strict=True)}}
+             "folder": masked_folder(files), "tensors": {n: t.tolist() for n, t in zip(tensors, share, strict=True)}}
             for rank, share in enumerate(shares)
         ]  # fmt: skip
 

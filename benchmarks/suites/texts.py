@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import inspect
 import json
 import statistics
 import sys
@@ -29,39 +28,12 @@ from fastbert.models.bert import BertModel
 from fastbert.testing import relative_rms
 
 from ..harness import machine
+from ..harness.docstrings import docstrings
+from ..harness.peer import need
 from ..harness.plain_bert import PlainMeanBert
+from ..peers import openvino
 
-MODULES = (
-    "argparse ast asyncio base64 bisect calendar collections concurrent.futures configparser contextlib csv ctypes "
-    "dataclasses datetime decimal difflib email.message enum fractions functools gettext heapq http.client imaplib "
-    "inspect io itertools json logging mailbox math multiprocessing.pool optparse os pathlib pickle platform random "
-    "re sched shelve shlex shutil smtplib socket sqlite3 ssl statistics string subprocess tarfile tempfile textwrap "
-    "threading timeit tkinter traceback turtle typing unittest.case unittest.mock urllib.parse urllib.request uuid "
-    "warnings weakref xml.etree.ElementTree zipfile"
-).split()
 MAX_LENGTH = 512
-
-
-def docstrings(count: int) -> list[str]:
-    """`count` different docstrings of at least 20 characters, in the order the modules define them."""
-    found: dict[str, None] = {}
-    for name in MODULES:
-        try:
-            module = importlib.import_module(name)
-        except ImportError:  # a build of Python may lack tkinter, sqlite3 or ssl
-            continue
-        for thing in [module, *(vars(module)[key] for key in sorted(vars(module)))]:
-            members = [thing]
-            if inspect.isclass(thing):
-                members += [vars(thing)[key] for key in sorted(vars(thing))]
-            for member in members:
-                text = getattr(member, "__doc__", None)
-                if isinstance(text, str) and len(text.strip()) >= 20:
-                    found[inspect.cleandoc(text)] = None
-    texts = list(found)
-    # every k-th, so that a small sample still spans all modules
-    step = max(1, len(texts) // count)
-    return texts[::step][:count]
 
 
 def transformers_encoder(folder, dtype: torch.dtype, batch_size: int, by_length: bool):
@@ -92,7 +64,6 @@ def transformers_encoder(folder, dtype: torch.dtype, batch_size: int, by_length:
 
 def openvino_encoder(folder, dtype: torch.dtype, batch_size: int):
     """OpenVINO with its throughput hint and as many requests at once as it asks for, sorted by length, mean pooling."""
-    import openvino
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -100,27 +71,21 @@ def openvino_encoder(folder, dtype: torch.dtype, batch_size: int):
     config = own.config
     model = PlainMeanBert(own.state_dict(), config.num_hidden_layers, config.num_attention_heads, config.layer_norm_eps)
     example = tokenizer(["two", "of unlike length"], padding=True, return_tensors="pt")
-    graph = openvino.convert_model(model, example_input=(example["input_ids"], example["attention_mask"]))
-    settings = {
-        "PERFORMANCE_HINT": "THROUGHPUT",
-        "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}[str(dtype)[6:]],
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-    }
-    compiled = openvino.Core().compile_model(graph, "CPU", settings)
-    names = {port.get_any_name() for port in compiled.inputs}
-    queue = openvino.AsyncInferQueue(compiled)
+    graph = need("openvino").convert_model(model, example_input=(example["input_ids"], example["attention_mask"]))
+    compiled = openvino.compiled(graph, str(dtype).removeprefix("torch."), torch.get_num_threads(), openvino.THROUGHPUT)
 
     def encode(texts: list[str]) -> torch.Tensor:
         ids = tokenizer(texts, truncation=True, max_length=MAX_LENGTH)["input_ids"]
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]), reverse=True)
         vectors = torch.empty(len(texts), config.hidden_size)
-        into = vectors.numpy()
-        queue.set_callback(lambda request, rows: into.__setitem__(rows, request.get_output_tensor(0).data))
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            batch = tokenizer.pad({"input_ids": [ids[i] for i in rows]}, return_tensors="np")
-            queue.start_async({name: batch[name] for name in names}, rows)
-        queue.wait_all()
+
+        def batches():
+            for start in range(0, len(order), batch_size):
+                rows = order[start : start + batch_size]
+                batch = tokenizer.pad({"input_ids": [ids[i] for i in rows]}, return_tensors="np")
+                yield rows, [batch["input_ids"], batch["attention_mask"]]
+
+        openvino.run_queue(compiled, 0, batches(), vectors.numpy())
         return vectors
 
     return encode
