@@ -1,0 +1,1 @@
+"""The `fastbert` command: a file a command, found by main.py."""

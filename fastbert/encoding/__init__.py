@@ -1,0 +1,1 @@
+"""Texts to vectors: the Encoder, and several processes that share its work."""

@@ -1,0 +1,1 @@
+"""Texts before they are vectors: the tokenizer, which texts go together, and files of them."""
