@@ -137,7 +137,7 @@ def run(args: argparse.Namespace) -> int:
     """`fastbert bench`: the exit code. 1 where a row of ours is wrong or failed, or --compare found a regression."""
     import torch
 
-    from fastbert.embed import resolve_device, resolve_dtype
+    from fastbert.encoding.encoder import resolve_device, resolve_dtype
 
     from .harness import compare, machine
 

@@ -9,6 +9,8 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from . import _moved
+
 try:
     __version__ = version("fastbert")
 except PackageNotFoundError:  # run from a source tree that nobody installed
@@ -18,9 +20,9 @@ except PackageNotFoundError:  # run from a source tree that nobody installed
 _PUBLIC = {
     "BertConfig": "config",
     "BertModel": "models.bert",
-    "Encoder": "embed",
+    "Encoder": "encoding.encoder",
     "PackedBatch": "packing",
-    "Tokenizer": "tokenizer",
+    "Tokenizer": "text.tokenizer",
     "accelerate": "dropin",
     "batch_invariant": "kernels._invariance",
     "explain": "dropin",
@@ -29,6 +31,7 @@ _PUBLIC = {
     "register_attention": "dropin",
     "restore": "dropin",
 }
+_moved.install()
 __all__ = [*_PUBLIC, "__version__"]
 
 

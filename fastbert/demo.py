@@ -44,7 +44,7 @@ def checkpoint_folder() -> Path:
 
 def main() -> int:
     folder, texts = checkpoint_folder(), entries()
-    from .embed import Encoder
+    from .encoding.encoder import Encoder
 
     encoder = Encoder.from_pretrained(folder, normalize=True)  # a product of two vectors is then their cosine
     encoder.encode(texts[:8])  # the first call builds kernels and fills caches
@@ -93,7 +93,7 @@ def _difference(folder: Path, texts: list[str]) -> str:
         return "transformers is not here to compare with"
     import torch
 
-    from .embed import Encoder
+    from .encoding.encoder import Encoder
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()

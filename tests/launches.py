@@ -59,7 +59,7 @@ def every_operator() -> Iterator[dict]:
             with offline(arch, seen.append, compiles=False):
                 try:
                     for _ in range(2):  # bound, then by the plan that was kept
-                        inputs = verify._inputs(op, NARROW, (5, 70, 0, 1, 33, 200), **options)
+                        inputs = verify.inputs_of(op, NARROW, (5, 70, 0, 1, 33, 200), **options)
                         run(op, inputs, DTYPES[dtype])
                 except Exception as raised:
                     error = f"{type(raised).__name__}: {raised}"
@@ -78,7 +78,7 @@ def twenty_batches() -> Iterator[dict]:
             seen: list[Launch] = []
             with offline("sm_90", seen.append, compiles=False):
                 for lengths in BATCHES:
-                    run(op, verify._inputs(op, NARROW, tuple(lengths), **options), DTYPES[dtype])
+                    run(op, verify.inputs_of(op, NARROW, tuple(lengths), **options), DTYPES[dtype])
             variants: dict[str, set] = {}
             for launch in seen:
                 blocks = "x".join(str(value) for key, value in launch.constexprs.items() if key.startswith("BLOCK_"))

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 import fastbert
-from fastbert import BertConfig, BertModel, Encoder, PackedBatch, Tokenizer, cli, layers
+from fastbert import BertConfig, BertModel, Encoder, PackedBatch, Tokenizer, layers
 from fastbert import functional as F
+from fastbert.cli import main as cli
 
 RECORD = Path(__file__).with_suffix(".json")
 KEPT = 12  # numbers of a tensor, evenly spaced over it; with its sum they show most of what may go wrong

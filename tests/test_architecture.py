@@ -15,19 +15,25 @@ GRAPH = inspect_imports.graph()
 # From the ground up; a module may import from its own floor and from those below. A name stands for all within it.
 FLOORS = (
     ("fastbert.kernels",),
-    ("fastbert.checkpoint", "fastbert.config", "fastbert.files", "fastbert.packing"),
+    ("fastbert._moved", "fastbert.checkpoint", "fastbert.config", "fastbert.packing"),
     ("fastbert.functional",),
-    ("fastbert.batching", "fastbert.graphs", "fastbert.layers", "fastbert.testing", "fastbert.tokenizer"),
+    ("fastbert.graphs", "fastbert.layers", "fastbert.testing", "fastbert.text"),
     ("fastbert.models",),
-    ("fastbert.dropin", "fastbert.embed"),
-    ("fastbert.bench", "fastbert.demo", "fastbert.emulator", "fastbert.encode", "fastbert.info", "fastbert.ranks",
-     "fastbert.recording", "fastbert.verify", "fastbert.verify_jobs", "fastbert.workers"),
-    ("fastbert.__main__", "fastbert.cli"),
-    ("benchmarks",),
+    ("fastbert.dropin",),
+    ("fastbert.encoding",),
+    ("fastbert.demo", "fastbert.emulator", "fastbert.info"),
+    ("fastbert.verify",),
+    ("fastbert.cli",),
+    ("fastbert.__main__",),
+    ("benchmarks.harness",),
+    ("benchmarks.peers",),
+    ("benchmarks.suites",),
+    ("benchmarks.inspection", "benchmarks.reporting", "benchmarks.run"),
+    ("benchmarks.__main__", "benchmarks.tuning"),
+    ("benchmarks.gpu_day",),
 )  # fmt: skip
 UPWARDS = {
-    "fastbert.bench -> benchmarks.run",
-    "fastbert.encode -> fastbert.cli",
+    "fastbert.cli.bench -> benchmarks.run",
 }
 
 # The only ways from the package into the kernels: operators, and weights at inference.
@@ -35,7 +41,7 @@ SEAMS = {"fastbert.functional", "fastbert.inference"}
 PAST_THE_SEAMS = {
     "fastbert.dropin.layer -> fastbert.kernels._prepack",
     "fastbert.dropin.pieces -> fastbert.kernels._prepack",
-    "fastbert.embed -> fastbert.kernels._int8",
+    "fastbert.encoding.encoder -> fastbert.kernels._int8",
     "fastbert.emulator.driver -> fastbert.kernels._device",
     "fastbert.info -> fastbert.kernels._assembler",
     "fastbert.info -> fastbert.kernels._cpu",
@@ -44,19 +50,16 @@ PAST_THE_SEAMS = {
     "fastbert.layers -> fastbert.kernels.native",
     "fastbert.models.bert -> fastbert.kernels._cpu",
     "fastbert.models.bert -> fastbert.kernels._prepack",
-    "fastbert.recording -> fastbert.kernels._device",
+    "fastbert.verify.recording -> fastbert.kernels._device",
     "fastbert.testing -> fastbert.kernels._device",
-    "fastbert.verify -> fastbert.kernels._assembler",
-    "fastbert.verify -> fastbert.kernels._device",
+    "fastbert.verify.run -> fastbert.kernels._assembler",
+    "fastbert.verify.run -> fastbert.kernels._device",
 }
 
 CIRCLES = {
-    ("benchmarks.reporting.report", "benchmarks.reporting.plots"),
-    ("fastbert.cli", "fastbert.encode"),
     ("fastbert.emulator.barriers", "fastbert.emulator.copies", "fastbert.emulator.machine", "fastbert.emulator.matrix",
      "fastbert.emulator.memory", "fastbert.emulator.order", "fastbert.emulator.ownership", "fastbert.emulator.shadow",
      "fastbert.emulator.shared", "fastbert.emulator.warp", "fastbert.emulator.warpgroup"),
-    ("fastbert.recording", "fastbert.verify"),
 }  # fmt: skip
 
 

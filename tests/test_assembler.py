@@ -5,9 +5,10 @@ import re
 import pytest
 import torch
 
-from fastbert import info, verify
+from fastbert.cli.main import main
 from fastbert.kernels import _device
 from fastbert.kernels._assembler import assembler
+from fastbert.verify import run
 
 pytestmark = pytest.mark.skipif(not _device.HAS_TRITON, reason="triton is not installed")
 
@@ -40,12 +41,12 @@ def test_another_one_is_named_where_triton_uses_it(monkeypatch, other):
 
 def test_info_and_verify_name_it(monkeypatch, other, capsys):
     monkeypatch.setenv("TRITON_PTXAS_PATH", str(other))
-    assert info.run() == 0
+    assert main(["info"]) == 0
     assert f"ptxas 99.4.12 ({other}), for sm_90" in capsys.readouterr().out
 
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
     monkeypatch.setattr(_device, "arch", lambda index: "sm_89")
-    assert verify._describe(torch.device("cuda", 0)) == f"Some GPU, torch {torch.__version__}, {assembler('sm_89')}"
+    assert run._describe(torch.device("cuda", 0)) == f"Some GPU, torch {torch.__version__}, {assembler('sm_89')}"
     monkeypatch.setattr(_device, "arch", lambda index: "gfx942")
-    assert verify._describe(torch.device("cuda", 0)) == f"Some GPU, torch {torch.__version__}"
-    assert verify._describe(torch.device("cpu")) == f"CPU, torch {torch.__version__}"
+    assert run._describe(torch.device("cuda", 0)) == f"Some GPU, torch {torch.__version__}"
+    assert run._describe(torch.device("cpu")) == f"CPU, torch {torch.__version__}"

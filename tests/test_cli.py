@@ -20,8 +20,8 @@ import torch
 from safetensors.numpy import load_file
 
 from fastbert import BertConfig, BertModel, Encoder
-from fastbert.cli import main
-from fastbert.files import HEADER_BYTES, npy_header, safetensors_header
+from fastbert.cli.main import main
+from fastbert.text.files import HEADER_BYTES, npy_header, safetensors_header
 
 pytestmark = pytest.mark.once
 
@@ -453,7 +453,7 @@ def test_reader_that_leaves_early(tmp_path, options):
 
 def test_help_needs_no_torch():
     code = (
-        "import sys; from fastbert.cli import main\n"
+        "import sys; from fastbert.cli.main import main\n"
         "for words in (['--help'], ['encode', '--help'], ['encode']):\n"
         "    try: main(words)\n"
         "    except SystemExit: pass\n"

@@ -10,7 +10,7 @@ from torch import nn
 
 import fastbert
 from fastbert import BertConfig, BertModel, PackedBatch
-from fastbert.embed import Encoder
+from fastbert.encoding.encoder import Encoder
 from fastbert.kernels import _cpu, native, reference
 from fastbert.models.bert import BertLayer
 from fastbert.testing import assert_within_budget, cu_seqlens_of

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import fastbert
-from fastbert import batching
 from fastbert.dropin import sentence
 from fastbert.dropin.encoder import EncoderForward
 from fastbert.testing import assert_within_budget
+from fastbert.text import batching
 
 sentence_transformers = pytest.importorskip("sentence_transformers", reason="what is accelerated")
 transformers = pytest.importorskip("transformers", reason="what is accelerated")

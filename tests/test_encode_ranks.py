@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 
 from fastbert import Encoder
-from fastbert.batching import one_ahead
-from fastbert.cli import main
-from fastbert.embed import EncodeStats
-from fastbert.ranks import Ranks
+from fastbert.cli.main import main
+from fastbert.encoding.encoder import EncodeStats
+from fastbert.encoding.ranks import Ranks
+from fastbert.text.batching import one_ahead
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 WORDS_OF_OPTIONS = ["--impl", "native", "--device", "cpu", "--dtype", "float32"]

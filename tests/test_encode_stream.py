@@ -13,8 +13,8 @@ import torch
 
 from benchmarks.suites import long_file as memory
 from fastbert import BertConfig, BertModel, Encoder
-from fastbert.cli import main
-from fastbert.files import InputError, read_chunks
+from fastbert.cli.main import main
+from fastbert.text.files import InputError, read_chunks
 
 pytestmark = pytest.mark.once
 
@@ -89,7 +89,7 @@ def test_one_chunk_needs_no_thread(encoder, monkeypatch):
     def refuse(*args, **options):
         raise AssertionError("a thread was started for a single chunk")
 
-    monkeypatch.setattr("fastbert.batching.ThreadPoolExecutor", refuse)
+    monkeypatch.setattr("fastbert.text.batching.ThreadPoolExecutor", refuse)
     assert encoder.encode("a b").shape == (WIDTH,)
 
 
@@ -135,7 +135,7 @@ def test_chunks_of_lines_end_by_number_and_by_size(tmp_path):
 def test_resident_memory_does_not_grow_with_the_file(folder, tmp_path):
     """Ten times the lines, the same peak. Kept vectors would come to 18 MB, kept lines and ids to more."""
     code = (
-        "import sys; from fastbert.cli import main; assert main(sys.argv[1:]) == 0\n"
+        "import sys; from fastbert.cli.main import main; assert main(sys.argv[1:]) == 0\n"
         "print(*(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
     )
 

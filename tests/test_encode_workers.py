@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from fastbert import Encoder
-from fastbert import workers as workers_module
 from fastbert.checkpoint import CheckpointError
-from fastbert.cli import main
-from fastbert.files import HEADER_BYTES
-from fastbert.workers import CHUNKS_AHEAD, EncoderPool, numa_nodes
+from fastbert.cli.main import main
+from fastbert.encoding import workers as workers_module
+from fastbert.encoding.workers import CHUNKS_AHEAD, EncoderPool, numa_nodes
+from fastbert.text.files import HEADER_BYTES
 
 pytestmark = pytest.mark.once
 

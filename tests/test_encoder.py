@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastbert import BertConfig, BertModel, Encoder, Tokenizer, batching
-from fastbert.embed import SentenceConfig, resolve_device, resolve_dtype
+from fastbert import BertConfig, BertModel, Encoder, Tokenizer
+from fastbert.encoding.encoder import SentenceConfig, resolve_device, resolve_dtype
 from fastbert.testing import assert_within_budget
+from fastbert.text import batching
 
 WORDS = "the a cat dog sat ran on under mat tree and then quickly slowly red blue".split()
 TEXTS = [

@@ -16,7 +16,8 @@ from benchmarks.gpu_day import summary as gpu_day_summary
 from benchmarks.gpu_day.plan import Step
 from benchmarks.harness import schema
 from benchmarks.run import SUITES
-from fastbert import cli, verify
+from fastbert import verify
+from fastbert.cli import main as cli
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.once

@@ -8,7 +8,7 @@ import torch
 import fastbert
 from fastbert import BertConfig, BertModel, Encoder
 from fastbert import functional as F
-from fastbert.cli import main
+from fastbert.cli.main import main
 from fastbert.demo import entries
 from fastbert.kernels import _int8, _prepack, reference
 from fastbert.layers import quantise

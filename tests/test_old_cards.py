@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="without Triton every card is refused for t
 
 import fastbert
 from fastbert import BertConfig, BertModel, functional, info
-from fastbert.embed import resolve_dtype
+from fastbert.encoding.encoder import resolve_dtype
 from fastbert.kernels import _device
 
 CARD = torch.device("cuda", 0)
@@ -62,7 +62,7 @@ def test_triton_is_refused_by_name(capability):
 
 def test_info_says_so(capability, monkeypatch):
     capability(7, 5)
-    monkeypatch.setattr("fastbert.embed.resolve_device", lambda device: CARD)
+    monkeypatch.setattr("fastbert.encoding.encoder.resolve_device", lambda device: CARD)
     lines = info._operators()
     assert lines[0] == "operators on cuda:0, in float16 by default"
     assert len([line for line in lines if REASON in line and " native " in line]) == len(functional.TRITON_MODULES)

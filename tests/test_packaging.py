@@ -92,7 +92,7 @@ for name in {blocked}:
     sys.modules[name] = None  # importing it raises ImportError
 import fastbert, torch
 from fastbert import BertConfig, BertModel, Encoder
-from fastbert.cli import main
+from fastbert.cli.main import main
 sizes = dict(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
 model = BertModel(BertConfig(**sizes)).eval()
 model(torch.tensor([[1, 2, 3]])).last_hidden_state.sum().backward()

@@ -6,12 +6,15 @@ A name that moved went without a word before this test, together with whatever i
 import ast
 import json
 import runpy
+import sys
 import warnings
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
+
+from fastbert._moved import MOVED
 
 surface = runpy.run_path(str(Path(__file__).with_name("public_surface.py")))
 
@@ -61,12 +64,17 @@ def found(path: str) -> bool:
     return False
 
 
+def is_in(path: str, module: str) -> bool:
+    return path.startswith(f"{module}.")
+
+
 @pytest.mark.once
 def test_every_public_name_is_still_there_and_called_as_before():
     now = surface["names"]()
+    now |= {old + path.removeprefix(new): now[path] for old, new in MOVED.items() for path in now if is_in(path, new)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        gone = [path for path in RECORDED["names"] if path not in now and not found(path)]
+        gone = [path for path in RECORDED["names"] if not found(path)]
     assert not gone, f"gone without a deprecation: {gone}"
     changed = {
         path: problems
@@ -91,6 +99,15 @@ def test_every_public_name_is_still_there_and_called_as_before():
 )
 def test_what_breaks_a_call(before, now, problems):
     assert len(broken(before, now)) == problems
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("old", MOVED)
+def test_a_module_that_moved_says_so_and_is_the_same(old):
+    sys.modules.pop(old, None)
+    with pytest.warns(DeprecationWarning, match=f"{old} is now {MOVED[old]}"):
+        module = import_module(old)
+    assert module is import_module(MOVED[old])
 
 
 @pytest.mark.once

@@ -7,14 +7,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from fastbert import functional, recording, verify
+from fastbert import functional, verify
+from fastbert.cli.main import main
 from fastbert.kernels import _device
+from fastbert.verify import recording
 
 CPU = torch.device("cpu")
 
 
 def record(path, *arguments, impl="native"):
-    assert verify.main(["--impl", impl, "--device", "cpu", "--record", str(path), *arguments]) == 0
+    assert main(["verify", "--impl", impl, "--device", "cpu", "--record", str(path), *arguments]) == 0
 
 
 def contents(path):
@@ -74,7 +76,7 @@ def test_a_tensor_that_cases_share_is_there_once(everything, tmp_path):
 
 
 def test_the_same_machine_has_the_same_bits(everything, capsys):
-    assert verify.main(["--impl", "native", "--device", "cpu", "--replay", str(everything)]) == 0
+    assert main(["verify", "--impl", "native", "--device", "cpu", "--replay", str(everything)]) == 0
     said = capsys.readouterr().out
     count = len(contents(everything)[0])
     tensors = sum(name.startswith("outputs/") for name in contents(everything)[0])
@@ -90,7 +92,7 @@ def test_a_difference_fails_where_it_is(name, direction, tmp_path, capsys):
     tensors[f"outputs/1/{name}"] += 1e-5 * torch.randn_like(tensors[f"outputs/1/{name}"])
     save_file(tensors, path, metadata=metadata)
     capsys.readouterr()
-    assert verify.main(["--impl", "native", "--device", "cpu", "--replay", str(path), "--json"]) == 1
+    assert main(["verify", "--impl", "native", "--device", "cpu", "--replay", str(path), "--json"]) == 1
     document = json.loads(capsys.readouterr().out)
     assert {row["direction"] for row in document["rows"] if not row["passed"]} == {direction}
     assert "Of 6 tensors 5 have the bits of the recording." in document["notes"]
@@ -112,7 +114,7 @@ def test_other_inputs_are_taken_from_the_file(tmp_path):
 
 def test_only_some_of_it(everything, capsys):
     arguments = ["--impl", "native", "--device", "cpu", "--replay", str(everything), "--json"]
-    assert verify.main([*arguments, "--op", "pool"]) == 0
+    assert main(["verify", *arguments, "--op", "pool"]) == 0
     assert {row["op"] for row in json.loads(capsys.readouterr().out)["rows"]} == {"pool"}
 
 
@@ -121,7 +123,7 @@ def test_what_is_no_recording_is_one_line(tmp_path, capsys):
     text.write_text("hello")
     save_file({"x": torch.zeros(1)}, other)
     for path in (text, other, tmp_path / "nothing"):
-        assert verify.main(["--impl", "native", "--device", "cpu", "--replay", str(path)]) == 2
+        assert main(["verify", "--impl", "native", "--device", "cpu", "--replay", str(path)]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 3
 
 
@@ -134,7 +136,7 @@ def test_what_is_no_recording_is_one_line(tmp_path, capsys):
     ],
 )
 def test_arguments_that_do_not_go_together(arguments, said, capsys):
-    assert verify.main(arguments) == 2
+    assert main(["verify", *arguments]) == 2
     assert said in capsys.readouterr().err
 
 
@@ -145,9 +147,9 @@ def test_arguments_that_do_not_go_together(arguments, said, capsys):
 def test_one_architecture_against_another(tmp_path, capfd):
     """From whichever process it is started; sm_80 computes as sm_90 does, within the budget, and by other kernels."""
     path, some = tmp_path / "sm_90.safetensors", ["--op", "linear_act", "--dtype", "fp16"]
-    assert verify.main(["--emulate", "sm_90", "--record", str(path), *some]) == 0
+    assert main(["verify", "--emulate", "sm_90", "--record", str(path), *some]) == 0
     assert "compiled for sm_90" in capfd.readouterr().out
     assert recording.Recording(path).environment["arch"] == "sm_90"
-    assert verify.main(["--emulate", "sm_80", "--replay", str(path), *some]) == 0
+    assert main(["verify", "--emulate", "sm_80", "--replay", str(path), *some]) == 0
     assert "Recorded: triton on the emulator (sm_90)" in capfd.readouterr().out
     assert functional.why_not_triton(CPU) is None or not _device.triton_on_cpu()  # nothing is left emulating

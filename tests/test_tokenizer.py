@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fastbert.checkpoint import CheckpointError
-from fastbert.tokenizer import TRUNCATIONS, Tokenizer
+from fastbert.text.tokenizer import TRUNCATIONS, Tokenizer
 
 pytestmark = pytest.mark.once
 

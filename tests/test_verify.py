@@ -10,8 +10,11 @@ import pytest
 import torch
 
 from fastbert import functional, verify
+from fastbert.cli import verify as command
+from fastbert.cli.main import main
 from fastbert.kernels import _device, native, reference
 from fastbert.testing import INPUTS, LENGTHS, MODELS, WORKLOADS, Check, check_op, compare, natural_lengths
+from fastbert.verify import cases, checks, run
 
 TINY = MODELS["tiny"]
 
@@ -25,7 +28,7 @@ def _one_thread():
 
 
 def _run(*arguments: str) -> int:
-    return verify.main(["--device", "cpu", "--impl", "native", *arguments])
+    return main(["verify", "--device", "cpu", "--impl", "native", *arguments])
 
 
 # operator -> a way to be wrong that the budget must see
@@ -134,8 +137,8 @@ def test_unknown_choices_are_usage_errors(arguments, capsys):
 
 
 def test_a_device_that_is_not_there_is_one_line(capsys):
-    assert verify.main(["--device", "cuda:99", "--op", "pool"]) == 2
-    assert verify.main(["--device", "abacus", "--op", "pool"]) == 2
+    assert main(["verify", "--device", "cuda:99", "--op", "pool"]) == 2
+    assert main(["verify", "--device", "abacus", "--op", "pool"]) == 2
     err = capsys.readouterr().err
     assert len(err.splitlines()) == 2
     assert "cuda:99" in err
@@ -144,14 +147,14 @@ def test_a_device_that_is_not_there_is_one_line(capsys):
 def test_arguments_mount_on_another_parser():
     parser = argparse.ArgumentParser()
     commands = parser.add_subparsers()
-    verify.add_arguments(commands.add_parser("verify"))
+    command.add_arguments(commands.add_parser("verify"))
     args = parser.parse_args(["verify", "--op", "pool", "--dtype", "fp16", "--impl", "native", "--device", "cpu"])
-    assert verify.run(args) == 0
+    assert command.run(args) == 0
 
 
 def test_bf16_gets_more_only_in_the_interpreter(monkeypatch):
     seen = []
-    monkeypatch.setattr(verify, "check_op", lambda *a, factor, **o: seen.append(factor) or [Check("out", 0.0, 1.0)])
+    monkeypatch.setattr(checks, "check_op", lambda *a, factor, **o: seen.append(factor) or [Check("out", 0.0, 1.0)])
     for interpreting, impl in ((True, "triton"), (True, "native"), (False, "triton")):
         monkeypatch.setattr(_device, "INTERPRETING", interpreting)
         for dtype in verify.DTYPES:
@@ -161,18 +164,18 @@ def test_bf16_gets_more_only_in_the_interpreter(monkeypatch):
 
 def test_real_shapes_are_for_gpus_and_for_who_asks(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert verify._shapes("auto", cpu) == verify._shapes("small", cuda) == verify.SMALL
-    assert verify._shapes("real", cpu) == verify._shapes("auto", cuda)
-    lengths = {n for _, shape in verify._shapes("auto", cuda) for n in shape}
+    assert cases.shapes_of("auto", cpu) == cases.shapes_of("small", cuda) == verify.SMALL
+    assert cases.shapes_of("real", cpu) == cases.shapes_of("auto", cuda)
+    lengths = {n for _, shape in cases.shapes_of("auto", cuda) for n in shape}
     assert {0, 1, 128, 512, 4096} <= lengths
     assert {MODELS["base"], MODELS["large"]} <= {model for model, _ in verify.REAL}
     with pytest.raises(ValueError, match="shapes must be one of auto, small, medium, real, got 'huge'"):
         verify.verify(["pool"], ["fp32"], "cpu", impl="native", shapes="huge")
 
     seen = []
-    monkeypatch.setattr(verify, "_inputs", lambda op, model, lengths, **o: seen.append(max(lengths)))
-    monkeypatch.setattr(verify, "check_op", lambda *a, **o: [Check("out", 0.0, 1.0)])
-    verify.main(["--op", "attention", "--device", "cpu", "--impl", "native", "--shapes", "real"])
+    monkeypatch.setattr(cases, "inputs_of", lambda op, model, lengths, **o: seen.append(max(lengths)))
+    monkeypatch.setattr(checks, "check_op", lambda *a, **o: [Check("out", 0.0, 1.0)])
+    main(["verify", "--op", "attention", "--device", "cpu", "--impl", "native", "--shapes", "real"])
     assert set(seen) == {512, 4096}
 
 
@@ -181,7 +184,7 @@ def test_interrupted_it_shows_what_was_done_and_fails(monkeypatch, capsys):
         yield verify.Result(work[0], (Check("out", 0.0, 1.0), Check("dx", 0.0, 1.0)))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(verify, "_results_of", steps)
+    monkeypatch.setattr(run, "_results_of", steps)
     assert _run("--op", "pool", "--dtype", "fp32", "--dtype", "fp16") == 1
     out = capsys.readouterr().out
     assert "Interrupted" in out

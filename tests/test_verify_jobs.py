@@ -11,15 +11,18 @@ from collections import deque
 import pytest
 import torch
 
-from fastbert import verify, verify_jobs
-from fastbert.testing import MODELS
+from fastbert import verify
+from fastbert.cli.main import main
+from fastbert.testing import MODELS, Check
+from fastbert.verify import jobs
 
 CPU = torch.device("cpu")
 # What a worker process imports first, as it is the main module of the one that started it.
 MAIN = """\
 import os, sys, time
 import torch
-from fastbert import verify, verify_jobs
+from fastbert.cli.main import main
+from fastbert.verify import run
 from fastbert.kernels import native, reference
 
 torch.set_num_threads(1)
@@ -32,7 +35,7 @@ def broken(x, cu_seqlens, mode, *rest):
 native.pool = broken
 {more}
 if __name__ == "__main__":
-    sys.exit(verify.main(["--device", "cpu", "--impl", "native", *sys.argv[1:]]))
+    sys.exit(main(["verify", "--device", "cpu", "--impl", "native", *sys.argv[1:]]))
 """
 
 
@@ -106,7 +109,7 @@ def loses(x, cu_seqlens, mode, *rest):
 native.pool = loses
 def still_answers(device):
     return not lost
-verify._still_answers = still_answers
+run._still_answers = still_answers
 """
     _, _, found = verified(tmp_path, "--op", "pool", "--dtype", "fp32", "--jobs", "1", more=more)
     assert [line["passed"] for line in found] == [True, False, True]
@@ -163,8 +166,8 @@ def test_cases_begin_in_order_while_there_is_room():
     small = next(task for task in work if task.op == "pool")
     assert small.needs < 3.5 * 2**30
 
-    def handed_out(waiting, workers, jobs, room):
-        verify_jobs.hand_out(waiting, workers, jobs, lambda task: task.needs, room, Idle)
+    def handed_out(waiting, workers, most, room):
+        jobs.hand_out(waiting, workers, most, lambda task: task.needs, room, Idle)
         return [worker.task for worker in workers]
 
     waiting, workers = deque([*large[:3], small]), []
@@ -185,7 +188,7 @@ def test_dtypes_come_one_after_the_other_and_rows_by_operator():
     assert [(t.dtype, t.op) for t in work] == [
         *[("bf16", "pool")] * 3, ("bf16", "add_rms_norm"), *[("fp32", "pool")] * 3, ("fp32", "add_rms_norm"),
     ]  # fmt: skip
-    rows = verify.worst(verify.Result(task, (verify.Check("out", 0.0, 1.0),)) for task in work)
+    rows = verify.worst(verify.Result(task, (Check("out", 0.0, 1.0),)) for task in work)
     assert [(row.op, row.dtype) for row in rows] == [
         ("add_rms_norm", "bf16"), ("add_rms_norm", "fp32"), ("pool", "bf16"), ("pool", "fp32"),
     ]  # fmt: skip
@@ -193,5 +196,5 @@ def test_dtypes_come_one_after_the_other_and_rows_by_operator():
 
 
 def test_jobs_must_be_some(capsys):
-    assert verify.main(["--device", "cpu", "--impl", "native", "--jobs", "0"]) == 2
+    assert main(["verify", "--device", "cpu", "--impl", "native", "--jobs", "0"]) == 2
     assert "--jobs must be at least 1, got 0" in capsys.readouterr().err

@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_map
 from fastbert import functional as F
 from fastbert import verify
 from fastbert.kernels import _device, _library
-from fastbert.testing import WITHOUT_GRADIENT, WORKLOADS, Workload
+from fastbert.testing import MODELS, WITHOUT_GRADIENT, WORKLOADS, Workload
 
 CPU = torch.device("cpu")
 LARGE = 2**14  # elements from which on a tensor's numbers are left out
@@ -121,7 +121,7 @@ def of_suites(dtype: torch.dtype, quick: bool) -> Iterator[Call]:
         if not quick or name == "minilm_natural":
             models.append((priority, (f"encoder {name}", lambda name=name: _encode(WORKLOADS[name], dtype))))
     for model, length, priority, _ in suite_latency.CASES[: 1 if quick else None]:
-        batch = Workload(verify.MODELS[model], (length,))
+        batch = Workload(MODELS[model], (length,))
         models.append((priority, (f"latency {model}_1x{length}", lambda batch=batch: _encode(batch, dtype))))
     for name, priority, _ in suite_training.CASES:
         if not quick or name == "minilm_natural":
@@ -148,7 +148,7 @@ def _one_layer(workload: Workload, dtype: torch.dtype) -> Any:
 
 
 def _encode(workload: Workload, dtype: torch.dtype) -> None:
-    from fastbert.batching import TOKENS_PER_BATCH
+    from fastbert.text.batching import TOKENS_PER_BATCH
 
     from ..peers.fastbert import encoder
 

@@ -1,8 +1,8 @@
 """A fresh process that does one job and says when it got where: `python -m benchmarks.harness.child < JOB`.
 
 The job is a line of JSON (see `main`). On standard output come lines of JSON: "imported", "loaded", "first" when the
-first result is there, "done" with figures of memory. The engine is a file of
-benchmarks/peers, which imports what it needs and nothing else, so that nobody pays for another's import.
+first result is there, "done" with figures of memory. The engine is a module
+of benchmarks/peers, which imports what it needs and nothing else, so that nobody pays for another's import.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Job = dict[str, Any]
 
 
 def _engine(job: Job) -> Any:
-    return import_module(f"benchmarks.peers.{job['engine']}")
+    return import_module(job["engine"])
 
 
 def encode(job: Job) -> np.ndarray:

@@ -240,7 +240,7 @@ def encoders(files: Files, suite: str, rows: Sequence[ProcessPeer], batch: int) 
 
         def make(peer: ProcessPeer = peer) -> Launch:
             if peer.peer != OURS:
-                need(peer.module)
+                need(peer.module.rpartition(".")[2])
             peer.files(files)  # whatever has to be written is written before the first process starts
             return Launch(files, functools.partial(told, peer))
 
@@ -248,7 +248,7 @@ def encoders(files: Files, suite: str, rows: Sequence[ProcessPeer], batch: int) 
             metered = {"memory": suite == "memory", "ids": job.rows, "batch": batch}
             more = peer.files(files)
             if suite == "cold" and peer.cache is not None:
-                more |= peer.cache(files.new_folder() if peer.empty else files.shared_folder(f"cache-{peer.module}"))
+                more |= peer.cache(files.new_folder() if peer.empty else files.shared_folder(peer.module))
             return [{**common(job, "encode", peer.module), **metered, **more}]
 
         many = "" if suite == "cold" or peer.peer == OURS else f", sorted, batches of {batch}"

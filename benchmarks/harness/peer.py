@@ -153,7 +153,7 @@ class SentencePeer:
 
 @dataclass(frozen=True)
 class ProcessPeer:
-    """A row whose run is a process, in which `in_process` of the file named `module` gives an encoder.
+    """A row whose run is a process, in which `in_process` of `module`, a peer's file, gives an encoder.
 
     `files(files)` is what the process is told beside the usual: names of files, which are written beforehand. In the
     suite cold, `cache(folder)` tells it where to keep what it compiles: a folder that is `empty` in every run, or one

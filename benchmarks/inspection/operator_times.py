@@ -14,12 +14,12 @@ import torch.nn as nn
 from torch import Tensor
 
 from fastbert import functional as F
-from fastbert.batching import TOKENS_PER_BATCH, batches_within
 from fastbert.config import BertConfig
 from fastbert.layers import prepack
 from fastbert.models.bert import BertModel, Pass
 from fastbert.packing import PackedBatch
 from fastbert.testing import Workload
+from fastbert.text.batching import TOKENS_PER_BATCH, batches_within
 
 from ..harness import timing, workloads
 from ..harness.costs import BACKWARD, BOTH, FORWARD, masked

@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 
 from fastbert.config import BertConfig
-from fastbert.embed import resolve_device, resolve_dtype
+from fastbert.encoding.encoder import resolve_device, resolve_dtype
 from fastbert.models.bert import BertModel
 from fastbert.packing import PackedBatch
 from fastbert.testing import WORKLOADS

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from fastbert.checkpoint import write_atomically
-from fastbert.embed import resolve_device, resolve_dtype
+from fastbert.encoding.encoder import resolve_device, resolve_dtype
 from fastbert.testing import WORKLOADS, Workload
 
 from ..harness import costs, machine, timing, workloads

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor, nn
 
-    from fastbert.embed import Encoder
+    from fastbert.encoding.encoder import Encoder
     from fastbert.models.bert import BertModel
 
     from ..harness.jobs import Job
@@ -76,7 +76,7 @@ def _model(job: Job) -> BertModel:
 
 def encoder(job: Job) -> Encoder:
     """Without a tokeniser, since it is given ids."""
-    from fastbert.embed import Encoder
+    from fastbert.encoding.encoder import Encoder
 
     return Encoder(_model(job), SimpleNamespace(model_max_length=None))
 
@@ -123,8 +123,8 @@ ENCODERS = (
     EncoderPeer("fastbert, CUDA graph", OURS, _graph, GPU_ONLY, many=False),
 )
 PROCESSES = (
-    ProcessPeer("fastbert", OURS, "fastbert", transformers.weights, cache=transformers.caches),
-    ProcessPeer("fastbert, empty cache", OURS, "fastbert", transformers.weights, GPU_ONLY, cache=transformers.caches,
+    ProcessPeer("fastbert", OURS, __name__, transformers.weights, cache=transformers.caches),
+    ProcessPeer("fastbert, empty cache", OURS, __name__, transformers.weights, GPU_ONLY, cache=transformers.caches,
                 empty=True, suites=("cold",)),
 )  # fmt: skip
 

@@ -18,8 +18,8 @@ def _forward(job: Job) -> Run:
     import torch
     import torch.nn.functional as tf
 
-    from fastbert.batching import even_batches, run_batches
     from fastbert.kernels import _prepack
+    from fastbert.text.batching import even_batches, run_batches
 
     config, state = job.model
     names = (

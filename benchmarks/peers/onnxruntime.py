@@ -127,8 +127,8 @@ ENCODERS = (
                 tolerance=INT8),
 )  # fmt: skip
 PROCESSES = (
-    ProcessPeer(FP32, PEER, "onnxruntime", _file, CPU_ONLY, ("float32",)),
-    ProcessPeer(EIGHT_BITS, PEER, "onnxruntime", _int8_file, CPU_ONLY, slow=True, tolerance=INT8, suites=("cold",)),
+    ProcessPeer(FP32, PEER, __name__, _file, CPU_ONLY, ("float32",)),
+    ProcessPeer(EIGHT_BITS, PEER, __name__, _int8_file, CPU_ONLY, slow=True, tolerance=INT8, suites=("cold",)),
 )
 # its graph computes in float32
 SENTENCES = (SentencePeer("ONNX backend", PEER, _sentences, PEER, devices=CPU_ONLY, dtypes=("float32",)),)

@@ -129,7 +129,7 @@ def _file(files: Any) -> dict[str, Any]:
 
 ENCODERS = (EncoderPeer("openvino", PEER, encoder, CPU_ONLY, sizes=(2, 4, 1, 8), fits=True),)
 PROCESSES = (
-    ProcessPeer("openvino, empty cache", PEER, "openvino", _file, CPU_ONLY, suites=("cold",)),
-    ProcessPeer("openvino", PEER, "openvino", _file, CPU_ONLY, cache=lambda folder: {"cache": folder}),
+    ProcessPeer("openvino, empty cache", PEER, __name__, _file, CPU_ONLY, suites=("cold",)),
+    ProcessPeer("openvino", PEER, __name__, _file, CPU_ONLY, cache=lambda folder: {"cache": folder}),
 )
 SENTENCES = (SentencePeer("OpenVINO backend", PEER, _sentences, PEER, devices=CPU_ONLY),)

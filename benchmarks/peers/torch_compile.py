@@ -119,8 +119,8 @@ def _compiled_weights(files: Any) -> dict[str, Any]:
 
 
 PROCESSES = (
-    ProcessPeer("torch.compile, transformers sdpa, empty cache", PEER, "transformers", _compiled_weights,
+    ProcessPeer("torch.compile, transformers sdpa, empty cache", PEER, transformers.__name__, _compiled_weights,
                 package=PACKAGE, slow=True, cache=transformers.caches, empty=True, suites=("cold",)),
-    ProcessPeer("torch.compile, transformers sdpa", PEER, "transformers", _compiled_weights, package=PACKAGE, slow=True,
-                cache=transformers.caches),
+    ProcessPeer("torch.compile, transformers sdpa", PEER, transformers.__name__, _compiled_weights,
+                package=PACKAGE, slow=True, cache=transformers.caches),
 )  # fmt: skip

@@ -165,4 +165,4 @@ def in_process(job: dict[str, Any]) -> Callable[[list[list[int]]], np.ndarray]:
     return encode
 
 
-PROCESSES = (ProcessPeer("transformers sdpa", PEER, "transformers", weights, cache=caches),)
+PROCESSES = (ProcessPeer("transformers sdpa", PEER, __name__, weights, cache=caches),)

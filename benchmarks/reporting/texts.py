@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from fastbert.embed import DTYPES
+from fastbert.encoding.encoder import DTYPES
 
 BEGIN, END = "<!-- encode: begin -->", "<!-- encode: end -->"
 BASE = "in arrival order"  # of the row that ours is compared with, besides the best of the others

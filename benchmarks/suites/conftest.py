@@ -1,6 +1,6 @@
 """The machine as the suites' own files describe it, in what pytest-benchmark writes."""
 
-from fastbert.embed import resolve_device
+from fastbert.encoding.encoder import resolve_device
 
 from ..harness import machine
 

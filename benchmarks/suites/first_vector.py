@@ -17,7 +17,8 @@ import time
 from pathlib import Path
 
 from fastbert.checkpoint import resolve
-from fastbert.cli import build_parser, default_model
+from fastbert.cli.main import build_parser
+from fastbert.cli.options import default_model
 
 READ = """\
 import sys, torch

@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastbert.cli import default_model
-from fastbert.embed import Encoder, EncodeStats
+from fastbert.cli.options import default_model
+from fastbert.encoding.encoder import Encoder, EncodeStats
 
 DTYPES = ("float32", "bfloat16", "int8")
 

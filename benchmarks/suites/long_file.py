@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from fastbert.demo import entries
-from fastbert.files import HEADER_BYTES
+from fastbert.text.files import HEADER_BYTES
 
 WARM_UP = 0.2  # the share of the lines after which nothing should grow
 SECONDS_A_LOOK = 0.25

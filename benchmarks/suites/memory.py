@@ -26,6 +26,8 @@ from ..harness.children import ChildCase, Files, Launch, Said, common, encoders
 from ..harness.jobs import Job
 from ..harness.peer import OURS, need
 from ..harness.steps import batch_of
+from ..peers import fastbert
+from ..peers import torch as plain_torch
 from ..peers.transformers import masked_folder, masked_lm
 
 # workload, priority, in --quick
@@ -117,8 +119,8 @@ def _loss(shape: ModelShape, name: str, tokens: int, priority: int, job: Job) ->
         return Launch(files, lambda: [{**common(job, "loss", engine), **sizes}])
 
     rows = [
-        Row("fastbert", OURS, functools.partial(make, "fastbert")),
-        Row("torch", "torch", functools.partial(make, "torch")),
+        Row("fastbert", OURS, functools.partial(make, fastbert.__name__)),
+        Row("torch", "torch", functools.partial(make, plain_torch.__name__)),
     ]
     case = _case(
         f"{name}_1x{tokens}", job, files, rows, truth, priority, True, operator="linear_cross_entropy",

@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 
-from fastbert.embed import resolve_dtype
+from fastbert.encoding.encoder import resolve_dtype
 from fastbert.testing import relative_rms
 
 from ..harness import timing

@@ -23,7 +23,7 @@ from importlib.resources import files
 import torch
 
 from fastbert.checkpoint import write_atomically
-from fastbert.embed import DTYPES, Encoder
+from fastbert.encoding.encoder import DTYPES, Encoder
 from fastbert.models.bert import BertModel
 from fastbert.testing import relative_rms
 

@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 
-from fastbert.embed import resolve_dtype
+from fastbert.encoding.encoder import resolve_dtype
 from fastbert.kernels import _device
 from fastbert.testing import MODELS, ModelShape
 

@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
+SUMMARY = "time fastbert beside the real alternatives on this machine"
 WHERE = (
     "the benchmarks are in fastbert's repository, not in the installed package: clone it, then run "
     "`fastbert bench` (or `python -m benchmarks`) from its root"
@@ -16,7 +17,7 @@ WHERE = (
 
 def _benchmarks() -> ModuleType | None:
     """benchmarks.run of the checkout that fastbert was installed from, or of the working folder."""
-    for root in (Path(__file__).resolve().parents[1], Path.cwd()):
+    for root in (Path(__file__).resolve().parents[2], Path.cwd()):
         if (root / "benchmarks" / "run.py").is_file() and (root / "kernels" / "reference.py").is_file():
             sys.path.insert(0, str(root))
             try:

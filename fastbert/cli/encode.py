@@ -14,19 +14,92 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-from . import cli
-from .files import Line, read_chunks, writer
+from .options import (
+    UsageError,
+    add_model_arguments,
+    among_ranks,
+    encoder_options,
+    load_encoder,
+    positive,
+    summary,
+)
 
-Chunks = Iterator[list[Line]]
+if TYPE_CHECKING:
+    from ..text.files import Line
+
+SUMMARY = "turn texts into vectors"
+SUFFIXES = (".npy", ".safetensors", ".jsonl")
+
+DESCRIPTION = """\
+Turn texts into vectors, one vector a line of FILE, in the order of the lines.
+
+Memory stays constant however long FILE is, and OUT appears whole or not at all. Texts longer than the model's limit
+are cut to it. An empty line is an empty text and gets a vector too; an empty FILE gives an OUT with no rows.
+A byte order mark and Windows line ends are dropped.
+
+On several GPUs or machines start it with torchrun: each process takes its GPU and its share of the lines, FILE must be
+readable for all of them, and one OUT results. On CPUs set OMP_NUM_THREADS, or torchrun gives each one thread."""
+
+EXAMPLES = """\
+examples:
+  fastbert encode notes.txt -o notes.npy                     a vector a line, numpy.load reads it
+  fastbert encode reviews.jsonl --field body -o out.jsonl    each object with its "embedding" added
+  sort -u words.txt | fastbert encode - | head -n 3          standard input to standard output
+  fastbert encode notes.txt -o notes.npy --model BAAI/bge-small-en-v1.5 --dtype bfloat16
+  torchrun --nproc-per-node 8 -m fastbert encode notes.txt -o notes.npy"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument(
+        "file", metavar="FILE", help="texts, UTF-8, one a line; or a .jsonl file; or - for standard input"
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="OUT",
+        type=_output_path,
+        help="OUT.npy and OUT.safetensors hold a float32 matrix, a row a line; OUT.jsonl an object a line: that of "
+        'the input, or {"text": ...}, with "embedding" added (default: such objects to standard output)',
+    )
+    parser.add_argument(
+        "--field",
+        metavar="NAME",
+        help="each line is a JSON object, with its text under NAME (default for a .jsonl FILE: text)",
+    )
+    add_model_arguments(parser)
+    parser.add_argument(
+        "--max-tokens-per-batch",
+        metavar="N",
+        type=positive,
+        help="how many tokens go through the model at once; more takes more memory (default: by device)",
+    )
+    parser.add_argument(
+        "--workers",
+        metavar="N",
+        type=positive,
+        default=1,
+        help="share the lines among N processes, each with its part of the threads, and its NUMA node or GPU where "
+        "there are several; worth it on such machines, and with dozens of cores (default: 1)",
+    )
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar, no summary")
+
+
+def _output_path(text: str) -> Path:
+    path = Path(text)
+    if path.suffix not in SUFFIXES:
+        raise argparse.ArgumentTypeError(f"the name must end in one of {', '.join(SUFFIXES)}, got {text!r}")
+    return path
 
 
 def run(args: argparse.Namespace) -> int:
     """The command; its exit code."""
     if args.output and args.file != "-" and _same_file(args.file, args.output):
-        raise cli.UsageError(f"input and output are the same file: {args.output}")
-    if cli.among_ranks():
+        raise UsageError(f"input and output are the same file: {args.output}")
+    if among_ranks():
         return _run_among_ranks(args)
     # Input and output are opened first: who misspelt a folder should not wait for a model to load.
     with _open_input(args.file) as source, _open_output(args.output) as sink, _encoder(args) as encoder:
@@ -38,17 +111,17 @@ def run(args: argparse.Namespace) -> int:
 
 def _run_among_ranks(args: argparse.Namespace) -> int:
     if args.workers != 1:
-        raise cli.UsageError("--workers is for a single process; torchrun has --nproc-per-node")
+        raise UsageError("--workers is for a single process; torchrun has --nproc-per-node")
     if args.file == "-":
-        raise cli.UsageError("under torchrun FILE must be a file: standard input reaches one process only")
-    from .ranks import Ranks
+        raise UsageError("under torchrun FILE must be a file: standard input reaches one process only")
+    from ..encoding.ranks import Ranks
 
     ranks = Ranks.from_environment()
     budget = {"max_tokens_per_batch": args.max_tokens_per_batch}
     with contextlib.ExitStack() as stack:
         source = stack.enter_context(_open_input(args.file))
         sink = stack.enter_context(_open_output(args.output)) if ranks.rank == 0 else None
-        encoder = cli.load_encoder(args, device=ranks.device(args.device))
+        encoder = load_encoder(args, device=ranks.device(args.device))
         facts = {"bytes of FILE": _size(source) or 0, "width of a vector": encoder.dimension}
         stack.enter_context(ranks.joined(facts))
         chunks = _chunks(args, source, encoder)
@@ -63,21 +136,23 @@ def _run_among_ranks(args: argparse.Namespace) -> int:
 
 def _encoder(args: argparse.Namespace) -> contextlib.AbstractContextManager:
     if args.workers == 1:
-        return contextlib.nullcontext(cli.load_encoder(args))
-    from .workers import EncoderPool
+        return contextlib.nullcontext(load_encoder(args))
+    from ..encoding.workers import EncoderPool
 
-    return EncoderPool(args.workers, **cli.encoder_options(args))
+    return EncoderPool(args.workers, **encoder_options(args))
 
 
 def _write(
     args: argparse.Namespace,
     encode_chunks: Callable[[Iterator[list[str]]], Iterator[Any]],
-    chunks: Chunks,
+    chunks: Iterator[list[Line]],
     sink: BinaryIO,
     dimension: int,
     size: int | None,
 ) -> None:
     from tqdm import tqdm
+
+    from ..text.files import writer
 
     waiting = deque()  # chunks of lines that the encoder has taken, and given no vectors for yet
 
@@ -103,13 +178,15 @@ def _write(
 
 def _say(args: argparse.Namespace, encoder: Any) -> None:
     if not args.quiet and sys.stderr.isatty():
-        print(f"fastbert: {cli.summary(encoder.stats)}", file=sys.stderr)
+        print(f"fastbert: {summary(encoder.stats)}", file=sys.stderr)
 
 
 # ---- files -----------------------------------------------------------------------------------------------
 
 
-def _chunks(args: argparse.Namespace, source: BinaryIO, encoder: Any) -> Chunks:
+def _chunks(args: argparse.Namespace, source: BinaryIO, encoder: Any) -> Iterator[list[Line]]:
+    from ..text.files import read_chunks
+
     field = args.field or ("text" if args.file.endswith(".jsonl") else None)
     name = "standard input" if args.file == "-" else args.file
     # The bar moves once a chunk: 1,024 texts keep a CPU busy for seconds, a GPU wants more at once.
@@ -149,7 +226,7 @@ def _open_output(path: Path | None) -> Iterator[BinaryIO]:
         return
     if not path.parent.is_dir():
         raise NotADirectoryError(f"no folder {str(path.parent)!r} to write {path.name} into")
-    from .checkpoint import write_atomically
+    from ..checkpoint import write_atomically
 
     with write_atomically(path) as temporary, open(temporary, "wb") as stream:
         yield stream

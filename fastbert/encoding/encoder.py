@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import checkpoint
-from . import functional as F
-from .batching import CHUNK_TEXTS, chunks_of, even_batches, filling, one_ahead, run_batches, tokens_per_batch
-from .formats import opened
-from .kernels import _int8
-from .layers import prepack, quantise
-from .models.bert import BertModel
-from .packing import PackedBatch
+from .. import checkpoint
+from .. import functional as F
+from ..formats import opened
+from ..kernels import _int8
+from ..layers import prepack, quantise
+from ..models.bert import BertModel
+from ..packing import PackedBatch
+from ..text.batching import CHUNK_TEXTS, chunks_of, even_batches, filling, one_ahead, run_batches, tokens_per_batch
 
 if TYPE_CHECKING:  # whoever brings ids, as the benchmarks do, does without the tokenizers library
-    from .tokenizer import Tokenizer
+    from ..text.tokenizer import Tokenizer
 
 POOLING = (*F.POOLING_MODES, "pooler")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -221,7 +221,7 @@ class Encoder:
 
         Raises: CheckpointError and ValueError, with messages of one line.
         """
-        from .tokenizer import Tokenizer
+        from ..text.tokenizer import Tokenizer
 
         device = resolve_device(device)
         int8 = dtype in (INT8, torch.int8)

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .embed import Encoder, EncodeStats
+from .encoder import Encoder, EncodeStats
 
 # Chunks of vectors that wait for rank 0 to take them, before their rank waits too.
 CHUNKS_AHEAD = 4

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .embed import Encoder, EncodeStats, resolve_device
+from .encoder import Encoder, EncodeStats, resolve_device
 
 # Chunks that a worker holds: one that it computes, one that it tokenises meanwhile.
 CHUNKS_A_WORKER = 2

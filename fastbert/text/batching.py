@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import functional as F
+from .. import functional as F
 
 # Tokens a batch. A CPU wants the activations of a layer to stay in its cache; a GPU wants to be full.
 TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 65536}

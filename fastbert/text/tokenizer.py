@@ -15,10 +15,10 @@ from typing import Any, Literal
 import tokenizers
 from tokenizers import AddedToken, Encoding, decoders, models, normalizers, pre_tokenizers, processors
 
-from .checkpoint import CheckpointError, make_folder, read_json, write_atomically, write_json
-from .formats import opened
-from .formats.detect import find_source
-from .formats.source import Source
+from ..checkpoint import CheckpointError, make_folder, read_json, write_atomically, write_json
+from ..formats import opened
+from ..formats.detect import find_source
+from ..formats.source import Source
 
 Truncation = Literal["longest_first", "only_first", "only_second"]
 TRUNCATIONS = ("longest_first", "only_first", "only_second")

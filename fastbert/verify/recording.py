@@ -24,9 +24,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .kernels import _device
-from .testing import Check, ModelShape, Runs, budget, relative_rms, run_op
-from .verify import DTYPES, Result, Task, factor_of, result_of
+from ..kernels import _device
+from ..testing import Check, ModelShape, Runs, budget, relative_rms, run_op
+from .cases import DTYPES, Task
+from .checks import Result, factor_of, result_of
 
 FORMAT = "1"
 

