@@ -197,7 +197,7 @@ def test_without_a_gpu_it_starts_the_interpreter():
     if torch.cuda.is_available() or functional.why_not_triton(torch.device("cuda")):
         pytest.skip("needs triton, and no GPU")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "fastbert.verify", "--op", "add_rms_norm", "--dtype", "bf16"]
+    command = [sys.executable, "-m", "fastbert", "verify", "--op", "add_rms_norm", "--dtype", "bf16"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert "through Triton's interpreter" in done.stdout
     assert "4 times as much" in done.stdout
