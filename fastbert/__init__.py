@@ -27,7 +27,7 @@ _PUBLIC = {
     "batch_invariant": "kernels._invariance",
     "explain": "dropin",
     "functional": "functional",
-    "prepack": "layers",
+    "prepack": "inference.weights",
     "register_attention": "dropin",
     "restore": "dropin",
 }

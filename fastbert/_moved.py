@@ -14,6 +14,7 @@ from typing import Any
 _WITHIN = {
     "batching": "text.batching",
     "embed": "encoding.encoder",
+    "graphs": "inference.graphs",
     "tokenizer": "text.tokenizer",
     "workers": "encoding.workers",
 }

@@ -19,7 +19,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .kernels import _device, native, reference
+from .kernels import _cpu, native, reference
+from .kernels import _device as machine
+from .kernels._assembler import assembler as assembler
 from .kernels._invariance import is_batch_invariant
 
 Impl = Literal["triton", "native", "reference"]
@@ -50,11 +52,11 @@ OLDEST_CAPABILITY = (8, 0)
 
 def why_not_triton(device: torch.device) -> str | None:
     """None where Triton kernels run on this device, else the reason they do not."""
-    if not _device.HAS_TRITON:
+    if not machine.HAS_TRITON:
         return "triton is not installed"
     if device.type == "cuda":
         return _why_too_old(device.index)
-    if _device.triton_on_cpu():
+    if machine.triton_on_cpu():
         return None
     return f"Triton needs a CUDA device (this one is {device.type}) or TRITON_INTERPRET=1"
 
@@ -62,7 +64,7 @@ def why_not_triton(device: torch.device) -> str | None:
 def _why_too_old(index: int | None) -> str | None:
     """Why a CUDA device is too old for the kernels, or None. ROCm's capability is the number of AMD's own target
     (gfx942 is 9.4) and says nothing of this kind."""
-    if torch.version.hip is not None or (found := _device.capability(index)) >= OLDEST_CAPABILITY:
+    if torch.version.hip is not None or (found := machine.capability(index)) >= OLDEST_CAPABILITY:
         return None
     return f"the kernels need compute capability {_dotted(OLDEST_CAPABILITY)}, and this card has {_dotted(found)}"
 
@@ -73,6 +75,11 @@ _why_too_old._dynamo_marked_constant = True
 
 def _dotted(capability: tuple[int, int]) -> str:
     return ".".join(map(str, capability))
+
+
+def why_not_cpp() -> str | None:
+    """None where `native` has its C++ operators on a CPU, else the reason it has not."""
+    return _cpu.load()[1]
 
 
 def choose_impl(impl: str | None, device: torch.device) -> Impl:

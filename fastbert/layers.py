@@ -1,8 +1,8 @@
-"""Building blocks as nn.Module, with the names and the parameters that transformers gives them."""
+"""Building blocks with torch's constructors: attention, LayerNorm with a residual, feed-forward, a whole layer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,89 +10,10 @@ import torch.nn as nn
 from torch import Tensor
 
 from . import functional as F
-from .kernels import _prepack, native
-
-
-class JoinedLinears:
-    """Linear layers over one input as a single product: x [..., C] -> [..., sum of their widths].
-
-    The joined weight is made anew where a gradient must reach the parts; without gradients it is kept until a part
-    changes, or not made at all where the parts are multiplied as they lie. The layers are given at every call and not
-    held.
-    """
-
-    def __init__(self):
-        self._weight_and_bias: tuple[Tensor, Tensor | None] | None = None
-        self._made_of: tuple = ()
-
-    def __call__(self, x: Tensor, linears: Sequence[nn.Linear], impl: F.Impl | None = None) -> Tensor:
-        if not torch.is_grad_enabled() and F.choose_impl(impl, x.device) == "native":
-            y = native.linears(x, [linear.weight for linear in linears], [linear.bias for linear in linears])
-            if y is not None:
-                return y
-        return F.linear(x, *self._joined(linears), impl=impl)
-
-    def _joined(self, linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self._join(linears)
-        parameters = [p for linear in linears for p in (linear.weight, linear.bias) if p is not None]
-        if any(p.is_inference() for p in parameters):  # made in inference mode: nothing tells when they change
-            return self._join(linears)
-        state = tuple(map(_prepack.state_of, parameters))
-        if self._weight_and_bias is None or self._made_of != state:
-            self._weight_and_bias, self._made_of = self._join(linears), state
-            _prepack.mark_joined(self._weight_and_bias[0], [linear.weight for linear in linears])
-        return self._weight_and_bias
-
-    @staticmethod
-    def _join(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
-        weight = torch.cat([linear.weight for linear in linears])
-        return weight, None if linears[0].bias is None else torch.cat([linear.bias for linear in linears])
-
-    def __getstate__(self) -> dict:
-        """A pickled or deep-copied one leaves the joined copy behind."""
-        return {"_weight_and_bias": None, "_made_of": ()}
-
-
-class FusedLinears(nn.ModuleDict):
-    """`JoinedLinears` that hold their layers: each stays a module with its own weight and bias, so names, checkpoints
-    and optimisers see what they know."""
-
-    def __init__(self, linears: dict[str, nn.Linear]):
-        super().__init__(linears)
-        self._joined = JoinedLinears()
-
-    def forward(self, x: Tensor, impl: F.Impl | None = None) -> Tensor:
-        return self._joined(x, list(self.values()), impl)
-
-
-def prepack(model: nn.Module) -> nn.Module:
-    """Ready the linear layers of `model` for inference on a CPU; returns it. What `Encoder` does with its own.
-
-    Where the vendor library's products are ahead of ours (AMX, no AVX-512, activations other than GELU), their weights
-    are laid out for it at their first use without gradients, and then held twice. Training them again, loading others
-    or moving them is noticed; writing to a few of their elements through `.data` may not be, so do not. Changes nothing
-    on a GPU.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            _prepack.mark(module.weight)
-    return model
-
-
-def quantise(model: nn.Module) -> nn.Module:
-    """`prepack` with products in 8-bit integers, on a CPU that has them; see `kernels/_int8.py`. Returns the model.
-
-    All else stays in the model's dtype. With gradients and within `batch_invariant()` weights are used as they are.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            _prepack.mark(module.weight, int8=True)
-    return model
-
-
-# ---- with torch's constructors ---------------------------------------------------------------------------
-
+from .inference.weights import FusedLinears as FusedLinears
+from .inference.weights import JoinedLinears as JoinedLinears
+from .inference.weights import prepack as prepack
+from .inference.weights import quantise as quantise
 
 # class name of an activation module, of torch or transformers -> the operators' name for it
 ACTIVATIONS = {

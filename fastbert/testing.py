@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from . import functional
-from .kernels import _device
 
 # Awkward batches, each here for a reason; lengths in tokens.
 LENGTHS = {
@@ -164,7 +163,7 @@ def allowed_factor(dtype: torch.dtype, interpreted_bf16: float = 4.0) -> float:
     Triton's interpreter casts float32 to bf16 by cutting bits off, where cards (and the emulator) round: twice the
     error of each cast, and biased, so that it adds up over a sum.
     """
-    return interpreted_bf16 if dtype == torch.bfloat16 and _device.INTERPRETING else 2.0
+    return interpreted_bf16 if dtype == torch.bfloat16 and functional.machine.INTERPRETING else 2.0
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ import fastbert
 from fastbert import BertConfig, BertModel, Encoder, PackedBatch, Tokenizer, layers
 from fastbert import functional as F
 from fastbert.cli import main as cli
+from fastbert.cli.encode import SUFFIXES
 
 RECORD = Path(__file__).with_suffix(".json")
 KEPT = 12  # numbers of a tensor, evenly spaced over it; with its sum they show most of what may go wrong
@@ -437,7 +438,7 @@ def command_encode():
     place = folder()
     (place / "texts.txt").write_text("\n".join(TEXTS) + "\n")
     common = ["encode", place / "texts.txt", "--model", place, "--device", "cpu", "--dtype", "float32"]
-    said = [command(*common, "-o", place / f"out{suffix}") for suffix in cli.SUFFIXES]
+    said = [command(*common, "-o", place / f"out{suffix}") for suffix in SUFFIXES]
     lines = (place / "out.jsonl").read_text().splitlines()
     vectors = torch.tensor([json.loads(line)["embedding"] for line in lines])
     return vectors, json.dumps(said), json.dumps([json.loads(line)["text"] for line in lines])

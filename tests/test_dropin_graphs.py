@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 import fastbert
-from fastbert import graphs as recordings
 from fastbert.config import BertConfig
 from fastbert.dropin.facts import FAMILIES
-from fastbert.graphs import TOKENS, Graphs, bucket_of
+from fastbert.inference import graphs as recordings
+from fastbert.inference.graphs import TOKENS, Graphs, bucket_of
 from fastbert.models.bert import BertModel
 from fastbert.packing import PackedBatch
 

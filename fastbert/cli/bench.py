@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
+ORDER = 4
 SUMMARY = "time fastbert beside the real alternatives on this machine"
 WHERE = (
     "the benchmarks are in fastbert's repository, not in the installed package: clone it, then run "

@@ -29,6 +29,7 @@ from .options import (
 if TYPE_CHECKING:
     from ..text.files import Line
 
+ORDER = 1
 SUMMARY = "turn texts into vectors"
 SUFFIXES = (".npy", ".safetensors", ".jsonl")
 

@@ -1,7 +1,8 @@
 """The `fastbert` command: read the arguments here, import torch only once there is work to do.
 
-A command is a file in this folder, which nothing else names: SUMMARY, a line about it; `add_arguments(parser)`, asked
-only when the command is run; `run(args)`, which gives the exit code. At its top it imports nothing that takes time.
+A command is a file in this folder, which nothing else names: SUMMARY, a line about it; ORDER, its place in the list of
+commands; `add_arguments(parser)`, asked only when the command is run; `run(args)`, which gives the exit code. At its
+top it imports nothing that takes time.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 141 the reader of the output went away. Whatever goes
 wrong is said in one line on standard error; FASTBERT_DEBUG=1 shows the traceback instead.
@@ -102,7 +103,7 @@ def _clean_up_when_terminated() -> Iterator[None]:
 
 def commands_found() -> list[ModuleType]:
     names = {module.name for module in pkgutil.iter_modules([os.path.dirname(__file__)])} - {"main", "options"}
-    return [import_module(f".{name}", __package__) for name in sorted(names)]
+    return sorted((import_module(f".{name}", __package__) for name in names), key=lambda command: command.ORDER)
 
 
 def build_parser() -> Parser:

@@ -10,7 +10,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from .. import functional as F
-from ..graphs import Graphs
+from ..inference.graphs import Graphs
 from ..packing import PackedBatch
 from . import facts as table
 from .encoder import EncoderForward

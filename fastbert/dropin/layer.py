@@ -8,8 +8,7 @@ from functools import partial
 import torch.nn as nn
 from torch import Tensor
 
-from ..kernels import _prepack
-from ..layers import JoinedLinears
+from ..inference.weights import JoinedLinears, release
 from . import facts as table
 from .forward import Forward
 from .parts import LayerParts, at, has, parts_of
@@ -40,9 +39,9 @@ class LayerForward(Forward):
 
     def remove(self) -> None:
         super().remove()
-        for path in self.facts.linears:
-            if has(self.module, f"{path}.weight") and isinstance(weight := at(self.module, f"{path}.weight"), Tensor):
-                _prepack.unmark(weight)
+        paths = (f"{path}.weight" for path in self.facts.linears)
+        weights = (at(self.module, path) for path in paths if has(self.module, path))
+        release(weight for weight in weights if isinstance(weight, Tensor))
 
     def __call__(self, *args, **kwargs):
         if not (len(args) == 3 and isinstance(args[1], Shared)):

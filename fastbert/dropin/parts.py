@@ -15,7 +15,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..graphs import CONTAINERS
+from ..inference.graphs import CONTAINERS
 from ..layers import activation_name
 from . import facts as table
 from .forward import Forward

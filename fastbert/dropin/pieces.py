@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import functional as F
-from ..kernels import _prepack
-from ..layers import JoinedLinears
+from ..inference import weights
+from ..inference.weights import JoinedLinears
 from ..models.bert import Pass
 from .parts import LayerParts, Part, usable
 
@@ -144,8 +144,7 @@ def call(part: Part, x: Tensor, shared: Shared) -> Tensor:
 def readied(shared: Shared, *linears: nn.Linear) -> None:
     """Lays out the weights of plain layers for the products of inference, at their first use."""
     if shared.infers:
-        for linear in linears:
-            _prepack.mark(linear.weight)
+        weights.ready(linears)
 
 
 def apart(*parts: Part) -> bool:

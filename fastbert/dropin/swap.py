@@ -7,7 +7,7 @@ import warnings
 import torch.nn as nn
 
 from .. import functional as F
-from ..graphs import Graphs, graphs_for
+from ..inference.graphs import Graphs, graphs_for
 from . import sentence, torch_layers
 from .encoder import EncoderForward
 from .explain import explain

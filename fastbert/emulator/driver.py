@@ -35,7 +35,7 @@ from triton.runtime import driver as _triton_driver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..kernels import _device
+from ..functional import machine
 
 KB = 1024
 # triton's backend, architecture and warp size; shared memory that one program may take
@@ -105,19 +105,19 @@ def offline(
     Raises: ValueError on an unknown architecture; RuntimeError where TRITON_INTERPRET is set.
     """
     driver = OfflineDriver(arch, on_launch, compiles)
-    before = _triton_driver._active, _device.stand_in(driver.card)
+    before = _triton_driver._active, machine.stand_in(driver.card)
     try:
         _triton_driver.set_active(driver)
         yield driver
     finally:
         _triton_driver.set_active(before[0])
-        _device.stand_in(before[1])
+        machine.stand_in(before[1])
 
 
 def activate(arch: str, on_launch: Callable[[Launch], None] | None = None, compiles: bool = True) -> OfflineDriver:
     """`offline` for the rest of the process."""
     driver = OfflineDriver(arch, on_launch, compiles)
-    _device.stand_in(driver.card)
+    machine.stand_in(driver.card)
     _triton_driver.set_active(driver)
     return driver
 
@@ -128,12 +128,12 @@ class OfflineDriver:
     def __init__(self, arch: str, on_launch: Callable[[Launch], None] | None, compiles: bool):
         if arch not in CARDS:
             raise ValueError(f"arch must be one of {', '.join(CARDS)}, got {arch!r}")
-        if _device.INTERPRETING:
+        if machine.INTERPRETING:
             raise RuntimeError("under TRITON_INTERPRET kernels are not compiled: start the process without it")
         self.arch, self.on_launch, self.compiles = arch, on_launch, compiles
         self._target, max_shared = CARDS[arch]
         number = 94 if self._target.backend == "hip" else self._target.arch  # of the MI300, as torch gives it
-        self.card = _device.Card(arch, divmod(number, 10), MULTIPROCESSORS)
+        self.card = machine.Card(arch, divmod(number, 10), MULTIPROCESSORS)
         # Triton keeps what it bound by this name: never that of a real card, whose numbers count from 0
         self._device = arch if compiles else f"{arch}, not compiled" if on_launch else f"{arch}, nothing launched"
         self.utils = _Utils(self._target, max_shared)

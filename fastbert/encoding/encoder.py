@@ -15,8 +15,7 @@ from torch import Tensor
 from .. import checkpoint
 from .. import functional as F
 from ..formats import opened
-from ..kernels import _int8
-from ..layers import prepack, quantise
+from ..inference.weights import prepack, quantise, why_not_int8
 from ..models.bert import BertModel
 from ..packing import PackedBatch
 from ..text.batching import CHUNK_TEXTS, chunks_of, even_batches, filling, one_ahead, run_batches, tokens_per_batch
@@ -141,7 +140,7 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
 
 def _expect_int8(device: torch.device, impl: F.Impl | None) -> None:
     """Raises ValueError, saying why, where int8 is not to be had."""
-    reason = _int8.why_not()
+    reason = why_not_int8()
     if device.type != "cpu":
         reason = f"it is for CPUs, and the device is {device}"
     elif F.choose_impl(impl, device) != "native":

@@ -30,8 +30,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from . import functional as F
-from .packing import PackedBatch
+from .. import functional as F
+from ..packing import PackedBatch
 
 # P of the buckets. Two an octave: at most a third of a bucket's tokens are there to fill it.
 TOKENS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)

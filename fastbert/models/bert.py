@@ -19,9 +19,9 @@ from .. import checkpoint
 from .. import functional as F
 from ..config import BertConfig
 from ..formats import open_model, opened
-from ..graphs import Graphs, graphs_for, why_not_recorded
-from ..kernels import _cpu, _prepack
-from ..layers import FusedLinears
+from ..inference import one_call
+from ..inference.graphs import Graphs, graphs_for, why_not_recorded
+from ..inference.weights import FusedLinears
 from ..packing import PackedBatch
 
 
@@ -148,7 +148,7 @@ class BertLayer(nn.Module):
         )  # fmt: skip
 
     def tensors(self) -> list[Tensor] | None:
-        """Weight and bias of each module in the order of `_cpu.layer_shapes`; None if the layer is no longer plain."""
+        """Weight and bias of each module in the order of `one_call.run`; None if the layer is no longer plain."""
         # by way of the dictionaries: nn.Module's own attributes take ten times as long
         parts, attention = self._modules, self._modules["attention"]._modules
         qkv, output, last = attention["self"], attention["output"]._modules, parts["output"]._modules
@@ -166,7 +166,7 @@ class BertLayer(nn.Module):
         if tuple(map(type, modules)) != PLAIN_LAYER:
             return None
         tensors = [t for m in modules for t in (m._parameters["weight"], m._parameters["bias"])]
-        return None if any(t is None or _prepack.is_int8(t) for t in tensors) else tensors
+        return tensors if one_call.is_plain(tensors) else None
 
     def probabilities(self, x: Tensor, shared: Pass) -> Tensor:
         """Attention probabilities [B, H, S, S] of this layer for its input x [T, C], zero at padding. A plain path."""
@@ -282,8 +282,8 @@ class BertModel(nn.Module):
         """From here on short batches replay recorded launches, or no longer do. Returns the model.
 
         One recording for each bucket of total tokens, 16 to 4,096 of them, made when it is first met: see
-        `fastbert.graphs`. In evaluation mode with gradients off, of ids, without attentions and hidden states; other
-        calls run as without. A recording is dropped when a parameter changes. `self.graphs.calls` counts.
+        `fastbert.inference.graphs`. In evaluation mode with gradients off, of ids, without attentions and hidden
+        states; other calls run as without. A recording is dropped when a parameter changes. `self.graphs.calls` counts.
 
         Raises: ValueError where the model is not on a CUDA device.
         """
@@ -385,18 +385,16 @@ class BertModel(nn.Module):
         return _shown(x, batch, hidden_states)
 
     def _in_one_call(self, x: Tensor, batch: PackedBatch) -> Tensor | None:
-        """x [T, C] of the last layer on a CPU, where going from operator to operator can cost as much as the operators
-        (kernels/_cpu_layer.cpp); None where the layers have to be called one after another."""
-        if torch.compiler.is_compiling() or not _cpu.whole_layers(x.nbytes, x.dtype):
+        """x [T, C] of the last layer by `one_call`, or None where the layers have to be called one after another."""
+        if not one_call.is_ahead(x.nbytes, x.dtype) or (tensors := self._tensors_of_layers()) is None:
             return None
-        config, tensors = self.config, self._tensors_of_layers()
-        sizes = config.num_attention_heads, config.intermediate_size
-        if tensors is None or not _cpu.takes_encoder_layers(x, tensors, batch.cu_seqlens, *sizes):
-            return None
-        return _cpu.encoder_layers(x, tensors, batch.cu_seqlens, *sizes, config.layer_norm_eps)
+        config = self.config
+        return one_call.run(
+            x, tensors, batch.cu_seqlens, config.num_attention_heads, config.intermediate_size, config.layer_norm_eps
+        )
 
     def _tensors_of_layers(self) -> list[Tensor] | None:
-        """What `_cpu.encoder_layers` takes, or None where it cannot stand for the layers."""
+        """What `one_call.run` takes, or None where it cannot stand for the layers."""
         if self.training or self.config.activation != "gelu" or _hooks_everywhere():
             return None
         if F.choose_impl(self.impl, self.device) != "native":
@@ -412,7 +410,7 @@ class BertModel(nn.Module):
     def takes_in_one_call(self, tokens: int) -> bool:
         """Whether a pass of so many tokens without gradients needs no kernel of the vendor library's."""
         size = tokens * self.config.hidden_size * self.dtype.itemsize
-        return _cpu.whole_layers(size, self.dtype) and self._tensors_of_layers() is not None
+        return one_call.is_ahead(size, self.dtype) and self._tensors_of_layers() is not None
 
     def _replayed(self, batch: PackedBatch) -> Tensor | None:
         """x [T, C] by a recording, or None where there is to be none."""

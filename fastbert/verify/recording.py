@@ -24,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..kernels import _device
+from ..functional import machine
 from ..testing import Check, ModelShape, Runs, budget, relative_rms, run_op
 from .cases import DTYPES, Task
 from .checks import Result, factor_of, result_of
@@ -36,14 +36,14 @@ def environment(device: torch.device, impl: str) -> dict[str, str]:
     """What decides the bits that come out: device, architecture, versions, assembler; empty where there is no such."""
     name, arch, compiler, assembler = "CPU", "", "", ""
     if device.type == "cuda":
-        name, arch = torch.cuda.get_device_name(device), _device.arch(device.index)
+        name, arch = torch.cuda.get_device_name(device), machine.arch(device.index)
     elif impl == "triton":
-        name, arch = "the interpreter" if _device.INTERPRETING else "the emulator", _device.arch()
+        name, arch = "the interpreter" if machine.INTERPRETING else "the emulator", machine.arch()
     if impl == "triton":
         import triton
 
         compiler = triton.__version__
-        assembler = "" if torch.version.hip or _device.INTERPRETING else f"ptxas {triton.knobs.nvidia.ptxas.version}"
+        assembler = "" if torch.version.hip or machine.INTERPRETING else f"ptxas {triton.knobs.nvidia.ptxas.version}"
     return {
         "format": FORMAT, "device": name, "arch": arch, "impl": impl, "fastbert": version("fastbert"),
         "torch": torch.__version__, "triton": compiler, "assembler": assembler,

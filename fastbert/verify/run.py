@@ -15,8 +15,7 @@ from typing import Any
 import torch
 
 from .. import functional
-from ..kernels import _device
-from ..kernels._assembler import assembler
+from ..functional import assembler, machine
 from ..testing import allowed_factor
 from . import jobs
 from .cases import CASES, DTYPES, Task, pick_device, tasks
@@ -28,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     if refusal := _refusal(args):
         print(f"fastbert verify: {refusal}", file=sys.stderr)
         return 2
-    if args.emulate and _device.INTERPRETING:
+    if args.emulate and machine.INTERPRETING:
         return _again(args, interpreting=False)
     with _emulation(args.emulate):
         try:
@@ -44,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _refusal(args: argparse.Namespace) -> str | None:
     """Why these arguments cannot be run at all, if so."""
-    if args.impl == "triton" and not _device.HAS_TRITON:
+    if args.impl == "triton" and not machine.HAS_TRITON:
         return "triton is not installed; --impl native checks the CPU operators"
     if args.emulate and args.impl != "triton":
         return f"--emulate executes Triton kernels; --impl {args.impl} has none"
@@ -178,8 +177,8 @@ def _room(device: torch.device) -> float:
 def _describe(device: torch.device) -> str:
     if device.type != "cuda":
         return f"CPU, torch {torch.__version__}"
-    arch = _device.arch(device.index)
-    assembled = f", {assembler(arch)}" if _device.HAS_TRITON and arch.startswith("sm_") else ""
+    arch = machine.arch(device.index)
+    assembled = f", {assembler(arch)}" if machine.HAS_TRITON and arch.startswith("sm_") else ""
     return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}{assembled}"
 
 
