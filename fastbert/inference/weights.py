@@ -11,7 +11,10 @@ from torch import Tensor
 from .. import functional as F
 from ..kernels import _int8, _prepack, native
 
-why_not_int8 = _int8.why_not  # why this machine multiplies no 8-bit integers, or None
+
+def why_not_int8() -> str | None:
+    """Why this machine does not multiply 8-bit integers; None where it does."""
+    return _int8.why_not()
 
 
 def ready(linears: Iterable[nn.Linear], int8: bool = False) -> None:
