@@ -14,6 +14,7 @@ Shapes use T tokens in the packed batch, B sequences, H heads, D head_dim, C hid
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -206,7 +207,7 @@ def attention(
         sequence_ids: [B] int64 or int32 names of the sequences for dropout; by default 0 to B - 1.
         scale: softmax scale, by default D ** -0.5.
         return_lse: also return lse, [H, Tq] float32, natural logarithm (-inf where a row has no key).
-        schedule: `attention_schedule(...)` of this batch, to share among layers.
+        schedule: `attention_schedule(...)` of this batch and implementation, to share among layers.
 
     Returns: o [Tq, H, D] in q's dtype. A row that may attend to no key is zero, and so are its gradients.
     Raises: ValueError on shapes, dtypes or devices that do not fit.
@@ -280,6 +281,7 @@ def attention_padded(
     sequence_ids: Tensor | None = None,
     scale: float | None = None,
     return_lse: bool = False,
+    schedule: Any = None,
     impl: Impl | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`attention` over padded views: q [B, Sq, H, D], k, v [B, Sk, Hk, D], right-padded, nothing copied.
@@ -287,6 +289,7 @@ def attention_padded(
     Args:
         seqlens: [B] int32, real rows of each sequence of q; by default all Sq.
         seqlens_k: [B] int32 for k and v; by default `seqlens` where Sk equals Sq, else all Sk.
+        schedule: `attention_schedule(seqlens, Sq, padded=True)`, to share among layers.
         All others as in `attention`.
 
     Returns: o [B, Sq, H, D], zero past each length (and lse [B, H, Sq] float32, -inf there).
@@ -306,20 +309,47 @@ def attention_padded(
     return _resolve("attention_padded", impl, q)(
         q, k, v, seqlens, seqlens_k,
         bias=bias, mask=mask, alibi_slopes=alibi_slopes, window=window, rotary=rotary, dropout_p=dropout_p,
-        seed=seed, stream=stream, sequence_ids=sequence_ids, scale=scale, return_lse=return_lse,
+        seed=seed, stream=stream, sequence_ids=sequence_ids, scale=scale, return_lse=return_lse, schedule=schedule,
     )  # fmt: skip
 
 
-def attention_schedule(cu_seqlens: Tensor, total_tokens: int, impl: Impl | None = None) -> Any:
+def attention_schedule(
+    spans: Tensor,
+    size: int,
+    impl: Impl | None = None,
+    *,
+    spans_k: Tensor | None = None,
+    padded: bool = False,
+    lengths: Sequence[int] | None = None,
+    entries: Tensor | None = None,
+) -> Any:
     """What `attention` derives from a batch's lengths, made once and shared by all layers of a forward pass.
 
-    Opaque: pass it as `schedule=`. It belongs to this cu_seqlens (self-attention) and this implementation.
+    Opaque: pass it as `schedule=`. It belongs to these lengths and this implementation.
+
+    Args:
+        spans, size: cu_seqlens [B + 1] int32 and the total of tokens; padded: seqlens [B] int32 and the width.
+        spans_k: cu_seqlens_k or seqlens_k, in cross-attention.
+        lengths: of the B packed sequences, where the host knows them and k has the same. Kernels that no sequence of
+            these lengths needs are then not launched.
+        entries: `attention_entries(lengths)` on the device of spans. Without it a kernel there makes them.
+
+    Raises: ValueError where lengths are not B that add up to size.
     """
-    impl = choose_impl(impl, cu_seqlens.device)
-    if impl == "reference":
-        return None
-    module = _triton_module("attention") if impl == "triton" else native
-    return module.attention_schedule(cu_seqlens, total_tokens)
+    impl = choose_impl(impl, spans.device)
+    if impl == "triton":
+        return _triton_module("attention").attention_schedule(spans, size, spans_k, padded, lengths, entries)
+    if impl == "reference" or padded or spans_k is not None:
+        return None  # these go by the lengths themselves
+    return native.attention_schedule(spans, size, lengths)
+
+
+def attention_entries(lengths: Sequence[int], device: torch.device) -> Tensor | None:
+    """The part of `attention_schedule` that has to be on `device`, made on the host: [n, 2] int32 on the CPU.
+
+    None where no Triton kernels run on that device: the other implementations have no use for it.
+    """
+    return None if why_not_triton(device) else _triton_module("attention").attention_entries(lengths)
 
 
 # ---- normalisation ---------------------------------------------------------------------------------------

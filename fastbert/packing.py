@@ -8,10 +8,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from . import functional as F
+
+# Kernels are compiled for tensors that begin at multiples of 16 bytes, so those that share a buffer do.
+ALIGNMENT = 16
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,8 @@ class PackedBatch:
         indices: [T] int64, where each token came from in the flattened [B * S] padded batch, or None: the batch had
             no padding (or was never padded).
         padded_shape: (B, S) of the padded batch it came from, or None.
+        lengths: of the B sequences, or None: only the device knows them.
+        entries: `functional.attention_entries(lengths)` where cu_seqlens is, or None: not made on the host.
     """
 
     input_ids: Tensor | None
@@ -36,6 +44,8 @@ class PackedBatch:
     max_seqlen: int
     indices: Tensor | None = None
     padded_shape: tuple[int, int] | None = None
+    lengths: tuple[int, ...] | None = None
+    entries: Tensor | None = None
 
     @classmethod
     def from_lists(
@@ -45,7 +55,10 @@ class PackedBatch:
         *,
         device: torch.device | str | None = None,
     ) -> PackedBatch:
-        """Packs what a tokenizer returns. Lengths are known on the host, so nothing here waits for a device."""
+        """Packs what a tokenizer returns. Lengths are known on the host, so nothing here waits for a device.
+
+        All that a device needs, attention's list of tiles included, goes there in one copy.
+        """
         lengths = np.fromiter(map(len, input_ids), np.int64, len(input_ids))
         total = int(lengths.sum())
         starts = np.zeros(len(lengths) + 1, np.int32)
@@ -63,8 +76,10 @@ class PackedBatch:
             positions=torch.from_numpy(positions),
             cu_seqlens=torch.from_numpy(starts),
             max_seqlen=int(lengths.max(initial=0)),
+            lengths=tuple(lengths.tolist()),
         )
-        return batch if device is None else batch.to(device)
+        device = torch.device("cpu" if device is None else device)
+        return batch._with_entries(device) if device.type == "cpu" else batch.to(device)
 
     @classmethod
     def from_padded(
@@ -75,6 +90,7 @@ class PackedBatch:
         position_ids: Tensor | None = None,
         *,
         shape: tuple[int, int] | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> PackedBatch:
         """Drops the padding of a [B, S] batch: right-padded, left-padded or with holes, by any 0/1 mask.
 
@@ -82,9 +98,11 @@ class PackedBatch:
         otherwise. A row without any real token becomes an empty sequence. With a mask on a GPU this waits once for
         the device, because the number of tokens depends on the mask; without a mask it never does.
 
-        `shape` is (B, S) where input_ids is None.
+        `shape` is (B, S) where input_ids is None. `lengths` are the real tokens of each row, for who knows them: then
+        nothing waits.
         """
         rows, width = input_ids.shape if shape is None else shape
+        longest = width
         device = next(t.device for t in (input_ids, attention_mask, token_type_ids, position_ids) if t is not None)
         columns = torch.arange(width, device=device).expand(rows, width)
         positions = columns if position_ids is None else position_ids.expand(rows, width)
@@ -92,15 +110,22 @@ class PackedBatch:
         if attention_mask is None:
             indices, kept = None, [None if plane is None else plane.reshape(-1) for plane in planes]
             cu_seqlens = torch.arange(rows + 1, dtype=torch.int32, device=device) * width
+            lengths = None if torch.compiler.is_compiling() else (width,) * rows
         else:
             if attention_mask.shape != (rows, width):
                 raise ValueError(f"attention_mask must be {(rows, width)}, got {tuple(attention_mask.shape)}")
             real = attention_mask != 0
-            indices = real.reshape(-1).nonzero().squeeze(1)
+            counts = real.sum(1)
+            if torch.compiler.is_compiling():  # a length that is read on the host would be baked in
+                indices = real.reshape(-1).nonzero().squeeze(1)
+            else:
+                lengths = tuple(counts.tolist() if lengths is None else lengths)
+                indices = real.reshape(-1).nonzero_static(size=sum(lengths)).squeeze(1)
+                longest = max(lengths, default=0)
             kept = [None if plane is None else plane.reshape(-1)[indices] for plane in planes]
             cu_seqlens = torch.zeros(rows + 1, dtype=torch.int32, device=device)
-            torch.cumsum(real.sum(1), 0, out=cu_seqlens[1:])
-        return cls(*kept, cu_seqlens, width, indices, (rows, width))
+            torch.cumsum(counts, 0, out=cu_seqlens[1:])
+        return cls(*kept, cu_seqlens, longest, indices, (rows, width), lengths)
 
     @property
     def total_tokens(self) -> int:
@@ -145,11 +170,44 @@ class PackedBatch:
         flat = x.reshape(-1, *x.shape[2:])
         return flat if self.indices is None else flat[self.indices]
 
+    def schedule(self, impl: F.Impl | None = None) -> Any:
+        """What `attention` derives from the lengths, as its `schedule`."""
+        if torch.compiler.is_compiling():  # lengths that the host knows would be baked in
+            return F.attention_schedule(self.cu_seqlens, self.total_tokens, impl)
+        return F.attention_schedule(
+            self.cu_seqlens, self.total_tokens, impl, lengths=self.lengths, entries=self.entries
+        )
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
-        """The same batch on another device."""
-        moved = {
-            f.name: getattr(self, f.name).to(device, non_blocking=non_blocking)
-            for f in fields(self)
-            if isinstance(getattr(self, f.name), Tensor)
-        }
-        return replace(self, **moved)
+        """The same batch on another device. From the host to a device all of it goes in one copy, and nothing waits."""
+        device = torch.device(device)
+        if self.cu_seqlens.device.type == "cpu" and device.type != "cpu":
+            return self._with_entries(device)._in_one_copy(device)
+        return replace(self, **{name: t.to(device, non_blocking=non_blocking) for name, t in self._tensors().items()})
+
+    def _tensors(self) -> dict[str, Tensor]:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+    def _with_entries(self, device: torch.device) -> PackedBatch:
+        """With the entries of attention's list where kernels on `device` go by them."""
+        if self.lengths is None or self.entries is not None:
+            return self
+        return replace(self, entries=F.attention_entries(self.lengths, device))
+
+    def _in_one_copy(self, device: torch.device) -> PackedBatch:
+        """Every tensor, from the host to `device` by way of one buffer, whose views they are there."""
+        tensors = self._tensors()
+        sizes = [-(-t.nbytes // ALIGNMENT) * ALIGNMENT for t in tensors.values()]
+        # pinned, so that the copy can go on while the host does; torch keeps the memory until it is over
+        host = torch.empty(sum(sizes), dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
+        for part, t in zip(host.split(sizes), tensors.values(), strict=True):
+            part[: t.nbytes].view(t.dtype).view(t.shape).copy_(t)
+        there = host.to(device, non_blocking=True).split(sizes)
+        return replace(
+            self,
+            **{
+                name: part[: t.nbytes].view(t.dtype).view(t.shape)
+                for part, (name, t) in zip(there, tensors.items(), strict=True)
+            },
+        )

@@ -49,7 +49,7 @@ def _attention_bwd_dq_kernel(
     HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_ROTARY: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_IDS: tl.constexpr, HAS_DLSE: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    TILE: tl.constexpr, SHORT: tl.constexpr, SKIP: tl.constexpr, PRECISION: tl.constexpr,
+    TILE: tl.constexpr, SHORT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """delta and dq of BLOCK_M rows of one sequence and head, a sum over the sequence's keys in order."""
     sequence, row, head = _scheduled_block(schedule_ptr, first_entry, n_heads, BLOCK_M, TILE)
@@ -57,8 +57,6 @@ def _attention_bwd_dq_kernel(
         return
     start_q, length_q = _span(spans_q_ptr, sequence, PADDED)
     start_k, length_k = _span(spans_k_ptr, sequence, PADDED)
-    if (tl.maximum(length_q, length_k) <= SKIP) & (length_q > 0):
-        return  # sequences of one tile that have rows have a kernel of their own
     n_out = width_q if PADDED else length_q
     if row >= n_out:
         return
@@ -155,7 +153,7 @@ def _attention_bwd_dkv_kernel(
     HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_ROTARY: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_IDS: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    TILE: tl.constexpr, SHORT: tl.constexpr, SKIP: tl.constexpr, PRECISION: tl.constexpr,
+    TILE: tl.constexpr, SHORT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of BLOCK_N keys of one sequence and key head, a sum over its query heads and rows in order."""
     n_kv_heads = n_heads // GROUP
@@ -164,8 +162,6 @@ def _attention_bwd_dkv_kernel(
         return
     start_q, length_q = _span(spans_q_ptr, sequence, PADDED)
     start_k, length_k = _span(spans_k_ptr, sequence, PADDED)
-    if (tl.maximum(length_q, length_k) <= SKIP) & (length_q > 0):
-        return  # sequences of one tile that have rows have a kernel of their own
     n_out = width_k if PADDED else length_k
     if col >= n_out:
         return

@@ -270,9 +270,9 @@ def _attention_fwd_kernel(
     HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_ROTARY: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_IDS: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    TILE: tl.constexpr, SHORT: tl.constexpr, SKIP: tl.constexpr, PRECISION: tl.constexpr,
+    TILE: tl.constexpr, SHORT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """o and lse of BLOCK_M rows of one sequence and head. Sequences of at most SKIP tokens are another kernel's."""
+    """o and lse of BLOCK_M rows of one sequence and head."""
     sequence, row, head = _scheduled_block(schedule_ptr, first_entry, n_heads, BLOCK_M, TILE)
     if sequence < 0:
         return
@@ -280,8 +280,6 @@ def _attention_fwd_kernel(
     start_k, length_k = _span(spans_k_ptr, sequence, PADDED)
     n_out = width_q if PADDED else length_q  # padding rows are written too, as zeros
     if row >= n_out:
-        return
-    if (tl.maximum(length_q, length_k) <= SKIP) & (length_q > 0):
         return
     b, h = sequence.to(tl.int64), head.to(tl.int64)
     q_ptr += b * stride_qb + start_q * stride_qt + h * stride_qh

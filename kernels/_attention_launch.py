@@ -1,4 +1,4 @@
-"""Attention's list of tiles, and which kernel is launched over which part of it with what arguments."""
+"""Which of attention's kernels is launched over which part of the list of tiles, with what arguments."""
 
 from __future__ import annotations
 
@@ -30,50 +30,6 @@ from ._random import keep_threshold
 
 LOG2_E = 1.4426950408889634
 UNBOUNDED = 1 << 29  # no window; sums with a position stay within int32
-
-
-# ---- schedule ------------------------------------------------------------------------------------------------
-
-
-def schedule_tiles(spans: Tensor, other_spans: Tensor | None, size: int, padded: bool) -> Tensor:
-    """The tiles of q (or of k) as [n, 2] int32 entries (sequence, tile), longest sequence first. No synchronisation.
-
-    First come the tiles of long sequences, then one entry for each short one (at most SHORT rows in q and in k);
-    (-1, 0) fills both parts up to a length that the host knows. spans: cu_seqlens [B + 1] and size = total tokens, or
-    padded: lengths [B] and size = width, where tiles of padding count too, since someone has to write their zeros.
-    other_spans: those of k (or of q) in cross-attention.
-    """
-    n_long, n_short = schedule_sizes(spans, other_spans, size, padded)
-    if n_short == 0:
-        return spans.new_full((n_long, 2), -1)
-    lengths, order = (spans if padded else spans.diff()).sort(descending=True, stable=True)
-    is_short = lengths <= SHORT
-    if other_spans is not None:
-        is_short &= (other_spans if padded else other_spans.diff())[order] <= SHORT
-
-    tiles = torch.full_like(lengths, cdiv(size, TILE)) if padded else (lengths + (TILE - 1)) // TILE
-    tiles = tiles.masked_fill(is_short, 0)
-    ends = tiles.cumsum(0)
-    index = torch.arange(n_long, device=spans.device)
-    rank = torch.searchsorted(ends, index, right=True)  # whose tile this is; past the last one: a surplus entry
-    surplus = rank == n_short
-    rank = rank.clamp(max=n_short - 1)
-    sequence, tile = order[rank].masked_fill(surplus, -1), (index - (ends - tiles)[rank]).masked_fill(surplus, 0)
-
-    short = torch.stack((order.masked_fill(~is_short, -1), torch.zeros_like(order)), dim=1)
-    return torch.cat((torch.stack((sequence, tile), dim=1), short)).to(torch.int32)
-
-
-def schedule_sizes(spans: Tensor, other_spans: Tensor | None, size: int, padded: bool) -> tuple[int, int]:
-    """Entries for tiles of long sequences, at least as many as there can be, and for short sequences."""
-    if padded:
-        return spans.shape[0] * ((size + TILE - 1) // TILE), spans.shape[0]
-    batch = spans.shape[0] - 1
-    n_long = size // TILE + batch  # as if the last tile of each held one token
-    if other_spans is None:
-        n_long = torch.sym_min(n_long, size // SHORT)  # but a long sequence has over SHORT tokens for each of its tiles
-    # never one entry in all: on a size of one torch.compile would specialise
-    return n_long + 1, batch
 
 
 # ---- launchers -----------------------------------------------------------------------------------------------
@@ -225,48 +181,61 @@ def _forward_plans(config_of: Callable, traits: _Traits, strides: tuple[int, ...
     of_tile = of_tile if plain else None
     full, plain_tensors = (f"{_INPUTS} schedule_ptr {options} o_ptr lse_ptr" for options in (_MODIFIERS, _DROPOUT))
     numbers = "first_entry width_q stream_id"
-    skip = {"SKIP": TILE if of_tile else 0}
-    loop = _plan(_attention_fwd_kernel, full, f"{numbers} {_WINDOW}", config, traits, strides, TILE=TILE, **skip)
+    loop = _plan(_attention_fwd_kernel, full, f"{numbers} {_WINDOW}", config, traits, strides, TILE=TILE)
     tile = short = None
     if of_tile:
         tile = _plan(_attention_fwd_tile_kernel, plain_tensors, numbers, of_tile, traits, strides, TILE=TILE)
     if of_short and plain:
         short = _plan(_attention_fwd_heads_kernel, plain_tensors, numbers, of_short, traits, strides, TILE=SHORT)
     elif of_short:
-        short = _plan(
-            _attention_fwd_kernel, full, f"{numbers} {_WINDOW}", of_short, traits, strides, TILE=SHORT, **skip
-        )
+        short = _plan(_attention_fwd_kernel, full, f"{numbers} {_WINDOW}", of_short, traits, strides, TILE=SHORT)
     return _Forward(loop, TILE // config.block_m * traits.heads, tile, short, plain)
 
 
-def launch_forward(q, k, v, spans_q, spans_k, schedule, longest, *given):
+def launch_forward(q, k, v, spans_q, spans_k, schedule, parts, *given):
+    """schedule, parts: the entries, and (n_long, n_medium, longest): see `_parts`."""
     o, lse = forward_outputs(q)
     q, k, v = unit_stride(q, k, v)
     options = _Options(*given)
     plans = _forward_plans(attention_config, options.traits(q, k), _row_strides(q, k, v))
     heads = q.shape[-2]
-    n_long, n_short = _parts(schedule, _batch(q, spans_q), longest, plans.short is not None)
+    (first_loop, n_loop), (first_tile, n_tile), (first_short, n_short) = _parts(schedule, parts, plans)
 
     inputs, outputs = (q, k, v, spans_q, spans_k, schedule), (o, lse)
     full = (*inputs, *options.tensors(), *outputs)
     dropout = (*inputs, options.seed, options.sequence_ids, *outputs)
     numbers, window = (q.shape[-3], options.stream), (options.window_left, options.window_right)
-    if n_long and (plans.tile is None or longest > TILE):
-        plans.loop((n_long * plans.programs,), full, (0, *numbers, *window))
-    if n_long and plans.tile is not None:
-        plans.tile((n_long * heads,), dropout, (0, *numbers))
+    if n_loop:
+        plans.loop((n_loop * plans.programs,), full, (first_loop, *numbers, *window))
+    if n_tile:
+        plans.tile((n_tile * heads,), dropout, (first_tile, *numbers))
     if n_short and plans.plain:
-        plans.short((n_short * heads,), dropout, (schedule.shape[0] - n_short, *numbers))
+        plans.short((n_short * heads,), dropout, (first_short, *numbers))
     elif n_short:
-        plans.short((n_short * heads,), full, (schedule.shape[0] - n_short, *numbers, *window))
+        plans.short((n_short * heads,), full, (first_short, *numbers, *window))
     return o, lse
 
 
-def _parts(schedule: Tensor, batch: int, longest: int, has_short: bool) -> tuple[int, int]:
-    """Entries for the kernels with loops, then for those of short sequences, if there are such."""
-    if not has_short:
-        return schedule.shape[0], 0
-    return schedule.shape[0] - batch if longest > SHORT else 0, batch
+def _parts(
+    schedule: Tensor, parts: tuple[int, int, int], plans: _Forward | _Backward
+) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+    """(first entry, entries) for the kernels with loops, the kernel for a tile, and the one for short sequences.
+
+    parts: entries in the long and in the medium part of the list, and a bound for the longest sequence. The kernels
+    with loops take over the part that has no kernel of its own. Nothing is launched for a part without entries, or
+    where the bound says that all of them are surplus.
+    """
+    n_long, n_medium, longest = parts
+    first_short, end = n_long + n_medium, schedule.shape[0]
+    end_loop = end if plans.short is None else first_short if plans.tile is None else n_long
+    # sequences that are not there need no programs: nor do the entries before those of the longest that may be there
+    first = 0 if longest > TILE else n_long if longest > SHORT else first_short
+    has_tile, has_short = plans.tile is not None and longest > SHORT, plans.short is not None
+    return (
+        (first, max(end_loop - first, 0)),
+        (n_long, n_medium if has_tile else 0),
+        (first_short, end - first_short if has_short else 0),
+    )
 
 
 def forward_outputs(q, *_):
@@ -302,7 +271,7 @@ def _backward_plans(
         for direction in ("bwd_dq", "bwd_dkv", "bwd_heads" if plain else "bwd_short", "bwd_tile")
     )
     of_tile = of_tile if plain else None
-    loop = {"TILE": TILE, "SKIP": TILE if of_tile else 0, "HAS_DLSE": has_dlse}
+    loop = {"TILE": TILE, "HAS_DLSE": has_dlse}
     loop |= dict(zip(("stride_dq", "stride_dkv"), gradient_strides, strict=True))
     inputs, saved = f"{_INPUTS} schedule_ptr {_MODIFIERS}", "o_ptr lse_ptr do_ptr dlse_ptr"
     of_q, of_k = "first_entry width_q stream_id", "first_entry width_q width_k stream_id"
@@ -328,7 +297,9 @@ def _backward_plans(
     )
 
 
-def launch_backward(do, dlse, o, lse, q, k, v, spans_q, spans_k, schedule_q, schedule_k, longest, *given, into=None):
+def launch_backward(
+    do, dlse, o, lse, q, k, v, spans_q, spans_k, schedule_q, schedule_k, parts_q, parts_k, *given, into=None
+):  # fmt: skip
     """into: dq, dk, dv, delta to write to, of heads that are contiguous and tokens at any distance, the same one for dk
     and dv; padded, sequences next to each other. By default new ones."""
     dq, dk, dv, delta = outputs = backward_outputs(do, dlse, o, lse, q, k, v) if into is None else into
@@ -338,30 +309,27 @@ def launch_backward(do, dlse, o, lse, q, k, v, spans_q, spans_k, schedule_q, sch
     plans = _backward_plans(
         attention_config, options.traits(q, k), _row_strides(q, k, v), (dq.stride(-3), dk.stride(-3)), dlse is not None
     )
-    heads, kv_heads, batch, has_short = q.shape[-2], k.shape[-2], _batch(q, spans_q), plans.short is not None
-    n_long_q, n_short = _parts(schedule_q, batch, longest, has_short)
-    n_long_k, _ = _parts(schedule_k, batch, longest, has_short)
+    heads, kv_heads = q.shape[-2], k.shape[-2]
+    (first_q, n_loop_q), (first_tile, n_tile), (first_short, n_short) = _parts(schedule_q, parts_q, plans)
+    (first_k, n_loop_k), _, _ = _parts(schedule_k, parts_k, plans)
 
     inputs, modifiers, saved = (q, k, v, spans_q, spans_k), options.tensors(), (o, lse, do, dlse)
     width_q, width_k, stream = q.shape[-3], k.shape[-3], options.stream
-    window, first_short = (options.window_left, options.window_right), schedule_q.shape[0] - n_short
+    window = options.window_left, options.window_right
     plain = (*inputs, schedule_q, options.seed, options.sequence_ids, *saved, dq, dk, dv)
-    # Does any sequence need the kernels with loops? Keys without rows do too, which only cross-attention can have.
-    is_cross = schedule_q.data_ptr() != schedule_k.data_ptr()
-    if plans.tile is None or longest > TILE or is_cross:
-        # dq before dk and dv: it also writes delta, which they read
-        if n_long_q:
-            plans.dq(
-                (n_long_q * plans.dq_programs,), (*inputs, schedule_q, *modifiers, *saved, dq, delta),
-                (0, width_q, stream, *window),
-            )  # fmt: skip
-        if n_long_k:
-            plans.dkv(
-                (n_long_k * plans.dkv_programs,), (*inputs, schedule_k, *modifiers, lse, do, delta, dk, dv),
-                (0, width_q, width_k, stream, *window),
-            )  # fmt: skip
-    if plans.tile is not None and n_long_q:
-        plans.tile((n_long_q * heads,), plain, (0, width_q, stream))
+    # dq before dk and dv: it also writes delta, which they read
+    if n_loop_q:
+        plans.dq(
+            (n_loop_q * plans.dq_programs,), (*inputs, schedule_q, *modifiers, *saved, dq, delta),
+            (first_q, width_q, stream, *window),
+        )  # fmt: skip
+    if n_loop_k:
+        plans.dkv(
+            (n_loop_k * plans.dkv_programs,), (*inputs, schedule_k, *modifiers, lse, do, delta, dk, dv),
+            (first_k, width_q, width_k, stream, *window),
+        )  # fmt: skip
+    if n_tile:
+        plans.tile((n_tile * heads,), plain, (first_tile, width_q, stream))
     if n_short and plans.plain:
         plans.short((n_short * kv_heads,), plain, (first_short, width_q, stream))
     elif n_short:

@@ -167,14 +167,12 @@ def _attention_fwd_tile_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     TILE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """o and lse of one head of a sequence of at most BLOCK_N = TILE tokens; longer ones are not this kernel's."""
+    """o and lse of one head of a sequence of at most BLOCK_N = TILE tokens."""
     sequence, _, head = _scheduled_block(schedule_ptr, first_entry, n_heads, TILE, TILE)
     if sequence < 0:
         return
     start_q, length_q = _span(spans_q_ptr, sequence, False)
     start_k, length_k = _span(spans_k_ptr, sequence, False)
-    if tl.maximum(length_q, length_k) > TILE:
-        return
     h = head.to(tl.int64)
     q_ptr += start_q * stride_qt + h * stride_qh
     stride_ot = n_heads * HEAD_DIM
@@ -270,14 +268,12 @@ def _attention_bwd_tile_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     TILE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of one head of a sequence of at most BLOCK_N = TILE tokens; longer ones are not this kernel's."""
+    """All gradients of one head of a sequence of at most BLOCK_N = TILE tokens."""
     sequence, _, head = _scheduled_block(schedule_ptr, first_entry, n_heads, TILE, TILE)
     if sequence < 0:
         return
     start_q, length_q = _span(spans_q_ptr, sequence, False)
     start_k, length_k = _span(spans_k_ptr, sequence, False)
-    if tl.maximum(length_q, length_k) > TILE:
-        return
     h = head.to(tl.int64)
     q_ptr += start_q * stride_qt + h * stride_qh
     stride_ot = n_heads * HEAD_DIM

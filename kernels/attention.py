@@ -23,7 +23,6 @@ and is reduced in a fixed order without atomics, so a sequence gets the same bit
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from ._attention_config import MAX_HEAD_DIM
 from ._attention_launch import (
@@ -33,10 +32,10 @@ from ._attention_launch import (
     launch_backward,
     launch_backward_bias,
     launch_forward,
-    schedule_sizes,
-    schedule_tiles,
     unit_stride,
 )
+from ._attention_schedule import Schedule, attention_schedule
+from ._attention_schedule import attention_entries as attention_entries
 from ._compile import CompileCall, compile_call, empty
 from ._library import apply, register
 
@@ -47,14 +46,14 @@ _OPTIONS = (
     "SymInt window_left, SymInt window_right, float dropout_p, SymInt stream, float scale"
 )
 _forward_op = register(
-    "attention_forward(Tensor q, Tensor k, Tensor v, Tensor spans_q, Tensor spans_k, Tensor schedule, SymInt longest, "
+    "attention_forward(Tensor q, Tensor k, Tensor v, Tensor spans_q, Tensor spans_k, Tensor schedule, SymInt[] parts, "
     f"Tensor? bias, {_OPTIONS}) -> (Tensor, Tensor)",
     launch=launch_forward,
     fake=forward_outputs,
 )
 _backward_op = register(
     "attention_backward(Tensor do, Tensor? dlse, Tensor o, Tensor lse, Tensor q, Tensor k, Tensor v, "
-    "Tensor spans_q, Tensor spans_k, Tensor schedule_q, Tensor schedule_k, SymInt longest, "
+    "Tensor spans_q, Tensor spans_k, Tensor schedule_q, Tensor schedule_k, SymInt[] parts_q, SymInt[] parts_k, "
     f"Tensor? bias, {_OPTIONS}) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     launch=launch_backward,
@@ -68,18 +67,6 @@ _backward_bias_op = register(
 )
 
 
-_schedule_op = register(
-    "attention_schedule(Tensor spans, Tensor? other_spans, SymInt size, bool padded) -> Tensor",
-    launch=schedule_tiles,
-    fake=lambda *arguments: arguments[0].new_empty((sum(schedule_sizes(*arguments)), 2)),
-)
-
-
-def attention_schedule(cu_seqlens: Tensor, total_tokens: int) -> Tensor:
-    """The list of tiles of a packed batch, [n, 2] int32, to be shared by all layers as `schedule=`."""
-    return _schedule_op(cu_seqlens, None, total_tokens, False)
-
-
 # ---- autograd ------------------------------------------------------------------------------------------------
 
 
@@ -87,26 +74,27 @@ class _Attention(torch.autograd.Function):
     """Saves q, k, v, o and lse, and what the call was given."""
 
     @staticmethod
-    def forward(ctx, q, k, v, bias, spans_q, spans_k, schedule, longest, *options):
-        o, lse = _forward_op(q, k, v, spans_q, _first(spans_k, spans_q), schedule, longest, bias, *options)
+    def forward(ctx, q, k, v, bias, spans_q, spans_k, entries, parts, *options):
+        o, lse = _forward_op(q, k, v, spans_q, _first(spans_k, spans_q), entries, parts, bias, *options)
         *tensors, ctx.window_left, ctx.window_right, ctx.dropout_p, ctx.stream, ctx.scale = options
-        ctx.longest = longest
-        ctx.save_for_backward(q, k, v, o, lse, bias, spans_q, spans_k, schedule, *tensors)
+        ctx.parts = parts
+        ctx.save_for_backward(q, k, v, o, lse, bias, spans_q, spans_k, entries, *tensors)
         ctx.set_materialize_grads(False)
         return o, lse
 
     @staticmethod
     def backward(ctx, do, dlse):
-        q, k, v, o, lse, bias, spans_q, spans_k, schedule, *tensors = ctx.saved_tensors
+        q, k, v, o, lse, bias, spans_q, spans_k, entries, *tensors = ctx.saved_tensors
         options = (*tensors, ctx.window_left, ctx.window_right, ctx.dropout_p, ctx.stream, ctx.scale)
         if do is None:
             do = torch.zeros_like(o)
-        schedule_k = schedule  # in self-attention one list of tiles serves rows and keys
+        entries_k, parts_k = entries, ctx.parts  # in self-attention one list of tiles serves rows and keys
         if spans_k is not None:
-            schedule_k = _schedule_op(spans_k, spans_q, k.shape[-3], k.dim() == 4)
+            of_k = attention_schedule(spans_k, k.shape[-3], spans_q, k.dim() == 4)
+            entries_k, parts_k = of_k.entries, of_k.parts(ctx.parts[2])
         spans_k = _first(spans_k, spans_q)
         dq, dk, dv, delta = _backward_op(
-            do, dlse, o, lse, q, k, v, spans_q, spans_k, schedule, schedule_k, ctx.longest, bias, *options
+            do, dlse, o, lse, q, k, v, spans_q, spans_k, entries, entries_k, ctx.parts, parts_k, bias, *options
         )
         dbias = None
         if ctx.needs_input_grad[3]:
@@ -139,7 +127,7 @@ def attention(
         max_seqlen_k = max_seqlen
     _expect_covering("attention", max_seqlen, max_seqlen_k, bias, mask, rotary)
     if schedule is None:
-        schedule = _schedule_op(cu_seqlens, cu_seqlens_k, q.shape[0], False)
+        schedule = attention_schedule(cu_seqlens, q.shape[0], cu_seqlens_k)
     longest = UNBOUNDED if max_seqlen is None or max_seqlen_k is None else torch.sym_max(max_seqlen, max_seqlen_k)
     return _attend(
         "attention", q, k, v, cu_seqlens, cu_seqlens_k, schedule, longest,
@@ -149,7 +137,7 @@ def attention(
 
 def attention_padded(
     q, k, v, seqlens=None, seqlens_k=None, *, bias=None, mask=None, alibi_slopes=None, window=None, rotary=None,
-    dropout_p=0.0, seed=None, stream=0, sequence_ids=None, scale=None, return_lse=False,
+    dropout_p=0.0, seed=None, stream=0, sequence_ids=None, scale=None, return_lse=False, schedule=None,
 ):  # fmt: skip
     """The same over q [B, Sq, H, D], k, v [B, Sk, Hk, D] in place: o like q, zero past each length.
 
@@ -161,9 +149,10 @@ def attention_padded(
         seqlens_k = torch.full((batch,), width_k, dtype=torch.int32, device=k.device)
     if seqlens is None:
         seqlens = torch.full((batch,), width_q, dtype=torch.int32, device=q.device)
+    if schedule is None:
+        schedule = attention_schedule(seqlens, width_q, seqlens_k, padded=True)
     return _attend(
-        "attention_padded", q, k, v, seqlens, seqlens_k,
-        _schedule_op(seqlens, seqlens_k, width_q, True), torch.sym_max(width_q, width_k),
+        "attention_padded", q, k, v, seqlens, seqlens_k, schedule, torch.sym_max(width_q, width_k),
         bias, mask, alibi_slopes, window, rotary, dropout_p, seed, stream, sequence_ids, scale, return_lse,
     )  # fmt: skip
 
@@ -191,6 +180,18 @@ def _expect_supported(op, q, scale, alibi_slopes, rotary) -> None:
             raise ValueError(f"{op}: {name} requires a gradient, which this operator does not give")
 
 
+def _expect_made_for(op, schedule, q, spans_q) -> None:
+    padded = q.dim() == 4
+    wanted = spans_q.shape[0] - (not padded), q.shape[1] if padded else q.shape[0], padded
+    if not isinstance(schedule, Schedule):
+        raise TypeError(f"{op}: schedule must come from attention_schedule for these kernels, got {type(schedule)}")
+    if (schedule.sequences, schedule.size, schedule.padded) != wanted:
+        raise ValueError(
+            f"{op}: schedule was made for {schedule.sequences} sequences, size {schedule.size}, "
+            f"padded {schedule.padded}, but the call has {wanted[0]}, {wanted[1]}, {wanted[2]}"
+        )
+
+
 def _attend(
     op, q, k, v, spans_q, spans_k, schedule, longest,
     bias, mask, alibi_slopes, window, rotary, dropout_p, seed, stream, sequence_ids, scale, return_lse,
@@ -199,18 +200,20 @@ def _attend(
         q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     _expect_supported(op, q, scale, alibi_slopes, rotary)
+    _expect_made_for(op, schedule, q, spans_q)
     cos, sin = (None, None) if rotary is None else unit_stride(*rotary)
     # the kernels step freely over rows and heads of tensors and tables, but read lists one entry after another
-    spans_q, spans_k, schedule, alibi_slopes, sequence_ids = (
-        None if t is None else t.contiguous() for t in (spans_q, spans_k, schedule, alibi_slopes, sequence_ids)
+    spans_q, spans_k, alibi_slopes, sequence_ids = (
+        None if t is None else t.contiguous() for t in (spans_q, spans_k, alibi_slopes, sequence_ids)
     )
     left, right = (UNBOUNDED, UNBOUNDED) if window is None else (min(side, UNBOUNDED) for side in window)
 
     options = (mask, alibi_slopes, cos, sin, seed, sequence_ids, left, right, dropout_p, stream, scale)
+    parts = schedule.parts(longest)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, bias)):
-        o, lse = apply(_Attention, q, k, v, bias, spans_q, spans_k, schedule, longest, *options)
+        o, lse = apply(_Attention, q, k, v, bias, spans_q, spans_k, schedule.entries, parts, *options)
     else:
-        o, lse = _forward_op(q, k, v, spans_q, _first(spans_k, spans_q), schedule, longest, bias, *options)
+        o, lse = _forward_op(q, k, v, spans_q, _first(spans_k, spans_q), schedule.entries, parts, bias, *options)
     return (o, lse) if return_lse else o
 
 
@@ -235,6 +238,7 @@ _VARIANTS = {
     "ids": {"ids": True, "dropout": True},
     "padded,ids": {"padded": True, "ids": True, "dropout": True},
     "lse_grad": {"return_lse": True},
+    "cross": {"cross": True},
     "all": _EVERYTHING,
     "all,padded": {**_EVERYTHING, "padded": True, "bias_planes": 3},
 }
@@ -255,7 +259,7 @@ def compile_calls() -> list[CompileCall]:
 
 def _call(
     name, dtype, *, head_dim=64, groups=1, padded=False, dropout=False, bias=False, bias_planes=1, mask=False,
-    alibi=False, rotary=False, ids=False, fast=False, **options,
+    alibi=False, rotary=False, ids=False, cross=False, fast=False, **options,
 ) -> CompileCall:  # fmt: skip
     """A call over sequences of one block, of one tile and longer, with q, k and v views of one fused projection."""
     lengths, heads = [40, 100, 300], 12
@@ -276,6 +280,8 @@ def _call(
     if ids:
         options["sequence_ids"] = empty(batch, dtype=torch.int64)
     spans = torch.tensor(lengths if padded else [0, 40, 140, 440], dtype=torch.int32)
+    if cross:
+        options |= {"cu_seqlens_k": spans, "max_seqlen_k": width}
     given = (q, k, v, spans) if padded else (q, k, v, spans, width)
     return compile_call(
         attention_padded if padded else attention, f"{name},D={head_dim}", *given,

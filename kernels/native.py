@@ -139,18 +139,19 @@ def feed_forward(x, up_weight, up_bias, down_weight, down_bias=None, activation=
 # ---- attention -------------------------------------------------------------------------------------------
 
 
-def attention_schedule(cu_seqlens, total_tokens):
+def attention_schedule(cu_seqlens, total_tokens, lengths=None):
     """Runs of neighbours of one length: [(first row, count, length, first sequence)], empty sequences left out.
 
     A run is one batched product. Texts sorted by length make few runs.
     """
     if torch.compiler.is_compiling():
         return None  # lengths are data: the operator below reads them when it runs
-    starts = cu_seqlens.tolist()
-    if starts[-1] != total_tokens:
-        raise ValueError(f"cu_seqlens ends at {starts[-1]}, but there are {total_tokens} tokens")
+    if lengths is None:
+        lengths = [end - begin for begin, end in itertools.pairwise(cu_seqlens.tolist())]
+    if sum(lengths) != total_tokens or len(lengths) != cu_seqlens.shape[0] - 1:
+        raise ValueError(f"{len(lengths)} lengths add up to {sum(lengths)}, but there are {total_tokens} tokens")
     runs, start, sequence = [], 0, 0
-    for length, run in itertools.groupby(end - begin for begin, end in itertools.pairwise(starts)):
+    for length, run in itertools.groupby(lengths):
         count = sum(1 for _ in run)
         if length:
             runs.append((start, count, length, sequence))
@@ -355,7 +356,7 @@ def attention(q, k, v, cu_seqlens, max_seqlen=None, *, scale=None, schedule=None
     return _attention_in_runs(q, k, v, runs, scale, **variant)
 
 
-def attention_padded(q, k, v, seqlens=None, seqlens_k=None, *, scale=None, **options):
+def attention_padded(q, k, v, seqlens=None, seqlens_k=None, *, scale=None, schedule=None, **options):
     """Without lengths one SDPA call, or with dropout explicit products; otherwise as the specification does."""
     variant = _variant(q.shape[0], q.device, options)
     if seqlens is not None or seqlens_k is not None or k.shape[1] == 0 or "return_lse" in variant:

@@ -126,6 +126,37 @@ def kernels_of():
     return kernels_of
 
 
+@pytest.fixture
+def waits(monkeypatch):
+    """waits(f): what f() calls that would wait for a device if its tensors lay on one, in order: whatever reads values
+    on the host. (Methods are replaced: of torch's modes `accelerate` would take notice.)"""
+    seen: list[str] = []
+
+    def counted(name: str):
+        original = getattr(torch.Tensor, name)
+
+        def call(tensor, *args, **kwargs):
+            by_mask = any(isinstance(a, torch.Tensor) and a.dtype == torch.bool for a in args)
+            to_host = any(isinstance(a, (str, torch.device)) and torch.device(a).type == "cpu" for a in args)
+            if (name != "__getitem__" or by_mask) and (name != "to" or to_host):
+                seen.append(name)
+            return original(tensor, *args, **kwargs)
+
+        return call
+
+    names = "tolist item cpu to numpy nonzero argwhere masked_select unique equal allclose __getitem__ __bool__ __int__"
+
+    def waits(f) -> list[str]:
+        seen.clear()
+        with monkeypatch.context() as patched:
+            for name in [*names.split(), "__float__", "__index__"]:
+                patched.setattr(torch.Tensor, name, counted(name))
+            f()
+        return list(seen)
+
+    return waits
+
+
 class Watch:
     """A clock that stands still but for those who sleep by it, and a microsecond at every look."""
 

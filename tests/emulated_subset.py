@@ -144,6 +144,7 @@ SUBSET: dict[str, Callable[[], list[Check]]] = {
     "attention_grouped": lambda: _attention("attention", **GROUPED),
     "attention_grouped_ids": lambda: _attention("attention", ids=True, **GROUPED, **IDS),
     "attention_bias_of_batch": lambda: _attention("attention", bias=True, bias_of_batch=True),
+    "attention_cross": lambda: _attention("attention", lengths_k=(3, 150, 70, 10)),
     "padded_plain": lambda: _attention("attention_padded"),
     "padded_ids": lambda: _attention("attention_padded", ids=True, **IDS),
     "padded_everything": lambda: _attention("attention_padded", ids=True, dropout_p=0.1, **EVERYTHING),

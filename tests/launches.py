@@ -15,6 +15,7 @@ from torch import Tensor
 from fastbert import functional as F
 from fastbert import verify
 from fastbert.emulator.driver import Launch, offline
+from fastbert.kernels._launch import Plan
 from fastbert.testing import LENGTHS, MODELS, WITHOUT_GRADIENT
 
 DTYPES = verify.DTYPES
@@ -97,26 +98,74 @@ def _differences(variants: set) -> list[str]:
 
 
 def layers() -> Iterator[dict]:
-    """The kernels that one encoder layer launches, forward in evaluation and forward and backward in training."""
+    """The kernels that one encoder layer launches, forward in evaluation and forward and backward in training; for
+    lengths that the host knows and for those that only the device does."""
     from fastbert import BertConfig
     from fastbert.models.bert import BertLayer, Pass
     from fastbert.packing import PackedBatch
 
     config = BertConfig(hidden_size=128, num_attention_heads=2, intermediate_size=256)
     layer = BertLayer(config, 0).to(torch.bfloat16)
-    for name, lengths in (("short", [30] * 4), ("tile", [100] * 4), ("long", [300, 300]), ("mixed", [30, 100, 300])):
+    batches = {"short": [30] * 4, "tile": [100] * 4, "long": [300, 300], "mixed": [30, 100, 300]}
+    for (name, lengths), known in itertools.product(batches.items(), (True, False)):
         batch = PackedBatch.from_lists([[5] * n for n in lengths])
+        if not known:
+            batch = replace(batch, lengths=None, entries=None)
         x = torch.zeros(sum(lengths), 128, dtype=torch.bfloat16, requires_grad=True)
         for training in (False, True):
             seen: list[Launch] = []
             with offline("sm_90", seen.append, compiles=False):
-                schedule = F.attention_schedule(batch.cu_seqlens, batch.total_tokens, impl="triton")
+                schedule = batch.schedule("triton")
                 seen.clear()
                 with torch.set_grad_enabled(training):
                     y = layer.train(training)(x, Pass(batch, schedule, "triton"))
                 if training:
                     y.backward(torch.zeros_like(y))
-            yield {"batch": name, "training": training, "kernels": sorted(launch.name for launch in seen)}
+            kernels = sorted(launch.name for launch in seen)
+            yield {"batch": name, "known": known, "training": training, "kernels": kernels}
+
+
+def schedules() -> Iterator[dict]:
+    """What is launched to make attention's list of tiles: from a mask, from lists, in cross-attention."""
+    from fastbert.packing import PackedBatch
+
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    ids = torch.ones(2, 3, dtype=torch.int64)
+    seen: list[Launch] = []
+    with offline("sm_90", seen.append, compiles=False):
+        cu_seqlens = torch.tensor([0, 2, 3], dtype=torch.int32)
+        for name, make in {
+            "mask": lambda: PackedBatch.from_padded(ids, mask).schedule("triton"),
+            "lists": lambda: PackedBatch.from_lists([[1, 1], [1]]).schedule("triton"),
+            "device": lambda: F.attention_schedule(cu_seqlens, 3, "triton"),
+            "cross": lambda: F.attention_schedule(cu_seqlens, 3, "triton", spans_k=cu_seqlens),
+            "padded": lambda: F.attention_schedule(cu_seqlens[1:], 3, "triton", padded=True),
+        }.items():
+            seen.clear()
+            make()
+            yield {"name": name, "kernels": [launch.name for launch in seen]}
+
+
+def alignment() -> Iterator[dict]:
+    """One kernel over tensors that begin at a multiple of 16 bytes, or 4 bytes behind one, and what it assumes."""
+    memory = torch.zeros(16, dtype=torch.int32)
+    through_binder, seen = Plan._through_binder, []
+    bound: list[Plan] = []
+
+    def counted(plan, *args):
+        bound.append(plan)
+        return through_binder(plan, *args)
+
+    Plan._through_binder = counted
+    with offline("sm_90", seen.append, compiles=False):
+        for offset in (0, 0, 1, 1, 0):
+            seen.clear(), bound.clear()
+            F.attention_schedule(memory[offset : offset + 3], 5, "triton")
+            (launch,) = seen
+            yield {
+                "aligned": memory[offset:].data_ptr() % 16 == 0, "assumed": "spans_ptr" in launch.divisible,
+                "through_binder": len(bound), "variant": hash(launch.variant),
+            }  # fmt: skip
 
 
 def compile_cases() -> Iterator[dict]:
@@ -155,7 +204,7 @@ def _plain(constexprs: dict) -> dict:
 if __name__ == "__main__":
     parts: dict[str, Callable[[], Iterator[dict]]] = {
         "every_operator": every_operator, "twenty_batches": twenty_batches, "layers": layers,
-        "compile_cases": compile_cases,
+        "schedules": schedules, "alignment": alignment, "compile_cases": compile_cases,
         "emulated_subset": emulated_subset,
     }  # fmt: skip
     json.dump({name: list(parts[name]()) for name in sys.argv[1:]}, sys.stdout)

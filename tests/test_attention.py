@@ -1,5 +1,6 @@
 """The Triton attention against float64: outputs, every gradient, every variant, and what must not matter."""
 
+import itertools
 import mmap
 
 import pytest
@@ -384,11 +385,12 @@ def test_gradients_go_into_one_buffer(variant):
     qkv = torch.randn(*rows, heads + 2 * kv_heads, head_dim, device=DEVICE).half()
     q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=-2)
     spans = lengths if padded else cu_seqlens_of([70, 5, 130], DEVICE)
-    schedule = _attention_launch.schedule_tiles(spans, None, rows[-1], padded)
+    schedule = kernels.attention_schedule(spans, rows[-1], padded=padded)
+    entries, parts = schedule.entries, schedule.parts(130)
     window = (9, 4) if variant == "window" else (_attention_launch.UNBOUNDED,) * 2
     options = (*(None,) * 7, *window, 0.0, 0, head_dim**-0.5)
-    o, lse = _attention_launch.launch_forward(q, k, v, spans, spans, schedule, 130, *options)
-    given = (torch.randn_like(o), None, o, lse, q, k, v, spans, spans, schedule, schedule, 130, *options)
+    o, lse = _attention_launch.launch_forward(q, k, v, spans, spans, entries, parts, *options)
+    given = (torch.randn_like(o), None, o, lse, q, k, v, spans, spans, entries, entries, parts, parts, *options)
     *apart, delta = _attention_launch.launch_backward(*given)
 
     wide = torch.full((*rows, heads + 2 * kv_heads + 1, head_dim), 7.0, dtype=torch.float16, device=DEVICE)
@@ -406,14 +408,80 @@ def test_shared_schedule_changes_nothing():
     assert torch.equal(shared, kernels.attention(q, k, v, cu_seqlens, 70))
 
 
-@pytest.mark.parametrize("lengths", [[1] * 70, [64, 65, 128, 129, 0], [513], [65] * 9, [127, 1000, 3]], ids=str)
+def listed(schedule):
+    """The entries of the three parts, without surplus ones; a part is as long as it says, surplus last."""
+    entries = [tuple(entry) for entry in schedule.entries.tolist()]
+    bounds = (0, schedule.n_long, schedule.n_long + schedule.n_medium, len(entries))
+    parts = [entries[first:end] for first, end in itertools.pairwise(bounds)]
+    real = [[entry for entry in part if entry != (-1, 0)] for part in parts]
+    assert all(part[: len(found)] == found for part, found in zip(parts, real, strict=True))
+    return real
+
+
+def longest_first(entries, lengths):
+    """The tiles of the longest sequence first, in order; of equally long sequences those of the first."""
+    return sorted(entries, key=lambda entry: (-lengths[entry[0]], *entry))
+
+
+SCHEDULED = [[1] * 70, [64, 65, 128, 129, 0], [513], [65] * 9, [127, 1000, 3], [129] * 40, [0, 0], []]
+
+
+@pytest.mark.parametrize("lengths", SCHEDULED, ids=str)
 def test_schedule_lists_every_tile_once_longest_first(lengths):
-    entries = kernels.attention_schedule(cu_seqlens_of(lengths, DEVICE), sum(lengths)).tolist()
-    long, short = entries[: len(entries) - len(lengths)], entries[len(entries) - len(lengths) :]
-    real = [tuple(e) for e in long if e[0] >= 0]
-    assert sorted(real) == [(b, t) for b, n in enumerate(lengths) if n > 64 for t in range(-(-n // 128))]
-    assert [lengths[b] for b, _ in real] == sorted((lengths[b] for b, _ in real), reverse=True)
-    assert sorted(tuple(e) for e in short if e[0] >= 0) == [(b, 0) for b, n in enumerate(lengths) if n <= 64]
+    """By the kernel, with parts as long as they can be and as they are; and by the host, the same."""
+    long = [(b, t) for b, n in enumerate(lengths) if n > 128 for t in range(-(-n // 128))]
+    medium = [(b, 0) for b, n in enumerate(lengths) if 64 < n <= 128]
+    short = [(b, 0) for b, n in enumerate(lengths) if n <= 64]
+    expected = [longest_first(part, lengths) for part in (long, medium, short)]
+    cu_seqlens = cu_seqlens_of(lengths, DEVICE)
+    for known in (None, lengths):
+        schedule = kernels.attention_schedule(cu_seqlens, sum(lengths), lengths=known)
+        assert listed(schedule) == expected
+        assert known is None or schedule.entries.shape[0] == sum(map(len, expected))
+    assert torch.equal(kernels.attention_entries(lengths), schedule.entries.cpu())
+
+
+def test_schedule_of_more_sequences_than_a_program_takes():
+    lengths = [(37 * n) % 300 for n in range(300)]
+    schedule = kernels.attention_schedule(cu_seqlens_of(lengths, DEVICE), sum(lengths))
+    assert list(itertools.chain(*listed(schedule))) == [
+        tuple(entry) for entry in kernels.attention_entries(lengths).tolist()
+    ]
+
+
+def test_schedule_over_rows_goes_by_the_longer_side():
+    """A sequence of few rows and many keys is none of the kernels for short ones; nor the other way round."""
+    rows, keys = [300, 3, 0, 70, 5, 200], [2, 300, 100, 10, 5, 0]
+    spans = [cu_seqlens_of(lengths, DEVICE) for lengths in (rows, keys)]
+    of_rows = kernels.attention_schedule(spans[0], sum(rows), spans[1])
+    assert listed(of_rows) == [[(0, 0), (0, 1), (0, 2), (5, 0), (5, 1), (1, 0)], [(3, 0), (2, 0)], [(4, 0)]]
+    of_keys = kernels.attention_schedule(spans[1], sum(keys), spans[0])
+    assert listed(of_keys) == [[(1, 0), (1, 1), (1, 2), (0, 0)], [(2, 0), (3, 0)], [(4, 0)]]
+
+
+def test_schedule_of_padded_lengths_covers_the_padding():
+    lengths = lengths_tensor([10, 200, 0, 64, 65])
+    schedule = kernels.attention_schedule(lengths, 200, padded=True)
+    assert listed(schedule) == [[], [(1, 0), (1, 1), (4, 0), (4, 1)], [(3, 0), (0, 0), (2, 0)]]
+    q, k, v = (torch.randn(5, 200, 2, 16, device=DEVICE).half() for _ in range(3))
+    shared = kernels.attention_padded(q, k, v, lengths, schedule=schedule)
+    assert torch.equal(shared, kernels.attention_padded(q, k, v, lengths))
+
+
+def test_schedule_of_another_batch_is_refused():
+    cu_seqlens = cu_seqlens_of([70, 5], DEVICE)
+    q, k, v = (t.half() for t in random_qkv([70, 5]))
+    schedule = kernels.attention_schedule(cu_seqlens, 75)
+    with pytest.raises(ValueError, match=r"made for 2 sequences, size 75, padded False, but the call has 1, 75, False"):
+        kernels.attention(q, k, v, cu_seqlens_of([75], DEVICE), 75, schedule=schedule)
+    padded = [t.expand(2, *t.shape) for t in (q, k, v)]
+    with pytest.raises(ValueError, match=r"but the call has 2, 75, True"):
+        kernels.attention_padded(*padded, lengths_tensor([70, 5]), schedule=schedule)
+    with pytest.raises(TypeError, match="must come from attention_schedule"):
+        kernels.attention(q, k, v, cu_seqlens, 70, schedule=[(0, 1, 70, 0)])
+    for wrong in ([70], [70, 4]):
+        with pytest.raises(ValueError, match="for 2 sequences of 75 tokens"):
+            kernels.attention_schedule(cu_seqlens, 75, lengths=wrong)
 
 
 # ---- dropout -----------------------------------------------------------------------------------------------------
@@ -505,11 +573,12 @@ def test_opcheck():
     spans = (cu_seqlens, cu_seqlens)
     checks = ("test_schema", "test_faketensor")
     ops = torch.ops.fastbert
-    torch.library.opcheck(ops.attention_schedule.default, (cu_seqlens, None, 73, False), test_utils=checks)
-    forward = (q, k, v, *spans, schedule, 66, bias, *options)
+    torch.library.opcheck(ops.attention_schedule.default, (cu_seqlens, None, 2, 1, 2, 73, False), test_utils=checks)
+    entries, parts = schedule.entries, schedule.parts(66)
+    forward = (q, k, v, *spans, entries, parts, bias, *options)
     torch.library.opcheck(ops.attention_forward.default, forward, test_utils=checks)
     o, lse = ops.attention_forward(*forward)
-    backward = (o, None, o, lse, q, k, v, *spans, schedule, schedule, 66, bias, *options)
+    backward = (o, None, o, lse, q, k, v, *spans, entries, entries, parts, parts, bias, *options)
     torch.library.opcheck(ops.attention_backward.default, backward, test_utils=checks)
     delta = ops.attention_backward(*backward)[3]
     dbias = (o, lse, delta, q, k, v, *spans, bias, *options)

@@ -71,6 +71,16 @@ def test_a_second_call_launches_what_the_first_did(every_operator):
     assert [run for run in every_operator if not run["same"]] == []
 
 
+def test_a_tensor_at_an_odd_address_is_bound_anew():
+    """A kernel kept for addresses that are divisible by 16 may read 16 bytes at once, which faults elsewhere. Only
+    Triton's binder looks at the address again, and takes the kernel that assumes nothing."""
+    runs = _record("alignment")
+    assert [run["aligned"] for run in runs] == [True, True, False, False, True]
+    assert [run["assumed"] for run in runs] == [run["aligned"] for run in runs]
+    assert [run["through_binder"] for run in runs] == [1, 0, 1, 1, 0]
+    assert len({run["variant"] for run in runs}) == 2
+
+
 def test_every_kernel_is_launched(every_operator):
     launched = {launch["kernel"] for run in every_operator for launch in run["launches"]}
     assert launched == set(KERNELS)
@@ -99,18 +109,54 @@ def test_sizes_of_the_batch_are_no_reason_to_compile(twenty_batches):
     assert found == set()
 
 
-# ours, in one layer: forward in evaluation; forward and backward in training
-LAUNCHES_OF_A_LAYER = {"short": (3, 10), "tile": (4, 12), "long": (5, 15), "mixed": (5, 15)}
+# kernels of attention, forward and backward, that a batch of sequences needs
+FOR_SHORT = (["fwd_heads"], ["bwd_heads"])
+FOR_A_TILE = (["fwd_tile"], ["bwd_tile"])
+FOR_LONG = (["fwd"], ["bwd_dkv", "bwd_dq"])
+OF_ATTENTION = {
+    "short": (FOR_SHORT,), "tile": (FOR_A_TILE,), "long": (FOR_LONG,), "mixed": (FOR_LONG, FOR_SHORT, FOR_A_TILE),
+}  # fmt: skip
+# where only the longest sequence is known: any shorter one may be there
+ALL = OF_ATTENTION["mixed"]
+UP_TO = {"short": (FOR_SHORT,), "tile": (FOR_SHORT, FOR_A_TILE), "long": ALL, "mixed": ALL}
+# ours beside attention's, in one layer: forward in evaluation; forward and backward in training
+OTHERS_OF_A_LAYER = (2, 8)
 
 
-def test_launches_of_a_layer():
-    """Python between launches is what holds up a small batch, so their number is a figure of its own."""
-    layers = _record("layers")
-    found = {(layer["batch"], layer["training"]): len(layer["kernels"]) for layer in layers}
-    expected = {(name, training): n[training] for name, n in LAUNCHES_OF_A_LAYER.items() for training in (False, True)}
+@pytest.fixture(scope="module")
+def layers():
+    return _record("layers")
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_kernels_that_no_sequence_needs_are_not_launched(layers, known):
+    """What a layer launches of attention's; each name means one launch."""
+    found = {}
+    for layer in layers:
+        names = [name.removeprefix("_").removesuffix("_kernel") for name in layer["kernels"] if "attention" in name]
+        if layer["known"] == known:
+            found[layer["batch"], layer["training"]] = sorted(name.removeprefix("attention_") for name in names)
+    expected = {}
+    for name, kinds in (OF_ATTENTION if known else UP_TO).items():
+        forward = [kernel for kind in kinds for kernel in kind[0]]
+        backward = [kernel for kind in kinds for kernel in kind[1]]
+        expected |= {(name, False): sorted(forward), (name, True): sorted(forward + backward)}
     assert found == expected
-    (short,) = (layer["kernels"] for layer in layers if layer["batch"] == "short" and not layer["training"])
-    assert short == ["_add_norm_fwd_kernel", "_add_norm_fwd_kernel", "_attention_fwd_heads_kernel"]
+
+
+def test_launches_of_a_layer_beside_attention(layers):
+    """Python between launches is what holds up a small batch, so their number is a figure of its own."""
+    counts = {
+        layer["training"]: len([name for name in layer["kernels"] if "attention" not in name]) for layer in layers
+    }
+    assert counts == {False: OTHERS_OF_A_LAYER[0], True: OTHERS_OF_A_LAYER[1]}
+
+
+def test_one_kernel_makes_the_list_of_tiles():
+    """On the device; none where the host has made it, and sent it along."""
+    found = {run["name"]: run["kernels"] for run in _record("schedules")}
+    one = ["_attention_schedule_kernel"]
+    assert found == {"mask": one, "device": one, "cross": one, "padded": one, "lists": []}
 
 
 # ---- what there is to compile ------------------------------------------------------------------------------

@@ -1,7 +1,10 @@
 """The packed batch: what goes in comes out, whatever the mask looks like."""
 
+import dataclasses
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastbert.packing import PackedBatch
 
@@ -80,3 +83,75 @@ def test_gradients_pass_through_pad_and_unpad():
     dy = torch.randn(2, 3, 4)
     batch.pad(batch.unpad(x) * 2).backward(dy)
     assert torch.equal(x.grad, 2 * dy * torch.tensor([[1, 1, 0], [0, 1, 1]])[..., None])
+
+
+# ---- on its way to a device ------------------------------------------------------------------------------
+
+
+class Copies(TorchDispatchMode):
+    """The tensors that go to a device of this kind, by their sizes in bytes."""
+
+    def __init__(self, device: str):
+        super().__init__()
+        self.device, self.sizes = torch.device(device), []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._to_copy.default and kwargs.get("device") == self.device:
+            self.sizes.append(args[0].nbytes)
+        return func(*args, **kwargs)
+
+
+def tensors_of(batch: PackedBatch) -> dict[str, torch.Tensor]:
+    values = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
+    return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+
+
+ROWS, TYPES = [[5, 6, 7], [], [8] * 70], [[0, 0, 1], [], [1] * 70]
+
+
+def test_everything_goes_to_a_device_in_one_copy():
+    host = PackedBatch.from_lists(ROWS, TYPES)
+    expected = tensors_of(host)
+    with Copies("meta") as copies:
+        there = PackedBatch.from_lists(ROWS, TYPES, device="meta")
+    sizes = sorted(t.nbytes for t in expected.values())
+    assert len(copies.sizes) == 1
+    assert 0 <= copies.sizes[0] - sum(sizes) < 16 * len(sizes)
+    found = tensors_of(there)
+    assert {name: (t.dtype, t.shape) for name, t in found.items()} == {
+        name: (t.dtype, t.shape) for name, t in expected.items()
+    }
+    assert {t.device.type for t in found.values()} == {"meta"}
+    assert len({t.untyped_storage()._cdata for t in found.values()}) == 1
+    assert all(t.storage_offset() * t.itemsize % 16 == 0 for t in found.values())
+
+
+def test_what_shares_a_copy_is_what_it_was():
+    """By the same way to this machine: the copy of a copy."""
+    host = PackedBatch.from_lists(ROWS, TYPES)
+    there = host._in_one_copy(torch.device("cpu"))
+    found, expected = tensors_of(there), tensors_of(host)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert (there.max_seqlen, there.lengths, there.padded_shape) == (70, (3, 0, 70), None)
+
+
+def test_the_list_of_tiles_is_made_where_kernels_go_by_it(monkeypatch):
+    monkeypatch.setattr("fastbert.functional.why_not_triton", lambda device: None)
+    batch = PackedBatch.from_lists([[5] * n for n in (3, 0, 70, 300)])
+    assert batch.entries.tolist() == [[3, 0], [3, 1], [3, 2], [2, 0], [0, 0], [1, 0]]
+    schedule = batch.schedule("triton")
+    assert schedule.entries is batch.entries
+    assert (schedule.n_long, schedule.n_medium) == (3, 1)
+    monkeypatch.setattr("fastbert.functional.why_not_triton", lambda device: "no")
+    assert PackedBatch.from_lists([[5]]).entries is None
+
+
+def test_lengths_that_are_known_are_taken():
+    ids, mask = torch.arange(12).reshape(3, 4), torch.tensor(MASKS["with_holes"])
+    asked, given = (PackedBatch.from_padded(ids, mask, lengths=lengths) for lengths in (None, [2, 2, 3]))
+    assert asked.lengths == given.lengths == (2, 2, 3)
+    assert asked.max_seqlen == given.max_seqlen == 3
+    assert torch.equal(asked.indices, given.indices)
+    assert PackedBatch.from_padded(ids).lengths == (4, 4, 4)

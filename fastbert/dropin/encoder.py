@@ -271,7 +271,7 @@ class EncoderForward(Forward):
         if embeds is not None and positions is None:
             positions = torch.arange(width, dtype=torch.int64, device=embeds.device)[None]
         batch = PackedBatch.from_padded(
-            ids, rows.queries, given.get("token_type_ids"), positions, shape=(height, width)
+            ids, rows.queries, given.get("token_type_ids"), positions, shape=(height, width), lengths=rows.lengths
         )
         compiling, trains = torch.compiler.is_compiling(), torch.is_grad_enabled()
         impl = F.choose_impl(self.impl, batch.positions.device)
@@ -290,7 +290,7 @@ class EncoderForward(Forward):
             **self.tables(width, batch.positions.device),
         )
         if rows.padding and not masked:
-            shared = shared.over_keys(rows.real, impl)
+            shared = shared.over_keys(rows.real, rows.keys, impl)
         elif not shared.padded:
             shared = shared.scheduled()
         if seen.drops if compiling else self.drops(seen):

@@ -114,6 +114,7 @@ class GraphedEncoderForward(EncoderForward):
         """The batch with all that follows from its mask on the host, for one wait; None where padding stays."""
         ids, mask, positions = given["input_ids"], given.get("attention_mask"), given.get("position_ids")
         height, width = ids.shape
+        lengths = None
         if mask is not None:
             reads, others, _ = self.wants(ids, self.seen)
             planes = [mask != 0, *(t for t in (reads, others) if isinstance(t, Tensor))]
@@ -123,12 +124,11 @@ class GraphedEncoderForward(EncoderForward):
             rows, _ = rows_to_compute(mask, reads, others, relative, self.reach() if relative else None)
             if rows.padding or rows.reason is not None:
                 return None
-            mask = rows.real
+            mask, lengths = rows.real, rows.lengths
             if mask is not None and self.anybody(reads):
                 self.tell()
-        batch = PackedBatch.from_padded(
-            None, mask, None, torch.arange(width, dtype=torch.int64, device="cpu")[None], shape=(height, width)
-        )
+        columns = torch.arange(width, dtype=torch.int64, device="cpu")[None]
+        batch = PackedBatch.from_padded(None, mask, None, columns, shape=(height, width), lengths=lengths)
         indices = None if batch.indices is None else batch.indices.to(ids.device)
 
         def take(plane: Tensor | None) -> Tensor | None:

@@ -73,11 +73,14 @@ class Rows:
         real: [B, S] bool, the tokens that are keys; None where all are.
         queries: [B, S] bool, the rows that are computed; None: all of them.
         reason: why the original runs instead.
+        keys, lengths: of each sequence how many of `real` and of `queries` there are; None: not known on the host.
     """
 
     real: Tensor | None = None
     queries: Tensor | None = None
     reason: str | None = None
+    keys: list[int] | None = None
+    lengths: list[int] | None = None
 
     @property
     def padding(self) -> bool:
@@ -104,23 +107,28 @@ def rows_to_compute(
     """
     real = mask != 0
     left_out = ~real
-    looks = [
-        left_out.any(), left_out[:, 0].any(), (~real.any(1)).any(), (real[:, 1:] & left_out[:, :-1]).any(),
-        left_out.sum(1).max(),
-    ]  # fmt: skip
-    looks += [(t & left_out).any() for t in (reads, others) if isinstance(t, Tensor)]
-    padding, first, empty, holes, longest, *more = torch.stack([look.to(torch.int64) for look in looks]).tolist()
-    if not padding:
+    looks = [real.sum(1), left_out[:, 0], (real[:, 1:] & left_out[:, :-1]).any(1)]
+    if isinstance(reads, Tensor):
+        looks += [(reads & left_out).sum(1), reads[:, 0] & left_out[:, 0]]
+    if others is not None:
+        looks.append((others & left_out).any(1))
+    # of each sequence, in one copy: whatever depends on the mask is known on the host from here on
+    keys, first, holes, *more = torch.stack([look.to(torch.int64) for look in looks]).tolist()
+    shortest, width = min(keys, default=mask.shape[1]), mask.shape[1]
+    if shortest == width:
         return FULL, False
-    if empty:
+    if shortest == 0:
         return Rows(reason=EMPTY), False
-    by_others = others is not None and bool(more.pop())
-    some = isinstance(reads, Tensor) and bool(more[0])
-    if reads is True or by_others or (relative and (holes or first or some)):
-        blind = reach is not None and longest > reach
-        return Rows(real, None, WINDOW if blind else None), by_others
-    if not (some or first):
-        return Rows(real, real), False
+    by_others = others is not None and any(more.pop())
+    some = isinstance(reads, Tensor) and any(more[0])
+    if reads is True or by_others or (relative and (any(holes) or any(first) or some)):
+        blind = reach is not None and width - shortest > reach
+        return Rows(real, None, WINDOW if blind else None, keys), by_others
+    if not (some or any(first)):
+        return Rows(real, real, None, keys, keys), False
     queries = real | reads if some else real.clone()
     queries[:, 0] = True  # it is read by poolers, classifiers and people
-    return Rows(real, queries), False
+    lengths = [count + one for count, one in zip(keys, first, strict=True)]
+    if some:
+        lengths = [count + asked - one for count, asked, one in zip(lengths, *more, strict=True)]
+    return Rows(real, queries, None, keys, lengths), False

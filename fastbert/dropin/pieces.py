@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Hashable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -39,7 +40,7 @@ class Shared(Pass):
         twice: second derivatives may follow, which SDPA has in its plain form alone.
         keys: [Tk], the rows that are keys, where some rows are queries only.
         cu_seqlens_k: [B + 1] int32, the same for them as `batch.cu_seqlens` for the queries.
-        spans: (first query, queries, first key, keys) of each sequence, on the host, where no kernel goes by them.
+        spans: (first query, queries, first key, keys) of each sequence, where no kernel goes by cu_seqlens.
     """
 
     padded: bool = False
@@ -54,24 +55,24 @@ class Shared(Pass):
     cu_seqlens_k: Tensor | None = None
     spans: list[tuple[int, int, int, int]] | None = None
 
-    def over_keys(self, real: Tensor, impl: F.Impl) -> Shared:
-        """With the rows of the tokens that are `real` [B, S] as keys, and all others as queries only."""
+    def over_keys(self, real: Tensor, keys: list[int], impl: F.Impl) -> Shared:
+        """With the rows of the tokens that are `real` [B, S] as keys, `keys` of each sequence, and all others as
+        queries only. The batch must know its lengths."""
         batch = self.batch
         flat = real.flatten()
-        keys = (flat if batch.indices is None else flat[batch.indices]).nonzero().squeeze(1)
+        places = (flat if batch.indices is None else flat[batch.indices]).nonzero_static(size=sum(keys)).squeeze(1)
         cu_seqlens_k = torch.zeros_like(batch.cu_seqlens)
         torch.cumsum(real.sum(1), 0, out=cu_seqlens_k[1:])
-        spans = None
-        if impl != "triton":
-            starts = [t.tolist() for t in (batch.cu_seqlens, cu_seqlens_k)]
-            (rows, ends), (first, last) = ((t[:-1], t[1:]) for t in starts)
-            spans = [(a, b - a, c, d - c) for a, b, c, d in zip(rows, ends, first, last, strict=True)]
-        return replace(self, keys=keys, cu_seqlens_k=cu_seqlens_k, spans=spans)
+        if impl == "triton":
+            schedule = F.attention_schedule(batch.cu_seqlens, batch.total_tokens, impl, spans_k=cu_seqlens_k)
+            return replace(self, keys=places, cu_seqlens_k=cu_seqlens_k, schedule=schedule)
+        first_query, first_key = (itertools.accumulate(counts[:-1], initial=0) for counts in (batch.lengths, keys))
+        spans = list(zip(first_query, batch.lengths, first_key, keys, strict=True))
+        return replace(self, keys=places, cu_seqlens_k=cu_seqlens_k, spans=spans)
 
     def scheduled(self) -> Shared:
         """With what attention derives from the lengths."""
-        batch = self.batch
-        return replace(self, schedule=F.attention_schedule(batch.cu_seqlens, batch.total_tokens, self.impl))
+        return replace(self, schedule=self.batch.schedule(self.impl))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, stream: int, kind: Hashable = None) -> Tensor:
         """q, k, v [T, H, D] -> [T, H * D]."""
@@ -91,12 +92,12 @@ class Shared(Pass):
         if self.padded:
             q, k, v = (t.unflatten(0, batch.padded_shape) for t in (q, k, v))
             return F.attention_padded(q, k, v, impl=impl, **options).flatten(0, 1)
+        schedule = self.schedule
         if self.keys is None:
-            schedule = self.schedule
             return F.attention(q, k, v, batch.cu_seqlens, batch.max_seqlen, schedule=schedule, impl=impl, **options)
         k, v, longest = k[self.keys], v[self.keys], batch.max_seqlen
         if self.spans is None:
-            over = {"cu_seqlens_k": self.cu_seqlens_k, "max_seqlen_k": longest}
+            over = {"cu_seqlens_k": self.cu_seqlens_k, "max_seqlen_k": longest, "schedule": schedule}
             return F.attention(q, k, v, batch.cu_seqlens, longest, impl=impl, **over, **options)
         outputs = []
         for number, (row, rows, key, keys) in enumerate(self.spans):

@@ -325,22 +325,23 @@ def pack(
         src = src.transpose(0, 1)
     rows, width = src.shape[:2]
     columns = torch.arange(width, dtype=torch.int64, device=src.device)[None]
-    real = None
+    real = lengths = None
     if padding is not None and not torch.compiler.is_compiling():
-        real = ~padding if padding.dtype == torch.bool else None
-        empty = real.logical_not() if real is not None else padding == float("-inf")
-        if empty.all(1).any():
+        kept = ~padding if padding.dtype == torch.bool else padding != float("-inf")
+        ragged = (kept[:, 1:] & ~kept[:, :-1]).any(1)
+        lengths, holes = torch.stack((kept.sum(1), ragged.to(torch.int64))).tolist()
+        if min(lengths, default=1) == 0:
             return None, None
-        if exact or (real is not None and not (real[:, 1:] <= real[:, :-1]).all()):
-            real = None  # only what is padded on the right is packed, as in torch's own inference path
-    batch = PackedBatch.from_padded(None, real, None, columns, shape=(rows, width))
+        if padding.dtype == torch.bool and not exact and not any(holes):
+            real = kept  # only what is padded on the right is packed, as in torch's own inference path
+    batch = PackedBatch.from_padded(None, real, None, columns, shape=(rows, width), lengths=lengths)
     # where padding is gone, a token still stands in the row and column that it had
     mask, bias = attention_masks(None if real is not None else padding, attn_mask, rows, attention.num_heads)
     shape = (-1, -1, width, width)
     padded = real is None and (padding is not None or torch.compiler.is_compiling())
     shared = Shared(
         batch,
-        None if padded else F.attention_schedule(batch.cu_seqlens, batch.total_tokens, impl),
+        None if padded else batch.schedule(impl),
         impl,
         mask=None if mask is None else mask.expand(shape),
         bias=None if bias is None else bias.expand(shape),

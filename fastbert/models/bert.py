@@ -367,7 +367,7 @@ class BertModel(nn.Module):
         attentions: list[Tensor] | None = None,
     ) -> Tensor:
         """x [T, C] of the last layer. The lists that are given are filled, with states in the shape of the output."""
-        shared = Pass(batch, F.attention_schedule(batch.cu_seqlens, batch.total_tokens, self.impl), self.impl)
+        shared = Pass(batch, batch.schedule(self.impl), self.impl)
         if self.training and max(self.config.hidden_dropout_prob, self.config.attention_probs_dropout_prob) > 0.0:
             seed = torch.randint(2**62, (1,), device=batch.cu_seqlens.device)
             shared = replace(shared, seed=seed, row_ids=batch.row_ids())
