@@ -314,8 +314,8 @@ def attention_padded(
 
 
 def attention_schedule(
-    spans: Tensor,
-    size: int,
+    cu_seqlens: Tensor,
+    total_tokens: int,
     impl: Impl | None = None,
     *,
     spans_k: Tensor | None = None,
@@ -328,20 +328,22 @@ def attention_schedule(
     Opaque: pass it as `schedule=`. It belongs to these lengths and this implementation.
 
     Args:
-        spans, size: cu_seqlens [B + 1] int32 and the total of tokens; padded: seqlens [B] int32 and the width.
+        cu_seqlens, total_tokens: of `attention`; padded: the seqlens [B] int32 and the width of `attention_padded`.
         spans_k: cu_seqlens_k or seqlens_k, in cross-attention.
         lengths: of the B packed sequences, where the host knows them and k has the same. Kernels that no sequence of
             these lengths needs are then not launched.
-        entries: `attention_entries(lengths)` on the device of spans. Without it a kernel there makes them.
+        entries: `attention_entries(lengths)` on the device of cu_seqlens. Without it a kernel there makes them.
 
-    Raises: ValueError where lengths are not B that add up to size.
+    Raises: ValueError where lengths are not B that add up to total_tokens.
     """
-    impl = choose_impl(impl, spans.device)
+    impl = choose_impl(impl, cu_seqlens.device)
     if impl == "triton":
-        return _triton_module("attention").attention_schedule(spans, size, spans_k, padded, lengths, entries)
+        return _triton_module("attention").attention_schedule(
+            cu_seqlens, total_tokens, spans_k, padded, lengths, entries
+        )
     if impl == "reference" or padded or spans_k is not None:
         return None  # these go by the lengths themselves
-    return native.attention_schedule(spans, size, lengths)
+    return native.attention_schedule(cu_seqlens, total_tokens, lengths)
 
 
 def attention_entries(lengths: Sequence[int], device: torch.device) -> Tensor | None:
