@@ -82,7 +82,7 @@ def _runs(
     """(operator, direction) -> a call of it."""
     made: dict[Key, Run] = {}
     packed = _packed(batch, device)
-    shared = Pass(packed, F.attention_schedule(packed.cu_seqlens, batch.tokens), None)
+    shared = Pass(packed, packed.schedule(), None)
     layer = model.encoder["layer"][0]
     out, norm = layer.attention["output"]["dense"], layer.attention["output"]["LayerNorm"]
     up, down = layer.intermediate["dense"], layer.output["dense"]
