@@ -98,6 +98,7 @@ def _attention_bwd_dq_kernel(
         for first_col in tl.range(first, last, BLOCK_N):
             cols = first_col + tl.arange(0, BLOCK_N)
             k = _load_rows(k_ptr, cols, length_k, stride_kt, HEAD_DIM, BLOCK_D, HAS_ROTARY, CROSSES_END)
+            v = _load_rows(v_ptr, cols, length_k, stride_vt, HEAD_DIM, BLOCK_D, False, CROSSES_END)
             if HAS_ROTARY:
                 k = _rotate(k, cos_ptr, sin_ptr, cols, length_k, stride_cos, stride_sin, False, HEAD_DIM, BLOCK_D)
                 k = k.to(q.dtype)
@@ -114,7 +115,6 @@ def _attention_bwd_dq_kernel(
             )  # fmt: skip
             p = tl.exp2(s - lse_log2[:, None])
 
-            v = _load_rows(v_ptr, cols, length_k, stride_vt, HEAD_DIM, BLOCK_D, False, CROSSES_END)
             if IN_CHUNKS:
                 dp = _product_in_chunks(
                     do_ptr + o_origin, rows, length_q, stride_ot, v_ptr, cols, length_k, stride_vt, HEAD_DIM, CHUNK
@@ -191,6 +191,9 @@ def _attention_bwd_dkv_kernel(
         for first_row in tl.range(low, high, BLOCK_M):
             rows = first_row + tl.arange(0, BLOCK_M)
             q = _load_rows(q_head_ptr, rows, length_q, stride_qt, HEAD_DIM, BLOCK_D, HAS_ROTARY, True)
+            do = _load_rows(do_ptr + do_origin, rows, length_q, n_heads * HEAD_DIM, HEAD_DIM, BLOCK_D, False, True)
+            delta = tl.load(delta_ptr + lse_origin + rows, mask=rows < length_q, other=0.0)
+            lse_log2 = _load_lse_log2(lse_ptr + lse_origin, rows, length_q)
             if HAS_ROTARY:
                 q = _rotate(q, cos_ptr, sin_ptr, rows, length_q, stride_cos, stride_sin, False, HEAD_DIM, BLOCK_D)
                 q = q.to(k.dtype)
@@ -206,10 +209,7 @@ def _attention_bwd_dkv_kernel(
                 bias_head_ptr, stride_bias_q, stride_bias_k, mask_head_ptr, stride_mask_q, stride_mask_k,
                 window_left, window_right, HAS_BIAS, HAS_MASK, HAS_ALIBI, HAS_WINDOW, False,
             )  # fmt: skip
-            p = tl.exp2(s - _load_lse_log2(lse_ptr + lse_origin, rows, length_q)[None, :])
-
-            do = _load_rows(do_ptr + do_origin, rows, length_q, n_heads * HEAD_DIM, HEAD_DIM, BLOCK_D, False, True)
-            delta = tl.load(delta_ptr + lse_origin + rows, mask=rows < length_q, other=0.0)
+            p = tl.exp2(s - lse_log2[None, :])
             if IN_CHUNKS:
                 dp = _product_in_chunks(
                     v_ptr, cols, length_k, stride_vt, do_ptr + do_origin, rows, length_q, n_heads * HEAD_DIM,

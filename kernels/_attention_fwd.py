@@ -311,6 +311,7 @@ def _attention_fwd_kernel(
         for first_col in tl.range(first, last, BLOCK_N):
             cols = first_col + tl.arange(0, BLOCK_N)
             k = _load_rows(k_ptr, cols, length_k, stride_kt, HEAD_DIM, BLOCK_D, HAS_ROTARY, CROSSES_END)
+            v = _load_rows(v_ptr, cols, length_k, stride_vt, HEAD_DIM, BLOCK_D, False, CROSSES_END)
             if HAS_ROTARY:
                 k = _rotate(k, cos_ptr, sin_ptr, cols, length_k, stride_cos, stride_sin, False, HEAD_DIM, BLOCK_D)
             qk = _dot(q, tl.trans(k.to(q.dtype)), None, PRECISION)  # [BLOCK_M, BLOCK_N]
@@ -338,8 +339,6 @@ def _attention_fwd_kernel(
             l_i = l_i * alpha + tl.sum(p, 1)
             if HAS_DROPOUT:
                 p = tl.where(_keep_mask(keys[:, None], cols[None, :], threshold), p, 0.0)
-
-            v = _load_rows(v_ptr, cols, length_k, stride_vt, HEAD_DIM, BLOCK_D, False, CROSSES_END)
             acc = _dot(p.to(v.dtype), v, acc * alpha[:, None], PRECISION)
 
     # a row without a key has l = 0: zeros, and lse = -inf
