@@ -90,6 +90,7 @@ def _attention_bwd_dq_kernel(
     lse_log2 = _load_lse_log2(lse_ptr + lse_origin, rows, length_q)
 
     IN_CHUNKS: tl.constexpr = PRECISION == "ieee" and BLOCK_D > 128 and not HAS_ROTARY
+    LOADS_FIRST: tl.constexpr = PRECISION != "ieee"  # see the forward kernel
     dq = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
     low, high = _key_range(row, length_q, length_k, window_left, window_right, HAS_WINDOW, BLOCK_M, BLOCK_N)
     whole = tl.minimum(high + BLOCK_N - 1, length_k) // BLOCK_N * BLOCK_N
@@ -98,7 +99,8 @@ def _attention_bwd_dq_kernel(
         for first_col in tl.range(first, last, BLOCK_N):
             cols = first_col + tl.arange(0, BLOCK_N)
             k = _load_rows(k_ptr, cols, length_k, stride_kt, HEAD_DIM, BLOCK_D, HAS_ROTARY, CROSSES_END)
-            v = _load_rows(v_ptr, cols, length_k, stride_vt, HEAD_DIM, BLOCK_D, False, CROSSES_END)
+            if LOADS_FIRST:
+                v = _load_rows(v_ptr, cols, length_k, stride_vt, HEAD_DIM, BLOCK_D, False, CROSSES_END)
             if HAS_ROTARY:
                 k = _rotate(k, cos_ptr, sin_ptr, cols, length_k, stride_cos, stride_sin, False, HEAD_DIM, BLOCK_D)
                 k = k.to(q.dtype)
@@ -115,6 +117,8 @@ def _attention_bwd_dq_kernel(
             )  # fmt: skip
             p = tl.exp2(s - lse_log2[:, None])
 
+            if not LOADS_FIRST:
+                v = _load_rows(v_ptr, cols, length_k, stride_vt, HEAD_DIM, BLOCK_D, False, CROSSES_END)
             if IN_CHUNKS:
                 dp = _product_in_chunks(
                     do_ptr + o_origin, rows, length_q, stride_ot, v_ptr, cols, length_k, stride_vt, HEAD_DIM, CHUNK
@@ -175,6 +179,7 @@ def _attention_bwd_dkv_kernel(
     v = _load_rows(v_ptr, cols, length_k, stride_vt, HEAD_DIM, BLOCK_D, False, True)
 
     IN_CHUNKS: tl.constexpr = PRECISION == "ieee" and BLOCK_D > 128 and not HAS_ROTARY
+    LOADS_FIRST: tl.constexpr = PRECISION != "ieee"  # see the forward kernel
     dk = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     # seen from a key, the window's sides are swapped
@@ -191,9 +196,8 @@ def _attention_bwd_dkv_kernel(
         for first_row in tl.range(low, high, BLOCK_M):
             rows = first_row + tl.arange(0, BLOCK_M)
             q = _load_rows(q_head_ptr, rows, length_q, stride_qt, HEAD_DIM, BLOCK_D, HAS_ROTARY, True)
-            do = _load_rows(do_ptr + do_origin, rows, length_q, n_heads * HEAD_DIM, HEAD_DIM, BLOCK_D, False, True)
-            delta = tl.load(delta_ptr + lse_origin + rows, mask=rows < length_q, other=0.0)
-            lse_log2 = _load_lse_log2(lse_ptr + lse_origin, rows, length_q)
+            if LOADS_FIRST:
+                do = _load_rows(do_ptr + do_origin, rows, length_q, n_heads * HEAD_DIM, HEAD_DIM, BLOCK_D, False, True)
             if HAS_ROTARY:
                 q = _rotate(q, cos_ptr, sin_ptr, rows, length_q, stride_cos, stride_sin, False, HEAD_DIM, BLOCK_D)
                 q = q.to(k.dtype)
@@ -209,7 +213,11 @@ def _attention_bwd_dkv_kernel(
                 bias_head_ptr, stride_bias_q, stride_bias_k, mask_head_ptr, stride_mask_q, stride_mask_k,
                 window_left, window_right, HAS_BIAS, HAS_MASK, HAS_ALIBI, HAS_WINDOW, False,
             )  # fmt: skip
-            p = tl.exp2(s - lse_log2[None, :])
+            p = tl.exp2(s - _load_lse_log2(lse_ptr + lse_origin, rows, length_q)[None, :])
+
+            if not LOADS_FIRST:
+                do = _load_rows(do_ptr + do_origin, rows, length_q, n_heads * HEAD_DIM, HEAD_DIM, BLOCK_D, False, True)
+            delta = tl.load(delta_ptr + lse_origin + rows, mask=rows < length_q, other=0.0)
             if IN_CHUNKS:
                 dp = _product_in_chunks(
                     v_ptr, cols, length_k, stride_vt, do_ptr + do_origin, rows, length_q, n_heads * HEAD_DIM,

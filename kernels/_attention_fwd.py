@@ -305,13 +305,20 @@ def _attention_fwd_kernel(
     low, high = _key_range(row, length_q, length_k, window_left, window_right, HAS_WINDOW, BLOCK_M, BLOCK_N)
     # whole blocks need no mask; the block that crosses the end comes after, on its own. A short sequence is all end
     IS_SHORT: tl.constexpr = TILE == SHORT
+    # On Hopper and Blackwell a product reads shared memory through the asynchronous proxy, and needs a proxy fence
+    # after the wait for the copy that brought its operand. Triton 3.7 waits where a load stands in the program, and
+    # takes a fence between the start of a copy and its wait for one that covers the copy: see
+    # findings/triton_fence_before_wait.sh. So a loop loads its tiles before its first product; not in float32, whose
+    # tiles would take registers until then.
+    LOADS_FIRST: tl.constexpr = PRECISION != "ieee"
     whole = low if IS_SHORT else tl.minimum(high + BLOCK_N - 1, length_k) // BLOCK_N * BLOCK_N
     for CROSSES_END in tl.static_range(1 if IS_SHORT else 0, 2):
         first, last = (tl.maximum(low, whole), high) if CROSSES_END else (low, whole)
         for first_col in tl.range(first, last, BLOCK_N):
             cols = first_col + tl.arange(0, BLOCK_N)
             k = _load_rows(k_ptr, cols, length_k, stride_kt, HEAD_DIM, BLOCK_D, HAS_ROTARY, CROSSES_END)
-            v = _load_rows(v_ptr, cols, length_k, stride_vt, HEAD_DIM, BLOCK_D, False, CROSSES_END)
+            if LOADS_FIRST:
+                v = _load_rows(v_ptr, cols, length_k, stride_vt, HEAD_DIM, BLOCK_D, False, CROSSES_END)
             if HAS_ROTARY:
                 k = _rotate(k, cos_ptr, sin_ptr, cols, length_k, stride_cos, stride_sin, False, HEAD_DIM, BLOCK_D)
             qk = _dot(q, tl.trans(k.to(q.dtype)), None, PRECISION)  # [BLOCK_M, BLOCK_N]
@@ -339,6 +346,9 @@ def _attention_fwd_kernel(
             l_i = l_i * alpha + tl.sum(p, 1)
             if HAS_DROPOUT:
                 p = tl.where(_keep_mask(keys[:, None], cols[None, :], threshold), p, 0.0)
+
+            if not LOADS_FIRST:
+                v = _load_rows(v_ptr, cols, length_k, stride_vt, HEAD_DIM, BLOCK_D, False, CROSSES_END)
             acc = _dot(p.to(v.dtype), v, acc * alpha[:, None], PRECISION)
 
     # a row without a key has l = 0: zeros, and lse = -inf
