@@ -23,6 +23,9 @@ from torch import Tensor
 from .kernels import _cpu, native, reference
 from .kernels import _device as machine
 from .kernels._assembler import assembler as assembler
+from .kernels._checks import expect_indices as expect_indices
+from .kernels._checks import expect_lengths
+from .kernels._checks import expect_sequences as expect_sequences
 from .kernels._invariance import is_batch_invariant
 
 Impl = Literal["triton", "native", "reference"]
@@ -210,7 +213,8 @@ def attention(
         schedule: `attention_schedule(...)` of this batch and implementation, to share among layers.
 
     Returns: o [Tq, H, D] in q's dtype. A row that may attend to no key is zero, and so are its gradients.
-    Raises: ValueError on shapes, dtypes or devices that do not fit.
+    Raises: ValueError on shapes, dtypes or devices that do not fit; and on lengths that do not, on CPU tensors, and on
+    a GPU with FASTBERT_CHECK=1 in the environment.
     """
     if q.dim() != 3:
         raise ValueError(f"attention: q must be [T, H, D], got {tuple(q.shape)}; padded input is attention_padded")
@@ -233,6 +237,9 @@ def attention(
             )
         if max_seqlen_k is None:
             raise ValueError("attention: cu_seqlens_k needs max_seqlen_k")
+        expect_sequences("attention", "cu_seqlens_k", cu_seqlens_k, k.shape[0], max_seqlen_k)
+    if schedule is None:  # else whoever made it has looked
+        expect_sequences("attention", "cu_seqlens", cu_seqlens, q.shape[0], max_seqlen)
     _expect_integers("attention", "sequence_ids", sequence_ids, cu_seqlens.shape[0] - 1)
     _expect_attention_options("attention", q, cu_seqlens.shape[0] - 1, bias, mask, alibi_slopes, window, rotary)
     return _resolve("attention", impl, q)(
@@ -304,6 +311,8 @@ def attention_padded(
     for name, t in (("seqlens", seqlens), ("seqlens_k", seqlens_k)):
         if t is not None and (t.shape != (q.shape[0],) or t.dtype != torch.int32):
             raise ValueError(f"attention_padded: {name} must be [{q.shape[0]}] int32, got {(t.dtype, tuple(t.shape))}")
+        if t is not None:
+            expect_lengths("attention_padded", name, t, (q if name == "seqlens" else k).shape[1])
     _expect_integers("attention_padded", "sequence_ids", sequence_ids, q.shape[0])
     _expect_attention_options("attention_padded", q, q.shape[0], bias, mask, alibi_slopes, window, rotary)
     return _resolve("attention_padded", impl, q)(
@@ -334,10 +343,13 @@ def attention_schedule(
             these lengths needs are then not launched.
         entries: `attention_entries(lengths)` on the device of cu_seqlens. Without it a kernel there makes them.
 
-    Raises: ValueError where lengths are not B that add up to total_tokens.
+    Raises: ValueError where lengths are not B that add up to total_tokens, and where cu_seqlens does not rise from 0 to
+        total_tokens: on a CPU, and on a GPU with FASTBERT_CHECK=1 in the environment.
     """
     impl = choose_impl(impl, cu_seqlens.device)
     if impl == "triton":
+        if not padded:
+            expect_sequences("attention", "cu_seqlens", cu_seqlens, total_tokens)
         return _triton_module("attention").attention_schedule(
             cu_seqlens, total_tokens, spans_k, padded, lengths, entries
         )
@@ -581,7 +593,8 @@ def embedding_layer_norm(
     """dropout(LayerNorm(word[input_ids] + token_type[token_type_ids] + position[positions])): [T] -> [T, C].
 
     Args:
-        input_ids, token_type_ids, positions: [T] int64 or int32, in range (the tokenizer or BertModel checks that).
+        input_ids, token_type_ids, positions: [T] int64 or int32, in range: else IndexError or ValueError, on a GPU only
+            with FASTBERT_CHECK=1 in the environment.
         word: [vocab, C]; position: [max_position, C]; token_type: [types, C] or None (with token_type_ids None).
         weight, bias: [C] of the LayerNorm.
         padding_idx: the row of `word` that gets no gradient, as in nn.Embedding.
@@ -604,6 +617,14 @@ def embedding_layer_norm(
     _expect_integers(op, "row_ids", row_ids, input_ids.shape[0])
     _expect_dropout(op, dropout_p, seed)
     _expect_one_device(op, input_ids=input_ids, positions=positions, word=word, position=position, weight=weight)
+    if choose_impl(impl, word.device) == "triton":  # torch's own look-ups raise IndexError by themselves
+        for name, ids, table in (
+            ("input_ids", input_ids, word),
+            ("token_type_ids", token_type_ids, token_type),
+            ("positions", positions, position),
+        ):
+            if ids is not None:
+                expect_indices(op, name, ids, table.shape[0])
     return _resolve(op, impl, word)(
         input_ids, token_type_ids, positions, word, position, token_type, weight, bias, eps,
         padding_idx=padding_idx, dropout_p=dropout_p, seed=seed, stream=stream, row_ids=row_ids,
@@ -627,6 +648,7 @@ def pool(
             f"pool: cu_seqlens must be [B + 1] int32, got {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
         )
     _expect_one_device("pool", x=x, cu_seqlens=cu_seqlens)
+    expect_sequences("pool", "cu_seqlens", cu_seqlens, x.shape[0])
     return _resolve("pool", impl, x)(x, cu_seqlens, mode, normalize)
 
 
@@ -659,6 +681,8 @@ def linear_cross_entropy(
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"{op}: reduction must be mean, sum or none, got {reduction!r}")
     _expect_one_device(op, hidden=hidden, weight=weight, bias=bias, labels=labels)
+    if choose_impl(impl, hidden.device) == "triton":  # torch's own loss raises IndexError by itself
+        expect_indices(op, "labels", labels, weight.shape[0], ignored=ignore_index)
     return _resolve(op, impl, hidden)(
         hidden,
         weight,

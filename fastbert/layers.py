@@ -97,7 +97,7 @@ def multi_head_attention(
 
 def dropout_options(p: float, device: torch.device) -> dict[str, Any]:
     """Dropout arguments of one operator, with a seed of its own."""
-    return {"dropout_p": p, "seed": torch.randint(2**62, (1,), device=device)} if p > 0.0 else {}
+    return {"dropout_p": p, "seed": torch.randint(2**62, (1,), dtype=torch.int64, device=device)} if p > 0.0 else {}
 
 
 class MultiheadAttention(nn.MultiheadAttention):

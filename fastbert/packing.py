@@ -104,7 +104,7 @@ class PackedBatch:
         rows, width = input_ids.shape if shape is None else shape
         longest = width
         device = next(t.device for t in (input_ids, attention_mask, token_type_ids, position_ids) if t is not None)
-        columns = torch.arange(width, device=device).expand(rows, width)
+        columns = torch.arange(width, dtype=torch.int64, device=device).expand(rows, width)
         positions = columns if position_ids is None else position_ids.expand(rows, width)
         planes = [input_ids, None if token_type_ids is None else token_type_ids.expand(rows, width), positions]
         if attention_mask is None:
@@ -147,7 +147,7 @@ class PackedBatch:
 
         They do not depend on where a token lies in memory, so packed and padded batches draw the same mask.
         """
-        tokens = torch.arange(self.total_tokens, device=self.cu_seqlens.device)
+        tokens = torch.arange(self.total_tokens, dtype=torch.int64, device=self.cu_seqlens.device)
         sequences = torch.searchsorted(self.cu_seqlens[1:].contiguous(), tokens, right=True)
         return (sequences << 32) | (tokens - self.cu_seqlens[sequences])
 

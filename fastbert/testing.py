@@ -39,7 +39,7 @@ TINY = 1e-7  # what a budget adds, so that an exact reference does not forbid on
 
 def cu_seqlens_of(lengths: list[int], device: torch.device | str = "cpu") -> Tensor:
     """[B + 1] int32 starts of sequences with these lengths."""
-    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(device)
+    return torch.tensor([0, *lengths], dtype=torch.int64, device="cpu").cumsum(0).to(torch.int32).to(device)
 
 
 # ---- workloads -------------------------------------------------------------------------------------------
@@ -265,7 +265,12 @@ def _move(value: Any, device: torch.device | str) -> Any:
 def _upstream(outputs: list[Tensor], dtype: torch.dtype) -> list[Tensor | None]:
     """A random gradient for each output; None for one that carries none (a log-sum-exp kept for inspection)."""
     generator = torch.Generator().manual_seed(len(outputs))
-    return [torch.randn(o.shape, generator=generator).to(o.device, dtype) if o.requires_grad else None for o in outputs]
+    return [
+        torch.randn(o.shape, generator=generator, dtype=torch.float32, device="cpu").to(o.device, dtype)
+        if o.requires_grad
+        else None
+        for o in outputs
+    ]
 
 
 def _gradients(outputs: list[Tensor], leaves: list[Tensor], upstream: list[Tensor | None]) -> Sequence[Tensor]:
@@ -315,15 +320,17 @@ def assert_op(
 
 def _normal(*shape: int, std: float = 1.0, mean: float = 0.0, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(math.prod(shape) + 7919 * seed)
-    return torch.randn(*shape, generator=generator) * std + mean
+    return torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu") * std + mean
 
 
 def _integers(high: int, *shape: int) -> Tensor:
-    return torch.randint(high, shape, generator=torch.Generator().manual_seed(high + math.prod(shape)))
+    generator = torch.Generator().manual_seed(high + math.prod(shape))
+    return torch.randint(high, shape, generator=generator, dtype=torch.int64, device="cpu")
 
 
 def _dropout(p: float) -> dict[str, Any]:
-    return {"dropout_p": p, "seed": torch.tensor([1234567890123]), "stream": 3} if p else {}
+    seed = torch.tensor([1234567890123], dtype=torch.int64, device="cpu")
+    return {"dropout_p": p, "seed": seed, "stream": 3} if p else {}
 
 
 def attention_inputs(
@@ -358,7 +365,7 @@ def attention_padded_inputs(
         "q": _normal(len(lengths), width, heads, dim, seed=1),
         "k": _normal(len(lengths), width, kv_heads or heads, dim, seed=2),
         "v": _normal(len(lengths), width, kv_heads or heads, dim, seed=3),
-        "seqlens": torch.tensor(lengths, dtype=torch.int32),
+        "seqlens": torch.tensor(lengths, dtype=torch.int32, device="cpu"),
         **_attention_options(heads, dim, width, width, bias, mask, alibi, rotary),
         **_dropout(dropout_p),
         **options,
@@ -372,9 +379,10 @@ def _attention_options(heads, dim, width, width_k, bias, mask, alibi, rotary) ->
     if mask:
         options["mask"] = _normal(1, 1, width, width_k, seed=5) < 1.0
     if alibi:
-        options["alibi_slopes"] = 2.0 ** -torch.arange(1.0, heads + 1)
+        options["alibi_slopes"] = 2.0 ** -torch.arange(1, heads + 1, dtype=torch.float32, device="cpu")
     if rotary:
-        angles = torch.arange(max(width, width_k))[:, None] * 10000.0 ** -(torch.arange(0, dim, 2) / dim)
+        places = torch.arange(max(width, width_k), dtype=torch.float32, device="cpu")
+        angles = places[:, None] * 10000.0 ** -(torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
         options["rotary"] = (angles.cos(), angles.sin())
     return options
 
@@ -429,7 +437,7 @@ def embedding_inputs(model: ModelShape, lengths: Sequence[int], *, dropout_p: fl
     return {
         "input_ids": _integers(max(model.vocab // 8, 2), tokens),
         "token_type_ids": _integers(2, tokens),
-        "positions": torch.tensor([i for n in lengths for i in range(n)], dtype=torch.int64),
+        "positions": torch.tensor([i for n in lengths for i in range(n)], dtype=torch.int64, device="cpu"),
         "word": _normal(model.vocab, width, std=0.02, seed=1),
         "position": _normal(max(lengths, default=1), width, std=0.02, seed=2),
         "token_type": _normal(2, width, std=0.02, seed=3),

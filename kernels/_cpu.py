@@ -21,14 +21,15 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import _cpu_library
-from ._cpu_library import NORM_BLOCK, UP_ROWS, WIDTH
+from ._cpu_library import LOSS_ROWS, NO_MEMORY, NORM_BLOCK, UP_ROWS, WIDTH
+from ._cpu_pointers import PLAIN, address, address_or_none, addresses, strided_address
 from ._invariance import is_batch_invariant
 from ._random import keep_threshold
 
 FEW_ROWS = 64  # up to which `linear` is taken of odd widths, and where the vendor library has instructions it has not,
 FEW_ROWS_LAID_OUT = 16  # and where besides a weight lies ready for that
 FEW_BYTES = 288 << 10  # of x, up to which `encoder_layers` is taken there; above, Ctrl-C is heard after each layer
-PLAIN = (Tensor, torch.nn.Parameter)
+NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
 @functools.cache
@@ -67,7 +68,7 @@ def runs_now(x: Tensor) -> bool:
     """Whether x's values are here to be read: on the CPU, outside of tracing and of torch's transforms."""
     return (
         not torch.compiler.is_compiling()
-        and x.device.type == "cpu"
+        and x.is_cpu
         and not torch._C._functorch.maybe_current_level()
         and forward_ad._current_level < 0
     )
@@ -80,10 +81,7 @@ def _know(*tensors: Tensor) -> bool:
     return (
         runs_now(first)
         and first.dtype in dtypes()
-        and all(
-            type(t) in PLAIN and t.device.type == "cpu" and t.dtype == first.dtype and t.stride(-1) == 1
-            for t in tensors
-        )
+        and all(type(t) in PLAIN and t.is_cpu and t.dtype is first.dtype and t.stride(-1) == 1 for t in tensors)
     )
 
 
@@ -94,6 +92,25 @@ def want_gradients(*tensors: Tensor) -> bool:
 def _take(*tensors: Tensor) -> bool:
     """Whether the operators compute with these, and no gradient is to be given."""
     return _know(*tensors) and not want_gradients(*tensors)
+
+
+def _call(function: str, dtype: torch.dtype, *arguments: object) -> int | None:
+    """Runs a function of the library's. Addresses come from `_cpu_pointers`, which has looked at the tensors."""
+    if dtype not in NAMES:
+        raise TypeError(f"{function} computes in {' and '.join(map(str, NAMES))}, got {dtype}")
+    return getattr(load()[0], f"{function}_{NAMES[dtype]}")(*arguments)
+
+
+def _expect_multiple(function: str, what: str, size: int, multiple: int = WIDTH) -> None:
+    if size % multiple or size < 1:
+        raise ValueError(f"{function}: {what} must be a multiple of {multiple}, got {size}")
+
+
+def _rows(function: str, x: Tensor) -> tuple[int, int]:
+    """(rows, their width) of x [..., N]."""
+    width = x.shape[-1] if x.dim() else 0
+    _expect_multiple(function, "the width of a row", width)
+    return x.numel() // width, width
 
 
 # ---- attention -------------------------------------------------------------------------------------------
@@ -108,27 +125,47 @@ class Dropout(ctypes.Structure):
         ids = sequence_ids.to(torch.int64).contiguous()
         # what was drawn, should the caller's seed change; it also keeps the addressed memory alive
         self.options = {"dropout_p": dropout_p, "seed": seed.clone(), "sequence_ids": ids, "stream": stream}
-        super().__init__(ids.data_ptr(), int(seed), stream, keep_threshold(dropout_p), 1.0 / (1.0 - dropout_p))
+        where = address("sequence_ids", ids, torch.int64, ids.numel())
+        super().__init__(where, int(seed), stream, keep_threshold(dropout_p), 1.0 / (1.0 - dropout_p))
+
+    def address(self, sequences: int) -> int:
+        """Of this structure. Raises ValueError where it names another number of sequences."""
+        if (named := self.options["sequence_ids"].numel()) != sequences:
+            raise ValueError(f"attention: sequence_ids must be {sequences}, one a sequence, got {named}")
+        return ctypes.addressof(self)
 
 
 def takes_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float | None = None) -> bool:
     """Whether `attention` and `attention_backward` compute with these."""
-    lengths = cu_seqlens.dtype == torch.int32 and cu_seqlens.is_contiguous()
+    lengths = cu_seqlens.dtype == torch.int32 and cu_seqlens.is_cpu and cu_seqlens.is_contiguous()
     return lengths and q.shape[-1] % WIDTH == 0 and (scale is None or scale >= 0.0) and _know(q, k, v)
 
 
-def _shape_of_attention(q: Tensor, k: Tensor, cu_seqlens: Tensor) -> tuple[int, ...]:
-    return cu_seqlens.data_ptr(), cu_seqlens.shape[0] - 1, q.shape[1], k.shape[1], q.shape[2]
+def _attend(
+    function: str, before: tuple, q: Tensor, k: Tensor, v: Tensor, after: tuple, strides: tuple[int, ...],
+    cu_seqlens: Tensor, scale: float | None, dropout: Dropout | None,
+) -> None:  # fmt: skip
+    """Runs attention's pass `function`, whose addresses of tensors are `before`, those of q, k, v, and `after`.
 
-
-def _options_of_attention(q: Tensor, scale: float | None, dropout: Dropout | None) -> tuple:
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return scale, None if dropout is None else ctypes.addressof(dropout)
-
-
-def _expect_memory(failed: int, cu_seqlens: Tensor) -> None:
-    if failed:
+    Raises: ValueError on shapes that do not fit, on a negative scale, and where cu_seqlens does not cut T rows into
+    sequences; MemoryError.
+    """
+    (tokens, heads, head_dim), kv_heads, sequences = q.shape, k.shape[1], cu_seqlens.numel() - 1
+    _expect_multiple(function, "head_dim", head_dim)
+    if kv_heads < 1 or heads % kv_heads or sequences < 0 or (scale is not None and not scale >= 0.0):
+        raise ValueError(f"{function}: got {heads} heads over {kv_heads}, {sequences} sequences and scale {scale}")
+    keys = (tokens, kv_heads, head_dim)
+    outcome = _call(
+        function, q.dtype, *before, strided_address("q", q, q.dtype, (tokens, heads, head_dim)),
+        strided_address("k", k, q.dtype, keys), strided_address("v", v, q.dtype, keys), *after,
+        address("cu_seqlens", cu_seqlens, torch.int32, sequences + 1), sequences, tokens, heads, kv_heads, head_dim,
+        *strides, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], head_dim**-0.5 if scale is None else scale,
+        None if dropout is None else dropout.address(sequences),
+    )  # fmt: skip
+    if outcome == NO_MEMORY:
         raise MemoryError(f"attention: no memory for the keys of a sequence of {int(cu_seqlens.diff().max())} tokens")
+    if outcome:
+        raise ValueError(f"attention: cu_seqlens must rise from 0 to {tokens}, got {cu_seqlens.tolist()}")
 
 
 def attention(
@@ -136,13 +173,10 @@ def attention(
     dropout: Dropout | None = None, lse: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Self-attention: q [T, H, D], k, v [T, Hk, D], strided over tokens and heads -> [T, H, D]; and lse [H, T]."""
-    o = torch.empty(q.shape, dtype=q.dtype)
-    failed = getattr(load()[0], f"attention_{_name(q)}")(
-        q.data_ptr(), k.data_ptr(), v.data_ptr(), o.data_ptr(), None if lse is None else lse.data_ptr(),
-        *_shape_of_attention(q, k, cu_seqlens), *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
-        *_options_of_attention(q, scale, dropout),
-    )  # fmt: skip
-    _expect_memory(failed, cu_seqlens)
+    o = torch.empty(q.shape, dtype=q.dtype, device="cpu")
+    written = address("o", o, q.dtype, q.numel())
+    of_rows = address_or_none("lse", lse, torch.float32, q.shape[0] * q.shape[1])
+    _attend("attention", (), q, k, v, (written, of_rows), (), cu_seqlens, scale, dropout)
     return o
 
 
@@ -152,13 +186,15 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv of do [T, H, D] and what `attention` took and gave."""
     do = do if do.stride(-1) == 1 else do.contiguous()
-    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype) for t in (q, k, v))
-    failed = getattr(load()[0], f"attention_backward_{_name(q)}")(
-        *(t.data_ptr() for t in (do, q, k, v, o, lse, dq, dk, dv)), *_shape_of_attention(q, k, cu_seqlens),
-        *(stride for t in (do, q, k, v) for stride in t.stride()[:2]), *_options_of_attention(q, scale, dropout),
-    )  # fmt: skip
-    _expect_memory(failed, cu_seqlens)
-    return dq, dk, dv
+    grads = tuple(torch.empty(t.shape, dtype=t.dtype, device="cpu") for t in (q, k, v))
+    before = (strided_address("do", do, q.dtype, tuple(q.shape)),)
+    after = (
+        address("o", o, q.dtype, q.numel()),
+        address("lse", lse, torch.float32, q.shape[0] * q.shape[1]),
+        *(address(f"d{name}", grad, q.dtype, grad.numel()) for name, grad in zip("qkv", grads, strict=True)),
+    )
+    _attend("attention_backward", before, q, k, v, after, do.stride()[:2], cu_seqlens, scale, dropout)
+    return grads
 
 
 # ---- rows and products -----------------------------------------------------------------------------------
@@ -178,18 +214,17 @@ def add_layer_norm(
 ) -> Tensor:  # fmt: skip
     """LayerNorm(dropout(x) + residual): contiguous [..., N], statistics in float32, the sum never rounded to x's
     dtype. keys: of the rows, as `_random.row_keys` makes them, or None for no dropout."""
-    y = torch.empty(x.shape, dtype=x.dtype)
-    width = x.shape[-1]
-    if keys is not None:
-        getattr(load()[0], f"dropout_add_layer_norm_{_name(x)}")(
-            x.data_ptr(), residual.data_ptr(), keys.data_ptr(), weight.data_ptr(), bias.data_ptr(), y.data_ptr(),
-            x.numel() // width, width, eps, keep_threshold(dropout_p), 1.0 / (1.0 - dropout_p),
+    (rows, width), size, dtype = _rows("add_layer_norm", x), x.numel(), x.dtype
+    y = torch.empty(x.shape, dtype=dtype, device="cpu")
+    summed = address("x", x, dtype, size), address("residual", residual, dtype, size)
+    scaled = address("weight", weight, dtype, width), address("bias", bias, dtype, width), address("y", y, dtype, size)
+    if keys is None:
+        _call("add_layer_norm", dtype, *summed, *scaled, rows, width, eps)
+    else:
+        _call(
+            "dropout_add_layer_norm", dtype, *summed, address("keys", keys, torch.int64, rows), *scaled,
+            rows, width, eps, keep_threshold(dropout_p), 1.0 / (1.0 - dropout_p),
         )  # fmt: skip
-        return y
-    getattr(load()[0], f"add_layer_norm_{_name(x)}")(
-        x.data_ptr(), residual.data_ptr(), weight.data_ptr(), bias.data_ptr(), y.data_ptr(),
-        x.numel() // width, width, eps,
-    )  # fmt: skip
     return y
 
 
@@ -198,14 +233,16 @@ def add_layer_norm_backward(
     dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dx, dresidual, dweight, dbias); without dropout the first two are one tensor."""
-    dy, width = dy.contiguous(), x.shape[-1]
-    rows = x.numel() // width
-    dresidual = torch.empty(x.shape, dtype=x.dtype)
-    dx = dresidual if keys is None else torch.empty(x.shape, dtype=x.dtype)
-    parts = torch.zeros(max(1, -(-rows // NORM_BLOCK)), 2, width)
-    getattr(load()[0], f"add_layer_norm_backward_{_name(x)}")(
-        x.data_ptr(), residual.data_ptr(), None if keys is None else keys.data_ptr(), weight.data_ptr(), dy.data_ptr(),
-        None if keys is None else dx.data_ptr(), dresidual.data_ptr(), parts.data_ptr(),
+    (rows, width), size, dtype = _rows("add_layer_norm_backward", x), x.numel(), x.dtype
+    dy = dy.contiguous()
+    dresidual = torch.empty(x.shape, dtype=dtype, device="cpu")
+    dx = dresidual if keys is None else torch.empty(x.shape, dtype=dtype, device="cpu")
+    parts = torch.zeros(max(1, -(-rows // NORM_BLOCK)), 2, width, dtype=torch.float32, device="cpu")
+    _call(
+        "add_layer_norm_backward", dtype, address("x", x, dtype, size), address("residual", residual, dtype, size),
+        address_or_none("keys", keys, torch.int64, rows), address("weight", weight, dtype, width),
+        address("dy", dy, dtype, size), None if keys is None else address("dx", dx, dtype, size),
+        address("dresidual", dresidual, dtype, size), address("parts", parts, torch.float32, parts.numel()),
         rows, width, eps, keep_threshold(dropout_p), 1.0 / (1.0 - dropout_p),
     )  # fmt: skip
     return dx, dresidual, *parts[0].to(weight.dtype)
@@ -232,29 +269,32 @@ def takes_linear(
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None) -> Tensor:
     """activation(x weight^T + bias): [..., K], [N, K], [N] or None -> [..., N]. Sums in float32. Within
     `batch_invariant()` always by the product of many rows, in which a row's bits are its own."""
-    y = torch.empty(*x.shape[:-1], len(weight), dtype=x.dtype)
-    _multiply(x, weight, bias, y, len(weight), activation)
+    y = torch.empty(*x.shape[:-1], len(weight), dtype=x.dtype, device="cpu")
+    _multiply(x, weight, bias, y.view(-1, len(weight)), activation)
     return y
 
 
 def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
     """The products of x with each weight side by side: [..., K], [N, K] each -> [..., sum of N]."""
     width = sum(map(len, weights))
-    y = torch.empty(*x.shape[:-1], width, dtype=x.dtype)
-    first = 0
-    for weight, bias in zip(weights, biases, strict=True):
-        _multiply(x, weight, bias, y[..., first:], width, None)
-        first += len(weight)
+    y = torch.empty(*x.shape[:-1], width, dtype=x.dtype, device="cpu")
+    parts = y.view(-1, width).split([len(weight) for weight in weights], dim=1)
+    for weight, bias, part in zip(weights, biases, parts, strict=True):
+        _multiply(x, weight, bias, part, None)
     return y
 
 
-def _multiply(
-    x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, y_stride: int, activation: str | None
-) -> None:  # fmt: skip
-    columns, inner = weight.shape
-    failed = getattr(load()[0], f"linear_{_name(x)}")(
-        x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr(), y_stride,
-        x.numel() // inner, columns, inner, activation == "gelu", is_batch_invariant(),
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, activation: str | None) -> None:
+    """Fills y [M, N], whose rows may lie apart."""
+    (columns, inner), dtype, rows = weight.shape, x.dtype, len(y)
+    _expect_multiple("linear", "the number of columns", columns, 4)
+    _expect_multiple("linear", "the inner size", inner, WIDTH * 4 // dtype.itemsize)
+    if activation not in (None, "gelu"):
+        raise ValueError(f"linear: activation must be None or gelu, got {activation!r}")
+    failed = _call(
+        "linear", dtype, address("x", x, dtype, rows * inner), address("weight", weight, dtype, columns * inner),
+        address_or_none("bias", bias, dtype, columns), strided_address("y", y, dtype, (rows, columns)), y.stride(0),
+        rows, columns, inner, activation == "gelu", is_batch_invariant(),
     )  # fmt: skip
     if failed:
         raise MemoryError(f"linear: no memory for 64 columns of {inner} weights")
@@ -267,34 +307,46 @@ def takes_embedding_layer_norm(indices: tuple[Tensor | None, ...], tables: tuple
     """indices: ids, segments, positions [T] int64; tables: word, segment, position [., N], LayerNorm's weight, bias."""
     if any(t is None or not t.is_contiguous() for t in (*indices, *tables)) or tables[0].shape[-1] % WIDTH:
         return False
-    return all(t.dtype == torch.int64 and t.device.type == "cpu" for t in indices) and _take(*tables)
+    return all(t.dtype == torch.int64 and t.is_cpu for t in indices) and _take(*tables)
 
 
 def embedding_layer_norm(
     indices: tuple[Tensor, ...], tables: tuple[Tensor, ...], eps: float
 ) -> Tensor | None:  # fmt: skip
     """LayerNorm of the sum of three look-ups, summed in float32; None where an index lies outside its table."""
-    rows, width = len(indices[0]), tables[0].shape[-1]
-    y, sizes = torch.empty(rows, width, dtype=tables[0].dtype), array("q", map(len, tables[:3]))
-    outside = getattr(load()[0], f"embedding_layer_norm_{_name(y)}")(
-        *(t.data_ptr() for t in (*indices, *tables, y)), rows, sizes.buffer_info()[0], width, eps
-    )
+    dtype, rows, (_, width) = tables[0].dtype, indices[0].numel(), _rows("embedding_layer_norm", tables[0])
+    y = torch.empty(rows, width, dtype=dtype, device="cpu")
+    sizes = array("q", map(len, tables[:3]))
+    counts = (*(size * width for size in sizes), width, width)
+    outside = _call(
+        "embedding_layer_norm", dtype,
+        *(address(name, t, torch.int64, rows) for name, t in zip(("ids", "segments", "positions"), indices, strict=True)),
+        *(
+            address(f"{name} table", t, dtype, count)
+            for name, t, count in zip(("word", "segment", "position", "weight", "bias"), tables, counts, strict=True)
+        ),
+        address("y", y, dtype, rows * width), rows, sizes.buffer_info()[0], width, eps,
+    )  # fmt: skip
     return None if outside else y
 
 
 def takes_mean(x: Tensor, cu_seqlens: Tensor) -> bool:
-    starts = cu_seqlens.dtype == torch.int32 and cu_seqlens.is_contiguous() and cu_seqlens.device.type == "cpu"
+    starts = cu_seqlens.dtype == torch.int32 and cu_seqlens.is_contiguous() and cu_seqlens.is_cpu
     return starts and x.shape[-1] % WIDTH == 0 and x.is_contiguous() and _take(x)
 
 
-def mean_of_sequences(x: Tensor, cu_seqlens: Tensor) -> Tensor | None:
-    """x [T, N], cu_seqlens [B + 1] -> [B, N], sums in float32; None where cu_seqlens does not end at T."""
-    sequences, (rows, width) = len(cu_seqlens) - 1, x.shape
-    y = torch.empty(sequences, width, dtype=x.dtype)
-    wrong = getattr(load()[0], f"mean_of_sequences_{_name(x)}")(
-        x.data_ptr(), cu_seqlens.data_ptr(), y.data_ptr(), sequences, rows, width
-    )
-    return None if wrong else y
+def mean_of_sequences(x: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """x [T, N], cu_seqlens [B + 1] -> [B, N], sums in float32. Raises ValueError where cu_seqlens does not cut T rows
+    into sequences."""
+    sequences, (rows, width) = cu_seqlens.numel() - 1, _rows("mean_of_sequences", x)
+    y = torch.empty(max(sequences, 0), width, dtype=x.dtype, device="cpu")
+    starts = address("cu_seqlens", cu_seqlens, torch.int32, max(sequences, 0) + 1)
+    if _call(
+        "mean_of_sequences", x.dtype, address("x", x, x.dtype, rows * width), starts,
+        address("y", y, x.dtype, y.numel()), sequences, rows, width,
+    ):  # fmt: skip
+        raise ValueError(f"mean_of_sequences: cu_seqlens must rise from 0 to {rows}, got {cu_seqlens.tolist()}")
+    return y
 
 
 def layer_shapes(width: int, inner: int) -> list[tuple[int, ...]]:
@@ -308,39 +360,40 @@ def whole_layers(nbytes: int, dtype: torch.dtype) -> bool:
     return dtype in dtypes() and (multiplies(dtype) or (nbytes <= FEW_BYTES and not is_batch_invariant()))
 
 
-def takes_encoder_layers(x: Tensor, layers: list[Tensor], cu_seqlens: Tensor, heads: int, inner: int) -> bool:
-    """Whether `encoder_layers` is the way through these layers: no gradients, everything of one kind."""
-    width = x.shape[-1]
-    if not len(x) or not whole_layers(x.nbytes, x.dtype):
-        return False
-    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
-        return False
-    if not _take(x) or not x.is_contiguous() or cu_seqlens.dtype != torch.int32 or not cu_seqlens.is_contiguous():
-        return False
-    if width % heads or width // heads % WIDTH or width % (2 * WIDTH) or inner % (2 * WIDTH):
-        return False
-    if [t.shape for t in layers] != layer_shapes(width, inner) * (len(layers) // 16):
-        return False
-    kinds = {*map(type, layers)} <= {*PLAIN} and {t.dtype for t in layers} == {x.dtype}
-    return kinds and all(t.is_cpu and t.is_contiguous() for t in layers)
-
-
 def encoder_layers(
     x: Tensor, layers: list[Tensor], cu_seqlens: Tensor, heads: int, inner: int, eps: float
-) -> Tensor:  # fmt: skip
+) -> Tensor | None:  # fmt: skip
     """x [T, C] through a stack of post-norm layers with GELU, `layers` the tensors of `layer_shapes` of one after
-    another; the weights are read where they lie."""
-    y, pointers = x.clone(), array("Q", [t.data_ptr() for t in layers])
-    work = torch.empty(4 * x.numel() + min(len(x), UP_ROWS) * inner, dtype=x.dtype)
+    another; the weights are read where they lie. None where the layers have to be gone through one by one: with
+    gradients, in another dtype, or of other sizes.
+
+    Raises: ValueError where cu_seqlens does not cut T rows into sequences; MemoryError.
+    """
+    width, dtype, sequences = x.shape[-1], x.dtype, cu_seqlens.numel() - 1
+    if not len(x) or not whole_layers(x.nbytes, dtype) or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        return None
+    if not _know(x) or not x.is_contiguous() or width % (2 * WIDTH) or inner % (2 * WIDTH):
+        return None
+    if heads < 1 or width % heads or width // heads % WIDTH:
+        return None
     count = len(layers) // 16
+    pointers = addresses(layers, dtype, layer_shapes(width, inner) * count)
+    if pointers is None:
+        return None
+    y = x.clone()
+    work = torch.empty(4 * x.numel() + min(len(x), UP_ROWS) * inner, dtype=dtype, device="cpu")
+    starts = address("cu_seqlens", cu_seqlens, torch.int32, sequences + 1)
     step = count if x.nbytes <= FEW_BYTES else 1
     for layer in range(0, count, step):
-        failed = getattr(load()[0], f"encoder_layers_{_name(x)}")(
-            y.data_ptr(), pointers.buffer_info()[0] + layer * 16 * pointers.itemsize, step, cu_seqlens.data_ptr(),
-            cu_seqlens.shape[0] - 1, *x.shape, inner, heads, eps, is_batch_invariant(), work.data_ptr(),
+        outcome = _call(
+            "encoder_layers", dtype, address("x", y, dtype, x.numel()),
+            pointers.buffer_info()[0] + layer * 16 * pointers.itemsize, step, starts, sequences, *x.shape, inner, heads,
+            eps, is_batch_invariant(), address("work", work, dtype, work.numel()),
         )  # fmt: skip
-        if failed:
+        if outcome == NO_MEMORY:
             raise MemoryError(f"encoder_layers: no memory for {x.shape[0]} rows of {inner} columns")
+        if outcome:
+            raise ValueError(f"encoder_layers: cu_seqlens must rise from 0 to {len(x)}, got {cu_seqlens.tolist()}")
     return y
 
 
@@ -353,18 +406,23 @@ def takes_int8(x: Tensor, width: int, bias: Tensor | None, activation: str | Non
 
 def quantise_rows(x: Tensor, least: float) -> tuple[Tensor, Tensor]:
     """x [M, K] -> round(x / s) + 128 [M, K] uint8, s = max(|x|, least) / 127 [M] float32; NaN or infinity: s NaN."""
-    q, scales = torch.empty(x.shape, dtype=torch.uint8), torch.empty(len(x))
-    getattr(load()[0], f"quantise_rows_{_name(x)}")(
-        x.data_ptr(), q.data_ptr(), scales.data_ptr(), *x.shape, least
+    rows, width = _rows("quantise_rows", x)
+    q = torch.empty(x.shape, dtype=torch.uint8, device="cpu")
+    scales = torch.empty(rows, dtype=torch.float32, device="cpu")
+    _call(
+        "quantise_rows", x.dtype, address("x", x, x.dtype, x.numel()), address("q", q, torch.uint8, x.numel()),
+        address("scales", scales, torch.float32, rows), rows, width, least,
     )  # fmt: skip
     return q, scales
 
 
 def scale_rows(sums: Tensor, scales: Tensor, bias: Tensor | None, activation: str | None, y: Tensor) -> None:
     """y = activation(sums * scales + bias): [M, N] float32, [M] float32, [N] or None -> [M, N], in y's dtype."""
-    getattr(load()[0], f"scale_rows_{_name(y)}")(
-        sums.data_ptr(), scales.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr(),
-        *sums.shape, activation == "gelu",
+    rows, width = _rows("scale_rows", y)
+    _call(
+        "scale_rows", y.dtype, address("sums", sums, torch.float32, rows * width),
+        address("scales", scales, torch.float32, rows), address_or_none("bias", bias, y.dtype, width),
+        address("y", y, y.dtype, rows * width), rows, width, activation == "gelu",
     )  # fmt: skip
 
 
@@ -374,6 +432,19 @@ def takes_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tens
     return len(hidden) > 0 and labels.dtype == torch.int64 and _know(*given)
 
 
+def _logits(function: str, logits: Tensor, bias: Tensor | None, labels: Tensor, first: int) -> tuple[int | None, ...]:
+    """The addresses of logits [words, N], of bias [V] and of labels [N] int32, which both passes over logits read."""
+    words, rows = logits.shape
+    _expect_multiple(function, "the number of rows", rows, LOSS_ROWS)
+    if bias is not None and not 0 <= first <= first + words <= len(bias):
+        raise ValueError(f"{function}: words {first} to {first + words} of a bias of {len(bias)}")
+    return (
+        address("logits", logits, logits.dtype, words * rows),
+        None if bias is None else address("bias", bias, logits.dtype, bias.numel()),
+        address("labels", labels, torch.int32, rows),
+    )
+
+
 def sum_logits(
     logits: Tensor, bias: Tensor | None, labels: Tensor, greatest: Tensor, sums: Tensor, totals: Tensor,
     of_label: Tensor, first: int,
@@ -381,9 +452,10 @@ def sum_logits(
     """Adds logits [words, N] of the words from `first` on to what was summed of z = logits + bias: greatest z, sum of
     exp(z - greatest), sum of z, the label's z, all [N] float32. bias [V] or None, labels [N] int32."""
     words, rows = logits.shape
-    getattr(load()[0], f"sum_logits_{_name(logits)}")(
-        logits.data_ptr(), None if bias is None else bias.data_ptr(), labels.data_ptr(),
-        greatest.data_ptr(), sums.data_ptr(), totals.data_ptr(), of_label.data_ptr(), first, words, rows,
+    summed = {"greatest": greatest, "sums": sums, "totals": totals, "of_label": of_label}
+    _call(
+        "sum_logits", logits.dtype, *_logits("sum_logits", logits, bias, labels, first),
+        *(address(name, t, torch.float32, rows) for name, t in summed.items()), first, words, rows,
     )  # fmt: skip
 
 
@@ -393,11 +465,11 @@ def logit_gradients(
 ) -> None:  # fmt: skip
     """Fills dz [words, N], which may be logits, and these words of dbias [V] float32. lse, dloss: [N] float32."""
     words, rows = logits.shape
-    getattr(load()[0], f"logit_gradients_{_name(logits)}")(
-        logits.data_ptr(), None if bias is None else bias.data_ptr(), labels.data_ptr(), lse.data_ptr(),
-        dloss.data_ptr(), dz.data_ptr(), dbias.data_ptr(), first, words, rows, smoothing, smoothing / vocabulary,
+    if not 0 <= first <= first + words <= vocabulary:
+        raise ValueError(f"logit_gradients: words {first} to {first + words} of a vocabulary of {vocabulary}")
+    _call(
+        "logit_gradients", logits.dtype, *_logits("logit_gradients", logits, bias, labels, first),
+        address("lse", lse, torch.float32, rows), address("dloss", dloss, torch.float32, rows),
+        address("dz", dz, logits.dtype, words * rows), address("dbias", dbias, torch.float32, vocabulary),
+        first, words, rows, smoothing, smoothing / vocabulary,
     )  # fmt: skip
-
-
-def _name(x: Tensor) -> str:
-    return "float32" if x.dtype == torch.float32 else "bfloat16"

@@ -36,7 +36,8 @@ inline float softmax(float* scores, typename T::Element* p, int length, int keys
     const __m512 shift = _mm512_set1_ps(_mm512_reduce_max_ps(most) * scale_log2);
     __m512 sum = _mm512_setzero_ps();
     for (int j = 0; j < keys; j += WIDTH) {
-        const __m512 x = exp2_of_negative(_mm512_fmsub_ps(_mm512_load_ps(scores + j), scale, shift));
+        __m512 x = exp2_of_negative(_mm512_fmsub_ps(_mm512_load_ps(scores + j), scale, shift));
+        if (scores + j == last) x = _mm512_maskz_mov_ps(tail, x);  // a scale of 0 makes NaN of minus infinity
         sum = _mm512_add_ps(sum, x);
         T::store(p + j, x);
     }
@@ -106,12 +107,13 @@ void rows_of_head(
 template <class T>
 int attention(
     const typename T::Element* q, const typename T::Element* k, const typename T::Element* v, typename T::Element* o,
-    float* lse, const int32_t* starts, int sequences, int heads, int kv_heads, int head_dim,
+    float* lse, const int32_t* starts, int sequences, int64_t tokens, int heads, int kv_heads, int head_dim,
     int64_t q_token, int64_t q_head, int64_t k_token, int64_t k_head, int64_t v_token, int64_t v_head, float scale,
     const Dropout* dropout
 ) {
     using Element = typename T::Element;
-    const int64_t o_token = (int64_t)heads * head_dim, tokens = starts[sequences];
+    if (!are_sequences(starts, sequences, tokens)) return NOT_SEQUENCES;
+    const int64_t o_token = (int64_t)heads * head_dim;
     bool failed = false;
 #pragma omp parallel for collapse(2) schedule(dynamic)
     for (int sequence = 0; sequence < sequences; ++sequence)
@@ -158,7 +160,7 @@ int attention(
                 if (lse) std::copy_n(row_lse, n, lse + head * tokens + start + row);
             }
         }
-    return failed ? 1 : 0;
+    return failed ? NO_MEMORY : DONE;
 }
 
 }  // namespace
@@ -166,12 +168,12 @@ int attention(
 #define EXPORT_FOR(T, name)                                                                                        \
     EXPORT int attention_##name(                                                                                   \
         const T::Element* q, const T::Element* k, const T::Element* v, T::Element* o, float* lse,                  \
-        const int32_t* starts, int sequences, int heads, int kv_heads, int head_dim, int64_t q_token,              \
-        int64_t q_head, int64_t k_token, int64_t k_head, int64_t v_token, int64_t v_head, float scale,             \
-        const Dropout* dropout                                                                                     \
+        const int32_t* starts, int sequences, int64_t tokens, int heads, int kv_heads, int head_dim,               \
+        int64_t q_token, int64_t q_head, int64_t k_token, int64_t k_head, int64_t v_token, int64_t v_head,         \
+        float scale, const Dropout* dropout                                                                        \
     ) {                                                                                                            \
-        return attention<T>(q, k, v, o, lse, starts, sequences, heads, kv_heads, head_dim, q_token, q_head,        \
-                            k_token, k_head, v_token, v_head, scale, dropout);                                     \
+        return attention<T>(q, k, v, o, lse, starts, sequences, tokens, heads, kv_heads, head_dim, q_token,        \
+                            q_head, k_token, k_head, v_token, v_head, scale, dropout);                             \
     }
 
 EXPORT_FOR(Float32, float32)

@@ -266,11 +266,12 @@ int backward(
     const typename T::Element* d_o, const typename T::Element* q, const typename T::Element* k,
     const typename T::Element* v, const typename T::Element* o, const float* lse,            // in
     typename T::Element* dq, typename T::Element* dk, typename T::Element* dv,               // out
-    const int32_t* starts, int sequences, int heads, int kv_heads, int head_dim,
+    const int32_t* starts, int sequences, int64_t tokens, int heads, int kv_heads, int head_dim,
     int64_t do_token, int64_t do_head, int64_t q_token, int64_t q_head, int64_t k_token, int64_t k_head,
     int64_t v_token, int64_t v_head, float scale, const Dropout* dropout
 ) {
-    const int64_t o_token = (int64_t)heads * head_dim, k_row = (int64_t)kv_heads * head_dim, tokens = starts[sequences];
+    if (!are_sequences(starts, sequences, tokens)) return NOT_SEQUENCES;
+    const int64_t o_token = (int64_t)heads * head_dim, k_row = (int64_t)kv_heads * head_dim;
     const int group = heads / kv_heads;
     bool failed = false;
 #pragma omp parallel for collapse(2) schedule(dynamic)
@@ -307,7 +308,7 @@ int backward(
             store_rows<T>(m.dk, length, head_dim, scale, dk + of_k, k_row);
             store_rows<T>(m.dv, length, head_dim, dropout ? dropout->scale : 1.0f, dv + of_k, k_row);
         }
-    return failed ? 1 : 0;
+    return failed ? NO_MEMORY : DONE;
 }
 
 }  // namespace
@@ -316,10 +317,11 @@ int backward(
     EXPORT int attention_backward_##name(                                                                          \
         const T::Element* d_o, const T::Element* q, const T::Element* k, const T::Element* v, const T::Element* o, \
         const float* lse, T::Element* dq, T::Element* dk, T::Element* dv, const int32_t* starts, int sequences,    \
-        int heads, int kv_heads, int head_dim, int64_t do_token, int64_t do_head, int64_t q_token, int64_t q_head, \
-        int64_t k_token, int64_t k_head, int64_t v_token, int64_t v_head, float scale, const Dropout* dropout      \
+        int64_t tokens, int heads, int kv_heads, int head_dim, int64_t do_token, int64_t do_head, int64_t q_token, \
+        int64_t q_head, int64_t k_token, int64_t k_head, int64_t v_token, int64_t v_head, float scale,             \
+        const Dropout* dropout                                                                                     \
     ) {                                                                                                            \
-        return backward<T>(d_o, q, k, v, o, lse, dq, dk, dv, starts, sequences, heads, kv_heads, head_dim,         \
+        return backward<T>(d_o, q, k, v, o, lse, dq, dk, dv, starts, sequences, tokens, heads, kv_heads, head_dim, \
                            do_token, do_head, q_token, q_head, k_token, k_head, v_token, v_head, scale, dropout);  \
     }
 

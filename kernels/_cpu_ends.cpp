@@ -27,14 +27,11 @@ int embedding_layer_norm(
 }
 
 // y [sequences, width] = the mean of each sequence's rows of x, summed in float32; zeros of an empty sequence.
-// Returns 1, and nothing is computed, where the sequences are not those of `rows` rows.
 template <class T>
 int mean_of_sequences(
     const typename T::Element* x, const int32_t* starts, typename T::Element* y, int sequences, int64_t rows, int width
 ) {
-    bool fit = starts[0] == 0 && starts[sequences] == rows;
-    for (int i = 0; i < sequences; ++i) fit &= starts[i] <= starts[i + 1];
-    if (!fit) return 1;
+    if (!are_sequences(starts, sequences, rows)) return NOT_SEQUENCES;
 #pragma omp parallel for schedule(static) if (rows > 64)
     for (int i = 0; i < sequences; ++i)
         for (int column = 0; column < width; column += WIDTH) {
@@ -44,7 +41,7 @@ int mean_of_sequences(
             const __m512 count = _mm512_set1_ps(std::max(starts[i + 1] - starts[i], 1));
             T::store(y + (int64_t)i * width + column, _mm512_div_ps(sum, count));
         }
-    return 0;
+    return DONE;
 }
 
 }  // namespace

@@ -5,8 +5,8 @@
 
 #define DECLARE_FOR(T, name)                                                                                       \
     extern "C" int attention_##name(                                                                               \
-        const T::Element*, const T::Element*, const T::Element*, T::Element*, float*, const int32_t*, int, int,    \
-        int, int, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float, const void*                         \
+        const T::Element*, const T::Element*, const T::Element*, T::Element*, float*, const int32_t*, int,         \
+        int64_t, int, int, int, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float, const void*          \
     );                                                                                                             \
     extern "C" void add_layer_norm_##name(                                                                         \
         const T::Element*, const T::Element*, const T::Element*, const T::Element*, T::Element*, int64_t, int,     \
@@ -41,6 +41,7 @@ constexpr int UP_ROWS = 1024;  // of the widest matrix at a time, UP_ROWS in _cp
         T::Element* x, const Layer<T::Element>* layers, int count, const int32_t* starts, int sequences, int rows, \
         int width, int inner, int heads, float eps, int in_one_way, T::Element* work                               \
     ) {                                                                                                            \
+        if (!are_sequences(starts, sequences, rows)) return NOT_SEQUENCES;                                         \
         const int head_dim = width / heads;                                                                        \
         const int64_t size = (int64_t)rows * width;                                                                \
         T::Element *q = work, *k = q + size, *v = k + size, *o = v + size, *up = o + size, *y = q;                 \
@@ -49,8 +50,8 @@ constexpr int UP_ROWS = 1024;  // of the widest matrix at a time, UP_ROWS in _cp
             failed |= linear_##name(x, l->query.weight, l->query.bias, q, width, rows, width, width, 0, in_one_way); \
             failed |= linear_##name(x, l->key.weight, l->key.bias, k, width, rows, width, width, 0, in_one_way);   \
             failed |= linear_##name(x, l->value.weight, l->value.bias, v, width, rows, width, width, 0, in_one_way); \
-            failed |= attention_##name(q, k, v, o, nullptr, starts, sequences, heads, heads, head_dim, width,      \
-                                       head_dim, width, head_dim, width, head_dim,                                 \
+            failed |= attention_##name(q, k, v, o, nullptr, starts, sequences, rows, heads, heads, head_dim,       \
+                                       width, head_dim, width, head_dim, width, head_dim,                          \
                                        1 / std::sqrt((float)head_dim), nullptr);                                   \
             failed |= linear_##name(o, l->output.weight, l->output.bias, y, width, rows, width, width, 0, in_one_way); \
             add_layer_norm_##name(y, x, l->norm.weight, l->norm.bias, x, rows, width, eps);                        \

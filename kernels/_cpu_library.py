@@ -26,6 +26,8 @@ REBUILD = "python setup.py build_ext --inplace"
 
 WIDTH = 16  # elements that a row must be a multiple of
 NORM_BLOCK = 64  # BLOCK in _cpu_norm.cpp: rows whose gradients of weight and bias are summed into one row
+LOSS_ROWS = 32  # PANEL registers of them in _cpu_loss.cpp: what its number of rows must be a multiple of
+NO_MEMORY = 1  # in _cpu_simd.h: what a function returns where it had none; 2 where cu_seqlens are no sequences
 UP_ROWS = 1024  # in _cpu_layer.cpp: rows of the feed-forward network's inner matrix that are held at once
 
 TYPES = {
@@ -35,8 +37,8 @@ TYPES = {
 # Function, which there is once for each of DTYPES -> its result and its arguments, as letters of TYPES.
 DTYPES = ("float32", "bfloat16")
 SIGNATURES = {
-    "attention": ("i", "ppppp piiii llllll fp"),
-    "attention_backward": ("i", "ppppppppp piiii llllllll fp"),
+    "attention": ("i", "ppppp piliii llllll fp"),
+    "attention_backward": ("i", "ppppppppp piliii llllllll fp"),
     "add_layer_norm": ("v", "ppppp lif"),
     "dropout_add_layer_norm": ("v", "pppppp lifuf"),
     "add_layer_norm_backward": ("v", "pppppppp lifuf"),
@@ -74,7 +76,7 @@ def sources_stamp(folder: Path) -> str | None:
 
 def interface_stamp() -> str:
     """What Python expects of the library, as 16 hexadecimal digits."""
-    expected = (DTYPES, SIGNATURES, DROPOUT_FIELDS, WIDTH, NORM_BLOCK, UP_ROWS)
+    expected = (DTYPES, SIGNATURES, DROPOUT_FIELDS, WIDTH, NORM_BLOCK, LOSS_ROWS, NO_MEMORY, UP_ROWS)
     return hashlib.sha256(repr(expected).encode()).hexdigest()[:16]
 
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from . import _cpu
+from ._cpu_library import LOSS_ROWS
 
-ROWS = 32  # the number of rows is filled up to a multiple of this: whole registers, and faster products
 CHUNK_BYTES = 4 << 20  # of z at a time; of 800 rows in bfloat16 2,621 words
 LEAST_WORDS = 512  # a chunk, so that adding up dhidden stays small beside the products
 KEPT_BYTES = 128 << 20  # of z that may be kept; in bfloat16 2,200 rows of BERT's vocabulary
@@ -32,7 +32,9 @@ def row_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tens
     for label in (labels.min(), labels.max()):
         if not 0 <= label < words:
             raise IndexError(f"Target {int(label)} is out of bounds.")
-    filler = -rows % ROWS  # rows of zeros, whose losses are cut off again, so that their upstream gradients are zero
+    filler = (
+        -rows % LOSS_ROWS
+    )  # rows of zeros, whose losses are cut off again, so that their upstream gradients are zero
     hidden, labels = F.pad(hidden, (0, 0, 0, filler)), F.pad(labels, (0, filler))
     return _Losses.apply(hidden, weight, bias, labels, smoothing, torch.is_grad_enabled())[:rows]
 
@@ -44,7 +46,7 @@ def _plain(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, 
 
 
 class _Losses(torch.autograd.Function):
-    """The number of rows a multiple of ROWS."""
+    """The number of rows a multiple of LOSS_ROWS."""
 
     @staticmethod
     def forward(
@@ -53,8 +55,8 @@ class _Losses(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         rows, words = len(hidden), len(weight)
         narrow = labels.int()
-        greatest = torch.full((rows,), torch.finfo(torch.float32).min)
-        sums, totals, of_label = torch.zeros(3, rows)
+        greatest = torch.full((rows,), torch.finfo(torch.float32).min, dtype=torch.float32, device="cpu")
+        sums, totals, of_label = torch.zeros(3, rows, dtype=torch.float32, device="cpu")
         keep = graph and any(ctx.needs_input_grad) and rows * words * hidden.element_size() <= KEPT_BYTES
         chunk = _chunk_words(hidden)
         z = hidden.new_empty(words if keep else min(chunk, words), rows)
@@ -84,9 +86,9 @@ class _Losses(torch.autograd.Function):
         rows, words = len(hidden), len(weight)
         narrow, dloss = labels.int(), dloss.contiguous()
         chunk = _chunk_words(hidden)
-        dhidden = torch.zeros(hidden.shape) if wanted[0] else None
+        dhidden = torch.zeros(hidden.shape, dtype=torch.float32, device="cpu") if wanted[0] else None
         dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if wanted[1] else None
-        dbias = torch.empty(words)
+        dbias = torch.empty(words, dtype=torch.float32, device="cpu")
         buffer = hidden.new_empty(min(chunk, words), rows)
 
         for first in range(0, words, chunk):

@@ -34,25 +34,17 @@ struct Sums {
     // xhat of this row, and what was kept of x; returns rstd.
     float normalise(int64_t row, float* xhat, __mmask16* mask) const {
         const int64_t at = row * width;
-        __m512 sum = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
         for (int i = 0; i < width; i += WIDTH) {
             mask[i / WIDTH] = kept(row, i);
             const __m512 of_x = _mm512_maskz_mul_ps(mask[i / WIDTH], T::load(x + at + i), _mm512_set1_ps(scale));
-            const __m512 z = _mm512_add_ps(of_x, T::load(residual + at + i));
-            _mm512_storeu_ps(xhat + i, z);
-            sum = _mm512_add_ps(sum, z);
+            _mm512_storeu_ps(xhat + i, _mm512_add_ps(of_x, T::load(residual + at + i)));
         }
-        const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / width);
+        const Moments m = moments_of_row([&](int i) { return _mm512_loadu_ps(xhat + i); }, width, eps);
         for (int i = 0; i < width; i += WIDTH) {
-            const __m512 centred = _mm512_sub_ps(_mm512_loadu_ps(xhat + i), mean);
-            squares = _mm512_fmadd_ps(centred, centred, squares);
+            const __m512 centred = _mm512_sub_ps(_mm512_sub_ps(_mm512_loadu_ps(xhat + i), m.mean), m.rest);
+            _mm512_storeu_ps(xhat + i, _mm512_mul_ps(centred, _mm512_set1_ps(m.rstd)));
         }
-        const float rstd = 1.0f / std::sqrt(_mm512_reduce_add_ps(squares) / width + eps);
-        for (int i = 0; i < width; i += WIDTH) {
-            const __m512 centred = _mm512_sub_ps(_mm512_loadu_ps(xhat + i), mean);
-            _mm512_storeu_ps(xhat + i, _mm512_mul_ps(centred, _mm512_set1_ps(rstd)));
-        }
-        return rstd;
+        return m.rstd;
     }
 };
 

@@ -22,6 +22,18 @@ namespace {
 
 constexpr int WIDTH = 16;  // 32-bit lanes of a register
 constexpr float LOG2_E = 1.4426950408889634f;
+// From this share of a row's variance on, the square of what its mean was rounded by is taken out of the variance.
+constexpr float MEAN_MATTERS = 1e-8f;
+
+// What an operator returns: it is done, or nothing was computed, and `_cpu.py` raises why.
+enum Outcome { DONE = 0, NO_MEMORY = 1, NOT_SEQUENCES = 2 };
+
+// Are starts [sequences + 1] those of sequences that follow one another from row 0 to the last of `rows`?
+inline bool are_sequences(const int32_t* starts, int sequences, int64_t rows) {
+    bool fit = starts[0] == 0 && starts[sequences] == rows;
+    for (int i = 0; i < sequences; ++i) fit &= starts[i] <= starts[i + 1];
+    return fit;
+}
 
 struct Float32 {
     using Element = float;
@@ -81,22 +93,50 @@ inline __m512 gelu(__m512 x) {
     return _mm512_mul_ps(x, _mm512_mask_sub_ps(tail, positive, one, tail));
 }
 
-// y = (z - mean) / sqrt(var + eps) * weight + bias of one row, whose z(i) gives 16 elements from i on in float32.
+// The mean of a row is mean + rest: `rest` is what rounding to float32 left out of `mean`.
+struct Moments {
+    __m512 mean, rest;
+    float rstd;
+};
+
+// Moments of one row, whose z(i) gives 16 elements from i on in float32. A row whose elements are nearly equal would
+// have its rounded mean for its greatest deviation, so the mean of the deviations is taken off them again.
+template <class Z>
+inline Moments moments_of_row(const Z& z, int width, float eps) {
+    __m512 sum = _mm512_setzero_ps();
+    for (int i = 0; i < width; i += WIDTH) sum = _mm512_add_ps(sum, z(i));
+    const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / width);
+    __m512 deviations = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
+    for (int i = 0; i < width; i += WIDTH) {
+        const __m512 centred = _mm512_sub_ps(z(i), mean);
+        deviations = _mm512_add_ps(deviations, centred);
+        squares = _mm512_fmadd_ps(centred, centred, squares);
+    }
+    const float left = _mm512_reduce_add_ps(deviations) / width;
+    const __m512 rest = _mm512_set1_ps(left);
+    float variance = _mm512_reduce_add_ps(squares) / width;
+    if (left * left > MEAN_MATTERS * variance) {
+        squares = _mm512_setzero_ps();
+        for (int i = 0; i < width; i += WIDTH) {
+            const __m512 centred = _mm512_sub_ps(_mm512_sub_ps(z(i), mean), rest);
+            squares = _mm512_fmadd_ps(centred, centred, squares);
+        }
+        variance = _mm512_reduce_add_ps(squares) / width;
+    }
+    return {mean, rest, 1.0f / std::sqrt(variance + eps)};
+}
+
+// y = (z - mean) / sqrt(var + eps) * weight + bias of one row.
 template <class T, class Z>
 inline void layer_norm_of_row(
     const Z& z, const typename T::Element* weight, const typename T::Element* bias, typename T::Element* y, int width,
     float eps
 ) {
-    __m512 sum = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
-    for (int i = 0; i < width; i += WIDTH) sum = _mm512_add_ps(sum, z(i));
-    const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / width);
+    const Moments m = moments_of_row(z, width, eps);
+    const __m512 rstd = _mm512_set1_ps(m.rstd);
     for (int i = 0; i < width; i += WIDTH) {
-        const __m512 centred = _mm512_sub_ps(z(i), mean);
-        squares = _mm512_fmadd_ps(centred, centred, squares);
-    }
-    const __m512 factor = _mm512_set1_ps(1.0f / std::sqrt(_mm512_reduce_add_ps(squares) / width + eps));
-    for (int i = 0; i < width; i += WIDTH) {
-        const __m512 scaled = _mm512_mul_ps(_mm512_mul_ps(_mm512_sub_ps(z(i), mean), factor), T::load(weight + i));
+        const __m512 centred = _mm512_sub_ps(_mm512_sub_ps(z(i), m.mean), m.rest);
+        const __m512 scaled = _mm512_mul_ps(_mm512_mul_ps(centred, rstd), T::load(weight + i));
         T::store(y + i, _mm512_add_ps(scaled, T::load(bias + i)));
     }
 }

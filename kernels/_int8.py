@@ -50,7 +50,7 @@ class Int8Weight:
         weight = weight.detach().float()
         self.scales = weight.abs().amax(1).clamp_min_(SMALLEST_SCALE).div_(LARGEST)  # [N]
         integers = weight.div(self.scales[:, None]).round_().to(torch.int8)
-        self.zeros = torch.zeros(len(weight), dtype=torch.int64)
+        self.zeros = torch.zeros(len(weight), dtype=torch.int64, device="cpu")
         self.blocked = torch.ops.onednn.qlinear_prepack(integers, None)
 
     def linear(self, x: Tensor, bias: Tensor | None, activation: str | None = None) -> Tensor:

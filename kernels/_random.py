@@ -58,7 +58,7 @@ def row_keys(seed: torch.Tensor, stream: int | torch.Tensor, rows: torch.Tensor)
 def keep_mask(keys: torch.Tensor, n_cols: int, p: float) -> torch.Tensor:
     """The boolean keep mask `[*keys.shape, n_cols]` of rows with these keys."""
     low, high = (keys & MASK32)[..., None], _shift_right(keys, 32)[..., None]
-    x = torch.arange(n_cols, device=keys.device) ^ low
+    x = torch.arange(n_cols, dtype=torch.int64, device=keys.device) ^ low
     x = ((x ^ (x >> 16)) * MIX32_A) & MASK32
     x = ((x ^ (x >> 15)) + high) & MASK32
     x = (x * MIX32_B) & MASK32  # may wrap int64; its low half is right all the same

@@ -92,29 +92,39 @@ def _dropout_mask(seed_ptr, row_ids_ptr, stream_id, threshold, rows, mask_m, col
 
 @triton.jit
 def _moments(z, mask, eps, N: tl.constexpr, RMS: tl.constexpr):
-    """(mean [M], z - mean, rstd [M]) of fp32 rows z [M, BLOCK_N], zero where mask is false; RMS: with mean 0."""
+    """(mean [M], rest [M], z - mean - rest, rstd [M]) of fp32 rows z [M, BLOCK_N], zero where mask is false; RMS: with
+    mean 0. rest is what rounding to fp32 left out of the mean: a row of nearly equal elements would have that for its
+    greatest deviation."""
     # zeros, not None: a jit function that is called as such cannot return None
-    mean = tl.zeros((z.shape[0],), tl.float32) if RMS else tl.sum(z, axis=1) / N
-    centred = z if RMS else tl.where(mask, z - mean[:, None], 0.0)
+    mean = tl.zeros((z.shape[0],), tl.float32)
+    rest = mean
+    centred = z
+    if not RMS:
+        mean = tl.sum(z, axis=1) / N
+        centred = tl.where(mask, z - mean[:, None], 0.0)
+        # rounded to the nearest, so that a constant row is left with zeros
+        rest = tl.div_rn(tl.sum(centred, axis=1), tl.full((z.shape[0],), N, tl.float32))
+        centred = tl.where(mask, centred - rest[:, None], 0.0)
     rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / N + eps)
-    return mean, centred, rstd
+    return mean, rest, centred, rstd
 
 
 @triton.jit
 def _norm_forward(z, mask, weight_ptr, bias_ptr, cols, eps, N: tl.constexpr, RMS: tl.constexpr):
-    """(y, mean [M], rstd [M]) of fp32 rows z [M, BLOCK_N], zero where mask is false; weight, bias: if any."""
-    mean, centred, rstd = _moments(z, mask, eps, N, RMS)
+    """(y, mean [M], rest [M], rstd [M]) of fp32 rows z [M, BLOCK_N], zero where mask is false; weight, bias: if any."""
+    mean, rest, centred, rstd = _moments(z, mask, eps, N, RMS)
     y = centred * rstd[:, None]
     if weight_ptr is not None:
         y *= tl.load(weight_ptr + cols[None, :], mask=(cols < N)[None, :], other=0.0).to(tl.float32)
     if bias_ptr is not None:
         y += tl.load(bias_ptr + cols[None, :], mask=(cols < N)[None, :], other=0.0).to(tl.float32)
-    return y, mean, rstd
+    return y, mean, rest, rstd
 
 
 @triton.jit
 def _norm_backward(
-    dy, z, mean_ptr, rstd_ptr, weight_ptr,   # [BLOCK_M, BLOCK_N] fp32 x 2, zero past the end; [M] (RMS: None), [M], [N]
+    dy, z,                                   # [BLOCK_M, BLOCK_N] fp32, zero past the end
+    mean_ptr, rstd_ptr, weight_ptr,          # [M, 2] (RMS: None), [M], [N]
     dweight, dbias,                          # sums so far, [BLOCK_N]
     rows, mask_m, cols,
     N: tl.constexpr, RMS: tl.constexpr, SUM_DWEIGHT: tl.constexpr, SUM_DBIAS: tl.constexpr,
@@ -124,9 +134,10 @@ def _norm_backward(
     if RMS:
         x_hat = z * rstd[:, None]
     else:
-        mean = tl.load(mean_ptr + rows, mask=mask_m, other=0.0)
+        mean = tl.load(mean_ptr + 2 * rows, mask=mask_m, other=0.0)
+        rest = tl.load(mean_ptr + 2 * rows + 1, mask=mask_m, other=0.0)
         # not zero past N, but everything it meets there is
-        x_hat = (z - mean[:, None]) * rstd[:, None]
+        x_hat = (z - mean[:, None] - rest[:, None]) * rstd[:, None]
     # summed here, before the reductions, so that dy is not held across them
     if SUM_DWEIGHT:
         dweight += tl.sum(dy * x_hat, axis=0)
@@ -144,12 +155,13 @@ def _norm_backward(
 
 
 @triton.jit
-def _store_statistics(mean_ptr, rstd_ptr, mean, rstd, rows, mask_m, want):
-    """rstd [M], and mean [M] unless its pointer is None, where `want` is not 0."""
+def _store_statistics(mean_ptr, rstd_ptr, mean, rest, rstd, rows, mask_m, want):
+    """rstd [M], and (mean, rest) [M, 2] unless its pointer is None, where `want` is not 0."""
     if want != 0:
         tl.store(rstd_ptr + rows, rstd, mask=mask_m)
         if mean_ptr is not None:
-            tl.store(mean_ptr + rows, mean, mask=mask_m)
+            tl.store(mean_ptr + 2 * rows, mean, mask=mask_m)
+            tl.store(mean_ptr + 2 * rows + 1, rest, mask=mask_m)
 
 
 @triton.jit

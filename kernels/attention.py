@@ -119,9 +119,9 @@ def attention(
     Arguments are those of `fastbert.functional.attention`. Gradients: q, k, v and bias; lse may be differentiated.
     dbias recomputes the scores once more and needs no memory beyond itself.
 
-    Raises: TypeError on dtypes other than float32, bfloat16, float16; ValueError on a head_dim over 256, a scale
-        that is not positive, a bias, mask or rotary table smaller than max_seqlen, or one that wants a gradient
-        where there is none (alibi_slopes, rotary).
+    Raises: TypeError on dtypes other than float32, bfloat16, float16; ValueError on a head_dim over 256, a bias,
+        mask or rotary table smaller than max_seqlen, or one that wants a gradient where there is none (alibi_slopes,
+        rotary).
     """
     if cu_seqlens_k is None:
         max_seqlen_k = max_seqlen
@@ -168,13 +168,11 @@ def _expect_covering(op, max_seqlen, max_seqlen_k, bias, mask, rotary) -> None:
             raise ValueError(f"{op}: rotary has {[t.shape[0] for t in rotary]} positions, expected {longest}")
 
 
-def _expect_supported(op, q, scale, alibi_slopes, rotary) -> None:
+def _expect_supported(op, q, alibi_slopes, rotary) -> None:
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"{op}: q, k, v must be float32, bfloat16 or float16, got {q.dtype}")
     if q.shape[-1] > MAX_HEAD_DIM:
         raise ValueError(f"{op}: head_dim must be at most {MAX_HEAD_DIM}, got {q.shape[-1]}")
-    if not scale > 0.0:
-        raise ValueError(f"{op}: scale must be positive, got {scale}")
     for name, tensors in (("alibi_slopes", [alibi_slopes]), ("rotary", rotary or [])):
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
             raise ValueError(f"{op}: {name} requires a gradient, which this operator does not give")
@@ -199,8 +197,10 @@ def _attend(
     if torch.is_autocast_enabled(q.device.type) and q.dtype == torch.float32:
         q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    _expect_supported(op, q, scale, alibi_slopes, rotary)
+    _expect_supported(op, q, alibi_slopes, rotary)
     _expect_made_for(op, schedule, q, spans_q)
+    if not scale > 0.0:  # the kernels take the greatest product for the greatest score
+        q, scale = q * scale, 1.0
     cos, sin = (None, None) if rotary is None else unit_stride(*rotary)
     # the kernels step freely over rows and heads of tensors and tables, but read lists one entry after another
     spans_q, spans_k, alibi_slopes, sequence_ids = (
@@ -279,7 +279,7 @@ def _call(
         options |= {"dropout_p": 0.1, "seed": empty(1, dtype=torch.int64)}
     if ids:
         options["sequence_ids"] = empty(batch, dtype=torch.int64)
-    spans = torch.tensor(lengths if padded else [0, 40, 140, 440], dtype=torch.int32)
+    spans = torch.tensor(lengths if padded else [0, 40, 140, 440], dtype=torch.int32, device="cpu")
     if cross:
         options |= {"cu_seqlens_k": spans, "max_seqlen_k": width}
     given = (q, k, v, spans) if padded else (q, k, v, spans, width)

@@ -1,6 +1,7 @@
 """Three table look-ups, their sum, LayerNorm and dropout: the bottom of BERT in one kernel, with its backward.
 
-Forward over T packed tokens, tables [V, N], [P, N], [types, N], statistics in fp32:
+Forward over T packed tokens, tables [V, N], [P, N], [types, N], statistics in fp32, the mean as two numbers (see
+`layer_norm`):
 
     z = word[input_ids] + token_type[token_type_ids] + position[positions]     [T, N]
     y = dropout((z - mean) * rstd * weight + bias)                             [T, N];  mean, rstd [T]
@@ -106,7 +107,7 @@ def _embedding_fwd_kernel(
     input_ids_ptr, token_type_ids_ptr, positions_ptr,                 # in:  [T]
     word_ptr, token_type_ptr, position_ptr, weight_ptr, bias_ptr,     # in:  [V, N], [types, N], [P, N], [N], [N]
     seed_ptr, row_ids_ptr,                                            # in:  [1], [T]
-    y_ptr, mean_ptr, rstd_ptr,                                        # out: [T, N], [T], [T]
+    y_ptr, mean_ptr, rstd_ptr,                                        # out: [T, N], [T, 2], [T]
     n_tokens, n_words, n_types, n_positions,
     eps, stream_id, threshold, keep_scale,
     want_stats,
@@ -120,13 +121,13 @@ def _embedding_fwd_kernel(
         input_ids_ptr, token_type_ids_ptr, positions_ptr, word_ptr, token_type_ptr, position_ptr,
         n_words, n_types, n_positions, tokens, mask_m, cols, N,
     )  # fmt: skip
-    y, mean, rstd = _norm_forward(z, mask, weight_ptr, bias_ptr, cols, eps, N, RMS=False)
+    y, mean, rest, rstd = _norm_forward(z, mask, weight_ptr, bias_ptr, cols, eps, N, RMS=False)
     if seed_ptr is not None:
         keep = _dropout_mask(seed_ptr, row_ids_ptr, stream_id, threshold, tokens, mask_m, cols)
         y = tl.where(keep, y * keep_scale, 0.0)
 
     tl.store(y_ptr + tokens[:, None] * N + cols[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
-    _store_statistics(mean_ptr, rstd_ptr, mean, rstd, tokens, mask_m, want_stats)
+    _store_statistics(mean_ptr, rstd_ptr, mean, rest, rstd, tokens, mask_m, want_stats)
 
 
 _WANTS = ["want_dz", "want_dweight", "want_dbias", "want_dtype"]
@@ -137,7 +138,7 @@ def _embedding_bwd_kernel(
     dy_ptr,                                                           # in:  [T, N]
     input_ids_ptr, token_type_ids_ptr, positions_ptr,                 # in:  [T]
     word_ptr, token_type_ptr, position_ptr, weight_ptr,               # in:  [V, N], [types, N], [P, N], [N]
-    mean_ptr, rstd_ptr, seed_ptr, row_ids_ptr,                        # in:  [T], [T], [1], [T]
+    mean_ptr, rstd_ptr, seed_ptr, row_ids_ptr,                        # in:  [T, 2], [T], [1], [T]
     dz_ptr,                                                           # out: [T, N]
     dweight_part_ptr, dbias_part_ptr, dtype0_part_ptr, dtype1_part_ptr,   # out: [P, N] fp32; None if no such sum
     n_tokens, n_words, n_types, n_positions, tokens_per_step,
@@ -253,7 +254,7 @@ def _fake_fwd(
     stats = n_tokens if want_stats else 0
     return (
         word.new_empty((n_tokens, word.shape[1])),
-        word.new_empty(stats, dtype=torch.float32),
+        word.new_empty((stats, 2), dtype=torch.float32),
         word.new_empty(stats, dtype=torch.float32),
     )
 

@@ -6,7 +6,8 @@ Forward, x and residual [M, N], statistics in fp32:
     y = (z - mean) * rstd * weight + bias                   [M, N];  mean, rstd = 1 / sqrt(var + eps): [M]
 
 RMSNorm is the same with mean = 0 and no bias. The variance is taken from the centred row, which is in registers,
-so it does not cancel. Backward, with x_hat = (z - mean) * rstd and g = dy * weight:
+so it does not cancel; and the mean is two fp32 numbers, its rounded value and the mean of what is left once that is
+taken off, so that rows of nearly equal elements are centred too. Backward, with x_hat = (z - mean) * rstd and g = dy * weight:
 
     dz      = rstd * (g - avg(g) - x_hat * avg(g * x_hat)) + dz_out      [M, N];  RMSNorm has no avg(g)
     dx      = dz where kept, / (1 - p);   dresidual = dz                 [M, N]
@@ -89,7 +90,7 @@ _VARYING = ["n_rows", "stream_id", "threshold"]
 def _add_norm_fwd_kernel(
     x_ptr, residual_ptr, x_bias_ptr, weight_ptr, bias_ptr,   # in: [M, N], [M, N], [N], [N], [N]; None if absent
     seed_ptr, row_ids_ptr,                                   # in: [1], [M]; None without dropout, without names
-    y_ptr, z_ptr, mean_ptr, rstd_ptr,                        # out: [M, N], [M, N] or None, [M] (RMS: None), [M]
+    y_ptr, z_ptr, mean_ptr, rstd_ptr,                        # out: [M, N], [M, N] or None, [M, 2] (RMS: None), [M]
     n_rows,
     eps, stream_id, threshold, keep_scale,
     want_stats,
@@ -108,12 +109,12 @@ def _add_norm_fwd_kernel(
         # y belongs to the z that is returned, and so agrees with the backward pass, which reads that z
         z = z.to(z_ptr.dtype.element_ty).to(tl.float32)
 
-    y, mean, rstd = _norm_forward(z, mask, weight_ptr, bias_ptr, cols, eps, N, RMS)
+    y, mean, rest, rstd = _norm_forward(z, mask, weight_ptr, bias_ptr, cols, eps, N, RMS)
 
     tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
     if z_ptr is not None:
         tl.store(z_ptr + offsets, z.to(z_ptr.dtype.element_ty), mask=mask)
-    _store_statistics(mean_ptr, rstd_ptr, mean, rstd, rows, mask_m, want_stats)
+    _store_statistics(mean_ptr, rstd_ptr, mean, rest, rstd, rows, mask_m, want_stats)
 
 
 _WANTS = ["has_dz_out", "want_dx", "want_dresidual", "want_dweight", "want_dbias", "want_dx_bias"]
@@ -122,7 +123,7 @@ _WANTS = ["has_dz_out", "want_dx", "want_dresidual", "want_dweight", "want_dbias
 @triton.jit(do_not_specialize=[*_VARYING, "rows_per_step", *_WANTS])
 def _add_norm_bwd_kernel(
     dy_ptr, dz_out_ptr, x_ptr, residual_ptr, x_bias_ptr, weight_ptr,   # in: [M, N] x 4, [N], [N]; None if absent
-    mean_ptr, rstd_ptr, seed_ptr, row_ids_ptr,                         # in: [M], [M], [1], [M]
+    mean_ptr, rstd_ptr, seed_ptr, row_ids_ptr,                         # in: [M, 2], [M], [1], [M]
     dx_ptr, dresidual_ptr,                                             # out: [M, N]
     dweight_part_ptr, dbias_part_ptr, dx_bias_part_ptr,                # out: [P, N] fp32; None if there is no such sum
     n_rows, rows_per_step,
@@ -210,7 +211,7 @@ def _launch_fwd(
         z = y.new_empty(shape, dtype=x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype))
     if want_stats:
         rstd = y.new_empty(shape[:-1], dtype=torch.float32)
-        mean = None if rms else y.new_empty(shape[:-1], dtype=torch.float32)
+        mean = None if rms else y.new_empty((*shape[:-1], 2), dtype=torch.float32)
     n_rows = x.numel() // n_cols
     if n_rows:
         config = norm_fwd_config(n_cols)
@@ -236,7 +237,7 @@ def _fake_fwd(
     return (
         x.new_empty(x.shape),
         x.new_empty(x.shape if want_sum else none, dtype=sum_dtype),
-        x.new_empty(rows if want_stats and not rms else none, dtype=torch.float32),
+        x.new_empty((*rows, 2) if want_stats and not rms else none, dtype=torch.float32),
         x.new_empty(rows if want_stats else none, dtype=torch.float32),
     )
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import _cpu, _cpu_loss, _prepack, reference
+from ._checks import expect_sequences
 from ._invariance import is_batch_invariant
 from ._random import HEAD_STREAMS, keep_mask, row_keys
 
@@ -44,7 +45,11 @@ def add_layer_norm(
     if x_bias is None and _cpu.takes_add_layer_norm(x, residual, weight, bias):
         keys = None
         if dropout_p:
-            rows = torch.arange(x.numel() // x.shape[-1]) if row_ids is None else row_ids.flatten()
+            rows = (
+                torch.arange(x.numel() // x.shape[-1], dtype=torch.int64, device=x.device)
+                if row_ids is None
+                else row_ids.flatten()
+            )
             keys = row_keys(seed, stream, rows)
         wanted = _cpu.want_gradients(x, residual, weight, bias)
         return (_AddLayerNorm.apply if wanted else _cpu.add_layer_norm)(x, residual, weight, bias, eps, keys, dropout_p)
@@ -146,6 +151,7 @@ def attention_schedule(cu_seqlens, total_tokens, lengths=None):
     """
     if torch.compiler.is_compiling():
         return None  # lengths are data: the operator below reads them when it runs
+    expect_sequences("attention", "cu_seqlens", cu_seqlens, total_tokens)
     if lengths is None:
         lengths = [end - begin for begin, end in itertools.pairwise(cu_seqlens.tolist())]
     if sum(lengths) != total_tokens or len(lengths) != cu_seqlens.shape[0] - 1:
@@ -184,8 +190,10 @@ def _probabilities_with_dropout(q, k, added, allowed, p, seed, stream, sequence_
     if allowed is not None:
         dead = ~allowed.any(-1, keepdim=True)
         s = s.masked_fill(~allowed & ~dead, float("-inf"))
-    heads = torch.arange(q.shape[1], device=q.device)[:, None]
-    rows = (sequence_ids.to(torch.int64)[:, None, None] << 32) | torch.arange(q.shape[2], device=q.device)
+    heads = torch.arange(q.shape[1], dtype=torch.int64, device=q.device)[:, None]
+    rows = (sequence_ids.to(torch.int64)[:, None, None] << 32) | torch.arange(
+        q.shape[2], dtype=torch.int64, device=q.device
+    )
     keep = keep_mask(row_keys(seed, stream * HEAD_STREAMS + heads, rows), k.shape[2], p)
     probabilities = torch.where(keep, s.softmax(-1) / (1.0 - p), 0.0)
     return probabilities if dead is None else probabilities.masked_fill(dead, 0.0)
@@ -202,7 +210,8 @@ def _attend(
     if rotary is not None:
         q, k = _rotate(q, *rotary), _rotate(k, *rotary)
     width_q, width_k = q.shape[1], k.shape[1]
-    distance = torch.arange(width_k, device=q.device) - torch.arange(width_q, device=q.device)[:, None]
+    columns, rows = (torch.arange(width, dtype=torch.int64, device=q.device) for width in (width_k, width_q))
+    distance = columns - rows[:, None]
     added = None if bias is None else bias[..., :width_q, :width_k]
     if alibi_slopes is not None:
         slope = -alibi_slopes[:, None, None] * distance.abs()
@@ -248,7 +257,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, cu_seqlens, scale, dropout):
-        lse = torch.empty(q.shape[1], q.shape[0])
+        lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
         o = _cpu.attention(q, k, v, cu_seqlens, scale, dropout, lse)
         ctx.save_for_backward(q, k, v, o, lse, cu_seqlens)
         ctx.scale, ctx.dropout = scale, dropout
@@ -273,7 +282,7 @@ def _attention_opaque(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Plain attention as one node of a traced graph, since its loop depends on data: o and lse [H, T], which is left
     as it is where the backward will not need it."""
-    lse = torch.empty(q.shape[1], q.shape[0])
+    lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
     if _cpu.takes_attention(q, k, v, cu_seqlens, scale):
         return _cpu.attention(q, k, v, cu_seqlens, scale, None, lse), lse
     return _attention_in_runs(q, k, v, attention_schedule(cu_seqlens, q.shape[0]), scale).contiguous(), lse
@@ -332,7 +341,7 @@ def _variant(batch, device, options):
     if "cu_seqlens_k" not in given:
         given.pop("max_seqlen_k", None)
     if given.get("dropout_p"):
-        given.setdefault("sequence_ids", torch.arange(batch, device=device))
+        given.setdefault("sequence_ids", torch.arange(batch, dtype=torch.int64, device=device))
     else:
         given = {name: given[name] for name in given.keys() - DROPOUT}
     return given
@@ -371,8 +380,7 @@ def pool(x, cu_seqlens, mode="mean", normalize=False):
     """One vector a sequence without a loop over sequences; means in C++ where that is built."""
     if mode == "mean" and _cpu.takes_mean(x, cu_seqlens):
         y = _cpu.mean_of_sequences(x, cu_seqlens)
-        if y is not None:
-            return F.normalize(y, dim=-1) if normalize else y
+        return F.normalize(y, dim=-1) if normalize else y
     lengths = cu_seqlens.diff()
     batch = lengths.shape[0]
     if mode == "cls":
@@ -381,7 +389,8 @@ def pool(x, cu_seqlens, mode="mean", normalize=False):
         )
         y = torch.where((lengths > 0)[:, None], first, 0.0).expand(batch, x.shape[1])
     else:
-        sequences = torch.repeat_interleave(torch.arange(batch, device=x.device), lengths, output_size=x.shape[0])
+        numbers = torch.arange(batch, dtype=torch.int64, device=x.device)
+        sequences = torch.repeat_interleave(numbers, lengths, output_size=x.shape[0])
         if mode == "mean":
             sums = x.new_zeros(batch, x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
             sums = sums.index_add(0, sequences, x.to(sums.dtype))

@@ -402,7 +402,7 @@ def compile_calls() -> list[CompileCall]:
     """Every config of the ladders, in the modes that need most registers; the other forms at one width."""
 
     def call(mode, normalize, n_cols=768, dtype=torch.bfloat16, fast=False):
-        x, cu_seqlens = empty(200, n_cols, dtype=dtype), torch.tensor([0, 150, 200], dtype=torch.int32)
+        x, cu_seqlens = empty(200, n_cols, dtype=dtype), torch.tensor([0, 150, 200], dtype=torch.int32, device="cpu")
         form = f"{TRITON_TYPES[dtype]},{mode}{',normalize' * normalize},N={n_cols}"
         is_base = n_cols == 768
         return compile_call(pool, form, x, cu_seqlens, mode, normalize, fast=fast, inference=is_base)

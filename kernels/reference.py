@@ -33,7 +33,7 @@ def dropout(x, p, seed, stream, row_ids):
     if p == 0.0:
         return x
     if row_ids is None:
-        row_ids = torch.arange(x.shape[0], device=x.device)
+        row_ids = torch.arange(x.shape[0], dtype=torch.int64, device=x.device)
     keep = keep_mask(row_keys(seed, stream, row_ids.reshape(-1)), x.shape[-1], p)
     return torch.where(keep, x / (1.0 - p), 0.0)
 
@@ -56,8 +56,8 @@ def _attend(q, k, v, sequence, bias, mask, alibi_slopes, window, rotary, dropout
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
 
     s = torch.einsum("qhd,khd->hqk", q, k) * scale
-    rows = torch.arange(q.shape[0], device=q.device)[:, None]
-    cols = torch.arange(k.shape[0], device=q.device)[None, :]
+    rows = torch.arange(q.shape[0], dtype=torch.int64, device=q.device)[:, None]
+    cols = torch.arange(k.shape[0], dtype=torch.int64, device=q.device)[None, :]
     if bias is not None:
         s = s + bias[..., : q.shape[0], : k.shape[0]].to(s.dtype)
     if alibi_slopes is not None:
@@ -74,7 +74,7 @@ def _attend(q, k, v, sequence, bias, mask, alibi_slopes, window, rotary, dropout
     # a row with no key at all has lse = -inf and must give zeros, not exp(-inf + inf)
     p = torch.exp(s - torch.where(lse.isinf(), 0.0, lse)[..., None])
     if dropout_p > 0.0:
-        heads = torch.arange(q.shape[1], device=q.device)[:, None]
+        heads = torch.arange(q.shape[1], dtype=torch.int64, device=q.device)[:, None]
         keys = row_keys(seed, stream * HEAD_STREAMS + heads, (sequence << 32) | rows[:, 0])
         p = torch.where(keep_mask(keys, k.shape[0], dropout_p), p / (1.0 - dropout_p), 0.0)
     return torch.einsum("hqk,khd->qhd", p, v), lse
@@ -135,12 +135,13 @@ def attention_padded(q, k, v, seqlens=None, seqlens_k=None, **options):
     """
     batch, width_q, heads = q.shape[:3]
     width_k = k.shape[1]
-    seqlens = torch.full((batch,), width_q) if seqlens is None else seqlens.cpu()
-    seqlens_k = (
-        (seqlens if width_k == width_q else torch.full((batch,), width_k)) if seqlens_k is None else seqlens_k.cpu()
-    )
-    real_q = torch.arange(width_q) < seqlens[:, None]  # [B, Sq]
-    real_k = torch.arange(width_k) < seqlens_k[:, None]
+    host = {"dtype": torch.int64, "device": "cpu"}
+    if seqlens_k is None:
+        seqlens_k = torch.full((batch,), width_k, **host) if seqlens is None or width_k != width_q else seqlens
+    seqlens = torch.full((batch,), width_q, **host) if seqlens is None else seqlens.cpu()
+    seqlens_k = seqlens_k.cpu()
+    real_q = torch.arange(width_q, **host) < seqlens[:, None]  # [B, Sq]
+    real_k = torch.arange(width_k, **host) < seqlens_k[:, None]
     zero = seqlens.new_zeros(1)
     return_lse = options.pop("return_lse", False)
     o, lse = attention(

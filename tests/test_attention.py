@@ -630,7 +630,6 @@ def test_empty_input():
     [
         ({"dtype": torch.float64}, TypeError, "q, k, v must be float32, bfloat16 or float16, got torch.float64"),
         ({"head_dim": 288}, ValueError, "head_dim must be at most 256, got 288"),
-        ({"scale": -1.0}, ValueError, "scale must be positive, got -1.0"),
         ({"bias": torch.zeros(1, 1, 6, 7)}, ValueError, "bias has size 6 in dimension 2, expected 7"),
         ({"mask": torch.ones(1, 1, 7, 5, dtype=torch.bool)}, ValueError, "mask has size 5 in dimension 3, expected 7"),
         ({"rotary": (torch.ones(3, 8),) * 2}, ValueError, r"rotary has \[3, 3\] positions, expected 7"),

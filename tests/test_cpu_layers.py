@@ -48,8 +48,10 @@ def calls(monkeypatch):
     made, call = [], _cpu.encoder_layers
 
     def counted(*args):
-        made.append(args)
-        return call(*args)
+        y = call(*args)
+        if y is not None:
+            made.append(args)
+        return y
 
     monkeypatch.setattr(_cpu, "encoder_layers", counted)
     return made
@@ -348,5 +350,6 @@ def test_means_that_go_to_torch():
     assert not _cpu.takes_mean(x[:, :40], cu_seqlens)
     assert not _cpu.takes_mean(x[:, :32], cu_seqlens)
     assert not _cpu.takes_mean(x, cu_seqlens.long())
-    assert _cpu.mean_of_sequences(x, cu_seqlens_of((2, 4), "cpu")) is None
-    assert _cpu.mean_of_sequences(x, torch.tensor([0, 7, 5], dtype=torch.int32)) is None
+    for starts in ([0, 2, 6], [0, 7, 5], [1, 5], [0, -1, 5]):
+        with pytest.raises(ValueError, match="must rise from 0 to 5"):
+            _cpu.mean_of_sequences(x, torch.tensor(starts, dtype=torch.int32))

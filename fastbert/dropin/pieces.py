@@ -245,5 +245,5 @@ def frozen_row(table: nn.Embedding) -> Tensor:
     """The weight of a table, without a gradient for the row `padding_idx`."""
     if table.padding_idx is None or not (torch.is_grad_enabled() and table.weight.requires_grad):
         return table.weight
-    rows = torch.arange(table.weight.shape[0], device=table.weight.device)
+    rows = torch.arange(table.weight.shape[0], dtype=torch.int64, device=table.weight.device)
     return torch.where((rows == table.padding_idx)[:, None], table.weight.detach(), table.weight)

@@ -290,7 +290,7 @@ def _together(batches: list[list[int]], outputs: dict[int, dict[str, Tensor]], l
         if name == "token_embeddings":
             found = dict(zip(order, (row for part in parts for row in part), strict=True))
             merged[name] = [found[n] for n in range(len(order))]  # the library cuts each by its mask
-            merged["attention_mask"] = [torch.ones(length, dtype=torch.long) for length in lengths]
+            merged["attention_mask"] = [torch.ones(length, dtype=torch.long, device="cpu") for length in lengths]
         else:
             places = torch.from_numpy(np.argsort(order)).to(parts[0].device)
             merged[name] = torch.cat(parts)[places]

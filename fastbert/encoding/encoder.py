@@ -287,7 +287,7 @@ class Encoder:
         if isinstance(texts, str):
             return self.encode([texts], max_tokens_per_batch=max_tokens_per_batch)[0]
         count = len(texts) if isinstance(texts, Sized) else None
-        parts, done = [torch.empty(count or 0, self.dimension)], 0
+        parts, done = [torch.empty(count or 0, self.dimension, dtype=torch.float32, device="cpu")], 0
         with tqdm(total=count, unit="text", disable=not progress) as bar:
             for part in self.encode_stream(texts, max_tokens_per_batch=max_tokens_per_batch):
                 if count is None:
@@ -347,7 +347,7 @@ class Encoder:
         """Vectors [n, C] float32 on the CPU of n tokenised texts, at most `budget` tokens at once."""
         lengths = [len(row) for row in ids]
         order = sorted(range(len(ids)), key=lengths.__getitem__, reverse=True)
-        vectors = torch.empty(len(ids), self.dimension)
+        vectors = torch.empty(len(ids), self.dimension, dtype=torch.float32, device="cpu")
 
         @torch.inference_mode()  # a thread's own switch
         def encode(rows: list[int]) -> None:

@@ -85,7 +85,7 @@ class Ranks:
             # What was drawn since lies between our own chunks, one of each other rank
             for rank in range(1, self.world):
                 if expected:
-                    vectors = torch.empty(expected.popleft(), encoder.dimension)
+                    vectors = torch.empty(expected.popleft(), encoder.dimension, dtype=torch.float32, device="cpu")
                     with self._told_apart():
                         dist.recv(vectors, rank)
                     yield vectors

@@ -107,7 +107,7 @@ class Static:
         """Every element is written, so nothing of the batch before is left. One copy carries all that is known on the
         host, and one each what lies on the device."""
         given = (batch.input_ids, batch.token_type_ids, batch.positions, batch.cu_seqlens)
-        host = torch.zeros(self.buffer.shape, dtype=torch.int64)
+        host = torch.zeros(self.buffer.shape, dtype=torch.int64, device="cpu")
         self.parts(host)[3].fill_(self.tokens)
         for part, t in zip(self.parts(host), given, strict=True):
             if t is not None and t.device.type == "cpu":

@@ -172,7 +172,7 @@ class BertLayer(nn.Module):
         """Attention probabilities [B, H, S, S] of this layer for its input x [T, C], zero at padding. A plain path."""
         batch = shared.batch
         q, k, _ = (batch.pad(t).transpose(1, 2) for t in self.qkv(x, shared.impl))
-        real = batch.pad(torch.ones(x.shape[0], 1, device=x.device)).bool()  # [B, S, 1]
+        real = batch.pad(torch.ones(x.shape[0], 1, dtype=torch.float32, device=x.device)).bool()  # [B, S, 1]
         scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
         scores = scores.masked_fill(~real.transpose(1, 2)[:, None], torch.finfo(scores.dtype).min)
         return scores.softmax(-1) * real[:, None]
@@ -325,8 +325,9 @@ class BertModel(nn.Module):
             output_hidden_states: also the embeddings and each layer's output.
             return_dict: False returns a tuple.
 
-        Raises: ValueError on ids outside the vocabulary (checked on CPU tensors; on a GPU the check would wait for
-            the device), on sequences longer than the position table, and on shapes that do not fit.
+        Raises: ValueError on ids outside the vocabulary and on lengths of a PackedBatch that do not fit (checked on CPU
+            tensors; on a GPU, where looking waits for the device, with FASTBERT_CHECK=1 in the environment), on
+            sequences longer than the position table, and on shapes that do not fit.
         """
         packed = isinstance(input_ids, PackedBatch)
         batch = (
@@ -369,7 +370,7 @@ class BertModel(nn.Module):
         """x [T, C] of the last layer. The lists that are given are filled, with states in the shape of the output."""
         shared = Pass(batch, batch.schedule(self.impl), self.impl)
         if self.training and max(self.config.hidden_dropout_prob, self.config.attention_probs_dropout_prob) > 0.0:
-            seed = torch.randint(2**62, (1,), device=batch.cu_seqlens.device)
+            seed = torch.randint(2**62, (1,), dtype=torch.int64, device=batch.cu_seqlens.device)
             shared = replace(shared, seed=seed, row_ids=batch.row_ids())
 
         x = self.embeddings(shared, None if inputs_embeds is None else batch.unpad(inputs_embeds))
@@ -441,15 +442,12 @@ class BertModel(nn.Module):
         return PackedBatch.from_padded(input_ids, attention_mask, token_type_ids, position_ids, shape=given.shape[:2])
 
     def _check(self, batch: PackedBatch) -> None:
-        """Table indices in range, where looking does not wait for a device."""
-        if batch.positions.device.type != "cpu" or torch.compiler.is_compiling() or not batch.total_tokens:
-            return
+        """Lengths that fit, and table indices in range, where looking does not wait for a device."""
+        F.expect_sequences("BertModel", "cu_seqlens", batch.cu_seqlens, batch.total_tokens, batch.max_seqlen)
         for name, ids, size in (
             ("token ids", batch.input_ids, self.config.vocab_size),
             ("segments", batch.token_type_ids, self.config.type_vocab_size),
             ("positions", batch.positions, self.config.max_position_embeddings),
         ):
             if ids is not None:
-                low, high = (int(bound) for bound in ids.aminmax())
-                if low < 0 or high >= size:
-                    raise ValueError(f"{name} must lie in 0 to {size - 1}, got {low} to {high}")
+                F.expect_indices("BertModel", name, ids, size)

@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     with _emulation(args.emulate):
         try:
             device = torch.device("cpu") if args.emulate else pick_device(args.device)
-            torch.empty(0, device=device)
+            torch.empty(0, dtype=torch.float32, device=device)
         except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
             print(f"fastbert verify: device {args.device!r}: {str(error).splitlines()[0]}", file=sys.stderr)
             return 2
