@@ -318,13 +318,11 @@ def embedding_layer_norm(
     y = torch.empty(rows, width, dtype=dtype, device="cpu")
     sizes = array("q", map(len, tables[:3]))
     counts = (*(size * width for size in sizes), width, width)
+    names = "words", "segments", "positions", "weight", "bias"
     outside = _call(
         "embedding_layer_norm", dtype,
-        *(address(name, t, torch.int64, rows) for name, t in zip(("ids", "segments", "positions"), indices, strict=True)),
-        *(
-            address(f"{name} table", t, dtype, count)
-            for name, t, count in zip(("word", "segment", "position", "weight", "bias"), tables, counts, strict=True)
-        ),
+        *(address(f"indices of {name}", t, torch.int64, rows) for name, t in zip(names[:3], indices, strict=True)),
+        *(address(name, t, dtype, count) for name, t, count in zip(names, tables, counts, strict=True)),
         address("y", y, dtype, rows * width), rows, sizes.buffer_info()[0], width, eps,
     )  # fmt: skip
     return None if outside else y

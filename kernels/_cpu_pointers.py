@@ -1,7 +1,7 @@
 """The address of a tensor that the C++ operators read or write, once it is what they take it for.
 
-The library sees addresses and sizes, so a tensor of another dtype, device, layout or size would be read and written past
-its end. Every tensor goes to it through `address`, `strided_address` or `addresses`, and no other code of the C++
+The library sees addresses and sizes, so a tensor of another dtype, device, layout or size would be read and written
+past its end. Every tensor goes to it through `address`, `strided_address` or `addresses`, and no other code of the C++
 operators asks for a `data_ptr`. A tensor must be held by a name until the call is over: its address does not hold it.
 """
 

@@ -7,7 +7,8 @@ Forward, x and residual [M, N], statistics in fp32:
 
 RMSNorm is the same with mean = 0 and no bias. The variance is taken from the centred row, which is in registers,
 so it does not cancel; and the mean is two fp32 numbers, its rounded value and the mean of what is left once that is
-taken off, so that rows of nearly equal elements are centred too. Backward, with x_hat = (z - mean) * rstd and g = dy * weight:
+taken off, so that rows of nearly equal elements are centred too. Backward, with x_hat = (z - mean) * rstd and
+g = dy * weight:
 
     dz      = rstd * (g - avg(g) - x_hat * avg(g * x_hat)) + dz_out      [M, N];  RMSNorm has no avg(g)
     dx      = dz where kept, / (1 - p);   dresidual = dz                 [M, N]

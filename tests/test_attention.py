@@ -635,7 +635,7 @@ def test_empty_input():
         ({"rotary": (torch.ones(3, 8),) * 2}, ValueError, r"rotary has \[3, 3\] positions, expected 7"),
         ({"alibi_slopes": torch.ones(2, requires_grad=True)}, ValueError, "alibi_slopes requires a gradient"),
     ],
-    ids=["float64", "head_dim", "scale", "bias", "mask", "rotary", "slopes_grad"],
+    ids=["float64", "head_dim", "bias", "mask", "rotary", "slopes_grad"],
 )
 def test_errors_name_expected_and_got(change, error, words):
     change = dict(change)

@@ -37,8 +37,8 @@ def starts_of(numbers):
 
 @bad
 @impls
-@pytest.mark.parametrize("width", (16, 10), ids=("in_cpp", "odd_width"))
-@pytest.mark.parametrize("grad", (False, True), ids=("inference", "training"))
+@pytest.mark.parametrize("width", [16, 10], ids=("in_cpp", "odd_width"))
+@pytest.mark.parametrize("grad", [False, True], ids=("inference", "training"))
 def test_attention_refuses_lengths(starts, impl, width, grad):
     """On a CPU such lengths ended in a corrupt heap, a loop of a minute, or rows that nobody had written."""
     q, k, v = (torch.randn(TOKENS, 2, width, requires_grad=grad) for _ in range(3))
@@ -56,7 +56,7 @@ def test_attention_refuses_lengths(starts, impl, width, grad):
 def test_cross_attention_refuses_lengths(starts, impl):
     q, k, v = torch.randn(8, 2, 16), torch.randn(TOKENS, 2, 16), torch.randn(TOKENS, 2, 16)
     of_q = starts_of([0, *[8] * (len(starts) - 1)])
-    with pytest.raises(ValueError, match="cu_seqlens_k must start at 0|cu_seqlens must start at 0"):
+    with pytest.raises(ValueError, match=r"cu_seqlens(_k)? must start at 0"):
         F.attention(q, k, v, of_q, 8, cu_seqlens_k=starts_of(starts), max_seqlen_k=TOKENS, impl=impl)
 
 
@@ -69,7 +69,7 @@ def test_a_bound_below_the_longest_sequence_is_refused(impl):
 
 
 @impls
-@pytest.mark.parametrize("lengths", ([3, 17], [3, -1], [2**31 - 1, 4]))
+@pytest.mark.parametrize("lengths", [[3, 17], [3, -1], [2**31 - 1, 4]])
 def test_padded_attention_refuses_lengths(impl, lengths):
     q, k, v = (torch.randn(2, 16, 2, 16) for _ in range(3))
     with pytest.raises(ValueError, match="seqlens must lie in 0 to 16"):
@@ -81,7 +81,7 @@ def test_padded_attention_refuses_lengths(impl, lengths):
 @bad
 @impls
 @pytest.mark.parametrize("mode", F.POOLING_MODES)
-@pytest.mark.parametrize("width", (32, 10))
+@pytest.mark.parametrize("width", [32, 10])
 def test_pooling_refuses_lengths(starts, impl, mode, width):
     with pytest.raises(ValueError, match="pool: cu_seqlens must start at 0"):
         F.pool(torch.randn(TOKENS, width), starts_of(starts), mode, impl=impl)
@@ -98,7 +98,7 @@ def model():
 
 
 @bad
-@pytest.mark.parametrize("grad", (False, True), ids=("inference", "training"))
+@pytest.mark.parametrize("grad", [False, True], ids=("inference", "training"))
 def test_the_model_refuses_a_packed_batch_made_by_hand(model, starts, grad):
     batch = PackedBatch.from_lists([[5] * 16, [7] * 32])
     with torch.set_grad_enabled(grad):

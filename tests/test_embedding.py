@@ -259,7 +259,7 @@ def test_opcheck(device):
         torch.library.opcheck(
             torch.ops.fastbert.embedding_layer_norm_fwd.default, (*ids, *tables, 1e-12, *dropout, want_stats)
         )
-    dy, mean, rstd = torch.randn(9, 24, device=device), torch.randn(9, device=device), torch.rand(9, device=device)
+    dy, mean, rstd = torch.randn(9, 24, device=device), torch.randn(9, 2, device=device), torch.rand(9, device=device)
     for wanted in ([True] * 5, [False, True, False, True, False]):
         torch.library.opcheck(
             torch.ops.fastbert.embedding_layer_norm_bwd.default, (dy, *ids, *tables, mean, rstd, *dropout, 0, wanted)

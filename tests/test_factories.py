@@ -41,8 +41,15 @@ def test_every_factory_names_dtype_and_device(path):
 
 @pytest.mark.parametrize(
     "call",
-    ["torch.empty(3)", "torch.zeros(3, dtype=torch.int64)", "torch.arange(3, device=d)", "torch.tensor([0])"]
-    + ["torch.linspace(0, 1, 5)", "torch.randint(9, (1,))", "torch.as_tensor(x)"],
+    [
+        "torch.empty(3)",
+        "torch.zeros(3, dtype=torch.int64)",
+        "torch.arange(3, device=d)",
+        "torch.tensor([0])",
+        "torch.linspace(0, 1, 5)",
+        "torch.randint(9, (1,))",
+        "torch.as_tensor(x)",
+    ],
 )
 def test_a_call_that_leaves_one_of_them_out_is_found(call):
     assert unnamed(f"y = f({call})")

@@ -22,10 +22,10 @@ def rows(kind: str, width: int) -> torch.Tensor:
 
 
 @impls
-@pytest.mark.parametrize("kind", ("constant", "large_mean", "nearly_constant", "far_outlier"))
-@pytest.mark.parametrize("eps", (1e-12, 1e-5, 0.0))
-@pytest.mark.parametrize("width", (48, 384, 768))
-@pytest.mark.parametrize("dropout_p", (0.0, 0.3))
+@pytest.mark.parametrize("kind", ["constant", "large_mean", "nearly_constant", "far_outlier"])
+@pytest.mark.parametrize("eps", [1e-12, 1e-5, 0.0])
+@pytest.mark.parametrize("width", [48, 384, 768])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_layer_norm_of_rows_that_are_nearly_equal(impl, kind, eps, width, dropout_p):
     """Constant rows gave up to 0.99 for 0, and gradients to match: their mean, rounded to float32, lay as far from the
     elements as the square root of eps, and that distance was taken for their deviation."""
@@ -56,7 +56,7 @@ def test_layer_norm_of_rows_that_are_nearly_equal(impl, kind, eps, width, dropou
 
 
 @impls
-@pytest.mark.parametrize("kind", ("constant", "large_mean", "nearly_constant"))
+@pytest.mark.parametrize("kind", ["constant", "large_mean", "nearly_constant"])
 def test_embeddings_that_are_nearly_equal(impl, kind):
     """The same statistics, of the sum of three rows of tables."""
     if impl == "native" and _cpu.load()[0] is None:
@@ -77,9 +77,9 @@ def test_embeddings_that_are_nearly_equal(impl, kind):
 
 
 @impls
-@pytest.mark.parametrize("scale", (0.0, -0.0, -0.3, 1e-30, 2.0))
-@pytest.mark.parametrize("lengths", ([5, 1, 16, 17], [33, 0, 70]), ids=("short", "over_blocks"))
-@pytest.mark.parametrize("dropout_p", (0.0, 0.2))
+@pytest.mark.parametrize("scale", [0.0, -0.0, -0.3, 1e-30, 2.0])
+@pytest.mark.parametrize("lengths", [[5, 1, 16, 17], [33, 0, 70]], ids=("short", "over_blocks"))
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
 def test_attention_at_any_scale(impl, scale, lengths, dropout_p):
     """A scale of 0 gave NaN where a sequence's length was no multiple of 16: it met the minus infinity that stood for
     the missing keys."""
@@ -104,9 +104,9 @@ def test_attention_at_any_scale(impl, scale, lengths, dropout_p):
 
 
 @impls
-@pytest.mark.parametrize("what", (float("nan"), float("inf"), float("-inf")))
-@pytest.mark.parametrize("width", (16, 32))
-@pytest.mark.parametrize("lengths", ([17, 5, 30], [16, 16, 16], [1, 3, 2]), ids=str)
+@pytest.mark.parametrize("what", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("width", [16, 32])
+@pytest.mark.parametrize("lengths", [[17, 5, 30], [16, 16, 16], [1, 3, 2]], ids=str)
 def test_nan_and_infinity_stay_in_their_sequence(impl, what, width, lengths):
     """Whatever a text holds, its neighbours' outputs and gradients keep their bits."""
     first, last = lengths[0], sum(lengths[:2])

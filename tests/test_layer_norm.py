@@ -378,7 +378,7 @@ def test_opcheck(device):
             torch.ops.fastbert.add_norm_fwd.default,
             (x, residual, weight, bias, 1e-5, x_bias, seed, row_ids, 0.1, 2, rms, want_sum, want_stats),
         )
-    stats = torch.randn(5, device=device), torch.rand(5, device=device)
+    stats = torch.randn(5, 2, device=device), torch.rand(5, device=device)
     for want_dx, want_dresidual, want_params in ((True, True, [True] * 3), (False, True, [True, False, False])):
         torch.library.opcheck(
             torch.ops.fastbert.add_norm_bwd.default,
