@@ -23,7 +23,7 @@ FLOORS = (
     ("fastbert.models",),
     ("fastbert.dropin",),
     ("fastbert.encoding",),
-    ("fastbert.demo", "fastbert.emulator", "fastbert.info"),
+    ("fastbert.convert", "fastbert.demo", "fastbert.emulator", "fastbert.info"),
     ("fastbert.verify",),
     ("fastbert.cli",),
     ("fastbert.__main__",),

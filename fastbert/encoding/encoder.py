@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import checkpoint
 from .. import functional as F
 from ..formats import opened
+from ..formats.detect import find_source
 from ..inference.graphs import why_no_graphs
 from ..inference.weights import prepack, quantise, why_not_int8
 from ..models.bert import BertModel
@@ -63,7 +64,13 @@ class SentenceConfig:
 
     @classmethod
     def from_folder(cls, folder: Path) -> SentenceConfig:
-        """Reads modules.json and what it points to. Raises ValueError on a module that is not supported."""
+        """Reads modules.json and what it points to; of a GGUF file, its pooling type.
+
+        Raises: ValueError on a module that is not supported.
+        """
+        source = find_source(folder)
+        if source is not None and source.pooling is not None:
+            return cls(pooling=source.pooling)
         if not (folder / "modules.json").is_file():
             return cls()
         found = {}

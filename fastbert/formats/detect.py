@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..checkpoint import PICKLE, PICKLE_INDEX, SAFETENSORS, SAFETENSORS_INDEX, CheckpointError
-from . import pytorch, tensorflow
+from . import gguf, keras_hub, paddle, pytorch, tensorflow
 from .source import Source
 
 
@@ -16,6 +16,12 @@ def find_source(path: Path) -> Source | None:
     """
     if path.is_dir():
         return _in_folder(path)
+    if path.is_file() and path.suffix == ".gguf":
+        return gguf.read(path)
+    if path.is_file() and path.name == keras_hub.WEIGHTS:
+        return keras_hub.read(path.parent)
+    if (file := paddle.file_in(path)) is not None:
+        return paddle.read(file)
     if path.suffix == ".index" and path.is_file():
         path = path.with_suffix("")
     if path.with_name(path.name + ".index").is_file():
@@ -30,6 +36,14 @@ def _in_folder(folder: Path) -> Source | None:
         return pytorch.read_old(folder)
     if (folder / "config.json").is_file() and _has_weights_of_transformers(folder):
         return None
+    if (folder / keras_hub.WEIGHTS).is_file():
+        return keras_hub.read(folder)
+    if (file := paddle.file_in(folder)) is not None:
+        return paddle.read(file)
+    if files := sorted(folder.glob("*.gguf")):
+        if len(files) > 1:
+            raise CheckpointError(f"{folder} has several models: name one of {', '.join(p.name for p in files)}")
+        return gguf.read(files[0])
     prefix = tensorflow.prefix_in(folder)
     return None if prefix is None else tensorflow.read(prefix)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..checkpoint import CheckpointError
@@ -95,6 +97,7 @@ def _understand(source: Source, activation: str | None) -> Model:
     if not named.tensors:
         raise CheckpointError("it holds no weights")
     notes: list[str] = []
+    _settle_dtype(named, notes)
     tensors = {name: t for name, t in named.tensors.items() if not name.startswith(GENERATOR)}
     config = dict(source.config)
     if model_type == "albert":
@@ -106,6 +109,20 @@ def _understand(source: Source, activation: str | None) -> Model:
         raise CheckpointError(f"the vocabulary has {len(source.words)} words, the model {config['vocab_size']}")
     model = Model(source, config, tensors, named.used, named.skipped, notes, _generator(source, named, config))
     return model
+
+
+def _settle_dtype(named: Named, notes: list[str]) -> None:
+    """Gives all weights one dtype, the narrowest that holds each of theirs exactly, as a model computes in one."""
+    for name, t in named.tensors.items():
+        if t.dtype is None or not t.dtype.is_floating_point:
+            raise CheckpointError(f"{name} is of {t.kind}, which is not read")
+    dtypes = {t.dtype for t in named.tensors.values()}
+    if len(dtypes) > 1:
+        widest = functools.reduce(torch.promote_types, dtypes)
+        kinds = ", ".join(sorted({t.kind for t in named.tensors.values()}))
+        notes.append(f"Its weights are of several types ({kinds}); all are {str(widest).removeprefix('torch.')} now.")
+        for name, t in named.tensors.items():
+            named.tensors[name] = t.as_dtype(widest)
 
 
 def _config(model_type: str, config: dict[str, Any], found: Fit, named: Named, notes: list[str]) -> dict[str, Any]:
@@ -142,14 +159,14 @@ def _activation(source: Source, said: str, wanted: str | None, notes: list[str])
             raise CheckpointError(f"its config says hidden_act {said!r}, which is not a gelu of two kinds")
         return said
     act = source.activation if wanted is None else wanted
-    why = f"as {source.title} computes it" if wanted is None else "as asked for"
-    notes.append(f'"gelu" is {act}, {"by tanh" if act == "gelu_new" else "by erf"}, {why}.')
+    why = f"which is the default for {source.title}" if wanted is None else "as asked for"
+    notes.append(f'"gelu" in its config is {act}, computed by {"tanh" if act == "gelu_new" else "erf"}, {why}.')
     return act
 
 
 def _generator(source: Source, named: Named, config: dict[str, Any]) -> Model | None:
     tensors = {
-        name.removeprefix(GENERATOR): Variable(name.removeprefix(GENERATOR), v.shape, v.kind, v.dtype, v.read, v.verify)
+        name.removeprefix(GENERATOR): replace(v, name=name.removeprefix(GENERATOR))
         for name, v in named.tensors.items()
         if name.startswith(GENERATOR)
     }

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -47,7 +47,7 @@ class Turn(NamedTuple):
     def variable(self, name: str, theirs: Variable) -> Variable:
         """Ours, under our name, read when it is asked for."""
         if not self.transposed and not self.applies(theirs.shape):
-            return Variable(name, theirs.shape, theirs.kind, theirs.dtype, theirs.read, theirs.verify)
+            return replace(theirs, name=name)
         shape = self.shape(theirs.shape)
 
         def read():
@@ -55,7 +55,7 @@ class Turn(NamedTuple):
                 return theirs.read().reshape(shape)
             return theirs.read().reshape(shape[::-1]).t().contiguous()
 
-        return Variable(name, shape, theirs.kind, theirs.dtype, read, theirs.verify)
+        return replace(theirs, name=name, shape=shape, read=read)
 
 
 # A kind: their ending -> (our ending, how to turn the array)

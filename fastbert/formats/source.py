@@ -33,6 +33,7 @@ class Source:
         words: the vocabulary, in the order of the ids; empty where there is none.
         lower_case: whether the tokenizer lower-cases; None where the source does not say.
         files: other files that belong to the model: the name they get in transformers' folder -> where they are.
+        pooling: how a text's vector is made of its tokens', "mean" or "cls"; None where the source does not say.
     """
 
     path: Path
@@ -44,6 +45,7 @@ class Source:
     words: list[str] = field(default_factory=list)
     lower_case: bool | None = None
     files: dict[str, Path] = field(default_factory=dict)
+    pooling: str | None = None
 
     @functools.cached_property
     def variables(self) -> dict[str, Variable]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -36,6 +36,12 @@ class Variable:
     def of_tensor(cls, name: str, t: Tensor) -> Variable:
         """A variable whose tensor is there already."""
         return cls(name, tuple(t.shape), str(t.dtype).removeprefix("torch."), t.dtype, lambda: t)
+
+    def as_dtype(self, dtype: torch.dtype) -> Variable:
+        """The same numbers in another dtype, turned into it when they are read."""
+        if self.dtype == dtype:
+            return self
+        return replace(self, dtype=dtype, read=lambda: self.read().to(dtype))
 
 
 def map_bytes(path: str | os.PathLike, offset: int, size: int) -> np.ndarray:

@@ -1,0 +1,106 @@
+"""keras-hub's presets: config.json, model.weights.h5, and the tokenizer beside them. Reading needs h5py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoint import CheckpointError, read_json
+from .names import KERAS_HUB
+from .source import Source, find_case, find_words
+from .variable import Variable
+
+WEIGHTS = "model.weights.h5"
+_BACKBONE = "BertBackbone"
+_CONFIG_KEYS = {
+    "vocabulary_size": "vocab_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "hidden_dim": "hidden_size",
+    "intermediate_dim": "intermediate_size",
+    "max_sequence_length": "max_position_embeddings",
+    "num_segments": "type_vocab_size",
+}
+
+
+def read(folder: Path) -> Source:
+    """A preset's folder. Raises CheckpointError, also where h5py is not installed."""
+    config = read_json(folder / "config.json")
+    if config.get("class_name") != _BACKBONE:
+        raise CheckpointError(f"{folder} holds keras-hub's {config.get('class_name')!r}; only {_BACKBONE} is read")
+    numbers = config.get("config") or {}
+    if absent := _CONFIG_KEYS.keys() - numbers.keys():
+        raise CheckpointError(f"{folder / 'config.json'} lacks {', '.join(sorted(absent))}")
+    ours: dict[str, Any] = {name: numbers[theirs] for theirs, name in _CONFIG_KEYS.items()}
+    ours["hidden_dropout_prob"] = ours["attention_probs_dropout_prob"] = numbers.get("dropout", 0.1)
+    assets = folder / "assets" / "tokenizer"
+    return Source(
+        folder,
+        KERAS_HUB.title,
+        KERAS_HUB.activation,
+        ours,
+        lambda: _variables(folder / WEIGHTS),
+        lambda _: KERAS_HUB,
+        find_words(assets if assets.is_dir() else folder),
+        _lower_case(folder),
+    )
+
+
+def _lower_case(folder: Path) -> bool | None:
+    """What keras-hub's own tokenizer.json says, else what the folder's name says."""
+    if (folder / "tokenizer.json").is_file():
+        said = (read_json(folder / "tokenizer.json").get("config") or {}).get("lowercase")
+        if isinstance(said, bool):
+            return said
+    return find_case(folder)
+
+
+def _variables(path: Path) -> dict[str, Variable]:
+    """The arrays by the name of their layer, the path inside the layer, and their number there.
+
+    The groups of layers are numbered by class ("layers/transformer_encoder_1"); a layer's own name is the attribute
+    `name` of the group `vars` in it. Older versions of keras call the groups by that name.
+    """
+    try:
+        import h5py
+    except ImportError:
+        raise CheckpointError(f"{path} needs h5py: pip install h5py") from None
+    found: dict[str, Variable] = {}
+
+    def visit(name: str, item: Any) -> None:
+        if isinstance(item, h5py.Dataset):
+            parts = [part for part in name.split("/") if part != "vars"]
+            if parts[0] == "layers" and len(parts) > 2:
+                group = file["/".join(parts[:2])]
+                own = group["vars"].attrs.get("name") if "vars" in group else None
+                parts = [own or parts[1], *parts[2:]]
+            ours = "/".join(parts)
+            found[ours] = _variable(path, ours, name, item)
+
+    try:
+        with h5py.File(path, "r") as file:
+            file.visititems(visit)
+    except OSError as error:
+        raise CheckpointError(f"{path} is truncated or not an HDF5 file ({error})") from error
+    return found
+
+
+def _variable(path: Path, name: str, dataset: str, item: Any) -> Variable:
+    kind = str(item.dtype)
+    # HDF5 has no bfloat16: keras writes these two bytes as an opaque type
+    opaque = item.dtype.kind == "V" and item.dtype.itemsize == 2
+    kinds = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
+    dtype = torch.bfloat16 if opaque else kinds.get(kind)
+
+    def read() -> torch.Tensor:
+        import h5py
+
+        if dtype is None:
+            raise CheckpointError(f"{path}: {name} is of {kind}, which is not read")
+        with h5py.File(path, "r") as file:
+            array = file[dataset][()]
+        return torch.from_numpy(array.view("int16")).view(torch.bfloat16) if opaque else torch.from_numpy(array)
+
+    return Variable(name, tuple(item.shape), "bfloat16" if opaque else kind, dtype, read)

@@ -1,0 +1,273 @@
+"""`fastbert convert`: what it prints and writes, from folders and archives, and that it writes nothing on an error."""
+
+import io
+import json
+import shutil
+import stat
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from fastbert.checkpoint import CheckpointError
+from fastbert.cli import main
+from fastbert.convert import convert
+from fastbert.encoding.encoder import Encoder
+from fastbert.formats import archive, opened
+from fastbert.formats.safetensors_file import write_safetensors
+from fastbert.formats.tensorflow_bundle import read_bundle, write_bundle
+from fastbert.formats.variable import Variable
+from fastbert.models.bert import BertModel
+from fastbert.text.tokenizer import Tokenizer
+
+pytestmark = pytest.mark.once
+
+FIXTURES = Path(__file__).parent / "fixtures" / "formats"
+GOOGLE_FILES = ("bert_model.ckpt.index", "bert_model.ckpt.data-00000-of-00001")
+
+
+@pytest.fixture
+def google(tmp_path) -> Path:
+    """Google's layout, in a folder whose name says nothing of upper and lower case."""
+    folder = tmp_path / "bert"
+    shutil.copytree(FIXTURES / "google_tf1", folder)
+    shutil.copy(FIXTURES / "bert_config.json", folder)
+    shutil.copy(FIXTURES / "vocab.txt", folder)
+    return folder
+
+
+def only(folder: Path, *but: str) -> set[str]:
+    return {p.name for p in folder.iterdir()} - set(but)
+
+
+# ---- the command -----------------------------------------------------------------------------------------
+
+
+def test_convert_prints_what_it_did_and_writes_a_folder(google, capsys):
+    out = google.parent / "out"
+    assert main(["convert", str(google), "-o", str(out), "--lower-case", "--verify"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert "46 variables used, 0 skipped" in printed
+    assert "46 variables have their checksums." in printed
+    assert any(line.startswith('"gelu" in its config is gelu_new, computed by tanh') for line in printed)
+    assert only(out) == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt"}
+    vectors = Encoder.from_pretrained(out, dtype="float32", device="cpu").encode(["a b c", "d"])
+    assert torch.equal(vectors, Encoder.from_pretrained(out, dtype="float32", device="cpu").encode(["a b c", "d"]))
+
+
+def test_list_prints_every_variable_and_writes_nothing(google, capsys):
+    variables = {name: v.read().clone() for name, v in read_bundle(google / "bert_model.ckpt").items()}
+    variables |= {"global_step": torch.tensor(7), "bert/pooler/dense/bias/adam_m": torch.zeros(32)}
+    write_bundle(google / "bert_model.ckpt", variables.items())
+    assert main(["convert", "--list", str(google)]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "global_step int64 [] skipped: training counter" in lines
+    assert "bert/pooler/dense/bias/adam_m float32 [32] skipped: optimiser state" in lines
+    assert "bert/pooler/dense/kernel float32 [32, 32] -> bert.pooler.dense.weight" in lines
+    assert "46 variables used, 2 skipped" in lines
+    assert only(google.parent) == {"bert"}
+
+
+def test_list_of_what_cannot_be_converted_lists_and_then_fails(google, capsys):
+    write_bundle(google / "bert_model.ckpt", [("bert/embeddings/word_embeddings", torch.zeros(60, 32))])
+    assert main(["convert", "--list", str(google)]) == 1
+    captured = capsys.readouterr()
+    assert "bert/embeddings/word_embeddings" in captured.out
+    assert "it lacks" in captured.err
+
+
+@pytest.mark.parametrize("arguments", [[], ["--list", "-o", "x"]])
+def test_either_a_folder_or_list(google, arguments, capsys):
+    assert main(["convert", str(google), *arguments]) == 2
+    assert "give either -o FOLDER or --list" in capsys.readouterr().err
+
+
+def test_lower_casing_is_asked_for_and_never_guessed(google, capsys):
+    out = google.parent / "out"
+    assert main(["convert", str(google), "-o", str(out)]) == 1
+    assert "give --lower-case or --no-lower-case" in capsys.readouterr().err
+    assert not out.exists()
+    with pytest.raises(CheckpointError, match="does not say whether its tokenizer lower-cases"):
+        Tokenizer.from_pretrained(google)
+    with pytest.raises(CheckpointError, match="does not say whether its tokenizer lower-cases"):
+        Encoder.from_pretrained(google)
+    BertModel.from_pretrained(google)  # which has no tokenizer
+    named = google.rename(google.with_name("multi_cased_L-2_H-32_A-2"))
+    assert main(["convert", str(named), "-o", str(out)]) == 0
+    assert json.loads((out / "tokenizer_config.json").read_text())["do_lower_case"] is False
+    assert Tokenizer.from_pretrained(named).tokenize("A") == Tokenizer.from_pretrained(out).tokenize("A")
+
+
+def test_the_same_ids_and_vectors_from_the_source_as_from_the_folder_it_becomes(google):
+    named = google.rename(google.with_name("uncased_L-2_H-32_A-2"))
+    convert(named, google.parent / "out", say=lambda line: None)
+    texts = ["a b c d", "B a", ""]
+    tokenizers = [Tokenizer.from_pretrained(path) for path in (named, google.parent / "out")]
+    assert tokenizers[0].input_ids(texts) == tokenizers[1].input_ids(texts)
+    options = {"dtype": "float32", "device": "cpu"}
+    direct, folder = (Encoder.from_pretrained(path, **options) for path in (named, google.parent / "out"))
+    assert torch.equal(direct.encode(texts), folder.encode(texts))
+
+
+# ---- whole or not at all ---------------------------------------------------------------------------------
+
+
+def flip(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+DAMAGE = {
+    "index cut": (lambda folder: truncate(folder / GOOGLE_FILES[0]), "truncated or damaged"),
+    "index flipped": (lambda folder: flip(folder / GOOGLE_FILES[0], 40), "does not have its checksum"),
+    "data cut": (lambda folder: truncate(folder / GOOGLE_FILES[1]), "is truncated: "),
+    "data flipped": (lambda folder: flip(folder / GOOGLE_FILES[1], 5), "bert/embeddings/LayerNorm/beta do not have"),
+    "no data": (lambda folder: (folder / GOOGLE_FILES[1]).unlink(), "lacks the shard"),
+    "no config": (lambda folder: (folder / "bert_config.json").unlink(), "there is no bert_config.json"),
+    "config cut": (lambda folder: truncate(folder / "bert_config.json"), "not valid JSON"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_one_line_and_nothing_is_written(damage, google, capsys):
+    spoil, message = DAMAGE[damage]
+    spoil(google)
+    assert main(["convert", str(google), "-o", str(google.parent / "out"), "--lower-case", "--verify"]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert only(google.parent) == {"bert"}
+
+
+def test_what_is_there_is_not_overwritten(google):
+    out = google.parent / "out"
+    out.mkdir()
+    convert(google, out, lower_case=True, say=lambda line: None)  # an empty folder is as good as none
+    before = (out / "model.safetensors").stat()
+    with pytest.raises(CheckpointError, match="exists, and is no empty folder"):
+        convert(google, out, lower_case=True, say=lambda line: None)
+    assert (out / "model.safetensors").stat() == before
+
+
+def test_a_full_disk_is_found_before_anything_is_written(google, monkeypatch):
+    usage = shutil.disk_usage(google)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(CheckpointError, match="has 1,000 free"):
+        convert(google, google.parent / "out", lower_case=True, say=lambda line: None)
+    assert only(google.parent) == {"bert"}
+
+
+def test_an_interruption_leaves_nothing(google, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastbert.convert.write_safetensors", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        convert(google, google.parent / "out", lower_case=True, say=lambda line: None)
+    assert only(google.parent) == {"bert"}
+
+
+# ---- archives --------------------------------------------------------------------------------------------
+
+
+def zip_of(path: Path, folder: Path, inside: str) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        for member in folder.iterdir():
+            file.write(member, f"{inside}{member.name}")
+    return path
+
+
+@pytest.mark.parametrize("inside", ["", "uncased_L-2_H-32_A-2/"])
+def test_a_zip_opens_like_its_folder(google, inside):
+    """The name that says how to tokenise is the archive's, or the folder's in it."""
+    path = zip_of(google.parent / ("bert.zip" if inside else "uncased_L-2_H-32_A-2.zip"), google, inside)
+    convert(path, google.parent / "out", say=lambda line: None)
+    convert(google, google.parent / "expected", lower_case=True, say=lambda line: None)
+    for name in only(google.parent / "expected"):
+        assert (google.parent / "out" / name).read_bytes() == (google.parent / "expected" / name).read_bytes()
+    direct = BertModel.from_pretrained(path).state_dict()
+    assert all(torch.equal(t, direct[name]) for name, t in BertModel.from_pretrained(google).state_dict().items())
+
+
+def test_the_temporary_folder_is_gone_afterwards(google):
+    with opened(zip_of(google.parent / "x.zip", google, "")) as folder:
+        assert (folder / "vocab.txt").is_file()
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("name", ["/etc/evil", "../evil", "a/../../evil", "..\\evil", "C:\\evil"])
+@pytest.mark.parametrize("kind", ["zip", "tar.gz"])
+def test_members_outside_the_archive_are_refused(name, kind, tmp_path):
+    path = tmp_path / f"x.{kind}"
+    if kind == "zip":
+        with zipfile.ZipFile(path, "w") as file:
+            file.writestr(name, b"x")
+    else:
+        with tarfile.open(path, "w:gz") as file:
+            info = tarfile.TarInfo(name)
+            info.size = 1
+            file.addfile(info, io.BytesIO(b"x"))
+    with pytest.raises(CheckpointError, match="outside the archive"):
+        convert(path, tmp_path / "out", say=lambda line: None)
+    assert only(tmp_path) == {path.name}
+
+
+def test_links_are_refused(tmp_path):
+    link = zipfile.ZipInfo("vocab.txt")
+    link.external_attr = (stat.S_IFLNK | 0o777) << 16
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as file:
+        file.writestr(link, "/etc/passwd")
+    for type_ in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE):
+        with tarfile.open(tmp_path / f"{type_.decode()}.tgz", "w:gz") as file:
+            info = tarfile.TarInfo("vocab.txt")
+            info.type, info.linkname = type_, "/etc/passwd"
+            file.addfile(info)
+    for path in sorted(tmp_path.iterdir()):
+        with pytest.raises(CheckpointError, match="is a link or no file"), opened(path):
+            pass
+
+
+@pytest.mark.parametrize("name", ["x.zip", "x.tar.gz"])
+def test_a_damaged_archive_is_one_line(name, google):
+    path = google.parent / name
+    if name.endswith("zip"):
+        zip_of(path, google, "")
+    else:
+        with tarfile.open(path, "w:gz") as file:
+            file.add(google, "bert")
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(CheckpointError, match="truncated or not an archive") as error, opened(path):
+        pass
+    assert "\n" not in str(error.value)
+
+
+def test_an_archive_too_large_for_the_disk_is_refused(google, monkeypatch):
+    path = zip_of(google.parent / "x.zip", google, "")
+    usage = shutil.disk_usage(google)
+    monkeypatch.setattr(archive.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(CheckpointError, match="has 1,000 free"), opened(path):
+        pass
+
+
+# ---- the safetensors writer ------------------------------------------------------------------------------
+
+
+def test_safetensors_are_written_byte_for_byte_as_by_their_own_library(tmp_path):
+    tensors = {
+        "b": torch.arange(12.0).reshape(3, 4), "half": torch.ones(5).half(), "double": torch.ones(2).double(),
+        "ü": torch.ones(3, dtype=torch.int64), "c": torch.ones(4).bfloat16(), "empty": torch.zeros(0, 3),
+        "scalar": torch.tensor(2.0), "i": torch.ones(1, dtype=torch.int32), "bytes": torch.ones(3, dtype=torch.int8),
+        "flags": torch.ones(3).bool(), "transposed": torch.arange(6.0).reshape(2, 3).t(),
+    }  # fmt: skip
+    save_file({name: t.contiguous() for name, t in tensors.items()}, tmp_path / "a", metadata={"format": "pt"})
+    write_safetensors(tmp_path / "b", {name: Variable.of_tensor(name, t) for name, t in tensors.items()})
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
