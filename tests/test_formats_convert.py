@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from fastbert.checkpoint import CheckpointError
-from fastbert.cli import main
+from fastbert.cli.main import main
 from fastbert.convert import convert
 from fastbert.encoding.encoder import Encoder
 from fastbert.formats import archive, opened
