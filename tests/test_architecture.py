@@ -40,11 +40,6 @@ UPWARDS = {
 
 # The only ways from the package into the kernels: operators, and weights at inference.
 SEAMS = ("fastbert.functional", "fastbert.inference")
-CIRCLES = {
-    ("fastbert.emulator.barriers", "fastbert.emulator.copies", "fastbert.emulator.machine", "fastbert.emulator.matrix",
-     "fastbert.emulator.memory", "fastbert.emulator.order", "fastbert.emulator.ownership", "fastbert.emulator.shadow",
-     "fastbert.emulator.shared", "fastbert.emulator.warp", "fastbert.emulator.warpgroup"),
-}  # fmt: skip
 
 
 def is_within(module: str, name: str) -> bool:
@@ -89,7 +84,7 @@ def test_kernels_import_torch_and_triton_alone():
 
 
 def test_no_circles():
-    assert_only({tuple(group) for group in inspect_imports.circles(GRAPH)}, CIRCLES)
+    assert inspect_imports.circles(GRAPH) == []
 
 
 # ---- the script itself -----------------------------------------------------------------------------------

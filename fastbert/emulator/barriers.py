@@ -8,7 +8,6 @@ instructions themselves run for the threads that may go on.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,11 +15,9 @@ from .errors import BarrierMisuse, InvalidOperand, Misaligned, SharedRace
 from .formats import i64
 from .order import BULK
 from .ptx import Address, Immediate, Instruction, Operand, Register, Sink
+from .state import State
 from .translate import Emitter, refuse, translates
 from .warp import expect_named_lanes
-
-if TYPE_CHECKING:
-    from .machine import Machine
 
 
 @dataclass
@@ -41,22 +38,22 @@ class MBarrier:
 
 
 class Barriers:
-    def __init__(self, machine: Machine):
+    def __init__(self, machine: State):
         self.mbarriers: dict[int, MBarrier] = {}  # by address
 
     # ---- bar.sync
 
-    def sync(self, S: Machine, mask) -> None:
+    def sync(self, S: State, mask) -> None:
         """All threads of the mask's programs have met."""
         S.order.meet(np.ones(S.count, bool) if mask is None else S.full(mask).any(1))
 
-    def warp_sync(self, S: Machine, mask) -> None:
+    def warp_sync(self, S: State, mask) -> None:
         """The threads of the mask have met, warp by warp."""
         S.order.meet_in_warp(S.warps_of(mask))
 
     # ---- mbarriers
 
-    def init(self, S: Machine, address, count, mask) -> None:
+    def init(self, S: State, address, count, mask) -> None:
         count = S.full(count)
         for at, programs, lanes in self._groups(S, address, mask):
             if at % 8:
@@ -76,7 +73,7 @@ class Barriers:
             barrier.made[programs] = S.order.now
             barrier.last_use[programs] = 0
 
-    def invalidate(self, S: Machine, address, mask) -> None:
+    def invalidate(self, S: State, address, mask) -> None:
         for at, programs, lanes in self._groups(S, address, mask):
             barrier, thread = self.used(S, at, programs, lanes), lanes.argmax(1)
             known = S.order.known[np.arange(S.count), thread // 32, : S.warps]
@@ -90,7 +87,7 @@ class Barriers:
             place = S.shared.locate(S, np.uint32(at), 8, None)
             S.shared.shadow.free_mbarrier(place[:, 0], programs, thread)
 
-    def arrive(self, S: Machine, address, count, expect_bytes, mask) -> None:
+    def arrive(self, S: State, address, count, expect_bytes, mask) -> None:
         count, expect_bytes = S.full(count).astype(i64), S.full(expect_bytes).astype(i64)
         for at, programs, lanes in self._groups(S, address, mask):
             barrier = self.used(S, at, programs, lanes)
@@ -107,7 +104,7 @@ class Barriers:
         barrier.bytes[programs] -= size
         self._complete(barrier, programs)
 
-    def phase_over(self, S: Machine, address, parity, mask) -> np.ndarray:
+    def phase_over(self, S: State, address, parity, mask) -> np.ndarray:
         """For each thread of the mask: is the phase of this parity over?"""
         parity = S.full(parity).astype(i64)
         over = np.zeros(S.shape, bool)
@@ -116,7 +113,7 @@ class Barriers:
             over |= lanes & ((phase[:, None] & 1) != parity)
         return over
 
-    def waited(self, S: Machine, address, mask) -> np.ndarray:
+    def waited(self, S: State, address, mask) -> np.ndarray:
         """The threads of the mask have seen a phase end: what came with it is there for them."""
         for at, programs, lanes in self._groups(S, address, mask):
             barrier = self.mbarriers[at]
@@ -127,7 +124,7 @@ class Barriers:
             S.order.acquire(S.warps_of(lanes), barrier.arrived)
         return np.True_
 
-    def used(self, S: Machine, at: int, programs: np.ndarray, lanes: np.ndarray) -> MBarrier:
+    def used(self, S: State, at: int, programs: np.ndarray, lanes: np.ndarray) -> MBarrier:
         """The mbarrier of these programs at an address, for threads that use it: it has to be there for them."""
         barrier = self.mbarriers.get(at)
         if barrier is None or not barrier.valid[programs].all():
@@ -167,7 +164,7 @@ class Barriers:
         barrier.arriving = np.where(over[:, None], 0, barrier.arriving)
 
     @staticmethod
-    def _new(S: Machine) -> MBarrier:
+    def _new(S: State) -> MBarrier:
         numbers = [np.zeros(S.count, i64) for _ in range(6)]
         nothing = np.zeros((S.count, S.warps), i64)
         code = BULK + S.order.add_column()
@@ -176,7 +173,7 @@ class Barriers:
         )
 
     @staticmethod
-    def _groups(S: Machine, address, mask) -> list[tuple[int, np.ndarray, np.ndarray]]:
+    def _groups(S: State, address, mask) -> list[tuple[int, np.ndarray, np.ndarray]]:
         """(address, programs that use it, threads that do) for each address among the threads of the mask."""
         address = S.full(address)
         active = np.ones(S.shape, bool) if mask is None else S.full(mask)
@@ -193,7 +190,7 @@ def _later(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.maximum(*(np.pad(x, ((0, 0), (0, columns - x.shape[1]))) for x in (a, b)))
 
 
-def evaluate(S: Machine, R: list, operand: Operand):
+def evaluate(S: State, R: list, operand: Operand):
     """The value of an operand at the start of a block."""
     match operand:
         case Register(index=index):

@@ -6,17 +6,14 @@ What a copy brings is put where it belongs only when somebody has waited for it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .errors import InvalidOperand, Misaligned, MissingWait, OutOfBounds, UnknownInstruction
 from .formats import i32, i64, u8, u32
 from .ptx import Immediate, Instruction
+from .state import State
 from .translate import Emitter, refuse, translates
-
-if TYPE_CHECKING:
-    from .machine import Machine
 
 SWIZZLE_SPANS = {0: 0, 1: 32, 2: 64, 3: 128}  # bytes whose 16-byte pieces change places, by the descriptor's mode
 
@@ -55,14 +52,14 @@ class _BulkCopy:
 
 
 class AsyncCopies:
-    def __init__(self, machine: Machine):
+    def __init__(self, machine: State):
         self._copies: list[_ThreadCopy] = []
         self._committed: int | np.ndarray = 0
         self._bulk: list[_BulkCopy] = []
 
     # ---- cp.async: groups of each thread
 
-    def start(self, S: Machine, target, source, size: int, source_size, mask) -> None:
+    def start(self, S: State, target, source, size: int, source_size, mask) -> None:
         """`size` bytes to shared memory; where `source_size` is 0 zeros, and the source is not read."""
         if mask is not None and not np.any(mask):
             return
@@ -82,10 +79,10 @@ class AsyncCopies:
         S.shared.shadow.fly(place, size, pending, None)
         self._copies.append(_ThreadCopy(place, size, np.ascontiguousarray(data).view(u8), self._committed, pending))
 
-    def commit(self, S: Machine, mask) -> None:
+    def commit(self, S: State, mask) -> None:
         self._committed = self._committed + (1 if mask is None else S.full(mask).astype(i64))
 
-    def wait(self, S: Machine, allowed: int | None, mask) -> None:
+    def wait(self, S: State, allowed: int | None, mask) -> None:
         """All but the newest `allowed` groups of these threads are done; None: all, committed or not."""
         for copy in self._copies:
             done = copy.pending if allowed is None else copy.pending & (copy.group < self._committed - allowed)
@@ -99,7 +96,7 @@ class AsyncCopies:
 
     # ---- bulk copies
 
-    def load_box(self, S: Machine, target, descriptor, coordinates: list, barrier, mask) -> None:
+    def load_box(self, S: State, target, descriptor, coordinates: list, barrier, mask) -> None:
         """A box of a tensor to shared memory for every thread of the mask. The bytes count for an mbarrier."""
         active = np.ones(S.shape, bool) if mask is None else S.full(mask)
         order = active.cumsum(1)
@@ -112,7 +109,7 @@ class AsyncCopies:
                 S, pick(target).astype(i64), pick(descriptor), at, pick(barrier).astype(i64), programs, lane
             )
 
-    def _load_boxes(self, S: Machine, target, descriptor, coordinates, barrier, programs, thread) -> None:
+    def _load_boxes(self, S: State, target, descriptor, coordinates, barrier, programs, thread) -> None:
         """One box a program: all arguments are [programs]."""
         for address in np.unique(descriptor[programs]).tolist():
             box = S.descriptor(address)
@@ -121,7 +118,7 @@ class AsyncCopies:
                 if here.any():
                     self._start_box(S, box, target, coordinates, at, here, thread)
 
-    def _start_box(self, S: Machine, box: TensorDescriptor, target, coordinates, at: int, programs, thread) -> None:
+    def _start_box(self, S: State, box: TensorDescriptor, target, coordinates, at: int, programs, thread) -> None:
         barrier = S.barriers.used(S, at, programs, np.arange(S.threads) == thread[:, None])
         values, place = self._read_box(S, box, coordinates), self._box_places(S, box, target, programs)
         everywhere = np.broadcast_to(programs[:, None], place.shape)
@@ -130,7 +127,7 @@ class AsyncCopies:
         S.barriers.transferred(at, programs, int(np.prod(box.box)) * box.element)
 
     @staticmethod
-    def _read_box(S: Machine, box: TensorDescriptor, coordinates: np.ndarray) -> np.ndarray:
+    def _read_box(S: State, box: TensorDescriptor, coordinates: np.ndarray) -> np.ndarray:
         """[programs, pieces] of 16 bytes; what lies outside the tensor is filled."""
         rank, index, inside = len(box.box), np.int64(0), np.True_
         for axis in range(rank):
@@ -146,7 +143,7 @@ class AsyncCopies:
         return np.ascontiguousarray(values).reshape(S.count, -1).view(np.complex128)
 
     @staticmethod
-    def _box_places(S: Machine, box: TensorDescriptor, target: np.ndarray, programs) -> np.ndarray:
+    def _box_places(S: State, box: TensorDescriptor, target: np.ndarray, programs) -> np.ndarray:
         """[programs, pieces] places in shared memory, swizzled."""
         row, span = box.box[-1] * box.element, SWIZZLE_SPANS[box.swizzle]
         if row % 16 or (span and row != span):
@@ -159,7 +156,7 @@ class AsyncCopies:
             raise OutOfBounds(f"a bulk copy of {size} bytes to byte {target.max()} of {S.shared.size} of shared memory")
         return swizzle(target[:, None] + np.arange(0, size, 16), span) + S.shared.base
 
-    def deliver(self, S: Machine, barrier: int, programs: np.ndarray, phase: np.ndarray) -> np.ndarray:
+    def deliver(self, S: State, barrier: int, programs: np.ndarray, phase: np.ndarray) -> np.ndarray:
         """Phases of an mbarrier before `phase` are over for programs (a mask) that have waited; gives to which of them
         something came."""
         came = np.zeros(S.count, bool)

@@ -17,8 +17,9 @@ from .errors import DivergentBarrier, EmulatorError, LimitExceeded, Trap
 from .flow import blocks_of, expect_initialised, smallest_access, stored_parameters, waits
 from .formats import i64
 from .machine import Machine
-from .memory import GlobalMemory, Region, region_of
+from .memory import GlobalMemory, region_of
 from .ptx import Instruction, Program, parse
+from .region import Region
 from .translate import POISON, Emitter
 
 BATCH = 4096  # threads that run side by side, unless one program has more

@@ -12,7 +12,8 @@ from .driver import CARDS
 from .errors import InvalidOperand, LimitExceeded
 from .execute import run
 from .formats import f32, f64, u8, u16, u32, u64
-from .memory import Region, pointer
+from .memory import pointer
+from .region import Region
 
 if TYPE_CHECKING:
     from .driver import Launch

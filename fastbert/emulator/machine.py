@@ -1,4 +1,4 @@
-"""The state of many programs (CTAs) that run side by side."""
+"""The machine that programs run on: their state, and the parts that change it."""
 
 from __future__ import annotations
 
@@ -6,42 +6,22 @@ import numpy as np
 
 from .barriers import Barriers
 from .copies import AsyncCopies
-from .errors import UnknownInstruction
-from .formats import i64, u32, u64
 from .memory import GlobalMemory
 from .order import Order
 from .shared import SharedMemory
+from .state import State
 from .warpgroup import MatrixQueue
 
-PARAMETER_SPACE = 0xFFFE << 48  # addresses of parameters, which are no addresses of tensors
 
-
-class Machine:
-    """`programs`: their numbers in the grid, [n, 3]. Arrays of the state are [n, threads]. `first`: number of the
-    first one, counted through the grid; `piece`: bytes of the smallest access to shared memory."""
+class Machine(State):
+    """`shared_bytes`, `piece`: of shared memory, how much, and bytes of the smallest access to it; all else as
+    `State`."""
 
     def __init__(
         self, programs: np.ndarray, grid: tuple[int, int, int], threads: int, shared_bytes: int,
         memory: GlobalMemory, descriptors: dict[int, object], first: int, piece: int,
     ):  # fmt: skip
-        self.first = first
-        self.count, self.threads = len(programs), threads
-        self.shape = self.count, threads
-        self.warps = threads // 32
-        self.descriptors = descriptors  # number of a parameter -> tensor descriptor
-        self.at: int | None = None  # index of the instruction that runs
-        self.live = np.ones(self.shape, bool)
-        thread = np.arange(threads, dtype=u32)[None]
-        self.lane = (thread % u32(32)).astype(i64)
-        self._special = {
-            "%tid.x": thread, "%laneid": thread % u32(32), "%warpid": thread // u32(32), "%ntid.x": u32(threads),
-            "%tid.y": u32(0), "%tid.z": u32(0), "%ntid.y": u32(1), "%ntid.z": u32(1),
-            "%cluster_ctarank": u32(0), "%cluster_nctarank": u32(1),
-        }  # fmt: skip
-        for axis, name in enumerate("xyz"):
-            self._special[f"%ctaid.{name}"] = programs[:, axis : axis + 1].astype(u32)
-            self._special[f"%nctaid.{name}"] = u32(grid[axis])
-        self._special = {name: np.asarray(value) for name, value in self._special.items()}
+        super().__init__(programs, grid, threads, descriptors, first)
         self.memory = memory
         self.order = Order(self)
         self.shared = SharedMemory(self, shared_bytes, piece)
@@ -49,35 +29,8 @@ class Machine:
         self.copies = AsyncCopies(self)
         self.queue = MatrixQueue(self)
 
-    def full(self, x) -> np.ndarray:
-        """x as [programs, threads]."""
-        return x if np.shape(x) == self.shape else np.broadcast_to(x, self.shape)
-
-    def by_warp(self, x) -> np.ndarray:
-        """x as [programs, warps, 32]."""
-        return np.reshape(self.full(x), (self.count, self.warps, 32))
-
-    def warps_of(self, mask) -> np.ndarray:
-        """[programs, warps]: has the mask a thread of it?"""
-        return np.ones((self.count, self.warps), bool) if mask is None else self.by_warp(mask).any(-1)
-
     def expect_finished(self) -> None:
         """At the end of the programs: nothing flies, and no mbarrier waits."""
         self.copies.expect_none()
         self.queue.expect_none()
         self.barriers.expect_finished()
-
-    def special(self, name: str) -> np.ndarray:
-        if name not in self._special:
-            raise UnknownInstruction(f"the emulator does not know the register {name}")
-        return self._special[name]
-
-    def parameter_address(self, number: int) -> np.uint64:
-        return u64(PARAMETER_SPACE | number)
-
-    def descriptor(self, address) -> object:
-        """The tensor descriptor that lies at an address of the parameter space."""
-        number = int(address) - PARAMETER_SPACE
-        if number not in self.descriptors:
-            raise UnknownInstruction(f"no tensor descriptor at {int(address):#x}")
-        return self.descriptors[number]

@@ -11,17 +11,13 @@ of k for both, and a sum over k needs no other.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from .formats import f32, f64, u16, u32
 from .ptx import Instruction, Vector
+from .state import State
 from .translate import Emitter, available, refuse, translates
 from .warp import expect_whole_warps
-
-if TYPE_CHECKING:
-    from .machine import Machine
 
 
 def halves_to_f32(bits: np.ndarray, kind: str) -> np.ndarray:
@@ -38,20 +34,20 @@ def _elements(registers: list[np.ndarray], kind: str) -> np.ndarray:
 
 
 @available
-def fragment_a(S: Machine, registers: list, kind: str) -> np.ndarray:
+def fragment_a(S: State, registers: list, kind: str) -> np.ndarray:
     """[2, warps, 8, k]: rows g, and rows g + 8."""
     r = [S.full(x) for x in registers]
     return np.stack([_elements(r[0::2], kind), _elements(r[1::2], kind)])
 
 
 @available
-def fragment_b(S: Machine, registers: list, kind: str) -> np.ndarray:
+def fragment_b(S: State, registers: list, kind: str) -> np.ndarray:
     """[warps, k, 8]."""
     return _elements([S.full(x) for x in registers], kind).transpose(0, 2, 1)
 
 
 @available
-def multiply(S: Machine, a: np.ndarray, b: np.ndarray, c: list) -> list[np.ndarray]:
+def multiply(S: State, a: np.ndarray, b: np.ndarray, c: list) -> list[np.ndarray]:
     """D = A B + C of every warp; the four registers of D as bits."""
     product = np.matmul(a, b).reshape(2, *S.shape, 2)
     return [(product[n >> 1, :, :, n & 1] + c[n].view(f32)).astype(f32).view(u32) for n in range(4)]
@@ -79,7 +75,7 @@ def _mma(emit: Emitter, i: Instruction) -> None:
 _ROW, _COLUMN = np.arange(32) >> 2, (np.arange(32) & 3) * 2
 
 
-def _row_places(S: Machine, address, count: int, mask, what: str) -> np.ndarray:
+def _row_places(S: State, address, count: int, mask, what: str) -> np.ndarray:
     """[programs, warps, 8 * count] places of the rows of `count` 8x8 matrices, 16 bytes each; lane l gives row l."""
     expect_whole_warps(S, mask, what)
     lanes = np.zeros(S.shape, bool).reshape(S.count, S.warps, 32)
@@ -89,13 +85,13 @@ def _row_places(S: Machine, address, count: int, mask, what: str) -> np.ndarray:
     return place.reshape(S.count, S.warps, 32)[..., : 8 * count]
 
 
-def _rows_of(S: Machine, mask, count: int):
+def _rows_of(S: State, mask, count: int):
     """The mask for places [programs, rows]."""
     return None if mask is None else S.by_warp(mask)[..., : 8 * count].reshape(S.count, -1)
 
 
 @available
-def load_matrices(S: Machine, address, count: int, transposed: bool, mask) -> list[np.ndarray]:
+def load_matrices(S: State, address, count: int, transposed: bool, mask) -> list[np.ndarray]:
     """ldmatrix: a register a matrix; lane l gets elements (l / 4, 2 (l % 4) + {0, 1}), of the transpose if asked."""
     place = _row_places(S, address, count, mask, "ldmatrix")
     shadow = S.shared.shadow
@@ -108,7 +104,7 @@ def load_matrices(S: Machine, address, count: int, transposed: bool, mask) -> li
 
 
 @available
-def store_matrices(S: Machine, address, registers: list, transposed: bool, mask) -> None:
+def store_matrices(S: State, address, registers: list, transposed: bool, mask) -> None:
     count = len(registers)
     place = _row_places(S, address, count, mask, "stmatrix")
     S.shared.shadow.write(

@@ -6,37 +6,17 @@ access is held against the tensor whose pointer it was computed from, however cl
 
 from __future__ import annotations
 
-import ctypes
-from dataclasses import dataclass
-
 import numpy as np
 
 from .errors import Misaligned, OutOfBounds, StoreConflict
 from .formats import RAW, i64, u64
 from .ownership import Ownership
 from .ptx import WIDTHS, Instruction, Sink, Symbol, Vector
+from .region import Region
 from .translate import Emitter, refuse, translates
 
 _SHIFT = u64(48)
 _ADDRESS = (1 << 48) - 1
-_WIDEST = 16  # bytes of the widest access
-
-
-@dataclass(frozen=True)
-class Region:
-    """One tensor argument: true addresses [start, end), and bytes from a multiple of 16 at or below `start`."""
-
-    name: str
-    start: int
-    end: int
-
-    @property
-    def origin(self) -> int:
-        return self.start & -_WIDEST
-
-    def bytes(self) -> np.ndarray:
-        size = -(-(self.end - self.origin) // _WIDEST) * _WIDEST
-        return np.ctypeslib.as_array((ctypes.c_uint8 * max(size, _WIDEST)).from_address(self.origin))
 
 
 def pointer(number: int, address: int) -> np.uint64:

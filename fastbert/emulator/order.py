@@ -11,14 +11,10 @@ What a warp takes part in counts for all its lanes.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from .formats import i64
-
-if TYPE_CHECKING:
-    from .machine import Machine
+from .state import State
 
 CODES = 12  # bits of a stamp that say who, under those that say when
 BULK = 1024  # codes below are threads of the program, those from here mbarriers that bulk copies report to
@@ -32,7 +28,7 @@ def stamp(time, code):
 
 
 class Order:
-    def __init__(self, machine: Machine):
+    def __init__(self, machine: State):
         self.now = 1
         self.warps = machine.warps
         self.known = np.zeros((machine.count, self.warps, self.warps), i64)

@@ -8,17 +8,14 @@ that share memory with them. Atomic operations are left out: they are made for t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .errors import GlobalRace, ProgramRace
 from .formats import i32, i64
 from .order import stamp
-
-if TYPE_CHECKING:
-    from .machine import Machine
-    from .memory import Region
+from .region import Region
+from .state import State
 
 _SHIFT = 42  # of the program in stamps; below it time and thread, as in shared memory
 _STAMP = (1 << _SHIFT) - 1
@@ -70,7 +67,7 @@ class Ownership:
             span = _Span(origin, np.zeros(pieces, i64), np.zeros(pieces, i32))
             self._spans |= dict.fromkeys(members, span)
 
-    def read(self, S: Machine, region: int, offset: np.ndarray, size: int, mask) -> None:
+    def read(self, S: State, region: int, offset: np.ndarray, size: int, mask) -> None:
         """`offset`: bytes from the region's origin, [programs, threads]."""
         if region not in self._spans:
             return
@@ -83,7 +80,7 @@ class Ownership:
         if several.any():
             read[access.index[several]] = _MANY
 
-    def write(self, S: Machine, region: int, offset: np.ndarray, size: int, mask) -> bool:
+    def write(self, S: State, region: int, offset: np.ndarray, size: int, mask) -> bool:
         """Gives whether several threads of one program write one piece at once."""
         if region not in self._spans:
             return False
@@ -97,7 +94,7 @@ class Ownership:
         self._expect_one_program(access, back >> _SHIFT, "writes", "writes too")
         return bool((back != new).any())
 
-    def _access(self, S: Machine, region: int, offset: np.ndarray, size: int, mask) -> _Access:
+    def _access(self, S: State, region: int, offset: np.ndarray, size: int, mask) -> _Access:
         span, each = self._spans[region], max(size // self._piece, 1)
         place = offset + (S.memory.regions[region].origin - span.origin)
         program = np.broadcast_to(np.arange(S.count)[:, None], S.shape)
@@ -108,7 +105,7 @@ class Ownership:
         program, thread = program.repeat(each), thread.repeat(each)
         return _Access(S.memory.regions[region], span, index, program, thread, program + (S.first + 1))
 
-    def _expect_own(self, S: Machine, access: _Access, does: str) -> None:
+    def _expect_own(self, S: State, access: _Access, does: str) -> None:
         """What an access uses was written by its own program, and before a barrier if by another thread."""
         stamps = access.span.written.take(access.index)
         self._expect_one_program(access, np.where(stamps == 0, access.number, stamps >> _SHIFT), does, "wrote")

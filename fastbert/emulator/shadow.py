@@ -7,16 +7,12 @@ their pieces until somebody has waited.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from .errors import BarrierMisuse, MissingFence, MissingWait, SharedRace, UnwrittenShared
 from .formats import i64
 from .order import BULK, CODES, FLYING, MANY, MBARRIER, SEVERAL, Order, stamp
-
-if TYPE_CHECKING:
-    from .machine import Machine
+from .state import State
 
 _FLIES = stamp(FLYING, 0)
 
@@ -24,7 +20,7 @@ _FLIES = stamp(FLYING, 0)
 class Shadow:
     """`size` bytes of shared memory for all programs, `stride` a program, in pieces of `piece` bytes (a power of 2)."""
 
-    def __init__(self, machine: Machine, size: int, stride: int, piece: int):
+    def __init__(self, machine: State, size: int, stride: int, piece: int):
         self.order: Order = machine.order
         self._piece, self._shift, self._stride = piece, piece.bit_length() - 1, stride
         self._written = np.zeros(size // piece, i64)

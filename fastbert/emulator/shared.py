@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from .errors import Misaligned, OutOfBounds, StoreConflict
@@ -11,9 +9,7 @@ from .formats import RAW, i64
 from .memory import combine
 from .ptx import WIDTHS
 from .shadow import Shadow
-
-if TYPE_CHECKING:
-    from .machine import Machine
+from .state import State
 
 _UNWRITTEN = 0xFF
 _UNIT = 128  # bytes; programs start at multiples
@@ -22,7 +18,7 @@ _UNIT = 128  # bytes; programs start at multiples
 class SharedMemory:
     """One array of bytes: program p has `size` from p * `stride`."""
 
-    def __init__(self, machine: Machine, size: int, piece: int):
+    def __init__(self, machine: State, size: int, piece: int):
         self.size = size
         self.stride = -(-size // _UNIT) * _UNIT + _UNIT
         self.bytes = np.full(machine.count * self.stride, _UNWRITTEN, np.uint8)
@@ -34,7 +30,7 @@ class SharedMemory:
     def view(self, width: int) -> np.ndarray:
         return self._views[width]
 
-    def locate(self, S: Machine, address, size: int, mask, alignment: int = 0) -> np.ndarray:
+    def locate(self, S: State, address, size: int, mask, alignment: int = 0) -> np.ndarray:
         """[programs, threads] places in `bytes` of accesses of `size` bytes; where the mask is off, some place that
         exists. Raises OutOfBounds or Misaligned."""
         address = S.full(address).astype(i64)
@@ -52,7 +48,7 @@ class SharedMemory:
             raise Misaligned(f"{size} bytes of shared memory at an address that is no multiple of {alignment or size}")
         return address + self.base
 
-    def load(self, S: Machine, address, width: int, count: int, mask) -> list[np.ndarray]:
+    def load(self, S: State, address, width: int, count: int, mask) -> list[np.ndarray]:
         if mask is not None and not np.any(mask):
             return [np.zeros(S.shape, RAW[width])] * count
         size = width // 8 * count
@@ -64,7 +60,7 @@ class SharedMemory:
         pieces = np.ascontiguousarray(whole).view(RAW[width]).reshape(*whole.shape, count)
         return [np.ascontiguousarray(pieces[..., n]) for n in range(count)]
 
-    def store(self, S: Machine, address, width: int, values: list, mask) -> None:
+    def store(self, S: State, address, width: int, values: list, mask) -> None:
         if mask is not None and not np.any(mask):
             return
         place = self.locate(S, address, width // 8 * len(values), mask)
@@ -79,7 +75,7 @@ class SharedMemory:
                 at = int(chosen[differs].flat[0] + n) * (width // 8) % self.stride
                 raise StoreConflict(f"two threads store different values to byte {at} of shared memory at once")
 
-    def atomic(self, S: Machine, operation: str, kind: str, address, value, mask, compare=None) -> np.ndarray:
+    def atomic(self, S: State, operation: str, kind: str, address, value, mask, compare=None) -> np.ndarray:
         width = WIDTHS[kind]
         old = np.zeros(S.shape, RAW[width])
         which = np.ones(S.shape, bool) if mask is None else S.full(mask)

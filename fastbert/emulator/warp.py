@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from .errors import DivergentWarp
 from .formats import i64, u32
 from .ptx import Immediate, Instruction, Pair
+from .state import State
 from .translate import Emitter, available, refuse, translates
-
-if TYPE_CHECKING:
-    from .machine import Machine
 
 _LANES = np.arange(32)
 _REDUCTIONS = {
@@ -21,7 +17,7 @@ _REDUCTIONS = {
 }  # fmt: skip
 
 
-def expect_whole_warps(S: Machine, mask, what: str, members=None) -> None:
+def expect_whole_warps(S: State, mask, what: str, members=None) -> None:
     """Raises DivergentWarp where an instruction that warps run together is run by a part of one. `members`: bits of the
     lanes that take part, None for all of them; those that have ended need not."""
     if mask is None:
@@ -49,7 +45,7 @@ def expect_named_lanes(emit: Emitter, i: Instruction) -> None:
 
 
 @available
-def shuffle(S: Machine, how: str, a, b, c):
+def shuffle(S: State, how: str, a, b, c):
     """(values, was the source lane in range); a lane out of range keeps its own value."""
     value = S.by_warp(a)
     b, c = np.asarray(b).astype(i64) & 31, np.asarray(c).astype(i64)
@@ -93,7 +89,7 @@ def _shfl(emit: Emitter, i: Instruction) -> None:
 
 
 @available
-def reduce_warp(S: Machine, operation: str, a, mask):
+def reduce_warp(S: State, operation: str, a, mask):
     """redux: one value of all lanes that take part, given to each."""
     value = S.by_warp(a)
     function = _REDUCTIONS[operation]
@@ -119,7 +115,7 @@ def _redux(emit: Emitter, i: Instruction) -> None:
 
 
 @available
-def ballot(S: Machine, predicate, mask):
+def ballot(S: State, predicate, mask):
     """vote.ballot: a bit a lane."""
     predicate = S.by_warp(predicate if mask is None else predicate & mask)
     bits = (predicate.astype(u32) << _LANES.astype(u32)).sum(-1, dtype=u32, keepdims=True)
@@ -127,7 +123,7 @@ def ballot(S: Machine, predicate, mask):
 
 
 @available
-def vote(S: Machine, how: str, predicate, mask):
+def vote(S: State, how: str, predicate, mask):
     predicate = S.by_warp(predicate)
     member = np.ones_like(predicate) if mask is None else S.by_warp(mask)
     every, some = (predicate | ~member).all(-1, keepdims=True), (predicate & member).any(-1, keepdims=True)
@@ -148,7 +144,7 @@ def _vote(emit: Emitter, i: Instruction) -> None:
 
 
 @available
-def elect(S: Machine, mask):
+def elect(S: State, mask):
     """(the lane that is chosen, is it this one): the lowest that takes part."""
     member = np.ones((1, 1, 32), bool) if mask is None else S.by_warp(mask)
     leader = member.argmax(-1)[..., None]

@@ -16,7 +16,6 @@ from __future__ import annotations
 import functools
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -25,10 +24,8 @@ from .errors import DivergentWarp, InvalidOperand, Misaligned, MissingFence, Mis
 from .formats import f32, f64, i64, u16, u32, u64
 from .matrix import halves_to_f32
 from .ptx import Immediate, Instruction, Vector
+from .state import State
 from .translate import POISON, Emitter, refuse, translates
-
-if TYPE_CHECKING:
-    from .machine import Machine
 
 _SPANS = {0: 0, 1: 128, 2: 64, 3: 32}  # of the descriptor's layout field
 _M, _K = 64, 16
@@ -57,7 +54,7 @@ class MatrixQueue:
     Registers of D and A that other instructions use count as touched until `wgmma.fence`.
     """
 
-    def __init__(self, machine: Machine):
+    def __init__(self, machine: State):
         self.groups = machine.count, max(machine.threads // 128, 1)
         self.flying: dict[tuple[int, ...], _Accumulator] = {}
         self._sources: list[tuple[frozenset[int], np.ndarray, np.ndarray]] = []  # A in registers, flying, group
@@ -68,7 +65,7 @@ class MatrixQueue:
 
     # ---- registers that instructions in flight use
 
-    def touch(self, S: Machine, read: frozenset[int], written: frozenset[int], mask) -> None:
+    def touch(self, S: State, read: frozenset[int], written: frozenset[int], mask) -> None:
         """An ordinary instruction reads and writes registers that some wgmma uses."""
         here = self._parts(S, mask)
         for registers, accumulator in self.flying.items():
@@ -81,7 +78,7 @@ class MatrixQueue:
             before = self._touched.get(register)
             self._touched[register] = here if before is None else before | here
 
-    def fence(self, S: Machine, mask) -> None:
+    def fence(self, S: State, mask) -> None:
         here = self._warpgroups(S, mask)
         self._unfenced = self._unfenced & ~here
         self._touched = {r: left for r, at in self._touched.items() if (left := at & ~here).any()}
@@ -96,7 +93,7 @@ class MatrixQueue:
     # ---- the instructions
 
     def issue(
-        self, S: Machine, kind: str, registers: tuple[int, ...], sources: tuple[int, ...], d: list, a, b, scale_d,
+        self, S: State, kind: str, registers: tuple[int, ...], sources: tuple[int, ...], d: list, a, b, scale_d,
         negated: tuple[bool, bool], transposed: tuple[bool, bool], mask,
     ) -> None:  # fmt: skip
         """D = A B + D. a: a descriptor, or four registers (`sources` are their numbers); b: a descriptor."""
@@ -124,10 +121,10 @@ class MatrixQueue:
         if sources:
             self._sources.append((frozenset(sources), here, self._committed))
 
-    def commit(self, S: Machine, mask) -> None:
+    def commit(self, S: State, mask) -> None:
         self._committed = self._committed + self._warpgroups(S, mask)
 
-    def wait(self, S: Machine, R: list, allowed: int, mask) -> None:
+    def wait(self, S: State, R: list, allowed: int, mask) -> None:
         here = self._warpgroups(S, mask)
         is_over = lambda flying, group: flying & here & (group < self._committed - allowed)  # noqa: E731
         for registers, accumulator in list(self.flying.items()):
@@ -146,7 +143,7 @@ class MatrixQueue:
         self._sources = [source for source in left if source[1].any()]
         self._end_reads(S, is_over)
 
-    def _end_reads(self, S: Machine, is_over) -> None:
+    def _end_reads(self, S: State, is_over) -> None:
         for read in self._reads:
             done = is_over(read.flying, read.group)
             if done.any():
@@ -160,13 +157,13 @@ class MatrixQueue:
         if self.flying:
             raise MissingWait("a program ends before it has waited for its wgmma")
 
-    def _parts(self, S: Machine, mask) -> np.ndarray:
+    def _parts(self, S: State, mask) -> np.ndarray:
         """[programs, warpgroups] with a thread in the mask."""
         if mask is None:
             return np.ones(self.groups, bool)
         return S.full(mask).reshape(*self.groups, -1).any(-1)
 
-    def _warpgroups(self, S: Machine, mask) -> np.ndarray:
+    def _warpgroups(self, S: State, mask) -> np.ndarray:
         """[programs, warpgroups] that run this."""
         if mask is None:
             return np.ones(self.groups, bool)
@@ -177,7 +174,7 @@ class MatrixQueue:
             raise DivergentWarp(f"wgmma without thread {group * 128 + thread} of program {program} of the batch")
         return by_group.all(-1)
 
-    def _uniform(self, S: Machine, value, here: np.ndarray, what: str) -> np.ndarray:
+    def _uniform(self, S: State, value, here: np.ndarray, what: str) -> np.ndarray:
         """A value that all threads of a warpgroup have to share, [programs, warpgroups]."""
         if np.ndim(value) == 0:
             return np.full(self.groups, value)
@@ -186,7 +183,7 @@ class MatrixQueue:
             raise InvalidOperand(f"{what} differs within a warpgroup")
         return by_group[..., 0]
 
-    def _operand_a(self, S: Machine, a, kind: str, transposed: bool, here: np.ndarray) -> np.ndarray:
+    def _operand_a(self, S: State, a, kind: str, transposed: bool, here: np.ndarray) -> np.ndarray:
         """[programs, warpgroups, 64, 16] float64."""
         if not isinstance(a, list):
             return self._tile(S, a, _M, kind, transposed, here).swapaxes(-1, -2)
@@ -194,7 +191,7 @@ class MatrixQueue:
         values = halves_to_f32(words.view(u16), kind).reshape(*self.groups, 4, 8, 4, 2, 2, 2)  # w g t rk rr h
         return values.transpose(0, 1, 2, 6, 3, 5, 4, 7).reshape(*self.groups, _M, _K).astype(f64)
 
-    def _tile(self, S: Machine, descriptor, rows: int, kind: str, transposed: bool, here: np.ndarray) -> np.ndarray:
+    def _tile(self, S: State, descriptor, rows: int, kind: str, transposed: bool, here: np.ndarray) -> np.ndarray:
         """[programs, warpgroups, 16, rows] float64: an operand in shared memory."""
         d = self._uniform(S, descriptor, here, "a matrix descriptor").astype(u64)
         d = np.where(here, d, d[tuple(np.argwhere(here)[0])])
@@ -242,7 +239,7 @@ def _layout(descriptor: int, rows: int, transposed: bool) -> np.ndarray:
     return swizzle(address, span)
 
 
-def _to_matrix(S: Machine, registers: list) -> np.ndarray:
+def _to_matrix(S: State, registers: list) -> np.ndarray:
     """n / 2 registers of 128 threads -> [programs, warpgroups, 64, n]: register j of thread (w, g, t) is row
     16 w + g + 8 (j / 2 % 2), column 8 (j / 4) + 2 t + j % 2."""
     if all(np.ndim(r) == 0 for r in registers) and len({int(r) for r in registers}) == 1:
@@ -253,7 +250,7 @@ def _to_matrix(S: Machine, registers: list) -> np.ndarray:
     return values.transpose(0, 1, 2, 6, 3, 5, 4, 7).reshape(S.count, -1, _M, n * 8)
 
 
-def _to_registers(S: Machine, matrix: np.ndarray) -> list[np.ndarray]:
+def _to_registers(S: State, matrix: np.ndarray) -> list[np.ndarray]:
     count = matrix.shape[-1] // 8
     parts = matrix.view(u32).reshape(S.count, -1, 4, 2, 8, count, 4, 2)  # w half g c t lo
     parts = np.ascontiguousarray(parts.transpose(5, 3, 7, 0, 1, 2, 4, 6)).reshape(-1, *S.shape)

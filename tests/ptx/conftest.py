@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from fastbert.emulator.execute import run
-from fastbert.emulator.memory import Region, pointer
+from fastbert.emulator.memory import pointer
+from fastbert.emulator.region import Region
 
 _BITS = {1: "b16", 2: "b16", 4: "b32", 8: "b64"}  # register for an element of so many bytes
 
