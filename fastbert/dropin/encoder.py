@@ -12,6 +12,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from .. import functional as F
+from ..inference import one_call
 from ..packing import PackedBatch
 from . import facts as table
 from .forward import Forward, count
@@ -222,13 +223,38 @@ class EncoderForward(Forward):
             return shared.batch.unpad(states[-1]) if torch.is_grad_enabled() and x.requires_grad else x
 
         x = self.embed(shared, seen, embeds)
-        for index, layer in self.layers():
-            x = layer(shown(x), shared, index)
+        through = self.in_one_call(x, shared, seen) if wanted is None else None
+        if through is not None:
+            x = through
+        else:
+            for index, layer in self.layers():
+                x = layer(shown(x), shared, index)
         if not self.facts.last_state_normed:
             x = shown(x)
         if self.facts.final_norm is not None:
             x = norm_only(x, self.part(self.facts.final_norm, seen.final_norm), shared)
         return only_once(x, self.impl), states
+
+    def may_run_in_one_call(self) -> bool:
+        """Whether `in_one_call` has anything to run, for a batch of a token at least."""
+        parameter, stack = next(self.module.parameters()), self.look().stack
+        if stack is None or F.choose_impl(self.impl, parameter.device) != "native" or parameter.device.type != "cpu":
+            return False
+        width = stack.modules[0].in_features
+        return one_call.is_ahead(width * parameter.itemsize, parameter.dtype) and one_call.is_plain(stack.tensors())
+
+    def in_one_call(self, x: Tensor, shared: Shared, seen: Seen) -> Tensor | None:
+        """x [T, C] of the last layer, where nothing stands between the layers and one call is ahead of them."""
+        if seen.stack is None or not shared.infers or shared.seed is not None or shared.padded:
+            return None
+        if any(t is not None for t in (shared.mask, shared.bias, shared.keys)):
+            return None
+        if not one_call.is_ahead(x.nbytes, x.dtype) or F.choose_impl(self.impl, x.device) != "native":
+            return None
+        stack, tensors, eps = seen.stack, seen.stack.tensors(), seen.stack.eps
+        if eps is None or not one_call.is_plain(tensors):
+            return None
+        return one_call.run(x, tensors, shared.batch.cu_seqlens, stack.heads, stack.inner, eps)
 
     def finish(self, x: Tensor, batch: PackedBatch, states: list[Tensor | None], given: dict[str, Any]):
         """transformers' output of the last hidden state x [T, C], and of what went into each layer."""

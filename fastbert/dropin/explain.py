@@ -15,7 +15,8 @@ from .forward import Forward
 from .graphs import GraphedEncoderForward
 from .heads import HeadForward
 from .padding import ZEROS
-from .parts import at, by_token, has, not_plain, plain_table
+from .parts import at, has, not_plain, plain_table
+from .plain import by_token
 
 
 @dataclass
@@ -78,6 +79,7 @@ def _explain_encoder(report: Report, path: str, forward: EncoderForward) -> None
     report.replaced[own] = (
         f"{type(encoder).__name__}: unpads once, pads once; impl={impl}"
         + (f"; {forward.graphs.summary()}" if isinstance(forward, GraphedEncoderForward) else "")
+        + ("; inference runs all layers in one C++ call where that is ahead" if forward.may_run_in_one_call() else "")
         + f"; padding: {_padding(forward)}"
     )
     if (reason := forward.look().reason) is not None:

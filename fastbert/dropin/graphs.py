@@ -16,8 +16,9 @@ from . import facts as table
 from .encoder import EncoderForward
 from .own import why_not_here
 from .padding import Policy, rows_to_compute
-from .parts import at, has, not_plain, plain_table, why_not_plain
+from .parts import at, has, not_plain, plain_table
 from .pieces import Shared
+from .plain import why_not_plain
 
 
 class GraphedEncoderForward(EncoderForward):

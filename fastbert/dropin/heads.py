@@ -11,7 +11,8 @@ from torch import Tensor
 from .forward import Forward
 from .own import Watch, listeners, why_own
 from .padding import Reading, reading, reading_now
-from .parts import TRANSFORMERS, at, by_token
+from .parts import TRANSFORMERS, at
+from .plain import by_token
 
 FIRST, LABELS, EVERY = "the first column", "tokens whose label counts", "every token"
 # what a head is called, after the family's name -> what it reads

@@ -16,29 +16,12 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..inference.graphs import CONTAINERS
-from ..layers import activation_name
 from . import facts as table
 from .forward import Forward
-from .own import HOOKS, LIBRARY, Watch, listeners, of_library, why_own
+from .own import LIBRARY, Watch, listeners, of_library, why_own
+from .plain import by_token, fused_activation, why_not_plain
 
 TRANSFORMERS = "transformers.models."
-
-# activations of torch that look at one element at a time
-ELEMENTWISE = {
-    getattr(nn, name)
-    for name in (
-        "CELU ELU GELU Hardshrink Hardsigmoid Hardswish Hardtanh LeakyReLU LogSigmoid Mish ReLU ReLU6 SELU SiLU "
-        "Sigmoid Softplus Softshrink Softsign Tanh Tanhshrink Threshold"
-    ).split()
-}
-# modules whose `forward`, inherited or not, treats each token by itself
-BY_TOKEN = {nn.Linear, nn.Embedding, nn.Identity, nn.LayerNorm, nn.RMSNorm, nn.Dropout, *ELEMENTWISE}
-# the same of other libraries: where the class is -> its names
-BY_TOKEN_ELSEWHERE = {
-    "peft.tuners.lora.layer": {"Linear", "Embedding"},
-    "peft.tuners.adalora.layer": {"SVDLinear"},
-    "peft.tuners.ia3.layer": {"Linear"},
-}
 
 
 def at(module: Any, path: str) -> Any:
@@ -54,63 +37,6 @@ def has(module: Any, path: str) -> bool:
             return False
         module = getattr(module, name)
     return True
-
-
-# ---- one part ---------------------------------------------------------------------------------------------
-
-
-def why_not_plain(module: Any, kind: type[nn.Module]) -> str | None:
-    """None where `module` is torch's `kind` and no more, so that its parameters say all; else what it is."""
-    if type(module) is not kind:
-        cls = type(module)
-        return f"a {cls.__name__}" + (f" of {cls.__module__}" if cls.__name__ == kind.__name__ else "")
-    if "forward" in module.__dict__:
-        return "its forward was replaced"
-    if not of_library(kind.forward):
-        return f"{kind.__name__}.forward was replaced"
-    if any(getattr(module, name) for name in HOOKS):
-        return "it has hooks"
-    if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) != 1:
-        return "it is of several dimensions"
-    # a sharded weight is an ordinary one while its module is called
-    weights = (p for p in module._parameters.values() if not usable(p) and type(p).__name__ != "DTensor")
-    return next((f"its weight is a {type(p).__name__}" for p in weights), None)
-
-
-def usable(weight: Tensor | None) -> bool:
-    """Is this an ordinary tensor, and no quantised or sharded one?"""
-    return weight is None or type(weight) is nn.Parameter or type(weight) is Tensor
-
-
-def by_token(module: Any) -> bool:
-    """Is this module known to treat each token by itself, whatever the shape around it?"""
-    if not isinstance(module, nn.Module):
-        return fused_activation(module) is not None
-    cls = type(module)
-    if "forward" in module.__dict__ or not all(usable(p) for p in module.parameters()):
-        return False
-    if cls.__name__ in BY_TOKEN_ELSEWHERE.get(cls.__module__, ()):
-        return True
-    if cls.__module__ == "transformers.activations":
-        return of_library(cls.forward)
-    if cls is nn.Sequential:
-        return of_library(cls.forward) and all(map(by_token, module))
-    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and len(module.normalized_shape) != 1:
-        return False
-    return any(isinstance(module, kind) and cls.forward is kind.forward for kind in BY_TOKEN) and of_library(
-        cls.forward
-    )
-
-
-def fused_activation(activation: Any) -> str | None:
-    """The operators' name of an activation that is torch's or transformers' own and that nobody listens to, or None."""
-    if isinstance(activation, nn.Module):
-        cls = type(activation)
-        ours = cls in (nn.GELU, nn.ReLU, nn.SiLU) or cls.__module__ == "transformers.activations"
-        heard = "forward" in activation.__dict__ or any(getattr(activation, name) for name in HOOKS)
-        if heard or not ours or not of_library(cls.forward):
-            return None
-    return activation_name(activation)
 
 
 @dataclass(frozen=True)
@@ -140,6 +66,30 @@ class LayerParts:
     activation: Part
     name: str | None  # the operators' name of the activation
     head_dim: int
+
+
+@dataclass(frozen=True)
+class PlainStack:
+    """Layers that are nothing but post-norm BERT with GELU, so that one call may stand for all of them.
+
+    Attributes:
+        modules: of each layer query, key, value, output, norm, up, down and last norm.
+        heads, inner: the same in every layer; inner is the width between up and down.
+    """
+
+    modules: tuple[nn.Module, ...]
+    heads: int
+    inner: int
+
+    @property
+    def eps(self) -> float | None:
+        """That of every norm as it is now; None where they differ."""
+        found = {norm.eps for norm in (*self.modules[4::8], *self.modules[7::8])}
+        return found.pop() if len(found) == 1 else None
+
+    def tensors(self) -> list[Tensor | None]:
+        """As `inference.one_call.run` takes them."""
+        return [t for m in self.modules for t in (m._parameters["weight"], m._parameters["bias"])]
 
 
 Verdict = tuple[bool, bool]  # plain, whole
@@ -197,6 +147,7 @@ class Seen:
         pools: a pooler that may look at more than the first column; or None.
         dropouts: the modules whose training mode turns a dropout on.
         parts: of each layer; None while a graph is traced, where each layer looks at its own.
+        stack: the layers, where all of them are plain; else None.
         tables: the embeddings' tables and their norm are all taken apart.
         norm, final_norm, project: how these are used.
         drops: is anything dropped? Known here only while a graph is traced.
@@ -213,6 +164,7 @@ class Seen:
     final_norm: Verdict
     project: Verdict
     drops: bool = False
+    stack: PlainStack | None = None
 
 
 def layers_of(encoder: nn.Module, facts: table.Family) -> Iterator[tuple[int, nn.Module]]:
@@ -240,7 +192,7 @@ def look(encoder: nn.Module, facts: table.Family, is_layer: Callable[[nn.Module]
             break
         layers[paths[layer]] = layer
     reason = reason or why_every_call(encoder, facts, layers) or _why_heard(encoder, facts, layers)
-    whole, parts, tables = None, {}, False
+    whole, parts, tables, stack = None, {}, False, None
     around = [
         (True, False) if path is None or not has(encoder, path) else verdict(at(encoder, path), kind)
         for path, kind in ((facts.norm, nn.LayerNorm), (facts.final_norm, nn.LayerNorm), (facts.project, nn.Linear))
@@ -249,10 +201,30 @@ def look(encoder: nn.Module, facts: table.Family, is_layer: Callable[[nn.Module]
         parts = {layer: parts_of(layer, facts.layer) for layer in layers.values()}
         whole = _whole(encoder, facts, layers, parts)
         tables = around[0][0] and _plain_tables(encoder, facts)
+        stack = _plain_stack(encoder, facts, parts)
     return Seen(
         _watch(encoder, facts, layers), reason, whole, _pools(encoder, facts), _dropouts(encoder, facts, layers), parts,
-        tables, *around,
+        tables, *around, stack=stack,
     )  # fmt: skip
+
+
+def _plain_stack(
+    encoder: nn.Module, facts: table.Family, parts: dict[nn.Module, LayerParts]
+) -> PlainStack | None:  # fmt: skip
+    """The layers in the order in which they run; None where one is in a wrapper, or is not as `PlainStack` says."""
+    layer, modules, sizes = facts.layer, [], set()
+    if layer.pre_norm or layer.gated or facts.positions == "rotary":
+        return None
+    for _, given in layers_of(encoder, facts):
+        of = parts.get(given)
+        if of is None or of.name != "gelu" or len(of.qkv) != 3:
+            return None
+        steps = (*of.qkv, of.out, of.out_norm, of.up, of.down, of.down_norm)
+        if not all(part.plain for part in steps):
+            return None
+        modules += [part.module for part in steps]
+        sizes.add((of.qkv[0].module.out_features // of.head_dim, of.up.module.out_features))
+    return PlainStack(tuple(modules), *sizes.pop()) if len(sizes) == 1 else None
 
 
 def _plain_tables(encoder: nn.Module, facts: table.Family) -> bool:

@@ -17,7 +17,8 @@ from .. import functional as F
 from ..inference import weights
 from ..inference.weights import JoinedLinears
 from ..models.bert import Pass
-from .parts import LayerParts, Part, usable
+from .parts import LayerParts, Part
+from .plain import usable
 
 
 def probability(dropout: nn.Module | float | None) -> float:

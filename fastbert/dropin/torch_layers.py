@@ -16,8 +16,9 @@ from ..packing import PackedBatch
 from .forward import Forward, count
 from .own import LIBRARY, Watch, listeners, why_not_here, why_own
 from .padding import EMPTY, ZEROS, Policy
-from .parts import Part, by_token, fused_activation, usable, verdict, why_not_dropout
+from .parts import Part, verdict, why_not_dropout
 from .pieces import Shared, add_norm, feed_forward, norm_and_sum, norm_only, only_once, probability
+from .plain import by_token, fused_activation, usable
 
 TORCH_NN = "torch.nn.modules."
 DROPOUTS = ("dropout", "dropout1", "dropout2")
