@@ -103,6 +103,22 @@ def choose_impl(impl: str | None, device: torch.device) -> Impl:
     return impl
 
 
+OPERATORS = (*TRITON_MODULES, "linear")
+
+
+def engine(op: str, dtype: torch.dtype, device: torch.device, impl: str | None = None) -> str:
+    """Who computes an operator of `OPERATORS` in this dtype on this device, in words: "native" has several engines.
+
+    Raises where `choose_impl` does.
+    """
+    chosen = choose_impl(impl, device)
+    if op == "linear" and impl != "triton" and chosen == "triton":
+        chosen = "native"  # the vendor library's, unless our own product is asked for
+    if chosen == "native":
+        return native.engine(op, dtype, device)
+    return "our Triton kernel" if chosen == "triton" else "plain torch"
+
+
 _modules: dict[str, Any] = {}
 
 
@@ -509,19 +525,24 @@ def _expect_activation(op: str, activation: str, rows: int) -> int:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: Impl | None = None) -> Tensor:
     """x weight^T + bias: x [..., C], weight [N, C], bias [N] -> [..., N].
 
-    The vendor library's product, which no epilogue of ours would improve; within `batch_invariant()` our own GEMM, or
-    on a CPU the vendor's in blocks of one size.
+    By default the vendor library's product on a GPU, which no epilogue of ours would improve, and on a CPU "native",
+    which has products of its own where they are ahead. Within `batch_invariant()` our own GEMM, or on a CPU the
+    vendor's in blocks of one size. impl="triton" is our own GEMM.
     """
     _expect_linear("linear", "weight", x.shape[-1], weight, bias)
-    if is_batch_invariant():
-        if choose_impl(impl, x.device) == "native":
-            return native.linear(x, weight, bias)
-        from .kernels._gemm import linear as invariant_linear
+    chosen = "native" if impl is None and not is_batch_invariant() else choose_impl(impl, x.device)
+    if chosen == "triton":
+        from .kernels._gemm import linear as by_our_gemm
 
-        return invariant_linear(x, weight, bias)
-    if impl != "reference" and x.device.type == "cpu":
+        return by_our_gemm(x, weight, bias)
+    if chosen == "native" and x.device.type == "cpu":
         return native.linear(x, weight, bias)
     return torch.nn.functional.linear(x, weight, bias)
+
+
+def products_beside(impl: Impl | None) -> Impl | None:
+    """The `impl` of `linear` in a model whose other operators are by `impl`: with our kernels the default."""
+    return None if impl == "triton" else impl
 
 
 def linear_act(

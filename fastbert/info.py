@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from .encoding import encoder as embed
+from . import functional
+from .encoding import encoder
 from .functional import assembler, machine, why_not_cpp
 from .inference.graphs import why_no_graphs
 from .models.bert import BertModel
@@ -102,17 +103,28 @@ def _cpu_features() -> str:
 
 
 def _operators() -> list[str]:
-    device = embed.resolve_device("auto")
-    dtype = str(embed.resolve_dtype("auto", device)).removeprefix("torch.")
+    device = encoder.resolve_device("auto")
+    dtype = str(encoder.resolve_dtype("auto", device)).removeprefix("torch.")
     interpreter = "on: Triton kernels run on CPU tensors, slowly, to test them" if machine.INTERPRETING else "off"
-    rows = [(op, f"{impl:<9}  {why}") for op, (impl, why) in embed.describe_operators(device).items()]
+    rows = [(op, f"{impl:<9}  {why}") for op, (impl, why) in encoder.describe_operators(device).items()]
     title = f"operators on {device}, in {dtype} by default"
     value = os.environ.get("TRITON_INTERPRET")
     missing = why_not_cpp()
     inference = "C++ operators for inference on a CPU: "
     inference += "built" if missing is None else f"none; {missing}"
     notes = [f"  {inference}", f"  Triton's interpreter is {interpreter} (TRITON_INTERPRET={value or ''})"]
-    return [*_table(title, rows), *notes]
+    return [*_table(title, rows), *notes, "", *_engines(device)]
+
+
+def _engines(device: torch.device) -> list[str]:
+    """Who computes each operator, in each dtype; dtypes that one engine computes share a line."""
+    rows = []
+    for op in functional.OPERATORS:
+        by_engine: dict[str, list[str]] = {}
+        for name, dtype in encoder.DTYPES.items():
+            by_engine.setdefault(functional.engine(op, dtype, device), []).append(name)
+        rows += [(op, f"{', '.join(names)}: {engine}") for engine, names in by_engine.items()]
+    return _table(f"who computes them on {device}", rows)
 
 
 def _graphs(model: BertModel) -> str:
@@ -122,9 +134,9 @@ def _graphs(model: BertModel) -> str:
 
 
 def _model(name: str) -> list[str]:
-    encoder = embed.Encoder.from_pretrained(name)
-    config = encoder.config
-    parameters = sum(p.numel() for p in encoder.model.parameters())
+    loaded = encoder.Encoder.from_pretrained(name)
+    config = loaded.config
+    parameters = sum(p.numel() for p in loaded.model.parameters())
     rows = [
         ("layers", str(config.num_hidden_layers)),
         ("hidden width", str(config.hidden_size)),
@@ -132,11 +144,11 @@ def _model(name: str) -> list[str]:
         ("feed-forward width", f"{config.intermediate_size}, {config.hidden_act}"),
         ("vocabulary", f"{config.vocab_size:,}"),
         ("position table", f"{config.max_position_embeddings} tokens"),
-        ("longest text", f"{encoder.max_length} tokens; the rest of a longer one is cut off"),
-        ("pooling", f"{encoder.pooling}, {'normalised' if encoder.normalize else 'not normalised'}"),
-        ("vectors", f"{encoder.dimension} wide"),
+        ("longest text", f"{loaded.max_length} tokens; the rest of a longer one is cut off"),
+        ("pooling", f"{loaded.pooling}, {'normalised' if loaded.normalize else 'not normalised'}"),
+        ("vectors", f"{loaded.dimension} wide"),
         ("parameters", f"{parameters:,} (those that encoding reads)"),
-        ("runs on", f"{encoder.device} in {str(encoder.dtype).removeprefix('torch.')}"),
-        ("CUDA graphs", _graphs(encoder.model)),
+        ("runs on", f"{loaded.device} in {str(loaded.dtype).removeprefix('torch.')}"),
+        ("CUDA graphs", _graphs(loaded.model)),
     ]
     return _table(f"model {name}", rows)

@@ -449,3 +449,31 @@ def _losses_in_chunks(hidden, weight, bias, labels, ignore_index, label_smoothin
 def _cast_as_autocast(*tensors):
     dtype = torch.get_autocast_dtype("cpu")
     return (t.to(dtype) if t is not None and t.dtype == torch.float32 else t for t in tensors)
+
+
+# ---- who computes ----------------------------------------------------------------------------------------
+
+# operator -> its engine where the C++ operators are there and know the dtype, and its engine elsewhere
+ENGINES = {
+    "attention": ("C++; torch's SDPA with a mask, a bias, a window, rotary positions or keys of their own", "SDPA"),
+    "attention_padded": ("SDPA", "SDPA"),
+    "add_layer_norm": ("C++", "plain torch"),
+    "add_layer_norm_sum": ("plain torch", "plain torch"),
+    "add_rms_norm": ("plain torch", "plain torch"),
+    "embedding_layer_norm": ("C++; plain torch with gradients or dropout", "plain torch"),
+    "linear_cross_entropy": ("C++ between the vendor library's products", "the vendor library's products"),
+    "pool": ("C++ for means without gradients; else plain torch", "plain torch"),
+}
+PRODUCTS = ("linear", "linear_act", "feed_forward")
+
+
+def engine(op: str, dtype: torch.dtype, device: torch.device) -> str:
+    """Who computes an operator of "native" in this dtype on this device, in words."""
+    in_cpp = device.type == "cpu" and dtype in _cpu.dtypes()
+    if op not in PRODUCTS:
+        return ENGINES[op][not in_cpp]
+    if not in_cpp:
+        return "the vendor library's products"
+    if _cpu.multiplies(dtype):
+        return "C++ without gradients, with GELU or no activation; else the vendor library's products"
+    return f"the vendor library's products; C++ up to {_cpu.FEW_ROWS} rows without gradients"

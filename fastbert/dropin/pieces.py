@@ -160,7 +160,7 @@ def multiply(part: Part, x: Tensor, shared: Shared) -> Tensor:
         return call(part, x, shared)
     linear = part.module
     readied(shared, linear)
-    return F.linear(x, linear.weight, linear.bias, impl=shared.impl)
+    return F.linear(x, linear.weight, linear.bias, impl=F.products_beside(shared.impl))
 
 
 def project(
@@ -179,7 +179,7 @@ def project(
 def linear_without_bias(part: Part, x: Tensor, fold: bool, shared: Shared) -> tuple[Tensor, Tensor | None]:
     """(y, the bias still to be added): with `fold` a plain layer leaves its bias to the LayerNorm that follows."""
     if fold and apart(part) and part.module.bias is not None:
-        return F.linear(x, part.module.weight, impl=shared.impl), part.module.bias
+        return F.linear(x, part.module.weight, impl=F.products_beside(shared.impl)), part.module.bias
     return multiply(part, x, shared), None
 
 

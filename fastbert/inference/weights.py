@@ -46,7 +46,7 @@ class JoinedLinears:
             y = native.linears(x, [linear.weight for linear in linears], [linear.bias for linear in linears])
             if y is not None:
                 return y
-        return F.linear(x, *self._joined(linears), impl=impl)
+        return F.linear(x, *self._joined(linears), impl=F.products_beside(impl))
 
     def _joined(self, linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
         if torch.is_grad_enabled() or torch.compiler.is_compiling():

@@ -132,7 +132,7 @@ class BertLayer(nn.Module):
             *self.qkv(x, impl), batch.cu_seqlens, batch.max_seqlen, schedule=shared.schedule, impl=impl, **dropout
         )
         dense, norm = self.attention["output"]["dense"], self.attention["output"]["LayerNorm"]
-        y = F.linear(o.flatten(1), dense.weight, None if fold else dense.bias, impl=impl)
+        y = F.linear(o.flatten(1), dense.weight, None if fold else dense.bias, impl=F.products_beside(impl))
         x = F.add_layer_norm(
             y, x, norm.weight, norm.bias, norm.eps, x_bias=dense.bias if fold else None,
             impl=impl, **shared.dropout(config.hidden_dropout_prob, stream=2 * self.index + 1),
@@ -351,7 +351,7 @@ class BertModel(nn.Module):
         if self.pooler is not None:
             first = F.pool(x, batch.cu_seqlens, "cls", impl=self.impl)
             dense = self.pooler["dense"]
-            pooler_output = torch.tanh(F.linear(first, dense.weight, dense.bias, impl=self.impl))
+            pooler_output = torch.tanh(F.linear(first, dense.weight, dense.bias, impl=F.products_beside(self.impl)))
         last = hidden_states[-1] if output_hidden_states else x if packed else batch.pad(x)
         output = BertOutput(
             last_hidden_state=last,

@@ -1,0 +1,80 @@
+"""`impl` says who computes, and `functional.engine` which of the engines behind "native" it is."""
+
+import pytest
+import torch
+
+from fastbert import functional
+from fastbert.cli.main import main
+from fastbert.kernels import _cpu, _gemm, native
+from fastbert.testing import INPUTS, MODELS
+
+CPU = torch.device("cpu")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def inputs_of(op: str, dtype: torch.dtype) -> dict:
+    """Of more rows than the C++ takes where the vendor library is ahead with many."""
+    if op == "linear":
+        made = {"x": torch.randn(75, 64), "weight": torch.randn(96, 64), "bias": torch.randn(96)}
+    else:
+        made = INPUTS[op](MODELS["tiny"], (5, 70))
+    return {
+        name: value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for name, value in made.items()
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", functional.OPERATORS)
+def test_the_engine_that_is_named_computes(op, dtype, monkeypatch):
+    """Every way into the C++ library asks for the name of a dtype."""
+    calls, right = [], _cpu._name
+    monkeypatch.setattr(_cpu, "_name", lambda x: calls.append(op) or right(x))
+    with torch.no_grad():
+        getattr(functional, op)(**inputs_of(op, dtype), impl="native")
+    named = functional.engine(op, dtype, CPU, "native")
+    assert bool(calls) == named.startswith("C++"), named
+
+
+def test_engines_of_the_other_implementations():
+    for op in functional.OPERATORS:
+        assert functional.engine(op, torch.float32, CPU, "reference") == "plain torch"
+    with pytest.raises(ValueError, match="impl must be one of"):
+        functional.engine("pool", torch.float32, CPU, "fastest")
+    if functional.why_not_triton(CPU) is not None:
+        with pytest.raises(RuntimeError, match="cannot run here"):
+            functional.engine("pool", torch.float32, CPU, "triton")
+
+
+@pytest.mark.parametrize("impl", [None, "triton", "native", "reference"])
+def test_linear_is_computed_by_whom_impl_names(impl, monkeypatch):
+    """Asked for Triton's, it gave the vendor's without a word."""
+    asked = []
+    monkeypatch.setattr(native, "linear", lambda *args: asked.append("native"))
+    monkeypatch.setattr(_gemm, "linear", lambda *args: asked.append("triton"))
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda *args: asked.append("reference"))
+    monkeypatch.setattr(functional, "why_not_triton", lambda device: None)
+    functional.linear(torch.ones(2, 4), torch.ones(3, 4), impl=impl)
+    assert asked == [impl or "native"]
+
+
+def test_linear_refuses_what_cannot_run():
+    x = torch.ones(2, 4)
+    with pytest.raises(ValueError, match="impl must be one of"):
+        functional.linear(x, x, impl="fastest")
+    if functional.why_not_triton(CPU) is not None:
+        with pytest.raises(RuntimeError, match="cannot run here"):
+            functional.linear(x, x, impl="triton")
+
+
+def test_info_names_the_engines(capsys):
+    assert main(["info"]) == 0
+    said = capsys.readouterr().out
+    _, _, table = said.partition("who computes them on ")
+    for op in functional.OPERATORS:
+        assert f"\n  {op} " in table
+    assert functional.engine("attention", torch.float32, device_of_info()) in table
+
+
+def device_of_info() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
