@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import register_dataclass
 
 from . import functional as F
 
@@ -211,3 +212,7 @@ class PackedBatch:
                 for part, (name, t) in zip(there, tensors.items(), strict=True)
             },
         )
+
+
+# torch.export takes and returns what it can take apart; what the host knows of the lengths would be fixed in a program
+register_dataclass(PackedBatch, drop_field_names=["lengths", "entries"], serialized_type_name="fastbert.PackedBatch")

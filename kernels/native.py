@@ -278,18 +278,28 @@ class _Attention(torch.autograd.Function):
 
 @torch.library.custom_op("fastbert::attention_native", mutates_args=())
 def _attention_opaque(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, scale: float | None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    scale: float | None,
+    dropout_p: float = 0.0,
+    seed: torch.Tensor | None = None,
+    stream: int = 0,
+    sequence_ids: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Plain attention as one node of a traced graph, since its loop depends on data: o and lse [H, T], which is left
-    as it is where the backward will not need it."""
+    """Attention, plain or with dropout, as one node of a traced graph, since its loop depends on data: o and lse
+    [H, T], which is left as it is where the backward will not need it."""
+    options = _dropout_of(dropout_p, seed, stream, sequence_ids)
     lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
     if _cpu.takes_attention(q, k, v, cu_seqlens, scale):
-        return _cpu.attention(q, k, v, cu_seqlens, scale, None, lse), lse
-    return _attention_in_runs(q, k, v, attention_schedule(cu_seqlens, q.shape[0]), scale).contiguous(), lse
+        return _cpu.attention(q, k, v, cu_seqlens, scale, _cpu.Dropout(**options) if options else None, lse), lse
+    runs = attention_schedule(cu_seqlens, q.shape[0])
+    return _attention_in_runs(q, k, v, runs, scale, **options).contiguous(), lse
 
 
 @_attention_opaque.register_fake
-def _(q, k, v, cu_seqlens, scale):
+def _(q, k, v, cu_seqlens, scale, dropout_p=0.0, seed=None, stream=0, sequence_ids=None):
     return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
 
 
@@ -303,28 +313,42 @@ def _attention_opaque_backward(
     lse: torch.Tensor,
     cu_seqlens: torch.Tensor,
     scale: float | None,
+    dropout_p: float,
+    seed: torch.Tensor | None,
+    stream: int,
+    sequence_ids: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    options = _dropout_of(dropout_p, seed, stream, sequence_ids)
     if _cpu.takes_attention(q, k, v, cu_seqlens, scale):
-        return _cpu.attention_backward(do, q, k, v, o, lse, cu_seqlens, scale)
+        dropout = _cpu.Dropout(**options) if options else None
+        return _cpu.attention_backward(do, q, k, v, o, lse, cu_seqlens, scale, dropout)
     with torch.enable_grad():
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        o = _attention_in_runs(*leaves, attention_schedule(cu_seqlens, q.shape[0]), scale)
+        o = _attention_in_runs(*leaves, attention_schedule(cu_seqlens, q.shape[0]), scale, **options)
     grads = torch.autograd.grad(o, leaves, do, allow_unused=True)
     return tuple(x.new_zeros(x.shape) if g is None else g.contiguous() for g, x in zip(grads, leaves, strict=True))
 
 
 @_attention_opaque_backward.register_fake
-def _(do, q, k, v, o, lse, cu_seqlens, scale):
+def _(do, q, k, v, o, lse, cu_seqlens, scale, dropout_p, seed, stream, sequence_ids):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
+def _dropout_of(dropout_p, seed, stream, sequence_ids):
+    if not dropout_p:
+        return {}
+    return {"dropout_p": dropout_p, "seed": seed, "stream": stream, "sequence_ids": sequence_ids}
+
+
 def _save_attention(ctx, inputs, output):
-    *tensors, cu_seqlens, ctx.scale = inputs
-    ctx.save_for_backward(*tensors, *output, cu_seqlens)
+    q, k, v, cu_seqlens, ctx.scale, ctx.dropout_p, seed, ctx.stream, sequence_ids = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens, seed, sequence_ids)
 
 
 def _attention_opaque_grad(ctx, do, _):
-    return *_attention_opaque_backward(do, *ctx.saved_tensors, ctx.scale), None, None
+    *tensors, seed, sequence_ids = ctx.saved_tensors
+    grads = _attention_opaque_backward(do, *tensors, ctx.scale, ctx.dropout_p, seed, ctx.stream, sequence_ids)
+    return *grads, *[None] * 6
 
 
 _attention_opaque.register_autograd(_attention_opaque_grad, setup_context=_save_attention)
@@ -357,8 +381,8 @@ def attention(q, k, v, cu_seqlens, max_seqlen=None, *, scale=None, schedule=None
         dropout = _cpu.Dropout(**variant) if variant else None
         attend = _Attention.apply if _cpu.want_gradients(q, k, v) else _cpu.attention
         return attend(q, k, v, cu_seqlens, scale, dropout)
-    if compiling and not variant:
-        return _attention_opaque(q, k, v, cu_seqlens, scale)[0]
+    if compiling and variant.keys() <= DROPOUT:
+        return _attention_opaque(q, k, v, cu_seqlens, scale, **variant)[0]
     if compiling or "return_lse" in variant or "cu_seqlens_k" in variant:
         return reference.attention(q, k, v, cu_seqlens, max_seqlen, scale=scale, **options)
     runs = attention_schedule(cu_seqlens, q.shape[0]) if schedule is None else schedule
@@ -384,10 +408,11 @@ def pool(x, cu_seqlens, mode="mean", normalize=False):
     lengths = cu_seqlens.diff()
     batch = lengths.shape[0]
     if mode == "cls":
-        first = (
-            F.embedding(cu_seqlens[:-1].clamp(max=max(x.shape[0] - 1, 0)), x) if x.shape[0] else x.new_zeros(batch, 1)
-        )
-        y = torch.where((lengths > 0)[:, None], first, 0.0).expand(batch, x.shape[1])
+        # Sequences at the end may be empty, so that their start is no row. The number of rows may be data while a graph
+        # is traced, where no branch may depend on it.
+        rows = F.pad(x, (0, 0, 0, 1)) if torch.compiler.is_compiling() or not x.shape[0] else x
+        first = F.embedding(cu_seqlens[:-1].clamp(max=rows.shape[0] - 1), rows)
+        y = torch.where((lengths > 0)[:, None], first, 0.0)
     else:
         numbers = torch.arange(batch, dtype=torch.int64, device=x.device)
         sequences = torch.repeat_interleave(numbers, lengths, output_size=x.shape[0])

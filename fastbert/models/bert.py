@@ -14,6 +14,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import register_dataclass
 
 from .. import checkpoint
 from .. import functional as F
@@ -53,6 +54,10 @@ class BertOutput:
 
     def __len__(self) -> int:
         return len(self.to_tuple())
+
+
+# torch.export takes and returns what it can take apart
+register_dataclass(BertOutput, serialized_type_name="fastbert.BertOutput")
 
 
 @dataclass(frozen=True)
