@@ -10,6 +10,8 @@ all (`write_atomically`). What goes wrong with a checkpoint is a CheckpointError
 from __future__ import annotations
 
 import contextlib
+import errno
+import hashlib
 import json
 import os
 import pickle
@@ -23,6 +25,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
 
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -60,7 +67,8 @@ def write_atomically(path: str | os.PathLike) -> Iterator[Path]:
             np.save(temporary, vectors)
 
     The temporary file has the same suffix, is synced to disk before it takes the name, and is removed on any
-    exception, KeyboardInterrupt included. A symbolic link is replaced, not followed.
+    exception, KeyboardInterrupt included. One that a killed process left behind is removed by the next that writes
+    `path`. A symbolic link is replaced, not followed.
     Raises: OSError naming `path` where it cannot be written, or is something other than a regular file.
     """
     path = Path(path)
@@ -68,20 +76,64 @@ def write_atomically(path: str | os.PathLike) -> Iterator[Path]:
         raise IsADirectoryError(f"cannot write {path}: it is a folder")
     if path.exists() and not path.is_file():
         raise OSError(f"cannot write {path}: it is not a regular file")
-    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.tmp{path.suffix}")
     try:
-        # 0o666 less the umask, as for any new file; tempfile's 0o600 would stay with the result
-        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        temporary, lock = _locked_beside(path)
     except OSError as error:
         raise type(error)(f"cannot write {path}: {error.strerror}") from error
     try:
-        yield temporary
-        _sync(temporary)
-        os.replace(temporary, path)
+        with naming(path):
+            yield temporary
+            _sync(temporary)
+            os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    finally:
+        os.close(lock)
     _sync(path.parent)
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """An OSError that says there is no room, and not for which file, gets the name of this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            error.filename = os.fspath(path)
+        raise
+
+
+def _locked_beside(path: Path) -> tuple[Path, int]:
+    """(a new temporary file beside `path`, the open descriptor that its lock lives as long as).
+
+    Temporary files of `path` that nobody holds a lock on are removed: their process was killed. Windows has no such
+    locks; there they stay.
+    """
+    name = os.fsencode(path.name)
+    # a file's name may have 255 bytes, and the temporary one is longer than `path`
+    stem = path.stem if len(name) <= 200 else hashlib.sha256(name).hexdigest()[:32]
+    if fcntl is not None:
+        ours = re.compile(rf"\.{re.escape(stem)}\.[0-9a-f]{{8}}\.tmp{re.escape(path.suffix)}")
+        for entry in [entry.path for entry in os.scandir(path.parent) if ours.fullmatch(entry.name)]:
+            with contextlib.suppress(OSError):  # somebody else's, or held
+                left = os.open(entry, os.O_WRONLY)
+                try:
+                    fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    os.unlink(entry)
+                finally:
+                    os.close(left)
+    while True:
+        temporary = path.with_name(f".{stem}.{secrets.token_hex(4)}.tmp{path.suffix}")
+        # 0o666 less the umask, as for any new file; tempfile's 0o600 would stay with the result
+        lock = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+        if fcntl is None:
+            return temporary, lock
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if temporary.exists():  # else another writer took it for left behind, before the lock
+            return temporary, lock
+        os.close(lock)
 
 
 def _sync(path: Path) -> None:
@@ -218,7 +270,12 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
         zipped = file.read(4) == b"PK\x03\x04"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError, TypeError) as error:
+    except pickle.UnpicklingError as error:
+        # torch's own words advise to load without weights_only, which runs whatever code the file names
+        wanted = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it names {wanted[1]}, and what a pickle names is run" if wanted else "it is not a pickle of tensors"
+        raise CheckpointError(f"{path} is truncated or not a file of plain tensors ({reason})") from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError) as error:
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise CheckpointError(f"{path} is truncated or not a file of plain tensors ({reason})") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):

@@ -108,10 +108,9 @@ class BertConfig:
             _expect(_is_number(getattr(self, name)) and 0 <= getattr(self, name) < 1, name, "in [0, 1)", self)
         rate = self.classifier_dropout
         _expect(rate is None or (_is_number(rate) and 0 <= rate < 1), "classifier_dropout", "None or in [0, 1)", self)
-        _expect(_is_number(self.layer_norm_eps) and self.layer_norm_eps > 0, "layer_norm_eps", "positive", self)
-        _expect(
-            _is_number(self.initializer_range) and self.initializer_range >= 0, "initializer_range", "0 or more", self
-        )
+        eps, spread = self.layer_norm_eps, self.initializer_range
+        _expect(_is_number(eps) and 0 < eps < float("inf"), "layer_norm_eps", "positive and finite", self)
+        _expect(_is_number(spread) and 0 <= spread < float("inf"), "initializer_range", "0 or more and finite", self)
         pad = self.pad_token_id
         _expect(
             pad is None or (_is_int(pad) and 0 <= pad < self.vocab_size),

@@ -153,7 +153,7 @@ WRONG = {
     "negative_rate": ({"attention_probs_dropout_prob": -0.1}, "attention_probs_dropout_prob must be"),
     "classifier_rate": ({"classifier_dropout": 2}, "classifier_dropout must be"),
     "nan_rate": ({"hidden_dropout_prob": float("nan")}, "hidden_dropout_prob must be"),
-    "zero_eps": ({"layer_norm_eps": 0}, "layer_norm_eps must be positive, got 0"),
+    "zero_eps": ({"layer_norm_eps": 0}, "layer_norm_eps must be positive and finite, got 0"),
     "pad_outside": ({"pad_token_id": 50, "vocab_size": 50}, r"pad_token_id must be None or in \[0, 50\).*got 50"),
     "activation": ({"hidden_act": "mish"}, "hidden_act must be one of gelu,.*got 'mish'"),
     "relative": ({"position_embedding_type": "relative_key"}, "position_embedding_type must be.*got 'relative_key'"),

@@ -86,6 +86,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="share the lines among N processes, each with its part of the threads, and its NUMA node or GPU where "
         "there are several; worth it on such machines, and with dozens of cores (default: 1)",
     )
+    parser.add_argument(
+        "--max-line-bytes",
+        metavar="N",
+        type=positive,
+        default=10_000_000,
+        help="refuse lines longer than N bytes, since tokenising takes a hundred times as much memory (default: "
+        "10,000,000)",
+    )
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar, no summary")
 
 
@@ -191,7 +199,8 @@ def _chunks(args: argparse.Namespace, source: BinaryIO, encoder: Any) -> Iterato
     field = args.field or ("text" if args.file.endswith(".jsonl") else None)
     name = "standard input" if args.file == "-" else args.file
     # The bar moves once a chunk: 1,024 texts keep a CPU busy for seconds, a GPU wants more at once.
-    return read_chunks(source, name, field, lines=1024 if encoder.device.type == "cpu" else 8192)
+    lines = 1024 if encoder.device.type == "cpu" else 8192
+    return read_chunks(source, name, field, lines=lines, line_bytes=args.max_line_bytes)
 
 
 def _texts(chunk: list[Line]) -> list[str]:
@@ -213,6 +222,8 @@ def _size(source: BinaryIO) -> int | None:
 @contextlib.contextmanager
 def _open_input(name: str) -> Iterator[BinaryIO]:
     if name == "-":
+        if sys.stdin is None:
+            raise OSError("standard input is closed")
         yield sys.stdin.buffer
         return
     with open(name, "rb") as stream:
@@ -221,13 +232,16 @@ def _open_input(name: str) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def _open_output(path: Path | None) -> Iterator[BinaryIO]:
+    from ..checkpoint import naming, write_atomically
+
     if path is None:
-        yield sys.stdout.buffer
-        sys.stdout.buffer.flush()
+        if sys.stdout is None:
+            raise OSError("standard output is closed")
+        with naming("standard output"):
+            yield sys.stdout.buffer
+            sys.stdout.buffer.flush()
         return
     if not path.parent.is_dir():
         raise NotADirectoryError(f"no folder {str(path.parent)!r} to write {path.name} into")
-    from ..checkpoint import write_atomically
-
     with write_atomically(path) as temporary, open(temporary, "wb") as stream:
         yield stream

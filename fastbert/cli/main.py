@@ -42,6 +42,7 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
+    _open_standard_descriptors()
     parser = build_parser()
     args = parser.parse_args(argv)
     try:
@@ -74,28 +75,41 @@ def _fail(error: Exception | str, code: int) -> int:
     return code
 
 
+def _open_standard_descriptors() -> None:
+    """Where this process was started with one of them closed, the next file opened would get its number, and a library
+    that writes to standard error would write into that file."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  print(file=None) is standard output
+
+
 @contextlib.contextmanager
 def _clean_up_when_terminated() -> Iterator[None]:
-    """SIGTERM unwinds the stack as Ctrl-C does, so that no temporary file stays behind.
+    """SIGTERM and SIGHUP unwind the stack as Ctrl-C does, so that no temporary file stays behind.
 
-    Where this process was started with SIGTERM ignored, it stays ignored, as Python leaves SIGINT then.
+    Where this process was started with one of them ignored, it stays ignored, as Python leaves SIGINT then.
     """
 
     def leave(signum: int, frame: Any) -> NoReturn:
         raise SystemExit(128 + signum)
 
-    if signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:
-        yield
-        return
-    try:
-        before = signal.signal(signal.SIGTERM, leave)
-    except ValueError:  # not the main thread: whoever runs us there minds the signals
-        yield
-        return
+    before = {}
+    for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
+        number = getattr(signal, name, None)
+        if number is None or signal.getsignal(number) is signal.SIG_IGN:
+            continue
+        # elsewhere than in the main thread, whoever runs us there minds the signals
+        with contextlib.suppress(ValueError):
+            before[number] = signal.signal(number, leave)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # ---- arguments -------------------------------------------------------------------------------------------

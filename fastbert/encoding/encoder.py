@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
@@ -79,6 +80,10 @@ class SentenceConfig:
             found["prompt"] = library["prompts"][library["default_prompt_name"]]
         for module in _read_json(folder / "modules.json"):
             kind, path = module["type"].rsplit(".", 1)[-1], folder / module["path"]
+            if not Path(os.path.normpath(path)).is_relative_to(os.path.normpath(folder)):
+                raise checkpoint.CheckpointError(
+                    f"{folder / 'modules.json'}: the path {module['path']!r} leads out of the folder"
+                )
             if kind == "Transformer":
                 settings = _read_json(path / "sentence_bert_config.json", missing={})
                 found["max_length"] = settings.get("max_seq_length")

@@ -181,6 +181,7 @@ def _deaf_to_interrupts() -> Iterator[None]:
 def _work(pipe: Connection, index: int, workers: int, threads: int, args: tuple, options: dict[str, Any]) -> None:
     """What a worker does: loads, says its (dimension, device type), then answers each chunk."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # where a process cannot be started deaf to it
+    threading.Thread(target=_end_with_the_parent, daemon=True, name="end with the parent").start()
     try:
         _stay_on_its_nodes(index, workers)
         torch.set_num_threads(threads)
@@ -197,6 +198,14 @@ def _work(pipe: Connection, index: int, workers: int, threads: int, args: tuple,
             traceback.print_exc()
         with contextlib.suppress(OSError):
             pipe.send(_sendable(error))
+
+
+def _end_with_the_parent() -> None:
+    """A parent that is killed cannot end its workers, and a chunk at work can take minutes to compute for nobody."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
 
 
 def _tokenised(pipe: Connection, encoder: Encoder) -> Iterator[tuple[int, list[list[int]], int | None]]:

@@ -6,6 +6,7 @@ packed once, every layer sees [T, C], and the output is padded once again if the
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -203,6 +204,30 @@ def _shown(x: Tensor, batch: PackedBatch, states: list[Tensor] | None) -> Tensor
     return batch.unpad(states[-1]) if torch.is_grad_enabled() else x
 
 
+# where a checkpoint's own shapes show a size: end of a name -> (its dimension, the field of the config)
+SIZES_IN_WEIGHTS = {
+    "embeddings.word_embeddings.weight": ((0, "vocab_size"), (1, "hidden_size")),
+    "embeddings.position_embeddings.weight": ((0, "max_position_embeddings"),),
+    "embeddings.token_type_embeddings.weight": ((0, "type_vocab_size"),),
+    "encoder.layer.0.intermediate.dense.weight": ((0, "intermediate_size"),),
+}
+
+
+def _expect_sizes(config: BertConfig, state: dict[str, Tensor], source: str | Path) -> None:
+    """Refuses a config that asks for more than the weights hold, before a model of that size is built."""
+    numbers = [re.search(r"(?:^|\.)encoder\.layer\.(\d+)\.", name) for name in state]
+    held = {"num_hidden_layers": 1 + max((int(number[1]) for number in numbers if number), default=-1)}
+    for name, t in state.items():
+        for end, sizes in SIZES_IN_WEIGHTS.items():
+            if name.removeprefix("bert.") == end and t.dim() == 2:
+                held |= {field: t.shape[dimension] for dimension, field in sizes}
+    for field, size in held.items():
+        if getattr(config, field) > size:
+            raise checkpoint.CheckpointError(
+                f"{source}: the config says {field} {getattr(config, field):,}, but the weights hold {size:,}"
+            )
+
+
 class _LeftUninitialised(TorchFunctionMode):
     """torch.nn.init does nothing. On the meta device it has nothing to fill, yet would import torch's compiler."""
 
@@ -269,6 +294,7 @@ class BertModel(nn.Module):
                 config, state = BertConfig.from_pretrained(path), checkpoint.load_state_dict(path)
             else:
                 config, state = BertConfig.from_model(foreign), foreign.state_dict()
+        _expect_sizes(config, state, id_or_path)
         if add_pooling_layer is None:
             add_pooling_layer = any("pooler.dense.weight" in name for name in state)
         with torch.device("meta"), _LeftUninitialised():

@@ -8,6 +8,7 @@ Out:  .npy          [N, C] float32; numpy.load(path, mmap_mode="r") opens it wit
 
 from __future__ import annotations
 
+import itertools
 import json
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,6 +17,8 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 BOM = b"\xef\xbb\xbf"
+# Tokenising takes a hundred times a line's bytes in memory, and the process hears no signal until it is done.
+LINE_BYTES = 10_000_000
 
 
 class InputError(ValueError):
@@ -28,19 +31,27 @@ class Line(NamedTuple):
     n_bytes: int  # of the input, for the progress bar
 
 
-def read_lines(stream: BinaryIO, name: str, field: str | None = None) -> Iterator[Line]:
+def read_lines(stream: BinaryIO, name: str, field: str | None = None, line_bytes: int = LINE_BYTES) -> Iterator[Line]:
     """The texts of a UTF-8 stream, one a line. A byte order mark and CRLF line ends are dropped.
 
     Args:
         name: what errors call the stream.
-        field: each line is a JSON object, with the text in this field; None: each line is the text.
+        field: each line is a JSON object, with the text in this field, and empty lines may follow the last one; None:
+            each line is the text.
+        line_bytes: how long a line may be, without its end.
 
-    Raises: InputError with the line's number, where it is not UTF-8, not a JSON object, or has no such text.
+    Raises: InputError with the line's number, where it is too long, not UTF-8, not a JSON object, or has no such text.
     """
-    for number, raw in enumerate(stream, start=1):
+    empty = None  # the first of the empty lines that an object must not follow
+    for number in itertools.count(1):
+        raw = stream.readline(line_bytes + len(BOM) + len(b"\r\n") + 1)
+        if not raw:
+            return
         place = f"{name}, line {number}"
         content = raw.removeprefix(BOM) if number == 1 else raw
         content = content.removesuffix(b"\n").removesuffix(b"\r")
+        if len(content) > line_bytes:
+            raise InputError(f"{place}: longer than {line_bytes:,} bytes; --max-line-bytes allows more")
         try:
             text = content.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -48,18 +59,24 @@ def read_lines(stream: BinaryIO, name: str, field: str | None = None) -> Iterato
             raise InputError(f"{place}: not UTF-8 (byte 0x{byte:02x} at position {error.start + 1})") from None
         record = {"text": text}
         if field is not None:
+            if not text.strip():
+                empty = empty or place
+                continue
+            if empty is not None:
+                raise InputError(f"{empty}: the line is empty, expected a JSON object")
             record = _parse(text, place)
             text = _text_of(record, field, place)
         yield Line(text, record, len(raw))
 
 
 def read_chunks(
-    stream: BinaryIO, name: str, field: str | None = None, *, lines: int, n_bytes: int = 4_000_000
-) -> Iterator[list[Line]]:
+    stream: BinaryIO, name: str, field: str | None = None, *, lines: int, n_bytes: int = 4_000_000,
+    line_bytes: int = LINE_BYTES,
+) -> Iterator[list[Line]]:  # fmt: skip
     """`read_lines` in chunks of at most `lines` lines, closed early where they come to `n_bytes`."""
     chunk: list[Line] = []
     size = 0
-    for line in read_lines(stream, name, field):
+    for line in read_lines(stream, name, field, line_bytes):
         chunk.append(line)
         size += line.n_bytes
         if len(chunk) >= lines or size >= n_bytes:
@@ -70,8 +87,6 @@ def read_chunks(
 
 
 def _parse(text: str, place: str) -> dict[str, Any]:
-    if not text.strip():
-        raise InputError(f"{place}: the line is empty, expected a JSON object")
     try:
         record = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -147,7 +162,13 @@ class JsonLinesWriter:
             self.rows += 1
             if not np.isfinite(vector).all():
                 raise InputError(f"the vector of text {self.rows} is not finite, and JSON has no word for that")
-            rest = json.dumps({key: value for key, value in record.items() if key != "embedding"})
+            others = {key: value for key, value in record.items() if key != "embedding"}
+            try:
+                rest = json.dumps(others, allow_nan=False)
+            except ValueError:  # Python reads NaN and Infinity, and takes 1e400 for Infinity
+                raise InputError(
+                    f"text {self.rows} comes with a number that is not finite in float64, and JSON has no word for that"
+                ) from None
             embedding = ", ".join(f"{x:.9g}" for x in vector.tolist())
             yield f'{rest[:-1]}{", " if rest != "{}" else ""}"embedding": [{embedding}]}}\n'
 
