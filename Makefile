@@ -46,7 +46,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 # The C++ operators, of every source and header wherever it lies; setup.py sees whether what is there is of these.
-$(BUILT): $(INSTALLED) $(SOURCES) setup.py kernels/_cpu_library.py
+$(BUILT): $(INSTALLED) $(SOURCES) setup.py kernels/cpu/library.py
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@
 
@@ -97,7 +97,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf build dist .pytest_cache .ruff_cache .benchmarks *.egg-info kernels/_cpu_operators.*
+	rm -rf build dist .pytest_cache .ruff_cache .benchmarks *.egg-info kernels/cpu/_operators.*
 	rm -rf .venvs full_logs
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
 	test ! -e $(INSTALLED) || rm -rf $(VENV)

@@ -1,4 +1,4 @@
-"""Builds the C++ operators of kernels/; all else about the package is in pyproject.toml."""
+"""Builds the C++ operators of kernels/cpu/; all else about the package is in pyproject.toml."""
 
 import runpy
 from pathlib import Path
@@ -7,9 +7,10 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-KERNELS = ROOT / "kernels"
-library = runpy.run_path(str(KERNELS / "_cpu_library.py"))
-STAMPS = {"SOURCES_STAMP": library["sources_stamp"](KERNELS), "INTERFACE_STAMP": library["interface_stamp"]()}
+OPERATORS = ROOT / "kernels" / "cpu"
+library = runpy.run_path(str(OPERATORS / "library.py"))
+STAMPS = {"SOURCES_STAMP": library["sources_stamp"](OPERATORS), "INTERFACE_STAMP": library["interface_stamp"]()}
+SIGNATURES = library["as_text"](library["signatures"]((OPERATORS / library["HEADER"]).read_text()))
 
 
 class BuildOperators(build_ext):
@@ -23,12 +24,12 @@ class BuildOperators(build_ext):
         super().build_extension(ext)
 
 
-files = [path.relative_to(ROOT).as_posix() for path in library["sources"](KERNELS)]
+files = [path.relative_to(ROOT).as_posix() for path in library["sources"](OPERATORS)]
 operators = Extension(
-    f"fastbert.kernels.{library['NAME']}",
+    f"fastbert.kernels.cpu.{library['NAME']}",
     sources=[name for name in files if name.endswith(".cpp")],
-    depends=[*(name for name in files if name.endswith(".h")), "kernels/_cpu_library.py"],
-    define_macros=[(name, f'"{stamp}"') for name, stamp in STAMPS.items()],
+    depends=[*(name for name in files if name.endswith(".h")), "kernels/cpu/library.py"],
+    define_macros=[(name, f'"{text}"') for name, text in (*STAMPS.items(), ("SIGNATURES", SIGNATURES))],
     extra_compile_args=[*library["FLAGS"]],
     # Left out where they cannot be compiled. OpenMP is torch's, found when the library is loaded.
     optional=True,

@@ -20,13 +20,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .kernels import _cpu, native, reference
 from .kernels import _device as machine
+from .kernels import native, reference
 from .kernels._assembler import assembler as assembler
 from .kernels._checks import expect_indices as expect_indices
 from .kernels._checks import expect_lengths
 from .kernels._checks import expect_sequences as expect_sequences
 from .kernels._invariance import is_batch_invariant
+from .kernels.cpu import operators as cpp
 
 Impl = Literal["triton", "native", "reference"]
 IMPLS = ("triton", "native", "reference")
@@ -83,7 +84,7 @@ def _dotted(capability: tuple[int, int]) -> str:
 
 def why_not_cpp() -> str | None:
     """None where `native` has its C++ operators on a CPU, else the reason it has not."""
-    return _cpu.load()[1]
+    return cpp.load()[1]
 
 
 def choose_impl(impl: str | None, device: torch.device) -> Impl:

@@ -46,7 +46,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # ---- launchers -------------------------------------------------------------------------------------------
 
 
-def rows_of(x: Tensor) -> Tensor:
+def matrix_of(x: Tensor) -> Tensor:
     """[..., N] as [M, N] whose rows are contiguous; a copy only where the strides force one."""
     x = x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
     # a row stride under N is an expanded tensor: readable by pointers, not by descriptors
@@ -243,7 +243,7 @@ def wanted_of(wants: list[bool], gradients: tuple[Tensor, ...]) -> tuple[Tensor 
 
 
 def _launch_linear(x, weight, bias):
-    return matmul(rows_of(x), rows_of(weight), bias, invariant=True).view(*x.shape[:-1], weight.shape[0])
+    return matmul(matrix_of(x), matrix_of(weight), bias, invariant=True).view(*x.shape[:-1], weight.shape[0])
 
 
 def _fake_linear(x, weight, bias):
@@ -252,10 +252,10 @@ def _fake_linear(x, weight, bias):
 
 def _launch_linear_backward(dy, x, weight, wants):
     want_dx, want_dweight, want_dbias = wants
-    rows, none = rows_of(dy), none_of(x)
+    rows, none = matrix_of(dy), none_of(x)
     return (
-        matmul(rows, rows_of(weight), layout="nn", invariant=True).view(x.shape) if want_dx else none,
-        matmul(rows, rows_of(x), layout="tn") if want_dweight else none_of(x),
+        matmul(rows, matrix_of(weight), layout="nn", invariant=True).view(x.shape) if want_dx else none,
+        matmul(rows, matrix_of(x), layout="tn") if want_dweight else none_of(x),
         column_sums(rows) if want_dbias else none_of(x),
     )
 

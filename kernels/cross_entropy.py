@@ -49,8 +49,8 @@ from ._gemm import (
     cast_for_autocast,
     expect_one_dtype,
     matmul,
+    matrix_of,
     none_of,
-    rows_of,
     wanted_of,
     wants_grad,
 )
@@ -204,7 +204,7 @@ def _plan(
 def _launch(hidden, weight, bias, labels, row_scale, ignore_index, smoothing, wants, invariant):
     want_dhidden, want_dweight, want_dbias = wants
     (n_rows, width), n_cols = hidden.shape, weight.shape[0]
-    hidden, weight, labels = rows_of(hidden), rows_of(weight), labels.contiguous()
+    hidden, weight, labels = matrix_of(hidden), matrix_of(weight), labels.contiguous()
     bias = packed(bias)
     loss = hidden.new_empty(n_rows, dtype=torch.float32)
     dhidden = hidden.new_empty(n_rows, width) if want_dhidden else none_of(hidden)

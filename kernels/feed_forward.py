@@ -65,8 +65,8 @@ from ._gemm import (
     gemm,
     gemm_dact,
     matmul,
+    matrix_of,
     none_of,
-    rows_of,
     wanted_of,
     wants_grad,
 )
@@ -223,7 +223,7 @@ def _down_backward(dy, weight, h, activation, want_a, want_dbias, invariant):
 
 
 def _launch_linear_act(x, weight, bias, activation, save_h, invariant):
-    y, h = _up(rows_of(x), rows_of(weight), bias, activation, save_h, invariant, inference=not save_h)
+    y, h = _up(matrix_of(x), matrix_of(weight), bias, activation, save_h, invariant, inference=not save_h)
     rows = x.shape[:-1]
     return y.view(*rows, y.shape[1]), none_of(x) if h is None else h.view(*rows, h.shape[1])
 
@@ -238,8 +238,8 @@ def _fake_linear_act(x, weight, bias, activation, save_h, invariant):
 
 def _launch_linear_act_backward(da, x, weight, h, activation, wants, invariant):
     want_dx, want_dweight, want_dbias = wants
-    shape, x, weight = x.shape, rows_of(x), rows_of(weight)
-    dh, _, dbias = _activate_backward(rows_of(da), rows_of(h), activation, False, want_dbias)
+    shape, x, weight = x.shape, matrix_of(x), matrix_of(weight)
+    dh, _, dbias = _activate_backward(matrix_of(da), matrix_of(h), activation, False, want_dbias)
     return (
         matmul(dh, weight, layout="nn", invariant=invariant).view(shape) if want_dx else none_of(x),
         matmul(dh, x, layout="tn") if want_dweight else none_of(x),
@@ -270,8 +270,8 @@ _linear_act_backward = register(
 
 
 def _launch_feed_forward(x, up_weight, up_bias, down_weight, down_bias, activation, save_h, invariant, inference):
-    a, h = _up(rows_of(x), rows_of(up_weight), up_bias, activation, save_h, invariant, inference)
-    y = matmul(a, rows_of(down_weight), down_bias, invariant=invariant)
+    a, h = _up(matrix_of(x), matrix_of(up_weight), up_bias, activation, save_h, invariant, inference)
+    y = matmul(a, matrix_of(down_weight), down_bias, invariant=invariant)
     rows = x.shape[:-1]
     return y.view(*rows, y.shape[1]), none_of(x) if h is None else h.view(*rows, h.shape[1])
 
@@ -286,14 +286,14 @@ def _fake_feed_forward(x, up_weight, up_bias, down_weight, down_bias, activation
 
 def _launch_feed_forward_backward(dy, x, up_weight, up_bias, down_weight, h, activation, wants, invariant):
     want_dx, want_dup, want_dup_bias, want_ddown, want_ddown_bias = wants
-    shape, dy, x = x.shape, rows_of(dy), rows_of(x)
-    up_weight, down_weight = rows_of(up_weight), rows_of(down_weight)
+    shape, dy, x = x.shape, matrix_of(dy), matrix_of(x)
+    up_weight, down_weight = matrix_of(up_weight), matrix_of(down_weight)
     none = none_of(x)
     dx, dup, dup_bias, ddown = none, none, none, none
     if want_dx or want_dup or want_dup_bias or want_ddown:
         if h is None:
             h = _pre_activation(x, up_weight, up_bias, activation, invariant)
-        h = rows_of(h)
+        h = matrix_of(h)
         dh, a, dup_bias32 = _down_backward(dy, down_weight, h, activation, want_ddown, want_dup_bias, invariant)
         if want_dx:
             dx = matmul(dh, up_weight, layout="nn", invariant=invariant).view(shape)

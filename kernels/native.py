@@ -1,8 +1,8 @@
 """The same operators from PyTorch's own fast ones: oneDNN's matrix products, fused SDPA and LayerNorm.
 
 What a machine without a GPU runs. Nearly everything here is ordinary torch, so autograd and torch.compile need no
-help; operators in C++ (`_cpu.py`), most for inference, attention, add + LayerNorm and the loss (`_cpu_loss.py`) with
-gradients, and weights laid out beforehand (`_prepack.py`) step in. Where the specification already is a sequence of
+help; operators in C++ (`cpp.py`), most for inference, attention, add + LayerNorm and the loss (`cpu_loss.py`) with
+gradients, and weights laid out beforehand (`layouts.py`) step in. Where the specification already is a sequence of
 fast operators, it is used as it stands. Signatures are those of `fastbert.functional`: arguments are described there.
 """
 
@@ -12,10 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import _cpu, _cpu_loss, _prepack, reference
+from . import reference
 from ._checks import expect_sequences
 from ._invariance import is_batch_invariant
 from ._random import HEAD_STREAMS, keep_mask, row_keys
+from .cpu import layouts
+from .cpu import loss as cpu_loss
+from .cpu import operators as cpp
 
 add_layer_norm_sum = reference.add_layer_norm_sum
 add_rms_norm = reference.add_rms_norm
@@ -28,8 +31,8 @@ def embedding_layer_norm(
     """One pass in C++ where that is built; else, and for indices out of range, as the specification does."""
     indices, tables = (input_ids, token_type_ids, positions), (word, token_type, position, weight, bias)
     y = None
-    if dropout_p == 0.0 and _cpu.takes_embedding_layer_norm(indices, tables):
-        y = _cpu.embedding_layer_norm(indices, tables, eps)
+    if dropout_p == 0.0 and cpp.takes_embedding_layer_norm(indices, tables):
+        y = cpp.embedding_layer_norm(indices, tables, eps)
     if y is not None:
         return y
     return reference.embedding_layer_norm(
@@ -42,7 +45,7 @@ def add_layer_norm(
     x, residual, weight, bias, eps=1e-12, *, x_bias=None, dropout_p=0.0, seed=None, stream=0, row_ids=None
 ):
     """One pass in C++ where that is built; else as the specification does."""
-    if x_bias is None and _cpu.takes_add_layer_norm(x, residual, weight, bias):
+    if x_bias is None and cpp.takes_add_layer_norm(x, residual, weight, bias):
         keys = None
         if dropout_p:
             rows = (
@@ -51,8 +54,8 @@ def add_layer_norm(
                 else row_ids.flatten()
             )
             keys = row_keys(seed, stream, rows)
-        wanted = _cpu.want_gradients(x, residual, weight, bias)
-        return (_AddLayerNorm.apply if wanted else _cpu.add_layer_norm)(x, residual, weight, bias, eps, keys, dropout_p)
+        wanted = cpp.want_gradients(x, residual, weight, bias)
+        return (_AddLayerNorm.apply if wanted else cpp.add_layer_norm)(x, residual, weight, bias, eps, keys, dropout_p)
     return reference.add_layer_norm(
         x, residual, weight, bias, eps, x_bias=x_bias, dropout_p=dropout_p, seed=seed, stream=stream, row_ids=row_ids
     )
@@ -65,13 +68,13 @@ class _AddLayerNorm(torch.autograd.Function):
     def forward(ctx, x, residual, weight, bias, eps, keys, dropout_p):
         ctx.save_for_backward(x, residual, weight, bias, keys)
         ctx.eps, ctx.dropout_p = eps, dropout_p
-        return _cpu.add_layer_norm(x, residual, weight, bias, eps, keys, dropout_p)
+        return cpp.add_layer_norm(x, residual, weight, bias, eps, keys, dropout_p)
 
     @staticmethod
     def backward(ctx, dy):
         x, residual, weight, bias, keys = ctx.saved_tensors
         if not torch.is_grad_enabled():
-            grads = _cpu.add_layer_norm_backward(dy, x, residual, weight, ctx.eps, keys, ctx.dropout_p)
+            grads = cpp.add_layer_norm_backward(dy, x, residual, weight, ctx.eps, keys, ctx.dropout_p)
         else:  # these gradients' own gradients may be wanted: torch's operators have some
             z = x
             if keys is not None:
@@ -111,16 +114,16 @@ def linear(x, weight, bias=None):
 
 def linears(x, weights, biases):
     """The products of x with each weight side by side, from the weights as they lie; None where nothing does that."""
-    if torch.compiler.is_compiling() or any(map(_prepack.is_int8, weights)):
+    if torch.compiler.is_compiling() or any(map(layouts.is_int8, weights)):
         return None
-    marked = any(map(_prepack.is_marked, weights))
-    if not all(_cpu.takes_linear(x, w, b, None, marked) for w, b in zip(weights, biases, strict=True)):
+    marked = any(map(layouts.is_marked, weights))
+    if not all(cpp.takes_linear(x, w, b, None, marked) for w, b in zip(weights, biases, strict=True)):
         return None
-    return _cpu.linears(x, weights, biases)
+    return cpp.linears(x, weights, biases)
 
 
 def linear_act(x, weight, bias=None, activation="gelu"):
-    if activation in _prepack.EPILOGUES:
+    if activation in layouts.EPILOGUES:
         y = _for_inference(x, weight, bias, activation)
         if y is not None:
             return y
@@ -131,10 +134,10 @@ def _for_inference(x, weight, bias, activation):
     """activation(x weight^T + bias) by the faster of what serves inference alone; None where nothing does."""
     if torch.compiler.is_compiling():
         return None
-    if not _prepack.is_int8(weight) and _cpu.takes_linear(x, weight, bias, activation, _prepack.is_marked(weight)):
-        return _cpu.linear(x, weight, bias, activation)
-    packed = None if is_batch_invariant() else _prepack.find(x, weight, bias)
-    return None if packed is None else _prepack.linear(x, packed, bias, activation)
+    if not layouts.is_int8(weight) and cpp.takes_linear(x, weight, bias, activation, layouts.is_marked(weight)):
+        return cpp.linear(x, weight, bias, activation)
+    packed = None if is_batch_invariant() else layouts.find(x, weight, bias)
+    return None if packed is None else layouts.linear(x, packed, bias, activation)
 
 
 def feed_forward(x, up_weight, up_bias, down_weight, down_bias=None, activation="gelu", recompute=False):
@@ -258,7 +261,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, cu_seqlens, scale, dropout):
         lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
-        o = _cpu.attention(q, k, v, cu_seqlens, scale, dropout, lse)
+        o = cpp.attention(q, k, v, cu_seqlens, scale, dropout, lse)
         ctx.save_for_backward(q, k, v, o, lse, cu_seqlens)
         ctx.scale, ctx.dropout = scale, dropout
         return o
@@ -267,7 +270,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, do):
         q, k, v, o, lse, cu_seqlens = ctx.saved_tensors
         if not torch.is_grad_enabled():
-            grads = _cpu.attention_backward(do, q, k, v, o, lse, cu_seqlens, ctx.scale, ctx.dropout)
+            grads = cpp.attention_backward(do, q, k, v, o, lse, cu_seqlens, ctx.scale, ctx.dropout)
         else:  # these gradients' own gradients may be wanted: torch's operators have some
             options = {} if ctx.dropout is None else ctx.dropout.options
             with sdpa_kernel(SDPBackend.MATH):
@@ -292,8 +295,8 @@ def _attention_opaque(
     [H, T], which is left as it is where the backward will not need it."""
     options = _dropout_of(dropout_p, seed, stream, sequence_ids)
     lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
-    if _cpu.takes_attention(q, k, v, cu_seqlens, scale):
-        return _cpu.attention(q, k, v, cu_seqlens, scale, _cpu.Dropout(**options) if options else None, lse), lse
+    if cpp.takes_attention(q, k, v, cu_seqlens, scale):
+        return cpp.attention(q, k, v, cu_seqlens, scale, cpp.Dropout(**options) if options else None, lse), lse
     runs = attention_schedule(cu_seqlens, q.shape[0])
     return _attention_in_runs(q, k, v, runs, scale, **options).contiguous(), lse
 
@@ -319,9 +322,9 @@ def _attention_opaque_backward(
     sequence_ids: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     options = _dropout_of(dropout_p, seed, stream, sequence_ids)
-    if _cpu.takes_attention(q, k, v, cu_seqlens, scale):
-        dropout = _cpu.Dropout(**options) if options else None
-        return _cpu.attention_backward(do, q, k, v, o, lse, cu_seqlens, scale, dropout)
+    if cpp.takes_attention(q, k, v, cu_seqlens, scale):
+        dropout = cpp.Dropout(**options) if options else None
+        return cpp.attention_backward(do, q, k, v, o, lse, cu_seqlens, scale, dropout)
     with torch.enable_grad():
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
         o = _attention_in_runs(*leaves, attention_schedule(cu_seqlens, q.shape[0]), scale, **options)
@@ -377,9 +380,9 @@ def attention(q, k, v, cu_seqlens, max_seqlen=None, *, scale=None, schedule=None
     variant = _variant(cu_seqlens.shape[0] - 1, q.device, options)
     compiling = torch.compiler.is_compiling()
     autocast = q.dtype == torch.float32 and torch.is_autocast_enabled(q.device.type)
-    if variant.keys() <= DROPOUT and not autocast and _cpu.takes_attention(q, k, v, cu_seqlens, scale):
-        dropout = _cpu.Dropout(**variant) if variant else None
-        attend = _Attention.apply if _cpu.want_gradients(q, k, v) else _cpu.attention
+    if variant.keys() <= DROPOUT and not autocast and cpp.takes_attention(q, k, v, cu_seqlens, scale):
+        dropout = cpp.Dropout(**variant) if variant else None
+        attend = _Attention.apply if cpp.want_gradients(q, k, v) else cpp.attention
         return attend(q, k, v, cu_seqlens, scale, dropout)
     if compiling and variant.keys() <= DROPOUT:
         return _attention_opaque(q, k, v, cu_seqlens, scale, **variant)[0]
@@ -402,8 +405,8 @@ def attention_padded(q, k, v, seqlens=None, seqlens_k=None, *, scale=None, sched
 
 def pool(x, cu_seqlens, mode="mean", normalize=False):
     """One vector a sequence without a loop over sequences; means in C++ where that is built."""
-    if mode == "mean" and _cpu.takes_mean(x, cu_seqlens):
-        y = _cpu.mean_of_sequences(x, cu_seqlens)
+    if mode == "mean" and cpp.takes_mean(x, cu_seqlens):
+        y = cpp.mean_of_sequences(x, cu_seqlens)
         return F.normalize(y, dim=-1) if normalize else y
     lengths = cu_seqlens.diff()
     batch = lengths.shape[0]
@@ -432,7 +435,7 @@ LOGIT_ROWS = 1024
 
 def linear_cross_entropy(hidden, weight, bias, labels, *, ignore_index=-100, label_smoothing=0.0, reduction="mean"):
     """Of the rows that have a label, where labels can be read at no cost; the others enter no product."""
-    if not _cpu.runs_now(hidden):
+    if not cpp.runs_now(hidden):
         losses = _losses_in_chunks(hidden, weight, bias, labels, ignore_index, label_smoothing)
         return _reduced(losses, reduction, (labels != ignore_index).sum())
     if torch.is_autocast_enabled("cpu"):
@@ -440,8 +443,8 @@ def linear_cross_entropy(hidden, weight, bias, labels, *, ignore_index=-100, lab
     counted = (labels != ignore_index).nonzero().flatten()
     targets = labels[counted]
     rows = hidden if len(counted) == len(hidden) else hidden[counted]
-    if _cpu.takes_loss(rows, weight, bias, targets) and not is_batch_invariant() and not _prepack.is_int8(weight):
-        losses = _cpu_loss.row_losses(rows, weight, bias, targets, label_smoothing)
+    if cpp.takes_loss(rows, weight, bias, targets) and not is_batch_invariant() and not layouts.is_int8(weight):
+        losses = cpu_loss.row_losses(rows, weight, bias, targets, label_smoothing)
     else:
         losses = _losses_in_chunks(rows, weight, bias, targets, ignore_index, label_smoothing)
     if reduction == "none":
@@ -494,11 +497,11 @@ PRODUCTS = ("linear", "linear_act", "feed_forward")
 
 def engine(op: str, dtype: torch.dtype, device: torch.device) -> str:
     """Who computes an operator of "native" in this dtype on this device, in words."""
-    in_cpp = device.type == "cpu" and dtype in _cpu.dtypes()
+    in_cpp = device.type == "cpu" and dtype in cpp.dtypes()
     if op not in PRODUCTS:
         return ENGINES[op][not in_cpp]
     if not in_cpp:
         return "the vendor library's products"
-    if _cpu.multiplies(dtype):
+    if cpp.multiplies(dtype):
         return "C++ without gradients, with GELU or no activation; else the vendor library's products"
-    return f"the vendor library's products; C++ up to {_cpu.FEW_ROWS} rows without gradients"
+    return f"the vendor library's products; C++ up to {cpp.MOST_ROWS} rows without gradients"

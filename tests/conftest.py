@@ -45,20 +45,21 @@ if EMULATED:
 def pytest_configure(config):
     if WAY not in ("triton", "cpp", "torch"):
         raise pytest.UsageError(f"FASTBERT_TEST must be triton, cpp or torch, got {WAY!r}")
-    from fastbert.kernels import _cpu
+    from fastbert.kernels.cpu import operators as cpp
 
-    missing = _cpu.load()[1]
+    missing = cpp.load()[1]
     if WAY == "cpp" and missing and torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
         raise pytest.UsageError(f"FASTBERT_TEST=cpp tests the C++ operators, and there are none: {missing}")
 
 
 def pytest_report_header(config):
-    from fastbert.kernels import _cpu, _device
+    from fastbert.kernels import _device
+    from fastbert.kernels.cpu import operators as cpp
 
     triton = "on a GPU" if torch.cuda.is_available() else f"emulated, {EMULATED}" if EMULATED else "not run"
     if _device.INTERPRETING:
         triton = "interpreted"
-    return f"fastbert: FASTBERT_TEST={WAY}; Triton kernels: {triton}; C++ operators: {_cpu.load()[1] or 'built'}"
+    return f"fastbert: FASTBERT_TEST={WAY}; Triton kernels: {triton}; C++ operators: {cpp.load()[1] or 'built'}"
 
 
 def pytest_collection_modifyitems(config, items):

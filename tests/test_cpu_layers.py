@@ -11,16 +11,17 @@ from torch import nn
 import fastbert
 from fastbert import BertConfig, BertModel, PackedBatch
 from fastbert.encoding.encoder import Encoder
-from fastbert.kernels import _cpu, native, reference
+from fastbert.kernels import native, reference
+from fastbert.kernels.cpu import operators as cpp
 from fastbert.models.bert import BertLayer
 from fastbert.testing import assert_within_budget, cu_seqlens_of
 
-pytestmark = pytest.mark.skipif(_cpu.load()[0] is None, reason=f"no C++ operators: {_cpu.load()[1]}")
+pytestmark = pytest.mark.skipif(cpp.load()[0] is None, reason=f"no C++ operators: {cpp.load()[1]}")
 DTYPES = [
     torch.float32,
     pytest.param(
         torch.bfloat16,
-        marks=pytest.mark.skipif(torch.bfloat16 not in _cpu.dtypes(), reason="this CPU has no AVX512-BF16"),
+        marks=pytest.mark.skipif(torch.bfloat16 not in cpp.dtypes(), reason="this CPU has no AVX512-BF16"),
     ),
 ]
 CONFIG = {
@@ -45,7 +46,7 @@ def batch_of(*lengths: int) -> PackedBatch:
 @pytest.fixture
 def calls(monkeypatch):
     """How often the layers ran in one call."""
-    made, call = [], _cpu.encoder_layers
+    made, call = [], cpp.encoder_layers
 
     def counted(*args):
         y = call(*args)
@@ -53,7 +54,7 @@ def calls(monkeypatch):
             made.append(args)
         return y
 
-    monkeypatch.setattr(_cpu, "encoder_layers", counted)
+    monkeypatch.setattr(cpp, "encoder_layers", counted)
     return made
 
 
@@ -204,7 +205,7 @@ def test_layers_one_by_one(calls, monkeypatch, why):
     seen.count = 0
     handle = WAYS_OUT[why](model)
     if why in ("many tokens", "batch_invariant"):  # as with AMX
-        monkeypatch.setattr(_cpu, "multiplies", lambda dtype: False)
+        monkeypatch.setattr(cpp, "multiplies", lambda dtype: False)
     if why == "another layer":
         model.encoder["layer"][2].forward = lambda x, shared: x
     contexts = {
@@ -292,7 +293,7 @@ def test_embedding(dtype, tokens):
     indices, tables = embedding_inputs(tokens)
     tables = [t.to(dtype) for t in tables]
     word, position, segment, *norm = tables
-    assert _cpu.takes_embedding_layer_norm(indices, (word, segment, position, *norm))
+    assert cpp.takes_embedding_layer_norm(indices, (word, segment, position, *norm))
     ours = native.embedding_layer_norm(*indices, *tables, 1e-6)
     assert ours.shape == (tokens, 48)
     if tokens:
@@ -323,7 +324,7 @@ def test_embedding_that_goes_to_torch(why):
     if why == "stride":
         tables[0] = tables[0].t().contiguous().t()
     word, position, segment, *norm = tables
-    assert not _cpu.takes_embedding_layer_norm((ids, types, places), (word, segment, position, *norm))
+    assert not cpp.takes_embedding_layer_norm((ids, types, places), (word, segment, position, *norm))
     ours = native.embedding_layer_norm(ids, types, places, *tables, 1e-6)
     torch.testing.assert_close(ours, reference.embedding_layer_norm(ids, types, places, *tables, 1e-6))
     assert ours.requires_grad == (why == "gradient")
@@ -334,7 +335,7 @@ def test_embedding_that_goes_to_torch(why):
 @pytest.mark.parametrize("normalize", [False, True])
 def test_means(dtype, lengths, normalize):
     x, cu_seqlens = torch.randn(sum(lengths), 48).to(dtype), cu_seqlens_of(lengths, "cpu")
-    assert _cpu.takes_mean(x, cu_seqlens)
+    assert cpp.takes_mean(x, cu_seqlens)
     ours = native.pool(x, cu_seqlens, "mean", normalize)
     plain = reference.pool(x, cu_seqlens, "mean", normalize)
     assert ours.dtype == dtype
@@ -345,11 +346,11 @@ def test_means(dtype, lengths, normalize):
 
 def test_means_that_go_to_torch():
     x, cu_seqlens = torch.randn(5, 48), cu_seqlens_of((2, 3), "cpu")
-    assert not _cpu.takes_mean(x.clone().requires_grad_(), cu_seqlens)
-    assert not _cpu.takes_mean(x.double(), cu_seqlens)
-    assert not _cpu.takes_mean(x[:, :40], cu_seqlens)
-    assert not _cpu.takes_mean(x[:, :32], cu_seqlens)
-    assert not _cpu.takes_mean(x, cu_seqlens.long())
+    assert not cpp.takes_mean(x.clone().requires_grad_(), cu_seqlens)
+    assert not cpp.takes_mean(x.double(), cu_seqlens)
+    assert not cpp.takes_mean(x[:, :40], cu_seqlens)
+    assert not cpp.takes_mean(x[:, :32], cu_seqlens)
+    assert not cpp.takes_mean(x, cu_seqlens.long())
     for starts in ([0, 2, 6], [0, 7, 5], [1, 5], [0, -1, 5]):
         with pytest.raises(ValueError, match="must rise from 0 to 5"):
-            _cpu.mean_of_sequences(x, torch.tensor(starts, dtype=torch.int32))
+            cpp.mean_of_sequences(x, torch.tensor(starts, dtype=torch.int32))

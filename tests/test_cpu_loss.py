@@ -4,16 +4,18 @@ import pytest
 import torch
 
 from fastbert import functional, testing
-from fastbert.kernels import _cpu, _cpu_loss, native, reference
+from fastbert.kernels import native, reference
 from fastbert.kernels._invariance import batch_invariant
+from fastbert.kernels.cpu import loss as cpu_loss
+from fastbert.kernels.cpu import operators as cpp
 from fastbert.testing import ModelShape, assert_within_budget
 
-built = pytest.mark.skipif(_cpu.load()[0] is None, reason=f"no C++ operators: {_cpu.load()[1]}")
+built = pytest.mark.skipif(cpp.load()[0] is None, reason=f"no C++ operators: {cpp.load()[1]}")
 DTYPES = [
     torch.float32,
     pytest.param(
         torch.bfloat16,
-        marks=pytest.mark.skipif(torch.bfloat16 not in _cpu.dtypes(), reason="this CPU has no AVX512-BF16"),
+        marks=pytest.mark.skipif(torch.bfloat16 not in cpp.dtypes(), reason="this CPU has no AVX512-BF16"),
     ),
 ]
 MODEL = ModelShape(40, 1, 0, 1, vocab=1211)  # no chunk divides the vocabulary, no register the rows
@@ -22,16 +24,16 @@ MODEL = ModelShape(40, 1, 0, 1, vocab=1211)  # no chunk divides the vocabulary, 
 @pytest.fixture(params=["kept", "computed again"])
 def several_chunks(request, monkeypatch):
     """The vocabulary in chunks of 512 words, and logits from either source in the backward pass."""
-    monkeypatch.setattr(_cpu_loss, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(cpu_loss, "CHUNK_BYTES", 1)
     if request.param == "computed again":
-        monkeypatch.setattr(_cpu_loss, "KEPT_BYTES", 1)
+        monkeypatch.setattr(cpu_loss, "KEPT_BYTES", 1)
 
 
 @pytest.fixture
 def calls(monkeypatch):
     """How many rows went to the C++ path, a call each."""
-    rows, row_losses = [], _cpu_loss.row_losses
-    monkeypatch.setattr(_cpu_loss, "row_losses", lambda h, *args: rows.append(len(h)) or row_losses(h, *args))
+    rows, row_losses = [], cpu_loss.row_losses
+    monkeypatch.setattr(cpu_loss, "row_losses", lambda h, *args: rows.append(len(h)) or row_losses(h, *args))
     return rows
 
 
@@ -208,7 +210,7 @@ def test_views():
 
 
 @built
-@pytest.mark.skipif(torch.bfloat16 not in _cpu.dtypes(), reason="this CPU has no AVX512-BF16")
+@pytest.mark.skipif(torch.bfloat16 not in cpp.dtypes(), reason="this CPU has no AVX512-BF16")
 def test_autocast(calls):
     """Products in autocast's dtype, the loss in float32, gradients in the parameters' dtype."""
     *leaves, labels = tensors(35)
@@ -259,9 +261,9 @@ def test_passes_give_the_same_bits_with_any_number_of_threads(dtype):
         for n in (1, 2):
             torch.set_num_threads(n)
             summed = [torch.full((96,), -1e30), *torch.zeros(3, 96)]
-            _cpu.sum_logits(logits, bias, labels, *summed, 0)
+            cpp.sum_logits(logits, bias, labels, *summed, 0)
             dz, dbias = torch.empty_like(logits), torch.empty(70)
-            _cpu.logit_gradients(logits, bias, labels, summed[0] + summed[1].log(), dloss, dz, dbias, 0, 0.1, 70)
+            cpp.logit_gradients(logits, bias, labels, summed[0] + summed[1].log(), dloss, dz, dbias, 0, 0.1, 70)
             both.append((*summed, dz, dbias))
     finally:
         torch.set_num_threads(threads)

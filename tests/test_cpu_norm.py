@@ -3,16 +3,17 @@
 import pytest
 import torch
 
-from fastbert.kernels import _cpu, native, reference
+from fastbert.kernels import native, reference
+from fastbert.kernels.cpu import operators as cpp
 from fastbert.testing import assert_within_budget
 
-built = pytest.mark.skipif(_cpu.load()[0] is None, reason=f"no C++ operators: {_cpu.load()[1]}")
+built = pytest.mark.skipif(cpp.load()[0] is None, reason=f"no C++ operators: {cpp.load()[1]}")
 pytestmark = built
 DTYPES = [
     torch.float32,
     pytest.param(
         torch.bfloat16,
-        marks=pytest.mark.skipif(torch.bfloat16 not in _cpu.dtypes(), reason="this CPU has no AVX512-BF16"),
+        marks=pytest.mark.skipif(torch.bfloat16 not in cpp.dtypes(), reason="this CPU has no AVX512-BF16"),
     ),
 ]
 NAMES = ("y", "dx", "dresidual", "dweight", "dbias")
@@ -45,7 +46,7 @@ def results(function, leaves, **options):
 )  # one row, one block of them, two and some
 def test_gradients(dtype, dropout_p, shape):
     leaves = tensors(shape, dtype)
-    assert _cpu.takes_add_layer_norm(*leaves)
+    assert cpp.takes_add_layer_norm(*leaves)
     drop = options(dropout_p, leaves[0].numel() // shape[-1], named=len(shape) == 3)
     ours = results(native.add_layer_norm, leaves, **drop)
     assert "AddLayerNorm" in ours[0].grad_fn.name()

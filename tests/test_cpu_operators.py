@@ -10,16 +10,19 @@ import torch
 import torch.nn.functional as F
 
 import fastbert
-from fastbert.kernels import _cpu, _int8, _prepack, native, reference
+from fastbert.kernels import native, reference
+from fastbert.kernels.cpu import int8 as eight_bits
+from fastbert.kernels.cpu import layouts
+from fastbert.kernels.cpu import operators as cpp
 from fastbert.layers import JoinedLinears
 from fastbert.testing import assert_within_budget, cu_seqlens_of
 
-built = pytest.mark.skipif(_cpu.load()[0] is None, reason=f"no C++ operators: {_cpu.load()[1]}")
+built = pytest.mark.skipif(cpp.load()[0] is None, reason=f"no C++ operators: {cpp.load()[1]}")
 DTYPES = [
     torch.float32,
     pytest.param(
         torch.bfloat16,
-        marks=pytest.mark.skipif(torch.bfloat16 not in _cpu.dtypes(), reason="this CPU has no AVX512-BF16"),
+        marks=pytest.mark.skipif(torch.bfloat16 not in cpp.dtypes(), reason="this CPU has no AVX512-BF16"),
     ),
 ]
 # around the six rows and the sixteen keys that go together, none, one, and more than four registers of keys
@@ -36,7 +39,7 @@ def random_qkv(lengths, heads=4, kv_heads=4, head_dim=32):
 def attend(q, k, v, lengths, dtype, scale=None):
     q, k, v = (t.to(dtype) for t in (q, k, v))
     cu_seqlens = cu_seqlens_of(lengths, "cpu")
-    assert _cpu.takes_attention(q, k, v, cu_seqlens)
+    assert cpp.takes_attention(q, k, v, cu_seqlens)
     return native.attention(q, k, v, cu_seqlens, max(lengths, default=0), scale=scale)
 
 
@@ -112,7 +115,7 @@ def test_what_it_does_not_take_goes_to_torch(why):
     if why == "options":
         options = {"window": (2, 2)}
     else:
-        assert not _cpu.takes_attention(q, k, v, cu_seqlens_of(lengths, "cpu"))
+        assert not cpp.takes_attention(q, k, v, cu_seqlens_of(lengths, "cpu"))
     args = [cu_seqlens_of(lengths, "cpu"), 9]
     o = native.attention(q, k, v, *args, **options)
     expected = reference.attention(q.double(), k.double(), v.double(), *args, **options)
@@ -141,7 +144,7 @@ def test_add_layer_norm(dtype, width):
     residual += 5.0
     weight, bias = torch.randn(2, width, dtype=torch.float64)
     low = [t.to(dtype) for t in (x, residual, weight, bias)]
-    assert _cpu.takes_add_layer_norm(*low)
+    assert cpp.takes_add_layer_norm(*low)
     exact = reference.add_layer_norm(*(t.double() for t in low), 1e-12)
     assert_within_budget(native.add_layer_norm(*low, 1e-12), reference.add_layer_norm(*low, 1e-12), exact, "y")
 
@@ -157,7 +160,7 @@ def test_add_layer_norm_that_goes_to_torch():
         (x[:, :24], residual[:, :24], weight[:24], bias[:24]),
         (x, residual[:1], weight, bias),
     ):
-        assert not _cpu.takes_add_layer_norm(*args)
+        assert not cpp.takes_add_layer_norm(*args)
         torch.testing.assert_close(native.add_layer_norm(*args), reference.add_layer_norm(*args))
     assert native.add_layer_norm(x.requires_grad_(), residual, weight, bias).requires_grad
 
@@ -178,7 +181,7 @@ def test_products(dtype, activation, rows, columns, inner):
     x, weight, bias = torch.randn(rows, inner), torch.randn(columns, inner) / inner**0.5, torch.randn(columns)
     x, weight, bias = (t.double().to(dtype) for t in (x, weight, bias))
     for b in (bias, None):
-        assert _cpu.takes_linear(x, weight, b, activation)
+        assert cpp.takes_linear(x, weight, b, activation)
 
         def plain(t, b=b):
             y = F.linear(t(x), t(weight), None if b is None else t(b))
@@ -194,11 +197,11 @@ def test_products(dtype, activation, rows, columns, inner):
 def test_products_of_rows_in_other_company(rows, fewer, threads):
     """A row's bits do not depend on how many others there are, nor on who shares the work."""
     x, weight, bias = torch.randn(rows, 544), torch.randn(144, 544), torch.randn(144)
-    together, before = _cpu.linear(x, weight, bias, "gelu"), torch.get_num_threads()
+    together, before = cpp.linear(x, weight, bias, "gelu"), torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
         for n in range(0, rows - fewer + 1, 7):
-            assert torch.equal(_cpu.linear(x[n : n + fewer], weight, bias, "gelu"), together[n : n + fewer])
+            assert torch.equal(cpp.linear(x[n : n + fewer], weight, bias, "gelu"), together[n : n + fewer])
     finally:
         torch.set_num_threads(before)
 
@@ -208,12 +211,12 @@ def test_products_of_rows_in_other_company(rows, fewer, threads):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_products_side_by_side(dtype, rows, monkeypatch):
     """Bit for bit the products one by one; the joined weight is not made."""
-    monkeypatch.setattr(_cpu, "multiplies", lambda dtype: True)
+    monkeypatch.setattr(cpp, "multiplies", lambda dtype: True)
     layers = [torch.nn.Linear(64, n, bias=n != 32).to(dtype) for n in (16, 80, 32)]
     joined, x = JoinedLinears(), torch.randn(2, rows, 64).to(dtype)
     with torch.no_grad():
         y = joined(x, layers, impl="native")
-        apart = [_cpu.linear(x, layer.weight, layer.bias) for layer in layers]
+        apart = [cpp.linear(x, layer.weight, layer.bias) for layer in layers]
     assert torch.equal(y, torch.cat(apart, -1))
     assert joined._weight_and_bias is None
 
@@ -223,7 +226,7 @@ def test_products_that_are_not_side_by_side():
     x, weights = torch.randn(5, 64), [torch.nn.Parameter(torch.randn(32, 64)) for _ in range(2)]
     with torch.no_grad():
         assert native.linears(x, weights, [None, None]).shape == (5, 64)
-        _prepack.mark(weights[1], int8=True)
+        layouts.mark(weights[1], int8=True)
         assert native.linears(x, weights, [None, None]) is None
     assert native.linears(x, weights[:1], [None]) is None  # with gradients
 
@@ -234,25 +237,25 @@ def test_subclasses_of_tensors_go_to_torch():
         """Says that it is larger than its memory, as a tensor that is spread over machines does."""
 
     weight = torch.randn(32, 64).as_subclass(Half)
-    assert not _cpu.takes_linear(torch.randn(4, 64), weight, None)
-    assert _cpu.takes_linear(torch.randn(4, 64), weight.as_subclass(torch.Tensor), None)
+    assert not cpp.takes_linear(torch.randn(4, 64), weight, None)
+    assert cpp.takes_linear(torch.randn(4, 64), weight.as_subclass(torch.Tensor), None)
 
 
 @built
 def test_products_within_batch_invariant(monkeypatch):
     """Rows of any company have the same bits; widths and CPUs without that product go in blocks of torch's."""
-    monkeypatch.setattr(_cpu, "multiplies", lambda dtype: True)
+    monkeypatch.setattr(cpp, "multiplies", lambda dtype: True)
     x, weight, bias = torch.randn(200, 96), torch.randn(64, 96), torch.randn(64)
     with fastbert.batch_invariant():
-        assert _cpu.takes_linear(x, weight, bias)
-        assert not _cpu.takes_linear(x, weight[:60], bias[:60])
+        assert cpp.takes_linear(x, weight, bias)
+        assert not cpp.takes_linear(x, weight[:60], bias[:60])
         for columns in (64, 60):
             given = weight[:columns], bias[:columns]
             together = native.linear_act(x, *given)
             for n in (1, 5, 150):
                 assert torch.equal(native.linear_act(x[:n], *given), together[:n])
-        monkeypatch.setattr(_cpu, "multiplies", lambda dtype: False)
-        assert not _cpu.takes_linear(x[:5], weight, bias)
+        monkeypatch.setattr(cpp, "multiplies", lambda dtype: False)
+        assert not cpp.takes_linear(x[:5], weight, bias)
 
 
 @built
@@ -260,7 +263,7 @@ def test_products_within_batch_invariant(monkeypatch):
 def test_nan_stays_in_its_row(rows):
     x, weight = torch.randn(rows, 64), torch.randn(80, 64)
     x[3, 60] = torch.nan
-    y = _cpu.linear(x, weight, None, "gelu")
+    y = cpp.linear(x, weight, None, "gelu")
     assert y[3].isnan().all()
     y[3] = 0.0
     assert y.isfinite().all()
@@ -271,22 +274,22 @@ def test_who_multiplies(linear, monkeypatch):
     """With gradients, odd widths, other activations not at all; few rows where the vendor has tiles or the width is no
     multiple of 16, and fewer yet where a weight is laid out for them."""
     x, weight = torch.randn(17, 48), linear.weight.detach()
-    assert _cpu.takes_linear(x, weight, None)
-    assert not _cpu.takes_linear(x, weight, None, laid_out=True)
-    assert _cpu.takes_linear(x[:16], weight, None, laid_out=True)
-    assert not _cpu.takes_linear(torch.randn(65, 48), weight, None)
-    monkeypatch.setattr(_cpu, "multiplies", lambda dtype: True)
+    assert cpp.takes_linear(x, weight, None)
+    assert not cpp.takes_linear(x, weight, None, laid_out=True)
+    assert cpp.takes_linear(x[:16], weight, None, laid_out=True)
+    assert not cpp.takes_linear(torch.randn(65, 48), weight, None)
+    monkeypatch.setattr(cpp, "multiplies", lambda dtype: True)
     for rows in (x, torch.randn(65, 48)):
-        assert _cpu.takes_linear(rows, weight, None, laid_out=True)
-    assert _cpu.takes_linear(x, weight[:28], None)
-    assert not _cpu.takes_linear(torch.randn(65, 48), weight[:28], None)
-    assert not _cpu.takes_linear(x, linear.weight, linear.bias)
-    assert not _cpu.takes_linear(x, weight, None, "silu")
-    assert not _cpu.takes_linear(x, weight[:31], None)
-    assert not _cpu.takes_linear(x[:, :40], weight[:, :40].contiguous(), None)
-    assert not _cpu.takes_linear(x[0:0], weight, None)
+        assert cpp.takes_linear(rows, weight, None, laid_out=True)
+    assert cpp.takes_linear(x, weight[:28], None)
+    assert not cpp.takes_linear(torch.randn(65, 48), weight[:28], None)
+    assert not cpp.takes_linear(x, linear.weight, linear.bias)
+    assert not cpp.takes_linear(x, weight, None, "silu")
+    assert not cpp.takes_linear(x, weight[:31], None)
+    assert not cpp.takes_linear(x[:, :40], weight[:, :40].contiguous(), None)
+    assert not cpp.takes_linear(x[0:0], weight, None)
     with torch.autocast("cpu", torch.bfloat16):
-        assert not _cpu.takes_linear(x, weight, None)
+        assert not cpp.takes_linear(x, weight, None)
 
 
 # ---- around a product of 8-bit integers ----------------------------------------------------------------------
@@ -297,12 +300,12 @@ def test_who_multiplies(linear, monkeypatch):
 def test_rows_in_eight_bits_are_those_of_torch(dtype):
     x = (torch.randn(19, 48) * torch.logspace(-8, 6, 19)[:, None]).to(dtype)
     x[3] = 0.0
-    q, scales = _cpu.quantise_rows(x, _int8.SMALLEST_SCALE)
-    expected_q, expected_scales = _int8.quantise_rows(x)
+    q, scales = cpp.quantise_rows(x, eight_bits.SMALLEST_SCALE)
+    expected_q, expected_scales = eight_bits.quantise_rows(x)
     assert torch.equal(q, expected_q)
     assert torch.equal(scales, expected_scales[:, 0])
     x[5, 47], x[6, 0] = float("nan"), float("inf")
-    assert _cpu.quantise_rows(x, _int8.SMALLEST_SCALE)[1].isnan().nonzero().flatten().tolist() == [5, 6]
+    assert cpp.quantise_rows(x, eight_bits.SMALLEST_SCALE)[1].isnan().nonzero().flatten().tolist() == [5, 6]
 
 
 @built
@@ -314,7 +317,7 @@ def test_scaled_rows(dtype, activation, with_bias):
     sums[0, :4] = torch.tensor([-1e4, 1e4, 0.0, float("nan")])
     bias = torch.randn(32).to(dtype) if with_bias else None
     y = torch.empty(7, 32, dtype=dtype)
-    _cpu.scale_rows(sums, scales, bias, activation, y)
+    cpp.scale_rows(sums, scales, bias, activation, y)
 
     def plain(dtype):
         z = sums.to(dtype) * scales.to(dtype)[:, None] + (0 if bias is None else bias.to(dtype))
@@ -331,7 +334,7 @@ def test_scaled_rows(dtype, activation, with_bias):
 @pytest.fixture
 def linear(monkeypatch):
     """As where the vendor library has instructions that the operators have not: then weights are laid out for it."""
-    monkeypatch.setattr(_cpu, "multiplies", lambda dtype: False)
+    monkeypatch.setattr(cpp, "multiplies", lambda dtype: False)
     return fastbert.prepack(torch.nn.Linear(48, 32))
 
 
@@ -343,7 +346,7 @@ def used(linear, x):
 
 def is_packed(linear):
     with torch.no_grad():
-        return _prepack.find(torch.zeros(1, 48, dtype=linear.weight.dtype), linear.weight, linear.bias) is not None
+        return layouts.find(torch.zeros(1, 48, dtype=linear.weight.dtype), linear.weight, linear.bias) is not None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -414,13 +417,13 @@ def test_copies_and_files_know_nothing_of_it(linear):
 
 
 def test_packed_weights_die_with_their_model():
-    before = len(_prepack._marked)
+    before = len(layouts._marked)
     linear = fastbert.prepack(torch.nn.Linear(48, 32))
     used(linear, torch.randn(20, 48))
-    assert len(_prepack._marked) == before + 1
+    assert len(layouts._marked) == before + 1
     del linear
     gc.collect()
-    assert len(_prepack._marked) == before
+    assert len(layouts._marked) == before
 
 
 def test_batch_invariant_products_do_not_take_them(linear):

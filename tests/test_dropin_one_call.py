@@ -7,11 +7,11 @@ import torch
 
 import fastbert
 import fastbert.inference.weights
-from fastbert.kernels import _cpu
+from fastbert.kernels.cpu import operators as cpp
 from fastbert.testing import assert_within_budget
 
 transformers = pytest.importorskip("transformers", reason="what is accelerated")
-pytestmark = pytest.mark.skipif(_cpu.load()[0] is None, reason=f"no C++ operators: {_cpu.load()[1]}")
+pytestmark = pytest.mark.skipif(cpp.load()[0] is None, reason=f"no C++ operators: {cpp.load()[1]}")
 
 FAMILIES = {
     "bert": {},
@@ -39,13 +39,13 @@ def batch(model) -> dict[str, torch.Tensor]:
 @pytest.fixture
 def calls(monkeypatch) -> list:
     """One entry for each call of the C++ through a stack of layers."""
-    made, right = [], _cpu.encoder_layers
+    made, right = [], cpp.encoder_layers
 
     def counted(*args):
         made.append(args)
         return right(*args)
 
-    monkeypatch.setattr(_cpu, "encoder_layers", counted)
+    monkeypatch.setattr(cpp, "encoder_layers", counted)
     return made
 
 
@@ -54,7 +54,7 @@ def infer(model, **more):
     return model(**batch(model), **more)
 
 
-@pytest.mark.parametrize("dtype", _cpu.dtypes(), ids=str)
+@pytest.mark.parametrize("dtype", cpp.dtypes(), ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_call_gives_the_original_numbers(family, dtype, calls):
     plain = build(family).to(dtype)

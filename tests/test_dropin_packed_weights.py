@@ -8,7 +8,8 @@ import torch
 
 import fastbert
 from fastbert.dropin.layer import LayerForward
-from fastbert.kernels import _cpu, _prepack
+from fastbert.kernels.cpu import layouts
+from fastbert.kernels.cpu import operators as cpp
 from fastbert.testing import assert_within_budget
 
 transformers = pytest.importorskip("transformers", reason="what is accelerated")
@@ -34,14 +35,14 @@ def build(family: str = "bert", **more):
 @pytest.fixture(autouse=True)
 def _tiles(monkeypatch):
     """As on a CPU whose vendor library has instructions that our products have not."""
-    monkeypatch.setattr(_cpu, "multiplies", lambda dtype: False)
+    monkeypatch.setattr(cpp, "multiplies", lambda dtype: False)
 
 
 def packed(model) -> int:
     """Weights of the layers of which there is a copy."""
     names = ("query", "key", "value", "dense", "ffn", "lin", "W", "mlp")
     weights = [p for name, p in model.named_parameters() if p.dim() == 2 and any(word in name for word in names)]
-    return sum(_prepack._marked[w].packed is not None for w in weights if _prepack.is_marked(w))
+    return sum(layouts._marked[w].packed is not None for w in weights if layouts.is_marked(w))
 
 
 def infer(model):
@@ -64,9 +65,9 @@ def test_the_same_states_from_copies(family, dtype):
     assert list(ours.state_dict()) == list(keys)
 
 
-@pytest.mark.skipif(_cpu.load()[0] is None, reason=f"no C++ operators: {_cpu.load()[1]}")
+@pytest.mark.skipif(cpp.load()[0] is None, reason=f"no C++ operators: {cpp.load()[1]}")
 def test_no_copies_for_our_own_products(monkeypatch):
-    monkeypatch.setattr(_cpu, "multiplies", lambda dtype: True)
+    monkeypatch.setattr(cpp, "multiplies", lambda dtype: True)
     plain = build()
     ours = fastbert.accelerate(copy.deepcopy(plain), impl="native")
     real = BATCH["attention_mask"].bool()
@@ -86,7 +87,7 @@ def test_only_inference_makes_copies(how):
         infer(model)
         assert packed(model)
         fastbert.restore(model)
-        assert not any(_prepack.is_marked(p) for p in model.parameters())
+        assert not any(layouts.is_marked(p) for p in model.parameters())
     assert packed(model) == 0
 
 
@@ -155,16 +156,16 @@ def test_adapters_and_listeners_are_called():
     infer(model)
     infer(model)
     assert len(heard) == 2
-    assert not _prepack.is_marked(model.encoder.layer[0].attention.output.dense.weight)
+    assert not layouts.is_marked(model.encoder.layer[0].attention.output.dense.weight)
 
 
 def test_copies_go_with_the_model():
     gc.collect()
-    before = len(_prepack._marked)
+    before = len(layouts._marked)
     model = fastbert.accelerate(build(), impl="native")
     infer(model)
-    assert len(_prepack._marked) > before
+    assert len(layouts._marked) > before
     assert any(isinstance(module.__dict__.get("forward"), LayerForward) for module in model.modules())
     del model
     gc.collect()
-    assert len(_prepack._marked) == before
+    assert len(layouts._marked) == before

@@ -5,7 +5,8 @@ import torch
 
 from fastbert import functional
 from fastbert.cli.main import main
-from fastbert.kernels import _cpu, _gemm, native
+from fastbert.kernels import _gemm, native
+from fastbert.kernels.cpu import operators as cpp
 from fastbert.testing import INPUTS, MODELS
 
 CPU = torch.device("cpu")
@@ -28,8 +29,8 @@ def inputs_of(op: str, dtype: torch.dtype) -> dict:
 @pytest.mark.parametrize("op", functional.OPERATORS)
 def test_the_engine_that_is_named_computes(op, dtype, monkeypatch):
     """Every way into the C++ library goes through one function."""
-    calls, right = [], _cpu._call
-    monkeypatch.setattr(_cpu, "_call", lambda *args: calls.append(args[0]) or right(*args))
+    calls, right = [], cpp._call
+    monkeypatch.setattr(cpp, "_call", lambda *args: calls.append(args[0]) or right(*args))
     with torch.no_grad():
         getattr(functional, op)(**inputs_of(op, dtype), impl="native")
     named = functional.engine(op, dtype, CPU, "native")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fastbert.functional as F
-from fastbert.kernels import _cpu
+from fastbert.kernels.cpu import operators as cpp
 from fastbert.testing import cu_seqlens_of
 
 IMPLS = ("triton", "native")
@@ -29,7 +29,7 @@ def rows(kind: str, width: int) -> torch.Tensor:
 def test_layer_norm_of_rows_that_are_nearly_equal(impl, kind, eps, width, dropout_p):
     """Constant rows gave up to 0.99 for 0, and gradients to match: their mean, rounded to float32, lay as far from the
     elements as the square root of eps, and that distance was taken for their deviation."""
-    if impl == "native" and _cpu.load()[0] is None:
+    if impl == "native" and cpp.load()[0] is None:
         pytest.skip("torch's own LayerNorm computes here")
     if kind == "constant" and eps == 0.0:
         pytest.skip("0 / 0")
@@ -59,7 +59,7 @@ def test_layer_norm_of_rows_that_are_nearly_equal(impl, kind, eps, width, dropou
 @pytest.mark.parametrize("kind", ["constant", "large_mean", "nearly_constant"])
 def test_embeddings_that_are_nearly_equal(impl, kind):
     """The same statistics, of the sum of three rows of tables."""
-    if impl == "native" and _cpu.load()[0] is None:
+    if impl == "native" and cpp.load()[0] is None:
         pytest.skip("torch's own LayerNorm computes here")
     word, position, types = rows(kind, 48), torch.full((6, 48), 0.25), torch.full((2, 48), 0.5)
     weight, bias, indices = torch.randn(48), torch.randn(48), torch.arange(6)

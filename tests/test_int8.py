@@ -10,7 +10,9 @@ from fastbert import BertConfig, BertModel, Encoder
 from fastbert import functional as F
 from fastbert.cli.main import main
 from fastbert.demo import entries
-from fastbert.kernels import _int8, _prepack, reference
+from fastbert.kernels import reference
+from fastbert.kernels.cpu import int8 as eight_bits
+from fastbert.kernels.cpu import layouts
 from fastbert.layers import quantise
 from fastbert.testing import relative_rms
 
@@ -18,7 +20,7 @@ WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvw
 TEXTS = [" ".join("abcdefghij"[: 1 + i % 9]) for i in range(40)]
 OPTIONS = {"impl": "native", "device": "cpu"}
 
-here = pytest.mark.skipif(_int8.why_not() is not None, reason=f"no 8-bit products: {_int8.why_not()}")
+here = pytest.mark.skipif(eight_bits.why_not() is not None, reason=f"no 8-bit products: {eight_bits.why_not()}")
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +55,7 @@ def by_the_equations(x, weight, bias):
 def test_a_product_is_the_equations(shape, n, has_bias, dtype):
     x, weight = torch.randn(shape).to(dtype), torch.randn(n, shape[-1]).to(dtype)
     bias = torch.randn(n).to(dtype) if has_bias else None
-    y = _int8.Int8Weight(weight).linear(x, bias)
+    y = eight_bits.Int8Weight(weight).linear(x, bias)
     assert (y.dtype, y.shape) == (dtype, (*shape[:-1], n))
     # a tie may round the other way in float32, which moves a sum by one step of many
     assert relative_rms(y, by_the_equations(x, weight, bias)) < (1e-3 if dtype == torch.float32 else 4e-3)
@@ -64,7 +66,7 @@ def test_a_product_is_the_equations(shape, n, has_bias, dtype):
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "silu"])
 def test_activations_see_float32_sums(activation):
     x, weight, bias = torch.randn(20, 64).bfloat16(), torch.randn(32, 64).bfloat16() / 8, torch.randn(32).bfloat16()
-    y = _int8.Int8Weight(weight).linear(x, bias, activation)
+    y = eight_bits.Int8Weight(weight).linear(x, bias, activation)
     assert y.dtype == torch.bfloat16
     assert relative_rms(y, reference.activate(by_the_equations(x, weight, bias), activation)) < 4e-3
 
@@ -75,7 +77,7 @@ def test_a_row_does_not_depend_on_the_others():
     x, weight = torch.randn(600, 96), torch.randn(80, 96)
     x[7] *= 1000  # one scale for all would leave the others a few steps
     x[8] = 0
-    packed = _int8.Int8Weight(weight)
+    packed = eight_bits.Int8Weight(weight)
     y = packed.linear(x, None)
     for row in (0, 7, 8, 599):
         assert torch.equal(packed.linear(x[row : row + 1], None)[0], y[row])
@@ -86,7 +88,7 @@ def test_a_row_does_not_depend_on_the_others():
 @here
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_row_that_is_not_finite_stays_so_and_alone(bad):
-    x, packed = torch.randn(5, 32), _int8.Int8Weight(torch.randn(16, 32))
+    x, packed = torch.randn(5, 32), eight_bits.Int8Weight(torch.randn(16, 32))
     clean = packed.linear(x, None)
     x[2, 3] = bad
     y = packed.linear(x, None)
@@ -112,8 +114,8 @@ def test_a_weight_that_changes_is_laid_out_anew_and_gradients_see_it_as_it_is():
 @here
 def test_every_product_of_an_encoder_is_in_8_bits(folder, monkeypatch):
     seen = []
-    linear = _int8.Int8Weight.linear
-    monkeypatch.setattr(_int8.Int8Weight, "linear", lambda self, *args: seen.append(self) or linear(self, *args))
+    linear = eight_bits.Int8Weight.linear
+    monkeypatch.setattr(eight_bits.Int8Weight, "linear", lambda self, *args: seen.append(self) or linear(self, *args))
     encoder = Encoder.from_pretrained(folder, dtype="int8", **OPTIONS)
     vectors = encoder.encode(TEXTS)
     assert len(set(map(id, seen))) == 2 * 4  # a layer: query, key and value as one, output, up, down
@@ -143,14 +145,14 @@ def test_prepacked_before_is_no_obstacle():
         F.linear(torch.randn(3, 64), linear.weight)
     quantise(linear)
     with torch.no_grad():
-        assert isinstance(_prepack.find(torch.randn(3, 64), linear.weight, None), _int8.Int8Weight)
+        assert isinstance(layouts.find(torch.randn(3, 64), linear.weight, None), eight_bits.Int8Weight)
 
 
 # ---- refused ---------------------------------------------------------------------------------------------
 
 
 def test_refused_where_the_hardware_has_none(folder, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(_int8, "why_not", lambda: "this CPU (x86_64) has neither VNNI nor AMX")
+    monkeypatch.setattr(eight_bits, "why_not", lambda: "this CPU (x86_64) has neither VNNI nor AMX")
     with pytest.raises(
         ValueError, match=r"dtype int8 cannot be had here: this CPU \(x86_64\) has neither VNNI nor AMX"
     ):
@@ -169,12 +171,12 @@ def test_refused_where_the_hardware_has_none(folder, monkeypatch, tmp_path, caps
 )
 def test_what_the_hardware_must_have(capabilities, reason, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-    said = _int8.why_not.__wrapped__()
+    said = eight_bits.why_not.__wrapped__()
     assert (said is None) if reason is None else (reason in said)
 
 
 def test_refused_on_a_gpu_and_with_another_implementation(folder, monkeypatch):
-    monkeypatch.setattr(_int8, "why_not", lambda: None)
+    monkeypatch.setattr(eight_bits, "why_not", lambda: None)
     with pytest.raises(ValueError, match='impl "reference" has no 8-bit products'):
         Encoder.from_pretrained(folder, dtype="int8", device="cpu", impl="reference")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

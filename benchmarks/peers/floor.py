@@ -18,7 +18,7 @@ def _forward(job: Job) -> Run:
     import torch
     import torch.nn.functional as tf
 
-    from fastbert.kernels import _prepack
+    from fastbert.kernels.cpu import layouts
     from fastbert.text.batching import even_batches, run_batches
 
     config, state = job.model
@@ -32,7 +32,7 @@ def _forward(job: Job) -> Run:
         q, k, v, *rest = (weight.to(job.device, job.dtype, copy=True) for weight in of_layer)
         layers.append([torch.cat((q, k, v)), *rest])
         for weight in layers[-1]:
-            _prepack.mark(weight)
+            layouts.mark(weight)
     lengths = [len(row) for row in job.rows]
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     batches = even_batches(order, lengths, encoder(job).token_budget(), job.device)
@@ -40,8 +40,8 @@ def _forward(job: Job) -> Run:
     inputs = [torch.randn(t, config.hidden_size, device=job.device).to(job.dtype) for t in tokens]
 
     def product(x: Tensor, weight: Tensor) -> Tensor:
-        packed = _prepack.find(x, weight, None)
-        return tf.linear(x, weight) if packed is None else _prepack.linear(x, packed, None)
+        packed = layouts.find(x, weight, None)
+        return tf.linear(x, weight) if packed is None else layouts.linear(x, packed, None)
 
     @torch.inference_mode()  # a thread's own switch
     def multiply(batch: list[int]) -> None:

@@ -12,7 +12,7 @@ from .parts import has, layers_of, why_every_call
 # torch's modules and their forwards, outermost first
 TORCH = {
     nn.TransformerEncoder: torch_layers.StackForward,
-    nn.TransformerEncoderLayer: torch_layers.LayerForward,
+    nn.TransformerEncoderLayer: torch_layers.TorchLayerForward,
     nn.MultiheadAttention: torch_layers.AttentionForward,
 }
 # whose modules pass on what they are given, and give back what they get

@@ -135,7 +135,7 @@ def _swap_torch(module: nn.Module, impl: F.Impl | None, padding: Policy, model: 
         bare = is_bare(model, module)
         if isinstance(module, nn.TransformerEncoder):
             for layer in module.layers:
-                torch_layers.LayerForward(layer, impl, padding, bare).put()
+                torch_layers.TorchLayerForward(layer, impl, padding, bare).put()
         kind = next(kind for kind in TORCH if isinstance(module, kind))
         TORCH[kind](module, impl, padding, bare).put()
         return

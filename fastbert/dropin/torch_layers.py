@@ -144,7 +144,7 @@ def constants(forward: TorchForward) -> tuple:
     return (reason, *found, *(None, (), None)[len(found) :])
 
 
-class LayerForward(TorchForward):
+class TorchLayerForward(TorchForward):
     """nn.TransformerEncoderLayer: packed where an encoder gives what its layers share, else on its own."""
 
     why_left = staticmethod(why_not_layer)
@@ -238,7 +238,7 @@ class StackForward(TorchForward):
         given, module = self.named(args, kwargs), self.module
         layers = [layer.__dict__.get("forward") for layer in module.layers]
         reason = why_not_here(given) or self.look().reason
-        if reason is None and not all(isinstance(forward, LayerForward) for forward in layers):
+        if reason is None and not all(isinstance(forward, TorchLayerForward) for forward in layers):
             reason = "a layer came in place of an accelerated one"
         reason = reason or why_not_masks(given) or next((why for f in layers if (why := f.why_not_now())), None)
         if reason is None:

@@ -1,5 +1,5 @@
 """A stack of post-norm layers in one call of C++ on a CPU, where going from operator to operator can cost as much as
-the operators do: kernels/_cpu_layer.cpp."""
+the operators do: kernels/cpu/layer.cpp."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..kernels import _cpu, _prepack
+from ..kernels.cpu import layouts
+from ..kernels.cpu import operators as cpp
 
 
 def is_ahead(nbytes: int, dtype: torch.dtype) -> bool:
     """Whether one call is ahead of the layers one by one, with hidden states of so many bytes in all."""
-    return _cpu.whole_layers(nbytes, dtype)
+    return cpp.whole_layers(nbytes, dtype)
 
 
 def run(x: Tensor, tensors: list[Tensor], cu_seqlens: Tensor, heads: int, inner: int, eps: float) -> Tensor | None:
@@ -27,9 +28,9 @@ def run(x: Tensor, tensors: list[Tensor], cu_seqlens: Tensor, heads: int, inner:
     """
     if torch.compiler.is_compiling():
         return None
-    return _cpu.encoder_layers(x, tensors, cu_seqlens, heads, inner, eps)
+    return cpp.encoder_layers(x, tensors, cu_seqlens, heads, inner, eps)
 
 
 def is_plain(tensors: Sequence[Tensor | None]) -> bool:
     """Whether all are there, and none is multiplied by in 8 bits."""
-    return not any(t is None or _prepack.is_int8(t) for t in tensors)
+    return not any(t is None or layouts.is_int8(t) for t in tensors)

@@ -9,24 +9,26 @@ import torch.nn as nn
 from torch import Tensor
 
 from .. import functional as F
-from ..kernels import _int8, _prepack, native
+from ..kernels import native
+from ..kernels.cpu import int8 as eight_bits
+from ..kernels.cpu import layouts
 
 
 def why_not_int8() -> str | None:
     """Why this machine does not multiply 8-bit integers; None where it does."""
-    return _int8.why_not()
+    return eight_bits.why_not()
 
 
 def ready(linears: Iterable[nn.Linear], int8: bool = False) -> None:
     """Weights that are multiplied by again and again, and not trained: see `prepack`; with `int8`, `quantise`."""
     for linear in linears:
-        _prepack.mark(linear.weight, int8)
+        layouts.mark(linear.weight, int8)
 
 
 def release(weights: Iterable[Tensor]) -> None:
     """Takes `ready` back, and the copies of these weights with it."""
     for weight in weights:
-        _prepack.unmark(weight)
+        layouts.unmark(weight)
 
 
 class JoinedLinears:
@@ -54,10 +56,10 @@ class JoinedLinears:
         parameters = [p for linear in linears for p in (linear.weight, linear.bias) if p is not None]
         if any(p.is_inference() for p in parameters):  # made in inference mode: nothing tells when they change
             return self._join(linears)
-        state = tuple(map(_prepack.state_of, parameters))
+        state = tuple(map(layouts.state_of, parameters))
         if self._weight_and_bias is None or self._made_of != state:
             self._weight_and_bias, self._made_of = self._join(linears), state
-            _prepack.mark_joined(self._weight_and_bias[0], [linear.weight for linear in linears])
+            layouts.mark_joined(self._weight_and_bias[0], [linear.weight for linear in linears])
         return self._weight_and_bias
 
     @staticmethod
@@ -95,7 +97,7 @@ def prepack(model: nn.Module) -> nn.Module:
 
 
 def quantise(model: nn.Module) -> nn.Module:
-    """`prepack` with products in 8-bit integers, on a CPU that has them; see `kernels/_int8.py`. Returns the model.
+    """`prepack` with products in 8-bit integers, on a CPU that has them; see `kernels/cpu/int8.py`. Returns the model.
 
     All else stays in the model's dtype. With gradients and within `batch_invariant()` weights are used as they are.
     """

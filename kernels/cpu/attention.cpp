@@ -1,8 +1,8 @@
 // Packed attention, head by head: K of one head is transposed once (16 keys side by side in a register), then six rows
 // of queries at a time get all their scores, a softmax in place, dropout, and their product with V. Everything a head
-// needs stays in the core's own cache. `_cpu.py` calls it.
+// needs stays in the core's own cache. `operators.py` calls it.
 
-#include "_cpu_attention.h"
+#include "attention.h"
 
 namespace {
 

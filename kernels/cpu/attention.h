@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "_cpu_simd.h"
+#include "simd.h"
 
 namespace {
 
@@ -38,14 +38,6 @@ inline void pair_rows(const uint16_t* x, int64_t stride, int length, int head_di
             );
         }
 }
-
-// The randomness of `_random.py`, bit for bit; `_cpu.py` fills this in.
-struct Dropout {
-    const int64_t* sequence_ids;  // [sequences]
-    uint64_t seed, stream;
-    uint32_t threshold;
-    float scale;  // of what is kept, 1 / (1 - p)
-};
 
 inline uint64_t mix64(uint64_t z) {
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9;

@@ -7,7 +7,7 @@
 // keys in blocks, and what is computed of both stays in the core's own cache. dk and dv add up in float32 over all
 // queries, and all heads that share them.
 
-#include "_cpu_attention.h"
+#include "attention.h"
 
 namespace {
 

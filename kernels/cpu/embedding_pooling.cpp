@@ -1,7 +1,7 @@
 // What stands before and after the layers, for inference: three look-ups, their sum and LayerNorm; the mean of each
-// sequence. `_cpu.py` calls them.
+// sequence. `operators.py` calls them.
 
-#include "_cpu_simd.h"
+#include "simd.h"
 
 namespace {
 

@@ -6,7 +6,7 @@
 
 With a scale for each row of x, not one for all, a text's vector does not depend on what shares its batch, and because
 integer sums are exact not even in its last bit. The product is torch's own for x86, `onednn::qlinear_pointwise`; what
-stands before and after it is C++ where `_cpu.py` has that, else a dozen operators of torch.
+stands before and after it is C++ where `operators.py` has that, else a dozen operators of torch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from . import _cpu, reference
+from .. import reference
+from . import operators as cpp
 
 # the instructions that multiply 8-bit integers and add them up in 32 bits, as torch.cpu.get_capabilities spells them
 INSTRUCTIONS = ("avx512_vnni", "avx_vnni", "amx_int8")
@@ -57,12 +58,12 @@ class Int8Weight:
         """activation(x weight^T + bias) in x's dtype; bias and activation, one that keeps the width, in float32."""
         rows = x.reshape(-1, x.shape[-1])
         y = x.new_empty(len(rows), len(self.scales))
-        in_cpp = _cpu.takes_int8(rows, len(self.scales), bias, activation)
+        in_cpp = cpp.takes_int8(rows, len(self.scales), bias, activation)
         block = BLOCK if in_cpp else TORCH_BLOCK
         for some, out in zip(rows.split(block), y.split(block), strict=True):
             if in_cpp:
-                q, scales = _cpu.quantise_rows(some, SMALLEST_SCALE)
-                _cpu.scale_rows(self._product(q), scales, bias, activation, out)
+                q, scales = cpp.quantise_rows(some, SMALLEST_SCALE)
+                cpp.scale_rows(self._product(q), scales, bias, activation, out)
             else:
                 self._by_torch(some, bias, activation, out)
         return y.view(*x.shape[:-1], -1)

@@ -1,37 +1,11 @@
 // Whole encoder layers in one call, for inference, from the weights as they lie: what happens between two operators
-// costs as much as an operator, where a pass takes a millisecond, and nothing is held twice. `_cpu.py` calls it.
+// costs as much as an operator, where a pass takes a millisecond, and nothing is held twice. `operators.py` calls it.
 
-#include "_cpu_simd.h"
-
-#define DECLARE_FOR(T, name)                                                                                       \
-    extern "C" int attention_##name(                                                                               \
-        const T::Element*, const T::Element*, const T::Element*, T::Element*, float*, const int32_t*, int,         \
-        int64_t, int, int, int, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float, const void*          \
-    );                                                                                                             \
-    extern "C" void add_layer_norm_##name(                                                                         \
-        const T::Element*, const T::Element*, const T::Element*, const T::Element*, T::Element*, int64_t, int,     \
-        float                                                                                                      \
-    );                                                                                                             \
-    extern "C" int linear_##name(                                                                                  \
-        const T::Element*, const T::Element*, const T::Element*, T::Element*, int64_t, int, int, int, int, int     \
-    );
-
-DECLARE_FOR(Float32, float32)
-DECLARE_FOR(BFloat16, bfloat16)
+#include "simd.h"
 
 namespace {
 
-template <class E>
-struct Linear {
-    const E *weight, *bias;
-};
-
-template <class E>
-struct Layer {
-    Linear<E> query, key, value, output, norm, up, down, last_norm;
-};
-
-constexpr int UP_ROWS = 1024;  // of the widest matrix at a time, UP_ROWS in _cpu.py
+constexpr int UP_ROWS = 1024;  // of the widest matrix at a time, UP_ROWS in library.py
 
 }  // namespace
 

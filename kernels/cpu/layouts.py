@@ -2,7 +2,7 @@
 
 A product with an ordinary weight lays it out anew at every call: of float32 products with 768 to 3,072 columns that is
 half the time at 16 rows and a seventh at 2,048. The owner of a model that no longer changes marks its weights; where
-`_cpu.linear` is not ahead, a marked one is laid out at its first use and from then on held twice. A change that torch
+`cpp.linear` is not ahead, a marked one is laid out at its first use and from then on held twice. A change that torch
 counts (`_version`) or a new storage is noticed. One through `.data` or in inference mode, which torch does not count,
 is noticed by a glimpse of the weight: an optimiser's step or an average of weights changes all of it, a write to a few
 elements may miss the glimpse.
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ._int8 import Int8Weight
+from .int8 import Int8Weight
 
 GLIMPSE = 64  # bytes
 DTYPES = (torch.float32, torch.bfloat16)

@@ -1,11 +1,13 @@
 """The library of the C++ operators: what it is built of, what its functions take, and whether it is this code's own.
 
-`setup.py` builds it by this file and `_cpu.py` opens it by this file. Two stamps are compiled in, since ctypes notices
-neither a changed signature nor an old build:
+`setup.py` builds it by this file and `operators.py` opens it by this file. Two stamps are compiled in, since ctypes
+does not notice an old build:
 
-    interface   what Python expects of the library: SIGNATURES, DROPOUT_FIELDS and the constants that size memory
+    interface   what Python expects of the library: DTYPES, DROPOUT_FIELDS and the constants that size memory
     sources     every .cpp and .h in this folder, at any depth, and FLAGS; compared where the sources lie beside the
                 library, as in a checkout. A wheel has none of them, so there nothing is read.
+
+What its functions take is declared once, in operators.h, and compiled into the library as text (`signatures`).
 
 Only the standard library is imported here: a build runs without torch.
 """
@@ -14,10 +16,11 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import re
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
-NAME = "_cpu_operators"
+NAME = "_operators"
 FLAGS = (
     "-O3", "-std=c++17", "-fopenmp", "-fvisibility=hidden", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl",
     "-mavx512bf16", "-mfma", "-Wno-maybe-uninitialized",
@@ -25,32 +28,18 @@ FLAGS = (
 REBUILD = "python setup.py build_ext --inplace"
 
 WIDTH = 16  # elements that a row must be a multiple of
-NORM_BLOCK = 64  # BLOCK in _cpu_norm.cpp: rows whose gradients of weight and bias are summed into one row
-LOSS_ROWS = 32  # PANEL registers of them in _cpu_loss.cpp: what its number of rows must be a multiple of
-NO_MEMORY = 1  # in _cpu_simd.h: what a function returns where it had none; 2 where cu_seqlens are no sequences
-UP_ROWS = 1024  # in _cpu_layer.cpp: rows of the feed-forward network's inner matrix that are held at once
+NORM_BLOCK = 64  # BLOCK in norm.cpp: rows whose gradients of weight and bias are summed into one row
+LOSS_ROWS = 32  # PANEL registers of them in loss.cpp: what its number of rows must be a multiple of
+NO_MEMORY = 1  # in simd.h: what a function returns where it had none; 2 where cu_seqlens are no sequences
+UP_ROWS = 1024  # in layer.cpp: rows of the feed-forward network's inner matrix that are held at once
 
 TYPES = {
     "p": ctypes.c_void_p, "i": ctypes.c_int, "l": ctypes.c_int64, "u": ctypes.c_uint32, "U": ctypes.c_uint64,
     "f": ctypes.c_float, "v": None,
 }  # fmt: skip
-# Function, which there is once for each of DTYPES -> its result and its arguments, as letters of TYPES.
-DTYPES = ("float32", "bfloat16")
-SIGNATURES = {
-    "attention": ("i", "ppppp piliii llllll fp"),
-    "attention_backward": ("i", "ppppppppp piliii llllllll fp"),
-    "add_layer_norm": ("v", "ppppp lif"),
-    "dropout_add_layer_norm": ("v", "pppppp lifuf"),
-    "add_layer_norm_backward": ("v", "pppppppp lifuf"),
-    "quantise_rows": ("v", "ppp lif"),
-    "scale_rows": ("v", "pppp lii"),
-    "linear": ("i", "pppp liiiii"),
-    "sum_logits": ("v", "ppppppp iii"),
-    "logit_gradients": ("v", "ppppppp iiiff"),
-    "embedding_layer_norm": ("i", "ppppppppp lpif"),
-    "mean_of_sequences": ("i", "ppp ili"),
-    "encoder_layers": ("i", "pp i p iiiii fip"),
-}
+DTYPES = ("float32", "bfloat16")  # each function is there once for each of them
+HEADER = "operators.h"  # declares all of them
+C_TYPES = {"int": "i", "int64_t": "l", "uint32_t": "u", "float": "f", "void": "v"}  # of what is no pointer
 # The structure that the last argument of `attention` points to.
 DROPOUT_FIELDS = (("sequence_ids", "p"), ("seed", "U"), ("stream", "U"), ("threshold", "u"), ("scale", "f"))
 
@@ -76,8 +65,23 @@ def sources_stamp(folder: Path) -> str | None:
 
 def interface_stamp() -> str:
     """What Python expects of the library, as 16 hexadecimal digits."""
-    expected = (DTYPES, SIGNATURES, DROPOUT_FIELDS, WIDTH, NORM_BLOCK, LOSS_ROWS, NO_MEMORY, UP_ROWS)
+    expected = (DTYPES, DROPOUT_FIELDS, WIDTH, NORM_BLOCK, LOSS_ROWS, NO_MEMORY, UP_ROWS)
     return hashlib.sha256(repr(expected).encode()).hexdigest()[:16]
+
+
+def signatures(header: str) -> dict[str, tuple[str, str]]:
+    """Function -> its result and its arguments, as letters of TYPES, of the text of operators.h."""
+    declared = re.findall(r"EXPORT (\w+) (\w+)_##name\(([^)]*)\)", header.replace("\\\n", " "))
+
+    def letter(words: str) -> str:
+        return "p" if "*" in words else C_TYPES[words.split()[0]]
+
+    return {name: (letter(result), "".join(map(letter, of.split(",")))) for result, name, of in declared}
+
+
+def as_text(found: dict[str, tuple[str, str]]) -> str:
+    """`signatures` as the library carries them."""
+    return ";".join(f"{name} {result} {arguments}" for name, (result, arguments) in found.items())
 
 
 def find(folder: Path) -> Path | None:
@@ -97,20 +101,21 @@ def open_library(path: Path) -> ctypes.CDLL:
         raise UnusableLibrary(f"they do not load: {error}") from error
     expected = {"interface": interface_stamp(), "sources": sources_stamp(path.parent)}
     for what, stamp in expected.items():
-        if stamp is not None and _stamp_in(library, what) != stamp:
+        if stamp is not None and _text_of(library, f"{what}_stamp") != stamp:
             raise UnusableLibrary(f"{path.name} was built of another version's {what}; build it anew: {REBUILD}")
-    for name, (result, arguments) in SIGNATURES.items():
+    for signature in _text_of(library, "signatures").split(";"):
+        name, result, arguments = signature.split()
         for dtype in DTYPES:
             function = getattr(library, f"{name}_{dtype}")
             function.restype = TYPES[result]
-            function.argtypes = [TYPES[letter] for letter in arguments.replace(" ", "")]
+            function.argtypes = [TYPES[letter] for letter in arguments]
     return library
 
 
-def _stamp_in(library: ctypes.CDLL, what: str) -> str | None:
-    """The stamp that was compiled in; None in a library that is older than stamps."""
+def _text_of(library: ctypes.CDLL, name: str) -> str | None:
+    """What was compiled in under this name; None in a library that is older than such texts."""
     try:
-        function = getattr(library, f"{what}_stamp")
+        function = getattr(library, name)
     except AttributeError:
         return None
     function.restype = ctypes.c_char_p

@@ -1,4 +1,4 @@
-// Products with a bias and GELU, for inference, from the weight as it lies. `_cpu.py` calls them.
+// Products with a bias and GELU, for inference, from the weight as it lies. `operators.py` calls them.
 //
 // Of few rows, every weight is read once and in order, and multiplied along the inner dimension: lanes are summed at the
 // end. Of many rows, 64 columns at a time are transposed into the core's own cache, and six rows of x at a time go
@@ -6,7 +6,7 @@
 
 #include <omp.h>
 
-#include "_cpu_simd.h"
+#include "simd.h"
 
 namespace {
 
@@ -29,7 +29,7 @@ inline __m512 sums_of_lanes(const __m512 of[WIDTH]) {
     return t[0];
 }
 
-constexpr int FEW_ROWS = 144;  // up to which transposing does not pay
+constexpr int ROWS_AS_THEY_LIE = 144;  // up to which transposing x does not pay
 constexpr int AHEAD = 16384;  // bytes of the weight that are on their way from memory, a tile at least
 constexpr int TILES = 4;  // of rows that share a pass of bias and GELU: one alone would wait for each of its own steps
 constexpr int TILE = 4;  // rows of x and rows of the weight at a time: 16 accumulators, 8 loads for 16 multiplications
@@ -220,7 +220,7 @@ int linear_of_many_rows(
         const T::Element* x, const T::Element* weight, const T::Element* bias, T::Element* y, int64_t y_stride,    \
         int rows, int columns, int inner, int with_gelu, int in_one_way                                            \
     ) {                                                                                                            \
-        if ((rows > FEW_ROWS || in_one_way) && columns % WIDTH == 0)                                               \
+        if ((rows > ROWS_AS_THEY_LIE || in_one_way) && columns % WIDTH == 0)                                       \
             return linear_of_many_rows<T>(x, weight, bias, y, y_stride, rows, columns, inner, with_gelu);          \
         linear_of_few_rows<T>(x, weight, bias, y, y_stride, rows, columns, inner, with_gelu);                      \
         return 0;                                                                                                  \

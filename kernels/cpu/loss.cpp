@@ -1,7 +1,7 @@
 // What stands between the products of the masked-word loss: one pass over logits forward, one backward. Logits lie word
-// by word, z[word][row], so that sums over the vocabulary go lane by lane. `_cpu_loss.py` calls them.
+// by word, z[word][row], so that sums over the vocabulary go lane by lane. `loss.py` calls them.
 
-#include "_cpu_simd.h"
+#include "simd.h"
 
 #include <cstring>
 

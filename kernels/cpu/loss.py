@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from . import _cpu
-from ._cpu_library import LOSS_ROWS
+from . import operators as cpp
+from .library import LOSS_ROWS
 
 CHUNK_BYTES = 4 << 20  # of z at a time; of 800 rows in bfloat16 2,621 words
 LEAST_WORDS = 512  # a chunk, so that adding up dhidden stays small beside the products
@@ -27,7 +27,7 @@ KEPT_BYTES = 128 << 20  # of z that may be kept; in bfloat16 2,200 rows of BERT'
 
 
 def row_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, smoothing: float) -> Tensor:
-    """[N] float32 losses, N > 0, where `_cpu.takes_loss`; IndexError for a label that is not in the vocabulary."""
+    """[N] float32 losses, N > 0, where `cpp.takes_loss`; IndexError for a label that is not in the vocabulary."""
     rows, words = len(hidden), len(weight)
     for label in (labels.min(), labels.max()):
         if not 0 <= label < words:
@@ -65,7 +65,7 @@ class _Losses(torch.autograd.Function):
             part = weight[first : first + chunk]
             of_part = z[first : first + chunk] if keep else z[: len(part)]
             torch.mm(part, hidden.t(), out=of_part)
-            _cpu.sum_logits(of_part, bias, narrow, greatest, sums, totals, of_label, first)
+            cpp.sum_logits(of_part, bias, narrow, greatest, sums, totals, of_label, first)
 
         lse = greatest + sums.log()
         ctx.save_for_backward(hidden, weight, bias, labels, lse, z if keep else None)
@@ -94,7 +94,7 @@ class _Losses(torch.autograd.Function):
         for first in range(0, words, chunk):
             part, dz = weight[first : first + chunk], buffer[: words - first]
             z = torch.mm(part, hidden.t(), out=dz) if kept is None else kept[first : first + chunk]
-            _cpu.logit_gradients(z, bias, narrow, lse, dloss, dz, dbias, first, ctx.smoothing, words)
+            cpp.logit_gradients(z, bias, narrow, lse, dloss, dz, dbias, first, ctx.smoothing, words)
             if wanted[1]:
                 torch.mm(dz, hidden, out=dweight[first : first + chunk])
             if wanted[0]:

@@ -1,4 +1,4 @@
-// dropout + add + LayerNorm for training: the forward pass with dropout, and the gradients. `_cpu.py` calls them.
+// dropout + add + LayerNorm for training: the forward pass with dropout, and the gradients. `operators.py` calls them.
 //
 //     z = dropout(x) + residual,  xhat = (z - mean) * rstd,  y = xhat * weight + bias
 //     g = dy * weight,  dz = rstd * (g - mean(g) - xhat * mean(g * xhat)) = dresidual,  dx = dz where kept, scaled
@@ -8,7 +8,7 @@
 
 #include <vector>
 
-#include "_cpu_attention.h"
+#include "attention.h"
 
 namespace {
 

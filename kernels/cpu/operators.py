@@ -1,4 +1,4 @@
-"""The C++ operators of `_cpu_*.cpp`, for x86 CPUs with AVX-512: for inference; attention, LayerNorm and the loss for
+"""The C++ operators of `*.cpp` here, for x86 CPUs with AVX-512: for inference; attention, LayerNorm and the loss for
 training too.
 
 Installing compiles them where there is a C++ compiler; without them, or on another CPU, `native.py` computes the same
@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _cpu_library
-from ._cpu_library import LOSS_ROWS, NO_MEMORY, NORM_BLOCK, UP_ROWS, WIDTH
-from ._cpu_pointers import PLAIN, address, address_or_none, addresses, strided_address
-from ._invariance import is_batch_invariant
-from ._random import keep_threshold
+from .._invariance import is_batch_invariant
+from .._random import keep_threshold
+from . import library
+from .library import LOSS_ROWS, NO_MEMORY, NORM_BLOCK, UP_ROWS, WIDTH
+from .pointers import PLAIN, address, address_or_none, addresses, strided_address
 
-FEW_ROWS = 64  # up to which `linear` is taken of odd widths, and where the vendor library has instructions it has not,
-FEW_ROWS_LAID_OUT = 16  # and where besides a weight lies ready for that
+MOST_ROWS = 64  # up to which `linear` is taken of odd widths, and where the vendor library has instructions it has not,
+MOST_ROWS_LAID_OUT = 16  # and where besides a weight lies ready for that
 FEW_BYTES = 288 << 10  # of x, up to which `encoder_layers` is taken there; above, Ctrl-C is heard after each layer
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
@@ -40,12 +40,12 @@ def load() -> tuple[ctypes.CDLL | None, str | None]:
     capability = torch.backends.cpu.get_cpu_capability()
     if not capability.startswith("AVX512"):
         return None, f"they need AVX-512, this CPU has {capability}"
-    built = _cpu_library.find(Path(__file__).parent)
+    built = library.find(Path(__file__).parent)
     if built is None:
         return None, "they were not built: installing found no C++ compiler"
     try:
-        return _cpu_library.open_library(built), None
-    except _cpu_library.UnusableLibrary as unusable:
+        return library.open_library(built), None
+    except library.UnusableLibrary as unusable:
         warnings.warn(f"fastbert computes without its C++ operators: {unusable}", RuntimeWarning, stacklevel=2)
         return None, str(unusable)
 
@@ -95,7 +95,7 @@ def _take(*tensors: Tensor) -> bool:
 
 
 def _call(function: str, dtype: torch.dtype, *arguments: object) -> int | None:
-    """Runs a function of the library's. Addresses come from `_cpu_pointers`, which has looked at the tensors."""
+    """Runs a function of the library's. Addresses come from `pointers`, which has looked at the tensors."""
     if dtype not in NAMES:
         raise TypeError(f"{function} computes in {' and '.join(map(str, NAMES))}, got {dtype}")
     return getattr(load()[0], f"{function}_{NAMES[dtype]}")(*arguments)
@@ -119,7 +119,7 @@ def _rows(function: str, x: Tensor) -> tuple[int, int]:
 class Dropout(ctypes.Structure):
     """Dropout of probabilities by `_random.py`'s masks, as the C++ takes it."""
 
-    _fields_ = tuple((name, _cpu_library.TYPES[letter]) for name, letter in _cpu_library.DROPOUT_FIELDS)
+    _fields_ = tuple((name, library.TYPES[letter]) for name, letter in library.DROPOUT_FIELDS)
 
     def __init__(self, dropout_p: float, seed: Tensor, sequence_ids: Tensor, stream: int = 0) -> None:
         ids = sequence_ids.to(torch.int64).contiguous()
@@ -257,7 +257,7 @@ def takes_linear(
     if columns % WIDTH or not multiplies(x.dtype):
         if is_batch_invariant():
             return False
-        most = FEW_ROWS_LAID_OUT if laid_out else FEW_ROWS
+        most = MOST_ROWS_LAID_OUT if laid_out else MOST_ROWS
     if activation not in (None, "gelu") or not 0 < x.numel() <= most * x.shape[-1]:
         return False
     given = (x, weight) if bias is None else (x, weight, bias)
@@ -425,7 +425,7 @@ def scale_rows(sums: Tensor, scales: Tensor, bias: Tensor | None, activation: st
 
 
 def takes_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> bool:
-    """Whether `_cpu_loss.row_losses` computes with these, with or without gradients."""
+    """Whether `cpu_loss.row_losses` computes with these, with or without gradients."""
     given = (hidden, weight) if bias is None else (hidden, weight, bias)
     return len(hidden) > 0 and labels.dtype == torch.int64 and _know(*given)
 

@@ -1,7 +1,7 @@
 // What goes row by row: add + LayerNorm, and what stands before and after a product of 8-bit integers. For inference;
-// `_cpu.py` calls them.
+// `operators.py` calls them.
 
-#include "_cpu_simd.h"
+#include "simd.h"
 
 namespace {
 

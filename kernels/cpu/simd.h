@@ -1,4 +1,4 @@
-// What the operators of the `_cpu_*.cpp` share: 16 lanes of 32 bits a register, one float32 or two bfloat16 each.
+// What the operators of the `*.cpp` here share: 16 lanes of 32 bits a register, one float32 or two bfloat16 each.
 //
 // bfloat16 goes two elements at a time (vdpbf16ps), float32 one (vfmadd), through the same code: a "lane" is 32 bits of
 // a row. Threads are OpenMP's. The library is not linked with an OpenMP of its own: it finds the one that torch has
@@ -16,7 +16,7 @@
 #include <limits>
 #include <utility>
 
-#define EXPORT extern "C" __attribute__((visibility("default")))
+#include "operators.h"
 
 namespace {
 
@@ -25,7 +25,7 @@ constexpr float LOG2_E = 1.4426950408889634f;
 // From this share of a row's variance on, the square of what its mean was rounded by is taken out of the variance.
 constexpr float MEAN_MATTERS = 1e-8f;
 
-// What an operator returns: it is done, or nothing was computed, and `_cpu.py` raises why.
+// What an operator returns: it is done, or nothing was computed, and `operators.py` raises why.
 enum Outcome { DONE = 0, NO_MEMORY = 1, NOT_SEQUENCES = 2 };
 
 // Are starts [sequences + 1] those of sequences that follow one another from row 0 to the last of `rows`?

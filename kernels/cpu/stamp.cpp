@@ -1,6 +1,7 @@
-// What this library was built of, for `_cpu_library.py` to compare; `setup.py` defines both.
+// What this library was built of, and what its functions take, for `library.py`; `setup.py` defines all three.
 
-#include "_cpu_simd.h"
+#include "simd.h"
 
 EXPORT const char* sources_stamp() { return SOURCES_STAMP; }
 EXPORT const char* interface_stamp() { return INTERFACE_STAMP; }
+EXPORT const char* signatures() { return SIGNATURES; }

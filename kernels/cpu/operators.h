@@ -1,0 +1,88 @@
+// Every function of the library, once for float32 and once for bfloat16: the compiler holds the definitions to it, and
+// `library.py` reads the types of the arguments from it when the library is built, for ctypes.
+
+#pragma once
+
+#include <cstdint>
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+// The randomness of `_random.py`, bit for bit; `operators.py` fills this in.
+struct Dropout {
+    const int64_t* sequence_ids;  // [sequences]
+    uint64_t seed, stream;
+    uint32_t threshold;
+    float scale;  // of what is kept, 1 / (1 - p)
+};
+
+template <class E>
+struct Linear {
+    const E *weight, *bias;
+};
+
+template <class E>
+struct Layer {
+    Linear<E> query, key, value, output, norm, up, down, last_norm;
+};
+
+#define DECLARE(Element, name)                                                                                 \
+    EXPORT int attention_##name(                                                                               \
+        const Element* q, const Element* k, const Element* v, Element* o, float* lse, const int32_t* starts,   \
+        int sequences, int64_t tokens, int heads, int kv_heads, int head_dim, int64_t q_token, int64_t q_head, \
+        int64_t k_token, int64_t k_head, int64_t v_token, int64_t v_head, float scale, const Dropout* dropout  \
+    );                                                                                                         \
+    EXPORT int attention_backward_##name(                                                                      \
+        const Element* d_o, const Element* q, const Element* k, const Element* v, const Element* o,            \
+        const float* lse, Element* dq, Element* dk, Element* dv, const int32_t* starts, int sequences,         \
+        int64_t tokens, int heads, int kv_heads, int head_dim, int64_t do_token, int64_t do_head,              \
+        int64_t q_token, int64_t q_head, int64_t k_token, int64_t k_head, int64_t v_token, int64_t v_head,     \
+        float scale, const Dropout* dropout                                                                    \
+    );                                                                                                         \
+    EXPORT void add_layer_norm_##name(                                                                         \
+        const Element* x, const Element* residual, const Element* weight, const Element* bias, Element* y,     \
+        int64_t rows, int width, float eps                                                                     \
+    );                                                                                                         \
+    EXPORT void quantise_rows_##name(                                                                          \
+        const Element* x, uint8_t* q, float* scales, int64_t rows, int width, float least                      \
+    );                                                                                                         \
+    EXPORT void scale_rows_##name(                                                                             \
+        const float* sums, const float* scales, const Element* bias, Element* y, int64_t rows, int width,      \
+        int with_gelu                                                                                          \
+    );                                                                                                         \
+    EXPORT void dropout_add_layer_norm_##name(                                                                 \
+        const Element* x, const Element* residual, const uint64_t* keys, const Element* weight,                \
+        const Element* bias, Element* y, int64_t rows, int width, float eps, uint32_t threshold, float scale   \
+    );                                                                                                         \
+    EXPORT void add_layer_norm_backward_##name(                                                                \
+        const Element* x, const Element* residual, const uint64_t* keys, const Element* weight,                \
+        const Element* dy, Element* dx, Element* dresidual, float* parts, int64_t rows, int width, float eps,  \
+        uint32_t threshold, float scale                                                                        \
+    );                                                                                                         \
+    EXPORT int linear_##name(                                                                                  \
+        const Element* x, const Element* weight, const Element* bias, Element* y, int64_t y_stride, int rows,  \
+        int columns, int inner, int with_gelu, int in_one_way                                                  \
+    );                                                                                                         \
+    EXPORT void sum_logits_##name(                                                                             \
+        const Element* logits, const Element* bias, const int32_t* labels, float* greatest, float* sums,       \
+        float* totals, float* of_label, int first, int words, int rows                                         \
+    );                                                                                                         \
+    EXPORT void logit_gradients_##name(                                                                        \
+        const Element* logits, const Element* bias, const int32_t* labels, const float* lse,                   \
+        const float* dloss, Element* dz, float* dbias, int first, int words, int rows, float smoothing,        \
+        float a_word                                                                                           \
+    );                                                                                                         \
+    EXPORT int embedding_layer_norm_##name(                                                                    \
+        const int64_t* ids, const int64_t* types, const int64_t* places, const Element* word,                  \
+        const Element* segment, const Element* position, const Element* weight, const Element* bias,           \
+        Element* y, int64_t rows, const int64_t* sizes, int width, float eps                                   \
+    );                                                                                                         \
+    EXPORT int mean_of_sequences_##name(                                                                       \
+        const Element* x, const int32_t* starts, Element* y, int sequences, int64_t rows, int width            \
+    );                                                                                                         \
+    EXPORT int encoder_layers_##name(                                                                          \
+        Element* x, const Layer<Element>* layers, int count, const int32_t* starts, int sequences, int rows,   \
+        int width, int inner, int heads, float eps, int in_one_way, Element* work                              \
+    );
+
+DECLARE(float, float32)
+DECLARE(uint16_t, bfloat16)
