@@ -6,7 +6,6 @@ import os
 import platform
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -139,11 +138,3 @@ def _copy(clock: Clock, size: int) -> float:
     source = torch.ones(size // 4, device=clock.device)
     target = torch.empty_like(source).zero_()
     return 2 * size / _best(clock, lambda: target.copy_(source))
-
-
-def peak_memory() -> int:
-    """Most memory this process ever had resident, in bytes."""
-    import resource
-
-    scale = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
