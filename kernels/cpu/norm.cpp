@@ -1,4 +1,4 @@
-// dropout + add + LayerNorm for training: the forward pass with dropout, and the gradients. `operators.py` calls them.
+// dropout + add + LayerNorm, and its gradients. Without dropout the forward pass keeps nothing. `operators.py` calls them.
 //
 //     z = dropout(x) + residual,  xhat = (z - mean) * rstd,  y = xhat * weight + bias
 //     g = dy * weight,  dz = rstd * (g - mean(g) - xhat * mean(g * xhat)) = dresidual,  dx = dz where kept, scaled
@@ -13,6 +13,20 @@
 namespace {
 
 constexpr int BLOCK = 64;  // rows whose dweight and dbias are summed by one thread, so the order is always the same
+
+// y = LayerNorm(x + residual), rows of `width` contiguous elements.
+template <class T>
+void add_layer_norm(
+    const typename T::Element* x, const typename T::Element* residual, const typename T::Element* weight,
+    const typename T::Element* bias, typename T::Element* y, int64_t rows, int width, float eps
+) {
+#pragma omp parallel for schedule(static)
+    for (int64_t row = 0; row < rows; ++row) {
+        const int64_t at = row * width;
+        auto z = [&](int i) { return _mm512_add_ps(T::load(x + at + i), T::load(residual + at + i)); };
+        layer_norm_of_row<T>(z, weight, bias, y + at, width, eps);
+    }
+}
 
 // Rows of `width` contiguous elements; which of x stays is drawn by a row's key, all of it where there are no keys.
 template <class T>
@@ -124,6 +138,12 @@ void backward(
 }  // namespace
 
 #define EXPORT_FOR(T, name)                                                                                        \
+    EXPORT void add_layer_norm_##name(                                                                             \
+        const T::Element* x, const T::Element* residual, const T::Element* weight, const T::Element* bias,         \
+        T::Element* y, int64_t rows, int width, float eps                                                          \
+    ) {                                                                                                            \
+        add_layer_norm<T>(x, residual, weight, bias, y, rows, width, eps);                                         \
+    }                                                                                                              \
     EXPORT void dropout_add_layer_norm_##name(                                                                     \
         const T::Element* x, const T::Element* residual, const uint64_t* keys, const T::Element* weight,           \
         const T::Element* bias, T::Element* y, int64_t rows, int width, float eps, uint32_t threshold, float scale \

@@ -1,23 +1,8 @@
-// What goes row by row: add + LayerNorm, and what stands before and after a product of 8-bit integers. For inference;
-// `operators.py` calls them.
+// What stands before and after a product of 8-bit integers, row by row. `operators.py` calls them.
 
 #include "simd.h"
 
 namespace {
-
-// y = LayerNorm(x + residual), rows of `width` contiguous elements.
-template <class T>
-void add_layer_norm(
-    const typename T::Element* x, const typename T::Element* residual, const typename T::Element* weight,
-    const typename T::Element* bias, typename T::Element* y, int64_t rows, int width, float eps
-) {
-#pragma omp parallel for schedule(static)
-    for (int64_t row = 0; row < rows; ++row) {
-        const int64_t at = row * width;
-        auto z = [&](int i) { return _mm512_add_ps(T::load(x + at + i), T::load(residual + at + i)); };
-        layer_norm_of_row<T>(z, weight, bias, y + at, width, eps);
-    }
-}
 
 // scale = max(|x|, least) / 127 of each row, q = round(x / scale) + 128; rows of `width` contiguous elements.
 template <class T>
@@ -64,12 +49,6 @@ void scale_rows(
 }  // namespace
 
 #define EXPORT_FOR(T, name)                                                                                        \
-    EXPORT void add_layer_norm_##name(                                                                             \
-        const T::Element* x, const T::Element* residual, const T::Element* weight, const T::Element* bias,         \
-        T::Element* y, int64_t rows, int width, float eps                                                          \
-    ) {                                                                                                            \
-        add_layer_norm<T>(x, residual, weight, bias, y, rows, width, eps);                                         \
-    }                                                                                                              \
     EXPORT void quantise_rows_##name(                                                                              \
         const T::Element* x, uint8_t* q, float* scales, int64_t rows, int width, float least                       \
     ) {                                                                                                            \
