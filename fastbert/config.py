@@ -32,6 +32,7 @@ _WRITTEN_WHERE_SET = {
     "output_attentions": False,
     "return_dict": True,
     "tie_word_embeddings": True,
+    "pruned_heads": None,
     "is_decoder": False,
     "add_cross_attention": False,
 }
@@ -43,6 +44,7 @@ class BertConfig:
 
     Fields are transformers' own. Also:
         num_labels: the width of a classifier; stands for id2label with names LABEL_0, LABEL_1, ...
+        pruned_heads: of a layer, which of its heads are gone; the layer's weights are so much smaller.
         dtype: name of the dtype of the saved weights ("bfloat16"); config.json spells it torch_dtype or dtype.
         extra: what else the config.json held; written back untouched.
 
@@ -65,6 +67,7 @@ class BertConfig:
     classifier_dropout: float | None = None
     position_embedding_type: str = "absolute"
     tie_word_embeddings: bool = True
+    pruned_heads: dict[int, list[int]] | None = None
     is_decoder: bool = False
     add_cross_attention: bool = False
     output_hidden_states: bool = False
@@ -120,6 +123,8 @@ class BertConfig:
             self.position_embedding_type == "absolute",
             "position_embedding_type", '"absolute" (relative positions are not supported)', self,
         )  # fmt: skip
+        if self.pruned_heads is not None:
+            self.pruned_heads = _checked_pruning(self.pruned_heads, self)
         for name in ("is_decoder", "add_cross_attention"):
             _expect(not getattr(self, name), name, "false (this BERT is an encoder)", self)
 
@@ -131,6 +136,10 @@ class BertConfig:
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
+
+    def heads_of(self, layer: int) -> int:
+        """How many attention heads a layer has, the pruned ones not counted."""
+        return self.num_attention_heads - len((self.pruned_heads or {}).get(layer, ()))
 
     @property
     def torch_dtype(self) -> str | None:
@@ -163,8 +172,6 @@ class BertConfig:
         }
         if values.get("dtype") is None:
             values["dtype"] = data.get("torch_dtype")
-        if extra.get("pruned_heads"):
-            raise ValueError(f"pruned_heads must be empty, got {extra['pruned_heads']}")
         changes = {"dtype" if name == "torch_dtype" else name: value for name, value in changes.items()}
         if "num_labels" in changes and "id2label" not in changes:
             if values.get("id2label") is None or len(values["id2label"]) != changes["num_labels"]:
@@ -205,6 +212,8 @@ class BertConfig:
         for name, default in _WRITTEN_WHERE_SET.items():
             if data[name] == default:
                 del data[name]
+        if self.pruned_heads is not None:
+            data["pruned_heads"] = {str(layer): heads for layer, heads in self.pruned_heads.items()}
         if self.dtype is not None:
             data["torch_dtype"] = self.dtype  # transformers before 4.56 reads only this spelling
         if self.id2label == _default_labels(2):  # what an absent id2label means
@@ -240,6 +249,21 @@ BertConfig.num_labels = property(_get_num_labels, _set_num_labels, doc="Number o
 
 def _default_labels(num_labels: int) -> dict[int, str]:
     return {i: f"LABEL_{i}" for i in range(num_labels)}
+
+
+def _checked_pruning(pruned: Any, config: BertConfig) -> dict[int, list[int]] | None:
+    """pruned_heads with layers as numbers, None where no head is gone. Raises ValueError."""
+    what = f"layers of {config.num_hidden_layers} with some of their {config.num_attention_heads} heads, not all"
+    _expect(isinstance(pruned, dict), "pruned_heads", what, config)
+    checked = {}
+    for layer, heads in pruned.items():
+        known = str(layer).isdecimal() and int(layer) < config.num_hidden_layers and isinstance(heads, (list, tuple))
+        _expect(known and all(_is_int(h) and 0 <= h < config.num_attention_heads for h in heads),
+                "pruned_heads", what, config)  # fmt: skip
+        _expect(len(set(heads)) < config.num_attention_heads, "pruned_heads", what, config)
+        if heads:
+            checked[int(layer)] = sorted(set(heads))
+    return checked or None
 
 
 def _is_int(value: Any) -> bool:

@@ -34,7 +34,7 @@ def test_defaults_are_those_of_transformers():
     transformers = pytest.importorskip("transformers")
     theirs, ours = transformers.BertConfig(), BertConfig.base()
     for f in dataclasses.fields(ours):
-        if f.name not in ("extra", "position_embedding_type"):
+        if f.name not in ("extra", "position_embedding_type", "pruned_heads"):  # which transformers 5 has no more
             assert getattr(ours, f.name) == getattr(theirs, f.name), f.name
     assert ours.num_labels == theirs.num_labels
 
@@ -66,7 +66,7 @@ def test_round_trip_through_transformers(tmp_path, changes):
     ours.save_pretrained(tmp_path)
     theirs = transformers.BertConfig.from_pretrained(tmp_path)
     for f in dataclasses.fields(ours):
-        if f.name not in ("extra", "dtype"):
+        if f.name not in ("extra", "dtype", "pruned_heads"):
             assert getattr(theirs, f.name) == getattr(ours, f.name), f.name
     assert theirs.dtype == (torch.bfloat16 if "dtype" in changes else None)
     assert getattr(theirs, "a_field_of_tomorrow", None) == changes.get("a_field_of_tomorrow")
@@ -75,6 +75,15 @@ def test_round_trip_through_transformers(tmp_path, changes):
     back = BertConfig.from_pretrained(tmp_path / "theirs")
     assert dataclasses.replace(back, extra={}) == dataclasses.replace(ours, extra={})
     assert back.extra.get("a_field_of_tomorrow") == changes.get("a_field_of_tomorrow")
+
+
+def test_pruned_heads_go_both_ways():
+    config = BertConfig.from_dict(TINY | {"pruned_heads": {"1": [0, 0], "0": []}})
+    assert config.pruned_heads == {1: [0]}
+    assert [config.heads_of(layer) for layer in (0, 1)] == [config.num_attention_heads, config.num_attention_heads - 1]
+    assert config.to_dict()["pruned_heads"] == {"1": [0]}
+    assert BertConfig.from_dict(config.to_dict()) == config
+    assert "pruned_heads" not in BertConfig.from_dict(TINY | {"pruned_heads": {}}).to_dict()
 
 
 @pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
@@ -160,7 +169,10 @@ WRONG = {
     "decoder": ({"is_decoder": True}, "is_decoder must be false.*got True"),
     "cross": ({"add_cross_attention": True}, "add_cross_attention must be false.*got True"),
     "other_model": ({"model_type": "roberta"}, "model_type must be \"bert\", got 'roberta'"),
-    "pruned": ({"pruned_heads": {"0": [1]}}, "pruned_heads must be empty"),
+    "pruned_all": ({"pruned_heads": {"0": [0, 1]}, "num_attention_heads": 2}, "pruned_heads must be layers of 12"),
+    "pruned_no_layer": ({"pruned_heads": {"12": [1]}}, "pruned_heads must be layers of 12"),
+    "pruned_no_head": ({"pruned_heads": {"0": [12]}}, "pruned_heads must be layers of 12"),
+    "pruned_a_list": ({"pruned_heads": [[0]]}, "pruned_heads must be layers of 12"),
     "no_labels": ({"num_labels": 0}, "num_labels must be a positive integer, got 0"),
 }
 

@@ -630,3 +630,65 @@ def test_a_vocabulary_longer_than_the_table_is_refused(google):
 )
 def test_what_a_name_says_of_lower_casing(name, lower_case):
     assert case_of_name(name) is lower_case
+
+
+# ---- pruned heads ----------------------------------------------------------------------------------------
+
+PRUNED = {"0": [1], "1": []}
+
+
+def prune(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What transformers 4 saved after prune_heads({0: [1]}): the rows and columns of the second head are gone."""
+    state = dict(state)
+    for part in ("query", "key", "value"):
+        for ending in ("weight", "bias"):
+            name = f"bert.encoder.layer.0.attention.self.{part}.{ending}"
+            state[name] = state[name][:16].clone()
+    name = "bert.encoder.layer.0.attention.output.dense.weight"
+    return state | {name: state[name][:, :16].clone()}
+
+
+def masked_head(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same function with all heads: nothing of the second head's output is read."""
+    name = "bert.encoder.layer.0.attention.output.dense.weight"
+    output = state[name].clone()
+    output[:, 16:] = 0
+    return state | {name: output}
+
+
+@pytest.mark.parametrize("impl", ["native", "reference"])
+@pytest.mark.parametrize("layout", ["old", "transformers"])
+def test_pruned_heads_keep_their_true_shapes(impl, layout, tmp_path):
+    """transformers 5 loads such a checkpoint no more."""
+    folder = tmp_path / "x"
+    folder.mkdir()
+    config = json.loads((FIXTURES / "bert_config.json").read_text()) | {"pruned_heads": PRUNED}
+    name = "bert_config.json" if layout == "old" else "config.json"
+    (folder / name).write_text(json.dumps(config))
+    torch.save(prune(weights()), folder / "pytorch_model.bin")
+    model = BertModel.from_pretrained(folder, impl=impl)
+    assert model.encoder["layer"][0].attention["self"].query.weight.shape == (16, 32)
+    convert(folder, tmp_path / "out", say=lambda line: None)
+    again = BertModel.from_pretrained(tmp_path / "out", impl=impl)
+    model.save_pretrained(tmp_path / "saved")
+    saved = BertModel.from_pretrained(tmp_path / "saved", impl=impl)
+    whole = BertModel(type(model.config).from_dict(config | {"pruned_heads": {}}), impl=impl).eval()
+    whole.load_state_dict({n.removeprefix("bert."): t for n, t in encoder_of(masked_head(weights())).items()})
+    ids, mask = torch.arange(24).reshape(2, 12), torch.ones(2, 12, dtype=torch.int64)
+    with torch.no_grad():
+        expected = whole(ids, mask, output_attentions=True)
+        for pruned in (model, again, saved):
+            got = pruned(ids, mask, output_attentions=True)
+            assert relative(got.last_hidden_state, expected.last_hidden_state.double()) < 1e-6
+            assert torch.allclose(got.attentions[0], expected.attentions[0][:, :1], atol=1e-6)
+    trained = model.train()(ids, mask).last_hidden_state.square().sum()
+    trained.backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if "pooler" not in n)
+
+
+def test_pruned_heads_that_the_weights_do_not_have(tmp_path):
+    config = json.loads((FIXTURES / "bert_config.json").read_text()) | {"pruned_heads": PRUNED}
+    (tmp_path / "bert_config.json").write_text(json.dumps(config))
+    torch.save(weights(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="hidden_size with 1 of 2 heads pruned says 16 where it has 32"):
+        BertModel.from_pretrained(tmp_path)

@@ -212,7 +212,7 @@ def _check_shape(
     for size, letter in zip(shape, letters, strict=True):
         if letter.isdecimal():
             wanted, who = int(letter), "this head"
-        elif letter == _HEADS and (pruned := len((config.get("pruned_heads") or {}).get(indices["n"], ()))):
+        elif letter == _HEADS and (pruned := len(set((config.get("pruned_heads") or {}).get(indices["n"], ())))):
             heads = config["num_attention_heads"]
             wanted = config["hidden_size"] // heads * (heads - pruned)
             who = f"hidden_size with {pruned} of {heads} heads pruned"

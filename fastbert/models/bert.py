@@ -116,15 +116,17 @@ class BertLayer(nn.Module):
         def block_end(width_in: int) -> nn.ModuleDict:
             return nn.ModuleDict({"dense": nn.Linear(width_in, width), "LayerNorm": nn.LayerNorm(width, eps=eps)})
 
-        qkv = FusedLinears({name: nn.Linear(width, width) for name in ("query", "key", "value")})
-        self.attention = nn.ModuleDict({"self": qkv, "output": block_end(width)})
+        self.heads = config.heads_of(index)
+        inside = self.heads * config.head_dim  # width, less what is pruned
+        qkv = FusedLinears({name: nn.Linear(width, inside) for name in ("query", "key", "value")})
+        self.attention = nn.ModuleDict({"self": qkv, "output": block_end(inside)})
         self.intermediate = nn.ModuleDict({"dense": nn.Linear(width, inner)})
         self.output = block_end(inner)
         self.config, self.index = config, index
 
     def qkv(self, x: Tensor, impl: F.Impl | None) -> tuple[Tensor, Tensor, Tensor]:
         """x [T, C] -> q, k, v [T, H, D], strided views of one product."""
-        return self.attention["self"](x, impl).unflatten(-1, (3, self.config.num_attention_heads, -1)).unbind(1)
+        return self.attention["self"](x, impl).unflatten(-1, (3, self.heads, -1)).unbind(1)
 
     def forward(self, x: Tensor, shared: Pass) -> Tensor:
         config, batch, impl = self.config, shared.batch, shared.impl
@@ -165,6 +167,8 @@ class BertLayer(nn.Module):
         if any(m.eps != self.config.layer_norm_eps for m in (output["LayerNorm"], last["LayerNorm"])):
             return None
         called = self, qkv
+        if self.heads != self.config.num_attention_heads:
+            return None
         if type(qkv) is not FusedLinears or any("forward" in m.__dict__ for m in called):
             return None
         if any(m._forward_hooks or m._forward_pre_hooks for m in called):

@@ -19,6 +19,7 @@ from ..checkpoint import CheckpointError, make_folder, read_json, write_atomical
 from ..formats import opened
 from ..formats.detect import find_source
 from ..formats.source import Source
+from .cutting import Cutter
 
 Truncation = Literal["longest_first", "only_first", "only_second"]
 TRUNCATIONS = ("longest_first", "only_first", "only_second")
@@ -93,6 +94,7 @@ class Tokenizer:
         backend.no_padding()
         self.config = dict(config or {})
         self._backend = backend
+        self._cutter = Cutter(backend)
         self._truncating: dict[tuple, tokenizers.Tokenizer] = {}
         for role, default in SPECIAL_TOKENS.items():
             setattr(self, role, _content(self.config.get(role)) or default)
@@ -228,6 +230,8 @@ class Tokenizer:
     ) -> Encoded:
         """Tokens of texts, or of pairs of texts, with their segments, offsets and words.
 
+        Of a text much longer than max_length only a beginning is tokenised, unless `overflow` asks for the rest.
+
         Args:
             texts, pairs: of one length; pair i is [CLS] texts[i] [SEP] pairs[i] [SEP].
             max_length: tokens of a sequence at most, special tokens included; None for no limit.
@@ -236,7 +240,7 @@ class Tokenizer:
             stride: tokens that a sequence repeats from the one before it, with `overflow`.
 
         Raises:
-            ValueError: where a text has a lone surrogate, or cannot be truncated as asked.
+            ValueError: where a text has a lone surrogate in what is tokenised of it, or cannot be truncated as asked.
             TypeError: where texts is not a sequence of str.
         """
         texts = _strings("texts", texts)
@@ -252,6 +256,12 @@ class Tokenizer:
         if max_length is not None and truncation is not None:
             special = backend.num_special_tokens_to_add(pairs is not None) if add_special_tokens else 0
             backend = self._backend_for(max_length, truncation, stride, special)
+            kept = max_length - special
+            if self._keeps_beginnings and not overflow and pairs is None:
+                texts = self._cutter.texts(texts, kept)
+            elif self._keeps_beginnings and not overflow:
+                cut = [self._cutter.pair(a, b, kept, truncation) for a, b in zip(texts, pairs, strict=True)]
+                texts, pairs = [a for a, _ in cut], [b for _, b in cut]
 
         inputs = texts if pairs is None else list(zip(texts, pairs, strict=True))
         encodings = _encode(backend.encode_batch, inputs, add_special_tokens)
@@ -265,7 +275,10 @@ class Tokenizer:
         texts = _strings("texts", texts)
         backend = self._backend
         if max_length is not None:
-            backend = self._backend_for(max_length, "longest_first", 0, backend.num_special_tokens_to_add(False))
+            special = backend.num_special_tokens_to_add(False)
+            backend = self._backend_for(max_length, "longest_first", 0, special)
+            if self._keeps_beginnings:
+                texts = self._cutter.texts(texts, max_length - special)
         return [e.ids for e in _encode(backend.encode_batch_fast, texts, True)]
 
     def tokenize(self, text: str) -> list[str]:
@@ -276,6 +289,11 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text that ids stand for, as far as the vocabulary tells."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    @property
+    def _keeps_beginnings(self) -> bool:
+        """Whether truncation keeps the beginning of a text, and not its end."""
+        return self.config.get("truncation_side", "right") == "right"
 
     def _backend_for(self, max_length: int, strategy: str, stride: int, special: int) -> tokenizers.Tokenizer:
         """A copy of the backend that truncates so: the setting lives in the object, and threads share objects."""
@@ -289,7 +307,7 @@ class Tokenizer:
             if len(self._truncating) >= _KEPT_TRUNCATIONS:
                 self._truncating.clear()
             backend = copy.deepcopy(self._backend)
-            direction = self.config.get("truncation_side", "right")
+            direction = "right" if self._keeps_beginnings else self.config["truncation_side"]
             backend.enable_truncation(max_length, stride=stride, strategy=strategy, direction=direction)
             self._truncating[key] = backend
         return backend

@@ -1,0 +1,86 @@
+"""Long texts cut before they are tokenised, where the tokens that are kept cannot tell.
+
+The `tokenizers` library tokenises a whole text and then throws away what a maximum length cuts off. BERT's tokens are
+made of one word at a time, and a word ends at a space, and on either side of a Chinese character. So a text may be cut
+at such a place, if enough tokens lie before it. They are counted without tokenising, from below:
+
+    a boundary is a space before one of A-Z, a-z, 0-9; or the place before a Chinese character
+    from a boundary to the next there is a letter, a digit or a Chinese character, and so at least one token
+    before the boundary of number n there are at least n - 1 tokens
+
+Added tokens ("[MASK]") are looked for in the text before it is split into words. Where one of them could reach over a
+boundary, or look beyond it, boundaries of that kind are not used; without any kind, texts are not cut.
+"""
+
+from __future__ import annotations
+
+import re
+from itertools import islice
+
+import tokenizers
+from tokenizers import models, normalizers, pre_tokenizers
+
+_SPACE = "[ \\t\\n\\r](?=[A-Za-z0-9])"
+# a part of what BERT's normalizer takes for Chinese characters: the two oldest blocks
+_CHINESE = "(?=[\u3400-\u4dbf\u4e00-\u9fff])"
+# Shorter texts than this many characters for each token wanted are not looked at: most have no more tokens anyhow.
+_CHARACTERS_PER_TOKEN = 8
+# What one character can become: normalisation makes at most four of it, and each can be a token.
+_TOKENS_PER_CHARACTER = 4
+
+
+class Cutter:
+    """Cuts texts for one tokenizer. Its added tokens and its normalizer must not change afterwards."""
+
+    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+        self._boundary = _boundary_of(backend)
+
+    def text(self, text: str, tokens: int) -> str:
+        """The text, or a beginning of it that has the same first `tokens` tokens, and one more."""
+        if self._boundary is None or len(text) <= _CHARACTERS_PER_TOKEN * (tokens + 1):
+            return text
+        # the first boundary can be the start of the text; before number n + 2 there are n + 1 tokens
+        boundary = next(islice(self._boundary.finditer(text), tokens + 1, None), None)
+        return text if boundary is None else text[: boundary.start()]
+
+    def texts(self, texts: list[str], tokens: int) -> list[str]:
+        """`text` of each."""
+        if self._boundary is None or max(map(len, texts), default=0) <= _CHARACTERS_PER_TOKEN * (tokens + 1):
+            return texts
+        return [self.text(text, tokens) for text in texts]
+
+    def pair(self, first: str, second: str, tokens: int, strategy: str) -> tuple[str, str]:
+        """A pair that truncates to the same `tokens` tokens by this strategy."""
+        if strategy == "only_first":
+            return self.text(first, tokens), second
+        if strategy == "only_second":
+            return first, self.text(second, tokens)
+        # longest_first takes tokens from the longer one, and of two equal ones after that the odd token goes to the one
+        # that was longer. So it must stay the longer one.
+        short_first, short_second = self.text(first, tokens), self.text(second, tokens)
+        if len(short_first) < len(first) and len(short_second) < len(second):
+            return (short_first, short_second) if tokens % 2 == 0 else (first, second)
+        if len(short_second) < len(second):
+            return first, self.text(second, max(tokens, _TOKENS_PER_CHARACTER * len(first)))
+        return self.text(first, max(tokens, _TOKENS_PER_CHARACTER * len(second))), second
+
+
+def _boundary_of(backend: tokenizers.Tokenizer) -> re.Pattern[str] | None:
+    """Matches at boundaries that are safe for this tokenizer; None where none is."""
+    normalizer = backend.normalizer
+    if not (
+        isinstance(backend.model, models.WordPiece)
+        and isinstance(normalizer, normalizers.BertNormalizer)
+        and isinstance(backend.pre_tokenizer, pre_tokenizers.BertPreTokenizer)
+    ):
+        return None
+    kinds = []
+    added = backend.get_added_tokens_decoder().values()
+    # A token that takes the spaces after it would end at the cut, and its offsets with it.
+    if not any(token.rstrip or re.search(r"\s", token.content) for token in added):
+        kinds.append(_SPACE)
+    # A token of a single word looks whether a letter follows, and a Chinese character is one.
+    chinese = re.compile(_CHINESE)
+    if normalizer.handle_chinese_chars and not any(t.single_word or chinese.search(t.content) for t in added):
+        kinds.append(_CHINESE)
+    return re.compile("|".join(kinds)) if kinds else None

@@ -1,0 +1,152 @@
+"""A long text is cut before it is tokenised, and no token, offset or word can tell."""
+
+import os
+import random
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from fastbert.text.cutting import Cutter
+from fastbert.text.tokenizer import Tokenizer as OurTokenizer
+
+pytestmark = pytest.mark.once
+
+# Strings of the property test. A hundred thousand take some minutes: FASTBERT_CUT_STRINGS=100000.
+STRINGS = int(os.environ.get("FASTBERT_CUT_STRINGS", "4000"))
+
+LETTERS = list("abcdefgxyzABCXYZ0189")
+# each a kind of trouble at a cut: marks, joiners, what vanishes, spaces of all sorts, what decomposes or grows, scripts
+NASTY = [
+    "\u0301", "\u0327", "\u20dd", "\u200d", "\u200c", "\u200b", "\ufe0f", "\u00ad", "\x00", "\x01", "\x7f", "\ufffd",
+    "\ufeff", " ", "\t", "\n", "\r", "\u00a0", "\u2003", "\u3000", "\u2028", "\x85", "\x1c", "\x0b",
+    "中", "文", "㐀", "\uf900", "\U0002a6d6", "の", "ア", "가", "각", "ไ", "é", "İ", "ß", "ﬁ", "≠", "Σ", "ς",
+    "ᾂ", "😀", "👩\u200d👩", ".", ",", "-", "[", "]", "#", "##", "'", "。", "、",
+]  # fmt: skip
+WORDS = [
+    "[MASK]",
+    "[SEP]",
+    "[UNK]",
+    "[mask]",
+    "new york",
+    "New York",
+    "foo",
+    "Foo",
+    "<e>",
+    "中文",
+    "q" * 120,
+    "ab" * 30,
+]
+ALPHABETS = {
+    "words": LETTERS + [" "] * 8,
+    "spaces": LETTERS + [" ", "\t", "\n", "\r", "  ", "\u00a0", "\u3000"] * 3,
+    "chinese": [*"中文字㐀一二三。 a", "\u0301"],
+    "all": LETTERS + [" "] * 10 + NASTY + WORDS,
+    "no letters": NASTY,
+    "tokens": [*WORDS, *[" "] * 6, "a", "中", "\u0301"],
+    "vanishing": ["\x00", "\u200b", "\u0301", " ", "a"],
+    "one word": LETTERS,
+}
+
+
+def backend(lowercase=True, chinese=True, accents=None, added=()) -> Tokenizer:
+    pieces = [*"abcdefgxyz0189ABCXYZ.,[]#中文字。", "ab", "xyz", "foo", "new", "york"]
+    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *pieces, *(f"##{piece}" for piece in pieces), "##\u0301"]
+    tokenizer = Tokenizer(models.WordPiece({t: i for i, t in enumerate(vocab)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(
+        lowercase=lowercase, handle_chinese_chars=chinese, strip_accents=accents
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.add_special_tokens(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])
+    tokenizer.add_tokens(list(added))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS]:0 $A:0 [SEP]:0", pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", vocab.index("[CLS]")), ("[SEP]", vocab.index("[SEP]"))],
+    )  # fmt: skip
+    return tokenizer
+
+
+BACKENDS = {
+    "uncased": lambda: backend(),
+    "cased": lambda: backend(lowercase=False, accents=False),
+    "uncased with accents": lambda: backend(accents=False),
+    "no chinese": lambda: backend(chinese=False),
+    "added": lambda: backend(added=[AddedToken("foo", normalized=True), AddedToken("<e>", normalized=False)]),
+    "added with a space": lambda: backend(added=[AddedToken("New York", normalized=True)]),
+    "added chinese": lambda: backend(added=[AddedToken("中文", normalized=True)]),
+    "single word": lambda: backend(added=[AddedToken("foo", single_word=True), AddedToken("<e>", single_word=True)]),
+    "takes spaces": lambda: backend(added=[AddedToken("<e>", rstrip=True), AddedToken("foo", lstrip=True)]),
+}
+
+
+def text_of(draw: random.Random, alphabet: list[str]) -> str:
+    return "".join(draw.choices(alphabet, k=draw.choice((0, 1, 5, 30, 120, 300))))
+
+
+def told(tokenizer: OurTokenizer, *args, **options):
+    try:
+        encoded = tokenizer(*args, **options)
+    except ValueError as error:
+        return str(error)
+    return [
+        (e.ids, e.type_ids, e.offsets, e.special_tokens_mask, e.word_ids, e.sequence_ids) for e in encoded.encodings
+    ]
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_no_token_can_tell(name, monkeypatch):
+    """Random strings of nasty alphabets beside the plain call: the same ids, segments, offsets, words and errors."""
+    ours, plain = OurTokenizer(BACKENDS[name]()), OurTokenizer(BACKENDS[name]())
+    monkeypatch.setattr(plain._cutter, "_boundary", None)
+    draw = random.Random(name)
+    alphabets, cut = list(ALPHABETS.values()), 0
+    for _ in range(max(STRINGS // len(BACKENDS) // 3, 1)):
+        one, two, three = (text_of(draw, draw.choice(alphabets)) for _ in range(3))
+        length = draw.choice((3, 4, 5, 6, 7, 8, 12, 20))
+        cut += ours._cutter.text(one, length - 2) != one
+        special = draw.random() < 0.8
+        options = {"max_length": length, "add_special_tokens": special}
+        assert told(ours, [one, two], **options) == told(plain, [one, two], **options)
+        assert ours.input_ids([one, three], length) == plain.input_ids([one, three], length)
+        options["truncation"] = draw.choice(("longest_first", "only_first", "only_second"))
+        assert told(ours, [one, three], [two, one], **options) == told(plain, [one, three], [two, one], **options)
+        assert told(ours, [three], **options) == told(plain, [three], **options)
+        options |= {"overflow": True, "stride": draw.choice((0, 1)) if length > 6 else 0}
+        assert told(ours, [two], **options) == told(plain, [two], **options)
+    assert cut > 0
+
+
+def test_texts_are_cut_near_what_is_kept():
+    """Or the test above would hold where nothing is ever cut."""
+    cutter = Cutter(backend())
+    assert cutter.text("abc " * 1000, 10) == "abc " * 11 + "abc"
+    assert cutter.text("中文" * 1000, 10) == "中文" * 5 + "中"
+    assert cutter.text("abc " * 20, 10) == "abc " * 20
+    assert cutter.pair("a b", "abc " * 1000, 10, "longest_first") == ("a b", "abc " * 13 + "abc")
+    assert cutter.pair("abc " * 1000, "abc " * 1000, 10, "longest_first") == ("abc " * 11 + "abc",) * 2
+    odd = ("abc " * 1000, "abc " * 1001)
+    assert cutter.pair(*odd, 9, "longest_first") == odd  # which of the two is longer decides, so neither is cut
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_end_of_a_text_is_kept_where_the_settings_say_so(side):
+    tokenizer = OurTokenizer(backend(), {"truncation_side": side})
+    text = "a " * 500 + "b"
+    assert tokenizer.decode(tokenizer.input_ids([text], 4)[0]) == ("a b" if side == "left" else "a a")
+
+
+def test_what_is_not_berts_is_never_cut():
+    other = backend()
+    other.pre_tokenizer = pre_tokenizers.Whitespace()
+    assert Cutter(other).text("a " * 1000, 3) == "a " * 1000
+    other = backend()
+    other.normalizer = normalizers.Lowercase()
+    assert Cutter(other).text("a " * 1000, 3) == "a " * 1000
+
+
+def test_of_ten_megabytes_little_more_is_tokenised_than_is_kept():
+    """English prose, a line of it over and over: at most twice as many characters as the first 256 words have."""
+    line = "He was, in a word, the very man for it; and so, at last, they went (all of them) down to the sea.\n"
+    long = line * (10_000_000 // len(line))
+    kept = " ".join(long[:10_000].split()[:256])
+    assert len(Cutter(backend()).text(long, 256)) <= 2 * len(kept)
