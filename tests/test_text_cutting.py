@@ -45,6 +45,7 @@ ALPHABETS = {
     "tokens": [*WORDS, *[" "] * 6, "a", "中", "\u0301"],
     "vanishing": ["\x00", "\u200b", "\u0301", " ", "a"],
     "one word": LETTERS,
+    "two boundaries a token": ["New York ", "中文"],
 }
 
 

@@ -9,7 +9,8 @@ at such a place, if enough tokens lie before it. They are counted without tokeni
     before the boundary of number n there are at least n - 1 tokens
 
 Added tokens ("[MASK]") are looked for in the text before it is split into words. Where one of them could reach over a
-boundary, or look beyond it, boundaries of that kind are not used; without any kind, texts are not cut.
+boundary, boundaries of that kind are not used; without any kind, texts are not cut. One that looks beyond its own end,
+for spaces or for a letter, may differ where it is the last before the cut: so there is one token more than is kept.
 """
 
 from __future__ import annotations
@@ -75,12 +76,9 @@ def _boundary_of(backend: tokenizers.Tokenizer) -> re.Pattern[str] | None:
     ):
         return None
     kinds = []
-    added = backend.get_added_tokens_decoder().values()
-    # A token that takes the spaces after it would end at the cut, and its offsets with it.
-    if not any(token.rstrip or re.search(r"\s", token.content) for token in added):
+    added = [token.content for token in backend.get_added_tokens_decoder().values()]
+    if not any(re.search(r"\s", content) for content in added):
         kinds.append(_SPACE)
-    # A token of a single word looks whether a letter follows, and a Chinese character is one.
-    chinese = re.compile(_CHINESE)
-    if normalizer.handle_chinese_chars and not any(t.single_word or chinese.search(t.content) for t in added):
+    if normalizer.handle_chinese_chars and not any(re.search(_CHINESE, content) for content in added):
         kinds.append(_CHINESE)
     return re.compile("|".join(kinds)) if kinds else None
