@@ -1,5 +1,9 @@
-"""Builds the C++ operators of kernels/cpu/; all else about the package is in pyproject.toml."""
+"""Builds the C++ operators of kernels/cpu/; all else about the package is in pyproject.toml.
 
+FASTBERT_SANITIZE=1 builds them with AddressSanitizer and UBSan, for `make fuzz-asan` and not for use.
+"""
+
+import os
 import runpy
 from pathlib import Path
 
@@ -11,6 +15,8 @@ OPERATORS = ROOT / "kernels" / "cpu"
 library = runpy.run_path(str(OPERATORS / "library.py"))
 STAMPS = {"SOURCES_STAMP": library["sources_stamp"](OPERATORS), "INTERFACE_STAMP": library["interface_stamp"]()}
 SIGNATURES = library["as_text"](library["signatures"]((OPERATORS / library["HEADER"]).read_text()))
+SANITIZE = ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined"]
+SANITIZE = SANITIZE if os.environ.get("FASTBERT_SANITIZE") == "1" else []
 
 
 class BuildOperators(build_ext):
@@ -30,9 +36,10 @@ operators = Extension(
     sources=[name for name in files if name.endswith(".cpp")],
     depends=[*(name for name in files if name.endswith(".h")), "kernels/cpu/library.py"],
     define_macros=[(name, f'"{text}"') for name, text in (*STAMPS.items(), ("SIGNATURES", SIGNATURES))],
-    extra_compile_args=[*library["FLAGS"]],
+    extra_compile_args=[*library["FLAGS"], *SANITIZE],
+    extra_link_args=SANITIZE,
     # Left out where they cannot be compiled. OpenMP is torch's, found when the library is loaded.
-    optional=True,
+    optional=not SANITIZE,
 )
 
 setup(ext_modules=[operators], cmdclass={"build_ext": BuildOperators})

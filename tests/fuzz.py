@@ -1,0 +1,252 @@
+"""A seeded differential fuzz of the CPU operators: python tests/fuzz.py --seconds 600 --seed 1
+
+Each case draws an operator, sizes, a dtype, layouts of its tensors (offsets, strides, expanded rows), torch's defaults
+and whether gradients are wanted, computes with impl="native" and holds the results against the reference in float64,
+with twice the error of the reference in the same dtype for a budget. One case in four gets a wrong argument: that must
+raise, or give what the reference gives. A case is a function of its number alone: --first N --cases 1 runs it again.
+FASTBERT_CPP=0 takes torch's operators in place of the C++ ones; `make fuzz-asan` looks at every address that the C++
+reads or writes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import random
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastbert.functional as F
+from fastbert.kernels import _cpu, _cpu_library
+from fastbert.testing import INPUTS, ModelShape
+
+DTYPES = (torch.float32, torch.float32, torch.bfloat16, torch.bfloat16, torch.float16, torch.float64)
+REFUSALS = (ValueError, TypeError, IndexError, RuntimeError, AttributeError)
+NUMBERS = ("alibi_slopes", "rotary")  # stay float32
+# What float16 and bfloat16 round a result of 1 by, and float32's sums in another order.
+SLACK = {torch.float64: 1e-12, torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+
+def lengths_of(rng: random.Random) -> list[int]:
+    kind = rng.randrange(4)
+    if kind == 0:
+        return [rng.choice((1, 15, 16, 17, 64, 65, 97))]
+    if kind == 1:
+        return [rng.randrange(0, 20) for _ in range(rng.randrange(0, 6))]
+    return [rng.randrange(1, rng.choice((4, 40, 120))) for _ in range(rng.randrange(1, 8))]
+
+
+def draw(rng: random.Random) -> tuple[str, dict[str, Any]]:
+    """(operator, its arguments in float32)."""
+    op = rng.choice(tuple(INPUTS))
+    heads = rng.choice((1, 2, 3, 4))
+    head_dim = rng.choice((16, 16, 32, 48, 64, 8, 10, 33))
+    hidden = heads * head_dim
+    shape = ModelShape(hidden, heads, rng.choice((32, 64, 96, 4, 50, hidden)), 1, vocab=rng.choice((2, 31, 64, 300)))
+    lengths, options = lengths_of(rng), {}
+    if "attention" in op:
+        options = {name: rng.random() < 0.15 for name in ("bias", "mask", "alibi")}
+        options["rotary"] = head_dim % 2 == 0 and rng.random() < 0.15
+        options["kv_heads"] = rng.choice([n for n in range(1, heads + 1) if heads % n == 0])
+        options["dropout_p"] = rng.choice((0.0, 0.0, 0.3))
+        if rng.random() < 0.2:
+            options["window"] = (rng.randrange(4), rng.randrange(40))
+        if rng.random() < 0.3:
+            options["scale"] = rng.choice((0.0, -0.5, 1.0, 1e-6))
+        if op == "attention" and rng.random() < 0.15:
+            options["lengths_k"] = [rng.randrange(0, 40) for _ in lengths]
+    elif op.startswith("add_") or op == "embedding_layer_norm":
+        options = {"dropout_p": rng.choice((0.0, 0.0, 0.3))}
+        if op.startswith("add_"):
+            options |= {"residual": rng.random() < 0.8, "x_bias": rng.random() < 0.2}
+            options["eps"] = rng.choice((1e-12, 1e-5))
+    elif op in ("linear_act", "feed_forward"):
+        options = {"activation": rng.choice(F.ACTIVATIONS)}
+    elif op == "pool":
+        options = {"mode": rng.choice(F.POOLING_MODES), "normalize": rng.random() < 0.3}
+    elif op == "linear_cross_entropy":
+        options = {"bias": rng.random() < 0.7, "label_smoothing": rng.choice((0.0, 0.1))}
+        options["reduction"] = rng.choice(("mean", "sum", "none"))
+    inputs = INPUTS[op](shape, lengths, **options)
+    if rng.random() < 0.15:
+        name = rng.choice([n for n, t in inputs.items() if isinstance(t, Tensor) and t.is_floating_point()])
+        inputs[name] = inputs[name] * rng.choice((0.0, 30.0)) + rng.choice((0.0, 100.0))
+    return op, inputs
+
+
+def laid_out(t: Tensor, rng: random.Random) -> Tensor:
+    """The same numbers somewhere else in memory: at an odd address, apart, transposed, or as they are."""
+    kind = rng.randrange(6)
+    if kind == 0 and t.dim() > 1:
+        wide = t.new_empty(*t.shape[:-1], t.shape[-1] + rng.choice((1, 8, 16)))
+        wide[..., : t.shape[-1]] = t
+        return wide[..., : t.shape[-1]]
+    if kind == 1:
+        offset = rng.randrange(1, 9)
+        flat = t.new_empty(t.numel() + offset)
+        flat[offset:] = t.flatten()
+        return flat[offset:].view(t.shape)
+    if kind == 2:
+        return t.repeat_interleave(2, dim=-1)[..., ::2]
+    if kind == 3 and t.dim() > 1:
+        return t.transpose(0, -1).contiguous().transpose(0, -1)
+    return t
+
+
+@contextlib.contextmanager
+def defaults(rng: random.Random):
+    """Torch's defaults as another part of a program may have set them."""
+    with torch.device("meta") if rng.random() < 0.15 else contextlib.nullcontext():
+        torch.set_default_dtype(rng.choice((torch.float32,) * 3 + (torch.float64, torch.float16, torch.bfloat16)))
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
+def results(op: str, inputs: dict[str, Any], impl: str, wanted: list[str]) -> dict[str, Tensor]:
+    """Outputs, and the gradients of the tensors that are wanted."""
+    given = {n: t.detach().requires_grad_() if n in wanted else t for n, t in inputs.items()}
+    with torch.set_grad_enabled(bool(wanted)):
+        y = getattr(F, op)(**given, impl=impl)
+        outputs = y if isinstance(y, tuple) else (y,)
+        found = {f"output {n}": o.detach() for n, o in enumerate(outputs)}
+        reached = [o for o in outputs if o.requires_grad]
+        if wanted and reached:
+            upstream = []
+            for o in reached:
+                dy = torch.linspace(-1.0, 2.0, o.numel(), dtype=torch.float64, device="cpu")
+                upstream.append(dy.view(o.shape).to(o.dtype))
+            grads = torch.autograd.grad(
+                reached, [given[n] for n in wanted], upstream, allow_unused=True, materialize_grads=True
+            )
+            found |= {f"gradient of {n}": g for n, g in zip(wanted, grads, strict=True)}
+    return found
+
+
+def exact(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(exact, value))
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def rms(t: Tensor) -> float:
+    return t.double().square().mean().sqrt().item() if t.numel() else 0.0
+
+
+def differences(op: str, inputs: dict[str, Any], dtype: torch.dtype, wanted: list[str], ours: dict[str, Tensor]):
+    """What of `ours` is out of its budget."""
+    plain = {n: t.contiguous() if isinstance(t, Tensor) else t for n, t in inputs.items()}
+    truth = results(op, {n: exact(t) for n, t in plain.items()}, "reference", wanted)
+    same = results(op, plain, "reference", wanted)
+    for name, true in truth.items():
+        found = ours[name]
+        if found.shape != true.shape:
+            yield f"{name} has shape {tuple(found.shape)}, expected {tuple(true.shape)}"
+            continue
+        keep = true.isfinite()
+        if not torch.equal(found.isfinite(), same[name].isfinite()) and not torch.equal(found.isfinite(), keep):
+            yield f"{name} is finite elsewhere than the reference"
+            continue
+        keep &= same[name].isfinite()
+        error = rms((found.double() - true)[keep])
+        # the loss is documented to be float32
+        slack = SLACK[torch.float32 if op == "linear_cross_entropy" and dtype == torch.float64 else dtype]
+        budget = 2 * rms((same[name].double() - true)[keep]) + slack * max(rms(true[keep]), 1e-3)
+        if not error <= budget:
+            yield f"{name} is {error:.3g} off, the budget is {budget:.3g}"
+
+
+def spoil(op: str, inputs: dict[str, Any], rng: random.Random) -> dict[str, Any]:
+    """One argument made wrong."""
+    tensors = [n for n, t in inputs.items() if isinstance(t, Tensor)]
+    name, kind = rng.choice(tensors), rng.randrange(7)
+    t = inputs[name]
+    if kind == 0:
+        return inputs | {name: t.to("meta")}
+    if kind == 1:
+        return inputs | {name: t.to(rng.choice((torch.float64, torch.float16, torch.int32, torch.int64, torch.bool)))}
+    if kind == 2 and t.dim() and t.shape[-1]:
+        return inputs | {name: t[..., :-1]}
+    if kind == 3 and t.dim() and t.shape[0]:
+        return inputs | {name: t[:-1]}
+    if kind == 4:
+        return inputs | {name: t[None]}
+    if kind == 5 and not t.is_floating_point() and t.numel():
+        wrong = t.clone()
+        wrong.view(-1)[rng.randrange(t.numel())] = rng.choice((-1, -(2**31), 2**31 - 1, 7, 10**6))
+        return inputs | {name: wrong}
+    return inputs | {name: None}
+
+
+def same_bits_as_reference(op: str, inputs: dict[str, Any], dtype: torch.dtype, ours: dict[str, Tensor]) -> bool:
+    """Whether the reference takes these arguments too, and gives the same."""
+    try:
+        return not list(differences(op, inputs, dtype, [], ours))
+    except REFUSALS:
+        return False
+
+
+def run_case(number: int) -> str | None:
+    """None, or what went wrong."""
+    rng = random.Random(number)
+    torch.manual_seed(number)
+    op, inputs = draw(rng)
+    dtype = rng.choice(DTYPES)
+    for name, t in inputs.items():
+        if isinstance(t, Tensor) and t.is_floating_point() and name not in NUMBERS:
+            inputs[name] = laid_out(t.to(dtype), rng)
+    floating = [n for n, t in inputs.items() if isinstance(t, Tensor) and t.is_floating_point() and n not in NUMBERS]
+    wanted = [n for n in floating if rng.random() < 0.8] if rng.random() < 0.5 else []
+    what = f"case {number}: {op} in {dtype}, gradients of {wanted}"
+    if rng.random() < 0.25:
+        wrong = spoil(op, inputs, rng)
+        try:
+            with defaults(rng):
+                ours = results(op, wrong, "native", [])
+        except REFUSALS:
+            return None
+        except Exception as error:
+            return f"{what}: a wrong argument raised {type(error).__name__}: {error}"
+        if any(not o.is_cpu for o in ours.values()):
+            return None  # all of it was on meta
+        return None if same_bits_as_reference(op, wrong, dtype, ours) else f"{what}: a wrong argument was taken"
+    with defaults(rng):
+        ours = results(op, inputs, "native", wanted)
+    wrong = list(differences(op, inputs, dtype, wanted, ours))
+    return f"{what}: {'; '.join(wrong)}" if wrong else None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=60.0, help="stop after so long")
+    parser.add_argument("--seed", type=int, default=0, help="of the first case: cases of two seeds are different ones")
+    parser.add_argument("--first", type=int, default=0, help="number of the first case within the seed")
+    parser.add_argument("--cases", type=int, default=sys.maxsize, help="stop after so many")
+    parser.add_argument("--library", type=Path, help="of C++ operators, in place of the one that is installed")
+    given = parser.parse_args()
+    if given.library is not None:
+        _cpu_library.find = lambda folder: given.library
+        print(f"C++ operators: {_cpu.load()[1] or given.library}")
+    start, done, failed = time.monotonic(), 0, 0
+    while done < given.cases and time.monotonic() - start < given.seconds:
+        number = given.seed * 10**9 + given.first + done
+        try:
+            wrong = run_case(number)
+        except Exception as error:
+            wrong = f"case {number}: raised {type(error).__name__}: {error}"
+        done += 1
+        if wrong:
+            failed += 1
+            print(wrong, flush=True)
+    print(f"{done} cases from {given.seed * 10**9 + given.first} on, {failed} failed")
+    return failed > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
