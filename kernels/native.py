@@ -116,7 +116,7 @@ def linears(x, weights, biases):
     """The products of x with each weight side by side, from the weights as they lie; None where nothing does that."""
     if torch.compiler.is_compiling() or any(map(layouts.is_int8, weights)):
         return None
-    marked = any(map(layouts.is_marked, weights))
+    marked = any(map(layouts.is_promised, weights))
     if not all(cpp.takes_linear(x, w, b, None, marked) for w, b in zip(weights, biases, strict=True)):
         return None
     return cpp.linears(x, weights, biases)
@@ -134,7 +134,7 @@ def _for_inference(x, weight, bias, activation):
     """activation(x weight^T + bias) by the faster of what serves inference alone; None where nothing does."""
     if torch.compiler.is_compiling():
         return None
-    if not layouts.is_int8(weight) and cpp.takes_linear(x, weight, bias, activation, layouts.is_marked(weight)):
+    if not layouts.is_int8(weight) and cpp.takes_linear(x, weight, bias, activation, layouts.is_promised(weight)):
         return cpp.linear(x, weight, bias, activation)
     packed = None if is_batch_invariant() else layouts.find(x, weight, bias)
     return None if packed is None else layouts.linear(x, packed, bias, activation)

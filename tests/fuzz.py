@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 import fastbert.functional as F
-from fastbert.kernels import _cpu, _cpu_library
+from fastbert.kernels.cpu import library
+from fastbert.kernels.cpu import operators as cpp
 from fastbert.testing import INPUTS, ModelShape
 
 DTYPES = (torch.float32, torch.float32, torch.bfloat16, torch.bfloat16, torch.float16, torch.float64)
@@ -231,8 +232,8 @@ def main() -> int:
     parser.add_argument("--library", type=Path, help="of C++ operators, in place of the one that is installed")
     given = parser.parse_args()
     if given.library is not None:
-        _cpu_library.find = lambda folder: given.library
-        print(f"C++ operators: {_cpu.load()[1] or given.library}")
+        library.find = lambda folder: given.library
+        print(f"C++ operators: {cpp.load()[1] or given.library}")
     start, done, failed = time.monotonic(), 0, 0
     while done < given.cases and time.monotonic() - start < given.seconds:
         number = given.seed * 10**9 + given.first + done

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import fastbert
+import fastbert.layers
 from fastbert.dropin.layer import LayerForward
 from fastbert.kernels.cpu import layouts
 from fastbert.kernels.cpu import operators as cpp
@@ -36,6 +37,7 @@ def build(family: str = "bert", **more):
 def _tiles(monkeypatch):
     """As on a CPU whose vendor library has instructions that our products have not."""
     monkeypatch.setattr(cpp, "multiplies", lambda dtype: False)
+    monkeypatch.setattr(cpp, "FEW_ROWS", cpp.FEW_ROWS_LAID_OUT)
 
 
 def packed(model) -> int:
@@ -169,3 +171,65 @@ def test_copies_go_with_the_model():
     del model
     gc.collect()
     assert len(layouts._marked) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", ["accelerated", "own"])
+@pytest.mark.parametrize("heads", [4, 1], ids=["even", "odd_width"])
+@pytest.mark.parametrize("tiles", [True, False], ids=["tiles", "our_products"])
+def test_one_element_written_through_data_counts(kind, dtype, heads, tiles, monkeypatch):
+    """Of a joined weight of query, key and value, and of weights laid out for the vendor library, 64 bytes were
+    compared before a copy was used again: a head or a neuron set to zero through `.data` was ignored without a word."""
+    monkeypatch.setattr(cpp, "multiplies", lambda dtype: not tiles)
+    sizes = {"hidden_size": 32, "intermediate_size": 48} if heads == 4 else {"hidden_size": 33, "intermediate_size": 67}
+    model = build(num_attention_heads=heads, **sizes).to(dtype)
+    if kind == "own":
+        own = fastbert.BertModel(fastbert.BertConfig.from_dict(model.config.to_dict()), impl="native").eval()
+        own.load_state_dict(model.state_dict())
+        model = own.to(dtype)
+    else:
+        model = fastbert.accelerate(model, impl="native")
+    before = infer(model)
+    for name, parameter in model.named_parameters():
+        if "encoder" not in name:
+            continue
+        for place in (0, -1):
+            kept = parameter.data.view(-1)[place].item()
+            parameter.data.view(-1)[place] = 100.0 if "weight" in name else 20.0
+            fresh = copy.deepcopy(model)
+            if ".key.bias" not in name:  # which softmax leaves out
+                assert not torch.equal(infer(model), before), name
+            assert torch.equal(infer(model), infer(fresh)), name
+            parameter.data.view(-1)[place] = kept
+    assert torch.equal(infer(model), before)
+
+
+def test_any_change_of_a_weight_changes_its_sums():
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8):
+        for shape in ((3, 8), (5, 7), (4, 6), (1, 1)):
+            weight = (torch.randn(shape) * 50).to(dtype)
+            sums = layouts.sums_of(weight)
+            assert torch.equal(layouts.sums_of(weight.clone()), sums)
+            for place in range(weight.numel()):
+                changed = weight.clone()
+                changed.view(torch.int8).view(-1)[place * weight.element_size()] ^= 1
+                assert not torch.equal(layouts.sums_of(changed), sums)
+            if min(shape) > 1 and dtype != torch.int8:
+                assert not torch.equal(layouts.sums_of(weight.flip(0)), sums)
+                assert not torch.equal(layouts.sums_of(weight.roll(1, 1)), sums)
+
+
+def test_a_promise_is_kept_and_not_forgotten():
+    model = build()
+    fastbert.layers.prepack(model)
+    fastbert.accelerate(model, impl="native")
+    infer(model)
+    weight = model.encoder.layer[0].attention.output.dense.weight
+    assert layouts.is_promised(weight)
+    other = fastbert.accelerate(build(), impl="native")
+    infer(other)
+    weight = other.encoder.layer[0].attention.output.dense.weight
+    assert layouts.is_marked(weight)
+    assert not layouts.is_promised(weight)
+    fastbert.layers.prepack(other)
+    assert layouts.is_promised(weight)

@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from fastbert.layers import AddLayerNorm, EncoderLayer, FeedForward, FusedLinears, JoinedLinears, MultiheadAttention
+from fastbert.layers import (
+    AddLayerNorm,
+    EncoderLayer,
+    FeedForward,
+    FusedLinears,
+    JoinedLinears,
+    MultiheadAttention,
+    prepack,
+)
 from fastbert.testing import assert_within_budget
 
 IMPLS = ["native", "triton"]
@@ -153,9 +161,14 @@ def test_feed_forward(activation):
 
 
 def test_joined_linears_follow_their_parts():
-    """Without gradients the joined weight is kept; a part that changes must still be seen, whoever changes it."""
+    """Of parts that were readied for it the joined weight is kept; one that changes must still be seen, whoever changes
+    it."""
     parts = [nn.Linear(8, 4), nn.Linear(8, 6)]
     joined, x = JoinedLinears(), torch.randn(3, 8)
+    with torch.no_grad():
+        joined(x, parts)
+    assert joined._weight_and_bias is None  # nobody promised anything
+    prepack(nn.ModuleList(parts))
 
     def expected():
         return torch.cat([part(x) for part in parts], dim=-1)

@@ -146,7 +146,7 @@ def call(part: Part, x: Tensor, shared: Shared) -> Tensor:
 def readied(shared: Shared, *linears: nn.Linear) -> None:
     """Lays out the weights of plain layers for the products of inference, at their first use."""
     if shared.infers:
-        weights.ready(linears)
+        weights.ready(linears, promised=False)
 
 
 def apart(*parts: Part) -> bool:

@@ -19,10 +19,12 @@ def why_not_int8() -> str | None:
     return eight_bits.why_not()
 
 
-def ready(linears: Iterable[nn.Linear], int8: bool = False) -> None:
-    """Weights that are multiplied by again and again, and not trained: see `prepack`; with `int8`, `quantise`."""
+def ready(linears: Iterable[nn.Linear], int8: bool = False, promised: bool = True) -> None:
+    """Weights that are multiplied by again and again, and not trained: see `prepack`; with `int8`, `quantise`. Where it
+    was not `promised` that nobody writes to them through `.data`, each is read as a whole before a copy of it is used.
+    """
     for linear in linears:
-        layouts.mark(linear.weight, int8)
+        layouts.mark(linear.weight, int8, promised)
 
 
 def release(weights: Iterable[Tensor]) -> None:
@@ -34,8 +36,9 @@ def release(weights: Iterable[Tensor]) -> None:
 class JoinedLinears:
     """Linear layers over one input as a single product: x [..., C] -> [..., sum of their widths].
 
-    The joined weight is made anew where a gradient must reach the parts; without gradients it is kept until a part
-    changes, or not made at all where the parts are multiplied as they lie. The layers are given at every call and not
+    The joined weight is made anew at every call, or not at all where the parts are multiplied as they lie. Only that of
+    parts which `prepack` or `quantise` has readied is kept, without gradients and until a part changes: who calls those
+    promises not to write to the weights in a way that torch does not count. The layers are given at every call and not
     held.
     """
 
@@ -54,6 +57,8 @@ class JoinedLinears:
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self._join(linears)
         parameters = [p for linear in linears for p in (linear.weight, linear.bias) if p is not None]
+        if not all(layouts.is_promised(linear.weight) for linear in linears):
+            return self._join(linears)
         if any(p.is_inference() for p in parameters):  # made in inference mode: nothing tells when they change
             return self._join(linears)
         state = tuple(map(layouts.state_of, parameters))
@@ -88,9 +93,9 @@ def prepack(model: nn.Module) -> nn.Module:
     """Ready the linear layers of `model` for inference on a CPU; returns it. What `Encoder` does with its own.
 
     Where the vendor library's products are ahead of ours (AMX, no AVX-512, activations other than GELU), their weights
-    are laid out for it at their first use without gradients, and then held twice. Training them again, loading others
-    or moving them is noticed; writing to a few of their elements through `.data` may not be, so do not. Changes nothing
-    on a GPU.
+    are laid out for it at their first use without gradients, and then held twice; and the joined weight of query, key
+    and value is kept where one is needed. Training them again, loading others or moving them is noticed; writing to a
+    few elements of the weights or biases through `.data` may not be. The call is the promise that nobody does.
     """
     ready(module for module in model.modules() if isinstance(module, nn.Linear))
     return model

@@ -3,9 +3,11 @@
 A product with an ordinary weight lays it out anew at every call: of float32 products with 768 to 3,072 columns that is
 half the time at 16 rows and a seventh at 2,048. The owner of a model that no longer changes marks its weights; where
 `cpp.linear` is not ahead, a marked one is laid out at its first use and from then on held twice. A change that torch
-counts (`_version`) or a new storage is noticed. One through `.data` or in inference mode, which torch does not count,
-is noticed by a glimpse of the weight: an optimiser's step or an average of weights changes all of it, a write to a few
-elements may miss the glimpse.
+counts (`_version`) or a new storage is noticed. One through `.data` or in inference mode torch does not count:
+
+    promised      somebody said that there will be none (`prepack`, `quantise`, an `Encoder` of its own model). A
+                  glimpse of the weight still notices an optimiser's step or an average, which change all of it
+    not promised  the weight is read as a whole before each use: sums of its rows and columns, as integers
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ EPILOGUES = {
 @dataclass
 class _Marked:
     int8: bool
+    promised: bool
     state: tuple | None = None  # of the weight that was laid out
+    sums: Tensor | None = None  # of the same, where nothing was promised
     packed: Tensor | Int8Weight | None = None
 
 
@@ -42,12 +46,15 @@ _marked: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _int8_since_start = False  # whether a weight was ever marked so: asking for each one costs a microsecond
 
 
-def mark(weight: Tensor, int8: bool = False) -> None:
-    """Say that `weight` [N, K] will be multiplied from again and again, and not be trained; `int8`: in 8 bits."""
+def mark(weight: Tensor, int8: bool = False, promised: bool = True) -> None:
+    """Say that `weight` [N, K] will be multiplied from again and again, and not be trained; `int8`: in 8 bits;
+    `promised`: nobody will write to it in a way that torch does not count."""
     global _int8_since_start
     _int8_since_start |= int8
     if int8 or weight not in _marked:
-        _marked[weight] = _Marked(int8)
+        _marked[weight] = _Marked(int8, promised)
+    else:
+        _marked[weight].promised |= promised
 
 
 def unmark(weight: Tensor) -> None:
@@ -69,6 +76,23 @@ def _glimpse(weight: Tensor) -> bytes:
         return b""
     count = min(GLIMPSE, size)
     return ctypes.string_at(weight.data_ptr() + (size - count) // 2, count)
+
+
+def sums_of(weight: Tensor) -> Tensor:
+    """Sums over the rows and over the columns of the bits of `weight` [N, K], as integers [some + N].
+
+    Any one element that changes changes both; what leaves all of them as they were is no change that a program makes.
+    """
+    weight = weight.detach().contiguous()
+    row = weight.shape[1] * weight.element_size()
+    words = weight.view(torch.int64 if row % 8 == 0 else torch.int32 if row % 4 == 0 else torch.int16)
+    return torch.cat([words.sum(axis, dtype=torch.int64) for axis in (0, 1)])
+
+
+def is_promised(weight: Tensor) -> bool:
+    """Is it marked, and will nobody write to it in a way that torch does not count?"""
+    marked = _marked.get(weight)
+    return marked is not None and marked.promised
 
 
 def is_marked(weight: Tensor) -> bool:
@@ -97,12 +121,14 @@ def find(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | Int8Weight 
     if x.dtype != weight.dtype or (bias is not None and bias.dtype != x.dtype) or x.numel() == 0:
         return None
     state = state_of(weight)
-    if marked.state != state:
+    sums = None if marked.promised else sums_of(weight)
+    same = marked.state == state and (sums is None or (marked.sums is not None and torch.equal(marked.sums, sums)))
+    if not same:
         if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
             return None
         pack = Int8Weight if marked.int8 else _blocked
         marked.packed = pack(weight)
-        marked.state = state
+        marked.state, marked.sums = state, sums
     return marked.packed
 
 

@@ -64,7 +64,9 @@ struct BFloat16 {
 inline int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 inline __m512 broadcast_lane(const void* from) {
-    return _mm512_castsi512_ps(_mm512_set1_epi32(*(const int32_t*)from));
+    int32_t lane;
+    std::memcpy(&lane, from, sizeof lane);  // of bfloat16 a lane may lie at any even address
+    return _mm512_castsi512_ps(_mm512_set1_epi32(lane));
 }
 
 // 2^x for x <= 0, to 2e-9 of itself; NaN stays NaN.
