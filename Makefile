@@ -18,7 +18,7 @@ INSTALLED := $(VENV)/.installed
 BUILT := $(VENV)/.built
 SOURCES := $(shell find kernels -name '*.cpp' -o -name '*.h')
 
-.PHONY: help install demo test test-triton test-cpp test-torch ptx ptx-fast verify bench compile compile-all full lint format clean
+.PHONY: fuzz fuzz-asan help install demo test test-triton test-cpp test-torch ptx ptx-fast verify bench compile compile-all full lint format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -27,6 +27,8 @@ help:
 	@echo "              then what a CPU runs with the C++ operators, and without; test-triton, test-cpp, test-torch"
 	@echo "make ptx      run the tests of the operators on compiled kernels, emulated: sm_80, sm_90, sm_120 (ARCHES="sm_90")"
 	@echo "make ptx-fast every kernel at every flag once on sm_80 and sm_90: what continuous integration runs"
+	@echo "make fuzz     random calls of the CPU operators against float64 for SECONDS=60 from SEED=0; fuzz-asan: the same"
+	@echo "              with the C++ operators built with AddressSanitizer and UBSan (GCC)"
 	@echo "make verify   check every operator on this machine against the reference"
 	@echo "make bench    time everything beside the libraries people use (BENCH_ARGS="--quick")"
 	@echo "make compile  compile the kernels for NVIDIA and AMD without a GPU, and read their machine code"
@@ -71,6 +73,21 @@ ptx: $(BUILT)
 
 ptx-fast: $(BUILT)
 	set -e; for arch in sm_80 sm_90; do $(EMULATED) tests/test_emulated.py; done
+
+SECONDS ?= 60
+SEED ?= 0
+
+fuzz: $(BUILT)
+	OMP_NUM_THREADS=2 $(BIN)/python tests/fuzz.py --seconds $(SECONDS) --seed $(SEED)
+
+# The sanitizers have to be loaded before Python; what torch leaves behind at its end is no leak of ours.
+SANITIZERS = $(foreach name,libasan.so libubsan.so,$(shell $(CC) -print-file-name=$(name)))
+SANITIZED = $$(find build/asan -name '*_operators*.so')
+
+fuzz-asan: $(BUILT)
+	FASTBERT_SANITIZE=1 $(BIN)/python setup.py --quiet build_ext --build-lib build/asan --build-temp build/asan_objects
+	LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 OMP_NUM_THREADS=2 \
+	  $(BIN)/python tests/fuzz.py --seconds $(SECONDS) --seed $(SEED) --library $(SANITIZED)
 
 verify: $(BUILT)
 	@$(BIN)/python -m fastbert verify

@@ -37,7 +37,7 @@ def build(family: str = "bert", **more):
 def _tiles(monkeypatch):
     """As on a CPU whose vendor library has instructions that our products have not."""
     monkeypatch.setattr(cpp, "multiplies", lambda dtype: False)
-    monkeypatch.setattr(cpp, "FEW_ROWS", cpp.FEW_ROWS_LAID_OUT)
+    monkeypatch.setattr(cpp, "MOST_ROWS", cpp.MOST_ROWS_LAID_OUT)
 
 
 def packed(model) -> int:
@@ -205,7 +205,7 @@ def test_one_element_written_through_data_counts(kind, dtype, heads, tiles, monk
 
 
 def test_any_change_of_a_weight_changes_its_sums():
-    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         for shape in ((3, 8), (5, 7), (4, 6), (1, 1)):
             weight = (torch.randn(shape) * 50).to(dtype)
             sums = layouts.sums_of(weight)
@@ -214,7 +214,7 @@ def test_any_change_of_a_weight_changes_its_sums():
                 changed = weight.clone()
                 changed.view(torch.int8).view(-1)[place * weight.element_size()] ^= 1
                 assert not torch.equal(layouts.sums_of(changed), sums)
-            if min(shape) > 1 and dtype != torch.int8:
+            if min(shape) > 1:
                 assert not torch.equal(layouts.sums_of(weight.flip(0)), sums)
                 assert not torch.equal(layouts.sums_of(weight.roll(1, 1)), sums)
 

@@ -1,0 +1,27 @@
+"""A fixed budget of the fuzz's cases; tests/fuzz.py goes on for as long as one likes."""
+
+import fuzz
+import pytest
+
+from fastbert.kernels import native
+
+CHUNKS, CASES = 12, 60
+
+
+@pytest.mark.parametrize("chunk", range(CHUNKS))
+def test_fuzz(chunk):
+    wrong = [fuzz.run_case(number) for number in range(chunk * CASES, (chunk + 1) * CASES)]
+    assert not any(wrong), "\n".join(filter(None, wrong))
+
+
+def test_the_fuzz_sees_what_is_wrong(monkeypatch):
+    """Numbers a little off, and arguments that nobody looks at, are both found among its first cases."""
+    exact = native.pool
+    monkeypatch.setattr(native, "pool", lambda *args: exact(*args) * 1.1)
+    found = [wrong for wrong in map(fuzz.run_case, range(200)) if wrong]
+    assert found
+    assert all("pool" in wrong for wrong in found)
+    monkeypatch.undo()
+
+    monkeypatch.setattr(fuzz, "REFUSALS", ())
+    assert any("a wrong argument raised" in wrong for wrong in map(fuzz.run_case, range(60)) if wrong)
