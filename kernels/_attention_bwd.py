@@ -114,6 +114,7 @@ def _attention_bwd_dq_kernel(
                 qk, rows[:, None], cols[None, :], length_q, length_k, scale_log2, slope_log2,
                 bias_ptr, stride_bias_q, stride_bias_k, mask_ptr, stride_mask_q, stride_mask_k,
                 window_left, window_right, HAS_BIAS, HAS_MASK, HAS_ALIBI, HAS_WINDOW, CROSSES_END,
+                not CROSSES_END,
             )  # fmt: skip
             p = tl.exp2(s - lse_log2[:, None])
 
@@ -211,7 +212,7 @@ def _attention_bwd_dkv_kernel(
             s = _scores(
                 qk, rows[None, :], cols[:, None], length_q, length_k, scale_log2, slope_log2,
                 bias_head_ptr, stride_bias_q, stride_bias_k, mask_head_ptr, stride_mask_q, stride_mask_k,
-                window_left, window_right, HAS_BIAS, HAS_MASK, HAS_ALIBI, HAS_WINDOW, False,
+                window_left, window_right, HAS_BIAS, HAS_MASK, HAS_ALIBI, HAS_WINDOW, False, False,
             )  # fmt: skip
             p = tl.exp2(s - _load_lse_log2(lse_ptr + lse_origin, rows, length_q)[None, :])
 
@@ -315,7 +316,7 @@ def _attention_bwd_short_kernel(
         s = _scores(
             qk, rows[None, :], cols[:, None], length_q, length_k, scale_log2, slope_log2,
             bias_head_ptr, stride_bias_q, stride_bias_k, mask_head_ptr, stride_mask_q, stride_mask_k,
-            window_left, window_right, HAS_BIAS, HAS_MASK, HAS_ALIBI, HAS_WINDOW, True,
+            window_left, window_right, HAS_BIAS, HAS_MASK, HAS_ALIBI, HAS_WINDOW, True, False,
         )  # fmt: skip
         p = tl.exp2(s - _load_lse_log2(lse_ptr + lse_origin, rows, length_q)[None, :])
         dp = _dot(v, tl.trans(do), None, PRECISION)
@@ -412,7 +413,7 @@ def _attention_bwd_bias_kernel(
         s = _scores(
             qk, rows[:, None], cols[None, :], length_q, length_k, scale_log2, slope_log2,
             bias_head_ptr, stride_bias_q, stride_bias_k, mask_head_ptr, stride_mask_q, stride_mask_k,
-            window_left, window_right, HAS_BIAS, HAS_MASK, HAS_ALIBI, HAS_WINDOW, True,
+            window_left, window_right, HAS_BIAS, HAS_MASK, HAS_ALIBI, HAS_WINDOW, True, False,
         )  # fmt: skip
         p = tl.exp2(s - _load_lse_log2(lse_ptr + lse_origin, rows, length_q)[:, None])
 

@@ -42,13 +42,13 @@ def attention_config(
         take sequences of at most SHORT tokens, "fwd_heads" and "bwd_heads" do so for packed plain scores, and
         "fwd_tile" and "bwd_tile" take those up to TILE.
     traits: what takes registers beside the products: "dropout"; "modified" scores (bias, mask, ALiBi, window,
-        rotary); "grouped" heads.
+        rotary), and "many" where three or more of these modify them; "grouped" heads.
 
     Depends on nothing that differs between the batches of one model, so a sequence's bits do not either.
     """
     unit = hardware(arch)
     if dtype == torch.float32:
-        return _float32_config(head_dim, unit.matrix, direction)
+        return _float32_config(head_dim, unit.matrix, direction, traits)
     if unit.matrix == "mfma":
         return _mfma_config(head_dim, direction, traits)
     if unit.matrix == "mma.sync":
@@ -83,8 +83,8 @@ def _config(head_dim: int, matrix: str, direction: str, traits: frozenset[str]) 
     if direction == "bwd_dq":
         # as forward: 128 registers and 80 KB at head_dim 64, two programs; with two stages it takes 150, and one fits
         if head_dim <= 64 or (head_dim <= 128 and not is_modified):
-            # tcgen05 spills a few with modified scores at any number of stages: half the rows
-            rows = 64 if matrix == "tcgen05" and is_modified else 128
+            # tcgen05 spills a few with modified scores at any number of stages, wgmma with many: half the rows
+            rows = 64 if "many" in traits or (matrix == "tcgen05" and is_modified) else 128
             return AttentionConfig(rows, 64, num_warps=8, num_stages=3)
         # head_dim 256: 218 registers, 64 keys spill; 80 with rotary: 32 keys spill
         return AttentionConfig(64, 16 if is_modified else 32, num_warps=8, num_stages=2)
@@ -93,6 +93,8 @@ def _config(head_dim: int, matrix: str, direction: str, traits: frozenset[str]) 
         # 64 keys by 64 rows take 196 left alone, but plain scores do with 168 without a spill, and three programs fit
         if head_dim <= 64 and "grouped" in traits and not is_modified:
             return AttentionConfig(64, 64, num_warps=8, num_stages=1)  # the loop over heads: 182, four warps spill
+        if head_dim <= 64 and "many" in traits:
+            return AttentionConfig(32, 64, num_warps=8, num_stages=1)  # 234 registers on wgmma; four warps spill
         if head_dim <= 64:
             most = 168 if not traits and matrix == "wgmma" else None
             return AttentionConfig(32 if is_modified else 64, 64, num_warps=4, num_stages=2, max_registers=most)
@@ -120,7 +122,10 @@ def _config(head_dim: int, matrix: str, direction: str, traits: frozenset[str]) 
         if head_dim > 128 or traits >= {"modified", "dropout"} or (is_modified and head_dim > 64):
             return None
         return AttentionConfig(SHORT, SHORT, num_warps=4 if head_dim <= 64 and not is_modified else 8, num_stages=1)
-    return AttentionConfig(64, 64, num_warps=4 if head_dim <= 128 else 8, num_stages=1)  # bwd_bias
+    # bwd_bias
+    if "many" in traits:
+        return AttentionConfig(64, 32, num_warps=8, num_stages=1)  # 238 registers; 64 keys in four warps spill
+    return AttentionConfig(64, 64, num_warps=4 if head_dim <= 128 else 8, num_stages=1)
 
 
 def _mma_sync_config(head_dim: int, shared: int, direction: str, traits: frozenset[str]) -> AttentionConfig | None:
@@ -173,10 +178,17 @@ def _mma_sync_crowded_config(
         return _mma_sync_config(head_dim, shared, direction, traits)
     if direction.endswith(("short", "heads", "tile")):
         return None
+    if direction == "fwd" and "many" in traits:
+        return AttentionConfig(64, 16, num_warps=8, num_stages=1)  # sm_120: 244 registers, 32 keys spill
     if direction == "fwd":
-        return AttentionConfig(*((128, 32) if head_dim <= 64 else (64, 64)), num_warps=8, num_stages=1)
+        # 242 registers where a lane loads bias or mask element by element (rows that do not begin at multiples of 16
+        # bytes); 128 rows would take 170 on sm_120 where it loads 16 bytes at once, but spill 11 otherwise
+        return AttentionConfig(64, 32 if head_dim <= 64 else 64, num_warps=8, num_stages=1)
+    if direction == "bwd_bias" and "many" in traits:
+        return AttentionConfig(16, 32, num_warps=8, num_stages=1)  # sm_120: 190 registers, 32 rows spill
     if direction == "bwd_dq":
-        return AttentionConfig(32, 32, num_warps=8, num_stages=1)  # 232 registers with every variant at once
+        # 232 registers with every variant at once; head_dim 80 with rotary on sm_120: 240 for 16 rows, 32 spill
+        return AttentionConfig(32 if head_dim <= 64 else 16, 32, num_warps=8, num_stages=1)
     if direction == "bwd_dkv" and head_dim > 64:
         return AttentionConfig(16, 16, num_warps=4, num_stages=1)
     return AttentionConfig(32 if direction == "bwd_dkv" else 64, 32, num_warps=8, num_stages=1)  # bwd_dkv, bwd_bias
@@ -204,10 +216,13 @@ def _mfma_config(head_dim: int, direction: str, traits: frozenset[str]) -> Atten
     return AttentionConfig(64, 32, num_warps=warps, num_stages=1)  # dq with 64 keys spills, 32 take 119
 
 
-def _float32_config(head_dim: int, matrix: str, direction: str) -> AttentionConfig | None:
+def _float32_config(head_dim: int, matrix: str, direction: str, traits: frozenset[str]) -> AttentionConfig | None:
     """Exact products run outside the matrix units with operands in registers: the smallest blocks, to fit."""
     if direction.endswith(("short", "heads", "tile")):
         return None
+    if head_dim <= 64 and "many" in traits:
+        # half the rows and keys in the backward pass: 32 of each spill up to 38
+        return AttentionConfig(*((32, 32) if direction == "fwd" else (16, 16)), num_warps=8, num_stages=1)
     if head_dim <= 64:
         # four warps spill in the backward pass
         return AttentionConfig(64 if matrix == "mma.sync" and direction == "fwd" else 32, 32, num_warps=8, num_stages=1)

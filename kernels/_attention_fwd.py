@@ -202,23 +202,27 @@ def _scores(
     scale_log2, slope_log2, bias_ptr, stride_bias_q, stride_bias_k, mask_ptr, stride_mask_q, stride_mask_k,
     window_left, window_right,
     HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    MASK_COLS: tl.constexpr,
+    MASK_COLS: tl.constexpr, COLS_EXIST: tl.constexpr,
 ):  # fmt: skip
     """s * log2(e), -inf where forbidden. rows and cols broadcast to qk: [M, 1], [1, N], or transposed [1, M], [N, 1].
 
-    MASK_COLS: some columns may lie past n_cols. bias_ptr and mask_ptr point at this sequence and head.
+    MASK_COLS: scores past n_cols have to be -inf. COLS_EXIST: no column lies past n_cols, so that a lane may load
+    neighbours at once, 16 bytes where strides allow. bias_ptr and mask_ptr point at this sequence and head.
     """
     s = qk * scale_log2
+    exists = rows < n_rows
+    if not COLS_EXIST:
+        exists = exists & (cols < n_cols)
     if HAS_BIAS:
         bias_ptrs = bias_ptr + rows.to(tl.int64) * stride_bias_q + cols.to(tl.int64) * stride_bias_k
-        s += tl.load(bias_ptrs, mask=(rows < n_rows) & (cols < n_cols), other=0.0).to(tl.float32) * LOG2_E
+        s += tl.load(bias_ptrs, mask=exists, other=0.0).to(tl.float32) * LOG2_E
     if HAS_ALIBI:
         s -= slope_log2 * tl.abs(rows - cols).to(tl.float32)
     if HAS_WINDOW:
         s = tl.where((cols >= rows - window_left) & (cols <= rows + window_right), s, float("-inf"))
     if HAS_MASK:
         mask_ptrs = mask_ptr + rows.to(tl.int64) * stride_mask_q + cols.to(tl.int64) * stride_mask_k
-        allowed = tl.load(mask_ptrs, mask=(rows < n_rows) & (cols < n_cols), other=0)
+        allowed = tl.load(mask_ptrs, mask=exists, other=0)
         s = tl.where(allowed != 0, s, float("-inf"))
     if MASK_COLS:
         s = tl.where(cols < n_cols, s, float("-inf"))
@@ -327,7 +331,7 @@ def _attention_fwd_kernel(
                 s = _scores(
                     qk, rows[:, None], cols[None, :], length_q, length_k, scale_log2, slope_log2,
                     bias_ptr, stride_bias_q, stride_bias_k, mask_ptr, stride_mask_q, stride_mask_k,
-                    window_left, window_right, HAS_BIAS, HAS_MASK, HAS_ALIBI, HAS_WINDOW, CROSSES_END,
+                    window_left, window_right, HAS_BIAS, HAS_MASK, HAS_ALIBI, HAS_WINDOW, CROSSES_END, not CROSSES_END,
                 )  # fmt: skip
                 m_new = tl.maximum(m_i, tl.max(s, 1))
             else:

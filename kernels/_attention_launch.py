@@ -98,8 +98,11 @@ class _Traits(NamedTuple):
 
     def of_config(self) -> frozenset[str]:
         """What `attention_config` has to know."""
-        modified = self.bias or self.mask or self.alibi or self.window or self.rotary
-        has = {"modified": modified, "dropout": self.dropout_p > 0.0, "grouped": self.heads > self.kv_heads}
+        modifiers = sum(map(bool, (self.bias, self.mask, self.alibi, self.window, self.rotary)))
+        has = {
+            "modified": modifiers > 0, "many": modifiers > 2, "dropout": self.dropout_p > 0.0,
+            "grouped": self.heads > self.kv_heads,
+        }  # fmt: skip
         return frozenset(trait for trait, present in has.items() if present)
 
     def is_plain(self) -> bool:

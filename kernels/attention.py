@@ -230,6 +230,8 @@ _VARIANTS = {
     "padded": {"padded": True, "dropout": True, "return_lse": True},
     "bias": {"bias": True},
     "mask": {"mask": True},
+    "bias,S=300": {"bias": True, "longest": 300},  # rows of bias and mask that do not begin at multiples of 16 bytes
+    "mask,S=300": {"mask": True, "longest": 300},
     "alibi": {"alibi": True},
     "window": {"window": (64, 64)},
     "rotary": {"rotary": True},
@@ -259,10 +261,10 @@ def compile_calls() -> list[CompileCall]:
 
 def _call(
     name, dtype, *, head_dim=64, groups=1, padded=False, dropout=False, bias=False, bias_planes=1, mask=False,
-    alibi=False, rotary=False, ids=False, cross=False, fast=False, **options,
+    alibi=False, rotary=False, ids=False, cross=False, longest=304, fast=False, **options,
 ) -> CompileCall:  # fmt: skip
     """A call over sequences of one block, of one tile and longer, with q, k and v views of one fused projection."""
-    lengths, heads = [40, 100, 300], 12
+    lengths, heads = [40, 100, longest], 12
     batch, width = len(lengths), max(lengths)
     rows = (batch, width) if padded else (sum(lengths),)
     qkv = empty(*rows, heads + 2 * (heads // groups), head_dim, dtype=dtype)
@@ -279,7 +281,7 @@ def _call(
         options |= {"dropout_p": 0.1, "seed": empty(1, dtype=torch.int64)}
     if ids:
         options["sequence_ids"] = empty(batch, dtype=torch.int64)
-    spans = torch.tensor(lengths if padded else [0, 40, 140, 440], dtype=torch.int32, device="cpu")
+    spans = torch.tensor(lengths if padded else [0, 40, 140, sum(lengths)], dtype=torch.int32, device="cpu")
     if cross:
         options |= {"cu_seqlens_k": spans, "max_seqlen_k": width}
     given = (q, k, v, spans) if padded else (q, k, v, spans, width)

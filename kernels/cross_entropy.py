@@ -64,7 +64,7 @@ from ._rows import packed
 CHUNK_BYTES = 256 << 20
 
 # One row a program, 16 elements a lane a step: two 16-byte loads of bf16 in flight, and several programs a processor,
-# so that one loads while another sums.
+# so that one loads while another sums. float32 has twice the warps: as many bytes a lane. (With 8, sm_100 spills two.)
 BLOCK_V, NUM_WARPS = 4096, 8
 
 LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2_E)
@@ -219,7 +219,8 @@ def _launch(hidden, weight, bias, labels, row_scale, ignore_index, smoothing, wa
         rows = slice(start, min(start + chunk_rows, n_rows))
         z = buffer[: rows.stop - start, :n_cols]
         matmul(hidden[rows], weight, invariant=invariant, out=z)
-        _plan(z.stride(0), n_cols, ignore_index, smoothing, any(wants), BLOCK_V, NUM_WARPS)(
+        num_warps = NUM_WARPS * z.itemsize // 2
+        _plan(z.stride(0), n_cols, ignore_index, smoothing, any(wants), BLOCK_V, num_warps)(
             (z.shape[0],), (z, bias, labels[rows], None if row_scale is None else row_scale[rows], loss[rows])
         )
         if want_dhidden:

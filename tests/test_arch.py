@@ -16,7 +16,7 @@ DIRECTIONS = (
     "fwd", "fwd_short", "fwd_heads", "fwd_tile",
     "bwd_dq", "bwd_dkv", "bwd_bias", "bwd_short", "bwd_heads", "bwd_tile",
 )  # fmt: skip
-TRAITS = [frozenset(t) for n in range(4) for t in combinations(("dropout", "modified", "grouped"), n)]
+TRAITS = [frozenset(t) for n in range(5) for t in combinations(("dropout", "modified", "many", "grouped"), n)]
 
 
 @pytest.mark.parametrize(
