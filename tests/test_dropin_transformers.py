@@ -303,6 +303,46 @@ def test_gradients_through_the_kernels(family):
 # ---- what reads padding ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("mask", ["right", "left"])
+@pytest.mark.filterwarnings("ignore:.*sliding window.*")
+def test_logits_of_labelled_tokens_alone(family, mask):
+    """Asked for: the same loss and gradients, and of the logits the rows that have a label. By default all rows."""
+    mask = MASKS[mask]
+    model = build(family, "ForMaskedLM")
+    labels = torch.where(torch.rand(4, WIDTH) < 0.3, torch.randint(0, 60, (4, WIDTH)), -100)
+    labels[0, 1] = 3
+    batch = batch_of(model, mask)
+    _, plain, truth = three(model)
+    ours = fastbert.accelerate(copy.deepcopy(plain), impl="native", padding="zero", labelled_logits=True)
+    outputs = [one(**batch, labels=labels) for one in (ours, plain, truth)]
+    of_label = [outputs[0].logits, *(output.logits[labels != -100][None] for output in outputs[1:])]
+    assert of_label[0].shape[:2] == (1, int((labels != -100).sum()))
+    assert_tensor(*of_label, "logits")
+    losses = [output.loss for output in outputs]
+    assert_loss(*losses, torch.float32)
+    assert_gradients(ours, plain, truth, losses)
+    assert ours(**batch).logits.shape == outputs[1].logits.shape
+    asked = ours(**batch, labels=labels, output_hidden_states=True, return_dict=False)
+    assert asked[1].shape == of_label[0].shape
+    assert "of these alone" in str(fastbert.explain(ours))
+
+
+@pytest.mark.filterwarnings("ignore:.*leaves this call.*")
+def test_logits_of_labelled_tokens_where_the_encoder_runs_its_own_code():
+    """A sequence without a token sends the call there."""
+    model, mask = build("bert", "ForMaskedLM"), MASKS["right"].clone()
+    mask[0] = False
+    batch, labels = batch_of(model, mask), torch.full((4, WIDTH), -100)
+    labels[1, 2], labels[3, 0] = 7, 9
+    ours = fastbert.accelerate(copy.deepcopy(model), labelled_logits=True)
+    expected = model(**batch, labels=labels)
+    for return_dict in (True, False):
+        found = ours(**batch, labels=labels, return_dict=return_dict)
+        torch.testing.assert_close(found[0], expected.loss)
+        torch.testing.assert_close(found[1], expected.logits[labels != -100][None])
+
+
 def test_labels_at_padding_count_as_they_did():
     """`labels = input_ids` is common, and then padding has labels too: their loss must not change in silence."""
     ours, plain, truth = three(build("bert", "ForMaskedLM"))

@@ -18,7 +18,7 @@ from . import facts as table
 from .forward import Forward, count
 from .layer import LayerForward
 from .own import listeners, why_not_here
-from .padding import ABOVE, EXACT, FULL, OTHERS, WINDOW, ZEROS, Policy, Rows, reading_now, rows_to_compute
+from .padding import ABOVE, EXACT, FULL, OTHERS, WINDOW, ZEROS, Policy, Rows, only_wanted, reading_now, rows_to_compute
 from .parts import Part, Seen, at, has, layers_of, look
 from .pieces import Shared, frozen_row, multiply, norm_only, only_once, probability
 
@@ -193,7 +193,11 @@ class EncoderForward(Forward):
             reason = rows.reason
         if reason is not None:
             self.warn(reason)
-            return self.original(*args, **kwargs)
+            output = self.original(*args, **kwargs)
+            if isinstance(output, tuple):
+                return (only_wanted(output[0]), *output[1:])
+            output["last_hidden_state"] = only_wanted(output["last_hidden_state"])
+            return output
         shared = self.pack(given, rows, seen)
         x, states = self.run(shared, seen, given.get("inputs_embeds"), self.wanted(given))
         return self.finish(x, shared.batch, states, given)
@@ -274,6 +278,7 @@ class EncoderForward(Forward):
             if facts.last_state_normed:
                 states = [*states, last_hidden_state if len(states) in wanted else None]
             fields["hidden_states"] = tuple(states)
+        fields["last_hidden_state"] = only_wanted(last_hidden_state)
         return self.output(fields, self.asked(given, "return_dict"))
 
     def output(self, fields: dict[str, Any], return_dict: bool):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -42,11 +43,13 @@ class HeadForward(Forward):
 
     Args:
         path: of the encoder.
+        labelled_logits: see `accelerate`.
     """
 
-    def __init__(self, head: nn.Module, path: str):
+    def __init__(self, head: nn.Module, path: str, labelled_logits: bool = False):
         super().__init__(head)
         self.path, self.kind = path, kind_of(head)
+        self.labelled_logits = labelled_logits and type(head).__name__.endswith("ForMaskedLM")
         self.seen: tuple[Watch, str | None] | None = None
 
     def over(self, replica: nn.Module) -> HeadForward:
@@ -95,13 +98,23 @@ class HeadForward(Forward):
 
     def says(self) -> str:
         why = self.why_unknown()
-        return f"it reads {self.kind}" if why is None else f"padding is computed: {why}"
+        if why is not None:
+            return f"padding is computed: {why}"
+        return f"it reads {self.kind}" + (", and gives logits of these alone" if self.labelled_logits else "")
 
     def __call__(self, *args, **kwargs):
         if torch.compiler.is_compiling() or torch.jit.is_tracing():  # nothing is left out of a traced pass
             return self.original(*args, **kwargs)
-        with reading(self.reads(self.named(args, kwargs))):
-            return self.original(*args, **kwargs)
+        given = self.named(args, kwargs)
+        reads, labels = self.reads(given), given.get("labels")
+        if not self.labelled_logits or not isinstance(labels, Tensor) or self.why_unknown() is not None:
+            with reading(reads):
+                return self.original(*args, **kwargs)
+        # the head's own code, over the rows that have a label, as one sequence of them
+        flat = labels.flatten()
+        places = (flat != -100).nonzero().squeeze(1)
+        with reading(replace(reads, only=places)):
+            return self.original(**given | {"labels": flat[places][None]})
 
 
 def _why_part(path: str, module: nn.Module) -> str | None:
@@ -109,6 +122,8 @@ def _why_part(path: str, module: nn.Module) -> str | None:
     if path and listeners(module):
         return f"a {type(module).__name__} of the head has a hook"
     if by_token(module) or isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        return None
+    if type(module) is nn.CrossEntropyLoss and module.ignore_index == -100:
         return None
     if type(module).__module__.startswith("peft.") and "forward" not in module.__dict__:
         return None  # a copy of a module of the head that is trained

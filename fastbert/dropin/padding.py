@@ -36,11 +36,13 @@ class Reading:
         needs: by the code above the encoder itself, for what it returns of each sequence.
         shows: by whoever has called that code, which returns something of each token.
         why: said by `explain` where they are computed.
+        only: [n] int64, the rows of [B * S] that the code above the encoder goes on with, or None: all.
     """
 
     needs: bool | Tensor = False
     shows: bool = False
     why: str = ABOVE
+    only: Tensor | None = None
 
     @property
     def rows(self) -> bool | Tensor:
@@ -53,6 +55,12 @@ _READING: ContextVar[Reading | None] = ContextVar("fastbert_reading", default=No
 
 def reading_now() -> Reading | None:
     return _READING.get()
+
+
+def only_wanted(states: Tensor) -> Tensor:
+    """Of an encoder's states [B, S, C] the rows that the code above it goes on with, as [1, n, C]; else all of them."""
+    now = reading_now()
+    return states if now is None or now.only is None else states.flatten(0, 1).index_select(0, now.only)[None]
 
 
 @contextmanager

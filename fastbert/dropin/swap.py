@@ -21,7 +21,12 @@ from .padding import POLICIES, Policy
 
 
 def accelerate(
-    model: nn.Module, *, impl: F.Impl | None = None, cuda_graphs: bool = False, padding: Policy = "auto"
+    model: nn.Module,
+    *,
+    impl: F.Impl | None = None,
+    cuda_graphs: bool = False,
+    padding: Policy = "auto",
+    labelled_logits: bool = False,
 ) -> nn.Module:
     """Makes a model somebody already has run packed, on fused operators, in place.
 
@@ -55,6 +60,10 @@ def accelerate(
             "exact": always what the original returns.
             "zero": the caller does not look. Zeros wherever the code of a head does not look either.
             The first column is always computed. nn.TransformerEncoder gives zeros where torch's own gives them.
+        labelled_logits: of masked language models called with labels, compute logits of the n tokens that have one
+            alone, some 15% of them: `logits` is then [1, n, vocabulary], in the order of the batch, where the original
+            gives [batch, tokens, vocabulary]. The loss and its gradients stay as they are. For training, where nobody
+            reads the logits; counting the labels waits for the device once more.
 
     Returns: the same model.
     Raises: ValueError on an unknown impl or padding; with cuda_graphs where the model is not on one CUDA device, or
@@ -73,7 +82,7 @@ def accelerate(
         if family is not None and why_left(module, family) is None:
             _swap_encoder(module, family, impl, padding, is_bare(model, module), graphs.get(module))
     for module in list(model.modules()):
-        _swap_head(module)
+        _swap_head(module, labelled_logits)
     _swap_torch(model, impl, padding, model)
     for module in list(model.modules()):
         _swap_sentence(module, padding)
@@ -110,13 +119,13 @@ def _swap_encoder(
     forward.put()
 
 
-def _swap_head(head: nn.Module) -> None:
+def _swap_head(head: nn.Module, labelled_logits: bool) -> None:
     """Heads that are known say what they read of the encoder right below them."""
     if kind_of(head) is None or "forward" in head.__dict__:
         return
     for path, child in head.named_children():
         if isinstance(child.__dict__.get("forward"), EncoderForward):
-            HeadForward(head, path).put()
+            HeadForward(head, path, labelled_logits).put()
 
 
 def _swap_sentence(model: nn.Module, padding: Policy) -> None:
