@@ -42,6 +42,11 @@ _DESCRIPTIONS = (
 )  # fmt: skip
 _WEIGHTS = (SAFETENSORS, SAFETENSORS_INDEX, "model-*-of-*.safetensors")
 _PICKLED_WEIGHTS = (PICKLE, PICKLE_INDEX, "pytorch_model-*-of-*.bin")
+# What `fastbert.formats` reads. Not GGUF: such a repository holds the same model a dozen times.
+_OTHER_WEIGHTS = (
+    "*.index", "*.data-*-of-*", "checkpoint", "*_config.json", "*vocab*.txt", "*.model", "variables/*", "assets/*",
+    "*.pdparams", "model.weights.h5", "metadata.json",
+)  # fmt: skip
 # 0_* is where old sentence-transformers folders keep the transformer; N_Pooling and the like hold small configs.
 _SUBFOLDERS = ("0_*/",)
 _MODULE_CONFIGS = ("[0-9]_*/config.json",)
@@ -187,7 +192,7 @@ def resolve(id_or_path: str | os.PathLike, *, revision: str | None = None) -> Pa
     """The local folder of a model: the path itself where it is a folder, else a download (or the cache) of a hub id.
 
     From the hub come only the configuration, the tokenizer and the safetensors weights; the pickled weights come
-    where there are no safetensors.
+    where there are no safetensors, and other frameworks' where there are neither.
 
     Raises: CheckpointError, in one line, for a folder that holds no model, an unknown id, or no network.
     """
@@ -204,6 +209,10 @@ def resolve(id_or_path: str | os.PathLike, *, revision: str | None = None) -> Pa
     folder = _download(model_id, revision, (*_DESCRIPTIONS, *_WEIGHTS))
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("0_*/*.safetensors")):
         folder = _download(model_id, revision, (*_DESCRIPTIONS, *_PICKLED_WEIGHTS))
+        if not any(folder.glob("*.bin")) and not any(folder.glob("0_*/*.bin")):
+            folder = _download(model_id, revision, (*_DESCRIPTIONS, *_OTHER_WEIGHTS))
+            if any(found for pattern in _OTHER_WEIGHTS for found in folder.glob(pattern)):
+                return folder
     if not any((folder / marker).is_file() for marker in MARKERS):
         raise CheckpointError(f"{model_id} on the hub is not a model: it has none of {', '.join(MARKERS)}")
     return folder

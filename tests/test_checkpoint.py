@@ -423,6 +423,16 @@ def test_pickled_weights_come_only_where_there_are_no_safetensors(hub):
     assert fake.calls == [("name", None)] * 2
 
 
+def test_other_frameworks_weights_come_only_where_there_are_no_others(hub):
+    google = ["bert_config.json", "bert_model.ckpt.index", "bert_model.ckpt.data-00000-of-00001", "vocab.txt"]
+    fake = hub(*google, *OTHERS, "bert-q4_0.gguf")
+    assert files(resolve("name")) == sorted(google)
+    assert fake.calls == [("name", None)] * 3
+    fake = hub(*google, *OTHERS, "config.json", "pytorch_model.bin")
+    resolve("name")
+    assert fake.calls == [("name", None)] * 2
+
+
 def test_shards_and_old_sentence_transformers_folders(hub):
     shards = ["model.safetensors.index.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
     nested = ["modules.json", "0_Transformer/config.json", "0_Transformer/vocab.txt", "1_Pooling/config.json"]
