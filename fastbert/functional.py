@@ -14,7 +14,7 @@ Shapes use T tokens in the packed batch, B sequences, H heads, D head_dim, C hid
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -27,6 +27,7 @@ from .kernels._checks import expect_indices as expect_indices
 from .kernels._checks import expect_lengths
 from .kernels._checks import expect_sequences as expect_sequences
 from .kernels._invariance import is_batch_invariant
+from .kernels._layer import LayerOptions, LayerWeights
 from .kernels.cpu import operators as cpp
 
 Impl = Literal["triton", "native", "reference"]
@@ -126,11 +127,11 @@ _modules: dict[str, Any] = {}
 def _triton_module(name: str) -> Any:
     """A kernel module, imported on first use. (Statements, since torch.compile follows those and no import_module.)"""
     if name not in _modules:
-        from .kernels import attention, cross_entropy, embedding, feed_forward, layer_norm, pooling
+        from .kernels import attention, cross_entropy, embedding, encoder_layer, feed_forward, layer_norm, pooling
 
         _modules.update(
-            attention=attention, cross_entropy=cross_entropy, embedding=embedding, feed_forward=feed_forward,
-            layer_norm=layer_norm, pooling=pooling,
+            attention=attention, cross_entropy=cross_entropy, embedding=embedding, encoder_layer=encoder_layer,
+            feed_forward=feed_forward, layer_norm=layer_norm, pooling=pooling,
         )  # fmt: skip
     return _modules[name]
 
@@ -588,6 +589,54 @@ def feed_forward(
     _expect_linear("feed_forward", "down_weight", inner, down_weight, down_bias)
     return _resolve("feed_forward", impl, x)(
         x, up_weight, up_bias, down_weight, down_bias, activation, recompute=recompute
+    )
+
+
+# ---- a whole layer ---------------------------------------------------------------------------------------
+
+
+def encoder_layer(
+    x: Tensor,
+    weights: LayerWeights,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    options: LayerOptions,
+    *,
+    schedule: Any,
+    seed: Tensor | None = None,
+    row_ids: Tensor | None = None,
+    qkv: Callable[[], tuple[Tensor, Tensor | None]] | None = None,
+    impl: Impl | None = None,
+) -> Tensor | None:
+    """A post-norm encoder layer of a packed batch as one operator, or None: its operators have to be called one by one.
+
+        x = LayerNorm(dropout(attention(x)) + x);  x = LayerNorm(dropout(feed_forward(x)) + x)
+
+    The Triton kernels have it, for plain tensors of one dtype, outside of autocast, torch.compile, tracing and whatever
+    else follows or changes single operators. The bits of x are those of the operators one by one, its gradient is as
+    close. Second derivatives are refused.
+
+    Args:
+        x: [T, C].
+        weights, options: see there.
+        cu_seqlens, max_seqlen, schedule, seed: as in `attention`; row_ids: as in `add_layer_norm`.
+        qkv: gives query, key and value joined, weight [3A, C] and bias [3A]; called where no gradient is recorded, so
+            that the caller may keep them from pass to pass. By default they are joined anew.
+    """
+    if choose_impl(impl, x.device) != "triton":
+        return None
+    module = _triton_module("encoder_layer")
+    if not module.takes(x, weights, options):
+        return None
+    _expect_dropout("encoder_layer", max(options.probs_p, options.out_p, options.down_p), seed)
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(
+            f"encoder_layer: cu_seqlens must be [B + 1] int32, got {cu_seqlens.dtype} of {tuple(cu_seqlens.shape)}"
+        )
+    if row_ids is not None:
+        _expect_integers("encoder_layer", "row_ids", row_ids, x.shape[0])
+    return module.encoder_layer(
+        x, weights, cu_seqlens.contiguous(), max_seqlen, options, schedule=schedule, seed=seed, row_ids=row_ids, qkv=qkv
     )
 
 

@@ -121,8 +121,10 @@ def _broadcast_strides(t: Tensor) -> tuple[int, ...]:
 
 def _row_strides(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, ...]:
     """Strides of sequence, token and head of each; packed tensors have no sequence stride: cu_seqlens says where."""
-    padded = q.dim() == 4
-    return tuple(n for t in (q, k, v) for n in (t.stride(0) if padded else 0, t.stride(-3), t.stride(-2)))
+    of_q, of_k, of_v = q.stride(), k.stride(), v.stride()
+    if len(of_q) == 4:
+        return *of_q[:3], *of_k[:3], *of_v[:3]
+    return 0, *of_q[:2], 0, *of_k[:2], 0, *of_v[:2]
 
 
 # the tensors and numbers of a call, as the kernels name them

@@ -39,7 +39,7 @@ from ._gemm_config import UNALIGNED, GemmConfig, gemm_config
 from ._gemm_kernels import _dact_kernel, _linear_act_kernel
 from ._launch import Plan, cdiv
 from ._library import apply, register
-from ._rows import packed
+from ._rows import packed, sum_parts
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -151,7 +151,7 @@ def gemm(
 def gemm_dact(
     dy: Tensor, weight: Tensor, h: Tensor, activation: str, config: GemmConfig, want_a: bool, want_dbias: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """dh = (dy weight) * act'(h), and on request a = act(h) and the column sums of dh in float32.
+    """dh = (dy weight) * act'(h), and on request a = act(h) and the column sums of dh, taken in float32.
 
     dy [M, K], weight [K, N], h [M, N] (geglu [M, 2N]), rows contiguous.
     """
@@ -159,7 +159,7 @@ def gemm_dact(
     dh = h.new_empty(h.shape)
     a = h.new_empty(m, n) if want_a else None
     if dh.numel() == 0:
-        return dh, a, h.new_zeros(h.shape[1], dtype=torch.float32) if want_dbias else None
+        return dh, a, h.new_zeros(h.shape[1]) if want_dbias else None
     config, *operands = _operands(dy, weight, "nn", config)
     blocks_m = cdiv(m, config.block_m)
     dbias_part = h.new_empty(blocks_m, h.shape[1], dtype=torch.float32) if want_dbias else None
@@ -167,7 +167,14 @@ def gemm_dact(
     _dact_plan(config, n, k, activation, dy.stride(0), weight.stride(0), h.stride(0), h.shape[1])(
         _grid(m, n, config, dy.device), (dy, weight, *rest), (m,), passed=(*operands, *rest)
     )
-    return dh, a, dbias_part.sum(0) if want_dbias else None
+    return dh, a, sum_of_parts(dbias_part, h.dtype) if want_dbias else None
+
+
+def sum_of_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum over P of parts [P, N] float32, in order."""
+    total = parts.new_empty(parts.shape[1], dtype=dtype)
+    sum_parts(parts, [total], [total])
+    return total
 
 
 def matmul(
@@ -184,6 +191,12 @@ def matmul(
     if layout == "nt":
         return F.linear(a, b, bias)
     return torch.mm(a.t() if layout == "tn" else a, b)
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor, invariant: bool = False) -> Tensor:
+    """total [M, N] += A B of a [M, K], b [K, N], rows contiguous; in the product itself where the vendor multiplies."""
+    config = gemm_config(b.shape[1], a.shape[1], a.dtype, _device.arch(a.device.index), "nn", "none", invariant)
+    return total.addmm_(a, b) if config.vendor else total.add_(gemm(a, b, None, "nn", config)[0])
 
 
 def accumulate_tn(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:

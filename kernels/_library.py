@@ -23,7 +23,7 @@ _LIBRARY = torch.library.Library("fastbert", "DEF")
 EAGER = {"cuda", "cpu"}
 
 
-def _on_its_device(name: str, launch: Callable) -> Callable:
+def on_its_device(name: str, launch: Callable) -> Callable:
     """`launch` with its tensors' device as the current one, which is where Triton launches."""
 
     def launch_there(*args):
@@ -54,14 +54,17 @@ PLAIN = {Tensor, Parameter, type(None), int, float, bool, str, list, tuple, torc
 
 def _watched(args: tuple) -> bool:
     """Would torch's dispatcher do more with these arguments than call the launcher?"""
-    return (
-        _dispatch_modes() > 0
-        or _function_mode()
-        or _profiler()
-        or _functorch() is not None
-        or _tracing() is not None
-        or not PLAIN.issuperset(map(type, args))
-    )
+    return _followed() or _profiler() or not PLAIN.issuperset(map(type, args))
+
+
+def _followed() -> bool:
+    """Does somebody follow or change single operators: a mode, a transformation, a tracer?"""
+    return _dispatch_modes() > 0 or _function_mode() or _functorch() is not None or _tracing() is not None
+
+
+def needs_operators(x: Tensor) -> bool:
+    """Must a calculation on x be made of registered operators, rather than of their launchers?"""
+    return _is_compiling() or x.device.type not in EAGER or _followed()
 
 
 def register(schema: str, launch: Callable, fake: Callable) -> Callable:
@@ -73,7 +76,7 @@ def register(schema: str, launch: Callable, fake: Callable) -> Callable:
     """
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema)
-    launch = _on_its_device(name, launch)
+    launch = on_its_device(name, launch)
 
     def implementation(*args):
         outputs = launch(*args)
@@ -101,6 +104,11 @@ def apply(function: type[torch.autograd.Function], *args):
     """`function.apply(*args)`; where nobody looks on, without the look for wrappers of functorch."""
     if _is_compiling() or _watched(args):
         return function.apply(*args)
+    return apply_unwatched(function, *args)
+
+
+def apply_unwatched(function: type[torch.autograd.Function], *args):
+    """`function.apply(*args)` where it is known that no transformation of functorch is at work."""
     return super(torch.autograd.Function, function).apply(*args)
 
 

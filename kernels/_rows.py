@@ -265,7 +265,8 @@ def _sum_plan(n_cols: int) -> Plan:
 
 
 def sum_parts(parts: Tensor, outs: list[Tensor | None], like: Sequence[Tensor]) -> None:
-    """outs[k] [N] = sum over P of parts[k], for parts [K, P, N] fp32 with K at most 4: one launch, one order.
+    """outs[k] [N] = sum over P of parts[k], for parts [K, P, N] fp32 with K at most 4 ([P, N] for one): one launch, one
+    order.
 
     An output that is None is left out; like[k] has its dtype.
     """
@@ -278,6 +279,6 @@ def sum_parts(parts: Tensor, outs: list[Tensor | None], like: Sequence[Tensor]) 
             wanted |= 1 << k
         tensors.append(out)
     if wanted:
-        _, n_parts, n_cols = parts.shape
+        n_parts, n_cols = parts.shape[-2:]
         tensors += [None] * (5 - len(tensors))
         _sum_plan(n_cols)((cdiv(n_cols, 32), len(outs)), tuple(tensors), (n_parts, wanted))

@@ -178,7 +178,8 @@ def _expect_supported(op, q, alibi_slopes, rotary) -> None:
             raise ValueError(f"{op}: {name} requires a gradient, which this operator does not give")
 
 
-def _expect_made_for(op, schedule, q, spans_q) -> None:
+def expect_made_for(op, schedule, q, spans_q) -> None:
+    """q: [B, S, H, D] where padded, else of T rows."""
     padded = q.dim() == 4
     wanted = spans_q.shape[0] - (not padded), q.shape[1] if padded else q.shape[0], padded
     if not isinstance(schedule, Schedule):
@@ -198,7 +199,7 @@ def _attend(
         q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     _expect_supported(op, q, alibi_slopes, rotary)
-    _expect_made_for(op, schedule, q, spans_q)
+    expect_made_for(op, schedule, q, spans_q)
     if not scale > 0.0:  # the kernels take the greatest product for the greatest score
         q, scale = q * scale, 1.0
     cos, sin = (None, None) if rotary is None else unit_stride(*rotary)

@@ -67,6 +67,7 @@ from ._gemm import (
     matmul,
     matrix_of,
     none_of,
+    sum_of_parts,
     wanted_of,
     wants_grad,
 )
@@ -177,7 +178,7 @@ def _activate_backward(
         _activate_backward_plan(n, g.stride(0), h.stride(0), h.shape[1], activation)(
             (blocks_m, cdiv(n, POINTWISE_N)), (g, h, dh, a, dbias_part), (m,)
         )
-    return dh, a, dbias_part.sum(0) if want_dbias else None
+    return dh, a, sum_of_parts(dbias_part, h.dtype) if want_dbias else None
 
 
 def _up_config(x: Tensor, weight: Tensor, activation: str, invariant: bool, only: bool = False) -> GemmConfig:
@@ -187,7 +188,7 @@ def _up_config(x: Tensor, weight: Tensor, activation: str, invariant: bool, only
     return gemm_config(n, k, x.dtype, _device.arch(x.device.index), "nt", epilogue, invariant, few_rows)
 
 
-def _up(x, weight, bias, activation, save_h, invariant, inference) -> tuple[Tensor, Tensor | None]:
+def up_projection(x, weight, bias, activation, save_h, invariant, inference) -> tuple[Tensor, Tensor | None]:
     """(a, h or None) of x [M, C]. inference: no backward pass follows that would have to make the same `a` again."""
     only = inference and bias is not None and x.dtype in VENDOR_ACTIVATIONS.get(activation, ())
     config = _up_config(x, weight, activation, invariant, only)
@@ -200,15 +201,15 @@ def _up(x, weight, bias, activation, save_h, invariant, inference) -> tuple[Tens
 
 
 def _pre_activation(x, weight, bias, activation, invariant) -> Tensor:
-    """h as `_up` saves it, to the bit: the same tile, or the same library."""
+    """h as `up_projection` saves it, to the bit: the same tile, or the same library."""
     config = _up_config(x, weight, activation, invariant)
     if not config.vendor:
         return gemm(x, weight, bias, "nt", config)[0]
     return torch.nn.functional.linear(x, weight, bias)
 
 
-def _down_backward(dy, weight, h, activation, want_a, want_dbias, invariant):
-    """(dh, a or None, column sums of dh or None)."""
+def down_backward(dy, weight, h, activation, want_a, want_dbias, invariant):
+    """(dh, a or None, column sums of dh or None) of dy [M, C]."""
     epilogue = "dgeglu" if activation == "geglu" else "dact"
     k, n = weight.shape
     few_rows = dy.shape[0] <= FEW_ROWS
@@ -223,7 +224,7 @@ def _down_backward(dy, weight, h, activation, want_a, want_dbias, invariant):
 
 
 def _launch_linear_act(x, weight, bias, activation, save_h, invariant):
-    y, h = _up(matrix_of(x), matrix_of(weight), bias, activation, save_h, invariant, inference=not save_h)
+    y, h = up_projection(matrix_of(x), matrix_of(weight), bias, activation, save_h, invariant, inference=not save_h)
     rows = x.shape[:-1]
     return y.view(*rows, y.shape[1]), none_of(x) if h is None else h.view(*rows, h.shape[1])
 
@@ -243,7 +244,7 @@ def _launch_linear_act_backward(da, x, weight, h, activation, wants, invariant):
     return (
         matmul(dh, weight, layout="nn", invariant=invariant).view(shape) if want_dx else none_of(x),
         matmul(dh, x, layout="tn") if want_dweight else none_of(x),
-        dbias.to(x.dtype) if want_dbias else none_of(x),
+        dbias if want_dbias else none_of(x),
     )
 
 
@@ -270,7 +271,7 @@ _linear_act_backward = register(
 
 
 def _launch_feed_forward(x, up_weight, up_bias, down_weight, down_bias, activation, save_h, invariant, inference):
-    a, h = _up(matrix_of(x), matrix_of(up_weight), up_bias, activation, save_h, invariant, inference)
+    a, h = up_projection(matrix_of(x), matrix_of(up_weight), up_bias, activation, save_h, invariant, inference)
     y = matmul(a, matrix_of(down_weight), down_bias, invariant=invariant)
     rows = x.shape[:-1]
     return y.view(*rows, y.shape[1]), none_of(x) if h is None else h.view(*rows, h.shape[1])
@@ -294,16 +295,14 @@ def _launch_feed_forward_backward(dy, x, up_weight, up_bias, down_weight, h, act
         if h is None:
             h = _pre_activation(x, up_weight, up_bias, activation, invariant)
         h = matrix_of(h)
-        dh, a, dup_bias32 = _down_backward(dy, down_weight, h, activation, want_ddown, want_dup_bias, invariant)
+        dh, a, dup_bias = down_backward(dy, down_weight, h, activation, want_ddown, want_dup_bias, invariant)
         if want_dx:
             dx = matmul(dh, up_weight, layout="nn", invariant=invariant).view(shape)
         if want_dup:
             dup = matmul(dh, x, layout="tn")
-        if want_dup_bias:
-            dup_bias = dup_bias32.to(x.dtype)
         if want_ddown:
             ddown = matmul(dy, a, layout="tn")
-    return dx, dup, dup_bias, ddown, column_sums(dy) if want_ddown_bias else none_of(x)
+    return dx, dup, none if dup_bias is None else dup_bias, ddown, column_sums(dy) if want_ddown_bias else none_of(x)
 
 
 def _fake_feed_forward_backward(dy, x, up_weight, up_bias, down_weight, h, activation, wants, invariant):

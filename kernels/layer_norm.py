@@ -178,8 +178,10 @@ def _add_norm_bwd_kernel(
 
 
 @functools.lru_cache(256)
-def _fwd_plan(config: NormConfig, n_cols: int, eps: float, dropout_p: float, rms: bool) -> Plan:
-    return Plan(
+def _fwd_plan(n_cols: int, eps: float, dropout_p: float, rms: bool) -> tuple[Plan, int]:
+    """(the plan, rows of a program)."""
+    config = norm_fwd_config(n_cols)
+    plan = Plan(
         _add_norm_fwd_kernel,
         "x_ptr residual_ptr x_bias_ptr weight_ptr bias_ptr seed_ptr row_ids_ptr y_ptr z_ptr mean_ptr rstd_ptr",
         "n_rows stream_id want_stats",
@@ -187,11 +189,13 @@ def _fwd_plan(config: NormConfig, n_cols: int, eps: float, dropout_p: float, rms
         | {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n},
         num_warps=config.num_warps, **EXACT,
     )  # fmt: skip
+    return plan, config.block_m
 
 
 @functools.lru_cache(256)
-def _bwd_plan(config: NormConfig, n_cols: int, dropout_p: float, rms: bool, x_is_sum: bool) -> Plan:
-    return Plan(
+def _bwd_plan(n_cols: int, dropout_p: float, rms: bool, x_is_sum: bool) -> tuple[Plan, NormConfig]:
+    config = norm_bwd_config(n_cols)
+    plan = Plan(
         _add_norm_bwd_kernel,
         "dy_ptr dz_out_ptr x_ptr residual_ptr x_bias_ptr weight_ptr mean_ptr rstd_ptr seed_ptr row_ids_ptr "
         "dx_ptr dresidual_ptr dweight_part_ptr dbias_part_ptr dx_bias_part_ptr",
@@ -200,14 +204,16 @@ def _bwd_plan(config: NormConfig, n_cols: int, dropout_p: float, rms: bool, x_is
         | {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n},
         num_warps=config.num_warps, **EXACT,
     )  # fmt: skip
+    return plan, config
 
 
-def _launch_fwd(
+def launch_forward(
     x, residual, weight, bias, eps, x_bias, seed, row_ids, dropout_p, stream, rms, want_sum, want_stats
 ):  # fmt: skip
     shape = x.shape
     n_cols = shape[-1]
-    y, z, mean, rstd = x.new_empty(shape), None, None, None
+    x = packed(x)
+    y, z, mean, rstd = torch.empty_like(x), None, None, None
     if want_sum:
         z = y.new_empty(shape, dtype=x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype))
     if want_stats:
@@ -215,12 +221,12 @@ def _launch_fwd(
         mean = None if rms else y.new_empty((*shape[:-1], 2), dtype=torch.float32)
     n_rows = x.numel() // n_cols
     if n_rows:
-        config = norm_fwd_config(n_cols)
+        plan, block_m = _fwd_plan(n_cols, eps, dropout_p, rms)
         none = None if want_stats else unwanted(x.device, torch.float32)
-        _fwd_plan(config, n_cols, eps, dropout_p, rms)(
-            (cdiv(n_rows, config.block_m),),
+        plan(
+            (-(-n_rows // block_m),),
             (
-                packed(x), packed(residual), packed(x_bias), packed(weight), packed(bias),
+                x, packed(residual), packed(x_bias), packed(weight), packed(bias),
                 *dropout_tensors(dropout_p, seed, row_ids),
                 y, z, None if rms else mean if want_stats else none, rstd if want_stats else none,
             ),
@@ -243,7 +249,7 @@ def _fake_fwd(
     )
 
 
-def _launch_bwd(
+def launch_backward(
     dy, dz_out, x, residual, weight, bias, x_bias, mean, rstd, seed, row_ids,
     dropout_p, stream, rms, x_is_sum, want_dx, want_dresidual, want_params,
 ):  # fmt: skip
@@ -252,20 +258,22 @@ def _launch_bwd(
     dx = dy.new_empty(shape) if want_dx else None
     residual_dtype = x.dtype if residual is None else residual.dtype
     dresidual = dy.new_empty(shape, dtype=residual_dtype) if want_dresidual else None
+    want_dweight, want_dbias, want_dx_bias = want_params
     params = weight, bias, x_bias
-    dweight, dbias, dx_bias = dparams = [
-        p.new_empty(p.shape) if wanted else None for p, wanted in zip(params, want_params, strict=True)
-    ]
+    # `empty_like` of what is contiguous, or a vector, takes half the time of `new_empty`
+    dweight = torch.empty_like(weight) if want_dweight else None
+    dbias = torch.empty_like(bias) if want_dbias else None
+    dx_bias = torch.empty_like(x_bias) if want_dx_bias else None
+    dparams = dweight, dbias, dx_bias
     n_rows = x.numel() // n_cols
     if n_rows == 0:
         for dparam in dparams:
             if dparam is not None:
                 dparam.zero_()
         return dx, dresidual, *dparams
-    config = norm_bwd_config(n_cols)
+    plan, config = _bwd_plan(n_cols, dropout_p, rms, x_is_sum)
     programs = min(config.programs_per_sm * _device.multiprocessors(x.device.index), cdiv(n_rows, config.block_m))
 
-    want_dweight, want_dbias, want_dx_bias = want_params
     fused = n_cols <= MAX_FUSED_WIDTH
     summed_dx = dx
     if want_dx_bias and not (want_dx or fused):
@@ -276,7 +284,7 @@ def _launch_bwd(
     slots = iter(parts.unbind())
     # where z is an output a gradient of it may come, or not: one kernel for both
     z_gradient = None if not x_is_sum else unwanted(x.device, x.dtype) if dz_out is None else packed(dz_out)
-    _bwd_plan(config, n_cols, dropout_p, rms, x_is_sum)(
+    plan(
         (programs,),
         (
             packed(dy), z_gradient, packed(x), *((None, None) if x_is_sum else (packed(residual), packed(x_bias))),
@@ -318,14 +326,14 @@ _add_norm_fwd = register(
     "add_norm_fwd(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, Tensor? x_bias, Tensor? seed, "
     "Tensor? row_ids, float dropout_p, int stream, bool rms, bool want_sum, bool want_stats) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
-    _launch_fwd,
+    launch_forward,
     _fake_fwd,
 )
 _add_norm_bwd = register(
     "add_norm_bwd(Tensor dy, Tensor? dz_out, Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, "
     "Tensor? x_bias, Tensor? mean, Tensor rstd, Tensor? seed, Tensor? row_ids, float dropout_p, int stream, bool rms, "
     "bool x_is_sum, bool want_dx, bool want_dresidual, bool[] want_params) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _launch_bwd,
+    launch_backward,
     _fake_bwd,
 )
 

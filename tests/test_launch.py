@@ -120,7 +120,7 @@ OF_ATTENTION = {
 ALL = OF_ATTENTION["mixed"]
 UP_TO = {"short": (FOR_SHORT,), "tile": (FOR_SHORT, FOR_A_TILE), "long": ALL, "mixed": ALL}
 # ours beside attention's, in one layer: forward in evaluation; forward and backward in training
-OTHERS_OF_A_LAYER = (2, 8)
+OTHERS_OF_A_LAYER = (2, 9)
 
 
 @pytest.fixture(scope="module")

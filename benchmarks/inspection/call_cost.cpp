@@ -22,6 +22,11 @@ at::Tensor addmm(const at::Tensor& bias, const at::Tensor& a, const at::Tensor& 
   return at::empty({a.size(0), b.size(1)}, a.options());
 }
 
+at::Tensor addmm_activation(
+    const at::Tensor& bias, const at::Tensor& a, const at::Tensor& b, const at::Scalar&, const at::Scalar&, bool) {
+  return at::empty({a.size(0), b.size(1)}, a.options());
+}
+
 at::Tensor mm(const at::Tensor& a, const at::Tensor& b) { return at::empty({a.size(0), b.size(1)}, a.options()); }
 
 at::Tensor& mm_out(const at::Tensor&, const at::Tensor&, at::Tensor& out) { return out; }
@@ -69,6 +74,7 @@ TORCH_LIBRARY_IMPL(aten, Meta, m) {
   m.impl("mm", mm);
   m.impl("mm.out", mm_out);
   m.impl("addmm", addmm);
+  m.impl("_addmm_activation", addmm_activation);
   m.impl("addmm.out", addmm_out);
   m.impl("addmm_", addmm_);
   m.impl("add.Tensor", add);

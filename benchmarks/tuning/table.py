@@ -109,8 +109,8 @@ def _ours(form: str, a: Tensor, b: Tensor, c: Tensor) -> list[Tensor]:
         return [total]
     activation = "geglu" if form.endswith("geglu") else "gelu_tanh" if form.endswith("only") else "gelu"
     if form.startswith("nt"):
-        return [feed_forward._up(a, b, c, activation, False, False, form.endswith("only"))[0]]
-    return list(feed_forward._down_backward(a, b, c, activation, True, True, False))
+        return [feed_forward.up_projection(a, b, c, activation, False, False, form.endswith("only"))[0]]
+    return list(feed_forward.down_backward(a, b, c, activation, True, True, False))
 
 
 def gemm_job(form: str, shape: Shape) -> Job:

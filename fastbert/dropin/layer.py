@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Hashable
 from functools import partial
 
+import torch
 import torch.nn as nn
 from torch import Tensor
 
+from .. import functional as F
 from ..inference.weights import JoinedLinears, release
 from . import facts as table
 from .forward import Forward
@@ -94,11 +96,37 @@ class LayerForward(Forward):
 
     def post_norm(self, x: Tensor, parts: LayerParts, shared: Shared, index: int) -> Tensor:
         """x = norm(x + attention(x)); x = norm(x + feed_forward(x))."""
+        whole = self.as_one_operator(x, parts, shared, index)
+        if whole is not None:
+            return whole
         first, facts = 2 * index + 1, self.facts
         y, bias = self.attention(x, parts, shared, index)
         x = add_norm(y, bias, x, parts.out_norm, self.probability(facts.out_dropout), shared, stream=first)
         y, bias = self.feed_forward(x, parts, shared, fold=self.module.training)
         return add_norm(y, bias, x, parts.down_norm, self.probability(facts.down_dropout), shared, stream=first + 1)
+
+    def as_one_operator(self, x: Tensor, parts: LayerParts, shared: Shared, index: int) -> Tensor | None:
+        """`post_norm` by `F.encoder_layer`; None where that does not stand for this layer."""
+        facts, first = self.facts, 2 * index + 1
+        if torch.compiler.is_compiling() or F.choose_impl(shared.impl, x.device) != "triton":
+            return None
+        tensors = parts.tensors()
+        if tensors is None or parts.name is None or facts.gated or not shared.is_plain():
+            return None
+        if self.probability(facts.inner_dropout) > 0.0:
+            return None
+        drops = self.probs(), self.probability(facts.out_dropout), self.probability(facts.down_dropout)
+        options = F.LayerOptions(
+            parts.qkv[0].module.out_features // parts.head_dim, parts.name,
+            parts.out_norm.module.eps, parts.down_norm.module.eps, *drops, index + 1, first, first + 1,
+            fold=self.module.training,
+        )  # fmt: skip
+        linears = [part.module for part in parts.qkv]
+        return F.encoder_layer(
+            x, F.LayerWeights(*tensors), shared.batch.cu_seqlens, shared.batch.max_seqlen, options,
+            schedule=shared.schedule, seed=shared.seed, row_ids=shared.row_ids, impl=shared.impl,
+            qkv=partial(self.joined.joined, linears),
+        )  # fmt: skip
 
     def pre_norm(self, x: Tensor, parts: LayerParts, shared: Shared, index: int) -> Tensor:
         """x = x + attention(norm(x)); x = x + feed_forward(norm(x))."""

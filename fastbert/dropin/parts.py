@@ -16,6 +16,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..inference.graphs import CONTAINERS
+from ..inference.weights import parameters_of
 from . import facts as table
 from .forward import Forward
 from .own import LIBRARY, Watch, listeners, of_library, why_own
@@ -66,6 +67,13 @@ class LayerParts:
     activation: Part
     name: str | None  # the operators' name of the activation
     head_dim: int
+
+    def tensors(self) -> list[Tensor | None] | None:
+        """What `F.LayerWeights` holds, or None where a part is not taken apart."""
+        parts = (*self.qkv, self.out, self.out_norm, self.up, self.down, self.down_norm)
+        if len(self.qkv) != 3 or not all(part.plain for part in parts):
+            return None
+        return parameters_of(*(part.module for part in parts))
 
 
 @dataclass(frozen=True)

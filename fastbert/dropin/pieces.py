@@ -56,6 +56,10 @@ class Shared(Pass):
     cu_seqlens_k: Tensor | None = None
     spans: list[tuple[int, int, int, int]] | None = None
 
+    def is_plain(self) -> bool:
+        """Is it a packed batch whose tokens see all of their sequence, and nothing but its tokens?"""
+        return not self.padded and self.mask is self.bias is self.rotary is self.keys is None
+
     def over_keys(self, real: Tensor, keys: list[int], impl: F.Impl) -> Shared:
         """With the rows of the tokens that are `real` [B, S] as keys, `keys` of each sequence, and all others as
         queries only. The batch must know its lengths."""

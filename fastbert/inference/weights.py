@@ -51,9 +51,10 @@ class JoinedLinears:
             y = native.linears(x, [linear.weight for linear in linears], [linear.bias for linear in linears])
             if y is not None:
                 return y
-        return F.linear(x, *self._joined(linears), impl=F.products_beside(impl))
+        return F.linear(x, *self.joined(linears), impl=F.products_beside(impl))
 
-    def _joined(self, linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
+    def joined(self, linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
+        """Their weights and biases, one after another: [sum of their widths, C] and [sum of their widths]."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self._join(linears)
         parameters = [p for linear in linears for p in (linear.weight, linear.bias) if p is not None]
@@ -87,6 +88,17 @@ class FusedLinears(nn.ModuleDict):
 
     def forward(self, x: Tensor, impl: F.Impl | None = None) -> Tensor:
         return self._joined(x, list(self.values()), impl)
+
+    def joined(self) -> tuple[Tensor, Tensor | None]:
+        return self._joined.joined(list(self.values()))
+
+
+def parameters_of(*modules: nn.Module) -> list[Tensor | None] | None:
+    """Weight and bias of each, or None where they are not parameters of their modules at the moment."""
+    try:  # by way of the dictionaries: nn.Module's own attributes take ten times as long
+        return [m._parameters[name] for m in modules for name in ("weight", "bias")]
+    except KeyError:
+        return None
 
 
 def prepack(model: nn.Module) -> nn.Module:

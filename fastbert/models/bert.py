@@ -23,7 +23,7 @@ from ..config import BertConfig
 from ..formats import open_model, opened
 from ..inference import one_call
 from ..inference.graphs import Graphs, graphs_for, why_not_recorded
-from ..inference.weights import FusedLinears
+from ..inference.weights import FusedLinears, parameters_of
 from ..packing import PackedBatch
 
 
@@ -129,6 +129,9 @@ class BertLayer(nn.Module):
         return self.attention["self"](x, impl).unflatten(-1, (3, self.heads, -1)).unbind(1)
 
     def forward(self, x: Tensor, shared: Pass) -> Tensor:
+        y = self._as_one_operator(x, shared)
+        if y is not None:
+            return y
         config, batch, impl = self.config, shared.batch, shared.impl
         # In training add_layer_norm adds the bias of the product before it: its backward then has that bias'
         # gradient for nothing. Otherwise the bias rides in the product itself.
@@ -155,8 +158,28 @@ class BertLayer(nn.Module):
             impl=impl, **shared.dropout(config.hidden_dropout_prob, stream=2 * self.index + 2),
         )  # fmt: skip
 
+    def _as_one_operator(self, x: Tensor, shared: Pass) -> Tensor | None:
+        """The same by `F.encoder_layer`; None where that does not stand for this layer."""
+        if torch.compiler.is_compiling() or F.choose_impl(shared.impl, x.device) != "triton" or _hooks_everywhere():
+            return None
+        tensors = self.tensors()
+        if tensors is None:
+            return None
+        config, first, drops = self.config, 2 * self.index + 1, shared.seed is not None
+        hidden_p, probs_p = config.hidden_dropout_prob, config.attention_probs_dropout_prob
+        options = F.LayerOptions(
+            self.heads, config.activation, config.layer_norm_eps, config.layer_norm_eps,
+            *((probs_p, hidden_p, hidden_p) if drops else (0.0, 0.0, 0.0)), self.index + 1, first, first + 1,
+            fold=self.training,
+        )  # fmt: skip
+        return F.encoder_layer(
+            x, F.LayerWeights(*tensors), shared.batch.cu_seqlens, shared.batch.max_seqlen, options,
+            schedule=shared.schedule, seed=shared.seed, row_ids=shared.row_ids, impl=shared.impl,
+            qkv=self._modules["attention"]._modules["self"].joined,
+        )  # fmt: skip
+
     def tensors(self) -> list[Tensor] | None:
-        """Weight and bias of each module in the order of `one_call.run`; None if the layer is no longer plain."""
+        """Weight and bias of each module in the order of `F.LayerWeights`; None if the layer is no longer plain."""
         # by way of the dictionaries: nn.Module's own attributes take ten times as long
         parts, attention = self._modules, self._modules["attention"]._modules
         qkv, output, last = attention["self"], attention["output"]._modules, parts["output"]._modules
@@ -166,17 +189,9 @@ class BertLayer(nn.Module):
         )  # fmt: skip
         if any(m.eps != self.config.layer_norm_eps for m in (output["LayerNorm"], last["LayerNorm"])):
             return None
-        called = self, qkv
-        if self.heads != self.config.num_attention_heads:
+        if type(qkv) is not FusedLinears or "forward" in qkv.__dict__ or qkv._forward_hooks or qkv._forward_pre_hooks:
             return None
-        if type(qkv) is not FusedLinears or any("forward" in m.__dict__ for m in called):
-            return None
-        if any(m._forward_hooks or m._forward_pre_hooks for m in called):
-            return None
-        if tuple(map(type, modules)) != PLAIN_LAYER:
-            return None
-        tensors = [t for m in modules for t in (m._parameters["weight"], m._parameters["bias"])]
-        return tensors if one_call.is_plain(tensors) else None
+        return parameters_of(*modules) if tuple(map(type, modules)) == PLAIN_LAYER else None
 
     def probabilities(self, x: Tensor, shared: Pass) -> Tensor:
         """Attention probabilities [B, H, S, S] of this layer for its input x [T, C], zero at padding. A plain path."""
@@ -440,8 +455,14 @@ class BertModel(nn.Module):
             return None
         tensors = []
         for layer in self.encoder["layer"]:
-            of_layer = layer.tensors() if type(layer) is BertLayer else None
-            if of_layer is None:
+            if (
+                type(layer) is not BertLayer
+                or "forward" in layer.__dict__
+                or layer.heads != self.config.num_attention_heads
+            ):
+                return None
+            of_layer = None if layer._forward_hooks or layer._forward_pre_hooks else layer.tensors()
+            if of_layer is None or not one_call.is_plain(of_layer):
                 return None
             tensors += of_layer
         return tensors
