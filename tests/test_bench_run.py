@@ -300,6 +300,20 @@ def test_the_real_alternatives_are_all_there(wanted, table, device):
     assert [name for name in wanted[device] if not any(name in row for row in there)] == []
 
 
+def test_a_peer_is_a_file_that_nothing_names(tmp_path, monkeypatch):
+    (tmp_path / "slowest.py").write_text(
+        "from benchmarks.harness.peer import EncoderPeer\n"
+        "from benchmarks.peers.torch import plain\n"
+        'ENCODERS = (EncoderPeer("slowest", "slowest", plain, sizes=(1, 2)),)\n'
+    )
+    monkeypatch.setattr(peers, "__path__", [*peers.__path__, str(tmp_path)])
+    case = suite_encoder.build("encoder", "base_natural", TINY, 1, True, device=CPU, dtype=torch.float32)
+    found = measured(case, peers=lambda row: row.peer == "slowest")
+    assert {name: row["status"] for name, row in found.items()} == {
+        "slowest, sorted, batches of 1": "ok", "slowest, sorted, batches of 2": "ok",
+    }  # fmt: skip
+
+
 def test_operators_of_liger_stand_beside_ours_on_gpus():
     for operator in ("add_layer_norm", "linear_cross_entropy"):
         assert [p.devices for p in peers.operators(operator) if p.peer == "liger-kernel"] == [("cuda",)]

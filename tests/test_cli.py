@@ -19,6 +19,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+import fastbert.cli
 from fastbert import BertConfig, BertModel, Encoder
 from fastbert.cli.main import main
 from fastbert.text.files import HEADER_BYTES, npy_header, safetensors_header
@@ -476,3 +477,17 @@ def test_info(model_folder, capsys):
 
 def test_verify_is_a_command(capsys):
     fails(capsys, 2, "nonsense", "verify", "--op", "nonsense")
+
+
+def test_a_command_is_a_file_that_nothing_names(tmp_path, monkeypatch, capsys):
+    (tmp_path / "greet.py").write_text(
+        'ORDER, SUMMARY = 9, "say good day"\n'
+        'def add_arguments(parser): parser.add_argument("name")\n'
+        'def run(args): print("good day,", args.name); return 3\n'
+    )
+    monkeypatch.setattr("fastbert.cli.__path__", [*fastbert.cli.__path__, str(tmp_path)])
+    assert main(["greet", "you"]) == 3
+    assert capsys.readouterr().out == "good day, you\n"
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "say good day" in capsys.readouterr().out
