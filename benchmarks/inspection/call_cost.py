@@ -51,6 +51,10 @@ def _launch_nothing() -> None:
     if hasattr(_library, "EAGER"):
         _library.EAGER.add("meta")
     _library.register = _registering_for_meta(_library)
+    from fastbert import functional
+
+    if not hasattr(functional, "machine"):  # a checkout from before the driver asked there
+        functional.machine = _device
     spec = importlib.util.spec_from_file_location(
         "fastbert.emulator.driver", HERE.parents[2] / "fastbert" / "emulator" / "driver.py"
     )
