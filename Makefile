@@ -18,7 +18,7 @@ INSTALLED := $(VENV)/.installed
 BUILT := $(VENV)/.built
 SOURCES := $(shell find kernels -name '*.cpp' -o -name '*.h')
 
-.PHONY: fuzz fuzz-asan help install demo test test-triton test-cpp test-torch ptx ptx-fast verify bench compile compile-all full lint format clean
+.PHONY: fuzz fuzz-asan help install demo test test-triton test-cpp test-torch ptx ptx-fast ptx-mutants verify bench compile compile-all full lint format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -27,6 +27,7 @@ help:
 	@echo "              then what a CPU runs with the C++ operators, and without; test-triton, test-cpp, test-torch"
 	@echo "make ptx      run the tests of the operators on compiled kernels, emulated: sm_80, sm_90, sm_120 (ARCHES="sm_90")"
 	@echo "make ptx-fast every kernel at every flag once on sm_80 and sm_90: what continuous integration runs"
+	@echo "make ptx-mutants  what the emulator notices of five kernels with one step taken out of their PTX"
 	@echo "make fuzz     random calls of the CPU operators against float64 for SECONDS=60 from SEED=0; fuzz-asan: the same"
 	@echo "              with the C++ operators built with AddressSanitizer and UBSan (GCC)"
 	@echo "make verify   check every operator on this machine against the reference"
@@ -73,6 +74,9 @@ ptx: $(BUILT)
 
 ptx-fast: $(BUILT)
 	set -e; for arch in sm_80 sm_90; do $(EMULATED) tests/test_emulated.py; done
+
+ptx-mutants: $(BUILT)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/ptx/mutants.py
 
 SECONDS ?= 60
 SEED ?= 0

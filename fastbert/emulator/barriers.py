@@ -119,6 +119,7 @@ class Barriers:
             barrier = self.mbarriers[at]
             S.order.tick()
             came = S.copies.deliver(S, at, programs, barrier.phase)
+            came |= S.tensor.deliver(S, at, programs, barrier.phase, barrier.code)
             barrier.arrived = _later(barrier.arrived, np.zeros((S.count, barrier.code - BULK + 1), i64))
             barrier.arrived[came, barrier.code - BULK] = S.order.now
             S.order.acquire(S.warps_of(lanes), barrier.arrived)

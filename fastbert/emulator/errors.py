@@ -90,6 +90,10 @@ class BarrierMisuse(EmulatorError):
     """An mbarrier used before it is initialised, with too many arrivals or bytes, or left unfinished."""
 
 
+class TensorMemoryMisuse(EmulatorError):
+    """More tensor memory than there is, or some that is not given back as it was allocated."""
+
+
 class InvalidOperand(EmulatorError):
     """An operand with a value that the instruction does not accept."""
 

@@ -14,7 +14,7 @@ import numpy as np
 from . import arithmetic, convert, floating, integer, matrix, warp  # noqa: F401  they register their translators
 from .barriers import evaluate
 from .errors import DivergentBarrier, EmulatorError, LimitExceeded, Trap
-from .flow import blocks_of, expect_initialised, smallest_access, stored_parameters, waits
+from .flow import blocks_of, expect_initialised, expect_loads_waited, smallest_access, stored_parameters, waits
 from .formats import i64
 from .machine import Machine
 from .memory import GlobalMemory, region_of
@@ -34,6 +34,7 @@ class Translated:
         self.program: Program = parse(text)
         self.blocks = blocks_of(self.program)
         expect_initialised(self.program, self.blocks)
+        expect_loads_waited(self.program, self.blocks)
         self.waits = {start for start in self.blocks if waits(self.program.instructions[start])}
         self.stored = stored_parameters(self.program)
         self.piece = smallest_access(self.program, "shared")
@@ -57,12 +58,13 @@ def translated(text: str) -> Translated:
 
 def run(
     text: str, grid: tuple[int, int, int], parameters: list[np.generic], regions: list[Region], shared_bytes: int,
-    descriptors: dict[int, object] | None = None,
+    descriptors: dict[int, object] | None = None, limit: int = LIMIT,
 ) -> int:  # fmt: skip
     """Run a kernel over its grid; gives the number of instructions that warps ran.
 
     parameters: the bits of each as an unsigned numpy scalar, addresses made by `pointer`. regions: the tensors.
-    descriptors: number of a parameter -> TensorDescriptor. Raises: EmulatorError, of the class of the fault.
+    descriptors: number of a parameter -> TensorDescriptor. limit: as LIMIT. Raises: EmulatorError, of the class of the
+    fault.
     """
     code = translated(text)
     program = code.program
@@ -78,7 +80,7 @@ def run(
         batch = numbers[first : first + per_batch]
         machine = Machine(batch, grid, program.threads, shared_bytes, memory, descriptors or {}, first, code.piece)
         try:
-            total += _run_batch(code, machine, parameters) * machine.count * machine.warps
+            total += _run_batch(code, machine, parameters, limit) * machine.count * machine.warps
             machine.at = None
             machine.expect_finished()
         except EmulatorError as error:
@@ -89,10 +91,10 @@ def run(
     return total
 
 
-def _run_batch(code: Translated, S: Machine, P: list[np.generic]) -> int:
+def _run_batch(code: Translated, S: Machine, P: list[np.generic], limit: int) -> int:
     R = [POISON[max(width, 16) if width != 1 else 1] for width in code.program.widths]
     with np.errstate(all="ignore"):
-        return _Schedule(code, S, R, P).run()
+        return _Schedule(code, S, R, P).run(limit)
 
 
 class _Schedule:
@@ -104,7 +106,7 @@ class _Schedule:
         self.together: int | None = 0
         self.counter = np.zeros(S.shape, i64)
 
-    def run(self) -> int:
+    def run(self, limit: int) -> int:
         count, code, S = 0, self.code, self.S
         while True:
             start, mask = self._next()
@@ -113,8 +115,8 @@ class _Schedule:
             function, branch = code.function(start, mask is not None)
             condition = function(S, self.R, mask, self.P)
             count += code.blocks[start].stop - start
-            if count > LIMIT:
-                raise EmulatorError(f"more than {LIMIT} instructions")
+            if count > limit:
+                raise EmulatorError(f"more than {limit} instructions")
             self._go_on(start, mask, branch, condition)
 
     def _next(self) -> tuple[int | None, np.ndarray | None]:

@@ -8,6 +8,8 @@ card computes.
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 
 from .formats import f32, f64
@@ -72,7 +74,8 @@ def _formula(i: Instruction, values: list[str]) -> str:
     if i.name in ("fma", "mad"):
         return f"fused({', '.join(values)})"
     if i.name in ("min", "max"):
-        return f"{i.name}imum{'_nan' if 'NaN' in i.parts else ''}({', '.join(values)})"
+        of_two = f"{i.name}imum{'_nan' if 'NaN' in i.parts else ''}({{}}, {{}})"
+        return functools.reduce(of_two.format, values)  # of two, or of three
     return _APPROXIMATE[i.name].format(*values)
 
 

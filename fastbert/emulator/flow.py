@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .errors import UninitialisedRegister
+from .errors import MissingWait, UninitialisedRegister
 from .ptx import (
     BRANCHES,
     WIDTHS,
@@ -55,7 +55,7 @@ def registers(operand: Operand) -> Iterator[Register]:
 def destinations(instruction: Instruction) -> list[Register]:
     if not instruction.operands or instruction.name in (*_NO_DESTINATION, *BRANCHES):
         return []
-    if isinstance(instruction.operands[0], Address):  # mbarrier.init
+    if isinstance(instruction.operands[0], Address) or instruction.opcode.startswith("tcgen05.dealloc"):
         return []
     return list(registers(instruction.operands[0]))
 
@@ -141,6 +141,22 @@ def expect_initialised(program: Program, blocks: dict[int, Block]) -> None:
                     raise fault.at(program.name, i.line, i.text)
             for register in written:
                 assigned |= 1 << register.index
+
+
+def expect_loads_waited(program: Program, blocks: dict[int, Block]) -> None:
+    """Raises MissingWait where a register that a tcgen05.ld fills is used with no tcgen05.wait::ld between."""
+    for block in blocks.values():
+        filled: set[int] = set()
+        for i in program.instructions[block.start : block.stop]:
+            if i.opcode.startswith("tcgen05.wait::ld"):
+                filled.clear()
+            used = {r.index for operand in i.operands for r in registers(operand)}
+            ends = i.name in BRANCHES or i is program.instructions[block.stop - 1]
+            if filled and (ends or not filled.isdisjoint(used)):
+                fault = MissingWait("no tcgen05.wait::ld between a tcgen05.ld and the use of its registers")
+                raise fault.at(program.name, i.line, i.text)
+            if i.opcode.startswith("tcgen05.ld"):
+                filled |= {r.index for r in destinations(i)}
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 from .copies import TensorDescriptor
 from .driver import CARDS
 from .errors import InvalidOperand, LimitExceeded
-from .execute import run
+from .execute import LIMIT, run
 from .formats import f32, f64, u8, u16, u32, u64
 from .memory import pointer
 from .region import Region
@@ -21,15 +21,19 @@ if TYPE_CHECKING:
 _INTEGERS = {"1": u8, "8": u8, "16": u16, "32": u32, "64": u64}
 
 
-def execute(launch: Launch) -> int:
-    """Run a compiled launch; its tensors are written in place. Gives the number of instructions that warps ran."""
+def execute(launch: Launch, ptx: str | None = None, limit: int = LIMIT) -> int:
+    """Run a compiled launch; its tensors are written in place. Gives the number of instructions that warps ran.
+
+    ptx: another program than the launch's own, with the same parameters. limit: of instructions that a batch of
+    programs may run.
+    """
     arch = f"sm_{launch.compiled.metadata.target.arch}"
     if launch.shared > CARDS[arch][1]:
         raise LimitExceeded(f"{launch.name} needs {launch.shared} bytes of shared memory, {arch} has {CARDS[arch][1]}")
     arguments = _Arguments(launch)
     return run(
-        launch.compiled.asm["ptx"], launch.grid, arguments.parameters, arguments.regions, launch.shared,
-        arguments.descriptors,
+        launch.compiled.asm["ptx"] if ptx is None else ptx, launch.grid, arguments.parameters, arguments.regions,
+        launch.shared, arguments.descriptors, limit,
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from .memory import GlobalMemory
 from .order import Order
 from .shared import SharedMemory
 from .state import State
+from .tensor import TensorMemory
 from .warpgroup import MatrixQueue
 
 
@@ -28,9 +29,11 @@ class Machine(State):
         self.barriers = Barriers(self)
         self.copies = AsyncCopies(self)
         self.queue = MatrixQueue(self)
+        self.tensor = TensorMemory(self)
 
     def expect_finished(self) -> None:
         """At the end of the programs: nothing flies, and no mbarrier waits."""
         self.copies.expect_none()
         self.queue.expect_none()
+        self.tensor.expect_none()
         self.barriers.expect_finished()

@@ -20,8 +20,9 @@ _FLIES = stamp(FLYING, 0)
 class Shadow:
     """`size` bytes of shared memory for all programs, `stride` a program, in pieces of `piece` bytes (a power of 2)."""
 
-    def __init__(self, machine: State, size: int, stride: int, piece: int):
+    def __init__(self, machine: State, size: int, stride: int, piece: int, space: str = "shared memory"):
         self.order: Order = machine.order
+        self._space = space
         self._piece, self._shift, self._stride = piece, piece.bit_length() - 1, stride
         self._written = np.zeros(size // piece, i64)
         self._read = np.zeros(size // piece, i64)
@@ -89,10 +90,10 @@ class Shadow:
         index, _, who = self._pieces(place, size, mask, code)
         self._written[index] = stamp(self.order.now, who)
 
-    def read_async(self, place: np.ndarray, program: np.ndarray, warps: np.ndarray) -> np.ndarray:
+    def read_async(self, place: np.ndarray, program: np.ndarray, warps: np.ndarray, fenced: bool = True) -> np.ndarray:
         """An asynchronous unit reads 16 bytes at each of places [operations, n]. program: [operations]; warps:
-        [operations, k], those that start it, all of which have to know what was written. Gives the pieces, for
-        `read_is_over`."""
+        [operations, k], those that start it, all of which have to know what was written. fenced: and a fence has
+        to lie between. Gives the pieces, for `read_is_over`."""
         index = self._spread(place, 16).reshape(len(place), -1)
         written = self._written.take(index)
         if not written.all():
@@ -105,21 +106,47 @@ class Shadow:
                     written.reshape(-1), index.reshape(-1), program.repeat(each), who.repeat(each),
                     "starts an asynchronous read of", "wrote",
                 )  # fmt: skip
-        unfenced = self.order.unfenced(written.reshape(-1), program.repeat(each), warps[:, 0].repeat(each))
+        if fenced:
+            self._expect_fenced(written, index, program, warps[:, 0])
+        self._read[index] = stamp(FLYING, MANY)
+        return index
+
+    def _expect_fenced(self, written, index, program, warp) -> None:
+        each = index.shape[1]
+        unfenced = self.order.unfenced(written.reshape(-1), program.repeat(each), warp.repeat(each))
         if unfenced.any():
             where = int(np.argmax(unfenced))
             raise MissingFence(
                 f"no fence.proxy.async between the write of {self._name(written.flat[where])} to byte "
-                f"{self._byte(index.flat[where])} of shared memory and its asynchronous read"
+                f"{self._byte(index.flat[where])} of {self._space} and its asynchronous read"
             )
-        self._read[index] = stamp(FLYING, MANY)
-        return index
 
-    def read_is_over(self, index: np.ndarray) -> None:
-        self._read[index] = stamp(self.order.now, MANY)
+    def read_is_over(self, index: np.ndarray, code: int = MANY) -> None:
+        """code: of the mbarrier that says so, if one does."""
+        self._read[index] = stamp(self.order.now, code)
 
     def read_goes_on(self, index: np.ndarray) -> None:
         self._read[index] = stamp(FLYING, MANY)
+
+    def start_result(self, index: np.ndarray, program: np.ndarray, warp: np.ndarray, keeps: bool) -> None:
+        """The matrix unit starts to write pieces [operations, n] for warps [operations]; those that it writes for the
+        same warp already come first. keeps: it adds to what is there."""
+        who, each = SEVERAL + warp, index.shape[1]
+        written = self._written.take(index)
+        if keeps and not written.all():
+            self._never_written(index, written == 0)
+        others = (written != stamp(FLYING, who)[:, None]).reshape(-1)
+        self._expect_free(
+            index.reshape(-1)[others], program.repeat(each)[others], who.repeat(each)[others], "starts a product in"
+        )
+        self.start_result_again(index, warp)
+
+    def start_result_again(self, index: np.ndarray, warp: np.ndarray) -> None:
+        self._written[index] = stamp(FLYING, SEVERAL + warp)[:, None]
+
+    def end_result(self, index: np.ndarray, code: int) -> None:
+        """code: of the mbarrier that says so."""
+        self._written[index] = stamp(self.order.now, code)
 
     def hold_mbarrier(self, place: np.ndarray, programs: np.ndarray) -> None:
         """8 bytes become an mbarrier: only its own instructions may use them."""
@@ -146,7 +173,7 @@ class Shadow:
             self._refuse(int(stamps[first]), int(index[first]), int(who[first]), does, did, at.size)
 
     def _refuse(self, old: int, index: int, who: int, does: str, did: str, count: int) -> None:
-        what = f"{self._name(who)} {does} byte {self._byte(index)} of shared memory"
+        what = f"{self._name(who)} {does} byte {self._byte(index)} of {self._space}"
         if old >= _FLIES:
             if old & ((1 << CODES) - 1) == MBARRIER:
                 raise BarrierMisuse(f"{what}, which holds an mbarrier")
@@ -157,7 +184,7 @@ class Shadow:
 
     def _never_written(self, index, never) -> None:
         where = int(index.flat[np.argmax(never)])
-        raise UnwrittenShared(f"byte {self._byte(where)} of shared memory is read, but nothing was written there")
+        raise UnwrittenShared(f"byte {self._byte(where)} of {self._space} is read, but nothing was written there")
 
     def _byte(self, index) -> int:
         return int(index) * self._piece % self._stride

@@ -15,7 +15,7 @@ PARAMETER_SPACE = 0xFFFE << 48  # addresses of parameters, which are no addresse
 class State:
     """`programs`: their numbers in the grid, [n, 3]. Arrays of the state are [n, threads]. `first`: number of the
     first one, counted through the grid. `Machine` puts the parts together: memory, order, shared memory, barriers,
-    copies and the queue of matrix products."""
+    copies, the queue of matrix products, and tensor memory."""
 
     memory: Any
     order: Any
@@ -23,6 +23,7 @@ class State:
     barriers: Any
     copies: Any
     queue: Any
+    tensor: Any
 
     def __init__(
         self, programs: np.ndarray, grid: tuple[int, int, int], threads: int, descriptors: dict[int, object], first: int

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from .errors import DivergentWarp
-from .formats import i64, u32
+from .formats import i32, i64, u32
 from .ptx import Immediate, Instruction, Pair
 from .state import State
 from .translate import Emitter, available, refuse, translates
@@ -105,11 +105,32 @@ def reduce_warp(S: State, operation: str, a, mask):
     return np.broadcast_to(result, value.shape).reshape(S.shape)
 
 
+@available
+def extreme_of_warp(S: State, operation: str, bits, mask):
+    """redux.min and max of float32, as bits: NaNs are left out, and -0 is less than 0."""
+    bits = S.by_warp(bits)
+    # with the lower bits of negative numbers turned round floats compare as integers do
+    ordered = bits.view(i32) ^ ((bits.view(i32) >> 31) & 0x7FFFFFFF)
+    left_out = (bits & u32(0x7FFFFFFF)) > u32(0x7F800000)
+    left_out = left_out if mask is None else left_out | ~S.by_warp(mask)
+    limits = np.iinfo(i32)
+    function, neutral = {"min": (np.minimum, limits.max), "max": (np.maximum, limits.min)}[operation]
+    result = function.reduce(np.where(left_out, i32(neutral), ordered), -1, keepdims=True)
+    result = (result ^ ((result >> 31) & 0x7FFFFFFF)).view(u32)
+    result = np.where(left_out.all(-1, keepdims=True), u32(0x7FFFFFFF), result)
+    return np.broadcast_to(result, bits.shape).reshape(S.shape)
+
+
 @translates("redux")
 def _redux(emit: Emitter, i: Instruction) -> None:
-    if i.type not in ("s32", "u32", "b32"):
+    of_floats = i.type == "f32" and i.parts[2] in ("min", "max") and len(i.parts) == 4
+    if i.type not in ("s32", "u32", "b32") and not of_floats:
         refuse(i)
     expect_named_lanes(emit, i)
+    if of_floats:
+        value = emit.read(i.operands[1], "b32")
+        emit.write(i.operands[0], f"extreme_of_warp(S, {i.parts[2]!r}, {value}, {emit.mask})")
+        return
     result = f"reduce_warp(S, {i.parts[2]!r}, {emit.read(i.operands[1], i.type)}, {emit.mask})"
     emit.write(i.operands[0], result, "s" if i.type[0] == "s" else "b")
 

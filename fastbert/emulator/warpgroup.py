@@ -197,7 +197,7 @@ class MatrixQueue:
         d = np.where(here, d, d[tuple(np.argwhere(here)[0])])
         places = np.empty((*self.groups, *_pieces(rows, transposed)), i64)
         for one in np.unique(d).tolist():
-            places[d == one] = _layout(one, rows, transposed)
+            places[d == one] = layout(one, rows, transposed)
         if places.max() + 16 > S.shared.size:
             raise OutOfBounds(f"wgmma reads byte {places.max()} of shared memory, which has {S.shared.size}")
         places += S.shared.base[..., None, None]
@@ -216,7 +216,7 @@ def _pieces(rows: int, transposed: bool) -> tuple[int, int]:
 
 
 @functools.cache
-def _layout(descriptor: int, rows: int, transposed: bool) -> np.ndarray:
+def layout(descriptor: int, rows: int, transposed: bool) -> np.ndarray:
     """Addresses of an operand's pieces of 16 bytes, [rows, 2], or transposed [16, rows / 8]."""
     start, leading, stride = ((descriptor >> at & 0x3FFF) << 4 for at in (0, 16, 32))
     span = _SPANS[descriptor >> 62]

@@ -51,6 +51,14 @@ CASES = {
 CASES |= {f"{name}.rn.f32": CASES[f"{name}.f32"] for name in ("add", "sub", "mul")}
 
 
+def test_the_largest_and_the_least_of_three(ptx):
+    """A form that sm_100 brought."""
+    columns = [np.array(c, np.float32) for c in ((1, 2, 3), (3, 1, NAN), (-1, -0.0, 0))]
+    for opcode, expected in (("max.f32", [3, 2, 3]), ("min.f32", [-1, -0.0, 0])):
+        got = ptx.each(f"{opcode} %out, %in0, %in1, %in2;", *columns, out=np.float32)
+        assert_same(got, np.array(expected, np.float32))
+
+
 @pytest.mark.parametrize("opcode", CASES)
 def test_float32(ptx, opcode):
     operands, inputs, expected = CASES[opcode]
@@ -112,6 +120,9 @@ DOUBLES = {
     "add.f32x2": ("%d0, %d1", [5, -1.5]),
     "sub.f32x2": ("%d0, %d1", [-1, 2.5]),
     "mul.f32x2": ("%d0, %d1", [6, -1]),
+    "add.rn.f32x2": ("%d0, %d1", [5, -1.5]),
+    "sub.rn.f32x2": ("%d0, %d1", [-1, 2.5]),
+    "mul.rn.f32x2": ("%d0, %d1", [6, -1]),
     "fma.rn.f32x2": ("%d0, %d1, %d0", [8, -0.5]),
 }
 

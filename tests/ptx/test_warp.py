@@ -70,6 +70,23 @@ def test_reductions_over_a_warp(ptx, opcode):
     assert got.tolist() == [REDUCTIONS[opcode] % 2**32] * 32
 
 
+NAN = float("nan")
+EXTREMES = {
+    "redux.sync.max.f32": [([-3.0, -0.5], -0.5), ([NAN, 2.0], 2.0), ([NAN, NAN], NAN), ([-0.0, 0.0], 0.0)],
+    "redux.sync.min.f32": [([-3.0, -0.5], -3.0), ([NAN, 2.0], 2.0), ([NAN, NAN], NAN), ([0.0, -0.0], -0.0)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("opcode", EXTREMES)
+def test_extremes_of_floats_over_a_warp(ptx, opcode):
+    """Half of the lanes have the one number, half the other."""
+    for given, expected in EXTREMES[opcode]:
+        x = np.float32(given * 16)
+        got = ptx.each(f"{opcode} %out, %in0, -1;", x, out=np.uint32)
+        canonical = np.uint32(0x7FFFFFFF) if np.isnan(expected) else np.float32(expected).view(np.uint32)
+        assert (got == canonical).all(), (given, got.view(np.float32))
+
+
 def test_a_reduction_of_those_that_take_part(ptx):
     body = "setp.ge.u32 %p0, %t, 20; mov.u32 %out, 7; @%p0 redux.sync.min.s32 %out, %t, 0xfff00000;"
     assert ptx.each(body, LANES, out=np.uint32).tolist() == [7] * 20 + [20] * 12

@@ -1,5 +1,8 @@
 """wgmma: operands in shared memory as descriptors lay them out, fragments of registers, and what may not be touched."""
 
+import runpy
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -7,57 +10,8 @@ from fastbert.emulator import errors
 
 pytestmark = pytest.mark.once
 
-KINDS = {
-    "bf16": lambda x: (np.asarray(x, np.float32).view(np.uint32) >> 16).astype(np.uint16),
-    "f16": lambda x: np.asarray(x, np.float16).view(np.uint16),
-}
-SPANS = {128: 1, 64: 2, 32: 3, 0: 0}  # bytes of a swizzled row -> layout field of the descriptor
-
-
-def _laid_out(matrix: np.ndarray, span: int, transposed: bool) -> tuple[np.ndarray, int, int]:
-    """An operand [rows, 16] as bytes of shared memory, element by element, and its leading and stride offsets.
-
-    Not transposed, k lies in neighbouring bytes: eight rows of `span` bytes, then the next eight. Transposed, the rows
-    do: eight k of `span` bytes, then the next eight k, then the next rows. The 16-byte pieces of the n-th line of
-    `span` bytes change places: piece p goes to p xor (n div (128 / span)).
-    """
-    rows = len(matrix)
-    size = rows * 16 * 2 if span in (0, 32) else rows * max(span, 32) if not transposed else rows * 32
-    image = np.zeros(size, np.uint8)
-    view = image.view(np.uint16)
-    leading = stride = 0
-    for row in range(rows):
-        for k in range(16):
-            if span == 0:  # 8 rows of 16 bytes, the two halves of k one after the other
-                leading, stride = 128, 256
-                at = row // 8 * 256 + k // 8 * 128 + row % 8 * 16 + k % 8 * 2
-            elif not transposed:
-                stride = 8 * span
-                piece = (k * 2 // 16) ^ (row % 8 // (128 // span))
-                at = row // 8 * stride + row % 8 * span + piece * 16 + k * 2 % 16
-            else:
-                per = span // 2
-                stride, leading = 8 * span, 16 * span
-                piece = (row % per * 2 // 16) ^ (k % 8 // (128 // span))
-                at = row // per * leading + k // 8 * stride + k % 8 * span + piece * 16 + row * 2 % 16
-            view[at // 2] = matrix[row, k]
-    return image, leading, stride
-
-
-def _descriptor(start: int, leading: int, stride: int, span: int) -> int:
-    return start >> 4 | leading >> 4 << 16 | stride >> 4 << 32 | SPANS[span] << 62
-
-
-def _copy_in(size: int, threads: int = 128) -> str:
-    """x to shared memory: all threads, 16 bytes each at a time."""
-    return "\n".join(
-        f"""
-        mad.lo.s32 %r0, %t, 16, {start}; cvt.u64.u32 %d0, %r0; add.s64 %d0, %d0, %x; setp.lt.u32 %p0, %r0, {size};
-        @%p0 ld.global.v2.b64 {{%d1, %d2}}, [%d0];
-        @%p0 st.shared.v2.b64 [%r0], {{%d1, %d2}};
-        """
-        for start in range(0, size, threads * 16)
-    )
+OPERANDS = runpy.run_path(str(Path(__file__).with_name("operands.py")))
+KINDS, copy_in, descriptor, laid_out = (OPERANDS[name] for name in ("KINDS", "copy_in", "descriptor", "laid_out"))
 
 
 def _accumulators(n: int) -> list[str]:
@@ -114,13 +68,13 @@ def test_shapes(ptx, opcode):
     """D = A B + 3, both operands swizzled over 128 bytes with k innermost."""
     n, kind = CASES[opcode]
     a, b = _numbers(64, 16, 1), _numbers(n, 16, 2)
-    image_a, _, stride = _laid_out(KINDS[kind](a), 128, False)
-    image_b, _, _ = _laid_out(KINDS[kind](b), 128, False)
+    image_a, _, stride = laid_out(KINDS[kind](a), 128, False)
+    image_b, _, _ = laid_out(KINDS[kind](b), 128, False)
     x = np.concatenate([image_a, image_b])
     out = np.zeros((128, n // 2), np.float32)
-    of_a, of_b = _descriptor(0, 16, stride, 128), _descriptor(len(image_a), 16, stride, 128)
+    of_a, of_b = descriptor(0, 16, stride, 128), descriptor(len(image_a), 16, stride, 128)
     body = f"""
-    {_copy_in(len(x))} {_initial(n)}
+    {copy_in(len(x))} {_initial(n)}
     mov.b64 %d10, {of_a}; mov.b64 %d11, {of_b}; mov.pred %p1, 1;
     {BEFORE} {_wgmma(kind, n, "%d10", "%d11", "%p1, 1, 1, 0, 0")} {AFTER} {_store_out(n)}
     """
@@ -136,15 +90,15 @@ def test_layouts(ptx, span, transposed_a, transposed_b):
     """Every swizzle, k innermost or rows innermost; the start of B is not at zero."""
     n = 128
     a, b = _numbers(64, 16, 3), _numbers(n, 16, 4)
-    image_a, leading_a, stride_a = _laid_out(KINDS["bf16"](a), span, transposed_a)
-    image_b, leading_b, stride_b = _laid_out(KINDS["bf16"](b), span, transposed_b)
+    image_a, leading_a, stride_a = laid_out(KINDS["bf16"](a), span, transposed_a)
+    image_b, leading_b, stride_b = laid_out(KINDS["bf16"](b), span, transposed_b)
     start = -(-len(image_a) // 1024) * 1024
     x = np.zeros(start + len(image_b), np.uint8)
     x[: len(image_a)], x[start:] = image_a, image_b
     out = np.zeros((128, n // 2), np.float32)
-    of_a, of_b = _descriptor(0, leading_a, stride_a, span), _descriptor(start, leading_b, stride_b, span)
+    of_a, of_b = descriptor(0, leading_a, stride_a, span), descriptor(start, leading_b, stride_b, span)
     body = f"""
-    {_copy_in(len(x))} {_initial(n)}
+    {copy_in(len(x))} {_initial(n)}
     mov.b64 %d10, {of_a}; mov.b64 %d11, {of_b}; mov.pred %p1, 0;
     {BEFORE} {_wgmma("bf16", n, "%d10", "%d11", f"%p1, 1, -1, {int(transposed_a)}, {int(transposed_b)}")} {AFTER}
     {_store_out(n)}
@@ -172,11 +126,11 @@ def test_a_in_registers_and_a_chain_of_k(ptx):
                 row, k = 16 * warp + lane // 4 + 8 * (i % 2), 16 * step + 2 * (lane % 4) + 8 * (i // 2)
                 words[thread, 4 * step + i] = bits[row, k] | bits[row, k + 1] << 16
     out = np.zeros((128, n // 2), np.float32)
-    first, second = _descriptor(0, 16, 512, 64), _descriptor(32, 16, 512, 64)
+    first, second = descriptor(0, 16, 512, 64), descriptor(32, 16, 512, 64)
     loads = " ".join(f"ld.global.b32 %r{4 + j}, [%d3 + {4 * j}];" for j in range(8))
     ptx(
         f"""
-        {_copy_in(len(image))} {_initial(n)} mad.wide.u32 %d3, %t, 32, %w; {loads}
+        {copy_in(len(image))} {_initial(n)} mad.wide.u32 %d3, %t, 32, %w; {loads}
         mov.b64 %d10, {first}; mov.b64 %d11, {second};
         setp.ne.u32 %p1, 0, 0; setp.eq.u32 %p2, 0, 0;
         {BEFORE}
@@ -193,14 +147,14 @@ def test_each_warpgroup_has_its_own_product(ptx):
     """Two warpgroups share B and have an A each."""
     n = 8
     a, b = _numbers(128, 16, 7), _numbers(n, 16, 8)
-    image, _, stride = _laid_out(KINDS["bf16"](np.concatenate([a, b])), 32, False)
+    image, _, stride = laid_out(KINDS["bf16"](np.concatenate([a, b])), 32, False)
     out = np.zeros((256, n // 2), np.float32)
     ptx(
         f"""
-        {_copy_in(len(image), 256)} {_initial(n)}
+        {copy_in(len(image), 256)} {_initial(n)}
         shr.u32 %r1, %t, 7; cvt.u64.u32 %d3, %r1; mul.lo.s64 %d3, %d3, {64 * 32 // 16};
-        mov.b64 %d10, {_descriptor(0, 16, stride, 32)}; add.s64 %d10, %d10, %d3;
-        mov.b64 %d11, {_descriptor(128 * 32, 16, stride, 32)}; mov.pred %p1, 0;
+        mov.b64 %d10, {descriptor(0, 16, stride, 32)}; add.s64 %d10, %d10, %d3;
+        mov.b64 %d11, {descriptor(128 * 32, 16, stride, 32)}; mov.pred %p1, 0;
         {BEFORE} {_wgmma("bf16", n, "%d10", "%d11", "%p1, 1, 1, 0, 0")} {AFTER} {_store_out(n)}
         """,
         threads=256, shared=len(image), x=image, y=out,
@@ -222,8 +176,8 @@ def _refusal(
 ) -> None:  # fmt: skip
     """One product of zeros; `between` runs while it is in flight."""
     body = f"""
-    {_copy_in(_SIZE)} {_initial(_N)} mov.u32 %r0, 0; mov.b32 %r100, 0f00000000; mov.u32 %r1, 4096;
-    mov.b64 %d10, {_descriptor(0, 16, 256, 32)}; mov.b64 %d11, {_descriptor(64 * 32, 16, 256, 32)}; mov.pred %p1, 1;
+    {copy_in(_SIZE)} {_initial(_N)} mov.u32 %r0, 0; mov.b32 %r100, 0f00000000; mov.u32 %r1, 4096;
+    mov.b64 %d10, {descriptor(0, 16, 256, 32)}; mov.b64 %d11, {descriptor(64 * 32, 16, 256, 32)}; mov.pred %p1, 1;
     {setup} {before} {_wgmma("bf16", _N, "%d10", "%d11", flags)} {between} {after} {late}
     """
     x = np.zeros(_SIZE, np.uint8)
@@ -261,8 +215,8 @@ def test_registers_of_a_in_flight_may_not_be_written(ptx):
     def run(between: str) -> None:
         ptx(
             f"""
-            {_copy_in(_N * 32)} {_initial(_N)} mov.u32 %r4, 0;
-            mov.b64 %d11, {_descriptor(0, 16, 256, 32)}; mov.pred %p1, 1; {BEFORE}
+            {copy_in(_N * 32)} {_initial(_N)} mov.u32 %r4, 0;
+            mov.b64 %d11, {descriptor(0, 16, 256, 32)}; mov.pred %p1, 1; {BEFORE}
             {_wgmma("bf16", _N, "{%r4, %r4, %r4, %r4}", "%d11", "%p1, 1, 1, 0")} {between} {AFTER}
             """,
             threads=128, shared=_N * 32, x=np.zeros(_N * 32, np.uint8),
@@ -302,13 +256,13 @@ def test_a_wait_at_the_end_is_missing(ptx):
 
 def test_descriptors_stay_inside_and_are_the_same_for_a_warpgroup(ptx):
     with pytest.raises(errors.InvalidOperand, match="a transposed matrix that is not swizzled"):
-        _refusal(ptx, setup=f"mov.b64 %d10, {_descriptor(0, 128, 256, 0)};", flags="%p1, 1, 1, 1, 0")
+        _refusal(ptx, setup=f"mov.b64 %d10, {descriptor(0, 128, 256, 0)};", flags="%p1, 1, 1, 1, 0")
     with pytest.raises(errors.OutOfBounds, match="wgmma reads byte"):
-        _refusal(ptx, setup=f"mov.b64 %d10, {_descriptor(8192 - 1024, 16, 256, 32)};")
+        _refusal(ptx, setup=f"mov.b64 %d10, {descriptor(8192 - 1024, 16, 256, 32)};")
     with pytest.raises(errors.InvalidOperand, match="a matrix descriptor differs"):
         _refusal(ptx, setup="cvt.u64.u32 %d10, %t;")
     with pytest.raises(errors.UnwrittenShared):
-        _refusal(ptx, setup=f"mov.b64 %d10, {_descriptor(4096, 16, 256, 32)};")
+        _refusal(ptx, setup=f"mov.b64 %d10, {descriptor(4096, 16, 256, 32)};")
 
 
 def test_a_part_of_a_warpgroup_cannot_multiply(ptx):

@@ -1,0 +1,228 @@
+"""tcgen05: tensor memory, products in it, and what may not be touched before somebody has waited."""
+
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastbert.emulator import errors
+
+pytestmark = pytest.mark.once
+
+OPERANDS = runpy.run_path(str(Path(__file__).with_name("operands.py")))
+KINDS, copy_in, descriptor, laid_out = (OPERANDS[name] for name in ("KINDS", "copy_in", "descriptor", "laid_out"))
+
+ALLOC = "tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32"
+DEALLOC = "tcgen05.dealloc.cta_group::1.sync.aligned.b32"
+PERMIT = "tcgen05.relinquish_alloc_permit.cta_group::1.sync.aligned"
+MMA = "tcgen05.mma.cta_group::1.kind::f16"
+COMMIT = "tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64"
+WAIT_LOAD, WAIT_STORE = "tcgen05.wait::ld.sync.aligned;", "tcgen05.wait::st.sync.aligned;"
+SHAPES = {"32x32b": (8, 16, 32, 64, 128), "16x32bx2": (4, 8, 16, 32, 64)}
+
+# %r20: the columns; %r21: those of this warp's lanes; %p5: the first warp; %p6: the first thread
+BEGIN = f"""
+setp.lt.u32 %p5, %t, 32; setp.eq.u32 %p6, %t, 0; mov.u32 %r19, PLACE;
+@%p5 {ALLOC} [%r19], COLUMNS; @%p5 {PERMIT};
+bar.sync 0; ld.shared.b32 %r20, [%r19]; and.b32 %r22, %t, 96; shl.b32 %r22, %r22, 16; add.s32 %r21, %r20, %r22;
+"""
+FREE = f"bar.sync 0; @%p5 {DEALLOC} %r20, COLUMNS;"
+
+
+def _body(text: str, columns: int = 64, place: int = 0, free: str = FREE) -> str:
+    return f"{BEGIN} {text} {free}".replace("COLUMNS", str(columns)).replace("PLACE", str(place))
+
+
+def _registers(count: int, first: int = 24) -> str:
+    return "{" + ", ".join(f"%r{first + n}" for n in range(count)) + "}"
+
+
+def _write_out(count: int) -> str:
+    """y[thread, n] is the n-th register."""
+    stores = " ".join(f"st.global.b32 [%d9 + {4 * n}], %r{24 + n};" for n in range(count))
+    return f"mad.wide.u32 %d9, %t, {4 * count}, %y; {stores}"
+
+
+def _fill(count: int, wait: str = WAIT_STORE) -> str:
+    """Column n of lane l becomes 1000 l + n, thread by thread."""
+    values = " ".join(f"mad.lo.s32 %r{24 + n}, %t, 1000, {n};" for n in range(count))
+    return f"{values} tcgen05.st.sync.aligned.32x32b.x{count}.b32 [%r21 + 0], {_registers(count)}; {wait}"
+
+
+@pytest.mark.instructions(
+    ALLOC, DEALLOC, PERMIT, WAIT_LOAD[:-1], WAIT_STORE[:-1],
+    *(f"tcgen05.{op}.sync.aligned.{shape}.x{n}.b32" for shape in SHAPES for n in SHAPES[shape] for op in ("ld", "st")),
+)  # fmt: skip
+@pytest.mark.parametrize("count", [8, 16, 32, 64, 128])
+def test_lanes_and_columns(ptx, count):
+    """16x32bx2: both halves of a warp have its first 16 lanes, and the upper half takes columns from 3 further."""
+    y = np.zeros((128, count), np.uint32)
+    load = f"tcgen05.ld.sync.aligned.32x32b.x{count}.b32 {_registers(count)}, [%r21 + 0]; {WAIT_LOAD}"
+    ptx(_body(_fill(count) + load + _write_out(count), 128), threads=128, shared=4, y=y)
+    assert y.tolist() == [[1000 * thread + n for n in range(count)] for thread in range(128)]
+    half = count // 2
+    y = np.zeros((128, half), np.uint32)
+    load = f"tcgen05.ld.sync.aligned.16x32bx2.x{half}.b32 {_registers(half)}, [%r21 + 1], 3; {WAIT_LOAD}"
+    ptx(_body(_fill(count) + "bar.sync 0;" + load + _write_out(half), 128), threads=128, shared=4, y=y)
+    for thread in range(128):
+        warp, lane = divmod(thread, 32)
+        row, first = 32 * warp + lane % 16, 1 + lane // 16 * 3
+        assert y[thread].tolist() == [1000 * row + first + n for n in range(half)]
+
+
+@pytest.mark.parametrize("half", [4, 8, 16, 32, 64])
+def test_halves_are_stored_as_they_are_loaded(ptx, half):
+    """The lower half of a warp fills columns from 0, the upper half those from `half`, of the same 16 lanes."""
+    y = np.zeros((128, half), np.uint32)
+    values = " ".join(f"mad.lo.s32 %r{24 + n}, %t, 1000, {n};" for n in range(half))
+    store = f"tcgen05.st.sync.aligned.16x32bx2.x{half}.b32 [%r21 + 0], {half}, {_registers(half)}; {WAIT_STORE}"
+    meet = "bar.sync 0; and.b32 %r22, %t, 31; setp.lt.u32 %p7, %r22, 16;"  # lanes 16 to 31 were not filled
+    load = f"tcgen05.ld.sync.aligned.16x32bx2.x{half}.b32 {_registers(half)}, [%r21 + {half}], -{half}; {WAIT_LOAD}"
+    ptx(_body(values + store + meet + load + _write_out(half), 128), threads=128, shared=4, y=y)
+    for thread in range(128):
+        assert y[thread].tolist() == [1000 * (thread ^ 16) + n for n in range(half)]
+
+
+# ---- products ----------------------------------------------------------------------------------------------
+
+N, SPAN, BARRIER = 32, 32, 8184  # columns of D; bytes of a row of A and B in shared memory; where the mbarrier lies
+PREPARE = f"mov.u32 %r8, {BARRIER}; @%p6 mbarrier.init.shared::cta.b64 [%r8], 1;"
+READY = "fence.proxy.async.shared::cta; bar.sync 0;"
+OVER = "{ .reg .pred over; again: mbarrier.try_wait.parity.shared::cta.b64 over, [%r8], 0; @!over bra.uni again; }"
+FETCH = f"tcgen05.ld.sync.aligned.32x32b.x{N}.b32 {_registers(N)}, [%r21 + 0]; {WAIT_LOAD} {_write_out(N)}"
+END = f"bar.sync 0; @%p6 mbarrier.inval.shared::cta.b64 [%r8]; {FREE}"
+
+
+def _instruction(m: int, kind: str, negated: tuple[bool, bool] = (False, False), transposed=(False, False)) -> int:
+    formats = {"f16": 0, "bf16": 1}[kind]
+    flags = negated[0] << 13 | negated[1] << 14 | transposed[0] << 15 | transposed[1] << 16
+    return 1 << 4 | formats << 7 | formats << 10 | flags | N >> 3 << 17 | m >> 4 << 24
+
+
+def _operands(m: int, kind: str, transposed=(False, False)):
+    """A [m, 16], B [N, 16], their image in shared memory and their descriptors."""
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(-4, 5, (m, 16)), rng.integers(-4, 5, (N, 16))
+    image_a, *offsets_a = laid_out(KINDS[kind](a), SPAN, transposed[0])
+    image_b, *offsets_b = laid_out(KINDS[kind](b), SPAN, transposed[1])
+    image = np.concatenate([image_a, image_b])
+    constant = 1 << 46  # that descriptors of tcgen05 have
+    of_a = descriptor(0, *offsets_a, SPAN) | constant
+    return a, b, image, of_a, descriptor(len(image_a), *offsets_b, SPAN) | constant
+
+
+def _product(image, of_a, of_b, instruction, keeps: int = 0, guard: str = "@%p6", times: int = 1) -> tuple[str, str]:
+    """(before, the product): mbarrier and operands, then the instruction itself."""
+    set_up = f"{PREPARE} {copy_in(len(image))} mov.b64 %d10, {of_a}; mov.b64 %d11, {of_b}; mov.u32 %r7, {instruction};"
+    product = f"setp.ne.u32 %p7, {keeps}, 0; " + f"{guard} {MMA} [%r20 + 0], %d10, %d11, %r7, %p7;" * times
+    return set_up, product
+
+
+REPORT = f"@%p6 {COMMIT} [%r8];"
+
+
+def _run(ptx, image, text: str, y=None, free: str = END) -> np.ndarray:
+    y = np.zeros((128, N), np.float32) if y is None else y
+    ptx(_body(text, place=8176, free=free), threads=128, shared=8192, x=image, y=y)
+    return y
+
+
+@pytest.mark.instructions(MMA, COMMIT)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("transposed", [(False, False), (True, False), (False, True)], ids=["plain", "a", "b"])
+def test_a_product_of_shared_memory(ptx, kind, transposed):
+    a, b, image, of_a, of_b = _operands(128, kind, transposed)
+    before, product = _product(image, of_a, of_b, _instruction(128, kind, transposed=transposed))
+    y = _run(ptx, image, before + READY + product + REPORT + OVER + FETCH)
+    np.testing.assert_array_equal(y, a @ b.T)
+
+
+def test_rows_of_a_product_of_64(ptx):
+    """Sixteen rows lie in the first sixteen lanes of each warp."""
+    a, b, image, of_a, of_b = _operands(64, "f16")
+    before, product = _product(image, of_a, of_b, _instruction(64, "f16"))
+    half = N // 2
+    load = f"tcgen05.ld.sync.aligned.16x32bx2.x{half}.b32 {_registers(half)}, [%r21 + 0], {half}; {WAIT_LOAD}"
+    y = np.zeros((128, half), np.float32)
+    _run(ptx, image, before + READY + product + REPORT + OVER + load + _write_out(half), y)
+    for thread in range(128):
+        warp, lane = divmod(thread, 32)
+        first = lane // 16 * half
+        np.testing.assert_array_equal(y[thread], (a @ b.T)[16 * warp + lane % 16, first : first + half])
+
+
+def test_products_add_up_and_signs_change(ptx):
+    """Three products into what was stored before, of A with its sign changed."""
+    a, b, image, of_a, of_b = _operands(128, "bf16")
+    start = " ".join(f"mov.b32 %r{24 + n}, 0f42C80000;" for n in range(N))  # 100
+    start += f"tcgen05.st.sync.aligned.32x32b.x{N}.b32 [%r21 + 0], {_registers(N)}; {WAIT_STORE}"
+    instruction = _instruction(128, "bf16", negated=(True, False))
+    before, product = _product(image, of_a, of_b, instruction, keeps=1, times=3)
+    y = _run(ptx, image, before + start + READY + product + REPORT + OVER + FETCH)
+    np.testing.assert_array_equal(y, 100 - 3 * (a @ b.T))
+
+
+def test_a_left_operand_in_tensor_memory(ptx):
+    """Row l of A in lane l, two elements a column, from column 40 on."""
+    a, b, image, of_a, of_b = _operands(128, "f16")
+    rows = np.ascontiguousarray(KINDS["f16"](a)).view(np.uint32)
+    fetch = "mad.wide.u32 %d12, %t, 32, %a; " + " ".join(
+        f"ld.global.b32 %r{24 + n}, [%d12 + {4 * n}];" for n in range(8)
+    )
+    store = f"tcgen05.st.sync.aligned.32x32b.x8.b32 [%r21 + 40], {_registers(8)}; {WAIT_STORE}"
+    before, product = _product(image, of_a, of_b, _instruction(128, "f16"))
+    product = product.replace("%d10,", "[%r20 + 40],")
+    y = np.zeros((128, N), np.float32)
+    text = before + fetch + store + READY + product + REPORT + OVER + FETCH
+    ptx(_body(text, place=8176, free=END), threads=128, shared=8192, x=image, a=rows, y=y)
+    np.testing.assert_array_equal(y, a @ b.T)
+
+
+# ---- what is refused ---------------------------------------------------------------------------------------
+
+REFUSED = {
+    "no wait for the product": (errors.MissingWait, {OVER: ""}),
+    "no fence": (errors.MissingFence, {"fence.proxy.async.shared::cta;": ""}),
+    "no barrier": (errors.SharedRace, {"shared::cta; bar.sync 0;": "shared::cta;"}),
+    "no commit": (errors.DivergentBarrier, {REPORT: ""}),
+    "no wait for the load": (errors.MissingWait, {WAIT_LOAD: ""}),
+    "an operand written too early": (errors.MissingWait, {REPORT: f"{REPORT} st.shared.b32 [%r19 + -8176], %t;"}),
+    "not given back": (errors.TensorMemoryMisuse, {f"@%p5 {DEALLOC} %r20, 64;": ""}),
+    "half given back": (errors.TensorMemoryMisuse, {f"{DEALLOC} %r20, 64": f"{DEALLOC} %r20, 32"}),
+    "given back too early": (errors.MissingWait, {OVER: f"@%p5 {DEALLOC} %r20, 64;"}),
+    "too many columns": (
+        errors.TensorMemoryMisuse, {f"{ALLOC} [%r19], 64;": f"{ALLOC} [%r19], 512; @%p5 {ALLOC} [%r19], 64;"},
+    ),
+    "an odd allocation": (errors.InvalidOperand, {f"{ALLOC} [%r19], 64": f"{ALLOC} [%r19], 48"}),
+    "more threads than one": (errors.DivergentWarp, {f"@%p6 {MMA}": f"@%p5 {MMA}"}),
+    "two warps allocate": (errors.DivergentWarp, {f"@%p5 {ALLOC}": ALLOC}),
+    "columns that are not allocated": (errors.OutOfBounds, {"[%r21 + 0]": "[%r21 + 33]"}),
+    "a product past the columns": (errors.OutOfBounds, {"[%r20 + 0]": "[%r20 + 33]"}),
+    "lanes of another warp": (errors.InvalidOperand, {"[%r21 + 0]": "[%r20 + 0]"}),
+    "columns that nobody wrote": (errors.UnwrittenShared, {"[%r21 + 0]": "[%r21 + 32]"}),
+    "a sum with what nobody wrote": (errors.UnwrittenShared, {"setp.ne.u32 %p7, 0, 0": "setp.ne.u32 %p7, 1, 0"}),
+    "another format": (errors.InvalidOperand, {f"mov.u32 %r7, {_instruction(128, 'f16')}": "mov.u32 %r7, 0"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", REFUSED)
+def test_refused(ptx, fault):
+    _, _, image, of_a, of_b = _operands(128, "f16")
+    before, product = _product(image, of_a, of_b, _instruction(128, "f16"))
+    text = _body(before + READY + product + REPORT + OVER + FETCH, place=8176, free=END)
+    error, changes = REFUSED[fault]
+    for old, new in changes.items():
+        assert old in text
+        text = text.replace(old, new)
+    with pytest.raises(error):
+        ptx(text, threads=128, shared=8192, x=image, y=np.zeros((128, N), np.float32))
+
+
+def test_a_store_needs_a_wait(ptx):
+    y = np.zeros((128, 8), np.uint32)
+    load = f"tcgen05.ld.sync.aligned.32x32b.x8.b32 {_registers(8)}, [%r21 + 0]; {WAIT_LOAD}"
+    with pytest.raises(errors.MissingWait, match="byte 0 of tensor memory"):
+        ptx(_body(_fill(8, wait="") + load + _write_out(8)), threads=128, shared=4, y=y)
+    with pytest.raises(errors.MissingWait, match="ends before it has waited for its tensor memory"):
+        ptx(_body(_fill(8, wait="")), threads=128, shared=4, y=y)
