@@ -129,7 +129,7 @@ class EncoderForward(Forward):
             return FULL
         if torch.compiler.is_compiling():
             return Rows(mask != 0, None, None if self.reach() is None else WINDOW)
-        reads, others, why = self.wants(ids, seen)
+        reads, others, why = self.wants(mask, ids, seen)
         relative = self.facts.relative
         rows, by_others = rows_to_compute(mask, reads, others, relative, self.reach() if relative else None)
         if rows.padding and rows.reason is None:
@@ -138,14 +138,16 @@ class EncoderForward(Forward):
             self.tell()
         return rows
 
-    def wants(self, ids: Tensor | None, seen: Seen) -> tuple[bool | Tensor, Tensor | None, str]:
+    def wants(self, mask: Tensor, ids: Tensor | None, seen: Seen) -> tuple[bool | Tensor, Tensor | None, str]:
         """(which rows of padding somebody reads: all, none, or those of a [B, S] bool; where [B, S] a token stands that
         makes the caller read them if it is masked, or None; who reads)."""
         reads, why = self.reads(seen)
-        if not self.anybody(reads) or ids is None:
+        if not self.anybody(reads):
             return reads, None, why
         padding = getattr(self.module.config, "pad_token_id", None)
-        return reads, torch.ones_like(ids, dtype=torch.bool) if padding is None else ids != padding, why
+        if ids is None or padding is None:  # anything may stand there
+            return reads, torch.ones_like(mask, dtype=torch.bool), why
+        return reads, ids != padding, why
 
     def anybody(self, reads: bool | Tensor) -> bool:
         """Is it not known who reads, and nothing but wrappers above?"""

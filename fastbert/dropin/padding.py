@@ -20,7 +20,7 @@ Policy = Literal["auto", "exact", "zero"]
 POLICIES = ("auto", "exact", "zero")
 
 ABOVE = "what lies above the encoder is not known to leave padding alone"
-OTHERS = "a masked position holds a token other than padding"
+OTHERS = "a masked position holds something other than padding"
 EXACT = 'padding="exact" asks for it'
 ZEROS = (
     'rows at padding come back as zeros; fastbert.accelerate(model, padding="exact") computes them as the original '

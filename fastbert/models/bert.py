@@ -320,6 +320,8 @@ class BertModel(nn.Module):
             model = cls(config, add_pooling_layer, impl)
         # the heads of a checkpoint that was trained for one task are not part of the encoder
         others = ("cls.*", "classifier.*", "qa_outputs.*") + (() if add_pooling_layer else ("*pooler.*",))
+        if any(name.startswith("bert.encoder.") for name in state):
+            others += tuple(name for name in state if not name.startswith("bert."))
         checkpoint.load_into(model, state, ignore_unexpected=others, assign=True, source=id_or_path)
         return model.to(device=device, dtype=dtype).eval()
 

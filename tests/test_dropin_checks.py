@@ -1,0 +1,286 @@
+"""Each check of the drop-in against a change that it is there for: the changed model's numbers are the original's."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import torch.nn as nn
+
+import fastbert
+
+transformers = pytest.importorskip("transformers", reason="whose models are changed here")
+modeling = transformers.models.bert.modeling_bert
+
+SIZES = {
+    "vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
+    "max_position_embeddings": 40, "initializer_range": 0.2, "pad_token_id": 0,
+}  # fmt: skip
+MASK = torch.arange(9) < torch.tensor([9, 4, 1])[:, None]
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def plain_model(head: str = "Model", **config) -> nn.Module:
+    torch.manual_seed(0)
+    return getattr(transformers, f"Bert{head}")(transformers.BertConfig(**SIZES, **config)).eval()
+
+
+def accelerated(plain: nn.Module, padding: str = "auto") -> nn.Module:
+    return fastbert.accelerate(copy.deepcopy(plain), impl="native", padding=padding)
+
+
+def batch_of(mask: torch.Tensor = MASK) -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    return {"input_ids": torch.randint(1, 60, mask.shape) * mask, "attention_mask": mask.long()}
+
+
+def assert_same(ours: nn.Module, plain: nn.Module, rows: torch.Tensor = MASK, **batch) -> None:
+    batch = batch or batch_of()
+    torch.manual_seed(2)
+    want = plain(**batch)[0]
+    torch.manual_seed(2)
+    got = ours(**batch)[0]
+    torch.testing.assert_close(got[rows], want[rows], atol=1e-5, rtol=1e-4)
+
+
+# ---- changes inside an encoder ----------------------------------------------------------------------------
+
+
+class Louder(modeling.BertOutput):
+    def forward(self, *arguments):
+        return super().forward(*arguments) * 1.5
+
+
+class Always(nn.Dropout):
+    def forward(self, x):
+        return x * 0.5
+
+
+def of_instance(model):
+    part = model.encoder.layer[1].intermediate
+    part.forward = lambda x: modeling.BertIntermediate.forward(part, x) + 1.0
+
+
+def of_subclass(model):
+    model.encoder.layer[0].output.__class__ = Louder
+
+
+def other_child(model):
+    layer = model.encoder.layer[0]
+    layer.output = copy.deepcopy(layer.output)
+    of_subclass(model)
+
+
+def other_activation(model):
+    model.encoder.layer[1].intermediate.intermediate_act_fn = nn.Tanh()
+
+
+def dropout_that_stays(model):
+    model.encoder.layer[0].output.dropout = Always(0.1)
+
+
+def scale(model):
+    model.encoder.layer[1].attention.self.scaling = 0.9
+
+
+def buffer(model):
+    model.embeddings.position_ids += 3
+
+
+def hook_that_edits(model):
+    model.encoder.layer[0].attention.self.query.register_forward_hook(lambda module, given, y: y * 2)
+
+
+def causal(model):
+    model.encoder.layer[0].attention.self.is_causal = True
+    model.encoder.layer[0].attention.self.register_forward_pre_hook(
+        lambda module, given, named: (given, named | {"attention_mask": None}), with_kwargs=True
+    )
+
+
+CHANGES = [
+    of_instance, of_subclass, other_child, other_activation, dropout_that_stays, scale, buffer, hook_that_edits, causal,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("called", [False, True], ids=["at_first", "after_a_call"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_encoder_gives_the_changed_numbers(change, called):
+    plain = plain_model()
+    ours, before = accelerated(plain), plain(**batch_of())[0]
+    if called:
+        assert_same(ours, plain)
+    change(plain)
+    change(ours)
+    assert not torch.allclose(plain(**batch_of())[0][MASK], before[MASK], atol=1e-3), "the change changes nothing"
+    assert_same(ours, plain)
+
+
+@pytest.mark.parametrize("called", [False, True], ids=["at_first", "after_a_call"])
+@pytest.mark.parametrize(
+    ("where", "name"),
+    [
+        (modeling.BertSelfOutput, "forward"),
+        (nn.LayerNorm, "forward"),
+        (nn.functional, "linear"),
+        (nn.functional, "scaled_dot_product_attention"),
+    ],
+    ids=["of_a_layer", "of_torch", "function", "attention"],
+)
+def test_code_that_is_replaced_for_all_models_runs(where, name, called, monkeypatch):
+    """Libraries of kernels and of profiling change classes and functions, not models."""
+    plain = plain_model()
+    ours, before, original = accelerated(plain), plain(**batch_of())[0], getattr(where, name)
+    if called:
+        assert_same(ours, plain)
+    monkeypatch.setattr(where, name, lambda *given, **named: original(*given, **named) * 1.25)
+    assert not torch.allclose(plain(**batch_of())[0][MASK], before[MASK], atol=1e-3)
+    assert_same(ours, plain)
+
+
+def test_listeners_see_what_the_original_shows_them():
+    """A hook on one module, and one on all: shapes, order and number of calls are the original's."""
+    plain = plain_model()
+    ours = accelerated(plain)
+    assert_same(ours, plain)
+    for register in (
+        lambda model, hook: model.encoder.layer[1].output.register_forward_hook(hook),
+        lambda model, hook: nn.modules.module.register_module_forward_hook(hook),
+    ):
+        seen = []
+        for model in (ours, plain):
+            shapes = []
+            handle = register(
+                model,
+                lambda module, given, y, to=shapes: to.append(
+                    (type(module).__name__, given[0].shape if given else None)
+                ),
+            )
+            model(**batch_of())
+            handle.remove()
+            seen.append(shapes)
+        assert seen[0]
+        assert seen[0] == seen[1]
+
+
+# ---- padding that is read ---------------------------------------------------------------------------------
+
+
+def test_modes_of_padding():
+    plain, rows = plain_model(), torch.ones_like(MASK)
+    truth = plain(**batch_of())[0]
+    exact, zero, auto = (accelerated(plain, mode) for mode in ("exact", "zero", "auto"))
+    assert_same(exact, plain, rows)
+    for model in (zero, auto):
+        got = model(**batch_of())[0]
+        assert not got[~MASK].any()
+        torch.testing.assert_close(got[MASK], truth[MASK], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("given", ["other_tokens", "embeddings"])
+def test_a_masked_position_that_holds_something_is_computed(given):
+    """Late interaction scores masked tokens; of embeddings nobody knows what stands where the mask is 0."""
+    plain = plain_model()
+    ours, batch = accelerated(plain), batch_of()
+    if given == "other_tokens":
+        batch["input_ids"] = batch["input_ids"] + 4 * ~MASK
+    else:
+        batch["inputs_embeds"] = torch.randn(*MASK.shape, 32)
+        del batch["input_ids"]
+    assert_same(ours, plain, torch.ones_like(MASK), **batch)
+
+
+def test_the_first_column_is_computed_and_an_empty_sequence_is_the_originals():
+    """Poolers read the first column of left-padded batches, and rows of no token are means of all values there."""
+    plain = plain_model()
+    ours = accelerated(plain)
+    left = batch_of(MASK.flip(1))
+    torch.testing.assert_close(ours(**left)[1], plain(**left)[1], atol=1e-5, rtol=1e-4)
+    nothing = batch_of(MASK & torch.tensor([[True], [False], [True]]))
+    assert_same(ours, plain, torch.ones_like(MASK), **nothing)
+
+
+class MeanPooler(nn.Module):
+    def forward(self, x):
+        return x.mean(1)
+
+
+HEADS = {
+    "labels_at_padding": ("ForTokenClassification", {"labels": torch.ones(3, 9, dtype=torch.long)}, None),
+    "every_token": (
+        "ForQuestionAnswering",
+        {"start_positions": torch.tensor([1, 2, 0]), "end_positions": torch.tensor([3, 3, 0])},
+        None,
+    ),
+    "shown_logits": ("ForTokenClassification", {}, None),
+    "own_pooler": (
+        "ForSequenceClassification",
+        {},
+        lambda model: setattr(model.bert, "pooler", MeanPooler()),
+    ),
+    "hook_on_the_head": (
+        "ForTokenClassification",
+        {"labels": torch.where(MASK, 1, -100)},
+        lambda model: model.dropout.register_forward_hook(lambda module, given, y: y + y.mean()),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("called", [False, True], ids=["at_first", "after_a_call"])
+@pytest.mark.parametrize("name", HEADS)
+def test_heads_get_the_rows_that_they_read(name, called):
+    head, labels, change = HEADS[name]
+    plain = plain_model(head)
+    ours, batch = accelerated(plain), batch_of() | labels
+    if called:
+        assert_same(ours, plain, ..., **batch)
+    if change is not None:
+        for model in (ours, plain):
+            torch.manual_seed(3)
+            change(model)
+    assert_same(ours, plain, ..., **batch)
+
+
+# ---- copies -----------------------------------------------------------------------------------------------
+
+
+def pickled(model, folder):
+    return pickle.loads(pickle.dumps(model))
+
+
+def saved(model, folder):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def save_pretrained(model, folder):
+    model.save_pretrained(folder)
+    return type(model).from_pretrained(folder)
+
+
+@pytest.mark.parametrize("called", [False, True], ids=["at_first", "after_a_call"])
+@pytest.mark.parametrize("padding", ["auto", "exact", "zero"])
+@pytest.mark.parametrize(
+    "copied", [lambda model, folder: copy.deepcopy(model), pickled, saved, save_pretrained],
+    ids=["deepcopy", "pickle", "torch.save", "save_pretrained"],
+)  # fmt: skip
+def test_copies_of_an_accelerated_model(copied, padding, called, tmp_path):
+    """A copy has weights and checks of its own, and pads as the model did; a folder holds the plain model."""
+    plain = plain_model("ForTokenClassification")
+    ours = accelerated(plain, padding)
+    if called:
+        assert_same(ours, plain)
+    other = copied(ours, tmp_path).eval()
+    assert_same(other, plain)
+    rows = MASK if padding == "zero" else torch.ones_like(MASK)
+    assert_same(other, plain, rows)
+    assert other.state_dict().keys() == plain.state_dict().keys()
+    with torch.no_grad():
+        for model in (other, plain):
+            model.bert.encoder.layer[0].output.dense.bias += 1.0
+        hook_that_edits(other.bert)
+    assert not torch.allclose(other(**batch_of())[0], plain(**batch_of())[0], atol=1e-3)
+    assert_same(ours, plain_model("ForTokenClassification"))
