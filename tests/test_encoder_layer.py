@@ -164,6 +164,22 @@ def test_what_is_frozen_costs_nothing_and_changes_no_bits(wanted, training, devi
             assert torch.equal(gradient, every[f"d{name}"]), name
 
 
+def test_a_layer_of_fewer_heads_than_its_width_holds(device, nodes, one_by_one):
+    """Pruned heads: q, k and v are narrower than x."""
+    layer, (x, dy) = layer_of(torch.float32, device), inputs(device, torch.float32)
+    for name in ("query", "key", "value"):
+        linear = layer.attention["self"][name]
+        linear.weight, linear.bias = (torch.nn.Parameter(p.detach()[:16].clone()) for p in (linear.weight, linear.bias))
+    dense = layer.attention["output"]["dense"]
+    dense.weight = torch.nn.Parameter(dense.weight.detach()[:, :16].clone())
+    layer.heads = 1
+    shared = pass_of(device, drops=True)
+    found, expected = results(layer, x, dy, shared), one_by_one(lambda: results(layer, x, dy, shared))
+    assert len(nodes) == 1
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
+
+
 def test_a_sequence_keeps_its_bits_in_any_batch(device):
     layer, (x, dy) = layer_of(torch.float16, device), inputs(device, torch.float16)
     with fastbert.batch_invariant():
