@@ -128,18 +128,21 @@ class Shadow:
     def read_goes_on(self, index: np.ndarray) -> None:
         self._read[index] = stamp(FLYING, MANY)
 
-    def start_result(self, index: np.ndarray, program: np.ndarray, warp: np.ndarray, keeps: bool) -> None:
-        """The matrix unit starts to write pieces [operations, n] for warps [operations]; those that it writes for the
-        same warp already come first. keeps: it adds to what is there."""
+    def start_result(self, index: np.ndarray, program: np.ndarray, warp: np.ndarray, own: np.ndarray) -> None:
+        """The matrix unit starts to write pieces [operations, n] for warps [operations]. own: which pieces it wrote for
+        the same warp last, since its products come one after the other."""
         who, each = SEVERAL + warp, index.shape[1]
-        written = self._written.take(index)
-        if keeps and not written.all():
-            self._never_written(index, written == 0)
-        others = (written != stamp(FLYING, who)[:, None]).reshape(-1)
-        self._expect_free(
-            index.reshape(-1)[others], program.repeat(each)[others], who.repeat(each)[others], "starts a product in"
-        )
+        pieces, program, who = index.reshape(-1), program.repeat(each), who.repeat(each)
+        others = ~own.reshape(-1)
+        written = self._written.take(pieces[others])
+        self._expect_known(written, pieces[others], program[others], who[others], "starts a product in", "wrote")
+        self._expect_known(self._read.take(pieces), pieces, program, who, "starts a product in", "read")
         self.start_result_again(index, warp)
+
+    def expect_written(self, index: np.ndarray) -> None:
+        never = self._written.take(index) == 0
+        if never.any():
+            self._never_written(index, never)
 
     def start_result_again(self, index: np.ndarray, warp: np.ndarray) -> None:
         self._written[index] = stamp(FLYING, SEVERAL + warp)[:, None]

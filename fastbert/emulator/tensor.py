@@ -62,6 +62,11 @@ class TensorMemory:
     def _shadow(self) -> Shadow:
         return Shadow(self._state, self._state.count * _STRIDE, _STRIDE, 4, "tensor memory")
 
+    @functools.cached_property
+    def _issuer(self) -> np.ndarray:
+        """Of each piece: the warp whose product wrote it last; -1 after a store."""
+        return np.full(self._state.count * _STRIDE // 4, -1, np.int8)
+
     # ---- allocation
 
     def allocate(self, S: State, target, columns: int, mask) -> None:
@@ -118,6 +123,7 @@ class TensorMemory:
         place = self._bytes(S, lane, column).reshape(S.count, -1)
         each = self._each(active, count)
         self._shadow.fly(place, 4, each, self._who(S, count))
+        self._issuer[(place if each is None else place[each]) >> 2] = -1
         self._stores.append((place, np.ones(place.shape, bool) if each is None else each.copy()))
         words = np.stack([S.full(r) for r in registers], -1)
         programs = np.broadcast_to(np.arange(S.count)[:, None, None], words.shape)
@@ -206,7 +212,10 @@ class TensorMemory:
         if (instruction >> 13 ^ instruction >> 14) & 1:
             total = -total
         lanes, cells = self._tile(d, m, n, programs)
-        self._shadow.start_result(cells, programs, warp, keeps != 0)
+        if keeps:
+            self._shadow.expect_written(cells)
+        self._shadow.start_result(cells, programs, warp, self._issuer.take(cells) == warp[:, None])
+        self._issuer[cells] = warp[:, None]
         where = programs[:, None, None], lanes[:, None], self._span(d, n)
         if keeps:
             total = total + self._values[where].view(f32)

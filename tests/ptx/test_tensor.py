@@ -163,6 +163,24 @@ def test_products_add_up_and_signs_change(ptx):
     np.testing.assert_array_equal(y, 100 - 3 * (a @ b.T))
 
 
+def test_products_of_one_thread_come_one_after_the_other(ptx):
+    """The others alone wait for the first product before the thread starts the second one, into the same columns."""
+    a, b, image, of_a, of_b = _operands(128, "f16")
+    before, first = _product(image, of_a, of_b, _instruction(128, "f16"))
+    more = f"mov.u32 %r9, {BARRIER - 16}; @%p6 mbarrier.init.shared::cta.b64 [%r9], 1;"
+    second = first.replace("%p7, 0, 0", "%p7, 1, 0")
+    report, over = (text.replace("%r8", "%r9") for text in (REPORT, OVER))
+    some = f"@%p5 bra skip; {OVER} skip:"
+    free = END.replace(FREE, f"@%p6 mbarrier.inval.shared::cta.b64 [%r9]; {FREE}")
+    text = before + more + READY + first + REPORT + some + second + report + over + FETCH
+    y = _run(ptx, image, text, free=free)
+    np.testing.assert_array_equal(y, 2 * (a @ b.T))
+    other = second.replace(f"@%p6 {MMA}", f"@%p8 {MMA}")  # a thread of another warp does not know of the first
+    text = text.replace(second, f"setp.eq.u32 %p8, %t, 32; {other}").replace(some, "")
+    with pytest.raises(errors.MissingWait):
+        _run(ptx, image, text, free=free)
+
+
 def test_a_left_operand_in_tensor_memory(ptx):
     """Row l of A in lane l, two elements a column, from column 40 on."""
     a, b, image, of_a, of_b = _operands(128, "f16")
