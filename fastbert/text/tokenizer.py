@@ -134,7 +134,7 @@ class Tokenizer:
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
             if (folder / name).is_file():
                 config.update(read_json(folder / name))
-        kind = config.get("tokenizer_class", "BertTokenizer").removesuffix("Fast").removesuffix("Tokenizer")
+        kind = (config.get("tokenizer_class") or "BertTokenizer").removesuffix("Fast").removesuffix("Tokenizer")
         try:
             if (folder / "tokenizer.json").is_file():
                 backend = _read_backend(folder / "tokenizer.json")
@@ -146,6 +146,9 @@ class Tokenizer:
             if kind not in _WORDPIECE_CLASSES:
                 raise CheckpointError(f"{folder} needs a tokenizer.json: {kind}Tokenizer is not plain WordPiece")
             vocab_file = folder / "vocab.txt"
+            if (folder / "added_tokens.json").is_file():
+                added = _added_tokens(read_json(folder / "added_tokens.json"), config)
+                config["added_tokens_decoder"] = added | (config.get("added_tokens_decoder") or {})
             return cls._from_vocab_and_config(_read_vocab(vocab_file), config, vocab_file)
         except ValueError as error:
             raise CheckpointError(f"{folder}: {error}") from error
@@ -205,7 +208,7 @@ class Tokenizer:
             (backend.add_special_tokens if added.special else backend.add_tokens)([added])
             if backend.token_to_id(added.content) != int(index):
                 raise CheckpointError(f"{vocab_file} does not fit tokenizer_config.json: no {added.content} at {index}")
-        for token in config.get("additional_special_tokens") or ():
+        for token in _extra_special(config):
             backend.add_special_tokens([_added(token, _content(token))])
         cls_token, sep_token = special["cls_token"], special["sep_token"]
         backend.post_processor = processors.TemplateProcessing(
@@ -352,7 +355,7 @@ class Tokenizer:
     @property
     def model_max_length(self) -> int | None:
         """Tokens that the model takes at most, as tokenizer_config.json says; None where it says nothing."""
-        length = self.config.get("model_max_length")
+        length = self.config.get("model_max_length", self.config.get("max_len"))
         return int(length) if isinstance(length, (int, float)) and 0 < length < _NO_LIMIT else None
 
     # ---- to files ----------------------------------------------------------------------------------------
@@ -409,6 +412,21 @@ def _encode(encode_batch, inputs: list, add_special_tokens: bool) -> list[Encodi
         if "runcation" not in str(error):
             raise
         raise ValueError(f"cannot truncate: {error}") from error
+
+
+def _extra_special(config: dict[str, Any]) -> list[Any]:
+    """The special tokens beyond BERT's own: a list in transformers 4, a list or a dict by name in transformers 5."""
+    extra = config.get("extra_special_tokens") or []
+    return [*(config.get("additional_special_tokens") or []), *(extra.values() if isinstance(extra, dict) else extra)]
+
+
+def _added_tokens(added: dict[str, int], config: dict[str, Any]) -> dict[str, Any]:
+    """added_tokens.json, which slow tokenizers wrote beside a vocab.txt, as tokenizer_config.json spells it today."""
+    special = set(map(_content, _extra_special(config)))
+    return {
+        str(index): {"content": token, "special": token in special, "normalized": token not in special}
+        for token, index in added.items()
+    }
 
 
 def _content(token: Any) -> str | None:
