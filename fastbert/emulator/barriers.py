@@ -58,6 +58,8 @@ class Barriers:
         for at, programs, lanes in self._groups(S, address, mask):
             if at % 8:
                 raise Misaligned(f"an mbarrier at byte {at} of shared memory, no multiple of 8")
+            if (lanes.sum(1) > 1).any():
+                raise BarrierMisuse(f"{lanes.sum(1).max()} threads initialise the mbarrier at byte {at} at once")
             place = S.shared.locate(S, np.uint32(at), 8, None)
             S.shared.shadow.write(place, 8, lanes)
             if at not in self.mbarriers:

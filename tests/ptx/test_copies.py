@@ -172,6 +172,13 @@ def test_a_box_is_swizzled(ptx, swizzle, span):
             assert y.reshape(-1)[r * span // 2 + piece * 8 + c % 8] == x[r, c]
 
 
+def test_one_thread_initialises_an_mbarrier(ptx):
+    body = "mov.u32 %r8, 0; setp.eq.u32 %p0, %t, 0; @%p0 mbarrier.init.shared::cta.b64 [%r8], 1; bar.sync 0;"
+    ptx(body, shared=8)
+    with pytest.raises(errors.BarrierMisuse, match="32 threads initialise the mbarrier at byte 0 at once"):
+        ptx(body.replace("@%p0 ", ""), shared=8)
+
+
 def test_every_thread_that_reads_has_to_wait(ptx):
     x, y = np.zeros((16, 64), np.uint16), np.zeros(BOX, np.uint16)
     with pytest.raises(errors.MissingWait, match="a bulk copy started a copy that nobody waited for"):
