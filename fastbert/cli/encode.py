@@ -91,8 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         type=positive,
         default=10_000_000,
-        help="refuse lines longer than N bytes, since tokenising takes a hundred times as much memory (default: "
-        "10,000,000)",
+        help="refuse lines longer than N bytes, since a line is held in memory whole (default: 10,000,000)",
     )
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar, no summary")
 

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 BOM = b"\xef\xbb\xbf"
-# Tokenising takes a hundred times a line's bytes in memory, and the process hears no signal until it is done.
+# A line is held in memory whole, several times over; a file without line ends would be read to its end.
 LINE_BYTES = 10_000_000
 
 
