@@ -70,7 +70,6 @@ def _attention_bwd_dq_kernel(
         mask_ptr += b * stride_mask_b + h * stride_mask_h
     o_origin, lse_origin = _origins(sequence, start_q, head, n_heads, width_q, HEAD_DIM, PADDED)
     stride_ot = n_heads * HEAD_DIM
-    dq_ptr += _gradient_origin(sequence, start_q, head, width_q, stride_dq, HEAD_DIM, PADDED)
 
     rows = row + tl.arange(0, BLOCK_M)
     q = _load_rows(q_ptr, rows, length_q, stride_qt, HEAD_DIM, BLOCK_D, HAS_ROTARY, True)
@@ -135,6 +134,7 @@ def _attention_bwd_dq_kernel(
     dq *= scale
     if HAS_ROTARY:
         dq = _rotate(dq, cos_ptr, sin_ptr, rows, length_q, stride_cos, stride_sin, True, HEAD_DIM, BLOCK_D)
+    dq_ptr += _gradient_origin(sequence, start_q, head, width_q, stride_dq, HEAD_DIM, PADDED)
     _store_rows(dq_ptr, dq, rows, n_out, stride_dq, HEAD_DIM, BLOCK_D, HAS_ROTARY)
     if PADDED:
         end = _padding_end(row, length_q, length_k, n_out, SHORT)
