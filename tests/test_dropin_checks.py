@@ -222,7 +222,7 @@ HEADS = {
     "hook_on_the_head": (
         "ForTokenClassification",
         {"labels": torch.where(MASK, 1, -100)},
-        lambda model: model.dropout.register_forward_hook(lambda module, given, y: y + y.mean()),
+        lambda model: model.dropout.register_forward_hook(lambda module, given, y: y + y.abs().mean()),
     ),
 }  # fmt: skip
 
