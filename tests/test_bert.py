@@ -119,7 +119,11 @@ def test_the_real_minilm_matches_transformers(impl, dtype):
 @pytest.mark.parametrize("impl", ["native", "triton"])
 @pytest.mark.parametrize("dropout", [0.0, 0.2], ids=["no_dropout", "dropout"])
 def test_every_gradient(impl, dropout):
-    """With dropout the reference implementation draws the same masks, so it takes transformers' place."""
+    """With dropout the reference implementation draws the same masks, so it takes transformers' place.
+
+    Errors are taken over three batches together: in one alone the plain model's error in a vector of 64 numbers is
+    now and then half of what it usually is, by chance.
+    """
     config = copy.deepcopy(SMALL)
     config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
     ours, theirs = twin(config, impl)
@@ -130,21 +134,24 @@ def test_every_gradient(impl, dropout):
         "plain": reference.train() if dropout else theirs,
         "truth": (copy.deepcopy(reference).double().train() if dropout else copy.deepcopy(theirs).double()),
     }
-    batch = inputs(config.vocab_size, MASKS["right_padded"]()[:, :11])
-    real = batch["attention_mask"].bool()
-    dy, dpooled = torch.randn(4, 11, 64), torch.randn(4, 64)
-    grads = {}
-    for name, model in models.items():
-        torch.manual_seed(3)  # the seed of the dropout masks
-        output = model(**batch)
-        dtype = output.last_hidden_state.dtype
-        loss = (output.last_hidden_state[real] * dy[real].to(dtype)).sum()
-        (loss + (output.pooler_output * dpooled.to(dtype)).sum()).backward()
-        grads[name] = {key: p.grad for key, p in model.named_parameters()}
-    for key, truth in grads["truth"].items():
+    grads = {name: {key: [] for key, _ in model.named_parameters()} for name, model in models.items()}
+    for seed in range(3):
+        batch = inputs(config.vocab_size, MASKS["right_padded"]()[:, :11])
+        real = batch["attention_mask"].bool()
+        dy, dpooled = torch.randn(4, 11, 64), torch.randn(4, 64)
+        for name, model in models.items():
+            torch.manual_seed(seed)  # the seed of the dropout masks
+            model.zero_grad()
+            output = model(**batch)
+            dtype = output.last_hidden_state.dtype
+            loss = (output.last_hidden_state[real] * dy[real].to(dtype)).sum()
+            (loss + (output.pooler_output * dpooled.to(dtype)).sum()).backward()
+            for key, p in model.named_parameters():
+                grads[name][key].append(p.grad)
+    for key in grads["truth"]:
         if key.endswith("self.key.bias"):
             continue  # exactly zero in truth: softmax does not see a shift of all its scores
-        assert_within_budget(grads["ours"][key], grads["plain"][key], truth, name=key)
+        assert_within_budget(*(torch.stack(grads[name][key]) for name in models), name=key)
 
 
 def test_packed_equals_padded_equals_one_at_a_time():
