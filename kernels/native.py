@@ -193,13 +193,16 @@ def _probabilities_with_dropout(q, k, added, allowed, p, seed, stream, sequence_
     if allowed is not None:
         dead = ~allowed.any(-1, keepdim=True)
         s = s.masked_fill(~allowed & ~dead, float("-inf"))
-    heads = torch.arange(q.shape[1], dtype=torch.int64, device=q.device)[:, None]
-    rows = (sequence_ids.to(torch.int64)[:, None, None] << 32) | torch.arange(
-        q.shape[2], dtype=torch.int64, device=q.device
-    )
-    keep = keep_mask(row_keys(seed, stream * HEAD_STREAMS + heads, rows), k.shape[2], p)
+    keep = _keep(*s.shape[1:], p, seed, stream, sequence_ids)
     probabilities = torch.where(keep, s.softmax(-1) / (1.0 - p), 0.0)
     return probabilities if dead is None else probabilities.masked_fill(dead, 0.0)
+
+
+def _keep(heads, width_q, width_k, p, seed, stream, sequence_ids):
+    """Which probabilities dropout leaves, [n, H, Sq, Sk] of n sequences by their names."""
+    heads, rows = (torch.arange(n, dtype=torch.int64, device=sequence_ids.device) for n in (heads, width_q))
+    names = (sequence_ids.to(torch.int64)[:, None, None] << 32) | rows
+    return keep_mask(row_keys(seed, stream * HEAD_STREAMS + heads[:, None], names), width_k, p)
 
 
 def _attend(
@@ -253,6 +256,35 @@ def _attention_in_runs(q, k, v, runs, scale, sequence_ids=None, bias=None, mask=
         )  # fmt: skip
         outputs.append(o.flatten(0, 1))
     return torch.cat(outputs) if outputs else q.new_zeros(q.shape)
+
+
+def _gradients_in_runs(do, q, k, v, runs, scale, dropout_p=0.0, sequence_ids=None, **dropout):
+    """dq, dk, dv of `_attention_in_runs`, plain or with dropout, by their formulas: autograd does not follow what runs
+    inside an operator of torch.library.
+
+        p = softmax(s),  s = scale q k^T;   dv = dropout(p)^T do;   dp = dropout(do v^T);
+        ds = p (dp - sum(p dp));            dq = scale ds k;        dk = scale ds^T q
+    """
+    grads = [x.new_zeros(x.shape) for x in (q, k, v)]
+    groups, scale = q.shape[1] // k.shape[1], q.shape[-1] ** -0.5 if scale is None else scale
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    for start, count, length, first in runs:
+        rows = slice(start, start + count * length)
+        do_, q_, k_, v_ = (
+            x[rows].to(dtype).unflatten(0, (count, length)).transpose(1, 2)  # [n, H, L, D]
+            for x in (do, q, k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1))
+        )
+        p = (scale * (q_ @ k_.mT)).softmax(-1)
+        dropped, dp = p, do_ @ v_.mT
+        if dropout_p:
+            names = sequence_ids[first : first + count]
+            keep = _keep(*p.shape[1:], dropout_p, sequence_ids=names, **dropout)
+            dropped, dp = (torch.where(keep, x / (1.0 - dropout_p), 0.0) for x in (p, dp))
+        ds = scale * p * (dp - (p * dp).sum(-1, keepdim=True))
+        of_run = ds @ k_, *(x.unflatten(1, (-1, groups)).sum(2) for x in (ds.mT @ q_, dropped.mT @ do_))
+        for grad, x in zip(grads, of_run, strict=True):
+            grad[rows] = x.transpose(1, 2).flatten(0, 1).to(grad.dtype)
+    return tuple(grads)
 
 
 class _Attention(torch.autograd.Function):
@@ -325,11 +357,7 @@ def _attention_opaque_backward(
     if cpp.takes_attention(q, k, v, cu_seqlens, scale):
         dropout = cpp.Dropout(**options) if options else None
         return cpp.attention_backward(do, q, k, v, o, lse, cu_seqlens, scale, dropout)
-    with torch.enable_grad():
-        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        o = _attention_in_runs(*leaves, attention_schedule(cu_seqlens, q.shape[0]), scale, **options)
-    grads = torch.autograd.grad(o, leaves, do, allow_unused=True)
-    return tuple(x.new_zeros(x.shape) if g is None else g.contiguous() for g, x in zip(grads, leaves, strict=True))
+    return _gradients_in_runs(do, q, k, v, attention_schedule(cu_seqlens, q.shape[0]), scale, **options)
 
 
 @_attention_opaque_backward.register_fake

@@ -101,6 +101,29 @@ def test_bert_model_compiles_in_training():
     assert not torch.allclose(other, output.last_hidden_state)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["plain", "dropout"])
+@pytest.mark.parametrize("kv_heads", [4, 2], ids=["heads", "grouped"])
+def test_attention_compiles_with_its_gradients_where_no_cpp_takes_it(kv_heads, dropout):
+    """Autograd does not follow what runs inside an opaque operator: for a float64 model, and wherever the C++ is not
+    built, the backward pass of a compiled model used to raise."""
+    torch._dynamo.reset()
+    lengths = [5, 5, 1, 8]
+    spans = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    leaves = [
+        torch.randn(sum(lengths), heads, 8, dtype=torch.float64, requires_grad=True)
+        for heads in (4, kv_heads, kv_heads)
+    ]
+    options = {"dropout_p": dropout, "seed": torch.tensor([3])} if dropout else {}
+
+    def attend(q, k, v):
+        return F.attention(q, k, v, spans, 8, impl="native", **options)
+
+    upstream = torch.randn(sum(lengths), 4, 8, dtype=torch.float64)
+    graph = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    expected, got = (torch.autograd.grad(of(*leaves), leaves, upstream) for of in (attend, graph))
+    torch.testing.assert_close(got, expected)
+
+
 @pytest.mark.parametrize(
     "options",
     [{"output_hidden_states": True}, {"output_attentions": True}, {"return_dict": False}],

@@ -117,7 +117,7 @@ class GraphedEncoderForward(EncoderForward):
         height, width = ids.shape
         lengths = None
         if mask is not None:
-            reads, others, _ = self.wants(ids, self.seen)
+            reads, others, _ = self.wants(mask, ids, self.seen)
             planes = [mask != 0, *(t for t in (reads, others) if isinstance(t, Tensor))]
             mask, *planes = torch.stack(planes).cpu().unbind()
             reads, others = (planes.pop(0) if isinstance(t, Tensor) else t for t in (reads, others))

@@ -58,7 +58,12 @@ def reading_now() -> Reading | None:
 
 
 def only_wanted(states: Tensor) -> Tensor:
-    """Of an encoder's states [B, S, C] the rows that the code above it goes on with, as [1, n, C]; else all of them."""
+    """Of an encoder's states [B, S, C] the rows that the code above it goes on with, as [1, n, C]; else all of them.
+
+    A compiler cannot follow what the code above has said, and that code says nothing while it is compiled.
+    """
+    if torch.compiler.is_compiling():
+        return states
     now = reading_now()
     return states if now is None or now.only is None else states.flatten(0, 1).index_select(0, now.only)[None]
 
