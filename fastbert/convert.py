@@ -12,18 +12,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import SAFETENSORS, CheckpointError, write_json
+from .checkpoint import SAFETENSORS, CheckpointError, read_json, write_json
 from .formats import opened
 from .formats.detect import find_source
 from .formats.google import write_google
 from .formats.model import Model, understand
-from .formats.pytorch import read_transformers
+from .formats.pytorch import MODULES, read_transformers
 from .formats.safetensors_file import bytes_of, write_safetensors
 from .formats.source import Source
 from .text.tokenizer import Tokenizer
 
 TARGETS = ("safetensors", "tensorflow")
 _NAMES_SHOWN = 3
+_OWN_TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}  # where either is, transformers' tokenizer is whole
+_SENTENCEPIECE = "spiece.model"
 _SMALL_FILES = 16 << 20  # room for what is written beside the weights: the tokenizer and the config
 
 
@@ -62,10 +64,12 @@ def convert(
             say(line)
         if verify:
             say(_verify(model))
-        with _new_folder(Path(folder).expanduser(), _size(model)) as temporary:
+        with _new_folder(Path(os.path.abspath(Path(folder).expanduser())), _size(model)) as temporary:
             if to == "tensorflow":
-                for note in write_google(model, temporary, words):
+                for note in write_google(model, temporary, words or _words_of_tokenizer(model.source)):
                     say(note)
+                if MODULES in model.source.files:
+                    say(f"What {MODULES} says of pooling is not written: TensorFlow's format has no place for it.")
             else:
                 _write_transformers(model, temporary, words, lower_case)
     say(f"Written: {folder}")
@@ -77,17 +81,32 @@ def _source(path: Path) -> Source:
 
 def _tokenizer_of(path: Path, source: Source, lower_case: bool | None) -> tuple[list[str], bool | None]:
     """(the vocabulary, whether the tokenizer lower-cases). Raises CheckpointError where that is not known."""
-    if "tokenizer_config.json" in source.files or "tokenizer.json" in source.files:  # transformers' own
+    if _OWN_TOKENIZER & source.files.keys():
         if lower_case is not None:
             raise CheckpointError(f"{path} has a tokenizer that says whether it lower-cases; change it there")
         return source.words, None
     if lower_case is None:
         lower_case = source.lower_case
-    if lower_case is None and (source.words or source.files):
+    if lower_case is None and (source.words or _SENTENCEPIECE in source.files):
         raise CheckpointError(
             f"{path} does not say whether its tokenizer lower-cases: give --lower-case or --no-lower-case"
         )
     return source.words, lower_case
+
+
+def _words_of_tokenizer(source: Source) -> list[str]:
+    """The vocabulary in a tokenizer.json, where there is no vocab.txt; empty where there is none.
+
+    Raises: CheckpointError where it is not of word pieces, or an id has no token.
+    """
+    if "tokenizer.json" not in source.files:
+        return []
+    path = source.files["tokenizer.json"]
+    model = read_json(path).get("model") or {}
+    vocab = model.get("vocab")
+    if model.get("type") != "WordPiece" or sorted(vocab.values()) != list(range(len(vocab))):
+        raise CheckpointError(f"{path} is no vocabulary of word pieces that a vocab.txt can hold")
+    return sorted(vocab, key=vocab.__getitem__)
 
 
 # ---- what is said ----------------------------------------------------------------------------------------
@@ -109,7 +128,7 @@ def describe(model: Model, name: str | os.PathLike) -> Iterator[str]:
         shown = ", ".join(variables[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
         yield f"  skipped, {reason}: {shown}"
     yield from model.notes
-    if not model.source.words and not model.source.files:
+    if not model.source.words and not {"tokenizer.json", _SENTENCEPIECE} & model.source.files.keys():
         yield "The source has no vocabulary, so there is no tokenizer."
 
 
@@ -184,16 +203,20 @@ def _write_transformers(model: Model, folder: Path, words: list[str], lower_case
     if model.generator is not None:
         (folder / "generator").mkdir()
         _write_transformers(model.generator, folder / "generator", words, lower_case)
-    for name, path in model.source.files.items():
+    files = model.source.files
+    for name, path in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, folder / name)
-    if words and not model.source.files:
-        longest = model.config["max_position_embeddings"]
-        Tokenizer.from_words(words, lowercase=lower_case, model_max_length=longest).save_pretrained(folder)
     if model.source.pooling is not None:
         _write_pooling(model, folder)
-    if "spiece.model" in model.source.files:
-        config = {"do_lower_case": lower_case, "tokenizer_class": "AlbertTokenizer"}
-        write_json(folder / "tokenizer_config.json", config)
+    if _OWN_TOKENIZER & files.keys():
+        return
+    if _SENTENCEPIECE in files or "vocab.txt" in files:
+        kind = "AlbertTokenizer" if _SENTENCEPIECE in files else "BertTokenizer"
+        write_json(folder / "tokenizer_config.json", {"do_lower_case": lower_case, "tokenizer_class": kind})
+    elif words:
+        longest = model.config["max_position_embeddings"]
+        Tokenizer.from_words(words, lowercase=lower_case, model_max_length=longest).save_pretrained(folder)
 
 
 def _write_pooling(model: Model, folder: Path) -> None:

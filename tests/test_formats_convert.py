@@ -112,6 +112,87 @@ def test_the_same_ids_and_vectors_from_the_source_as_from_the_folder_it_becomes(
     assert torch.equal(direct.encode(texts), folder.encode(texts))
 
 
+# ---- transformers' and sentence-transformers' folders ----------------------------------------------------
+
+
+@pytest.fixture
+def ours(google) -> Path:
+    """A folder as transformers writes it; its name says nothing of upper and lower case."""
+    convert(google, google.parent / "hf", lower_case=False, say=lambda line: None)
+    return google.parent / "hf"
+
+
+def test_a_folder_with_only_a_vocabulary_keeps_the_case_that_was_asked_for(ours):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (ours / name).unlink()
+    (ours / "added_tokens.json").write_text('{"[new]": 60}')
+    with pytest.raises(CheckpointError, match="give --lower-case or --no-lower-case"):
+        convert(ours, ours.parent / "out", say=lambda line: None)
+    for lower_case in (True, False):
+        out = ours.parent / str(lower_case)
+        convert(ours, out, lower_case=lower_case, say=lambda line: None)
+        tokenizer = Tokenizer.from_pretrained(out)
+        assert (tokenizer.tokenize("A") == tokenizer.tokenize("a")) is lower_case
+        assert tokenizer.token_to_id("[new]") == 60
+        theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(out)
+        assert theirs("A a B [new]")["input_ids"] == tokenizer.input_ids(["A a B [new]"])[0]
+
+
+def test_a_sentencepiece_tokenizers_own_settings_are_kept(ours):
+    (ours / "spiece.model").write_bytes(b"a sentencepiece model")
+    (ours / "tokenizer_config.json").write_text('{"do_lower_case": true, "keep_accents": false}')
+    convert(ours, ours.parent / "out", say=lambda line: None)
+    for name in ("spiece.model", "tokenizer_config.json"):
+        assert (ours.parent / "out" / name).read_bytes() == (ours / name).read_bytes()
+
+
+def add_modules(folder: Path, *modules: tuple[str, str]) -> None:
+    """modules.json of sentence-transformers after its Transformer: (kind, path) each."""
+    listed = [("Transformer", ""), *modules]
+    (folder / "modules.json").write_text(
+        json.dumps([{"type": f"sentence_transformers.models.{kind}", "path": path} for kind, path in listed])
+    )
+    (folder / "1_Pooling").mkdir(exist_ok=True)
+    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 5, "do_lower_case": true}')
+
+
+def test_sentence_transformers_folders_give_the_same_vectors(ours):
+    texts = ["a b c d a b c d", "B"]
+    options = {"dtype": "float32", "device": "cpu"}
+    plain = Encoder.from_pretrained(ours, **options).encode(texts)
+    add_modules(ours, ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize"))
+    convert(ours, ours.parent / "out", say=lambda line: None)
+    expected = Encoder.from_pretrained(ours, **options).encode(texts)
+    assert torch.equal(Encoder.from_pretrained(ours.parent / "out", **options).encode(texts), expected)
+    assert not torch.allclose(expected, plain, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (("Dense", "2_Dense"), "the module 'Dense' is not converted"),
+        (("Pooling", "../1_Pooling"), "lies in '../1_Pooling'"),
+        (("Pooling", ""), "Pooling lies in ''"),
+        (("Transformer", "0_Transformer"), "Transformer lies in '0_Transformer'"),
+    ],
+)
+def test_modules_that_would_be_lost_are_refused(ours, module, message):
+    add_modules(ours, module)
+    with pytest.raises(CheckpointError, match=message):
+        convert(ours, ours.parent / "out", say=lambda line: None)
+    assert not (ours.parent / "out").exists()
+
+
+def test_to_tensorflow_takes_the_vocabulary_out_of_a_tokenizer_json(ours):
+    (ours / "vocab.txt").unlink()
+    add_modules(ours, ("Pooling", "1_Pooling"))
+    lines = []
+    convert(ours, ours.parent / "out", to="tensorflow", say=lines.append)
+    assert (ours.parent / "out" / "vocab.txt").read_text() == (FIXTURES / "vocab.txt").read_text()
+    assert any("pooling is not written" in line for line in lines)
+
+
 # ---- whole or not at all ---------------------------------------------------------------------------------
 
 
@@ -155,6 +236,13 @@ def test_what_is_there_is_not_overwritten(google):
     with pytest.raises(CheckpointError, match="exists, and is no empty folder"):
         convert(google, out, lower_case=True, say=lambda line: None)
     assert (out / "model.safetensors").stat() == before
+
+
+def test_the_folder_may_be_the_one_the_user_is_in(google, monkeypatch):
+    (google.parent / "out").mkdir()
+    monkeypatch.chdir(google.parent / "out")
+    convert(google, ".", lower_case=True, say=lambda line: None)
+    assert (google.parent / "out" / "model.safetensors").is_file()
 
 
 def test_a_full_disk_is_found_before_anything_is_written(google, monkeypatch):

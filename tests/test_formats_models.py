@@ -383,7 +383,7 @@ def test_a_paddle_pickle_runs_no_code(tmp_path):
         open_model(folder)
 
 
-def gguf_of(path: Path, kind: str) -> dict[str, torch.Tensor]:
+def gguf_of(path: Path, kind: str, *, tokenizer: str = "bert", order: str = "LITTLE") -> dict[str, torch.Tensor]:
     """A GGUF file with its matrices in a type; what they then are. A width of 64 fits two blocks of q8_0."""
     gguf = pytest.importorskip("gguf", reason="the reader's optional package")
     draw = torch.Generator().manual_seed(2)
@@ -396,7 +396,8 @@ def gguf_of(path: Path, kind: str) -> dict[str, torch.Tensor]:
         ("ffn_up", inner, width), ("ffn_down", width, inner),
     ):  # fmt: skip
         shapes |= {f"blk.0.{name}.weight": (rows, columns), f"blk.0.{name}.bias": (rows,)}
-    writer = gguf.GGUFWriter(path, "bert")
+    writer = gguf.GGUFWriter(path, "bert", endianess=gguf.GGUFEndian[order])
+    writer.add_tokenizer_model(tokenizer)
     writer.add_context_length(8)
     writer.add_embedding_length(width)
     writer.add_feed_forward_length(inner)
@@ -441,6 +442,19 @@ def test_gguf_types_are_dequantised_as_gguf_itself_does(kind, tmp_path):
 def test_other_gguf_types_are_refused_by_name(tmp_path):
     gguf_of(tmp_path / "x.gguf", "Q5_0")
     with pytest.raises(CheckpointError, match="is of q5_0, which is not read"):
+        open_model(tmp_path / "x.gguf")
+
+
+def test_a_gguf_file_of_xlm_roberta_is_refused_by_its_tokenizer(tmp_path):
+    """llama.cpp calls that architecture "bert" too."""
+    gguf_of(tmp_path / "x.gguf", "F32", tokenizer="t5")
+    with pytest.raises(CheckpointError, match="a tokenizer of type 't5'"):
+        open_model(tmp_path / "x.gguf")
+
+
+def test_a_gguf_file_of_another_byte_order_is_refused(tmp_path):
+    gguf_of(tmp_path / "x.gguf", "F32", order="BIG")
+    with pytest.raises(CheckpointError, match="another byte order"):
         open_model(tmp_path / "x.gguf")
 
 

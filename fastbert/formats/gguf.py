@@ -14,6 +14,7 @@ from .source import Source, case_of_name
 from .variable import Variable
 
 _ARCHITECTURE = "bert"
+_TOKENIZER = "bert"
 _CONFIG_KEYS = {
     "bert.embedding_length": "hidden_size",
     "bert.block_count": "num_hidden_layers",
@@ -41,6 +42,11 @@ def read(file: Path) -> Source:
         raise CheckpointError(f"{file} is truncated or not a GGUF file ({error})") from error
     if fields.get("general.architecture") != _ARCHITECTURE:
         raise CheckpointError(f"{file} holds {fields.get('general.architecture')!r}; only BERT is read")
+    if reader.byte_order != "I":
+        raise CheckpointError(f"{file} is of a machine with another byte order, which is not read")
+    # XLM-RoBERTa's models say "bert" above too, and differ in their tokenizer.
+    if (tokenizer := fields.get("tokenizer.ggml.model", _TOKENIZER)) != _TOKENIZER:
+        raise CheckpointError(f"{file} has a tokenizer of type {tokenizer!r}; only BERT's word pieces are read")
     config: dict[str, Any] = {}
     for theirs, ours in _CONFIG_KEYS.items():
         if theirs not in fields:
