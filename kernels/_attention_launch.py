@@ -166,7 +166,7 @@ def _plan(
 
 
 class _Forward(NamedTuple):
-    """Plans of the kernel with a loop, of the one for a tile, of the one for short sequences; None: the first does."""
+    """Plans of the kernel with a loop, of the one for a tile, of the one for short sequences (None: see `_parts`)."""
 
     loop: Plan
     programs: int  # of the kernel with a loop, an entry of the schedule
@@ -226,20 +226,22 @@ def _parts(
 ) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
     """(first entry, entries) for the kernels with loops, the kernel for a tile, and the one for short sequences.
 
-    parts: entries in the long and in the medium part of the list, and a bound for the longest sequence. The kernels
-    with loops take over the part that has no kernel of its own. Nothing is launched for a part without entries, or
-    where the bound says that all of them are surplus.
+    parts: entries in the long and in the medium part of the list, and a bound for the longest sequence. Every entry is
+    one kernel's: where short sequences have none of their own, the kernel for a tile takes them, and where there is
+    neither, the kernels with loops do. Nothing is launched for a part without entries, or where the bound says that all
+    of them are surplus.
     """
     n_long, n_medium, longest = parts
     first_short, end = n_long + n_medium, schedule.shape[0]
-    end_loop = end if plans.short is None else first_short if plans.tile is None else n_long
+    end_tile = end if plans.short is None else first_short
+    end_loop = end_tile if plans.tile is None else n_long
     # sequences that are not there need no programs: nor do the entries before those of the longest that may be there
     first = 0 if longest > TILE else n_long if longest > SHORT else first_short
-    has_tile, has_short = plans.tile is not None and longest > SHORT, plans.short is not None
+    first_tile = max(first, n_long)
     return (
         (first, max(end_loop - first, 0)),
-        (n_long, n_medium if has_tile else 0),
-        (first_short, end - first_short if has_short else 0),
+        (first_tile, 0 if plans.tile is None else end_tile - first_tile),
+        (first_short, 0 if plans.short is None else end - first_short),
     )
 
 
@@ -254,7 +256,7 @@ def forward_outputs(q, *_):
 
 
 class _Backward(NamedTuple):
-    """Plans of the kernels with loops, of the one for a tile, of the one for short sequences (None: the first do)."""
+    """Plans of the kernels with loops, of the one for a tile, of the one for short sequences (None: see `_parts`)."""
 
     dq: Plan
     dq_programs: int  # an entry of the schedule
