@@ -299,6 +299,83 @@ def test_batch_invariant_bits(build):
         np.testing.assert_array_equal(model.encode(TEXTS[5]), together[5])
 
 
+# ---- long texts ------------------------------------------------------------------------------------------
+
+LONG = [
+    "an unbelievable story, told once more; " * 60,
+    "中文字" * 200,
+    "Ünwörter [MASK] and\tnumbers 12 " * 40,
+    "no_boundary_in_here_" * 30,
+    "short",
+]
+INPUTS = {
+    "texts": LONG,
+    "pairs": [(a, b) for a in LONG for b in LONG],
+    "pairs as lists": [[a, b] for a, b in zip(LONG, LONG[::-1], strict=True)],
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"prompt": "a query ab"}], ids=["alone", "prompt"])
+@pytest.mark.parametrize("inputs", INPUTS.values(), ids=INPUTS)
+@pytest.mark.parametrize("longest", [64, 63, 20])
+def test_long_texts_are_cut_and_their_tokens_are_the_same(build, inputs, options, longest):
+    """Of an even and an odd number of tokens kept, and of few: only a beginning reaches the tokenizer."""
+    model = build()
+    model.max_seq_length = longest
+    cut = sentence.cut(model, inputs, options)
+    assert [type(text) for text in cut] == [type(text) for text in inputs]
+    if inputs is LONG:
+        assert [len(a) < len(b) for a, b in zip(cut, inputs, strict=True)] == [True, True, True, False, False]
+    else:
+        assert (cut != inputs) == (not options)  # a prompt makes the first of a pair longer, so pairs stay whole
+    before, after = by_the_library(lambda: (model.preprocess(inputs, **options), model.preprocess(cut, **options)))
+    for name in ("input_ids", "token_type_ids", "attention_mask"):
+        assert torch.equal(after[name], before[name]), name
+
+
+def test_encode_tokenises_beginnings(build, monkeypatch):
+    model = build()
+    before = model.encode(LONG)
+    fastbert.accelerate(model, impl="native")
+    characters, cls = [], type(model)
+    method = "preprocess" if hasattr(cls, "preprocess") else "tokenize"
+    of_class = getattr(cls, method)
+
+    def spied(self, texts, *args, **kwargs):
+        characters.extend(map(len, texts))
+        return of_class(self, texts, *args, **kwargs)
+
+    monkeypatch.setattr(cls, method, spied)
+    monkeypatch.setattr(sentence, "why_left", lambda model, kind: None)  # it would see the spy
+    assert_same(quietly(lambda: model.encode(LONG)), before)
+    assert sum(characters) < sum(map(len, LONG)) / 2
+    characters.clear()
+    assert_same(quietly(lambda: model.encode(LONG[0])), before[0])
+    assert characters[0] < len(LONG[0]) / 4
+
+
+OTHER_SETTINGS = {
+    "the end is kept": lambda model: setattr(model.tokenizer, "truncation_side", "left"),
+    "a chat template": lambda model: setattr(model.tokenizer, "chat_template", "{{ messages }}"),
+    "lengths by task": lambda model: setattr(model[0], "document_length", 70),
+    "settings of the tokenizer's": lambda model: setattr(
+        model[0], "processing_kwargs", {"text": {"truncation": False}}
+    ),
+    "no longest": lambda model: setattr(model, "max_seq_length", None),
+    "somebody's tokenizer": lambda model: setattr(type(model.tokenizer), "__module__", "somebodys.module"),
+}
+
+
+@pytest.mark.parametrize("change", OTHER_SETTINGS.values(), ids=OTHER_SETTINGS)
+def test_texts_stay_whole_where_other_tokens_may_be_kept(build, change, monkeypatch):
+    model = build()
+    monkeypatch.setattr(type(model.tokenizer), "__module__", type(model.tokenizer).__module__)  # and back afterwards
+    assert sentence.cut(model, LONG, {}) != LONG
+    assert sentence.cut(model, LONG, {"max_length": 70}) == LONG
+    change(model)
+    assert sentence.cut(model, LONG, {}) == LONG
+
+
 # ---- pipelines and families ------------------------------------------------------------------------------
 
 PIPELINES = {

@@ -20,6 +20,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..text.batching import CHUNK_TEXTS, even_batches, run_batches, tokens_per_batch
+from ..text.cutting import Cutter
 from .encoder import EncoderForward
 from .forward import Forward
 from .own import listeners
@@ -240,6 +241,8 @@ class Regrouped:
 
     def apart(self, tokenise: Callable[..., dict], texts: list, *args, **kwargs) -> dict[str, Any]:
         """What `preprocess` gives, with the tokens of each text on their own under `ROWS`."""
+        if not args:
+            texts = cut(self.model, texts, kwargs)
         if len(texts) < 2:
             return tokenise(texts, *args, **kwargs)
         rows, rest = Rows(getattr(self.model.tokenizer, "pad_token_id", None) or 0), {}
@@ -276,6 +279,34 @@ class Regrouped:
             for numbers in batches:
                 encode(numbers)
         return {**features, **_together(batches, outputs, rows.lengths)}
+
+
+def cut(model: nn.Module, texts: list, options: dict[str, Any]) -> list:
+    """Texts, or pairs of texts, of which the model's tokenizer keeps the same tokens; only a beginning of long ones.
+
+    Args:
+        options: what `preprocess` is given beside the texts.
+    """
+    longest, tokenizer, first = model.max_seq_length, model.tokenizer, model[0]
+    of_lengths = ("processing_kwargs", "query_length", "document_length", "query_expansion")
+    if not longest or options.keys() - {"prompt", "task"} or any(getattr(first, name, None) for name in of_lengths):
+        return texts  # the tokens that are kept may be others than the first `longest`
+    if not (
+        type(tokenizer).__module__.startswith("transformers.")
+        and tokenizer.is_fast
+        and tokenizer.truncation_side == "right"
+        and tokenizer.chat_template is None
+    ):
+        return texts
+    cutter = Cutter(tokenizer.backend_tokenizer)
+    of_one, of_two = (max(longest - tokenizer.num_special_tokens_to_add(pair=pair), 0) for pair in (False, True))
+
+    def beginning(text: Any) -> Any:
+        if isinstance(text, str):
+            return cutter.text(text, of_one)  # tokens of a prompt come on top, and only more of the text goes
+        return text if options.get("prompt") else type(text)(cutter.pair(*text, of_two, "longest_first"))
+
+    return [beginning(text) for text in texts]
 
 
 def _together(batches: list[list[int]], outputs: dict[int, dict[str, Tensor]], lengths: list[int]) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def load() -> tuple[ctypes.CDLL | None, str | None]:
         return None, f"they need AVX-512, this CPU has {capability}"
     built = library.find(Path(__file__).parent)
     if built is None:
-        return None, "they were not built: installing found no C++ compiler"
+        return None, f"they are not built: installing had no C++ compiler; in a checkout, {library.REBUILD}"
     try:
         return library.open_library(built), None
     except library.UnusableLibrary as unusable:
