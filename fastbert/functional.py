@@ -114,7 +114,7 @@ def engine(op: str, dtype: torch.dtype, device: torch.device, impl: str | None =
     Raises where `choose_impl` does.
     """
     chosen = choose_impl(impl, device)
-    if op == "linear" and impl != "triton" and chosen == "triton":
+    if op == "linear" and impl is None and chosen == "triton" and not is_batch_invariant():
         chosen = "native"  # the vendor library's, unless our own product is asked for
     if chosen == "native":
         return native.engine(op, dtype, device)

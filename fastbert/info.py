@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from . import functional
+from .config import BertConfig
 from .encoding import encoder
 from .functional import assembler, machine, why_not_cpp
 from .inference.graphs import why_no_graphs
@@ -110,9 +111,9 @@ def _operators() -> list[str]:
     title = f"operators on {device}, in {dtype} by default"
     value = os.environ.get("TRITON_INTERPRET")
     missing = why_not_cpp()
-    inference = "C++ operators for inference on a CPU: "
-    inference += "built" if missing is None else f"none; {missing}"
-    notes = [f"  {inference}", f"  Triton's interpreter is {interpreter} (TRITON_INTERPRET={value or ''})"]
+    cpp = "C++ operators on a CPU: "
+    cpp += "built" if missing is None else f"none; {missing}"
+    notes = [f"  {cpp}", f"  Triton's interpreter is {interpreter} (TRITON_INTERPRET={value or ''})"]
     return [*_table(title, rows), *notes, "", *_engines(device)]
 
 
@@ -133,6 +134,12 @@ def _graphs(model: BertModel) -> str:
     return f"for batches of up to {model.graphs.most:,} tokens; Encoder.from_pretrained(cuda_graphs=False): none"
 
 
+def _heads(config: BertConfig) -> str:
+    counts = [config.heads_of(layer) for layer in range(config.num_hidden_layers)]
+    fewest, most = min(counts, default=config.num_attention_heads), max(counts, default=config.num_attention_heads)
+    return f"{most if fewest == most else f'{fewest} to {most}'} of {config.head_dim}"
+
+
 def _model(name: str) -> list[str]:
     loaded = encoder.Encoder.from_pretrained(name)
     config = loaded.config
@@ -140,7 +147,7 @@ def _model(name: str) -> list[str]:
     rows = [
         ("layers", str(config.num_hidden_layers)),
         ("hidden width", str(config.hidden_size)),
-        ("heads", f"{config.num_attention_heads} of {config.hidden_size // config.num_attention_heads}"),
+        ("heads", _heads(config)),
         ("feed-forward width", f"{config.intermediate_size}, {config.hidden_act}"),
         ("vocabulary", f"{config.vocab_size:,}"),
         ("position table", f"{config.max_position_embeddings} tokens"),

@@ -23,7 +23,10 @@ def can_look(t: Tensor) -> bool:
         return False
     if t.is_cpu:
         return True
-    return CHECKS_DEVICES and t.device.type != "meta" and not torch.cuda.is_current_stream_capturing()
+    if not CHECKS_DEVICES or t.is_meta:
+        return False
+    # only CUDA records streams, and a torch without CUDA cannot even be asked
+    return not (t.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def expect_sequences(op: str, name: str, cu_seqlens: Tensor, rows: int, longest: int | None = None) -> None:

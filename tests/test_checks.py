@@ -164,10 +164,18 @@ def test_a_device_is_looked_at_only_where_that_was_asked_for(monkeypatch):
     assert not _checks.can_look(torch.empty(3, device="meta"))
 
     class OnDevice:
-        is_cpu, device = False, torch.device("cuda")
+        is_cpu, is_cuda, is_meta = False, True, False
 
     monkeypatch.setattr(_checks, "Tensor", OnDevice)
     for asked, busy, expected in ((False, False, False), (True, False, True), (True, True, False)):
         monkeypatch.setattr(_checks, "CHECKS_DEVICES", asked)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda busy=busy: busy)
         assert _checks.can_look(OnDevice()) is expected
+
+    def refuses():
+        raise RuntimeError("what a torch that was built without CUDA does")
+
+    monkeypatch.setattr(_checks, "CHECKS_DEVICES", True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", refuses)
+    OnDevice.is_cuda = False  # of another kind of device
+    assert _checks.can_look(OnDevice())

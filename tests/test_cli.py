@@ -20,7 +20,7 @@ import torch
 from safetensors.numpy import load_file
 
 import fastbert.cli
-from fastbert import BertConfig, BertModel, Encoder
+from fastbert import BertConfig, BertModel, Encoder, info
 from fastbert.cli.main import main
 from fastbert.text.files import HEADER_BYTES, npy_header, safetensors_header
 
@@ -463,6 +463,15 @@ def test_help_needs_no_torch():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.splitlines()[-1] == "[]"
     assert "examples:" in result.stdout
+
+
+def test_info_counts_the_heads_that_are_left():
+    def heads(**pruned):
+        return info._heads(BertConfig(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, **pruned))
+
+    assert heads() == "4 of 12"
+    assert heads(pruned_heads={0: [1, 2]}) == "2 to 4 of 12"
+    assert heads(pruned_heads={0: [1, 2], 1: [0, 3]}) == "2 of 12"
 
 
 def test_info(model_folder, capsys):

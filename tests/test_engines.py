@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastbert import functional
+from fastbert import batch_invariant, functional
 from fastbert.cli.main import main
 from fastbert.kernels import _gemm, native
 from fastbert.kernels.cpu import operators as cpp
@@ -57,6 +57,14 @@ def test_linear_is_computed_by_whom_impl_names(impl, monkeypatch):
     monkeypatch.setattr(functional, "why_not_triton", lambda device: None)
     functional.linear(torch.ones(2, 4), torch.ones(3, 4), impl=impl)
     assert asked == [impl or "native"]
+
+
+def test_the_engine_of_linear_within_batch_invariance(monkeypatch):
+    """It named the vendor library, whose products are not called there."""
+    monkeypatch.setattr(functional, "why_not_triton", lambda device: None)
+    assert functional.engine("linear", torch.float32, CPU) != "our Triton kernel"
+    with batch_invariant():
+        assert functional.engine("linear", torch.float32, CPU) == "our Triton kernel"
 
 
 def test_linear_refuses_what_cannot_run():

@@ -102,12 +102,13 @@ def parameters_of(*modules: nn.Module) -> list[Tensor | None] | None:
 
 
 def prepack(model: nn.Module) -> nn.Module:
-    """Ready the linear layers of `model` for inference on a CPU; returns it. What `Encoder` does with its own.
+    """Ready the linear layers of `model` for inference; returns it. What `Encoder` does with its own.
 
-    Where the vendor library's products are ahead of ours (AMX, no AVX-512, activations other than GELU), their weights
-    are laid out for it at their first use without gradients, and then held twice; and the joined weight of query, key
-    and value is kept where one is needed. Training them again, loading others or moving them is noticed; writing to a
-    few elements of the weights or biases through `.data` may not be. The call is the promise that nobody does.
+    Where a CPU's vendor library multiplies faster than our C++ (AMX, no AVX-512, activations other than GELU), their
+    weights are laid out for it at their first use without gradients, and then held twice. Where query, key and value
+    are one product, on a GPU always, their joined weight is kept, which is otherwise copied together in every pass.
+    Training them again, loading others or moving them is noticed; writing to a few elements of the weights or biases
+    through `.data` may not be. The call is the promise that nobody does.
     """
     ready(module for module in model.modules() if isinstance(module, nn.Linear))
     return model

@@ -2,8 +2,8 @@
 
 A product with an ordinary weight lays it out anew at every call: of float32 products with 768 to 3,072 columns that is
 half the time at 16 rows and a seventh at 2,048. The owner of a model that no longer changes marks its weights; where
-`cpp.linear` is not ahead, a marked one is laid out at its first use and from then on held twice. A change that torch
-counts (`_version`) or a new storage is noticed. One through `.data` or in inference mode torch does not count:
+`operators.linear` is not ahead, a marked one is laid out at its first use and from then on held twice. A change that
+torch counts (`_version`) or a new storage is noticed. One through `.data` or in inference mode torch does not count:
 
     promised      somebody said that there will be none (`prepack`, `quantise`, an `Encoder` of its own model). A
                   glimpse of the weight still notices an optimiser's step or an average, which change all of it

@@ -425,7 +425,7 @@ def scale_rows(sums: Tensor, scales: Tensor, bias: Tensor | None, activation: st
 
 
 def takes_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> bool:
-    """Whether `cpu_loss.row_losses` computes with these, with or without gradients."""
+    """Whether `loss.row_losses` computes with these, with or without gradients."""
     given = (hidden, weight) if bias is None else (hidden, weight, bias)
     return len(hidden) > 0 and labels.dtype == torch.int64 and _know(*given)
 
