@@ -339,6 +339,19 @@ def test_a_damaged_archive_is_one_line(name, google):
     assert "\n" not in str(error.value)
 
 
+def test_a_flipped_byte_in_an_archive_is_found(google):
+    """Gzip's checksum stands behind all members, where nobody has to read to get them."""
+    paths = google.parent / "x.tar.gz", google.parent / "x.zip"
+    with tarfile.open(paths[0], "w:gz", compresslevel=0) as file:
+        file.add(google, "bert")
+    with zipfile.ZipFile(paths[1], "w", zipfile.ZIP_STORED) as file:
+        file.write(google / GOOGLE_FILES[1], GOOGLE_FILES[1])
+    for path in paths:
+        flip(path, len(path.read_bytes()) // 2)
+        with pytest.raises(CheckpointError, match="truncated or not an archive"), opened(path):
+            pass
+
+
 def test_an_archive_too_large_for_the_disk_is_refused(google, monkeypatch):
     path = zip_of(google.parent / "x.zip", google, "")
     usage = shutil.disk_usage(google)

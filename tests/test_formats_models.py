@@ -577,6 +577,18 @@ def test_electra_gives_both_its_models(tmp_path):
 # ---- what is refused -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("signature", [b"TREE", b"HEAP", b"SNOD"])
+def test_a_damaged_keras_file_is_one_line(signature, tmp_path):
+    """Parts of HDF5's own structure, for whose damage h5py has other exceptions than OSError."""
+    pytest.importorskip("h5py", reason="the reader's optional package")
+    folder = folder_with(tmp_path, "keras_hub")
+    path = folder / "model.weights.h5"
+    path.write_bytes(path.read_bytes().replace(signature, b"xxxx"))
+    with pytest.raises(CheckpointError, match=r"model\.weights\.h5 is truncated, damaged") as error:
+        open_model(folder)
+    assert "\n" not in str(error.value)
+
+
 def test_an_unknown_variable_is_an_error_that_names_it(tmp_path):
     folder = write_google_folder(tmp_path / "x", google_variables() | {"bert/adapter/kernel": torch.ones(2)})
     with pytest.raises(CheckpointError, match="1 unknown variables: bert/adapter/kernel"):

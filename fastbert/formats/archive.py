@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import shutil
 import stat
 import tarfile
@@ -44,7 +45,7 @@ def unpacked(path: Path) -> Iterator[Path]:
                 _unpack_zip(path, folder)
             else:
                 _unpack_tar(path, folder)
-        except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, RuntimeError) as error:
+        except (zipfile.BadZipFile, gzip.BadGzipFile, tarfile.TarError, zlib.error, EOFError, RuntimeError) as error:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(f"{path} is truncated or not an archive ({error})") from error
@@ -75,6 +76,8 @@ def _unpack_tar(path: Path, folder: Path) -> None:
         for m in members:
             with archive.extractfile(m) as stream:
                 _copy(stream, folder, m.name)
+        while archive.fileobj.read(_COPIED_BYTES):  # gzip holds its checksum against the bytes where they end
+            pass
 
 
 def _check_member(path: Path, name: str, is_file: bool) -> None:

@@ -82,8 +82,8 @@ def _variables(path: Path) -> dict[str, Variable]:
     try:
         with h5py.File(path, "r") as file:
             file.visititems(visit)
-    except OSError as error:
-        raise CheckpointError(f"{path} is truncated or not an HDF5 file ({error})") from error
+    except (OSError, RuntimeError, KeyError, ValueError) as error:  # what h5py makes of HDF5's errors
+        raise CheckpointError(f"{path} is truncated, damaged or not an HDF5 file ({error})") from error
     return found
 
 
@@ -99,8 +99,11 @@ def _variable(path: Path, name: str, dataset: str, item: Any) -> Variable:
 
         if dtype is None:
             raise CheckpointError(f"{path}: {name} is of {kind}, which is not read")
-        with h5py.File(path, "r") as file:
-            array = file[dataset][()]
+        try:
+            with h5py.File(path, "r") as file:
+                array = file[dataset][()]
+        except (OSError, RuntimeError, KeyError, ValueError) as error:
+            raise CheckpointError(f"{path} is truncated or damaged: {name} cannot be read ({error})") from error
         return torch.from_numpy(array.view("int16")).view(torch.bfloat16) if opaque else torch.from_numpy(array)
 
     return Variable(name, tuple(item.shape), "bfloat16" if opaque else kind, dtype, read)
