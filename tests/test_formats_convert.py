@@ -185,6 +185,13 @@ def test_modules_that_would_be_lost_are_refused(ours, module, message):
     assert not (ours.parent / "out").exists()
 
 
+@pytest.mark.parametrize("modules", ["{}", "[1]", '[{"type": "sentence_transformers.models.Pooling"}]'])
+def test_a_list_of_modules_that_is_none(ours, modules):
+    (ours / "modules.json").write_text(modules)
+    with pytest.raises(CheckpointError, match="must be a list of modules, each with a type and a path"):
+        convert(ours, ours.parent / "out", say=lambda line: None)
+
+
 def test_to_tensorflow_takes_the_vocabulary_out_of_a_tokenizer_json(ours):
     (ours / "vocab.txt").unlink()
     add_modules(ours, ("Pooling", "1_Pooling"))

@@ -614,6 +614,9 @@ def test_a_missing_variable_is_an_error_that_names_it(tmp_path):
         ("num_hidden_layers", 3, "it has 2 of what the config's num_hidden_layers says are 3"),
         ("num_hidden_layers", 1, "it has 2 of what the config's num_hidden_layers says are 1"),
         ("intermediate_size", 32, "the config's intermediate_size says 32"),
+        ("vocab_size", "60", "vocab_size must be a positive integer, got '60'"),
+        ("num_attention_heads", 0, "num_attention_heads must be a positive integer, got 0"),
+        ("num_attention_heads", 3, "hidden_size 32 is no multiple of its num_attention_heads 3"),
     ],
 )
 def test_a_config_that_does_not_fit_is_an_error(google, key, value, message):
@@ -710,6 +713,15 @@ def test_pruned_heads_keep_their_true_shapes(impl, layout, tmp_path):
     trained = model.train()(ids, mask).last_hidden_state.square().sum()
     trained.backward()
     assert all(p.grad is not None for n, p in model.named_parameters() if "pooler" not in n)
+
+
+def test_pruned_heads_of_an_unknown_number(tmp_path):
+    config = json.loads((FIXTURES / "bert_config.json").read_text()) | {"pruned_heads": PRUNED}
+    del config["num_attention_heads"]
+    (tmp_path / "bert_config.json").write_text(json.dumps(config))
+    torch.save(prune(weights()), tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="has pruned_heads, but not hidden_size and num_attention_heads"):
+        BertModel.from_pretrained(tmp_path)
 
 
 def test_pruned_heads_that_the_weights_do_not_have(tmp_path):

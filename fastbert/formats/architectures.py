@@ -25,6 +25,7 @@ LETTERS = {
     "T": "type_vocab_size",
 }
 COUNTS = {"n": "num_hidden_layers", "g": "num_hidden_groups", "i": "inner_group_num"}
+_ATTENTION_HEADS = "num_attention_heads"
 _LABELS = "N"  # how many labels a classifier has; no two heads of one checkpoint have different ones
 _HEADS = "A"  # the width of all of a layer's attention heads: hidden_size, or less where heads are pruned
 
@@ -162,13 +163,14 @@ def fit(architecture: Architecture, tensors: dict[str, Variable], config: dict[s
 
     Raises: CheckpointError that names what is missing, what is unknown, and which shape does not fit.
     """
+    _check_numbers(config)
     shapes = dict(architecture.required)
     for head in architecture.heads.values():
         shapes |= head
     patterns = [(pattern_of(name), name, letters) for name, letters in (shapes | architecture.optional).items()]
     numbers: dict[str, tuple[int, str]] = {}  # letter -> its number, and who said so
     for letter, key in LETTERS.items():
-        if isinstance(config.get(key), int):
+        if config.get(key) is not None:
             numbers[letter] = config[key], f"the config's {key}"
     counts: dict[str, int] = {}
     there: set[str] = set()  # names with their counts left open
@@ -199,6 +201,18 @@ def fit(architecture: Architecture, tensors: dict[str, Variable], config: dict[s
     return Fit(sizes, heads, numbers[_LABELS][0] if _LABELS in numbers else None)
 
 
+def _check_numbers(config: dict[str, Any]) -> None:
+    for key in (*LETTERS.values(), *COUNTS.values(), _ATTENTION_HEADS):
+        value = config.get(key)
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise CheckpointError(f"its config's {key} must be a positive integer, got {value!r}")
+    width, heads = config.get("hidden_size"), config.get(_ATTENTION_HEADS)
+    if width and heads and width % heads:
+        raise CheckpointError(f"its config's hidden_size {width} is no multiple of its {_ATTENTION_HEADS} {heads}")
+    if config.get("pruned_heads") and not (width and heads):
+        raise CheckpointError(f"its config has pruned_heads, but not hidden_size and {_ATTENTION_HEADS}")
+
+
 def _check_shape(
     name: str,
     shape: tuple[int, ...],
@@ -213,7 +227,7 @@ def _check_shape(
         if letter.isdecimal():
             wanted, who = int(letter), "this head"
         elif letter == _HEADS and (pruned := len(set((config.get("pruned_heads") or {}).get(indices["n"], ())))):
-            heads = config["num_attention_heads"]
+            heads = config[_ATTENTION_HEADS]
             wanted = config["hidden_size"] // heads * (heads - pruned)
             who = f"hidden_size with {pruned} of {heads} heads pruned"
         else:

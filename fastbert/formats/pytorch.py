@@ -46,7 +46,13 @@ def _sentence_files(folder: Path) -> list[str]:
     if not path.is_file():
         return []
     names = [MODULES, "config_sentence_transformers.json", "sentence_bert_config.json"]
-    for module in parse_json(path.read_text(encoding="utf-8"), str(path)):
+    modules = parse_json(path.read_text(encoding="utf-8", errors="replace"), str(path))
+    texts = ("type", "path")
+    if not isinstance(modules, list) or not all(
+        isinstance(module, dict) and all(isinstance(module.get(key), str) for key in texts) for module in modules
+    ):
+        raise CheckpointError(f"{path} must be a list of modules, each with a type and a path")
+    for module in modules:
         kind = module["type"].rsplit(".", 1)[-1]
         inside = PurePosixPath(module["path"])
         if kind not in ("Transformer", "Pooling", "Normalize"):
