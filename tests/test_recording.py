@@ -133,6 +133,7 @@ def test_what_is_no_recording_is_one_line(tmp_path, capsys):
         (["--emulate", "sm_90", "--impl", "native"], "--emulate executes Triton kernels"),
         (["--emulate", "sm_90", "--device", "cuda"], "--emulate computes on the CPU"),
         (["--record", "file", "--jobs", "2"], "take one process"),
+        (["--record", "nowhere/file"], "no folder 'nowhere' to write file into"),
     ],
 )
 def test_arguments_that_do_not_go_together(arguments, said, capsys):

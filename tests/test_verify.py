@@ -91,6 +91,15 @@ def test_nan_fails(monkeypatch):
     assert not rows[0].passed
 
 
+def test_a_failure_is_the_worst_beside_an_infinite_budget():
+    """Where plain torch has a NaN in this dtype, the ratio of error and budget is one, which compares to nothing."""
+    (task, *_) = verify.tasks(["pool"], ["fp32"], torch.device("cpu"))
+    infinite, failed = Check("out[0]", float("inf"), float("inf")), Check("out[1]", 2.0, 1.0)
+    for found in ((infinite, failed), (failed, infinite)):
+        (row,) = verify.worst([verify.Result(task, found)])
+        assert (row.tensor, row.passed) == ("out[1]", False)
+
+
 def test_an_operator_that_raises_is_a_row_and_the_others_still_run(monkeypatch, capsys):
     def raises(*args, **options):
         raise RuntimeError("out of paper\nand of ink")

@@ -53,6 +53,8 @@ def _refusal(args: argparse.Namespace) -> str | None:
         return f"--jobs must be at least 1, got {args.jobs}"
     if args.jobs is not None and (args.record or args.replay):
         return "--record and --replay take one process, without --jobs"
+    if args.record and not args.record.absolute().parent.is_dir():  # said before the work, not after it
+        return f"no folder {str(args.record.parent)!r} to write {args.record.name} into"
     return None
 
 
