@@ -205,6 +205,7 @@ REFUSED = {
     "no barrier": (errors.SharedRace, {"shared::cta; bar.sync 0;": "shared::cta;"}),
     "no commit": (errors.DivergentBarrier, {REPORT: ""}),
     "no wait for the load": (errors.MissingWait, {WAIT_LOAD: ""}),
+    "no wait for the load, and a barrier after it": (errors.MissingWait, {WAIT_LOAD: "bar.sync 0;"}),
     "an operand written too early": (errors.MissingWait, {REPORT: f"{REPORT} st.shared.b32 [%r19 + -8176], %t;"}),
     "not given back": (errors.TensorMemoryMisuse, {f"@%p5 {DEALLOC} %r20, 64;": ""}),
     "half given back": (errors.TensorMemoryMisuse, {f"{DEALLOC} %r20, 64": f"{DEALLOC} %r20, 32"}),
