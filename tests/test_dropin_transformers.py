@@ -343,6 +343,23 @@ def test_logits_of_labelled_tokens_where_the_encoder_runs_its_own_code():
         torch.testing.assert_close(found[1], expected.logits[labels != -100][None])
 
 
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
+@pytest.mark.filterwarnings("ignore:.*sliding window.*")
+def test_labels_of_another_shape_are_the_originals(family):
+    """Rows are picked by labels [batch, tokens] alone: of others the places would be those of other tokens."""
+    model = build(family, "ForMaskedLM")
+    batch = batch_of(model, MASKS["right"])
+    ours = fastbert.accelerate(copy.deepcopy(model), impl="native", labelled_logits=True)
+    labels = torch.full((4, WIDTH), -100)
+    labels[0, 1], labels[2, 0] = 7, 9
+    expected, found = (one(**batch, labels=labels.flatten()) for one in (model, ours))
+    assert found.logits.shape == expected.logits.shape
+    torch.testing.assert_close(found.loss, expected.loss)
+    for one in (model, ours):
+        with pytest.raises(ValueError, match="batch_size"):
+            one(**batch, labels=labels[:, :-1].contiguous())
+
+
 def test_labels_at_padding_count_as_they_did():
     """`labels = input_ids` is common, and then padding has labels too: their loss must not change in silence."""
     ours, plain, truth = three(build("bert", "ForMaskedLM"))

@@ -91,8 +91,7 @@ class HeadForward(Forward):
             return Reading(False, True, why)
         if name in BY_MASK:
             return Reading(False, bool(states), why)
-        ids = given.get("inputs_embeds") if given.get("input_ids") is None else given["input_ids"]
-        if labels.dim() != 2 or ids is None or labels.shape != ids.shape[:2]:
+        if not _is_by_token(labels, given):
             return Reading(True, why="labels are not [batch, tokens]")
         return Reading(labels != -100, bool(states), why if states else f"{name} has labels at padding")
 
@@ -107,7 +106,7 @@ class HeadForward(Forward):
             return self.original(*args, **kwargs)
         given = self.named(args, kwargs)
         reads, labels = self.reads(given), given.get("labels")
-        if not self.labelled_logits or not isinstance(labels, Tensor) or self.why_unknown() is not None:
+        if not self.labelled_logits or not _is_by_token(labels, given) or self.why_unknown() is not None:
             with reading(reads):
                 return self.original(*args, **kwargs)
         # the head's own code, over the rows that have a label, as one sequence of them
@@ -115,6 +114,12 @@ class HeadForward(Forward):
         places = (flat != -100).nonzero().squeeze(1)
         with reading(replace(reads, only=places)):
             return self.original(**given | {"labels": flat[places][None]})
+
+
+def _is_by_token(labels: Any, given: dict[str, Any]) -> bool:
+    """Are these labels [batch, tokens] of the batch that is given?"""
+    ids = given.get("inputs_embeds") if given.get("input_ids") is None else given["input_ids"]
+    return isinstance(labels, Tensor) and isinstance(ids, Tensor) and labels.shape == ids.shape[:2]
 
 
 def _why_part(path: str, module: nn.Module) -> str | None:

@@ -65,7 +65,9 @@ def only_wanted(states: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return states
     now = reading_now()
-    return states if now is None or now.only is None else states.flatten(0, 1).index_select(0, now.only)[None]
+    if now is None or now.only is None:
+        return states
+    return states.flatten(0, 1).index_select(0, now.only.to(states.device))[None]
 
 
 @contextmanager
