@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from . import _device
@@ -64,7 +65,13 @@ def _followed() -> bool:
 
 def needs_operators(x: Tensor) -> bool:
     """Must a calculation on x be made of registered operators, rather than of their launchers?"""
-    return _is_compiling() or x.device.type not in EAGER or _followed()
+    return _is_compiling() or x.device.type not in EAGER or _followed() or forward_ad._current_level >= 0
+
+
+def _expect_no_tangent(name: str, args: tuple) -> None:
+    """Raises NotImplementedError for a derivative in forward mode, which torch would drop without a word."""
+    if any(isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in args):
+        raise NotImplementedError(f'fastbert::{name} has no derivative in forward mode; impl="reference" has one')
 
 
 def register(schema: str, launch: Callable, fake: Callable) -> Callable:
@@ -92,7 +99,11 @@ def register(schema: str, launch: Callable, fake: Callable) -> Callable:
     operator = getattr(torch.ops.fastbert, name).default
 
     def call(*args):
-        if _is_compiling() or args[0].device.type not in EAGER or _watched(args):
+        if _is_compiling():
+            return operator(*args)
+        if forward_ad._current_level >= 0:
+            _expect_no_tangent(name, args)
+        if args[0].device.type not in EAGER or _watched(args):
             return operator(*args)
         return launch(*args)
 

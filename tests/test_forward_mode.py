@@ -1,0 +1,52 @@
+"""The Triton kernels have no derivatives in forward mode, and say so."""
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+
+import fastbert.functional as F
+from fastbert import BertConfig, BertModel
+from fastbert.models.bert import Pass
+from fastbert.packing import PackedBatch
+from fastbert.testing import INPUTS, MODELS
+
+REFUSED = pytest.raises(NotImplementedError, match="forward mode")
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+@pytest.mark.parametrize("op", [op for op in INPUTS if op in F.TRITON_MODULES])
+def test_an_operator_refuses_a_tangent(op, grad):
+    """Where no gradient was recorded the result lost its tangent, and so had a derivative of zero."""
+    inputs = INPUTS[op](MODELS["tiny"], (5, 7))
+    name = next(n for n, t in inputs.items() if isinstance(t, torch.Tensor) and t.is_floating_point())
+    with torch.set_grad_enabled(grad), forward_ad.dual_level():
+        primal = inputs[name].detach().requires_grad_(grad)
+        inputs[name] = forward_ad.make_dual(primal, torch.ones_like(primal))
+        with REFUSED:
+            getattr(F, op)(**inputs, impl="triton")
+
+
+def test_a_transformed_operator_refuses_a_tangent():
+    x, weight, bias = torch.randn(3, 32), torch.ones(32), torch.zeros(32)
+    with REFUSED:
+        torch.func.jvp(lambda x: F.add_layer_norm(x, x, weight, bias, impl="triton"), (x,), (x,))
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+def test_a_layer_refuses_a_tangent(grad):
+    """A layer is one operator in a way of its own."""
+    config = BertConfig(
+        vocab_size=16, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=16,
+    )  # fmt: skip
+    layer = BertModel(config, add_pooling_layer=False).eval().encoder["layer"][0]
+    batch, x = PackedBatch.from_lists([[1] * 5]), torch.randn(5, 32)
+    with torch.set_grad_enabled(grad), forward_ad.dual_level(), REFUSED:
+        layer(forward_ad.make_dual(x, torch.ones_like(x)), Pass(batch, batch.schedule("triton"), "triton"))
+
+
+def test_a_level_without_tangents_changes_nothing():
+    x, weight, bias = torch.randn(3, 32), torch.ones(32), torch.zeros(32)
+    expected = F.add_layer_norm(x, x, weight, bias, impl="triton")
+    with forward_ad.dual_level():
+        assert torch.equal(F.add_layer_norm(x, x, weight, bias, impl="triton"), expected)
