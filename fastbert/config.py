@@ -67,7 +67,6 @@ class BertConfig:
     classifier_dropout: float | None = None
     position_embedding_type: str = "absolute"
     tie_word_embeddings: bool = True
-    pruned_heads: dict[int, list[int]] | None = None
     is_decoder: bool = False
     add_cross_attention: bool = False
     output_hidden_states: bool = False
@@ -80,6 +79,7 @@ class BertConfig:
     label2id: dict[str, int] | None = None
     extra: dict[str, Any] = field(default_factory=dict)
     num_labels: InitVar[int | None] = None
+    pruned_heads: dict[int, list[int]] | None = None
 
     def __post_init__(self, num_labels: int | None) -> None:
         if self.dtype is not None:

@@ -178,10 +178,8 @@ def _add_norm_bwd_kernel(
 
 
 @functools.lru_cache(256)
-def _fwd_plan(n_cols: int, eps: float, dropout_p: float, rms: bool) -> tuple[Plan, int]:
-    """(the plan, rows of a program)."""
-    config = norm_fwd_config(n_cols)
-    plan = Plan(
+def _fwd_plan(config: NormConfig, n_cols: int, eps: float, dropout_p: float, rms: bool) -> Plan:
+    return Plan(
         _add_norm_fwd_kernel,
         "x_ptr residual_ptr x_bias_ptr weight_ptr bias_ptr seed_ptr row_ids_ptr y_ptr z_ptr mean_ptr rstd_ptr",
         "n_rows stream_id want_stats",
@@ -189,13 +187,11 @@ def _fwd_plan(n_cols: int, eps: float, dropout_p: float, rms: bool) -> tuple[Pla
         | {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n},
         num_warps=config.num_warps, **EXACT,
     )  # fmt: skip
-    return plan, config.block_m
 
 
 @functools.lru_cache(256)
-def _bwd_plan(n_cols: int, dropout_p: float, rms: bool, x_is_sum: bool) -> tuple[Plan, NormConfig]:
-    config = norm_bwd_config(n_cols)
-    plan = Plan(
+def _bwd_plan(config: NormConfig, n_cols: int, dropout_p: float, rms: bool, x_is_sum: bool) -> Plan:
+    return Plan(
         _add_norm_bwd_kernel,
         "dy_ptr dz_out_ptr x_ptr residual_ptr x_bias_ptr weight_ptr mean_ptr rstd_ptr seed_ptr row_ids_ptr "
         "dx_ptr dresidual_ptr dweight_part_ptr dbias_part_ptr dx_bias_part_ptr",
@@ -204,7 +200,6 @@ def _bwd_plan(n_cols: int, dropout_p: float, rms: bool, x_is_sum: bool) -> tuple
         | {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n},
         num_warps=config.num_warps, **EXACT,
     )  # fmt: skip
-    return plan, config
 
 
 def launch_forward(
@@ -221,10 +216,10 @@ def launch_forward(
         mean = None if rms else y.new_empty((*shape[:-1], 2), dtype=torch.float32)
     n_rows = x.numel() // n_cols
     if n_rows:
-        plan, block_m = _fwd_plan(n_cols, eps, dropout_p, rms)
+        config = norm_fwd_config(n_cols)
         none = None if want_stats else unwanted(x.device, torch.float32)
-        plan(
-            (-(-n_rows // block_m),),
+        _fwd_plan(config, n_cols, eps, dropout_p, rms)(
+            (-(-n_rows // config.block_m),),
             (
                 x, packed(residual), packed(x_bias), packed(weight), packed(bias),
                 *dropout_tensors(dropout_p, seed, row_ids),
@@ -271,7 +266,7 @@ def launch_backward(
             if dparam is not None:
                 dparam.zero_()
         return dx, dresidual, *dparams
-    plan, config = _bwd_plan(n_cols, dropout_p, rms, x_is_sum)
+    config = norm_bwd_config(n_cols)
     programs = min(config.programs_per_sm * _device.multiprocessors(x.device.index), cdiv(n_rows, config.block_m))
 
     fused = n_cols <= MAX_FUSED_WIDTH
@@ -284,7 +279,7 @@ def launch_backward(
     slots = iter(parts.unbind())
     # where z is an output a gradient of it may come, or not: one kernel for both
     z_gradient = None if not x_is_sum else unwanted(x.device, x.dtype) if dz_out is None else packed(dz_out)
-    plan(
+    _bwd_plan(config, n_cols, dropout_p, rms, x_is_sum)(
         (programs,),
         (
             packed(dy), z_gradient, packed(x), *((None, None) if x_is_sum else (packed(residual), packed(x_bias))),

@@ -44,6 +44,15 @@ def assert_same(found, expected):
             assert torch.equal(ours, wanted)
 
 
+def assert_same_or_as_close(found, expected):
+    """The same bits; but within torch's mode for a device a layer's operators are called one by one, and without a GPU
+    their float32 products are then of another engine than those of the layer as one operator."""
+    if not F.machine.INTERPRETING:
+        return assert_same(found, expected)
+    for ours, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-5)
+
+
 SHAPE = ModelShape(hidden=32, heads=2, intermediate=64, layers=1, vocab=50)
 CASES = {
     "attention": {},
@@ -142,8 +151,8 @@ def test_encoder(default, folder, dtype):
     expected = run(encoder)
     with hostile(*default):
         found, again = run(encoder), run(Encoder.from_pretrained(folder, dtype=dtype))
-    assert_same(found, expected)
-    assert_same(again, expected)
+    assert_same_or_as_close(found, expected)
+    assert_same_or_as_close(again, expected)
 
 
 @defaults
@@ -181,4 +190,4 @@ def test_accelerated(default, kind):
     expected = run()
     with hostile(*default):
         found = run()
-    assert_same(found, expected)
+    assert_same_or_as_close(found, expected)
