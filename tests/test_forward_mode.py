@@ -4,11 +4,16 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 
+pytest.importorskip("triton", reason="tests the Triton kernels")
+
 import fastbert.functional as F
 from fastbert import BertConfig, BertModel
 from fastbert.models.bert import Pass
 from fastbert.packing import PackedBatch
 from fastbert.testing import INPUTS, MODELS
+
+if F.why_not_triton(torch.device("cuda" if torch.cuda.is_available() else "cpu")):
+    pytest.skip("needs a GPU or TRITON_INTERPRET=1", allow_module_level=True)
 
 REFUSED = pytest.raises(NotImplementedError, match="forward mode")
 
