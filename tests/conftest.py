@@ -199,3 +199,13 @@ def _poisoned_empty(monkeypatch):
 def _seeded():
     """Fresh but repeatable random numbers in every test."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of data that is not part of the repository: beside it, or beside the folder that it lies in."""
+    root = Path(__file__).resolve().parent.parent
+    for folder in (root.parent / "shared", root.parent.parent / "shared"):
+        if folder.is_dir():
+            return folder
+    pytest.skip("needs the folder ../shared")

@@ -22,7 +22,7 @@ FLOORS = (
     ("fastbert.layers", "fastbert.testing", "fastbert.text"),
     ("fastbert.models",),
     ("fastbert.dropin",),
-    ("fastbert.encoding",),
+    ("fastbert.encoding", "fastbert.training"),
     ("fastbert.convert", "fastbert.demo", "fastbert.emulator", "fastbert.info"),
     ("fastbert.verify",),
     ("fastbert.cli",),
