@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 import warnings
 
 import pytest
@@ -173,6 +174,63 @@ def test_causal_is_left_to_torch():
         y = ours(x, mask=causal, is_causal=True)
     assert torch.equal(y, plain(x, mask=causal, is_causal=True))
     assert "is_causal" in str(fastbert.explain(ours))
+
+
+def test_the_hint_of_attention_is_left_to_torch():
+    """torch's own test of training with is_causal turned red: told is_causal, torch does not look at the mask, which
+    there did not even fit, and ours did."""
+    ours, plain, _ = three(nn.MultiheadAttention(32, 4).eval())
+    x, other = torch.randn(5, 2, 32), torch.zeros(5, 5)
+    with pytest.warns(UserWarning, match="is_causal=True"):
+        y, _ = ours(x, x, x, attn_mask=other, need_weights=False, is_causal=True)
+    assert torch.equal(y, plain(x, x, x, attn_mask=other, need_weights=False, is_causal=True)[0])
+
+
+KEYS = torch.zeros(2, 5, 32)
+
+
+@pytest.mark.filterwarnings("ignore:.*so fastbert leaves")
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"key": KEYS[0]},
+        {"value": KEYS[0]},
+        {"value": KEYS[:, :4]},
+        {"key": KEYS[:1], "value": KEYS[:1]},
+        {"key_padding_mask": torch.zeros(5, dtype=torch.bool)},
+        {"key_padding_mask": torch.zeros(1, 5, dtype=torch.bool)},
+        {"attn_mask": torch.zeros(5, dtype=torch.bool)},
+        {"attn_mask": torch.zeros(1, 5, dtype=torch.bool)},
+        {"attn_mask": torch.zeros(4, 5, 5, dtype=torch.bool)},
+    ],
+    ids=lambda wrong: "_".join((*wrong, *(str(tuple(t.shape)) for t in wrong.values()))),
+)
+def test_arguments_that_do_not_fit_have_torchs_own_error(wrong):
+    """torch's own test of invalid shapes turned red: two of the errors came from a product, not from torch's checks,
+    and masks of one row were broadcast, where torch refuses them."""
+    ours, plain, _ = three(nn.MultiheadAttention(32, 4, batch_first=True).eval())
+    given = {"query": torch.zeros(2, 5, 32), "key": KEYS, "value": KEYS, "need_weights": False} | wrong
+    with pytest.raises((AssertionError, RuntimeError)) as expected:
+        plain(**given)
+    with pytest.raises(type(expected.value), match=re.escape(str(expected.value))):
+        ours(**given)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "wrong", [{"mask": BAND[:1]}, {"src_key_padding_mask": RIGHT[:1]}], ids=lambda wrong: next(iter(wrong))
+)
+def test_masks_of_an_encoder_that_do_not_fit_have_torchs_own_error(wrong):
+    ours, plain, _ = three(encoder().train())
+    with pytest.raises((AssertionError, RuntimeError)) as expected:
+        plain(torch.zeros(3, WIDTH, 32), **wrong)
+    with pytest.raises(type(expected.value), match=re.escape(str(expected.value))):
+        ours(torch.zeros(3, WIDTH, 32), **wrong)
+
+
+def test_scripting_says_what_to_do():
+    with pytest.raises(AttributeError, match=r"fastbert\.restore"):
+        torch.jit.script(fastbert.accelerate(encoder()))
 
 
 @pytest.mark.filterwarnings("ignore:.*nested")

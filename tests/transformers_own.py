@@ -5,8 +5,8 @@
     python -m tests.transformers_own transformers-5.24.0 [--family bert ...] [-k WORD]
 
 What runs are the tests that all of transformers' models share (tests/test_modeling_common.py, which the source
-distribution on PyPI carries; the test files of single models are in none), for each of the nine families that
-`accelerate` knows, with small configs from here. A model is accelerated at the end of its `__init__`.
+distribution on PyPI carries; the test files of single models are in none: for these see libraries_own.py), for each of
+the nine families that `accelerate` knows, with small configs from here.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import PreTrainedModel
 
-import fastbert
+from .libraries_own import accelerate_transformers
 
 SIZES = {
     "vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 37,
@@ -98,18 +97,6 @@ def case_of(mixin: type, family: str) -> type[unittest.TestCase]:
     return Family
 
 
-def accelerating() -> None:
-    """From here on every model of transformers is accelerated where its own `__init__` ends."""
-    original = PreTrainedModel.post_init
-
-    def post_init(self):
-        original(self)
-        if sys._getframe(1).f_code is type(self).__init__.__code__:
-            fastbert.accelerate(self)
-
-    PreTrainedModel.post_init = post_init
-
-
 def outcomes(case: type[unittest.TestCase], word: str) -> dict[str, str]:
     """Test -> passed, skipped, or the last line of what it raised."""
     found = {}
@@ -135,7 +122,7 @@ def main() -> int:
     mixin = common_tests(args.folder.resolve())
     families = args.family or list(FAMILIES)
     plain = {family: outcomes(case_of(mixin, family), args.k) for family in families}
-    accelerating()
+    accelerate_transformers()
     red = 0
     for family in families:
         ours = outcomes(case_of(mixin, family), args.k)

@@ -40,6 +40,13 @@ class Forward:
         """The original's: torch.export names the place in the source by it."""
         return type(self.module).forward.__code__
 
+    @property
+    def __globals__(self) -> dict[str, Any]:
+        raise AttributeError(
+            "torch.jit.script compiles the source of a forward, and an accelerated one has none: call "
+            "fastbert.restore(model) before it"
+        )
+
     def put(self) -> None:
         """In place of the class's `forward`, until `remove`."""
         self.module.forward = self

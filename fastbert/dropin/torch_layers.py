@@ -166,7 +166,12 @@ class TorchLayerForward(TorchForward):
             return self.run(*args)
         given = self.named(args, kwargs)
         src = given["src"]
-        reason = why_not_here(given) or self.look().reason or why_not_masks(given) or self.why_not_now()
+        reason = (
+            why_not_here(given)
+            or self.look().reason
+            or why_not_masks(given, self.module.self_attn)
+            or self.why_not_now()
+        )
         if reason is not None:
             return self.fall_back(reason, given)
         attention = self.module.self_attn
@@ -240,7 +245,8 @@ class StackForward(TorchForward):
         reason = why_not_here(given) or self.look().reason
         if reason is None and not all(isinstance(forward, TorchLayerForward) for forward in layers):
             reason = "a layer came in place of an accelerated one"
-        reason = reason or why_not_masks(given) or next((why for f in layers if (why := f.why_not_now())), None)
+        reason = reason or why_not_masks(given, module.layers[0].self_attn)
+        reason = reason or next((why for f in layers if (why := f.why_not_now())), None)
         if reason is None:
             first = module.layers[0].self_attn
             exact = self.computes(given, zeros=nests(module, given))
@@ -263,6 +269,17 @@ class AttentionForward(TorchForward):
     def says(self) -> str:
         return "attention_padded, where need_weights=False"
 
+    def fits(
+        self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None
+    ) -> bool:
+        """Are these of shapes that torch takes?"""
+        if not query.dim() == key.dim() == value.dim() or key.shape[:-1] != value.shape[:-1]:
+            return False
+        (batch, queries), (batch_of_keys, keys) = (batch_and_tokens(x, self.module.batch_first) for x in (query, key))
+        if batch != batch_of_keys:
+            return False
+        return masks_fit(batch, self.module.num_heads, queries, keys, key_padding_mask, attn_mask)
+
     def __call__(self, *args, **kwargs):
         given, module = self.named(args, kwargs), self.module
         query, key, value = given["query"], given["key"], given["value"]
@@ -270,10 +287,12 @@ class AttentionForward(TorchForward):
         reason = why_not_here(given) or self.look().reason
         if given.get("need_weights", True):
             reason = "need_weights=True asks for the attention weights"
-        elif given.get("is_causal") and attn_mask is None:
-            reason = "is_causal without attn_mask"
+        elif given.get("is_causal"):  # torch then may look at the mask or at the hint alone
+            reason = "is_causal=True"
         elif query.is_nested or query.dim() not in (2, 3):
             reason = "query is nested, or neither [S, C] nor [B, S, C]"
+        elif not self.fits(query, key, value, key_padding_mask, attn_mask):
+            reason = MISFIT
         if reason is not None:
             return self.fall_back(reason, given)
         if query.dim() == 2:
@@ -287,13 +306,36 @@ class AttentionForward(TorchForward):
         return (o if module.batch_first else o.transpose(0, 1).contiguous()), None
 
 
-def why_not_masks(given: dict) -> str | None:
+MISFIT = "its arguments do not fit each other"  # torch has an error of its own for these
+
+
+def why_not_masks(given: dict, attention: nn.MultiheadAttention) -> str | None:
     if given.get("is_causal"):
         return "is_causal=True"
-    src = given["src"]
+    src, mask = given["src"], given.get("mask", given.get("src_mask"))
     if src.is_nested or src.dim() not in (2, 3):
         return "src is nested, or neither [S, C] nor [B, S, C]"
-    return None
+    batch, width = batch_and_tokens(src, attention.batch_first)
+    fit = masks_fit(batch, attention.num_heads, width, width, given.get("src_key_padding_mask"), mask)
+    return None if fit else MISFIT
+
+
+def batch_and_tokens(x: Tensor, batch_first: bool) -> tuple[int | None, int]:
+    """(B, S) of [B, S, C], of [S, B, C] where the batch is not first, and (None, S) of [S, C]."""
+    if x.dim() == 2:
+        return None, x.shape[0]
+    return (x.shape[0], x.shape[1]) if batch_first else (x.shape[1], x.shape[0])
+
+
+def masks_fit(
+    batch: int | None, heads: int, queries: int, keys: int, key_padding_mask: Tensor | None, attn_mask: Tensor | None
+) -> bool:
+    """Is key_padding_mask [B, Sk] or, without a batch, [Sk], and attn_mask [Sq, Sk] or [B * H, Sq, Sk]?"""
+    padded = (keys,) if batch is None else (batch, keys)
+    allowed = (queries, keys), ((1 if batch is None else batch) * heads, queries, keys)
+    if key_padding_mask is not None and key_padding_mask.shape != padded:
+        return False
+    return attn_mask is None or tuple(attn_mask.shape) in allowed
 
 
 def nests(module: nn.TransformerEncoder, given: dict) -> bool:
