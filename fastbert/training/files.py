@@ -1,0 +1,279 @@
+"""Examples out of files, each with its place for what has to be said about it.
+
+    .tsv, .txt   a header, then a row a line, cells between tabs; a quote is a letter
+    .csv         a header, cells between commas, quoted as RFC 4180 has it
+    .jsonl       an object a line
+    CoNLL        a word a line, with its tag in the last column; an empty line ends a sentence
+    SQuAD        JSON of SQuAD 1.1 or 2.0
+
+A text is what the file has: NA, null and nan are texts.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+TABLES = (".tsv", ".txt", ".csv", ".jsonl")
+
+
+class DataError(ValueError):
+    """What is wrong with a file, with its name and the line; one line."""
+
+
+class Row(NamedTuple):
+    """A row of a table: what it is called in messages, and its cells by the names of the columns."""
+
+    place: str
+    cells: dict[str, Any]
+
+
+class Sentence(NamedTuple):
+    """Words of a sentence with a tag each, or without tags."""
+
+    place: str
+    words: list[str]
+    tags: list[str] | None
+
+
+class Answer(NamedTuple):
+    """A gold answer; `start` is its character in the context, None where the text is not in the context."""
+
+    text: str
+    start: int | None
+
+
+@dataclass(frozen=True)
+class Question:
+    """answers: [] where the question has none in its context, or where the file gives none."""
+
+    id: str
+    question: str
+    context: str
+    answers: list[Answer] = field(default_factory=list)
+
+
+class Questions(NamedTuple):
+    """Questions of a file, and how many gold answers did not lie where the file says, or nowhere in the context."""
+
+    questions: list[Question]
+    repaired: int
+    lost: int
+
+
+# ---- tables --------------------------------------------------------------------------------------------------
+
+
+def read_table(path: str | Path, columns: list[str]) -> list[Row]:
+    """The rows of a table that has these columns, and may have others.
+
+    Raises: DataError where a column is missing, a line is broken, a row has too few cells, or there are no rows.
+    """
+    path = Path(path)
+    rows = list(_objects(path) if path.suffix == ".jsonl" else _cells(path))
+    if not rows:
+        raise DataError(f"{path} has no rows")
+    for row in rows:
+        missing = [name for name in columns if name not in row.cells]
+        if missing:
+            has = ", ".join(map(repr, row.cells)) or "none"
+            raise DataError(f"{row.place}: no column {missing[0]!r}; it has {has} (--columns names them)")
+    return rows
+
+
+def columns_of(path: str | Path) -> list[str]:
+    """The names of a table's columns, from its first line."""
+    path = Path(path)
+    row = next(_objects(path) if path.suffix == ".jsonl" else _cells(path), None)
+    if row is None:
+        raise DataError(f"{path} has no rows")
+    return list(row.cells)
+
+
+def _cells(path: Path) -> Iterator[Row]:
+    text = read_text(path)
+    if path.suffix == ".csv":
+        lines = _csv_lines(path, text)
+    elif path.suffix in TABLES:
+        lines = ((n, line.split("\t")) for n, line in enumerate(_lines(text), 1) if line)
+    else:
+        raise DataError(f"{path}: expected a table, a file that ends in {', '.join(TABLES)}")
+    header = next(lines, (0, None))[1]
+    if header is None:
+        return
+    twice = [name for name in header if header.count(name) > 1]
+    if twice:
+        raise DataError(f"{path}: the column {twice[0]!r} is there twice")
+    for number, cells in lines:
+        if len(cells) != len(header):
+            raise DataError(f"{path}, line {number}: {len(cells)} cells, but the header has {len(header)}")
+        yield Row(f"{path}, line {number}", dict(zip(header, cells, strict=True)))
+
+
+def _csv_lines(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        for cells in reader:
+            if cells:
+                yield reader.line_num, cells
+    except csv.Error as error:
+        raise DataError(f"{path}, line {reader.line_num}: {error}") from None
+
+
+def _objects(path: Path) -> Iterator[Row]:
+    for number, line in enumerate(_lines(read_text(path)), 1):
+        if not line.strip():
+            continue
+        try:
+            cells = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}, line {number}: not JSON: {error}") from None
+        if not isinstance(cells, dict):
+            raise DataError(f"{path}, line {number}: expected a JSON object, got {type(cells).__name__}")
+        yield Row(f"{path}, line {number}", cells)
+
+
+def read_text(path: Path) -> str:
+    """A file of UTF-8. A byte order mark is dropped."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise DataError(f"{path}, line {line}: not UTF-8 (byte 0x{error.object[error.start]:02x})") from None
+
+
+def _lines(text: str) -> list[str]:
+    """Lines by their line feeds, without them. (str.splitlines also splits at U+2028 and others, which texts have.)"""
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    return lines[:-1] if lines[-1] == "" else lines
+
+
+# ---- tagged words --------------------------------------------------------------------------------------------
+
+
+def read_conll(path: str | Path, tagged: bool = True) -> list[Sentence]:
+    """Sentences: the word is in a line's first column, its tag in the last one. Columns are parted by tabs, or by white
+    space where a line has no tab within. Lines that start with -DOCSTART- are left out.
+
+    tagged: False reads the words alone, and a line may have a single column.
+
+    Raises: DataError where a line has a single column, a tag is none, or there are no sentences.
+    """
+    path = Path(path)
+    sentences, words, tags = [], [], []
+    for number, line in enumerate([*_lines(read_text(path)), ""], 1):
+        line = line.strip()
+        if line.startswith("-DOCSTART-"):
+            continue
+        if line:
+            columns = line.split("\t") if "\t" in line else line.split()
+            if tagged:
+                if len(columns) < 2:
+                    raise DataError(f"{path}, line {number}: one column, expected a word and its tag")
+                tags.append(_tag(columns[-1].strip(), f"{path}, line {number}"))
+            words.append(columns[0].strip())
+        elif words:
+            place = f"{path}, line {number - len(words)}"
+            sentences.append(Sentence(place, words, tags if tagged else None))
+            words, tags = [], []
+    if not sentences:
+        raise DataError(f"{path} has no sentences")
+    return sentences
+
+
+def _tag(tag: str, place: str) -> str:
+    prefix, dash, kind = tag.partition("-")
+    if tag != "O" and not (prefix in ("B", "I", "E", "S") and dash and kind):
+        raise DataError(f"{place}: {tag!r} is no tag; expected O, or B-, I-, E- or S- with a type (columns swapped?)")
+    return tag
+
+
+# ---- questions -----------------------------------------------------------------------------------------------
+
+
+def read_questions(path: str | Path) -> Questions:
+    """Questions of a SQuAD file, or of a .jsonl with `question` and `context`.
+
+    A gold answer that does not lie at its offset gets the nearest place in the context where its text does.
+
+    Raises: DataError where the file is no such JSON, an id comes twice, or there are no questions.
+    """
+    path = Path(path)
+    if path.suffix == ".jsonl":
+        rows = read_table(path, ["question", "context"])
+        for row in rows:
+            for name in ("question", "context"):
+                expect_text(row, name)
+        questions = [
+            Question(str(row.cells.get("id", number)), row.cells["question"], row.cells["context"])
+            for number, row in enumerate(rows)
+        ]
+        return Questions(_with_own_ids(path, questions), 0, 0)
+    try:
+        data = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path} is not JSON: {error}") from None
+    questions, repaired, lost = [], 0, 0
+    try:
+        for article in data["data"]:
+            for paragraph in article["paragraphs"]:
+                context = _str(paragraph["context"])
+                for entry in paragraph["qas"]:
+                    answers = []
+                    for given in [] if entry.get("is_impossible") else entry.get("answers", ()):
+                        text, stated = _str(given["text"]), int(given["answer_start"])
+                        start = place_of(text, context, stated)
+                        repaired += start is not None and start != stated
+                        lost += start is None
+                        answers.append(Answer(text, start))
+                    questions.append(Question(str(entry["id"]), _str(entry["question"]), context, answers))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        what = f"no {error}" if isinstance(error, KeyError) else error
+        raise DataError(f"{path} is not laid out as SQuAD: {what}") from None
+    if not questions:
+        raise DataError(f"{path} has no questions")
+    return Questions(_with_own_ids(path, questions), repaired, lost)
+
+
+def place_of(text: str, context: str, stated: int) -> int | None:
+    """Where a text lies in a context: at `stated`, else at the nearest place (of two the earlier); None for nowhere."""
+    if not text:
+        return None
+    if stated >= 0 and context.startswith(text, stated):
+        return stated
+    stated = min(max(stated, 0), len(context))
+    # The last occurrence that begins before `stated`, and the first one after it.
+    before, after = context.rfind(text, 0, stated + len(text)), context.find(text, stated)
+    found = [place for place in (before, after) if place >= 0]
+    return min(found, key=lambda place: abs(place - stated)) if found else None
+
+
+def _with_own_ids(path: Path, questions: list[Question]) -> list[Question]:
+    seen: set[str] = set()
+    for question in questions:
+        if question.id in seen:
+            raise DataError(f"{path}: the id {question.id!r} is there twice")
+        seen.add(question.id)
+    return questions
+
+
+def _str(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"expected a string, got {type(value).__name__}")
+    return value
+
+
+def expect_text(row: Row, name: str) -> str:
+    """The text of a cell. Raises DataError where a JSON object has something else there."""
+    value = row.cells[name]
+    if not isinstance(value, str):
+        raise DataError(f"{row.place}: {name!r} must be a text, got {type(value).__name__}")
+    return value

@@ -1,0 +1,188 @@
+"""Windows: every word and every token of a context belongs to exactly one, and answers come back as the exact text."""
+
+import random
+from itertools import pairwise
+
+import pytest
+
+from fastbert import Tokenizer
+from fastbert.training.features import (
+    IGNORED,
+    NO_ANSWER,
+    _spans,
+    gold_tokens,
+    question_features,
+    text_features,
+    word_features,
+)
+from fastbert.training.files import Answer, Question, Sentence, read_questions
+
+pytestmark = pytest.mark.once
+
+PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghij", *(f"##{c}" for c in "abcdefghij")]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.from_words(PIECES, lowercase=True)
+
+
+def test_texts_that_are_cut_are_counted(tokenizer):
+    features = text_features(tokenizer, ["a b c", "a b c d"], None, [0, 1], max_length=5)
+    assert [len(w.input_ids) for w in features.windows] == [5, 5]
+    assert [w.target for w in features.windows] == [0, 1]
+    assert features.notes == {"examples cut at 5 tokens": 1}
+    pair = text_features(tokenizer, ["a"], ["b c"], None, max_length=9).windows[0]
+    assert pair.token_type_ids == [0, 0, 0, 1, 1, 1]
+    # also where a long text is shortened before it is tokenised
+    assert text_features(tokenizer, ["a " * 500], None, None, max_length=5).notes == {"examples cut at 5 tokens": 1}
+
+
+# ---- words ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("max_length", "stride"), [(6, 0), (6, 3), (12, 4), (12, 9), (64, 16)])
+def test_every_word_belongs_to_one_window_where_its_context_is_longest(tokenizer, max_length, stride):
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefghij", k=draw.randint(1, 5))) for _ in range(40)]
+    features = word_features(tokenizer, [Sentence("s", words, ["O"] * 40)], {"O": 0}, max_length, stride)
+    assert max(len(w.input_ids) for w in features.windows) <= max_length
+    seen = {}
+    for number, window in enumerate(features.windows):
+        assert window.input_ids[0] == tokenizer.cls_token_id
+        assert window.input_ids[-1] == tokenizer.sep_token_id
+        # labels at first pieces of its own words, and nowhere else
+        assert [place for place, label in enumerate(window.target) if label != IGNORED] == [p for _, p in window.words]
+        for word, place in window.words:
+            assert tokenizer.id_to_token(window.input_ids[place]) == words[word][0]
+            assert word not in seen
+            seen[word] = number
+    assert sorted(seen) == list(range(40))
+    assert sorted(seen.values()) == [seen[word] for word in range(40)], "windows own runs of neighbours"
+
+
+def test_words_in_the_middle_of_a_window_have_context(tokenizer):
+    """With windows of 8 words that share 4, no word within the sentence has less than 2 words on either side."""
+    words = ["a"] * 30
+    features = word_features(tokenizer, [Sentence("s", words, None)], None, max_length=10, stride=4)
+    for number, window in enumerate(features.windows):
+        for word, place in window.words:
+            before, after = place - 1, len(window.input_ids) - 2 - place
+            assert number == 0 or before >= 2, word
+            assert number == len(features.windows) - 1 or after >= 1, word
+    assert features.notes["sentences in several windows of 10 tokens"] == 1
+
+
+def test_of_two_windows_with_equal_context_a_word_belongs_to_the_earlier(tokenizer):
+    """Windows of the words 0 to 7 and 5 to 12: word 6 has one word behind it in the one, one before it in the other."""
+    windows = word_features(tokenizer, [Sentence("s", ["a"] * 13, None)], None, max_length=10, stride=3).windows
+    assert [[word for word, _ in w.words] for w in windows] == [[0, 1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 11, 12]]
+
+
+def test_every_window_brings_something_new():
+    """Its end is a new one, however long the next word is, and neighbours share `stride` tokens at most."""
+    draw = random.Random(3)
+    for _ in range(200):
+        room = draw.randint(2, 9)
+        lengths, stride = draw.choices(range(1, room + 1), k=draw.randint(1, 15)), draw.randrange(room)
+        spans = _spans(lengths, room, stride)
+        assert spans[0][0] == 0
+        assert spans[-1][1] == len(lengths)
+        assert all(sum(lengths[first:end]) <= room for first, end in spans)
+        for (first, end), (next_first, next_end) in pairwise(spans):
+            assert first < next_first <= end < next_end
+            assert sum(lengths[next_first:end]) <= stride
+
+
+def test_words_of_which_nothing_is_left_and_words_that_are_too_long(tokenizer):
+    features = word_features(
+        tokenizer, [Sentence("s", ["\u200d", "a" * 20, "b"], ["O", "B-x", "O"])], {"O": 0, "B-x": 1}, 6, 1
+    )
+    owned = {word: w.input_ids[place] for w in features.windows for word, place in w.words}
+    assert owned == {word: tokenizer.token_to_id(piece) for word, piece in enumerate(["[UNK]", "a", "b"])}
+    assert features.notes["words cut"] == 1
+    assert max(len(w.input_ids) for w in features.windows) == 6
+
+
+# ---- questions -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stride", [10, 11])
+def test_answers_come_back_as_the_exact_text(tokenizer, stride):
+    """Of every window with the whole answer, at every place of a long context; other windows point to [CLS]."""
+    context = " ".join("abcdefghij"[i % 10] * (1 + i % 3) for i in range(60))
+    starts = [i for i, c in enumerate(context) if c != " " and (i == 0 or context[i - 1] == " ")]
+    for first, start in enumerate(starts[:-1]):
+        end = context.index(" ", starts[min(first + 2, 58)])
+        question = Question("q", "a b", context, [Answer(context[start:end], start)])
+        windows = question_features(tokenizer, [question], max_length=30, stride=stride, training=True).windows
+        held = 0
+        for window in windows:
+            inside = [o for o in window.offsets if o is not None]
+            if inside[0][0] <= start and end <= inside[-1][1]:
+                a, b = window.target
+                assert context[window.offsets[a][0] : window.offsets[b][1]] == context[start:end]
+                held += 1
+            else:
+                assert window.target == NO_ANSWER
+        assert held
+
+
+def test_every_token_of_a_context_belongs_to_one_window(tokenizer):
+    context = "a bc def " * 30
+    windows = question_features(tokenizer, [Question("q", "a", context)], 24, 8, training=False).windows
+    owned = [window.offsets[place] for window in windows for place in sorted(window.owned)]
+    assert owned == tokenizer([context], truncation=None, add_special_tokens=False).offsets[0]
+    assert all(len(w.input_ids) == len(w.token_type_ids) == len(w.offsets) <= 24 for w in windows)
+    assert windows[0].token_type_ids[:4] == [0, 0, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("text", "start", "tokens"),
+    [("a", 0, (0, 0)), ("c", 5, (2, 2)), ("bb c", 2, (1, 2)), (" bb", 1, (1, 1)), ("b", 3, (1, 1)), (" ", 1, None)],
+)
+def test_gold_tokens_share_a_character_with_the_answer(text, start, tokens):
+    """The context is "a bb c", its tokens are the words: a gold answer may begin within one, or with a space."""
+    found = gold_tokens(Question("q", "", "a bb c", [Answer(text, start)]), [(0, 1), (2, 4), (5, 6)])
+    assert found == ([] if tokens is None else [tokens])
+
+
+def test_questions_that_cannot_be_learnt_are_left_out_and_counted(tokenizer):
+    questions = [
+        Question("lost", "a", "b c", [Answer("x", None)]),
+        Question("none", "a", "b c", []),
+        Question("long", "a", "b " * 40, [Answer("b " * 30, 0)]),
+        Question("wordy", "a " * 99, "b", [Answer("b", 0)]),
+    ]
+    features = question_features(tokenizer, questions, 24, 8, training=True)
+    assert {w.example for w in features.windows} == {1, 2, 3}
+    assert features.notes == {
+        "contexts in several windows of 24 tokens": 1,
+        "questions cut at 12 tokens": 1,
+        "questions left out, whose answers are not in their context": 1,
+        "answers that no window holds whole": 1,
+    }
+    # to be answered, all of them stay
+    assert {w.example for w in question_features(tokenizer, questions, 24, 8, training=False).windows} == {0, 1, 2, 3}
+
+
+def test_windows_must_leave_room(tokenizer):
+    with pytest.raises(ValueError, match="windows with room for 8 tokens cannot overlap by 8"):
+        word_features(tokenizer, [Sentence("s", ["a"], None)], None, max_length=10, stride=8)
+
+
+def test_real_answers_come_back(shared):
+    """Of 1,002 Chinese answers all but those that begin or end within a word of Latin letters, or with white space."""
+    questions = read_questions(shared / "data" / "cmrc2018" / "cmrc2018_trial.json").questions
+    characters = sorted({c for q in questions for c in q.context + q.question if not c.isspace()})
+    tokenizer = Tokenizer.from_words([*PIECES[:5], *characters, *(f"##{c}" for c in characters)], lowercase=False)
+    features = question_features(tokenizer, questions, 384, 128, training=True)
+    wrong = set()
+    for window in features.windows:
+        if window.target != NO_ANSWER:
+            (start, _), (_, end) = (window.offsets[place] for place in window.target)
+            question = questions[window.example]
+            if question.context[start:end] != question.answers[0].text:
+                wrong.add(question.answers[0].text)
+    assert all(text != text.strip() for text in wrong)
+    assert len(wrong) <= 3
