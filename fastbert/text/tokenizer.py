@@ -7,33 +7,25 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import tokenizers
-from tokenizers import AddedToken, Encoding, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import Encoding, models, normalizers, pre_tokenizers
 
-from ..checkpoint import CheckpointError, make_folder, read_json, write_atomically, write_json
+from ..checkpoint import CheckpointError, make_folder, write_atomically, write_json
 from ..formats import opened
 from ..formats.detect import find_source
 from ..formats.source import Source
 from .cutting import Cutter
+from .folder import SPECIAL_TOKENS, bert_backend, read_folder, read_vocab, settings_of
 
 Truncation = Literal["longest_first", "only_first", "only_second"]
 TRUNCATIONS = ("longest_first", "only_first", "only_second")
 
-SPECIAL_TOKENS = {
-    "unk_token": "[UNK]",
-    "sep_token": "[SEP]",
-    "pad_token": "[PAD]",
-    "cls_token": "[CLS]",
-    "mask_token": "[MASK]",
-}
-
-# transformers' classes that read vocab.txt as WordPiece; others (BertJapaneseTokenizer) cut words in their own way.
-_WORDPIECE_CLASSES = ("Bert", "DistilBert", "MobileBert", "Electra")
 _NO_LIMIT = 10**9  # transformers writes 1e30 where a model has no maximum length
 _KEPT_TRUNCATIONS = 8
 
@@ -93,22 +85,22 @@ class Tokenizer:
         backend.no_truncation()  # what a tokenizer.json stores of these was one job's choice
         backend.no_padding()
         self.config = dict(config or {})
+        backend.encode_special_tokens = self._splits_special_tokens
         self._backend = backend
         self._cutter = Cutter(backend)
         self._truncating: dict[tuple, tokenizers.Tokenizer] = {}
         for role, default in SPECIAL_TOKENS.items():
-            setattr(self, role, _content(self.config.get(role)) or default)
+            setattr(self, role, self.config.get(role) or default)
         absent = [t for t in (self.unk_token, self.cls_token, self.sep_token) if backend.token_to_id(t) is None]
         if absent:
             raise ValueError(f"the vocabulary must hold {', '.join(absent)}")
 
     @classmethod
     def from_pretrained(cls, id_or_path: str | os.PathLike) -> Tokenizer:
-        """From a model's folder or hub id: its tokenizer.json, else its vocab.txt; with its tokenizer_config.json.
-        Of another format that `fastbert.formats` reads, from its vocabulary.
+        """From a model's folder or hub id, as transformers 5 reads it; see `fastbert.text.folder`. Of another format
+        that `fastbert.formats` reads, from its vocabulary.
 
-        As in transformers, do_lower_case, strip_accents and tokenize_chinese_chars of tokenizer_config.json win over
-        what tokenizer.json says. Raises: CheckpointError, in one line.
+        Warns in one line where transformers 4 gives other ids. Raises: CheckpointError, in one line.
         """
         with opened(id_or_path) as path:
             source = find_source(path)
@@ -130,26 +122,11 @@ class Tokenizer:
 
     @classmethod
     def _from_folder(cls, folder: Path) -> Tokenizer:
-        config: dict[str, Any] = {}
-        for name in ("special_tokens_map.json", "tokenizer_config.json"):
-            if (folder / name).is_file():
-                config.update(read_json(folder / name))
-        kind = (config.get("tokenizer_class") or "BertTokenizer").removesuffix("Fast").removesuffix("Tokenizer")
+        backend, config, notes = read_folder(folder)
+        if notes:
+            warnings.warn(f"{folder}: {'; '.join(notes)}", stacklevel=3)
         try:
-            if (folder / "tokenizer.json").is_file():
-                backend = _read_backend(folder / "tokenizer.json")
-                if kind in _WORDPIECE_CLASSES:
-                    _set_normalizer(backend, config)
-                return cls(backend, config)
-            if not (folder / "vocab.txt").is_file():
-                raise CheckpointError(f"{folder} has no tokenizer: expected tokenizer.json or vocab.txt")
-            if kind not in _WORDPIECE_CLASSES:
-                raise CheckpointError(f"{folder} needs a tokenizer.json: {kind}Tokenizer is not plain WordPiece")
-            vocab_file = folder / "vocab.txt"
-            if (folder / "added_tokens.json").is_file():
-                added = _added_tokens(read_json(folder / "added_tokens.json"), config)
-                config["added_tokens_decoder"] = added | (config.get("added_tokens_decoder") or {})
-            return cls._from_vocab_and_config(_read_vocab(vocab_file), config, vocab_file)
+            return cls(backend, config)
         except ValueError as error:
             raise CheckpointError(f"{folder}: {error}") from error
 
@@ -178,7 +155,7 @@ class Tokenizer:
         if model_max_length is not None:
             config["model_max_length"] = model_max_length
         vocab_file = Path(vocab_file)
-        return cls._from_vocab_and_config(_read_vocab(vocab_file), config, vocab_file)
+        return cls._from_vocab_and_config(read_vocab(vocab_file), config, vocab_file)
 
     @classmethod
     def from_words(cls, words: Sequence[str], lowercase: bool, *, model_max_length: int | None = 512) -> Tokenizer:
@@ -192,31 +169,11 @@ class Tokenizer:
     @classmethod
     def _from_vocab_and_config(cls, vocab: dict[str, int], config: dict[str, Any], vocab_file: Path | str) -> Tokenizer:
         """vocab_file: what messages call the vocabulary."""
-        special = {role: _content(config.get(role)) or default for role, default in SPECIAL_TOKENS.items()}
-        if absent := [special[role] for role in ("unk_token", "cls_token", "sep_token") if special[role] not in vocab]:
-            raise CheckpointError(f"{vocab_file} is not a BERT vocabulary: it lacks {', '.join(absent)}")
+        return cls(bert_backend(vocab, settings_of(config | SPECIAL_TOKENS), str(vocab_file)), config)
 
-        backend = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token=special["unk_token"]))
-        backend.normalizer = normalizers.BertNormalizer()
-        backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        backend.decoder = decoders.WordPiece(prefix="##")
-        defaults = {"do_lower_case": True, "strip_accents": None, "tokenize_chinese_chars": True}
-        _set_normalizer(backend, defaults | config)
-        backend.add_special_tokens([_added(config.get(role), t) for role, t in special.items() if t in vocab])
-        for index, token in sorted((config.get("added_tokens_decoder") or {}).items(), key=lambda item: int(item[0])):
-            added = _added(token, _content(token))
-            (backend.add_special_tokens if added.special else backend.add_tokens)([added])
-            if backend.token_to_id(added.content) != int(index):
-                raise CheckpointError(f"{vocab_file} does not fit tokenizer_config.json: no {added.content} at {index}")
-        for token in _extra_special(config):
-            backend.add_special_tokens([_added(token, _content(token))])
-        cls_token, sep_token = special["cls_token"], special["sep_token"]
-        backend.post_processor = processors.TemplateProcessing(
-            single=f"{cls_token}:0 $A:0 {sep_token}:0",
-            pair=f"{cls_token}:0 $A:0 {sep_token}:0 $B:1 {sep_token}:1",
-            special_tokens=[(cls_token, vocab[cls_token]), (sep_token, vocab[sep_token])],
-        )
-        return cls(backend, config)
+    def __reduce__(self):
+        # made anew, since the library does not pickle whether special tokens are split
+        return type(self), (self._backend, self.config)
 
     # ---- to ids ------------------------------------------------------------------------------------------
 
@@ -298,6 +255,11 @@ class Tokenizer:
         """Whether truncation keeps the beginning of a text, and not its end."""
         return self.config.get("truncation_side", "right") == "right"
 
+    @property
+    def _splits_special_tokens(self) -> bool:
+        """Whether "[MASK]" in a text is cut into its pieces like any other word."""
+        return bool(self.config.get("split_special_tokens"))
+
     def _backend_for(self, max_length: int, strategy: str, stride: int, special: int) -> tokenizers.Tokenizer:
         """A copy of the backend that truncates so: the setting lives in the object, and threads share objects."""
         if max_length < special or max_length < 0:
@@ -310,6 +272,7 @@ class Tokenizer:
             if len(self._truncating) >= _KEPT_TRUNCATIONS:
                 self._truncating.clear()
             backend = copy.deepcopy(self._backend)
+            backend.encode_special_tokens = self._splits_special_tokens  # which the library does not copy
             direction = "right" if self._keeps_beginnings else self.config["truncation_side"]
             backend.enable_truncation(max_length, stride=stride, strategy=strategy, direction=direction)
             self._truncating[key] = backend
@@ -362,19 +325,31 @@ class Tokenizer:
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Writes tokenizer.json, tokenizer_config.json and (for WordPiece) vocab.txt, which transformers reads."""
-        folder = make_folder(folder)
-        config = self.config | {role: getattr(self, role) for role in SPECIAL_TOKENS}
-        config.setdefault("tokenizer_class", "BertTokenizer")
-        if isinstance(self._backend.normalizer, normalizers.BertNormalizer):
-            config["do_lower_case"] = self._backend.normalizer.lowercase
-            config["strip_accents"] = self._backend.normalizer.strip_accents
-            config["tokenize_chinese_chars"] = self._backend.normalizer.handle_chinese_chars
+        folder, backend = make_folder(folder), self._backend
+        roles = {role: getattr(self, role) for role in SPECIAL_TOKENS}
+        config = self.config | {role: t for role, t in roles.items() if backend.token_to_id(t) is not None}
+        # BERT's classes make everything but the words anew
+        is_bert = (
+            isinstance(backend.model, models.WordPiece)
+            and isinstance(backend.normalizer, normalizers.BertNormalizer)
+            and isinstance(backend.pre_tokenizer, pre_tokenizers.BertPreTokenizer)
+        )
+        config["tokenizer_class"] = config.get("tokenizer_class") or (
+            "BertTokenizer" if is_bert else "PreTrainedTokenizerFast"
+        )
+        if isinstance(backend.normalizer, normalizers.BertNormalizer):
+            config["do_lower_case"] = backend.normalizer.lowercase
+            config["strip_accents"] = backend.normalizer.strip_accents
+            config["tokenize_chinese_chars"] = backend.normalizer.handle_chinese_chars
+        config["added_tokens_decoder"] = {
+            str(index): token.__getstate__() for index, token in backend.get_added_tokens_decoder().items()
+        }
         try:
             with write_atomically(folder / "tokenizer.json") as temporary:
-                self._backend.save(str(temporary))
-            vocab = self._backend.get_vocab(with_added_tokens=False)
+                backend.save(str(temporary))
+            vocab = backend.get_vocab(with_added_tokens=False)
             # vocab.txt has no place for an id that no token has
-            if isinstance(self._backend.model, models.WordPiece) and max(vocab.values()) == len(vocab) - 1:
+            if isinstance(backend.model, models.WordPiece) and max(vocab.values()) == len(vocab) - 1:
                 with write_atomically(folder / "vocab.txt") as temporary:
                     lines = "".join(f"{token}\n" for token in sorted(vocab, key=vocab.__getitem__))
                     temporary.write_text(lines, encoding="utf-8", newline="\n")
@@ -412,58 +387,3 @@ def _encode(encode_batch, inputs: list, add_special_tokens: bool) -> list[Encodi
         if "runcation" not in str(error):
             raise
         raise ValueError(f"cannot truncate: {error}") from error
-
-
-def _extra_special(config: dict[str, Any]) -> list[Any]:
-    """The special tokens beyond BERT's own: a list in transformers 4, a list or a dict by name in transformers 5."""
-    extra = config.get("extra_special_tokens") or []
-    return [*(config.get("additional_special_tokens") or []), *(extra.values() if isinstance(extra, dict) else extra)]
-
-
-def _added_tokens(added: dict[str, int], config: dict[str, Any]) -> dict[str, Any]:
-    """added_tokens.json, which slow tokenizers wrote beside a vocab.txt, as tokenizer_config.json spells it today."""
-    special = set(map(_content, _extra_special(config)))
-    return {
-        str(index): {"content": token, "special": token in special, "normalized": token not in special}
-        for token, index in added.items()
-    }
-
-
-def _content(token: Any) -> str | None:
-    """The text of a special token as the files have it: a str, or a dict of its properties."""
-    return token.get("content") if isinstance(token, dict) else token
-
-
-def _added(token: Any, content: str) -> AddedToken:
-    flags = token if isinstance(token, dict) else {}
-    names = ("single_word", "lstrip", "rstrip", "normalized")
-    options = {name: flags.get(name, False) for name in names}
-    return AddedToken(content, special=flags.get("special", True), **options)
-
-
-def _set_normalizer(backend: tokenizers.Tokenizer, config: dict[str, Any]) -> None:
-    normalizer = backend.normalizer
-    if not isinstance(normalizer, normalizers.BertNormalizer):
-        return
-    for key, name in (
-        ("do_lower_case", "lowercase"),
-        ("strip_accents", "strip_accents"),
-        ("tokenize_chinese_chars", "handle_chinese_chars"),
-    ):
-        if key in config:
-            setattr(normalizer, name, config[key])
-    backend.normalizer = normalizer
-
-
-def _read_backend(path: Path) -> tokenizers.Tokenizer:
-    try:
-        return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises plain Exception
-        raise CheckpointError(f"{path} is truncated or not a tokenizer ({error})") from error
-
-
-def _read_vocab(path: Path) -> dict[str, int]:
-    try:
-        return models.WordPiece.read_file(str(path))
-    except Exception as error:  # the library raises plain Exception
-        raise CheckpointError(f"cannot read {path} as a vocabulary ({error})") from error

@@ -1,0 +1,331 @@
+"""A tokenizer's folder, read as transformers 5 reads it.
+
+    vocab.txt, or the vocabulary in tokenizer.json      the words
+    tokenizer_config.json                               everything else, for BERT's classes of tokenizers
+    special_tokens_map.json, added_tokens.json          what tokenizer_config.json may lack, in folders before 2023
+
+BERT's classes take from a tokenizer.json its words and, where tokenizer_config.json names none, its added tokens; the
+rest is made anew. Every other class takes it as it is. transformers 4 took it as it is for all of them: `notes` says
+where the two versions give other ids for the same folder. The ids here are those of the newer.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, Encoding, decoders, models, normalizers, pre_tokenizers, processors
+
+from ..checkpoint import CheckpointError, read_json
+
+CONFIG = "tokenizer_config.json"
+# The tokens that BERT's classes have even where no file names them.
+SPECIAL_TOKENS = {
+    "unk_token": "[UNK]",
+    "sep_token": "[SEP]",
+    "pad_token": "[PAD]",
+    "cls_token": "[CLS]",
+    "mask_token": "[MASK]",
+}
+_NEEDED = ("unk_token", "cls_token", "sep_token")
+# In the order in which transformers adds them to the vocabulary.
+_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+# transformers' classes that read a vocabulary as BERT does; others (BertJapaneseTokenizer) cut words in their own way.
+_BERT_CLASSES = (
+    "Bert", "ConvBert", "DistilBert", "DPRContextEncoder", "DPRQuestionEncoder", "Electra", "LayoutLM", "Lxmert",
+    "MobileBert", "SqueezeBert",
+)  # fmt: skip
+_NORMALIZER = {
+    "do_lower_case": ("lowercase", True),
+    "strip_accents": ("strip_accents", None),
+    "tokenize_chinese_chars": ("handle_chinese_chars", True),
+}
+# The keys of tokenizer_config.json that change ids, and are read here or in `Tokenizer`.
+_HONOURED = frozenset((
+    *_NORMALIZER, "tokenizer_class", "model_max_length", "max_len", "truncation_side", "split_special_tokens",
+    "added_tokens_decoder", "additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens",
+))  # fmt: skip
+# The keys that are known, and change no id in transformers 5: where files lay, how a batch is padded, options of one
+# call that were saved, what only decoding or a chat asks for, and what only the tokenizers written in Python knew.
+_HARMLESS = frozenset((
+    "name_or_path", "vocab_file", "tokenizer_file", "full_tokenizer_file", "special_tokens_map_file", "files_loaded",
+    "cache_dir", "revision", "subfolder", "token", "use_auth_token", "force_download", "resume_download", "proxies",
+    "local_files_only", "is_local", "trust_remote_code", "use_fast", "from_slow", "backend", "processor_class",
+    "model_type", "dtype", "torch_dtype", "device", "device_map", "verbose", "errors", "language", "tokenizer_type",
+    "model_input_names", "padding", "padding_side", "pad_to_multiple_of", "pad_token_type_id", "pad_token_id",
+    "truncation", "truncation_strategy", "max_length", "stride", "return_token_type_ids", "return_tensors",
+    "clean_up_tokenization_spaces", "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output",
+    "chat_template", "chat_control_tokens", "response_template", "response_schema", "wordpieces_prefix",
+    "add_bos_token", "add_eos_token", "do_basic_tokenize", "never_split", "do_word_tokenize", "do_subword_tokenize",
+    "word_tokenizer_type", "subword_tokenizer_type", "sp_model_kwargs", "legacy",
+))  # fmt: skip
+_PROPERTIES = frozenset(("__type", "content", "single_word", "lstrip", "rstrip", "normalized", "special"))
+
+
+@dataclass
+class Settings:
+    """What the files of a folder say beside the words.
+
+    Attributes:
+        config: the content of tokenizer_config.json.
+        named: the token of each role that a file names ("mask_token"), and special tokens with names of their own;
+            None where a file says that there is none.
+        extra: further special tokens, in the order of their ids.
+        added: the tokens whose ids a file gives.
+        notes: sentences about ids that transformers 4 gives otherwise.
+    """
+
+    config: dict[str, Any]
+    named: dict[str, str | AddedToken | None]
+    extra: list[str | AddedToken]
+    added: dict[int, AddedToken]
+    notes: list[str]
+
+
+def read_folder(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any], list[str]]:
+    """The tokenizer in a folder; its config, with the roles of other files; and notes, see `Settings`.
+
+    Raises: CheckpointError that names what is not understood.
+    """
+    words, whole = folder / "vocab.txt", folder / "tokenizer.json"
+    if not (whole.is_file() or words.is_file()):
+        raise CheckpointError(f"{folder} has no tokenizer: expected tokenizer.json or vocab.txt")
+    config = _read_where_there(folder / CONFIG)
+    _refuse_unknown_keys(folder / CONFIG, config)
+    name = config.get("tokenizer_class") or _read_where_there(folder / "config.json").get("tokenizer_class")
+    config["tokenizer_class"] = name = name or "BertTokenizer"
+    kind = name.removesuffix("Fast").removesuffix("Tokenizer")
+    old = _read_backend(whole) if whole.is_file() else None
+    if old is not None and old.truncation is not None:
+        config.setdefault("truncation_side", old.truncation["direction"])
+        old.no_truncation()
+
+    special_tokens_map = _read_where_there(folder / "special_tokens_map.json")
+    added_tokens = _read_where_there(folder / "added_tokens.json")
+    settings = settings_of(config, special_tokens_map, added_tokens, old, what=str(folder))
+    if kind in _BERT_CLASSES:
+        backend = _of_berts_class(words if old is None else whole, old, settings)
+    elif old is None:
+        raise CheckpointError(f"{folder} needs a tokenizer.json: {kind}Tokenizer is not plain WordPiece")
+    else:
+        backend = old
+        before = backend.get_added_tokens_decoder()
+        _add_tokens(backend, settings, str(whole))
+        if _lost(before, backend):
+            settings.notes.append(
+                "transformers 4 uses the properties of added_tokens in tokenizer.json, and 5 does not"
+            )
+    roles = {role: str(token) for role, token in settings.named.items() if role in _ROLES and token is not None}
+    return backend, config | roles, settings.notes
+
+
+def bert_backend(vocab: dict[str, int], settings: Settings, what: str) -> tokenizers.Tokenizer:
+    """What BERT's classes make of a vocabulary. Raises CheckpointError; what: the vocabulary, for its message."""
+    named = settings.named
+    if absent := [str(named[role] or role) for role in _NEEDED if str(named[role]) not in vocab]:
+        raise CheckpointError(f"{what} is not a BERT vocabulary: it lacks {', '.join(absent)}")
+    backend = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token=str(named["unk_token"])))
+    options = {theirs: settings.config.get(key, default) for key, (theirs, default) in _NORMALIZER.items()}
+    backend.normalizer = normalizers.BertNormalizer(clean_text=True, **options)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece(prefix="##")
+    _add_tokens(backend, settings, what)
+    cls_token, sep_token = str(named["cls_token"]), str(named["sep_token"])
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{cls_token}:0 $A:0 {sep_token}:0",
+        pair=f"{cls_token}:0 $A:0 {sep_token}:0 $B:1 {sep_token}:1",
+        special_tokens=[(cls_token, vocab[cls_token]), (sep_token, vocab[sep_token])],
+    )
+    return backend
+
+
+def read_vocab(path: Path) -> dict[str, int]:
+    """Each token's id, of a vocab.txt. Raises CheckpointError."""
+    try:
+        return models.WordPiece.read_file(str(path))
+    except Exception as error:  # the library raises plain Exception
+        raise CheckpointError(f"cannot read {path} as a vocabulary ({error})") from error
+
+
+# ---- the files' words ------------------------------------------------------------------------------------
+
+
+def _read_where_there(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
+
+
+def _read_backend(path: Path) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception
+        raise CheckpointError(f"{path} is truncated or not a tokenizer ({error})") from error
+
+
+def _refuse_unknown_keys(path: Path, config: dict[str, Any]) -> None:
+    known = _HONOURED | _HARMLESS
+    if unknown := sorted(k for k, v in config.items() if k not in known and not k.endswith("_token") and v):
+        raise CheckpointError(f"{path} has settings that fastbert does not know: {', '.join(unknown)}")
+    if not isinstance(config.get("tokenizer_class"), (str, type(None))):
+        raise CheckpointError(f"{path}: tokenizer_class must be a name, got {json.dumps(config['tokenizer_class'])}")
+    for key, (_, default) in _NORMALIZER.items():
+        value = config.get(key, default)
+        if not isinstance(value, bool) and value is not default:
+            raise CheckpointError(f"{path}: {key} must be true or false, got {json.dumps(value)}")
+
+
+def settings_of(
+    config: dict[str, Any],
+    special_tokens_map: dict[str, Any] | None = None,
+    added_tokens: dict[str, int] | None = None,
+    old: tokenizers.Tokenizer | None = None,
+    what: str = "the settings",
+) -> Settings:
+    """What transformers 5 makes of the contents of tokenizer_config.json, special_tokens_map.json and
+    added_tokens.json; old: tokenizer.json's. Raises CheckpointError about `what`."""
+    try:
+        return _settings_of(dict(config), special_tokens_map or {}, added_tokens or {}, old)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{what}: a special or added token is none ({error})") from error
+
+
+def _settings_of(
+    values: dict[str, Any],
+    special_tokens_map: dict[str, Any],
+    added_tokens: dict[str, int],
+    old: tokenizers.Tokenizer | None,
+) -> Settings:
+    config, notes = dict(values), []
+    if "additional_special_tokens" in values and not values.get("extra_special_tokens"):
+        values["extra_special_tokens"] = values.pop("additional_special_tokens")
+    own = {key: values.pop(key) for key, value in config.items() if _is_own(key) and isinstance(value, str)}
+    only_in_5 = dict(own)
+    own |= values.get("model_specific_special_tokens") or {}
+    if isinstance(values.get("extra_special_tokens"), dict):
+        own |= values.pop("extra_special_tokens")
+    numbered_otherwise = own.keys() - only_in_5.keys() and values.get("additional_special_tokens")
+
+    if "added_tokens_decoder" in config:  # since this key, the older files repeat what is there
+        added = {int(index): _token(token) for index, token in config["added_tokens_decoder"].items()}
+    else:
+        for key, value in special_tokens_map.items():
+            if key == "extra_special_tokens" and isinstance(value, list):
+                value = [*(values.get(key) or []), *value]
+            if key == "additional_special_tokens" and values.get("extra_special_tokens"):
+                notes.append("transformers 4 takes additional_special_tokens of special_tokens_map.json too")
+            values[key] = value
+        if isinstance(values.get("extra_special_tokens"), dict):
+            own |= values.pop("extra_special_tokens")
+        special = {str(_token(values[role])) for role in _ROLES if values.get(role)}
+        special |= {str(_token(token)) for token in values.get("extra_special_tokens") or ()}
+        added = {
+            index: AddedToken(content, normalized=content not in special, special=content in special)
+            for content, index in added_tokens.items()
+        }
+        unlisted = {str(_token(token)) for token in values.get("additional_special_tokens") or ()} - special
+        if both := sorted(unlisted & added_tokens.keys()):
+            notes.append(f"transformers 4 does not change the case of {', '.join(both)}")
+        added |= {} if old is None else old.get_added_tokens_decoder()
+
+    numbered = {token.content for token in added.values()}
+    if names := [name for name, token in only_in_5.items() if token not in numbered]:
+        notes.append(f"transformers 4 knows no special token {', '.join(names)}")
+    if numbered_otherwise and not numbered >= {str(_token(t)) for t in (*own.values(), *numbered_otherwise)}:
+        notes.append("transformers 4 numbers additional_special_tokens before extra_special_tokens")
+    named = {role: _token(values[role]) for role in _ROLES if role in values}
+    named |= {key: _token(value) for key, value in values.items() if _is_own(key) and isinstance(value, (str, dict))}
+    named |= {key: _token(value) for key, value in own.items()}
+    extra = values.get("extra_special_tokens", values.get("additional_special_tokens")) or []
+    return Settings(config, named, [_token(token) for token in extra], added, notes)
+
+
+def _is_own(key: str) -> bool:
+    """Whether a key names a special token that is none of the usual roles."""
+    return key.endswith("_token") and key not in _ROLES
+
+
+def _token(value: Any) -> str | AddedToken | None:
+    """A token as the files spell it: a text, or its properties, which old files mark as such."""
+    if isinstance(value, dict):
+        if unknown := value.keys() - _PROPERTIES:
+            raise TypeError(f"it has the properties {', '.join(sorted(unknown))}")
+        value = AddedToken(**{key: property_ for key, property_ in value.items() if key != "__type"})
+    elif value is not None and not isinstance(value, str):
+        raise TypeError(f"{value!r} is neither a text nor its properties")
+    return value
+
+
+# ---- the tokenizer ---------------------------------------------------------------------------------------
+
+
+def _of_berts_class(path: Path, old: tokenizers.Tokenizer | None, settings: Settings) -> tokenizers.Tokenizer:
+    settings.named = SPECIAL_TOKENS | settings.named
+    if old is None:
+        return bert_backend(read_vocab(path), settings, str(path))
+    if not isinstance(old.model, models.WordPiece):
+        kind = settings.config["tokenizer_class"]
+        raise CheckpointError(f"{path} holds a model of {type(old.model).__name__}, and {kind} is one of WordPiece")
+    backend = bert_backend(old.get_vocab(with_added_tokens=False), settings, str(path))
+    if unused := _unused(old, backend):
+        settings.notes.append(f"transformers 4 uses {', '.join(unused)} of tokenizer.json, and 5 does not")
+    return backend
+
+
+def _add_tokens(backend: tokenizers.Tokenizer, settings: Settings, what: str) -> None:
+    """The tokens of known ids first, then special tokens that are none yet. Raises CheckpointError for another id."""
+    tokens = [token for _, token in sorted(settings.added.items())]
+    known = {token.content for token in (*backend.get_added_tokens_decoder().values(), *tokens)}
+    names = {str(token) for token in settings.named.values()}
+    by_role = [settings.named[role] for role in _ROLES if role in settings.named]
+    others = [token for key, token in settings.named.items() if key not in _ROLES]
+    for token in (*by_role, *others, *settings.extra):
+        if token is not None and str(token) not in known:
+            known.add(str(token))
+            tokens.append(AddedToken(token, special=True) if isinstance(token, str) else token)
+    for token in tokens:
+        token.special = token.special or token.content in names
+    backend.add_tokens(tokens)
+    for index, token in settings.added.items():
+        if (given := backend.token_to_id(token.content)) != index:
+            raise CheckpointError(
+                f"{what} does not fit the settings: {token.content} has id {given} there, not {index}"
+            )
+
+
+def _unused(old: tokenizers.Tokenizer, new: tokenizers.Tokenizer) -> list[str]:
+    """The parts of a tokenizer.json for which BERT's class has something else, the three settings of case apart."""
+    kept, made = _state(old.normalizer), _state(new.normalizer)
+    for _, (name, _default) in _NORMALIZER.items():
+        kept.pop(name, None)
+        made.pop(name)
+    old.no_padding()
+    words = new.encode("a", add_special_tokens=False)
+    model_settings = [
+        (m.unk_token, m.continuing_subword_prefix, m.max_input_chars_per_word) for m in (old.model, new.model)
+    ]
+    differs = {
+        "the normalizer": kept != made,
+        "the pre_tokenizer": _state(old.pre_tokenizer) != _state(new.pre_tokenizer),
+        "the post_processor": _framed(old, words) != _framed(new, words),
+        "the model's settings": model_settings[0] != model_settings[1],
+        "added_tokens": _lost(old.get_added_tokens_decoder(), new),
+    }
+    return [part for part, is_different in differs.items() if is_different]
+
+
+def _state(part: Any) -> dict[str, Any]:
+    return {} if part is None else json.loads(part.__getstate__())
+
+
+def _framed(backend: tokenizers.Tokenizer, words: Encoding) -> list[tuple[list[int], list[int]]]:
+    """(ids, segments) of a text and of a pair, both of these words, with the special tokens around them."""
+    return [(e.ids, e.type_ids) for e in (backend.post_process(words), backend.post_process(words, words))]
+
+
+def _lost(before: dict[int, AddedToken], backend: tokenizers.Tokenizer) -> bool:
+    """Whether a token is not added any more, or has other properties."""
+    now = {token.content: token.__getstate__() for token in backend.get_added_tokens_decoder().values()}
+    return any(now.get(token.content) != token.__getstate__() for token in before.values())
