@@ -38,7 +38,7 @@ PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 MARKERS = ("config.json", "modules.json", "tokenizer.json", "vocab.txt")
 _DESCRIPTIONS = (
     "config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.txt", "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json",
+    "vocab.txt", "modules.json", "config_sentence_transformers.json", "sentence_*_config.json",
 )  # fmt: skip
 _WEIGHTS = (SAFETENSORS, SAFETENSORS_INDEX, "model-*-of-*.safetensors")
 _PICKLED_WEIGHTS = (PICKLE, PICKLE_INDEX, "pytorch_model-*-of-*.bin")
@@ -47,9 +47,18 @@ _OTHER_WEIGHTS = (
     "*.index", "*.data-*-of-*", "checkpoint", "*_config.json", "*vocab*.txt", "*.model", "variables/*", "assets/*",
     "*.pdparams", "model.weights.h5", "metadata.json",
 )  # fmt: skip
-# 0_* is where old sentence-transformers folders keep the transformer; N_Pooling and the like hold small configs.
-_SUBFOLDERS = ("0_*/",)
-_MODULE_CONFIGS = ("[0-9]_*/config.json",)
+# Where sentence-transformers keeps the transformer in place of the root: old versions in 0_Transformer, and a Router
+# in query_0_Transformer or the like.
+_SUBFOLDERS = ("0_*/", "*_0_Transformer/")
+# Of sentence-transformers' other modules (1_Pooling, 2_Dense, document_1_Dense): small files.
+_MODULE_FILES = (
+    "router_config.json",
+    *(
+        f"{folder}_*/{name}"
+        for folder in ("[1-9]", "[1-9][0-9]", "*_[1-9]", "*_[1-9][0-9]")
+        for name in ("config.json", "router_config.json", SAFETENSORS, PICKLE)
+    ),
+)
 
 _LEGACY_ENDINGS = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 _NOT_WEIGHTS = ("*embeddings.position_ids", "*embeddings.token_type_ids")  # buffers that old transformers saved
@@ -207,9 +216,9 @@ def resolve(id_or_path: str | os.PathLike, *, revision: str | None = None) -> Pa
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model_id) or model_id.startswith("."):
         raise CheckpointError(f"{model_id!r} is neither an existing folder nor a hub id (name or owner/name)")
     folder = _download(model_id, revision, (*_DESCRIPTIONS, *_WEIGHTS))
-    if not any(folder.glob("*.safetensors")) and not any(folder.glob("0_*/*.safetensors")):
+    if not _has_any(folder, "*.safetensors"):
         folder = _download(model_id, revision, (*_DESCRIPTIONS, *_PICKLED_WEIGHTS))
-        if not any(folder.glob("*.bin")) and not any(folder.glob("0_*/*.bin")):
+        if not _has_any(folder, "*.bin"):
             folder = _download(model_id, revision, (*_DESCRIPTIONS, *_OTHER_WEIGHTS))
             if any(found for pattern in _OTHER_WEIGHTS for found in folder.glob(pattern)):
                 return folder
@@ -218,10 +227,14 @@ def resolve(id_or_path: str | os.PathLike, *, revision: str | None = None) -> Pa
     return folder
 
 
+def _has_any(folder: Path, pattern: str) -> bool:
+    return any(found for inside in ("", *_SUBFOLDERS) for found in folder.glob(inside + pattern))
+
+
 def _download(model_id: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
     from huggingface_hub import errors, snapshot_download  # slow to import, and of no use for local folders
 
-    patterns += (*(folder + pattern for folder in _SUBFOLDERS for pattern in patterns), *_MODULE_CONFIGS)
+    patterns += (*(folder + pattern for folder in _SUBFOLDERS for pattern in patterns), *_MODULE_FILES)
     try:
         return Path(snapshot_download(model_id, revision=revision, allow_patterns=list(patterns)))
     except errors.GatedRepoError as error:

@@ -17,8 +17,9 @@ from .formats import opened
 from .formats.detect import find_source
 from .formats.google import write_google
 from .formats.model import Model, understand
-from .formats.pytorch import MODULES, read_transformers
+from .formats.pytorch import read_transformers
 from .formats.safetensors_file import bytes_of, write_safetensors
+from .formats.sentence_folder import MODULES
 from .formats.source import Source
 from .text.tokenizer import Tokenizer
 
@@ -69,7 +70,7 @@ def convert(
                 for note in write_google(model, temporary, words or _words_of_tokenizer(model.source)):
                     say(note)
                 if MODULES in model.source.files:
-                    say(f"What {MODULES} says of pooling is not written: TensorFlow's format has no place for it.")
+                    say(f"What {MODULES} says is not written: TensorFlow's format has no place for it.")
             else:
                 _write_transformers(model, temporary, words, lower_case)
     say(f"Written: {folder}")

@@ -12,6 +12,7 @@ import torch
 from . import functional
 from .config import BertConfig
 from .encoding import encoder
+from .encoding.modules import kinds_of
 from .functional import assembler, machine, why_not_cpp
 from .inference.graphs import why_no_graphs
 from .models.bert import BertModel
@@ -152,7 +153,8 @@ def _model(name: str) -> list[str]:
         ("vocabulary", f"{config.vocab_size:,}"),
         ("position table", f"{config.max_position_embeddings} tokens"),
         ("longest text", f"{loaded.max_length} tokens; the rest of a longer one is cut off"),
-        ("pooling", f"{loaded.pooling}, {'normalised' if loaded.normalize else 'not normalised'}"),
+        ("pooling", f"{loaded.pooling or 'by route'}, {'normalised' if loaded.normalize else 'not normalised'}"),
+        ("modules", ", ".join(kinds_of(loaded.modules)) or "none after BERT"),
         ("vectors", f"{loaded.dimension} wide"),
         ("parameters", f"{parameters:,} (those that encoding reads)"),
         ("runs on", f"{loaded.device} in {str(loaded.dtype).removeprefix('torch.')}"),

@@ -441,6 +441,18 @@ def test_shards_and_old_sentence_transformers_folders(hub):
     assert files(resolve("name")) == sorted(names)
 
 
+@pytest.mark.parametrize("inside", ["", "0_Transformer/", "query_0_Transformer/"])
+def test_weights_of_sentence_transformers_modules_come_in_either_format(hub, inside):
+    """Old repositories have Dense as a pickle alone, beside a BERT that was given safetensors later."""
+    weights = [f"{inside}model.safetensors", "2_Dense/pytorch_model.bin", "2_Router/query_0_Dense/model.safetensors",
+               "document_1_Dense/model.safetensors"]  # fmt: skip
+    configs = ["modules.json", "router_config.json", "2_Router/router_config.json", "3_Asym/140_Dense/config.json",
+               f"{inside}config.json", f"{inside}sentence_bert_config.json", "1_Pooling/config.json"]  # fmt: skip
+    fake = hub(*weights, *configs, *OTHERS, f"{inside}pytorch_model.bin")
+    assert files(resolve("name")) == sorted([*weights, *configs])
+    assert fake.calls == [("name", None)]
+
+
 def hub_error(name: str, text: str = "first line\nsecond line") -> Exception:
     from huggingface_hub import errors
 

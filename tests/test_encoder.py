@@ -1,6 +1,5 @@
 """Text to vectors: the same as sentence-transformers and transformers, in input order, whatever shares the batch."""
 
-import json
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +10,7 @@ import pytest
 import torch
 
 from fastbert import BertConfig, BertModel, Encoder, Tokenizer
-from fastbert.encoding.encoder import SentenceConfig, resolve_device, resolve_dtype
+from fastbert.encoding.encoder import resolve_device, resolve_dtype
 from fastbert.testing import assert_within_budget
 from fastbert.text import batching
 
@@ -266,48 +265,6 @@ def test_auto_resolves_to_what_the_machine_does_in_hardware(monkeypatch):
     assert resolve_device("auto") == cpu
     with pytest.raises(ValueError, match="torch sees no CUDA device"):
         resolve_device("cuda")
-
-
-def write_folder(folder, modules: list[str], **files_of: dict) -> None:
-    paths = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize", "Dense": "2_Dense"}
-    listed = [{"type": f"sentence_transformers.models.{kind}", "path": paths[kind]} for kind in modules]
-    (folder / "modules.json").write_text(json.dumps(listed))
-    for name, content in files_of.items():
-        path = folder / {"pooling": "1_Pooling/config.json", "bert": "sentence_bert_config.json",
-                         "library": "config_sentence_transformers.json"}[name]  # fmt: skip
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(content))
-
-
-def test_sentence_transformers_folders(tmp_path):
-    assert SentenceConfig.from_folder(tmp_path) == SentenceConfig("mean", False, None, False, "")
-    write_folder(
-        tmp_path, ["Transformer", "Pooling", "Normalize"],
-        pooling={"word_embedding_dimension": 8, "pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False},
-        bert={"max_seq_length": 77, "do_lower_case": True},
-        library={"prompts": {"query": "query: "}, "default_prompt_name": "query"},
-    )  # fmt: skip
-    assert SentenceConfig.from_folder(tmp_path) == SentenceConfig("cls", True, 77, True, "query: ")
-    write_folder(tmp_path, ["Transformer", "Pooling"], pooling={"embedding_dimension": 8, "pooling_mode": "max"})
-    assert SentenceConfig.from_folder(tmp_path).pooling == "max"
-
-
-UNSUPPORTED = {
-    "two_poolings": (
-        ["Pooling"],
-        {"pooling_mode_cls_token": True, "pooling_mode_max_tokens": True},
-        "pooling cls_token .*",
-    ),
-    "last_token": (["Pooling"], {"pooling_mode": "lasttoken"}, "pooling lasttoken is not supported"),
-    "dense": (["Dense"], {}, "module 'Dense' is not supported"),
-}
-
-
-@pytest.mark.parametrize(("modules", "pooling", "message"), UNSUPPORTED.values(), ids=UNSUPPORTED.keys())
-def test_what_a_folder_asks_for_and_we_cannot_do_is_an_error(tmp_path, modules, pooling, message):
-    write_folder(tmp_path, modules, pooling=pooling)
-    with pytest.raises(ValueError, match=message):
-        SentenceConfig.from_folder(tmp_path)
 
 
 def test_a_tokenizer_larger_than_the_model_is_an_error(tiny, tmp_path):

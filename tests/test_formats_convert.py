@@ -169,17 +169,36 @@ def test_sentence_transformers_folders_give_the_same_vectors(ours):
     assert not torch.allclose(expected, plain, atol=1e-3)
 
 
+def test_what_is_computed_after_bert_comes_along(ours):
+    add_modules(ours, ("Pooling", "1_Pooling"), ("Asym", "2_Asym"), ("Normalize", "3_Normalize"))
+    width = BertModel.from_pretrained(ours).config.hidden_size
+    dense = ours / "2_Asym" / "140_Dense"
+    dense.mkdir(parents=True)
+    (dense / "config.json").write_text(f'{{"in_features": {width}, "out_features": 3}}')
+    torch.save({"linear.weight": torch.randn(3, width), "linear.bias": torch.randn(3)}, dense / "pytorch_model.bin")
+    routes = {"types": {"140_Dense": "sentence_transformers.models.Dense"}, "structure": {"query": ["140_Dense"]}}
+    (ours / "2_Asym" / "config.json").write_text(json.dumps({**routes, "parameters": {"allow_empty_key": True}}))
+    convert(ours, ours.parent / "out", say=lambda line: None)
+    vectors = [
+        Encoder.from_pretrained(f, dtype="float32", device="cpu").encode(["a b"]) for f in (ours, ours.parent / "out")
+    ]
+    assert torch.equal(*vectors)
+    assert vectors[0].shape == (1, 3)
+
+
 @pytest.mark.parametrize(
     ("module", "message"),
     [
-        (("Dense", "2_Dense"), "the module 'Dense' is not converted"),
-        (("Pooling", "../1_Pooling"), "lies in '../1_Pooling'"),
+        (("Pooling", "../1_Pooling"), "the path '../1_Pooling' leads out of the folder"),
         (("Pooling", ""), "Pooling lies in ''"),
         (("Transformer", "0_Transformer"), "Transformer lies in '0_Transformer'"),
+        (("Router", ""), "a Router around the encoder is not converted"),
     ],
 )
 def test_modules_that_would_be_lost_are_refused(ours, module, message):
     add_modules(ours, module)
+    if module[0] in ("Transformer", "Router"):
+        (ours / "modules.json").write_text(json.dumps(json.loads((ours / "modules.json").read_text())[1:]))
     with pytest.raises(CheckpointError, match=message):
         convert(ours, ours.parent / "out", say=lambda line: None)
     assert not (ours.parent / "out").exists()
@@ -198,7 +217,7 @@ def test_to_tensorflow_takes_the_vocabulary_out_of_a_tokenizer_json(ours):
     lines = []
     convert(ours, ours.parent / "out", to="tensorflow", say=lines.append)
     assert (ours.parent / "out" / "vocab.txt").read_text() == (FIXTURES / "vocab.txt").read_text()
-    assert any("pooling is not written" in line for line in lines)
+    assert any("modules.json says is not written" in line for line in lines)
 
 
 # ---- whole or not at all ---------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any
 HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
 # functional.IMPLS and the pooling modes of Encoder, spelled here so that --help needs no torch
 IMPLS = ("triton", "native", "reference")
-POOLINGS = ("mean", "cls", "max", "pooler")
+POOLINGS = ("mean", "cls", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken", "pooler")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
 
 MODEL_HELP = """\
@@ -33,8 +33,9 @@ def add_model_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--pooling",
         choices=POOLINGS,
-        help="one vector from a text's tokens: their mean, the first ([CLS]), the maximum, or BERT's own pooler "
-        "(default: what the model says, else mean)",
+        metavar="MODE",
+        help="one vector from a text's tokens: mean, cls (the first), max, mean_sqrt_len_tokens, weightedmean (by "
+        "place), lasttoken, or pooler (BERT's own) (default: what the model says, else mean)",
     )
     p.add_argument(
         "--normalize",
@@ -47,6 +48,16 @@ def add_model_arguments(p: argparse.ArgumentParser) -> None:
         type=int,
         default=-1,
         help="whose output to pool: 0 the embeddings, 1 the first layer, -1 the last (default), -2 the one before",
+    )
+    p.add_argument("--prompt-name", metavar="NAME", help="put the model's prompt of this name before every text")
+    p.add_argument(
+        "--task", metavar="NAME", help="query, document, or another route of the model, where it tells them apart"
+    )
+    p.add_argument(
+        "--truncate-dim",
+        metavar="N",
+        type=positive,
+        help="keep N numbers of a vector (default: what the model says)",
     )
     p.add_argument(
         "--max-length", metavar="N", type=positive, help="cut texts to N tokens (default: the model's limit)"
@@ -78,7 +89,9 @@ def load_encoder(args: argparse.Namespace, **others: Any) -> Any:
 
 def encoder_options(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `add_model_arguments` as those of `Encoder.from_pretrained`."""
-    names = ("pooling", "normalize", "layer", "dtype", "device", "max_length", "impl")
+    names = (
+        "pooling", "normalize", "layer", "dtype", "device", "max_length", "impl", "prompt_name", "task", "truncate_dim",
+    )  # fmt: skip
     return {"id_or_path": args.model or default_model()} | {name: getattr(args, name) for name in names}
 
 

@@ -2,33 +2,46 @@
 
 from __future__ import annotations
 
-import json
-import os
+import copy
 import time
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .. import checkpoint
 from .. import functional as F
 from ..formats import opened
-from ..formats.detect import find_source
 from ..inference.graphs import why_no_graphs
-from ..inference.weights import prepack, quantise, why_not_int8
+from ..inference.weights import prepack, quantise
 from ..models.bert import BertModel
 from ..packing import PackedBatch
 from ..text.batching import CHUNK_TEXTS, chunks_of, even_batches, filling, one_ahead, run_batches, tokens_per_batch
+from .assembly import POOLING, expect_words, is_normalised, keep_layers, modules_of, plain_modules
+from .devices import DTYPES, INT8, describe_operators, expect_int8, resolve_device, resolve_dtype
+from .folder import LAST_STATE, NO_PROMPTS, POOLER, Output, SentenceConfig
+from .modules import (
+    LAYERS,
+    VECTOR,
+    Pooling,
+    Router,
+    SentenceModule,
+    WeightedLayerPooling,
+    check_modules,
+    kinds_of,
+    parts_of,
+    run_modules,
+)
 
 if TYPE_CHECKING:  # whoever brings ids, as the benchmarks do, does without the tokenizers library
     from ..text.tokenizer import Tokenizer
 
-POOLING = (*F.POOLING_MODES, "pooler")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-INT8 = "int8"  # a way to multiply, not the dtype of a model
+__all__ = ["DTYPES", "INT8", "POOLING", "EncodeStats", "Encoder", "SentenceConfig", "describe_operators",
+           "resolve_device", "resolve_dtype"]  # fmt: skip
 
 # What the share of avoided padding is measured against: batches of this many texts in arrival order.
 PADDED_BATCH = 32
@@ -53,115 +66,6 @@ class EncodeStats:
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
-@dataclass(frozen=True)
-class SentenceConfig:
-    """What a sentence-transformers folder says of the vectors; the defaults are that library's for a plain BERT."""
-
-    pooling: str = "mean"
-    normalize: bool = False
-    max_length: int | None = None
-    lowercase: bool = False  # lower the text before tokenising, on top of what the tokenizer does
-    prompt: str = ""  # put before every text
-
-    @classmethod
-    def from_folder(cls, folder: Path) -> SentenceConfig:
-        """Reads modules.json and what it points to; of a GGUF file, its pooling type.
-
-        Raises: ValueError on a module that is not supported.
-        """
-        source = find_source(folder)
-        if source is not None and source.pooling is not None:
-            return cls(pooling=source.pooling)
-        if not (folder / "modules.json").is_file():
-            return cls()
-        found = {}
-        library = _read_json(folder / "config_sentence_transformers.json", missing={})
-        if library.get("default_prompt_name"):
-            found["prompt"] = library["prompts"][library["default_prompt_name"]]
-        for module in _read_json(folder / "modules.json"):
-            kind, path = module["type"].rsplit(".", 1)[-1], folder / module["path"]
-            if not Path(os.path.normpath(path)).is_relative_to(os.path.normpath(folder)):
-                raise checkpoint.CheckpointError(
-                    f"{folder / 'modules.json'}: the path {module['path']!r} leads out of the folder"
-                )
-            if kind == "Transformer":
-                settings = _read_json(path / "sentence_bert_config.json", missing={})
-                found["max_length"] = settings.get("max_seq_length")
-                found["lowercase"] = settings.get("do_lower_case", False)
-            elif kind == "Pooling":
-                settings = _read_json(path / "config.json")
-                found["pooling"] = _pooling_mode(settings, path)
-                if found.get("prompt") and not settings.get("include_prompt", True):
-                    raise ValueError(f"{path}: leaving the prompt out of the pooling is not supported")
-            elif kind == "Normalize":
-                found["normalize"] = True
-            else:
-                raise ValueError(f"{folder / 'modules.json'}: module {kind!r} is not supported; known are "
-                                 "Transformer, Pooling and Normalize")  # fmt: skip
-        return cls(**found)
-
-
-def _read_json(path: Path, missing=None):
-    if missing is not None and not path.is_file():
-        return missing
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise checkpoint.CheckpointError(f"{path}: {error}") from error
-
-
-def _pooling_mode(settings: dict, path: Path) -> str:
-    names = {"cls_token": "cls", "mean_tokens": "mean", "max_tokens": "max", "cls": "cls", "mean": "mean", "max": "max"}
-    modes = settings.get("pooling_mode")  # the newer spelling; else one boolean a mode
-    if modes is None:
-        modes = [
-            key.removeprefix("pooling_mode_") for key, on in settings.items() if key.startswith("pooling_mode_") and on
-        ]
-    modes = [modes] if isinstance(modes, str) else list(modes)
-    if len(modes) != 1 or modes[0] not in names:
-        raise ValueError(f"{path}: pooling {' + '.join(modes) or 'none'} is not supported; one of {F.POOLING_MODES} is")
-    return names[modes[0]]
-
-
-def resolve_device(device: str | torch.device = "auto") -> torch.device:
-    """ "auto": CUDA where there is a GPU, else the CPU."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device} was asked for, but torch sees no CUDA device")
-    return device
-
-
-def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """ "auto": what the hardware multiplies fast, of most use first: bfloat16 (AVX512-BF16 or AMX; compute capability
-    8.0 and AMD's cards), float16 (compute capability 7.0), else float32."""
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype != "auto":
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype must be auto or one of {', '.join(DTYPES)}, {INT8}, got {dtype!r}")
-        return DTYPES[dtype]
-    if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        if torch.version.hip is not None or capability >= (8, 0):
-            return torch.bfloat16
-        return torch.float16 if capability >= (7, 0) else torch.float32
-    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if fast else torch.float32
-
-
-def _expect_int8(device: torch.device, impl: F.Impl | None) -> None:
-    """Raises ValueError, saying why, where int8 is not to be had."""
-    reason = why_not_int8()
-    if device.type != "cpu":
-        reason = f"it is for CPUs, and the device is {device}"
-    elif F.choose_impl(impl, device) != "native":
-        reason = f'impl "{F.choose_impl(impl, device)}" has no 8-bit products, "native" has'
-    if reason is not None:
-        raise ValueError(f"dtype int8 cannot be had here: {reason}")
-
-
 class Encoder:
     """A BERT that turns texts into vectors.
 
@@ -171,11 +75,17 @@ class Encoder:
     Args:
         model: in evaluation mode, on the device and in the dtype to use.
         tokenizer: makes its ids.
-        pooling: mean, cls or max over a text's tokens, or pooler (BERT's own: tanh of a linear layer of the first).
+        pooling: one vector of a text's tokens: their mean, the first (cls), the maximum, mean_sqrt_len_tokens,
+            weightedmean or lasttoken; or pooler (BERT's own: tanh of a linear layer of the first).
         normalize: divide each vector by its L2 norm.
         max_length: longest text in tokens, [CLS] and [SEP] included; the rest of a longer one is cut off.
-        lowercase: lower the text before tokenising.
-        prompt: put before every text.
+        lowercase: lower the text before tokenising, on top of what the tokenizer does; added tokens are found before.
+        prompt: put before every text where a call names none.
+        prompts: others, by name.
+        modules: what is computed after BERT, in place of `pooling` and `normalize`.
+        output: what of BERT's goes to `modules`.
+        output_hidden_states: whether `WeightedLayerPooling` among the modules has every layer's output to read.
+        max_lengths: of texts of some tasks, by task, in place of max_length.
     """
 
     def __init__(
@@ -188,18 +98,35 @@ class Encoder:
         max_length: int | None = None,
         lowercase: bool = False,
         prompt: str = "",
+        prompts: Mapping[str, str] | None = None,
+        modules: Sequence[SentenceModule] | None = None,
+        output: Output | None = None,
+        output_hidden_states: bool = False,
+        max_lengths: Mapping[str, int] | None = None,
     ):
-        if pooling not in POOLING:
-            raise ValueError(f"pooling must be one of {POOLING}, got {pooling!r}")
-        if pooling == "pooler" and model.pooler is None:
+        if modules is None:
+            modules, output = plain_modules(pooling, normalize)
+        output = output or LAST_STATE
+        if output == POOLER and model.pooler is None:
             raise ValueError('pooling "pooler" needs a model with a pooler; this one has none')
         longest = model.config.max_position_embeddings
         max_length = min(longest, tokenizer.model_max_length or longest) if max_length is None else max_length
         if not 2 <= max_length <= longest:
             raise ValueError(f"max_length must be 2 to {longest} (the position table), got {max_length}")
-        self.model, self.tokenizer = model, tokenizer
-        self.pooling, self.normalize, self.max_length = pooling, normalize, max_length
-        self.lowercase, self.prompt = lowercase, prompt
+        self.model, self.max_length = model, max_length
+        self.max_lengths = {task: min(length, longest) for task, length in (max_lengths or {}).items()}
+        self.lowercase, self.tokenizer = lowercase, tokenizer.lowercased() if lowercase else tokenizer
+        self.prompt, self.prompts, self.task = prompt, dict(NO_PROMPTS if prompts is None else prompts), None
+        self.output = output
+        self.modules = nn.ModuleList(modules).to(model.device, torch.promote_types(model.dtype, torch.float32)).eval()
+        sizes = {output.name: model.config.hidden_size}
+        self._reads_layers = output_hidden_states and bool(parts_of(modules, WeightedLayerPooling))
+        if self._reads_layers:
+            sizes[LAYERS] = len(model.encoder["layer"]) + 1
+        check_modules(modules, sizes)
+        if VECTOR not in sizes:
+            raise ValueError(f"no module makes a vector of a text: {', '.join(kinds_of(modules)) or 'there is none'}")
+        self._dimension = sizes[VECTOR]
         self.stats = EncodeStats()
         prepack(model)
 
@@ -216,11 +143,15 @@ class Encoder:
         max_length: int | None = None,
         impl: F.Impl | None = None,
         cuda_graphs: bool | None = None,
+        truncate_dim: int | None = None,
+        prompt_name: str | None = None,
+        task: str | None = None,
     ) -> Encoder:
         """Loads a BERT folder or hub id, sentence-transformers' kind (modules.json) or a plain one, or another format.
 
         Args:
-            pooling, normalize, max_length: None takes what the folder says (a plain BERT: mean, not normalised).
+            pooling, normalize, max_length: None takes what the folder says (a plain BERT: mean, not normalised). A
+                pooling given here stands in place of the folder's, where there is nothing but that and a Normalize.
             layer: whose output is pooled: 1 is the first layer, 0 the embeddings, -1 the last, as an index into
                 hidden_states. Layers above it are not loaded.
             dtype: auto, float32, bfloat16, float16 or int8; auto is bfloat16 where the hardware multiplies it, float16
@@ -232,6 +163,8 @@ class Encoder:
                 `BertModel.use_cuda_graphs`. None does so on a CUDA device where the kernels are Triton's; it is safe
                 there, since an Encoder takes no gradients, and a recording is dropped when a weight or a hook of the
                 model changes. False never does.
+            truncate_dim: how many numbers of each vector are kept, before normalize; None takes what the folder says.
+            prompt_name, task: of calls that name none; see `encode`.
 
         Raises: CheckpointError and ValueError, with messages of one line.
         """
@@ -240,34 +173,40 @@ class Encoder:
         device = resolve_device(device)
         int8 = dtype in (INT8, torch.int8)
         if int8:
-            _expect_int8(device, impl)
+            expect_int8(device, impl)
         dtype = resolve_dtype("auto" if int8 else dtype, device)
         F.choose_impl(impl, device)
         with opened(id_or_path) as path:
             sentence = SentenceConfig.from_folder(path)
-            tokenizer = Tokenizer.from_pretrained(path)
-            model = BertModel.from_pretrained(path, dtype=dtype, device=device, impl=impl)
-        if tokenizer.vocab_size > model.config.vocab_size:
-            raise ValueError(
-                f"{id_or_path}: the tokenizer knows {tokenizer.vocab_size} words, the model {model.config.vocab_size}"
-            )
-        pooling = sentence.pooling if pooling is None else pooling
-        _keep_layers(model, layer, pooling)
+            inside = path / sentence.encoder if sentence.encoder else path
+            tokenizer = Tokenizer.from_pretrained(inside)
+            model = BertModel.from_pretrained(inside, dtype=dtype, device=device, impl=impl)
+        modules, output = modules_of(sentence, pooling, normalize, truncate_dim)
+        expect_words(id_or_path, tokenizer, model, modules)
+        all_layers = sentence.output_hidden_states
+        if all_layers is None:
+            all_layers = model.config.output_hidden_states
+        output = keep_layers(model, layer, output, all_layers and bool(parts_of(modules, WeightedLayerPooling)))
         if int8:
             quantise(model)
         if cuda_graphs or (cuda_graphs is None and why_no_graphs(model, impl) is None):
             model.use_cuda_graphs()
+        max_lengths = sentence.max_lengths if max_length is None else {}
         if max_length is None and sentence.max_length is not None:
             max_length = min(sentence.max_length, model.config.max_position_embeddings)
-        return cls(
+        encoder = cls(
             model,
             tokenizer,
-            pooling=pooling,
-            normalize=sentence.normalize if normalize is None else normalize,
             max_length=max_length,
             lowercase=sentence.lowercase,
             prompt=sentence.prompt,
+            prompts=sentence.prompts,
+            modules=modules,
+            output=output,
+            output_hidden_states=all_layers,
+            max_lengths=max_lengths,
         )
+        return encoder.asked(prompt_name=prompt_name, task=task)
 
     @property
     def config(self):
@@ -284,10 +223,53 @@ class Encoder:
     @property
     def dimension(self) -> int:
         """C, the width of a vector."""
-        return self.model.config.hidden_size
+        return self._dimension
+
+    @property
+    def pooling(self) -> str:
+        """The poolings of one vector, joined by +; pooler for BERT's own; empty where a Router has them."""
+        if self.output == POOLER:
+            return "pooler"
+        return "+".join(mode for module in self.modules if isinstance(module, Pooling) for mode in module.modes)
+
+    @property
+    def normalize(self) -> bool:
+        """Whether every vector has length 1."""
+        return is_normalised(self.modules)
+
+    def asked(self, *, prompt: str | None = None, prompt_name: str | None = None, task: str | None = None) -> Encoder:
+        """This Encoder, or a copy that shares its model and counts, whose calls have this prompt and this task.
+
+        Args:
+            prompt: put before every text; wins over prompt_name.
+            prompt_name: one of `prompts`.
+            task: chooses the route of a Router, and the longest text where that goes by the task.
+
+        Raises: ValueError for a name or a task that the model does not have.
+        """
+        if prompt is None and prompt_name is not None:
+            if prompt_name not in self.prompts:
+                raise ValueError(f"there is no prompt {prompt_name!r}; prompts are {', '.join(self.prompts)}")
+            prompt = self.prompts[prompt_name]
+        if prompt is None and task is None:
+            return self
+        encoder = copy.copy(self)
+        encoder.prompt = self.prompt if prompt is None else prompt
+        encoder.task = self.task if task is None else task
+        for module in self.modules:
+            if isinstance(module, Router):
+                module.route(encoder.task)
+        return encoder
 
     def encode(
-        self, texts: Iterable[str] | str, *, max_tokens_per_batch: int | None = None, progress: bool = False
+        self,
+        texts: Iterable[str] | str,
+        *,
+        max_tokens_per_batch: int | None = None,
+        progress: bool = False,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
+        task: str | None = None,
     ) -> Tensor:
         """Vectors [N, C] of N texts, in their order, float32 on the CPU (of a single str: [C]).
 
@@ -296,15 +278,17 @@ class Encoder:
             max_tokens_per_batch: bound on the tokens computed at once; by default 2,048 on a CPU, 65,536 on a GPU.
                 One text longer than that is a batch of its own.
             progress: show a bar of texts done.
+            prompt, prompt_name, task: see `asked`.
         """
         from tqdm import tqdm
 
+        encoder = self.asked(prompt=prompt, prompt_name=prompt_name, task=task)
         if isinstance(texts, str):
-            return self.encode([texts], max_tokens_per_batch=max_tokens_per_batch)[0]
+            return encoder.encode([texts], max_tokens_per_batch=max_tokens_per_batch)[0]
         count = len(texts) if isinstance(texts, Sized) else None
         parts, done = [torch.empty(count or 0, self.dimension, dtype=torch.float32, device="cpu")], 0
         with tqdm(total=count, unit="text", disable=not progress) as bar:
-            for part in self.encode_stream(texts, max_tokens_per_batch=max_tokens_per_batch):
+            for part in encoder.encode_stream(texts, max_tokens_per_batch=max_tokens_per_batch):
                 if count is None:
                     parts.append(part)
                 else:  # written in place: joining the parts would hold every vector twice
@@ -312,6 +296,26 @@ class Encoder:
                 done += len(part)
                 bar.update(len(part))
         return parts[0] if count is not None else torch.cat(parts)
+
+    def encode_query(
+        self, texts: Iterable[str] | str, *, prompt: str | None = None, prompt_name: str | None = None, **options
+    ) -> Tensor:
+        """`encode` of questions: of task "query", and with the prompt "query" where none is named."""
+        name = self._first_prompt(prompt, prompt_name, "query")
+        return self.encode(texts, prompt=prompt, prompt_name=name, task="query", **options)
+
+    def encode_document(
+        self, texts: Iterable[str] | str, *, prompt: str | None = None, prompt_name: str | None = None, **options
+    ) -> Tensor:
+        """`encode` of what is searched: of task "document", and with the prompt "document", else "passage", else
+        "corpus" where none is named."""
+        name = self._first_prompt(prompt, prompt_name, "document", "passage", "corpus")
+        return self.encode(texts, prompt=prompt, prompt_name=name, task="document", **options)
+
+    def _first_prompt(self, prompt: str | None, prompt_name: str | None, *names: str) -> str | None:
+        if prompt is not None or prompt_name is not None:
+            return prompt_name
+        return next((name for name in names if name in self.prompts), None)
 
     def encode_stream(
         self,
@@ -348,10 +352,16 @@ class Encoder:
         return budget
 
     def tokenise(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of texts as the model reads them: with the prompt, lowered where asked for, cut to max_length."""
+        """The ids of texts as the model reads them: with the prompt, lowered where asked for, cut to the limit."""
         texts = [self.prompt + text for text in texts] if self.prompt else texts
-        texts = [text.lower() for text in texts] if self.lowercase else texts
-        return self.tokenizer.input_ids(texts, self.max_length)
+        return self.tokenizer.input_ids(texts, self.max_lengths.get(self.task, self.max_length))
+
+    def _prompt_length(self) -> int:
+        """How many tokens of each text are the prompt's, [CLS] included; 0 where there is none, or it is pooled."""
+        if not self.prompt or all(pooling.include_prompt for pooling in parts_of(self.modules, Pooling)):
+            return 0
+        (ids,) = self.tokenizer.input_ids([self.prompt], self.max_length)
+        return len(ids) - (ids[-1] in self.tokenizer.special_ids)
 
     def describe_operators(self) -> dict[str, tuple[str, str]]:
         """operator -> (implementation that would run it here, why)."""
@@ -383,35 +393,10 @@ class Encoder:
         return vectors
 
     def _vectors(self, batch: PackedBatch) -> Tensor:
-        output = self.model(batch)
-        if self.pooling == "pooler":
-            pooled = output.pooler_output
-        else:
-            pooled = F.pool(output.last_hidden_state, batch.cu_seqlens, self.pooling, impl=self.model.impl)
-        # normalised in float32, so that a vector's length is 1 to float32's precision whatever the model computes in
-        return torch.nn.functional.normalize(pooled.float(), dim=-1) if self.normalize else pooled
-
-
-def describe_operators(device: torch.device, impl: F.Impl | None = None) -> dict[str, tuple[str, str]]:
-    """operator -> (implementation that would run it on this device, why)."""
-    chosen = F.choose_impl(impl, device)
-    if impl is not None:
-        reason = "asked for"
-    elif chosen == "native":
-        reason = F.why_not_triton(device)
-    else:
-        reason = "a CUDA device" if device.type == "cuda" else "TRITON_INTERPRET=1"
-    return dict.fromkeys(F.TRITON_MODULES, (chosen, reason))
-
-
-def _keep_layers(model: BertModel, layer: int, pooling: str) -> None:
-    """Drops the layers above hidden_states[layer], which nobody would read."""
-    count = len(model.encoder["layer"])
-    if not -count - 1 <= layer <= count:
-        raise ValueError(f"layer must be {-count - 1} to {count} for a model of {count} layers, got {layer}")
-    kept = layer if layer >= 0 else count + 1 + layer
-    if kept != count and pooling == "pooler":
-        raise ValueError(f'pooling "pooler" reads the last layer, so layer must be -1 or {count}, got {layer}')
-    model.encoder["layer"] = model.encoder["layer"][:kept]
-    if pooling != "pooler":
-        model.pooler = None
+        found = self.model(batch, output_hidden_states=self._reads_layers)
+        outputs = {self.output.name: reduce(getitem, self.output.keys, found)}
+        if self._reads_layers:
+            outputs[LAYERS] = found.hidden_states
+        return run_modules(
+            self.modules, batch, outputs, prompt_length=self._prompt_length(), task=self.task, impl=self.model.impl
+        )

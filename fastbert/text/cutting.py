@@ -69,6 +69,9 @@ class Cutter:
 def _boundary_of(backend: tokenizers.Tokenizer) -> re.Pattern[str] | None:
     """Matches at boundaries that are safe for this tokenizer; None where none is."""
     normalizer = backend.normalizer
+    if isinstance(normalizer, normalizers.Sequence):  # a letter stays a letter where it is lowered first
+        normalizer, *others = [part for part in normalizer if not isinstance(part, normalizers.Lowercase)] or [None]
+        normalizer = None if others else normalizer
     if not (
         isinstance(backend.model, models.WordPiece)
         and isinstance(normalizer, normalizers.BertNormalizer)

@@ -278,6 +278,16 @@ class Tokenizer:
             self._truncating[key] = backend
         return backend
 
+    def lowercased(self) -> Tokenizer:
+        """A copy that lowers every character before anything else is done to it, but for added tokens in the text.
+
+        This is what sentence-transformers makes of `do_lower_case`.
+        """
+        backend = copy.deepcopy(self._backend)
+        own = [] if backend.normalizer is None else [backend.normalizer]
+        backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
+        return Tokenizer(backend, self.config)
+
     # ---- facts -------------------------------------------------------------------------------------------
 
     @property
@@ -314,6 +324,12 @@ class Tokenizer:
     @property
     def unk_token_id(self) -> int:
         return self._backend.token_to_id(self.unk_token)
+
+    @property
+    def special_ids(self) -> set[int]:
+        """The ids of [CLS], [SEP] and the like, as far as the vocabulary has them."""
+        ids = (self._backend.token_to_id(getattr(self, role)) for role in SPECIAL_TOKENS)
+        return {index for index in ids if index is not None}
 
     @property
     def model_max_length(self) -> int | None:

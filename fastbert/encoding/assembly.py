@@ -1,0 +1,106 @@
+"""What an Encoder is made of: the modules of a folder, with what the caller wants otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..models.bert import BertModel
+from .folder import LAST_STATE, POOLER, Output, SentenceConfig
+from .modules import (
+    POOLINGS,
+    VECTOR,
+    Normalize,
+    Pooling,
+    Router,
+    SentenceModule,
+    Truncate,
+    WordWeights,
+    kinds_of,
+    parts_of,
+)
+
+if TYPE_CHECKING:
+    from ..text.tokenizer import Tokenizer
+
+POOLING = (*POOLINGS, "pooler")
+
+
+def plain_modules(pooling: str, normalize: bool) -> tuple[list[SentenceModule], Output]:
+    if pooling not in POOLING:
+        raise ValueError(f"pooling must be one of {POOLING}, got {pooling!r}")
+    of_bert = pooling == "pooler"
+    return [*([] if of_bert else [Pooling([pooling])]), *([Normalize()] if normalize else [])], (
+        POOLER if of_bert else LAST_STATE
+    )
+
+
+def modules_of(
+    sentence: SentenceConfig, pooling: str | None, normalize: bool | None, truncate_dim: int | None
+) -> tuple[list[SentenceModule], Output]:
+    """The folder's modules, with what the caller wants otherwise."""
+    modules, output = plain_modules(sentence.pooling, sentence.normalize)
+    if sentence.modules is not None:
+        modules, output = list(sentence.modules), sentence.output
+    if pooling is not None:
+        kinds = kinds_of(modules)
+        if kinds[:1] != ["Pooling"] or kinds[1:] not in ([], ["Normalize"]) or output != LAST_STATE:
+            raise ValueError(f"pooling {pooling!r} cannot stand in place of the model's modules {', '.join(kinds)}")
+        include_prompt = modules[0].include_prompt
+        modules, output = plain_modules(pooling, len(kinds) > 1)
+        for own in parts_of(modules, Pooling):
+            own.include_prompt = include_prompt
+    if normalize is False and is_normalised(modules):
+        if not isinstance(modules[-1], Normalize):
+            raise ValueError("normalize=False is not to be had: the routes of the model's Router end in Normalize")
+        modules.pop()
+    truncate_dim = sentence.truncate_dim if truncate_dim is None else truncate_dim
+    if truncate_dim is not None:
+        modules.append(Truncate(truncate_dim))
+    if normalize and not is_normalised(modules):
+        modules.append(Normalize())
+    return modules, output
+
+
+def is_normalised(modules: Sequence[SentenceModule]) -> bool:
+    last = modules[-1] if len(modules) else None
+    if isinstance(last, Router):
+        return all(map(is_normalised, last.routes.values()))
+    return isinstance(last, Normalize) and last.output_name == VECTOR
+
+
+def expect_words(name: str | Path, tokenizer: Tokenizer, model: BertModel, modules: Sequence[SentenceModule]) -> None:
+    """Raises ValueError where the tokenizer knows words that the model, or a table of word weights, does not."""
+    words = [("the model", model.config.vocab_size)]
+    words += [("WordWeights", module.emb_layer.num_embeddings) for module in parts_of(modules, WordWeights)]
+    for of, count in words:
+        if tokenizer.vocab_size > count:
+            raise ValueError(f"{name}: the tokenizer knows {tokenizer.vocab_size} words, {of} {count}")
+
+
+def keep_layers(model: BertModel, layer: int, output: Output, all_layers: bool) -> Output:
+    """Drops what of the model nobody would read; returns where the output is then.
+
+    Args:
+        layer: whose output is pooled, as an index into hidden_states; -1 leaves that to `output`.
+        all_layers: whether the output of every layer is read.
+    """
+    count = len(model.encoder["layer"])
+    if not -count - 1 <= layer <= count:
+        raise ValueError(f"layer must be {-count - 1} to {count} for a model of {count} layers, got {layer}")
+    if layer not in (-1, count):
+        if output == POOLER:
+            raise ValueError(f'pooling "pooler" reads the last layer, so layer must be -1 or {count}, got {layer}')
+        if output.keys != LAST_STATE.keys or all_layers:
+            raise ValueError(f"layer {layer} cannot be pooled: the model's modules say which layers are read")
+        output = Output(output.name, ("hidden_states", layer))
+    if "pooler_output" not in output.keys:
+        model.pooler = None
+    if output.keys[0] == "hidden_states" and not all_layers:
+        number = output.keys[1]
+        if not -count - 1 <= number <= count:
+            raise ValueError(f"a model of {count} layers has no hidden_states[{number}]")
+        model.encoder["layer"] = model.encoder["layer"][: number if number >= 0 else count + 1 + number]
+        return Output(output.name)
+    return output

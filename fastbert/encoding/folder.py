@@ -1,0 +1,415 @@
+"""What a folder says of the way from texts to vectors, read as sentence-transformers 6.2 reads it.
+
+    modules.json                        the modules, in order; without it, BERT and the mean of its tokens
+    sentence_bert_config.json           of the Transformer: the longest text, which output is pooled
+    config_sentence_transformers.json   prompts, truncate_dim
+    1_Pooling/config.json, 2_Dense/...  of the other modules, with their weights
+
+Every setting is honoured, or known to change no vector, or refused by name.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ..checkpoint import CheckpointError, load_into, load_state_dict, read_json
+from ..formats.detect import find_source
+from ..formats.sentence_folder import (
+    LIBRARY,
+    MODULES,
+    ROUTER,
+    Listed,
+    has_modules,
+    kind_of_type,
+    listed_modules,
+    path_inside,
+    read_transformer_settings,
+)
+from .modules import (
+    TOKENS,
+    VECTOR,
+    Dense,
+    LayerNorm,
+    Normalize,
+    Pooling,
+    Router,
+    SentenceModule,
+    Truncate,
+    WeightedLayerPooling,
+    WordWeights,
+)
+from .settings import ANY, Settings
+
+# What sentence-transformers has as prompts where a folder has none of these names.
+NO_PROMPTS = {"query": "", "document": ""}
+_OF_LIBRARY = {"__version__": ANY, "model_type": ANY, "similarity_fn_name": ANY, "requirements": ANY}
+# Where files are found, and how they are loaded: nothing that changes a number but by rounding.
+_OF_LOADING = {
+    "cache_dir": ANY, "force_download": ANY, "local_files_only": ANY, "token": ANY, "use_auth_token": ANY,
+    "trust_remote_code": ANY, "resume_download": ANY, "proxies": ANY, "revision": (None, "main"),
+    "subfolder": (None, ""),
+}  # fmt: skip
+_OF_MODEL = _OF_LOADING | {
+    "dtype": ANY, "torch_dtype": ANY, "attn_implementation": ANY, "device_map": ANY, "low_cpu_mem_usage": ANY,
+    "use_safetensors": ANY, "weights_only": ANY, "output_loading_info": (False,),
+}  # fmt: skip
+_OF_CONFIG = _OF_LOADING | {
+    "dtype": ANY, "torch_dtype": ANY, "attn_implementation": ANY, "use_cache": ANY, "return_dict": (True,),
+    "output_attentions": ANY,
+}  # fmt: skip
+_OF_PROCESSOR = _OF_LOADING | {"use_fast": ANY, "clean_up_tokenization_spaces": ANY, "padding_side": ("right",)}
+_OF_PROCESSING = {
+    "padding": ANY, "padding_side": ("right",), "pad_to_multiple_of": ANY, "return_tensors": ("pt",), "verbose": ANY,
+    "truncation": (True, "longest_first", "only_first"), "add_special_tokens": (True,), "stride": (0,),
+    "return_attention_mask": (True,), "return_token_type_ids": ANY, "return_special_tokens_mask": ANY,
+    "return_offsets_mapping": ANY, "is_split_into_words": (False,), "logits_to_keep": ANY,
+}  # fmt: skip
+_OF_TRANSFORMER = {"backend": ANY, "unpad_inputs": ANY, "cache_dir": ANY, "query_expansion": (None,),
+                   "tokenizer_name_or_path": (None,), "transformer_task": ("feature-extraction",)}  # fmt: skip
+
+
+class Output(NamedTuple):
+    """Which output of BERT is handed on, and as which feature.
+
+    `keys` lead to it: ("last_hidden_state",), ("pooler_output",), or ("hidden_states", number).
+    """
+
+    name: str = TOKENS
+    keys: tuple[str | int, ...] = ("last_hidden_state",)
+
+
+LAST_STATE, POOLER = Output(), Output(VECTOR, ("pooler_output",))
+
+
+@dataclass(frozen=True)
+class SentenceConfig:
+    """What a folder says of the way from texts to vectors; the defaults are sentence-transformers' for a plain BERT.
+
+    Attributes:
+        pooling, normalize: how vectors are made where `modules` is None.
+        max_length: of a text in tokens; None where the folder leaves that to its tokenizer.
+        lowercase: lower the text before tokenising, on top of what the tokenizer does.
+        prompt: put before every text where a call names none.
+        prompts: others, by name.
+        encoder: the folder of BERT and its tokenizer, relative to the model's.
+        output: what of BERT's is handed to the modules.
+        output_hidden_states: whether the folder asks for every layer's output; None where BERT's config.json says it.
+        modules: what is computed after BERT.
+        max_lengths: of texts of some tasks, by task, in place of max_length.
+        truncate_dim: how many numbers of each vector are kept; None for all.
+    """
+
+    pooling: str = "mean"
+    normalize: bool = False
+    max_length: int | None = None
+    lowercase: bool = False
+    prompt: str = ""
+    prompts: Mapping[str, str] = field(default_factory=lambda: dict(NO_PROMPTS))
+    encoder: str = ""
+    output: Output = LAST_STATE
+    output_hidden_states: bool | None = None
+    modules: tuple[SentenceModule, ...] | None = None
+    max_lengths: Mapping[str, int] = field(default_factory=dict)
+    truncate_dim: int | None = None
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> SentenceConfig:
+        """Reads modules.json and what it points to; of a GGUF file, its pooling type.
+
+        Raises: CheckpointError for files that are missing or damaged, ValueError for modules and settings that are not
+            supported.
+        """
+        source = find_source(folder)
+        if source is not None and source.pooling is not None:
+            return cls(pooling=source.pooling)
+        if not has_modules(folder):
+            return cls()
+        library = folder / LIBRARY
+        settings = Settings(library, read_json(library) if library.is_file() else {})
+        # sentence-transformers makes vectors of a reranker as of a plain BERT; its prompts are for reranking
+        if settings.values.get("model_type", "SentenceTransformer") != "SentenceTransformer":
+            return cls()
+        modules = listed_modules(folder)
+        first, modules = modules[0] if modules else None, modules[1:]
+        built: list[SentenceModule] = []
+        if first is not None and first.kind in ("Router", "Asym"):
+            router = _RouterFolder(folder, first)
+            encoder = router.encoder()
+            built.append(router.build())
+        elif first is not None and first.kind == "Transformer":
+            encoder = first.path.as_posix()
+        else:
+            found = "nothing" if first is None else first.kind
+            raise ValueError(f"{folder / MODULES}: the first module must be a Transformer, or a Router; it is {found}")
+        built += [module for listed in modules if (module := build_module(folder, listed)) is not None]
+        read = _read_library(settings) | _read_transformer(*read_transformer_settings(folder / encoder))
+        return cls(encoder="" if encoder == "." else encoder, modules=tuple(built), **read)
+
+
+# ---- the library's own file ------------------------------------------------------------------------------
+
+
+def _read_library(settings: Settings) -> dict[str, Any]:
+    """Fields of a SentenceConfig."""
+    saved = settings.take("prompts", (dict, type(None)), None) or {}
+    prompts = NO_PROMPTS | {name: prompt or "" for name, prompt in saved.items()}
+    if not all(isinstance(prompt, str) for prompt in prompts.values()):
+        raise ValueError(f"{settings.file}: prompts must be texts")
+    default = settings.take("default_prompt_name", (str, type(None)), None)
+    if default is not None and default not in prompts:
+        known = ", ".join(prompts)
+        raise ValueError(f"{settings.file}: default_prompt_name is {default!r}, and there are prompts for {known} only")
+    truncate_dim = settings.take("truncate_dim", (int, type(None)), None)
+    if truncate_dim is not None:
+        Truncate(truncate_dim)  # raises where that is no number of dimensions
+    settings.drop(_OF_LIBRARY)
+    settings.expect_empty()
+    prompt = "" if default is None else prompts[default]
+    return {"prompts": prompts, "prompt": prompt, "truncate_dim": truncate_dim}
+
+
+# ---- Transformer -----------------------------------------------------------------------------------------
+
+
+def _read_transformer(file: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a SentenceConfig."""
+    if (file.parent / "adapter_config.json").is_file():
+        raise ValueError(f"{file.parent}: adapter_config.json: weights of an adapter are not read; merge them first")
+    settings = Settings(file, content)
+    found: dict[str, Any] = {"lowercase": settings.take("do_lower_case", bool, False)}
+    lengths = [settings.take("max_seq_length", (int, type(None)), None)]
+
+    settings.take_part(("model_kwargs", "model_args")).drop_all(_OF_MODEL)
+    config = settings.take_part(("config_kwargs", "config_args"))
+    found["output_hidden_states"] = config.take("output_hidden_states", (bool, type(None)), None)
+    config.drop_all(_OF_CONFIG)
+    processor = settings.take_part(("processor_kwargs", "tokenizer_args"))
+    lengths.append(processor.take("model_max_length", (int, type(None)), None))
+    processor.drop_all(_OF_PROCESSOR)
+    lengths.append(of_processing := _max_length_of_processing(settings.take_part("processing_kwargs")))
+
+    by_task = {task: settings.take(f"{task}_length", (int, type(None)), None) for task in ("query", "document")}
+    # as sentence-transformers has it, a max_length among processing_kwargs wins over those of tasks
+    found["max_lengths"] = {t: n for t, n in by_task.items() if n is not None} if of_processing is None else {}
+    found["max_length"] = next((length for length in reversed(lengths) if length is not None), None)
+    found["output"] = _output(settings)
+    settings.drop(_OF_TRANSFORMER)
+    settings.expect_empty()
+    return found
+
+
+def _max_length_of_processing(settings: Settings) -> int | None:
+    """What processing_kwargs say of the longest text. Those of images and sounds, and of chats, change no text."""
+    settings.drop(dict.fromkeys(("audio", "image", "video", "chat_template"), ANY))
+    found = None
+    for part in map(settings.take_part, ("text", "common")):  # the later one wins
+        found = part.take("max_length", (int, type(None)), found)
+        part.drop_all(_OF_PROCESSING)
+    settings.expect_empty()
+    return found
+
+
+def _output(settings: Settings) -> Output:
+    """Which output of BERT is handed on, and under which name."""
+    name = settings.take("module_output_name", (str, type(None)), None)
+    modalities = settings.take("modality_config", (dict, type(None)), None)
+    if modalities is None:
+        return LAST_STATE
+    if "message" in modalities:
+        raise settings.refuse("modality_config", modalities, "texts would go through a chat template")
+    if name is None:
+        raise ValueError(f"{settings.file}: with a modality_config the setting 'module_output_name' must be there too")
+    text = Settings(f"{settings.file}: modality_config", modalities).take_part("text")
+    method, keys = text.take("method", str), text.take("method_output_name", (str, list))
+    keys = (keys,) if isinstance(keys, str) else tuple(keys)
+    if method != "forward":
+        raise text.refuse("method", method, "a BERT has forward")
+    if keys not in (("last_hidden_state",), ("pooler_output",)) and not (
+        len(keys) == 2 and keys[0] == "hidden_states" and type(keys[1]) is int
+    ):
+        known = "last_hidden_state, pooler_output and one of hidden_states"
+        raise text.refuse("method_output_name", list(keys), f"a BERT's outputs are {known}")
+    text.expect_empty()
+    return Output(name, keys)
+
+
+# ---- the modules after it --------------------------------------------------------------------------------
+
+
+def build_module(folder: Path, listed: Listed) -> SentenceModule | None:
+    """A module out of its folder, in float32 on the CPU; None for one that changes nothing outside training.
+
+    Raises: ValueError for a kind, or a setting, that is not supported; CheckpointError for damage.
+    """
+    if listed.kind in ("Router", "Asym"):
+        return _RouterFolder(folder, listed).build()
+    if listed.kind in _NOT_COMPUTED:
+        raise ValueError(f"{folder / MODULES}: module {listed.kind!r} is not supported: {_NOT_COMPUTED[listed.kind]}")
+    if listed.kind not in _BUILDERS:
+        known = ", ".join(["Transformer", *_BUILDERS, "Router"])
+        raise ValueError(f"{folder / MODULES}: module {listed.kind!r} is not supported; known are {known}")
+    inside = folder / listed.path
+    file = inside / "config.json"
+    settings = Settings(file, read_json(file) if file.is_file() else {})
+    module = _BUILDERS[listed.kind](settings, inside)
+    settings.expect_empty()
+    return module
+
+
+_NOT_COMPUTED = {
+    "CNN": "it reads the padding, so its vectors depend on the other texts of a batch",
+    "LSTM": "after a Transformer sentence-transformers cannot run it either",
+}
+_WIDTH = ("embedding_dimension", "word_embedding_dimension")
+# The old spelling of pooling modes, in the order in which several are joined.
+_OLD_MODES = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+
+
+def _pooling(settings: Settings, folder: Path) -> SentenceModule:
+    settings.take(_WIDTH, int, None)  # BERT's own width is what counts
+    old = [mode for key, mode in _OLD_MODES.items() if settings.take(key, bool, False)]
+    modes = settings.take("pooling_mode", (str, list), old or ["mean"])
+    include_prompt = settings.take("include_prompt", bool, True)
+    try:
+        return Pooling([modes] if isinstance(modes, str) else modes, include_prompt)
+    except ValueError as error:
+        raise ValueError(f"{settings.file}: {error}") from error
+
+
+def _dense(settings: Settings, folder: Path) -> SentenceModule:
+    input_name = settings.take("module_input_name", str, VECTOR)
+    module = Dense(
+        settings.take("in_features", int),
+        settings.take("out_features", int),
+        bias=settings.take("bias", bool, True),
+        activation=_activation(settings),
+        input_name=input_name,
+        output_name=settings.take("module_output_name", (str, type(None)), None) or input_name,
+        use_residual=settings.take("use_residual", bool, False),
+    )
+    return _with_weights(module, folder)
+
+
+def _activation(settings: Settings) -> nn.Module:
+    """One of torch.nn's activations, which are without parameters to choose."""
+    path = settings.take("activation_function", str, "torch.nn.modules.activation.Tanh")
+    cls = getattr(nn, path.rpartition(".")[2], None) if path.startswith("torch.nn.") else None
+    of_torch = (nn.Tanh.__module__, nn.Identity.__module__)
+    try:
+        if isinstance(cls, type) and issubclass(cls, nn.Module) and cls.__module__ in of_torch:
+            return cls()
+    except TypeError:  # it has arguments that must be given
+        pass
+    raise settings.refuse("activation_function", path, "it is no activation of torch.nn that takes no arguments")
+
+
+def _layer_norm(settings: Settings, folder: Path) -> SentenceModule:
+    return _with_weights(LayerNorm(settings.take("dimension", int)), folder)
+
+
+def _normalize(settings: Settings, folder: Path) -> SentenceModule:
+    input_name = settings.take("module_input_name", str, VECTOR)
+    return Normalize(input_name, settings.take("module_output_name", (str, type(None)), None) or input_name)
+
+
+def _dropout(settings: Settings, folder: Path) -> None:
+    settings.take("dropout", (int, float), 0.2)
+
+
+def _weighted_layers(settings: Settings, folder: Path) -> SentenceModule:
+    settings.take(_WIDTH, int, None)
+    start, layers = settings.take("layer_start", int, 4), settings.take("num_hidden_layers", int, 12)
+    weights = torch.empty(max(layers + 1 - start, 0), dtype=torch.float32, device="cpu")
+    return _with_weights(WeightedLayerPooling(start, weights), folder)
+
+
+def _word_weights(settings: Settings, folder: Path) -> SentenceModule:
+    words = settings.take("vocab", list)
+    settings.drop({"word_weights": ANY, "unknown_word_weight": ANY})  # the weights that were made of these are saved
+    return _with_weights(WordWeights(torch.empty(len(words), 1, dtype=torch.float32, device="cpu")), folder)
+
+
+_BUILDERS: dict[str, Callable[[Settings, Path], SentenceModule | None]] = {
+    "Pooling": _pooling,
+    "Dense": _dense,
+    "LayerNorm": _layer_norm,
+    "Normalize": _normalize,
+    "Dropout": _dropout,
+    "WeightedLayerPooling": _weighted_layers,
+    "WordWeights": _word_weights,
+}
+
+
+def _with_weights(module: SentenceModule, folder: Path) -> SentenceModule:
+    load_into(module, load_state_dict(folder), source=folder)
+    return module
+
+
+# ---- Router ----------------------------------------------------------------------------------------------
+
+
+class _RouterFolder:
+    """A Router in its folder, with the folders of the modules on its routes."""
+
+    def __init__(self, folder: Path, listed: Listed):
+        self.folder, inside = folder, folder / listed.path
+        file = inside / ROUTER if (inside / ROUTER).is_file() else inside / "config.json"
+        self.file, settings = file, Settings(file, read_json(file))
+        types, structure = settings.take("types", dict), settings.take("structure", dict)
+        self.parameters = settings.take_part("parameters")
+        settings.expect_empty()
+        paths = {name: listed.path / path_inside(inside, name, file) for name in types}
+        modules = {name: Listed(kind_of_type(of, file), paths[name]) for name, of in types.items()}
+        if not structure or not all(
+            isinstance(names, list) and modules.keys() >= set(names) for names in structure.values()
+        ):
+            raise CheckpointError(f"{file} must have routes, each a list of modules of which it has the types")
+        self.routes = {route: [modules[name] for name in names] for route, names in structure.items()}
+
+    def encoder(self) -> str:
+        """The folder of the BERT that every route begins with; it is taken off the routes."""
+        first = {names[0] if names else None for names in self.routes.values()}
+        (listed, *others) = first
+        if others or listed is None or listed.kind != "Transformer":
+            kinds = ", ".join(sorted(str(module and module.path) for module in first))
+            raise ValueError(f"{self.file}: the routes must begin with one Transformer, and they begin with {kinds}")
+        self.routes = {route: modules[1:] for route, modules in self.routes.items()}
+        return listed.path.as_posix()
+
+    def build(self) -> SentenceModule:
+        default = self.parameters.take("default_route", (str, type(None)), None)
+        if self.parameters.take("allow_empty_key", bool, True) and default is None:
+            default = next(iter(self.routes))
+        mappings = self.parameters.take_part("route_mappings").values
+        self.parameters.expect_empty()
+        built: dict[Listed, SentenceModule | None] = {}  # a module on two routes is one module
+        for listed in (listed for modules in self.routes.values() for listed in modules):
+            if listed not in built:
+                built[listed] = build_module(self.folder, listed)
+        routes = {
+            route: [module for listed in modules if (module := built[listed]) is not None]
+            for route, modules in self.routes.items()
+        }
+        return Router(routes, default, {self._mapped(key): route for key, route in mappings.items()})
+
+    def _mapped(self, key: str) -> tuple[str | None, Any]:
+        """A key of route_mappings, which is written as Python writes a tuple: "('query', None)"."""
+        try:
+            task, modality = ast.literal_eval(key)
+        except (ValueError, SyntaxError, TypeError):
+            raise ValueError(f"{self.file}: route_mappings: {key!r} is no pair of a task and a modality") from None
+        return task, modality

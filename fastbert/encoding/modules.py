@@ -1,0 +1,394 @@
+"""What sentence-transformers computes after BERT, on packed rows: poolings, Dense, LayerNorm, weighted layers, routes.
+
+Each module is called as sentence-transformers calls its own: it takes a dict of features, reads some, and writes some.
+
+    token_embeddings      [T, C], a row a token of the packed batch
+    sentence_embedding    [B, C], a row a text
+    all_layer_embeddings  of the embeddings and of each layer [T, C], for `WeightedLayerPooling`
+    token_weights_sum     [B], from `WordWeights`
+    batch                 the PackedBatch
+    prompt_length         tokens of the prompt at the start of each text, [CLS] included; 0 without a prompt
+    task                  "query", "document", or another name of a route; None without
+    impl                  of `fastbert.functional`
+
+Everything but a pooling of BERT's own rows is computed in float32 at least, whatever BERT is computed in. Parameters
+have the names of sentence-transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional as F
+from ..packing import PackedBatch
+
+TOKENS, VECTOR, LAYERS = "token_embeddings", "sentence_embedding", "all_layer_embeddings"
+
+Features = dict[str, Any]
+Sizes = dict[str, int]
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in float32, or in float64 if that is what it is in."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class SentenceModule(nn.Module):
+    """A step from BERT's output to vectors."""
+
+    def forward(self, features: Features) -> None:
+        """Changes the features."""
+        raise NotImplementedError
+
+    def check(self, sizes: Sizes) -> None:
+        """Changes the widths of features, by name, as `forward` changes the features. (Of LAYERS: how many they are.)
+
+        Raises: ValueError where a feature is missing or has another width than this module takes.
+        """
+        raise NotImplementedError
+
+    def _width(self, sizes: Sizes, name: str, wanted: int | None = None) -> int:
+        kind = type(self).__name__
+        if name not in sizes:
+            raise ValueError(f"{kind} reads {name!r}, which no module before it writes")
+        if wanted is not None and sizes[name] != wanted:
+            raise ValueError(f"{kind} takes {name!r} {wanted} wide, and gets {sizes[name]}")
+        return sizes[name]
+
+
+# ---- pooling ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of tokens that are pooled.
+
+    `counts` [B, 1] are those of each text, `x` its rows, `places` [N] where in its text each of them stands, from 0;
+    `all` are the rows with the prompt's; `weights` [B, 1] are sums of `WordWeights`, or None.
+    """
+
+    x: Tensor
+    cu_seqlens: Tensor
+    places: Tensor
+    counts: Tensor
+    all: tuple[Tensor, Tensor]
+    weights: Tensor | None
+    impl: F.Impl | None
+
+    def pool(self, mode: str) -> Tensor:
+        return wide(F.pool(self.x, self.cu_seqlens, mode, impl=self.impl))
+
+    def divisor(self) -> Tensor:
+        """[B, 1] by which a mean divides the sum."""
+        return self.counts.clamp(min=1) if self.weights is None else self.weights.clamp(min=1e-9)
+
+    def sum(self, x: Tensor) -> Tensor:
+        return wide(F.pool(x, self.cu_seqlens, "mean", impl=self.impl)) * self.counts
+
+
+def _mean(rows: _Rows) -> Tensor:
+    return rows.pool("mean") if rows.weights is None else rows.pool("mean") * rows.counts / rows.divisor()
+
+
+def _mean_sqrt_len(rows: _Rows) -> Tensor:
+    return rows.pool("mean") * rows.counts / rows.divisor().sqrt()
+
+
+def _weighted_mean(rows: _Rows) -> Tensor:
+    weights = wide(rows.x).new_tensor(1) + rows.places[:, None]
+    divisor = rows.sum(weights).clamp(min=1e-9) if rows.weights is None else rows.divisor()
+    return rows.sum(wide(rows.x) * weights) / divisor
+
+
+def _first(rows: _Rows) -> Tensor:
+    whole = F.pool(*rows.all, "cls", impl=rows.impl)
+    return wide(whole) if rows.x is rows.all[0] else torch.where(rows.counts > 0, rows.pool("cls"), wide(whole))
+
+
+def _last(rows: _Rows) -> Tensor:
+    last = rows.cu_seqlens[1:].long().sub(1).clamp(min=0)
+    if rows.x.shape[0] == 0:
+        return wide(rows.x).new_zeros(len(last), rows.x.shape[1])
+    return wide(rows.x[last]) * (rows.counts > 0)
+
+
+def _max(rows: _Rows) -> Tensor:
+    return rows.pool("max").masked_fill(rows.counts == 0, float("-inf"))
+
+
+POOLINGS: dict[str, Callable[[_Rows], Tensor]] = {
+    "mean": _mean,
+    "cls": _first,
+    "max": _max,
+    "mean_sqrt_len_tokens": _mean_sqrt_len,
+    "weightedmean": _weighted_mean,
+    "lasttoken": _last,
+}
+
+
+class Pooling(SentenceModule):
+    """Rows of tokens to one vector a text; several modes side by side.
+
+    Args:
+        modes: of POOLINGS. weightedmean weighs each token by its place in the text, from 1.
+        include_prompt: whether the tokens of a prompt are pooled too. Where they are not and a text has no others, the
+            first token is its `cls`, its maximum is -inf, and the rest is zero, as in sentence-transformers.
+    """
+
+    def __init__(self, modes: Sequence[str] = ("mean",), include_prompt: bool = True):
+        super().__init__()
+        if not modes or any(mode not in POOLINGS for mode in modes):
+            raise ValueError(f"pooling must be one of {tuple(POOLINGS)}, got {' + '.join(map(repr, modes)) or 'none'}")
+        self.modes, self.include_prompt = tuple(modes), include_prompt
+
+    def forward(self, features: Features) -> None:
+        rows = self._rows(features)
+        vectors = [POOLINGS[mode](rows) for mode in self.modes]
+        features[VECTOR] = torch.cat(vectors, dim=-1) if len(vectors) > 1 else vectors[0]
+
+    def _rows(self, features: Features) -> _Rows:
+        x, batch = features[TOKENS], features["batch"]
+        skipped = 0 if self.include_prompt else features["prompt_length"]
+        lengths = batch.cu_seqlens.diff()
+        cu_seqlens, places, kept = batch.cu_seqlens, batch.positions, x
+        if skipped:
+            lengths = (lengths - skipped).clamp(min=0)
+            cu_seqlens = torch.cat([cu_seqlens[:1], lengths.cumsum(0, dtype=torch.int32)])
+            # Lengths are known on the host, so a GPU need not be waited for.
+            count = sum(max(length - skipped, 0) for length in batch.lengths)
+            indices = (places >= skipped).nonzero_static(size=count).squeeze(1)
+            places, kept = places[indices], x[indices]
+        sums = features.get("token_weights_sum")
+        return _Rows(
+            kept, cu_seqlens, places, wide(lengths[:, None].to(x.dtype)), (x, batch.cu_seqlens),
+            None if sums is None else sums[:, None], features["impl"],
+        )  # fmt: skip
+
+    def check(self, sizes: Sizes) -> None:
+        sizes[VECTOR] = len(self.modes) * self._width(sizes, TOKENS)
+
+
+# ---- on tokens -------------------------------------------------------------------------------------------
+
+
+class WeightedLayerPooling(SentenceModule):
+    """Rows of tokens become the weighted mean of what the layers from `layer_start` on gave (0 is the embeddings).
+
+    As in sentence-transformers nothing happens where the folder does not ask for every layer's output.
+    """
+
+    def __init__(self, layer_start: int, layer_weights: Tensor):
+        super().__init__()
+        self.layer_start = layer_start
+        self.layer_weights = nn.Parameter(wide(layer_weights), requires_grad=False)
+
+    def forward(self, features: Features) -> None:
+        if LAYERS not in features:
+            return
+        layers = features[LAYERS][self.layer_start :]
+        total = sum(weight * wide(layer) for weight, layer in zip(self.layer_weights, layers, strict=True))
+        features[TOKENS] = total / self.layer_weights.sum()
+
+    def check(self, sizes: Sizes) -> None:
+        layers, weights = sizes.get(LAYERS), len(self.layer_weights)
+        if layers is None:
+            return
+        if self.layer_start < 0 or layers - self.layer_start != weights:
+            raise ValueError(
+                f"WeightedLayerPooling has {weights} weights for the layers from {self.layer_start} on, "
+                f"and the model has {layers}, embeddings included"
+            )
+
+
+class WordWeights(SentenceModule):
+    """Rows of tokens times a weight of each word; a mean after that divides by the sum of the weights.
+
+    Args:
+        weights: [words, 1].
+    """
+
+    def __init__(self, weights: Tensor):
+        super().__init__()
+        self.emb_layer = nn.Embedding.from_pretrained(wide(weights))
+
+    def forward(self, features: Features) -> None:
+        batch = features["batch"]
+        weights = self.emb_layer(batch.input_ids)  # [T, 1]
+        mean = F.pool(weights, batch.cu_seqlens, "mean", impl=features["impl"])
+        features["token_weights_sum"] = mean[:, 0] * batch.cu_seqlens.diff()
+        features[TOKENS] = wide(features[TOKENS]) * weights
+
+    def check(self, sizes: Sizes) -> None:
+        self._width(sizes, TOKENS)
+
+
+# ---- on vectors, or on tokens ----------------------------------------------------------------------------
+
+
+class Dense(SentenceModule):
+    """activation(x @ weight.T + bias), and the input added to that with `use_residual`.
+
+    Args:
+        input_name, output_name: of the feature that is read, and of the one that is written.
+        use_residual: by way of a matrix of its own where the widths differ.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = True,
+        activation: nn.Module,
+        input_name: str = VECTOR,
+        output_name: str = VECTOR,
+        use_residual: bool = False,
+    ):
+        super().__init__()
+        options = {"device": "cpu", "dtype": torch.float32}
+        self.linear = nn.Linear(in_features, out_features, bias=bias, **options)
+        self.activation_function, self.use_residual = activation, use_residual
+        self.input_name, self.output_name = input_name, output_name
+        if use_residual and in_features != out_features:
+            self.residual = nn.Linear(in_features, out_features, bias=False, **options)
+
+    def forward(self, features: Features) -> None:
+        x = wide(features[self.input_name])
+        y = self.activation_function(self.linear(x))
+        if self.use_residual:
+            y = y + (self.residual(x) if hasattr(self, "residual") else x)
+        features[self.output_name] = y
+
+    def check(self, sizes: Sizes) -> None:
+        self._width(sizes, self.input_name, self.linear.in_features)
+        sizes[self.output_name] = self.linear.out_features
+
+
+class LayerNorm(SentenceModule):
+    """torch's LayerNorm of vectors."""
+
+    def __init__(self, dimension: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(dimension, device="cpu", dtype=torch.float32)
+
+    def forward(self, features: Features) -> None:
+        features[VECTOR] = self.norm(wide(features[VECTOR]))
+
+    def check(self, sizes: Sizes) -> None:
+        self._width(sizes, VECTOR, self.norm.normalized_shape[0])
+
+
+class Normalize(SentenceModule):
+    """x divided by its L2 norm, so that the length is 1 to float32's precision whatever BERT is computed in."""
+
+    def __init__(self, input_name: str = VECTOR, output_name: str = VECTOR):
+        super().__init__()
+        self.input_name, self.output_name = input_name, output_name
+
+    def forward(self, features: Features) -> None:
+        features[self.output_name] = nn.functional.normalize(wide(features[self.input_name]), dim=-1)
+
+    def check(self, sizes: Sizes) -> None:
+        sizes[self.output_name] = self._width(sizes, self.input_name)
+
+
+class Truncate(SentenceModule):
+    """The first numbers of each vector."""
+
+    def __init__(self, dimension: int):
+        super().__init__()
+        if dimension < 1:
+            raise ValueError(f"truncate_dim must be at least 1, got {dimension}")
+        self.dimension = dimension
+
+    def forward(self, features: Features) -> None:
+        features[VECTOR] = features[VECTOR][:, : self.dimension]
+
+    def check(self, sizes: Sizes) -> None:
+        sizes[VECTOR] = min(self.dimension, self._width(sizes, VECTOR))
+
+
+# ---- several ways ----------------------------------------------------------------------------------------
+
+
+class Router(SentenceModule):
+    """One of several lists of modules, by the task.
+
+    Args:
+        routes: name -> modules.
+        default: the route of a call without a task, or None: then such a call is an error.
+        mappings: (task or None for any, modality or None for any) -> name of a route. Inputs here are of modality text.
+    """
+
+    def __init__(
+        self,
+        routes: Mapping[str, Sequence[SentenceModule]],
+        default: str | None = None,
+        mappings: Mapping[tuple[str | None, Any], str] | None = None,
+    ):
+        super().__init__()
+        self.routes = nn.ModuleDict({name: nn.ModuleList(modules) for name, modules in routes.items()})
+        self.default, self.mappings = default, dict(mappings or {})
+        for name in (*self.mappings.values(), *([] if default is None else [default])):
+            if name not in self.routes:
+                raise ValueError(f"Router has no route {name!r}; it has {', '.join(self.routes)}")
+
+    def route(self, task: str | None) -> str:
+        """The name of a task's route. Raises ValueError where there is none."""
+        for key in ((task, "text"), (task, None), (None, "text"), (None, None)):
+            if key in self.mappings:
+                return self.mappings[key]
+        if task and task in self.routes:
+            return task
+        if "text" in self.routes:
+            return "text"
+        if task is not None or self.default is None:
+            tasks = dict.fromkeys([*self.routes, *(of for of, _ in self.mappings if of)])
+            asked = "no task" if task is None else f"task {task!r}"
+            raise ValueError(f"{asked}: the model has no route for that; tasks are {', '.join(tasks)}")
+        return self.default
+
+    def forward(self, features: Features) -> None:
+        for module in self.routes[self.route(features["task"])]:
+            module(features)
+
+    def check(self, sizes: Sizes) -> None:
+        ends = {name: check_modules(modules, dict(sizes)) for name, modules in self.routes.items()}
+        if len({end.get(VECTOR) for end in ends.values()}) > 1:
+            widths = ", ".join(f"{name} {end.get(VECTOR)}" for name, end in ends.items())
+            raise ValueError(f"the routes of Router must make vectors of one width, and they make these: {widths}")
+        same = set.intersection(*(set(end.items()) for end in ends.values()))
+        sizes.clear()
+        sizes.update(same)
+
+
+def check_modules(modules: Sequence[SentenceModule], sizes: Sizes) -> Sizes:
+    """The widths after these modules. Raises ValueError where they do not fit each other."""
+    for module in modules:
+        module.check(sizes)
+    return sizes
+
+
+def parts_of(modules: Sequence[SentenceModule], kind: type[SentenceModule]) -> list:
+    """Modules of a kind among these, and on the routes of these."""
+    return [inner for module in modules for inner in module.modules() if isinstance(inner, kind)]
+
+
+def kinds_of(modules: Sequence[SentenceModule]) -> list[str]:
+    """The names of these modules, for people."""
+    return [type(module).__name__ for module in modules]
+
+
+def run_modules(
+    modules: Sequence[SentenceModule], batch: PackedBatch, outputs: Mapping[str, Any], **others: Any
+) -> Tensor:
+    """Vectors [B, C] of what BERT gives, `outputs` by their names among the features."""
+    features = {**outputs, "batch": batch, **others}
+    for module in modules:
+        module(features)
+    return features[VECTOR]

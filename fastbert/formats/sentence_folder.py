@@ -1,0 +1,110 @@
+"""The list of modules in a folder of sentence-transformers: modules.json, as versions 2 to 6 write it."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from ..checkpoint import PICKLE, SAFETENSORS, CheckpointError, read_json
+from .source import parse_json
+
+MODULES = "modules.json"
+LIBRARY = "config_sentence_transformers.json"
+ROUTER = "router_config.json"
+# The first that is there, and holds something, is read. Versions before 1 named the file after the model.
+TRANSFORMER_SETTINGS = tuple(
+    f"sentence_{kind}_config.json"
+    for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+)
+# Old versions write the module's name, later ones module and class, and the modules have moved twice.
+_OWN_TYPE = re.compile(
+    r"sentence_transformers\.(?:models|sentence_transformer\.modules|base\.modules)(?:\.\w+)?\.(\w+)"
+)
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A module in a list: its kind (the name of its class) and its folder, relative to the model's."""
+
+    kind: str
+    path: PurePosixPath
+
+
+def has_modules(folder: Path) -> bool:
+    return (folder / MODULES).is_file()
+
+
+def listed_modules(folder: Path) -> list[Listed]:
+    """What modules.json lists. Raises CheckpointError, in one line, also for modules of another package."""
+    file = folder / MODULES
+    modules = parse_json(file.read_text(encoding="utf-8", errors="replace"), str(file))
+    texts = ("type", "path")
+    if not isinstance(modules, list) or not all(
+        isinstance(module, dict) and all(isinstance(module.get(key), str) for key in texts) for module in modules
+    ):
+        raise CheckpointError(f"{file} must be a list of modules, each with a type and a path")
+    paths = [path_inside(folder, module["path"], file) for module in modules]
+    for module in modules:
+        for key in module.keys() - {"idx", "name", *texts}:
+            if key != "kwargs" or module[key]:
+                raise CheckpointError(f"{file}: the setting {key!r} of a module is not known")
+    return [Listed(kind_of_type(module["type"], file), path) for module, path in zip(modules, paths, strict=True)]
+
+
+def path_inside(folder: Path, path: str, file: Path) -> PurePosixPath:
+    """A module's path as a file names it. Raises CheckpointError where it leads out of the folder."""
+    if not Path(os.path.normpath(folder / path)).is_relative_to(os.path.normpath(folder)):
+        raise CheckpointError(f"{file}: the path {path!r} leads out of the folder")
+    return PurePosixPath(path)
+
+
+def kind_of_type(name: str, file: Path) -> str:
+    """A class of sentence-transformers -> its name without the module, where we know the module; else all of it.
+
+    Raises: CheckpointError for a class of another package: the name at its end may be one that we know, and what it
+    computes is that package's affair.
+    """
+    if not name.startswith("sentence_transformers."):
+        raise CheckpointError(f"{file}: the module {name!r} is not of sentence-transformers, so its code is not known")
+    found = _OWN_TYPE.fullmatch(name)
+    return found[1] if found else name
+
+
+def files_of_modules(folder: Path) -> list[str]:
+    """The files beside a model's own that sentence-transformers reads; empty where there is no modules.json.
+
+    Raises: CheckpointError for a list that is none, and where the encoder lies in a folder of its own.
+    """
+    if not has_modules(folder):
+        return []
+    names = [MODULES, LIBRARY, *TRANSFORMER_SETTINGS]
+    for number, module in enumerate(listed_modules(folder)):
+        at_root = not module.path.parts
+        if module.kind in ("Router", "Asym") and number == 0:
+            raise CheckpointError(f"{folder / MODULES}: a {module.kind} around the encoder is not converted")
+        if at_root != (number == 0):
+            raise CheckpointError(
+                f"{folder / MODULES}: {module.kind} lies in {_written(module.path)!r}, from where it is not converted"
+            )
+        if not at_root:
+            names += sorted(
+                file.relative_to(folder).as_posix()
+                for file in (folder / module.path).rglob("*")
+                if file.is_file() and (file.suffix == ".json" or file.name in (SAFETENSORS, PICKLE))
+            )
+    return names
+
+
+def _written(path: PurePosixPath) -> str:
+    """A path as modules.json has it."""
+    return str(path) if path.parts else ""
+
+
+def read_transformer_settings(folder: Path) -> tuple[Path, dict]:
+    """(the file, its content) of what a Transformer module says of itself; the content is empty without a file."""
+    for name in TRANSFORMER_SETTINGS:
+        if (folder / name).is_file() and (found := read_json(folder / name)):
+            return folder / name, found
+    return folder / TRANSFORMER_SETTINGS[0], {}
