@@ -19,6 +19,13 @@ except PackageNotFoundError:  # run from a source tree that nobody installed
 # public name -> module; imported on first use, so that `fastbert --help` does not wait for torch
 _PUBLIC = {
     "BertConfig": "config",
+    "BertForMaskedLM": "models.heads",
+    "BertForMultipleChoice": "models.heads",
+    "BertForNextSentencePrediction": "models.heads",
+    "BertForPreTraining": "models.heads",
+    "BertForQuestionAnswering": "models.heads",
+    "BertForSequenceClassification": "models.heads",
+    "BertForTokenClassification": "models.heads",
     "BertModel": "models.bert",
     "Encoder": "encoding.encoder",
     "PackedBatch": "packing",

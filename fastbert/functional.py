@@ -501,6 +501,18 @@ def add_rms_norm(
     )
 
 
+def dropout(
+    x: Tensor, dropout_p: float, seed: Tensor | None, *, stream: int = 0, row_ids: Tensor | None = None
+) -> Tensor:
+    """x [M, N] with elements dropped as in `add_layer_norm`, the others scaled by 1 / (1 - dropout_p). Plain torch."""
+    if x.dim() != 2:
+        raise ValueError(f"dropout: x must be [M, N], got {tuple(x.shape)}")
+    _expect_dropout("dropout", dropout_p, seed)
+    if row_ids is not None:
+        _expect_integers("dropout", "row_ids", row_ids, x.shape[0])
+    return reference.dropout(x, dropout_p, seed, stream, row_ids)
+
+
 # ---- feed-forward ----------------------------------------------------------------------------------------
 
 
@@ -545,6 +557,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: Impl 
 def products_beside(impl: Impl | None) -> Impl | None:
     """The `impl` of `linear` in a model whose other operators are by `impl`: with our kernels the default."""
     return None if impl == "triton" else impl
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    """The activation alone, in plain torch: x [..., F] -> [..., F], or [..., F / 2] where it is geglu.
+
+    For layers whose product is not a plain one, so that `linear_act` and `feed_forward` cannot have it.
+    """
+    _expect_activation("activate", activation, x.shape[-1])
+    return reference.activate(x, activation)
 
 
 def linear_act(

@@ -87,10 +87,27 @@ class FusedLinears(nn.ModuleDict):
         self._joined = JoinedLinears()
 
     def forward(self, x: Tensor, impl: F.Impl | None = None) -> Tensor:
-        return self._joined(x, list(self.values()), impl)
+        linears = list(self.values())
+        if not all(map(is_plain, linears)):
+            return torch.cat([linear(x) for linear in linears], -1)
+        return self._joined(x, linears, impl)
 
     def joined(self) -> tuple[Tensor, Tensor | None]:
         return self._joined.joined(list(self.values()))
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Is it torch's own linear layer or table, which nobody wrapped, replaced or hangs on, so that its weight alone
+    says what a call of it would give? Adapters of PEFT, for one, are not."""
+    if type(module) is not nn.Linear and type(module) is not nn.Embedding:
+        return False
+    return not (
+        "forward" in module.__dict__
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 def parameters_of(*modules: nn.Module) -> list[Tensor | None] | None:

@@ -6,7 +6,6 @@ packed once, every layer sees [T, C], and the output is padded once again if the
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,17 +13,16 @@ from typing import Any
 import torch
 import torch.nn as nn
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import register_dataclass
 
 from .. import checkpoint
 from .. import functional as F
 from ..config import BertConfig
-from ..formats import open_model, opened
 from ..inference import one_call
 from ..inference.graphs import Graphs, graphs_for, why_not_recorded
-from ..inference.weights import FusedLinears, parameters_of
+from ..inference.weights import FusedLinears, is_plain, parameters_of
 from ..packing import PackedBatch
+from .loading import LeftUninitialised, initialise, of_other_heads, read_model
 
 
 @dataclass
@@ -34,7 +32,8 @@ class BertOutput:
     Attributes:
         last_hidden_state: [B, S, C], zero at padding; or [T, C] for a PackedBatch.
         pooler_output: [B, C], tanh of a linear layer of each sequence's first real token; None without a pooler.
-        hidden_states: embeddings and every layer's output, each shaped like last_hidden_state; None unless asked for.
+        hidden_states: embeddings and every layer's output; None unless asked for. Of a padded batch, and of a
+            PackedBatch that `from_padded` made, they are [B, S, C], and so is last_hidden_state then.
         attentions: every layer's probabilities [B, H, S, S]; None unless asked for.
     """
 
@@ -95,6 +94,8 @@ class BertEmbeddings(nn.Module):
         norm, batch = self.LayerNorm, shared.batch
         # without segments every token is of segment 0
         types = torch.zeros_like(batch.positions) if batch.token_type_ids is None else batch.token_type_ids
+        if inputs_embeds is None and not all(map(is_plain, (word, position, segment))):
+            inputs_embeds = word(batch.input_ids)
         if inputs_embeds is None:
             return F.embedding_layer_norm(
                 batch.input_ids, types, batch.positions, word.weight, position.weight, segment.weight,
@@ -103,7 +104,8 @@ class BertEmbeddings(nn.Module):
             )  # fmt: skip
         x = inputs_embeds + segment(types) + position(batch.positions)
         x = F.add_layer_norm(x, None, norm.weight, norm.bias, norm.eps, impl=shared.impl)
-        return nn.functional.dropout(x, self.dropout_p if shared.seed is not None else 0.0)
+        dropout = shared.dropout(self.dropout_p, stream=0)
+        return F.dropout(x, **dropout) if dropout else x
 
 
 class BertLayer(nn.Module):
@@ -143,18 +145,23 @@ class BertLayer(nn.Module):
             *self.qkv(x, impl), batch.cu_seqlens, batch.max_seqlen, schedule=shared.schedule, impl=impl, **dropout
         )
         dense, norm = self.attention["output"]["dense"], self.attention["output"]["LayerNorm"]
-        y = F.linear(o.flatten(1), dense.weight, None if fold else dense.bias, impl=F.products_beside(impl))
+        y, bias = _product(o.flatten(1), dense, impl, fold)
         x = F.add_layer_norm(
-            y, x, norm.weight, norm.bias, norm.eps, x_bias=dense.bias if fold else None,
+            y, x, norm.weight, norm.bias, norm.eps, x_bias=bias,
             impl=impl, **shared.dropout(config.hidden_dropout_prob, stream=2 * self.index + 1),
         )  # fmt: skip
 
         up, down, norm = self.intermediate["dense"], self.output["dense"], self.output["LayerNorm"]
-        y = F.feed_forward(
-            x, up.weight, up.bias, down.weight, None if fold else down.bias, config.activation, impl=impl
-        )
+        if is_plain(up) and is_plain(down):
+            bias = down.bias if fold else None
+            y = F.feed_forward(
+                x, up.weight, up.bias, down.weight, None if fold else down.bias, config.activation, impl=impl
+            )
+        else:
+            h = F.activate(_product(x, up, impl)[0], config.activation)
+            y, bias = _product(h, down, impl, fold)
         return F.add_layer_norm(
-            y, x, norm.weight, norm.bias, norm.eps, x_bias=down.bias if fold else None,
+            y, x, norm.weight, norm.bias, norm.eps, x_bias=bias,
             impl=impl, **shared.dropout(config.hidden_dropout_prob, stream=2 * self.index + 2),
         )  # fmt: skip
 
@@ -203,6 +210,14 @@ class BertLayer(nn.Module):
         return scores.softmax(-1) * real[:, None]
 
 
+def _product(x: Tensor, linear: nn.Module, impl: F.Impl | None, fold: bool = False) -> tuple[Tensor, Tensor | None]:
+    """(linear(x), the bias that is still to be added): with `fold` a plain layer leaves its bias to what follows."""
+    if not is_plain(linear):
+        return linear(x), None
+    y = F.linear(x, linear.weight, None if fold else linear.bias, impl=F.products_beside(impl))
+    return y, linear.bias if fold else None
+
+
 # the modules of `BertLayer.tensors`
 PLAIN_LAYER = (*[nn.Linear] * 4, nn.LayerNorm, nn.Linear, nn.Linear, nn.LayerNorm)
 
@@ -223,40 +238,6 @@ def _shown(x: Tensor, batch: PackedBatch, states: list[Tensor] | None) -> Tensor
     return batch.unpad(states[-1]) if torch.is_grad_enabled() else x
 
 
-# where a checkpoint's own shapes show a size: end of a name -> (its dimension, the field of the config)
-SIZES_IN_WEIGHTS = {
-    "embeddings.word_embeddings.weight": ((0, "vocab_size"), (1, "hidden_size")),
-    "embeddings.position_embeddings.weight": ((0, "max_position_embeddings"),),
-    "embeddings.token_type_embeddings.weight": ((0, "type_vocab_size"),),
-    "encoder.layer.0.intermediate.dense.weight": ((0, "intermediate_size"),),
-}
-
-
-def _expect_sizes(config: BertConfig, state: dict[str, Tensor], source: str | Path) -> None:
-    """Refuses a config that asks for more than the weights hold, before a model of that size is built."""
-    numbers = [re.search(r"(?:^|\.)encoder\.layer\.(\d+)\.", name) for name in state]
-    held = {"num_hidden_layers": 1 + max((int(number[1]) for number in numbers if number), default=-1)}
-    for name, t in state.items():
-        for end, sizes in SIZES_IN_WEIGHTS.items():
-            if name.removeprefix("bert.") == end and t.dim() == 2:
-                held |= {field: t.shape[dimension] for dimension, field in sizes}
-    for field, size in held.items():
-        if getattr(config, field) > size:
-            raise checkpoint.CheckpointError(
-                f"{source}: the config says {field} {getattr(config, field):,}, but the weights hold {size:,}"
-            )
-
-
-class _LeftUninitialised(TorchFunctionMode):
-    """torch.nn.init does nothing. On the meta device it has nothing to fill, yet would import torch's compiler."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if getattr(func, "__module__", None) == nn.init.__name__:
-            return kwargs["tensor"]
-        return func(*args, **kwargs)
-
-
 class BertModel(nn.Module):
     """The encoder, with transformers' signature, parameter names and outputs.
 
@@ -275,17 +256,7 @@ class BertModel(nn.Module):
         self.encoder = nn.ModuleDict({"layer": nn.ModuleList(layers)})
         width = config.hidden_size
         self.pooler = nn.ModuleDict({"dense": nn.Linear(width, width)}) if add_pooling_layer else None
-        self.apply(self._initialise)
-
-    def _initialise(self, module: nn.Module) -> None:
-        """The paper's start: normal weights of standard deviation initializer_range, zero biases."""
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
-        if isinstance(module, nn.Linear):
-            nn.init.zeros_(module.bias)
-        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            with torch.no_grad():
-                module.weight[module.padding_idx].zero_()
+        self.apply(lambda module: initialise(module, config.initializer_range))
 
     @classmethod
     def from_pretrained(
@@ -307,21 +278,12 @@ class BertModel(nn.Module):
 
         Raises: CheckpointError, which names what is missing, unexpected or of the wrong shape.
         """
-        with opened(id_or_path) as path:
-            foreign = open_model(path)
-            if foreign is None:
-                config, state = BertConfig.from_pretrained(path), checkpoint.load_state_dict(path)
-            else:
-                config, state = BertConfig.from_model(foreign), foreign.state_dict()
-        _expect_sizes(config, state, id_or_path)
+        config, state = read_model(id_or_path)
         if add_pooling_layer is None:
             add_pooling_layer = any("pooler.dense.weight" in name for name in state)
-        with torch.device("meta"), _LeftUninitialised():
+        with torch.device("meta"), LeftUninitialised():
             model = cls(config, add_pooling_layer, impl)
-        # the heads of a checkpoint that was trained for one task are not part of the encoder
-        others = ("cls.*", "classifier.*", "qa_outputs.*") + (() if add_pooling_layer else ("*pooler.*",))
-        if any(name.startswith("bert.encoder.") for name in state):
-            others += tuple(name for name in state if not name.startswith("bert."))
+        others = of_other_heads(state) + (() if add_pooling_layer else ("*pooler.*",))
         checkpoint.load_into(model, state, ignore_unexpected=others, assign=True, source=id_or_path)
         return model.to(device=device, dtype=dtype).eval()
 
@@ -368,12 +330,12 @@ class BertModel(nn.Module):
         """Hidden states of a padded batch, or of a `PackedBatch`.
 
         Args:
-            input_ids: [B, S] int, or a PackedBatch (then the arguments down to inputs_embeds stay None).
+            input_ids: [B, S] int, or a PackedBatch (then the arguments down to position_ids stay None).
             attention_mask: [B, S] of 0 and 1: right-padded, left-padded or with holes; by default all ones.
                 A row of zeros gives zero hidden states.
             token_type_ids: [B, S] segments, by default 0.
             position_ids: [B, S] or [1, S]; by default the column, whatever the mask, as in transformers.
-            inputs_embeds: [B, S, C] in place of input_ids.
+            inputs_embeds: [B, S, C] in place of input_ids; or [T, C] beside a PackedBatch without input_ids.
             output_attentions: also the probabilities, by a plain path that costs B x H x S x S.
             output_hidden_states: also the embeddings and each layer's output.
             return_dict: False returns a tuple.
@@ -383,11 +345,15 @@ class BertModel(nn.Module):
             sequences longer than the position table, and on shapes that do not fit.
         """
         packed = isinstance(input_ids, PackedBatch)
-        batch = (
-            input_ids if packed else self._pack(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        )
-        if packed and any(t is not None for t in (attention_mask, token_type_ids, position_ids, inputs_embeds)):
+        if not packed:
+            batch = self.pack(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+            inputs_embeds = None if inputs_embeds is None else batch.unpad(inputs_embeds)
+        elif any(t is not None for t in (attention_mask, token_type_ids, position_ids)):
             raise ValueError("a PackedBatch already holds mask, segments and positions; give them there")
+        elif (input_ids.input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give inputs_embeds with a PackedBatch that has no input_ids, and with no other")
+        else:
+            batch = input_ids
         self._check(batch)
 
         plain = inputs_embeds is None and not (output_attentions or output_hidden_states)
@@ -420,13 +386,14 @@ class BertModel(nn.Module):
         hidden_states: list[Tensor] | None = None,
         attentions: list[Tensor] | None = None,
     ) -> Tensor:
-        """x [T, C] of the last layer. The lists that are given are filled, with states in the shape of the output."""
+        """x [T, C] of the last layer, of ids or of inputs_embeds [T, C]. The lists that are given are filled, with
+        states in the shape of the output."""
         shared = Pass(batch, batch.schedule(self.impl), self.impl)
         if self.training and max(self.config.hidden_dropout_prob, self.config.attention_probs_dropout_prob) > 0.0:
             seed = torch.randint(2**62, (1,), dtype=torch.int64, device=batch.cu_seqlens.device)
             shared = replace(shared, seed=seed, row_ids=batch.row_ids())
 
-        x = self.embeddings(shared, None if inputs_embeds is None else batch.unpad(inputs_embeds))
+        x = self.embeddings(shared, inputs_embeds)
         if hidden_states is None and attentions is None:
             y = self._in_one_call(x, batch)
             if y is not None:
@@ -487,7 +454,15 @@ class BertModel(nn.Module):
             return None
         return graphs.run(self, batch, lambda max_seqlen: self._run)
 
-    def _pack(self, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds) -> PackedBatch:
+    def pack(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> PackedBatch:
+        """The real tokens of a padded batch; arguments and errors as in `forward`."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         given = inputs_embeds if input_ids is None else input_ids

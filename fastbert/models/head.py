@@ -1,0 +1,333 @@
+"""What the heads on top of BERT share: packing, losses with a divisor, ties between weights, loading and saving."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.utils._pytree import register_pytree_node
+
+from .. import checkpoint
+from .. import functional as F
+from ..config import BertConfig
+from ..packing import PackedBatch
+from .bert import BertModel
+from .loading import LeftUninitialised, initialise, of_other_heads, read_model
+
+IGNORED = -100  # a label that does not count
+
+
+# ---- outputs ---------------------------------------------------------------------------------------------
+
+
+class HeadOutput(dict):
+    """What a head returns, as transformers' ModelOutput: a dict of what there is, in order; `output.logits` gives None
+    where there is none, `output[0]` and `output[:2]` count what there is.
+
+    Fields: loss, logits, hidden_states, attentions.
+    """
+
+    NAMES: ClassVar[tuple[str, ...]] = ("loss", "logits", "hidden_states", "attentions")
+
+    def __init__(self, *args, **values):
+        super().__init__((name, value) for name, value in dict(*args, **values).items() if value is not None)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in type(self).NAMES:
+            return self.get(name)
+        raise AttributeError(f"{type(self).__name__} has no {name!r}")
+
+    def __getitem__(self, key: str | int | slice) -> Any:
+        return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
+
+    def to_tuple(self) -> tuple:
+        return tuple(self.values())
+
+
+class SpanOutput(HeadOutput):
+    """Fields: loss, start_logits, end_logits, hidden_states, attentions."""
+
+    NAMES = ("loss", "start_logits", "end_logits", "hidden_states", "attentions")
+
+
+class PreTrainingOutput(HeadOutput):
+    """Fields: loss, prediction_logits, seq_relationship_logits, hidden_states, attentions."""
+
+    NAMES = ("loss", "prediction_logits", "seq_relationship_logits", "hidden_states", "attentions")
+
+
+# FSDP2 finds in this way what its hooks on gradients hang on
+for _kind in (HeadOutput, SpanOutput, PreTrainingOutput):
+    register_pytree_node(
+        _kind,
+        lambda output: (list(output.values()), tuple(output)),
+        lambda values, names, kind=_kind: kind(zip(names, values, strict=True)),
+        serialized_type_name=f"fastbert.{_kind.__name__}",
+    )
+
+
+class Encoded(NamedTuple):
+    """The encoder's outputs for a head: hidden [T, C], pooled [B, C] or None, and what was asked for beside them."""
+
+    batch: PackedBatch
+    packed: bool  # the caller gave a PackedBatch
+    hidden: Tensor
+    pooled: Tensor | None
+    extras: dict[str, Any]  # hidden_states, attentions
+
+    def shaped(self, x: Tensor, value: float = 0.0) -> Tensor:
+        """x [T, ...] in the form of the caller's input: as it is, or [B, S, ...] with `value` at padding."""
+        return x if self.packed else self.batch.pad(x, value)
+
+    def by_token(self, name: str, labels: Tensor) -> Tensor:
+        """Labels [B, S] of a padded batch, or [T], as [T] int64."""
+        if labels.shape == (self.batch.total_tokens,):
+            return labels.long()
+        if tuple(labels.shape) != self.batch.padded_shape:
+            expected = f"[{self.batch.total_tokens}]" if self.packed else str(list(self.batch.padded_shape))
+            raise ValueError(f"{name} must be {expected}, one for each token, got {list(labels.shape)}")
+        return self.batch.unpad(labels).long()
+
+
+# ---- losses ----------------------------------------------------------------------------------------------
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+    """Of rows [N, K] with labels [N], those of -100 left out: the mean, or the sum divided by num_items_in_batch."""
+    logits, labels = at_least_float32(logits), labels.long()
+    if num_items_in_batch is None:
+        return nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED)
+    return nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum") / num_items_in_batch
+
+
+# ---- the base --------------------------------------------------------------------------------------------
+
+
+class BertHead(nn.Module):
+    """BERT with a head on top: what the classes in `heads` have in common. Not for use by itself.
+
+    Every `forward` takes what `BertModel.forward` takes, padded [B, S] or a `PackedBatch`, then labels, and:
+
+        num_items_in_batch: what the sum of the loss is divided by, a number or a tensor of one; by default the number
+            of labels in this batch that count (not -100), which gives the mean. For one optimiser step over several
+            micro-batches or processes give all of them the count of the whole step: then the losses and gradients
+            add up to those of one batch. transformers' Trainer counts and passes it by itself.
+        output_attentions, output_hidden_states, return_dict: None takes what the config says.
+
+    Dropout in training is a function of a seed, drawn with torch.randint in each pass, and of a token's sequence and
+    place in it: the same for packed and padded input.
+
+    Args:
+        config: the numbers; id2label, problem_type and classifier_dropout are the head's.
+        impl: which implementation every operator uses, as in `BertModel`.
+    """
+
+    base_model_prefix = "bert"
+    accepts_loss_kwargs = True  # read by transformers' Trainer: it then counts labels and passes num_items_in_batch
+    is_gradient_checkpointing = False  # read by PEFT
+    POOLED: ClassVar[bool]  # whether the head reads the pooler's output, and nothing else
+    # name -> the name of the parameter that it is, as long as config.tie_word_embeddings
+    _tied_weights_keys: ClassVar[dict[str, str]] = {}
+
+    def __init__(self, config: BertConfig, impl: F.Impl | None = None):
+        super().__init__()
+        self.config = config
+        self.bert = BertModel(config, add_pooling_layer=self.POOLED, impl=impl)
+        rate = config.classifier_dropout
+        self.dropout_p = config.hidden_dropout_prob if rate is None else rate
+        self.initialised: tuple[str, ...] = ()
+        self.register_load_state_dict_pre_hook(_name_ties)
+        self.register_load_state_dict_post_hook(_tie_after_loading)
+
+    @property
+    def impl(self) -> F.Impl | None:
+        return self.bert.impl
+
+    @property
+    def device(self) -> torch.device:
+        return self.bert.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.bert.dtype
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.bert.get_input_embeddings()
+
+    # ---- one pass --------------------------------------------------------------------------------------
+
+    def encode(
+        self, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
+        output_attentions: bool | None, output_hidden_states: bool | None,
+    ) -> Encoded:  # fmt: skip
+        """The encoder's pass over the arguments of `BertModel.forward`."""
+        packed = isinstance(input_ids, PackedBatch)
+        if packed:
+            batch = input_ids
+        else:
+            batch = self.bert.pack(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+            inputs_embeds = None if inputs_embeds is None else batch.unpad(inputs_embeds)
+            attention_mask = token_type_ids = position_ids = None  # they are in the batch
+        config = self.config
+        output = self.bert(
+            batch, attention_mask, token_type_ids, position_ids, inputs_embeds,
+            config.output_attentions if output_attentions is None else output_attentions,
+            config.output_hidden_states if output_hidden_states is None else output_hidden_states,
+        )  # fmt: skip
+        hidden = output.last_hidden_state
+        if hidden.dim() == 3:
+            hidden = batch.unpad(hidden)
+        extras = {"hidden_states": output.hidden_states, "attentions": output.attentions}
+        return Encoded(batch, packed, hidden, output.pooler_output, extras)
+
+    def drop(self, x: Tensor, row_ids: Tensor) -> Tensor:
+        """dropout(x) before a classifier, in training: x [N, C], row_ids [N] of the tokens."""
+        if not self.training or self.dropout_p == 0.0:
+            return x
+        seed = torch.randint(2**62, (1,), dtype=torch.int64, device=x.device)
+        return F.dropout(x, self.dropout_p, seed, row_ids=row_ids)
+
+    def pooled_dropped(self, encoded: Encoded) -> Tensor:
+        """dropout of the pooler's output [B, C]."""
+        sequences = torch.arange(encoded.batch.batch_size, dtype=torch.int64, device=encoded.pooled.device)
+        return self.drop(encoded.pooled, sequences << 32)
+
+    def returned(self, output: HeadOutput, return_dict: bool | None) -> HeadOutput | tuple:
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    # ---- ties ------------------------------------------------------------------------------------------
+
+    def tie_weights(self) -> None:
+        """Makes tied names one parameter again, where something made them two."""
+        if not self.config.tie_word_embeddings:
+            return
+        for alias, name in self._tied_weights_keys.items():
+            path, _, last = alias.rpartition(".")
+            parameters, parameter = self.get_submodule(path)._parameters, self.get_parameter(name)
+            if last in parameters and parameters[last] is not parameter:
+                parameters[last] = parameter
+
+    def _apply(self, fn, recurse=True):
+        """`to_empty` and others put new parameters in place of each name."""
+        super()._apply(fn, recurse)
+        self.tie_weights()
+        return self
+
+    def state_dict(self, *args, destination=None, prefix="", keep_vars=False):
+        """As torch's; without `keep_vars` a tied name has a copy of the tensor. safetensors' save_file, to which
+        transformers' Trainer hands this, refuses two names of one memory."""
+        state = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
+        if self.config.tie_word_embeddings and not keep_vars:
+            for alias in self._tied_weights_keys:
+                if prefix + alias in state:
+                    state[prefix + alias] = state[prefix + alias].clone()
+        return state
+
+    # ---- files -----------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        id_or_path: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        impl: F.Impl | None = None,
+        seed: int | None = None,
+        new_head: bool = False,
+        **changes: Any,
+    ) -> BertHead:
+        """Weights and config from whatever `BertModel.from_pretrained` takes; in evaluation mode.
+
+        What the checkpoint has not (the head of a plain BERT; the pooler of one that was saved without) is started as
+        the paper does: weights normal with standard deviation config.initializer_range, biases 0, LayerNorms 1 and 0.
+        A warning names it, and so does `model.initialised`. Heads of other tasks in the checkpoint are left alone.
+
+        Args:
+            dtype: of the parameters; None keeps the checkpoint's.
+            seed: of the weights that are started; None draws them from torch's global generator.
+            new_head: starts the head, whatever head the checkpoint has.
+            changes: fields of the config that win over the checkpoint's: id2label, num_labels, problem_type,
+                hidden_dropout_prob, ...
+
+        Raises: CheckpointError, which names what of the encoder is missing, or what does not fit.
+        """
+        config, state = read_model(id_or_path, **changes)
+        with torch.device("meta"), LeftUninitialised():
+            model = cls(config, impl)
+        encoder_alone = not any(name.startswith("bert.encoder.") for name in state)
+        if new_head and not encoder_alone:
+            state = {name: t for name, t in state.items() if name.startswith("bert.")}
+        others = of_other_heads(state) + (() if cls.POOLED else ("*pooler.*",))
+        heads = tuple(name for name in model.state_dict(keep_vars=True) if not name.startswith("bert."))
+        checkpoint.load_into(
+            model, state, ignore_missing=(*heads, "bert.pooler.*"), ignore_unexpected=others, assign=True,
+            source=id_or_path,
+        )  # fmt: skip
+        model._start_what_is_missing(id_or_path, seed)
+        return model.to(device=device, dtype=dtype).eval()
+
+    def _start_what_is_missing(self, source: str | Path, seed: int | None) -> None:
+        """Draws the parameters that are still on the meta device, and says which."""
+        missing = [name for name, p in self.named_parameters() if p.is_meta]
+        if not missing:
+            return
+        generator = None if seed is None else torch.Generator("cpu").manual_seed(seed)
+        spread, dtype = self.config.initializer_range, self.dtype
+        for name in missing:
+            path, _, last = name.rpartition(".")
+            module = self.get_submodule(path)
+            p = torch.empty(module._parameters[last].shape, dtype=torch.float32, device="cpu")
+            if last == "weight" and isinstance(module, nn.Linear):
+                nn.init.normal_(p, std=spread, generator=generator)
+            else:
+                nn.init.constant_(p, float(last == "weight"))
+            module._parameters[last] = nn.Parameter(p.to(dtype))
+        self.tie_weights()
+        self.initialised = tuple(missing)
+        drawn = "torch's generator" if seed is None else f"seed {seed}"
+        warnings.warn(
+            f"{source} has no {', '.join(missing)}: weights were drawn from normal(0, {spread}) by {drawn}, biases are "
+            f"0, LayerNorms 1 and 0. Train this {type(self).__name__} before you trust it.",
+            UserWarning,
+            stacklevel=3,
+        )
+
+    def save_pretrained(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Writes config.json, with this class's name and id2label, and model.safetensors, as transformers reads them.
+
+        state_dict: by default the model's own; of a sharded model, the whole one.
+        """
+        config = copy.copy(self.config)
+        config.architectures, config.dtype = [type(self).__name__], str(self.dtype).removeprefix("torch.")
+        config.save_pretrained(folder)
+        checkpoint.save_state_dict(folder, self.state_dict(keep_vars=True) if state_dict is None else state_dict)
+
+
+def _name_ties(module: BertHead, state: dict[str, Tensor], prefix: str, *_) -> None:
+    """A file has tied weights under one of their names: give it the others."""
+    if module.config.tie_word_embeddings:
+        for alias, name in module._tied_weights_keys.items():
+            for given, other in ((prefix + name, prefix + alias), (prefix + alias, prefix + name)):
+                if given in state and other not in state:
+                    state[other] = state[given]
+
+
+def _tie_after_loading(module: BertHead, _) -> None:
+    """`load_state_dict(assign=True)` makes a parameter of each name."""
+    module.tie_weights()
+
+
+def start(module: nn.Module, config: BertConfig) -> nn.Module:
+    """A new part of a head, initialised."""
+    module.apply(lambda part: initialise(part, config.initializer_range))
+    return module

@@ -1,0 +1,440 @@
+"""BERT for tasks: transformers' classes, names, outputs and losses, on packed batches.
+
+Where these differ from transformers 5.24, and why:
+
+- Padding is never computed. Logits at padding are 0, those of answer spans the smallest number there is, so that a
+  span's softmax is over the tokens of its text alone: the loss of a text does not depend on what shares its batch.
+  transformers lets padding take part, so its loss of padded batches differs; of one text at a time they agree.
+- Labels at padding never count, nor answer positions that are no token of their text; transformers counts a negative
+  position as the first token.
+- A classifier's kind of loss is settled by the config when it is made; transformers settles it by the first labels.
+- The heads with a vocabulary compute, where labels are given, only what the loss needs: no logits, unless asked for.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from .. import functional as F
+from ..config import BertConfig
+from ..packing import PackedBatch
+from .head import (
+    IGNORED,
+    BertHead,
+    Encoded,
+    HeadOutput,
+    PreTrainingOutput,
+    SpanOutput,
+    at_least_float32,
+    cross_entropy,
+    start,
+)
+
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+TIED_DECODER = {
+    "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+    "cls.predictions.decoder.bias": "cls.predictions.bias",
+}
+
+
+# ---- a sequence ------------------------------------------------------------------------------------------
+
+
+class BertForSequenceClassification(BertHead):
+    """A linear layer on the pooled first token.
+
+    `problem_type` is the config's; where that says nothing, "regression" with one label, else
+    "single_label_classification".
+    """
+
+    POOLED = True
+
+    def __init__(self, config: BertConfig, impl: F.Impl | None = None):
+        super().__init__(config, impl)
+        self.num_labels = config.num_labels
+        by_number = "regression" if config.num_labels == 1 else "single_label_classification"
+        self.problem_type = config.problem_type or by_number
+        if self.problem_type not in PROBLEM_TYPES:
+            raise ValueError(f"problem_type must be one of {PROBLEM_TYPES}, got {self.problem_type!r}")
+        self.classifier = start(nn.Linear(config.hidden_size, config.num_labels), config)
+
+    def forward(
+        self,
+        input_ids: Tensor | PackedBatch | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> HeadOutput | tuple:
+        """loss and logits [B, num_labels], of padded or packed input alike.
+
+        labels: [B] classes, -100 where one does not count; for several labels a text [B, num_labels] of 0 and 1; for
+            regression [B] or [B, num_labels] numbers. Of the latter two the items of a batch are its elements.
+        """
+        encoded = self.encode(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
+            output_attentions, output_hidden_states,
+        )  # fmt: skip
+        logits = self.classifier(self.pooled_dropped(encoded))
+        loss = None if labels is None else self._loss(logits, labels, num_items_in_batch)
+        return self.returned(HeadOutput(loss=loss, logits=logits, **encoded.extras), return_dict)
+
+    def _loss(self, logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+        if self.problem_type == "single_label_classification":
+            if labels.is_floating_point():
+                raise ValueError(
+                    "labels of single_label_classification are integers, got "
+                    f'{labels.dtype}; for several labels a text set problem_type="multi_label_classification"'
+                )
+            return cross_entropy(logits, labels.view(-1), num_items_in_batch)
+        logits = at_least_float32(logits)
+        if labels.numel() != logits.numel() or labels.shape[0] != logits.shape[0]:
+            raise ValueError(f"{self.problem_type}: labels are {list(labels.shape)}, logits {list(logits.shape)}")
+        labels = labels.view_as(logits).to(logits.dtype)
+        regresses = self.problem_type == "regression"
+        by_element = nn.functional.mse_loss if regresses else nn.functional.binary_cross_entropy_with_logits
+        if num_items_in_batch is None:
+            return by_element(logits, labels)
+        return by_element(logits, labels, reduction="sum") / num_items_in_batch
+
+
+class BertForMultipleChoice(BertHead):
+    """One score for each choice, from the pooled first token of its text."""
+
+    POOLED = True
+
+    def __init__(self, config: BertConfig, impl: F.Impl | None = None):
+        super().__init__(config, impl)
+        self.classifier = start(nn.Linear(config.hidden_size, 1), config)
+
+    def forward(
+        self,
+        input_ids: Tensor | PackedBatch | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        num_choices: int | None = None,
+    ) -> HeadOutput | tuple:
+        """loss and logits [B, num_choices].
+
+        input_ids and the others: [B, num_choices, S]; or a PackedBatch of B * num_choices texts, the choices of each
+            example one after another.
+        labels: [B], which choice is right, -100 where an example does not count.
+        num_choices: of a PackedBatch.
+        """
+        if isinstance(input_ids, PackedBatch):
+            if not num_choices or input_ids.batch_size % num_choices:
+                raise ValueError(
+                    f"a PackedBatch of {input_ids.batch_size} texts needs num_choices that divides it, "
+                    f"got {num_choices}"
+                )
+        else:
+            num_choices = (inputs_embeds if input_ids is None else input_ids).shape[1]
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds = (
+                None if t is None else t.flatten(0, 1)
+                for t in (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+            )
+        encoded = self.encode(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
+            output_attentions, output_hidden_states,
+        )  # fmt: skip
+        logits = self.classifier(self.pooled_dropped(encoded)).view(-1, num_choices)
+        loss = None if labels is None else cross_entropy(logits, labels.view(-1), num_items_in_batch)
+        return self.returned(HeadOutput(loss=loss, logits=logits, **encoded.extras), return_dict)
+
+
+class BertForNextSentencePrediction(BertHead):
+    """Whether the second segment follows the first (0) or not (1), from the pooled first token."""
+
+    POOLED = True
+
+    def __init__(self, config: BertConfig, impl: F.Impl | None = None):
+        super().__init__(config, impl)
+        self.cls = nn.ModuleDict({"seq_relationship": start(nn.Linear(config.hidden_size, 2), config)})
+
+    def forward(
+        self,
+        input_ids: Tensor | PackedBatch | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> HeadOutput | tuple:
+        """loss and logits [B, 2], of padded or packed input alike. labels: [B], -100 where one does not count."""
+        encoded = self.encode(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
+            output_attentions, output_hidden_states,
+        )  # fmt: skip
+        logits = self.cls["seq_relationship"](encoded.pooled)
+        loss = None if labels is None else cross_entropy(logits, labels.view(-1), num_items_in_batch)
+        return self.returned(HeadOutput(loss=loss, logits=logits, **encoded.extras), return_dict)
+
+
+# ---- every token -----------------------------------------------------------------------------------------
+
+
+class BertForTokenClassification(BertHead):
+    """A linear layer on every token."""
+
+    POOLED = False
+
+    def __init__(self, config: BertConfig, impl: F.Impl | None = None):
+        super().__init__(config, impl)
+        self.num_labels = config.num_labels
+        self.classifier = start(nn.Linear(config.hidden_size, config.num_labels), config)
+
+    def forward(
+        self,
+        input_ids: Tensor | PackedBatch | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> HeadOutput | tuple:
+        """loss and logits [B, S, num_labels], 0 at padding; of a PackedBatch [T, num_labels].
+
+        labels: [B, S], or [T] for a PackedBatch; -100 where a token does not count.
+        """
+        encoded = self.encode(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
+            output_attentions, output_hidden_states,
+        )  # fmt: skip
+        logits = self.classifier(self.drop(encoded.hidden, encoded.batch.row_ids()))
+        loss = None
+        if labels is not None:
+            loss = cross_entropy(logits, encoded.by_token("labels", labels), num_items_in_batch)
+        return self.returned(HeadOutput(loss=loss, logits=encoded.shaped(logits), **encoded.extras), return_dict)
+
+
+class BertForQuestionAnswering(BertHead):
+    """Where an answer begins and ends: two scores for every token."""
+
+    POOLED = False
+
+    def __init__(self, config: BertConfig, impl: F.Impl | None = None):
+        super().__init__(config, impl)
+        if config.num_labels != 2:
+            raise ValueError(f"question answering has two labels, start and end; the config has {config.num_labels}")
+        self.qa_outputs = start(nn.Linear(config.hidden_size, 2), config)
+
+    def forward(
+        self,
+        input_ids: Tensor | PackedBatch | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> SpanOutput | tuple:
+        """loss, start_logits and end_logits [B, S], the smallest number there is at padding; of a PackedBatch [T].
+
+        start_positions, end_positions: [B], the column in a padded batch, or the place within its text of a
+            PackedBatch. One that is no token of its text does not count. The items of a batch are its texts: the loss
+            is half of the starts' sum and half of the ends', divided by num_items_in_batch; by default the mean of two
+            means.
+        """
+        encoded = self.encode(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
+            output_attentions, output_hidden_states,
+        )  # fmt: skip
+        logits = at_least_float32(self.qa_outputs(encoded.hidden))  # [T, 2]
+        nothing = torch.finfo(logits.dtype).min
+        padded = encoded.batch.pad(logits, nothing)  # [B, S, 2]
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            real = encoded.batch.pad(torch.ones_like(logits[:, 0], dtype=torch.bool), False)
+            losses = [
+                cross_entropy(padded[..., side], _counting(positions.view(-1), real), num_items_in_batch)
+                for side, positions in enumerate((start_positions, end_positions))
+            ]
+            loss = (losses[0] + losses[1]) / 2
+        start_logits, end_logits = (logits if encoded.packed else padded).unbind(-1)
+        output = SpanOutput(loss=loss, start_logits=start_logits, end_logits=end_logits, **encoded.extras)
+        return self.returned(output, return_dict)
+
+
+def _counting(positions: Tensor, real: Tensor) -> Tensor:
+    """Positions [B], -100 where they are no real token: real [B, S] bool."""
+    width = real.shape[1]
+    inside = (positions >= 0) & (positions < width)
+    columns = torch.where(inside, positions, 0).long()
+    return torch.where(inside & real.gather(1, columns[:, None])[:, 0], columns, IGNORED)
+
+
+# ---- the vocabulary --------------------------------------------------------------------------------------
+
+
+class PredictionHead(nn.Module):
+    """logits = decoder(LayerNorm(act(dense(x)))): x [N, C] -> [N, V]. The decoder is the word embedding."""
+
+    def __init__(self, config: BertConfig, impl: F.Impl | None):
+        super().__init__()
+        width, eps = config.hidden_size, config.layer_norm_eps
+        decoder = nn.Linear(width, config.vocab_size)
+        self.bias = nn.Parameter(torch.zeros_like(decoder.bias))
+        self.transform = nn.ModuleDict({"dense": nn.Linear(width, width), "LayerNorm": nn.LayerNorm(width, eps=eps)})
+        self.decoder = decoder
+        self.activation, self.impl = config.activation, impl
+
+    def transformed(self, x: Tensor) -> Tensor:
+        norm = self.transform["LayerNorm"]
+        h = F.activate(self.transform["dense"](x), self.activation)
+        return F.add_layer_norm(h, None, norm.weight, norm.bias, norm.eps, impl=self.impl)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(self.transformed(x))
+
+    def loss(
+        self, x: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None, wants_logits: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """(cross-entropy of the rows of x [T, C] whose label is not -100, their logits [N, V] if wanted)."""
+        rows = (labels != IGNORED).nonzero().squeeze(1)
+        h, labels = self.transformed(x[rows]), labels[rows]
+        if wants_logits:
+            logits = self.decoder(h)
+            return cross_entropy(logits, labels, num_items_in_batch), logits
+        decoder, reduction = self.decoder, "mean" if num_items_in_batch is None else "sum"
+        loss = F.linear_cross_entropy(h, decoder.weight, decoder.bias, labels, reduction=reduction, impl=self.impl)
+        return loss if num_items_in_batch is None else loss / num_items_in_batch, None
+
+
+class _Vocabulary(BertHead):
+    """A head that predicts words."""
+
+    _tied_weights_keys = TIED_DECODER
+
+    def __init__(self, config: BertConfig, impl: F.Impl | None = None):
+        super().__init__(config, impl)
+        self.cls = nn.ModuleDict({"predictions": start(PredictionHead(config, impl), config)})
+        self.tie_weights()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.cls["predictions"].decoder
+
+    def words(
+        self, encoded: Encoded, labels: Tensor | None, num_items_in_batch: Tensor | int | None,
+        output_logits: bool | None,
+    ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+        """(loss, logits), each None where it is not asked for."""
+        predictions = self.cls["predictions"]
+        if labels is None:
+            return None, None if output_logits is False else encoded.shaped(predictions(encoded.hidden))
+        return predictions.loss(
+            encoded.hidden, encoded.by_token("labels", labels), num_items_in_batch, bool(output_logits)
+        )
+
+
+class BertForMaskedLM(_Vocabulary):
+    """Which word stood at a place. The decoder's weight is the word embedding's."""
+
+    POOLED = False
+
+    def forward(
+        self,
+        input_ids: Tensor | PackedBatch | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        output_logits: bool | None = None,
+    ) -> HeadOutput | tuple:
+        """loss, and logits [B, S, V], 0 at padding; of a PackedBatch [T, V].
+
+        labels: [B, S], or [T] for a PackedBatch; -100 where nothing is to be predicted. With labels only the rows that
+            have one go through the head, and their logits are never in memory as a whole. On a GPU this waits once for
+            the number of these rows.
+        output_logits: with labels, True also gives the logits of the rows that have one, [N, V] in reading order;
+            without labels, False leaves the head out.
+        """
+        encoded = self.encode(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
+            output_attentions, output_hidden_states,
+        )  # fmt: skip
+        loss, logits = self.words(encoded, labels, num_items_in_batch, output_logits)
+        return self.returned(HeadOutput(loss=loss, logits=logits, **encoded.extras), return_dict)
+
+
+class BertForPreTraining(_Vocabulary):
+    """Both objectives of BERT's pre-training: masked words, and whether the second segment follows the first."""
+
+    POOLED = True
+
+    def __init__(self, config: BertConfig, impl: F.Impl | None = None):
+        super().__init__(config, impl)
+        self.cls["seq_relationship"] = start(nn.Linear(config.hidden_size, 2), config)
+
+    def forward(
+        self,
+        input_ids: Tensor | PackedBatch | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        next_sentence_label: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        output_logits: bool | None = None,
+        num_pairs_in_batch: Tensor | int | None = None,
+    ) -> PreTrainingOutput | tuple:
+        """loss, prediction_logits [B, S, V] (of a PackedBatch [T, V]) and seq_relationship_logits [B, 2].
+
+        labels, output_logits: as in `BertForMaskedLM`. With labels alone the head is computed and the loss left out,
+            as in transformers.
+        next_sentence_label: [B], -100 where one does not count. The loss is the sum of both objectives'.
+        num_items_in_batch: the masked words of the optimiser step. num_pairs_in_batch: its next_sentence_labels that
+            count. Who knows the first alone, as transformers' Trainer does, gets for the second objective the mean of
+            this batch, weighted by its share of the step's masked words.
+        """
+        encoded = self.encode(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
+            output_attentions, output_hidden_states,
+        )  # fmt: skip
+        relation = self.cls["seq_relationship"](encoded.pooled)
+        if labels is None or next_sentence_label is None:
+            loss, logits = None, self.words(encoded, None, None, output_logits)[1]
+        else:
+            loss, logits = self.words(encoded, labels, num_items_in_batch, output_logits)
+            pairs = cross_entropy(relation, next_sentence_label.view(-1), num_pairs_in_batch)
+            if num_pairs_in_batch is None and num_items_in_batch is not None:
+                pairs = pairs * ((encoded.by_token("labels", labels) != IGNORED).sum() / num_items_in_batch)
+            loss = loss + pairs
+        output = PreTrainingOutput(
+            loss=loss, prediction_logits=logits, seq_relationship_logits=relation, **encoded.extras
+        )
+        return self.returned(output, return_dict)
