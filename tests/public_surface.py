@@ -23,7 +23,8 @@ from unittest import mock
 RECORD = Path(__file__).with_suffix(".json")
 INTERNAL = {
     "fastbert.__main__", "fastbert._moved", "fastbert.cli", "fastbert.demo", "fastbert.emulator",
-    "fastbert.encoding.ranks", "fastbert.info", "fastbert.kernels", "fastbert.text.files", "fastbert.verify",
+    "fastbert.encoding.ranks", "fastbert.info", "fastbert.kernels", "fastbert.models.head", "fastbert.models.loading",
+    "fastbert.text.files", "fastbert.verify",
 }  # fmt: skip
 
 
