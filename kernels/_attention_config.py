@@ -81,13 +81,15 @@ def _config(head_dim: int, matrix: str, direction: str, traits: frozenset[str]) 
             return AttentionConfig(64, TILE, num_warps=4, num_stages=2, max_registers=128 if head_dim <= 64 else None)
         return AttentionConfig(64, TILE, num_warps=4 if head_dim <= 64 else 8, num_stages=2)
     if direction == "bwd_dq":
-        # as forward: 128 registers and 80 KB at head_dim 64, two programs; with two stages it takes 150, and one fits
+        # as forward: 128 registers and 80 KB at head_dim 64, two programs; with two stages it takes 150, and one fits.
+        # tcgen05: with more stages than one Triton 3.7 waits for the next k and v after the last proxy fence, and the
+        # first two products read them (see the forward kernel); nothing between could carry a fence of our own
         if head_dim <= 64 or (head_dim <= 128 and not is_modified):
             # tcgen05 spills a few with modified scores at any number of stages, wgmma with many: half the rows
             rows = 64 if "many" in traits or (matrix == "tcgen05" and is_modified) else 128
-            return AttentionConfig(rows, 64, num_warps=8, num_stages=3)
+            return AttentionConfig(rows, 64, num_warps=8, num_stages=1 if matrix == "tcgen05" else 3)
         # head_dim 256: 218 registers, 64 keys spill; 80 with rotary: 32 keys spill
-        return AttentionConfig(64, 16 if is_modified else 32, num_warps=8, num_stages=2)
+        return AttentionConfig(64, 16 if is_modified else 32, num_warps=8, num_stages=1 if matrix == "tcgen05" else 2)
     if direction == "bwd_dkv":
         # two accumulators and two score tiles: 128 keys take over 200 registers at any number of warps, one program.
         # 64 keys by 64 rows take 196 left alone, but plain scores do with 168 without a spill, and three programs fit
@@ -110,10 +112,12 @@ def _config(head_dim: int, matrix: str, direction: str, traits: frozenset[str]) 
         return AttentionConfig(64, TILE, num_warps=8, num_stages=1 if matrix == "wgmma" else 2)
     if direction == "bwd_heads":
         # 138 registers and 40 KB at head_dim 64, three programs; head_dim 32: 136 left alone, 128 without a spill under
-        # a cap, four programs; head_dim 256 and tcgen05's dropout would spill
-        if head_dim > 128:
+        # a cap, four programs; head_dim 256 would spill. tcgen05 with dropout: head_dim 32 takes 246 in four warps, 64
+        # would spill. Eight share lanes of tensor memory, and there Triton 3.7 lets one warp store the zeros that a
+        # product starts from over a result that another may not have loaded yet, with no barrier between
+        if head_dim > 128 or (matrix == "tcgen05" and "dropout" in traits and head_dim > 32):
             return None
-        wide = head_dim > 64 or (matrix == "tcgen05" and "dropout" in traits)
+        wide = head_dim > 64
         most = 128 if matrix == "wgmma" and head_dim <= 32 and not traits else None
         return AttentionConfig(SHORT, SHORT, num_warps=8 if wide else 4, num_stages=1, max_registers=most)
     if direction == "bwd_short":

@@ -255,6 +255,14 @@ def _load_lse_log2(lse_ptr, rows, n_rows):
     return _lse_log2(tl.load(lse_ptr + rows, mask=rows < n_rows, other=float("inf")))
 
 
+@triton.jit
+def _proxy_fence(x):
+    """x [rows] in fp32, unchanged. A product that needs x reads from shared memory what was copied there before x was
+    computed. (To the compiler this is arithmetic: it stays between what computes x and what uses it.)"""
+    asm: tl.constexpr = "fence.proxy.async.shared::cta; mov.b32 $0, $1;"
+    return tl.inline_asm_elementwise(asm, "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
 # ---- forward -------------------------------------------------------------------------------------------------
 
 
@@ -274,7 +282,7 @@ def _attention_fwd_kernel(
     HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_ROTARY: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_IDS: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    TILE: tl.constexpr, SHORT: tl.constexpr, PRECISION: tl.constexpr,
+    TILE: tl.constexpr, SHORT: tl.constexpr, PRECISION: tl.constexpr, FENCED: tl.constexpr,
 ):  # fmt: skip
     """o and lse of BLOCK_M rows of one sequence and head."""
     sequence, row, head = _scheduled_block(schedule_ptr, first_entry, n_heads, BLOCK_M, TILE)
@@ -313,7 +321,8 @@ def _attention_fwd_kernel(
     # after the wait for the copy that brought its operand. Triton 3.7 waits where a load stands in the program, and
     # takes a fence between the start of a copy and its wait for one that covers the copy: see
     # findings/triton_fence_before_wait.sh. So a loop loads its tiles before its first product; not in float32, whose
-    # tiles would take registers until then.
+    # tiles would take registers until then. For Blackwell (FENCED) Triton delays v's copy and wait to behind the first
+    # product of q and k all the same: there the product of p and v has a fence of its own.
     LOADS_FIRST: tl.constexpr = PRECISION != "ieee"
     whole = low if IS_SHORT else tl.minimum(high + BLOCK_N - 1, length_k) // BLOCK_N * BLOCK_N
     for CROSSES_END in tl.static_range(1 if IS_SHORT else 0, 2):
@@ -346,6 +355,8 @@ def _attention_fwd_kernel(
                 shift = tl.where(m_new == float("-inf"), 0.0, m_new)
             p = tl.exp2(s - shift[:, None])
             alpha = tl.exp2(m_i - shift)
+            if FENCED:
+                alpha = _proxy_fence(alpha)
             m_i = m_new
             l_i = l_i * alpha + tl.sum(p, 1)
             if HAS_DROPOUT:

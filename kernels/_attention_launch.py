@@ -11,6 +11,7 @@ import triton
 from torch import Tensor
 
 from . import _device
+from ._arch import hardware
 from ._attention_bwd import (
     _attention_bwd_bias_kernel,
     _attention_bwd_dkv_kernel,
@@ -154,6 +155,7 @@ def _plan(
         "HEAD_DIM": traits.head_dim, "BLOCK_D": max(16, triton.next_power_of_2(traits.head_dim)),
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
         "PRECISION": "ieee" if traits.dtype == torch.float32 else "tf32",  # means nothing for 16-bit types
+        "FENCED": config.num_stages > 1 and hardware(traits.arch).matrix == "tcgen05",
         **more,
     }  # fmt: skip
     taken = set(kernel.arg_names)

@@ -14,7 +14,7 @@ import numpy as np
 from . import arithmetic, convert, floating, integer, matrix, warp  # noqa: F401  they register their translators
 from .barriers import evaluate
 from .errors import DivergentBarrier, EmulatorError, LimitExceeded, Trap
-from .flow import blocks_of, expect_initialised, expect_loads_waited, smallest_access, stored_parameters, waits
+from .flow import blocks_of, expect_initialised, smallest_access, stored_parameters, waits
 from .formats import i64
 from .machine import Machine
 from .memory import GlobalMemory, region_of
@@ -34,7 +34,6 @@ class Translated:
         self.program: Program = parse(text)
         self.blocks = blocks_of(self.program)
         expect_initialised(self.program, self.blocks)
-        expect_loads_waited(self.program, self.blocks)
         self.waits = {start for start in self.blocks if waits(self.program.instructions[start])}
         self.stored = stored_parameters(self.program)
         self.piece = smallest_access(self.program, "shared")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .errors import MissingWait, UninitialisedRegister
+from .errors import UninitialisedRegister
 from .ptx import (
     BRANCHES,
     WIDTHS,
@@ -141,23 +141,6 @@ def expect_initialised(program: Program, blocks: dict[int, Block]) -> None:
                     raise fault.at(program.name, i.line, i.text)
             for register in written:
                 assigned |= 1 << register.index
-
-
-def expect_loads_waited(program: Program, blocks: dict[int, Block]) -> None:
-    """Raises MissingWait where a register that a tcgen05.ld fills is used with no tcgen05.wait::ld between, or may be:
-    the wait has to come in the same block."""
-    for block in blocks.values():
-        filled: set[int] = set()
-        for i in program.instructions[block.start : block.stop]:
-            if i.opcode.startswith("tcgen05.wait::ld"):
-                filled.clear()
-            used = {r.index for operand in i.operands for r in registers(operand)}
-            misused = not filled.isdisjoint(used)
-            if i.opcode.startswith("tcgen05.ld"):
-                filled |= {r.index for r in destinations(i)}
-            if misused or (filled and i is program.instructions[block.stop - 1]):
-                fault = MissingWait("no tcgen05.wait::ld between a tcgen05.ld and the use of its registers")
-                raise fault.at(program.name, i.line, i.text)
 
 
 @dataclass(frozen=True)

@@ -33,11 +33,13 @@ class Shadow:
 
     # ---- what threads do
 
-    def read(self, place: np.ndarray, size: int, mask, who: np.ndarray | None = None) -> None:
+    def read(
+        self, place: np.ndarray, size: int, mask, who: np.ndarray | None = None, expect_written: bool = True
+    ) -> None:
         """Threads read `size` bytes at places [programs, threads]; `who`: codes, if not each thread for itself."""
         index, program, who = self._pieces(place, size, mask, who)
         written = self._written.take(index)
-        if not written.all():
+        if expect_written and not written.all():
             self._never_written(index, written == 0)
         self._expect_known(written, index, program, who, "reads", "wrote")
         self._mark_read(index, program, who)

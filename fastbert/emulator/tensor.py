@@ -5,6 +5,10 @@ from 32 (w % 4). A product D = A B + D is started by one thread: B lies in share
 or in tensor memory, D in tensor memory. With m = 128 row r of D and of A is lane r; with m = 64 it is lane
 32 (r / 16) + r % 16. Two 16-bit elements of A share a column.
 
+Registers that a `tcgen05.ld` fills may be used at once; what it reads may not be written before `tcgen05.wait::ld`.
+PTX ISA, 9.7.16.6.4.5: "an intra-thread ordering through true register dependency will be respected", which "does not
+imply any other form of ordering".
+
 Products run one after the other beside the threads. A thread that has waited for the mbarrier that a `tcgen05.commit`
 names may read D, and write what the products before the commit read. Sums are taken as by wgmma.
 """
@@ -13,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,11 +52,20 @@ class _Product:
     phase: np.ndarray  # of that mbarrier
 
 
+@dataclass
+class _Move:
+    """A tcgen05.ld or st that some threads have not waited for."""
+
+    place: np.ndarray  # [programs, threads * columns], bytes
+    pending: np.ndarray  # the same shape
+
+
 class TensorMemory:
     def __init__(self, state: State):
         self._columns = np.zeros(state.count, i64)  # allocated, from column 0
         self._products: list[_Product] = []
-        self._stores: list[tuple[np.ndarray, np.ndarray]] = []  # places, threads of stores that nobody has waited for
+        self._loads: list[_Move] = []
+        self._stores: list[_Move] = []
         self._state = state
 
     @functools.cached_property
@@ -84,6 +98,8 @@ class TensorMemory:
         programs, thread = self._one_warp(S, mask, "tcgen05.dealloc")
         if any(product.pending[programs[product.programs]].any() for product in self._products):
             raise MissingWait("tensor memory is given back while a product that nobody waited for may still write it")
+        if any(load.pending[programs].any() for load in self._loads):
+            raise MissingWait("tensor memory is given back while a tcgen05.ld that nobody waited for may still read it")
         base = S.full(address)[np.arange(S.count), thread].astype(i64)
         if (base + columns != self._columns)[programs].any():
             raise TensorMemoryMisuse(f"{columns} columns of tensor memory are given back that were not allocated so")
@@ -112,7 +128,11 @@ class TensorMemory:
         upper half the same lanes' columns from so many further; None: every thread has its own lane."""
         lane, column, active = self._places(S, address, count, halves, mask, "tcgen05.ld")
         place = self._bytes(S, lane, column)
-        self._shadow.read(place.reshape(S.count, -1), 4, self._each(active, count), self._who(S, count))
+        move = self._move(place.reshape(S.count, -1), self._each(active, count))
+        # Triton loads the result of a product that it left out, and takes none of it: what nobody wrote is NaN
+        self._shadow.read(move.place, 4, self._each(active, count), self._who(S, count), expect_written=False)
+        self._shadow.read_goes_on(move.place[move.pending] >> 2)
+        self._loads.append(move)
         words = self._values[np.arange(S.count)[:, None, None], lane[..., None], column]
         return [np.ascontiguousarray(words[..., n]) for n in range(count)]
 
@@ -124,23 +144,38 @@ class TensorMemory:
         each = self._each(active, count)
         self._shadow.fly(place, 4, each, self._who(S, count))
         self._issuer[(place if each is None else place[each]) >> 2] = -1
-        self._stores.append((place, np.ones(place.shape, bool) if each is None else each.copy()))
+        self._stores.append(self._move(place, each))
         words = np.stack([S.full(r) for r in registers], -1)
         programs = np.broadcast_to(np.arange(S.count)[:, None, None], words.shape)
         lane = np.broadcast_to(lane[..., None], words.shape)
         chosen = slice(None) if active is None else active
         self._values[programs[chosen], lane[chosen], column[chosen]] = words[chosen]
 
+    def wait_loads(self, S: State, mask) -> None:
+        expect_whole_warps(S, mask, "tcgen05.wait::ld")
+        for place, done in self._waited(S, self._loads, mask):
+            who = np.broadcast_to(self._who(S, place.shape[1] // S.threads), place.shape)
+            self._shadow.read_is_over(place[done] >> 2, who[done])
+        self._loads = [load for load in self._loads if load.pending.any()]
+
     def wait_stores(self, S: State, mask) -> None:
         expect_whole_warps(S, mask, "tcgen05.wait::st")
-        left = []
-        for place, pending in self._stores:
-            count = place.shape[1] // S.threads
-            done = pending if mask is None else pending & S.full(mask).repeat(count, 1)
-            self._shadow.land(place, 4, done, self._who(S, count))
-            if (still := pending & ~done).any():
-                left.append((place, still))
-        self._stores = left
+        for place, done in self._waited(S, self._stores, mask):
+            self._shadow.land(place, 4, done, self._who(S, place.shape[1] // S.threads))
+        self._stores = [store for store in self._stores if store.pending.any()]
+
+    @staticmethod
+    def _move(place: np.ndarray, each: np.ndarray | None) -> _Move:
+        return _Move(place, np.ones(place.shape, bool) if each is None else each.copy())
+
+    @staticmethod
+    def _waited(S: State, moves: list[_Move], mask) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(place, which of it) that the threads of the mask have waited for; it is pending no more."""
+        for move in moves:
+            columns = move.place.shape[1] // S.threads
+            done = move.pending if mask is None else move.pending & S.full(mask).repeat(columns, 1)
+            move.pending = move.pending & ~done
+            yield move.place, done
 
     def _places(self, S: State, address, count: int, halves: int | None, mask, what: str):
         """(lane [programs, threads], column [programs, threads, count], mask)."""
@@ -180,7 +215,8 @@ class TensorMemory:
 
     @staticmethod
     def _who(S: State, count: int) -> np.ndarray:
-        return np.arange(S.threads, dtype=i64).repeat(count)[None]
+        """A warp moves and waits as one: its first thread stands for all."""
+        return (np.arange(S.threads, dtype=i64) // 32 * 32).repeat(count)[None]
 
     # ---- products
 
@@ -308,14 +344,16 @@ def _tcgen05(emit: Emitter, i: Instruction) -> None:
     operation = i.parts[1]
     if operation in ("alloc", "dealloc", "mma", "commit") and "cta_group::1" not in i.parts:
         refuse(i)
-    if operation == "relinquish_alloc_permit" or i.opcode == "tcgen05.wait::ld.sync.aligned":
-        return  # that nothing uses a register before it was loaded is settled before the program runs
+    if operation == "relinquish_alloc_permit":
+        return
     if operation == "alloc":
         emit.line(f"S.tensor.allocate(S, {emit.address(i.operands[0], 32)}, {i.operands[1].value}, {emit.mask})")
     elif operation == "dealloc":
         emit.line(f"S.tensor.free(S, {emit.read(i.operands[0], 'b32')}, {i.operands[1].value}, {emit.mask})")
     elif operation in ("ld", "st"):
         _move(emit, i)
+    elif i.opcode == "tcgen05.wait::ld.sync.aligned":
+        emit.line(f"S.tensor.wait_loads(S, {emit.mask})")
     elif i.opcode == "tcgen05.wait::st.sync.aligned":
         emit.line(f"S.tensor.wait_stores(S, {emit.mask})")
     elif operation == "mma" and i.parts[2:] == ["cta_group::1", "kind::f16"] and len(i.operands) == 5:

@@ -197,6 +197,24 @@ def test_a_left_operand_in_tensor_memory(ptx):
     np.testing.assert_array_equal(y, a @ b.T)
 
 
+def test_columns_that_nobody_wrote_are_nan(ptx):
+    y = np.zeros((128, 8), np.float32)
+    load = f"tcgen05.ld.sync.aligned.32x32b.x8.b32 {_registers(8)}, [%r21 + 4]; {WAIT_LOAD}"
+    ptx(_body(_fill(8) + load + _write_out(8)), threads=128, shared=4, y=y)
+    assert np.isfinite(y[:, :4]).all()
+    assert np.isnan(y[:, 4:]).all()
+
+
+def test_a_warp_stores_where_another_lane_of_it_has_loaded(ptx):
+    """Lanes of a warp need no barrier between them, other warps do not reach their lanes."""
+    y = np.zeros((128, 8), np.uint32)
+    load = f"tcgen05.ld.sync.aligned.16x32bx2.x4.b32 {_registers(4)}, [%r21 + 0], 4; {WAIT_LOAD}"
+    store = f"tcgen05.st.sync.aligned.16x32bx2.x4.b32 [%r21 + 4], -4, {_registers(4)}; {WAIT_STORE}"
+    ptx(_body(_fill(8) + load + store + load + _write_out(8)), threads=128, shared=4, y=y)
+    warp, lane = (part[:, None] for part in divmod(np.arange(128), 32))
+    np.testing.assert_array_equal(y[:, :4], (32 * warp + lane % 16) * 1000 + np.arange(4) + 4 * (lane < 16))
+
+
 # ---- what is refused ---------------------------------------------------------------------------------------
 
 REFUSED = {
@@ -219,7 +237,6 @@ REFUSED = {
     "columns that are not allocated": (errors.OutOfBounds, {"[%r21 + 0]": "[%r21 + 33]"}),
     "a product past the columns": (errors.OutOfBounds, {"[%r20 + 0]": "[%r20 + 33]"}),
     "lanes of another warp": (errors.InvalidOperand, {"[%r21 + 0]": "[%r20 + 0]"}),
-    "columns that nobody wrote": (errors.UnwrittenShared, {"[%r21 + 0]": "[%r21 + 32]"}),
     "a sum with what nobody wrote": (errors.UnwrittenShared, {"setp.ne.u32 %p7, 0, 0": "setp.ne.u32 %p7, 1, 0"}),
     "another format": (errors.InvalidOperand, {f"mov.u32 %r7, {_instruction(128, 'f16')}": "mov.u32 %r7, 0"}),
 }  # fmt: skip
@@ -236,6 +253,20 @@ def test_refused(ptx, fault):
         text = text.replace(old, new)
     with pytest.raises(error):
         ptx(text, threads=128, shared=8192, x=image, y=np.zeros((128, N), np.float32))
+
+
+def test_a_load_needs_a_wait_before_others_write_there(ptx):
+    """Its registers are ordered by their use alone; the memory that it reads is not."""
+    y = np.zeros((128, 8), np.uint32)
+    load = f"tcgen05.ld.sync.aligned.32x32b.x8.b32 {_registers(8)}, [%r21 + 0];"
+    use, store = "add.u32 %r24, %r24, 1;", "tcgen05.st.sync.aligned.32x32b.x1.b32 [%r21 + 3], {%r24};"
+    ptx(_body(_fill(8) + load + use + WAIT_LOAD + store + WAIT_STORE + _write_out(8)), threads=128, shared=4, y=y)
+    expected = np.arange(128)[:, None] * 1000 + np.arange(8)
+    np.testing.assert_array_equal(y, expected + (np.arange(8) == 0))
+    with pytest.raises(errors.MissingWait, match="byte 12 of tensor memory while an asynchronous unit may still read"):
+        ptx(_body(_fill(8) + load + store + WAIT_LOAD + WAIT_STORE), threads=128, shared=4, y=y)
+    with pytest.raises(errors.MissingWait, match=r"given back while a tcgen05\.ld"):
+        ptx(_body(_fill(8) + load + _write_out(8)), threads=128, shared=4, y=y)
 
 
 def test_a_store_needs_a_wait(ptx):
