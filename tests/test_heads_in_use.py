@@ -1,6 +1,10 @@
 """Heads under other people's loops: transformers' Trainer, PEFT, and torch's DDP and FSDP2."""
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -98,3 +102,70 @@ def test_trainer_evaluates_predicts_saves_and_goes_on(head, tmp_path):
     trainer.train(resume_from_checkpoint=True)  # at its one step already
     for p, q in zip(again.parameters(), model.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+# ---- PEFT ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "targets", [("query", "value"), ("query", "key", "value", "dense")], ids=["query_value", "all"]
+)
+def test_lora_gives_what_it_gives_in_transformers(targets, tmp_path):
+    """Outputs, gradients of adapters and classifier alone, and the adapter's file; the layers' weights are not read
+    past the adapters, with gradients or without."""
+    peft = pytest.importorskip("peft", reason="what makes the adapters")
+    plain = ours_of("SequenceClassification")
+    theirs = transformers.BertForSequenceClassification(transformers.BertConfig(**plain.config.to_dict()))
+    theirs.load_state_dict(plain.state_dict())
+    config = peft.LoraConfig(r=4, target_modules=[*targets], task_type="SEQ_CLS", init_lora_weights=False)
+    models = [peft.get_peft_model(model, copy.deepcopy(config)) for model in (copy.deepcopy(plain), theirs)]
+    models[0].load_state_dict(models[1].state_dict())  # one set of adapters for both
+    ours, theirs = models
+    batch = collate(rows_of("SequenceClassification"))
+    outputs = [model.train()(**batch) for model in models]
+    torch.testing.assert_close(outputs[0].logits, outputs[1].logits, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(outputs[0].logits, plain(**batch).logits, atol=1e-2), "the adapters make no difference"
+    for output in outputs:
+        output.loss.backward()
+    trained = {name: p.grad for name, p in ours.named_parameters() if p.requires_grad}
+    expected = {name: p.grad for name, p in theirs.named_parameters() if p.requires_grad}
+    assert trained.keys() == expected.keys()
+    assert any("lora_A" in name for name in trained)
+    assert any("classifier" in name for name in trained)
+    for name, grad in trained.items():
+        torch.testing.assert_close(grad, expected[name], rtol=1e-3, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+    with torch.no_grad():
+        torch.testing.assert_close(ours.eval()(**batch).logits, outputs[1].logits, rtol=1e-4, atol=1e-5)
+    ours.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path)
+    torch.testing.assert_close(again(**batch).logits, outputs[1].logits, rtol=1e-4, atol=1e-5)
+    merged = ours.merge_and_unload()
+    assert type(merged.bert.encoder["layer"][0].attention["self"]["query"]) is torch.nn.Linear
+    torch.testing.assert_close(merged(**batch).logits, outputs[1].logits, rtol=1e-4, atol=1e-5)
+
+
+def test_hooks_on_linear_layers_and_tables_are_called():
+    """Whoever listens to a layer, or changes what it gives, is heard: as NEFTune's noise on the embedding."""
+    model = ours_of("SequenceClassification").eval()
+    batch = collate(rows_of("SequenceClassification"))
+    before, heard = model(**batch).logits, []
+    modules = {name: m for name, m in model.named_modules() if isinstance(m, (torch.nn.Linear, torch.nn.Embedding))}
+    for name, module in modules.items():
+        module.register_forward_hook(lambda module, given, output, name=name: heard.append(name))
+    torch.testing.assert_close(model(**batch).logits, before)
+    assert {*heard} == {*modules}
+    model.get_input_embeddings().register_forward_hook(lambda module, given, output: output * 3.0)
+    assert not torch.allclose(model(**batch).logits, before, atol=1e-2)
+
+
+# ---- DDP and FSDP2 ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.once
+def test_two_processes_have_the_gradients_of_one():
+    script = Path(__file__).with_name("heads_in_ranks.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr

@@ -368,8 +368,7 @@ class BertModel(nn.Module):
         pooler_output = None
         if self.pooler is not None:
             first = F.pool(x, batch.cu_seqlens, "cls", impl=self.impl)
-            dense = self.pooler["dense"]
-            pooler_output = torch.tanh(F.linear(first, dense.weight, dense.bias, impl=F.products_beside(self.impl)))
+            pooler_output = torch.tanh(_product(first, self.pooler["dense"], self.impl)[0])
         last = hidden_states[-1] if output_hidden_states else x if packed else batch.pad(x)
         output = BertOutput(
             last_hidden_state=last,
