@@ -317,7 +317,7 @@ def _read_shards(index: Path, read) -> dict[str, Tensor]:
             raise CheckpointError(f"{index.parent} lacks the shard {shard} that {index.name} names")
         state.update(read(index.parent / shard))
     if absent := sorted(weight_map.keys() - state.keys()):
-        raise CheckpointError(f"the shards of {index} lack {_listed(absent)}")
+        raise CheckpointError(f"the shards of {index} lack {listed(absent)}")
     return state
 
 
@@ -486,10 +486,7 @@ def _fit_names(own: dict[str, Tensor], state: dict[str, Tensor]) -> tuple[dict[s
     unexpected = []
     # Names that are exactly right go first: where a file has both `x` and `bert.x`, the exact one wins.
     for name in sorted(state, key=lambda name: name not in own):
-        modern = name
-        for old, new in _LEGACY_ENDINGS.items():
-            if name.endswith(old):
-                modern = name.removesuffix(old) + new
+        modern = current_name(name)
         for candidate in (modern, modern.removeprefix("bert."), f"bert.{modern}"):
             if candidate in own and candidate not in fitting:
                 fitting[candidate] = state[name]
@@ -498,6 +495,14 @@ def _fit_names(own: dict[str, Tensor], state: dict[str, Tensor]) -> tuple[dict[s
             if not _matches(name, _NOT_WEIGHTS):
                 unexpected.append(name)
     return {name: fitting[name] for name in own if name in fitting}, unexpected
+
+
+def current_name(name: str) -> str:
+    """A weight's name with LayerNorm.weight and bias, whichever way the file spells them."""
+    for old, new in _LEGACY_ENDINGS.items():
+        if name.endswith(old):
+            return name.removesuffix(old) + new
+    return name
 
 
 def _why_not(t: Tensor, own: Tensor) -> str | None:
@@ -513,9 +518,10 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def _problem(kind: str, names: list[str]) -> list[str]:
-    return [f"{len(names)} {kind} ({_listed(names)})"] if names else []
+    return [f"{len(names)} {kind} ({listed(names)})"] if names else []
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
+    """Names for a message, the first of them where there are many."""
     more = len(names) - _NAMES_IN_A_MESSAGE
     return ", ".join(names[:_NAMES_IN_A_MESSAGE]) + (f" and {more} more" if more > 0 else "")

@@ -78,6 +78,16 @@ class Architecture:
     classes: tuple[tuple[frozenset[str], str], ...]
     optional: Shapes = field(default_factory=dict)
 
+    def shapes(self) -> Shapes:
+        """Of every weight that a checkpoint can have."""
+        shapes = dict(self.required)
+        for head in self.heads.values():
+            shapes |= head
+        return shapes | self.optional
+
+    def knows(self, name: str) -> bool:
+        return any(pattern_of(template).fullmatch(name) for template in self.shapes())
+
 
 BERT = Architecture(
     required=_embeddings("bert.", "C") | _layers("bert."),
@@ -164,10 +174,7 @@ def fit(architecture: Architecture, tensors: dict[str, Variable], config: dict[s
     Raises: CheckpointError that names what is missing, what is unknown, and which shape does not fit.
     """
     _check_numbers(config)
-    shapes = dict(architecture.required)
-    for head in architecture.heads.values():
-        shapes |= head
-    patterns = [(pattern_of(name), name, letters) for name, letters in (shapes | architecture.optional).items()]
+    patterns = [(pattern_of(name), name, letters) for name, letters in architecture.shapes().items()]
     numbers: dict[str, tuple[int, str]] = {}  # letter -> its number, and who said so
     for letter, key in LETTERS.items():
         if config.get(key) is not None:

@@ -19,6 +19,7 @@ from .source import Source
 from .variable import Variable
 
 ACTIVATIONS = ("gelu", "gelu_new")
+_OTHER_HEAD = "no part of the encoder, nor of a head that is known"
 _HEAD_WIDTH_OF_ELECTRA = 64  # in every one of Google's: model_size small, base and large
 _BERT_DEFAULTS = {
     "hidden_dropout_prob": 0.1,
@@ -57,34 +58,43 @@ class Model:
     notes: list[str] = field(default_factory=list)
     generator: Model | None = None
 
+    @property
+    def other_heads(self) -> list[str]:
+        """The variables that `open_model` left out, since they are neither the encoder's nor of a head it knows."""
+        return [name for name, reason in self.skipped.items() if reason == _OTHER_HEAD]
+
     def state_dict(self) -> dict[str, Tensor]:
         """The weights, on the CPU, each contiguous; memory-mapped where the source has them as they are."""
         return {name: t.read() for name, t in self.tensors.items()}
 
 
 def open_model(path: str | os.PathLike, *, activation: str | None = None) -> Model | None:
-    """The model at a path; None where it is a folder as transformers writes it.
+    """The model at a path, to be computed with; None where it is a folder as transformers writes it.
 
     Args:
         path: a folder, a checkpoint's prefix, or a file.
         activation: what the config's "gelu" is to mean, "gelu" or "gelu_new"; None takes what the framework computes.
 
+    In PyTorch's files, heads that are not known are left out: see `Model.other_heads`.
     Raises: CheckpointError, in one line: what is missing or damaged, a variable that is not known, a shape that does
         not fit, a format that is not read.
     """
     source = find_source(Path(path))
-    return None if source is None else understand(source, activation=activation)
+    return None if source is None else understand(source, activation=activation, other_heads=True)
 
 
-def understand(source: Source, *, activation: str | None = None) -> Model:
-    """A source under transformers' names, held against its config. Raises CheckpointError."""
+def understand(source: Source, *, activation: str | None = None, other_heads: bool = False) -> Model:
+    """A source under transformers' names, held against its config.
+
+    other_heads: leave out the heads that are not known, where the names are transformers'. Raises CheckpointError.
+    """
     try:
-        return _understand(source, activation)
+        return _understand(source, activation, other_heads)
     except CheckpointError as error:
         raise CheckpointError(f"{source.path}: {error}") from None
 
 
-def _understand(source: Source, activation: str | None) -> Model:
+def _understand(source: Source, activation: str | None, other_heads: bool) -> Model:
     family = source.family(source.variables)
     if family is not None:
         named, model_type = assign(family, source.variables), family.model_type
@@ -93,6 +103,8 @@ def _understand(source: Source, activation: str | None) -> Model:
         if model_type not in ARCHITECTURES:
             raise CheckpointError(f"its model_type is {model_type!r}; one of {', '.join(ARCHITECTURES)} is read")
         named = assign_plain(model_type, source.variables)
+        if other_heads:
+            _leave_out_other_heads(named, model_type)
     drop_tied(named)
     if not named.tensors:
         raise CheckpointError("it holds no weights")
@@ -109,6 +121,13 @@ def _understand(source: Source, activation: str | None) -> Model:
         raise CheckpointError(f"the vocabulary has {len(source.words)} words, the model {config['vocab_size']}")
     model = Model(source, config, tensors, named.used, named.skipped, notes, _generator(source, named, config))
     return model
+
+
+def _leave_out_other_heads(named: Named, model_type: str) -> None:
+    for theirs, ours in list(named.used.items()):
+        if not ARCHITECTURES[model_type].knows(ours):
+            del named.tensors[ours], named.used[theirs]
+            named.skipped[theirs] = _OTHER_HEAD
 
 
 def _settle_dtype(named: Named, notes: list[str]) -> None:

@@ -22,7 +22,7 @@ from ..inference import one_call
 from ..inference.graphs import Graphs, graphs_for, why_not_recorded
 from ..inference.weights import FusedLinears, is_plain, parameters_of
 from ..packing import PackedBatch
-from .loading import LeftUninitialised, initialise, of_other_heads, read_model
+from .loading import LeftUninitialised, initialise, load_encoder, read_model
 
 
 @dataclass
@@ -276,15 +276,16 @@ class BertModel(nn.Module):
             dtype: of the parameters; None keeps the checkpoint's.
             add_pooling_layer: None: if the checkpoint has one.
 
-        Raises: CheckpointError, which names what is missing, unexpected or of the wrong shape.
+        What is not part of the encoder is left out, as transformers' AutoModel does; a warning names it, unless it is
+        the head of one of transformers' BERT classes. The prefix "module." of DataParallel is taken away.
+        Raises: CheckpointError, which names what is missing, there twice, or of the wrong shape.
         """
         config, state = read_model(id_or_path)
         if add_pooling_layer is None:
             add_pooling_layer = any("pooler.dense.weight" in name for name in state)
         with torch.device("meta"), LeftUninitialised():
             model = cls(config, add_pooling_layer, impl)
-        others = of_other_heads(state) + (() if add_pooling_layer else ("*pooler.*",))
-        checkpoint.load_into(model, state, ignore_unexpected=others, assign=True, source=id_or_path)
+        load_encoder(model, state, id_or_path)
         return model.to(device=device, dtype=dtype).eval()
 
     def save_pretrained(self, folder: str | Path) -> None:

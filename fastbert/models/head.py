@@ -17,7 +17,7 @@ from .. import functional as F
 from ..config import BertConfig
 from ..packing import PackedBatch
 from .bert import BertModel
-from .loading import LeftUninitialised, initialise, of_other_heads, read_model
+from .loading import LeftUninitialised, initialise, load_encoder, read_model
 
 IGNORED = -100  # a label that does not count
 
@@ -267,12 +267,8 @@ class BertHead(nn.Module):
         encoder_alone = not any(name.startswith("bert.encoder.") for name in state)
         if new_head and not encoder_alone:
             state = {name: t for name, t in state.items() if name.startswith("bert.")}
-        others = of_other_heads(state) + (() if cls.POOLED else ("*pooler.*",))
         heads = tuple(name for name in model.state_dict(keep_vars=True) if not name.startswith("bert."))
-        checkpoint.load_into(
-            model, state, ignore_missing=(*heads, "bert.pooler.*"), ignore_unexpected=others, assign=True,
-            source=id_or_path,
-        )  # fmt: skip
+        load_encoder(model, state, id_or_path, ignore_missing=(*heads, "bert.pooler.*"))
         model._start_what_is_missing(id_or_path, seed)
         return model.to(device=device, dtype=dtype).eval()
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +25,28 @@ SIZES_IN_WEIGHTS = {
     "encoder.layer.0.intermediate.dense.weight": ((0, "intermediate_size"),),
 }
 
+# The weights of transformers' BERT classes that a model may have no use for.
+_KNOWN_HEADS = re.compile(r"cls\.|classifier\.|qa_outputs\.|(bert\.)?pooler\.")
+
 
 def read_model(id_or_path: str | Path, **changes: Any) -> tuple[BertConfig, dict[str, Tensor]]:
     """(config, weights) from a local folder or a hub id, or from another format that `fastbert convert` reads.
 
     changes: fields of the config that win over the file's.
 
-    Raises: CheckpointError, also where the config asks for more than the weights hold.
+    The prefix "module." of DataParallel is taken away.
+    Raises: CheckpointError, also where the config asks for more than the weights hold, and for quantised weights.
     """
     with opened(id_or_path) as path:
         foreign = open_model(path)
         if foreign is None:
             config, state = BertConfig.from_pretrained(path, **changes), checkpoint.load_state_dict(path)
+            state = {name.removeprefix("module."): t for name, t in state.items()}
         else:
             config, state = BertConfig.from_model(foreign, **changes), foreign.state_dict()
+            _name_what_is_left_out(foreign.other_heads, id_or_path)
+    if config.extra.get("quantization_config"):
+        raise checkpoint.CheckpointError(f"{id_or_path}: its weights are quantised, and are not read")
     _expect_sizes(config, state, id_or_path)
     return config, state
 
@@ -56,12 +66,28 @@ def _expect_sizes(config: BertConfig, state: dict[str, Tensor], source: str | Pa
             )
 
 
-def of_other_heads(state: dict[str, Tensor]) -> tuple[str, ...]:
-    """Patterns of names that a model without these heads leaves alone: the checkpoint was trained for another task."""
-    names = ("cls.*", "classifier.*", "qa_outputs.*")
-    if any(name.startswith("bert.encoder.") for name in state):
-        names += tuple(name for name in state if not name.startswith("bert."))
-    return names
+def load_encoder(
+    model: nn.Module, state: dict[str, Tensor], source: str | Path, ignore_missing: Iterable[str] = ()
+) -> None:
+    """Makes a checkpoint's tensors the model's own. What the model has no place for is left out, as by transformers'
+    AutoModel; a warning names it, unless it is of a head that transformers' BERT classes have.
+
+    ignore_missing: patterns of names that the checkpoint may lack.
+
+    Raises: CheckpointError, which names what is missing, there twice, or of the wrong shape.
+    """
+    own = {name.removeprefix("bert.") for name in model.state_dict(keep_vars=True)}
+    others = [name for name in state if checkpoint.current_name(name).removeprefix("bert.") not in own]
+    loaded = checkpoint.load_into(
+        model, state, ignore_missing=ignore_missing, ignore_unexpected=others, assign=True, source=source
+    )
+    _name_what_is_left_out([name for name in loaded.unexpected if not _KNOWN_HEADS.match(name)], source)
+
+
+def _name_what_is_left_out(names: list[str], source: str | Path) -> None:
+    if names:
+        listed = checkpoint.listed(names)
+        warnings.warn(f"{source}: left out, as no part of this model: {listed}", stacklevel=4)
 
 
 class LeftUninitialised(TorchFunctionMode):
