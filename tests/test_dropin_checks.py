@@ -72,6 +72,25 @@ def other_child(model):
     of_subclass(model)
 
 
+def one_more_layer(model):
+    """Walked past without a word where all layers run in one call, until the lists of children were compared."""
+    model.encoder.layer.append(copy.deepcopy(model.encoder.layer[0]))
+
+
+def layers_in_another_order(model):
+    layers = model.encoder.layer._modules
+    layers["0"], layers["1"] = layers["1"], layers["0"]
+
+
+def names_in_another_order(model):
+    """The same children in the same order, under each other's names."""
+    children = model.encoder.layer[0].attention.self._modules
+    query, key, *rest = children.items()
+    children.clear()
+    children.update({key[0]: query[1], query[0]: key[1], **dict(rest)})
+    model.encoder.layer[0].attention.self.key.weight.data *= 2.0
+
+
 def other_activation(model):
     model.encoder.layer[1].intermediate.intermediate_act_fn = nn.Tanh()
 
@@ -100,7 +119,8 @@ def causal(model):
 
 
 CHANGES = [
-    of_instance, of_subclass, other_child, other_activation, dropout_that_stays, scale, buffer, hook_that_edits, causal,
+    of_instance, of_subclass, other_child, one_more_layer, layers_in_another_order, names_in_another_order,
+    other_activation, dropout_that_stays, scale, buffer, hook_that_edits, causal,
 ]  # fmt: skip
 
 

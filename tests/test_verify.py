@@ -13,7 +13,17 @@ from fastbert import functional, verify
 from fastbert.cli import verify as command
 from fastbert.cli.main import main
 from fastbert.kernels import _device, native, reference
-from fastbert.testing import INPUTS, LENGTHS, MODELS, WORKLOADS, Check, check_op, compare, natural_lengths
+from fastbert.testing import (
+    INPUTS,
+    LENGTHS,
+    MODELS,
+    WORKLOADS,
+    Check,
+    check_op,
+    compare,
+    error_and_budget,
+    natural_lengths,
+)
 from fastbert.verify import cases, checks, run
 
 TINY = MODELS["tiny"]
@@ -91,13 +101,22 @@ def test_nan_fails(monkeypatch):
     assert not rows[0].passed
 
 
-def test_a_failure_is_the_worst_beside_an_infinite_budget():
-    """Where plain torch has a NaN in this dtype, the ratio of error and budget is one, which compares to nothing."""
-    (task, *_) = verify.tasks(["pool"], ["fp32"], torch.device("cpu"))
-    infinite, failed = Check("out[0]", float("inf"), float("inf")), Check("out[1]", 2.0, 1.0)
-    for found in ((infinite, failed), (failed, infinite)):
-        (row,) = verify.worst([verify.Result(task, found)])
-        assert (row.tensor, row.passed) == ("out[1]", False)
+@pytest.mark.parametrize(
+    ("ours", "passed"),
+    [
+        ([1.0, float("inf"), 2.0, float("nan")], True),  # plain torch's own
+        ([1.0, 1e30, 2.0, 3.0], True),  # the truth
+        ([1.0, -float("inf"), 2.0, 3.0], False),
+        ([1.0, 1e29, 2.0, 3.0], False),
+        ([1.0, float("inf"), 2.5, float("nan")], False),
+        ([1.0, float("nan"), 2.0, 3.0], False),
+        ([float("inf"), 1e30, 2.0, 3.0], False),
+    ],
+)
+def test_where_plain_torch_overflows_not_everything_passes(ours, passed):
+    """The budget was twice an infinite error then, and any number passed, at these elements and at all others."""
+    plain, truth = torch.tensor([1.0, float("inf"), 2.0, float("nan")]), torch.tensor([1.0, 1e30, 2.0, 3.0])
+    assert Check("out", *error_and_budget(torch.tensor(ours), plain, truth.double())).passed == passed
 
 
 def test_an_operator_that_raises_is_a_row_and_the_others_still_run(monkeypatch, capsys):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
 from operator import attrgetter, is_
 from types import CodeType, FunctionType
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from .forward import Forward
 
@@ -159,7 +161,9 @@ class Watch:
     """Are these modules what they were? Looked at: their classes and the methods of these, the functions that they
     call, what was put on an instance in place of a method, children, hooks, and whatever else is given.
 
-    A look takes a few dozen microseconds for a hundred modules, so everything is compared in lists made beforehand.
+    A look takes a dozen microseconds for a hundred modules, but several times that where the weights of the call before
+    have driven the modules out of the caches. So everything is compared in lists made beforehand, and as little memory
+    as possible is looked at: for new hooks only where a handle has been given out since, which torch numbers.
 
     Args:
         modules: whose calls the fused code stands in for, or makes.
@@ -179,7 +183,6 @@ class Watch:
         looked: dict[tuple[type, str], Callable] = {(nn.Module, "__call__"): nn.Module.__call__}
         for module in self.modules:
             methods, functions = used_by(type(module))
-            places += [(module._modules, key) for key in module._modules]
             places += [(module.__dict__, name) for name in methods if not name.startswith("__")]
             places += functions
             looked |= {(type(module), name): getattr(type(module), name) for name in methods}
@@ -188,17 +191,37 @@ class Watch:
         self.things = list(map(dict.get, self.tables, self.keys))
         self.classes, self.names = [cls for cls, _ in looked], [name for _, name in looked]
         self.methods = list(looked.values())
+        self.parents = [module._modules for module in self.modules if module._modules]
+        self.children, self.paths = self._below()
+        self.handles = RemovableHandle.next_id
         hooks = [getattr(module, name) for module in self.modules for name in HOOKS]
         self.silent = [of_one for of_one in hooks if not of_one]
         self.heard = [(of_one, list(of_one.values())) for of_one in hooks if of_one]
         self.buffers = [t for t in buffers if not t.is_inference()]
         self.versions = list(map(attrgetter("_version"), self.buffers))
 
+    def _below(self) -> tuple[list[nn.Module | None], list[str]]:
+        """(the children of all modules, their names)."""
+        return list(chain.from_iterable(map(dict.values, self.parents))), list(chain.from_iterable(self.parents))
+
+    def is_silent(self) -> bool:
+        """Are modules without a hook still without?"""
+        handles = RemovableHandle.next_id
+        if handles != self.handles:
+            if any(self.silent):
+                return False
+            self.handles = handles
+        return True
+
     def is_same(self) -> bool:
+        children, paths = self._below()
         return (
             list(map(type, self.modules)) == self.types
             and all(map(is_, map(dict.get, self.tables, self.keys), self.things))
-            and not any(self.silent)
+            and len(children) == len(self.children)
+            and all(map(is_, children, self.children))
+            and paths == self.paths
+            and self.is_silent()
             and all(list(hooks.values()) == known for hooks, known in self.heard)
             and list(map(attrgetter("_version"), self.buffers)) == self.versions
             and self.code_is_same()

@@ -125,9 +125,8 @@ def _rows(results: Sequence[Result]) -> list[Row]:
     ]
 
 
-def _badness(check: Check) -> tuple[bool, float]:
-    """What failed is worse than what passed, also beside an infinite budget, of which the ratio is a NaN."""
-    return not check.passed, check.error / check.budget
+def _badness(check: Check) -> float:
+    return check.error / check.budget
 
 
 def without_nan(value: Any) -> Any:

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..functional import machine
-from ..testing import Check, ModelShape, Runs, budget, relative_rms, run_op
+from ..testing import Check, ModelShape, Runs, error_and_budget, run_op
 from .cases import DTYPES, Task
 from .checks import Result, factor_of, result_of
 
@@ -207,7 +207,7 @@ class Replay:
         factor = factor_of(task.dtype, self._impl)
         for name, ours, plain, truth in zip(runs.names, runs.ours, runs.plain, runs.truth, strict=True):
             expected = recorded.outputs[name].view(ours.shape)
-            checks.append(Check(name, relative_rms(ours, expected), budget(plain, truth, factor)))
+            checks.append(Check(name, *error_and_budget(ours, plain, truth, factor, expected)))
             self.tensors += 1
             self.same += torch.equal(ours.cpu(), expected)
         return checks

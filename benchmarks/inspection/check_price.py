@@ -1,0 +1,100 @@
+"""What the checks of an accelerated model cost: the same calls with and without them, in turns.
+
+    python -m benchmarks.inspection.check_price [--dtype float32 bfloat16] [--pairs 300] [--threads 1]
+
+A model of MiniLM's shape (6 layers of 384) with random weights answers one query of 16 tokens, and a batch of 32 texts
+of 128 tokens, each with every check and with none: whether a module changed or has a hook, what follows the call, its
+arguments, and its lengths and indices. Pairs of calls, first one way round and then the other; printed are medians of
+the pairs' ratios, so that what slows the machine down for a while slows both. Wanted: a query at 1.02 or less, and
+texts a second, with over without, at 0.99 or more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from unittest.mock import patch
+
+import torch
+from transformers import BertConfig, BertModel
+
+import fastbert
+from fastbert import functional
+from fastbert.dropin import encoder, own
+from fastbert.kernels import native
+
+SHAPE = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
+CASES = {"query": (1, 16), "texts": (32, 128)}  # [B, S]
+
+
+def _passes(*args, **kwargs) -> None:
+    """A check that never finds anything."""
+
+
+def without_checks() -> ExitStack:
+    """Within it, no call is looked at."""
+    stack = ExitStack()
+    stack.enter_context(patch.object(own.Watch, "is_same", lambda self: True))
+    stack.enter_context(patch.object(encoder, "why_not_here", _passes))
+    stack.enter_context(patch.object(encoder.EncoderForward, "why_not_given", _passes))
+    for module, names in ((functional, ("sequences", "lengths", "indices")), (native, ("sequences",))):
+        for name in names:
+            stack.enter_context(patch.object(module, f"expect_{name}", _passes))
+    return stack
+
+
+def ratios(call: Callable[[], object], pairs: int) -> tuple[float, float, float]:
+    """(median of the pairs' time with checks over that without, its quartiles)."""
+
+    def seconds(checked: bool) -> float:
+        with ExitStack() if checked else without_checks():
+            call()  # what changed is the code that runs, not the model: the first call after that is not timed
+            start = time.perf_counter()
+            call()
+            return time.perf_counter() - start
+
+    found = []
+    for pair in range(pairs):
+        times = {checked: seconds(checked) for checked in ((True, False) if pair % 2 else (False, True))}
+        found.append(times[True] / times[False])
+    low, middle, high = statistics.quantiles(found, n=4)
+    return middle, low, high
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--pairs", type=int, default=300)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    for dtype in args.dtype:
+        torch.manual_seed(0)
+        model = BertModel(BertConfig(**SHAPE)).eval().to(getattr(torch, dtype))
+        fastbert.accelerate(model, padding="zero")
+        for case, (rows, width) in CASES.items():
+            given = {
+                "input_ids": torch.randint(1000, 20000, (rows, width), dtype=torch.int64, device="cpu"),
+                "attention_mask": torch.ones(rows, width, dtype=torch.int64, device="cpu"),
+            }
+            pairs = args.pairs if case == "query" else max(args.pairs // 15, 2)
+            call = partial(model, **given)
+            with torch.inference_mode():
+                call()  # what is made once
+                call()
+                start = time.perf_counter()
+                call()
+                once = time.perf_counter() - start
+                middle, low, high = ratios(call, pairs)
+            shown = f"time {middle:.4f} ({low:.4f} to {high:.4f})"
+            if case == "texts":
+                shown = f"texts a second {1 / middle:.4f} ({1 / high:.4f} to {1 / low:.4f})"
+            print(f"{dtype} {case} {rows} x {width}, {once * 1e3:.2f} ms: {shown}, {pairs} pairs", flush=True)
+
+
+if __name__ == "__main__":
+    main()
