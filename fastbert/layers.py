@@ -14,6 +14,10 @@ from .inference.weights import FusedLinears as FusedLinears
 from .inference.weights import JoinedLinears as JoinedLinears
 from .inference.weights import prepack as prepack
 from .inference.weights import quantise as quantise
+from .packing import PackedBatch
+from .stack.layer import Drops, Layer, run
+from .stack.shared import Pass
+from .stack.steps import Joined, Part, part_of, probability
 
 # class name of an activation module, of torch or transformers -> the operators' name for it
 ACTIVATIONS = {
@@ -223,25 +227,48 @@ class EncoderLayer(nn.TransformerEncoderLayer):
         if not batched and src_key_padding_mask is not None:
             src_key_padding_mask = src_key_padding_mask[None]
 
-        def attend(x: Tensor) -> Tensor:
-            return multi_head_attention(self.self_attn, x, x, x, src_key_padding_mask, src_mask, self.impl)
-
-        if self.norm_first:
-            y = attend(self._norm(F.add_layer_norm, x, None, self.norm1))
-            h, x = self._norm(F.add_layer_norm_sum, y, x, self.norm2, self.dropout1)
-            x = x + self.dropout2(self._feed_forward(h))
-        else:
-            x = self._norm(F.add_layer_norm, attend(x), x, self.norm1, self.dropout1)
-            x = self._norm(F.add_layer_norm, self._feed_forward(x), x, self.norm2, self.dropout2)
+        mask, bias = attention_masks(src_key_padding_mask, src_mask, len(x), self.self_attn.num_heads)
+        shared = whole_rows(x, mask, bias, self.impl)
+        layer, drops = torch_layer(self, part_of), torch_drops(self)
+        y = run(shared.batch.unpad(x), layer, drops, shared.dropping() if any(drops) else shared, 0, self.training)
+        x = shared.batch.pad(y)
         return x[0] if not batched else x if batch_first else x.transpose(0, 1).contiguous()
 
-    def _norm(self, op, x: Tensor, residual: Tensor | None, norm: nn.LayerNorm, dropout: nn.Dropout | None = None):
-        p = dropout.p if dropout is not None and dropout.training else 0.0
-        options = dropout_options(p, x.device)
-        return op(x, residual, norm.weight, norm.bias, norm.eps, impl=self.impl, **options)
 
-    def _feed_forward(self, x: Tensor) -> Tensor:
-        up, down, activation = self.linear1, self.linear2, self.activation_name
-        if self.dropout.training and self.dropout.p > 0.0:
-            return down(self.dropout(F.linear_act(x, up.weight, up.bias, activation, impl=self.impl)))
-        return F.feed_forward(x, up.weight, up.bias, down.weight, down.bias, activation, impl=self.impl)
+def whole_rows(x: Tensor, mask: Tensor | None, bias: Tensor | None, impl: F.Impl | None) -> Pass:
+    """What layers share that compute all of x [B, S, C], behind the masks that `attention_masks` gives."""
+    rows, width = x.shape[:2]
+    columns = torch.arange(width, dtype=torch.int64, device=x.device)[None]
+    batch = PackedBatch.from_padded(None, None, None, columns, shape=(rows, width))
+    shape = (-1, -1, width, width)
+    return Pass(
+        batch, None, impl, padded=True,
+        mask=None if mask is None else mask.expand(shape), bias=None if bias is None else bias.expand(shape),
+    )  # fmt: skip
+
+
+def torch_layer(layer: nn.TransformerEncoderLayer, part: Callable[[nn.Module, type[nn.Module]], Part]) -> Layer:
+    """torch's layer, described. part: says how a module of a kind is used."""
+    attention, name = layer.self_attn, activation_name(layer.activation)
+    return Layer(
+        (Part(Joined(attention.in_proj_weight, attention.in_proj_bias), plain=True),),
+        out=Part(attention.out_proj, plain=True),  # torch takes its weight and never calls it
+        out_norm=part(layer.norm1, nn.LayerNorm),
+        up=part(layer.linear1, nn.Linear),
+        activation=Part(layer.activation, plain=False),
+        down=part(layer.linear2, nn.Linear),
+        down_norm=part(layer.norm2, nn.LayerNorm),
+        activation_name=name,
+        head_dim=attention.head_dim,
+        joined=JoinedLinears(),
+        pre_norm=layer.norm_first,
+    )
+
+
+def torch_drops(layer: nn.TransformerEncoderLayer) -> Drops:
+    """What torch's layer drops at the moment. The mode of its attention turns on the dropout there."""
+    attention = layer.self_attn
+    return Drops(
+        attention.dropout if attention.training else 0.0,
+        *(probability(dropout) for dropout in (layer.dropout1, layer.dropout, layer.dropout2)),
+    )

@@ -101,8 +101,9 @@ def layers() -> Iterator[dict]:
     """The kernels that one encoder layer launches, forward in evaluation and forward and backward in training; for
     lengths that the host knows and for those that only the device does."""
     from fastbert import BertConfig
-    from fastbert.models.bert import BertLayer, Pass
+    from fastbert.models.bert import BertLayer
     from fastbert.packing import PackedBatch
+    from fastbert.stack.shared import Pass
 
     config = BertConfig(hidden_size=128, num_attention_heads=2, intermediate_size=256)
     layer = BertLayer(config, 0).to(torch.bfloat16)

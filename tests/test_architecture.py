@@ -19,6 +19,7 @@ FLOORS = (
     ("fastbert.functional",),
     ("fastbert.packing",),
     ("fastbert.inference",),
+    ("fastbert.stack",),
     ("fastbert.layers", "fastbert.testing", "fastbert.text"),
     ("fastbert.models",),
     ("fastbert.dropin",),

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastbert.functional import LayerOptions
 from fastbert.kernels.cpu import operators as cpp
 from fastbert.kernels.cpu import pointers
 from fastbert.kernels.cpu.operators import Dropout
@@ -35,7 +36,7 @@ def three_norms(*args):
 
 def one_layer(x, starts, *layer):
     with torch.no_grad():
-        y = cpp.encoder_layers(x, list(layer), starts, H, 2 * C, 1e-5)
+        y = cpp.encoder_layers(x, list(layer), LayerOptions(H, out_eps=1e-5, down_eps=1e-5), starts)
     if y is None:
         raise ValueError("the layers have to be gone through one by one")
     return y

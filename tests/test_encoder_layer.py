@@ -12,8 +12,10 @@ from torch.utils.checkpoint import checkpoint
 import fastbert
 from fastbert import BertConfig
 from fastbert import functional as F
-from fastbert.models.bert import BertLayer, Pass
+from fastbert.models.bert import BertLayer
 from fastbert.packing import PackedBatch
+from fastbert.stack import layer as stack
+from fastbert.stack.shared import Pass
 from fastbert.testing import assert_within_budget
 
 WHY_NOT = F.why_not_triton(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -64,7 +66,7 @@ def one_by_one(monkeypatch):
 
     def compose(f):
         with monkeypatch.context() as patch:
-            patch.setattr(BertLayer, "_as_one_operator", lambda *_: None)
+            patch.setattr(stack, "as_one_operator", lambda *_: None)
             patch.setattr(
                 F, "linear", lambda x, weight, bias=None, impl=None: torch.nn.functional.linear(x, weight, bias)
             )

@@ -8,8 +8,8 @@ pytest.importorskip("triton", reason="tests the Triton kernels")
 
 import fastbert.functional as F
 from fastbert import BertConfig, BertModel
-from fastbert.models.bert import Pass
 from fastbert.packing import PackedBatch
+from fastbert.stack.shared import Pass
 from fastbert.testing import INPUTS, MODELS
 
 if F.why_not_triton(torch.device("cuda" if torch.cuda.is_available() else "cpu")):

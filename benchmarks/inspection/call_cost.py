@@ -129,8 +129,9 @@ def cases() -> dict[str, Callable[[], object]]:
 
     from fastbert import functional as F
     from fastbert.config import BertConfig
-    from fastbert.models.bert import BertLayer, Pass
+    from fastbert.models.bert import BertLayer
     from fastbert.packing import PackedBatch
+    from fastbert.stack.shared import Pass
     from fastbert.testing import MODELS, WORKLOADS
 
     def empty(*shape, dtype=torch.bfloat16, grad=False):

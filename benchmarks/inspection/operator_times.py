@@ -16,8 +16,9 @@ from torch import Tensor
 from fastbert import functional as F
 from fastbert.config import BertConfig
 from fastbert.layers import prepack
-from fastbert.models.bert import BertModel, Pass
+from fastbert.models.bert import BertModel
 from fastbert.packing import PackedBatch
+from fastbert.stack.shared import Pass
 from fastbert.testing import Workload
 from fastbert.text.batching import TOKENS_PER_BATCH, batches_within
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,15 +11,17 @@ import torch.nn as nn
 from torch import Tensor
 
 from .. import functional as F
-from ..inference import one_call
 from ..packing import PackedBatch
+from ..stack.layer import Layer, in_one, in_one_call, is_one_call_ahead
+from ..stack.shared import Pass
+from ..stack.steps import Part, multiply, norm_only, probability
 from . import facts as table
 from .forward import Forward, count
 from .layer import LayerForward
+from .once import only_once
 from .own import listeners, why_not_here
 from .padding import ABOVE, EXACT, FULL, OTHERS, WINDOW, ZEROS, Policy, Rows, only_wanted, reading_now, rows_to_compute
-from .parts import Part, Seen, at, has, layers_of, look
-from .pieces import Shared, frozen_row, multiply, norm_only, only_once, probability
+from .parts import Seen, at, has, layers_of, look
 
 # arguments that say nothing about what the encoder computes
 IGNORED = {"return_dict", "output_hidden_states", "num_items_in_batch", "use_cache", "batch_size", "seq_len"}
@@ -213,54 +214,46 @@ class EncoderForward(Forward):
         return set(range(count)) if asked is True else {i % count for i in asked if -count <= i < count}
 
     def run(
-        self, shared: Shared, seen: Seen, embeds: Tensor | None = None, wanted: set[int] | None = None
+        self, shared: Pass, seen: Seen, embeds: Tensor | None = None, wanted: set[int] | None = None
     ) -> tuple[Tensor, list[Tensor | None]]:
         """The embeddings and the layers: x [T, C], and [B, S, C] of what goes into each layer, None where it is not
         wanted; and of what goes into the last LayerNorm, where that is the last of the states."""
         states: list[Tensor | None] = []
 
         def shown(x: Tensor) -> Tensor:
-            place = len(states)
-            if wanted is None or place not in wanted:
-                states.append(None)
-                return x
-            states.append(shared.batch.pad(x))
-            # what is returned lies on the way to the loss, so that it gets a gradient
-            return shared.batch.unpad(states[-1]) if torch.is_grad_enabled() and x.requires_grad else x
+            state = None
+            if wanted is not None and len(states) in wanted:
+                state, x = shared.state(x)
+            states.append(state)
+            return x
 
         x = self.embed(shared, seen, embeds)
-        through = self.in_one_call(x, shared, seen) if wanted is None else None
-        if through is not None:
-            x = through
-        else:
+        y = in_one_call(x, self.in_order(seen), shared) if wanted is None and shared.infers else None
+        if y is None:
             for index, layer in self.layers():
                 x = layer(shown(x), shared, index)
+        else:
+            x = y
         if not self.facts.last_state_normed:
             x = shown(x)
         if self.facts.final_norm is not None:
             x = norm_only(x, self.part(self.facts.final_norm, seen.final_norm), shared)
         return only_once(x, self.impl), states
 
-    def may_run_in_one_call(self) -> bool:
-        """Whether `in_one_call` has anything to run, for a batch of a token at least."""
-        parameter, stack = next(self.module.parameters()), self.look().stack
-        if stack is None or F.choose_impl(self.impl, parameter.device) != "native" or parameter.device.type != "cpu":
-            return False
-        width = stack.modules[0].in_features
-        return one_call.is_ahead(width * parameter.itemsize, parameter.dtype) and one_call.is_plain(stack.tensors())
+    def in_order(self, seen: Seen) -> Iterator[Layer | None]:
+        """The descriptions of the layers as they run, None of one in a wrapper: who calls that has to be called."""
+        return (seen.layers.get(layer) for _, layer in self.layers())
 
-    def in_one_call(self, x: Tensor, shared: Shared, seen: Seen) -> Tensor | None:
-        """x [T, C] of the last layer, where nothing stands between the layers and one call is ahead of them."""
-        if seen.stack is None or not shared.infers or shared.seed is not None or shared.padded:
-            return None
-        if any(t is not None for t in (shared.mask, shared.bias, shared.keys)):
-            return None
-        if not one_call.is_ahead(x.nbytes, x.dtype) or F.choose_impl(self.impl, x.device) != "native":
-            return None
-        stack, tensors, eps = seen.stack, seen.stack.tensors(), seen.stack.eps
-        if eps is None or not one_call.is_plain(tensors):
-            return None
-        return one_call.run(x, tensors, shared.batch.cu_seqlens, stack.heads, stack.inner, eps)
+    def may_run_in_one_call(self) -> bool:
+        """Whether all layers are ever run in one call, for a batch of a token at least."""
+        parameter, seen = next(self.module.parameters()), self.look()
+        if seen.reason is not None or self.facts.relative:
+            return False
+        stack = in_one(self.in_order(seen))
+        width = 0 if stack is None else stack[0][0].shape[1]
+        return width > 0 and is_one_call_ahead(
+            width * parameter.itemsize, parameter.dtype, parameter.device, self.impl
+        )  # fmt: skip
 
     def finish(self, x: Tensor, batch: PackedBatch, states: list[Tensor | None], given: dict[str, Any]):
         """transformers' output of the last hidden state x [T, C], and of what went into each layer."""
@@ -294,7 +287,7 @@ class EncoderForward(Forward):
             return tuple(fields.values())
         return getattr(transformers.modeling_outputs, self.facts.output)(**fields)
 
-    def pack(self, given: dict[str, Any], rows: Rows, seen: Seen) -> Shared:
+    def pack(self, given: dict[str, Any], rows: Rows, seen: Seen) -> Pass:
         """The batch without the rows that nobody reads. While a graph is traced a full batch stays [B, S] too, so that
         its lengths are shapes and not data."""
         ids, embeds, positions = given.get("input_ids"), given.get("inputs_embeds"), given.get("position_ids")
@@ -311,14 +304,14 @@ class EncoderForward(Forward):
         # all rows with a mask in one call, but for kernels that go by the keys of each sequence
         everywhere = compiling or self.facts.relative or impl != "triton"
         masked = rows.padding and rows.queries is None and everywhere
-        shared = Shared(
+        shared = Pass(
             batch,
             None,
             self.impl,
             padded=masked or (rows.real is None and compiling),
             infers=not (trains or compiling or self.module.training),
             mask=rows.real[:, None, None, :].expand(height, 1, width, width) if masked else None,
-            parts=seen.parts,
+            layers=seen.layers,
             twice=trains and not compiling and impl == "native" and self.is_eager(),
             **self.tables(width, batch.positions.device),
         )
@@ -326,10 +319,7 @@ class EncoderForward(Forward):
             shared = shared.over_keys(rows.real, rows.keys, impl)
         elif not shared.padded:
             shared = shared.scheduled()
-        if seen.drops if compiling else self.drops(seen):
-            seed = torch.randint(2**62, (1,), dtype=torch.int64, device=batch.cu_seqlens.device)
-            shared = replace(shared, seed=seed, row_ids=batch.row_ids())
-        return shared
+        return shared.dropping() if (seen.drops if compiling else self.drops(seen)) else shared
 
     def is_eager(self) -> bool:
         """Is the original's attention made of plain products, which may be differentiated twice?"""
@@ -341,7 +331,7 @@ class EncoderForward(Forward):
             return False
         if probability(at(self.module, self.facts.dropout)):
             return True
-        return any(layer.__dict__["forward"].drops() for layer in seen.parts)
+        return any(any(layer.__dict__["forward"].drops()) for layer in seen.layers)
 
     def count_positions(self, ids: Tensor | None, embeds: Tensor | None) -> Tensor:
         padding_idx = self.module.embeddings.padding_idx
@@ -383,7 +373,7 @@ class EncoderForward(Forward):
     def part(self, path: str, verdict: tuple[bool, bool]) -> Part:
         return Part(at(self.module, path), *verdict)
 
-    def embed(self, shared: Shared, seen: Seen, embeds: Tensor | None) -> Tensor:
+    def embed(self, shared: Pass, seen: Seen, embeds: Tensor | None) -> Tensor:
         """dropout(norm(word + position + segment)) [T, C], brought to the width of the layers."""
         encoder, facts, batch = self.module, self.facts, shared.batch
         word, norm = at(encoder, facts.word), at(encoder, facts.norm)
@@ -411,6 +401,14 @@ class EncoderForward(Forward):
         if facts.project is not None and has(encoder, facts.project):
             x = multiply(self.part(facts.project, seen.project), x, shared)
         return x
+
+
+def frozen_row(table: nn.Embedding) -> Tensor:
+    """The weight of a table, without a gradient for the row `padding_idx`."""
+    if table.padding_idx is None or not (torch.is_grad_enabled() and table.weight.requires_grad):
+        return table.weight
+    rows = torch.arange(table.weight.shape[0], dtype=torch.int64, device=table.weight.device)
+    return torch.where((rows == table.padding_idx)[:, None], table.weight.detach(), table.weight)
 
 
 def is_layer(module: nn.Module) -> bool:

@@ -12,12 +12,12 @@ from torch import Tensor
 from .. import functional as F
 from ..inference.graphs import Graphs
 from ..packing import PackedBatch
+from ..stack.shared import Pass
 from . import facts as table
 from .encoder import EncoderForward
 from .own import why_not_here
 from .padding import Policy, rows_to_compute
 from .parts import at, has, not_plain, plain_table
-from .pieces import Shared
 from .plain import why_not_plain
 
 
@@ -65,7 +65,7 @@ class GraphedEncoderForward(EncoderForward):
         def prepare(max_seqlen: int):
             tables = self.tables(max_seqlen, graphs.device)  # they depend on no batch: made once
             return lambda batch: self.run(
-                Shared(batch, None, self.impl, parts=seen.parts, **tables).scheduled(), seen
+                Pass(batch, None, self.impl, layers=seen.layers, **tables).scheduled(), seen
             )[0]  # fmt: skip
 
         x = graphs.run(self.module, batch, prepare, self.longest())
@@ -91,7 +91,7 @@ class GraphedEncoderForward(EncoderForward):
         """A recording keeps what the Python code of a module did once: nothing with code of its own is in it."""
         encoder, facts = self.module, self.facts
         seen = self.look()
-        if any(m.training for m in (encoder, *seen.parts, *seen.dropouts)):
+        if any(m.training for m in (encoder, *seen.layers, *seen.dropouts)):
             return "a module is in training mode"
         rotations = [getattr(encoder, "rotary_emb", None)]
         if facts.layer.rotary is not None:

@@ -16,7 +16,9 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..inference.graphs import CONTAINERS
-from ..inference.weights import parameters_of
+from ..inference.weights import JoinedLinears
+from ..stack.layer import Layer
+from ..stack.steps import Part
 from . import facts as table
 from .forward import Forward
 from .own import LIBRARY, Watch, listeners, of_library, why_own
@@ -40,66 +42,6 @@ def has(module: Any, path: str) -> bool:
     return True
 
 
-@dataclass(frozen=True)
-class Part:
-    """A module, and how it is used.
-
-    Attributes:
-        plain: it is taken apart.
-        whole: it is called on [B, S, C] with nothing left out, since it may look at more than a token.
-    """
-
-    module: Any
-    plain: bool
-    whole: bool = False
-
-
-@dataclass(frozen=True)
-class LayerParts:
-    """The parts of one layer; those of `table.Layer` have its names."""
-
-    qkv: tuple[Part, ...]
-    out: Part
-    up: Part
-    down: Part
-    out_norm: Part
-    down_norm: Part
-    activation: Part
-    name: str | None  # the operators' name of the activation
-    head_dim: int
-
-    def tensors(self) -> list[Tensor | None] | None:
-        """What `F.LayerWeights` holds, or None where a part is not taken apart."""
-        parts = (*self.qkv, self.out, self.out_norm, self.up, self.down, self.down_norm)
-        if len(self.qkv) != 3 or not all(part.plain for part in parts):
-            return None
-        return parameters_of(*(part.module for part in parts))
-
-
-@dataclass(frozen=True)
-class PlainStack:
-    """Layers that are nothing but post-norm BERT with GELU, so that one call may stand for all of them.
-
-    Attributes:
-        modules: of each layer query, key, value, output, norm, up, down and last norm.
-        heads, inner: the same in every layer; inner is the width between up and down.
-    """
-
-    modules: tuple[nn.Module, ...]
-    heads: int
-    inner: int
-
-    @property
-    def eps(self) -> float | None:
-        """That of every norm as it is now; None where they differ."""
-        found = {norm.eps for norm in (*self.modules[4::8], *self.modules[7::8])}
-        return found.pop() if len(found) == 1 else None
-
-    def tensors(self) -> list[Tensor | None]:
-        """As `inference.one_call.run` takes them."""
-        return [t for m in self.modules for t in (m._parameters["weight"], m._parameters["bias"])]
-
-
 Verdict = tuple[bool, bool]  # plain, whole
 
 
@@ -117,13 +59,15 @@ def verdicts(layer: nn.Module, facts: table.Layer) -> tuple[tuple[Verdict, ...],
     return linears, norms, not by_token(activation), fused_activation(activation)
 
 
-def parts_of(layer: nn.Module, facts: table.Layer) -> LayerParts:
+def layer_of(layer: nn.Module, facts: table.Layer, joined: JoinedLinears) -> Layer:
+    """The description of a layer. joined: keeps its projections as one."""
     linears, norms, whole, name = verdicts(layer, facts)
     *qkv, out, up, down = (Part(at(layer, p), *v) for p, v in zip(facts.linears, linears, strict=True))
     out_norm, down_norm = (Part(at(layer, p), *v) for p, v in zip(facts.norms, norms, strict=True))
-    activation = Part(at(layer, facts.activation), False, whole)
-    return LayerParts(
-        tuple(qkv), out, up, down, out_norm, down_norm, activation, name, at(layer, facts.head_dim)
+    return Layer(
+        tuple(qkv), out, out_norm, up, Part(at(layer, facts.activation), False, whole), down, down_norm, name,
+        at(layer, facts.head_dim), joined, facts.pre_norm, facts.gated,
+        None if facts.attention_type is None else at(layer, facts.attention_type),
     )  # fmt: skip
 
 
@@ -154,8 +98,7 @@ class Seen:
         whole: a part that may look at more than a token: with it in place padding is computed; or None.
         pools: a pooler that may look at more than the first column; or None.
         dropouts: the modules whose training mode turns a dropout on.
-        parts: of each layer; None while a graph is traced, where each layer looks at its own.
-        stack: the layers, where all of them are plain; else None.
+        layers: the description of each layer; None while a graph is traced, where each layer gives its own.
         tables: the embeddings' tables and their norm are all taken apart.
         norm, final_norm, project: how these are used.
         drops: is anything dropped? Known here only while a graph is traced.
@@ -166,13 +109,12 @@ class Seen:
     whole: str | None
     pools: str | None
     dropouts: Sequence[nn.Module]
-    parts: dict[nn.Module, LayerParts] | None
+    layers: dict[nn.Module, Layer] | None
     tables: bool
     norm: Verdict
     final_norm: Verdict
     project: Verdict
     drops: bool = False
-    stack: PlainStack | None = None
 
 
 def layers_of(encoder: nn.Module, facts: table.Family) -> Iterator[tuple[int, nn.Module]]:
@@ -200,39 +142,19 @@ def look(encoder: nn.Module, facts: table.Family, is_layer: Callable[[nn.Module]
             break
         layers[paths[layer]] = layer
     reason = reason or why_every_call(encoder, facts, layers) or _why_heard(encoder, facts, layers)
-    whole, parts, tables, stack = None, {}, False, None
+    whole, described, tables = None, {}, False
     around = [
         (True, False) if path is None or not has(encoder, path) else verdict(at(encoder, path), kind)
         for path, kind in ((facts.norm, nn.LayerNorm), (facts.final_norm, nn.LayerNorm), (facts.project, nn.Linear))
     ]
     if reason is None:
-        parts = {layer: parts_of(layer, facts.layer) for layer in layers.values()}
-        whole = _whole(encoder, facts, layers, parts)
+        described = {layer: layer.__dict__["forward"].described() for layer in layers.values()}
+        whole = _whole(encoder, facts, layers, described)
         tables = around[0][0] and _plain_tables(encoder, facts)
-        stack = _plain_stack(encoder, facts, parts)
     return Seen(
-        _watch(encoder, facts, layers), reason, whole, _pools(encoder, facts), _dropouts(encoder, facts, layers), parts,
-        tables, *around, stack=stack,
+        _watch(encoder, facts, layers), reason, whole, _pools(encoder, facts), _dropouts(encoder, facts, layers),
+        described, tables, *around,
     )  # fmt: skip
-
-
-def _plain_stack(
-    encoder: nn.Module, facts: table.Family, parts: dict[nn.Module, LayerParts]
-) -> PlainStack | None:  # fmt: skip
-    """The layers in the order in which they run; None where one is in a wrapper, or is not as `PlainStack` says."""
-    layer, modules, sizes = facts.layer, [], set()
-    if layer.pre_norm or layer.gated or facts.positions == "rotary":
-        return None
-    for _, given in layers_of(encoder, facts):
-        of = parts.get(given)
-        if of is None or of.name != "gelu" or len(of.qkv) != 3:
-            return None
-        steps = (*of.qkv, of.out, of.out_norm, of.up, of.down, of.down_norm)
-        if not all(part.plain for part in steps):
-            return None
-        modules += [part.module for part in steps]
-        sizes.add((of.qkv[0].module.out_features // of.head_dim, of.up.module.out_features))
-    return PlainStack(tuple(modules), *sizes.pop()) if len(sizes) == 1 else None
 
 
 def _plain_tables(encoder: nn.Module, facts: table.Family) -> bool:
@@ -403,13 +325,13 @@ def _pools(encoder: nn.Module, facts: table.Family) -> str | None:
 
 
 def _whole(
-    encoder: nn.Module, facts: table.Family, layers: dict[str, nn.Module], parts: dict[nn.Module, LayerParts]
+    encoder: nn.Module, facts: table.Family, layers: dict[str, nn.Module], described: dict[nn.Module, Layer]
 ) -> str | None:
     for path, kind in ((facts.norm, nn.LayerNorm), (facts.final_norm, nn.LayerNorm), (facts.project, nn.Linear)):
         if path is not None and has(encoder, path) and verdict(at(encoder, path), kind)[1]:
             return f"{path} is a {type(at(encoder, path)).__name__}"
     for path, layer in layers.items():
-        of = parts[layer]
+        of = described[layer]
         named = zip(facts.layer.linears, (*of.qkv, of.out, of.up, of.down), strict=True)
         for part, found in (*named, (facts.layer.out_norm, of.out_norm), (facts.layer.down_norm, of.down_norm)):
             if found.whole:
@@ -422,7 +344,8 @@ def _whole(
 def _watch(encoder: nn.Module, facts: table.Family, layers: dict[str, nn.Module]) -> Watch:
     places = [*LIBRARY, (encoder.config.__dict__, "_attn_implementation_internal")]
     for layer in layers.values():
-        for path in (facts.layer.scale, facts.layer.causal, facts.layer.reach, facts.layer.activation):
+        row = facts.layer
+        for path in (row.scale, row.causal, row.reach, row.activation, row.attention_type):
             if path is not None:
                 owner, _, name = path.rpartition(".")
                 places.append((at(layer, owner).__dict__, name))

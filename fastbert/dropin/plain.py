@@ -6,9 +6,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch.nn as nn
-from torch import Tensor
 
 from ..layers import activation_name
+from ..stack.steps import usable
 from .own import HOOKS, of_library
 
 # activations of torch that look at one element at a time
@@ -45,11 +45,6 @@ def why_not_plain(module: Any, kind: type[nn.Module]) -> str | None:
     # a sharded weight is an ordinary one while its module is called
     weights = (p for p in module._parameters.values() if not usable(p) and type(p).__name__ != "DTensor")
     return next((f"its weight is a {type(p).__name__}" for p in weights), None)
-
-
-def usable(weight: Tensor | None) -> bool:
-    """Is this an ordinary tensor, and no quantised or sharded one?"""
-    return weight is None or type(weight) is nn.Parameter or type(weight) is Tensor
 
 
 def by_token(module: Any) -> bool:

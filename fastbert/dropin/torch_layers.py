@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,13 +11,16 @@ import torch.nn as nn
 from torch import Tensor
 
 from .. import functional as F
-from ..layers import attention_masks, multi_head_attention, same_where_same
+from ..layers import attention_masks, multi_head_attention, same_where_same, torch_drops, torch_layer
 from ..packing import PackedBatch
+from ..stack.layer import Layer, in_one_call, run
+from ..stack.shared import Pass
+from ..stack.steps import Part, probability
 from .forward import Forward, count
+from .once import only_once
 from .own import LIBRARY, Watch, listeners, why_not_here, why_own
 from .padding import EMPTY, ZEROS, Policy
-from .parts import Part, verdict, why_not_dropout
-from .pieces import Shared, add_norm, feed_forward, norm_and_sum, norm_only, only_once, probability
+from .parts import verdict, why_not_dropout
 from .plain import by_token, fused_activation, usable
 
 TORCH_NN = "torch.nn.modules."
@@ -162,7 +165,7 @@ class TorchLayerForward(TorchForward):
         return "attention, feed_forward, add_layer_norm"
 
     def __call__(self, *args, **kwargs):
-        if len(args) == 3 and isinstance(args[1], Shared):
+        if len(args) == 3 and isinstance(args[1], Pass):
             return self.run(*args)
         given = self.named(args, kwargs)
         src = given["src"]
@@ -175,7 +178,7 @@ class TorchLayerForward(TorchForward):
         if reason is not None:
             return self.fall_back(reason, given)
         attention = self.module.self_attn
-        shared, x = pack(given, attention, self.impl, self.computes(given, zeros=False), self.drops())
+        shared, x = pack(given, attention, self.impl, self.computes(given, zeros=False), any(torch_drops(self.module)))
         if shared is None:
             return self.fall_back(EMPTY, given)
         return unpack(only_once(self.run(x, shared, 0), self.impl), shared, src, attention.batch_first)
@@ -187,40 +190,17 @@ class TorchLayerForward(TorchForward):
             return "a dropout is on in a layer that evaluates"
         return None
 
-    def drops(self) -> bool:
-        layer = self.module
-        attention = layer.self_attn
-        p = attention.dropout if attention.training else 0.0
-        return p > 0.0 or any(probability(getattr(layer, name)) > 0.0 for name in DROPOUTS)
-
-    def attention(self, x: Tensor, shared: Shared, index: int) -> tuple[Tensor, Tensor | None]:
-        module = self.module.self_attn
-        qkv = nn.functional.linear(x, module.in_proj_weight, module.in_proj_bias)
-        q, k, v = qkv.unflatten(-1, (3, module.num_heads, -1)).unbind(1)
-        o = shared.attend(q, k, v, module.dropout if module.training else 0.0, stream=index + 1)
-        out = module.out_proj
-        if out.bias is not None and self.module.training:
-            return nn.functional.linear(o, out.weight), out.bias
-        return nn.functional.linear(o, out.weight, out.bias), None
-
-    def run(self, x: Tensor, shared: Shared, index: int) -> Tensor:
+    def described(self) -> Layer:
+        """As it was when it was looked at."""
         layer, seen = self.module, self.look()
         modules = (layer.linear1, layer.linear2, layer.norm1, layer.norm2, layer.activation)
-        up, down, norm1, norm2, activation = (Part(m, *v) for m, v in zip(modules, seen.parts, strict=True))
-        p1, p2, first = probability(layer.dropout1), probability(layer.dropout2), 2 * index + 1
+        parts = {module: Part(module, *v) for module, v in zip(modules, seen.parts, strict=True)}
+        return torch_layer(layer, lambda module, kind: parts[module])._replace(
+            activation=parts[layer.activation], activation_name=seen.name
+        )
 
-        def forward(x: Tensor, fold: bool) -> tuple[Tensor, Tensor | None]:
-            p = probability(layer.dropout)
-            return feed_forward(x, up, activation, seen.name, down, shared, inner_dropout=p, fold=fold)
-
-        if layer.norm_first:
-            y, bias = self.attention(norm_only(x, norm1, shared), shared, index)
-            h, x = norm_and_sum(y, bias, x, norm2, p1, shared, stream=first)
-            return x + nn.functional.dropout(forward(h, False)[0], p2)
-        y, bias = self.attention(x, shared, index)
-        x = add_norm(y, bias, x, norm1, p1, shared, stream=first)
-        y, bias = forward(x, layer.training)
-        return add_norm(y, bias, x, norm2, p2, shared, stream=first + 1)
+    def run(self, x: Tensor, shared: Pass, index: int) -> Tensor:
+        return run(x, self.described(), torch_drops(self.module), shared, index, self.module.training)
 
 
 class StackForward(TorchForward):
@@ -250,13 +230,17 @@ class StackForward(TorchForward):
         if reason is None:
             first = module.layers[0].self_attn
             exact = self.computes(given, zeros=nests(module, given))
-            drops = any(forward.drops() for forward in layers)
+            drops = any(any(torch_drops(layer)) for layer in module.layers)
             shared, x = pack({**given, "src_mask": given.get("mask")}, first, self.impl, exact, drops)
             reason = EMPTY if shared is None else None
         if reason is not None:
             return self.fall_back(reason, given)
-        for index, layer in enumerate(module.layers):
-            x = layer(x, shared, index)
+        y = None if module.training else in_one_call(x, (forward.described() for forward in layers), shared)
+        if y is None:
+            for index, layer in enumerate(module.layers):
+                x = layer(x, shared, index)
+        else:
+            x = y
         y = unpack(only_once(x, self.impl), shared, given["src"], first.batch_first)
         return y if module.norm is None else module.norm(y)
 
@@ -356,7 +340,7 @@ def nests(module: nn.TransformerEncoder, given: dict) -> bool:
 
 def pack(
     given: dict, attention: nn.MultiheadAttention, impl: F.Impl | None, exact: bool, drops: bool
-) -> tuple[Shared | None, Tensor | None]:
+) -> tuple[Pass | None, Tensor | None]:
     """(what the layers share, src [T, C]) of torch's arguments; (None, None) where a sequence has no token.
 
     exact: all rows stay, behind a mask.
@@ -382,7 +366,7 @@ def pack(
     mask, bias = attention_masks(None if real is not None else padding, attn_mask, rows, attention.num_heads)
     shape = (-1, -1, width, width)
     padded = real is None and (padding is not None or torch.compiler.is_compiling())
-    shared = Shared(
+    shared = Pass(
         batch,
         None if padded else batch.schedule(impl),
         impl,
@@ -390,13 +374,10 @@ def pack(
         bias=None if bias is None else bias.expand(shape),
         padded=padded,
     )
-    if drops:
-        seed = torch.randint(2**62, (1,), dtype=torch.int64, device=src.device)
-        shared = replace(shared, seed=seed, row_ids=batch.row_ids())
-    return shared, batch.unpad(src)
+    return shared.dropping() if drops else shared, batch.unpad(src)
 
 
-def unpack(x: Tensor, shared: Shared, src: Tensor, batch_first: bool) -> Tensor:
+def unpack(x: Tensor, shared: Pass, src: Tensor, batch_first: bool) -> Tensor:
     y = shared.batch.pad(x)
     if src.dim() == 2:
         return y[0]

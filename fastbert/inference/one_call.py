@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .. import functional as F
 from ..kernels.cpu import layouts
 from ..kernels.cpu import operators as cpp
 
@@ -17,18 +18,15 @@ def is_ahead(nbytes: int, dtype: torch.dtype) -> bool:
     return cpp.whole_layers(nbytes, dtype)
 
 
-def run(x: Tensor, tensors: list[Tensor], cu_seqlens: Tensor, heads: int, inner: int, eps: float) -> Tensor | None:
+def run(x: Tensor, tensors: list[Tensor], options: F.LayerOptions, cu_seqlens: Tensor) -> Tensor | None:
     """x [T, C] of the last layer, or None where the layers have to be called one after another.
 
     Args:
-        tensors: of each layer the weight and bias of query, key, value, output, norm, up, down and last norm, as
-            `is_plain` found them; both norms have this `eps`, and between up and down stands GELU.
+        tensors: what `functional.LayerWeights` holds of each layer, one layer after another, as `is_plain` found them.
+        options: of every layer; nothing is dropped.
         cu_seqlens: [B + 1] int32.
-        inner: rows of the weight of up.
     """
-    if torch.compiler.is_compiling():
-        return None
-    return cpp.encoder_layers(x, tensors, cu_seqlens, heads, inner, eps)
+    return cpp.encoder_layers(x, tensors, options, cu_seqlens)
 
 
 def is_plain(tensors: Sequence[Tensor | None]) -> bool:

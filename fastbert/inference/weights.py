@@ -84,38 +84,28 @@ class FusedLinears(nn.ModuleDict):
 
     def __init__(self, linears: dict[str, nn.Linear]):
         super().__init__(linears)
-        self._joined = JoinedLinears()
+        self.joined_linears = JoinedLinears()
 
     def forward(self, x: Tensor, impl: F.Impl | None = None) -> Tensor:
         linears = list(self.values())
-        if not all(map(is_plain, linears)):
+        if not all(is_untouched(linear, nn.Linear) for linear in linears):
             return torch.cat([linear(x) for linear in linears], -1)
-        return self._joined(x, linears, impl)
-
-    def joined(self) -> tuple[Tensor, Tensor | None]:
-        return self._joined.joined(list(self.values()))
+        return self.joined_linears(x, linears, impl)
 
 
-def is_plain(module: nn.Module) -> bool:
-    """Is it torch's own linear layer or table, which nobody wrapped, replaced or hangs on, so that its weight alone
-    says what a call of it would give? Adapters of PEFT, for one, are not."""
-    if type(module) is not nn.Linear and type(module) is not nn.Embedding:
-        return False
-    return not (
-        "forward" in module.__dict__
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
+def is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Is it exactly of this kind, and does nobody replace its forward or listen to it, so that its parameters alone say
+    what a call of it would give? Adapters of PEFT, for one, are not."""
+    own, of_all = module.__dict__, nn.modules.module
+    return type(module) is kind and not (
+        "forward" in own
+        or own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or of_all._global_forward_hooks
+        or of_all._global_forward_pre_hooks
     )
-
-
-def parameters_of(*modules: nn.Module) -> list[Tensor | None] | None:
-    """Weight and bias of each, or None where they are not parameters of their modules at the moment."""
-    try:  # by way of the dictionaries: nn.Module's own attributes take ten times as long
-        return [m._parameters[name] for m in modules for name in ("weight", "bias")]
-    except KeyError:
-        return None
 
 
 def prepack(model: nn.Module) -> nn.Module:

@@ -6,9 +6,10 @@ packed once, every layer sees [T, C], and the output is padded once again if the
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn as nn
@@ -18,10 +19,12 @@ from torch.utils._pytree import register_dataclass
 from .. import checkpoint
 from .. import functional as F
 from ..config import BertConfig
-from ..inference import one_call
 from ..inference.graphs import Graphs, graphs_for, why_not_recorded
-from ..inference.weights import FusedLinears, is_plain, parameters_of
+from ..inference.weights import FusedLinears, JoinedLinears, is_untouched
 from ..packing import PackedBatch
+from ..stack.layer import Drops, Layer, in_one, in_one_call, is_one_call_ahead, run
+from ..stack.shared import Pass
+from ..stack.steps import Part, part_of
 from .loading import LeftUninitialised, initialise, load_encoder, read_model
 
 
@@ -60,23 +63,6 @@ class BertOutput:
 register_dataclass(BertOutput, serialized_type_name="fastbert.BertOutput")
 
 
-@dataclass(frozen=True)
-class Pass:
-    """What the layers of one forward pass share. `seed` is None where nothing is dropped."""
-
-    batch: PackedBatch
-    schedule: Any
-    impl: F.Impl | None
-    seed: Tensor | None = None
-    row_ids: Tensor | None = None
-
-    def dropout(self, p: float, stream: int) -> dict[str, Any]:
-        """Dropout arguments of an operator on hidden states; `stream` tells the call sites apart."""
-        if self.seed is None or p == 0.0:
-            return {}
-        return {"dropout_p": p, "seed": self.seed, "stream": stream, "row_ids": self.row_ids}
-
-
 class BertEmbeddings(nn.Module):
     """dropout(LayerNorm(word + segment + position))."""
 
@@ -94,7 +80,7 @@ class BertEmbeddings(nn.Module):
         norm, batch = self.LayerNorm, shared.batch
         # without segments every token is of segment 0
         types = torch.zeros_like(batch.positions) if batch.token_type_ids is None else batch.token_type_ids
-        if inputs_embeds is None and not all(map(is_plain, (word, position, segment))):
+        if inputs_embeds is None and not all(is_untouched(table, nn.Embedding) for table in (word, position, segment)):
             inputs_embeds = word(batch.input_ids)
         if inputs_embeds is None:
             return F.embedding_layer_norm(
@@ -126,79 +112,41 @@ class BertLayer(nn.Module):
         self.output = block_end(inner)
         self.config, self.index = config, index
 
+    def described(self, impl: F.Impl | None) -> Layer:
+        """As it is now: a module that is no longer torch's own, or that somebody listens to, is called as it is."""
+        # by way of the dictionaries: nn.Module's own attributes take ten times as long
+        parts, attention = self._modules, self._modules["attention"]._modules
+        qkv, output, last = attention["self"], attention["output"]._modules, parts["output"]._modules
+        name = self.config.activation
+        if part_of(qkv, FusedLinears).plain:
+            projections, joined = tuple(part_of(m, nn.Linear) for m in qkv._modules.values()), qkv.joined_linears
+        else:
+            projections, joined = (Part(partial(qkv, impl=impl), plain=False),), JoinedLinears()
+        return Layer(
+            projections,
+            out=part_of(output["dense"], nn.Linear),
+            out_norm=part_of(output["LayerNorm"], nn.LayerNorm),
+            up=part_of(parts["intermediate"]._modules["dense"], nn.Linear),
+            activation=Part(partial(F.activate, activation=name), plain=False),
+            down=part_of(last["dense"], nn.Linear),
+            down_norm=part_of(last["LayerNorm"], nn.LayerNorm),
+            activation_name=name,
+            head_dim=self.config.head_dim,
+            joined=joined,
+        )
+
+    def tensors(self) -> list[Tensor] | None:
+        """What `functional.LayerWeights` holds; None if the layer is no longer plain."""
+        return self.described(None).tensors()
+
     def qkv(self, x: Tensor, impl: F.Impl | None) -> tuple[Tensor, Tensor, Tensor]:
         """x [T, C] -> q, k, v [T, H, D], strided views of one product."""
         return self.attention["self"](x, impl).unflatten(-1, (3, self.heads, -1)).unbind(1)
 
     def forward(self, x: Tensor, shared: Pass) -> Tensor:
-        y = self._as_one_operator(x, shared)
-        if y is not None:
-            return y
-        config, batch, impl = self.config, shared.batch, shared.impl
-        # In training add_layer_norm adds the bias of the product before it: its backward then has that bias'
-        # gradient for nothing. Otherwise the bias rides in the product itself.
-        fold = self.training
-
-        dropout = shared.dropout(config.attention_probs_dropout_prob, stream=self.index + 1)
-        dropout.pop("row_ids", None)
-        o = F.attention(
-            *self.qkv(x, impl), batch.cu_seqlens, batch.max_seqlen, schedule=shared.schedule, impl=impl, **dropout
-        )
-        dense, norm = self.attention["output"]["dense"], self.attention["output"]["LayerNorm"]
-        y, bias = _product(o.flatten(1), dense, impl, fold)
-        x = F.add_layer_norm(
-            y, x, norm.weight, norm.bias, norm.eps, x_bias=bias,
-            impl=impl, **shared.dropout(config.hidden_dropout_prob, stream=2 * self.index + 1),
-        )  # fmt: skip
-
-        up, down, norm = self.intermediate["dense"], self.output["dense"], self.output["LayerNorm"]
-        if is_plain(up) and is_plain(down):
-            bias = down.bias if fold else None
-            y = F.feed_forward(
-                x, up.weight, up.bias, down.weight, None if fold else down.bias, config.activation, impl=impl
-            )
-        else:
-            h = F.activate(_product(x, up, impl)[0], config.activation)
-            y, bias = _product(h, down, impl, fold)
-        return F.add_layer_norm(
-            y, x, norm.weight, norm.bias, norm.eps, x_bias=bias,
-            impl=impl, **shared.dropout(config.hidden_dropout_prob, stream=2 * self.index + 2),
-        )  # fmt: skip
-
-    def _as_one_operator(self, x: Tensor, shared: Pass) -> Tensor | None:
-        """The same by `F.encoder_layer`; None where that does not stand for this layer."""
-        if torch.compiler.is_compiling() or F.choose_impl(shared.impl, x.device) != "triton" or _hooks_everywhere():
-            return None
-        tensors = self.tensors()
-        if tensors is None:
-            return None
-        config, first, drops = self.config, 2 * self.index + 1, shared.seed is not None
-        hidden_p, probs_p = config.hidden_dropout_prob, config.attention_probs_dropout_prob
-        options = F.LayerOptions(
-            self.heads, config.activation, config.layer_norm_eps, config.layer_norm_eps,
-            *((probs_p, hidden_p, hidden_p) if drops else (0.0, 0.0, 0.0)), self.index + 1, first, first + 1,
-            fold=self.training,
-        )  # fmt: skip
-        return F.encoder_layer(
-            x, F.LayerWeights(*tensors), shared.batch.cu_seqlens, shared.batch.max_seqlen, options,
-            schedule=shared.schedule, seed=shared.seed, row_ids=shared.row_ids, impl=shared.impl,
-            qkv=self._modules["attention"]._modules["self"].joined,
-        )  # fmt: skip
-
-    def tensors(self) -> list[Tensor] | None:
-        """Weight and bias of each module in the order of `F.LayerWeights`; None if the layer is no longer plain."""
-        # by way of the dictionaries: nn.Module's own attributes take ten times as long
-        parts, attention = self._modules, self._modules["attention"]._modules
-        qkv, output, last = attention["self"], attention["output"]._modules, parts["output"]._modules
-        modules = (
-            *qkv._modules.values(), output["dense"], output["LayerNorm"],
-            parts["intermediate"]._modules["dense"], last["dense"], last["LayerNorm"],
-        )  # fmt: skip
-        if any(m.eps != self.config.layer_norm_eps for m in (output["LayerNorm"], last["LayerNorm"])):
-            return None
-        if type(qkv) is not FusedLinears or "forward" in qkv.__dict__ or qkv._forward_hooks or qkv._forward_pre_hooks:
-            return None
-        return parameters_of(*modules) if tuple(map(type, modules)) == PLAIN_LAYER else None
+        hidden_p, probs_p = self.config.hidden_dropout_prob, self.config.attention_probs_dropout_prob
+        drops = Drops(probs_p, hidden_p, 0.0, hidden_p) if shared.seed is not None else Drops()
+        return run(x, self.described(shared.impl), drops, shared, self.index, self.training)
 
     def probabilities(self, x: Tensor, shared: Pass) -> Tensor:
         """Attention probabilities [B, H, S, S] of this layer for its input x [T, C], zero at padding. A plain path."""
@@ -208,34 +156,6 @@ class BertLayer(nn.Module):
         scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
         scores = scores.masked_fill(~real.transpose(1, 2)[:, None], torch.finfo(scores.dtype).min)
         return scores.softmax(-1) * real[:, None]
-
-
-def _product(x: Tensor, linear: nn.Module, impl: F.Impl | None, fold: bool = False) -> tuple[Tensor, Tensor | None]:
-    """(linear(x), the bias that is still to be added): with `fold` a plain layer leaves its bias to what follows."""
-    if not is_plain(linear):
-        return linear(x), None
-    y = F.linear(x, linear.weight, None if fold else linear.bias, impl=F.products_beside(impl))
-    return y, linear.bias if fold else None
-
-
-# the modules of `BertLayer.tensors`
-PLAIN_LAYER = (*[nn.Linear] * 4, nn.LayerNorm, nn.Linear, nn.Linear, nn.LayerNorm)
-
-
-def _hooks_everywhere() -> bool:
-    of_all = nn.modules.module
-    return bool(of_all._global_forward_hooks or of_all._global_forward_pre_hooks)
-
-
-def _shown(x: Tensor, batch: PackedBatch, states: list[Tensor] | None) -> Tensor:
-    """x [T, C], by way of what is added to `states`: so a loss has a gradient by the states that are returned."""
-    if states is None:
-        return x
-    if batch.padded_shape is None:
-        states.append(x)
-        return x
-    states.append(batch.pad(x))
-    return batch.unpad(states[-1]) if torch.is_grad_enabled() else x
 
 
 class BertModel(nn.Module):
@@ -390,56 +310,40 @@ class BertModel(nn.Module):
         states in the shape of the output."""
         shared = Pass(batch, batch.schedule(self.impl), self.impl)
         if self.training and max(self.config.hidden_dropout_prob, self.config.attention_probs_dropout_prob) > 0.0:
-            seed = torch.randint(2**62, (1,), dtype=torch.int64, device=batch.cu_seqlens.device)
-            shared = replace(shared, seed=seed, row_ids=batch.row_ids())
+            shared = shared.dropping()
+
+        def shown(x: Tensor) -> Tensor:
+            if hidden_states is None:
+                return x
+            state, x = shared.state(x)
+            hidden_states.append(state)
+            return x
 
         x = self.embeddings(shared, inputs_embeds)
-        if hidden_states is None and attentions is None:
-            y = self._in_one_call(x, batch)
+        if hidden_states is None and attentions is None and not self.training:
+            y = in_one_call(x, self._plain_layers(), shared)
             if y is not None:
                 return y
         for layer in self.encoder["layer"]:
-            x = _shown(x, batch, hidden_states)
+            x = shown(x)
             if attentions is not None:
                 attentions.append(layer.probabilities(x, shared))
             x = layer(x, shared)
-        return _shown(x, batch, hidden_states)
+        return shown(x)
 
-    def _in_one_call(self, x: Tensor, batch: PackedBatch) -> Tensor | None:
-        """x [T, C] of the last layer by `one_call`, or None where the layers have to be called one after another."""
-        if torch.compiler.is_compiling() or not one_call.is_ahead(x.nbytes, x.dtype):
-            return None
-        if (tensors := self._tensors_of_layers()) is None:
-            return None
-        config = self.config
-        return one_call.run(
-            x, tensors, batch.cu_seqlens, config.num_attention_heads, config.intermediate_size, config.layer_norm_eps
-        )
-
-    def _tensors_of_layers(self) -> list[Tensor] | None:
-        """What `one_call.run` takes, or None where it cannot stand for the layers."""
-        if self.training or self.config.activation != "gelu" or _hooks_everywhere():
-            return None
-        if F.choose_impl(self.impl, self.device) != "native":
-            return None
-        tensors = []
+    def _plain_layers(self) -> Iterator[Layer | None]:
+        """The layers' descriptions; None of one whose call does more than run the layer."""
         for layer in self.encoder["layer"]:
-            if (
-                type(layer) is not BertLayer
-                or "forward" in layer.__dict__
-                or layer.heads != self.config.num_attention_heads
-            ):
-                return None
-            of_layer = None if layer._forward_hooks or layer._forward_pre_hooks else layer.tensors()
-            if of_layer is None or not one_call.is_plain(of_layer):
-                return None
-            tensors += of_layer
-        return tensors
+            yield layer.described(self.impl) if part_of(layer, BertLayer).plain else None
 
     def takes_in_one_call(self, tokens: int) -> bool:
         """Whether a pass of so many tokens without gradients needs no kernel of the vendor library's."""
         size = tokens * self.config.hidden_size * self.dtype.itemsize
-        return one_call.is_ahead(size, self.dtype) and self._tensors_of_layers() is not None
+        return (
+            not self.training
+            and is_one_call_ahead(size, self.dtype, self.device, self.impl)
+            and in_one(self._plain_layers()) is not None
+        )
 
     def _replayed(self, batch: PackedBatch) -> Tensor | None:
         """x [T, C] by a recording, or None where there is to be none."""

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .._invariance import is_batch_invariant
+from .._layer import LayerOptions, LayerWeights
 from .._random import keep_threshold
 from . import library
 from .library import LOSS_ROWS, NO_MEMORY, NORM_BLOCK, UP_ROWS, WIDTH
@@ -29,6 +30,7 @@ from .pointers import PLAIN, address, address_or_none, addresses, strided_addres
 MOST_ROWS = 64  # up to which `linear` is taken of odd widths, and where the vendor library has instructions it has not,
 MOST_ROWS_LAID_OUT = 16  # and where besides a weight lies ready for that
 FEW_BYTES = 288 << 10  # of x, up to which `encoder_layers` is taken there; above, Ctrl-C is heard after each layer
+UP = LayerWeights._fields.index("up")
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
@@ -348,7 +350,7 @@ def mean_of_sequences(x: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 def layer_shapes(width: int, inner: int) -> list[tuple[int, ...]]:
-    """Of the 16 tensors of a layer, weight and bias of each: query, key, value, output, norm, up, down, last norm."""
+    """Of the tensors of `LayerWeights`."""
     square, vector = [(width, width), (width,)], (width,)
     return [*square * 4, vector, vector, (inner, width), (inner,), (width, inner), vector, vector, vector]
 
@@ -359,22 +361,26 @@ def whole_layers(nbytes: int, dtype: torch.dtype) -> bool:
 
 
 def encoder_layers(
-    x: Tensor, layers: list[Tensor], cu_seqlens: Tensor, heads: int, inner: int, eps: float
+    x: Tensor, layers: list[Tensor], options: LayerOptions, cu_seqlens: Tensor
 ) -> Tensor | None:  # fmt: skip
-    """x [T, C] through a stack of post-norm layers with GELU, `layers` the tensors of `layer_shapes` of one after
-    another; the weights are read where they lie. None where the layers have to be gone through one by one: with
-    gradients, in another dtype, or of other sizes.
+    """x [T, C] through a stack of post-norm layers, `layers` the tensors of `LayerWeights` of one after another, which
+    share `options` without dropout; the weights are read where they lie. None where the layers have to be gone through
+    one by one: with gradients, in another dtype, of other sizes or another activation than GELU.
 
     Raises: ValueError where cu_seqlens does not cut T rows into sequences; MemoryError.
     """
     width, dtype, sequences = x.shape[-1], x.dtype, cu_seqlens.numel() - 1
     if not len(x) or not whole_layers(x.nbytes, dtype) or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return None
+    heads, eps, inner = options.heads, options.out_eps, len(layers[UP])
+    if options.activation != "gelu" or options.down_eps != eps:
+        return None
     if not _know(x) or not x.is_contiguous() or width % (2 * WIDTH) or inner % (2 * WIDTH):
         return None
     if heads < 1 or width % heads or width // heads % WIDTH:
         return None
-    count = len(layers) // 16
+    each = len(LayerWeights._fields)
+    count = len(layers) // each
     pointers = addresses(layers, dtype, layer_shapes(width, inner) * count)
     if pointers is None:
         return None
@@ -385,8 +391,8 @@ def encoder_layers(
     for layer in range(0, count, step):
         outcome = _call(
             "encoder_layers", dtype, address("x", y, dtype, x.numel()),
-            pointers.buffer_info()[0] + layer * 16 * pointers.itemsize, step, starts, sequences, *x.shape, inner, heads,
-            eps, is_batch_invariant(), address("work", work, dtype, work.numel()),
+            pointers.buffer_info()[0] + layer * each * pointers.itemsize, step, starts, sequences, *x.shape, inner,
+            heads, eps, is_batch_invariant(), address("work", work, dtype, work.numel()),
         )  # fmt: skip
         if outcome == NO_MEMORY:
             raise MemoryError(f"encoder_layers: no memory for {x.shape[0]} rows of {inner} columns")

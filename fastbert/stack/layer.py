@@ -1,0 +1,189 @@
+"""A layer: what one is made of, how it runs, and many of them in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from .. import functional as F
+from ..inference import one_call
+from ..inference.weights import JoinedLinears
+from .shared import Pass
+from .steps import Part, add_norm, feed_forward, linear_without_bias, norm_and_sum, norm_only, project
+
+
+class Layer(NamedTuple):
+    """A layer: attention and a feed-forward network, each in a block with a residual and a LayerNorm.
+
+        post-norm:  x = norm(attention(x) + x);  x = norm(feed_forward(x) + x)
+        pre-norm:   x = attention(norm(x)) + x;  x = feed_forward(norm(x)) + x
+
+    Attributes:
+        qkv: the projections to query, key and value: three parts, or one that makes them together.
+        out, out_norm: the linear layer after attention, and the LayerNorm of that block.
+        up, activation, down, down_norm: the same of the feed-forward block.
+        activation_name: the operators' name for the activation; None: they do not have it.
+        head_dim: the width of a head.
+        joined: keeps the weights of `qkv` as one, where it may.
+        pre_norm: the LayerNorms come first in their blocks rather than last.
+        gated: `up` makes two halves, act(first) * second.
+        kind: with rotary positions, which rotation and window of the pass the layer has.
+    """
+
+    qkv: tuple[Part, ...]
+    out: Part
+    out_norm: Part
+    up: Part
+    activation: Part
+    down: Part
+    down_norm: Part
+    activation_name: str | None
+    head_dim: int
+    joined: JoinedLinears
+    pre_norm: bool = False
+    gated: bool = False
+    kind: Hashable = None
+
+    def tensors(self) -> list[Tensor] | None:
+        """What `functional.LayerWeights` holds, or None where a part is not taken apart, or has no parameters now."""
+        parts = (*self.qkv, self.out, self.out_norm, self.up, self.down, self.down_norm)
+        for part in parts:
+            if not part.plain:
+                return None
+        try:  # by way of the dictionaries: nn.Module's own attributes take ten times as long
+            if len(self.qkv) == 3:
+                return [part.module._parameters[name] for part in parts for name in ("weight", "bias")]
+            rest = [part.module._parameters[name] for part in parts[1:] for name in ("weight", "bias")]
+        except KeyError:
+            return None
+        joined = self.qkv[0].module
+        biases = (None,) * 3 if joined.bias is None else joined.bias.chunk(3)
+        return [t for pair in zip(joined.weight.chunk(3), biases, strict=True) for t in pair] + rest
+
+
+class Drops(NamedTuple):
+    """Probabilities of a layer's dropouts at the moment: of attention's probabilities, before the first residual, after
+    the activation, and before the second residual."""
+
+    probs: float = 0.0
+    out: float = 0.0
+    inner: float = 0.0
+    down: float = 0.0
+
+
+# ---- one layer -------------------------------------------------------------------------------------------
+
+
+def run(x: Tensor, layer: Layer, drops: Drops, shared: Pass, index: int, training: bool) -> Tensor:
+    """x [T, C] through a layer.
+
+    Args:
+        index: the layer's number in the pass, which tells its dropouts from those of others.
+        training: a bias before a LayerNorm is added by that, whose backward pass then has its gradient for nothing.
+            Otherwise it rides in the product itself.
+    """
+    if layer.pre_norm:
+        return _pre_norm(x, layer, drops, shared, index, training)
+    y = as_one_operator(x, layer, drops, shared, index, training)
+    return _post_norm(x, layer, drops, shared, index, training) if y is None else y
+
+
+def _post_norm(x: Tensor, layer: Layer, drops: Drops, shared: Pass, index: int, training: bool) -> Tensor:
+    first = 2 * index + 1
+    y, bias = linear_without_bias(layer.out, _attention(x, layer, drops, shared, index), training, shared)
+    x = add_norm(y, bias, x, layer.out_norm, drops.out, shared, stream=first)
+    y, bias = _feed_forward(x, layer, drops, shared, fold=training)
+    return add_norm(y, bias, x, layer.down_norm, drops.down, shared, stream=first + 1)
+
+
+def _pre_norm(x: Tensor, layer: Layer, drops: Drops, shared: Pass, index: int, training: bool) -> Tensor:
+    h = norm_only(x, layer.out_norm, shared)
+    y, bias = linear_without_bias(layer.out, _attention(h, layer, drops, shared, index), training, shared)
+    h, x = norm_and_sum(y, bias, x, layer.down_norm, drops.out, shared, stream=2 * index + 1)
+    y, _ = _feed_forward(h, layer, drops, shared, fold=False)
+    return x + (nn.functional.dropout(y, drops.down) if drops.down > 0.0 else y)
+
+
+def _attention(x: Tensor, layer: Layer, drops: Drops, shared: Pass, index: int) -> Tensor:
+    """Attention of x [T, C] before its output layer: [T, A]."""
+    q, k, v = project(x, layer.qkv, layer.joined, layer.head_dim, shared)
+    return shared.attend(q, k, v, drops.probs, index + 1, layer.kind)
+
+
+def _feed_forward(x: Tensor, layer: Layer, drops: Drops, shared: Pass, fold: bool) -> tuple[Tensor, Tensor | None]:
+    return feed_forward(
+        x, layer.up, layer.activation, layer.activation_name, layer.down, shared,
+        gated=layer.gated, inner_dropout=drops.inner, fold=fold,
+    )  # fmt: skip
+
+
+def as_one_operator(
+    x: Tensor, layer: Layer, drops: Drops, shared: Pass, index: int, training: bool
+) -> Tensor | None:  # fmt: skip
+    """A post-norm layer by `functional.encoder_layer`; None where that does not stand for it."""
+    if torch.compiler.is_compiling() or F.choose_impl(shared.impl, x.device) != "triton":
+        return None
+    if layer.activation_name is None or layer.gated or drops.inner > 0.0 or not shared.is_plain():
+        return None
+    tensors = layer.tensors()
+    if tensors is None:
+        return None
+    first = 2 * index + 1
+    options = F.LayerOptions(
+        tensors[0].shape[0] // layer.head_dim, layer.activation_name, layer.out_norm.module.eps,
+        layer.down_norm.module.eps, drops.probs, drops.out, drops.down, index + 1, first, first + 1, fold=training,
+    )  # fmt: skip
+    return F.encoder_layer(
+        x, F.LayerWeights(*tensors), shared.batch.cu_seqlens, shared.batch.max_seqlen, options,
+        schedule=shared.schedule, seed=shared.seed, row_ids=shared.row_ids, impl=shared.impl, qkv=joined_by(layer),
+    )  # fmt: skip
+
+
+def joined_by(layer: Layer) -> Callable[[], tuple[Tensor, Tensor | None]]:
+    """What gives the weight [3A, C] and bias [3A] of query, key and value in one."""
+    modules = [part.module for part in layer.qkv]
+    if len(modules) == 1:
+        return lambda: (modules[0].weight, modules[0].bias)
+    return partial(layer.joined.joined, modules)
+
+
+# ---- all of them -----------------------------------------------------------------------------------------
+
+
+def in_one_call(x: Tensor, layers: Iterable[Layer | None], shared: Pass) -> Tensor | None:
+    """x [T, C] of the last layer by one call of C++, or None where the layers have to be called one after another: a
+    layer is None, one call is not ahead of them or cannot stand for them, something is dropped or has a gradient."""
+    if torch.compiler.is_compiling() or shared.seed is not None or not shared.is_plain():
+        return None
+    if not is_one_call_ahead(x.nbytes, x.dtype, x.device, shared.impl) or (found := in_one(layers)) is None:
+        return None
+    return one_call.run(x, *found, shared.batch.cu_seqlens)
+
+
+def is_one_call_ahead(nbytes: int, dtype: torch.dtype, device: torch.device, impl: F.Impl | None) -> bool:
+    """Whether one call is ahead of the layers one by one, with hidden states of so many bytes in all."""
+    return (
+        one_call.is_ahead(nbytes, dtype) and device.type == "cpu" and F.choose_impl(impl, device) == "native"
+    )  # fmt: skip
+
+
+def in_one(layers: Iterable[Layer | None]) -> tuple[list[Tensor], F.LayerOptions] | None:
+    """What `inference.one_call.run` takes: the tensors of all layers, and the numbers that all of them share. None
+    where a layer is None, of another kind, or with other numbers than the rest."""
+    tensors: list[Tensor] = []
+    numbers = set()
+    for layer in layers:
+        if layer is None or layer.pre_norm or layer.gated or layer.kind is not None:
+            return None
+        of_layer = layer.tensors()
+        if of_layer is None or not one_call.is_plain(of_layer):
+            return None
+        tensors += of_layer
+        heads = of_layer[0].shape[0] // layer.head_dim
+        numbers.add((heads, layer.activation_name, layer.out_norm.module.eps, layer.down_norm.module.eps))
+    return (tensors, F.LayerOptions(*numbers.pop())) if len(numbers) == 1 else None

@@ -1,0 +1,139 @@
+"""What the layers of one forward pass share: the packed batch, what attention looks up, and the dropout's seed."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Hashable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .. import functional as F
+from ..packing import PackedBatch
+
+if TYPE_CHECKING:
+    from .layer import Layer
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What the layers of one forward pass share; and attention, which needs most of it.
+
+    Attributes:
+        batch: the packed batch.
+        schedule: `functional.attention_schedule` of it; None where the batch is `padded`.
+        impl: of every operator.
+        seed: [1] int64, or None where nothing is dropped.
+        row_ids: [T], the rows' numbers for dropout.
+        padded: the batch still holds its padding.
+        mask: [1 | B, 1 | H, S, S] bool, True where attention is allowed.
+        bias: [1 | B, 1 | H, S, S] added to every layer's scores.
+        rotary: kind of layer -> (cos, sin).
+        windows: kind of layer -> (left, right), or None.
+        infers: nothing of this pass is trained, so weights on a CPU may be multiplied from copies laid out for it.
+        layers: the description of each layer, or None: each describes itself.
+        twice: second derivatives may follow, which SDPA has in its plain form alone.
+        keys: [Tk], the rows that are keys, where some rows are queries only.
+        cu_seqlens_k: [B + 1] int32, the same for them as `batch.cu_seqlens` for the queries.
+        spans: (first query, queries, first key, keys) of each sequence, where no kernel goes by cu_seqlens.
+    """
+
+    batch: PackedBatch
+    schedule: Any
+    impl: F.Impl | None
+    seed: Tensor | None = None
+    row_ids: Tensor | None = None
+    padded: bool = False
+    mask: Tensor | None = None
+    bias: Tensor | None = None
+    rotary: dict[Hashable, tuple[Tensor, Tensor]] | None = None
+    windows: dict[Hashable, tuple[int, int] | None] | None = None
+    infers: bool = False
+    layers: dict[nn.Module, Layer] | None = None
+    twice: bool = False
+    keys: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+    spans: list[tuple[int, int, int, int]] | None = None
+
+    def is_plain(self) -> bool:
+        """Is it a packed batch whose tokens see all of their sequence, and nothing but its tokens?"""
+        return not self.padded and self.mask is self.bias is self.rotary is self.keys is None
+
+    def over_keys(self, real: Tensor, keys: list[int], impl: F.Impl) -> Pass:
+        """With the rows of the tokens that are `real` [B, S] as keys, `keys` of each sequence, and all others as
+        queries only. The batch must know its lengths."""
+        batch = self.batch
+        flat = real.flatten()
+        places = (flat if batch.indices is None else flat[batch.indices]).nonzero_static(size=sum(keys)).squeeze(1)
+        cu_seqlens_k = torch.zeros_like(batch.cu_seqlens)
+        torch.cumsum(real.sum(1), 0, out=cu_seqlens_k[1:])
+        if impl == "triton":
+            schedule = F.attention_schedule(batch.cu_seqlens, batch.total_tokens, impl, spans_k=cu_seqlens_k)
+            return replace(self, keys=places, cu_seqlens_k=cu_seqlens_k, schedule=schedule)
+        first_query, first_key = (itertools.accumulate(counts[:-1], initial=0) for counts in (batch.lengths, keys))
+        spans = list(zip(first_query, batch.lengths, first_key, keys, strict=True))
+        return replace(self, keys=places, cu_seqlens_k=cu_seqlens_k, spans=spans)
+
+    def scheduled(self) -> Pass:
+        """With what attention derives from the lengths."""
+        return replace(self, schedule=self.batch.schedule(self.impl))
+
+    def dropping(self) -> Pass:
+        """With a seed drawn from torch's generator, and names for the rows: its dropouts are on."""
+        seed = torch.randint(2**62, (1,), dtype=torch.int64, device=self.batch.cu_seqlens.device)
+        return replace(self, seed=seed, row_ids=self.batch.row_ids())
+
+    def dropout(self, p: float, stream: int) -> dict[str, Any]:
+        """Dropout arguments of an operator on hidden states; `stream` tells the call sites apart."""
+        if self.seed is None or p == 0.0:
+            return {}
+        return {"dropout_p": p, "seed": self.seed, "stream": stream, "row_ids": self.row_ids}
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, stream: int, kind: Hashable = None) -> Tensor:
+        """q, k, v [T, H, D] -> [T, H * D]."""
+        options = self.dropout(dropout_p, stream)
+        options.pop("row_ids", None)
+        if self.bias is not None:
+            options["bias"] = self.bias.to(q.dtype)
+        if self.mask is not None:
+            options["mask"] = self.mask
+        if kind is not None:
+            options |= {"rotary": self.rotary[kind], "window": self.windows[kind]}
+        with sdpa_kernel(SDPBackend.MATH) if self.twice else nullcontext():
+            return self._attend(q, k, v, options).flatten(1)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
+        batch, impl = self.batch, self.impl
+        if self.padded:
+            q, k, v = (t.unflatten(0, batch.padded_shape) for t in (q, k, v))
+            return F.attention_padded(q, k, v, impl=impl, **options).flatten(0, 1)
+        schedule = self.schedule
+        if self.keys is None:
+            return F.attention(q, k, v, batch.cu_seqlens, batch.max_seqlen, schedule=schedule, impl=impl, **options)
+        k, v, longest = k[self.keys], v[self.keys], batch.max_seqlen
+        if self.spans is None:
+            over = {"cu_seqlens_k": self.cu_seqlens_k, "max_seqlen_k": longest, "schedule": schedule}
+            return F.attention(q, k, v, batch.cu_seqlens, longest, impl=impl, **over, **options)
+        outputs = []
+        for number, (row, rows, key, keys) in enumerate(self.spans):
+            if "seed" in options:
+                options["sequence_ids"] = torch.tensor([number], dtype=torch.int64, device=q.device)
+            of_one = (
+                t[start : start + count][None] for t, start, count in ((q, row, rows), (k, key, keys), (v, key, keys))
+            )
+            outputs.append(F.attention_padded(*of_one, impl=impl, **options)[0])
+        return torch.cat(outputs)
+
+    def state(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(x [T, C] as a hidden state to return, padded where the input was; x by way of it, so that a loss of that
+        state has a gradient)."""
+        batch = self.batch
+        if batch.padded_shape is None:
+            return x, x
+        state = batch.pad(x)
+        return state, batch.unpad(state) if torch.is_grad_enabled() and x.requires_grad else x

@@ -1,0 +1,156 @@
+"""The steps of a layer, from modules: each taken apart for a fused operator, or called as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch.nn as nn
+from torch import Tensor
+
+from .. import functional as F
+from ..inference import weights
+from ..inference.weights import JoinedLinears, is_untouched
+from .shared import Pass
+
+
+class Part(NamedTuple):
+    """A module, and how it is used.
+
+    Attributes:
+        module: or whatever has its weight and bias, where it is plain.
+        plain: it is taken apart.
+        whole: it is called on [B, S, C] with nothing left out, since it may look at more than a token.
+    """
+
+    module: Any
+    plain: bool
+    whole: bool = False
+
+
+class Joined(NamedTuple):
+    """The weight [3A, C] and bias [3A] of query, key and value in one, where they are no module."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+def part_of(module: nn.Module, kind: type[nn.Module]) -> Part:
+    """A module of our own models: plain where it is still exactly `kind`, and nobody listens to it."""
+    return Part(module, is_untouched(module, kind))
+
+
+def probability(dropout: nn.Module | float | None) -> float:
+    """What a dropout module drops at the moment."""
+    return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+
+
+def usable(weight: Tensor | None) -> bool:
+    """Is this an ordinary tensor, and no quantised or sharded one?"""
+    return weight is None or type(weight) is nn.Parameter or type(weight) is Tensor
+
+
+def call(part: Part, x: Tensor, shared: Pass) -> Tensor:
+    """part(x) of x [T, C]. What may look at more than a token gets [B, S, C], which is then all of the batch."""
+    if not part.whole:
+        return part.module(x)
+    return part.module(x.unflatten(0, shared.batch.padded_shape)).flatten(0, 1)
+
+
+def readied(shared: Pass, *linears: nn.Linear) -> None:
+    """Lays out the weights of plain layers for the products of inference, at their first use."""
+    if shared.infers:
+        weights.ready(linears, promised=False)
+
+
+def apart(*parts: Part) -> bool:
+    """Can all of them be taken apart now? A sharded module holds other weights outside of its call than within."""
+    return all(part.plain and usable(part.module.weight) and usable(part.module.bias) for part in parts)
+
+
+def multiply(part: Part, x: Tensor, shared: Pass) -> Tensor:
+    """linear(x)."""
+    if not apart(part):
+        return call(part, x, shared)
+    linear = part.module
+    readied(shared, linear)
+    return F.linear(x, linear.weight, linear.bias, impl=F.products_beside(shared.impl))
+
+
+def project(x: Tensor, parts: tuple[Part, ...], joined: JoinedLinears, head_dim: int, shared: Pass) -> Iterable[Tensor]:
+    """x [T, C] -> q, k, v [T, H, D], as views of one product where the linear layers allow it."""
+    if len(parts) == 1:
+        return multiply(parts[0], x, shared).unflatten(-1, (3, -1, head_dim)).unbind(1)
+    linears = [part.module for part in parts]
+    if apart(*parts) and len({linear.bias is None for linear in linears}) == 1:
+        readied(shared, *linears)
+        return joined(x, linears, shared.impl).unflatten(-1, (3, -1, head_dim)).unbind(1)
+    return [call(part, x, shared).unflatten(-1, (-1, head_dim)) for part in parts]
+
+
+def linear_without_bias(part: Part, x: Tensor, fold: bool, shared: Pass) -> tuple[Tensor, Tensor | None]:
+    """(y, the bias still to be added): with `fold` a plain layer leaves its bias to the LayerNorm that follows."""
+    if fold and apart(part) and part.module.bias is not None:
+        return F.linear(x, part.module.weight, impl=F.products_beside(shared.impl)), part.module.bias
+    return multiply(part, x, shared), None
+
+
+def add_norm(
+    y: Tensor, y_bias: Tensor | None, residual: Tensor, part: Part, dropout_p: float, shared: Pass, stream: int
+) -> Tensor:
+    """norm(dropout(y + y_bias) + residual)."""
+    if apart(part):
+        norm = part.module
+        return F.add_layer_norm(
+            y, residual, norm.weight, norm.bias, norm.eps, x_bias=y_bias,
+            impl=shared.impl, **shared.dropout(dropout_p, stream),
+        )  # fmt: skip
+    return call(part, nn.functional.dropout(y if y_bias is None else y + y_bias, dropout_p) + residual, shared)
+
+
+def norm_only(x: Tensor, part: Part, shared: Pass) -> Tensor:
+    if apart(part):
+        norm = part.module
+        return F.add_layer_norm(x, None, norm.weight, norm.bias, norm.eps, impl=shared.impl)
+    return call(part, x, shared)
+
+
+def norm_and_sum(
+    y: Tensor, y_bias: Tensor | None, residual: Tensor, part: Part, dropout_p: float, shared: Pass, stream: int
+) -> tuple[Tensor, Tensor]:
+    """(norm(z), z) with z = dropout(y + y_bias) + residual."""
+    if apart(part):
+        norm = part.module
+        return F.add_layer_norm_sum(
+            y, residual, norm.weight, norm.bias, norm.eps, x_bias=y_bias,
+            impl=shared.impl, **shared.dropout(dropout_p, stream),
+        )  # fmt: skip
+    z = nn.functional.dropout(y if y_bias is None else y + y_bias, dropout_p) + residual
+    return call(part, z, shared), z
+
+
+def feed_forward(
+    x: Tensor, up: Part, activation: Part, name: str | None, down: Part, shared: Pass,
+    *, gated: bool = False, inner_dropout: float = 0.0, fold: bool = False,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """(down(dropout(act(up(x)))), the bias still to be added). name: the operators' for the activation."""
+    if gated:
+        name = {"gelu": "geglu"}.get(name)
+    if name is not None and inner_dropout == 0.0 and apart(up, down):
+        first, second = up.module, down.module
+        readied(shared, first, second)
+        folded = second.bias if fold else None
+        y = F.feed_forward(
+            x, first.weight, first.bias, second.weight, None if folded is not None else second.bias, name,
+            impl=shared.impl,
+        )  # fmt: skip
+        return y, folded
+    if name is not None and apart(up):
+        readied(shared, up.module)
+        h = F.linear_act(x, up.module.weight, up.module.bias, name, impl=shared.impl)
+    elif gated:
+        first, second = multiply(up, x, shared).chunk(2, dim=-1)
+        h = call(activation, first, shared) * second
+    else:
+        h = call(activation, multiply(up, x, shared), shared)
+    return multiply(down, nn.functional.dropout(h, inner_dropout), shared), None
