@@ -323,3 +323,40 @@ def test_a_pooler_that_is_not_asked_for_is_left_in_the_checkpoint(tmp_path):
     without = BertModel.from_pretrained(tmp_path, add_pooling_layer=False)
     assert without.pooler is None
     assert without.state_dict().keys() == {name for name in ours.state_dict() if "pooler" not in name}
+
+
+class Doubled(torch.nn.Linear):
+    """What a library that adapts models may put in a linear layer's place."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2.0 * super().forward(x)
+
+
+@pytest.mark.parametrize("path", ["attention.self.key", "attention.output.dense", "intermediate.dense", "output.dense"])
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_module_in_the_place_of_a_linear_layer_is_called(path, grad):
+    """Its weight used to be taken, and its own forward passed over: adapters were lost without a word."""
+    model, _ = twin(SMALL)
+    mask = MASKS["right_padded"]()
+    given = inputs(120, mask)
+    doubled, scaled = copy.deepcopy(model), copy.deepcopy(model)
+    doubled.encoder["layer"][1].get_submodule(path).__class__ = Doubled
+    with torch.no_grad():
+        for p in scaled.encoder["layer"][1].get_submodule(path).parameters():
+            p.mul_(2.0)
+    with torch.set_grad_enabled(grad):
+        found, expected, before = (m(**given).last_hidden_state for m in (doubled, scaled, model))
+    torch.testing.assert_close(found, expected)
+    assert not torch.allclose(before, expected)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_hook_of_a_linear_layer_is_called(grad):
+    model, _ = twin(SMALL)
+    seen = []
+    handle = model.encoder["layer"][0].output["dense"].register_forward_hook(lambda *_: seen.append(1))
+    with torch.set_grad_enabled(grad):
+        model(torch.randint(1, 120, (2, 9)))
+        handle.remove()
+        model(torch.randint(1, 120, (2, 9)))
+    assert seen == [1]

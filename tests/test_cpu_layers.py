@@ -237,7 +237,7 @@ def test_layers_one_by_one(calls, monkeypatch, why):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"hidden_act": "relu"},
+        {"hidden_act": "silu"},
         {"num_attention_heads": 8},
         {"hidden_size": 48, "num_attention_heads": 3},
         {"intermediate_size": 80},

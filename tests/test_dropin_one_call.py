@@ -18,7 +18,8 @@ FAMILIES = {
     "roberta": {"pad_token_id": 1},
     "electra": {"embedding_size": 24},
     "distilbert": {"dim": 64, "hidden_dim": 96, "n_layers": 2, "n_heads": 4},
-    "albert": {"embedding_size": 24, "hidden_act": "gelu"},
+    "albert": {"embedding_size": 24},  # gelu_new, which is gelu_tanh
+    "relu": {"hidden_act": "relu"},
 }
 REAL = torch.arange(9) < torch.tensor([9, 4, 7])[:, None]
 
@@ -27,7 +28,9 @@ def build(family: str = "bert", **more):
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
     sizes = {"vocab_size": 60} | ({} if family == "distilbert" else sizes)
-    config = transformers.AutoConfig.for_model(family, **{**sizes, **FAMILIES[family], **more})
+    config = transformers.AutoConfig.for_model(
+        "bert" if family == "relu" else family, **{**sizes, **FAMILIES[family], **more}
+    )
     return transformers.AutoModel.from_config(config).eval()
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import fastbert
+from fastbert.kernels.cpu import operators as cpp
 from fastbert.testing import assert_within_budget, relative_rms
 
 WIDTH, LENGTHS = 9, torch.tensor([9, 4, 1])
@@ -42,9 +43,9 @@ MASKS = {
 }
 
 
-def encoder(depth: int = 2, norm: bool = True, **options) -> nn.TransformerEncoder:
+def encoder(depth: int = 2, norm: bool = True, inner: int = 48, **options) -> nn.TransformerEncoder:
     options = {"batch_first": True, "dropout": 0.0, **options}
-    layer = nn.TransformerEncoderLayer(32, 2, 48, **options)
+    layer = nn.TransformerEncoderLayer(32, 2, inner, **options)
     model = nn.TransformerEncoder(
         layer, depth, nn.LayerNorm(32) if norm else None, enable_nested_tensor=not options.get("norm_first")
     )
@@ -320,3 +321,39 @@ def test_compiles_in_one_graph():
     with torch.no_grad():
         y = compiled(x, src_key_padding_mask=RIGHT)
         torch.testing.assert_close(y[~RIGHT], ours(x, src_key_padding_mask=RIGHT)[~RIGHT])
+
+
+ONE_CALL = {  # options of the layers, arguments of the call -> calls of the C++ through all layers
+    "right": ({}, "right", 1),
+    "no_padding": ({}, "none", 1),
+    "relu": ({"activation": "relu"}, "right", 1),
+    "gelu_tanh": ({"activation": nn.GELU("tanh")}, "right", 1),
+    "left": ({}, "left", 0),
+    "src_mask": ({}, "src_mask", 0),
+    "pre_norm": ({"norm_first": True}, "right", 0),
+    "no_bias": ({"bias": False}, "right", 0),
+    "silu": ({"activation": nn.SiLU()}, "right", 0),
+}
+
+
+@pytest.mark.skipif(cpp.load()[0] is None, reason=f"no C++ operators: {cpp.load()[1]}")
+@pytest.mark.parametrize(("options", "masks", "count"), ONE_CALL.values(), ids=ONE_CALL)
+@pytest.mark.filterwarnings("ignore:.*")
+@torch.no_grad()
+def test_all_layers_in_one_call(monkeypatch, options, masks, count):
+    ours, plain, truth = three(encoder(inner=64, **{"activation": "gelu", **options}).eval())
+    made, right = [], cpp.encoder_layers
+
+    def counted(*args):
+        y = right(*args)
+        made.extend([args] * (y is not None))
+        return y
+
+    monkeypatch.setattr(cpp, "encoder_layers", counted)
+    x, given = torch.randn(3, WIDTH, 32), MASKS[masks]
+    found = ours(x, **given)
+    assert len(made) == count
+    keep = ~padding_of(given)
+    with torch.enable_grad():  # without gradients torch 2.13 takes GELU's tanh form for the exact one
+        theirs, expected = plain(x, **given).detach(), truth(x.double(), **in_float64(given)).detach()
+    assert_within_budget(found[keep], theirs[keep], expected[keep])

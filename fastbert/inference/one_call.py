@@ -12,6 +12,9 @@ from .. import functional as F
 from ..kernels.cpu import layouts
 from ..kernels.cpu import operators as cpp
 
+# what may stand between up and down
+ACTIVATIONS = tuple(cpp.ACTIVATIONS)
+
 
 def is_ahead(nbytes: int, dtype: torch.dtype) -> bool:
     """Whether one call is ahead of the layers one by one, with hidden states of so many bytes in all."""
@@ -23,7 +26,7 @@ def run(x: Tensor, tensors: list[Tensor], options: F.LayerOptions, cu_seqlens: T
 
     Args:
         tensors: what `functional.LayerWeights` holds of each layer, one layer after another, as `is_plain` found them.
-        options: of every layer; nothing is dropped.
+        options: of every layer; its activation is one of `ACTIVATIONS`, and nothing is dropped.
         cu_seqlens: [B + 1] int32.
     """
     return cpp.encoder_layers(x, tensors, options, cu_seqlens)

@@ -178,7 +178,7 @@ def in_one(layers: Iterable[Layer | None]) -> tuple[list[Tensor], F.LayerOptions
     tensors: list[Tensor] = []
     numbers = set()
     for layer in layers:
-        if layer is None or layer.pre_norm or layer.gated or layer.kind is not None:
+        if layer is None or layer.pre_norm or layer.gated or layer.activation_name not in one_call.ACTIVATIONS:
             return None
         of_layer = layer.tensors()
         if of_layer is None or not one_call.is_plain(of_layer):

@@ -13,7 +13,7 @@ constexpr int UP_ROWS = 1024;  // of the widest matrix at a time, UP_ROWS in lib
 #define EXPORT_FOR(T, name)                                                                                        \
     EXPORT int encoder_layers_##name(                                                                              \
         T::Element* x, const Layer<T::Element>* layers, int count, const int32_t* starts, int sequences, int rows, \
-        int width, int inner, int heads, float eps, int in_one_way, T::Element* work                               \
+        int width, int inner, int heads, int activation, float eps, int in_one_way, T::Element* work               \
     ) {                                                                                                            \
         if (!are_sequences(starts, sequences, rows)) return NOT_SEQUENCES;                                         \
         const int head_dim = width / heads;                                                                        \
@@ -32,7 +32,8 @@ constexpr int UP_ROWS = 1024;  // of the widest matrix at a time, UP_ROWS in lib
             for (int first = 0; first < rows; first += UP_ROWS) {                                                  \
                 const int n = std::min(UP_ROWS, rows - first);                                                     \
                 const int64_t at = (int64_t)first * width;                                                         \
-                failed |= linear_##name(x + at, l->up.weight, l->up.bias, up, inner, n, inner, width, 1, in_one_way); \
+                failed |= linear_##name(x + at, l->up.weight, l->up.bias, up, inner, n, inner, width, activation,  \
+                                        in_one_way);                                                               \
                 failed |= linear_##name(up, l->down.weight, l->down.bias, y + at, width, n, width, inner, 0, in_one_way); \
             }                                                                                                      \
             add_layer_norm_##name(y, x, l->last_norm.weight, l->last_norm.bias, x, rows, width, eps);              \

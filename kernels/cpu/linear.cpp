@@ -1,4 +1,4 @@
-// Products with a bias and GELU, for inference, from the weight as it lies. `operators.py` calls them.
+// Products with a bias and an activation, for inference, from the weight as it lies. `operators.py` calls them.
 //
 // Of few rows, every weight is read once and in order, and multiplied along the inner dimension: lanes are summed at the
 // end. Of many rows, 64 columns at a time are transposed into the core's own cache, and six rows of x at a time go
@@ -31,16 +31,16 @@ inline __m512 sums_of_lanes(const __m512 of[WIDTH]) {
 
 constexpr int ROWS_AS_THEY_LIE = 144;  // up to which transposing x does not pay
 constexpr int AHEAD = 16384;  // bytes of the weight that are on their way from memory, a tile at least
-constexpr int TILES = 4;  // of rows that share a pass of bias and GELU: one alone would wait for each of its own steps
+constexpr int TILES = 4;  // of rows that share a pass of bias and activation: one alone would wait for each of its own steps
 constexpr int TILE = 4;  // rows of x and rows of the weight at a time: 16 accumulators, 8 loads for 16 multiplications
 
-// y = x weight^T + bias, or GELU of it: x [rows, inner], weight [columns, inner] as it is, y [rows, columns],
+// y = activation(x weight^T + bias): x [rows, inner], weight [columns, inner] as it is, y [rows, columns],
 // its rows y_stride apart.
 // For few rows, where much of the time goes into reading the weight: it is read once and in order, AHEAD of its use.
 template <class T>
 void linear_of_few_rows(
     const typename T::Element* x, const typename T::Element* weight, const typename T::Element* bias,
-    typename T::Element* y, int64_t y_stride, int rows, int columns, int inner, int with_gelu
+    typename T::Element* y, int64_t y_stride, int rows, int columns, int inner, int activation
 ) {
     using Element = typename T::Element;
     constexpr int STEP = WIDTH * T::PER_LANE;
@@ -82,7 +82,7 @@ void linear_of_few_rows(
             for (int row = block; row < block_end; row += TILE) {
                 const __m512 of_tile = result[(row - block) / TILE];
                 alignas(64) Element z[WIDTH];
-                T::store(z, with_gelu ? gelu(of_tile) : of_tile);
+                T::store(z, activate(of_tile, activation));
                 for (int i = 0; i < std::min(TILE, rows - row); ++i)
                     std::memcpy(y + (row + i) * y_stride + column, z + i * TILE, sizeof(Element) * TILE);
             }
@@ -115,11 +115,11 @@ void lay_out(const typename T::Element* weight, int inner, int registers, float*
         }
 }
 
-// y = x panel + bias, or GELU of it, of M rows.
+// y = activation(x panel + bias), of M rows.
 template <class T, int M>
 inline void tile(
     const typename T::Element* x, const float* panel, const typename T::Element* bias, typename T::Element* y,
-    int64_t y_stride, int inner, int registers, int with_gelu
+    int64_t y_stride, int inner, int registers, int activation
 ) {
     const int lanes = inner / T::PER_LANE;
     __m512 sum[M][REGISTERS];
@@ -153,7 +153,7 @@ inline void tile(
 #pragma GCC unroll 6
         for (int i = 0; i < M; ++i) {
             const __m512 z = _mm512_add_ps(sum[i][j], of_bias);
-            T::store(y + i * y_stride + j * WIDTH, with_gelu ? gelu(z) : z);
+            T::store(y + i * y_stride + j * WIDTH, activate(z, activation));
         }
     }
 }
@@ -170,7 +170,7 @@ inline int parts_of(int rows, int panels) {
 template <class T>
 int linear_of_many_rows(
     const typename T::Element* x, const typename T::Element* weight, const typename T::Element* bias,
-    typename T::Element* y, int64_t y_stride, int rows, int columns, int inner, int with_gelu
+    typename T::Element* y, int64_t y_stride, int rows, int columns, int inner, int activation
 ) {
     using Element = typename T::Element;
     const int panels = (columns + PANEL - 1) / PANEL, parts = parts_of(rows, panels);
@@ -200,7 +200,7 @@ int linear_of_many_rows(
 #define OF_ROWS(M)                                                                                                 \
     case M:                                                                                                        \
         tile<T, M>(x + (int64_t)row * inner, panel, bias ? bias + column : nullptr,                                \
-                   y + row * y_stride + column, y_stride, inner, registers, with_gelu);                            \
+                   y + row * y_stride + column, y_stride, inner, registers, activation);                            \
         break;
                     switch (std::min(ROWS, end - row)) {
                         OF_ROWS(6) OF_ROWS(5) OF_ROWS(4) OF_ROWS(3) OF_ROWS(2) OF_ROWS(1)
@@ -218,11 +218,11 @@ int linear_of_many_rows(
 #define EXPORT_FOR(T, name)                                                                                        \
     EXPORT int linear_##name(                                                                                      \
         const T::Element* x, const T::Element* weight, const T::Element* bias, T::Element* y, int64_t y_stride,    \
-        int rows, int columns, int inner, int with_gelu, int in_one_way                                            \
+        int rows, int columns, int inner, int activation, int in_one_way                                            \
     ) {                                                                                                            \
         if ((rows > ROWS_AS_THEY_LIE || in_one_way) && columns % WIDTH == 0)                                       \
-            return linear_of_many_rows<T>(x, weight, bias, y, y_stride, rows, columns, inner, with_gelu);          \
-        linear_of_few_rows<T>(x, weight, bias, y, y_stride, rows, columns, inner, with_gelu);                      \
+            return linear_of_many_rows<T>(x, weight, bias, y, y_stride, rows, columns, inner, activation);          \
+        linear_of_few_rows<T>(x, weight, bias, y, y_stride, rows, columns, inner, activation);                      \
         return 0;                                                                                                  \
     }
 

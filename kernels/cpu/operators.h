@@ -60,7 +60,7 @@ struct Layer {
     );                                                                                                         \
     EXPORT int linear_##name(                                                                                  \
         const Element* x, const Element* weight, const Element* bias, Element* y, int64_t y_stride, int rows,  \
-        int columns, int inner, int with_gelu, int in_one_way                                                  \
+        int columns, int inner, int activation, int in_one_way                                                  \
     );                                                                                                         \
     EXPORT void sum_logits_##name(                                                                             \
         const Element* logits, const Element* bias, const int32_t* labels, float* greatest, float* sums,       \
@@ -81,7 +81,7 @@ struct Layer {
     );                                                                                                         \
     EXPORT int encoder_layers_##name(                                                                          \
         Element* x, const Layer<Element>* layers, int count, const int32_t* starts, int sequences, int rows,   \
-        int width, int inner, int heads, float eps, int in_one_way, Element* work                              \
+        int width, int inner, int heads, int activation, float eps, int in_one_way, Element* work              \
     );
 
 DECLARE(float, float32)

@@ -95,6 +95,29 @@ inline __m512 gelu(__m512 x) {
     return _mm512_mul_ps(x, _mm512_mask_sub_ps(tail, positive, one, tail));
 }
 
+// x times the logistic function of 2 sqrt(2 / pi) (x + 0.044715 x^3), which is 0.5 x (1 + tanh(half of that)).
+inline __m512 gelu_tanh(__m512 x) {
+    const __m512 cube = _mm512_mul_ps(_mm512_mul_ps(x, x), x);
+    const __m512 z = _mm512_mul_ps(
+        _mm512_fmadd_ps(cube, _mm512_set1_ps(0.044715f), x), _mm512_set1_ps(2.3022082f)  // 2 sqrt(2 / pi) log2(e)
+    );
+    const __m512 one = _mm512_set1_ps(1.0f);
+    const __m512 e = exp2_of_negative(_mm512_sub_ps(_mm512_setzero_ps(), _mm512_abs_ps(z)));
+    const __m512 share = _mm512_div_ps(one, _mm512_add_ps(one, e));
+    const __mmask16 positive = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GE_OQ);
+    return _mm512_mul_ps(x, _mm512_mask_mul_ps(share, _knot_mask16(positive), share, e));
+}
+
+// Numbered as in ACTIVATIONS of operators.py.
+inline __m512 activate(__m512 x, int activation) {
+    switch (activation) {
+        case 1: return gelu(x);
+        case 2: return gelu_tanh(x);
+        case 3: return _mm512_max_ps(_mm512_setzero_ps(), x);  // of two operands one of which is NaN, the second
+        default: return x;
+    }
+}
+
 // The mean of a row is mean + rest: `rest` is what rounding to float32 left out of `mean`.
 struct Moments {
     __m512 mean, rest;
