@@ -21,6 +21,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from fastbert.cli.main import Parser, run_command
+
 SCHEMA = "fastbert-bench/1"
 
 # suite -> its module, which has cases(device, dtype, quick) and perhaps curves(rows, device, quick)
@@ -286,8 +288,8 @@ def _ceilings_line(ceilings: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks")
+    parser = Parser(prog="fastbert bench")
     add_arguments(parser)
     args = parser.parse_args(argv)
     args.argv = list(sys.argv[1:] if argv is None else argv)
-    return run(args)
+    return run_command(run, args)

@@ -15,9 +15,10 @@ from .inference.weights import JoinedLinears as JoinedLinears
 from .inference.weights import prepack as prepack
 from .inference.weights import quantise as quantise
 from .packing import PackedBatch
-from .stack.layer import Drops, Layer, run
+from .stack.description import Drops, Joined, Layer, Part, part_of
+from .stack.layer import run
 from .stack.shared import Pass
-from .stack.steps import Joined, Part, part_of, probability
+from .stack.steps import probability
 
 # class name of an activation module, of torch or transformers -> the operators' name for it
 ACTIVATIONS = {

@@ -1,8 +1,4 @@
-"""Imports point down: the floors of the house, from the source of every module.
-
-What stands against a rule today is listed beside it, and the list can only shrink: an arrow that is not in it fails,
-and so does one in it that is gone.
-"""
+"""Imports point down: the floors of the house, from the source of every module."""
 
 import pytest
 
@@ -35,10 +31,6 @@ FLOORS = (
     ("benchmarks.__main__", "benchmarks.tuning"),
     ("benchmarks.gpu_day",),
 )  # fmt: skip
-UPWARDS = {
-    "fastbert.cli.bench -> benchmarks.run",
-}
-
 # The only ways from the package into the kernels: operators, and weights at inference.
 SEAMS = ("fastbert.functional", "fastbert.inference")
 
@@ -58,13 +50,8 @@ def arrows() -> list[tuple[str, str]]:
     return [(a, b) for a in sorted(GRAPH) for b in sorted(GRAPH[a]) if "fastbert" not in (a, b)]
 
 
-def assert_only(found: set, listed: set) -> None:
-    assert not found - listed, "against the rule"
-    assert not listed - found, "no longer against the rule: take it out of the list"
-
-
 def test_every_module_has_a_floor_and_none_reaches_up():
-    assert_only({f"{a} -> {b}" for a, b in arrows() if floor_of(a) < floor_of(b)}, UPWARDS)
+    assert not [f"{a} -> {b}" for a, b in arrows() if floor_of(a) < floor_of(b)]
 
 
 def test_two_ways_lead_into_the_kernels():
@@ -117,10 +104,3 @@ def test_imports_are_read_however_they_are_written(tmp_path, monkeypatch):
     assert inspect_imports.outside("fastbert.inner.a") == {"torch"}
     assert inspect_imports.outside("fastbert.kernels.k") == set()
     assert inspect_imports.circles(found) == [["fastbert.b", "fastbert.c", "fastbert.inner", "fastbert.inner.a"]]
-
-
-def test_what_is_listed_and_gone_fails():
-    with pytest.raises(AssertionError, match="take it out"):
-        assert_only({"a"}, {"a", "b"})
-    with pytest.raises(AssertionError, match="against the rule"):
-        assert_only({"a"}, set())

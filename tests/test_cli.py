@@ -500,3 +500,25 @@ def test_a_command_is_a_file_that_nothing_names(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     assert "say good day" in capsys.readouterr().out
+
+
+BENCH = {  # words -> exit code, and what is said: the benchmarks' own, from wherever the command is given
+    "help": (["--help"], 0, "Time fastbert beside the real alternatives on this machine"),
+    "wrong_usage": (["--suite", "nothing"], 2, "fastbert: error: argument --suite"),
+    "failed": (["--out", "nowhere/a.json", "--suite", "cold"], 1, "fastbert: error: no folder 'nowhere'"),
+}
+
+
+@pytest.mark.parametrize(("words", "code", "message"), BENCH.values(), ids=BENCH)
+def test_bench_passes_everything_on(words, code, message, tmp_path):
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "__init__.py").write_text("raise AssertionError('of somebody else')\n")
+    command = [sys.executable, "-m", "fastbert", "bench", *words]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
+    assert (done.returncode, message in done.stdout + done.stderr) == (code, True), done.stderr
+
+
+def test_bench_outside_of_a_checkout(monkeypatch, capsys):
+    monkeypatch.setattr("fastbert.cli.bench._checkout", lambda: None)
+    assert main(["bench", "--quick"]) == 1
+    assert "fastbert: error: the benchmarks are in fastbert's repository" in capsys.readouterr().err

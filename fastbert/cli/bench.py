@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
+from typing import NoReturn
 
 ORDER = 4
 SUMMARY = "time fastbert beside the real alternatives on this machine"
@@ -16,30 +16,20 @@ WHERE = (
 )
 
 
-def _benchmarks() -> ModuleType | None:
-    """benchmarks.run of the checkout that fastbert was installed from, or of the working folder."""
+def _checkout() -> Path | None:
+    """The checkout that fastbert was installed from, or the working folder if that is one."""
     for root in (Path(__file__).resolve().parents[2], Path.cwd()):
         if (root / "benchmarks" / "run.py").is_file() and (root / "kernels" / "reference.py").is_file():
-            sys.path.insert(0, str(root))
-            try:
-                return import_module("benchmarks.run")
-            finally:
-                sys.path.remove(str(root))
+            return root
     return None
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    benchmarks = _benchmarks()
-    if benchmarks is None:
-        parser.epilog = WHERE
-        parser.add_argument("arguments", nargs="*", help=argparse.SUPPRESS)
-    else:
-        benchmarks.add_arguments(parser)
-
-
-def run(args: argparse.Namespace) -> int:
-    benchmarks = _benchmarks()
-    if benchmarks is None:
+def run(args: argparse.Namespace) -> NoReturn:
+    """Becomes `python -m benchmarks` with the same arguments, in place of this process."""
+    root = _checkout()
+    if root is None:
         raise RuntimeError(WHERE)
-    args.argv = sys.argv[2:]
-    return benchmarks.run(args)
+    there = f"import runpy, sys; sys.path[0] = {str(root)!r}; runpy.run_module('benchmarks', run_name='__main__')"
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(sys.executable, [sys.executable, "-c", there, *args.arguments])

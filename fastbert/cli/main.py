@@ -1,8 +1,8 @@
 """The `fastbert` command: read the arguments here, import torch only once there is work to do.
 
 A command is a file in this folder, which nothing else names: SUMMARY, a line about it; ORDER, its place in the list of
-commands; `add_arguments(parser)`, asked only when the command is run; `run(args)`, which gives the exit code. At its
-top it imports nothing that takes time.
+commands; `add_arguments(parser)`, asked only when the command is run, or without it everything behind the command's
+name comes as `args.arguments`; `run(args)`, which gives the exit code. At its top it imports nothing that takes time.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 141 the reader of the output went away. Whatever goes
 wrong is said in one line on standard error; FASTBERT_DEBUG=1 shows the traceback instead.
@@ -16,7 +16,7 @@ import os
 import pkgutil
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from types import ModuleType
 from typing import Any, NoReturn
@@ -32,8 +32,10 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):
         if self.command is not None:
             command, self.command = self.command, None
-            command.add_arguments(self)
             self.set_defaults(run=command.run)
+            if not hasattr(command, "add_arguments"):
+                return argparse.Namespace(run=command.run, arguments=list(args)), []
+            command.add_arguments(self)
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
@@ -43,11 +45,15 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
     _open_standard_descriptors()
-    parser = build_parser()
-    args = parser.parse_args(argv)
+    args = build_parser().parse_args(argv)
+    return run_command(args.run, args)
+
+
+def run_command(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
+    """run(args): its exit code, or that of what went wrong."""
     try:
         with _clean_up_when_terminated():
-            return args.run(args)
+            return run(args)
     except UsageError as error:
         return _fail(error, code=2)
     except KeyboardInterrupt as interruption:

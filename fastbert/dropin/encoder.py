@@ -12,9 +12,10 @@ from torch import Tensor
 
 from .. import functional as F
 from ..packing import PackedBatch
-from ..stack.layer import Layer, in_one, in_one_call, is_one_call_ahead
+from ..stack.description import Layer, Part
+from ..stack.layer import in_one, in_one_call, is_one_call_ahead
 from ..stack.shared import Pass
-from ..stack.steps import Part, multiply, norm_only, probability
+from ..stack.steps import multiply, norm_only, probability
 from . import facts as table
 from .forward import Forward, count
 from .layer import LayerForward

@@ -6,7 +6,8 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..inference.weights import JoinedLinears, release
-from ..stack.layer import Drops, Layer, run
+from ..stack.description import Drops, Layer
+from ..stack.layer import run
 from ..stack.shared import Pass
 from ..stack.steps import probability
 from . import facts as table

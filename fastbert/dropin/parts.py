@@ -17,8 +17,7 @@ from torch import Tensor
 
 from ..inference.graphs import CONTAINERS
 from ..inference.weights import JoinedLinears
-from ..stack.layer import Layer
-from ..stack.steps import Part
+from ..stack.description import Layer, Part
 from . import facts as table
 from .forward import Forward
 from .own import LIBRARY, Watch, listeners, of_library, why_own

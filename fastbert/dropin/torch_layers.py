@@ -13,9 +13,10 @@ from torch import Tensor
 from .. import functional as F
 from ..layers import attention_masks, multi_head_attention, same_where_same, torch_drops, torch_layer
 from ..packing import PackedBatch
-from ..stack.layer import Layer, in_one_call, run
+from ..stack.description import Layer, Part
+from ..stack.layer import in_one_call, run
 from ..stack.shared import Pass
-from ..stack.steps import Part, probability
+from ..stack.steps import probability
 from .forward import Forward, count
 from .once import only_once
 from .own import LIBRARY, Watch, listeners, why_not_here, why_own

@@ -22,9 +22,10 @@ from ..config import BertConfig
 from ..inference.graphs import Graphs, graphs_for, why_not_recorded
 from ..inference.weights import FusedLinears, JoinedLinears, is_untouched
 from ..packing import PackedBatch
-from ..stack.layer import Drops, Layer, in_one, in_one_call, is_one_call_ahead, run
+from ..stack.description import Drops, Layer, Part, part_of
+from ..stack.layer import in_one, in_one_call, is_one_call_ahead, run
 from ..stack.shared import Pass
-from ..stack.steps import Part, part_of
+from ..stack.steps import multiply
 from .loading import LeftUninitialised, initialise, load_encoder, read_model
 
 
@@ -289,7 +290,8 @@ class BertModel(nn.Module):
         pooler_output = None
         if self.pooler is not None:
             first = F.pool(x, batch.cu_seqlens, "cls", impl=self.impl)
-            pooler_output = torch.tanh(_product(first, self.pooler["dense"], self.impl)[0])
+            dense = part_of(self.pooler["dense"], nn.Linear)
+            pooler_output = torch.tanh(multiply(dense, first, Pass(batch, None, self.impl)))
         last = hidden_states[-1] if output_hidden_states else x if packed else batch.pad(x)
         output = BertOutput(
             last_hidden_state=last,

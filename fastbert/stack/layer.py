@@ -1,10 +1,9 @@
-"""A layer: what one is made of, how it runs, and many of them in one call."""
+"""How a layer runs, and many of them in one call."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -12,69 +11,9 @@ from torch import Tensor
 
 from .. import functional as F
 from ..inference import one_call
-from ..inference.weights import JoinedLinears
+from .description import Drops, Layer
 from .shared import Pass
-from .steps import Part, add_norm, feed_forward, linear_without_bias, norm_and_sum, norm_only, project
-
-
-class Layer(NamedTuple):
-    """A layer: attention and a feed-forward network, each in a block with a residual and a LayerNorm.
-
-        post-norm:  x = norm(attention(x) + x);  x = norm(feed_forward(x) + x)
-        pre-norm:   x = attention(norm(x)) + x;  x = feed_forward(norm(x)) + x
-
-    Attributes:
-        qkv: the projections to query, key and value: three parts, or one that makes them together.
-        out, out_norm: the linear layer after attention, and the LayerNorm of that block.
-        up, activation, down, down_norm: the same of the feed-forward block.
-        activation_name: the operators' name for the activation; None: they do not have it.
-        head_dim: the width of a head.
-        joined: keeps the weights of `qkv` as one, where it may.
-        pre_norm: the LayerNorms come first in their blocks rather than last.
-        gated: `up` makes two halves, act(first) * second.
-        kind: with rotary positions, which rotation and window of the pass the layer has.
-    """
-
-    qkv: tuple[Part, ...]
-    out: Part
-    out_norm: Part
-    up: Part
-    activation: Part
-    down: Part
-    down_norm: Part
-    activation_name: str | None
-    head_dim: int
-    joined: JoinedLinears
-    pre_norm: bool = False
-    gated: bool = False
-    kind: Hashable = None
-
-    def tensors(self) -> list[Tensor] | None:
-        """What `functional.LayerWeights` holds, or None where a part is not taken apart, or has no parameters now."""
-        parts = (*self.qkv, self.out, self.out_norm, self.up, self.down, self.down_norm)
-        for part in parts:
-            if not part.plain:
-                return None
-        try:  # by way of the dictionaries: nn.Module's own attributes take ten times as long
-            if len(self.qkv) == 3:
-                return [part.module._parameters[name] for part in parts for name in ("weight", "bias")]
-            rest = [part.module._parameters[name] for part in parts[1:] for name in ("weight", "bias")]
-        except KeyError:
-            return None
-        joined = self.qkv[0].module
-        biases = (None,) * 3 if joined.bias is None else joined.bias.chunk(3)
-        return [t for pair in zip(joined.weight.chunk(3), biases, strict=True) for t in pair] + rest
-
-
-class Drops(NamedTuple):
-    """Probabilities of a layer's dropouts at the moment: of attention's probabilities, before the first residual, after
-    the activation, and before the second residual."""
-
-    probs: float = 0.0
-    out: float = 0.0
-    inner: float = 0.0
-    down: float = 0.0
-
+from .steps import add_norm, feed_forward, linear_without_bias, norm_and_sum, norm_only, project
 
 # ---- one layer -------------------------------------------------------------------------------------------
 

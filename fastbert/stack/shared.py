@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Hashable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -15,9 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import functional as F
 from ..packing import PackedBatch
-
-if TYPE_CHECKING:
-    from .layer import Layer
+from .description import Layer
 
 
 @dataclass(frozen=True)

@@ -3,41 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
 
 import torch.nn as nn
 from torch import Tensor
 
 from .. import functional as F
 from ..inference import weights
-from ..inference.weights import JoinedLinears, is_untouched
+from ..inference.weights import JoinedLinears
+from .description import Part
 from .shared import Pass
-
-
-class Part(NamedTuple):
-    """A module, and how it is used.
-
-    Attributes:
-        module: or whatever has its weight and bias, where it is plain.
-        plain: it is taken apart.
-        whole: it is called on [B, S, C] with nothing left out, since it may look at more than a token.
-    """
-
-    module: Any
-    plain: bool
-    whole: bool = False
-
-
-class Joined(NamedTuple):
-    """The weight [3A, C] and bias [3A] of query, key and value in one, where they are no module."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-
-def part_of(module: nn.Module, kind: type[nn.Module]) -> Part:
-    """A module of our own models: plain where it is still exactly `kind`, and nobody listens to it."""
-    return Part(module, is_untouched(module, kind))
 
 
 def probability(dropout: nn.Module | float | None) -> float:
