@@ -1,9 +1,10 @@
-"""Modules that moved: their old names still import them, with a DeprecationWarning."""
+"""Modules and names that moved: their old names still lead to them, with a DeprecationWarning."""
 
 from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Callable
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -19,6 +20,25 @@ _WITHIN = {
     "workers": "encoding.workers",
 }
 MOVED = {f"{__package__}.{old}": f"{__package__}.{new}" for old, new in _WITHIN.items()}
+
+# module -> old name within it -> new name
+RENAMED = {
+    f"{__package__}.config": {"ACTIVATIONS": "HIDDEN_ACTS"},
+    f"{__package__}.layers": {"ACTIVATIONS": "ACTIVATION_CLASSES"},
+}
+
+
+def renamed(module: str) -> Callable[[str], Any]:
+    """The `__getattr__` of a module that gives what `RENAMED` has of it."""
+
+    def find(name: str) -> Any:
+        new = RENAMED[module].get(name)
+        if new is None:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        warnings.warn(f"{module}.{name} is now {module}.{new}", DeprecationWarning, stacklevel=2)
+        return getattr(sys.modules[module], new)
+
+    return find
 
 
 class _Finder(MetaPathFinder, Loader):

@@ -7,11 +7,12 @@ import os
 from dataclasses import InitVar, dataclass, field, fields
 from typing import Any
 
+from ._moved import renamed
 from .checkpoint import CheckpointError, make_folder, read_json, write_json
 from .formats import Model, open_model, opened
 
-# transformers' name -> ours: several names there are one function.
-ACTIVATIONS = {
+# transformers' name -> the operators': several names there are one function.
+HIDDEN_ACTS = {
     "gelu": "gelu",
     "gelu_python": "gelu",
     "gelu_new": "gelu_tanh",
@@ -22,6 +23,7 @@ ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
 }
+__getattr__ = renamed(__name__)
 
 # What a config.json may leave out, and transformers leaves out where it says nothing new.
 _WRITTEN_WHERE_SET = {
@@ -106,7 +108,7 @@ class BertConfig:
                 f"hidden_size must be a multiple of num_attention_heads, got {self.hidden_size} "
                 f"and {self.num_attention_heads}"
             )
-        _expect(self.hidden_act in ACTIVATIONS, "hidden_act", f"one of {', '.join(ACTIVATIONS)}", self)
+        _expect(self.hidden_act in HIDDEN_ACTS, "hidden_act", f"one of {', '.join(HIDDEN_ACTS)}", self)
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
             _expect(_is_number(getattr(self, name)) and 0 <= getattr(self, name) < 1, name, "in [0, 1)", self)
         rate = self.classifier_dropout
@@ -131,7 +133,7 @@ class BertConfig:
     @property
     def activation(self) -> str:
         """hidden_act under the name that `fastbert.functional` knows it by."""
-        return ACTIVATIONS[self.hidden_act]
+        return HIDDEN_ACTS[self.hidden_act]
 
     @property
     def head_dim(self) -> int:

@@ -23,6 +23,7 @@ from torch import Tensor
 from .kernels import _device as machine
 from .kernels import native, reference
 from .kernels._assembler import assembler as assembler
+from .kernels._checks import ACTIVATIONS as ACTIVATIONS
 from .kernels._checks import expect_indices as expect_indices
 from .kernels._checks import expect_lengths
 from .kernels._checks import expect_sequences as expect_sequences
@@ -47,7 +48,6 @@ TRITON_MODULES = {
     "pool": "pooling",
 }
 
-ACTIVATIONS = (*tuple(reference.ACTIVATIONS), "geglu")
 POOLING_MODES = ("mean", "cls", "max")
 
 

@@ -10,6 +10,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from . import functional as F
+from ._moved import renamed
 from .inference.weights import FusedLinears as FusedLinears
 from .inference.weights import JoinedLinears as JoinedLinears
 from .inference.weights import prepack as prepack
@@ -21,7 +22,7 @@ from .stack.shared import Pass
 from .stack.steps import probability
 
 # class name of an activation module, of torch or transformers -> the operators' name for it
-ACTIVATIONS = {
+ACTIVATION_CLASSES = {
     "GELUActivation": "gelu",
     "NewGELUActivation": "gelu_tanh",
     "GELUTanh": "gelu_tanh",
@@ -30,6 +31,7 @@ ACTIVATIONS = {
     "SiLU": "silu",
     "SiLUActivation": "silu",
 }
+__getattr__ = renamed(__name__)
 
 
 def activation_name(activation: Callable) -> str | None:
@@ -38,7 +40,7 @@ def activation_name(activation: Callable) -> str | None:
         return activation.__name__
     if isinstance(activation, nn.GELU):
         return "gelu" if activation.approximate == "none" else "gelu_tanh"
-    return ACTIVATIONS.get(type(activation).__name__) if isinstance(activation, nn.Module) else None
+    return ACTIVATION_CLASSES.get(type(activation).__name__) if isinstance(activation, nn.Module) else None
 
 
 def attention_masks(

@@ -10,6 +10,9 @@ import os
 import torch
 from torch import Tensor
 
+# of a feed-forward layer
+ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "geglu")
+
 # Looking at a tensor of a GPU waits for all that runs there, so it has to be asked for.
 CHECKS_DEVICES = os.environ.get("FASTBERT_CHECK") == "1"
 

@@ -56,6 +56,7 @@ from torch import Tensor
 
 from . import _device
 from ._activation import _act_and_grad, _act_backward_tile, _load_tile, _store_tile
+from ._checks import ACTIVATIONS
 from ._compile import TRITON_TYPES, CompileCall, compile_call, empty
 from ._gemm import (
     COMPILED_SIZES,
@@ -75,9 +76,6 @@ from ._gemm_config import FEW_ROWS, VENDOR_ACTIVATIONS, GemmConfig, gemm_config
 from ._invariance import is_batch_invariant
 from ._launch import Plan, cdiv
 from ._library import apply, register
-
-ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "geglu")
-
 
 # ---- device code: the activation alone -------------------------------------------------------------------
 

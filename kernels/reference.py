@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from ._random import HEAD_STREAMS, keep_mask, row_keys
 
-ACTIVATIONS = {
+ACTIVATION_FUNCTIONS = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
@@ -25,7 +25,7 @@ def activate(h, activation):
     if activation == "geglu":
         gate, value = h.chunk(2, dim=-1)
         return F.gelu(gate) * value
-    return ACTIVATIONS[activation](h)
+    return ACTIVATION_FUNCTIONS[activation](h)
 
 
 def dropout(x, p, seed, stream, row_ids):

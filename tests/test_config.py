@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastbert.checkpoint import CheckpointError
-from fastbert.config import ACTIVATIONS, BertConfig
+from fastbert.config import HIDDEN_ACTS, BertConfig
 from fastbert.kernels import reference
 
 pytestmark = pytest.mark.once
@@ -137,14 +137,14 @@ def test_changes_win_over_the_file(tmp_path):
     assert (config.hidden_dropout_prob, config.num_labels, config.hidden_size) == (0.0, 4, 24)
 
 
-@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("name", HIDDEN_ACTS)
 def test_activations_mean_what_transformers_means(name):
     transformers = pytest.importorskip("transformers")
     config = BertConfig(hidden_act=name)
     x = torch.linspace(-6, 6, 401, dtype=torch.float64)
     theirs = transformers.activations.ACT2FN[config.hidden_act](x)
     # gelu_fast has the constant sqrt(2 / pi) in ten digits
-    torch.testing.assert_close(reference.ACTIVATIONS[config.activation](x), theirs, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(reference.ACTIVATION_FUNCTIONS[config.activation](x), theirs, rtol=1e-7, atol=1e-7)
 
 
 def test_our_own_activation_name_is_written_as_theirs(tmp_path):

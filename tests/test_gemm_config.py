@@ -102,8 +102,8 @@ def test_the_vendor_s_epilogue_stays_within_the_budget(activation):
     for dtype in _gemm_config.VENDOR_ACTIVATIONS[activation]:
         a, b, c = (t.to(dtype) for t in (x, weight, bias))
         h = a.double() @ b.double().T + c.double()
-        act, vendors = reference.ACTIVATIONS[activation], {"gelu": "gelu_tanh"}.get(activation, activation)
-        vendor, plain = reference.ACTIVATIONS[vendors](h).to(dtype), act(torch.nn.functional.linear(a, b, c))
+        act, vendors = reference.ACTIVATION_FUNCTIONS[activation], {"gelu": "gelu_tanh"}.get(activation, activation)
+        vendor, plain = reference.ACTIVATION_FUNCTIONS[vendors](h).to(dtype), act(torch.nn.functional.linear(a, b, c))
         error, budget = relative_rms(vendor, act(h)), relative_rms(plain, act(h))
         assert error <= 2 * budget, (dtype, error, budget)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastbert._moved import MOVED
+from fastbert._moved import MOVED, RENAMED
 
 surface = runpy.run_path(str(Path(__file__).with_name("public_surface.py")))
 
@@ -108,6 +108,15 @@ def test_a_module_that_moved_says_so_and_is_the_same(old):
     with pytest.warns(DeprecationWarning, match=f"{old} is now {MOVED[old]}"):
         module = import_module(old)
     assert module is import_module(MOVED[old])
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(("module", "old", "new"), [(m, old, new) for m in RENAMED for old, new in RENAMED[m].items()])
+def test_a_name_that_moved_says_so_and_is_the_same(module, old, new):
+    home = import_module(module)
+    with pytest.warns(DeprecationWarning, match=f"{module}.{old} is now {module}.{new}"):
+        assert getattr(home, old) is getattr(home, new)
+    assert not hasattr(home, f"{old}_OF_OLD")
 
 
 @pytest.mark.once

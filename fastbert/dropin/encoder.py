@@ -228,7 +228,7 @@ class EncoderForward(Forward):
             states.append(state)
             return x
 
-        x = self.embed(shared, seen, embeds)
+        x = self.embeddings(shared, seen, embeds)
         y = in_one_call(x, self.in_order(seen), shared) if wanted is None and shared.infers else None
         if y is None:
             for index, layer in self.layers():
@@ -374,7 +374,7 @@ class EncoderForward(Forward):
     def part(self, path: str, verdict: tuple[bool, bool]) -> Part:
         return Part(at(self.module, path), *verdict)
 
-    def embed(self, shared: Pass, seen: Seen, embeds: Tensor | None) -> Tensor:
+    def embeddings(self, shared: Pass, seen: Seen, embeds: Tensor | None) -> Tensor:
         """dropout(norm(word + position + segment)) [T, C], brought to the width of the layers."""
         encoder, facts, batch = self.module, self.facts, shared.batch
         word, norm = at(encoder, facts.word), at(encoder, facts.norm)

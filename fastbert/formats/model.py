@@ -18,7 +18,6 @@ from .names import GENERATOR, Named, assign, assign_plain, drop_tied
 from .source import Source
 from .variable import Variable
 
-ACTIVATIONS = ("gelu", "gelu_new")
 _OTHER_HEAD = "no part of the encoder, nor of a head that is known"
 _HEAD_WIDTH_OF_ELECTRA = 64  # in every one of Google's: model_size small, base and large
 _BERT_DEFAULTS = {

@@ -13,7 +13,7 @@ from ..kernels.cpu import layouts
 from ..kernels.cpu import operators as cpp
 
 # what may stand between up and down
-ACTIVATIONS = tuple(cpp.ACTIVATIONS)
+ACTIVATIONS = (*cpp.ACTIVATION_NUMBERS,)
 
 
 def is_ahead(nbytes: int, dtype: torch.dtype) -> bool:

@@ -31,7 +31,7 @@ MOST_ROWS = 64  # up to which `linear` is taken of odd widths, and where the ven
 MOST_ROWS_LAID_OUT = 16  # and where besides a weight lies ready for that
 FEW_BYTES = 288 << 10  # of x, up to which `encoder_layers` is taken there; above, Ctrl-C is heard after each layer
 UP = LayerWeights._fields.index("up")
-ACTIVATIONS = {"gelu": 1, "gelu_tanh": 2, "relu": 3}  # as in simd.h; 0 is none
+ACTIVATION_NUMBERS = {"gelu": 1, "gelu_tanh": 2, "relu": 3}  # as in simd.h; 0 is none
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
@@ -292,12 +292,12 @@ def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, activat
     (columns, inner), dtype, rows = weight.shape, x.dtype, len(y)
     _expect_multiple("linear", "the number of columns", columns, 4)
     _expect_multiple("linear", "the inner size", inner, WIDTH * 4 // dtype.itemsize)
-    if activation is not None and activation not in ACTIVATIONS:
-        raise ValueError(f"linear: activation must be None or one of {(*ACTIVATIONS,)}, got {activation!r}")
+    if activation is not None and activation not in ACTIVATION_NUMBERS:
+        raise ValueError(f"linear: activation must be None or one of {(*ACTIVATION_NUMBERS,)}, got {activation!r}")
     failed = _call(
         "linear", dtype, address("x", x, dtype, rows * inner), address("weight", weight, dtype, columns * inner),
         address_or_none("bias", bias, dtype, columns), strided_address("y", y, dtype, (rows, columns)), y.stride(0),
-        rows, columns, inner, ACTIVATIONS.get(activation, 0), is_batch_invariant(),
+        rows, columns, inner, ACTIVATION_NUMBERS.get(activation, 0), is_batch_invariant(),
     )  # fmt: skip
     if failed:
         raise MemoryError(f"linear: no memory for 64 columns of {inner} weights")
@@ -366,7 +366,7 @@ def encoder_layers(
 ) -> Tensor | None:  # fmt: skip
     """x [T, C] through a stack of post-norm layers, `layers` the tensors of `LayerWeights` of one after another, which
     share `options` without dropout; the weights are read where they lie. None where the layers have to be gone through
-    one by one: with gradients, in another dtype, of other sizes, or with an activation that is not in `ACTIVATIONS`.
+    one by one: with gradients, in another dtype, of other sizes, or with an activation without a number.
 
     Raises: ValueError where cu_seqlens does not cut T rows into sequences; MemoryError.
     """
@@ -374,7 +374,7 @@ def encoder_layers(
     if not len(x) or not whole_layers(x.nbytes, dtype) or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return None
     heads, eps, inner = options.heads, options.out_eps, len(layers[UP])
-    if options.activation not in ACTIVATIONS or options.down_eps != eps:
+    if options.activation not in ACTIVATION_NUMBERS or options.down_eps != eps:
         return None
     if not _know(x) or not x.is_contiguous() or width % (2 * WIDTH) or inner % (2 * WIDTH):
         return None
@@ -393,7 +393,7 @@ def encoder_layers(
         outcome = _call(
             "encoder_layers", dtype, address("x", y, dtype, x.numel()),
             pointers.buffer_info()[0] + layer * each * pointers.itemsize, step, starts, sequences, *x.shape, inner,
-            heads, ACTIVATIONS[options.activation], eps, is_batch_invariant(),
+            heads, ACTIVATION_NUMBERS[options.activation], eps, is_batch_invariant(),
             address("work", work, dtype, work.numel()),
         )  # fmt: skip
         if outcome == NO_MEMORY:

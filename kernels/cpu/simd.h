@@ -108,7 +108,7 @@ inline __m512 gelu_tanh(__m512 x) {
     return _mm512_mul_ps(x, _mm512_mask_mul_ps(share, _knot_mask16(positive), share, e));
 }
 
-// Numbered as in ACTIVATIONS of operators.py.
+// Numbered as in ACTIVATION_NUMBERS of operators.py.
 inline __m512 activate(__m512 x, int activation) {
     switch (activation) {
         case 1: return gelu(x);
