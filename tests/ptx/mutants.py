@@ -8,13 +8,14 @@ Each barrier, wait, fence, commit, mask and address step of a kernel's PTX is ta
 runs again on what it was launched with. A mutant is noticed if the emulator refuses it, or if an output differs from
 that of the whole program by more than the rounding of float16, which is about what the operators' tests allow. A mutant
 is idle, and does not count, if its step changed nothing in this run: a mask that held everywhere, a multiple of zero,
-the address of a copy that copies nothing, where any number would do.
+an address that differs only where any number would do, a commit without which every wait finds the same copies done.
 The rest is printed line by line. Exits with 1 if fewer than 95% are noticed.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 import sys
 import time
@@ -25,7 +26,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastbert import testing
+from fastbert import functional, testing
+from fastbert.emulator.copies import AsyncCopies
 from fastbert.emulator.driver import Launch, offline
 from fastbert.emulator.errors import EmulatorError, Trap
 from fastbert.emulator.flow import destinations, registers
@@ -40,6 +42,7 @@ from fastbert.emulator.ptx import (
     Vector,
     parse,
 )
+from fastbert.emulator.warpgroup import MatrixQueue
 from fastbert.kernels import _gemm
 
 GOAL = 0.95
@@ -57,8 +60,26 @@ class Subject:
     call: Callable[[], object]  # launches it
 
 
-def _op(op: str, lengths: tuple[int, ...], model: testing.ModelShape, **options) -> Callable[[], object]:
-    return lambda: testing.run_op(op, testing.INPUTS[op](model, lengths, **options), torch.float16)
+def _attention() -> object:
+    """All gradients of padded attention. Padding is NaN, and has to reach nothing."""
+    inputs = testing.attention_padded_inputs(_ATTENTION, _LENGTHS)
+    padding = torch.arange(max(_LENGTHS)) >= inputs["seqlens"][:, None]
+    q, k, v = (inputs[name].half().masked_fill_(padding[..., None, None], float("nan")) for name in "qkv")
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    o = functional.attention_padded(*leaves, inputs["seqlens"], impl="triton")
+    do = torch.randn(o.shape, dtype=torch.float16, device="cpu")
+    return torch.autograd.grad(o, leaves, do.masked_fill_(padding[..., None, None], float("nan")))
+
+
+def _layer_norm() -> object:
+    return testing.run_op("add_layer_norm", testing.norm_inputs(_NORM, (9,), dropout_p=0.1), torch.float16)
+
+
+def _embedding() -> object:
+    """The last row of the table of words is used, so that nothing lies beyond it."""
+    inputs = testing.embedding_inputs(_NORM, (150,), dropout_p=0.1)
+    inputs["input_ids"] = _NORM.vocab - 1 - inputs["input_ids"]
+    return testing.run_op("embedding_layer_norm", inputs, torch.float16)
 
 
 def _product() -> object:
@@ -74,11 +95,11 @@ _LENGTHS = (319, 257)
 _ATTENTION = testing.ModelShape(128, 2, 256, 1)
 _NORM = testing.ModelShape(1100, 2, 128, 1, vocab=16)
 SUBJECTS = {
-    "attention_fwd": Subject("sm_90", "_attention_fwd_kernel", _op("attention_padded", _LENGTHS, _ATTENTION)),
-    "attention_bwd": Subject("sm_90", "_attention_bwd_dkv_kernel", _op("attention_padded", _LENGTHS, _ATTENTION)),
+    "attention_fwd": Subject("sm_90", "_attention_fwd_kernel", _attention),
+    "attention_bwd": Subject("sm_90", "_attention_bwd_dkv_kernel", _attention),
     "product": Subject("sm_90", "_linear_act_kernel", _product),
-    "layer_norm": Subject("sm_80", "_add_norm_bwd_kernel", _op("add_layer_norm", (9,), _NORM, dropout_p=0.1)),
-    "embedding": Subject("sm_80", "_embedding_bwd_kernel", _op("embedding_layer_norm", (150,), _NORM, dropout_p=0.1)),
+    "layer_norm": Subject("sm_80", "_add_norm_bwd_kernel", _layer_norm),
+    "embedding": Subject("sm_80", "_embedding_bwd_kernel", _embedding),
 }
 
 
@@ -127,6 +148,12 @@ class Recorded:
 
     def is_idle(self, mutant: Mutant) -> bool:
         """Whether the step that a mutant lacks changes nothing in this run."""
+        if mutant.kind == "commit":
+            with in_flight() as without:
+                self.run(mutant.of(self.ptx))
+            with in_flight() as whole:
+                self.run(self.ptx)
+            return without == whole
         if mutant.probe is None:
             return False
         try:
@@ -134,6 +161,27 @@ class Recorded:
         except Trap:
             return mutant.wild is not None and self.notices(mutant.of(self.ptx, mutant.wild)) is None
         return True
+
+
+@contextlib.contextmanager
+def in_flight() -> Iterator[list]:
+    """The list of what still flies after each wait for copies or products inside the block."""
+    seen: list[list] = []
+    before = AsyncCopies.wait, MatrixQueue.wait
+
+    def wait_copies(unit, S, *rest):
+        before[0](unit, S, *rest)
+        seen.append([int(copy.pending.sum()) for copy in unit._copies])
+
+    def wait_products(unit, S, *rest):
+        before[1](unit, S, *rest)
+        seen.append([(registers, int(one.flying.sum())) for registers, one in unit.flying.items()])
+
+    AsyncCopies.wait, MatrixQueue.wait = wait_copies, wait_products
+    try:
+        yield seen
+    finally:
+        AsyncCopies.wait, MatrixQueue.wait = before
 
 
 def _distance(found: Tensor, expected: Tensor) -> float:
@@ -154,7 +202,7 @@ class Mutant:
     instruction: Instruction
     after: str  # what stands in its place
     probe: str | None = None  # in its place: traps where the step changes something
-    wild: str | None = None  # in its place: gives a number that is no address
+    wild: str | None = None  # in its place: gives a number that is no address where the step changes something
 
     def of(self, ptx: str, statement: str | None = None) -> str:
         """The program with `statement` (None: with `after`) in place of the instruction."""
@@ -189,8 +237,9 @@ def _mutants(i: Instruction, is_address_step: bool) -> Iterator[Mutant]:
         yield Mutant("commit", i, "")
     yield from _masks(i)
     if is_address_step and (reduced := _without_step(i)) is not None:
-        width = i.operands[0].width
-        yield Mutant("address", i, *reduced, f"mov.b{width} {i.operands[0].name}, {0x7EDCBA98765432F1 >> (64 - width)}")
+        target, (after, probe) = i.operands[0], reduced
+        number = 0x7EDCBA98765432F1 >> (64 - target.width)
+        yield Mutant("address", i, after, probe, probe.replace("trap", f"mov.b{target.width} {target.name}, {number}"))
     for operand in i.operands:
         if isinstance(operand, Address) and operand.offset and isinstance(operand.base, Register):
             pattern = rf"(\[\s*{re.escape(operand.base.name)}\s*)\+\s*-?\w+"
