@@ -11,6 +11,7 @@ import numpy
 import pytest
 import torch
 
+import fastbert
 from fastbert import BertConfig, BertModel, Encoder
 from fastbert.checkpoint import CheckpointError
 from fastbert.cli import options
@@ -500,6 +501,42 @@ def test_a_reranker_gives_the_vectors_of_its_bert_without_its_prompts(saved):
     vectors = assert_same(saved)
     assert vectors.shape[1] == WIDTH
     assert SentenceConfig.from_folder(saved) == SentenceConfig()
+
+
+# ---- sentence-transformers' own object, accelerated ------------------------------------------------------
+
+
+def routes_in_front(bert: Path) -> list:
+    both = transformer(bert)
+    return [st.Router({"query": [both, st.Pooling(WIDTH, "cls")], "document": [both, st.Pooling(WIDTH)]})]
+
+
+def weighted_layers(bert: Path) -> list:
+    first = transformer(bert, config_kwargs={"output_hidden_states": True})
+    return [first, st.WeightedLayerPooling(WIDTH, LAYERS, layer_start=1), st.Pooling(WIDTH)]
+
+
+ACCELERATED = {name: lambda bert, after=after: [transformer(bert), *after()] for name, after in PIPELINES.items()} | {
+    "weighted_layers": weighted_layers,
+    "routes_in_front": routes_in_front,
+    "convolution_that_reads_padding": lambda bert: [transformer(bert), st.CNN(WIDTH, 4), st.Pooling(12, "max")],
+}  # fmt: skip
+
+
+@pytest.mark.once
+@pytest.mark.filterwarnings("ignore:SentenceTransformer")
+@pytest.mark.parametrize("modules", ACCELERATED.values(), ids=ACCELERATED.keys())
+def test_accelerated_models_give_their_own_vectors(bert, modules):
+    model = SentenceTransformer(modules=modules(bert), device="cpu", prompts={"query": "find "}, truncate_dim=6)
+    calls = [("encode", {}), ("encode_query", {}), ("encode", {"output_value": "token_embeddings"})]
+
+    def vectors() -> list:
+        return [getattr(model, how)(TEXTS, convert_to_tensor=True, batch_size=3, **options) for how, options in calls]
+
+    expected = vectors()
+    fastbert.accelerate(model, impl="native")
+    for theirs_, ours in zip(expected, vectors(), strict=True):
+        torch.testing.assert_close(ours, theirs_, atol=1e-5, rtol=1e-4)
 
 
 # ---- what the caller wants otherwise ---------------------------------------------------------------------
