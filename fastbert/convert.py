@@ -19,7 +19,7 @@ from .formats.google import write_google
 from .formats.model import Model, understand
 from .formats.pytorch import read_transformers
 from .formats.safetensors_file import bytes_of, write_safetensors
-from .formats.sentence_folder import MODULES
+from .formats.sentence_folder import MODULES, put_encoder_at_root
 from .formats.source import Source
 from .text.tokenizer import Tokenizer
 
@@ -208,6 +208,8 @@ def _write_transformers(model: Model, folder: Path, words: list[str], lower_case
     for name, path in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, folder / name)
+    if MODULES in files:
+        put_encoder_at_root(folder / MODULES)
     if model.source.pooling is not None:
         _write_pooling(model, folder)
     if _OWN_TOKENIZER & files.keys():

@@ -186,19 +186,36 @@ def test_what_is_computed_after_bert_comes_along(ours):
     assert vectors[0].shape == (1, 3)
 
 
+def test_an_encoder_in_a_folder_of_its_own_moves_to_the_root(ours):
+    """As sentence-transformers wrote folders before version 2."""
+    add_modules(ours, ("Pooling", "1_Pooling"))
+    inside = ours / "0_Transformer"
+    inside.mkdir()
+    for path in [path for path in ours.iterdir() if path.is_file() and path.name != "modules.json"]:
+        path.rename(inside / path.name)
+    text = (ours / "modules.json").read_text().replace('"path": ""', '"path": "0_Transformer"')
+    (ours / "modules.json").write_text(text)
+    convert(ours, ours.parent / "out", say=lambda line: None)
+    before, after = (
+        Encoder.from_pretrained(folder, dtype="float32", device="cpu").encode(["a b c d a b c d", "B"])
+        for folder in (ours, ours.parent / "out")
+    )
+    assert torch.equal(before, after)
+    BertModel.from_pretrained(ours.parent / "out")
+
+
 @pytest.mark.parametrize(
-    ("module", "message"),
+    ("modules", "message"),
     [
-        (("Pooling", "../1_Pooling"), "the path '../1_Pooling' leads out of the folder"),
-        (("Pooling", ""), "Pooling lies in ''"),
-        (("Transformer", "0_Transformer"), "Transformer lies in '0_Transformer'"),
-        (("Router", ""), "a Router around the encoder is not converted"),
+        ([("Transformer", ""), ("Pooling", "../1_Pooling")], "the path '../1_Pooling' leads out of the folder"),
+        ([("Transformer", ""), ("Pooling", "")], "Pooling is module 1, where it is not converted"),
+        ([("Transformer", ""), ("Transformer", "1_Transformer")], "Transformer is module 1, where it is not converted"),
+        ([("Router", "")], "a Router around the encoder is not converted"),
     ],
 )
-def test_modules_that_would_be_lost_are_refused(ours, module, message):
-    add_modules(ours, module)
-    if module[0] in ("Transformer", "Router"):
-        (ours / "modules.json").write_text(json.dumps(json.loads((ours / "modules.json").read_text())[1:]))
+def test_modules_that_would_be_lost_are_refused(ours, modules, message):
+    listed = [{"type": f"sentence_transformers.models.{kind}", "path": path} for kind, path in modules]
+    (ours / "modules.json").write_text(json.dumps(listed))
     with pytest.raises(CheckpointError, match=message):
         convert(ours, ours.parent / "out", say=lambda line: None)
     assert not (ours.parent / "out").exists()

@@ -155,6 +155,14 @@ def test_prompts_that_the_pooling_leaves_out(bert, tmp_path, mode, prompt):
     )
 
 
+@pytest.mark.triton
+def test_poolings_by_the_triton_kernels(bert, tmp_path):
+    pooling = st.Pooling(WIDTH, MODES, include_prompt=False)
+    folder = save(tmp_path / "model", transformer(bert), *PIPELINES["word_weights"]()[:1], pooling)
+    by_triton, native = (load(folder, impl=impl).encode(TEXTS[:2], prompt="find ") for impl in ("triton", "native"))
+    torch.testing.assert_close(by_triton, native, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.once
 def test_a_prompt_longer_than_its_text_with_it(bert, tmp_path):
     """ "finds" is one word that is not in the vocabulary, "find" with "##s" two tokens: nothing is left to pool."""

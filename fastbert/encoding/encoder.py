@@ -115,7 +115,8 @@ class Encoder:
             raise ValueError(f"max_length must be 2 to {longest} (the position table), got {max_length}")
         self.model, self.max_length = model, max_length
         self.max_lengths = {task: min(length, longest) for task, length in (max_lengths or {}).items()}
-        self.lowercase, self.tokenizer = lowercase, tokenizer.lowercased() if lowercase else tokenizer
+        self.lowercase, self.tokenizer = lowercase, tokenizer
+        self._tokenizer = tokenizer.lowercased() if lowercase else tokenizer
         self.prompt, self.prompts, self.task = prompt, dict(NO_PROMPTS if prompts is None else prompts), None
         self.output = output
         self.modules = nn.ModuleList(modules).to(model.device, torch.promote_types(model.dtype, torch.float32)).eval()
@@ -354,13 +355,13 @@ class Encoder:
     def tokenise(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of texts as the model reads them: with the prompt, lowered where asked for, cut to the limit."""
         texts = [self.prompt + text for text in texts] if self.prompt else texts
-        return self.tokenizer.input_ids(texts, self.max_lengths.get(self.task, self.max_length))
+        return self._tokenizer.input_ids(texts, self.max_lengths.get(self.task, self.max_length))
 
     def _prompt_length(self) -> int:
         """How many tokens of each text are the prompt's, [CLS] included; 0 where there is none, or it is pooled."""
         if not self.prompt or all(pooling.include_prompt for pooling in parts_of(self.modules, Pooling)):
             return 0
-        (ids,) = self.tokenizer.input_ids([self.prompt], self.max_length)
+        (ids,) = self._tokenizer.input_ids([self.prompt], self.max_length)
         return len(ids) - (ids[-1] in self.tokenizer.special_ids)
 
     def describe_operators(self) -> dict[str, tuple[str, str]]:

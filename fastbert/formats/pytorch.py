@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import PICKLE, load_state_dict, read_json
-from .sentence_folder import files_of_modules
+from .sentence_folder import encoder_in, files_of_modules
 from .source import Source, find_case, find_words
 from .variable import Variable
 
@@ -33,10 +33,11 @@ def read_transformers(folder: Path) -> Source:
 
     Raises: CheckpointError.
     """
-    names = (*_TOKENIZER_FILES, *files_of_modules(folder))
-    files = {name: folder / name for name in names if (folder / name).is_file()}
-    config, words = read_json(folder / "config.json"), find_words(folder)
-    return _source(folder, "transformers' folder", config, words, find_case(folder), files)
+    home = encoder_in(folder)
+    files = {name: home / name for name in _TOKENIZER_FILES if (home / name).is_file()} | files_of_modules(folder)
+    return _source(
+        home, "transformers' folder", read_json(home / "config.json"), find_words(home), find_case(home), files
+    )
 
 
 def _source(

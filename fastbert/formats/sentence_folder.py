@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from dataclasses import dataclass
@@ -72,34 +73,41 @@ def kind_of_type(name: str, file: Path) -> str:
     return found[1] if found else name
 
 
-def files_of_modules(folder: Path) -> list[str]:
-    """The files beside a model's own that sentence-transformers reads; empty where there is no modules.json.
+def encoder_in(folder: Path) -> Path:
+    """The folder of BERT and its tokenizer: where modules.json puts the first module, else the folder itself."""
+    modules = listed_modules(folder) if has_modules(folder) else []
+    return folder / modules[0].path if modules and modules[0].kind == "Transformer" else folder
 
-    Raises: CheckpointError for a list that is none, and where the encoder lies in a folder of its own.
+
+def files_of_modules(folder: Path) -> dict[str, Path]:
+    """The files beside a model's own that sentence-transformers reads, by their names in a folder whose encoder lies at
+    the root; empty where there is no modules.json.
+
+    Raises: CheckpointError for a list that is none, for an encoder inside a Router, and for other modules at the root.
     """
     if not has_modules(folder):
-        return []
-    names = [MODULES, LIBRARY, *TRANSFORMER_SETTINGS]
+        return {}
+    files = {name: folder / name for name in (MODULES, LIBRARY)}
+    files |= {name: encoder_in(folder) / name for name in TRANSFORMER_SETTINGS}
     for number, module in enumerate(listed_modules(folder)):
-        at_root = not module.path.parts
-        if module.kind in ("Router", "Asym") and number == 0:
+        if number == 0 and module.kind in ("Router", "Asym"):
             raise CheckpointError(f"{folder / MODULES}: a {module.kind} around the encoder is not converted")
-        if at_root != (number == 0):
-            raise CheckpointError(
-                f"{folder / MODULES}: {module.kind} lies in {_written(module.path)!r}, from where it is not converted"
-            )
-        if not at_root:
-            names += sorted(
-                file.relative_to(folder).as_posix()
-                for file in (folder / module.path).rglob("*")
-                if file.is_file() and (file.suffix == ".json" or file.name in (SAFETENSORS, PICKLE))
-            )
-    return names
+        if number == 0:
+            continue
+        if not module.path.parts or module.kind == "Transformer":
+            raise CheckpointError(f"{folder / MODULES}: {module.kind} is module {number}, where it is not converted")
+        for file in sorted((folder / module.path).rglob("*")):
+            if file.suffix == ".json" or file.name in (SAFETENSORS, PICKLE):
+                files[file.relative_to(folder).as_posix()] = file
+    return {name: file for name, file in files.items() if file.is_file()}
 
 
-def _written(path: PurePosixPath) -> str:
-    """A path as modules.json has it."""
-    return str(path) if path.parts else ""
+def put_encoder_at_root(file: Path) -> None:
+    """Rewrites a modules.json so that its first module lies in the folder itself."""
+    modules = parse_json(file.read_text(encoding="utf-8"), str(file))
+    if modules and modules[0]["path"]:
+        modules[0]["path"] = ""
+        file.write_text(json.dumps(modules, indent=2) + "\n", encoding="utf-8")
 
 
 def read_transformer_settings(folder: Path) -> tuple[Path, dict]:
