@@ -170,8 +170,9 @@ def test_a_prompt_longer_than_its_text_with_it(bert, tmp_path):
     changed = shutil.copytree(bert, tmp_path / "bert")
     (changed / "vocab.txt").write_text(vocab, encoding="utf-8")
     folder = save(tmp_path / "model", transformer(changed), st.Pooling(WIDTH, MODES, include_prompt=False))
-    vectors = load(folder).encode(["s"], prompt="finds")
-    expected, _ = theirs(folder, texts=["s"], prompt="finds")
+    texts = ["s", "the cat"]
+    vectors = load(folder).encode(texts, prompt="finds")
+    expected, _ = theirs(folder, texts=texts, prompt="finds")
     assert torch.isneginf(expected).sum() == WIDTH  # the maximum of nothing
     torch.testing.assert_close(vectors, expected)
 
