@@ -259,6 +259,19 @@ def _attention_in_runs(q, k, v, runs, scale, sequence_ids=None, bias=None, mask=
     return torch.cat(outputs) if outputs else q.new_zeros(q.shape)
 
 
+def _attention_of_one_query(q, k, v, runs, scale, sequence_ids=None, **dropout):
+    """A query for each sequence over all of its keys, one call a run: q [B, H, D], k, v [T, Hk, D] -> [B, H, D]. Of an
+    empty sequence it is zero."""
+    outputs, done = [], 0
+    for start, count, length, first in runs:
+        keys, values = (x[start : start + count * length].unflatten(0, (count, length)) for x in (k, v))
+        names = None if sequence_ids is None else sequence_ids[first : first + count]
+        o = _attend(q[first : first + count, None], keys, values, scale, sequence_ids=names, **dropout)
+        outputs += [q.new_zeros(first - done, *q.shape[1:]), o.flatten(0, 1)]
+        done = first + count
+    return torch.cat([*outputs, q.new_zeros(q.shape[0] - done, *q.shape[1:])])
+
+
 def _gradients_in_runs(do, q, k, v, runs, scale, dropout_p=0.0, sequence_ids=None, **dropout):
     """dq, dk, dv of `_attention_in_runs`, plain or with dropout, by their formulas: autograd does not follow what runs
     inside an operator of torch.library.
@@ -405,7 +418,7 @@ def _variant(batch, device, options):
 
 def attention(q, k, v, cu_seqlens, max_seqlen=None, *, scale=None, schedule=None, **options):
     """Plain self-attention and that with dropout run in C++ where that is built, else as their variants do: on SDPA,
-    with dropout on explicit products; the rest as the specification does."""
+    with dropout on explicit products. So does one query for each sequence; the rest as the specification does."""
     variant = _variant(cu_seqlens.shape[0] - 1, q.device, options)
     compiling = torch.compiler.is_compiling()
     autocast = q.dtype == torch.float32 and torch.is_autocast_enabled(q.device.type)
@@ -413,6 +426,11 @@ def attention(q, k, v, cu_seqlens, max_seqlen=None, *, scale=None, schedule=None
         dropout = cpp.Dropout(**variant) if variant else None
         attend = _Attention.apply if cpp.want_gradients(q, k, v) else cpp.attention
         return attend(q, k, v, cu_seqlens, scale, dropout)
+    one_each = max_seqlen == 1 and q.shape[0] == cu_seqlens.shape[0] - 1 and "cu_seqlens_k" in variant
+    if one_each and not compiling and variant.keys() <= DROPOUT | {"cu_seqlens_k", "max_seqlen_k"}:
+        runs = attention_schedule(variant["cu_seqlens_k"], k.shape[0])
+        dropout = {name: variant[name] for name in variant.keys() & DROPOUT}
+        return _attention_of_one_query(q, k, v, runs, scale, **dropout)
     if compiling and variant.keys() <= DROPOUT:
         return _attention_opaque(q, k, v, cu_seqlens, scale, **variant)[0]
     if compiling or "return_lse" in variant or "cu_seqlens_k" in variant:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import fastbert
+import fastbert.layers
 from fastbert import BertConfig, BertModel, PackedBatch
 from fastbert.encoding.encoder import Encoder
 from fastbert.kernels import native, reference

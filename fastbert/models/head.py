@@ -72,7 +72,8 @@ for _kind in (HeadOutput, SpanOutput, PreTrainingOutput):
 
 
 class Encoded(NamedTuple):
-    """The encoder's outputs for a head: hidden [T, C], pooled [B, C] or None, and what was asked for beside them."""
+    """The encoder's outputs for a head: hidden [T, C] (of the first tokens alone [B, C], for a head that reads those),
+    pooled [B, C] or None, and what was asked for beside them."""
 
     batch: PackedBatch
     packed: bool  # the caller gave a PackedBatch
@@ -134,7 +135,8 @@ class BertHead(nn.Module):
     base_model_prefix = "bert"
     accepts_loss_kwargs = True  # read by transformers' Trainer: it then counts labels and passes num_items_in_batch
     is_gradient_checkpointing = False  # read by PEFT
-    POOLED: ClassVar[bool]  # whether the head reads the pooler's output, and nothing else
+    POOLED: ClassVar[bool]  # whether the head reads the pooler's output
+    FIRST_ONLY: ClassVar[bool] = False  # whether it reads nothing else
     # name -> the name of the parameter that it is, as long as config.tie_word_embeddings
     _tied_weights_keys: ClassVar[dict[str, str]] = {}
 
@@ -178,10 +180,11 @@ class BertHead(nn.Module):
             inputs_embeds = None if inputs_embeds is None else batch.unpad(inputs_embeds)
             attention_mask = token_type_ids = position_ids = None  # they are in the batch
         config = self.config
+        attentions = config.output_attentions if output_attentions is None else output_attentions
+        states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         output = self.bert(
-            batch, attention_mask, token_type_ids, position_ids, inputs_embeds,
-            config.output_attentions if output_attentions is None else output_attentions,
-            config.output_hidden_states if output_hidden_states is None else output_hidden_states,
+            batch, attention_mask, token_type_ids, position_ids, inputs_embeds, attentions, states,
+            first_only=self.FIRST_ONLY and not (attentions or states),
         )  # fmt: skip
         hidden = output.last_hidden_state
         if hidden.dim() == 3:

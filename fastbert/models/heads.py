@@ -8,6 +8,8 @@ Where these differ from transformers 5.24, and why:
 - Labels at padding never count, nor answer positions that are no token of their text; transformers counts a negative
   position as the first token.
 - A classifier's kind of loss is settled by the config when it is made; transformers settles it by the first labels.
+- Heads that read the first token alone compute the last layer for it alone, unless hidden states or attentions are
+  asked for.
 - The heads with a vocabulary compute, where labels are given, only what the loss needs: no logits, unless asked for.
 """
 
@@ -49,7 +51,7 @@ class BertForSequenceClassification(BertHead):
     "single_label_classification".
     """
 
-    POOLED = True
+    POOLED = FIRST_ONLY = True
 
     def __init__(self, config: BertConfig, impl: F.Impl | None = None):
         super().__init__(config, impl)
@@ -108,7 +110,7 @@ class BertForSequenceClassification(BertHead):
 class BertForMultipleChoice(BertHead):
     """One score for each choice, from the pooled first token of its text."""
 
-    POOLED = True
+    POOLED = FIRST_ONLY = True
 
     def __init__(self, config: BertConfig, impl: F.Impl | None = None):
         super().__init__(config, impl)
@@ -159,7 +161,7 @@ class BertForMultipleChoice(BertHead):
 class BertForNextSentencePrediction(BertHead):
     """Whether the second segment follows the first (0) or not (1), from the pooled first token."""
 
-    POOLED = True
+    POOLED = FIRST_ONLY = True
 
     def __init__(self, config: BertConfig, impl: F.Impl | None = None):
         super().__init__(config, impl)

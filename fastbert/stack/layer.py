@@ -13,7 +13,7 @@ from .. import functional as F
 from ..inference import one_call
 from .description import Drops, Layer
 from .shared import Pass
-from .steps import add_norm, feed_forward, linear_without_bias, norm_and_sum, norm_only, project
+from .steps import add_norm, feed_forward, linear_without_bias, multiply, norm_and_sum, norm_only, project
 
 # ---- one layer -------------------------------------------------------------------------------------------
 
@@ -32,9 +32,30 @@ def run(x: Tensor, layer: Layer, drops: Drops, shared: Pass, index: int, trainin
     return _post_norm(x, layer, drops, shared, index, training) if y is None else y
 
 
+def run_for_first(x: Tensor, layer: Layer, drops: Drops, shared: Pass, index: int, training: bool) -> Tensor:
+    """The rows of each sequence's first token [B, C] out of `run`, of a post-norm layer: of the other tokens keys and
+    values alone are computed. A sequence without a token has a row that means nothing."""
+    first = F.pool(x, shared.batch.cu_seqlens, "cls", impl=shared.impl)
+    if len(layer.qkv) == 3:
+        parts_and_inputs = zip(layer.qkv, (first, x, x), strict=True)
+        q, k, v = (multiply(part, t, shared).unflatten(-1, (-1, layer.head_dim)) for part, t in parts_and_inputs)
+    else:
+        q, k, v = project(x, layer.qkv, layer.joined, layer.head_dim, shared)
+        q = q[shared.batch.first_tokens]
+    o = shared.attend_for_first(q, k, v, drops.probs, index + 1)
+    return _after_attention(o, first, layer, drops, shared.of_first(), index, training)
+
+
 def _post_norm(x: Tensor, layer: Layer, drops: Drops, shared: Pass, index: int, training: bool) -> Tensor:
+    return _after_attention(_attention(x, layer, drops, shared, index), x, layer, drops, shared, index, training)
+
+
+def _after_attention(
+    o: Tensor, x: Tensor, layer: Layer, drops: Drops, shared: Pass, index: int, training: bool
+) -> Tensor:  # fmt: skip
+    """A post-norm layer of x from attention's output o on."""
     first = 2 * index + 1
-    y, bias = linear_without_bias(layer.out, _attention(x, layer, drops, shared, index), training, shared)
+    y, bias = linear_without_bias(layer.out, o, training, shared)
     x = add_norm(y, bias, x, layer.out_norm, drops.out, shared, stream=first)
     y, bias = _feed_forward(x, layer, drops, shared, fold=training)
     return add_norm(y, bias, x, layer.down_norm, drops.down, shared, stream=first + 1)

@@ -92,6 +92,22 @@ class Pass:
             return {}
         return {"dropout_p": p, "seed": self.seed, "stream": stream, "row_ids": self.row_ids}
 
+    def of_first(self) -> Pass:
+        """For the dropouts of rows that are each sequence's first token."""
+        return self if self.row_ids is None else replace(self, row_ids=self.row_ids[self.batch.first_tokens])
+
+    def attend_for_first(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, stream: int) -> Tensor:
+        """q [B, H, D] of each sequence's first token, k and v [T, H, D] of all -> [B, H * D]. Of a plain pass."""
+        batch, impl = self.batch, self.impl
+        options = self.dropout(dropout_p, stream)
+        options.pop("row_ids", None)
+        one_each = torch.arange(batch.batch_size + 1, dtype=torch.int32, device=q.device)
+        schedule = F.attention_schedule(one_each, batch.batch_size, impl, spans_k=batch.cu_seqlens)
+        return F.attention(
+            q, k, v, one_each, 1, cu_seqlens_k=batch.cu_seqlens, max_seqlen_k=batch.max_seqlen, schedule=schedule,
+            impl=impl, **options,
+        ).flatten(1)  # fmt: skip
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, stream: int, kind: Hashable = None) -> Tensor:
         """q, k, v [T, H, D] -> [T, H * D]."""
         options = self.dropout(dropout_p, stream)
