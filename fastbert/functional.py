@@ -626,6 +626,7 @@ def encoder_layer(
     schedule: Any,
     seed: Tensor | None = None,
     row_ids: Tensor | None = None,
+    sequence_ids: Tensor | None = None,
     qkv: Callable[[], tuple[Tensor, Tensor | None]] | None = None,
     impl: Impl | None = None,
 ) -> Tensor | None:
@@ -640,7 +641,7 @@ def encoder_layer(
     Args:
         x: [T, C].
         weights, options: see there.
-        cu_seqlens, max_seqlen, schedule, seed: as in `attention`; row_ids: as in `add_layer_norm`.
+        cu_seqlens, max_seqlen, schedule, seed, sequence_ids: as in `attention`; row_ids: as in `add_layer_norm`.
         qkv: gives query, key and value joined, weight [3A, C] and bias [3A]; called where no gradient is recorded, so
             that the caller may keep them from pass to pass. By default they are joined anew.
     """
@@ -656,9 +657,11 @@ def encoder_layer(
         )
     if row_ids is not None:
         _expect_integers("encoder_layer", "row_ids", row_ids, x.shape[0])
+    _expect_integers("encoder_layer", "sequence_ids", sequence_ids, cu_seqlens.shape[0] - 1)
     return module.encoder_layer(
-        x, weights, cu_seqlens.contiguous(), max_seqlen, options, schedule=schedule, seed=seed, row_ids=row_ids, qkv=qkv
-    )
+        x, weights, cu_seqlens.contiguous(), max_seqlen, options,
+        schedule=schedule, seed=seed, row_ids=row_ids, sequence_ids=sequence_ids, qkv=qkv,
+    )  # fmt: skip
 
 
 # ---- embeddings, pooling, loss ---------------------------------------------------------------------------

@@ -36,6 +36,8 @@ class PackedBatch:
         padded_shape: (B, S) of the padded batch it came from, or None.
         lengths: of the B sequences, or None: only the device knows them.
         entries: `functional.attention_entries(lengths)` where cu_seqlens is, or None: not made on the host.
+        sequence_ids: [B] int64 names of the sequences for dropout, from 0 to 2^31 - 1, or None for 0 to B - 1. A text
+            with the same name and seed has the same elements dropped, whatever it is packed with.
     """
 
     input_ids: Tensor | None
@@ -47,6 +49,7 @@ class PackedBatch:
     padded_shape: tuple[int, int] | None = None
     lengths: tuple[int, ...] | None = None
     entries: Tensor | None = None
+    sequence_ids: Tensor | None = None
 
     @classmethod
     def from_lists(
@@ -54,6 +57,7 @@ class PackedBatch:
         input_ids: Sequence[Sequence[int]],
         token_type_ids: Sequence[Sequence[int]] | None = None,
         *,
+        sequence_ids: Sequence[int] | None = None,
         device: torch.device | str | None = None,
     ) -> PackedBatch:
         """Packs what a tokenizer returns. Lengths are known on the host, so nothing here waits for a device.
@@ -71,6 +75,9 @@ class PackedBatch:
             if [len(t) for t in token_type_ids] != lengths.tolist():
                 raise ValueError("token_type_ids must have the lengths of input_ids")
             types = torch.from_numpy(np.fromiter(itertools.chain.from_iterable(token_type_ids), np.int64, total))
+        if sequence_ids is not None and len(sequence_ids) != len(lengths):
+            raise ValueError(f"sequence_ids must be {len(lengths)}, one for each sequence, got {len(sequence_ids)}")
+        names = None if sequence_ids is None else torch.from_numpy(np.array(sequence_ids, np.int64))
         batch = cls(
             input_ids=torch.from_numpy(ids),
             token_type_ids=types,
@@ -78,6 +85,7 @@ class PackedBatch:
             cu_seqlens=torch.from_numpy(starts),
             max_seqlen=int(lengths.max(initial=0)),
             lengths=tuple(lengths.tolist()),
+            sequence_ids=names,
         )
         device = torch.device("cpu" if device is None else device)
         return batch._with_entries(device) if device.type == "cpu" else batch.to(device)
@@ -143,22 +151,35 @@ class PackedBatch:
         """[B] int64 row of each sequence's first token. (Of an empty sequence: somebody else's, or T - 1.)"""
         return self.cu_seqlens[:-1].long().clamp(max=max(self.total_tokens - 1, 0))
 
+    @property
+    def sequence_names(self) -> Tensor:
+        """[B] int64, `sequence_ids` or 0 to B - 1."""
+        if self.sequence_ids is not None:
+            return self.sequence_ids
+        return torch.arange(self.batch_size, dtype=torch.int64, device=self.cu_seqlens.device)
+
     def row_ids(self) -> Tensor:
-        """[T] int64 names of the tokens for dropout, `sequence << 32 | place in the sequence`.
+        """[T] int64 names of the tokens for dropout, `name of the sequence << 32 | place in the sequence`.
 
         They do not depend on where a token lies in memory, so packed and padded batches draw the same mask.
         """
+        sequences, places = self._places()
+        names = sequences if self.sequence_ids is None else self.sequence_ids[sequences]
+        return (names << 32) | places
+
+    def _places(self) -> tuple[Tensor, Tensor]:
+        """(number of its sequence, place in it) of each token, both [T] int64."""
         tokens = torch.arange(self.total_tokens, dtype=torch.int64, device=self.cu_seqlens.device)
         sequences = torch.searchsorted(self.cu_seqlens[1:].contiguous(), tokens, right=True)
-        return (sequences << 32) | (tokens - self.cu_seqlens[sequences])
+        return sequences, tokens - self.cu_seqlens[sequences]
 
     def pad(self, x: Tensor, value: float = 0.0) -> Tensor:
         """x [T, ...] -> [B, S, ...], `value` at padding. S is the width it came with, else max_seqlen."""
         rows, width = self.padded_shape or (self.batch_size, self.max_seqlen)
         indices = self.indices
         if self.padded_shape is None:
-            row_ids = self.row_ids()
-            indices = (row_ids >> 32) * width + (row_ids & 0xFFFFFFFF)
+            sequences, places = self._places()
+            indices = sequences * width + places
         if indices is None:
             return x.reshape(rows, width, *x.shape[1:])
         flat = x.new_full((rows * width, *x.shape[1:]), value).index_copy(0, indices, x)

@@ -54,6 +54,7 @@ class _Batch(NamedTuple):
     parts: tuple[int, int, int]
     seed: Tensor | None
     row_ids: Tensor | None
+    sequence_ids: Tensor | None
 
 
 # ---- which calls -----------------------------------------------------------------------------------------
@@ -120,14 +121,14 @@ def _heads_of(qkv: Tensor, heads: int) -> tuple[Tensor, ...]:
 def _attention_options(batch: _Batch, options: LayerOptions, head_dim: int) -> tuple:
     seed = batch.seed if options.probs_p > 0.0 else None
     dropout = options.probs_p, options.probs_stream
-    return None, None, None, None, None, seed, None, UNBOUNDED, UNBOUNDED, *dropout, head_dim**-0.5
+    return None, None, None, None, None, seed, batch.sequence_ids, UNBOUNDED, UNBOUNDED, *dropout, head_dim**-0.5
 
 
 def _forward(x, weights, qkv_weight, qkv_bias, batch: _Batch, options: LayerOptions, invariant: bool, keep: bool):
     """(y, what the backward pass needs beside the weights, or None without `keep`)."""
     qkv = matmul(x, qkv_weight, qkv_bias, invariant=invariant)
     q, k, v = _heads_of(qkv, options.heads)
-    spans, entries, parts, seed, row_ids = batch
+    spans, entries, parts, seed, row_ids, _ = batch
     o, lse = launch_forward(
         q, k, v, spans, spans, entries, parts, *_attention_options(batch, options, q.shape[-1])
     )  # fmt: skip
@@ -214,7 +215,7 @@ def _backward(dy, weights, qkv_weight, saved, batch: _Batch, options: LayerOptio
 def _attention_backward(do, q, k, v, o, lse, batch: _Batch, options: LayerOptions) -> Tensor:
     """dqkv [T, 3A] of do [T, A]."""
     dqkv = do.new_empty((do.shape[0], 3 * do.shape[1]))
-    spans, entries, parts, _, _ = batch
+    spans, entries, parts, *_ = batch
     launch_backward(
         do, None, o, lse, q, k, v, spans, spans, entries, entries, parts, parts,
         *_attention_options(batch, options, q.shape[-1]),
@@ -248,15 +249,15 @@ class _EncoderLayer(torch.autograd.Function):
         qkv_weight, qkv_bias = joined(weights)
         ctx.options, ctx.parts, ctx.invariant = options, batch.parts, is_batch_invariant()
         y, saved = _forward_there(x, weights, qkv_weight, qkv_bias, batch, options, ctx.invariant, True)
-        tensors = batch.cu_seqlens, batch.entries, batch.seed, batch.row_ids
+        tensors = batch.cu_seqlens, batch.entries, batch.seed, batch.row_ids, batch.sequence_ids
         ctx.save_for_backward(*tensors, qkv_weight, *weights[6:], *saved)
         return y
 
     @staticmethod
     @once
     def backward(ctx, dy):
-        cu_seqlens, entries, seed, row_ids, qkv_weight, *rest = ctx.saved_tensors
-        batch = _Batch(cu_seqlens, entries, ctx.parts, seed, row_ids)
+        cu_seqlens, entries, seed, row_ids, sequence_ids, qkv_weight, *rest = ctx.saved_tensors
+        batch = _Batch(cu_seqlens, entries, ctx.parts, seed, row_ids, sequence_ids)
         weights, saved = LayerWeights(*(None,) * 6, *rest[:10]), rest[10:]
         gradients = _backward_there(
             dy, weights, qkv_weight, saved, batch, ctx.options, ctx.invariant, ctx.needs_input_grad[2:]
@@ -266,7 +267,7 @@ class _EncoderLayer(torch.autograd.Function):
 
 def encoder_layer(
     x: Tensor, weights: LayerWeights, cu_seqlens: Tensor, max_seqlen: int, options: LayerOptions, *, schedule: Schedule,
-    seed: Tensor | None = None, row_ids: Tensor | None = None,
+    seed: Tensor | None = None, row_ids: Tensor | None = None, sequence_ids: Tensor | None = None,
     qkv: Callable[[], tuple[Tensor, Tensor | None]] | None = None,
 ) -> Tensor:  # fmt: skip
     """The layer of x [T, C], where `takes` says yes.
@@ -274,9 +275,11 @@ def encoder_layer(
     qkv: gives `joined(weights)` where no gradient is recorded; the caller may keep them.
     """
     if options.probs_p == options.out_p == options.down_p == 0.0:
-        seed = row_ids = None
+        seed = row_ids = sequence_ids = None
+    if sequence_ids is not None:
+        sequence_ids = sequence_ids.contiguous()
     expect_made_for("encoder_layer", schedule, x, cu_seqlens)
-    batch = _Batch(cu_seqlens, schedule.entries, schedule.parts(max_seqlen), seed, row_ids)
+    batch = _Batch(cu_seqlens, schedule.entries, schedule.parts(max_seqlen), seed, row_ids, sequence_ids)
     if wants_grad(x, *weights):
         return apply_unwatched(_EncoderLayer, batch, options, x, *weights)
     qkv_weight, qkv_bias = joined(weights) if qkv is None else qkv()

@@ -39,7 +39,8 @@ def layer_of(dtype: torch.dtype, device: str, training: bool = True) -> BertLaye
 
 
 def pass_of(device: str, impl: str = "triton", drops: bool = False, lengths: list[int] = LENGTHS) -> Pass:
-    batch = PackedBatch.from_lists([[5] * n for n in lengths], device=device)
+    names = [3 * i + 5 for i in range(len(lengths))] if drops else None
+    batch = PackedBatch.from_lists([[5] * n for n in lengths], sequence_ids=names, device=device)
     schedule = F.attention_schedule(batch.cu_seqlens, batch.total_tokens, impl)
     if not drops:
         return Pass(batch, schedule, impl)

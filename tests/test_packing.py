@@ -155,3 +155,19 @@ def test_lengths_that_are_known_are_taken():
     assert asked.max_seqlen == given.max_seqlen == 3
     assert torch.equal(asked.indices, given.indices)
     assert PackedBatch.from_padded(ids).lengths == (4, 4, 4)
+
+
+def test_names_of_sequences_are_those_of_their_tokens():
+    """For dropout alone: where a token goes when the batch is padded does not depend on names."""
+    batch = PackedBatch.from_lists([[1, 2, 3], [4, 5]], sequence_ids=[7, 2**31 - 1])
+    assert batch.row_ids().tolist() == [
+        7 << 32,
+        (7 << 32) + 1,
+        (7 << 32) + 2,
+        (2**31 - 1) << 32,
+        ((2**31 - 1) << 32) + 1,
+    ]
+    assert batch.sequence_names.tolist() == [7, 2**31 - 1]
+    assert batch.pad(batch.input_ids).tolist() == [[1, 2, 3], [4, 5, 0]]
+    with pytest.raises(ValueError, match="sequence_ids must be 2, one for each sequence, got 1"):
+        PackedBatch.from_lists([[1], [2]], sequence_ids=[1])

@@ -125,7 +125,7 @@ class BertHead(nn.Module):
         output_attentions, output_hidden_states, return_dict: None takes what the config says.
 
     Dropout in training is a function of a seed, drawn with torch.randint in each pass, and of a token's sequence and
-    place in it: the same for packed and padded input.
+    place in it: the same for packed and padded input. A PackedBatch may name its sequences (`sequence_ids`).
 
     Args:
         config: the numbers; id2label, problem_type and classifier_dropout are the head's.
@@ -201,8 +201,7 @@ class BertHead(nn.Module):
 
     def pooled_dropped(self, encoded: Encoded) -> Tensor:
         """dropout of the pooler's output [B, C]."""
-        sequences = torch.arange(encoded.batch.batch_size, dtype=torch.int64, device=encoded.pooled.device)
-        return self.drop(encoded.pooled, sequences << 32)
+        return self.drop(encoded.pooled, encoded.batch.sequence_names << 32)
 
     def returned(self, output: HeadOutput, return_dict: bool | None) -> HeadOutput | tuple:
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()

@@ -100,7 +100,8 @@ def as_one_operator(
     )  # fmt: skip
     return F.encoder_layer(
         x, F.LayerWeights(*tensors), shared.batch.cu_seqlens, shared.batch.max_seqlen, options,
-        schedule=shared.schedule, seed=shared.seed, row_ids=shared.row_ids, impl=shared.impl, qkv=joined_by(layer),
+        schedule=shared.schedule, seed=shared.seed, row_ids=shared.row_ids, sequence_ids=shared.batch.sequence_ids,
+        impl=shared.impl, qkv=joined_by(layer),
     )  # fmt: skip
 
 

@@ -92,6 +92,13 @@ class Pass:
             return {}
         return {"dropout_p": p, "seed": self.seed, "stream": stream, "row_ids": self.row_ids}
 
+    def dropout_of_probabilities(self, p: float, stream: int) -> dict[str, Any]:
+        """The same for attention."""
+        if not (options := self.dropout(p, stream)):
+            return {}
+        del options["row_ids"]
+        return options | {"sequence_ids": self.batch.sequence_ids}
+
     def of_first(self) -> Pass:
         """For the dropouts of rows that are each sequence's first token."""
         return self if self.row_ids is None else replace(self, row_ids=self.row_ids[self.batch.first_tokens])
@@ -99,8 +106,7 @@ class Pass:
     def attend_for_first(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, stream: int) -> Tensor:
         """q [B, H, D] of each sequence's first token, k and v [T, H, D] of all -> [B, H * D]. Of a plain pass."""
         batch, impl = self.batch, self.impl
-        options = self.dropout(dropout_p, stream)
-        options.pop("row_ids", None)
+        options = self.dropout_of_probabilities(dropout_p, stream)
         one_each = torch.arange(batch.batch_size + 1, dtype=torch.int32, device=q.device)
         schedule = F.attention_schedule(one_each, batch.batch_size, impl, spans_k=batch.cu_seqlens)
         return F.attention(
@@ -110,8 +116,7 @@ class Pass:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, stream: int, kind: Hashable = None) -> Tensor:
         """q, k, v [T, H, D] -> [T, H * D]."""
-        options = self.dropout(dropout_p, stream)
-        options.pop("row_ids", None)
+        options = self.dropout_of_probabilities(dropout_p, stream)
         if self.bias is not None:
             options["bias"] = self.bias.to(q.dtype)
         if self.mask is not None:
@@ -136,7 +141,7 @@ class Pass:
         outputs = []
         for number, (row, rows, key, keys) in enumerate(self.spans):
             if "seed" in options:
-                options["sequence_ids"] = torch.tensor([number], dtype=torch.int64, device=q.device)
+                options["sequence_ids"] = self.batch.sequence_names[number : number + 1]
             of_one = (
                 t[start : start + count][None] for t, start, count in ((q, row, rows), (k, key, keys), (v, key, keys))
             )

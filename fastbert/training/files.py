@@ -34,11 +34,16 @@ class Row(NamedTuple):
 
 
 class Sentence(NamedTuple):
-    """Words of a sentence with a tag each, or without tags."""
+    """Words of a sentence with a tag each, or without tags.
+
+    text, starts: the text that the words are of, and where each begins in it; by default they are joined by spaces.
+    """
 
     place: str
     words: list[str]
     tags: list[str] | None
+    text: str | None = None
+    starts: list[int] | None = None
 
 
 class Answer(NamedTuple):

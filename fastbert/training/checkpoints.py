@@ -1,0 +1,112 @@
+"""Checkpoints of a run, each whole or not there, through torch.distributed.checkpoint.
+
+    OUT/checkpoints/step-00000120/    model, optimiser, and progress.json: what else the run has to know
+
+A checkpoint is written into a folder of another name, and takes its own when all of it is on the disk. What a killed
+process left half written is removed by the next that saves.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+from ..checkpoint import CheckpointError, make_folder, read_json
+from .processes import Processes
+
+_NAME = re.compile(r"step-\d{8}")
+
+
+class Checkpoints:
+    """Those of one run. keep: how many of the last ones stay."""
+
+    def __init__(self, out: Path, keep: int, processes: Processes) -> None:
+        self.folder, self.keep, self.processes = out / "checkpoints", keep, processes
+
+    def last(self) -> Path | None:
+        """The latest checkpoint."""
+        if not self.folder.is_dir():
+            return None
+        return max((path for path in self.folder.iterdir() if _NAME.fullmatch(path.name)), default=None)
+
+    def save(self, model: nn.Module, optimizer: Any, step: int, progress: dict[str, Any]) -> Path:
+        """Writes a checkpoint, with `step` in its progress; one of this step that exists is left as it is.
+
+        Raises: CheckpointError, in one line, with what remains.
+        """
+        path = self.folder / f"step-{step:08d}"
+        # All processes take the same way: the first one looks before any of them writes.
+        if self.processes.gather(path.exists())[0]:
+            return path
+        temporary = self.folder / f".{path.name}.writing"
+        first = self.processes.rank == 0
+        if first:
+            make_folder(self.folder)
+            for left in self.folder.glob(".step-*.writing"):
+                shutil.rmtree(left)
+        self.processes.wait()
+        try:
+            of_model, of_optimizer = get_state_dict(model, optimizer)
+            state = {"model": of_model, "optimizer": of_optimizer}
+            with _alone():
+                dcp.save(state, checkpoint_id=temporary, no_dist=self.processes.count == 1)
+            if first:
+                with open(temporary / "progress.json", "w", encoding="utf-8") as stream:
+                    json.dump({**progress, "step": step}, stream)
+                    stream.flush()
+                    os.fsync(stream.fileno())
+                os.replace(temporary, path)
+                self._prune()
+        except (OSError, dcp.CheckpointException) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            last = self.last()
+            left = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
+            raise CheckpointError(f"cannot save {path}: {_reason(error)}; {left}") from error
+        self.processes.wait()
+        return path
+
+    def load(self, path: Path, model: nn.Module, optimizer: Any) -> dict[str, Any]:
+        """Fills model and optimiser from a checkpoint, of whatever number of processes; its progress."""
+        of_model, of_optimizer = get_state_dict(model, optimizer)
+        state = {"model": of_model, "optimizer": of_optimizer}
+        try:
+            with _alone():
+                dcp.load(state, checkpoint_id=path, no_dist=self.processes.count == 1)
+        except (OSError, dcp.CheckpointException) as error:
+            raise CheckpointError(f"cannot read {path}: {_reason(error)}") from error
+        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        return read_json(path / "progress.json")
+
+    def _prune(self) -> None:
+        found = sorted(path for path in self.folder.iterdir() if _NAME.fullmatch(path.name))
+        for path in found[: -self.keep]:
+            shutil.rmtree(path)
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """torch warns that a single process is one, although it was told so."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        yield
+
+
+def _reason(error: BaseException) -> str:
+    """What is behind torch's report of all ranks, in one line."""
+    if isinstance(error, dcp.CheckpointException):
+        causes = [cause[0] if isinstance(cause, tuple) else cause for cause in error.failures.values()]
+        error = next(iter(causes), error)
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split()) or type(error).__name__

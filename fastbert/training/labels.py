@@ -1,0 +1,108 @@
+"""Labels go by name, case-folded, never by position."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from .entities import split_tag
+from .files import DataError, Sentence
+
+
+class Text(NamedTuple):
+    """A text, or a pair of texts, with the name of its class or its number, or without a label."""
+
+    place: str
+    text: str
+    pair: str | None
+    label: str | float | None
+
+
+def class_name(value: Any, place: str) -> str:
+    """The name of a class as a cell has it: a text, or a number or a truth value of a .jsonl."""
+    if isinstance(value, str) and value:
+        return value
+    if isinstance(value, (int, bool)):
+        return json.dumps(value)
+    raise DataError(f"{place}: a label must be a name, got {value!r}")
+
+
+def number(value: Any, place: str) -> float:
+    """The number that a cell has."""
+    try:
+        found = float(value) if isinstance(value, (str, int, float)) else math.nan
+    except ValueError:
+        found = math.nan
+    if not math.isfinite(found):
+        raise DataError(f"{place}: expected a number for a label, got {value!r}")
+    return found
+
+
+def classes_of(examples: Sequence[Text], given: Sequence[str] | None, model_labels: Sequence[str] | None) -> list[str]:
+    """The names of the classes, in the order of their numbers.
+
+    given: what the user names; else those of the model's own classifier; else those of the examples, sorted (numbers by
+    their value).
+
+    Raises: DataError where an example has another name, where all have the same, or where they look like texts.
+    """
+    found: dict[str, Text] = {}
+    for example in examples:
+        found.setdefault(example.label.casefold(), example)
+    if len(found) < 2:
+        raise DataError(f"every example has the label {examples[0].label!r}; a classifier needs two or more")
+    if len(found) > max(20, len(examples) // 2):
+        raise DataError(
+            f"{len(found):,} different labels in {len(examples):,} examples: are the columns swapped? "
+            "(--columns names them, --labels number is for numbers)"
+        )
+    if given or model_labels:
+        names = list(given or model_labels)
+        numbers = numbers_of(names)
+        for name, example in found.items():
+            if name not in numbers:
+                whose = "of --labels" if given else "of the model's; --labels starts a new classifier"
+                raise DataError(f"{example.place}: the label {example.label!r} is none of {', '.join(names)} ({whose})")
+        return names
+    names = [example.label for example in found.values()]
+    return sorted(names, key=int) if all(name.isdecimal() for name in names) else sorted(names, key=str.casefold)
+
+
+def tags_of(sentences: Sequence[Sentence], model_labels: Sequence[str] | None) -> list[str]:
+    """O, and the tags of every type in the sentences, B- and I- even where only one of them is there.
+
+    Raises: DataError where no sentence has an entity, or the model's own labels lack a tag.
+    """
+    found: dict[str, str] = {}
+    for sentence in sentences:
+        for tag in sentence.tags:
+            found.setdefault(tag, sentence.place)
+    kinds = sorted({split_tag(tag)[1] for tag in found} - {""})
+    if not kinds:
+        raise DataError("no sentence has an entity: every tag is O")
+    if model_labels:
+        numbers = numbers_of(model_labels)
+        for tag, place in found.items():
+            if tag.casefold() not in numbers:
+                raise DataError(f"{place}: the tag {tag!r} is none of the model's: {', '.join(model_labels)}")
+        return list(model_labels)
+    prefixes = ["B", "I", *sorted({split_tag(tag)[0] for tag in found} & {"E", "S"})]
+    return ["O", *(f"{prefix}-{kind}" for kind in kinds for prefix in prefixes)]
+
+
+def numbers_of(labels: Sequence[str]) -> dict[str, int]:
+    """case-folded name -> number. Raises DataError where two labels are one name."""
+    numbers = {label.casefold(): i for i, label in enumerate(labels)}
+    if len(numbers) != len(labels):
+        raise DataError(f"two labels have one name: {', '.join(labels)}")
+    return numbers
+
+
+def expect_known(labels: Iterable[tuple[str, str]], names: Sequence[str]) -> None:
+    """(label, place) of examples to be scored. Raises DataError where a label is none of `names`."""
+    numbers = numbers_of(names)
+    for label, place in labels:
+        if label.casefold() not in numbers:
+            raise DataError(f"{place}: the label {label!r} was never seen in training: {', '.join(names)}")

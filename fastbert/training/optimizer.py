@@ -1,0 +1,77 @@
+"""AdamW over groups of parameters: which of them decay, and how fast each layer learns."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+
+def freeze(model: nn.Module, layers: int | None) -> int:
+    """Embeddings and the first `layers` layers are not trained; None freezes nothing. Returns how many are frozen.
+
+    Raises: ValueError where the model has no so many layers.
+    """
+    if layers is None:
+        return 0
+    has = 1 + max(depth_of(name) for name, _ in model.named_parameters() if ".layer." in name)
+    if not 0 <= layers <= has - 1:
+        raise ValueError(f"cannot freeze {layers} layers of {has - 1}")
+    frozen = [p for name, p in model.named_parameters() if 0 <= depth_of(name) <= layers]
+    for p in frozen:
+        p.requires_grad_(False)
+    return len(frozen)
+
+
+def depth_of(name: str) -> int:
+    """0 for the embeddings, n + 1 for layer n, -1 for what stands on top (pooler and classifier)."""
+    layer = re.search(r"\.layer\.(\d+)\.", name)
+    return int(layer[1]) + 1 if layer else 0 if ".embeddings." in name else -1
+
+
+def groups_of(parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float, layer_decay: float) -> list[dict]:
+    """Parameter groups of an optimiser, with `scale`, the share of the learning rate that they learn at.
+
+    Biases and LayerNorms, the parameters of one dimension, do not decay. Each layer learns at `layer_decay` times the
+    rate of the one above it.
+    """
+    trained = [(name, p) for name, p in parameters if p.requires_grad]
+    top = 1 + max(depth_of(name) for name, _ in trained)
+    groups: dict[tuple[float, float], dict] = {}
+    for name, p in trained:
+        depth = depth_of(name)
+        scale = layer_decay ** (top - depth) if depth >= 0 else 1.0
+        decay = weight_decay if p.ndim > 1 else 0.0
+        group = groups.setdefault((scale, decay), {"params": [], "scale": scale, "decay": decay})
+        group["params"].append(p)
+    return list(groups.values())
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW (Loshchilov and Hutter, arXiv:1711.05101), set before each step by `set_rate`.
+
+    bias_correction: False is the optimiser of Google's BERT, which does not correct the moments for their start at 0:
+        p -= rate * (m / (sqrt(v) + eps) + decay * p)
+    """
+
+    def __init__(self, groups: list[dict], betas: tuple[float, float], eps: float, bias_correction: bool) -> None:
+        super().__init__(groups, lr=0.0, betas=betas, eps=eps, weight_decay=0.0, fused=True)
+        self.eps, self.bias_correction = eps, bias_correction
+
+    def set_rate(self, rate: float, step: int) -> None:
+        """The learning rate of the coming step, which is the `step`-th of this optimiser, from 1 up.
+
+        Without bias correction rate, eps and decay are scaled so that torch's corrections cancel.
+        """
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            first, second = (
+                (1.0 - beta1**step, math.sqrt(1.0 - beta2**step)) if not self.bias_correction else (1.0, 1.0)
+            )
+            lr = rate * group["scale"]
+            group["lr"] = lr * first / second
+            group["eps"] = self.eps / second
+            group["weight_decay"] = group["decay"] * second / first

@@ -1,0 +1,48 @@
+"""Windows through a model: packed batches of neighbouring lengths, what the head says in the order of the windows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..packing import PackedBatch
+from ..text.batching import batches_within
+from .features import Window
+from .processes import Processes
+
+
+def pack(windows: Sequence[Window], names: Sequence[int], device: torch.device) -> PackedBatch:
+    """A packed batch of windows; names: of each, for dropout."""
+    types = None if windows[0].token_type_ids is None else [w.token_type_ids for w in windows]
+    return PackedBatch.from_lists([w.input_ids for w in windows], types, sequence_ids=names, device=device)
+
+
+def outputs_of(
+    model: nn.Module, task: Any, windows: Sequence[Window], batch_tokens: int, dtype: torch.dtype, processes: Processes
+) -> list[np.ndarray]:
+    """What `task.by_window` gives for each window, the same in every process. The model is left in evaluation mode."""
+    model.eval()
+    lengths = [len(w.input_ids) for w in windows]
+    order = sorted(range(len(windows)), key=lengths.__getitem__)
+    batches = list(batches_within(order, lengths, batch_tokens))
+    mine = batches[processes.rank :: processes.count]
+    # Sharded models need all processes for each batch: who has fewer batches computes one more.
+    rounds = -(-len(batches) // processes.count)
+    found: dict[int, np.ndarray] = {}
+    with torch.no_grad(), autocast(processes.device, dtype):
+        for place in range(rounds):
+            rows = mine[place] if place < len(mine) else batches[0]
+            chosen = [windows[row] for row in rows]
+            output = model(pack(chosen, rows, processes.device))
+            found.update(zip(rows, task.by_window(output, chosen), strict=True))
+    everything = {row: value for part in processes.gather(found) for row, value in part.items()}
+    return [everything[row] for row in range(len(windows))]
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Products in `dtype`; parameters stay as they are."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)

@@ -1,0 +1,346 @@
+"""The loop: the same gradients however a step is cut, the same bits after a break, and no checkpoint half written."""
+
+import errno
+import json
+import math
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastbert.checkpoint import CheckpointError
+from fastbert.training import checkpoints
+from fastbert.training.loop import TrainingError, forget_after
+from fastbert.training.optimizer import AdamW, depth_of, freeze, groups_of
+from fastbert.training.plan import Plan, dropout_seed, rate
+from fastbert.training.predicting import pack
+
+sys.path.append(str(Path(__file__).parent))
+from training_models import model_of, run_of, task_of
+
+PATIENCE = 300  # seconds after which a process hangs
+
+
+def losses(out: Path) -> list[tuple[int, float]]:
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row["loss"]) for row in rows if "loss" in row]
+
+
+def weights(run) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in run.model.named_parameters()}
+
+
+def gradients(run) -> dict[str, torch.Tensor]:
+    """Of the first step of the second epoch."""
+    run.shared.train()
+    run._gradients(run.plan.steps(1)[0], 1)
+    return {name: p.grad.clone() for name, p in run.model.named_parameters()}
+
+
+# ---- the plan ------------------------------------------------------------------------------------------------
+
+
+def test_an_epoch_has_every_window_once_in_an_order_of_its_own():
+    plan = Plan(seed=1, lengths=[3, 9, 4, 4, 20, 1, 7], step_tokens=12, batch_tokens=8)
+    orders = [plan.order(epoch) for epoch in range(3)]
+    assert all(sorted(order) == list(range(7)) for order in orders)
+    assert orders[0] != orders[1] != orders[2]
+    assert orders == [Plan(1, plan.lengths, 99, 99).order(epoch) for epoch in range(3)]
+    assert orders[0] != Plan(2, plan.lengths, 12, 8).order(0)
+    for step in plan.steps(0):
+        assert len(step) == 1 or sum(plan.lengths[w] for w in step) <= 12
+    assert [w for step in plan.steps(0) for w in step] == orders[0]
+    assert plan.count_steps(2) == [len(plan.steps(0)), len(plan.steps(1))]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 9])
+def test_ranks_share_a_step_and_have_as_many_batches_each(ranks):
+    plan = Plan(seed=1, lengths=[3, 9, 4, 4, 20, 1, 7], step_tokens=99, batch_tokens=8)
+    shares = [plan.batches(plan.order(0), rank, ranks) for rank in range(ranks)]
+    assert sorted(w for share in shares for batch in share for w in batch) == list(range(7))
+    assert len({len(share) for share in shares}) == 1
+    assert all(len(b) <= 1 or sum(plan.lengths[w] for w in b) <= 8 for share in shares for b in share)
+
+
+def test_seeds_of_dropout_are_those_of_epochs():
+    seeds = {dropout_seed(seed, epoch) for seed in range(4) for epoch in range(4)}
+    assert len(seeds) == 16
+    assert all(0 <= seed < 2**62 for seed in seeds)
+
+
+def test_the_rate_rises_to_its_peak_and_falls_to_nothing():
+    assert [rate(step, 6, 2) for step in range(7)] == pytest.approx([1 / 3, 2 / 3, 1, 3 / 4, 1 / 2, 1 / 4, 0])
+    assert [rate(step, 2, 0) for step in range(2)] == [1.0, 0.5]
+
+
+# ---- gradients -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("impl", ["native", "reference", pytest.param("triton", marks=pytest.mark.triton)])
+@pytest.mark.parametrize("kind", ["sentence", "token", "qa"])
+def test_dropout_goes_by_the_name_of_a_window(kind, impl):
+    """What a window's tokens lose does not depend on what it is packed with, nor where."""
+    task, _, windows = task_of(kind, count=4)
+    model = model_of(task, dropout=0.3, impl=impl).train()
+
+    def outputs(rows, names):
+        torch.manual_seed(5)
+        chosen = [windows[row] for row in rows]
+        with torch.no_grad():
+            output = model(pack(chosen, names, torch.device("cpu")))
+        found = output.start_logits if kind == "qa" else output.logits
+        return found.split([1 if kind == "sentence" else len(w.input_ids) for w in chosen])
+
+    together, alone, renamed = outputs([0, 1, 2], [7, 8, 9]), outputs([2], [9]), outputs([2], [10])
+    torch.testing.assert_close(together[2], alone[0], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(renamed[0], alone[0], atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["sentence", "token", "qa"])
+def test_gradients_do_not_depend_on_how_a_step_is_cut(kind, tmp_path):
+    """With dropout. The divisor is the whole step's, and a window's masks are its own."""
+    whole = gradients(run_of(tmp_path, kind))
+    exact = run_of(tmp_path, kind)
+    exact.model.double()
+    exact = gradients(exact)
+    for batch_tokens in (1, 40):
+        parts = gradients(run_of(tmp_path, kind, batch_tokens=batch_tokens))
+        for name, truth in exact.items():
+            error, allowed = ((g[name] - truth).norm() for g in (parts, whole))
+            assert error <= 2 * allowed + 1e-6 * truth.norm() + 1e-9, name
+
+
+def test_frozen_layers_stay_and_the_others_learn(tmp_path):
+    run = run_of(tmp_path, epochs=1, freeze=1)
+    before = weights(run)
+    run.train()
+    moved = {name for name, p in weights(run).items() if not torch.equal(p, before[name])}
+    assert moved == {name for name in before if not name.startswith(("bert.embeddings.", "bert.encoder.layer.0."))}
+    with pytest.raises(ValueError, match="cannot freeze 3 layers of 2"):
+        freeze(run.model, 3)
+
+
+# ---- the optimiser -------------------------------------------------------------------------------------------
+
+
+def test_groups_of_parameters():
+    """Biases and LayerNorms do not decay; each layer learns at half the rate of the one above."""
+    model = model_of(task_of("sentence")[0])
+    groups = groups_of(model.named_parameters(), weight_decay=0.1, layer_decay=0.5)
+    by_id = {id(p): (group["scale"], group["decay"]) for group in groups for p in group["params"]}
+    found = {name: by_id[id(p)] for name, p in model.named_parameters()}
+    assert len(found) == sum(len(group["params"]) for group in groups)
+    assert found["classifier.weight"] == found["bert.pooler.dense.weight"] == (1.0, 0.1)
+    assert found["bert.encoder.layer.1.output.dense.weight"] == (0.5, 0.1)
+    assert found["bert.encoder.layer.0.output.LayerNorm.weight"] == (0.25, 0.0)
+    assert found["bert.embeddings.word_embeddings.weight"] == (0.125, 0.1)
+    assert {decay for name, (_, decay) in found.items() if name.endswith("bias")} == {0.0}
+    assert [depth_of(name) for name in ("classifier.bias", "bert.embeddings.LayerNorm.bias")] == [-1, 0]
+
+
+@pytest.mark.parametrize("corrected", [True, False])
+def test_steps_of_the_optimiser(corrected):
+    """Against the formulas, in float64."""
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(5, 3, dtype=torch.float64))
+    (beta1, beta2), eps, decay = (0.8, 0.95), 1e-3, 0.1
+    optimizer = AdamW([{"params": [p], "scale": 0.5, "decay": decay}], (beta1, beta2), eps, corrected)
+    truth, m, v = p.detach().clone(), 0.0, 0.0
+    for step in range(1, 6):
+        p.grad = torch.randn_like(p)
+        m, v = beta1 * m + (1 - beta1) * p.grad, beta2 * v + (1 - beta2) * p.grad**2
+        lr = 0.5 * 0.1 * step
+        m_hat, v_hat = (m / (1 - beta1**step), v / (1 - beta2**step)) if corrected else (m, v)
+        truth = truth - lr * (m_hat / (v_hat.sqrt() + eps) + decay * truth)
+        optimizer.set_rate(0.1 * step, step)
+        optimizer.step()
+        torch.testing.assert_close(p.detach(), truth)
+
+
+def test_the_norm_of_the_gradient_is_limited(tmp_path):
+    run = run_of(tmp_path, clip=1e-3)
+    run._gradients(run.plan.steps(0)[0], 0)
+    before = run._clip()
+    assert before > 0.1
+    assert run._clip() == pytest.approx(1e-3, rel=1e-3)
+
+
+# ---- going on ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run with a checkpoint after every step: (its folder, its weights)."""
+    out = tmp_path_factory.mktemp("whole")
+    run = run_of(out, evaluated=True, save_every=1, keep=99)
+    run.train()
+    return out, weights(run)
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 5])
+def test_a_run_goes_on_to_the_same_bits(whole, step, tmp_path):
+    out, expected = whole
+    name = f"step-{step:08d}"
+    shutil.copytree(out / "checkpoints" / name, tmp_path / "checkpoints" / name)
+    shutil.copy(out / "metrics.jsonl", tmp_path)
+    run = run_of(tmp_path, evaluated=True)
+    assert run.resume() == step
+    forget_after(tmp_path / "metrics.jsonl", step)
+    assert [s for s, _ in losses(tmp_path)] == list(range(1, step + 1))
+    run.train()
+    assert losses(tmp_path) == losses(out)
+    for name, p in weights(run).items():
+        assert torch.equal(p, expected[name]), name
+
+
+def test_a_run_that_goes_on_in_other_batches_is_the_same_but_for_rounding(whole, tmp_path):
+    out, _ = whole
+    shutil.copytree(out / "checkpoints" / "step-00000003", tmp_path / "checkpoints" / "step-00000003")
+    run = run_of(tmp_path, batch_tokens=30)
+    run.resume()
+    run.train()
+    expected = losses(out)[3:]
+    assert [loss for _, loss in losses(tmp_path)] == pytest.approx([loss for _, loss in expected], rel=1e-4)
+    assert losses(tmp_path) != expected
+
+
+def test_another_run_is_not_continued(whole, tmp_path):
+    shutil.copytree(whole[0] / "checkpoints", tmp_path / "checkpoints")
+    with pytest.raises(TrainingError, match=r"is of a run with lr 0.001, not 0.002: go on with the same settings"):
+        run_of(tmp_path, lr=2e-3).resume()
+
+
+def test_the_last_checkpoints_stay_and_what_was_half_written_goes(tmp_path):
+    (tmp_path / "checkpoints" / ".step-00000002.writing").mkdir(parents=True)
+    run = run_of(tmp_path, save_every=1, keep=2)
+    assert run.resume() == 0, "what is half written is no checkpoint"
+    run.train()
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        f"step-{run.steps - 1:08d}", f"step-{run.steps:08d}"
+    ]  # fmt: skip
+
+
+def test_a_record_that_was_cut_off_is_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert [row["step"] for row in forget_after(path, 5)] == [1, 2]
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+# ---- what goes wrong -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_and_saves(number, tmp_path):
+    run = run_of(tmp_path)
+    run.report = lambda record: os.kill(os.getpid(), number) if record["step"] == 2 else None
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt, match=r"stopped after step 3 of \d+, which is saved; .* --resume"):
+        run.train()
+    assert signal.getsignal(number) is before
+    assert run.checkpoints.last().name == "step-00000003"
+    assert run_of(tmp_path).resume() == 3
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient", "parameters"])
+def test_what_is_not_finite_ends_the_run_and_is_not_saved(what, tmp_path, monkeypatch):
+    run = run_of(tmp_path, save_every=2)
+    of_step = run._gradients
+
+    def spoil(step, epoch):
+        loss = of_step(step, epoch)
+        if run.progress.step == 3:
+            run.model.classifier.bias.grad.fill_(math.inf if what == "gradient" else 0.0)
+            if what == "parameters":
+                run.model.classifier.bias.data.fill_(math.inf)
+        return loss * math.nan if what == "loss" and run.progress.step == 3 else loss
+
+    monkeypatch.setattr(run, "_gradients", spoil)
+    says = {
+        "loss": "the loss is nan",
+        "gradient": "its gradient's norm inf",
+        "parameters": "2 parameters are no longer",
+    }
+    with pytest.raises(TrainingError, match=rf"step 4: .*{says[what]}.*; the last checkpoint is .*step-00000003"):
+        run.train()
+    again = run_of(tmp_path)
+    assert again.resume() == 3
+    assert all(torch.isfinite(p).all() for p in weights(again).values())
+
+
+@pytest.mark.parametrize("moment", ["writing", "naming"])
+def test_a_full_disk_leaves_the_last_checkpoint(moment, tmp_path, monkeypatch):
+    run = run_of(tmp_path, save_every=2)
+
+    def full(*args, **kwargs):
+        if moment == "writing":
+            (Path(kwargs["checkpoint_id"])).mkdir()
+            (Path(kwargs["checkpoint_id"]) / "half").write_text("x")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def fill(record):
+        if record["step"] == 4:
+            where, name = (checkpoints.dcp, "save") if moment == "writing" else (checkpoints.os, "fsync")
+            monkeypatch.setattr(where, name, full)
+
+    run.report = fill
+    with pytest.raises(CheckpointError) as caught:
+        run.train()
+    assert "step-00000004: No space left on device; the last good checkpoint is" in str(caught.value)
+    assert str(caught.value).endswith("step-00000003")
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000002", "step-00000003"]
+    monkeypatch.undo()
+    assert run_of(tmp_path, save_every=2).resume() == 3
+
+
+def test_a_run_ends_when_nothing_gets_better(tmp_path):
+    run = run_of(tmp_path, evaluated=True, epochs=6, lr=0.0, patience=2)
+    run.train()
+    assert run.progress.step == sum(run.steps_of_epochs[:3]), "the first epoch is the best, two more are not better"
+    again = run_of(tmp_path, evaluated=True, epochs=6, lr=0.0, patience=2)
+    again.resume()
+    again.train()
+    assert again.progress.step == run.progress.step, "going on does not begin another epoch"
+
+
+# ---- several processes ---------------------------------------------------------------------------------------
+
+
+def two_processes(out: Path, kind: str, how: str) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    script = Path(__file__).parent / "training_models.py"
+    started = [
+        subprocess.Popen(
+            [sys.executable, script, out, kind, how], env={**os.environ, **common, "RANK": str(rank)},
+            stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    for process in started:
+        _, said = process.communicate(timeout=PATIENCE)
+        assert process.returncode == 0, said
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_two_processes_train_as_one_and_their_checkpoint_is_anybodys(how, tmp_path):
+    """Tokens of a step are shared unevenly, with dropout; the last checkpoint is read by one process."""
+    two_processes(tmp_path / "two", "token", how)
+    run = run_of(tmp_path / "one", "token", evaluated=True)
+    run.train()
+    expected, found = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert [step for step, _ in found] == [step for step, _ in expected]
+    assert [loss for _, loss in found] == pytest.approx([loss for _, loss in expected], rel=1e-4)
+    again = run_of(tmp_path / "two", "token", evaluated=True)
+    assert again.resume() == run.steps
+    for name, p in weights(again).items():
+        torch.testing.assert_close(p, dict(run.model.named_parameters())[name].detach(), atol=2e-4, rtol=1e-3)
