@@ -151,3 +151,56 @@ def test_of_ten_megabytes_little_more_is_tokenised_than_is_kept():
     long = line * (10_000_000 // len(line))
     kept = " ".join(long[:10_000].split()[:256])
     assert len(Cutter(backend()).text(long, 256)) <= 2 * len(kept)
+
+
+# ---- ids by another package --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fast(monkeypatch):
+    """Every call takes the ids of nanotoken."""
+    pytest.importorskip("nanotoken")
+    monkeypatch.setattr("fastbert.text.tokenizer._WORTH_FAST_IDS", 0)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_nanotoken_gives_the_same_ids(name, side, fast):
+    """Random strings of nasty alphabets beside `tokenizers`, whole and truncated."""
+    ours, plain = OurTokenizer(BACKENDS[name](), {"truncation_side": side}), BACKENDS[name]()
+    draw = random.Random(name + side)
+    alphabets = list(ALPHABETS.values())
+    for _ in range(max(STRINGS // len(BACKENDS) // 2 // 50, 1)):
+        texts = [text_of(draw, draw.choice(alphabets)) for _ in range(50)]
+        plain.no_truncation()
+        assert ours.input_ids(texts) == [e.ids for e in plain.encode_batch(texts)]
+        length = draw.choice((2, 3, 4, 7, 20))
+        plain.enable_truncation(length, direction=side)
+        assert ours.input_ids(texts, length) == [e.ids for e in plain.encode_batch(texts)]
+    assert ours._fast_ids is not None
+
+
+def test_nanotoken_is_made_for_many_texts_alone(monkeypatch):
+    pytest.importorskip("nanotoken")
+    ours = OurTokenizer(backend())
+    ours.input_ids(["a"] * 255)
+    assert "_fast_ids" not in ours.__dict__
+    ours.input_ids(["a"] * 256)
+    assert ours.__dict__["_fast_ids"] is not None
+    with pytest.raises(ValueError, match=r"text 1 is not valid Unicode: lone surrogate U\+D800 at character 1"):
+        ours.input_ids(["a", "b\ud800"])
+    with pytest.raises(ValueError, match="max_length must be at least 2, the special tokens, got 1"):
+        ours.input_ids(["a"], 1)
+
+
+def test_what_nanotoken_does_not_know_is_left_to_tokenizers(fast, monkeypatch):
+    splitting = OurTokenizer(backend(), {"split_special_tokens": True})
+    assert splitting.tokenize("[SEP]") == splitting._backend.encode("[SEP]", add_special_tokens=False).tokens
+    assert splitting.input_ids(["a [SEP]"]) == splitting(["a [SEP]"]).input_ids
+    assert splitting._fast_ids is None
+    other = backend()
+    other.pre_tokenizer = pre_tokenizers.Split("b", "removed")
+    assert OurTokenizer(other).input_ids(["abc"]) == OurTokenizer(other)(["abc"]).input_ids
+    assert OurTokenizer(other)._fast_ids is None
+    monkeypatch.setattr("fastbert.text.fast._TESTED", ("0.0.",))
+    assert OurTokenizer(backend())._fast_ids is None

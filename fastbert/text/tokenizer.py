@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from ..formats import opened
 from ..formats.detect import find_source
 from ..formats.source import Source
 from .cutting import Cutter
+from .fast import IdsOf, fast_ids
 from .folder import SPECIAL_TOKENS, bert_backend, read_folder, read_vocab, settings_of
 
 Truncation = Literal["longest_first", "only_first", "only_second"]
@@ -28,6 +29,8 @@ TRUNCATIONS = ("longest_first", "only_first", "only_second")
 
 _NO_LIMIT = 10**9  # transformers writes 1e30 where a model has no maximum length
 _KEPT_TRUNCATIONS = 8
+# A call with so many texts makes what `fast_ids` gives: that costs as much as tokenising 2,000 short texts.
+_WORTH_FAST_IDS = 256
 
 
 class Encoded:
@@ -224,7 +227,7 @@ class Tokenizer:
                 texts, pairs = [a for a, _ in cut], [b for _, b in cut]
 
         inputs = texts if pairs is None else list(zip(texts, pairs, strict=True))
-        encodings = _encode(backend.encode_batch, inputs, add_special_tokens)
+        encodings = _encode(backend.encode_batch, inputs, add_special_tokens=add_special_tokens)
         if not overflow:
             return Encoded(encodings, list(range(len(encodings))))
         windows = [(i, window) for i, e in enumerate(encodings) for window in (e, *e.overflowing)]
@@ -233,17 +236,26 @@ class Tokenizer:
     def input_ids(self, texts: Sequence[str], max_length: int | None = None) -> list[list[int]]:
         """The ids that `self(texts, max_length=max_length)` gives, faster: no offsets are tracked."""
         texts = _strings("texts", texts)
-        backend = self._backend
+        special = self._backend.num_special_tokens_to_add(False)
         if max_length is not None:
-            special = backend.num_special_tokens_to_add(False)
-            backend = self._backend_for(max_length, "longest_first", 0, special)
+            _expect_lengths(max_length, 0, special)
             if self._keeps_beginnings:
                 texts = self._cutter.texts(texts, max_length - special)
-        return [e.ids for e in _encode(backend.encode_batch_fast, texts, True)]
+        is_made = "_fast_ids" in self.__dict__
+        if (is_made or len(texts) >= _WORTH_FAST_IDS) and self._fast_ids is not None:
+            return _encode(self._fast_ids, texts, max_length=max_length, side=self._truncation_side)
+        backend = self._backend
+        if max_length is not None:
+            backend = self._backend_for(max_length, "longest_first", 0, special)
+        return [e.ids for e in _encode(backend.encode_batch_fast, texts, add_special_tokens=True)]
+
+    @cached_property
+    def _fast_ids(self) -> IdsOf | None:
+        return fast_ids(self._backend)
 
     def tokenize(self, text: str) -> list[str]:
         """The pieces of a text, without special tokens."""
-        (encoding,) = _encode(self._backend.encode_batch, _strings("texts", [text]), False)
+        (encoding,) = _encode(self._backend.encode_batch, _strings("texts", [text]), add_special_tokens=False)
         return encoding.tokens
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
@@ -253,7 +265,11 @@ class Tokenizer:
     @property
     def _keeps_beginnings(self) -> bool:
         """Whether truncation keeps the beginning of a text, and not its end."""
-        return self.config.get("truncation_side", "right") == "right"
+        return self._truncation_side == "right"
+
+    @property
+    def _truncation_side(self) -> str:
+        return self.config.get("truncation_side", "right")
 
     @property
     def _splits_special_tokens(self) -> bool:
@@ -262,10 +278,7 @@ class Tokenizer:
 
     def _backend_for(self, max_length: int, strategy: str, stride: int, special: int) -> tokenizers.Tokenizer:
         """A copy of the backend that truncates so: the setting lives in the object, and threads share objects."""
-        if max_length < special or max_length < 0:
-            raise ValueError(f"max_length must be at least {special}, the special tokens, got {max_length}")
-        if not 0 <= stride < max(max_length - special, 1):
-            raise ValueError(f"stride must be in [0, {max(max_length - special, 1)}), got {stride}")
+        _expect_lengths(max_length, stride, special)
         key = (max_length, strategy, stride)
         backend = self._truncating.get(key)
         if backend is None:
@@ -273,8 +286,8 @@ class Tokenizer:
                 self._truncating.clear()
             backend = copy.deepcopy(self._backend)
             backend.encode_special_tokens = self._splits_special_tokens  # which the library does not copy
-            direction = "right" if self._keeps_beginnings else self.config["truncation_side"]
-            backend.enable_truncation(max_length, stride=stride, strategy=strategy, direction=direction)
+            side = self._truncation_side
+            backend.enable_truncation(max_length, stride=stride, strategy=strategy, direction=side)
             self._truncating[key] = backend
         return backend
 
@@ -384,11 +397,18 @@ def _strings(name: str, texts: Sequence[str]) -> list[str]:
     return texts
 
 
-def _encode(encode_batch, inputs: list, add_special_tokens: bool) -> list[Encoding]:
-    """encode_batch with errors that say what is wrong; it runs outside the GIL, on all cores."""
+def _expect_lengths(max_length: int, stride: int, special: int) -> None:
+    if max_length < special or max_length < 0:
+        raise ValueError(f"max_length must be at least {special}, the special tokens, got {max_length}")
+    if not 0 <= stride < max(max_length - special, 1):
+        raise ValueError(f"stride must be in [0, {max(max_length - special, 1)}), got {stride}")
+
+
+def _encode(encode_batch: Callable[..., list], inputs: list, **options: Any) -> list:
+    """encode_batch(inputs, **options) with errors that say what is wrong; it runs outside the GIL, on all cores."""
     try:
-        return encode_batch(inputs, add_special_tokens=add_special_tokens)
-    except TypeError:  # all are str, so one is a str that UTF-8 cannot hold
+        return encode_batch(inputs, **options)
+    except (TypeError, UnicodeEncodeError):  # all are str, so one is a str that UTF-8 cannot hold
         for i, item in enumerate(inputs):
             for text in (item,) if isinstance(item, str) else item:
                 try:
