@@ -436,6 +436,24 @@ def test_what_else_a_list_of_modules_can_have(saved):
         Encoder.from_pretrained(saved)
 
 
+ROWS = {
+    "dense_of_tokens": (DENSE, {"module_input_name": "token_embeddings", "module_output_name": "sentence_embedding"},
+                        "no module makes a vector of a text: Pooling, Dense, Normalize"),
+    "tokens_as_a_vector": (BERT_CONFIG, {"module_output_name": "sentence_embedding"}, "Pooling reads 'token_embed"),
+    "pooler_as_tokens": (BERT_CONFIG, {"modality_config": {"text": {"method": "forward",
+                                                                    "method_output_name": "pooler_output"}}},
+                         "Pooling takes 'token_embeddings' with a row a token, and gets a row a text"),
+}  # fmt: skip
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(("file", "settings", "message"), ROWS.values(), ids=ROWS.keys())
+def test_a_row_of_a_token_is_no_vector_of_a_text(saved, file, settings, message):
+    change(saved, file, **settings)
+    with pytest.raises(ValueError, match=message):
+        load(saved)
+
+
 @pytest.mark.once
 def test_an_adapter_beside_the_weights_is_refused(saved):
     (saved / "adapter_config.json").write_text("{}")

@@ -30,6 +30,7 @@ from .modules import (
     Pooling,
     Router,
     SentenceModule,
+    Size,
     WeightedLayerPooling,
     check_modules,
     kinds_of,
@@ -107,7 +108,8 @@ class Encoder:
         if modules is None:
             modules, output = plain_modules(pooling, normalize)
         output = output or LAST_STATE
-        if output == POOLER and model.pooler is None:
+        of_pooler = "pooler_output" in output.keys
+        if of_pooler and model.pooler is None:
             raise ValueError('pooling "pooler" needs a model with a pooler; this one has none')
         longest = model.config.max_position_embeddings
         max_length = min(longest, tokenizer.model_max_length or longest) if max_length is None else max_length
@@ -120,14 +122,14 @@ class Encoder:
         self.prompt, self.prompts, self.task = prompt, dict(NO_PROMPTS if prompts is None else prompts), None
         self.output = output
         self.modules = nn.ModuleList(modules).to(model.device, torch.promote_types(model.dtype, torch.float32)).eval()
-        sizes = {output.name: model.config.hidden_size}
+        sizes = {output.name: Size("text" if of_pooler else "token", model.config.hidden_size)}
         self._reads_layers = output_hidden_states and bool(parts_of(modules, WeightedLayerPooling))
         if self._reads_layers:
-            sizes[LAYERS] = len(model.encoder["layer"]) + 1
+            sizes[LAYERS] = Size("token", len(model.encoder["layer"]) + 1)
         check_modules(modules, sizes)
-        if VECTOR not in sizes:
+        if VECTOR not in sizes or sizes[VECTOR].row != "text":
             raise ValueError(f"no module makes a vector of a text: {', '.join(kinds_of(modules)) or 'there is none'}")
-        self._dimension = sizes[VECTOR]
+        self._dimension = sizes[VECTOR].width
         self.stats = EncodeStats()
         prepack(model)
 

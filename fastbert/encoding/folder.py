@@ -223,19 +223,19 @@ def _output(settings: Settings) -> Output:
     if modalities is None:
         return LAST_STATE
     if "message" in modalities:
-        raise settings.refuse("modality_config", modalities, "texts would go through a chat template")
+        raise settings.refusal("modality_config", modalities, "texts would go through a chat template")
     if name is None:
         raise ValueError(f"{settings.file}: with a modality_config the setting 'module_output_name' must be there too")
     text = Settings(f"{settings.file}: modality_config", modalities).take_part("text")
     method, keys = text.take("method", str), text.take("method_output_name", (str, list))
     keys = (keys,) if isinstance(keys, str) else tuple(keys)
     if method != "forward":
-        raise text.refuse("method", method, "a BERT has forward")
+        raise text.refusal("method", method, "a BERT has forward")
     if keys not in (("last_hidden_state",), ("pooler_output",)) and not (
         len(keys) == 2 and keys[0] == "hidden_states" and type(keys[1]) is int
     ):
         known = "last_hidden_state, pooler_output and one of hidden_states"
-        raise text.refuse("method_output_name", list(keys), f"a BERT's outputs are {known}")
+        raise text.refusal("method_output_name", list(keys), f"a BERT's outputs are {known}")
     text.expect_empty()
     return Output(name, keys)
 
@@ -314,7 +314,7 @@ def _activation(settings: Settings) -> nn.Module:
             return cls()
     except TypeError:  # it has arguments that must be given
         pass
-    raise settings.refuse("activation_function", path, "it is no activation of torch.nn that takes no arguments")
+    raise settings.refusal("activation_function", path, "it is no activation of torch.nn that takes no arguments")
 
 
 def _layer_norm(settings: Settings, folder: Path) -> SentenceModule:

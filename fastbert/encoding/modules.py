@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,16 @@ from ..packing import PackedBatch
 TOKENS, VECTOR, LAYERS = "token_embeddings", "sentence_embedding", "all_layer_embeddings"
 
 Features = dict[str, Any]
-Sizes = dict[str, int]
+
+
+class Size(NamedTuple):
+    """Of a feature: what each of its rows stands for, "token" or "text", and their width. (Of LAYERS: how many.)"""
+
+    row: str
+    width: int
+
+
+Sizes = dict[str, Size]
 
 
 def wide(x: Tensor) -> Tensor:
@@ -46,19 +55,22 @@ class SentenceModule(nn.Module):
         raise NotImplementedError
 
     def check(self, sizes: Sizes) -> None:
-        """Changes the widths of features, by name, as `forward` changes the features. (Of LAYERS: how many they are.)
+        """Changes the sizes of features, by name, as `forward` changes the features.
 
-        Raises: ValueError where a feature is missing or has another width than this module takes.
+        Raises: ValueError where a feature is missing or has another size than this module takes.
         """
         raise NotImplementedError
 
-    def _width(self, sizes: Sizes, name: str, wanted: int | None = None) -> int:
+    def _size(self, sizes: Sizes, name: str, *, row: str | None = None, width: int | None = None) -> Size:
         kind = type(self).__name__
         if name not in sizes:
             raise ValueError(f"{kind} reads {name!r}, which no module before it writes")
-        if wanted is not None and sizes[name] != wanted:
-            raise ValueError(f"{kind} takes {name!r} {wanted} wide, and gets {sizes[name]}")
-        return sizes[name]
+        found = sizes[name]
+        if row is not None and found.row != row:
+            raise ValueError(f"{kind} takes {name!r} with a row a {row}, and gets a row a {found.row}")
+        if width is not None and found.width != width:
+            raise ValueError(f"{kind} takes {name!r} {width} wide, and gets {found.width}")
+        return found
 
 
 # ---- pooling ---------------------------------------------------------------------------------------------
@@ -170,7 +182,7 @@ class Pooling(SentenceModule):
         )  # fmt: skip
 
     def check(self, sizes: Sizes) -> None:
-        sizes[VECTOR] = len(self.modes) * self._width(sizes, TOKENS)
+        sizes[VECTOR] = Size("text", len(self.modes) * self._size(sizes, TOKENS, row="token").width)
 
 
 # ---- on tokens -------------------------------------------------------------------------------------------
@@ -195,14 +207,15 @@ class WeightedLayerPooling(SentenceModule):
         features[TOKENS] = total / self.layer_weights.sum()
 
     def check(self, sizes: Sizes) -> None:
-        layers, weights = sizes.get(LAYERS), len(self.layer_weights)
-        if layers is None:
+        if LAYERS not in sizes:
             return
+        layers, weights = sizes[LAYERS].width, len(self.layer_weights)
         if self.layer_start < 0 or layers - self.layer_start != weights:
             raise ValueError(
                 f"WeightedLayerPooling has {weights} weights for the layers from {self.layer_start} on, "
                 f"and the model has {layers}, embeddings included"
             )
+        self._size(sizes, TOKENS, row="token")
 
 
 class WordWeights(SentenceModule):
@@ -224,7 +237,7 @@ class WordWeights(SentenceModule):
         features[TOKENS] = wide(features[TOKENS]) * weights
 
     def check(self, sizes: Sizes) -> None:
-        self._width(sizes, TOKENS)
+        self._size(sizes, TOKENS, row="token")
 
 
 # ---- on vectors, or on tokens ----------------------------------------------------------------------------
@@ -265,8 +278,8 @@ class Dense(SentenceModule):
         features[self.output_name] = y
 
     def check(self, sizes: Sizes) -> None:
-        self._width(sizes, self.input_name, self.linear.in_features)
-        sizes[self.output_name] = self.linear.out_features
+        found = self._size(sizes, self.input_name, width=self.linear.in_features)
+        sizes[self.output_name] = found._replace(width=self.linear.out_features)
 
 
 class LayerNorm(SentenceModule):
@@ -280,7 +293,7 @@ class LayerNorm(SentenceModule):
         features[VECTOR] = self.norm(wide(features[VECTOR]))
 
     def check(self, sizes: Sizes) -> None:
-        self._width(sizes, VECTOR, self.norm.normalized_shape[0])
+        self._size(sizes, VECTOR, width=self.norm.normalized_shape[0])
 
 
 class Normalize(SentenceModule):
@@ -294,7 +307,7 @@ class Normalize(SentenceModule):
         features[self.output_name] = nn.functional.normalize(wide(features[self.input_name]), dim=-1)
 
     def check(self, sizes: Sizes) -> None:
-        sizes[self.output_name] = self._width(sizes, self.input_name)
+        sizes[self.output_name] = self._size(sizes, self.input_name)
 
 
 class Truncate(SentenceModule):
@@ -310,7 +323,8 @@ class Truncate(SentenceModule):
         features[VECTOR] = features[VECTOR][:, : self.dimension]
 
     def check(self, sizes: Sizes) -> None:
-        sizes[VECTOR] = min(self.dimension, self._width(sizes, VECTOR))
+        found = self._size(sizes, VECTOR)
+        sizes[VECTOR] = found._replace(width=min(self.dimension, found.width))
 
 
 # ---- several ways ----------------------------------------------------------------------------------------
@@ -359,16 +373,17 @@ class Router(SentenceModule):
 
     def check(self, sizes: Sizes) -> None:
         ends = {name: check_modules(modules, dict(sizes)) for name, modules in self.routes.items()}
-        if len({end.get(VECTOR) for end in ends.values()}) > 1:
-            widths = ", ".join(f"{name} {end.get(VECTOR)}" for name, end in ends.items())
-            raise ValueError(f"the routes of Router must make vectors of one width, and they make these: {widths}")
+        widths = {name: end[VECTOR].width if VECTOR in end else None for name, end in ends.items()}
+        if len(set(widths.values())) > 1:
+            listed = ", ".join(f"{name} {width}" for name, width in widths.items())
+            raise ValueError(f"the routes of Router must make vectors of one width, and they make these: {listed}")
         same = set.intersection(*(set(end.items()) for end in ends.values()))
         sizes.clear()
         sizes.update(same)
 
 
 def check_modules(modules: Sequence[SentenceModule], sizes: Sizes) -> Sizes:
-    """The widths after these modules. Raises ValueError where they do not fit each other."""
+    """The sizes after these modules. Raises ValueError where they do not fit each other."""
     for module in modules:
         module.check(sizes)
     return sizes

@@ -62,7 +62,7 @@ class Settings:
         self.drop(harmless)
         self.expect_empty()
 
-    def refuse(self, name: str, value: Any, why: str) -> ValueError:
+    def refusal(self, name: str, value: Any, why: str) -> ValueError:
         """The error for a setting that is known and cannot be honoured."""
         return ValueError(f"{self.file}: the setting {name!r} = {value!r} is not supported: {why}")
 
