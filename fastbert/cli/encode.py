@@ -22,7 +22,10 @@ from .options import (
     among_ranks,
     encoder_options,
     load_encoder,
+    open_input,
+    open_output,
     positive,
+    same_file,
     summary,
 )
 
@@ -105,12 +108,12 @@ def _output_path(text: str) -> Path:
 
 def run(args: argparse.Namespace) -> int:
     """The command; its exit code."""
-    if args.output and args.file != "-" and _same_file(args.file, args.output):
+    if args.output and args.file != "-" and same_file(args.file, args.output):
         raise UsageError(f"input and output are the same file: {args.output}")
     if among_ranks():
         return _run_among_ranks(args)
     # Input and output are opened first: who misspelt a folder should not wait for a model to load.
-    with _open_input(args.file) as source, _open_output(args.output) as sink, _encoder(args) as encoder:
+    with open_input(args.file) as source, open_output(args.output) as sink, _encoder(args) as encoder:
         encode_chunks = partial(encoder.encode_chunks, max_tokens_per_batch=args.max_tokens_per_batch)
         _write(args, encode_chunks, _chunks(args, source, encoder), sink, encoder.dimension, _size(source))
     _say(args, encoder)
@@ -127,8 +130,8 @@ def _run_among_ranks(args: argparse.Namespace) -> int:
     ranks = Ranks.from_environment()
     budget = {"max_tokens_per_batch": args.max_tokens_per_batch}
     with contextlib.ExitStack() as stack:
-        source = stack.enter_context(_open_input(args.file))
-        sink = stack.enter_context(_open_output(args.output)) if ranks.rank == 0 else None
+        source = stack.enter_context(open_input(args.file))
+        sink = stack.enter_context(open_output(args.output)) if ranks.rank == 0 else None
         encoder = load_encoder(args, device=ranks.device(args.device))
         facts = {"bytes of FILE": _size(source) or 0, "width of a vector": encoder.dimension}
         stack.enter_context(ranks.joined(facts))
@@ -206,41 +209,9 @@ def _texts(chunk: list[Line]) -> list[str]:
     return [line.text for line in chunk]
 
 
-def _same_file(a: str | Path, b: str | Path) -> bool:
-    return os.path.exists(a) and os.path.exists(b) and os.path.samefile(a, b)
-
-
 def _size(source: BinaryIO) -> int | None:
     """Bytes of a regular file; None for a pipe or a terminal."""
     try:
         return os.fstat(source.fileno()).st_size or None
     except (OSError, ValueError):
         return None
-
-
-@contextlib.contextmanager
-def _open_input(name: str) -> Iterator[BinaryIO]:
-    if name == "-":
-        if sys.stdin is None:
-            raise OSError("standard input is closed")
-        yield sys.stdin.buffer
-        return
-    with open(name, "rb") as stream:
-        yield stream
-
-
-@contextlib.contextmanager
-def _open_output(path: Path | None) -> Iterator[BinaryIO]:
-    from ..checkpoint import naming, write_atomically
-
-    if path is None:
-        if sys.stdout is None:
-            raise OSError("standard output is closed")
-        with naming("standard output"):
-            yield sys.stdout.buffer
-            sys.stdout.buffer.flush()
-        return
-    if not path.parent.is_dir():
-        raise NotADirectoryError(f"no folder {str(path.parent)!r} to write {path.name} into")
-    with write_atomically(path) as temporary, open(temporary, "wb") as stream:
-        yield stream

@@ -1,8 +1,9 @@
 """The `fastbert` command: read the arguments here, import torch only once there is work to do.
 
-A command is a file in this folder, which nothing else names: SUMMARY, a line about it; ORDER, its place in the list of
-commands; `add_arguments(parser)`, asked only when the command is run, or without it everything behind the command's
-name comes as `args.arguments`; `run(args)`, which gives the exit code. At its top it imports nothing that takes time.
+A command is a file in this folder, which nothing else names; where the command has a "-", the file has a "_". In it are
+SUMMARY, a line about it; ORDER, its place in the list of commands; `add_arguments(parser)`, asked only when the command
+is run, or without it everything behind the command's name comes as `args.arguments`; `run(args)`, which gives the exit
+code. At its top it imports nothing that takes time.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 141 the reader of the output went away. Whatever goes
 wrong is said in one line on standard error; FASTBERT_DEBUG=1 shows the traceback instead.
@@ -136,7 +137,7 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"fastbert {_version()}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for command in commands_found():
-        name, summary = command.__name__.rpartition(".")[2], command.SUMMARY
+        name, summary = command.__name__.rpartition(".")[2].replace("_", "-"), command.SUMMARY
         added = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
         added.command = command
     return parser

@@ -1,11 +1,15 @@
-"""What commands share: how to load and run an encoder, and how to say that arguments do not go together."""
+"""What commands share: how to load and run an encoder, to open files, and to say that arguments do not go together."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import sys
+from collections.abc import Iterator
 from importlib import resources
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
 # functional.IMPLS and the pooling modes of Encoder, spelled here so that --help needs no torch
@@ -109,3 +113,38 @@ def summary(stats: Any) -> str:
         f"{stats.texts:,} texts, {stats.tokens:,} tokens in {stats.seconds:.1f} s, "
         f"{stats.tokens_per_second:,.0f} tokens/s, {stats.padding_avoided:.0%} of padding avoided"
     )
+
+
+# ---- files -----------------------------------------------------------------------------------------------
+
+
+def same_file(a: str | Path, b: str | Path) -> bool:
+    return os.path.exists(a) and os.path.exists(b) and os.path.samefile(a, b)
+
+
+@contextlib.contextmanager
+def open_input(name: str) -> Iterator[BinaryIO]:
+    if name == "-":
+        if sys.stdin is None:
+            raise OSError("standard input is closed")
+        yield sys.stdin.buffer
+        return
+    with open(name, "rb") as stream:
+        yield stream
+
+
+@contextlib.contextmanager
+def open_output(path: Path | None) -> Iterator[BinaryIO]:
+    from ..checkpoint import naming, write_atomically
+
+    if path is None:
+        if sys.stdout is None:
+            raise OSError("standard output is closed")
+        with naming("standard output"):
+            yield sys.stdout.buffer
+            sys.stdout.buffer.flush()
+        return
+    if not path.parent.is_dir():
+        raise NotADirectoryError(f"no folder {str(path.parent)!r} to write {path.name} into")
+    with write_atomically(path) as temporary, open(temporary, "wb") as stream:
+        yield stream
