@@ -161,7 +161,9 @@ def test_batches_of_one_text(texts_file, tmp_path, options, encoder, monkeypatch
     sizes = []
     forward = BertModel.forward
     monkeypatch.setattr(
-        BertModel, "forward", lambda self, batch: sizes.append(len(batch.cu_seqlens) - 1) or forward(self, batch)
+        BertModel,
+        "forward",
+        lambda self, batch, **others: sizes.append(len(batch.cu_seqlens) - 1) or forward(self, batch, **others),
     )
     assert run("encode", texts_file, "-o", out, *options, "--max-tokens-per-batch", "1") == 0
     assert sizes == [1] * len(TEXTS)

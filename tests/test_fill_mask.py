@@ -42,7 +42,7 @@ def options(folder) -> list[str]:
 
 
 def test_words_and_scores_are_those_of_transformers(folder):
-    """By its pipeline, whose tokenizer has fewer words than the model: ours gives only what there is a word for."""
+    """The model has more rows than the vocabulary has words, as padded ones do: those are never given."""
     transformers = pytest.importorskip("transformers", reason="compared with transformers")
     theirs = transformers.AutoModelForMaskedLM.from_pretrained(folder).eval()
     filler = MaskFiller.from_pretrained(folder, dtype="float32", device="cpu", impl="native")
