@@ -34,6 +34,7 @@ _PUBLIC = {
     "batch_invariant": "kernels._invariance",
     "explain": "dropin",
     "functional": "functional",
+    "pipeline": "training.pipeline",
     "prepack": "inference.weights",
     "register_attention": "dropin",
     "restore": "dropin",

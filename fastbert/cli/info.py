@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-ORDER = 2
+ORDER = 5
 SUMMARY = "versions, devices, and which implementation each operator would use here"
 
 

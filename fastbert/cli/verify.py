@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-ORDER = 3
+ORDER = 6
 SUMMARY = "check every operator on this machine against the reference"
 
 

@@ -1,0 +1,245 @@
+"""`fastbert finetune`: a BERT trained for one task from files, and the report of what came of it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from .options import IMPLS, UsageError, among_ranks, default_model, positive
+
+ORDER = 2
+SUMMARY = "train a BERT for a task of yours: labels for texts or pairs, entities, answers"
+
+DESCRIPTION = """\
+Train a BERT for one of four tasks, from a file of examples, and measure it on another.
+
+  sentence   a label or a number for a text
+  pair       a label or a number for two texts
+  token      a tag for each word: entities
+  qa         the part of a text that answers a question
+
+Files: tables with a header (.tsv, where a quote is a letter; .csv; .jsonl) for sentence and pair, CoNLL columns (word
+first, tag last, an empty line between sentences) for token, JSON of SQuAD 1.1 or 2.0 for qa. Labels are names.
+
+The folder OUT then holds the model of the best epoch, which transformers reads and 'fastbert predict' runs, and
+report.json, where every number says what it measures; metrics.jsonl, a line a step; curve.svg; and checkpoints.
+Ctrl-C finishes the step, saves, and --resume goes on from there, to the same bits on a CPU.
+
+Texts are packed without padding. An optimiser step takes --batch-tokens tokens, however many processes compute it and
+in however many parts: the loss is divided once, by the examples (labelled words, questions' windows) of the step."""
+
+EXAMPLES = """\
+examples:
+  fastbert finetune --task sentence --train train.tsv --eval dev.tsv --out sentiment
+  fastbert finetune --task pair --train SICK_train.txt --eval SICK_trial.txt --out entailment \\
+      --columns sentence_A,sentence_B,entailment_judgment
+  fastbert finetune --task pair --train SICK_train.txt --eval SICK_trial.txt --out relatedness \\
+      --columns sentence_A,sentence_B,relatedness_score --labels number --metric pearson
+  fastbert finetune --task token --model bert-base-cased --train train.conll --eval dev.conll --out entities
+  fastbert finetune --task qa --train train-v2.0.json --eval dev-v2.0.json --metric squad_v2 --out answers
+  torchrun --nproc-per-node 8 -m fastbert finetune --task qa ...             DDP; --fsdp shards the parameters"""
+
+TASK_METRICS = {
+    "sentence, pair": "accuracy (default), f1 (of the second of two labels), f1_macro, matthews; pearson, spearman",
+    "token": "entity_f1 (default, conlleval's), strict_f1 (strict IOB2), surface_f1 (WNUT-17's)",
+    "qa": "squad (default), squad_v2, cmrc, drcd",
+}
+
+
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    p.description, p.epilog = DESCRIPTION, EXAMPLES
+    p.formatter_class = argparse.RawDescriptionHelpFormatter
+    p.add_argument("--task", required=True, choices=("sentence", "pair", "token", "qa"))
+    p.add_argument("--train", required=True, metavar="FILE", help="the examples to learn from")
+    p.add_argument("--eval", metavar="FILE", help="examples to measure on after each epoch; the best epoch is kept")
+    p.add_argument("--out", required=True, metavar="DIR", type=Path, help="a folder for all that comes of it")
+    p.add_argument("--model", metavar="ID_OR_PATH", help="the BERT to begin with (default: all-MiniLM-L6-v2)")
+    p.add_argument(
+        "--columns",
+        metavar="NAME,...",
+        type=_names,
+        default=(),
+        help="of a table, its columns for the text or both texts and the label (default: text or sentence; sentence1 "
+        "and sentence2, text1 and text2, premise and hypothesis, or question and sentence; label)",
+    )
+    p.add_argument(
+        "--labels",
+        metavar="NAME,...",
+        type=_names,
+        default=(),
+        help="the labels and their order, or the word number where labels are numbers (default: the labels of the "
+        "model's own classifier, else those of the training file, sorted)",
+    )
+    metrics = "; ".join(f"{task}: {names}" for task, names in TASK_METRICS.items())
+    p.add_argument("--metric", help=f"the score that decides which epoch is best. {metrics}")
+    p.add_argument("--max-length", metavar="N", type=positive, help="tokens of a text or window (default: 128, qa 384)")
+    p.add_argument(
+        "--stride",
+        metavar="N",
+        type=_whole,
+        help="tokens that neighbouring windows of a long text share (default: token 32, qa 128)",
+    )
+    p.add_argument("--max-answer", metavar="N", type=positive, default=30, help="tokens of an answer (default: 30)")
+    p.add_argument("--epochs", metavar="N", type=positive, default=3, help="default: 3")
+    p.add_argument(
+        "--batch-tokens", metavar="N", type=positive, help="tokens of an optimiser step (default: 32 average examples)"
+    )
+    p.add_argument(
+        "--memory-tokens",
+        metavar="N",
+        type=positive,
+        default=16384,
+        help="tokens computed at once; fewer take less memory and change no gradient (default: 16,384)",
+    )
+    p.add_argument("--lr", metavar="X", type=float, default=5e-5, help="the peak of the learning rate (default: 5e-5)")
+    p.add_argument(
+        "--warmup", metavar="X", type=_share, default=0.1,
+        help="share of all steps in which the rate rises; then it falls to 0 (default: 0.1)",
+    )  # fmt: skip
+    p.add_argument("--weight-decay", metavar="X", type=float, default=0.01, help="default: 0.01")
+    p.add_argument("--clip", metavar="X", type=float, default=1.0, help="the gradient's largest norm (default: 1)")
+    p.add_argument(
+        "--layer-decay", metavar="X", type=float, default=1.0,
+        help="each layer's learning rate as a share of that of the layer above it (default: 1)",
+    )  # fmt: skip
+    p.add_argument("--freeze", metavar="N", type=_whole, help="do not train the embeddings and the first N layers")
+    p.add_argument(
+        "--no-bias-correction",
+        action="store_true",
+        help="AdamW as in Google's BERT, which does not correct its moments for their start at 0",
+    )
+    p.add_argument("--patience", metavar="N", type=positive, default=0, help="stop after N epochs without a better one")
+    p.add_argument("--seed", metavar="N", type=_whole, default=0, help="of the classifier, the order and dropout")
+    p.add_argument(
+        "--seeds", metavar="N", type=positive, default=1,
+        help="run N seeds from --seed on, each into OUT/seed-N; OUT gets the best one, and median and range",
+    )  # fmt: skip
+    p.add_argument(
+        "--save-every", metavar="N", type=positive, default=0, help="steps between checkpoints (default: one an epoch)"
+    )
+    p.add_argument(
+        "--keep", metavar="N", type=positive, default=2, help="how many of the last checkpoints stay (default: 2)"
+    )
+    p.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUT, if there is one")
+    p.add_argument(
+        "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
+        help="of matrix products; parameters stay float32 (default: what the hardware multiplies fast)",
+    )  # fmt: skip
+    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda where there is one")
+    p.add_argument("--fsdp", action="store_true", help="under torchrun: shard the parameters over the processes")
+    p.add_argument("--impl", choices=IMPLS, help="who computes the operators (default: the fastest)")
+    p.add_argument("-q", "--quiet", action="store_true", help="no progress bar, no table")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(","))
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"expected names between commas, got {text!r}")
+    return names
+
+
+def _whole(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 up, got {text!r}")
+    return int(text)
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value <= 1.0:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {text!r}")
+    return value
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.fsdp and not among_ranks():
+        raise UsageError("--fsdp needs several processes: torchrun --nproc-per-node N -m fastbert finetune ...")
+    if args.seeds > 1 and not args.eval:
+        raise UsageError("--seeds compares runs by their metric, and needs --eval")
+    from ..training.finetune import finetune, several
+
+    request = _request(args)
+    with _Bar(args.quiet or os.environ.get("RANK", "0") != "0") as bar:
+        report = several(request, args.seeds, bar) if args.seeds > 1 else finetune(request, bar)
+    if not args.quiet and os.environ.get("RANK", "0") == "0":
+        _print(report, args.out)
+    return 0
+
+
+def _request(args: argparse.Namespace) -> Any:
+    from ..training.finetune import Request
+    from ..training.tasks import DEFAULT_METRICS, NUMBERS, Spec
+
+    metric = args.metric or ("pearson" if args.labels == NUMBERS else DEFAULT_METRICS[args.task])
+    length = args.max_length or (384 if args.task == "qa" else 128)
+    stride = args.stride
+    if stride is None:
+        stride = min({"qa": 128, "token": 32}.get(args.task, 0), length // 3)
+    spec = Spec(args.task, metric, args.columns, length, stride, args.max_answer)
+    return Request(
+        model=args.model or default_model(), train=args.train, out=args.out, spec=spec, eval=args.eval,
+        labels=args.labels, epochs=args.epochs, batch_tokens=args.batch_tokens, memory_tokens=args.memory_tokens,
+        lr=args.lr, seed=args.seed, warmup=args.warmup, weight_decay=args.weight_decay, clip=args.clip,
+        layer_decay=args.layer_decay, freeze=args.freeze, bias_correction=not args.no_bias_correction,
+        patience=args.patience, save_every=args.save_every, keep=args.keep, resume=args.resume, dtype=args.dtype,
+        device=args.device, fsdp=args.fsdp, impl=args.impl,
+    )  # fmt: skip
+
+
+class _Bar:
+    """A progress bar with the loss, the learning rate and real tokens per second, and a line after each epoch."""
+
+    def __init__(self, quiet: bool) -> None:
+        from tqdm import tqdm
+
+        # tqdm's None means: only where standard error is a terminal.
+        self.bar = tqdm(unit="step", desc="finetune", disable=quiet or None)
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.bar.close()
+
+    def __call__(self, record: dict[str, Any], steps: int) -> None:
+        if "scores" in record:
+            words = ", ".join(f"{name} {_number(value)}" for name, value in record["scores"].items())
+            self.bar.write(f"epoch {record['epoch'] + 1}: {words}", file=sys.stderr)
+            return
+        if self.bar.total != steps or record["step"] < self.bar.n:
+            self.bar.reset(total=steps)
+        self.bar.set_postfix_str(
+            f"loss {record['loss']:.4f}, lr {record['lr']:.2e}, {record['tokens_per_second']:,.0f} tokens/s",
+            refresh=False,
+        )
+        self.bar.update(record["step"] - self.bar.n)
+
+
+def _number(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.4f}"
+
+
+def _print(report: dict[str, Any], out: Path) -> None:
+    """The table at the end, on standard output: each score with its definition, and what was lost on the way."""
+    examples, windows, epochs = report["examples"], report["windows"], report["epochs"]
+    print(f"{examples:,} examples in {windows:,} windows, epochs: {epochs}, seed {report['seed']}")
+    for name, value in (report.get("scores") or {}).items():
+        print(f"  {name:<20} {_number(value):>9}   {report['definitions'][name]}")
+    if "seeds" in report:
+        seeds = report["seeds"]
+        median, lowest, highest = (_number(seeds[name]) for name in ("median", "lowest", "highest"))
+        count = len(seeds["values"])
+        print(
+            f"  {seeds['metric']} of {count} seeds: median {median}, from {lowest} to {highest}; the model is the best"
+        )
+    for part in ("files", "training notes", "evaluation notes"):
+        for what, count in (report[part] or {}).items():
+            if count:
+                print(f"  {part}: {what}: {count:,}")
+    print(f"the model is in {out}")

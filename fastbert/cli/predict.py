@@ -1,0 +1,61 @@
+"""`fastbert predict`: what a fine-tuned model says about each row of a file, one JSON object a line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from .options import IMPLS, positive
+
+ORDER = 3
+SUMMARY = "let a fine-tuned model label texts, find entities or answer questions"
+
+DESCRIPTION = """\
+What a model of 'fastbert finetune' says about each example of FILE: a JSON object a line, in the order of FILE.
+
+  sentence, pair   {"label": ..., "score": its probability}, or {"score": number} where labels are numbers
+  token            {"text": ..., "entities": [{"type", "text", "start", "end", "score"}]}
+  qa               {"id": ..., "answer": "", "score", "start", "end"}; start and end are characters of the context
+
+FILE is as for training, without need of labels; for qa also a .jsonl with question and context."""
+
+EXAMPLES = """\
+examples:
+  fastbert predict sentiment reviews.tsv                      to standard output
+  fastbert predict sentiment reviews.csv -o labels.jsonl --all-scores
+  fastbert predict answers dev-v2.0.json -o answers.jsonl"""
+
+
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    p.description, p.epilog = DESCRIPTION, EXAMPLES
+    p.formatter_class = argparse.RawDescriptionHelpFormatter
+    p.add_argument("model", metavar="DIR", help="a folder that fastbert finetune made")
+    p.add_argument("file", metavar="FILE", help="the examples")
+    p.add_argument("-o", "--output", metavar="OUT", type=Path, help="default: standard output")
+    p.add_argument("--all-scores", action="store_true", help="also the score of every label, or the tag of every word")
+    p.add_argument("--batch-tokens", metavar="N", type=positive, help="tokens computed at once (default: by device)")
+    p.add_argument(
+        "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
+        help="of matrix products (default: what the hardware multiplies fast)",
+    )  # fmt: skip
+    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda where there is one")
+    p.add_argument("--impl", choices=IMPLS, help="who computes the operators (default: the fastest)")
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..checkpoint import write_atomically
+    from ..training.pipeline import pipeline
+
+    model = pipeline(args.model, device=args.device, dtype=args.dtype, impl=args.impl)
+    examples = model.task.read(args.file, gold=False)
+    records = model.records(examples, args.all_scores, args.batch_tokens)
+    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    if args.output is None:
+        sys.stdout.buffer.write(lines.encode())
+        sys.stdout.buffer.flush()
+        return 0
+    with write_atomically(args.output) as temporary:
+        temporary.write_text(lines, encoding="utf-8")
+    return 0

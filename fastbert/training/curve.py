@@ -1,0 +1,67 @@
+"""The course of a run as a picture: the loss of each step, smoothed, and the metric after each epoch, from
+metrics.jsonl into one SVG."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from ..checkpoint import write_atomically
+
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 360, 60, 60, 40, 40
+POINTS = 200  # of the loss at most; each is the mean of the steps around it
+LOSS, METRIC = "#1f6fb4", "#c4501b"
+
+
+def draw(records: Path, picture: Path, metric: str) -> None:
+    """Writes the picture, whole or not at all."""
+    rows = [json.loads(line) for line in records.read_text(encoding="utf-8").splitlines()]
+    losses = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    scores = [(row["step"], row["scores"][metric]) for row in rows if row.get("scores", {}).get(metric) is not None]
+    with write_atomically(picture) as temporary:
+        temporary.write_text(svg(_smooth(losses), scores, metric), encoding="utf-8")
+
+
+def _smooth(points: Sequence[tuple[int, float]]) -> list[tuple[float, float]]:
+    """Means of neighbours, POINTS of them at most."""
+    size = max(1, -(-len(points) // POINTS))
+    groups = [points[i : i + size] for i in range(0, len(points), size)]
+    return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
+
+
+def svg(losses: Sequence[tuple[float, float]], scores: Sequence[tuple[float, float]], metric: str) -> str:
+    """Two lines over the steps, the loss by the left axis and the metric by the right one."""
+    last = max((x for x, _ in [*losses, *scores]), default=1.0)
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" font-family="sans-serif" '
+        'font-size="12">',
+        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
+        f'<text x="{LEFT}" y="20" fill="{LOSS}">loss</text>',
+        f'<text x="{WIDTH - RIGHT}" y="20" fill="{METRIC}" text-anchor="end">{escape(metric)}</text>',
+        f'<text x="{WIDTH / 2}" y="{HEIGHT - 10}" text-anchor="middle">optimiser steps, {last:.0f} in all</text>',
+        f'<path d="M{LEFT} {TOP}V{HEIGHT - BOTTOM}H{WIDTH - RIGHT}V{TOP}" fill="none" stroke="#999"/>',
+    ]
+    for points, colour, x, anchor in (
+        (losses, LOSS, LEFT - 6, "end"),
+        (scores, METRIC, WIDTH - RIGHT + 6, "start"),
+    ):
+        if not points:
+            continue
+        low, high = min(y for _, y in points), max(y for _, y in points)
+        spread = high - low or 1.0
+        places = [
+            (
+                LEFT + (WIDTH - LEFT - RIGHT) * step / last,
+                HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (value - low) / spread,
+            )
+            for step, value in points
+        ]
+        line = " ".join(f"{a:.1f},{b:.1f}" for a, b in places)
+        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
+        if points is scores:  # there may be a single one, of which a line shows nothing
+            parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" fill="{colour}"/>' for a, b in places]
+        for value, y in ((low, HEIGHT - BOTTOM), (high, TOP)):
+            parts.append(f'<text x="{x}" y="{y + 4}" fill="{colour}" text-anchor="{anchor}">{value:.4g}</text>')
+    return "\n".join([*parts, "</svg>", ""])

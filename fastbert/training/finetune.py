@@ -1,0 +1,215 @@
+"""Fine-tuning from files to a folder: data, labels, model, loop, and a report in which every number says what it is."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import statistics
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..checkpoint import make_folder, write_json
+from ..config import BertConfig
+from ..encoding.encoder import resolve_dtype
+from ..models import heads
+from ..text.tokenizer import Tokenizer
+from .curve import draw
+from .files import DataError
+from .loop import Run, Settings, forget_after
+from .metrics import Scores
+from .pipeline import SPEC_FILE
+from .predicting import outputs_of
+from .processes import Processes
+from .tasks import Spec, make_task
+
+EXAMPLES_PER_STEP = 32  # where no number of tokens is given
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `fastbert finetune` was asked for; names as there."""
+
+    model: str
+    train: str
+    out: Path
+    spec: Spec
+    eval: str | None = None
+    labels: tuple[str, ...] = ()
+    epochs: int = 3
+    batch_tokens: int | None = None
+    memory_tokens: int = 16384
+    lr: float = 5e-5
+    seed: int = 0
+    warmup: float = 0.1
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    layer_decay: float = 1.0
+    freeze: int | None = None
+    bias_correction: bool = True
+    patience: int = 0
+    save_every: int = 0
+    keep: int = 2
+    resume: bool = False
+    dtype: str = "auto"
+    device: str = "auto"
+    fsdp: bool = False
+    impl: str | None = None
+
+
+def finetune(request: Request, report: Callable[[dict[str, Any], int], None] | None = None) -> dict[str, Any]:
+    """One run; what lies in report.json then.
+
+    report: called in the first process with each record of metrics.jsonl and the number of all steps.
+
+    Raises: DataError, TrainingError or CheckpointError, in one line; KeyboardInterrupt after a checkpoint.
+    """
+    processes = Processes.join(request.device)
+    try:
+        return _finetune(request, processes, report)
+    finally:
+        processes.leave()
+
+
+def _finetune(request: Request, processes: Processes, report: Any) -> dict[str, Any]:
+    out = make_folder(request.out)
+    if not request.resume and (out / "checkpoints").exists():
+        raise DataError(f"{out} has checkpoints of a run: --resume goes on with it, or give another --out")
+    tokenizer = Tokenizer.from_pretrained(request.model)
+    config = BertConfig.from_pretrained(request.model)
+    spec = replace(request.spec, max_length=min(request.spec.max_length, config.max_position_embeddings))
+    task = make_task(spec, tokenizer, request.labels)
+    named = own_labels(config, task.head)
+    train = task.read(request.train)
+    task.settle(train, request.labels, named)
+    features = task.features(train, training=True)
+    if not features.windows:
+        raise DataError(f"{request.train}: no example can be learnt from")
+    held_out = None if request.eval is None else task.read(request.eval)
+    if held_out is not None:
+        task.check(held_out)
+    to_score = None if held_out is None else task.features(held_out, training=False)
+
+    own_head = task.head in (config.architectures or ()) and (named or []) == task.labels
+    model = _load(request, task, not own_head, processes.device)
+    lengths = [len(w.input_ids) for w in features.windows]
+    step_tokens = request.batch_tokens or math.ceil(EXAMPLES_PER_STEP * statistics.fmean(lengths))
+    dtype = resolve_dtype(request.dtype, processes.device)
+    settings = Settings(
+        epochs=request.epochs, step_tokens=step_tokens, batch_tokens=request.memory_tokens, lr=request.lr,
+        seed=request.seed, warmup=request.warmup, weight_decay=request.weight_decay, clip=request.clip,
+        bias_correction=request.bias_correction, layer_decay=request.layer_decay, freeze=request.freeze, dtype=dtype,
+        patience=request.patience, save_every=request.save_every, keep=request.keep, fsdp=request.fsdp,
+    )  # fmt: skip
+    facts = {
+        "model": request.model, "train": request.train, "eval": request.eval, "task": spec.task, "metric": spec.metric,
+        "labels": task.labels, "examples": len(train), "windows": len(lengths), "tokens an epoch": sum(lengths),
+        "tokens a step": step_tokens, "products in": str(dtype).removeprefix("torch."), "processes": processes.count,
+        "seed": request.seed, "epochs": request.epochs, "learning rate": request.lr,
+        "training notes": features.notes, "files": task.notes,
+        "evaluation notes": None if to_score is None else to_score.notes,
+    }  # fmt: skip
+
+    def evaluate(model: nn.Module) -> Scores:
+        found = outputs_of(model, task, to_score.windows, request.memory_tokens, dtype, processes)
+        return task.scores(held_out, task.predictions(held_out, to_score.windows, found))
+
+    best: dict[str, Any] = {}
+
+    def keep_best(shared: nn.Module, scores: Scores | None) -> None:
+        state = _whole_state(shared)
+        if processes.rank == 0:
+            threshold = spec.threshold if scores is None else scores.values.get("threshold", spec.threshold)
+            save_model(out, model, state, tokenizer, replace(spec, threshold=threshold))
+            best.update(scores=scores and scores.values, definitions=scores and scores.definitions)
+            write_json(out / "report.json", _without_nan({**facts, **best}))
+
+    run = Run(
+        model, task, features.windows, settings, out, processes,
+        metric=_score_name(spec), evaluate=evaluate if to_score else None, keep_best=keep_best,
+        report=None if report is None else lambda record: report(record, run.steps),
+    )  # fmt: skip
+    done = run.resume() if request.resume else 0
+    if processes.rank == 0:
+        forget_after(out / "metrics.jsonl", done)
+    run.train()
+    if processes.rank == 0:
+        draw(out / "metrics.jsonl", out / "curve.svg", _score_name(spec))
+    return json.loads((out / "report.json").read_text(encoding="utf-8"))
+
+
+def several(request: Request, seeds: int, report: Any = None) -> dict[str, Any]:
+    """Runs with the seeds from request.seed on, each in its own folder out/seed-N; the median and the range of the
+    metric, and the model of the best run in `out`."""
+    reports = []
+    for seed in range(request.seed, request.seed + seeds):
+        out = request.out / f"seed-{seed}"
+        reports.append((finetune(replace(request, seed=seed, out=out), report), out))
+    name = _score_name(request.spec)
+    values = [each["scores"][name] for each, _ in reports]
+    numbers = [-math.inf if value is None else value for value in values]
+    best, folder = reports[numbers.index(max(numbers))]
+    summary = {
+        **best,
+        "seeds": {
+            "metric": name, "values": values, "median": statistics.median(numbers), "lowest": min(numbers),
+            "highest": max(numbers),
+        },
+    }  # fmt: skip
+    for path in folder.iterdir():
+        if path.is_file() and path.name not in ("metrics.jsonl", "curve.svg", "report.json"):
+            shutil.copy2(path, request.out / path.name)
+    write_json(request.out / "report.json", _without_nan(summary))
+    return summary
+
+
+def _score_name(spec: Spec) -> str:
+    """The score that a metric decides by: of questions it is F1."""
+    return "f1" if spec.task == "qa" else spec.metric
+
+
+def own_labels(config: BertConfig, head: str) -> list[str] | None:
+    """The labels of a checkpoint's own head of this kind; None where it has none, or none with names."""
+    if head not in (config.architectures or ()) or not config.id2label:
+        return None
+    names = [config.id2label[i] for i in sorted(config.id2label)]
+    return None if all(name.upper() == f"LABEL_{i}" for i, name in enumerate(names)) else names
+
+
+def _load(request: Request, task: Any, new_head: bool, device: torch.device) -> nn.Module:
+    with warnings.catch_warnings():
+        # That the head is new is what fine-tuning is for.
+        warnings.filterwarnings("ignore", message=".*weights were drawn from normal.*", category=UserWarning)
+        return getattr(heads, task.head).from_pretrained(
+            request.model, dtype=torch.float32, device=device, impl=request.impl, seed=request.seed,
+            new_head=new_head, **task.changes,
+        )  # fmt: skip
+
+
+def _whole_state(shared: nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters under the names of the model, whole, on the host; every process takes part."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    return get_model_state_dict(shared, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def save_model(out: Path, model: nn.Module, state: dict[str, torch.Tensor], tokenizer: Tokenizer, spec: Spec) -> None:
+    """The folder that transformers and `fastbert predict` read."""
+    tokenizer.save_pretrained(out)
+    write_json(out / SPEC_FILE, asdict(spec))
+    model.save_pretrained(out, state)
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no word for nan: null."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

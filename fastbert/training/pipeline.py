@@ -1,0 +1,123 @@
+"""A fine-tuned model and what it says about texts: `fastbert.pipeline(DIR)`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoint import CheckpointError, read_json, resolve
+from ..config import BertConfig
+from ..encoding.encoder import resolve_device, resolve_dtype
+from ..models import heads
+from ..text.batching import tokens_per_batch
+from ..text.tokenizer import Tokenizer
+from .features import Features
+from .files import Question, Sentence
+from .labels import Text
+from .predicting import outputs_of
+from .processes import Processes
+from .tasks import Spec, make_task
+
+SPEC_FILE = "fastbert_task.json"
+
+
+class Pipeline:
+    """Predictions of a model that `fastbert finetune` made.
+
+        classify = fastbert.pipeline("sentiment")
+        classify(["a fine film"])                       # [{"label": "positive", "score": 0.98}]
+        tag(["Ada Lovelace wrote it"])                  # [{"text": ..., "entities": [{"type": ..., "start": 0, ...}]}]
+        answer([("who wrote it?", "Ada wrote it.")])    # [{"answer": "Ada", "start": 0, "end": 3, "score": ...}]
+
+    Make one with `pipeline`. `task` holds the labels and what the model was trained for.
+    """
+
+    def __init__(self, model: Any, task: Any, device: torch.device, dtype: torch.dtype) -> None:
+        self.model, self.task, self.dtype = model, task, dtype
+        self.processes = Processes(0, 1, device)
+
+    def __call__(
+        self, inputs: Sequence[Any], *, all_scores: bool = False, batch_tokens: int | None = None
+    ) -> list[dict[str, Any]]:
+        """A dict for each input, in their order.
+
+        Args:
+            inputs: texts; pairs of texts; for entities texts or lists of words; for answers (question, context).
+            all_scores: also the score of every label, the tag of every word, or how far no answer is from the best one.
+            batch_tokens: tokens computed at once; by default what the device likes.
+
+        Returns: {"label", "score"}, or {"score"} where labels are numbers; {"text", "entities"}, each with type, text,
+            start and end in characters of the text, and score, the mean probability of its words' tags; {"answer",
+            "score", "start", "end"}, with "" and None where there is no answer.
+
+        Raises: TypeError where an input is no such thing.
+        """
+        return self.records([self._example(i, given) for i, given in enumerate(inputs)], all_scores, batch_tokens)
+
+    def records(
+        self, examples: Sequence[Any], all_scores: bool, batch_tokens: int | None = None
+    ) -> list[dict[str, Any]]:
+        """The same of examples as the task's `read` gives them."""
+        if not examples:
+            return []
+        features: Features = self.task.features(examples, training=False)
+        batch_tokens = batch_tokens or tokens_per_batch(self.processes.device)
+        found = outputs_of(self.model, self.task, features.windows, batch_tokens, self.dtype, self.processes)
+        predictions = self.task.predictions(examples, features.windows, found)
+        return [self.task.record(e, p, all_scores) for e, p in zip(examples, predictions, strict=True)]
+
+    def _example(self, number: int, given: Any) -> Any:
+        kind, place = self.task.spec.task, f"inputs[{number}]"
+        if kind == "sentence":
+            return Text(place, _text(given, place), None, None)
+        if kind == "token":
+            return _sentence(given, place)
+        if isinstance(given, str) or len(given) != 2:
+            raise TypeError(f"{place} must be two texts, got {given!r}")
+        first, second = (_text(part, place) for part in given)
+        return Text(place, first, second, None) if kind == "pair" else Question(str(number), first, second)
+
+
+def pipeline(
+    folder: str | Path, *, device: str = "auto", dtype: str | torch.dtype = "auto", impl: str | None = None
+) -> Pipeline:
+    """Predictions of the model in a folder that `fastbert finetune` made.
+
+    Args:
+        dtype: of products; "auto": what the device multiplies fast.
+        impl: which implementation every operator uses; None lets each device choose.
+
+    Raises: CheckpointError where the folder holds no such model.
+    """
+    path = resolve(folder)
+    if not (path / SPEC_FILE).is_file():
+        raise CheckpointError(f"{folder} has no {SPEC_FILE}: it was not made by fastbert finetune")
+    found = read_json(path / SPEC_FILE)
+    try:
+        spec = Spec(**{**found, "columns": tuple(found["columns"])})
+    except (TypeError, KeyError) as error:
+        raise CheckpointError(f"{path / SPEC_FILE} is not of this version of fastbert: {error}") from None
+    config = BertConfig.from_pretrained(path)
+    labels = [] if spec.task == "qa" else [config.id2label[i] for i in sorted(config.id2label)]
+    task = make_task(spec, Tokenizer.from_pretrained(path), labels)
+    where = resolve_device(device)
+    model = getattr(heads, task.head).from_pretrained(path, dtype=torch.float32, device=where, impl=impl)
+    return Pipeline(model, task, where, resolve_dtype(dtype, where))
+
+
+def _text(value: Any, place: str) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{place} must be a text, got {type(value).__name__}")
+    return value
+
+
+def _sentence(given: Any, place: str) -> Sentence:
+    """Words of a text, which are runs of letters and digits and single marks, with their places; or words as given."""
+    if isinstance(given, str):
+        found = list(re.finditer(r"\w+|[^\w\s]", given))
+        return Sentence(place, [m.group() for m in found], None, given, [m.start() for m in found])
+    return Sentence(place, [_text(word, place) for word in given], None)

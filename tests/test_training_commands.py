@@ -1,0 +1,287 @@
+"""`fastbert finetune` and `fastbert predict` from files to files, and the folder in transformers' hands."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import fastbert
+from fastbert import BertConfig, BertModel
+from fastbert.checkpoint import CheckpointError
+from fastbert.cli.main import main
+
+pytestmark = pytest.mark.once
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz"]
+PATIENCE = 300  # seconds after which a process hangs
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory) -> Path:
+    """A plain BERT whose words are the letters."""
+    folder = tmp_path_factory.mktemp("bert")
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(WORDS), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48,
+        max_position_embeddings=40, initializer_range=0.3,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(folder)
+    (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n")
+    return folder
+
+
+def run(*argv) -> int:
+    try:
+        return main([str(word) for word in argv])
+    except SystemExit as leaving:  # argparse
+        return leaving.code
+
+
+def rows(n: int) -> list[tuple[str, str]]:
+    return [(f"{'good' if i % 2 else 'bad'} {'abcdefgh'[i % 8]} x", "Yes" if i % 2 else "No") for i in range(n)]
+
+
+def spaced(text: str) -> str:
+    """A word a letter."""
+    return " ".join(text.replace(" ", ""))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("files")
+    made = {task: folder / name for task, name in (
+        ("sentence", "a.tsv"), ("pair", "a.csv"), ("numbers", "n.jsonl"), ("token", "a.conll"), ("qa", "a.json"),
+        ("silent", "s.json"),
+    )}  # fmt: skip
+    table = [(spaced(text), label) for text, label in rows(24)]
+    made["sentence"].write_text("text\tlabel\n" + "".join(f"{t}\t{label}\n" for t, label in table))
+    made["pair"].write_text("label,one,two\n" + "".join(f"{label},{t},x y\n" for t, label in table))
+    made["numbers"].write_text("".join(json.dumps({"text": t, "label": len(t)}) + "\n" for t, _ in table))
+    made["token"].write_text("a B-x\nb I-x\nc O\n\nd O\na B-x\n\n" * 6)
+    context = "a b c d e f g h i j k l m n o p q r s t u v w x y z " * 2
+
+    def questions(answered):
+        return [
+            {"id": str(i), "question": letter, "is_impossible": not answered(i),
+             "answers": [{"text": letter, "answer_start": context.index(letter)}] if answered(i) else []}
+            for i, letter in enumerate("bcdefghi")
+        ]  # fmt: skip
+
+    for name, answered in (("qa", lambda i: True), ("silent", lambda i: i % 2 == 0)):
+        data = {"data": [{"paragraphs": [{"context": context, "qas": questions(answered)}]}]}
+        made[name].write_text(json.dumps(data))
+    return made
+
+
+def finetune(bert, out, task, train, *others) -> int:
+    return run(
+        "finetune", "--model", bert, "--task", task, "--train", train, "--out", out, "--impl", "native", "--dtype",
+        "float32", "--device", "cpu", "-q", *others,
+    )  # fmt: skip
+
+
+def predictions(folder, file, capsysbinary, *others) -> list[dict]:
+    capsysbinary.readouterr()
+    assert run("predict", folder, file, "--impl", "native", "--dtype", "float32", "--device", "cpu", *others) == 0
+    return [json.loads(line) for line in capsysbinary.readouterr().out.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def tuned(bert, files, tmp_path_factory) -> Path:
+    """A classifier of letters that learnt its task."""
+    out = tmp_path_factory.mktemp("tuned") / "out"
+    args = ("--eval", files["sentence"], "--epochs", 12, "--lr", "3e-3", "--batch-tokens", 60)
+    assert finetune(bert, out, "sentence", files["sentence"], *args) == 0
+    return out
+
+
+# ---- what comes out ------------------------------------------------------------------------------------------
+
+
+def test_a_classifier_learns_and_predicts_by_name(tuned, files, capsysbinary):
+    report = json.loads((tuned / "report.json").read_text())
+    assert report["scores"]["accuracy"] == 1.0
+    assert report["labels"] == ["No", "Yes"]
+    assert report["definitions"].keys() == report["scores"].keys()
+    found = predictions(tuned, files["sentence"], capsysbinary, "--all-scores")
+    assert [record["label"] for record in found] == [label for _, label in rows(24)]
+    for record in found:
+        assert record["score"] == max(record["scores"].values())
+        assert sum(record["scores"].values()) == pytest.approx(1.0)
+    picture = (tuned / "curve.svg").read_text()
+    assert picture.startswith("<svg")
+    assert picture.count("<polyline") == 2
+
+
+def test_transformers_reads_the_folder(tuned):
+    transformers = pytest.importorskip("transformers", reason="needs the test extra")
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tuned).eval()
+    assert theirs.config.id2label == {0: "No", 1: "Yes"}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tuned)
+    texts = [spaced(text) for text, _ in rows(6)]
+    with torch.no_grad():
+        expected = theirs(**tokenizer(texts, padding=True, return_tensors="pt")).logits.softmax(-1)
+    classify = fastbert.pipeline(tuned, impl="native", dtype="float32", device="cpu")
+    found = torch.tensor([list(r["scores"].values()) for r in classify(texts, all_scores=True)])
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_pairs_numbers_entities_and_answers(bert, files, tmp_path, capsysbinary):
+    """Each task from its own kind of file and back; what is found lies at its characters."""
+    pair = ("--columns", "one,two,label", "--epochs", 1)
+    assert finetune(bert, tmp_path / "pair", "pair", files["pair"], *pair) == 0
+    assert {r["label"] for r in predictions(tmp_path / "pair", files["pair"], capsysbinary)} <= {"Yes", "No"}
+
+    numbers = ("--labels", "number", "--eval", files["numbers"], "--epochs", 1)
+    assert finetune(bert, tmp_path / "numbers", "sentence", files["numbers"], *numbers) == 0
+    assert json.loads((tmp_path / "numbers" / "report.json").read_text())["metric"] == "pearson"
+    assert all(r.keys() == {"score"} for r in predictions(tmp_path / "numbers", files["numbers"], capsysbinary))
+
+    token = ("--eval", files["token"], "--epochs", 8, "--lr", "3e-3", "--batch-tokens", 40)
+    assert finetune(bert, tmp_path / "token", "token", files["token"], *token) == 0
+    assert json.loads((tmp_path / "token" / "report.json").read_text())["scores"]["entity_f1"] == 1.0
+    first = predictions(tmp_path / "token", files["token"], capsysbinary)[0]
+    assert [(e["type"], e["text"], e["start"], e["end"]) for e in first["entities"]] == [("x", "a b", 0, 3)]
+    tag = fastbert.pipeline(tmp_path / "token", impl="native", device="cpu")
+    (record,) = tag(["  c  a  b, c"])
+    assert [record["text"][e["start"] : e["end"]] for e in record["entities"]] == [
+        e["text"] for e in record["entities"]
+    ]
+
+    answers = ("--eval", files["silent"], "--metric", "squad_v2", "--max-length", 24, "--epochs", 1)
+    assert finetune(bert, tmp_path / "qa", "qa", files["silent"], *answers) == 0
+    scores = json.loads((tmp_path / "qa" / "report.json").read_text())["scores"]
+    assert {"f1", "exact_match", "has_answer_f1", "no_answer_f1", "threshold"} <= scores.keys()
+    data = json.loads(files["silent"].read_text())["data"][0]["paragraphs"][0]
+    found = predictions(tmp_path / "qa", files["silent"], capsysbinary)
+    assert [r["id"] for r in found] == [q["id"] for q in data["qas"]]
+    for record in found:
+        assert (record["answer"] == "") == (record["start"] is None)
+        if record["answer"]:
+            assert data["context"][record["start"] : record["end"]] == record["answer"]
+    right = [
+        r["answer"] == (q["answers"][0]["text"] if q["answers"] else "")
+        for r, q in zip(found, data["qas"], strict=True)
+    ]
+    assert sum(right) / len(right) == pytest.approx(scores["exact_match"]), "predict uses the threshold of the report"
+
+
+def test_several_seeds_and_their_range(bert, files, tmp_path):
+    args = ("--eval", files["sentence"], "--epochs", 1, "--seeds", 2, "--lr", "1e-3")
+    assert finetune(bert, tmp_path / "out", "sentence", files["sentence"], *args) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())["seeds"]
+    of_each = [json.loads((tmp_path / "out" / f"seed-{n}" / "report.json").read_text()) for n in range(2)]
+    assert report["values"] == [each["scores"]["accuracy"] for each in of_each]
+    assert report["lowest"] <= report["median"] <= report["highest"]
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_classifier_goes_on_learning_by_the_names_of_its_labels(tuned, tmp_path, capsys):
+    """In another order, in other case; a name that it does not know is refused, unless --labels starts a new one."""
+    swapped = tmp_path / "b.tsv"
+    table = [(spaced(text), label.upper()) for text, label in reversed(rows(24))]
+    swapped.write_text("text\tlabel\n" + "".join(f"{t}\t{label}\n" for t, label in table))
+    assert (
+        finetune(tuned, tmp_path / "more", "sentence", swapped, "--eval", swapped, "--epochs", 1, "--lr", "1e-9") == 0
+    )
+    report = json.loads((tmp_path / "more" / "report.json").read_text())
+    assert report["labels"] == ["No", "Yes"]
+    assert report["scores"]["accuracy"] == 1.0
+    swapped.write_text("text\tlabel\na\tyes\nb\tperhaps\n")
+    assert finetune(tuned, tmp_path / "other", "sentence", swapped, "--epochs", 1) == 1
+    assert "line 3: the label 'perhaps' is none of No, Yes" in capsys.readouterr().err
+    assert finetune(tuned, tmp_path / "new", "sentence", swapped, "--labels", "perhaps,yes", "--epochs", 1) == 0
+
+
+# ---- what goes wrong -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "others", "message"),
+    [
+        ("", (), "has no rows"),
+        ("text\tlabel\na\tx\nb\tx\n", (), "every example has the label 'x'; a classifier needs two or more"),
+        ("text\tlabel\na\n", (), "line 2: 1 cells, but the header has 2"),
+        ("review\tlabel\na\tx\n", (), "has the columns review, label; expected text, label or sentence, label"),
+        ("text\tlabel\na\tx\n", ("--columns", "text,stars"), "no column 'stars'"),
+        ("text\tlabel\na\tx\n", ("--columns", "text"), "--columns must name 2 columns for --task sentence"),
+        ("text\tlabel\na\tx\nb\ty\n", ("--labels", "number"), "line 2: expected a number for a label, got 'x'"),
+        ("text\tlabel\na\tx\nb\ty\n", ("--metric", "squad"), "--metric of --task sentence is one of accuracy"),
+        ("text\tlabel\n" + "".join(f"yes\ttext {i}\n" for i in range(30)), (), "are the columns swapped?"),
+    ],
+)
+def test_bad_examples_are_named_in_one_line(bert, tmp_path, capsys, content, others, message):
+    train = tmp_path / "train.tsv"
+    train.write_text(content)
+    assert finetune(bert, tmp_path / "out", "sentence", train, *others) == 1
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_bad_evaluations_are_found_before_training(bert, files, tmp_path, capsys):
+    other = tmp_path / "dev.tsv"
+    other.write_text("text\tlabel\na\tyes\nb\tperhaps\n")
+    assert finetune(bert, tmp_path / "out", "sentence", files["sentence"], "--eval", other) == 1
+    assert "dev.tsv, line 3: the label 'perhaps' was never seen in training: No, Yes" in capsys.readouterr().err
+    lost = tmp_path / "lost.json"
+    answer = {"id": "1", "question": "?", "answers": [{"text": "zz", "answer_start": 0}]}
+    lost.write_text(json.dumps({"data": [{"paragraphs": [{"context": "a b", "qas": [answer]}]}]}))
+    assert finetune(bert, tmp_path / "out", "qa", lost) == 1
+    assert "no example can be learnt from" in capsys.readouterr().err
+    assert finetune(bert, tmp_path / "out", "qa", files["silent"]) == 1
+    assert "question '1' has no answer; --metric squad_v2 is for such" in capsys.readouterr().err
+
+
+def test_a_folder_with_a_run_is_not_written_over(tuned, bert, files, capsys):
+    assert finetune(bert, tuned, "sentence", files["sentence"]) == 1
+    assert "has checkpoints of a run: --resume goes on with it, or give another --out" in capsys.readouterr().err
+
+
+def test_a_folder_of_another_origin_is_no_pipeline(bert):
+    with pytest.raises(CheckpointError, match=r"has no fastbert_task.json: it was not made by fastbert finetune"):
+        fastbert.pipeline(bert)
+
+
+def test_inputs_of_another_kind_are_refused(tuned):
+    classify = fastbert.pipeline(tuned, impl="native", device="cpu")
+    assert classify([]) == []
+    with pytest.raises(TypeError, match=r"inputs\[1\] must be a text, got tuple"):
+        classify(["a", ("a", "b")])
+
+
+# ---- killed --------------------------------------------------------------------------------------------------
+
+
+def test_killed_at_some_point_the_run_goes_on_to_the_same_bits(bert, files, tmp_path):
+    """kill -9 as soon as a few steps are done, then --resume; beside a run that nobody disturbed."""
+    common = ("--eval", files["sentence"], "--epochs", 4, "--lr", "1e-3", "--batch-tokens", 40, "--save-every", 2)
+    assert finetune(bert, tmp_path / "whole", "sentence", files["sentence"], *common) == 0
+    out = tmp_path / "killed"
+    command = [
+        sys.executable, "-m", "fastbert", "finetune", "--model", bert, "--task", "sentence", "--train",
+        files["sentence"], "--out", out, "--impl", "native", "--dtype", "float32", "--device", "cpu", "-q", *common,
+    ]  # fmt: skip
+    process = subprocess.Popen([str(word) for word in command], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    deadline = time.monotonic() + PATIENCE
+    while not list(out.glob("checkpoints/step-*")) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait(PATIENCE) == -signal.SIGKILL
+    assert finetune(bert, out, "sentence", files["sentence"], *common, "--resume") == 0
+
+    def losses(folder):
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        return [{k: v for k, v in json.loads(line).items() if k != "tokens_per_second"} for line in lines]
+
+    assert losses(out) == losses(tmp_path / "whole")
+    ours, whole = (load_file(folder / "model.safetensors") for folder in (out, tmp_path / "whole"))
+    assert all(torch.equal(ours[name], whole[name]) for name in whole)
