@@ -61,16 +61,14 @@ class Subject:
 
 
 def _attention() -> object:
-    """All gradients; behind the last sequence's rows its tensors end."""
-    return testing.run_op("attention", testing.attention_inputs(_ATTENTION, _LENGTHS), torch.float16)
-
-
-def _attention_padded() -> object:
-    """Padding is NaN, and has to reach nothing."""
+    """All gradients of padded attention. Padding is NaN, and has to reach nothing."""
     inputs = testing.attention_padded_inputs(_ATTENTION, _LENGTHS)
     padding = torch.arange(max(_LENGTHS)) >= inputs["seqlens"][:, None]
     q, k, v = (inputs[name].half().masked_fill_(padding[..., None, None], float("nan")) for name in "qkv")
-    return functional.attention_padded(q, k, v, inputs["seqlens"], impl="triton")
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    o = functional.attention_padded(*leaves, inputs["seqlens"], impl="triton")
+    do = torch.randn(o.shape, dtype=torch.float16, device="cpu")
+    return torch.autograd.grad(o, leaves, do.masked_fill_(padding[..., None, None], float("nan")))
 
 
 def _layer_norm() -> object:
@@ -97,7 +95,7 @@ _LENGTHS = (319, 257)
 _ATTENTION = testing.ModelShape(128, 2, 256, 1)
 _NORM = testing.ModelShape(1100, 2, 128, 1, vocab=16)
 SUBJECTS = {
-    "attention_fwd": Subject("sm_90", "_attention_fwd_kernel", _attention_padded),
+    "attention_fwd": Subject("sm_90", "_attention_fwd_kernel", _attention),
     "attention_bwd": Subject("sm_90", "_attention_bwd_dkv_kernel", _attention),
     "product": Subject("sm_90", "_linear_act_kernel", _product),
     "layer_norm": Subject("sm_80", "_add_norm_bwd_kernel", _layer_norm),
