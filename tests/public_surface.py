@@ -35,7 +35,7 @@ def modules() -> list[str]:
     import fastbert
 
     found = ["fastbert", *(module.name for module in pkgutil.walk_packages(fastbert.__path__, "fastbert."))]
-    rooms = ("cli", "dropin", "emulator", "kernels", "stack", "training", "verify")
+    rooms = ("cli", "dropin", "emulator", "functional", "kernels", "stack", "training", "verify")
     inner = tuple(f"fastbert.{room}." for room in rooms)
     return [name for name in found if name not in INTERNAL and not name.startswith(inner)]
 
@@ -59,7 +59,7 @@ def _is_its_own(value: Any, module: ModuleType) -> bool:
     if isinstance(value, ModuleType):
         return module.__name__ == "fastbert" and value.__name__ == "fastbert.functional"
     home = getattr(value, "__module__", module.__name__)
-    if module.__name__ in ("fastbert", "fastbert.dropin"):
+    if module.__name__ in ("fastbert", "fastbert.dropin", "fastbert.functional"):
         return str(home).startswith("fastbert")
     return home == module.__name__
 

@@ -54,14 +54,14 @@ def test_linear_is_computed_by_whom_impl_names(impl, monkeypatch):
     monkeypatch.setattr(native, "linear", lambda *args: asked.append("native"))
     monkeypatch.setattr(_gemm, "linear", lambda *args: asked.append("triton"))
     monkeypatch.setattr(torch.nn.functional, "linear", lambda *args: asked.append("reference"))
-    monkeypatch.setattr(functional, "why_not_triton", lambda device: None)
+    monkeypatch.setattr("fastbert.functional._choice.why_not_triton", lambda device: None)
     functional.linear(torch.ones(2, 4), torch.ones(3, 4), impl=impl)
     assert asked == [impl or "native"]
 
 
 def test_the_engine_of_linear_within_batch_invariance(monkeypatch):
     """It named the vendor library, whose products are not called there."""
-    monkeypatch.setattr(functional, "why_not_triton", lambda device: None)
+    monkeypatch.setattr("fastbert.functional._choice.why_not_triton", lambda device: None)
     assert functional.engine("linear", torch.float32, CPU) != "our Triton kernel"
     with batch_invariant():
         assert functional.engine("linear", torch.float32, CPU) == "our Triton kernel"

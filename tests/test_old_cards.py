@@ -76,9 +76,9 @@ def test_explain_says_so(monkeypatch):
         )
     )
     fastbert.accelerate(model)
-    monkeypatch.setattr(functional, "why_not_triton", lambda device: None)
+    monkeypatch.setattr("fastbert.functional._choice.why_not_triton", lambda device: None)
     assert "impl=triton;" in str(fastbert.explain(model))
-    monkeypatch.setattr(functional, "why_not_triton", lambda device: REASON)
+    monkeypatch.setattr("fastbert.functional._choice.why_not_triton", lambda device: REASON)
     assert f"impl=native ({REASON});" in str(fastbert.explain(model))
     fastbert.accelerate(model, impl="native")
     assert "impl=native;" in str(fastbert.explain(model)), "asked for"

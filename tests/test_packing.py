@@ -138,13 +138,13 @@ def test_what_shares_a_copy_is_what_it_was():
 
 
 def test_the_list_of_tiles_is_made_where_kernels_go_by_it(monkeypatch):
-    monkeypatch.setattr("fastbert.functional.why_not_triton", lambda device: None)
+    monkeypatch.setattr("fastbert.functional._choice.why_not_triton", lambda device: None)
     batch = PackedBatch.from_lists([[5] * n for n in (3, 0, 70, 300)])
     assert batch.entries.tolist() == [[3, 0], [3, 1], [3, 2], [2, 0], [0, 0], [1, 0]]
     schedule = batch.schedule("triton")
     assert schedule.entries is batch.entries
     assert (schedule.n_long, schedule.n_medium) == (3, 1)
-    monkeypatch.setattr("fastbert.functional.why_not_triton", lambda device: "no")
+    monkeypatch.setattr("fastbert.functional._choice.why_not_triton", lambda device: "no")
     assert PackedBatch.from_lists([[5]]).entries is None
 
 

@@ -165,7 +165,7 @@ def test_batches_read_the_weights_anew():
 @pytest.fixture
 def tiny(monkeypatch):
     """A workload small enough to be timed here, by PyTorch's operators: the interpreter would take a minute."""
-    monkeypatch.setattr(F, "why_not_triton", lambda device: "not in this test")
+    monkeypatch.setattr("fastbert.functional._choice.why_not_triton", lambda device: "not in this test")
     monkeypatch.setitem(WORKLOADS, "tiny_ragged", RAGGED)
     monkeypatch.setattr(machine, "ceilings", lambda *_: {k: v for k, v in CEILINGS.items() if k != "source"})
     return ["--workload", "tiny_ragged", "--quick", "--device", "cpu", "--dtype", "float32"]

@@ -1,0 +1,50 @@
+"""The seam: validate, choose an implementation, call it.
+
+Every operator of the encoder, as a plain function of tensors. `impl` picks who computes it:
+
+    "triton"     the hand-written kernels: CUDA tensors, or CPU tensors under TRITON_INTERPRET=1
+    "native"     PyTorch's own fast operators (oneDNN, SDPA), on any device
+    "reference"  plain torch as in the specification, on any device
+    None         triton where the tensor lies on a CUDA device of compute capability 8.0 or newer (or the interpreter
+                 is on), else native
+
+An explicit `impl` runs that implementation or raises; only None may choose. Gradients flow through all three.
+Shapes use T tokens in the packed batch, B sequences, H heads, D head_dim, C hidden width, F feed-forward width.
+"""
+
+from __future__ import annotations
+
+from ..kernels._assembler import assembler as assembler
+from ..kernels._checks import ACTIVATIONS as ACTIVATIONS
+from ..kernels._checks import expect_indices as expect_indices
+from ..kernels._checks import expect_sequences as expect_sequences
+from ..kernels._layer import LayerOptions as LayerOptions
+from ..kernels._layer import LayerWeights as LayerWeights
+from ._attention import attention as attention
+from ._attention import attention_entries as attention_entries
+from ._attention import attention_padded as attention_padded
+from ._attention import attention_schedule as attention_schedule
+from ._choice import IMPLS as IMPLS
+from ._choice import OLDEST_CAPABILITY as OLDEST_CAPABILITY
+from ._choice import OPERATORS as OPERATORS
+from ._choice import TRITON_MODULES as TRITON_MODULES
+from ._choice import Impl as Impl
+from ._choice import choose_impl as choose_impl
+from ._choice import engine as engine
+from ._choice import machine as machine
+from ._choice import why_not_cpp as why_not_cpp
+from ._choice import why_not_triton as why_not_triton
+from ._embedding_pooling_loss import POOLING_MODES as POOLING_MODES
+from ._embedding_pooling_loss import embedding_layer_norm as embedding_layer_norm
+from ._embedding_pooling_loss import linear_cross_entropy as linear_cross_entropy
+from ._embedding_pooling_loss import pool as pool
+from ._feed_forward import activate as activate
+from ._feed_forward import feed_forward as feed_forward
+from ._feed_forward import linear as linear
+from ._feed_forward import linear_act as linear_act
+from ._feed_forward import products_beside as products_beside
+from ._layer import encoder_layer as encoder_layer
+from ._norm import add_layer_norm as add_layer_norm
+from ._norm import add_layer_norm_sum as add_layer_norm_sum
+from ._norm import add_rms_norm as add_rms_norm
+from ._norm import dropout as dropout

@@ -1,0 +1,122 @@
+"""Who computes: what `impl` means on a device, and which engine that is."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..kernels import _device as machine
+from ..kernels import native, reference
+from ..kernels._invariance import is_batch_invariant
+from ..kernels.cpu import operators as cpp
+
+Impl = Literal["triton", "native", "reference"]
+IMPLS = ("triton", "native", "reference")
+
+# operator -> the kernel module that holds its Triton form
+TRITON_MODULES = {
+    "attention": "attention",
+    "attention_padded": "attention",
+    "add_layer_norm": "layer_norm",
+    "add_layer_norm_sum": "layer_norm",
+    "add_rms_norm": "layer_norm",
+    "linear_act": "feed_forward",
+    "feed_forward": "feed_forward",
+    "embedding_layer_norm": "embedding",
+    "linear_cross_entropy": "cross_entropy",
+    "pool": "pooling",
+}
+
+
+# The kernels are written for, and compiled for in tests: matrix units with bfloat16, copies to shared memory that pass
+# no registers. Triton itself builds for older cards what it can, and fails on the rest.
+OLDEST_CAPABILITY = (8, 0)
+
+
+def why_not_triton(device: torch.device) -> str | None:
+    """None where Triton kernels run on this device, else the reason they do not."""
+    if not machine.HAS_TRITON:
+        return "triton is not installed"
+    if device.type == "cuda":
+        return _why_too_old(device.index)
+    if machine.triton_on_cpu():
+        return None
+    return f"Triton needs a CUDA device (this one is {device.type}) or TRITON_INTERPRET=1"
+
+
+def _why_too_old(index: int | None) -> str | None:
+    """Why a CUDA device is too old for the kernels, or None. ROCm's capability is the number of AMD's own target
+    (gfx942 is 9.4) and says nothing of this kind."""
+    if torch.version.hip is not None or (found := machine.capability(index)) >= OLDEST_CAPABILITY:
+        return None
+    return f"the kernels need compute capability {_dotted(OLDEST_CAPABILITY)}, and this card has {_dotted(found)}"
+
+
+# What `torch.compiler.assume_constant_result` sets, without the second that importing torch's compiler takes.
+_why_too_old._dynamo_marked_constant = True
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
+
+
+def why_not_cpp() -> str | None:
+    """None where `native` has its C++ operators on a CPU, else the reason it has not."""
+    return cpp.load()[1]
+
+
+def choose_impl(impl: str | None, device: torch.device) -> Impl:
+    """The implementation that `impl` means on this device. Raises where an explicit one cannot run."""
+    if impl is None:
+        impl = "native" if why_not_triton(device) else "triton"
+    elif impl not in IMPLS:
+        raise ValueError(f"impl must be one of {IMPLS} or None, got {impl!r}")
+    elif impl == "triton" and (reason := why_not_triton(device)):
+        raise RuntimeError(f'impl="triton" cannot run here: {reason}')
+    if is_batch_invariant() and impl != "triton" and (impl, device.type) != ("native", "cpu"):
+        reason = why_not_triton(device)
+        raise RuntimeError(
+            f'batch_invariant() needs impl "triton", or "native" on a CPU; got "{impl}" on {device.type}'
+            + (f" ({reason})" if reason else "")
+        )
+    return impl
+
+
+OPERATORS = (*TRITON_MODULES, "linear")
+
+
+def engine(op: str, dtype: torch.dtype, device: torch.device, impl: str | None = None) -> str:
+    """Who computes an operator of `OPERATORS` in this dtype on this device, in words: "native" has several engines.
+
+    Raises where `choose_impl` does.
+    """
+    chosen = choose_impl(impl, device)
+    if op == "linear" and impl is None and chosen == "triton" and not is_batch_invariant():
+        chosen = "native"  # the vendor library's, unless our own product is asked for
+    if chosen == "native":
+        return native.engine(op, dtype, device)
+    return "our Triton kernel" if chosen == "triton" else "plain torch"
+
+
+_modules: dict[str, Any] = {}
+
+
+def triton_module(name: str) -> Any:
+    """A kernel module, imported on first use. (Statements, since torch.compile follows those and no import_module.)"""
+    if name not in _modules:
+        from ..kernels import attention, cross_entropy, embedding, encoder_layer, feed_forward, layer_norm, pooling
+
+        _modules.update(
+            attention=attention, cross_entropy=cross_entropy, embedding=embedding, encoder_layer=encoder_layer,
+            feed_forward=feed_forward, layer_norm=layer_norm, pooling=pooling,
+        )  # fmt: skip
+    return _modules[name]
+
+
+def resolve(op: str, impl: str | None, x: Tensor) -> Any:
+    impl = choose_impl(impl, x.device)
+    if impl == "triton":
+        return getattr(triton_module(TRITON_MODULES[op]), op)
+    return getattr(native if impl == "native" else reference, op)

@@ -1,0 +1,108 @@
+"""Products, with an activation, and two of them: the feed-forward network."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..kernels import native, reference
+from ..kernels._checks import ACTIVATIONS
+from ..kernels._invariance import is_batch_invariant
+from ._choice import Impl, choose_impl, resolve
+
+
+def expect_linear(op: str, name: str, x_width: int, weight: Tensor, bias: Tensor | None) -> None:
+    if weight.dim() != 2 or weight.shape[1] != x_width:
+        raise ValueError(
+            f"{op}: {name} must be [out, {x_width}] for input of width {x_width}, got {tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape != (weight.shape[0],):
+        raise ValueError(f"{op}: the bias of {name} must be [{weight.shape[0]}], got {tuple(bias.shape)}")
+
+
+def _expect_activation(op: str, activation: str, rows: int) -> int:
+    """The width after the activation."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{op}: activation must be one of {ACTIVATIONS}, got {activation!r}")
+    if activation != "geglu":
+        return rows
+    if rows % 2 != 0:
+        raise ValueError(f"{op}: geglu needs an even number of weight rows, got {rows}")
+    return rows // 2
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: Impl | None = None) -> Tensor:
+    """x weight^T + bias: x [..., C], weight [N, C], bias [N] -> [..., N].
+
+    By default the vendor library's product on a GPU, which no epilogue of ours would improve, and on a CPU "native",
+    which has products of its own where they are ahead. Within `batch_invariant()` our own GEMM, or on a CPU the
+    vendor's in blocks of one size. impl="triton" is our own GEMM.
+    """
+    expect_linear("linear", "weight", x.shape[-1], weight, bias)
+    chosen = "native" if impl is None and not is_batch_invariant() else choose_impl(impl, x.device)
+    if chosen == "triton":
+        from ..kernels._gemm import linear as by_our_gemm
+
+        return by_our_gemm(x, weight, bias)
+    if chosen == "native" and x.device.type == "cpu":
+        return native.linear(x, weight, bias)
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+def products_beside(impl: Impl | None) -> Impl | None:
+    """The `impl` of `linear` in a model whose other operators are by `impl`: with our kernels the default."""
+    return None if impl == "triton" else impl
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    """The activation alone, in plain torch: x [..., F] -> [..., F], or [..., F / 2] where it is geglu.
+
+    For layers whose product is not a plain one, so that `linear_act` and `feed_forward` cannot have it.
+    """
+    _expect_activation("activate", activation, x.shape[-1])
+    return reference.activate(x, activation)
+
+
+def linear_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "gelu",
+    *,
+    impl: Impl | None = None,
+) -> Tensor:
+    """act(x weight^T + bias) in one GEMM with an epilogue: x [..., C], weight [F, C], bias [F] -> [..., F].
+
+    activation: gelu (exact), gelu_tanh, relu, silu, or geglu: weight [2F, C], gelu(first F) * second F.
+    """
+    expect_linear("linear_act", "weight", x.shape[-1], weight, bias)
+    _expect_activation("linear_act", activation, weight.shape[0])
+    return resolve("linear_act", impl, x)(x, weight, bias, activation)
+
+
+def feed_forward(
+    x: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    down_weight: Tensor,
+    down_bias: Tensor | None = None,
+    activation: str = "gelu",
+    *,
+    recompute: bool = False,
+    impl: Impl | None = None,
+) -> Tensor:
+    """act(x up^T + up_bias) down^T + down_bias: x [..., C] -> [..., C].
+
+    Args:
+        up_weight: [F, C] (geglu: [2F, C]); up_bias: its rows, or None.
+        down_weight: [C, F]; down_bias: [C] or None (then fold it into the `x_bias` of `add_layer_norm`).
+        activation: as in `linear_act`.
+        recompute: training only: recompute the pre-activation in the backward pass instead of saving it.
+            Saves T x F elements of memory for one more GEMM of the first layer's size.
+    """
+    expect_linear("feed_forward", "up_weight", x.shape[-1], up_weight, up_bias)
+    inner = _expect_activation("feed_forward", activation, up_weight.shape[0])
+    expect_linear("feed_forward", "down_weight", inner, down_weight, down_bias)
+    return resolve("feed_forward", impl, x)(
+        x, up_weight, up_bias, down_weight, down_bias, activation, recompute=recompute
+    )
