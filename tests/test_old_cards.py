@@ -76,9 +76,14 @@ def test_explain_says_so(monkeypatch):
         )
     )
     fastbert.accelerate(model)
-    monkeypatch.setattr("fastbert.functional._choice.why_not_triton", lambda device: None)
+
+    def answer(reason: str | None) -> None:
+        for place in ("functional", "functional._choice"):
+            monkeypatch.setattr(f"fastbert.{place}.why_not_triton", lambda device: reason)
+
+    answer(None)
     assert "impl=triton;" in str(fastbert.explain(model))
-    monkeypatch.setattr("fastbert.functional._choice.why_not_triton", lambda device: REASON)
+    answer(REASON)
     assert f"impl=native ({REASON});" in str(fastbert.explain(model))
     fastbert.accelerate(model, impl="native")
     assert "impl=native;" in str(fastbert.explain(model)), "asked for"
