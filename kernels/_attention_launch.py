@@ -46,7 +46,7 @@ def unit_stride(*tensors: Tensor) -> list[Tensor]:
     return [t if t.stride(-1) == 1 else t.contiguous() for t in tensors]
 
 
-class _Options(NamedTuple):
+class Options(NamedTuple):
     """What an operator's call says beside q, k, v, the spans and the schedule, in the order of its schema."""
 
     bias: Tensor | None
@@ -67,8 +67,8 @@ class _Options(NamedTuple):
         mask = None if self.mask is None else self.mask.view(torch.uint8)
         return self.bias, mask, self.alibi_slopes, self.cos, self.sin, self.seed, self.sequence_ids
 
-    def traits(self, q: Tensor, k: Tensor) -> _Traits:
-        return _Traits(
+    def traits(self, q: Tensor, k: Tensor) -> Traits:
+        return Traits(
             _device.arch(q.device.index), q.dtype, q.shape[-2], k.shape[-2], q.shape[-1], q.dim() == 4,
             None if self.bias is None else _broadcast_strides(self.bias),
             None if self.mask is None else _broadcast_strides(self.mask),
@@ -79,7 +79,7 @@ class _Options(NamedTuple):
         )  # fmt: skip
 
 
-class _Traits(NamedTuple):
+class Traits(NamedTuple):
     """What a launch's plans depend on, beside the strides of q, k and v. One value for all batches of a model."""
 
     arch: str
@@ -137,7 +137,7 @@ _STRIDES = tuple(f"stride_{name}{axis}" for name in "qkv" for axis in "bth")
 
 
 def _plan(
-    kernel, tensors: str, numbers: str, config: AttentionConfig, traits: _Traits, strides: tuple[int, ...], **more
+    kernel, tensors: str, numbers: str, config: AttentionConfig, traits: Traits, strides: tuple[int, ...], **more
 ) -> Plan:
     """A plan with those of the constants that the kernel takes."""
     constants = dict(zip(_STRIDES, strides, strict=True))
@@ -167,7 +167,7 @@ def _plan(
 # ---- forward
 
 
-class _Forward(NamedTuple):
+class Forward(NamedTuple):
     """Plans of the kernel with a loop, of the one for a tile, of the one for short sequences (None: see `_parts`)."""
 
     loop: Plan
@@ -178,7 +178,7 @@ class _Forward(NamedTuple):
 
 
 @functools.lru_cache(1024)
-def _forward_plans(config_of: Callable, traits: _Traits, strides: tuple[int, ...]) -> _Forward:
+def forward_plans(config_of: Callable, traits: Traits, strides: tuple[int, ...]) -> Forward:
     """config_of: `attention_config`."""
     plain = traits.is_plain()
     config, of_short, of_tile = (
@@ -196,15 +196,20 @@ def _forward_plans(config_of: Callable, traits: _Traits, strides: tuple[int, ...
         short = _plan(_attention_fwd_heads_kernel, plain_tensors, numbers, of_short, traits, strides, TILE=SHORT)
     elif of_short:
         short = _plan(_attention_fwd_kernel, full, f"{numbers} {_WINDOW}", of_short, traits, strides, TILE=SHORT)
-    return _Forward(loop, TILE // config.block_m * traits.heads, tile, short, plain)
+    return Forward(loop, TILE // config.block_m * traits.heads, tile, short, plain)
 
 
 def launch_forward(q, k, v, spans_q, spans_k, schedule, parts, *given):
-    """schedule, parts: the entries, and (n_long, n_medium, longest): see `_parts`."""
-    o, lse = forward_outputs(q)
+    """(o, lse). schedule, parts: the entries, and (n_long, n_medium, longest): see `_parts`."""
     q, k, v = unit_stride(q, k, v)
-    options = _Options(*given)
-    plans = _forward_plans(attention_config, options.traits(q, k), _row_strides(q, k, v))
+    options = Options(*given)
+    plans = forward_plans(attention_config, options.traits(q, k), _row_strides(q, k, v))
+    return run_forward(plans, q, k, v, spans_q, spans_k, schedule, parts, options)
+
+
+def run_forward(plans, q, k, v, spans_q, spans_k, schedule, parts, options, known=None):
+    """`launch_forward` by these plans. known: as in `Plan`."""
+    o, lse = forward_outputs(q)
     heads = q.shape[-2]
     (first_loop, n_loop), (first_tile, n_tile), (first_short, n_short) = _parts(schedule, parts, plans)
 
@@ -213,18 +218,18 @@ def launch_forward(q, k, v, spans_q, spans_k, schedule, parts, *given):
     dropout = (*inputs, options.seed, options.sequence_ids, *outputs)
     numbers, window = (q.shape[-3], options.stream), (options.window_left, options.window_right)
     if n_loop:
-        plans.loop((n_loop * plans.programs,), full, (first_loop, *numbers, *window))
+        plans.loop((n_loop * plans.programs,), full, (first_loop, *numbers, *window), known=known)
     if n_tile:
-        plans.tile((n_tile * heads,), dropout, (first_tile, *numbers))
+        plans.tile((n_tile * heads,), dropout, (first_tile, *numbers), known=known)
     if n_short and plans.plain:
-        plans.short((n_short * heads,), dropout, (first_short, *numbers))
+        plans.short((n_short * heads,), dropout, (first_short, *numbers), known=known)
     elif n_short:
-        plans.short((n_short * heads,), full, (first_short, *numbers, *window))
+        plans.short((n_short * heads,), full, (first_short, *numbers, *window), known=known)
     return o, lse
 
 
 def _parts(
-    schedule: Tensor, parts: tuple[int, int, int], plans: _Forward | _Backward
+    schedule: Tensor, parts: tuple[int, int, int], plans: Forward | Backward
 ) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
     """(first entry, entries) for the kernels with loops, the kernel for a tile, and the one for short sequences.
 
@@ -251,13 +256,13 @@ def forward_outputs(q, *_):
     """o like q but contiguous; lse [H, Tq] or [B, H, Sq] in fp32."""
     *rows, heads, _ = q.shape
     lse_shape = (heads, *rows) if len(rows) == 1 else (rows[0], heads, rows[1])
-    return q.new_empty(q.shape), q.new_empty(lse_shape, dtype=torch.float32)
+    return q.new_empty(*q.shape), q.new_empty(*lse_shape, dtype=torch.float32)
 
 
 # ---- backward
 
 
-class _Backward(NamedTuple):
+class Backward(NamedTuple):
     """Plans of the kernels with loops, of the one for a tile, of the one for short sequences (None: see `_parts`)."""
 
     dq: Plan
@@ -270,9 +275,9 @@ class _Backward(NamedTuple):
 
 
 @functools.lru_cache(1024)
-def _backward_plans(
-    config_of: Callable, traits: _Traits, strides: tuple[int, ...], gradient_strides: tuple[int, int], has_dlse: bool
-) -> _Backward:
+def backward_plans(
+    config_of: Callable, traits: Traits, strides: tuple[int, ...], gradient_strides: tuple[int, int], has_dlse: bool
+) -> Backward:
     """gradient_strides: from token to token of dq, and of dk and dv."""
     plain = traits.is_plain()
     of_dq, of_dkv, of_short, of_tile = (
@@ -301,7 +306,7 @@ def _backward_plans(
     elif of_short:
         tensors = f"{inputs} {saved} dq_ptr dk_ptr dv_ptr delta_ptr"
         short = plan(_attention_bwd_short_kernel, tensors, f"{of_k} {_WINDOW}", of_short, TILE=SHORT)
-    return _Backward(
+    return Backward(
         dq, TILE // of_dq.block_m * traits.heads, dkv, TILE // of_dkv.block_n * traits.kv_heads, tile, short, plain
     )
 
@@ -309,18 +314,30 @@ def _backward_plans(
 def launch_backward(
     do, dlse, o, lse, q, k, v, spans_q, spans_k, schedule_q, schedule_k, parts_q, parts_k, *given, into=None
 ):  # fmt: skip
-    """into: dq, dk, dv, delta to write to, of heads that are contiguous and tokens at any distance, the same one for dk
-    and dv; padded, sequences next to each other. By default new ones."""
-    dq, dk, dv, delta = outputs = backward_outputs(do, dlse, o, lse, q, k, v) if into is None else into
+    """(dq, dk, dv, delta). into: these, to write to, of heads that are contiguous and tokens at any distance, the same
+    one for dk and dv; padded, sequences next to each other. By default new ones."""
+    outputs = backward_outputs(do, dlse, o, lse, q, k, v) if into is None else into
     do, dlse = do.contiguous(), None if dlse is None else dlse.contiguous()
     q, k, v = unit_stride(q, k, v)
-    options = _Options(*given)
-    plans = _backward_plans(
-        attention_config, options.traits(q, k), _row_strides(q, k, v), (dq.stride(-3), dk.stride(-3)), dlse is not None
-    )
+    options = Options(*given)
+    plans = backward_plans(
+        attention_config, options.traits(q, k), _row_strides(q, k, v),
+        (outputs[0].stride(-3), outputs[1].stride(-3)), dlse is not None,
+    )  # fmt: skip
+    lists = schedule_q, schedule_k, parts_q, parts_k
+    return run_backward(plans, outputs, do, dlse, o, lse, q, k, v, spans_q, spans_k, *lists, options)
+
+
+def run_backward(
+    plans, outputs, do, dlse, o, lse, q, k, v, spans_q, spans_k, schedule_q, schedule_k, parts_q, parts_k, options,
+    known=None,
+):  # fmt: skip
+    """`launch_backward` by these plans. known: as in `Plan`."""
+    dq, dk, dv, delta = outputs
     heads, kv_heads = q.shape[-2], k.shape[-2]
     (first_q, n_loop_q), (first_tile, n_tile), (first_short, n_short) = _parts(schedule_q, parts_q, plans)
-    (first_k, n_loop_k), _, _ = _parts(schedule_k, parts_k, plans)
+    # in self-attention one list serves rows and keys
+    first_k, n_loop_k = (first_q, n_loop_q) if schedule_k is schedule_q else _parts(schedule_k, parts_k, plans)[0]
 
     inputs, modifiers, saved = (q, k, v, spans_q, spans_k), options.tensors(), (o, lse, do, dlse)
     width_q, width_k, stream = q.shape[-3], k.shape[-3], options.stream
@@ -330,35 +347,35 @@ def launch_backward(
     if n_loop_q:
         plans.dq(
             (n_loop_q * plans.dq_programs,), (*inputs, schedule_q, *modifiers, *saved, dq, delta),
-            (first_q, width_q, stream, *window),
+            (first_q, width_q, stream, *window), known=known,
         )  # fmt: skip
     if n_loop_k:
         plans.dkv(
             (n_loop_k * plans.dkv_programs,), (*inputs, schedule_k, *modifiers, lse, do, delta, dk, dv),
-            (first_k, width_q, width_k, stream, *window),
+            (first_k, width_q, width_k, stream, *window), known=known,
         )  # fmt: skip
     if n_tile:
-        plans.tile((n_tile * heads,), plain, (first_tile, width_q, stream))
+        plans.tile((n_tile * heads,), plain, (first_tile, width_q, stream), known=known)
     if n_short and plans.plain:
-        plans.short((n_short * kv_heads,), plain, (first_short, width_q, stream))
+        plans.short((n_short * kv_heads,), plain, (first_short, width_q, stream), known=known)
     elif n_short:
         plans.short(
             (n_short * kv_heads,), (*inputs, schedule_q, *modifiers, *saved, dq, dk, dv, delta),
-            (first_short, width_q, width_k, stream, *window),
+            (first_short, width_q, width_k, stream, *window), known=known,
         )  # fmt: skip
     return outputs
 
 
 def backward_outputs(do, dlse, o, lse, q, k, v, *_):
     """dq, dk, dv contiguous; delta like lse."""
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), lse.new_empty(lse.shape)
+    return q.new_empty(*q.shape), k.new_empty(*k.shape), v.new_empty(*v.shape), torch.empty_like(lse)
 
 
 # ---- gradient of the bias
 
 
 @functools.lru_cache(1024)
-def _bias_plan(config: AttentionConfig, traits: _Traits, strides: tuple[int, ...], of: tuple[bool, bool]) -> Plan:
+def _bias_plan(config: AttentionConfig, traits: Traits, strides: tuple[int, ...], of: tuple[bool, bool]) -> Plan:
     return _plan(
         _attention_bwd_bias_kernel, f"{_INPUTS} {_MODIFIERS} lse_ptr do_ptr delta_ptr dbias_ptr",
         f"width_q stream_id {_WINDOW} bias_rows bias_cols batch", config, traits, strides,
@@ -367,7 +384,7 @@ def _bias_plan(config: AttentionConfig, traits: _Traits, strides: tuple[int, ...
 
 
 def launch_backward_bias(do, lse, delta, q, k, v, spans_q, spans_k, *given):
-    options = _Options(*given)
+    options = Options(*given)
     dbias = options.bias.new_empty(options.bias.shape)
     if dbias.numel() == 0:
         return dbias

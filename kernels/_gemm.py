@@ -26,6 +26,7 @@ row is not a multiple of 16 bytes, by pointers; both sum in the same order.
 """
 
 import functools
+from collections.abc import Hashable
 from dataclasses import MISSING, fields
 
 import torch
@@ -62,7 +63,7 @@ def _operands(
     a: Tensor, b: Tensor, layout: str, config: GemmConfig
 ) -> tuple[GemmConfig, Tensor | TensorDescriptor, Tensor | TensorDescriptor]:
     """(the config that these operands allow, a and b as the kernel takes them)."""
-    if a.element_size() < 4 and not (_aligned(a) and _aligned(b) and a.shape[0] and a.shape[1]):
+    if a.element_size() < 4 and not (_aligned(a) and _aligned(b) and a.numel()):
         config = UNALIGNED
     if not config.bulk:
         return config, a, b
@@ -126,11 +127,13 @@ def _grid(m: int, n: int, config: GemmConfig, device: torch.device) -> tuple[int
 def gemm(
     a: Tensor, b: Tensor, bias: Tensor | None, layout: str, config: GemmConfig,
     activation: str = "none", save_h: bool = False, out: Tensor | None = None, accumulate: bool = False,
+    known: Hashable = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """(act(c + bias), c + bias if save_h) of matrices whose rows are contiguous, by our kernel. See the layouts above.
 
     geglu (nt): b is [2N, K], bias [2N], the saved pre-activation [M, 2N].
     out: [M, N] with contiguous rows, of any float dtype; written, or with `accumulate` added to.
+    known: as in `Plan`, for one combination of the options.
     """
     m, k = (a.shape[1], a.shape[0]) if layout == "tn" else a.shape
     width = b.shape[0] if layout == "nt" else b.shape[1]
@@ -139,25 +142,28 @@ def gemm(
     h = a.new_empty(m, width) if save_h else None
     if y.numel() == 0:
         return y, h
-    bias = packed(bias)
+    if known is None:
+        bias = packed(bias)
     config, *operands = _operands(a, b, layout, config)
     strides = a.stride(0), b.stride(0), y.stride(0), width
     _plan(config, n, k, layout, activation, accumulate, *strides)(
-        _grid(m, n, config, a.device), (a, b, bias, y, h), (m,), passed=(*operands, bias, y, h)
+        _grid(m, n, config, a.device), (a, b, bias, y, h), (m,), passed=(*operands, bias, y, h), known=known
     )
     return y, h
 
 
 def gemm_dact(
-    dy: Tensor, weight: Tensor, h: Tensor, activation: str, config: GemmConfig, want_a: bool, want_dbias: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    dy: Tensor, weight: Tensor, h: Tensor, activation: str, config: GemmConfig, want_a: bool, want_dbias: bool,
+    known: Hashable = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """dh = (dy weight) * act'(h), and on request a = act(h) and the column sums of dh, taken in float32.
 
-    dy [M, K], weight [K, N], h [M, N] (geglu [M, 2N]), rows contiguous.
+    dy [M, K], weight [K, N], h [M, N] (geglu [M, 2N]), rows contiguous. known: as in `Plan`.
     """
     (m, k), n = dy.shape, weight.shape[1]
-    dh = h.new_empty(h.shape)
+    dh = h.new_empty(*h.shape)
     a = h.new_empty(m, n) if want_a else None
+    known = None if known is None else (known, want_a, want_dbias)
     if dh.numel() == 0:
         return dh, a, h.new_zeros(h.shape[1]) if want_dbias else None
     config, *operands = _operands(dy, weight, "nn", config)
@@ -165,15 +171,15 @@ def gemm_dact(
     dbias_part = h.new_empty(blocks_m, h.shape[1], dtype=torch.float32) if want_dbias else None
     rest = (h, dh, a, dbias_part)
     _dact_plan(config, n, k, activation, dy.stride(0), weight.stride(0), h.stride(0), h.shape[1])(
-        _grid(m, n, config, dy.device), (dy, weight, *rest), (m,), passed=(*operands, *rest)
+        _grid(m, n, config, dy.device), (dy, weight, *rest), (m,), passed=(*operands, *rest), known=known
     )
-    return dh, a, sum_of_parts(dbias_part, h.dtype) if want_dbias else None
+    return dh, a, sum_of_parts(dbias_part, h.dtype, known) if want_dbias else None
 
 
-def sum_of_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
-    """The sum over P of parts [P, N] float32, in order."""
+def sum_of_parts(parts: Tensor, dtype: torch.dtype, known: Hashable = None) -> Tensor:
+    """The sum over P of parts [P, N] float32, in order. known: as in `Plan`."""
     total = parts.new_empty(parts.shape[1], dtype=dtype)
-    sum_parts(parts, [total], [total])
+    sum_parts(parts, [total], [total], known)
     return total
 
 

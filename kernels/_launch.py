@@ -10,12 +10,13 @@ compiles; that is 15 to 60 us each time. What it found is kept, and later calls 
 kernel. Triton would find the same kernel for them because everything it looks at is the same: the plan's constants;
 dtypes, and which tensors are None; addresses that are divisible by 16; numbers that it does not specialise on
 (`do_not_specialize`) and that fit 32 bits. Where one of these does not hold, the call goes through the binder.
+
+Who launches several kernels over the same tensors may look at them once for all, and name what it saw (`known`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from operator import itemgetter
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -48,24 +49,30 @@ class Plan:
 
     Args:
         kernel: a @triton.jit function.
-        tensors, numbers: the names, with spaces between, of the arguments that each call brings, in its order. Numbers
-            are integers that the kernel declares in `do_not_specialize`; a tensor may be None.
+        tensors, numbers: the names, with spaces between, of the arguments that each call brings, in its order. Tensors
+            are the kernel's first arguments, and may be None. Numbers are integers that the kernel declares in
+            `do_not_specialize`.
         constants: all other arguments.
         options: num_warps, num_stages, ...
 
-    Raises: ValueError where the names are not those of the kernel's arguments, or a number is specialised on.
+    Raises: ValueError where the names are not those of the kernel's arguments, tensors do not come first, or a number
+        is specialised on.
     """
 
-    __slots__ = ("_bound", "_constants", "_in_order", "_may_bind", "_names", "_options", "_values", "kernel")
+    __slots__ = ("_bound", "_constants", "_known", "_may_bind", "_names", "_options", "_places", "_rest", "kernel")
 
     def __init__(self, kernel: Any, tensors: str, numbers: str, constants: dict[str, Any], **options: Any):
         self.kernel, self._constants, self._options = kernel, constants, options
         self._names = (*tensors.split(), *numbers.split())
-        self._values = tuple(constants.values())
         given = [*self._names, *constants]
         if sorted(given) != sorted(kernel.arg_names):
             raise ValueError(f"{kernel.__name__} takes {', '.join(kernel.arg_names)}; the plan has {', '.join(given)}")
-        self._in_order = itemgetter(*(given.index(name) for name in kernel.arg_names))
+        first = len(tensors.split())
+        if given[:first] != kernel.arg_names[:first]:
+            raise ValueError(f"the first arguments of {kernel.__name__} are not {tensors}")
+        # what follows the tensors, and the places in it of the numbers of a call
+        self._rest = [constants.get(name) for name in kernel.arg_names[first:]]
+        self._places = [kernel.arg_names.index(name) - first for name in numbers.split()]
         params = getattr(kernel, "params", None)  # the interpreter's functions have none
         self._may_bind = params is not None
         if params is not None:
@@ -73,20 +80,49 @@ class Plan:
             if fixed := [p.name for p in params if p.name in changing and not p.do_not_specialize]:
                 raise ValueError(f"{kernel.__name__} is specialised on {', '.join(fixed)}")
         self._bound: dict[tuple, _Bound] = {}
+        self._known: dict[tuple, _Bound] = {}
 
     def __call__(
         self,
         grid: tuple[int, ...],
-        tensors: tuple[Tensor | None, ...],
+        tensors: Sequence[Tensor | None],
         numbers: tuple[int, ...] = (),
-        passed: tuple[Any, ...] | None = None,
+        passed: Sequence[Any] | None = None,
+        known: Hashable = None,
     ) -> None:
-        """Launch. passed: what the kernel gets in place of `tensors`, where some of them go as tensor descriptors."""
+        """Launch.
+
+        Args:
+            passed: what the kernel gets in place of `tensors`, where some of them go as tensor descriptors.
+            known: says, if not None, that the caller has looked at the tensors and numbers: in every call with this
+                value the same tensors are None, the others have the same dtypes and addresses that 16 divides, and the
+                numbers fit 32 bits.
+        """
         if not self._may_bind:
             self._through_binder(grid, passed or tensors, numbers)
             return
         active = driver.active
         device = active.get_current_device()
+        bound = None if known is None else self._known.get((device, known))
+        if bound is None or self.kernel.pre_run_hooks:
+            bound = self._bound_for(device, grid, tensors, numbers, passed, known)
+            if bound is None:  # the binder has launched it
+                return
+        compiled, run, function, packed_metadata = bound
+        rest = self._rest.copy()
+        for place, number in zip(self._places, numbers):  # noqa: B905 - the binder counted them in the first call
+            rest[place] = number
+        stream = active.get_current_stream(device)
+        x, y, z = (*grid, 1, 1)[:3]
+        enter, leave = _RUNTIME.launch_enter_hook, _RUNTIME.launch_exit_hook
+        if _listen(enter, leave):
+            metadata = compiled.launch_metadata(grid, stream, *(passed or tensors), *rest)
+            run(x, y, z, stream, function, packed_metadata, metadata, enter, leave, *(passed or tensors), *rest)
+        else:
+            run(x, y, z, stream, function, packed_metadata, None, None, None, *(passed or tensors), *rest)
+
+    def _bound_for(self, device, grid, tensors, numbers, passed, known) -> _Bound | None:
+        """What was kept for such arguments; None where there is nothing, or must not be: then the binder launches."""
         key, addresses = [device], 0
         for t in tensors:
             if t is None:
@@ -97,30 +133,36 @@ class Plan:
         key = tuple(key)
         bound = self._bound.get(key)
         fits = not addresses & 15 and (not numbers or (max(numbers) < INT32 and min(numbers) >= -INT32))
-        if bound is None or not fits or self.kernel.pre_run_hooks or (_IS_AMD and not _in_reach(tensors)):
-            compiled = self._through_binder(grid, passed or tensors, numbers)
-            if fits and bound is None and hasattr(compiled, "packed_metadata") and (not _IS_AMD or _in_reach(tensors)):
-                self._bound[key] = _Bound(compiled, compiled.run, compiled.function, compiled.packed_metadata)
-            return
-        compiled, run, function, packed_metadata = bound
-        args = self._in_order((*(passed or tensors), *numbers, *self._values))
-        stream = active.get_current_stream(device)
-        x, y, z = grid if len(grid) == 3 else (*grid, 1) if len(grid) == 2 else (*grid, 1, 1)
-        enter, leave = _RUNTIME.launch_enter_hook, _RUNTIME.launch_exit_hook
-        if _listens(enter) or _listens(leave):
-            metadata = compiled.launch_metadata(grid, stream, *args)
-            run(x, y, z, stream, function, packed_metadata, metadata, enter, leave, *args)
-        else:
-            run(x, y, z, stream, function, packed_metadata, None, None, None, *args)
+        if _IS_AMD and not _in_reach(tensors):
+            fits = False
+        if fits and bound is not None and not self.kernel.pre_run_hooks:
+            if known is not None and not _IS_AMD:
+                self._known[device, known] = bound
+            return bound
+        compiled = self._through_binder(grid, passed or tensors, numbers)
+        if fits and bound is None and hasattr(compiled, "packed_metadata"):
+            self._bound[key] = _Bound(compiled, compiled.run, compiled.function, compiled.packed_metadata)
+        return None
 
     def _through_binder(self, grid, tensors, numbers) -> Any:
         given = dict(zip(self._names, (*tensors, *numbers), strict=True))
         return self.kernel[tuple(grid)](**given, **self._constants, **self._options)
 
 
-def _listens(hook: Any) -> bool:
-    """Would anything happen if Triton called this launch hook? (A chain of none is not worth making metadata for.)"""
-    return hook is not None and bool(getattr(hook, "calls", True))
+def all_at_16_bytes(*tensors: Tensor | None) -> bool:
+    """Does 16 divide every address?"""
+    addresses = 0
+    for t in tensors:
+        if t is not None:
+            addresses |= t.data_ptr()
+    return not addresses & 15
+
+
+def _listen(enter: Any, leave: Any) -> bool:
+    """Would anything happen if Triton called these launch hooks? (A chain of none is not worth making metadata for.)"""
+    return bool(
+        (enter is not None and getattr(enter, "calls", True)) or (leave is not None and getattr(leave, "calls", True))
+    )
 
 
 def _in_reach(tensors: Sequence[Tensor | None]) -> bool:

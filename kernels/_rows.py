@@ -12,7 +12,7 @@ pointer is that of an empty tensor, of the same dtype and as aligned as any.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -264,21 +264,20 @@ def _sum_plan(n_cols: int) -> Plan:
     )
 
 
-def sum_parts(parts: Tensor, outs: list[Tensor | None], like: Sequence[Tensor]) -> None:
+def sum_parts(parts: Tensor, outs: list[Tensor | None], like: Sequence[Tensor], known: Hashable = None) -> None:
     """outs[k] [N] = sum over P of parts[k], for parts [K, P, N] fp32 with K at most 4 ([P, N] for one): one launch, one
     order.
 
-    An output that is None is left out; like[k] has its dtype.
+    An output that is None is left out; like[k] has its dtype. known: as in `Plan`.
     """
     wanted = 0
-    tensors = [parts]
+    tensors = [parts, None, None, None, None]
     for k, out in enumerate(outs):
         if out is None:
-            out = unwanted(parts.device, like[k].dtype)
+            tensors[k + 1] = unwanted(parts.device, like[k].dtype)
         else:
+            tensors[k + 1] = out
             wanted |= 1 << k
-        tensors.append(out)
     if wanted:
         n_parts, n_cols = parts.shape[-2:]
-        tensors += [None] * (5 - len(tensors))
-        _sum_plan(n_cols)((cdiv(n_cols, 32), len(outs)), tuple(tensors), (n_parts, wanted))
+        _sum_plan(n_cols)((cdiv(n_cols, 32), len(outs)), tensors, (n_parts, wanted), known=known)

@@ -28,17 +28,29 @@ have the bits of the composition. In the backward pass dx1 and dx are rounded on
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import _attention_launch, _device
 from ._attention_config import MAX_HEAD_DIM
-from ._attention_launch import UNBOUNDED, launch_backward, launch_forward
+from ._attention_launch import (
+    UNBOUNDED,
+    Backward,
+    Forward,
+    Options,
+    Traits,
+    backward_plans,
+    forward_plans,
+    run_backward,
+    run_forward,
+)
 from ._attention_schedule import Schedule
 from ._gemm import DTYPES, add_product, matmul, wants_grad
 from ._invariance import is_batch_invariant
+from ._launch import INT32, all_at_16_bytes
 from ._layer import LayerOptions, LayerWeights
 from ._library import PLAIN, apply_unwatched, needs_operators, on_its_device, once
 from ._rows import MAX_WIDTH
@@ -55,20 +67,22 @@ class _Batch(NamedTuple):
     seed: Tensor | None
     row_ids: Tensor | None
     sequence_ids: Tensor | None
+    known: Hashable  # as in `Plan`, for all launches but where they ask for different things; None: nothing is known
 
 
 # ---- which calls -----------------------------------------------------------------------------------------
 
 
 @functools.lru_cache(256)
-def _fits(width: int, shapes: tuple[tuple[int, ...] | None, ...], heads: int, activation: str) -> bool:
-    """Are these the shapes of a layer whose input is `width` wide, and do the kernels have its head_dim and widths?"""
+def _fits(width: int, shapes: tuple[tuple[int, ...] | None, ...], heads: int, activation: str) -> int:
+    """A number for which of the tensors are there. 0: these are not the shapes of a layer whose input is `width` wide,
+    or the kernels do not have its head_dim and widths."""
     of = LayerWeights(*shapes)
     if None in (of.query, of.key, of.value, of.out, of.out_norm, of.up, of.down, of.down_norm):
-        return False
+        return 0
     inner, hidden = of.query[0], of.up[0]
     vectors = {"query": inner, "up": hidden, "out": width, "out_norm": width, "down": width, "down_norm": width}
-    return (
+    fits = (
         of[:6:2] == ((inner, width),) * 3
         and len({of.query_bias, of.key_bias, of.value_bias}) == 1
         and (of.out, of.up, of.down) == ((width, inner), (hidden, width), (width, hidden))
@@ -80,28 +94,29 @@ def _fits(width: int, shapes: tuple[tuple[int, ...] | None, ...], heads: int, ac
         and activation in ACTIVATIONS
         and activation != "geglu"
     )
+    return sum(1 << place for place, shape in enumerate(shapes) if shape is not None) if fits else 0
 
 
-def takes(x: Tensor, weights: LayerWeights, options: LayerOptions) -> bool:
-    """Whether `encoder_layer` can stand for the operators: plain tensors of one dtype and device, contiguous x [T, C]
-    and weights, no autocast, and nobody who follows single operators (a compiler, a tracer, a mode, a transformation).
+def takes(x: Tensor, weights: LayerWeights, options: LayerOptions) -> int:
+    """Whether `encoder_layer` can stand for the operators, and if so a number for which of the weights there are.
+
+    It takes plain tensors of one dtype and device, contiguous x [T, C] and weights, no autocast, and nobody who follows
+    single operators (a compiler, a tracer, a mode, a transformation).
     """
     if needs_operators(x) or type(x) not in PLAIN or not PLAIN.issuperset(map(type, weights)):
-        return False
+        return 0
     if x.dim() != 2 or not x.is_contiguous() or not x.numel() or torch.is_autocast_enabled(x.device.type):
-        return False
+        return 0
     dtype, index = x.dtype, x.get_device()
     shapes = []
     for t in weights:
         if t is None:
             shapes.append(None)
-        elif t.dtype != dtype or t.get_device() != index:
-            return False
+        elif t.dtype != dtype or t.get_device() != index or not t.is_contiguous():
+            return 0
         else:
             shapes.append(t.shape)
-    if dtype not in DTYPES or not _fits(x.shape[1], tuple(shapes), options.heads, options.activation):
-        return False
-    return weights.out.is_contiguous() and weights.up.is_contiguous() and weights.down.is_contiguous()
+    return _fits(x.shape[1], tuple(shapes), options.heads, options.activation) if dtype in DTYPES else 0
 
 
 # ---- the pass --------------------------------------------------------------------------------------------
@@ -118,20 +133,40 @@ def _heads_of(qkv: Tensor, heads: int) -> tuple[Tensor, ...]:
     return qkv.view(qkv.shape[0], 3, heads, -1).unbind(1)
 
 
-def _attention_options(batch: _Batch, options: LayerOptions, head_dim: int) -> tuple:
+def _attention_options(batch: _Batch, options: LayerOptions, head_dim: int) -> Options:
     seed = batch.seed if options.probs_p > 0.0 else None
     dropout = options.probs_p, options.probs_stream
-    return None, None, None, None, None, seed, batch.sequence_ids, UNBOUNDED, UNBOUNDED, *dropout, head_dim**-0.5
+    return Options(
+        None, None, None, None, None, seed, batch.sequence_ids, UNBOUNDED, UNBOUNDED, *dropout, head_dim**-0.5
+    )
+
+
+@functools.lru_cache(1024)
+def _attention_plans(
+    config_of: Callable, arch: str, dtype: torch.dtype, heads: int, head_dim: int, dropout_p: float, ids: bool
+) -> tuple[Forward, Backward]:
+    """config_of: `attention_config`."""
+    traits = Traits(
+        arch, dtype, heads, heads, head_dim, padded=False, bias=None, mask=None, alibi=False, rotary=None, window=False,
+        dropout_p=dropout_p, ids=ids, scale=head_dim**-0.5,
+    )  # fmt: skip
+    token = 3 * heads * head_dim
+    strides = (0, token, head_dim) * 3
+    return forward_plans(config_of, traits, strides), backward_plans(config_of, traits, strides, (token, token), False)
+
+
+def _plans_of(q: Tensor, options: Options) -> tuple[Forward, Backward]:
+    arch, (_, heads, head_dim), ids = _device.arch(q.device.index), q.shape, options.sequence_ids is not None
+    return _attention_plans(_attention_launch.attention_config, arch, q.dtype, heads, head_dim, options.dropout_p, ids)
 
 
 def _forward(x, weights, qkv_weight, qkv_bias, batch: _Batch, options: LayerOptions, invariant: bool, keep: bool):
     """(y, what the backward pass needs beside the weights, or None without `keep`)."""
     qkv = matmul(x, qkv_weight, qkv_bias, invariant=invariant)
     q, k, v = _heads_of(qkv, options.heads)
-    spans, entries, parts, seed, row_ids, _ = batch
-    o, lse = launch_forward(
-        q, k, v, spans, spans, entries, parts, *_attention_options(batch, options, q.shape[-1])
-    )  # fmt: skip
+    spans, entries, parts, seed, row_ids, _, known = batch
+    of_attention = _attention_options(batch, options, q.shape[-1])
+    o, lse = run_forward(_plans_of(q, of_attention)[0], q, k, v, spans, spans, entries, parts, of_attention, known)
     o = o.view(x.shape[0], -1)
 
     out_bias, down_bias = weights.out_bias, weights.down_bias
@@ -141,23 +176,25 @@ def _forward(x, weights, qkv_weight, qkv_bias, batch: _Batch, options: LayerOpti
     z1 = matmul(o, weights.out, in_product[0], invariant=invariant)
     x1, _, mean1, rstd1 = norm_forward(
         z1, x, weights.out_norm, weights.out_norm_bias, options.out_eps, in_norm[0], seed, row_ids,
-        options.out_p, options.out_stream, False, False, keep,
+        options.out_p, options.out_stream, False, False, keep, known and (known, "out"),
     )  # fmt: skip
-    a, h = up_projection(x1, weights.up, weights.up_bias, options.activation, keep, invariant, inference=not keep)
+    a, h = up_projection(
+        x1, weights.up, weights.up_bias, options.activation, keep, invariant, not keep, known and (known, keep)
+    )
     z2 = matmul(a, weights.down, in_product[1], invariant=invariant)
     y, _, mean2, rstd2 = norm_forward(
         z2, x1, weights.down_norm, weights.down_norm_bias, options.down_eps, in_norm[1], seed, row_ids,
-        options.down_p, options.down_stream, False, False, keep,
+        options.down_p, options.down_stream, False, False, keep, known and (known, "down"),
     )  # fmt: skip
     return y, (x, q, k, v, o, lse, z1, mean1, rstd1, x1, h, z2, mean2, rstd2) if keep else None
 
 
-def _norm_backward(dy, z, residual, weight, bias, x_bias, mean, rstd, batch: _Batch, p, stream, wants):
+def _norm_backward(dy, z, residual, weight, bias, x_bias, mean, rstd, batch: _Batch, p, stream, wants, which):
     """(dr, dz, dweight, dbias, dx_bias). wants: whether anything before wants a gradient, then of each parameter."""
     want_dz, *want_params = wants
     dz, dr, *dparams = norm_backward(
         dy, None, z, residual, weight, bias, x_bias, mean, rstd, batch.seed, batch.row_ids, p, stream, False, False,
-        want_dz, want_dz and p > 0.0, want_params,
+        want_dz, want_dz and p > 0.0, want_params, batch.known and (batch.known, which),
     )  # fmt: skip
     return dr if p > 0.0 else dz, dz, *dparams
 
@@ -178,13 +215,14 @@ def _backward(dy, weights, qkv_weight, saved, batch: _Batch, options: LayerOptio
         dy, z2, x1, weights.down_norm, weights.down_norm_bias, weights.down_bias if fold else None, mean2, rstd2, batch,
         options.down_p, options.down_stream,
         (to_feed_forward or (columns and want.down_bias), want.down_norm, want.down_norm_bias, fold and want.down_bias),
+        "down",
     )  # fmt: skip
     if columns and want.down_bias:
         d["down_bias"] = dz.sum(0)
     if to_feed_forward:
         dh, a, d["up_bias"] = down_backward(
-            dz, weights.down, h, options.activation, want.down, want.up_bias, invariant
-        )  # fmt: skip
+            dz, weights.down, h, options.activation, want.down, want.up_bias, invariant, batch.known
+        )
         if want.down:
             d["down"] = matmul(dz, a, layout="tn")
         if want.up:
@@ -196,6 +234,7 @@ def _backward(dy, weights, qkv_weight, saved, batch: _Batch, options: LayerOptio
             batch, options.out_p, options.out_stream,
             (to_attention or want.out or (want.out_bias and not fold),
              want.out_norm, want.out_norm_bias, want.out_bias and fold),
+            "out",
         )  # fmt: skip
         if columns and want.out_bias:
             d["out_bias"] = dz.sum(0)
@@ -214,12 +253,12 @@ def _backward(dy, weights, qkv_weight, saved, batch: _Batch, options: LayerOptio
 
 def _attention_backward(do, q, k, v, o, lse, batch: _Batch, options: LayerOptions) -> Tensor:
     """dqkv [T, 3A] of do [T, A]."""
-    dqkv = do.new_empty((do.shape[0], 3 * do.shape[1]))
-    spans, entries, parts, *_ = batch
-    launch_backward(
-        do, None, o, lse, q, k, v, spans, spans, entries, entries, parts, parts,
-        *_attention_options(batch, options, q.shape[-1]),
-        into=(*_heads_of(dqkv, options.heads), torch.empty_like(lse)),
+    dqkv = do.new_empty(do.shape[0], 3 * do.shape[1])
+    spans, entries, parts, *_, known = batch
+    of_attention = _attention_options(batch, options, q.shape[-1])
+    run_backward(
+        _plans_of(q, of_attention)[1], (*_heads_of(dqkv, options.heads), torch.empty_like(lse)), do, None, o, lse, q, k,
+        v, spans, spans, entries, entries, parts, parts, of_attention, known,
     )  # fmt: skip
     return dqkv
 
@@ -234,7 +273,8 @@ def _qkv_gradients(d: dict[str, Tensor | None], dqkv: Tensor, x: Tensor, want: L
             if getattr(want, name):
                 d[name] = matmul(part, x, layout="tn")
     if want.query_bias or want.key_bias or want.value_bias:
-        for name, part in zip(("query_bias", "key_bias", "value_bias"), dqkv.sum(0).view(3, inner), strict=True):
+        of_biases = dqkv.sum(0).view(3, inner).unbind()
+        for name, part in zip(("query_bias", "key_bias", "value_bias"), of_biases, strict=True):
             if getattr(want, name):
                 d[name] = part
 
@@ -247,7 +287,7 @@ class _EncoderLayer(torch.autograd.Function):
     def forward(ctx, batch, options, x, *weights):
         weights = LayerWeights(*weights)
         qkv_weight, qkv_bias = joined(weights)
-        ctx.options, ctx.parts, ctx.invariant = options, batch.parts, is_batch_invariant()
+        ctx.options, ctx.parts, ctx.known, ctx.invariant = options, batch.parts, batch.known, is_batch_invariant()
         y, saved = _forward_there(x, weights, qkv_weight, qkv_bias, batch, options, ctx.invariant, True)
         tensors = batch.cu_seqlens, batch.entries, batch.seed, batch.row_ids, batch.sequence_ids
         ctx.save_for_backward(*tensors, qkv_weight, *weights[6:], *saved)
@@ -257,7 +297,10 @@ class _EncoderLayer(torch.autograd.Function):
     @once
     def backward(ctx, dy):
         cu_seqlens, entries, seed, row_ids, sequence_ids, qkv_weight, *rest = ctx.saved_tensors
-        batch = _Batch(cu_seqlens, entries, ctx.parts, seed, row_ids, sequence_ids)
+        dy = dy.contiguous()
+        # a parameter may have moved since, and whoever packs saved tensors brings others
+        known = ctx.known if all_at_16_bytes(dy, cu_seqlens, entries, seed, row_ids, sequence_ids, *rest) else None
+        batch = _Batch(cu_seqlens, entries, ctx.parts, seed, row_ids, sequence_ids, known)
         weights, saved = LayerWeights(*(None,) * 6, *rest[:10]), rest[10:]
         gradients = _backward_there(
             dy, weights, qkv_weight, saved, batch, ctx.options, ctx.invariant, ctx.needs_input_grad[2:]
@@ -265,12 +308,22 @@ class _EncoderLayer(torch.autograd.Function):
         return None, None, *gradients
 
 
+def _lies_well(x, weights, cu_seqlens, entries, seed, row_ids, sequence_ids, options: LayerOptions) -> bool:
+    """Does 16 divide the address of whatever a kernel is given in this layer, and do all numbers fit 32 bits?"""
+    return (
+        all_at_16_bytes(x, *weights, cu_seqlens, entries, seed, row_ids, sequence_ids)
+        and weights.query.shape[0] * x.element_size() % 16 == 0  # how far q, k and v lie apart in a row of qkv
+        and (row_ids is None or row_ids.is_contiguous())
+        and max(options.probs_stream, options.out_stream, options.down_stream) < INT32
+    )
+
+
 def encoder_layer(
     x: Tensor, weights: LayerWeights, cu_seqlens: Tensor, max_seqlen: int, options: LayerOptions, *, schedule: Schedule,
-    seed: Tensor | None = None, row_ids: Tensor | None = None, sequence_ids: Tensor | None = None,
+    seed: Tensor | None = None, row_ids: Tensor | None = None, sequence_ids: Tensor | None = None, taken: int = 0,
     qkv: Callable[[], tuple[Tensor, Tensor | None]] | None = None,
 ) -> Tensor:  # fmt: skip
-    """The layer of x [T, C], where `takes` says yes.
+    """The layer of x [T, C], where `takes` says yes: `taken` is what it said.
 
     qkv: gives `joined(weights)` where no gradient is recorded; the caller may keep them.
     """
@@ -279,7 +332,10 @@ def encoder_layer(
     if sequence_ids is not None:
         sequence_ids = sequence_ids.contiguous()
     expect_made_for("encoder_layer", schedule, x, cu_seqlens)
-    batch = _Batch(cu_seqlens, schedule.entries, schedule.parts(max_seqlen), seed, row_ids, sequence_ids)
+    known = None
+    if taken and _lies_well(x, weights, cu_seqlens, schedule.entries, seed, row_ids, sequence_ids, options):
+        known = taken, x.dtype, options.fold, *(None if ids is None else ids.dtype for ids in (row_ids, sequence_ids))
+    batch = _Batch(cu_seqlens, schedule.entries, schedule.parts(max_seqlen), seed, row_ids, sequence_ids, known)
     if wants_grad(x, *weights):
         return apply_unwatched(_EncoderLayer, batch, options, x, *weights)
     qkv_weight, qkv_bias = joined(weights) if qkv is None else qkv()

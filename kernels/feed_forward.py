@@ -169,7 +169,7 @@ def _activate_backward(
     """As `_gemm.gemm_dact`, of g [M, N] that is there already."""
     m, n = g.shape
     blocks_m = cdiv(m, POINTWISE_M)
-    dh = h.new_empty(h.shape)
+    dh = h.new_empty(*h.shape)
     a = h.new_empty(m, n) if want_a else None
     dbias_part = h.new_empty(blocks_m, h.shape[1], dtype=torch.float32) if want_dbias else None
     if dh.numel() > 0:
@@ -186,14 +186,19 @@ def _up_config(x: Tensor, weight: Tensor, activation: str, invariant: bool, only
     return gemm_config(n, k, x.dtype, _device.arch(x.device.index), "nt", epilogue, invariant, few_rows)
 
 
-def up_projection(x, weight, bias, activation, save_h, invariant, inference) -> tuple[Tensor, Tensor | None]:
-    """(a, h or None) of x [M, C]. inference: no backward pass follows that would have to make the same `a` again."""
+def up_projection(
+    x, weight, bias, activation, save_h, invariant, inference, known=None
+) -> tuple[Tensor, Tensor | None]:
+    """(a, h or None) of x [M, C]. inference: no backward pass follows that would have to make the same `a` again.
+
+    known: as in `gemm`.
+    """
     only = inference and bias is not None and x.dtype in VENDOR_ACTIVATIONS.get(activation, ())
     config = _up_config(x, weight, activation, invariant, only)
     if config.vendor_epilogue:
         return torch._addmm_activation(bias, x, weight.t(), use_gelu=activation != "relu"), None
     if not config.vendor:
-        return gemm(x, weight, bias, "nt", config, activation, save_h)
+        return gemm(x, weight, bias, "nt", config, activation, save_h, known=known)
     h = torch.nn.functional.linear(x, weight, bias)
     return _activate(h, activation), h if save_h else None
 
@@ -206,14 +211,14 @@ def _pre_activation(x, weight, bias, activation, invariant) -> Tensor:
     return torch.nn.functional.linear(x, weight, bias)
 
 
-def down_backward(dy, weight, h, activation, want_a, want_dbias, invariant):
-    """(dh, a or None, column sums of dh or None) of dy [M, C]."""
+def down_backward(dy, weight, h, activation, want_a, want_dbias, invariant, known=None):
+    """(dh, a or None, column sums of dh or None) of dy [M, C]. known: as in `gemm`."""
     epilogue = "dgeglu" if activation == "geglu" else "dact"
     k, n = weight.shape
     few_rows = dy.shape[0] <= FEW_ROWS
     config = gemm_config(n, k, dy.dtype, _device.arch(dy.device.index), "nn", epilogue, invariant, few_rows)
     if not config.vendor:
-        return gemm_dact(dy, weight, h, activation, config, want_a, want_dbias)
+        return gemm_dact(dy, weight, h, activation, config, want_a, want_dbias, known)
     g = matmul(dy, weight, layout="nn", invariant=invariant)
     return _activate_backward(g, h, activation, want_a, want_dbias)
 

@@ -53,7 +53,6 @@ from ._rows import (
     _store_part,
     _store_statistics,
     dropout_constants,
-    dropout_tensors,
     norm_bwd_config,
     norm_fwd_config,
     packed,
@@ -203,17 +202,20 @@ def _bwd_plan(config: NormConfig, n_cols: int, dropout_p: float, rms: bool, x_is
 
 
 def launch_forward(
-    x, residual, weight, bias, eps, x_bias, seed, row_ids, dropout_p, stream, rms, want_sum, want_stats
+    x, residual, weight, bias, eps, x_bias, seed, row_ids, dropout_p, stream, rms, want_sum, want_stats, known=None
 ):  # fmt: skip
+    """known: as in `Plan`, from a caller whose tensors are contiguous as well."""
+    if known is None:
+        x, residual, weight, bias, x_bias, row_ids = map(packed, (x, residual, weight, bias, x_bias, row_ids))
     shape = x.shape
     n_cols = shape[-1]
-    x = packed(x)
     y, z, mean, rstd = torch.empty_like(x), None, None, None
     if want_sum:
-        z = y.new_empty(shape, dtype=x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype))
+        z = torch.empty_like(x, dtype=x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype))
     if want_stats:
-        rstd = y.new_empty(shape[:-1], dtype=torch.float32)
-        mean = None if rms else y.new_empty((*shape[:-1], 2), dtype=torch.float32)
+        rows = shape[:-1]
+        rstd = x.new_empty(*rows, dtype=torch.float32) if rows else x.new_empty((), dtype=torch.float32)
+        mean = None if rms else x.new_empty(*rows, 2, dtype=torch.float32)
     n_rows = x.numel() // n_cols
     if n_rows:
         config = norm_fwd_config(n_cols)
@@ -221,11 +223,10 @@ def launch_forward(
         _fwd_plan(config, n_cols, eps, dropout_p, rms)(
             (-(-n_rows // config.block_m),),
             (
-                x, packed(residual), packed(x_bias), packed(weight), packed(bias),
-                *dropout_tensors(dropout_p, seed, row_ids),
+                x, residual, x_bias, weight, bias, *((None, None) if dropout_p == 0.0 else (seed, row_ids)),
                 y, z, None if rms else mean if want_stats else none, rstd if want_stats else none,
             ),
-            (n_rows, stream, int(want_stats)),
+            (n_rows, stream, int(want_stats)), known=known,
         )  # fmt: skip
     return y, z, mean, rstd
 
@@ -246,16 +247,21 @@ def _fake_fwd(
 
 def launch_backward(
     dy, dz_out, x, residual, weight, bias, x_bias, mean, rstd, seed, row_ids,
-    dropout_p, stream, rms, x_is_sum, want_dx, want_dresidual, want_params,
+    dropout_p, stream, rms, x_is_sum, want_dx, want_dresidual, want_params, known=None,
 ):  # fmt: skip
-    shape = x.shape
-    n_cols = shape[-1]
-    dx = dy.new_empty(shape) if want_dx else None
-    residual_dtype = x.dtype if residual is None else residual.dtype
-    dresidual = dy.new_empty(shape, dtype=residual_dtype) if want_dresidual else None
+    """known: as in `launch_forward`."""
+    if known is None:
+        dy, dz_out, x, residual, weight, x_bias, row_ids = map(
+            packed, (dy, dz_out, x, residual, weight, x_bias, row_ids)
+        )
+    n_cols = x.shape[-1]
+    like_residual = x if residual is None else residual
     want_dweight, want_dbias, want_dx_bias = want_params
     params = weight, bias, x_bias
-    # `empty_like` of what is contiguous, or a vector, takes half the time of `new_empty`
+    # torch makes `empty_like` of what is contiguous, or a vector, and `new_empty` of single numbers in half the time
+    # that it needs for a tuple of them
+    dx = torch.empty_like(dy) if want_dx else None
+    dresidual = torch.empty_like(like_residual) if want_dresidual else None
     dweight = torch.empty_like(weight) if want_dweight else None
     dbias = torch.empty_like(bias) if want_dbias else None
     dx_bias = torch.empty_like(x_bias) if want_dx_bias else None
@@ -272,29 +278,31 @@ def launch_backward(
     fused = n_cols <= MAX_FUSED_WIDTH
     summed_dx = dx
     if want_dx_bias and not (want_dx or fused):
-        summed_dx = dy.new_empty(shape)  # only to be summed
+        summed_dx = torch.empty_like(dy)  # only to be summed
     # a place for every sum that there can be, whichever are wanted
     has = weight is not None, bias is not None and fused, x_bias is not None and fused
-    parts = x.new_empty((sum(has), programs, n_cols), dtype=torch.float32)
+    parts = x.new_empty(sum(has), programs, n_cols, dtype=torch.float32)
     slots = iter(parts.unbind())
+    parts_of_each = [next(slots) if there else None for there in has]
     # where z is an output a gradient of it may come, or not: one kernel for both
-    z_gradient = None if not x_is_sum else unwanted(x.device, x.dtype) if dz_out is None else packed(dz_out)
+    z_gradient = None if not x_is_sum else unwanted(x.device, x.dtype) if dz_out is None else dz_out
     _bwd_plan(config, n_cols, dropout_p, rms, x_is_sum)(
         (programs,),
         (
-            packed(dy), z_gradient, packed(x), *((None, None) if x_is_sum else (packed(residual), packed(x_bias))),
-            packed(weight), None if rms else mean, rstd, *dropout_tensors(dropout_p, seed, row_ids),
+            dy, z_gradient, x, *((None, None) if x_is_sum else (residual, x_bias)),
+            weight, None if rms else mean, rstd, *((None, None) if dropout_p == 0.0 else (seed, row_ids)),
             unwanted(x.device, dy.dtype) if summed_dx is None else summed_dx,
-            unwanted(x.device, residual_dtype) if dresidual is None else dresidual,
-            *[next(slots) if there else None for there in has],
+            unwanted(x.device, like_residual.dtype) if dresidual is None else dresidual,
+            *parts_of_each,
         ),
         (
             n_rows, programs * config.block_m, stream, int(dz_out is not None), int(summed_dx is not None),
             int(want_dresidual), int(want_dweight), int(want_dbias), int(want_dx_bias),
         ),
+        known=known,
     )  # fmt: skip
     there = [n for n in range(3) if has[n]]
-    sum_parts(parts, [dparams[n] for n in there], [params[n] for n in there])
+    sum_parts(parts, [dparams[n] for n in there], [params[n] for n in there], known)
     if want_dbias and not fused:
         dbias.copy_(dy.reshape(-1, n_cols).sum(0, dtype=torch.float32))
     if want_dx_bias and not fused:

@@ -169,6 +169,46 @@ def alignment() -> Iterator[dict]:
             }  # fmt: skip
 
 
+def layer_alignment() -> Iterator[dict]:
+    """A layer, forward and backward, with all tensors at multiples of 16 bytes (three times), then with one of them
+    behind such an address: how often a plan looked at its tensors, and what the launcher refused."""
+    from fastbert import BertConfig
+    from fastbert.models.bert import BertLayer, Pass
+    from fastbert.packing import PackedBatch
+
+    look, looks = Plan._bound_for, []
+
+    def counted(plan, *args):
+        looks.append(plan)
+        return look(plan, *args)
+
+    Plan._bound_for = counted
+    layer = BertLayer(BertConfig(hidden_size=128, num_attention_heads=2, intermediate_size=256), 0)
+    layer = layer.to(torch.bfloat16).train()
+    batch = PackedBatch.from_lists([[5] * 30, [5] * 100])
+    aligned = {name: torch.zeros(130, 128, dtype=torch.bfloat16) for name in ("x", "dy")}
+    aligned |= {name: p.detach() for name, p in layer.named_parameters()}
+    for odd in (None, None, None, *aligned):
+        tensors = dict(aligned)
+        if odd is not None:
+            t = tensors[odd]
+            tensors[odd] = torch.zeros(t.numel() + 1, dtype=t.dtype)[1:].view(t.shape)
+        x, dy = tensors["x"].detach().requires_grad_(), tensors["dy"]
+        seen: list[Launch] = []
+        error = None
+        for name, p in layer.named_parameters():
+            p.data = tensors[name]
+        with offline("sm_90", seen.append, compiles=False):
+            shared = Pass(batch, batch.schedule("triton"), "triton")
+            seen.clear(), looks.clear()
+            try:
+                layer(x, shared).backward(dy)
+            except (TypeError, ValueError) as refused:
+                error = str(refused)
+        yield {"odd": odd, "error": error, "looks": len(looks), "launches": len(seen)}
+    Plan._bound_for = look
+
+
 def compile_cases() -> Iterator[dict]:
     from benchmarks.inspection.compile_cases import cases_of
     from benchmarks.inspection.compile_report import kernel_modules
@@ -205,7 +245,8 @@ def _plain(constexprs: dict) -> dict:
 if __name__ == "__main__":
     parts: dict[str, Callable[[], Iterator[dict]]] = {
         "every_operator": every_operator, "twenty_batches": twenty_batches, "layers": layers,
-        "schedules": schedules, "alignment": alignment, "compile_cases": compile_cases,
+        "schedules": schedules, "alignment": alignment,
+        "layer_alignment": layer_alignment, "compile_cases": compile_cases,
         "emulated_subset": emulated_subset,
     }  # fmt: skip
     json.dump({name: list(parts[name]()) for name in sys.argv[1:]}, sys.stdout)

@@ -16,13 +16,13 @@ BOUNDS = {"long": launch.UNBOUNDED, "medium": TILE, "short": SHORT}  # a bound f
 
 
 def plans_of(direction, arch, head_dim, dtype, dropout_p, kv_heads, alibi, padded):
-    traits = launch._Traits(
+    traits = launch.Traits(
         arch, dtype, 4, kv_heads, head_dim, padded, None, None, alibi, None, False, dropout_p, False, 0.125
     )
     strides = (0, 4 * head_dim, head_dim) * 3
     if direction == "forward":
-        return launch._forward_plans(attention_config, traits, strides)
-    return launch._backward_plans(attention_config, traits, strides, (4 * head_dim, kv_heads * head_dim), False)
+        return launch.forward_plans(attention_config, traits, strides)
+    return launch.backward_plans(attention_config, traits, strides, (4 * head_dim, kv_heads * head_dim), False)
 
 
 @pytest.mark.parametrize("longest", PARTS)

@@ -81,6 +81,19 @@ def test_a_tensor_at_an_odd_address_is_bound_anew():
     assert len({run["variant"] for run in runs}) == 2
 
 
+def test_a_layer_looks_at_its_tensors_once_and_at_all_of_them():
+    """Its plans take the layer's word that 16 divides all addresses, which the launcher checks here once more: one
+    tensor anywhere else, and every plan has to look for itself."""
+    runs = _record("layer_alignment")
+    first, _, third, *odd = runs
+    assert [(run["odd"], run["error"]) for run in runs if run["error"]] == []
+    assert third["looks"] == 0 < first["looks"] == third["launches"]
+    assert len(odd) == 18
+    # the upstream gradient is met on the way back only
+    assert {run["odd"] for run in odd if run["looks"] < run["launches"]} == {"dy"}
+    assert next(run["looks"] for run in odd if run["odd"] == "dy") > 0
+
+
 def test_every_kernel_is_launched(every_operator):
     launched = {launch["kernel"] for run in every_operator for launch in run["launches"]}
     assert launched == set(KERNELS)

@@ -45,7 +45,8 @@ def encoder_layer(
     if choose_impl(impl, x.device) != "triton":
         return None
     module = triton_module("encoder_layer")
-    if not module.takes(x, weights, options):
+    taken = module.takes(x, weights, options)
+    if not taken:
         return None
     expect_dropout("encoder_layer", max(options.probs_p, options.out_p, options.down_p), seed)
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
@@ -57,5 +58,5 @@ def encoder_layer(
     expect_integers("encoder_layer", "sequence_ids", sequence_ids, cu_seqlens.shape[0] - 1)
     return module.encoder_layer(
         x, weights, cu_seqlens.contiguous(), max_seqlen, options,
-        schedule=schedule, seed=seed, row_ids=row_ids, sequence_ids=sequence_ids, qkv=qkv,
+        schedule=schedule, seed=seed, row_ids=row_ids, sequence_ids=sequence_ids, taken=taken, qkv=qkv,
     )  # fmt: skip
