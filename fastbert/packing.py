@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,9 @@ class PackedBatch:
         entries: `functional.attention_entries(lengths)` where cu_seqlens is, or None: not made on the host.
         sequence_ids: [B] int64 names of the sequences for dropout, from 0 to 2^31 - 1, or None for 0 to B - 1. A text
             with the same name and seed has the same elements dropped, whatever it is packed with.
+        together: (cu_seqlens, lengths, entries) as they belong together, which the batch sees to itself.
+
+    `dataclasses.replace(batch, cu_seqlens=...)` gives a batch without the lengths and entries of the old cu_seqlens.
     """
 
     input_ids: Tensor | None
@@ -50,6 +53,19 @@ class PackedBatch:
     lengths: tuple[int, ...] | None = None
     entries: Tensor | None = None
     sequence_ids: Tensor | None = None
+    together: tuple[Any, ...] | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self):
+        if self.lengths is None and self.entries is None:
+            return
+        if self.together is not None:  # a replaced batch: what is still the old one's, beside what is not
+            cu_seqlens, lengths, entries = self.together
+            other = self.cu_seqlens is not cu_seqlens
+            if other and self.lengths is lengths:
+                object.__setattr__(self, "lengths", None)
+            if (other or self.lengths is not lengths) and self.entries is entries:
+                object.__setattr__(self, "entries", None)
+        object.__setattr__(self, "together", (self.cu_seqlens, self.lengths, self.entries))
 
     @classmethod
     def from_lists(
@@ -205,11 +221,15 @@ class PackedBatch:
         device = torch.device(device)
         if self.cu_seqlens.device.type == "cpu" and device.type != "cpu":
             return self._with_entries(device)._in_one_copy(device)
-        return replace(self, **{name: t.to(device, non_blocking=non_blocking) for name, t in self._tensors().items()})
+        return self._with({name: t.to(device, non_blocking=non_blocking) for name, t in self._tensors().items()})
 
     def _tensors(self) -> dict[str, Tensor]:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+    def _with(self, copies: dict[str, Tensor]) -> PackedBatch:
+        """With copies of all its tensors, which belong together as these do."""
+        return replace(self, **copies, together=None)
 
     def _with_entries(self, device: torch.device) -> PackedBatch:
         """With the entries of attention's list where kernels on `device` go by them."""
@@ -226,14 +246,15 @@ class PackedBatch:
         for part, t in zip(host.split(sizes), tensors.values(), strict=True):
             part[: t.nbytes].view(t.dtype).view(t.shape).copy_(t)
         there = host.to(device, non_blocking=True).split(sizes)
-        return replace(
-            self,
-            **{
+        return self._with(
+            {
                 name: part[: t.nbytes].view(t.dtype).view(t.shape)
                 for part, (name, t) in zip(there, tensors.items(), strict=True)
-            },
+            }
         )
 
 
 # torch.export takes and returns what it can take apart; what the host knows of the lengths would be fixed in a program
-register_dataclass(PackedBatch, drop_field_names=["lengths", "entries"], serialized_type_name="fastbert.PackedBatch")
+register_dataclass(
+    PackedBatch, drop_field_names=["lengths", "entries", "together"], serialized_type_name="fastbert.PackedBatch"
+)

@@ -1,11 +1,12 @@
 """The packed batch: what goes in comes out, whatever the mask looks like."""
 
-import dataclasses
+from dataclasses import fields, replace
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastbert import functional as F
 from fastbert.packing import PackedBatch
 
 pytestmark = pytest.mark.once
@@ -103,7 +104,7 @@ class Copies(TorchDispatchMode):
 
 
 def tensors_of(batch: PackedBatch) -> dict[str, torch.Tensor]:
-    values = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
+    values = {f.name: getattr(batch, f.name) for f in fields(batch)}
     return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
 
 
@@ -146,6 +147,37 @@ def test_the_list_of_tiles_is_made_where_kernels_go_by_it(monkeypatch):
     assert (schedule.n_long, schedule.n_medium) == (3, 1)
     monkeypatch.setattr("fastbert.functional._choice.why_not_triton", lambda device: "no")
     assert PackedBatch.from_lists([[5]]).entries is None
+
+
+def test_the_list_of_tiles_does_not_outlive_its_lengths():
+    """A batch with other cu_seqlens once kept the old list: attention then wrote 3 rows of a sequence of 70."""
+    batch, turned = (PackedBatch.from_lists([[5] * n for n in lengths]) for lengths in ((70, 3), (3, 70)))
+    changed = replace(batch, cu_seqlens=turned.cu_seqlens)
+    q = torch.randn(73, 2, 16, dtype=torch.float32)
+    expected, found = (
+        F.attention(q, q, q, b.cu_seqlens, b.max_seqlen, schedule=b.schedule()) for b in (turned, changed)
+    )
+    assert torch.equal(found, expected)
+
+
+def test_what_a_replaced_batch_keeps(monkeypatch):
+    monkeypatch.setattr("fastbert.functional.why_not_triton", lambda device: None)
+    batch = PackedBatch.from_lists([[5] * 70, [5] * 3])
+    other = torch.tensor([0, 3, 73], dtype=torch.int32)
+
+    def kept(**changes):
+        changed = replace(batch, **changes)
+        return changed.lengths, changed.entries is batch.entries
+
+    assert kept() == kept(positions=batch.positions + 1) == ((70, 3), True)
+    assert kept(cu_seqlens=other) == (None, False)
+    assert kept(cu_seqlens=other, lengths=(3, 70)) == ((3, 70), False)
+    assert kept(lengths=None) == (None, False)
+    assert replace(batch, cu_seqlens=other).entries is None
+    there = batch.to("cpu").to("meta")
+    assert there.lengths == (70, 3)
+    assert there.entries.shape == batch.entries.shape
+    assert replace(there, cu_seqlens=other).lengths is None
 
 
 def test_lengths_that_are_known_are_taken():
