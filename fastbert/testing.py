@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from . import functional
+from .whole_layer import encoder_layer
 
 # Awkward batches, each here for a reason; lengths in tokens.
 LENGTHS = {
@@ -307,12 +308,17 @@ def _gradients(outputs: list[Tensor], leaves: list[Tensor], upstream: list[Tenso
 WITHOUT_GRADIENT = ("alibi_slopes", "rotary")
 
 
+def function_of(op: str) -> Callable:
+    """What an operator's name in `INPUTS` stands for."""
+    return encoder_layer if op == "encoder_layer" else getattr(functional, op)
+
+
 def run_op(
     op: str, inputs: dict[str, Any], dtype: torch.dtype, device: torch.device | str = "cpu", *,
     impl: str | None = "triton", backward: bool = True, upstream: Sequence[Tensor | None] = (),
 ) -> Runs:  # fmt: skip
-    """`run_three` for `functional.<op>`: this implementation of it and the reference."""
-    function = getattr(functional, op)
+    """`run_three` for `function_of(op)`: this implementation of it and the reference."""
+    function = function_of(op)
     return run_three(
         functools.partial(function, impl=impl), functools.partial(function, impl="reference"),
         inputs, dtype, device, constant=WITHOUT_GRADIENT, backward=backward, upstream=upstream,
@@ -323,7 +329,7 @@ def check_op(
     op: str, inputs: dict[str, Any], dtype: torch.dtype, device: torch.device | str = "cpu", *,
     impl: str | None = "triton", factor: float = 2.0, backward: bool = True,
 ) -> list[Check]:  # fmt: skip
-    """`compare` for `functional.<op>`: this implementation of it against the reference."""
+    """`compare` for `function_of(op)`: this implementation of it against the reference."""
     return run_op(op, inputs, dtype, device, impl=impl, backward=backward).checks(factor)
 
 
@@ -452,6 +458,32 @@ def feed_forward_inputs(
     }
 
 
+def encoder_layer_inputs(
+    model: ModelShape, lengths: Sequence[int], *, dropout_p: float = 0.0, **options
+) -> dict[str, Any]:
+    """Of `whole_layer.encoder_layer`; rows have names of their own where there is dropout."""
+    width, feed = model.hidden, feed_forward_inputs(model, lengths)
+    norms = {
+        f"{name}_norm{end}": _normal(width, std=0.1, mean=mean, seed=seed)
+        for name, end, mean, seed in (("out", "", 1.0, 6), ("out", "_bias", 0.0, 7),
+                                      ("down", "", 1.0, 8), ("down", "_bias", 0.0, 9))
+    }  # fmt: skip
+    return {
+        "x": feed["x"],
+        "qkv": _normal(3 * width, width, std=width**-0.5, seed=10),
+        "qkv_bias": _normal(3 * width, std=0.1, seed=11),
+        "out": _normal(width, width, std=width**-0.5, seed=12),
+        "out_bias": _normal(width, std=0.1, seed=13),
+        "up": feed["up_weight"], "up_bias": feed["up_bias"],
+        "down": feed["down_weight"], "down_bias": feed["down_bias"],
+        **norms,
+        "cu_seqlens": cu_seqlens_of(list(lengths)), "max_seqlen": max(lengths, default=0), "heads": model.heads,
+        **(_dropout(dropout_p) | {"row_ids": 7 * torch.arange(sum(lengths), dtype=torch.int64, device="cpu")}
+           if dropout_p else {}),
+        **options,
+    }  # fmt: skip
+
+
 def embedding_inputs(model: ModelShape, lengths: Sequence[int], *, dropout_p: float = 0.0, **options) -> dict[str, Any]:
     """Of `embedding_layer_norm`. Ids repeat, so a row of the table sums the gradients of many tokens."""
     tokens, width = sum(lengths), model.hidden
@@ -495,6 +527,7 @@ INPUTS = {
     "add_rms_norm": functools.partial(norm_inputs, bias=False),
     "linear_act": linear_act_inputs,
     "feed_forward": feed_forward_inputs,
+    "encoder_layer": encoder_layer_inputs,
     "embedding_layer_norm": embedding_inputs,
     "linear_cross_entropy": cross_entropy_inputs,
     "pool": pool_inputs,

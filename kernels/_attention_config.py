@@ -111,15 +111,13 @@ def _config(head_dim: int, matrix: str, direction: str, traits: frozenset[str]) 
         # nothing has waited for, may still be reading
         return AttentionConfig(64, TILE, num_warps=8, num_stages=1 if matrix == "wgmma" else 2)
     if direction == "bwd_heads":
-        # 138 registers and 40 KB at head_dim 64, three programs; head_dim 32: 136 left alone, 128 without a spill under
-        # a cap, four programs; head_dim 256 would spill. tcgen05 with dropout: head_dim 32 takes 246 in four warps, 64
-        # would spill. Eight share lanes of tensor memory, and there Triton 3.7 lets one warp store the zeros that a
-        # product starts from over a result that another may not have loaded yet, with no barrier between
+        # 138 registers and 40 KB at head_dim 64, three programs, as at head_dim 32: 139, under a cap of 128 ten spill;
+        # head_dim 256 would spill. tcgen05 with dropout: head_dim 32 takes 246 in four warps, 64 would spill. Eight warps
+        # share lanes of tensor memory, and there Triton 3.7 lets one warp store the zeros that a product starts from
+        # over a result that another may not have loaded yet, with no barrier between
         if head_dim > 128 or (matrix == "tcgen05" and "dropout" in traits and head_dim > 32):
             return None
-        wide = head_dim > 64
-        most = 128 if matrix == "wgmma" and head_dim <= 32 and not traits else None
-        return AttentionConfig(SHORT, SHORT, num_warps=8 if wide else 4, num_stages=1, max_registers=most)
+        return AttentionConfig(SHORT, SHORT, num_warps=8 if head_dim > 64 else 4, num_stages=1)
     if direction == "bwd_short":
         # 135 registers and 33 KB at head_dim 64, three programs; head_dim 256 would spill, and so would all variants,
         # and rotary at 80
@@ -140,7 +138,8 @@ def _mma_sync_config(head_dim: int, shared: int, direction: str, traits: frozens
     if direction == "fwd":
         if head_dim > 128:
             return AttentionConfig(64, 64, num_warps=8, num_stages=1)
-        return AttentionConfig(128, 64, num_warps=8, num_stages=3)
+        # head_dim 32: 64 keys take 128 registers and spill two to four, 32 keys take 103
+        return AttentionConfig(128, 64 if head_dim > 32 else 32, num_warps=8, num_stages=3)
     if direction in ("fwd_short", "fwd_heads"):
         return AttentionConfig(SHORT, SHORT, num_warps=4 if head_dim <= 128 else 8, num_stages=1)
     if direction == "fwd_tile":
@@ -179,6 +178,10 @@ def _mma_sync_crowded_config(
             return None
         if direction == "bwd_dkv":
             return AttentionConfig(32 if head_dim <= 64 else 16, 64, num_warps=8, num_stages=1)
+        if direction == "fwd_short" and head_dim <= 64:
+            return AttentionConfig(
+                SHORT, SHORT, num_warps=4, num_stages=2
+            )  # sm_80: 158 registers; 168 and 2 spills in one
         return _mma_sync_config(head_dim, shared, direction, traits)
     if direction.endswith(("short", "heads", "tile")):
         return None

@@ -173,6 +173,7 @@ SUBSET: dict[str, Callable[[], list[Check]]] = {
     "accumulate_odd": lambda: _accumulate(ODD),
     **{f"activate_{a}": functools.partial(_activate, a, True) for a in ACTIVATIONS},
     "activate_alone": lambda: _activate("gelu", False),
+    "encoder_layer": lambda: _op("encoder_layer", (40, 100, 130), fold=True, dropout_p=0.1),
     "cross_entropy_mean": lambda: _op("linear_cross_entropy"),
     "cross_entropy_rows": lambda: _op("linear_cross_entropy", bias=False, reduction="none", label_smoothing=0.1),
     "cross_entropy_fp32": lambda: _op("linear_cross_entropy", dtype=torch.float32),

@@ -16,7 +16,7 @@ from fastbert import functional as F
 from fastbert import verify
 from fastbert.emulator.driver import Launch, offline
 from fastbert.kernels._launch import Plan
-from fastbert.testing import LENGTHS, MODELS, WITHOUT_GRADIENT
+from fastbert.testing import LENGTHS, MODELS, WITHOUT_GRADIENT, function_of
 
 DTYPES = verify.DTYPES
 # (architecture, dtypes): what tells architectures apart is the same for both types of 16 bits
@@ -39,7 +39,7 @@ def run(op: str, inputs: dict, dtype: torch.dtype, backward: bool = True) -> Non
         for name, value in inputs.items()
         if isinstance(value, Tensor) and value.is_floating_point() and name not in WITHOUT_GRADIENT
     }
-    out = getattr(F, op)(**{**inputs, **leaves}, impl="triton")
+    out = function_of(op)(**{**inputs, **leaves}, impl="triton")
     if backward:
         outs = [o for o in (out if isinstance(out, tuple) else (out,)) if o.requires_grad]
         torch.autograd.backward(outs, [torch.zeros_like(o) for o in outs])

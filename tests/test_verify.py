@@ -56,7 +56,7 @@ WRONG = {
 
 
 def test_every_operator_of_the_seam_is_verified():
-    assert set(verify.CASES) == set(functional.TRITON_MODULES) == set(INPUTS)
+    assert set(verify.CASES) == {*functional.TRITON_MODULES, "encoder_layer"} == set(INPUTS)
 
 
 def test_right_operators_pass(capsys):

@@ -37,6 +37,10 @@ CASES: dict[str, dict[str, dict]] = {
         "geglu": {"activation": "geglu"},
         "recompute": {"recompute": True, "down_bias": False},
     },
+    "encoder_layer": {
+        "plain": {},
+        "dropout": {"dropout_p": 0.1, "fold": True},
+    },
     "embedding_layer_norm": {
         "plain": {},
         "dropout": {"dropout_p": 0.1, "padding_idx": 0},
@@ -92,12 +96,13 @@ class Task:
     def needs(self) -> int:
         """Bytes of the device that it may take, by measurements of the float64 reference and its gradients."""
         m, tokens = self.model, sum(self.lengths)
+        scores = m.heads * sum(n * n for n in self.lengths)
         if self.op.startswith("attention"):
-            scores = m.heads * sum(n * n for n in self.lengths)
             elements = 4 * tokens * m.hidden + scores * (2 if "bias" in CASES[self.op][self.case] else 1)
         else:
             elements = tokens * (4 * m.hidden + 3 * m.intermediate) + m.vocab * m.hidden
             elements += tokens * m.vocab if self.op == "linear_cross_entropy" else 0
+            elements += scores + 8 * tokens * m.hidden if self.op == "encoder_layer" else 0
         return 64 * elements + 2**30
 
 
