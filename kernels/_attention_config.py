@@ -112,9 +112,9 @@ def _config(head_dim: int, matrix: str, direction: str, traits: frozenset[str]) 
         return AttentionConfig(64, TILE, num_warps=8, num_stages=1 if matrix == "wgmma" else 2)
     if direction == "bwd_heads":
         # 138 registers and 40 KB at head_dim 64, three programs, as at head_dim 32: 139, under a cap of 128 ten spill;
-        # head_dim 256 would spill. tcgen05 with dropout: head_dim 32 takes 246 in four warps, 64 would spill. Eight warps
-        # share lanes of tensor memory, and there Triton 3.7 lets one warp store the zeros that a product starts from
-        # over a result that another may not have loaded yet, with no barrier between
+        # head_dim 256 would spill. tcgen05 with dropout: head_dim 32 takes 246 in four warps, 64 would spill. Eight
+        # warps share lanes of tensor memory, and there Triton 3.7 lets one warp store the zeros that a product starts
+        # from over a result that another may not have loaded yet, with no barrier between
         if head_dim > 128 or (matrix == "tcgen05" and "dropout" in traits and head_dim > 32):
             return None
         return AttentionConfig(SHORT, SHORT, num_warps=8 if head_dim > 64 else 4, num_stages=1)
