@@ -56,7 +56,7 @@ def _one_by_one(
 ) -> Tensor:  # fmt: skip
     of = weights
     q, k, v = (
-        F.linear(x, w, b, impl=impl).view(x.shape[0], heads, -1)
+        F.linear(x, w, b, impl=impl).view(x.shape[0], heads, w.shape[0] // heads)
         for w, b in ((of.query, of.query_bias), (of.key, of.key_bias), (of.value, of.value_bias))
     )
     drop_probs, drop_out, drop_down = (

@@ -118,6 +118,8 @@ def test_sizes_of_the_batch_are_no_reason_to_compile(twenty_batches):
         for run in twenty_batches
         if run["case"] in plain and not run["op"].endswith("padded") and run["op"] != "linear_cross_entropy"
         for kernel, names in run["differ"].items()
+        # a layer sums vectors of two widths
+        if (run["op"], kernel.split()[0]) != ("encoder_layer", "_sum_parts_kernel")
     }
     assert found == set()
 
