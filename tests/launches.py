@@ -213,7 +213,9 @@ def compile_cases() -> Iterator[dict]:
     from benchmarks.inspection.compile_cases import cases_of
     from benchmarks.inspection.compile_report import kernel_modules
 
-    for arch, module in itertools.product(("sm_80", "sm_90"), kernel_modules()[0]):
+    # one flag of attention's is set for Blackwell's data centre cards alone
+    of_two = itertools.product(("sm_80", "sm_90"), kernel_modules()[0])
+    for arch, module in (*of_two, ("sm_100", "fastbert.kernels.attention")):
         cases, errors = cases_of(module, arch)
         yield {
             "arch": arch,
