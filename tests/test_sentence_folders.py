@@ -571,6 +571,8 @@ def test_accelerated_models_give_their_own_vectors(bert, modules):
 
 @pytest.mark.once
 def test_what_the_caller_wants_otherwise(bert, tmp_path, saved):
+    found = SentenceConfig.from_folder(saved)
+    assert (found.pooling, found.normalize, found.max_length, found.lowercase) == ("mean", True, None, False)
     assert load(saved).normalize
     assert not load(saved, normalize=False).normalize
     raw, cut = (theirs(saved, **options)[0] for options in ({}, {"truncate_dim": 5}))

@@ -10,13 +10,12 @@ from ..models.bert import BertModel
 from .folder import LAST_STATE, POOLER, Output, SentenceConfig
 from .modules import (
     POOLINGS,
-    VECTOR,
     Normalize,
     Pooling,
-    Router,
     SentenceModule,
     Truncate,
     WordWeights,
+    is_normalised,
     kinds_of,
     parts_of,
 )
@@ -40,8 +39,9 @@ def modules_of(
     sentence: SentenceConfig, pooling: str | None, normalize: bool | None, truncate_dim: int | None
 ) -> tuple[list[SentenceModule], Output]:
     """The folder's modules, with what the caller wants otherwise."""
-    modules, output = plain_modules(sentence.pooling, sentence.normalize)
-    if sentence.modules is not None:
+    if sentence.modules is None:
+        modules, output = plain_modules(sentence.pooling, sentence.normalize)
+    else:
         modules, output = list(sentence.modules), sentence.output
     if pooling is not None:
         kinds = kinds_of(modules)
@@ -61,13 +61,6 @@ def modules_of(
     if normalize and not is_normalised(modules):
         modules.append(Normalize())
     return modules, output
-
-
-def is_normalised(modules: Sequence[SentenceModule]) -> bool:
-    last = modules[-1] if len(modules) else None
-    if isinstance(last, Router):
-        return all(map(is_normalised, last.routes.values()))
-    return isinstance(last, Normalize) and last.output_name == VECTOR
 
 
 def expect_words(name: str | Path, tokenizer: Tokenizer, model: BertModel, modules: Sequence[SentenceModule]) -> None:

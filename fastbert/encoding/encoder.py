@@ -21,7 +21,7 @@ from ..inference.weights import prepack, quantise
 from ..models.bert import BertModel
 from ..packing import PackedBatch
 from ..text.batching import CHUNK_TEXTS, chunks_of, even_batches, filling, one_ahead, run_batches, tokens_per_batch
-from .assembly import POOLING, expect_words, is_normalised, keep_layers, modules_of, plain_modules
+from .assembly import POOLING, expect_words, keep_layers, modules_of, plain_modules
 from .devices import DTYPES, INT8, describe_operators, expect_int8, resolve_device, resolve_dtype
 from .folder import LAST_STATE, NO_PROMPTS, POOLER, Output, SentenceConfig
 from .modules import (
@@ -33,7 +33,9 @@ from .modules import (
     Size,
     WeightedLayerPooling,
     check_modules,
+    is_normalised,
     kinds_of,
+    modes_of,
     parts_of,
     run_modules,
 )
@@ -231,9 +233,7 @@ class Encoder:
     @property
     def pooling(self) -> str:
         """The poolings of one vector, joined by +; pooler for BERT's own; empty where a Router has them."""
-        if self.output == POOLER:
-            return "pooler"
-        return "+".join(mode for module in self.modules if isinstance(module, Pooling) for mode in module.modes)
+        return "pooler" if self.output == POOLER else modes_of(self.modules)
 
     @property
     def normalize(self) -> bool:

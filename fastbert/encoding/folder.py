@@ -44,6 +44,8 @@ from .modules import (
     Truncate,
     WeightedLayerPooling,
     WordWeights,
+    is_normalised,
+    modes_of,
 )
 from .settings import ANY, Settings
 
@@ -93,7 +95,7 @@ class SentenceConfig:
     """What a folder says of the way from texts to vectors; the defaults are sentence-transformers' for a plain BERT.
 
     Attributes:
-        pooling, normalize: how vectors are made where `modules` is None.
+        pooling, normalize: how vectors are made; where there are `modules`, what those come to.
         max_length: of a text in tokens; None where the folder leaves that to its tokenizer.
         lowercase: lower the text before tokenising, on top of what the tokenizer does.
         prompt: put before every text where a call names none.
@@ -150,7 +152,13 @@ class SentenceConfig:
             raise ValueError(f"{folder / MODULES}: the first module must be a Transformer, or a Router; it is {found}")
         built += [module for listed in modules if (module := build_module(folder, listed)) is not None]
         read = _read_library(settings) | _read_transformer(*read_transformer_settings(folder / encoder))
-        return cls(encoder="" if encoder == "." else encoder, modules=tuple(built), **read)
+        return cls(
+            pooling="pooler" if read["output"] == POOLER else modes_of(built),
+            normalize=is_normalised(built),
+            encoder="" if encoder == "." else encoder,
+            modules=tuple(built),
+            **read,
+        )
 
 
 # ---- the library's own file ------------------------------------------------------------------------------

@@ -394,6 +394,19 @@ def parts_of(modules: Sequence[SentenceModule], kind: type[SentenceModule]) -> l
     return [inner for module in modules for inner in module.modules() if isinstance(inner, kind)]
 
 
+def is_normalised(modules: Sequence[SentenceModule]) -> bool:
+    """Whether every vector has length 1 after these modules."""
+    last = modules[-1] if len(modules) else None
+    if isinstance(last, Router):
+        return all(map(is_normalised, last.routes.values()))
+    return isinstance(last, Normalize) and last.output_name == VECTOR
+
+
+def modes_of(modules: Sequence[SentenceModule]) -> str:
+    """The poolings of one vector, joined by +; empty where there is none, or a Router has them."""
+    return "+".join(mode for module in modules if isinstance(module, Pooling) for mode in module.modes)
+
+
 def kinds_of(modules: Sequence[SentenceModule]) -> list[str]:
     """The names of these modules, for people."""
     return [type(module).__name__ for module in modules]
