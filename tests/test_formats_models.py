@@ -248,6 +248,22 @@ def test_of_several_checkpoints_the_latest_or_the_named_one(tmp_path):
 # ---- formats that are built here from their description --------------------------------------------------
 
 
+def test_a_pre_training_run_of_the_model_garden(tmp_path):
+    """The encoder's own pooler is not trained there: `next_sentence.pooler_dense` is what the head pools with, and what
+    the Model Garden's export to TF-Hub copies into its place. TensorFlow writes the dot of a name twice."""
+    folder, ending = folder_with(tmp_path, "tf2_model_garden", "bert_config.json"), "/.ATTRIBUTES/VARIABLE_VALUE"
+    prefix = folder / "bert_model.ckpt"
+    variables = {n: v.read().clone() for n, v in read_bundle(prefix).items() if not n.startswith("_CHECK")}
+    kernel, bias = torch.randn(32, 32), torch.randn(32)
+    head = {"next_sentence..pooler_dense/kernel" + ending: kernel, "next_sentence..pooler_dense/bias" + ending: bias}
+    write_bundle(prefix, (variables | head).items())
+    expected = encoder_of(weights()) | {"bert.pooler.dense.weight": kernel.t(), "bert.pooler.dense.bias": bias}
+    assert_same_weights(folder, expected)
+    assert [name.split("/")[1:3] for name in open_model(folder).skipped] == [
+        ["_pooler_layer", leaf] for leaf in ("bias", "kernel")
+    ]
+
+
 def numbered(state: dict[str, torch.Tensor], scope: str, heads_axis: bool) -> dict[str, torch.Tensor]:
     """The names and shapes of tf-models-official 2.0 to 2.3, by transformers' former conversion script, reversed."""
     ending = "/.ATTRIBUTES/VARIABLE_VALUE"

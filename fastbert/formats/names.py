@@ -105,6 +105,7 @@ class Family:
         modules: the table.
         activation: what "gelu" means there, in transformers' words.
         ending: stands at the end of every variable's name.
+        not_weights: what the family leaves beside the weights, as in NOT_WEIGHTS.
     """
 
     title: str
@@ -113,6 +114,7 @@ class Family:
     modules: tuple[Module, ...]
     activation: str
     ending: str = ""
+    not_weights: tuple[tuple[str, str], ...] = ()
 
     def rules(self) -> Iterator[Rule]:
         for theirs, ours, kind in self.modules:
@@ -206,6 +208,17 @@ MODEL_GARDEN = Family(
     "gelu_new",
     _TF2_ENDING,
 )  # fmt: skip
+
+# A pre-training run pools for the next sentence with a layer of that head, and never trains the encoder's own pooler;
+# the Model Garden's export to TF-Hub puts the head's in its place. A dot in a name is written twice.
+_MODEL_GARDEN_PRETRAINING = replace(
+    MODEL_GARDEN,
+    modules=(
+        *(module for module in MODEL_GARDEN.modules if module[0] != "_pooler_layer"),
+        ("next_sentence..pooler_dense", "bert.pooler.dense", LINEAR),
+    ),
+    not_weights=((r"(^|/)_pooler_layer/", "a pooler that was not trained; the next sentence's stands for it"),),
+)
 
 # Until 2.3 the attention's output product belonged to the layer, and the parts of the encoder were numbered: four for
 # the embeddings, then the layers, then the pooler, whose number so depends on how many layers there are.
@@ -373,7 +386,7 @@ def tensorflow_family(names: Iterable[str]) -> Family:
     if has(r"(^|/)bert/embeddings/word_embeddings$"):
         return GOOGLE
     if has(r"(^|/)_transformer_layers/\d+/"):
-        return MODEL_GARDEN
+        return _MODEL_GARDEN_PRETRAINING if has(r"^next_sentence\.\.pooler_dense/") else MODEL_GARDEN
     numbers = [
         int(m[1]) for name in names if (m := re.search(r"layer_with_weights-(\d+)/(?!layer_with_weights-)", name))
     ]
@@ -430,7 +443,8 @@ def assign(family: Family, variables: dict[str, Variable]) -> Named:
     named = Named({}, {}, {}, set())
     unknown = []
     for name, theirs in variables.items():
-        reason = next((why for pattern, why in NOT_WEIGHTS if re.search(pattern, name)), None)
+        others = (*NOT_WEIGHTS, *family.not_weights)
+        reason = next((why for pattern, why in others if re.search(pattern, name)), None)
         if reason is not None:
             named.skipped[name] = reason
             continue
