@@ -183,6 +183,13 @@ def whole(tmp_path_factory):
     return out, weights(run)
 
 
+def test_the_rate_of_each_step_is_the_schedules(whole):
+    rows = [json.loads(line) for line in (whole[0] / "metrics.jsonl").read_text().splitlines()]
+    found = [row["lr"] for row in rows if "loss" in row]
+    warmup = math.ceil(0.1 * len(found))
+    assert found == pytest.approx([1e-3 * rate(step, len(found), warmup) for step in range(len(found))])
+
+
 @pytest.mark.parametrize("step", [1, 2, 3, 5])
 def test_a_run_goes_on_to_the_same_bits(whole, step, tmp_path):
     out, expected = whole
