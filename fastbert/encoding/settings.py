@@ -15,7 +15,7 @@ class Settings:
 
         settings = Settings(path, {"in_features": 8, "idx": 3})
         width = settings.take("in_features", int)
-        settings.expect_empty()     # ValueError: ... the setting 'idx' = 3 is not known
+        settings.expect_empty()     # ValueError: ... the setting 'idx' = 3 is not supported
 
     Args:
         file: what messages name.
