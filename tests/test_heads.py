@@ -378,3 +378,24 @@ def test_words_go_through_the_head_only_where_they_are_labelled(monkeypatch):
     logits = model(ids, labels=labels, output_logits=True).logits
     torch.testing.assert_close(logits, model(ids).logits[[0, 1], [1, 4]])
     assert model(ids, output_logits=False).to_tuple() == ()
+
+
+@pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification", "MultipleChoice"])
+def test_dropout_before_the_classifier(head):
+    """At the config's own rate, the kept numbers scaled, in training alone; the same for packed and padded input."""
+    kind = next(kind for kind in KINDS.values() if kind.head == head)
+    config = config_of(kind)
+    config.classifier_dropout = 0.5
+    model = getattr(fastbert, f"BertFor{head}")(config, impl="native")
+    seen = []
+    model.classifier.register_forward_pre_hook(lambda module, given: seen.append(given[0].detach()))
+    batch = padded_batch(kind)
+    for given in (for_theirs(kind, batch), packed_batch(kind, batch)):
+        torch.manual_seed(3)
+        model.train()(**given)
+    model.eval()(**packed_batch(kind, batch))
+    padded, packed, plain = seen
+    torch.testing.assert_close(padded, packed)
+    dropped = padded == 0.0
+    assert 0.4 < dropped.float().mean() < 0.6
+    torch.testing.assert_close(padded, torch.where(dropped, 0.0, 2 * plain))
