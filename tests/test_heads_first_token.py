@@ -7,10 +7,12 @@ import torch
 
 import fastbert
 from fastbert import BertConfig, BertModel, PackedBatch
+from fastbert.functional import LayerWeights
+from fastbert.kernels.cpu import operators as cpp
 from fastbert.testing import TINY, relative_rms
 
 CONFIG = BertConfig(
-    vocab_size=91, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
+    vocab_size=91, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
     max_position_embeddings=80, initializer_range=0.3, hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.3,
     num_labels=3,
 )  # fmt: skip
@@ -107,12 +109,21 @@ def test_the_model_by_itself(impl):
 
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("lengths", [[5, 0, 3], [60, 40, 0, 9]], ids=["few_tokens", "many"])
-def test_in_one_call_of_all_layers_or_all_but_the_last(layers, lengths):
+def test_in_one_call_of_all_layers_or_all_but_the_last(monkeypatch, layers, lengths):
     """Without gradients, where a CPU has the layers in C++."""
     config = copy.deepcopy(CONFIG)
     config.num_hidden_layers = layers
     model = BertModel(config, impl="native").eval()
     batch = packed(lengths)
     expected = model(batch, first_only=True).pooler_output
+    in_calls, call = [], cpp.encoder_layers
+
+    def counted(x, tensors, *others):
+        in_calls.append(len(tensors) // len(LayerWeights._fields))
+        return call(x, tensors, *others)
+
+    monkeypatch.setattr(cpp, "encoder_layers", counted)
     with torch.no_grad():
         torch.testing.assert_close(model(batch, first_only=True).pooler_output, expected)
+    in_one = layers if sum(lengths) < 64 else layers - 1
+    assert in_calls == ([in_one] if in_one and cpp.dtypes() else [])
