@@ -17,6 +17,7 @@ import torch
 from fastbert.checkpoint import CheckpointError
 from fastbert.training import checkpoints
 from fastbert.training.loop import TrainingError, forget_after
+from fastbert.training.metrics import Scores
 from fastbert.training.optimizer import AdamW, depth_of, freeze, groups_of
 from fastbert.training.plan import Plan, dropout_seed, rate
 from fastbert.training.predicting import pack
@@ -314,6 +315,18 @@ def test_a_run_ends_when_nothing_gets_better(tmp_path):
     again.resume()
     again.train()
     assert again.progress.step == run.progress.step, "going on does not begin another epoch"
+
+
+def test_a_model_is_kept_also_where_its_metric_is_undefined(tmp_path):
+    """Pearson's correlation of constant predictions is: the last epoch's stays then, and later the best one's."""
+    run = run_of(tmp_path, epochs=5)
+    values, kept = iter([math.nan, math.nan, 0.2, math.nan, 0.1]), []
+    run.metric, run.evaluate = "pearson", lambda model: Scores({"pearson": next(values)}, {})
+    run.keep_best = lambda model, scores: kept.append(scores.values["pearson"])
+    run.train()
+    assert kept == [pytest.approx(value, nan_ok=True) for value in (math.nan, math.nan, 0.2)]
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["scores"]["pearson"] for row in rows if "scores" in row] == [None, None, 0.2, None, 0.1]
 
 
 # ---- several processes ---------------------------------------------------------------------------------------

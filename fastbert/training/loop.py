@@ -97,7 +97,8 @@ class Run:
         windows: what is trained on.
         evaluate: gives the scores of the model as it is, the same in every process; None without an evaluation.
         metric: the name of the score that decides, more is better.
-        keep_best: saves the model, called in every process after each epoch whose metric is the best so far.
+        keep_best: saves the model, called in every process after each epoch whose metric is the best so far, or while
+            no metric has been a number.
         report: called in the first process with each record of metrics.jsonl.
     """
 
@@ -270,7 +271,8 @@ class Run:
             self.progress.best = value if better else self.progress.best
             values = {name: None if math.isnan(v) else v for name, v in scores.values.items()}
             self._record({"step": self.progress.step, "epoch": epoch, "scores": values, "best": better})
-            if not better:
+            # Until some epoch has a score that is a number, the last one's model is kept.
+            if not better and self.progress.best is not None:
                 return
         if self.keep_best is not None:
             self.keep_best(self.shared, scores)
