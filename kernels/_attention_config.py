@@ -233,6 +233,8 @@ def _float32_config(head_dim: int, matrix: str, direction: str, traits: frozense
     if head_dim <= 64:
         # four warps spill in the backward pass
         return AttentionConfig(64 if matrix == "mma.sync" and direction == "fwd" else 32, 32, num_warps=8, num_stages=1)
+    if direction == "bwd_dq" and head_dim > 128:
+        return AttentionConfig(16, 32, num_warps=8, num_stages=1)  # 16 keys spill four on sm_120, 32 take 110 registers
     if direction == "bwd_dkv" and head_dim > 128:
         return AttentionConfig(32, 16, num_warps=8, num_stages=1)  # with 16 rows sm_80 and sm_100 spill two or three
     if direction == "fwd" and head_dim <= 128 and matrix in ("wgmma", "mma.sync"):
