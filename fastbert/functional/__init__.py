@@ -18,6 +18,7 @@ from ..kernels._assembler import assembler as assembler
 from ..kernels._checks import ACTIVATIONS as ACTIVATIONS
 from ..kernels._checks import expect_indices as expect_indices
 from ..kernels._checks import expect_sequences as expect_sequences
+from ..kernels._invariance import is_batch_invariant as is_batch_invariant
 from ..kernels._layer import LayerOptions as LayerOptions
 from ..kernels._layer import LayerWeights as LayerWeights
 from ._attention import attention as attention
