@@ -14,7 +14,7 @@ transformers = pytest.importorskip("transformers", reason="whose models are chan
 modeling = transformers.models.bert.modeling_bert
 
 SIZES = {
-    "vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
+    "vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
     "max_position_embeddings": 40, "initializer_range": 0.2, "pad_token_id": 0,
 }  # fmt: skip
 MASK = torch.arange(9) < torch.tensor([9, 4, 1])[:, None]
@@ -37,11 +37,13 @@ def batch_of(mask: torch.Tensor = MASK) -> dict[str, torch.Tensor]:
 
 def assert_same(ours: nn.Module, plain: nn.Module, rows: torch.Tensor = MASK, **batch) -> None:
     batch = batch or batch_of()
-    torch.manual_seed(2)
-    want = plain(**batch)[0]
-    torch.manual_seed(2)
-    got = ours(**batch)[0]
-    torch.testing.assert_close(got[rows], want[rows], atol=1e-5, rtol=1e-4)
+    for gradients in (True, False):  # without them all layers may run in one call, which takes them from a list
+        with torch.set_grad_enabled(gradients):
+            torch.manual_seed(2)
+            want = plain(**batch)[0]
+            torch.manual_seed(2)
+            got = ours(**batch)[0]
+        torch.testing.assert_close(got[rows], want[rows], atol=1e-5, rtol=1e-4)
 
 
 # ---- changes inside an encoder ----------------------------------------------------------------------------
@@ -60,6 +62,11 @@ class Always(nn.Dropout):
 def of_instance(model):
     part = model.encoder.layer[1].intermediate
     part.forward = lambda x: modeling.BertIntermediate.forward(part, x) + 1.0
+
+
+def other_method_of_instance(model):
+    layer = model.encoder.layer[1]
+    layer.feed_forward_chunk = lambda x: modeling.BertLayer.feed_forward_chunk(layer, x) * 1.5
 
 
 def of_subclass(model):
@@ -119,8 +126,8 @@ def causal(model):
 
 
 CHANGES = [
-    of_instance, of_subclass, other_child, one_more_layer, layers_in_another_order, names_in_another_order,
-    other_activation, dropout_that_stays, scale, buffer, hook_that_edits, causal,
+    of_instance, other_method_of_instance, of_subclass, other_child, one_more_layer, layers_in_another_order,
+    names_in_another_order, other_activation, dropout_that_stays, scale, buffer, hook_that_edits, causal,
 ]  # fmt: skip
 
 
@@ -157,6 +164,31 @@ def test_code_that_is_replaced_for_all_models_runs(where, name, called, monkeypa
     monkeypatch.setattr(where, name, lambda *given, **named: original(*given, **named) * 1.25)
     assert not torch.allclose(plain(**batch_of())[0][MASK], before[MASK], atol=1e-3)
     assert_same(ours, plain)
+
+
+def louder_attention(*given, **named):
+    o, weights = transformers.integrations.sdpa_attention.sdpa_attention_forward(*given, **named)
+    return o * 1.5, weights
+
+
+@pytest.mark.parametrize("called", [False, True], ids=["at_first", "after_a_call"])
+@pytest.mark.parametrize("how", ["asked_for_by_name", "in_place_of_sdpa"])
+def test_attention_that_is_somebodys_own_runs(how, called, monkeypatch):
+    """transformers' table of attention functions is there to be written to, under new names and under its own."""
+    functions = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS
+    plain = plain_model()
+    ours, before = accelerated(plain), plain(**batch_of())[0]
+    if called:
+        assert_same(ours, plain)
+    name = "louder" if how == "asked_for_by_name" else plain.config._attn_implementation
+    monkeypatch.setitem(functions._local_mapping, name, louder_attention)
+    if how == "asked_for_by_name":
+        for model in (ours, plain):
+            model.config._attn_implementation = name
+    batch = batch_of(torch.ones_like(MASK))
+    assert not torch.allclose(plain(**batch)[0][MASK], before[MASK], atol=1e-3), "the change changes nothing"
+    assert_same(ours, plain, **batch)
+    assert "attention is somebody's own" in str(fastbert.explain(ours))
 
 
 def test_listeners_see_what_the_original_shows_them():

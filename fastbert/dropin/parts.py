@@ -20,7 +20,7 @@ from ..inference.weights import JoinedLinears
 from ..stack.description import Layer, Part
 from . import facts as table
 from .forward import Forward
-from .own import LIBRARY, Watch, listeners, of_library, why_own
+from .own import LIBRARY, Watch, listeners, of_library, why_library, why_own
 from .plain import by_token, fused_activation, why_not_plain
 
 TRANSFORMERS = "transformers.models."
@@ -140,7 +140,7 @@ def look(encoder: nn.Module, facts: table.Family, is_layer: Callable[[nn.Module]
             reason = f"a {type(given).__name__} came in place of an accelerated layer"
             break
         layers[paths[layer]] = layer
-    reason = reason or why_every_call(encoder, facts, layers) or _why_heard(encoder, facts, layers)
+    reason = reason or why_library() or why_every_call(encoder, facts, layers) or _why_heard(encoder, facts, layers)
     whole, described, tables = None, {}, False
     around = [
         (True, False) if path is None or not has(encoder, path) else verdict(at(encoder, path), kind)

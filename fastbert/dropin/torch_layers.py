@@ -19,7 +19,7 @@ from ..stack.shared import Pass
 from ..stack.steps import probability
 from .forward import Forward, count
 from .once import only_once
-from .own import LIBRARY, Watch, listeners, why_not_here, why_own
+from .own import LIBRARY, Watch, listeners, why_library, why_not_here, why_own
 from .padding import EMPTY, ZEROS, Policy
 from .parts import verdict, why_not_dropout
 from .plain import by_token, fused_activation, usable
@@ -102,7 +102,7 @@ class TorchForward(Forward):
             return Seen(None, *constants(self))
         seen = self.seen  # one thread may put another one there meanwhile
         if seen is None or not seen.watch.is_same():
-            reason = type(self).why_left(self.module) or self.who_listens()
+            reason = self.why_not_replaced()
             found = (None,) if reason else self.look_closely()
             inner = list(self.module.modules())
             activations = [(m.__dict__, "activation") for m in inner if isinstance(m, nn.TransformerEncoderLayer)]
@@ -112,6 +112,9 @@ class TorchForward(Forward):
     def look_closely(self) -> tuple:
         """The fields of `Seen` after `reason`."""
         return (None,)
+
+    def why_not_replaced(self) -> str | None:
+        return why_library() or type(self).why_left(self.module) or self.who_listens()
 
     def who_listens(self) -> str | None:
         for path, module in self.module.named_modules():
@@ -143,7 +146,7 @@ class TorchForward(Forward):
 @torch.compiler.assume_constant_result
 def constants(forward: TorchForward) -> tuple:
     """The fields of `Seen` after `watch`, for a traced pass."""
-    reason = type(forward).why_left(forward.module) or forward.who_listens()
+    reason = forward.why_not_replaced()
     found = (None,) if reason else forward.look_closely()
     return (reason, *found, *(None, (), None)[len(found) :])
 
