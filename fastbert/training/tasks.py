@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any, ClassVar
@@ -361,8 +361,3 @@ def make_task(spec: Spec, tokenizer: Tokenizer, labels: Sequence[str] = ()) -> A
     if spec.metric not in task.metrics:
         raise DataError(f"--metric of --task {spec.task} is one of {', '.join(task.metrics)}, got {spec.metric!r}")
     return task
-
-
-def with_threshold(task: Any, threshold: float) -> Any:
-    """The same task with another threshold."""
-    return make_task(replace(task.spec, threshold=threshold), task.tokenizer, task.labels)
