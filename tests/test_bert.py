@@ -360,3 +360,13 @@ def test_a_hook_of_a_linear_layer_is_called(grad):
         handle.remove()
         model(torch.randint(1, 120, (2, 9)))
     assert seen == [1]
+
+
+def test_hidden_states_have_gradients():
+    """They lie on the way to the output, as transformers' do, and not beside it."""
+    model, _ = twin(SMALL)
+    ids = torch.randint(1, 120, (2, 9))
+    output = model(ids, torch.ones_like(ids), output_hidden_states=True)
+    gradients = torch.autograd.grad(output.pooler_output.sum(), output.hidden_states)
+    assert len(gradients) == 3
+    assert all(g.abs().sum() > 0 for g in gradients)

@@ -192,6 +192,9 @@ WAYS_OUT = {
         model.encoder["layer"][0].attention["output"]["dense"].weight, "data", torch.randn(64, 64).t()
     ),
     "one layer in float64": lambda model: model.encoder["layer"][1].double(),
+    "another eps in a whole layer": lambda model: [
+        setattr(norm, "eps", 0.5) for norm in model.encoder["layer"][1].modules() if isinstance(norm, nn.LayerNorm)
+    ],
     "another eps": lambda model: setattr(model.encoder["layer"][1].output["LayerNorm"], "eps", 0.5),
 }
 
