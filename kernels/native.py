@@ -115,7 +115,7 @@ def linear(x, weight, bias=None):
 
 def linears(x, weights, biases):
     """The products of x with each weight side by side, from the weights as they lie; None where nothing does that."""
-    if torch.compiler.is_compiling() or any(map(layouts.is_int8, weights)):
+    if torch.compiler.is_compiling() or layouts.any_int8(weights):
         return None
     marked = any(map(layouts.is_promised, weights))
     if not all(cpp.takes_linear(x, w, b, None, marked) for w, b in zip(weights, biases, strict=True)):

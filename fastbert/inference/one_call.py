@@ -34,4 +34,4 @@ def run(x: Tensor, tensors: list[Tensor], options: F.LayerOptions, cu_seqlens: T
 
 def is_plain(tensors: Sequence[Tensor | None]) -> bool:
     """Whether all are there, and none is multiplied by in 8 bits."""
-    return not any(t is None or layouts.is_int8(t) for t in tensors)
+    return not (any(t is None for t in tensors) or layouts.any_int8(tensors))

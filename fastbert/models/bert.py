@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 
@@ -96,6 +96,11 @@ class BertEmbeddings(nn.Module):
         return F.dropout(x, **dropout) if dropout else x
 
 
+@cache
+def _activation_part(name: str) -> Part:
+    return Part(partial(F.activate, activation=name), plain=False)
+
+
 class BertLayer(nn.Module):
     """x = LayerNorm(x + attention(x)); x = LayerNorm(x + feed_forward(x)), with the paper's dropouts."""
 
@@ -124,17 +129,18 @@ class BertLayer(nn.Module):
             projections, joined = tuple(part_of(m, nn.Linear) for m in qkv._modules.values()), qkv.joined_linears
         else:
             projections, joined = (Part(partial(qkv, impl=impl), plain=False),), JoinedLinears()
+        # by position, which takes half the time of names
         return Layer(
             projections,
-            out=part_of(output["dense"], nn.Linear),
-            out_norm=part_of(output["LayerNorm"], nn.LayerNorm),
-            up=part_of(parts["intermediate"]._modules["dense"], nn.Linear),
-            activation=Part(partial(F.activate, activation=name), plain=False),
-            down=part_of(last["dense"], nn.Linear),
-            down_norm=part_of(last["LayerNorm"], nn.LayerNorm),
-            activation_name=name,
-            head_dim=self.config.head_dim,
-            joined=joined,
+            part_of(output["dense"], nn.Linear),
+            part_of(output["LayerNorm"], nn.LayerNorm),
+            part_of(parts["intermediate"]._modules["dense"], nn.Linear),
+            _activation_part(name),
+            part_of(last["dense"], nn.Linear),
+            part_of(last["LayerNorm"], nn.LayerNorm),
+            name,
+            self.config.head_dim,
+            joined,
         )
 
     def tensors(self) -> list[Tensor] | None:

@@ -118,8 +118,8 @@ def joined_by(layer: Layer) -> Callable[[], tuple[Tensor, Tensor | None]]:
 
 def in_one_call(x: Tensor, layers: Iterable[Layer | None], shared: Pass) -> Tensor | None:
     """x [T, C] of the last layer by one call of C++, or None where the layers have to be called one after another: a
-    layer is None, one call is not ahead of them or cannot stand for them, something is dropped or has a gradient."""
-    if torch.compiler.is_compiling() or shared.seed is not None or not shared.is_plain():
+    layer is None, one call is not ahead of them or cannot stand for them, something is dropped, or gradients are on."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or shared.seed is not None or not shared.is_plain():
         return None
     if not is_one_call_ahead(x.nbytes, x.dtype, x.device, shared.impl) or (found := in_one(layers)) is None:
         return None

@@ -13,6 +13,7 @@ torch counts (`_version`) or a new storage is noticed. One through `.data` or in
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -102,6 +103,10 @@ def is_marked(weight: Tensor) -> bool:
 def is_int8(weight: Tensor) -> bool:
     marked = _marked.get(weight) if _int8_since_start else None
     return marked is not None and marked.int8
+
+
+def any_int8(weights: Iterable[Tensor]) -> bool:
+    return _int8_since_start and any(map(is_int8, weights))
 
 
 def mark_joined(joined: Tensor, parts: list[Tensor]) -> None:
