@@ -191,6 +191,20 @@ def test_attention_that_is_somebodys_own_runs(how, called, monkeypatch):
     assert "attention is somebody's own" in str(fastbert.explain(ours))
 
 
+def test_attention_of_a_name_that_nobody_has_is_the_originals_error():
+    """A name in the config that transformers' table does not hold: transformers raises, and must go on to."""
+    plain = plain_model()
+    ours = accelerated(plain)
+    assert_same(ours, plain)
+    for model in (ours, plain):
+        model.config._attn_implementation = "of_nobody"
+    with pytest.raises(Exception, match="of_nobody") as error:
+        plain(**batch_of())
+    with pytest.raises(type(error.value), match="of_nobody"):
+        ours(**batch_of())
+    assert "its attention is of_nobody" in str(fastbert.explain(ours))
+
+
 def test_listeners_see_what_the_original_shows_them():
     """A hook on one module, and one on all: shapes, order and number of calls are the original's."""
     plain = plain_model()
