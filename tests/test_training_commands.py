@@ -180,7 +180,9 @@ def test_several_seeds_and_their_range(bert, files, tmp_path):
     of_each = [json.loads((tmp_path / "out" / f"seed-{n}" / "report.json").read_text()) for n in range(2)]
     assert report["values"] == [each["scores"]["accuracy"] for each in of_each]
     assert report["lowest"] <= report["median"] <= report["highest"]
-    assert (tmp_path / "out" / "model.safetensors").exists()
+    best = max(range(2), key=lambda n: of_each[n]["scores"]["accuracy"])
+    model = (tmp_path / "out" / "model.safetensors").read_bytes()
+    assert model == (tmp_path / "out" / f"seed-{best}" / "model.safetensors").read_bytes()
 
 
 def test_a_classifier_goes_on_learning_by_the_names_of_its_labels(tuned, tmp_path, capsys):
@@ -246,6 +248,53 @@ def test_a_folder_with_a_run_is_not_written_over(tuned, bert, files, capsys):
     assert "has checkpoints of a run: --resume goes on with it, or give another --out" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        (("--metric", "f1"), "--metric f1 is of one of two labels, and there are 3"),
+        (("--metric", "pearson"), "--metric pearson does not fit labels that are classes"),
+        (
+            ("--columns", "text,number", "--labels", "number", "--metric", "matthews"),
+            "does not fit labels that are num",
+        ),
+        (("--patience", 2), "--patience waits for a better metric, and needs --eval"),
+        (("--clip", -1), "expected a number from 0 up, got '-1'"),
+        (("--lr", "nan"), "expected a number from 0 up, got 'nan'"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused_before_training(bert, tmp_path, capsys, others, message):
+    train = tmp_path / "a.tsv"
+    train.write_text("text\tlabel\tnumber\na b\tx\t1\nb c\ty\t2\nc d\tz\t3\n")
+    assert finetune(bert, tmp_path / "out", "sentence", train, *others) != 0
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+def test_a_run_does_not_go_on_with_other_data_or_another_metric(bert, files, tmp_path, capsys):
+    train, out = tmp_path / "a.tsv", tmp_path / "out"
+    text = files["sentence"].read_text()
+    train.write_text(text)
+    first = ("--eval", train, "--epochs", 1)
+    assert finetune(bert, out, "sentence", train, *first) == 0
+    assert finetune(bert, out, "sentence", train, *first, "--resume") == 0
+    capsys.readouterr()
+    assert finetune(bert, out, "sentence", train, *first, "--resume", "--metric", "f1") == 1
+    assert "is of a run with metric accuracy, not f1: go on with the same settings and data" in capsys.readouterr().err
+    other = tmp_path / "b.tsv"
+    other.write_text(text.replace(" x\t", " y\t"))
+    assert finetune(bert, out, "sentence", other, *first, "--resume") == 1
+    assert "is of a run with training data of SHA-256" in capsys.readouterr().err
+    assert finetune(bert, out, "sentence", train, "--eval", other, "--epochs", 1, "--resume") == 1
+    assert "is of a run with evaluation data of SHA-256" in capsys.readouterr().err
+
+
+def test_predictions_do_not_overwrite_their_examples(tuned, files, capsys):
+    before = files["sentence"].read_bytes()
+    assert run("predict", tuned, files["sentence"], "-o", files["sentence"]) == 2
+    assert "input and output are the same file" in capsys.readouterr().err
+    assert files["sentence"].read_bytes() == before
+
+
 def test_a_folder_of_another_origin_is_no_pipeline(bert):
     with pytest.raises(CheckpointError, match=r"has no fastbert_task.json: it was not made by fastbert finetune"):
         fastbert.pipeline(bert)
@@ -256,6 +305,8 @@ def test_inputs_of_another_kind_are_refused(tuned):
     assert classify([]) == []
     with pytest.raises(TypeError, match=r"inputs\[1\] must be a text, got tuple"):
         classify(["a", ("a", "b")])
+    with pytest.raises(TypeError, match="expected a list of inputs, got a single text"):
+        classify("a b")
 
 
 # ---- killed --------------------------------------------------------------------------------------------------

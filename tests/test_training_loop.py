@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -222,6 +223,33 @@ def test_another_run_is_not_continued(whole, tmp_path):
     shutil.copytree(whole[0] / "checkpoints", tmp_path / "checkpoints")
     with pytest.raises(TrainingError, match=r"is of a run with lr 0.001, not 0.002: go on with the same settings"):
         run_of(tmp_path, lr=2e-3).resume()
+
+
+def test_a_step_that_float16_skips_is_none_of_the_optimisers(tmp_path, monkeypatch):
+    """Without bias correction the first step that is taken moves a parameter by lr * 0.1 / sqrt(0.001)."""
+    options = {"dtype": torch.float16, "bias_correction": False, "weight_decay": 0.0, "save_every": 1, "keep": 99}
+    run = run_of(tmp_path, **options)
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    weight, of_step, places = run.model.classifier.weight, run._gradients, []
+
+    def overflow(step, epoch):
+        loss = of_step(step, epoch)
+        if run.progress.step < 2:
+            weight.grad.fill_(math.inf)
+        return loss
+
+    monkeypatch.setattr(run, "_gradients", overflow)
+    places.append(weight.detach().clone())
+    run.report = lambda record: places.append(weight.detach().clone())
+    run.train()
+    moved = [float((after - before).abs().max()) for before, after in pairwise(places)]
+    assert moved[:2] == [0.0, 0.0]
+    lr = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[2])["lr"]
+    assert moved[2] == pytest.approx(lr * 0.1 / math.sqrt(0.001), rel=0.02)
+    assert run.progress.skipped == 2
+    again = run_of(tmp_path, **options)
+    again.resume()
+    assert again.progress.skipped == 2
 
 
 def test_the_last_checkpoints_stay_and_what_was_half_written_goes(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from pathlib import Path
@@ -94,15 +95,19 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         default=16384,
         help="tokens computed at once; fewer take less memory and change no gradient (default: 16,384)",
     )
-    p.add_argument("--lr", metavar="X", type=float, default=5e-5, help="the peak of the learning rate (default: 5e-5)")
+    p.add_argument(
+        "--lr", metavar="X", type=_at_least_0, default=5e-5, help="the peak of the learning rate (default: 5e-5)"
+    )
     p.add_argument(
         "--warmup", metavar="X", type=_share, default=0.1,
         help="share of all steps in which the rate rises; then it falls to 0 (default: 0.1)",
     )  # fmt: skip
-    p.add_argument("--weight-decay", metavar="X", type=float, default=0.01, help="default: 0.01")
-    p.add_argument("--clip", metavar="X", type=float, default=1.0, help="the gradient's largest norm (default: 1)")
+    p.add_argument("--weight-decay", metavar="X", type=_at_least_0, default=0.01, help="default: 0.01")
     p.add_argument(
-        "--layer-decay", metavar="X", type=float, default=1.0,
+        "--clip", metavar="X", type=_at_least_0, default=1.0, help="the gradient's largest norm (default: 1)"
+    )
+    p.add_argument(
+        "--layer-decay", metavar="X", type=_at_least_0, default=1.0,
         help="each layer's learning rate as a share of that of the layer above it (default: 1)",
     )  # fmt: skip
     p.add_argument("--freeze", metavar="N", type=_whole, help="do not train the embeddings and the first N layers")
@@ -157,11 +162,23 @@ def _share(text: str) -> float:
     return value
 
 
+def _at_least_0(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 up, got {text!r}")
+    return value
+
+
 def run(args: argparse.Namespace) -> int:
     if args.fsdp and not among_ranks():
         raise UsageError("--fsdp needs several processes: torchrun --nproc-per-node N -m fastbert finetune ...")
     if args.seeds > 1 and not args.eval:
         raise UsageError("--seeds compares runs by their metric, and needs --eval")
+    if args.patience and not args.eval:
+        raise UsageError("--patience waits for a better metric, and needs --eval")
     from ..training.finetune import finetune, several
 
     request = _request(args)

@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from .options import IMPLS, positive
+from .options import IMPLS, UsageError, positive, same_file
 
 ORDER = 3
 SUMMARY = "let a fine-tuned model label texts, find entities or answer questions"
@@ -45,6 +45,8 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.output and same_file(args.file, args.output):
+        raise UsageError(f"input and output are the same file: {args.output}")
     from ..checkpoint import write_atomically
     from ..training.pipeline import pipeline
 

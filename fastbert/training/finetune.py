@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import statistics
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..checkpoint import make_folder, write_json
+from ..checkpoint import make_folder, write_atomically, write_json
 from ..config import BertConfig
 from ..encoding.encoder import resolve_dtype
 from ..models import heads
@@ -134,6 +136,11 @@ def _finetune(request: Request, processes: Processes, report: Any) -> dict[str, 
         model, task, features.windows, settings, out, processes,
         metric=_score_name(spec), evaluate=evaluate if to_score else None, keep_best=keep_best,
         report=None if report is None else lambda record: report(record, run.steps),
+        binding={
+            "labels": task.labels, **json.loads(json.dumps(asdict(spec))),
+            "training data of SHA-256": _digest(request.train),
+            "evaluation data of SHA-256": None if request.eval is None else _digest(request.eval),
+        },
     )  # fmt: skip
     done = run.resume() if request.resume else 0
     if processes.rank == 0:
@@ -162,11 +169,17 @@ def several(request: Request, seeds: int, report: Any = None) -> dict[str, Any]:
             "highest": max(numbers),
         },
     }  # fmt: skip
-    for path in folder.iterdir():
-        if path.is_file() and path.name not in ("metrics.jsonl", "curve.svg", "report.json"):
-            shutil.copy2(path, request.out / path.name)
-    write_json(request.out / "report.json", _without_nan(summary))
+    if os.environ.get("RANK", "0") == "0":
+        for path in folder.iterdir():
+            if path.is_file() and path.name not in ("metrics.jsonl", "curve.svg", "report.json"):
+                with write_atomically(request.out / path.name) as temporary:
+                    shutil.copy2(path, temporary)
+        write_json(request.out / "report.json", _without_nan(summary))
     return summary
+
+
+def _digest(path: str) -> str:
+    return sha256(Path(path).read_bytes()).hexdigest()
 
 
 def _score_name(spec: Spec) -> str:

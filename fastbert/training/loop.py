@@ -80,9 +80,11 @@ class Settings:
 
 @dataclass
 class Progress:
-    """Where a run is: steps done, its best metric so far, the epochs since, and what float16 scales by."""
+    """Where a run is: steps done, how many of them float16 skipped, its best metric so far, the epochs since, and what
+    float16 scales by."""
 
     step: int = 0
+    skipped: int = 0
     best: float | None = None
     since_best: int = 0
     scaler: dict[str, Any] = field(default_factory=dict)
@@ -100,6 +102,7 @@ class Run:
         keep_best: saves the model, called in every process after each epoch whose metric is the best so far, or while
             no metric has been a number.
         report: called in the first process with each record of metrics.jsonl.
+        binding: what else must be the same where the run goes on, such as its data, as JSON has it.
     """
 
     model: nn.Module
@@ -112,6 +115,7 @@ class Run:
     evaluate: Callable[[nn.Module], Scores] | None = None
     keep_best: Callable[[nn.Module, Scores | None], None] | None = None
     report: Callable[[dict[str, Any]], None] | None = None
+    binding: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         s = self.settings
@@ -125,7 +129,7 @@ class Run:
         self.optimizer = AdamW(groups, s.betas, s.eps, s.bias_correction)
         self.scaler = torch.amp.GradScaler(self.processes.device.type, enabled=s.dtype == torch.float16)
         self.checkpoints = Checkpoints(self.out, s.keep, self.processes)
-        self.progress = Progress(settings=s.binding() | {"windows": len(self.windows)})
+        self.progress = Progress(settings=s.binding() | {"windows": len(self.windows)} | self.binding)
 
     # ---- the whole -------------------------------------------------------------------------------------
 
@@ -198,9 +202,11 @@ class Run:
         if not math.isfinite(loss) or not (math.isfinite(norm) or self.scaler.is_enabled()):
             raise self._failure(f"step {done + 1:,}: the loss is {loss:.6g} and its gradient's norm {norm:.6g}")
         lr = s.lr * rate(done, self.steps, self.warmup)
-        self.optimizer.set_rate(lr, done + 1)
+        self.optimizer.set_rate(lr, done + 1 - self.progress.skipped)
         self.scaler.step(self.optimizer)
+        scale = self.scaler.get_scale()
         self.scaler.update()
+        self.progress.skipped += self.scaler.get_scale() < scale
         self.optimizer.zero_grad()
         self.progress.step = done + 1
         tokens = sum(self.plan.lengths[row] for row in step)

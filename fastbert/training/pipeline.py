@@ -51,11 +51,13 @@ class Pipeline:
             batch_tokens: tokens computed at once; by default what the device likes.
 
         Returns: {"label", "score"}, or {"score"} where labels are numbers; {"text", "entities"}, each with type, text,
-            start and end in characters of the text, and score, the mean probability of its words' tags; {"answer",
-            "score", "start", "end"}, with "" and None where there is no answer.
+            start and end in characters of the text, and score, the mean probability of its words' tags; {"id",
+            "answer", "score", "start", "end"}, with "" and None where there is no answer.
 
-        Raises: TypeError where an input is no such thing.
+        Raises: TypeError where an input is no such thing, or a text stands in place of the list.
         """
+        if isinstance(inputs, str):
+            raise TypeError("expected a list of inputs, got a single text")
         return self.records([self._example(i, given) for i, given in enumerate(inputs)], all_scores, batch_tokens)
 
     def records(

@@ -129,6 +129,11 @@ class TextTask(Task):
 
     def settle(self, examples: Sequence[Text], given: Sequence[str] | None, model_labels: Sequence[str] | None) -> None:
         self.labels = list(NUMBERS) if self.regresses else classes_of(examples, given, model_labels)
+        if (self.spec.metric in NUMBER_METRICS) != self.regresses:
+            kind = "numbers" if self.regresses else "classes; --labels number is for numbers"
+            raise DataError(f"--metric {self.spec.metric} does not fit labels that are {kind}")
+        if self.spec.metric == "f1" and len(self.labels) != 2:
+            raise DataError(f"--metric f1 is of one of two labels, and there are {len(self.labels)}: see f1_macro")
 
     def check(self, examples: Sequence[Text]) -> None:
         """Raises DataError where an example to be scored has a label that was never seen in training."""
