@@ -46,7 +46,8 @@ def model_of(name: str, implementation: str) -> torch.nn.Module:
 @pytest.mark.parametrize("name", MODELS)
 def test_models_of_no_table(name, mask):
     fastbert.register_attention()
-    ours, plain, truth = model_of(name, "fastbert"), model_of(name, "eager"), model_of(name, "eager").double()
+    # in float64 transformers' eager attention gives NaN where padding sees nothing through its window, sdpa does not
+    ours, plain, truth = model_of(name, "fastbert"), model_of(name, "eager"), model_of(name, "sdpa").double()
     assert ours.config._attn_implementation == "fastbert"
     ids = torch.randint(1, 60, (3, 9))
     real = torch.ones(3, 9, dtype=torch.bool) if mask is None else mask.bool()
