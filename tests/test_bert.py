@@ -370,3 +370,47 @@ def test_hidden_states_have_gradients():
     gradients = torch.autograd.grad(output.pooler_output.sum(), output.hidden_states)
     assert len(gradients) == 3
     assert all(g.abs().sum() > 0 for g in gradients)
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+def test_a_hook_of_any_module_is_called(grad):
+    model = BertModel(SMALL, impl="native").eval()
+    ids = torch.randint(1, SMALL.vocab_size, (2, 5))
+    expected = model(ids).last_hidden_state
+    for path, module in model.named_modules():
+        if not path or isinstance(module, (torch.nn.ModuleList, torch.nn.ModuleDict)):
+            continue
+        seen = []
+        handle = module.register_forward_hook(lambda *_, seen=seen: seen.append(1))
+        with torch.set_grad_enabled(grad):
+            torch.testing.assert_close(model(ids).last_hidden_state, expected)
+        handle.remove()
+        assert seen, path
+
+
+def test_a_hook_on_every_gradient_is_called():
+    """As torch has it, such a hook is on every module that there is."""
+    model = BertModel(SMALL, impl="native")
+    seen = []
+    handle = torch.nn.modules.module.register_module_full_backward_hook(lambda module, *_: seen.append(module))
+    try:
+        model(torch.randint(1, SMALL.vocab_size, (2, 5))).pooler_output.sum().backward()
+    finally:
+        handle.remove()
+    assert {m for m in model.modules() if isinstance(m, (torch.nn.Linear, torch.nn.LayerNorm))} <= set(seen)
+
+
+def test_a_part_in_evaluation_mode_drops_nothing():
+    """Whoever freezes the lower part of a model puts it into evaluation mode, and trains the rest."""
+    model = BertModel(SMALL, impl="native").train()
+    model.embeddings.eval()
+    for layer in model.encoder["layer"]:
+        layer.eval()
+    ids = torch.randint(1, SMALL.vocab_size, (2, 5))
+    frozen = model(ids).last_hidden_state
+    assert torch.equal(model(ids).last_hidden_state, frozen)
+    torch.testing.assert_close(model.eval()(ids).last_hidden_state, frozen)
+    model.embeddings.train()
+    assert torch.equal(model(ids).last_hidden_state, frozen), "the model as a whole evaluates"
+    model.train().encoder["layer"][1].eval()
+    assert not torch.equal(model(ids).last_hidden_state, frozen)

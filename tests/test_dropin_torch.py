@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import fastbert
 from fastbert.kernels.cpu import operators as cpp
@@ -251,6 +252,34 @@ def test_a_hook_inside_is_heard():
     with pytest.warns(UserWarning, match="LayerNorm has a hook"):
         ours(torch.randn(2, 5, 32))
     assert sorted(heard) == [1, 2]
+
+
+@pytest.mark.filterwarnings("ignore:.*so fastbert leaves")
+def test_pruned_attention_is_computed_anew():
+    """Pruning hangs a hook on attention that makes its weight anew before each call. Where the hook did not run, the
+    weight stayed that of the first step, and the second backward pass failed."""
+    plain = encoder()
+    for layer in plain.layers:
+        prune.l1_unstructured(layer.self_attn, "in_proj_weight", 0.5)
+    ours = fastbert.accelerate(plain, impl="native")
+    optimizer = torch.optim.SGD(ours.parameters(), 0.1)
+    x = torch.randn(2, 5, 32)
+    for _ in range(2):
+        ours(x).square().sum().backward()
+        optimizer.step()
+    y = ours(x)
+    torch.testing.assert_close(y, fastbert.restore(ours)(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*so fastbert leaves")
+def test_attention_alone_in_training_mode():
+    """torch's inference path drops nothing then, and its other path does."""
+    ours = fastbert.accelerate(encoder(dropout=0.5).eval(), impl="native")
+    ours.layers[0].self_attn.train()
+    x = torch.randn(2, 5, 32)
+    assert not torch.equal(ours(x), ours(x))
+    with torch.no_grad():
+        assert torch.equal(ours(x), ours(x))
 
 
 def test_restore_copy_and_pickle():

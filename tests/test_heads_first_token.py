@@ -127,3 +127,13 @@ def test_in_one_call_of_all_layers_or_all_but_the_last(monkeypatch, layers, leng
         torch.testing.assert_close(model(batch, first_only=True).pooler_output, expected)
     in_one = layers if sum(lengths) < 64 else layers - 1
     assert in_calls == ([in_one] if in_one and cpp.dtypes() else [])
+
+
+def test_compiles_in_one_graph():
+    """How many tokens a padded batch holds is known to nobody while a graph is traced."""
+    model = BertModel(CONFIG, impl="native").eval()
+    ids, mask = torch.randint(1, CONFIG.vocab_size, (2, 6)), torch.tensor([[1] * 6, [1] * 2 + [0] * 4])
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        expected = model(ids, mask).pooler_output
+        torch.testing.assert_close(compiled(ids, mask, first_only=True).pooler_output, expected)

@@ -385,6 +385,8 @@ REFUSED = {
     "ids that no one can give": (old({"added_tokens_decoder": {"3": token("<e>")}}), "<e> has id .* there, not 3"),
     "a gap": (old(added_tokens={"<e>": SIZE + 5}), f"<e> has id {SIZE} there, not {SIZE + 5}"),
     "no case": (old({"do_lower_case": None}), "do_lower_case must be true or false, got null"),
+    "no side": (old({"truncation_side": None}), "truncation_side must be left or right, got null"),
+    "a length in words": (old({"model_max_length": "512"}), 'model_max_length must be a number, got "512"'),
     "a case in words": (old({"strip_accents": "yes"}), 'strip_accents must be true or false, got "yes"'),
     "no first token": (old({"cls_token": None}), "is not a BERT vocabulary: it lacks cls_token"),
     "a token that is a number": (old({"mask_token": 5}), "a special or added token is none .5"),

@@ -16,7 +16,6 @@ from ..packing import PackedBatch
 from ..stack.description import Layer, Part
 from ..stack.layer import in_one_call, run
 from ..stack.shared import Pass
-from ..stack.steps import probability
 from .forward import Forward, count
 from .once import only_once
 from .own import LIBRARY, Watch, listeners, why_library, why_not_here, why_own
@@ -119,7 +118,11 @@ class TorchForward(Forward):
     def who_listens(self) -> str | None:
         for path, module in self.module.named_modules():
             # torch never calls the output layer of its attention, whose weight it takes
-            if path and not path.endswith("out_proj") and listeners(module):
+            if not path or path.endswith("out_proj"):
+                continue
+            # attention is walked past, so that what computes its weight anew before each call would not run
+            walked_past = isinstance(module, nn.MultiheadAttention) and module._forward_pre_hooks
+            if walked_past or listeners(module):
                 return f"a {type(module).__name__} has a hook"
         return None
 
@@ -189,8 +192,7 @@ class TorchLayerForward(TorchForward):
 
     def why_not_now(self) -> str | None:
         """torch's inference path drops nothing whatever its dropout modules say, and its other path does."""
-        layer = self.module
-        if not layer.training and any(probability(getattr(layer, name)) for name in DROPOUTS):
+        if not self.module.training and any(torch_drops(self.module)):
             return "a dropout is on in a layer that evaluates"
         return None
 

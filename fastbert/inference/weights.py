@@ -105,6 +105,8 @@ def is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
         or own["_backward_pre_hooks"]
         or of_all._global_forward_hooks
         or of_all._global_forward_pre_hooks
+        or of_all._global_backward_hooks
+        or of_all._global_backward_pre_hooks
     )
 
 

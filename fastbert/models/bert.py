@@ -26,7 +26,7 @@ from ..packing import PackedBatch
 from ..stack.description import Drops, Layer, Part, part_of
 from ..stack.layer import in_one, in_one_call, is_one_call_ahead, run, run_for_first
 from ..stack.shared import Pass
-from ..stack.steps import multiply
+from ..stack.steps import multiply, norm_only
 from .loading import LeftUninitialised, initialise, load_encoder, read_model
 
 
@@ -79,20 +79,20 @@ class BertEmbeddings(nn.Module):
 
     def forward(self, shared: Pass, inputs_embeds: Tensor | None = None) -> Tensor:
         word, position, segment = self.word_embeddings, self.position_embeddings, self.token_type_embeddings
-        norm, batch = self.LayerNorm, shared.batch
+        norm, batch = part_of(self.LayerNorm, nn.LayerNorm), shared.batch
+        dropout = shared.dropout(self.dropout_p, stream=0) if self.training else {}
         # without segments every token is of segment 0
         types = torch.zeros_like(batch.positions) if batch.token_type_ids is None else batch.token_type_ids
-        if inputs_embeds is None and not all(is_untouched(table, nn.Embedding) for table in (word, position, segment)):
+        tables_are_plain = all(is_untouched(table, nn.Embedding) for table in (word, position, segment))
+        if inputs_embeds is None and not (tables_are_plain and norm.plain):
             inputs_embeds = word(batch.input_ids)
         if inputs_embeds is None:
+            own = self.LayerNorm
             return F.embedding_layer_norm(
                 batch.input_ids, types, batch.positions, word.weight, position.weight, segment.weight,
-                norm.weight, norm.bias, norm.eps,
-                padding_idx=word.padding_idx, impl=shared.impl, **shared.dropout(self.dropout_p, stream=0),
+                own.weight, own.bias, own.eps, padding_idx=word.padding_idx, impl=shared.impl, **dropout,
             )  # fmt: skip
-        x = inputs_embeds + segment(types) + position(batch.positions)
-        x = F.add_layer_norm(x, None, norm.weight, norm.bias, norm.eps, impl=shared.impl)
-        dropout = shared.dropout(self.dropout_p, stream=0)
+        x = norm_only(inputs_embeds + segment(types) + position(batch.positions), norm, shared)
         return F.dropout(x, **dropout) if dropout else x
 
 
@@ -154,7 +154,8 @@ class BertLayer(nn.Module):
     def forward(self, x: Tensor, shared: Pass, first_only: bool = False) -> Tensor:
         """x [T, C] -> [T, C]; with `first_only` the rows of each sequence's first token alone, [B, C]."""
         hidden_p, probs_p = self.config.hidden_dropout_prob, self.config.attention_probs_dropout_prob
-        drops = Drops(probs_p, hidden_p, 0.0, hidden_p) if shared.seed is not None else Drops()
+        # a layer may be put into evaluation mode by itself
+        drops = Drops(probs_p, hidden_p, 0.0, hidden_p) if self.training and shared.seed is not None else Drops()
         walk = run_for_first if first_only else run
         return walk(x, self.described(shared.impl), drops, shared, self.index, self.training)
 
@@ -348,7 +349,7 @@ class BertModel(nn.Module):
         x = self.embeddings(shared, inputs_embeds)
         layers = list(self.encoder["layer"])
         # in a graph that torch.compile makes, lengths must not be read on the host, as attention over other keys may
-        ends_first = first_only and len(layers) > 0 and batch.total_tokens > 0 and not torch.compiler.is_compiling()
+        ends_first = first_only and not torch.compiler.is_compiling() and len(layers) > 0 and batch.total_tokens > 0
         if hidden_states is None and attentions is None and not self.training:
             but_last = ends_first and batch.total_tokens > FEW_TOKENS
             y = in_one_call(x, islice(self._plain_layers(), len(layers) - but_last), shared)

@@ -175,6 +175,11 @@ def _refuse_unknown_keys(path: Path, config: dict[str, Any]) -> None:
         value = config.get(key, default)
         if not isinstance(value, bool) and value is not default:
             raise CheckpointError(f"{path}: {key} must be true or false, got {json.dumps(value)}")
+    if (side := config.get("truncation_side", "right")) not in ("left", "right"):
+        raise CheckpointError(f"{path}: truncation_side must be left or right, got {json.dumps(side)}")
+    for key in ("model_max_length", "max_len"):
+        if not isinstance(config.get(key), (int, float, type(None))):
+            raise CheckpointError(f"{path}: {key} must be a number, got {json.dumps(config[key])}")
 
 
 def settings_of(
