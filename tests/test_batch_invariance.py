@@ -7,7 +7,15 @@ import pytest
 import torch
 
 import fastbert
-from fastbert import BertConfig, BertModel, Encoder, PackedBatch
+from fastbert import (
+    BertConfig,
+    BertForPreTraining,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+    Encoder,
+    PackedBatch,
+)
 from fastbert import functional as F
 
 SMALL = BertConfig(
@@ -115,6 +123,27 @@ def test_the_real_minilm_on_a_cpu(dtype):
         assert torch.equal(encoder.encode(sentences, max_tokens_per_batch=300), together)
         for i in range(0, 24, 7):
             assert torch.equal(encoder.encode(sentences[i]), together[i]), f"text {i}: alone and together"
+
+
+@pytest.mark.parametrize(
+    "cls",
+    [BertForSequenceClassification, BertForTokenClassification, BertForPreTraining],
+    ids=lambda cls: cls.__name__.removeprefix("BertFor"),
+)
+def test_heads(cls):
+    """Those that read the first token alone go through the last layer in another way for few tokens than for many; the
+    vendor library has other kernels for one row than for several."""
+    model = cls(SMALL, impl="native").eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    rows = texts()
+    with torch.no_grad(), fastbert.batch_invariant():
+        together = model(PackedBatch.from_lists(rows)).to_tuple()
+        for count in (1, 2):
+            fewer = model(PackedBatch.from_lists(rows[:count])).to_tuple()
+            for few, all_ in zip(fewer, together, strict=True):
+                assert torch.equal(few, all_[: len(few)]), f"{count} texts"
 
 
 @pytest.mark.triton

@@ -348,8 +348,10 @@ class BertModel(nn.Module):
 
         x = self.embeddings(shared, inputs_embeds)
         layers = list(self.encoder["layer"])
-        # in a graph that torch.compile makes, lengths must not be read on the host, as attention over other keys may
-        ends_first = first_only and not torch.compiler.is_compiling() and len(layers) > 0 and batch.total_tokens > 0
+        # in a graph that torch.compile makes, lengths must not be read on the host, as attention over other keys may;
+        # and which way is taken goes by the number of tokens, whose bits differ
+        ends_first = first_only and not (torch.compiler.is_compiling() or F.is_batch_invariant())
+        ends_first = ends_first and len(layers) > 0 and batch.total_tokens > 0
         if hidden_states is None and attentions is None and not self.training:
             but_last = ends_first and batch.total_tokens > FEW_TOKENS
             y = in_one_call(x, islice(self._plain_layers(), len(layers) - but_last), shared)

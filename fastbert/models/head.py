@@ -15,11 +15,20 @@ from torch.utils._pytree import register_pytree_node
 from .. import checkpoint
 from .. import functional as F
 from ..config import BertConfig
+from ..inference.weights import is_untouched
 from ..packing import PackedBatch
 from .bert import BertModel
 from .loading import LeftUninitialised, initialise, load_encoder, read_model
 
 IGNORED = -100  # a label that does not count
+
+
+def product(linear: nn.Module, x: Tensor, impl: F.Impl | None) -> Tensor:
+    """linear(x). Within `batch_invariant()` a plain layer is kept from the vendor library, whose bits depend on how
+    many rows x [N, C] has."""
+    if F.is_batch_invariant() and is_untouched(linear, nn.Linear):
+        return F.linear(x, linear.weight, linear.bias, impl=impl)
+    return linear(x)
 
 
 # ---- outputs ---------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from .head import (
     SpanOutput,
     at_least_float32,
     cross_entropy,
+    product,
     start,
 )
 
@@ -84,7 +85,7 @@ class BertForSequenceClassification(BertHead):
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
             output_attentions, output_hidden_states,
         )  # fmt: skip
-        logits = self.classifier(self.pooled_dropped(encoded))
+        logits = product(self.classifier, self.pooled_dropped(encoded), self.impl)
         loss = None if labels is None else self._loss(logits, labels, num_items_in_batch)
         return self.returned(HeadOutput(loss=loss, logits=logits, **encoded.extras), return_dict)
 
@@ -153,7 +154,7 @@ class BertForMultipleChoice(BertHead):
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
             output_attentions, output_hidden_states,
         )  # fmt: skip
-        logits = self.classifier(self.pooled_dropped(encoded)).view(-1, num_choices)
+        logits = product(self.classifier, self.pooled_dropped(encoded), self.impl).view(-1, num_choices)
         loss = None if labels is None else cross_entropy(logits, labels.view(-1), num_items_in_batch)
         return self.returned(HeadOutput(loss=loss, logits=logits, **encoded.extras), return_dict)
 
@@ -185,7 +186,7 @@ class BertForNextSentencePrediction(BertHead):
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
             output_attentions, output_hidden_states,
         )  # fmt: skip
-        logits = self.cls["seq_relationship"](encoded.pooled)
+        logits = product(self.cls["seq_relationship"], encoded.pooled, self.impl)
         loss = None if labels is None else cross_entropy(logits, labels.view(-1), num_items_in_batch)
         return self.returned(HeadOutput(loss=loss, logits=logits, **encoded.extras), return_dict)
 
@@ -224,7 +225,7 @@ class BertForTokenClassification(BertHead):
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
             output_attentions, output_hidden_states,
         )  # fmt: skip
-        logits = self.classifier(self.drop(encoded.hidden, encoded.batch.row_ids()))
+        logits = product(self.classifier, self.drop(encoded.hidden, encoded.batch.row_ids()), self.impl)
         loss = None
         if labels is not None:
             loss = cross_entropy(logits, encoded.by_token("labels", labels), num_items_in_batch)
@@ -267,7 +268,7 @@ class BertForQuestionAnswering(BertHead):
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
             output_attentions, output_hidden_states,
         )  # fmt: skip
-        logits = at_least_float32(self.qa_outputs(encoded.hidden))  # [T, 2]
+        logits = at_least_float32(product(self.qa_outputs, encoded.hidden, self.impl))  # [T, 2]
         nothing = torch.finfo(logits.dtype).min
         padded = encoded.batch.pad(logits, nothing)  # [B, S, 2]
         loss = None
@@ -308,11 +309,11 @@ class PredictionHead(nn.Module):
 
     def transformed(self, x: Tensor) -> Tensor:
         norm = self.transform["LayerNorm"]
-        h = F.activate(self.transform["dense"](x), self.activation)
+        h = F.activate(product(self.transform["dense"], x, self.impl), self.activation)
         return F.add_layer_norm(h, None, norm.weight, norm.bias, norm.eps, impl=self.impl)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.decoder(self.transformed(x))
+        return product(self.decoder, self.transformed(x), self.impl)
 
     def loss(
         self, x: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None, wants_logits: bool
@@ -321,7 +322,7 @@ class PredictionHead(nn.Module):
         rows = (labels != IGNORED).nonzero().squeeze(1)
         h, labels = self.transformed(x[rows]), labels[rows]
         if wants_logits:
-            logits = self.decoder(h)
+            logits = product(self.decoder, h, self.impl)
             return cross_entropy(logits, labels, num_items_in_batch), logits
         decoder, reduction = self.decoder, "mean" if num_items_in_batch is None else "sum"
         loss = F.linear_cross_entropy(h, decoder.weight, decoder.bias, labels, reduction=reduction, impl=self.impl)
@@ -427,7 +428,7 @@ class BertForPreTraining(_Vocabulary):
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
             output_attentions, output_hidden_states,
         )  # fmt: skip
-        relation = self.cls["seq_relationship"](encoded.pooled)
+        relation = product(self.cls["seq_relationship"], encoded.pooled, self.impl)
         if labels is None or next_sentence_label is None:
             loss, logits = None, self.words(encoded, None, None, output_logits)[1]
         else:
