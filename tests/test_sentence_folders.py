@@ -237,6 +237,18 @@ def test_two_berts_behind_a_router_are_refused(bert, tmp_path):
 
 
 @pytest.mark.once
+def test_a_router_in_itself_is_refused(bert, tmp_path):
+    """It would be read until Python's stack is full."""
+    folder = save(tmp_path / "model", transformer(bert), st.Pooling(WIDTH), st.Router({"text": [st.Dense(WIDTH, 8)]}))
+    file = folder / "2_Router" / "router_config.json"
+    router = json.loads(file.read_text())
+    router |= {"types": {".": "sentence_transformers.models.Router"}, "structure": {"text": ["."]}}
+    file.write_text(json.dumps(router))
+    with pytest.raises(CheckpointError, match="a module lies in the Router's own folder"):
+        Encoder.from_pretrained(folder)
+
+
+@pytest.mark.once
 def test_lengths_by_task(bert, tmp_path):
     folder = save(tmp_path / "model", transformer(bert, query_length=5, document_length=20), st.Pooling(WIDTH))
     for how in ("encode", "encode_query", "encode_document"):

@@ -11,6 +11,7 @@ Every setting is honoured, or known to change no vector, or refused by name.
 from __future__ import annotations
 
 import ast
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -381,6 +382,8 @@ class _RouterFolder:
         self.parameters = settings.take_part("parameters")
         settings.expect_empty()
         paths = {name: listed.path / path_inside(inside, name, file) for name in types}
+        if any(os.path.normpath(path) == os.path.normpath(listed.path) for path in paths.values()):
+            raise CheckpointError(f"{file}: a module lies in the Router's own folder, which has no end")
         modules = {name: Listed(kind_of_type(of, file), paths[name]) for name, of in types.items()}
         if not structure or not all(
             isinstance(names, list) and modules.keys() >= set(names) for names in structure.values()
