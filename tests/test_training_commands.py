@@ -16,6 +16,7 @@ import fastbert
 from fastbert import BertConfig, BertModel
 from fastbert.checkpoint import CheckpointError
 from fastbert.cli.main import main
+from fastbert.training.processes import Processes
 
 pytestmark = pytest.mark.once
 
@@ -173,9 +174,12 @@ def test_pairs_numbers_entities_and_answers(bert, files, tmp_path, capsysbinary)
     assert sum(right) / len(right) == pytest.approx(scores["exact_match"]), "predict uses the threshold of the report"
 
 
-def test_several_seeds_and_their_range(bert, files, tmp_path):
+def test_several_seeds_and_their_range(bert, files, tmp_path, monkeypatch):
+    joined, join = [], Processes.join
+    monkeypatch.setattr(Processes, "join", lambda device: joined.append(device) or join(device))
     args = ("--eval", files["sentence"], "--epochs", 1, "--seeds", 2, "--lr", "1e-3")
     assert finetune(bert, tmp_path / "out", "sentence", files["sentence"], *args) == 0
+    assert len(joined) == 1, "processes that part and join again may never meet"
     report = json.loads((tmp_path / "out" / "report.json").read_text())["seeds"]
     of_each = [json.loads((tmp_path / "out" / f"seed-{n}" / "report.json").read_text()) for n in range(2)]
     assert report["values"] == [each["scores"]["accuracy"] for each in of_each]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import statistics
 import warnings
@@ -154,10 +153,19 @@ def _finetune(request: Request, processes: Processes, report: Any) -> dict[str, 
 def several(request: Request, seeds: int, report: Any = None) -> dict[str, Any]:
     """Runs with the seeds from request.seed on, each in its own folder out/seed-N; the median and the range of the
     metric, and the model of the best run in `out`."""
+    # One group of processes for all: in a second one they may look for each other where the first one was.
+    processes = Processes.join(request.device)
+    try:
+        return _several(request, seeds, processes, report)
+    finally:
+        processes.leave()
+
+
+def _several(request: Request, seeds: int, processes: Processes, report: Any) -> dict[str, Any]:
     reports = []
     for seed in range(request.seed, request.seed + seeds):
         out = request.out / f"seed-{seed}"
-        reports.append((finetune(replace(request, seed=seed, out=out), report), out))
+        reports.append((_finetune(replace(request, seed=seed, out=out), processes, report), out))
     name = _score_name(request.spec)
     values = [each["scores"][name] for each, _ in reports]
     numbers = [-math.inf if value is None else value for value in values]
@@ -169,7 +177,7 @@ def several(request: Request, seeds: int, report: Any = None) -> dict[str, Any]:
             "highest": max(numbers),
         },
     }  # fmt: skip
-    if os.environ.get("RANK", "0") == "0":
+    if processes.rank == 0:
         for path in folder.iterdir():
             if path.is_file() and path.name not in ("metrics.jsonl", "curve.svg", "report.json"):
                 with write_atomically(request.out / path.name) as temporary:
