@@ -274,6 +274,11 @@ def test_settings_that_mean_nothing_are_refused_before_training(bert, tmp_path, 
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
+def test_columns_of_what_is_no_table_are_refused(bert, files, tmp_path, capsys):
+    assert finetune(bert, tmp_path / "out", "token", files["token"], "--columns", "a,b") == 2
+    assert "--columns is for tables, and --task token reads none" in capsys.readouterr().err
+
+
 def test_a_run_does_not_go_on_with_other_data_or_another_metric(bert, files, tmp_path, capsys):
     train, out = tmp_path / "a.tsv", tmp_path / "out"
     text = files["sentence"].read_text()

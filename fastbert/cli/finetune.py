@@ -177,6 +177,8 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--fsdp needs several processes: torchrun --nproc-per-node N -m fastbert finetune ...")
     if args.seeds > 1 and not args.eval:
         raise UsageError("--seeds compares runs by their metric, and needs --eval")
+    if args.columns and args.task in ("token", "qa"):
+        raise UsageError(f"--columns is for tables, and --task {args.task} reads none")
     if args.patience and not args.eval:
         raise UsageError("--patience waits for a better metric, and needs --eval")
     from ..training.finetune import finetune, several
