@@ -11,7 +11,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from .. import functional as F
-from ..layers import attention_masks, multi_head_attention, same_where_same, torch_drops, torch_layer
+from ..layers import activation_name, attention_masks, multi_head_attention, same_where_same, torch_drops, torch_layer
 from ..packing import PackedBatch
 from ..stack.description import Layer, Part
 from ..stack.layer import in_one_call, run
@@ -43,6 +43,10 @@ def why_not_layer(layer: nn.Module) -> str | None:
     attention = layer.self_attn
     if isinstance(attention, nn.MultiheadAttention) and attention.in_proj_weight is None:
         return "q, k and v are projected from different widths"
+    # which function torch computes without gradients is settled by the class of the activation that __init__ was given
+    known = {1: "relu", 2: "gelu"}.get(getattr(layer, "activation_relu_or_gelu", 0))
+    if known is not None and activation_name(layer.activation) != known:
+        return f"torch's fast path takes its activation for {known}"
     dropouts = (why_not_dropout(getattr(layer, name)) for name in DROPOUTS)
     return next((why for why in dropouts if why), None) or why_not_attention(attention)
 
