@@ -369,6 +369,25 @@ def test_an_activation_that_torch_takes_for_another_is_left_to_torch(change):
     assert "fast path takes its activation for" in str(fastbert.explain(ours))
 
 
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+@pytest.mark.parametrize("made", ["encoder", "layer", "attention"])
+def test_autocast_on_a_cpu_gives_torchs_dtype(made, grad):
+    """Without gradients torch's encoders return bfloat16 within autocast, with gradients float32."""
+    plain = {
+        "encoder": encoder,
+        "layer": lambda: encoder().layers[0],
+        "attention": lambda: encoder().layers[0].self_attn,
+    }[made]().eval()
+    ours, x = fastbert.accelerate(copy.deepcopy(plain), impl="native"), torch.randn(3, WIDTH, 32)
+    given, more = ((x, x, x), {"need_weights": False}) if made == "attention" else ((x,), {})
+    with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16):
+        found, expected = (model(*given, **more) for model in (ours, plain))
+    if made == "attention":
+        found, expected = found[0], expected[0]
+    assert found.dtype == expected.dtype
+    torch.testing.assert_close(found, expected, atol=2e-2, rtol=2e-2)
+
+
 ONE_CALL = {  # options of the layers, arguments of the call -> calls of the C++ through all layers
     "right": ({}, "right", 1),
     "no_padding": ({}, "none", 1),

@@ -287,6 +287,8 @@ class AttentionForward(TorchForward):
             reason = "query is nested, or neither [S, C] nor [B, S, C]"
         elif not self.fits(query, key, value, key_padding_mask, attn_mask):
             reason = MISFIT
+        elif reason is None:
+            reason = why_not_autocast(query)
         if reason is not None:
             return self.fall_back(reason, given)
         if query.dim() == 2:
@@ -303,9 +305,17 @@ class AttentionForward(TorchForward):
 MISFIT = "its arguments do not fit each other"  # torch has an error of its own for these
 
 
+def why_not_autocast(x: Tensor) -> str | None:
+    """On a CPU torch's fast path, without gradients, gives autocast's dtype, where its other code gives float32."""
+    fast = x.device.type == "cpu" and not torch.is_grad_enabled() and torch.is_autocast_enabled("cpu")
+    return "torch's fast path has another dtype within autocast" if fast else None
+
+
 def why_not_masks(given: dict, attention: nn.MultiheadAttention) -> str | None:
     if given.get("is_causal"):
         return "is_causal=True"
+    if reason := why_not_autocast(given["src"]):
+        return reason
     src, mask = given["src"], given.get("mask", given.get("src_mask"))
     if src.is_nested or src.dim() not in (2, 3):
         return "src is nested, or neither [S, C] nor [B, S, C]"
