@@ -106,6 +106,7 @@ def test_an_old_archive_with_another_head(prefix, encoder, tmp_path):
 
 REFUSED = {
     "twice": (lambda s: s | prefixed("bert.", s), {}, "39 unexpected .bert.embeddings"),
+    "twice, once as DataParallel saves it": (lambda s: s | prefixed("module.", s), {}, "with and without module"),
     "a weight is missing": (lambda s: {n: t for n, t in s.items() if "layer.1.output.dense.bias" not in n}, {},
                             r"1 missing \(encoder.layer.1.output.dense.bias"),
     "another model's prefix": (lambda s: prefixed("auto_model.", s), {}, "holds 0|39 missing"),

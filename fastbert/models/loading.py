@@ -35,12 +35,16 @@ def read_model(id_or_path: str | Path, **changes: Any) -> tuple[BertConfig, dict
     changes: fields of the config that win over the file's.
 
     The prefix "module." of DataParallel is taken away.
-    Raises: CheckpointError, also where the config asks for more than the weights hold, and for quantised weights.
+    Raises: CheckpointError, also where the config asks for more than the weights hold, for quantised weights, and for a
+        name that is there with that prefix and without.
     """
     with opened(id_or_path) as path:
         foreign = open_model(path)
         if foreign is None:
             config, state = BertConfig.from_pretrained(path, **changes), checkpoint.load_state_dict(path)
+            twice = [name for name in state if name.startswith("module.") and name.removeprefix("module.") in state]
+            if twice:
+                raise checkpoint.CheckpointError(f"{id_or_path}: with and without module.: {checkpoint.listed(twice)}")
             state = {name.removeprefix("module."): t for name, t in state.items()}
         else:
             config, state = BertConfig.from_model(foreign, **changes), foreign.state_dict()
