@@ -254,7 +254,12 @@ class PackedBatch:
         )
 
 
-# torch.export takes and returns what it can take apart; what the host knows of the lengths would be fixed in a program
+# torch.export takes and returns what it can take apart. What a batch makes of its lengths for itself stays out, which
+# takes both lists: without field_names torch ignores drop_field_names.
+_OF_ITS_OWN = ("entries", "together")
 register_dataclass(
-    PackedBatch, drop_field_names=["lengths", "entries", "together"], serialized_type_name="fastbert.PackedBatch"
+    PackedBatch,
+    field_names=[f.name for f in fields(PackedBatch) if f.name not in _OF_ITS_OWN],
+    drop_field_names=[*_OF_ITS_OWN],
+    serialized_type_name="fastbert.PackedBatch",
 )

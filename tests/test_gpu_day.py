@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import run
 from benchmarks.gpu_day import plan as gpu_day_plan
 from benchmarks.gpu_day import summary as gpu_day_summary
 from benchmarks.gpu_day.plan import Step
@@ -187,12 +188,15 @@ def test_command_lines_parse(name, rehearsal, tmp_path):
     words = step.command(tmp_path, 50.0, Known())
     words = words[words.index("-m") + 1 :]
     if words[0] == "fastbert":
-        args = cli.build_parser().parse_args(words[1:])
         if words[1] == "bench":
+            parser = cli.Parser()
+            run.add_arguments(parser)
+            args = parser.parse_args(words[2:])
             assert set(args.suite) <= set(SUITES)
             assert 0 < args.budget_minutes < 50 / 60
             assert args.out.parent == tmp_path
         else:
+            args = cli.build_parser().parse_args(words[1:])
             assert set(args.op or ()) <= set(verify.CASES)
             assert args.json_lines == tmp_path / f"{name}.jsonl"
         return
