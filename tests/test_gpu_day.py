@@ -252,13 +252,12 @@ def test_the_second_run_searches_all_kernels(tmp_path):
 # ---- the rehearsal itself --------------------------------------------------------------------------------
 
 
-# What a machine lacks that has torch, Triton and numpy: whatever else fastbert uses, and its peers.
+# A machine that lacks some packages: put into `sitecustomize.py`, on the path.
 BARE = """
 import sys
 from importlib.machinery import PathFinder
 
-ABSENT = ("tokenizers safetensors huggingface_hub tqdm transformers sentence_transformers accelerate peft onnx "
-          "onnxruntime openvino pytest").split()
+ABSENT = {absent!r}
 
 class Bare(PathFinder):
     @classmethod
@@ -269,13 +268,37 @@ sys.meta_path[sys.meta_path.index(PathFinder)] = Bare
 """
 
 
+def without(tmp_path, absent: str) -> dict[str, str]:
+    """The environment in which `gpu_day.sh` finds this interpreter, without these packages."""
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "sitecustomize.py").write_text(BARE.format(absent=absent.split()))
+    return environment() | {"PYTHON": sys.executable, "PYTHONPATH": str(tmp_path / "bare")}
+
+
+@pytest.mark.parametrize("absent", ["torch triton", "triton"])
+def test_an_interpreter_without_torch_or_triton_is_named_before_any_step(tmp_path, absent):
+    """Every step failed by itself, each for the same reason, with exit code 1 as after a bad day."""
+    command = ["bash", str(SCRIPT), "--rehearse", str(tmp_path / "out")]
+    done = subprocess.run(
+        command, env=without(tmp_path, absent), capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert not (tmp_path / "out").exists()
+    (line,) = done.stderr.splitlines()
+    assert f"{sys.executable} has no {absent.replace(' ', ' and no ')};" in line
+    assert "PYTHON=" in line
+
+
 def test_rehearsal(tmp_path):
     """All steps of the script, end to end, on a machine that has nothing but torch, Triton and numpy."""
-    (tmp_path / "bare").mkdir()
-    (tmp_path / "bare" / "sitecustomize.py").write_text(BARE)
-    bare = {"PYTHON": sys.executable, "PYTHONPATH": str(tmp_path / "bare")}
+    # whatever fastbert uses beside torch, Triton and numpy, and its peers
+    absent = (
+        "tokenizers safetensors huggingface_hub tqdm transformers sentence_transformers accelerate peft onnx "
+        "onnxruntime openvino pytest"
+    )
     command = ["bash", str(SCRIPT), "--rehearse", "--seconds", "1200", str(tmp_path / "out")]
-    done = subprocess.run(command, env=environment() | bare, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=without(tmp_path, absent), capture_output=True, text=True, check=False)
     summary = both_whole(tmp_path / "out")
     assert statuses(summary) == dict.fromkeys(NAMES, "ok") | {"record": "skipped"}, done.stdout
     assert done.returncode == 0

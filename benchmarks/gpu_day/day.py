@@ -4,7 +4,8 @@ What the run leaves is FOLDER/gpu_day.tar.gz, all results and logs, and FOLDER/s
 this file describes. Both are there from the first second and are only ever replaced whole, so a run that is cut short
 by a signal, a limit or the machine leaves those of some seconds before.
 
-Exit code: 0 where all steps ended well, 1 where one failed or the time was up, 128 + the signal where one ended it.
+Exit code: 0 where all steps ended well, 1 where one failed or the time was up, 128 + the signal where one ended it, 2
+where this interpreter has no torch or no Triton.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ BEGAN = time.monotonic()
 
 import argparse  # noqa: E402 (the clock runs from the start)
 import ctypes  # noqa: E402
+import importlib.util  # noqa: E402
 import os  # noqa: E402
 import shutil  # noqa: E402
 import signal  # noqa: E402
@@ -165,6 +167,14 @@ def _end(process: subprocess.Popen, grace: float) -> None:
             continue
 
 
+def why_not() -> str | None:
+    """Why no step can run by this interpreter; None where they can."""
+    absent = [name for name in ("torch", "triton") if importlib.util.find_spec(name) is None]
+    if not absent:
+        return None
+    return f"{sys.executable} has no {' and no '.join(absent)}; PYTHON=/path/to/python chooses another interpreter"
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="benchmarks/gpu_day.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -174,6 +184,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rehearse", action="store_true", help="every step on a CPU, with tiny shapes")
     parser.add_argument("--seconds", type=float, default=LIMIT, help=f"of the whole run (default: {LIMIT:g})")
     args = parser.parse_args(argv)
+    if (reason := why_not()) is not None:
+        print(f"gpu_day: {reason}", file=sys.stderr)
+        return 2
 
     def cut(number: int, frame: object) -> None:
         raise Cut(signal.Signals(number).name)
