@@ -182,7 +182,9 @@ def run(args: argparse.Namespace) -> int:
     if args.patience and not args.eval:
         raise UsageError("--patience waits for a better metric, and needs --eval")
     from ..training.finetune import finetune, several
+    from ..training.memory import keep_freed_memory
 
+    keep_freed_memory()
     request = _request(args)
     with _Bar(args.quiet or os.environ.get("RANK", "0") != "0") as bar:
         report = several(request, args.seeds, bar) if args.seeds > 1 else finetune(request, bar)
