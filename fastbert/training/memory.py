@@ -25,4 +25,5 @@ def keep_freed_memory() -> bool:
         libc.gnu_get_libc_version  # noqa: B018 (other C libraries have no such function)
     except (AttributeError, OSError, TypeError):
         return False
-    return all([libc.mallopt(name, value) == 1 for name, value in SETTINGS.values()])
+    taken = [libc.mallopt(name, value) for name, value in SETTINGS.values()]
+    return all(taken)
