@@ -1,0 +1,350 @@
+"""Fine-tuning on real data, fastbert's loop beside transformers' Trainer: quality over seeds, real tokens a second.
+
+    python -m benchmarks.suites.finetuning sick-entailment wnut17 --data DIR [--seeds 3] [--json FILE]
+
+Both rows read the same examples as the same tokens, begin with the same weights, and have the same hyper-parameters:
+epochs, examples a step (ours: as many tokens as so many examples have on average), AdamW, warm-up and linear decay,
+clipping, dropout, bfloat16 by autocast where the machine multiplies it. transformers' Trainer pads each batch to its
+longest example, and groups examples by length, so its order is its own. Each run is a process; the rows take turns,
+seed by seed. The model that is scored is that of the last epoch: nothing is chosen by the test set.
+
+Time is from the end of a step to the end of the next one within an epoch, so that neither checkpoints nor the start
+count, by the clock and by the processor time of the process; tokens are real ones, padding does not count.
+With --json FILE the runs are added to those in FILE, and the table is of all of them; without a task it only prints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastbert
+from fastbert.checkpoint import read_json, write_json
+from fastbert.cli.options import default_model, positive
+from fastbert.encoding.encoder import resolve_dtype
+from fastbert.models import heads
+from fastbert.text.tokenizer import Tokenizer
+from fastbert.training.finetune import EXAMPLES_PER_STEP, Request, finetune
+from fastbert.training.loop import Settings
+from fastbert.training.memory import keep_freed_memory
+from fastbert.training.metrics import Scores
+from fastbert.training.predicting import outputs_of
+from fastbert.training.processes import Processes
+from fastbert.training.tasks import NUMBERS, Spec, make_task
+
+from ..harness import machine
+
+SICK = ("sick/SICK_train.txt", "sick/SICK_test_annotated.txt")
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Study:
+    """A task on its data. train, test: files below the data folder; one file for both is divided by article."""
+
+    spec: Spec
+    train: str
+    test: str
+    epochs: int
+    lr: float
+    labels: tuple[str, ...] = ()
+
+
+STUDIES = {
+    "sst2": Study(Spec("sentence", "accuracy"), "sst2/train.tsv", "sst2/dev.tsv", 2, 1e-4),
+    "sick-entailment": Study(
+        Spec("pair", "accuracy", ("sentence_A", "sentence_B", "entailment_judgment")), *SICK, 3, 1e-4
+    ),
+    "sick-relatedness": Study(
+        Spec("pair", "pearson", ("sentence_A", "sentence_B", "relatedness_score")), *SICK, 3, 1e-4, NUMBERS
+    ),
+    "wnut17": Study(
+        Spec("token", "entity_f1", stride=32), "wnut17/wnut17train.conll", "wnut17/emerging.test.annotated", 4, 2e-4
+    ),
+    "xquad-en": Study(
+        Spec("qa", "squad", max_length=384, stride=128), "xquad/xquad.en.json", "xquad/xquad.en.json", 2, 1e-4
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one process does."""
+
+    study: str
+    row: str
+    seed: int
+    epochs: int
+    lr: float
+    model: str
+    train: str
+    test: str
+    out: str
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("studies", nargs="*", metavar="TASK", help=f"of {', '.join(STUDIES)}")
+    parser.add_argument("--data", type=Path, help="the folder with sst2, sick, wnut17 and xquad")
+    parser.add_argument("--rows", default=",".join(ROWS), help="whom to train with (default: %(default)s)")
+    parser.add_argument("--seeds", type=positive, default=3, help="how many, from 0 up (default: 3)")
+    parser.add_argument("--examples", type=positive, help="train on so many examples, spread over the file")
+    parser.add_argument("--epochs", type=positive, help="in place of the task's own")
+    parser.add_argument("--lr", type=float, help="in place of the task's own")
+    parser.add_argument("--model", default=default_model(), help="the BERT to begin with (default: all-MiniLM-L6-v2)")
+    parser.add_argument("--json", type=Path, help="the file of all runs")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="leave the trained models and their curves there")
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.job is not None:
+        print(json.dumps(run(Job(**json.loads(args.job)))))
+        return
+    if unknown := [name for name in args.studies if name not in STUDIES]:
+        parser.error(f"no task {', '.join(unknown)}; there are {', '.join(STUDIES)}")
+    if args.studies and args.data is None:
+        parser.error("--data is needed: the folder that the examples are in")
+    runs = read_json(args.json)["runs"] if args.json and args.json.exists() else []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.keep or Path(temporary)
+        for name in args.studies:
+            for job in jobs_of(name, args, folder):
+                runs.append(in_a_process(job) | {"examples": args.examples})
+                if args.json:
+                    write_json(args.json, {"runs": runs})
+                print(line(runs[-1]), file=sys.stderr, flush=True)
+    print(table(runs))
+
+
+def jobs_of(name: str, args: argparse.Namespace, folder: Path) -> list[Job]:
+    """The runs of a task, seed by seed; their files are written."""
+    study = STUDIES[name]
+    here = folder / name
+    here.mkdir(parents=True, exist_ok=True)
+    train, test = args.data / study.train, args.data / study.test
+    if train == test:
+        train, test = halves(train, here)
+    if args.examples:
+        train = shortened(train, args.examples, here)
+    jobs = []
+    for seed in range(args.seeds):
+        for row in args.rows.split(","):
+            out = str(here / f"{row}-{seed}")
+            epochs, lr = args.epochs or study.epochs, args.lr or study.lr
+            jobs.append(Job(name, row, seed, epochs, lr, args.model, str(train), str(test), out))
+    return jobs
+
+
+def in_a_process(job: Job) -> dict[str, Any]:
+    command = [sys.executable, "-m", __spec__.name, "--job", json.dumps(vars(job))]
+    said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return json.loads(said.splitlines()[-1])
+
+
+# ---- files -----------------------------------------------------------------------------------------------
+
+
+def halves(path: Path, folder: Path) -> tuple[Path, Path]:
+    """The articles of a SQuAD file at even and at odd places, as two files."""
+    whole = read_json(path)
+    parts = folder / "even.json", folder / "odd.json"
+    for odd, part in enumerate(parts):
+        write_json(part, {**whole, "data": whole["data"][odd::2]})
+    return parts
+
+
+def shortened(path: Path, count: int, folder: Path) -> Path:
+    """A table with `count` of its lines, spread evenly."""
+    if path.suffix not in (".tsv", ".txt"):
+        raise ValueError(f"--examples shortens tables, not {path.name}")
+    head, *rows = path.read_text(encoding="utf-8").splitlines()
+    if not 0 < count <= len(rows):
+        raise ValueError(f"{path} has {len(rows):,} examples, not {count:,}")
+    chosen = [rows[place * len(rows) // count] for place in range(count)]
+    short = folder / f"{count}-{path.name}"
+    short.write_text("\n".join([head, *chosen, ""]), encoding="utf-8")
+    return short
+
+
+# ---- a run -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Steps:
+    """When each optimiser step ended, and its epoch and real tokens."""
+
+    epochs: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    clock: list[float] = field(default_factory=list)
+    processor: list[float] = field(default_factory=list)
+
+    def end(self, epoch: int) -> None:
+        self.epochs.append(epoch)
+        self.clock.append(time.perf_counter())
+        self.processor.append(time.process_time())
+
+    def figures(self) -> dict[str, float]:
+        """Of all steps but the first of each epoch."""
+        counted = [n for n in range(1, len(self.epochs)) if self.epochs[n] == self.epochs[n - 1]]
+        tokens = sum(self.tokens[n] for n in counted)
+        seconds = sum(self.clock[n] - self.clock[n - 1] for n in counted)
+        processor = sum(self.processor[n] - self.processor[n - 1] for n in counted)
+        return {
+            "steps": len(self.epochs), "tokens": sum(self.tokens), "seconds": seconds, "processor_seconds": processor,
+            "tokens_per_second": tokens / seconds, "tokens_per_processor_second": tokens / processor,
+        }  # fmt: skip
+
+
+def run(job: Job) -> dict[str, Any]:
+    """One training and its scores on the test file."""
+    began, steps = time.perf_counter(), Steps()
+    model, task = ROWS[job.row](job, STUDIES[job.study], steps)
+    trained = time.perf_counter()
+    scores = scores_of(model, task, job.test)
+    return {
+        **vars(job), "scores": scores.values, "definitions": scores.definitions, **steps.figures(),
+        "whole_seconds": trained - began, "threads": torch.get_num_threads(), "notes": task.notes,
+        "device": machine.describe(CPU), "versions": machine.versions(), "commit": machine.commit(),
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }  # fmt: skip
+
+
+def scores_of(model: Any, task: Any, test: str) -> Scores:
+    """The scores of our head with the trained weights, whoever trained them."""
+    examples = task.read(test)
+    task.check(examples)
+    windows = task.features(examples, training=False).windows
+    found = outputs_of(model, task, windows, 2048, resolve_dtype("auto", CPU), Processes(0, 1, CPU))
+    return task.scores(examples, task.predictions(examples, windows, found))
+
+
+def with_fastbert(job: Job, study: Study, steps: Steps) -> tuple[Any, Any]:
+    """`fastbert finetune`, without an evaluation on the way."""
+
+    def note(record: dict[str, Any], all_steps: int) -> None:
+        steps.tokens.append(record["tokens"])
+        steps.end(record["epoch"])
+
+    request = Request(
+        job.model, job.train, Path(job.out), study.spec, labels=study.labels, epochs=job.epochs, lr=job.lr,
+        seed=job.seed,
+    )  # fmt: skip
+    keep_freed_memory()  # as the command does
+    finetune(request, note)
+    answering = fastbert.pipeline(job.out)
+    return answering.model, answering.task
+
+
+def with_trainer(job: Job, study: Study, steps: Steps) -> tuple[Any, Any]:
+    """transformers' Trainer with its own BERT, which begins with the weights that ours begins with."""
+    import transformers
+
+    task = make_task(study.spec, Tokenizer.from_pretrained(job.model))
+    task.labels = list(study.labels)
+    train = task.read(job.train)
+    task.settle(train, study.labels, None)
+    rows = [row_of(window, study.spec.task) for window in task.features(train, training=True).windows]
+
+    ours = getattr(heads, task.head).from_pretrained(
+        job.model, dtype=torch.float32, device=CPU, seed=job.seed, new_head=True, **task.changes
+    )
+    theirs = getattr(transformers, task.head).from_pretrained(job.model, attn_implementation="sdpa", **task.changes)
+    theirs.load_state_dict(ours.state_dict())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(job.model)
+    collator = transformers.DataCollatorWithPadding(tokenizer)
+    if study.spec.task == "token":
+        collator = transformers.DataCollatorForTokenClassification(tokenizer)
+
+    def collate(batch: list[dict[str, Any]]) -> Any:
+        padded = collator(batch)
+        steps.tokens.append(int(padded["attention_mask"].sum()))
+        return padded
+
+    class Clock(transformers.TrainerCallback):
+        epoch = -1
+
+        def on_epoch_begin(self, *_: Any, **__: Any) -> None:
+            self.epoch += 1
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            steps.end(self.epoch)
+
+    arguments = transformers.TrainingArguments(
+        job.out, num_train_epochs=job.epochs, per_device_train_batch_size=EXAMPLES_PER_STEP, learning_rate=job.lr,
+        lr_scheduler_type="linear", warmup_steps=Settings.warmup, weight_decay=Settings.weight_decay,
+        max_grad_norm=Settings.clip, adam_epsilon=Settings.eps, seed=job.seed, use_cpu=True,
+        bf16=resolve_dtype("auto", CPU) == torch.bfloat16, train_sampling_strategy="group_by_length",
+        save_strategy="no", report_to="none", disable_tqdm=True,
+    )  # fmt: skip
+    trainer = transformers.Trainer(theirs, arguments, train_dataset=rows, data_collator=collate, callbacks=[Clock()])
+    trainer.train()
+    ours.load_state_dict(theirs.state_dict())
+    return ours, task
+
+
+ROWS = {"fastbert": with_fastbert, "trainer": with_trainer}
+
+
+def row_of(window: Any, task: str) -> dict[str, Any]:
+    """A window as transformers' collators take it."""
+    row = {"input_ids": window.input_ids, "token_type_ids": window.token_type_ids or [0] * len(window.input_ids)}
+    if task == "qa":
+        return {**row, "start_positions": window.target[0], "end_positions": window.target[1]}
+    return {**row, "labels": window.target}
+
+
+# ---- what is printed -------------------------------------------------------------------------------------
+
+
+def line(one: dict[str, Any]) -> str:
+    scores = ", ".join(f"{name} {value:.4f}" for name, value in one["scores"].items())
+    return (
+        f"{one['study']}, {one['row']}, seed {one['seed']}: {scores}; {one['tokens_per_second']:,.0f} tokens/s, "
+        f"{one['tokens_per_processor_second']:,.0f} a second of the processor, {one['steps']:,} steps"
+    )
+
+
+def table(runs: Sequence[dict[str, Any]]) -> str:
+    """A row for each task, length and row: median and range of its scores over seeds, and of its speed."""
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for one in runs:
+        groups.setdefault((one["study"], one["examples"], one["epochs"], one["lr"], one["row"]), []).append(one)
+    lines = [
+        "| task | examples | epochs, rate | row | seeds | scores on the test set: median (range) | tokens/s | of the "
+        "processor | ratio |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    speed = "tokens_per_processor_second"
+    for (study, examples, epochs, lr, row), members in groups.items():
+        scores = ", ".join(
+            f"{name} {middle_and_range([one['scores'][name] for one in members])}" for name in members[0]["scores"]
+        )
+        other = groups.get((study, examples, epochs, lr, "trainer"))
+        ratio = ""
+        if other and row != "trainer":
+            ratio = f"{statistics.median(m[speed] for m in members) / statistics.median(o[speed] for o in other):.2f}"
+        lines.append(
+            f"| {study} | {examples or 'all'} | {epochs}, {lr:g} | {row} | {len(members)} | {scores} | "
+            f"{statistics.median(m['tokens_per_second'] for m in members):,.0f} | "
+            f"{statistics.median(m[speed] for m in members):,.0f} | {ratio} |"
+        )
+    return "\n".join(lines)
+
+
+def middle_and_range(values: Sequence[float]) -> str:
+    return f"{statistics.median(values):.4f} ({min(values):.4f} - {max(values):.4f})"
+
+
+if __name__ == "__main__":
+    main()

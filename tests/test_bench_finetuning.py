@@ -1,0 +1,89 @@
+"""The benchmarks of fine-tuning, by hand: which files they make, which steps they count, what they print."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.suites import chinese_answers, finetuning
+from fastbert.training.features import Window
+
+pytestmark = pytest.mark.once
+
+
+def squad(counts: list[int]) -> dict:
+    """Articles of one paragraph with so many questions each."""
+    articles = []
+    for n, count in enumerate(counts):
+        questions = [{"id": f"{n}.{q}"} for q in range(count)]
+        articles.append({"title": str(n), "paragraphs": [{"context": f"text {n}", "qas": questions}]})
+    return {"version": "1.1", "data": articles}
+
+
+def test_halves_share_no_article(tmp_path):
+    whole = tmp_path / "whole.json"
+    whole.write_text(json.dumps(squad([1, 1, 1, 1, 1])), encoding="utf-8")
+    even, odd = (json.loads(part.read_text(encoding="utf-8")) for part in finetuning.halves(whole, tmp_path))
+    assert [article["title"] for article in even["data"]] == ["0", "2", "4"]
+    assert [article["title"] for article in odd["data"]] == ["1", "3"]
+    assert even["version"] == odd["version"] == "1.1"
+
+
+def test_a_shortened_table_is_spread_over_the_whole(tmp_path):
+    whole = tmp_path / "train.tsv"
+    whole.write_text("sentence\tlabel\n" + "".join(f"text {n}\t1\n" for n in range(10)), encoding="utf-8")
+    short = finetuning.shortened(whole, 4, tmp_path)
+    assert short.read_text(encoding="utf-8").splitlines() == [
+        "sentence\tlabel", "text 0\t1", "text 2\t1", "text 5\t1", "text 7\t1",
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="10 examples, not 11"):
+        finetuning.shortened(whole, 11, tmp_path)
+    with pytest.raises(ValueError, match=r"not x\.json"):
+        finetuning.shortened(Path("x.json"), 1, tmp_path)
+
+
+def test_first_questions_end_within_a_paragraph():
+    chosen = chinese_answers.first_questions(squad([2, 3, 2]), 4)
+    ids = [[q["id"] for p in article["paragraphs"] for q in p["qas"]] for article in chosen["data"]]
+    assert ids == [["0.0", "0.1"], ["1.0", "1.1"]]
+
+
+def test_the_first_step_of_an_epoch_is_not_timed():
+    """Before it lie the start, an evaluation and a checkpoint."""
+    steps = finetuning.Steps()
+    steps.tokens = [1000, 10, 20, 2000, 30]
+    steps.epochs, steps.clock = [0, 0, 0, 1, 1], [5.0, 6.0, 8.0, 90.0, 91.0]
+    steps.processor = [0.0, 0.5, 1.5, 60.0, 60.5]
+    figures = steps.figures()
+    assert figures["tokens_per_second"] == 60 / 4
+    assert figures["tokens_per_processor_second"] == 60 / 2
+    assert (figures["steps"], figures["tokens"]) == (5, 3060)
+
+
+@pytest.mark.parametrize("task", ["sentence", "token", "qa"])
+def test_rows_for_the_other_loop(task):
+    target = {"sentence": 1, "token": [-100, 2, -100], "qa": (0, 2)}[task]
+    window = Window([1, 2, 3], None, 0, target)
+    row = finetuning.row_of(window, task)
+    assert row["input_ids"] == [1, 2, 3]
+    assert row["token_type_ids"] == [0, 0, 0]
+    labels = {name: row[name] for name in row if name not in ("input_ids", "token_type_ids")}
+    assert labels == ({"start_positions": 0, "end_positions": 2} if task == "qa" else {"labels": target})
+
+
+def test_the_table_has_median_range_and_ratio():
+    def one(row: str, seed: int, accuracy: float, speed: float) -> dict:
+        return {
+            "study": "sst2", "examples": None, "epochs": 2, "lr": 1e-4, "row": row, "seed": seed,
+            "scores": {"accuracy": accuracy}, "tokens_per_second": speed, "tokens_per_processor_second": speed / 2,
+        }  # fmt: skip
+
+    runs = [one("fastbert", seed, value, 3000) for seed, value in enumerate((0.7, 0.9, 0.8))]
+    table = finetuning.table([*runs, one("trainer", 0, 0.85, 1000)]).splitlines()
+    assert table[2] == (
+        "| sst2 | all | 2, 0.0001 | fastbert | 3 | accuracy 0.8000 (0.7000 - 0.9000) | 3,000 | 1,500 | 3.00 |"
+    )
+    assert table[3].endswith("| trainer | 1 | accuracy 0.8500 (0.8500 - 0.8500) | 1,000 | 500 |  |")
+    # Runs of other settings are not compared.
+    other = finetuning.table([*runs, {**one("trainer", 0, 0.85, 1000), "epochs": 3}]).splitlines()
+    assert other[2].endswith("| 1,500 |  |")
