@@ -40,12 +40,13 @@ help:
 	@echo "make clean    remove what was built, and the environment"
 
 # The stamp is newer than both files where the environment holds what they ask for, so a second run starts at once.
-# torch comes first and alone: pip then settles on one build of it, before anything else asks for another.
+# torch comes first and alone: pip then settles on one build of it, before anything else asks for another. seqeval comes
+# as source only: built the modern way (PEP 517), since old pips get its build requirements wrong.
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	sed $(TORCH:%=-e 's/^torch==.*/torch==%/') $(TRITON:%=-e 's/^triton==.*/triton==%/') -e '' constraints.txt > $(VENV)/constraints.txt
 	$(BIN)/python -m pip install $(PIP_ARGS) -c $(VENV)/constraints.txt torch
-	$(BIN)/python -m pip install $(PIP_ARGS) -c $(VENV)/constraints.txt -e '.[demo,test,lint]'
+	$(BIN)/python -m pip install $(PIP_ARGS) -c $(VENV)/constraints.txt --use-pep517 -e '.[demo,test,lint]'
 	@touch $@
 
 # The C++ operators, of every source and header wherever it lies; setup.py sees whether what is there is of these.
