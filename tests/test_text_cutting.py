@@ -123,10 +123,15 @@ def test_texts_are_cut_near_what_is_kept():
     assert cutter.text("abc " * 1000, 10) == "abc " * 11 + "abc"
     assert cutter.text("中文" * 1000, 10) == "中文" * 5 + "中"
     assert cutter.text("abc " * 20, 10) == "abc " * 20
-    assert cutter.pair("a b", "abc " * 1000, 10, "longest_first") == ("a b", "abc " * 13 + "abc")
+    assert cutter.pair("a b", "abc " * 1000, 10, "longest_first") == ("a b", "abc " * 11 + "abc")
+    assert cutter.pair("a á", "abc " * 1000, 10, "longest_first") == ("a á", "abc " * 13 + "abc")
     assert cutter.pair("abc " * 1000, "abc " * 1000, 10, "longest_first") == ("abc " * 11 + "abc",) * 2
     odd = ("abc " * 1000, "abc " * 1001)
     assert cutter.pair(*odd, 9, "longest_first") == odd  # which of the two is longer decides, so neither is cut
+    assert cutter.pair("abc " * 9000, "abc " * 1000, 9, "longest_first") == ("abc " * 44 + "abc", "abc " * 10 + "abc")
+    assert cutter.pair("abc " * 1000, "abc " * 9000, 9, "longest_first") == ("abc " * 10 + "abc", "abc " * 44 + "abc")
+    unlike = ("á" * 60 + "abc " * 100, "abc " * 1800)  # normalisation may make four tokens of each of the first's 460
+    assert cutter.pair(*unlike, 9, "longest_first") == unlike
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

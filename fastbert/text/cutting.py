@@ -26,7 +26,7 @@ _SPACE = "[ \\t\\n\\r](?=[A-Za-z0-9])"
 _CHINESE = "(?=[\u3400-\u4dbf\u4e00-\u9fff])"
 # Shorter texts than this many characters for each token wanted are not looked at: most have no more tokens anyhow.
 _CHARACTERS_PER_TOKEN = 8
-# What one character can become: normalisation makes at most four of it, and each can be a token.
+# What a character that is not of ASCII can become: normalisation makes at most four of it, and each can be a token.
 _TOKENS_PER_CHARACTER = 4
 
 
@@ -37,7 +37,7 @@ class Cutter:
         self._boundary = _boundary_of(backend)
 
     def text(self, text: str, tokens: int) -> str:
-        """The text, or a beginning of it that has the same first `tokens` tokens, and one more."""
+        """The text itself, or a beginning of it that has the same first `tokens` tokens, and one more."""
         if self._boundary is None or len(text) <= _CHARACTERS_PER_TOKEN * (tokens + 1):
             return text
         # the first boundary can be the start of the text; before number n + 2 there are n + 1 tokens
@@ -56,14 +56,25 @@ class Cutter:
             return self.text(first, tokens), second
         if strategy == "only_second":
             return first, self.text(second, tokens)
-        # longest_first takes tokens from the longer one, and of two equal ones after that the odd token goes to the one
-        # that was longer. So it must stay the longer one.
+        # longest_first takes tokens from the longer one until both have as many; where the limit is odd, the odd token
+        # goes to the one that was longer. So it must stay the longer one.
         short_first, short_second = self.text(first, tokens), self.text(second, tokens)
-        if len(short_first) < len(first) and len(short_second) < len(second):
-            return (short_first, short_second) if tokens % 2 == 0 else (first, second)
-        if len(short_second) < len(second):
-            return first, self.text(second, max(tokens, _TOKENS_PER_CHARACTER * len(first)))
-        return self.text(first, max(tokens, _TOKENS_PER_CHARACTER * len(second))), second
+        if short_first is not first and short_second is not second:
+            if tokens % 2 == 0:
+                return short_first, short_second
+            if self.text(second, _most_tokens(first)) is not second:  # then the second has more than the first
+                return short_first, self.text(second, _most_tokens(short_first))
+            if self.text(first, _most_tokens(second)) is not first:
+                return self.text(first, _most_tokens(short_second)), short_second
+            return first, second
+        if short_second is not second:
+            return first, self.text(second, max(tokens, _most_tokens(first)))
+        return self.text(first, max(tokens, _most_tokens(second))), second
+
+
+def _most_tokens(text: str) -> int:
+    """A text has at most so many tokens: each is of one character at least, after normalisation."""
+    return len(text) if text.isascii() else _TOKENS_PER_CHARACTER * len(text)
 
 
 def _boundary_of(backend: tokenizers.Tokenizer) -> re.Pattern[str] | None:
