@@ -10,6 +10,7 @@ from typing import Any
 from ._moved import renamed
 from .checkpoint import CheckpointError, make_folder, read_json, write_json
 from .formats import Model, open_model, opened
+from .formats.sentence_folder import folder_of_config
 
 # transformers' name -> the operators': several names there are one function.
 HIDDEN_ACTS = {
@@ -192,7 +193,7 @@ class BertConfig:
             model = open_model(path)
             if model is not None:
                 return cls.from_model(model, **changes)
-            path = path / "config.json"
+            path = folder_of_config(path) / "config.json"
             data = read_json(path)
             try:
                 return cls.from_dict(data, **changes)

@@ -69,7 +69,7 @@ def convert(
             if to == "tensorflow":
                 for note in write_google(model, temporary, words or _words_of_tokenizer(model.source)):
                     say(note)
-                if MODULES in model.source.files:
+                if MODULES in model.source.beside:
                     say(f"What {MODULES} says is not written: TensorFlow's format has no place for it.")
             else:
                 _write_transformers(model, temporary, words, lower_case)
@@ -199,18 +199,22 @@ def _new_folder(folder: Path, needed: int) -> Iterator[Path]:
 
 
 def _write_transformers(model: Model, folder: Path, words: list[str], lower_case: bool | None) -> None:
+    source, outer = model.source, folder
+    folder = outer / source.home
+    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", model.config)
     write_safetensors(folder / SAFETENSORS, _named_for(model))
     if model.generator is not None:
-        (folder / "generator").mkdir()
         _write_transformers(model.generator, folder / "generator", words, lower_case)
-    files = model.source.files
-    for name, path in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, folder / name)
-    if MODULES in files:
-        put_encoder_at_root(folder / MODULES)
-    if model.source.pooling is not None:
+    files = source.files
+    copies = {folder / name: path for name, path in files.items()}
+    copies |= {outer / name: path for name, path in source.beside.items()}
+    for target, path in copies.items():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+    if MODULES in source.beside and not source.home:
+        put_encoder_at_root(outer / MODULES)
+    if source.pooling is not None:
         _write_pooling(model, folder)
     if _OWN_TOKENIZER & files.keys():
         return

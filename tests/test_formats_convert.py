@@ -208,9 +208,9 @@ def test_an_encoder_in_a_folder_of_its_own_moves_to_the_root(ours):
     ("modules", "message"),
     [
         ([("Transformer", ""), ("Pooling", "../1_Pooling")], "the path '../1_Pooling' leads out of the folder"),
-        ([("Transformer", ""), ("Pooling", "")], "Pooling is module 1, where it is not converted"),
-        ([("Transformer", ""), ("Transformer", "1_Transformer")], "Transformer is module 1, where it is not converted"),
-        ([("Router", "")], "a Router around the encoder is not converted"),
+        ([("Transformer", ""), ("Pooling", "")], "Pooling in '.' comes after the encoder"),
+        ([("Transformer", ""), ("Transformer", "1_Transformer")], "Transformer in '1_Transformer' comes after"),
+        ([("Router", "")], "must have types of modules, and the structure of their routes"),
     ],
 )
 def test_modules_that_would_be_lost_are_refused(ours, modules, message):

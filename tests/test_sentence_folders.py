@@ -16,9 +16,11 @@ from fastbert import BertConfig, BertModel, Encoder
 from fastbert.checkpoint import CheckpointError
 from fastbert.cli import options
 from fastbert.cli.main import main
+from fastbert.convert import convert
 from fastbert.encoding import encoder
 from fastbert.encoding.folder import SentenceConfig
 from fastbert.testing import assert_within_budget
+from fastbert.text.tokenizer import Tokenizer
 
 library = pytest.importorskip("sentence_transformers", reason="compared with sentence-transformers")
 if not library.__version__.startswith(("6.2", "6.3", "6.4")):
@@ -232,8 +234,44 @@ def test_which_route_a_task_takes(bert, tmp_path, options):
 def test_two_berts_behind_a_router_are_refused(bert, tmp_path):
     sides = {side: [transformer(bert), st.Pooling(WIDTH)] for side in ("query", "document")}
     folder = save(tmp_path / "model", st.Router(sides))
-    with pytest.raises(ValueError, match="must begin with one Transformer, and they begin with document_0_Transformer"):
-        Encoder.from_pretrained(folder)
+    for reader in (
+        Encoder.from_pretrained,
+        BertModel.from_pretrained,
+        lambda folder: convert(folder, tmp_path / "out"),
+    ):
+        with pytest.raises(
+            CheckpointError, match="must begin with one Transformer, and they begin with document_0_Transformer"
+        ):
+            reader(folder)
+
+
+@pytest.mark.once
+def test_a_router_is_converted_in_place(bert, tmp_path):
+    """The library's own vectors of what is written, on either side, and the same bits from it as from the source."""
+    folder = routed(bert, tmp_path / "model", default_route="document")
+    convert(folder, tmp_path / "out", say=lambda line: None)
+    for how in ("encode", "encode_query", "encode_document"):
+        assert torch.equal(assert_same(tmp_path / "out", how), assert_same(folder, how))
+    # all but the README, and what transformers writes and nothing reads
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    written = {
+        path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()
+    }
+    assert names - written <= {"README.md"}
+    assert written <= names
+
+
+@pytest.mark.once
+def test_a_bert_in_a_folder_of_its_own_is_found(bert, tmp_path):
+    """Behind a Router, and in 0_Transformer: its weights, its config and its tokenizer."""
+    expected = BertModel.from_pretrained(bert).state_dict()
+    words = Tokenizer.from_pretrained(bert).input_ids(TEXTS)
+    for folder in (routed(bert, tmp_path / "router"), old_folder(bert, tmp_path / "old", "0_Transformer")):
+        state = BertModel.from_pretrained(folder).state_dict()
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(state[name], expected[name]) for name in expected)
+        assert BertConfig.from_pretrained(folder).hidden_size == WIDTH
+        assert Tokenizer.from_pretrained(folder).input_ids(TEXTS) == words
 
 
 @pytest.mark.once
@@ -369,6 +407,8 @@ REFUSED = {
     "processing_of_what": (BERT_CONFIG, {"processing_kwargs": {"texts": {}}}, "processing_kwargs: the setting 'texts'"),
     "processor_kwargs": (BERT_CONFIG, {"processor_kwargs": {"do_lower_case": True}},
                          "processor_kwargs: the setting 'do_lower_case' = True"),
+    "padding_on_the_left": ("tokenizer_config.json", {"padding_side": "left"},
+                            "tokenizer_config.json: the setting 'padding_side' = 'left' is not supported"),
     "tokenizer_args": (BERT_CONFIG, {"tokenizer_args": {"padding_side": "left"}}, "tokenizer_args: .*'padding_side'"),
     "config_args": (BERT_CONFIG, {"config_args": {"num_hidden_layers": 1}}, "config_args: .*'num_hidden_layers' = 1"),
     "model_args": (BERT_CONFIG, {"model_args": {"add_pooling_layer": False}}, "model_args: .*'add_pooling_layer'"),

@@ -72,6 +72,18 @@ def expect_words(name: str | Path, tokenizer: Tokenizer, model: BertModel, modul
             raise ValueError(f"{name}: the tokenizer knows {tokenizer.vocab_size} words, {of} {count}")
 
 
+def expect_padding_on_the_right(folder: Path, tokenizer: Tokenizer) -> None:
+    """Raises ValueError where a folder's tokenizer pads on the left. There transformers gives a text the positions that
+    come after its padding, so its vector depends on the longest text of its batch.
+    """
+    side, file = tokenizer.config.get("padding_side", "right"), folder / "tokenizer_config.json"
+    if side != "right":
+        raise ValueError(
+            f"{file}: the setting 'padding_side' = {side!r} is not supported: "
+            "a text's vector would depend on how long the other texts of its batch are"
+        )
+
+
 def keep_layers(model: BertModel, layer: int, output: Output, all_layers: bool) -> Output:
     """Drops what of the model nobody would read; returns where the output is then.
 

@@ -21,7 +21,14 @@ from ..inference.weights import prepack, quantise
 from ..models.bert import BertModel
 from ..packing import PackedBatch
 from ..text.batching import CHUNK_TEXTS, chunks_of, even_batches, filling, one_ahead, run_batches, tokens_per_batch
-from .assembly import POOLING, expect_words, keep_layers, modules_of, plain_modules
+from .assembly import (
+    POOLING,
+    expect_padding_on_the_right,
+    expect_words,
+    keep_layers,
+    modules_of,
+    plain_modules,
+)
 from .devices import DTYPES, INT8, describe_operators, expect_int8, resolve_device, resolve_dtype
 from .folder import LAST_STATE, NO_PROMPTS, POOLER, Output, SentenceConfig
 from .modules import (
@@ -185,6 +192,7 @@ class Encoder:
             sentence = SentenceConfig.from_folder(path)
             inside = path / sentence.encoder if sentence.encoder else path
             tokenizer = Tokenizer.from_pretrained(inside)
+            expect_padding_on_the_right(inside, tokenizer)
             model = BertModel.from_pretrained(inside, dtype=dtype, device=device, impl=impl)
         modules, output = modules_of(sentence, pooling, normalize, truncate_dim)
         expect_words(id_or_path, tokenizer, model, modules)

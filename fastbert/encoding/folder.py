@@ -11,7 +11,6 @@ Every setting is honoured, or known to change no vector, or refused by name.
 from __future__ import annotations
 
 import ast
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,17 +19,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..checkpoint import CheckpointError, load_into, load_state_dict, read_json
+from ..checkpoint import load_into, load_state_dict, read_json
 from ..formats.detect import find_source
 from ..formats.sentence_folder import (
     LIBRARY,
     MODULES,
-    ROUTER,
+    ROUTERS,
     Listed,
+    Routes,
     has_modules,
-    kind_of_type,
     listed_modules,
-    path_inside,
     read_transformer_settings,
 )
 from .modules import (
@@ -142,10 +140,10 @@ class SentenceConfig:
         modules = listed_modules(folder)
         first, modules = modules[0] if modules else None, modules[1:]
         built: list[SentenceModule] = []
-        if first is not None and first.kind in ("Router", "Asym"):
-            router = _RouterFolder(folder, first)
-            encoder = router.encoder()
-            built.append(router.build())
+        if first is not None and first.kind in ROUTERS:
+            routes = Routes.read(folder, first)
+            encoder = routes.encoder().path.as_posix()
+            built.append(_router(folder, routes, routes.encoder()))
         elif first is not None and first.kind == "Transformer":
             encoder = first.path.as_posix()
         else:
@@ -257,8 +255,8 @@ def build_module(folder: Path, listed: Listed) -> SentenceModule | None:
 
     Raises: ValueError for a kind, or a setting, that is not supported; CheckpointError for damage.
     """
-    if listed.kind in ("Router", "Asym"):
-        return _RouterFolder(folder, listed).build()
+    if listed.kind in ROUTERS:
+        return _router(folder, Routes.read(folder, listed))
     if listed.kind in _NOT_COMPUTED:
         raise ValueError(f"{folder / MODULES}: module {listed.kind!r} is not supported: {_NOT_COMPUTED[listed.kind]}")
     if listed.kind not in _BUILDERS:
@@ -371,56 +369,32 @@ def _with_weights(module: SentenceModule, folder: Path) -> SentenceModule:
 # ---- Router ----------------------------------------------------------------------------------------------
 
 
-class _RouterFolder:
-    """A Router in its folder, with the folders of the modules on its routes."""
+def _router(folder: Path, routes: Routes, encoder: Listed | None = None) -> SentenceModule:
+    """A Router; folder: the model's; encoder: a module that is left out, since it is computed before the Router."""
+    settings = Settings(routes.file, routes.content)
+    settings.drop({"types": ANY, "structure": ANY})
+    parameters = settings.take_part("parameters")
+    settings.expect_empty()
+    default = parameters.take("default_route", (str, type(None)), None)
+    if parameters.take("allow_empty_key", bool, True) and default is None:
+        default = next(iter(routes.modules))
+    mappings = parameters.take_part("route_mappings").values
+    parameters.expect_empty()
+    built: dict[Listed, SentenceModule | None] = {}  # a module on two routes is one module
+    for listed in (listed for modules in routes.modules.values() for listed in modules):
+        if listed != encoder and listed not in built:
+            built[listed] = build_module(folder, listed)
+    by_route = {
+        route: [module for listed in modules if (module := built.get(listed)) is not None]
+        for route, modules in routes.modules.items()
+    }
+    return Router(by_route, default, {_mapped(key, routes.file): route for key, route in mappings.items()})
 
-    def __init__(self, folder: Path, listed: Listed):
-        self.folder, inside = folder, folder / listed.path
-        file = inside / ROUTER if (inside / ROUTER).is_file() else inside / "config.json"
-        self.file, settings = file, Settings(file, read_json(file))
-        types, structure = settings.take("types", dict), settings.take("structure", dict)
-        self.parameters = settings.take_part("parameters")
-        settings.expect_empty()
-        paths = {name: listed.path / path_inside(inside, name, file) for name in types}
-        if any(os.path.normpath(path) == os.path.normpath(listed.path) for path in paths.values()):
-            raise CheckpointError(f"{file}: a module lies in the Router's own folder, which has no end")
-        modules = {name: Listed(kind_of_type(of, file), paths[name]) for name, of in types.items()}
-        if not structure or not all(
-            isinstance(names, list) and modules.keys() >= set(names) for names in structure.values()
-        ):
-            raise CheckpointError(f"{file} must have routes, each a list of modules of which it has the types")
-        self.routes = {route: [modules[name] for name in names] for route, names in structure.items()}
 
-    def encoder(self) -> str:
-        """The folder of the BERT that every route begins with; it is taken off the routes."""
-        first = {names[0] if names else None for names in self.routes.values()}
-        (listed, *others) = first
-        if others or listed is None or listed.kind != "Transformer":
-            kinds = ", ".join(sorted(str(module and module.path) for module in first))
-            raise ValueError(f"{self.file}: the routes must begin with one Transformer, and they begin with {kinds}")
-        self.routes = {route: modules[1:] for route, modules in self.routes.items()}
-        return listed.path.as_posix()
-
-    def build(self) -> SentenceModule:
-        default = self.parameters.take("default_route", (str, type(None)), None)
-        if self.parameters.take("allow_empty_key", bool, True) and default is None:
-            default = next(iter(self.routes))
-        mappings = self.parameters.take_part("route_mappings").values
-        self.parameters.expect_empty()
-        built: dict[Listed, SentenceModule | None] = {}  # a module on two routes is one module
-        for listed in (listed for modules in self.routes.values() for listed in modules):
-            if listed not in built:
-                built[listed] = build_module(self.folder, listed)
-        routes = {
-            route: [module for listed in modules if (module := built[listed]) is not None]
-            for route, modules in self.routes.items()
-        }
-        return Router(routes, default, {self._mapped(key): route for key, route in mappings.items()})
-
-    def _mapped(self, key: str) -> tuple[str | None, Any]:
-        """A key of route_mappings, which is written as Python writes a tuple: "('query', None)"."""
-        try:
-            task, modality = ast.literal_eval(key)
-        except (ValueError, SyntaxError, TypeError):
-            raise ValueError(f"{self.file}: route_mappings: {key!r} is no pair of a task and a modality") from None
-        return task, modality
+def _mapped(key: str, file: Path) -> tuple[str | None, Any]:
+    """A key of route_mappings, which is written as Python writes a tuple: "('query', None)"."""
+    try:
+        task, modality = ast.literal_eval(key)
+    except (ValueError, SyntaxError, TypeError):
+        raise ValueError(f"{file}: route_mappings: {key!r} is no pair of a task and a modality") from None
+    return task, modality

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import PICKLE, load_state_dict, read_json
-from .sentence_folder import encoder_in, files_of_modules
+from .sentence_folder import TRANSFORMER_SETTINGS, encoder_in, files_of_modules, home_of_encoder
 from .source import Source, find_case, find_words
 from .variable import Variable
 
@@ -24,8 +24,7 @@ def is_old(folder: Path) -> bool:
 
 def read_old(folder: Path) -> Source:
     """A folder or an unpacked archive of pytorch-pretrained-bert. Raises CheckpointError."""
-    config = read_json(folder / _OLD_CONFIG)
-    return _source(folder, "pytorch-pretrained-bert's folder", config, find_words(folder), find_case(folder), {})
+    return _source(folder, "pytorch-pretrained-bert's folder", _OLD_CONFIG)
 
 
 def read_transformers(folder: Path) -> Source:
@@ -33,22 +32,18 @@ def read_transformers(folder: Path) -> Source:
 
     Raises: CheckpointError.
     """
-    home = encoder_in(folder)
-    files = {name: home / name for name in _TOKENIZER_FILES if (home / name).is_file()} | files_of_modules(folder)
-    return _source(
-        home, "transformers' folder", read_json(home / "config.json"), find_words(home), find_case(home), files
-    )
+    inside, beside = encoder_in(folder), files_of_modules(folder)
+    names = (*_TOKENIZER_FILES, *TRANSFORMER_SETTINGS) if beside else _TOKENIZER_FILES
+    files = {name: inside / name for name in names if (inside / name).is_file()}
+    home = home_of_encoder(folder)
+    return _source(inside, "transformers' folder", "config.json", files=files, home=home, beside=beside)
 
 
-def _source(
-    folder: Path,
-    title: str,
-    config: dict[str, Any],
-    words: list[str],
-    lower_case: bool | None,
-    files: dict[str, Path],
-) -> Source:
+def _source(folder: Path, title: str, config: str, **others: Any) -> Source:
+    """config: the name of its file; others: fields of the Source."""
+
     def load() -> dict[str, Variable]:
         return {name: Variable.of_tensor(name, t) for name, t in load_state_dict(folder).items()}
 
-    return Source(folder, title, "gelu", config, load, lambda _: None, words, lower_case, files)
+    said, words, lower_case = read_json(folder / config), find_words(folder), find_case(folder)
+    return Source(folder, title, "gelu", said, load, lambda _: None, words, lower_case, **others)

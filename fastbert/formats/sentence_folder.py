@@ -1,4 +1,4 @@
-"""The list of modules in a folder of sentence-transformers: modules.json, as versions 2 to 6 write it."""
+"""The modules in a folder of sentence-transformers: modules.json and Routers' routes, as versions 2 to 6 write them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from ..checkpoint import PICKLE, SAFETENSORS, CheckpointError, read_json
 from .source import parse_json
@@ -14,6 +15,7 @@ from .source import parse_json
 MODULES = "modules.json"
 LIBRARY = "config_sentence_transformers.json"
 ROUTER = "router_config.json"
+ROUTERS = ("Router", "Asym")  # the name since version 5, and before
 # The first that is there, and holds something, is read. Versions before 1 named the file after the model.
 TRANSFORMER_SETTINGS = tuple(
     f"sentence_{kind}_config.json"
@@ -73,29 +75,93 @@ def kind_of_type(name: str, file: Path) -> str:
     return found[1] if found else name
 
 
+@dataclass(frozen=True)
+class Routes:
+    """A Router's file, what it says, and the modules of each route in order; their folders are relative to the model's.
+
+    Raises, from all of its methods: CheckpointError, in one line.
+    """
+
+    file: Path
+    content: dict[str, Any]
+    modules: dict[str, list[Listed]]
+
+    @classmethod
+    def read(cls, folder: Path, router: Listed) -> Routes:
+        """folder: the model's."""
+        inside = folder / router.path
+        file = inside / ROUTER if (inside / ROUTER).is_file() else inside / "config.json"
+        content = read_json(file)
+        types, structure = content.get("types"), content.get("structure")
+        if not isinstance(types, dict) or not isinstance(structure, dict):
+            raise CheckpointError(f"{file} must have types of modules, and the structure of their routes")
+        paths = {name: router.path / path_inside(inside, name, file) for name in types}
+        if any(os.path.normpath(path) == os.path.normpath(router.path) for path in paths.values()):
+            raise CheckpointError(f"{file}: a module lies in the Router's own folder, which has no end")
+        modules = {name: Listed(kind_of_type(of, file), paths[name]) for name, of in types.items()}
+        if not structure or not all(
+            isinstance(names, list) and modules.keys() >= set(names) for names in structure.values()
+        ):
+            raise CheckpointError(f"{file} must have routes, each a list of modules of which it has the types")
+        return cls(file, content, {route: [modules[name] for name in names] for route, names in structure.items()})
+
+    def encoder(self) -> Listed:
+        """The Transformer that every route begins with, and no route has after that."""
+        first = {modules[0] if modules else None for modules in self.modules.values()}
+        (found, *others) = first
+        if others or found is None or found.kind != "Transformer":
+            kinds = ", ".join(sorted(str(module and module.path) for module in first))
+            raise CheckpointError(
+                f"{self.file}: the routes must begin with one Transformer, and they begin with {kinds}"
+            )
+        return found
+
+
 def encoder_in(folder: Path) -> Path:
-    """The folder of BERT and its tokenizer: where modules.json puts the first module, else the folder itself."""
+    """The folder of BERT and its tokenizer: where modules.json puts the first module, or the first of a Router's
+    routes; else the folder itself. Raises CheckpointError."""
     modules = listed_modules(folder) if has_modules(folder) else []
-    return folder / modules[0].path if modules and modules[0].kind == "Transformer" else folder
+    if modules and modules[0].kind == "Transformer":
+        return folder / modules[0].path
+    if modules and modules[0].kind in ROUTERS:
+        return folder / Routes.read(folder, modules[0]).encoder().path
+    return folder
+
+
+def folder_of_config(folder: Path) -> Path:
+    """The folder itself where it has a config.json, else that of BERT in it. Raises CheckpointError."""
+    return folder if (folder / "config.json").is_file() else encoder_in(folder)
+
+
+def home_of_encoder(folder: Path) -> str:
+    """Where BERT goes in the folder that is made of this one, relative to it: to its root, but behind a Router it stays
+    where it is."""
+    if has_modules(folder) and listed_modules(folder)[0].kind in ROUTERS:
+        return encoder_in(folder).relative_to(folder).as_posix()
+    return ""
 
 
 def files_of_modules(folder: Path) -> dict[str, Path]:
-    """The files beside a model's own that sentence-transformers reads, by their names in a folder whose encoder lies at
-    the root; empty where there is no modules.json.
+    """The files that sentence-transformers reads of all but BERT's folder, by their names in the model's; empty where
+    there is no modules.json.
 
-    Raises: CheckpointError for a list that is none, for an encoder inside a Router, and for other modules at the root.
+    Raises: CheckpointError for a list that is none, for a second encoder, and for other modules at the root.
     """
     if not has_modules(folder):
         return {}
     files = {name: folder / name for name in (MODULES, LIBRARY)}
-    files |= {name: encoder_in(folder) / name for name in TRANSFORMER_SETTINGS}
-    for number, module in enumerate(listed_modules(folder)):
-        if number == 0 and module.kind in ("Router", "Asym"):
-            raise CheckpointError(f"{folder / MODULES}: a {module.kind} around the encoder is not converted")
-        if number == 0:
-            continue
+    first, *modules = listed_modules(folder)
+    if first.kind in ROUTERS:
+        routes = Routes.read(folder, first)
+        encoder = routes.encoder()
+        files[routes.file.relative_to(folder).as_posix()] = routes.file
+        modules += [module for route in routes.modules.values() for module in route if module != encoder]
+    for module in modules:
         if not module.path.parts or module.kind == "Transformer":
-            raise CheckpointError(f"{folder / MODULES}: {module.kind} is module {number}, where it is not converted")
+            raise CheckpointError(
+                f"{folder / MODULES}: {module.kind} in {str(module.path)!r} comes after the encoder, "
+                "where it is not converted"
+            )
         for file in sorted((folder / module.path).rglob("*")):
             if file.suffix == ".json" or file.name in (SAFETENSORS, PICKLE):
                 files[file.relative_to(folder).as_posix()] = file

@@ -32,7 +32,9 @@ class Source:
             variables are known.
         words: the vocabulary, in the order of the ids; empty where there is none.
         lower_case: whether the tokenizer lower-cases; None where the source does not say.
-        files: other files that belong to the model: the name they get in transformers' folder -> where they are.
+        files: other files of the tokenizer and the encoder: their name in transformers' folder -> where they are.
+        home: that folder, relative to the folder of sentence-transformers around it; empty where there is none.
+        beside: files of that outer folder, and of its modules: their name in it -> where they are.
         pooling: how a text's vector is made of its tokens', "mean" or "cls"; None where the source does not say.
     """
 
@@ -45,6 +47,8 @@ class Source:
     words: list[str] = field(default_factory=list)
     lower_case: bool | None = None
     files: dict[str, Path] = field(default_factory=dict)
+    home: str = ""
+    beside: dict[str, Path] = field(default_factory=dict)
     pooling: str | None = None
 
     @functools.cached_property

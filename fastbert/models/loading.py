@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from .. import checkpoint
 from ..config import BertConfig
 from ..formats import open_model, opened
+from ..formats.sentence_folder import folder_of_config
 
 # where a checkpoint's own shapes show a size: end of a name -> (its dimension, the field of the config)
 SIZES_IN_WEIGHTS = {
@@ -30,7 +31,8 @@ _KNOWN_HEADS = re.compile(r"cls\.|classifier\.|qa_outputs\.|(bert\.)?pooler\.")
 
 
 def read_model(id_or_path: str | Path, **changes: Any) -> tuple[BertConfig, dict[str, Tensor]]:
-    """(config, weights) from a local folder or a hub id, or from another format that `fastbert convert` reads.
+    """(config, weights) from a local folder or a hub id, or from another format that `fastbert convert` reads; also of
+    the BERT that sentence-transformers put into a folder of its own.
 
     changes: fields of the config that win over the file's.
 
@@ -41,6 +43,7 @@ def read_model(id_or_path: str | Path, **changes: Any) -> tuple[BertConfig, dict
     with opened(id_or_path) as path:
         foreign = open_model(path)
         if foreign is None:
+            path = folder_of_config(path)
             config, state = BertConfig.from_pretrained(path, **changes), checkpoint.load_state_dict(path)
             twice = [name for name in state if name.startswith("module.") and name.removeprefix("module.") in state]
             if twice:

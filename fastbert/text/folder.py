@@ -22,6 +22,7 @@ from tokenizers import AddedToken, Encoding, decoders, models, normalizers, pre_
 from ..checkpoint import CheckpointError, read_json
 
 CONFIG = "tokenizer_config.json"
+_WORDS, _WHOLE = "vocab.txt", "tokenizer.json"
 # The tokens that BERT's classes have even where no file names them.
 SPECIAL_TOKENS = {
     "unk_token": "[UNK]",
@@ -91,8 +92,8 @@ def read_folder(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any], lis
 
     Raises: CheckpointError that names what is not understood.
     """
-    words, whole = folder / "vocab.txt", folder / "tokenizer.json"
-    if not (whole.is_file() or words.is_file()):
+    words, whole = folder / _WORDS, folder / _WHOLE
+    if not has_tokenizer(folder):
         raise CheckpointError(f"{folder} has no tokenizer: expected tokenizer.json or vocab.txt")
     config = _read_where_there(folder / CONFIG)
     _refuse_unknown_keys(folder / CONFIG, config)
@@ -121,6 +122,10 @@ def read_folder(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any], lis
             )
     roles = {role: str(token) for role, token in settings.named.items() if role in _ROLES and token is not None}
     return backend, config | roles, settings.notes
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return (folder / _WHOLE).is_file() or (folder / _WORDS).is_file()
 
 
 def bert_backend(vocab: dict[str, int], settings: Settings, what: str) -> tokenizers.Tokenizer:

@@ -19,10 +19,11 @@ from tokenizers import Encoding, models, normalizers, pre_tokenizers
 from ..checkpoint import CheckpointError, make_folder, write_atomically, write_json
 from ..formats import opened
 from ..formats.detect import find_source
+from ..formats.sentence_folder import encoder_in
 from ..formats.source import Source
 from .cutting import Cutter
 from .fast import IdsOf, fast_ids
-from .folder import SPECIAL_TOKENS, bert_backend, read_folder, read_vocab, settings_of
+from .folder import SPECIAL_TOKENS, bert_backend, has_tokenizer, read_folder, read_vocab, settings_of
 
 Truncation = Literal["longest_first", "only_first", "only_second"]
 TRUNCATIONS = ("longest_first", "only_first", "only_second")
@@ -107,7 +108,9 @@ class Tokenizer:
         """
         with opened(id_or_path) as path:
             source = find_source(path)
-            return cls._from_folder(path) if source is None else cls._from_source(source)
+            if source is not None:
+                return cls._from_source(source)
+            return cls._from_folder(path if has_tokenizer(path) else encoder_in(path))
 
     @classmethod
     def _from_source(cls, source: Source) -> Tokenizer:
