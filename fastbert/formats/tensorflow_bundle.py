@@ -23,11 +23,13 @@ from torch import Tensor
 
 from ..checkpoint import CheckpointError
 from .crc32c import crc32c, masked
+from .protobuf import Malformed, encode_field, encode_message, encode_varint, parse_message, parse_varint
 from .variable import Variable, as_tensor, map_bytes
 
 _MAGIC = 0xDB4775248B80FB57
 _FOOTER_BYTES = 48
 _TRAILER_BYTES = 5  # of a block: its compression type and its checksum
+_CRC_BYTES = 4
 _RESTART_INTERVAL = 16
 _BLOCK_BYTES = 256 * 1024  # a table's block is closed once it is this long
 
@@ -48,8 +50,8 @@ _DTYPES: dict[int, tuple[str, torch.dtype | None]] = {
 _NUMBER_OF = {dtype: number for number, (_, dtype) in _DTYPES.items() if dtype is not None}
 
 
-class _Malformed(Exception):
-    """Bytes that are no table, no block or no protocol buffer; callers say of which file."""
+class _NotRead(Exception):
+    """A table of a kind that is known and not read, in words that follow its name."""
 
 
 # ---- reading ---------------------------------------------------------------------------------------------
@@ -72,20 +74,22 @@ def read_bundle(prefix: str | os.PathLike) -> dict[str, Variable]:
         raise CheckpointError(f"{prefix.parent} has no {index.name}")
     try:
         table = dict(_entries_of_table(index.read_bytes()))
-        shards = _read_header(index, table.pop("", None))
+        shards = _read_header(table.pop("", None))
         entries = {name: _parse_entry(value) for name, value in table.items()}
-    except _Malformed as error:
+    except Malformed as error:
         raise CheckpointError(f"{index} is truncated or damaged: {error}") from None
+    except _NotRead as error:
+        raise CheckpointError(f"{index} {error}, which is not read") from None
     return {name: _variable(prefix, name, entry, shards) for name, entry in entries.items()}
 
 
-def _read_header(index: Path, header: bytes | None) -> int:
+def _read_header(header: bytes | None) -> int:
     """The number of data shards."""
     if header is None:
-        raise _Malformed("it has no header entry")
-    fields = _parse_message(header)
+        raise Malformed("it has no header entry")
+    fields = parse_message(header)
     if fields.get(2, [0])[-1] != 0:
-        raise CheckpointError(f"{index} is of a big-endian machine, which is not read")
+        raise _NotRead("is of a big-endian machine")
     return fields.get(1, [0])[-1]
 
 
@@ -103,18 +107,18 @@ class _Entry:
 
 
 def _parse_entry(value: bytes) -> _Entry:
-    fields = _parse_message(value)
+    fields = parse_message(value)
 
     def last(field: int) -> int:
         number = fields.get(field, [0])[-1]
         if not isinstance(number, int):
-            raise _Malformed(f"field {field} of an entry is not a number")
+            raise Malformed(f"field {field} of an entry is not a number")
         return number
 
     shape = []
     for part in fields.get(2, []):
-        for dim in _parse_message(part).get(2, []):
-            shape.append(_parse_message(dim).get(1, [0])[-1])
+        for dim in parse_message(part).get(2, []):
+            shape.append(parse_message(dim).get(1, [0])[-1])
     return _Entry(last(1), tuple(shape), last(3), last(4), last(5), last(6), len(fields.get(7, [])))
 
 
@@ -144,7 +148,7 @@ def _variable(prefix: Path, name: str, entry: _Entry, shards: int) -> Variable:
 
     def read() -> Tensor:
         if dtype is None:
-            raise CheckpointError(f"{prefix}.index: {name} is of {kind}, which is not read")
+            return as_tensor(data(), torch.uint8, (size,))
         return as_tensor(data(), dtype, entry.shape)
 
     def verify() -> None:
@@ -157,24 +161,25 @@ def _variable(prefix: Path, name: str, entry: _Entry, shards: int) -> Variable:
 
 def _entries_of_table(table: bytes) -> Iterator[tuple[str, bytes]]:
     if len(table) < _FOOTER_BYTES:
-        raise _Malformed(f"it has {len(table)} bytes, and a table has at least {_FOOTER_BYTES}")
+        raise Malformed(f"it has {len(table)} bytes, and a table has at least {_FOOTER_BYTES}")
     footer = table[-_FOOTER_BYTES:]
     if struct.unpack("<Q", footer[-8:])[0] != _MAGIC:
-        raise _Malformed("it does not end as a table does")
+        raise Malformed("it does not end as a table does")
     _, at = _parse_handle(footer, 0)
     index, _ = _parse_handle(footer, at)
     for _, handle in _entries_of_block(_block(table, index)):
         for key, value in _entries_of_block(_block(table, _parse_handle(handle, 0)[0])):
+            if key.startswith(b"\x00"):  # a slice of a partitioned variable, which has an entry under its name too
+                continue
             try:
                 yield key.decode("utf-8"), value
             except UnicodeDecodeError:
-                # Only the slices of a partitioned variable have keys that are no text.
-                raise _Malformed("it has partitioned variables, which are not read") from None
+                raise Malformed("a variable has a name that is no text") from None
 
 
 def _parse_handle(data: bytes, at: int) -> tuple[tuple[int, int], int]:
-    offset, at = _parse_varint(data, at)
-    size, at = _parse_varint(data, at)
+    offset, at = parse_varint(data, at)
+    size, at = parse_varint(data, at)
     return (offset, size), at
 
 
@@ -183,67 +188,46 @@ def _block(table: bytes, handle: tuple[int, int]) -> bytes:
     offset, size = handle
     end = offset + size + _TRAILER_BYTES
     if end > len(table):
-        raise _Malformed(f"a block ends at byte {end} of {len(table)}")
+        raise Malformed(f"a block ends at byte {end} of {len(table)}")
     compression, crc = table[offset + size], struct.unpack("<I", table[end - 4 : end])[0]
     if masked(crc32c(table[offset : end - 4])) != crc:
-        raise _Malformed(f"the block at byte {offset} does not have its checksum")
+        raise Malformed(f"the block at byte {offset} does not have its checksum")
     if compression:
         name = "snappy" if compression == 1 else f"of type {compression}"
-        raise _Malformed(f"its blocks are compressed ({name}), which is not read")
+        raise _NotRead(f"has compressed blocks ({name})")
     return table[offset : offset + size]
 
 
 def _entries_of_block(block: bytes) -> Iterator[tuple[bytes, bytes]]:
     if len(block) < 4:
-        raise _Malformed("a block is too short")
+        raise Malformed("a block is too short")
     end = len(block) - 4 - 4 * struct.unpack("<I", block[-4:])[0]  # the restart offsets and their number
     key, at = b"", 0
     while at < end:
-        shared, at = _parse_varint(block, at)
-        unshared, at = _parse_varint(block, at)
-        length, at = _parse_varint(block, at)
+        shared, at = parse_varint(block, at)
+        unshared, at = parse_varint(block, at)
+        length, at = parse_varint(block, at)
         if shared > len(key) or at + unshared + length > end:
-            raise _Malformed("an entry reaches past its block")
+            raise Malformed("an entry reaches past its block")
         key = key[:shared] + block[at : at + unshared]
         at += unshared
         yield key, block[at : at + length]
         at += length
 
 
-def _parse_varint(data: bytes, at: int) -> tuple[int, int]:
-    """(the number, where it ends)."""
-    number = 0
-    for shift in range(0, 64, 7):
-        if at >= len(data):
-            raise _Malformed("a number reaches past its end")
-        number |= (data[at] & 0x7F) << shift
-        at += 1
-        if data[at - 1] < 0x80:
-            return number, at
-    raise _Malformed("a number has more than 64 bits")
+def read_string(variable: Variable) -> bytes:
+    """The one string of a variable of TensorFlow's type "string". Raises CheckpointError where it is damaged.
 
-
-def _parse_message(data: bytes) -> dict[int, list]:
-    """A protocol buffer: field number -> its values in order, an int, or bytes of what has a length."""
-    fields: dict[int, list] = {}
-    at = 0
-    while at < len(data):
-        tag, at = _parse_varint(data, at)
-        wire_type = tag & 7
-        if wire_type == 0:
-            value, at = _parse_varint(data, at)
-        elif wire_type == 2:
-            length, at = _parse_varint(data, at)
-            value, at = data[at : at + length], at + length
-        elif wire_type in (1, 5):
-            length = 8 if wire_type == 1 else 4
-            value, at = int.from_bytes(data[at : at + length], "little"), at + length
-        else:
-            raise _Malformed(f"a protocol buffer has a field of wire type {wire_type}")
-        if at > len(data):
-            raise _Malformed("a field reaches past its protocol buffer")
-        fields.setdefault(tag >> 3, []).append(value)
-    return fields
+    Such a variable is the length of each of its strings, the checksum of these lengths, and the strings.
+    """
+    data = variable.read().numpy().tobytes()
+    try:
+        length, at = parse_varint(data, 0)
+    except Malformed:
+        length, at = -1, 0
+    if at + _CRC_BYTES + length != len(data):
+        raise CheckpointError(f"{variable.name} is damaged: it is not one string")
+    return data[at + _CRC_BYTES :]
 
 
 # ---- writing ---------------------------------------------------------------------------------------------
@@ -258,7 +242,7 @@ def write_bundle(prefix: str | os.PathLike, tensors: Iterable[tuple[str, Tensor]
     Raises: ValueError on a name that comes twice or a dtype that TensorFlow lacks; OSError.
     """
     prefix = Path(prefix)
-    entries: dict[str, bytes] = {"": _message((1, 1), (3, _message((1, 1))))}
+    entries: dict[str, bytes] = {"": encode_message((1, 1), (3, encode_message((1, 1))))}
     with open(prefix.with_name(prefix.name + ".data-00000-of-00001"), "wb") as file:
         for name, t in tensors:
             if name in entries:
@@ -266,9 +250,9 @@ def write_bundle(prefix: str | os.PathLike, tensors: Iterable[tuple[str, Tensor]
             if t.dtype not in _NUMBER_OF:
                 raise ValueError(f"TensorFlow has no type for {name}, which is {t.dtype}")
             data = t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-            shape = b"".join(_field(2, _message((1, length))) for length in t.shape)
+            shape = b"".join(encode_field(2, encode_message((1, length))) for length in t.shape)
             entries[name] = (
-                _message((1, _NUMBER_OF[t.dtype]), (2, shape), (4, file.tell()), (5, data.nbytes))
+                encode_message((1, _NUMBER_OF[t.dtype]), (2, shape), (4, file.tell()), (5, data.nbytes))
                 + b"\x35"
                 + struct.pack("<I", masked(crc32c(data)))
             )  # field 6, of 32 bits
@@ -292,7 +276,7 @@ def _table(items: list[tuple[bytes, bytes]]) -> bytes:
         offset = len(table)
         content = block + b"\x00"  # not compressed
         table.extend(content + struct.pack("<I", masked(crc32c(content))))
-        return _varint(offset) + _varint(len(block))
+        return encode_varint(offset) + encode_varint(len(block))
 
     start = size = 0
     for i, (key, value) in enumerate(items):
@@ -314,25 +298,8 @@ def _encode_block(items: list[tuple[bytes, bytes]]) -> bytes:
         else:
             while shared < min(len(previous), len(key)) and previous[shared] == key[shared]:
                 shared += 1
-        block += _varint(shared) + _varint(len(key) - shared) + _varint(len(value)) + key[shared:] + value
+        block += (
+            encode_varint(shared) + encode_varint(len(key) - shared) + encode_varint(len(value)) + key[shared:] + value
+        )
         previous = key
     return bytes(block) + struct.pack(f"<{len(restarts) + 1}I", *restarts, len(restarts))
-
-
-def _varint(number: int) -> bytes:
-    out = bytearray()
-    while number >= 0x80:
-        out.append(number & 0x7F | 0x80)
-        number >>= 7
-    return bytes(out + bytes([number]))
-
-
-def _field(number: int, value: int | bytes) -> bytes:
-    if isinstance(value, int):
-        return _varint(number << 3) + _varint(value)
-    return _varint(number << 3 | 2) + _varint(len(value)) + value
-
-
-def _message(*fields: tuple[int, int | bytes]) -> bytes:
-    """A protocol buffer of (number, value) pairs; as usual, zeros are left out."""
-    return b"".join(_field(number, value) for number, value in fields if value != 0)

@@ -19,8 +19,9 @@ class Variable:
         name: as the file has it.
         shape: as the file has it, before anything is transposed.
         kind: the file's word for its numbers: "float32", "q8_0", "string".
-        dtype: of what `read` gives; None where the variable holds no numbers, and cannot be read.
-        read: the array on the CPU, contiguous, [*shape]; memory-mapped and private where the file allows it.
+        dtype: of what `read` gives; None where the variable holds no numbers that torch has.
+        read: the array on the CPU, contiguous, [*shape]; memory-mapped and private where the file allows it. Where
+            dtype is None, an error, or the bytes as the file has them, uint8 [size].
         verify: raises CheckpointError where the bytes do not have the checksum that the file gives; None where the
             format has no checksums.
     """
