@@ -65,13 +65,13 @@ class Study:
 STUDIES = {
     "sst2": Study(Spec("sentence", "accuracy"), "sst2/train.tsv", "sst2/dev.tsv", 2, 1e-4),
     "sick-entailment": Study(
-        Spec("pair", "accuracy", ("sentence_A", "sentence_B", "entailment_judgment")), *SICK, 3, 1e-4
+        Spec("pair", "accuracy", ("sentence_A", "sentence_B", "entailment_judgment")), *SICK, 2, 2e-4
     ),
     "sick-relatedness": Study(
-        Spec("pair", "pearson", ("sentence_A", "sentence_B", "relatedness_score")), *SICK, 3, 1e-4, NUMBERS
+        Spec("pair", "pearson", ("sentence_A", "sentence_B", "relatedness_score")), *SICK, 2, 2e-4, NUMBERS
     ),
     "wnut17": Study(
-        Spec("token", "entity_f1", stride=32), "wnut17/wnut17train.conll", "wnut17/emerging.test.annotated", 4, 2e-4
+        Spec("token", "entity_f1", stride=32), "wnut17/wnut17train.conll", "wnut17/emerging.test.annotated", 3, 3e-4
     ),
     "xquad-en": Study(
         Spec("qa", "squad", max_length=384, stride=128), "xquad/xquad.en.json", "xquad/xquad.en.json", 2, 1e-4
