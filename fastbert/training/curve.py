@@ -11,7 +11,7 @@ from pathlib import Path
 from ..checkpoint import write_atomically
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 360, 60, 60, 40, 40
-POINTS = 200  # of the loss at most; each is the mean of the steps around it
+POINTS = 60  # of the loss at most; each is the mean of the steps around it, whose losses differ by chance
 LOSS, METRIC = "#1f6fb4", "#c4501b"
 
 
@@ -38,17 +38,16 @@ def svg(losses: Sequence[tuple[float, float]], scores: Sequence[tuple[float, flo
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" font-family="sans-serif" '
         'font-size="12">',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
-        f'<text x="{LEFT}" y="20" fill="{LOSS}">loss</text>',
-        f'<text x="{WIDTH - RIGHT}" y="20" fill="{METRIC}" text-anchor="end">{escape(metric)}</text>',
         f'<text x="{WIDTH / 2}" y="{HEIGHT - 10}" text-anchor="middle">optimiser steps, {last:.0f} in all</text>',
         f'<path d="M{LEFT} {TOP}V{HEIGHT - BOTTOM}H{WIDTH - RIGHT}V{TOP}" fill="none" stroke="#999"/>',
     ]
-    for points, colour, x, anchor in (
-        (losses, LOSS, LEFT - 6, "end"),
-        (scores, METRIC, WIDTH - RIGHT + 6, "start"),
+    for name, points, colour, side, x, anchor, inwards in (
+        ("loss", losses, LOSS, LEFT, LEFT - 6, "end", "start"),
+        (metric, scores, METRIC, WIDTH - RIGHT, WIDTH - RIGHT + 6, "start", "end"),
     ):
         if not points:
             continue
+        parts.append(f'<text x="{side}" y="20" fill="{colour}" text-anchor="{inwards}">{escape(name)}</text>')
         low, high = min(y for _, y in points), max(y for _, y in points)
         spread = high - low or 1.0
         places = [
