@@ -320,6 +320,25 @@ def test_pre_training_without_the_count_of_pairs_weighs_by_words():
     torch.testing.assert_close(total, torch.tensor(1.0))
 
 
+@pytest.mark.parametrize("name", ["single_label", "multi_label", "regression", "tokens", "spans", "choices",
+                                  "next_sentence"])  # fmt: skip
+def test_scores_have_all_their_bits_within_autocast(name):
+    """In bfloat16 the scores of different texts tie, and Spearman's correlation with them."""
+    kind = KINDS[name]
+    ours = ours_of(kind)
+    batch = packed_batch(kind, padded_batch(kind))
+    exact = ours(**batch)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = ours(**batch)
+    for logits in kind.logits:
+        assert output[logits].dtype == torch.float32
+        assert relative_rms(output[logits], exact[logits]) < 0.05
+        assert not torch.equal(output[logits], output[logits].bfloat16().float())
+    output.loss.backward()
+    head = [p.grad for name, p in ours.named_parameters() if not name.startswith("bert.")]
+    assert all(gradient.abs().max() > 0 for gradient in head)
+
+
 # ---- labels that do not fit ------------------------------------------------------------------------------
 
 

@@ -174,6 +174,20 @@ def test_pairs_numbers_entities_and_answers(bert, files, tmp_path, capsysbinary)
     assert sum(right) / len(right) == pytest.approx(scores["exact_match"]), "predict uses the threshold of the report"
 
 
+def test_quiet_is_quiet(bert, files, tmp_path, capfd):
+    args = ("--eval", files["sentence"], "--epochs", 1, "--class-weights", "balanced", "--checkpoint-activations")
+    assert finetune(bert, tmp_path / "out", "sentence", files["sentence"], *args) == 0
+    assert capfd.readouterr() == ("", "")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["class weights"] == [1.0, 1.0]
+
+
+def test_tensorboard_that_is_not_there_is_named_before_anything_is_read(bert, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert finetune(bert, tmp_path / "out", "sentence", tmp_path / "nowhere.tsv", "--tensorboard") == 1
+    assert "--tensorboard needs the package tensorboard: pip install tensorboard" in capsys.readouterr().err
+
+
 def test_several_seeds_and_their_range(bert, files, tmp_path, monkeypatch):
     joined, join = [], Processes.join
     monkeypatch.setattr(Processes, "join", lambda device: joined.append(device) or join(device))
@@ -264,6 +278,12 @@ def test_a_folder_with_a_run_is_not_written_over(tuned, bert, files, capsys):
         (("--patience", 2), "--patience waits for a better metric, and needs --eval"),
         (("--clip", -1), "expected a number from 0 up, got '-1'"),
         (("--lr", "nan"), "expected a number from 0 up, got 'nan'"),
+        (("--seed", 2**32), "expected a seed below 2^32 = 4,294,967,296, got 4294967296"),
+        (("--class-weights", "w=2"), "--class-weights: 'w' is none of x, y, z"),
+        (
+            ("--columns", "text,number", "--labels", "number", "--class-weights", "balanced"),
+            "--class-weights is for classes, and the labels are numbers",
+        ),
     ],
 )
 def test_settings_that_mean_nothing_are_refused_before_training(bert, tmp_path, capsys, others, message):
@@ -305,7 +325,9 @@ def test_predictions_do_not_overwrite_their_examples(tuned, files, capsys):
 
 
 def test_a_folder_of_another_origin_is_no_pipeline(bert):
-    with pytest.raises(CheckpointError, match=r"has no fastbert_task.json: it was not made by fastbert finetune"):
+    with pytest.raises(
+        CheckpointError, match=r"has no fastbert_task.json, so fastbert finetune did not make it; and no head for next"
+    ):
         fastbert.pipeline(bert)
 
 

@@ -146,7 +146,12 @@ def test_questions_without_gold(write):
         ("{}", "is not laid out as SQuAD: no 'data'"),
         ('{"data": []}', "has no questions"),
         (squad({"question": "?", "answers": []}), "no 'id'"),
-        (squad({"id": "1", "question": 3, "answers": []}), "expected a string, got int"),
+        (squad({"id": "1", "question": 3, "answers": []}), "'question' must be a string, got a number"),
+        ("[]", "is not laid out as SQuAD: expected an object with 'data', got a list"),
+        ('{"data": null}', "'data' must be a list, got null"),
+        ('{"data": ["text"]}', "expected an object with 'paragraphs', got a string"),
+        (squad("?"), "expected an object with 'id', got a string"),
+        (squad({"id": "1", "question": "?", "answers": [{"text": "x"}]}), "no 'answer_start'"),
         (squad({"id": "1", "question": "?"}, {"id": "1", "question": "?"}), "the id '1' is there twice"),
     ],
 )

@@ -12,7 +12,7 @@ from fastbert.training.labels import Text
 from fastbert.training.loop import Run, Settings
 from fastbert.training.predicting import outputs_of
 from fastbert.training.processes import Processes
-from fastbert.training.tasks import Spec, make_task
+from fastbert.training.tasks import NUMBERS, Spec, make_task
 
 PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghij", *(f"##{c}" for c in "abcdefghij")]
 ALONE = Processes(0, 1, torch.device("cpu"))
@@ -28,7 +28,14 @@ def examples_of(task: str, count: int) -> list:
     made = []
     for number in range(count):
         of_text = words(draw)
-        if task in ("sentence", "pair"):
+        if task == "several":
+            label = tuple(
+                name for name in ("early", "short") if (of_text[0][0] < "f" if name == "early" else len(of_text) < 5)
+            )
+            made.append(Text(f"line {number}", " ".join(of_text), None, label))
+        elif task == "number":
+            made.append(Text(f"line {number}", " ".join(of_text), None, len(of_text) / 4))
+        elif task in ("sentence", "pair"):
             pair = " ".join(words(draw)) if task == "pair" else None
             made.append(Text(f"line {number}", " ".join(of_text), pair, "early" if of_text[0][0] < "f" else "Late"))
         elif task == "token":
@@ -42,19 +49,24 @@ def examples_of(task: str, count: int) -> list:
     return made
 
 
+KINDS = ("sentence", "pair", "several", "number", "token", "qa")
+
+
 def task_of(kind: str, count: int = 24):
-    """(task, its examples, their windows)."""
-    metric = {"token": "entity_f1", "qa": "squad"}.get(kind, "accuracy")
-    spec = Spec(kind, metric, max_length=28, stride=6)
-    task = make_task(spec, Tokenizer.from_words(PIECES, lowercase=True))
+    """(task, its examples, their windows). "several" and "number" are sentences with several labels, or numbers."""
+    metric = {"token": "entity_f1", "qa": "squad", "number": "pearson", "several": "f1_micro"}.get(kind, "accuracy")
+    name = "sentence" if kind in ("number", "several") else kind
+    spec = Spec(name, metric, max_length=28, stride=6, multi_label=kind == "several")
+    labels = NUMBERS if kind == "number" else ()
+    task = make_task(spec, Tokenizer.from_words(PIECES, lowercase=True), labels)
     examples = examples_of(kind, count)
     task.settle(examples, None, None)
     return task, examples, task.features(examples, training=True).windows
 
 
-def model_of(task, dropout: float = 0.1, impl: str = "native", seed: int = 0):
+def model_of(task, dropout: float = 0.1, impl: str = "native", seed: int = 0, layers: int = 2):
     config = BertConfig(
-        vocab_size=len(PIECES), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
+        vocab_size=len(PIECES), hidden_size=32, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=48,
         max_position_embeddings=32, initializer_range=0.2, hidden_dropout_prob=dropout,
         attention_probs_dropout_prob=dropout, **task.changes,
     )  # fmt: skip
@@ -62,9 +74,13 @@ def model_of(task, dropout: float = 0.1, impl: str = "native", seed: int = 0):
     return getattr(heads, task.head)(config, impl=impl)
 
 
-def run_of(out: Path, kind: str = "sentence", processes: Processes = ALONE, evaluated: bool = False, **options) -> Run:
+def run_of(
+    out: Path, kind: str = "sentence", processes: Processes = ALONE, evaluated: bool = False, impl: str = "native",
+    class_weights: str = "none", dropout: float = 0.1, **options,
+) -> Run:  # fmt: skip
     """A run of a small model; options: of Settings."""
     task, examples, windows = task_of(kind)
+    task.weigh(class_weights, windows)
     chosen = {"epochs": 2, "step_tokens": 90, "batch_tokens": 10**6, "lr": 1e-3, "seed": 3, **options}
     settings = Settings(**chosen)
 
@@ -75,9 +91,17 @@ def run_of(out: Path, kind: str = "sentence", processes: Processes = ALONE, eval
 
     out.mkdir(parents=True, exist_ok=True)
     metric = "f1" if kind == "qa" else task.spec.metric
-    return Run(
-        model_of(task), task, windows, settings, out, processes, metric=metric, evaluate=evaluate if evaluated else None
-    )
+    model = model_of(task, dropout, impl)
+    if task.class_weights is not None:
+        model.class_weights = torch.tensor(task.class_weights, dtype=torch.float32, device="cpu")
+    return Run(model, task, windows, settings, out, processes, metric=metric, evaluate=evaluate if evaluated else None)
+
+
+def gradients(run: Run, training: bool = True) -> dict[str, torch.Tensor]:
+    """Of the first step of the second epoch; its loss is `run.loss_of_step` then."""
+    run.shared.train(training)
+    run.loss_of_step = run._gradients(run.plan.steps(1)[0], 1)
+    return {name: p.grad.clone() for name, p in run.model.named_parameters()}
 
 
 if __name__ == "__main__":
@@ -86,5 +110,8 @@ if __name__ == "__main__":
 
     torch.set_num_threads(1)
     joined = Processes.join("cpu")
-    run_of(Path(sys.argv[1]), sys.argv[2], joined, evaluated=True, batch_tokens=40, fsdp=sys.argv[3] == "fsdp").train()
+    run_of(
+        Path(sys.argv[1]), sys.argv[2], joined, evaluated=True, class_weights="b-x=3,o=.5", batch_tokens=40,
+        fsdp=sys.argv[3] == "fsdp",
+    ).train()  # fmt: skip
     joined.leave()

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from .options import (
+    WORD_VECTORS,
     UsageError,
     add_model_arguments,
     among_ranks,
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 ORDER = 1
 SUMMARY = "turn texts into vectors"
+# Lines and bytes of them whose tokens' vectors are held at once: a token of four layers of BERT-base takes 12 KB.
+PART_LINES, PART_BYTES = 256, 64_000
 SUFFIXES = (".npy", ".safetensors", ".jsonl")
 
 DESCRIPTION = """\
@@ -42,6 +45,12 @@ Turn texts into vectors, one vector a line of FILE, in the order of the lines.
 Memory stays constant however long FILE is, and OUT appears whole or not at all. Texts longer than the model's limit
 are cut to it. An empty line is an empty text and gets a vector too; an empty FILE gives an OUT with no rows.
 A byte order mark and Windows line ends are dropped.
+
+--tokens gives the vectors of every token in place of the text's, --words those of every word, as BERT has them: not
+pooled, not scaled. In .jsonl an object has a list "tokens" of {"token", "start", "end", "embedding"}, or "words" of
+{"word", ...}; start and end are characters of the text. In .safetensors "embeddings" [tokens of all lines, width] and
+"offsets" [tokens, 2] lie end to end, and line i has the rows "cu_seqlens"[i] to "cu_seqlens"[i + 1]. What is cut off a
+long text has no vectors. Words are the tokenizer's: BERT's ends them at white space and punctuation.
 
 On several GPUs or machines start it with torchrun: each process takes its GPU and its share of the lines, FILE must be
 readable for all of them, and one OUT results. On CPUs set OMP_NUM_THREADS, or torchrun gives each one thread."""
@@ -52,6 +61,8 @@ examples:
   fastbert encode reviews.jsonl --field body -o out.jsonl    each object with its "embedding" added
   sort -u words.txt | fastbert encode - | head -n 3          standard input to standard output
   fastbert encode notes.txt -o notes.npy --model BAAI/bge-small-en-v1.5 --dtype bfloat16
+  fastbert encode notes.txt -o notes.npy --model bert-base-cased --layers 9,10,11,12 --combine concat
+  fastbert encode notes.txt -o words.jsonl --model bert-base-cased --layers=-4,-3,-2,-1 --words first
   torchrun --nproc-per-node 8 -m fastbert encode notes.txt -o notes.npy"""
 
 
@@ -74,6 +85,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="each line is a JSON object, with its text under NAME (default for a .jsonl FILE: text)",
     )
+    parts = parser.add_mutually_exclusive_group()
+    parts.add_argument("--tokens", action="store_true", help="vectors of every token; .jsonl or .safetensors")
+    parts.add_argument(
+        "--words", choices=WORD_VECTORS, help="vectors of every word: of its first token, or the mean of its tokens"
+    )
+    parser.add_argument("--special-tokens", action="store_true", help="with --tokens: of [CLS] and [SEP] too")
     add_model_arguments(parser)
     parser.add_argument(
         "--max-tokens-per-batch",
@@ -110,12 +127,47 @@ def run(args: argparse.Namespace) -> int:
     """The command; its exit code."""
     if args.output and args.file != "-" and same_file(args.file, args.output):
         raise UsageError(f"input and output are the same file: {args.output}")
+    if args.combine and not args.layers:
+        raise UsageError("--combine is for several layers: name them with --layers")
+    if args.layers and args.layer != -1:
+        raise UsageError("--layer or --layers, not both")
+    if args.special_tokens and not args.tokens:
+        raise UsageError("--special-tokens goes with --tokens")
+    if args.tokens or args.words:
+        return _run_parts(args)
     if among_ranks():
         return _run_among_ranks(args)
     # Input and output are opened first: who misspelt a folder should not wait for a model to load.
     with open_input(args.file) as source, open_output(args.output) as sink, _encoder(args) as encoder:
         encode_chunks = partial(encoder.encode_chunks, max_tokens_per_batch=args.max_tokens_per_batch)
         _write(args, encode_chunks, _chunks(args, source, encoder), sink, encoder.dimension, _size(source))
+    _say(args, encoder)
+    return 0
+
+
+def _run_parts(args: argparse.Namespace) -> int:
+    """Vectors of tokens or words."""
+    if args.output and args.output.suffix == ".npy":
+        raise UsageError("a .npy file has no place for where texts end: .jsonl or .safetensors")
+    if args.workers != 1 or among_ranks():
+        raise UsageError("--tokens and --words are for a single process")
+    for name in ("pooling", "normalize", "truncate_dim"):
+        if getattr(args, name):
+            raise UsageError(f"--{name.replace('_', '-')} is for vectors of texts, not of tokens or words")
+    from ..text.part_files import part_writer
+
+    with open_input(args.file) as source, open_output(args.output) as sink:
+        encoder = load_encoder(args)
+        out = part_writer(args.output.suffix if args.output else ".jsonl", sink, encoder.token_dimension, args.words)
+        options = {"words": args.words, "special_tokens": args.special_tokens}
+        lines = _chunks(args, source, encoder, lines=PART_LINES, n_bytes=PART_BYTES)
+        with _bar(args, _size(source)) as bar, _counting(args, out):
+            for chunk in lines:
+                texts = _texts(chunk)
+                parts = encoder.encode_tokens(texts, max_tokens_per_batch=args.max_tokens_per_batch, **options)
+                out.write(parts, [line.record for line in chunk])
+                bar.update(sum(line.n_bytes for line in chunk))
+        out.finish()
     _say(args, encoder)
     return 0
 
@@ -161,8 +213,6 @@ def _write(
     dimension: int,
     size: int | None,
 ) -> None:
-    from tqdm import tqdm
-
     from ..text.files import writer
 
     waiting = deque()  # chunks of lines that the encoder has taken, and given no vectors for yet
@@ -173,18 +223,29 @@ def _write(
             yield _texts(chunk)
 
     out = writer(args.output.suffix if args.output else ".jsonl", sink, dimension)
+    with _bar(args, size) as bar, _counting(args, out):
+        for vectors in encode_chunks(texts()):
+            chunk = waiting.popleft()
+            out.write(vectors.numpy(), [line.record for line in chunk])
+            bar.update(sum(line.n_bytes for line in chunk))
+    out.finish()
+
+
+def _bar(args: argparse.Namespace, size: int | None) -> Any:
+    from tqdm import tqdm
+
     # tqdm's None means: only where standard error is a terminal.
-    bar = tqdm(total=size, unit="B", unit_scale=True, desc="encode", disable=args.quiet or None)
+    return tqdm(total=size, unit="B", unit_scale=True, desc="encode", disable=args.quiet or None)
+
+
+@contextlib.contextmanager
+def _counting(args: argparse.Namespace, out: Any) -> Iterator[None]:
+    """Says of an interruption how far it came."""
     try:
-        with bar:
-            for vectors in encode_chunks(texts()):
-                chunk = waiting.popleft()
-                out.write(vectors.numpy(), [line.record for line in chunk])
-                bar.update(sum(line.n_bytes for line in chunk))
+        yield
     except KeyboardInterrupt:
         lost = f"; {args.output} was not written" if args.output else ""
         raise KeyboardInterrupt(f"interrupted after {out.rows:,} lines{lost}") from None
-    out.finish()
 
 
 def _say(args: argparse.Namespace, encoder: Any) -> None:
@@ -195,14 +256,14 @@ def _say(args: argparse.Namespace, encoder: Any) -> None:
 # ---- files -----------------------------------------------------------------------------------------------
 
 
-def _chunks(args: argparse.Namespace, source: BinaryIO, encoder: Any) -> Iterator[list[Line]]:
+def _chunks(args: argparse.Namespace, source: BinaryIO, encoder: Any, **bounds: int) -> Iterator[list[Line]]:
     from ..text.files import read_chunks
 
     field = args.field or ("text" if args.file.endswith(".jsonl") else None)
     name = "standard input" if args.file == "-" else args.file
     # The bar moves once a chunk: 1,024 texts keep a CPU busy for seconds, a GPU wants more at once.
     lines = 1024 if encoder.device.type == "cpu" else 8192
-    return read_chunks(source, name, field, lines=lines, line_bytes=args.max_line_bytes)
+    return read_chunks(source, name, field, **{"lines": lines, **bounds}, line_bytes=args.max_line_bytes)
 
 
 def _texts(chunk: list[Line]) -> list[str]:

@@ -44,7 +44,8 @@ examples:
   torchrun --nproc-per-node 8 -m fastbert finetune --task qa ...             DDP; --fsdp shards the parameters"""
 
 TASK_METRICS = {
-    "sentence, pair": "accuracy (default), f1 (of the second of two labels), f1_macro, matthews; pearson, spearman",
+    "sentence, pair": "accuracy (default), f1 (of the second of two labels), f1_macro, matthews; pearson, spearman; "
+    "with --multi-label f1_micro (default), f1_macro, subset_accuracy",
     "token": "entity_f1 (default, conlleval's), strict_f1 (strict IOB2), surface_f1 (WNUT-17's)",
     "qa": "squad (default), squad_v2, cmrc, drcd",
 }
@@ -74,6 +75,15 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         help="the labels and their order, or the word number where labels are numbers (default: the labels of the "
         "model's own classifier, else those of the training file, sorted)",
     )
+    p.add_argument(
+        "--multi-label", action="store_true",
+        help="a text has any number of labels: names with | between them in a table, a list of names in .jsonl",
+    )  # fmt: skip
+    p.add_argument(
+        "--class-weights", metavar="none|balanced|NAME=W,...", default="none",
+        help="how much an example or word of each label counts in the loss, which stays a mean: all the same (none, "
+        "the default), each label as much as every other (balanced), or W, and 1 for labels without one",
+    )  # fmt: skip
     metrics = "; ".join(f"{task}: {names}" for task, names in TASK_METRICS.items())
     p.add_argument("--metric", help=f"the score that decides which epoch is best. {metrics}")
     p.add_argument("--max-length", metavar="N", type=positive, help="tokens of a text or window (default: 128, qa 384)")
@@ -117,7 +127,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         help="AdamW as in Google's BERT, which does not correct its moments for their start at 0",
     )
     p.add_argument("--patience", metavar="N", type=positive, default=0, help="stop after N epochs without a better one")
-    p.add_argument("--seed", metavar="N", type=_whole, default=0, help="of the classifier, the order and dropout")
+    p.add_argument("--seed", metavar="N", type=_seed, default=0, help="of the classifier, the order and dropout")
     p.add_argument(
         "--seeds", metavar="N", type=positive, default=1,
         help="run N seeds from --seed on, each into OUT/seed-N; OUT gets the best one, and median and range",
@@ -135,6 +145,15 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda where there is one")
     p.add_argument("--fsdp", action="store_true", help="under torchrun: shard the parameters over the processes")
+    p.add_argument(
+        "--checkpoint-activations", action="store_true",
+        help="keep of each layer its input alone and compute the layer once more in the backward pass: less memory, "
+        "about a third more time, the same gradients",
+    )  # fmt: skip
+    p.add_argument(
+        "--tensorboard", action="store_true",
+        help="also write what metrics.jsonl has into OUT/tensorboard (needs the package tensorboard)",
+    )  # fmt: skip
     p.add_argument("--impl", choices=IMPLS, help="who computes the operators (default: the fastest)")
     p.add_argument("-q", "--quiet", action="store_true", help="no progress bar, no table")
 
@@ -150,6 +169,13 @@ def _whole(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"expected a whole number from 0 up, got {text!r}")
     return int(text)
+
+
+def _seed(text: str) -> int:
+    seed = _whole(text)
+    if seed >= 2**32:
+        raise argparse.ArgumentTypeError(f"expected a seed below 2^32 = {2**32:,}, got {text}")
+    return seed
 
 
 def _share(text: str) -> float:
@@ -179,6 +205,8 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--seeds compares runs by their metric, and needs --eval")
     if args.columns and args.task in ("token", "qa"):
         raise UsageError(f"--columns is for tables, and --task {args.task} reads none")
+    if args.multi_label and args.task in ("token", "qa"):
+        raise UsageError(f"--multi-label is for texts and pairs, not for --task {args.task}")
     if args.patience and not args.eval:
         raise UsageError("--patience waits for a better metric, and needs --eval")
     from ..training.finetune import finetune, several
@@ -197,19 +225,21 @@ def _request(args: argparse.Namespace) -> Any:
     from ..training.finetune import Request
     from ..training.tasks import DEFAULT_METRICS, NUMBERS, Spec
 
-    metric = args.metric or ("pearson" if args.labels == NUMBERS else DEFAULT_METRICS[args.task])
+    default = "f1_micro" if args.multi_label else "pearson" if args.labels == NUMBERS else DEFAULT_METRICS[args.task]
+    metric = args.metric or default
     length = args.max_length or (384 if args.task == "qa" else 128)
     stride = args.stride
     if stride is None:
         stride = min({"qa": 128, "token": 32}.get(args.task, 0), length // 3)
-    spec = Spec(args.task, metric, args.columns, length, stride, args.max_answer)
+    spec = Spec(args.task, metric, args.columns, length, stride, args.max_answer, multi_label=args.multi_label)
     return Request(
         model=args.model or default_model(), train=args.train, out=args.out, spec=spec, eval=args.eval,
         labels=args.labels, epochs=args.epochs, batch_tokens=args.batch_tokens, memory_tokens=args.memory_tokens,
         lr=args.lr, seed=args.seed, warmup=args.warmup, weight_decay=args.weight_decay, clip=args.clip,
         layer_decay=args.layer_decay, freeze=args.freeze, bias_correction=not args.no_bias_correction,
         patience=args.patience, save_every=args.save_every, keep=args.keep, resume=args.resume, dtype=args.dtype,
-        device=args.device, fsdp=args.fsdp, impl=args.impl,
+        device=args.device, fsdp=args.fsdp, impl=args.impl, class_weights=args.class_weights,
+        checkpoint_activations=args.checkpoint_activations, tensorboard=args.tensorboard,
     )  # fmt: skip
 
 
@@ -219,6 +249,7 @@ class _Bar:
     def __init__(self, quiet: bool) -> None:
         from tqdm import tqdm
 
+        self.quiet = quiet
         # tqdm's None means: only where standard error is a terminal.
         self.bar = tqdm(unit="step", desc="finetune", disable=quiet or None)
 
@@ -229,6 +260,8 @@ class _Bar:
         self.bar.close()
 
     def __call__(self, record: dict[str, Any], steps: int) -> None:
+        if self.quiet:
+            return
         if "scores" in record:
             words = ", ".join(f"{name} {_number(value)}" for name, value in record["scores"].items())
             self.bar.write(f"epoch {record['epoch'] + 1}: {words}", file=sys.stderr)
@@ -259,6 +292,9 @@ def _print(report: dict[str, Any], out: Path) -> None:
         print(
             f"  {seeds['metric']} of {count} seeds: median {median}, from {lowest} to {highest}; the model is the best"
         )
+    if report["class weights"] is not None:
+        weights = zip(report["labels"], report["class weights"], strict=True)
+        print(f"  weights in the loss: {', '.join(f'{label} {weight:.4g}' for label, weight in weights)}")
     for part in ("files", "training notes", "evaluation notes"):
         for what, count in (report[part] or {}).items():
             if count:

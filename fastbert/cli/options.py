@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
-# functional.IMPLS and the pooling modes of Encoder, spelled here so that --help needs no torch
+# functional.IMPLS and what Encoder takes, spelled here so that --help needs no torch
 IMPLS = ("triton", "native", "reference")
 POOLINGS = ("mean", "cls", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken", "pooler")
+COMBINE = ("concat", "sum", "mean")
+WORD_VECTORS = ("first", "mean")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
 
 MODEL_HELP = """\
@@ -53,6 +55,18 @@ def add_model_arguments(p: argparse.ArgumentParser) -> None:
         default=-1,
         help="whose output to pool: 0 the embeddings, 1 the first layer, -1 the last (default), -2 the one before",
     )
+    p.add_argument(
+        "--layers",
+        metavar="N,...",
+        type=layer_list,
+        help="make each token's row of the outputs of several layers, numbered as by --layer: --layers 9,10,11,12 are "
+        "the last four of twelve, and so are --layers=-4,-3,-2,-1",
+    )
+    p.add_argument(
+        "--combine",
+        choices=COMBINE,
+        help="how --layers become one row: side by side (concat, the default), added (sum), or their mean",
+    )
     p.add_argument("--prompt-name", metavar="NAME", help="put the model's prompt of this name before every text")
     p.add_argument(
         "--task", metavar="NAME", help="query, document, or another route of the model, where it tells them apart"
@@ -77,6 +91,13 @@ def add_model_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--impl", choices=IMPLS, help="who computes the operators (default: the fastest; see fastbert info)")
 
 
+def layer_list(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected whole numbers between commas, got {text!r}") from None
+
+
 def positive(text: str) -> int:
     number = int(text) if text.isdecimal() else 0
     if number < 1:
@@ -95,6 +116,7 @@ def encoder_options(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `add_model_arguments` as those of `Encoder.from_pretrained`."""
     names = (
         "pooling", "normalize", "layer", "dtype", "device", "max_length", "impl", "prompt_name", "task", "truncate_dim",
+        "layers", "combine",
     )  # fmt: skip
     return {"id_or_path": args.model or default_model()} | {name: getattr(args, name) for name in names}
 

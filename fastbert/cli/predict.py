@@ -15,23 +15,28 @@ SUMMARY = "let a fine-tuned model label texts, find entities or answer questions
 DESCRIPTION = """\
 What a model of 'fastbert finetune' says about each example of FILE: a JSON object a line, in the order of FILE.
 
-  sentence, pair   {"label": ..., "score": its probability}, or {"score": number} where labels are numbers
+  sentence, pair   {"label": ..., "score": its probability}, or {"score": number} where labels are numbers, or
+                   {"labels": [{"label", "score"}, ...]} where a text has any number of them
   token            {"text": ..., "entities": [{"type", "text", "start", "end", "score"}]}
   qa               {"id": ..., "answer": "", "score", "start", "end"}; start and end are characters of the context
 
-FILE is as for training, without need of labels; for qa also a .jsonl with question and context."""
+FILE is as for training, without need of labels; for qa also a .jsonl with question and context.
+
+A checkpoint that was pre-trained on next sentences, such as bert-base-uncased, says of a table of pairs whether the
+second text follows the first: {"label": "is_next" or "not_next", "score"}."""
 
 EXAMPLES = """\
 examples:
   fastbert predict sentiment reviews.tsv                      to standard output
   fastbert predict sentiment reviews.csv -o labels.jsonl --all-scores
-  fastbert predict answers dev-v2.0.json -o answers.jsonl"""
+  fastbert predict answers dev-v2.0.json -o answers.jsonl
+  fastbert predict bert-base-uncased pairs.tsv                columns sentence1 and sentence2, or text1 and text2"""
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
     p.description, p.epilog = DESCRIPTION, EXAMPLES
     p.formatter_class = argparse.RawDescriptionHelpFormatter
-    p.add_argument("model", metavar="DIR", help="a folder that fastbert finetune made")
+    p.add_argument("model", metavar="DIR", help="a folder that fastbert finetune made; or a pre-trained BERT")
     p.add_argument("file", metavar="FILE", help="the examples")
     p.add_argument("-o", "--output", metavar="OUT", type=Path, help="default: standard output")
     p.add_argument("--all-scores", action="store_true", help="also the score of every label, or the tag of every word")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from functools import reduce
 from operator import getitem
@@ -18,7 +18,7 @@ from .. import functional as F
 from ..formats import opened
 from ..inference.graphs import why_no_graphs
 from ..inference.weights import prepack, quantise
-from ..models.bert import BertModel
+from ..models.bert import BertModel, BertOutput
 from ..packing import PackedBatch
 from ..text.batching import CHUNK_TEXTS, chunks_of, even_batches, filling, one_ahead, run_batches, tokens_per_batch
 from .assembly import (
@@ -31,6 +31,7 @@ from .assembly import (
 )
 from .devices import DTYPES, INT8, describe_operators, expect_int8, resolve_device, resolve_dtype
 from .folder import LAST_STATE, NO_PROMPTS, POOLER, Output, SentenceConfig
+from .layers import combined, combined_width, layer_numbers
 from .modules import (
     LAYERS,
     VECTOR,
@@ -46,6 +47,7 @@ from .modules import (
     parts_of,
     run_modules,
 )
+from .parts import Parts, Wanted
 
 if TYPE_CHECKING:  # whoever brings ids, as the benchmarks do, does without the tokenizers library
     from ..text.tokenizer import Tokenizer
@@ -96,6 +98,7 @@ class Encoder:
         output: what of BERT's goes to `modules`.
         output_hidden_states: whether `WeightedLayerPooling` among the modules has every layer's output to read.
         max_lengths: of texts of some tasks, by task, in place of max_length.
+        layers, combine: see `asked`.
     """
 
     def __init__(
@@ -113,12 +116,13 @@ class Encoder:
         output: Output | None = None,
         output_hidden_states: bool = False,
         max_lengths: Mapping[str, int] | None = None,
+        layers: Sequence[int] | None = None,
+        combine: str | None = None,
     ):
         if modules is None:
             modules, output = plain_modules(pooling, normalize)
         output = output or LAST_STATE
-        of_pooler = "pooler_output" in output.keys
-        if of_pooler and model.pooler is None:
+        if "pooler_output" in output.keys and model.pooler is None:
             raise ValueError('pooling "pooler" needs a model with a pooler; this one has none')
         longest = model.config.max_position_embeddings
         max_length = min(longest, tokenizer.model_max_length or longest) if max_length is None else max_length
@@ -131,16 +135,31 @@ class Encoder:
         self.prompt, self.prompts, self.task = prompt, dict(NO_PROMPTS if prompts is None else prompts), None
         self.output = output
         self.modules = nn.ModuleList(modules).to(model.device, torch.promote_types(model.dtype, torch.float32)).eval()
-        sizes = {output.name: Size("text" if of_pooler else "token", model.config.hidden_size)}
         self._reads_layers = output_hidden_states and bool(parts_of(modules, WeightedLayerPooling))
-        if self._reads_layers:
-            sizes[LAYERS] = Size("token", len(model.encoder["layer"]) + 1)
-        check_modules(modules, sizes)
-        if VECTOR not in sizes or sizes[VECTOR].row != "text":
-            raise ValueError(f"no module makes a vector of a text: {', '.join(kinds_of(modules)) or 'there is none'}")
-        self._dimension = sizes[VECTOR].width
+        self._read(layers, combine)
         self.stats = EncodeStats()
         prepack(model)
+
+    def _read(self, layers: Sequence[int] | None, combine: str | None) -> None:
+        """Settles which layers are read, and how wide a token's row and a text's vector are then."""
+        if combine is not None and layers is None:
+            raise ValueError(f"combine {combine!r} is for several layers: name them with layers")
+        width, count = self.model.config.hidden_size, len(self.model.encoder["layer"])
+        self.layers, self.combine = None, combine or "concat"
+        if layers is not None:
+            if self.output != LAST_STATE or self._reads_layers:
+                raise ValueError("layers cannot be chosen: the model's pooling or modules say which ones are read")
+            self.layers = layer_numbers(layers, count)
+            width = combined_width(width, len(self.layers), self.combine)
+        self.token_dimension = width
+        sizes = {self.output.name: Size("text" if "pooler_output" in self.output.keys else "token", width)}
+        if self._reads_layers:
+            sizes[LAYERS] = Size("token", count + 1)
+        check_modules(self.modules, sizes)
+        if VECTOR not in sizes or sizes[VECTOR].row != "text":
+            kinds = ", ".join(kinds_of(self.modules)) or "there is none"
+            raise ValueError(f"no module makes a vector of a text: {kinds}")
+        self._dimension = sizes[VECTOR].width
 
     @classmethod
     def from_pretrained(
@@ -158,6 +177,8 @@ class Encoder:
         truncate_dim: int | None = None,
         prompt_name: str | None = None,
         task: str | None = None,
+        layers: Sequence[int] | None = None,
+        combine: str | None = None,
     ) -> Encoder:
         """Loads a BERT folder or hub id, sentence-transformers' kind (modules.json) or a plain one, or another format.
 
@@ -176,7 +197,8 @@ class Encoder:
                 there, since an Encoder takes no gradients, and a recording is dropped when a weight or a hook of the
                 model changes. False never does.
             truncate_dim: how many numbers of each vector are kept, before normalize; None takes what the folder says.
-            prompt_name, task: of calls that name none; see `encode`.
+            prompt_name, task, layers, combine: of calls that name none; see `asked`. Layers above the highest of
+                `layers` are not loaded.
 
         Raises: CheckpointError and ValueError, with messages of one line.
         """
@@ -199,6 +221,12 @@ class Encoder:
         all_layers = sentence.output_hidden_states
         if all_layers is None:
             all_layers = model.config.output_hidden_states
+        if layers is not None:
+            layers = layer_numbers(layers, len(model.encoder["layer"]))
+            if layer != -1:
+                raise ValueError("give layer, whose output is pooled, or layers, whose outputs are combined, not both")
+            if output == LAST_STATE:
+                layer = max(layers)
         output = keep_layers(model, layer, output, all_layers and bool(parts_of(modules, WeightedLayerPooling)))
         if int8:
             quantise(model)
@@ -218,6 +246,8 @@ class Encoder:
             output=output,
             output_hidden_states=all_layers,
             max_lengths=max_lengths,
+            layers=layers,
+            combine=combine,
         )
         return encoder.asked(prompt_name=prompt_name, task=task)
 
@@ -248,23 +278,38 @@ class Encoder:
         """Whether every vector has length 1."""
         return is_normalised(self.modules)
 
-    def asked(self, *, prompt: str | None = None, prompt_name: str | None = None, task: str | None = None) -> Encoder:
-        """This Encoder, or a copy that shares its model and counts, whose calls have this prompt and this task.
+    def asked(
+        self,
+        *,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
+        task: str | None = None,
+        layers: Sequence[int] | None = None,
+        combine: str | None = None,
+    ) -> Encoder:
+        """This Encoder, or a copy that shares its model and counts, whose calls have this prompt, task and layers.
 
         Args:
             prompt: put before every text; wins over prompt_name.
             prompt_name: one of `prompts`.
             task: chooses the route of a Router, and the longest text where that goes by the task.
+            layers: those whose outputs make a token's row, in place of the last one alone. Numbers are indices into
+                hidden_states: 0 the embeddings, 1 the first layer, -1 the last.
+            combine: how: "concat" puts them side by side (the default), "sum" adds them, "mean" divides that by their
+                number.
 
-        Raises: ValueError for a name or a task that the model does not have.
+        Raises: ValueError for a name, a task or a layer that the model does not have.
         """
         if prompt is None and prompt_name is not None:
             if prompt_name not in self.prompts:
                 raise ValueError(f"there is no prompt {prompt_name!r}; prompts are {', '.join(self.prompts)}")
             prompt = self.prompts[prompt_name]
-        if prompt is None and task is None:
+        if prompt is task is layers is combine is None:
             return self
         encoder = copy.copy(self)
+        if layers is not None or combine is not None:
+            own = None if self.layers is None else self.combine
+            encoder._read(self.layers if layers is None else layers, own if combine is None else combine)
         encoder.prompt = self.prompt if prompt is None else prompt
         encoder.task = self.task if task is None else task
         for module in self.modules:
@@ -281,6 +326,8 @@ class Encoder:
         prompt: str | None = None,
         prompt_name: str | None = None,
         task: str | None = None,
+        layers: Sequence[int] | None = None,
+        combine: str | None = None,
     ) -> Tensor:
         """Vectors [N, C] of N texts, in their order, float32 on the CPU (of a single str: [C]).
 
@@ -289,15 +336,15 @@ class Encoder:
             max_tokens_per_batch: bound on the tokens computed at once; by default 2,048 on a CPU, 65,536 on a GPU.
                 One text longer than that is a batch of its own.
             progress: show a bar of texts done.
-            prompt, prompt_name, task: see `asked`.
+            prompt, prompt_name, task, layers, combine: see `asked`.
         """
         from tqdm import tqdm
 
-        encoder = self.asked(prompt=prompt, prompt_name=prompt_name, task=task)
+        encoder = self.asked(prompt=prompt, prompt_name=prompt_name, task=task, layers=layers, combine=combine)
         if isinstance(texts, str):
             return encoder.encode([texts], max_tokens_per_batch=max_tokens_per_batch)[0]
         count = len(texts) if isinstance(texts, Sized) else None
-        parts, done = [torch.empty(count or 0, self.dimension, dtype=torch.float32, device="cpu")], 0
+        parts, done = [torch.empty(count or 0, encoder.dimension, dtype=torch.float32, device="cpu")], 0
         with tqdm(total=count, unit="text", disable=not progress) as bar:
             for part in encoder.encode_stream(texts, max_tokens_per_batch=max_tokens_per_batch):
                 if count is None:
@@ -355,6 +402,39 @@ class Encoder:
             self.stats.seconds += time.perf_counter() - started
             yield vectors
 
+    def encode_tokens(
+        self,
+        texts: Sequence[str],
+        *,
+        words: str | None = None,
+        special_tokens: bool = False,
+        layers: Sequence[int] | None = None,
+        combine: str | None = None,
+        max_tokens_per_batch: int | None = None,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
+    ) -> list[Parts]:
+        """Vectors of every token of each text, or of every word: rows of hidden states as BERT gives them, without the
+        pooling, normalisation or other modules that make a vector of a text.
+
+            parts, offsets, vectors = encoder.encode_tokens(["Ada wrote it."], layers=[9, 10, 11, 12])[0]
+
+        Args:
+            words: None for tokens; "first": a word's vector is that of its first token; "mean": the mean of its tokens.
+                Words are those of the tokenizer: BERT's ends them at white space and punctuation.
+            special_tokens: [CLS] and [SEP] too, of tokens.
+            layers, combine, prompt, prompt_name: see `asked`. Tokens that begin in a prompt have no vectors.
+
+        What is cut off a long text has none either.
+        """
+        wanted = Wanted(words, special_tokens)
+        encoder = self.asked(prompt=prompt, prompt_name=prompt_name, layers=layers, combine=combine)
+        given = [encoder.prompt + text for text in texts]
+        encodings = encoder._tokenizer(given, max_length=encoder._limit()).encodings
+        states = encoder.states([e.ids for e in encodings], encoder.token_budget(max_tokens_per_batch))
+        of_all = zip(texts, encodings, states, strict=True)
+        return [wanted.of(text, e, len(encoder.prompt), of_text) for text, e, of_text in of_all]
+
     def token_budget(self, max_tokens_per_batch: int | None = None) -> int:
         """The bound on the tokens computed at once: as asked for, or the device's."""
         budget = max_tokens_per_batch or tokens_per_batch(self.device)
@@ -365,7 +445,11 @@ class Encoder:
     def tokenise(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of texts as the model reads them: with the prompt, lowered where asked for, cut to the limit."""
         texts = [self.prompt + text for text in texts] if self.prompt else texts
-        return self._tokenizer.input_ids(texts, self.max_lengths.get(self.task, self.max_length))
+        return self._tokenizer.input_ids(texts, self._limit())
+
+    def _limit(self) -> int:
+        """The longest text, in tokens."""
+        return self.max_lengths.get(self.task, self.max_length)
 
     def _prompt_length(self) -> int:
         """How many tokens of each text are the prompt's, [CLS] included; 0 where there is none, or it is pooled."""
@@ -378,22 +462,44 @@ class Encoder:
         """operator -> (implementation that would run it here, why)."""
         return describe_operators(self.device, self.model.impl)
 
-    @torch.inference_mode()
     def encode_ids(self, ids: Sequence[Sequence[int]], budget: int) -> Tensor:
         """Vectors [n, C] float32 on the CPU of n tokenised texts, at most `budget` tokens at once."""
+        vectors = torch.empty(len(ids), self.dimension, dtype=torch.float32, device="cpu")
+
+        def keep(rows: list[int], batch: PackedBatch) -> None:
+            vectors[rows] = self._vectors(batch)[: len(rows)].float().cpu()
+
+        self._run(ids, budget, keep)
+        return vectors
+
+    def states(self, ids: Sequence[Sequence[int]], budget: int) -> list[Tensor]:
+        """A row [tokens, C] float32 on the CPU for each token of tokenised texts, at most `budget` tokens at once."""
+        of_texts: dict[int, Tensor] = {}
+
+        def keep(rows: list[int], batch: PackedBatch) -> None:
+            found = self.model(batch, output_hidden_states=self.layers is not None)
+            states = self._rows(found).float().cpu()
+            for row, of_text in zip(rows, states.split(batch.lengths), strict=False):  # the last may be for filling
+                of_texts[row] = of_text
+
+        self._run(ids, budget, keep)
+        return [of_texts[row] for row in range(len(ids))]
+
+    @torch.inference_mode()
+    def _run(self, ids: Sequence[Sequence[int]], budget: int, keep: Callable[[list[int], PackedBatch], None]) -> None:
+        """keep(rows, batch) of all texts in batches; at the end of a batch there may be one text more than rows."""
         lengths = [len(row) for row in ids]
         order = sorted(range(len(ids)), key=lengths.__getitem__, reverse=True)
-        vectors = torch.empty(len(ids), self.dimension, dtype=torch.float32, device="cpu")
+        reads_layers = self._reads_layers or self.layers is not None
 
         @torch.inference_mode()  # a thread's own switch
         def encode(rows: list[int]) -> None:
             texts = [ids[row] for row in rows]
             tokens = sum(map(len, texts))
             missing = filling(tokens, min(budget, self.max_length), self.device)
-            if missing and not self.model.takes_in_one_call(tokens):
+            if missing and (reads_layers or not self.model.takes_in_one_call(tokens)):
                 texts += [[0] * n for n in missing]
-            batch = PackedBatch.from_lists(texts, device=self.device)
-            vectors[rows] = self._vectors(batch)[: len(rows)].float().cpu()
+            keep(rows, PackedBatch.from_lists(texts, device=self.device))
 
         run_batches(encode, even_batches(order, lengths, budget, self.device), self.device)
         self.stats.texts += len(ids)
@@ -401,13 +507,17 @@ class Encoder:
         for start in range(0, len(lengths), PADDED_BATCH):
             group = lengths[start : start + PADDED_BATCH]
             self.stats.padded_tokens += len(group) * max(group)
-        return vectors
+
+    def _rows(self, found: BertOutput) -> Tensor:
+        """The rows of tokens that are read, [T, C]."""
+        if self.layers is None:
+            return found.last_hidden_state
+        return combined([found.hidden_states[number] for number in self.layers], self.combine)
 
     def _vectors(self, batch: PackedBatch) -> Tensor:
-        found = self.model(batch, output_hidden_states=self._reads_layers)
-        outputs = {self.output.name: reduce(getitem, self.output.keys, found)}
-        if self._reads_layers:
-            outputs[LAYERS] = found.hidden_states
+        found = self.model(batch, output_hidden_states=self._reads_layers or self.layers is not None)
+        rows = reduce(getitem, self.output.keys, found) if self.layers is None else self._rows(found)
+        outputs = {self.output.name: rows} | ({LAYERS: found.hidden_states} if self._reads_layers else {})
         return run_modules(
             self.modules, batch, outputs, prompt_length=self._prompt_length(), task=self.task, impl=self.model.impl
         )

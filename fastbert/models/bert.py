@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -188,6 +189,7 @@ class BertModel(nn.Module):
         super().__init__()
         self.config, self.impl = config, impl
         self.graphs: Graphs | None = None
+        self.checkpointing: dict[str, Any] | None = None  # options of torch's checkpoint
         self.embeddings = BertEmbeddings(config)
         layers = [BertLayer(config, index) for index in range(config.num_hidden_layers)]
         self.encoder = nn.ModuleDict({"layer": nn.ModuleList(layers)})
@@ -242,6 +244,21 @@ class BertModel(nn.Module):
         """
         self.graphs = graphs_for(self, self.impl) if on else None
         return self
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        return self.checkpointing is not None
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """In training, keeps of each layer its input alone, and computes the layer once more in the backward pass: less
+        memory for a third more time. Dropout is drawn from a seed, so gradients stay the same to the bit.
+
+        gradient_checkpointing_kwargs: options of torch.utils.checkpoint.checkpoint, by default use_reentrant=False.
+        """
+        self.checkpointing = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.checkpointing = None
 
     @property
     def device(self) -> torch.device:
@@ -361,11 +378,19 @@ class BertModel(nn.Module):
             x = shown(x)
             if attentions is not None:
                 attentions.append(layer.probabilities(x, shared))
-            x = layer(x, shared)
+            x = self._through(layer, x, shared)
         if ends_first:
-            x = layers[-1](x, shared, first_only=True)
+            x = self._through(layers[-1], x, shared, True)
             return torch.where((batch.cu_seqlens.diff() > 0)[:, None], x, 0.0)
         return F.pool(x, batch.cu_seqlens, "cls", impl=self.impl) if first_only else shown(x)
+
+    def _through(self, layer: nn.Module, x: Tensor, *others: Any) -> Tensor:
+        """layer(x, *others), computed once more in the backward pass where activations are not kept."""
+        if self.checkpointing is None or not (self.training and torch.is_grad_enabled()):
+            return layer(x, *others)
+        from torch.utils.checkpoint import checkpoint
+
+        return checkpoint(layer, x, *others, **self.checkpointing)
 
     def _plain_layers(self) -> Iterator[Layer | None]:
         """The layers' descriptions; None of one whose call does more than run the layer."""

@@ -31,6 +31,16 @@ def product(linear: nn.Module, x: Tensor, impl: F.Impl | None) -> Tensor:
     return linear(x)
 
 
+def scores(linear: nn.Module, x: Tensor, impl: F.Impl | None) -> Tensor:
+    """A classifier's logits: `product`, within autocast too in the dtype of the classifier's parameters. A logit of
+    bfloat16 has 8 bits, so that scores of different texts and places tie; a classifier's product costs next to nothing.
+    """
+    if not torch.is_autocast_enabled(x.device.type):
+        return product(linear, x, impl)
+    with torch.autocast(x.device.type, enabled=False):
+        return product(linear, x.to(next(linear.parameters()).dtype), impl)
+
+
 # ---- outputs ---------------------------------------------------------------------------------------------
 
 
@@ -111,12 +121,18 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
-    """Of rows [N, K] with labels [N], those of -100 left out: the mean, or the sum divided by num_items_in_batch."""
+def cross_entropy(
+    logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | float | None, weights: Tensor | None = None
+) -> Tensor:
+    """Of rows [N, K] with labels [N], those of -100 left out: the mean, or the sum divided by num_items_in_batch.
+
+    weights: [K], of each class: a row counts so much, in the mean's divisor too, as in torch.
+    """
     logits, labels = at_least_float32(logits), labels.long()
-    if num_items_in_batch is None:
-        return nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED)
-    return nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum") / num_items_in_batch
+    weights = None if weights is None else weights.to(logits.dtype)
+    reduction = "mean" if num_items_in_batch is None else "sum"
+    loss = nn.functional.cross_entropy(logits, labels, weights, ignore_index=IGNORED, reduction=reduction)
+    return loss if num_items_in_batch is None else loss / num_items_in_batch
 
 
 # ---- the base --------------------------------------------------------------------------------------------
@@ -143,7 +159,6 @@ class BertHead(nn.Module):
 
     base_model_prefix = "bert"
     accepts_loss_kwargs = True  # read by transformers' Trainer: it then counts labels and passes num_items_in_batch
-    is_gradient_checkpointing = False  # read by PEFT
     POOLED: ClassVar[bool]  # whether the head reads the pooler's output
     FIRST_ONLY: ClassVar[bool] = False  # whether it reads nothing else
     # name -> the name of the parameter that it is, as long as config.tie_word_embeddings
@@ -173,6 +188,18 @@ class BertHead(nn.Module):
 
     def get_input_embeddings(self) -> nn.Module:
         return self.bert.get_input_embeddings()
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Also read by PEFT."""
+        return self.bert.is_gradient_checkpointing
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """As `BertModel.gradient_checkpointing_enable`."""
+        self.bert.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.bert.gradient_checkpointing_disable()
 
     # ---- one pass --------------------------------------------------------------------------------------
 

@@ -32,6 +32,7 @@ from .head import (
     at_least_float32,
     cross_entropy,
     product,
+    scores,
     start,
 )
 
@@ -50,6 +51,9 @@ class BertForSequenceClassification(BertHead):
 
     `problem_type` is the config's; where that says nothing, "regression" with one label, else
     "single_label_classification".
+
+    `class_weights` is None or [num_labels], of the classes in the loss of single_label_classification: see
+    `BertForTokenClassification`.
     """
 
     POOLED = FIRST_ONLY = True
@@ -62,6 +66,7 @@ class BertForSequenceClassification(BertHead):
         if self.problem_type not in PROBLEM_TYPES:
             raise ValueError(f"problem_type must be one of {PROBLEM_TYPES}, got {self.problem_type!r}")
         self.classifier = start(nn.Linear(config.hidden_size, config.num_labels), config)
+        self.register_buffer("class_weights", None, persistent=False)
 
     def forward(
         self,
@@ -85,7 +90,7 @@ class BertForSequenceClassification(BertHead):
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
             output_attentions, output_hidden_states,
         )  # fmt: skip
-        logits = product(self.classifier, self.pooled_dropped(encoded), self.impl)
+        logits = scores(self.classifier, self.pooled_dropped(encoded), self.impl)
         loss = None if labels is None else self._loss(logits, labels, num_items_in_batch)
         return self.returned(HeadOutput(loss=loss, logits=logits, **encoded.extras), return_dict)
 
@@ -96,7 +101,7 @@ class BertForSequenceClassification(BertHead):
                     "labels of single_label_classification are integers, got "
                     f'{labels.dtype}; for several labels a text set problem_type="multi_label_classification"'
                 )
-            return cross_entropy(logits, labels.view(-1), num_items_in_batch)
+            return cross_entropy(logits, labels.view(-1), num_items_in_batch, self.class_weights)
         logits = at_least_float32(logits)
         if labels.numel() != logits.numel() or labels.shape[0] != logits.shape[0]:
             raise ValueError(f"{self.problem_type}: labels are {list(labels.shape)}, logits {list(logits.shape)}")
@@ -154,7 +159,7 @@ class BertForMultipleChoice(BertHead):
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
             output_attentions, output_hidden_states,
         )  # fmt: skip
-        logits = product(self.classifier, self.pooled_dropped(encoded), self.impl).view(-1, num_choices)
+        logits = scores(self.classifier, self.pooled_dropped(encoded), self.impl).view(-1, num_choices)
         loss = None if labels is None else cross_entropy(logits, labels.view(-1), num_items_in_batch)
         return self.returned(HeadOutput(loss=loss, logits=logits, **encoded.extras), return_dict)
 
@@ -186,7 +191,7 @@ class BertForNextSentencePrediction(BertHead):
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
             output_attentions, output_hidden_states,
         )  # fmt: skip
-        logits = product(self.cls["seq_relationship"], encoded.pooled, self.impl)
+        logits = scores(self.cls["seq_relationship"], encoded.pooled, self.impl)
         loss = None if labels is None else cross_entropy(logits, labels.view(-1), num_items_in_batch)
         return self.returned(HeadOutput(loss=loss, logits=logits, **encoded.extras), return_dict)
 
@@ -195,7 +200,12 @@ class BertForNextSentencePrediction(BertHead):
 
 
 class BertForTokenClassification(BertHead):
-    """A linear layer on every token."""
+    """A linear layer on every token.
+
+    `class_weights` is None or [num_labels]: a token counts as much as the weight of its label, in the divisor of the
+    mean too, as in torch's cross_entropy. `num_items_in_batch` then is the sum of these weights over the whole step.
+    They are set by assignment, and are no part of the `state_dict`.
+    """
 
     POOLED = False
 
@@ -203,6 +213,7 @@ class BertForTokenClassification(BertHead):
         super().__init__(config, impl)
         self.num_labels = config.num_labels
         self.classifier = start(nn.Linear(config.hidden_size, config.num_labels), config)
+        self.register_buffer("class_weights", None, persistent=False)
 
     def forward(
         self,
@@ -225,10 +236,11 @@ class BertForTokenClassification(BertHead):
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
             output_attentions, output_hidden_states,
         )  # fmt: skip
-        logits = product(self.classifier, self.drop(encoded.hidden, encoded.batch.row_ids()), self.impl)
+        logits = scores(self.classifier, self.drop(encoded.hidden, encoded.batch.row_ids()), self.impl)
         loss = None
         if labels is not None:
-            loss = cross_entropy(logits, encoded.by_token("labels", labels), num_items_in_batch)
+            labels = encoded.by_token("labels", labels)
+            loss = cross_entropy(logits, labels, num_items_in_batch, self.class_weights)
         return self.returned(HeadOutput(loss=loss, logits=encoded.shaped(logits), **encoded.extras), return_dict)
 
 
@@ -268,7 +280,7 @@ class BertForQuestionAnswering(BertHead):
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
             output_attentions, output_hidden_states,
         )  # fmt: skip
-        logits = at_least_float32(product(self.qa_outputs, encoded.hidden, self.impl))  # [T, 2]
+        logits = at_least_float32(scores(self.qa_outputs, encoded.hidden, self.impl))  # [T, 2]
         nothing = torch.finfo(logits.dtype).min
         padded = encoded.batch.pad(logits, nothing)  # [B, S, 2]
         loss = None
@@ -428,7 +440,7 @@ class BertForPreTraining(_Vocabulary):
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
             output_attentions, output_hidden_states,
         )  # fmt: skip
-        relation = product(self.cls["seq_relationship"], encoded.pooled, self.impl)
+        relation = scores(self.cls["seq_relationship"], encoded.pooled, self.impl)
         if labels is None or next_sentence_label is None:
             loss, logits = None, self.words(encoded, None, None, output_logits)[1]
         else:

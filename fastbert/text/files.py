@@ -146,8 +146,30 @@ class MatrixWriter:
         self.file.write(self.header(self.rows, self.columns))
 
 
+def json_numbers(vector: np.ndarray, row: int) -> str:
+    """A vector of float32 in JSON; nine significant digits give each number back exactly.
+
+    Raises: InputError where one is not finite; `row` is the number of its text.
+    """
+    if not np.isfinite(vector).all():
+        raise InputError(f"the vector of text {row} is not finite, and JSON has no word for that")
+    return f"[{', '.join(f'{x:.9g}' for x in vector.tolist())}]"
+
+
+def json_object(record: dict[str, Any], name: str, value: str, row: int) -> str:
+    """A line: the object of the input, with `value`, which is JSON already, under `name` at its end."""
+    others = {key: item for key, item in record.items() if key != name}
+    try:
+        rest = json.dumps(others, allow_nan=False)
+    except ValueError:  # Python reads NaN and Infinity, and takes 1e400 for Infinity
+        raise InputError(
+            f"text {row} comes with a number that is not finite in float64, and JSON has no word for that"
+        ) from None
+    return f'{rest[:-1]}{", " if rest != "{}" else ""}"{name}": {value}}}\n'
+
+
 class JsonLinesWriter:
-    """One object a line. Nine significant digits give every float32 back exactly."""
+    """One object a line."""
 
     def __init__(self, file: BinaryIO):
         self.file = file
@@ -160,17 +182,7 @@ class JsonLinesWriter:
     def _lines(self, vectors: np.ndarray, records: Iterable[dict[str, Any]]) -> Iterator[str]:
         for vector, record in zip(vectors, records, strict=True):
             self.rows += 1
-            if not np.isfinite(vector).all():
-                raise InputError(f"the vector of text {self.rows} is not finite, and JSON has no word for that")
-            others = {key: value for key, value in record.items() if key != "embedding"}
-            try:
-                rest = json.dumps(others, allow_nan=False)
-            except ValueError:  # Python reads NaN and Infinity, and takes 1e400 for Infinity
-                raise InputError(
-                    f"text {self.rows} comes with a number that is not finite in float64, and JSON has no word for that"
-                ) from None
-            embedding = ", ".join(f"{x:.9g}" for x in vector.tolist())
-            yield f'{rest[:-1]}{", " if rest != "{}" else ""}"embedding": [{embedding}]}}\n'
+            yield json_object(record, "embedding", json_numbers(vector, self.rows), self.rows)
 
     def finish(self) -> None:
         self.file.flush()

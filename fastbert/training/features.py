@@ -31,8 +31,8 @@ class Window:
     Attributes:
         input_ids, token_type_ids: of its tokens; token_type_ids is None where all are 0.
         example: the number of its example.
-        target: what is to be learnt: a class (int) or a number (float); a class or IGNORED for each token; the tokens
-            (start, end) of an answer; None where nothing is known.
+        target: what is to be learnt: a class (int), a number (float), or 1 or 0 for each of several labels; a class or
+            IGNORED for each token; the tokens (start, end) of an answer; None where nothing is known.
         words: of a window of tagged words, (word, place of its first piece) for the words that belong to it.
         offsets: of a window of a context, (start, end) of each token in the context, in characters; None for tokens
             that are not of the context.
@@ -63,7 +63,7 @@ def text_features(
     tokenizer: Tokenizer,
     texts: Sequence[str],
     pairs: Sequence[str] | None,
-    targets: Sequence[int | float] | None,
+    targets: Sequence[Any] | None,
     max_length: int,
 ) -> Features:
     """One window an example."""

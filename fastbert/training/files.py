@@ -22,6 +22,10 @@ from typing import Any, NamedTuple
 TABLES = (".tsv", ".txt", ".csv", ".jsonl")
 
 
+_JSON_NAMES = {dict: "an object", list: "a list", str: "a string", int: "a number", float: "a number",
+               bool: "a truth value", type(None): "null"}  # fmt: skip
+
+
 class DataError(ValueError):
     """What is wrong with a file, with its name and the line; one line."""
 
@@ -228,21 +232,20 @@ def read_questions(path: str | Path) -> Questions:
         raise DataError(f"{path} is not JSON: {error}") from None
     questions, repaired, lost = [], 0, 0
     try:
-        for article in data["data"]:
-            for paragraph in article["paragraphs"]:
-                context = _str(paragraph["context"])
-                for entry in paragraph["qas"]:
-                    answers = []
-                    for given in [] if entry.get("is_impossible") else entry.get("answers", ()):
-                        text, stated = _str(given["text"]), int(given["answer_start"])
+        for article in _part(data, "data", list):
+            for paragraph in _part(article, "paragraphs", list):
+                context = _part(paragraph, "context", str)
+                for entry in _part(paragraph, "qas", list):
+                    key, question, answers = str(_part(entry, "id", (str, int))), _part(entry, "question", str), []
+                    for given in [] if entry.get("is_impossible") else entry.get("answers") or ():
+                        text, stated = _part(given, "text", str), int(_part(given, "answer_start", (int, str)))
                         start = place_of(text, context, stated)
                         repaired += start is not None and start != stated
                         lost += start is None
                         answers.append(Answer(text, start))
-                    questions.append(Question(str(entry["id"]), _str(entry["question"]), context, answers))
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        what = f"no {error}" if isinstance(error, KeyError) else error
-        raise DataError(f"{path} is not laid out as SQuAD: {what}") from None
+                    questions.append(Question(key, question, context, answers))
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{path} is not laid out as SQuAD: {error}") from None
     if not questions:
         raise DataError(f"{path} has no questions")
     return Questions(_with_own_ids(path, questions), repaired, lost)
@@ -270,10 +273,16 @@ def _with_own_ids(path: Path, questions: list[Question]) -> list[Question]:
     return questions
 
 
-def _str(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"expected a string, got {type(value).__name__}")
-    return value
+def _part(value: Any, name: str, kind: type | tuple[type, ...]) -> Any:
+    """A field of a JSON object. Raises: TypeError where `value` is none, or the field is missing or of another kind."""
+    if not isinstance(value, dict):
+        raise TypeError(f"expected an object with {name!r}, got {_JSON_NAMES[type(value)]}")
+    if name not in value:
+        raise TypeError(f"no {name!r}")
+    if not isinstance(value[name], kind):
+        wanted = " or ".join(_JSON_NAMES[k] for k in (kind if isinstance(kind, tuple) else (kind,)))
+        raise TypeError(f"{name!r} must be {wanted}, got {_JSON_NAMES[type(value[name])]}")
+    return value[name]
 
 
 def expect_text(row: Row, name: str) -> str:

@@ -8,6 +8,7 @@ import shutil
 import statistics
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -21,6 +22,7 @@ from ..config import BertConfig
 from ..encoding.encoder import resolve_dtype
 from ..models import heads
 from ..text.tokenizer import Tokenizer
+from .board import Board, summary_writer
 from .curve import draw
 from .files import DataError
 from .loop import Run, Settings, forget_after
@@ -43,6 +45,7 @@ class Request:
     spec: Spec
     eval: str | None = None
     labels: tuple[str, ...] = ()
+    class_weights: str = "none"
     epochs: int = 3
     batch_tokens: int | None = None
     memory_tokens: int = 16384
@@ -61,6 +64,8 @@ class Request:
     dtype: str = "auto"
     device: str = "auto"
     fsdp: bool = False
+    checkpoint_activations: bool = False
+    tensorboard: bool = False
     impl: str | None = None
 
 
@@ -82,23 +87,30 @@ def _finetune(request: Request, processes: Processes, report: Any) -> dict[str, 
     out = make_folder(request.out)
     if not request.resume and (out / "checkpoints").exists():
         raise DataError(f"{out} has checkpoints of a run: --resume goes on with it, or give another --out")
+    if request.tensorboard:
+        summary_writer()
     tokenizer = Tokenizer.from_pretrained(request.model)
     config = BertConfig.from_pretrained(request.model)
     spec = replace(request.spec, max_length=min(request.spec.max_length, config.max_position_embeddings))
     task = make_task(spec, tokenizer, request.labels)
-    named = own_labels(config, task.head)
+    named = own_labels(config, task)
     train = task.read(request.train)
     task.settle(train, request.labels, named)
     features = task.features(train, training=True)
     if not features.windows:
         raise DataError(f"{request.train}: no example can be learnt from")
+    task.weigh(request.class_weights, features.windows)
     held_out = None if request.eval is None else task.read(request.eval)
     if held_out is not None:
         task.check(held_out)
     to_score = None if held_out is None else task.features(held_out, training=False)
 
-    own_head = task.head in (config.architectures or ()) and (named or []) == task.labels
+    own_head = has_own_head(config, task) and (named or []) == task.labels
     model = _load(request, task, not own_head, processes.device)
+    if task.class_weights is not None:
+        model.class_weights = torch.tensor(task.class_weights, dtype=torch.float32, device=processes.device)
+    if request.checkpoint_activations:
+        model.gradient_checkpointing_enable()
     lengths = [len(w.input_ids) for w in features.windows]
     step_tokens = request.batch_tokens or math.ceil(EXAMPLES_PER_STEP * statistics.fmean(lengths))
     dtype = resolve_dtype(request.dtype, processes.device)
@@ -110,7 +122,8 @@ def _finetune(request: Request, processes: Processes, report: Any) -> dict[str, 
     )  # fmt: skip
     facts = {
         "model": request.model, "train": request.train, "eval": request.eval, "task": spec.task, "metric": spec.metric,
-        "labels": task.labels, "examples": len(train), "windows": len(lengths), "tokens an epoch": sum(lengths),
+        "labels": task.labels, "class weights": task.class_weights,
+        "examples": len(train), "windows": len(lengths), "tokens an epoch": sum(lengths),
         "tokens a step": step_tokens, "products in": str(dtype).removeprefix("torch."), "processes": processes.count,
         "seed": request.seed, "epochs": request.epochs, "learning rate": request.lr,
         "training notes": features.notes, "files": task.notes,
@@ -134,9 +147,8 @@ def _finetune(request: Request, processes: Processes, report: Any) -> dict[str, 
     run = Run(
         model, task, features.windows, settings, out, processes,
         metric=_score_name(spec), evaluate=evaluate if to_score else None, keep_best=keep_best,
-        report=None if report is None else lambda record: report(record, run.steps),
         binding={
-            "labels": task.labels, **json.loads(json.dumps(asdict(spec))),
+            "labels": task.labels, "class weights": task.class_weights, **json.loads(json.dumps(asdict(spec))),
             "training data of SHA-256": _digest(request.train),
             "evaluation data of SHA-256": None if request.eval is None else _digest(request.eval),
         },
@@ -144,7 +156,16 @@ def _finetune(request: Request, processes: Processes, report: Any) -> dict[str, 
     done = run.resume() if request.resume else 0
     if processes.rank == 0:
         forget_after(out / "metrics.jsonl", done)
-    run.train()
+    with Board(out / "tensorboard", done) if request.tensorboard and processes.rank == 0 else nullcontext() as board:
+
+        def tell(record: dict[str, Any]) -> None:
+            if board is not None:
+                board.write(record)
+            if report is not None:
+                report(record, run.steps)
+
+        run.report = tell
+        run.train()
     if processes.rank == 0:
         draw(out / "metrics.jsonl", out / "curve.svg", _score_name(spec))
     return json.loads((out / "report.json").read_text(encoding="utf-8"))
@@ -195,9 +216,15 @@ def _score_name(spec: Spec) -> str:
     return "f1" if spec.task == "qa" else spec.metric
 
 
-def own_labels(config: BertConfig, head: str) -> list[str] | None:
-    """The labels of a checkpoint's own head of this kind; None where it has none, or none with names."""
-    if head not in (config.architectures or ()) or not config.id2label:
+def has_own_head(config: BertConfig, task: Any) -> bool:
+    """Whether a checkpoint has a head for this task, with a loss of its kind."""
+    kind = config.problem_type or ("regression" if config.num_labels == 1 else "single_label_classification")
+    return task.head in (config.architectures or ()) and task.problem_type in (None, kind)
+
+
+def own_labels(config: BertConfig, task: Any) -> list[str] | None:
+    """The labels of a checkpoint's own head for this task; None where it has none, or none with names."""
+    if not has_own_head(config, task) or not config.id2label:
         return None
     names = [config.id2label[i] for i in sorted(config.id2label)]
     return None if all(name.upper() == f"LABEL_{i}" for i, name in enumerate(names)) else names

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from .entities import split_tag
@@ -12,12 +12,12 @@ from .files import DataError, Sentence
 
 
 class Text(NamedTuple):
-    """A text, or a pair of texts, with the name of its class or its number, or without a label."""
+    """A text, or a pair of texts, with the name of its class, names of several, or its number, or without a label."""
 
     place: str
     text: str
     pair: str | None
-    label: str | float | None
+    label: str | tuple[str, ...] | float | None
 
 
 def class_name(value: Any, place: str) -> str:
@@ -29,14 +29,35 @@ def class_name(value: Any, place: str) -> str:
     raise DataError(f"{place}: a label must be a name, got {value!r}")
 
 
-def number(value: Any, place: str) -> float:
+LABEL_SEPARATOR = "|"
+
+
+def class_names(value: Any, place: str) -> tuple[str, ...]:
+    """The names of any number of classes: a list of .jsonl, or a text that has | between them."""
+    if isinstance(value, list):
+        return tuple(class_name(item, place) for item in value)
+    if not isinstance(value, str):
+        raise DataError(f"{place}: labels must be a list of names, got {value!r}")
+    names = [name.strip() for name in value.split(LABEL_SEPARATOR)] if value.strip() else []
+    return tuple(class_name(name, place) for name in names)
+
+
+def one_label_each(examples: Sequence[Text]) -> list[Text]:
+    """Each example once for each of its labels. Raises: DataError where none has any."""
+    found = [example._replace(label=name) for example in examples for name in example.label]
+    if not found:
+        raise DataError("no example has a label")
+    return found
+
+
+def number(value: Any, place: str, what: str = " for a label") -> float:
     """The number that a cell has."""
     try:
         found = float(value) if isinstance(value, (str, int, float)) else math.nan
     except ValueError:
         found = math.nan
     if not math.isfinite(found):
-        raise DataError(f"{place}: expected a number for a label, got {value!r}")
+        raise DataError(f"{place}: expected a number{what}, got {value!r}")
     return found
 
 
@@ -90,6 +111,34 @@ def tags_of(sentences: Sequence[Sentence], model_labels: Sequence[str] | None) -
         return list(model_labels)
     prefixes = ["B", "I", *sorted({split_tag(tag)[0] for tag in found} & {"E", "S"})]
     return ["O", *(f"{prefix}-{kind}" for kind in kinds for prefix in prefixes)]
+
+
+def class_weights(given: str, labels: Sequence[str], counts: Mapping[int, int]) -> list[float]:
+    """The weight of each label in the loss.
+
+    given: "balanced": items / (labels that occur * items of the label), 1 for a label that does not
+        occur; or NAME=W,...: W for the labels that are named, 1 for the others.
+    counts: how often each label occurs, by its number.
+
+    Raises: DataError where a name is no label or comes twice, or a weight is no positive number.
+    """
+    if given == "balanced":
+        total, occur = sum(counts.values()), len(counts)
+        return [total / (occur * counts[i]) if i in counts else 1.0 for i in range(len(labels))]
+    weights, numbers = {}, numbers_of(labels)
+    for part in given.split(","):
+        name, sign, text = part.rpartition("=")
+        name = name.strip().casefold()
+        if not sign:
+            raise DataError(f"--class-weights is none, balanced, or NAME=WEIGHT,..., got {part!r}")
+        if name not in numbers or numbers[name] in weights:
+            why = "comes twice" if name in numbers else f"is none of {', '.join(labels)}"
+            raise DataError(f"--class-weights: {name!r} {why}")
+        weight = number(text, f"--class-weights: {name!r}", "")
+        if weight <= 0.0:
+            raise DataError(f"--class-weights: the weight of {name!r} must be above 0, got {text}")
+        weights[numbers[name]] = weight
+    return [weights.get(i, 1.0) for i in range(len(labels))]
 
 
 def numbers_of(labels: Sequence[str]) -> dict[str, int]:

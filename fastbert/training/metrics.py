@@ -135,6 +135,7 @@ def _pair(gold: Sequence, predicted: Sequence, dtype: type | None = None) -> tup
 # ---- what a task reports -------------------------------------------------------------------------------------
 
 CLASS_METRICS = ("accuracy", "f1", "matthews")
+MULTI_LABEL_METRICS = ("f1_micro", "f1_macro", "subset_accuracy")
 NUMBER_METRICS = ("pearson", "spearman")
 
 
@@ -155,6 +156,29 @@ def class_scores(gold: Sequence[int], predicted: Sequence[int], labels: Sequence
         values["f1"] = f1_binary(gold, predicted, positive=1)
         definitions["f1"] = f"F1 of the label {labels[1]}"
     return Scores(values, definitions)
+
+
+def multi_label_scores(gold: np.ndarray, predicted: np.ndarray, labels: Sequence[str]) -> Scores:
+    """Every metric of any number of labels a text; gold and predicted are [texts, labels] bool."""
+    if gold.shape != predicted.shape or gold.ndim != 2 or not gold.size:
+        raise ValueError(f"expected as many gold values as predictions, [texts, labels], got {gold.shape} "
+                         f"and {predicted.shape}")  # fmt: skip
+    right, found, wanted = ((a & b).sum(0) for a, b in ((gold, predicted), (predicted, predicted), (gold, gold)))
+    counts = [Counts(int(a), int(b), int(c)) for a, b, c in zip(right, found, wanted, strict=True)]
+    occurring = [c.f1 for c in counts if c.predicted or c.gold]
+    above = "a label is predicted where its probability is above 0.5"
+    return Scores(
+        {
+            "f1_micro": sum(counts, Counts(0, 0, 0)).f1,
+            "f1_macro": sum(occurring) / len(occurring) if occurring else 0.0,
+            "subset_accuracy": float((gold == predicted).all(1).mean()),
+        },
+        {
+            "f1_micro": f"F1 over all pairs of a text and a label; {above}; labels: {', '.join(labels)}",
+            "f1_macro": f"mean of the F1 of each label that occurs in gold or in predictions; {above}",
+            "subset_accuracy": f"share of texts of which every label is right; {above}",
+        },
+    )
 
 
 def number_scores(gold: Sequence[float], predicted: Sequence[float]) -> Scores:

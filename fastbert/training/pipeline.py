@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..checkpoint import CheckpointError, read_json, resolve
+from ..checkpoint import CheckpointError, read_json
 from ..config import BertConfig
 from ..encoding.encoder import resolve_device, resolve_dtype
+from ..formats import opened
 from ..models import heads
 from ..text.batching import tokens_per_batch
 from ..text.tokenizer import Tokenizer
@@ -20,7 +22,9 @@ from .files import Question, Sentence
 from .labels import Text
 from .predicting import outputs_of
 from .processes import Processes
-from .tasks import Spec, make_task
+from .task import Spec
+from .tasks import make_task
+from .text_tasks import NextSentenceTask
 
 SPEC_FILE = "fastbert_task.json"
 
@@ -50,7 +54,8 @@ class Pipeline:
             all_scores: also the score of every label, the tag of every word, or how far no answer is from the best one.
             batch_tokens: tokens computed at once; by default what the device likes.
 
-        Returns: {"label", "score"}, or {"score"} where labels are numbers; {"text", "entities"}, each with type, text,
+        Returns: {"label", "score"}; {"score"} where labels are numbers; {"labels"}, a list of {"label", "score"} with
+            the likeliest first, where a text has any number of them; {"text", "entities"}, each with type, text,
             start and end in characters of the text, and score, the mean probability of its words' tags; {"id",
             "answer", "score", "start", "end"}, with "" and None where there is no answer.
 
@@ -74,41 +79,64 @@ class Pipeline:
 
     def _example(self, number: int, given: Any) -> Any:
         kind, place = self.task.spec.task, f"inputs[{number}]"
-        if kind == "sentence":
-            return Text(place, _text(given, place), None, None)
         if kind == "token":
             return _sentence(given, place)
+        if kind != "qa" and self.task.n_texts == 1:
+            return Text(place, _text(given, place), None, None)
         if isinstance(given, str) or len(given) != 2:
             raise TypeError(f"{place} must be two texts, got {given!r}")
         first, second = (_text(part, place) for part in given)
-        return Text(place, first, second, None) if kind == "pair" else Question(str(number), first, second)
+        return Question(str(number), first, second) if kind == "qa" else Text(place, first, second, None)
 
 
 def pipeline(
     folder: str | Path, *, device: str = "auto", dtype: str | torch.dtype = "auto", impl: str | None = None
 ) -> Pipeline:
-    """Predictions of the model in a folder that `fastbert finetune` made.
+    """Predictions of the model in a folder that `fastbert finetune` made, or of a checkpoint whose pre-training left a
+    head for next sentences: that says of pairs of texts whether the second follows the first, is_next or not_next.
 
     Args:
+        folder: of another format or a hub id too, where it is of next sentences.
         dtype: of products; "auto": what the device multiplies fast.
         impl: which implementation every operator uses; None lets each device choose.
 
     Raises: CheckpointError where the folder holds no such model.
     """
-    path = resolve(folder)
-    if not (path / SPEC_FILE).is_file():
-        raise CheckpointError(f"{folder} has no {SPEC_FILE}: it was not made by fastbert finetune")
-    found = read_json(path / SPEC_FILE)
-    try:
-        spec = Spec(**{**found, "columns": tuple(found["columns"])})
-    except (TypeError, KeyError) as error:
-        raise CheckpointError(f"{path / SPEC_FILE} is not of this version of fastbert: {error}") from None
-    config = BertConfig.from_pretrained(path)
-    labels = [] if spec.task == "qa" else [config.id2label[i] for i in sorted(config.id2label)]
-    task = make_task(spec, Tokenizer.from_pretrained(path), labels)
     where = resolve_device(device)
-    model = getattr(heads, task.head).from_pretrained(path, dtype=torch.float32, device=where, impl=impl)
+    with opened(folder) as path:
+        config, tokenizer = BertConfig.from_pretrained(path), Tokenizer.from_pretrained(path)
+        spec = _spec_in(path / SPEC_FILE)
+        if spec is None:
+            spec, labels = (
+                Spec("next-sentence", "accuracy", max_length=config.max_position_embeddings),
+                NextSentenceTask.LABELS,
+            )
+        else:
+            labels = [] if spec.task == "qa" else [config.id2label[i] for i in sorted(config.id2label)]
+        task = make_task(spec, tokenizer, labels)
+        with warnings.catch_warnings():
+            # A head that is missing is an error here, below.
+            warnings.filterwarnings("ignore", message=".*weights were drawn from normal.*", category=UserWarning)
+            model = getattr(heads, task.head).from_pretrained(
+                path, dtype=torch.float32, device=where, impl=impl, seed=0
+            )
+    if model.initialised:
+        missing = ", ".join(model.initialised)
+        if spec.task == "next-sentence":
+            missing = f"{SPEC_FILE}, so fastbert finetune did not make it; and no head for next sentences ({missing})"
+        raise CheckpointError(f"{folder} has no {missing}")
     return Pipeline(model, task, where, resolve_dtype(dtype, where))
+
+
+def _spec_in(file: Path) -> Spec | None:
+    """What a model was fine-tuned for; None where the file does not exist."""
+    if not file.is_file():
+        return None
+    found = read_json(file)
+    try:
+        return Spec(**{**found, "columns": tuple(found["columns"])})
+    except (TypeError, KeyError) as error:
+        raise CheckpointError(f"{file} is not of this version of fastbert: {error}") from None
 
 
 def _text(value: Any, place: str) -> str:

@@ -1,18 +1,12 @@
-"""The four tasks: how each reads its files, what its head learns from and answers, and how the answers are scored.
-
-A task is used in this order: `read` examples, `settle` the labels (in training) or take them from the model, make
-`features`, hand `arguments` of windows to the head, take what it returns apart with `by_window`, and turn that into
-`predictions` and `scores`. `record` is what `fastbert predict` writes for a prediction.
-"""
+"""The tasks, by name: those of texts are in `text_tasks`, tags and answers are here."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,161 +15,15 @@ from torch import Tensor
 from ..text.tokenizer import Tokenizer
 from .answers import ANSWER_METRICS, answer_scores, best_threshold, score
 from .entities import TOKEN_METRICS, lenient, token_scores
-from .features import IGNORED, Features, Window, question_features, text_features, word_features
-from .files import DataError, Question, Sentence, columns_of, expect_text, read_conll, read_questions, read_table
-from .labels import Text, class_name, classes_of, expect_known, number, numbers_of, tags_of
-from .metrics import CLASS_METRICS, NUMBER_METRICS, Scores, class_scores, number_scores
+from .features import IGNORED, Features, Window, question_features, word_features
+from .files import DataError, Question, Sentence, read_conll, read_questions
+from .labels import expect_known, numbers_of, tags_of
+from .metrics import Scores
 from .spans import best_spans, probabilities
+from .task import Spec, Task
+from .text_tasks import NUMBERS, MultiLabelTask, NextSentenceTask, TextTask
 
-NUMBERS = ("number",)  # what --labels says where labels are numbers
-# names of columns that are looked for where none are given
-TEXT_COLUMNS = (("text",), ("sentence",))
-PAIR_COLUMNS = (("sentence1", "sentence2"), ("text1", "text2"), ("premise", "hypothesis"), ("question", "sentence"))
-
-
-@dataclass(frozen=True)
-class Spec:
-    """What a model was fine-tuned for; it lies beside the model as fastbert_task.json.
-
-    Attributes:
-        task: sentence, pair, token or qa.
-        metric: which of the task's scores decides.
-        columns: of tables, the text or the two texts, then the label.
-        max_length, stride: tokens of a window, and what neighbouring windows share.
-        longest: tokens of an answer at most.
-        threshold: of questions that may have no answer: there is none where its score is more than this above the best
-            answer's.
-    """
-
-    task: str
-    metric: str
-    columns: tuple[str, ...] = ()
-    max_length: int = 128
-    stride: int = 0
-    longest: int = 30
-    threshold: float = 0.0
-
-
-@dataclass
-class Task:
-    """One of the four.
-
-    labels: names in the order of their numbers, or NUMBERS; [] for questions.
-    notes: what was noticed in the files that were read.
-    """
-
-    spec: Spec
-    tokenizer: Tokenizer
-    labels: list[str] = field(default_factory=list)
-    notes: dict[str, int] = field(default_factory=dict)
-
-    head: ClassVar[str]  # the class in fastbert.models.heads
-    metrics: ClassVar[tuple[str, ...]]
-
-    @property
-    def changes(self) -> dict[str, Any]:
-        """Fields of the model's config."""
-        return {
-            "id2label": dict(enumerate(self.labels)),
-            "label2id": {label: i for i, label in enumerate(self.labels)},
-        }
-
-    def weight(self, window: Window) -> int:
-        """How many items of the loss a window has."""
-        return 1
-
-
-class TextTask(Task):
-    """sentence and pair: a class or a number for a text or for two."""
-
-    head = "BertForSequenceClassification"
-    metrics = (*CLASS_METRICS, "f1_macro", *NUMBER_METRICS)
-
-    @property
-    def regresses(self) -> bool:
-        return tuple(self.labels) == NUMBERS
-
-    @property
-    def changes(self) -> dict[str, Any]:
-        kind = "regression" if self.regresses else "single_label_classification"
-        return {**super().changes, "problem_type": kind}
-
-    def columns(self, path: str | Path, gold: bool) -> list[str]:
-        """The columns to read: those named, else of the known ones those that the table has."""
-        n_texts = 2 if self.spec.task == "pair" else 1
-        if self.spec.columns:
-            if len(self.spec.columns) != n_texts + 1:
-                raise DataError(f"--columns must name {n_texts + 1} columns for --task {self.spec.task}")
-            return list(self.spec.columns[: n_texts + gold])
-        has, known = columns_of(path), PAIR_COLUMNS if n_texts == 2 else TEXT_COLUMNS
-        found = next((names for names in known if set(names) <= set(has)), None)
-        if found is None or (gold and "label" not in has):
-            expected = " or ".join(", ".join((*names, "label")) for names in known)
-            raise DataError(f"{path} has the columns {', '.join(has)}; expected {expected}, or --columns")
-        return [*found, "label"][: n_texts + gold]
-
-    def read(self, path: str | Path, gold: bool = True) -> list[Text]:
-        columns = self.columns(path, gold)
-        texts = columns[:-1] if gold else columns
-        examples = []
-        for row in read_table(path, columns):
-            label = None
-            if gold:
-                make = number if self.regresses else class_name
-                label = make(row.cells[columns[-1]], row.place)
-            values = [expect_text(row, name) for name in texts]
-            examples.append(Text(row.place, values[0], values[1] if len(values) == 2 else None, label))
-        return examples
-
-    def settle(self, examples: Sequence[Text], given: Sequence[str] | None, model_labels: Sequence[str] | None) -> None:
-        self.labels = list(NUMBERS) if self.regresses else classes_of(examples, given, model_labels)
-        if (self.spec.metric in NUMBER_METRICS) != self.regresses:
-            kind = "numbers" if self.regresses else "classes; --labels number is for numbers"
-            raise DataError(f"--metric {self.spec.metric} does not fit labels that are {kind}")
-        if self.spec.metric == "f1" and len(self.labels) != 2:
-            raise DataError(f"--metric f1 is of one of two labels, and there are {len(self.labels)}: see f1_macro")
-
-    def check(self, examples: Sequence[Text]) -> None:
-        """Raises DataError where an example to be scored has a label that was never seen in training."""
-        if not self.regresses:
-            expect_known(((example.label, example.place) for example in examples), self.labels)
-
-    def features(self, examples: Sequence[Text], training: bool) -> Features:
-        targets = None
-        if training:
-            numbers = None if self.regresses else numbers_of(self.labels)
-            targets = [e.label if numbers is None else numbers[e.label.casefold()] for e in examples]
-        pairs = [e.pair for e in examples] if self.spec.task == "pair" else None
-        return text_features(self.tokenizer, [e.text for e in examples], pairs, targets, self.spec.max_length)
-
-    def arguments(self, windows: Sequence[Window], device: torch.device) -> dict[str, Tensor]:
-        dtype = torch.float32 if self.regresses else torch.int64
-        return {"labels": torch.tensor([w.target for w in windows], dtype=dtype, device=device)}
-
-    def by_window(self, output: Any, windows: Sequence[Window]) -> list[np.ndarray]:
-        return list(output.logits.float().cpu().numpy())
-
-    def predictions(
-        self, examples: Sequence[Text], windows: Sequence[Window], found: Sequence[np.ndarray]
-    ) -> list[np.ndarray]:
-        """A number for each example, or the probabilities of the classes."""
-        return [of_example[0] if self.regresses else probabilities(of_example) for of_example in found]
-
-    def scores(self, examples: Sequence[Text], predictions: Sequence[Any]) -> Scores:
-        if self.regresses:
-            return number_scores([e.label for e in examples], predictions)
-        numbers = numbers_of(self.labels)
-        gold = [numbers[e.label.casefold()] for e in examples]
-        return class_scores(gold, [int(np.argmax(p)) for p in predictions], self.labels)
-
-    def record(self, example: Text, prediction: Any, all_scores: bool) -> dict[str, Any]:
-        if self.regresses:
-            return {"score": float(prediction)}
-        best = int(np.argmax(prediction))
-        record = {"label": self.labels[best], "score": float(prediction[best])}
-        if all_scores:
-            record["scores"] = {label: float(p) for label, p in zip(self.labels, prediction, strict=True)}
-        return record
+__all__ = ["DEFAULT_METRICS", "NUMBERS", "TASKS", "QuestionTask", "Spec", "Task", "TokenTask", "make_task"]
 
 
 class TokenTask(Task):
@@ -204,8 +52,11 @@ class TokenTask(Task):
             numbers = {tag: folded[tag.casefold()] for example in examples for tag in example.tags}
         return word_features(self.tokenizer, examples, numbers, self.spec.max_length, self.spec.stride)
 
-    def weight(self, window: Window) -> int:
-        return sum(label != IGNORED for label in window.target)
+    def classes(self, window: Window) -> list[int]:
+        return [label for label in window.target if label != IGNORED]
+
+    def items(self, window: Window) -> int:
+        return len(self.classes(window))
 
     def arguments(self, windows: Sequence[Window], device: torch.device) -> dict[str, Tensor]:
         labels = [label for window in windows for label in window.target]
@@ -355,14 +206,17 @@ class QuestionTask(Task):
         return record
 
 
-TASKS: dict[str, type[Task]] = {"sentence": TextTask, "pair": TextTask, "token": TokenTask, "qa": QuestionTask}
-# the metric that decides where none is given; of numbers it is pearson
+TASKS: dict[str, type[Task]] = {
+    "sentence": TextTask, "pair": TextTask, "token": TokenTask, "qa": QuestionTask, "next-sentence": NextSentenceTask,
+}  # fmt: skip
+# the metric that decides where none is given; of numbers it is pearson, of several labels a text f1_micro
 DEFAULT_METRICS = {"sentence": "accuracy", "pair": "accuracy", "token": "entity_f1", "qa": "squad"}
 
 
 def make_task(spec: Spec, tokenizer: Tokenizer, labels: Sequence[str] = ()) -> Any:
     """The task of a spec. Raises DataError where its metric is none of the task's."""
-    task = TASKS[spec.task](spec, tokenizer, list(labels))
+    kind = MultiLabelTask if spec.multi_label else TASKS[spec.task]
+    task = kind(spec, tokenizer, list(labels))
     if spec.metric not in task.metrics:
         raise DataError(f"--metric of --task {spec.task} is one of {', '.join(task.metrics)}, got {spec.metric!r}")
     return task

@@ -1,0 +1,42 @@
+"""The course of a run for TensorBoard, in OUT/tensorboard: what metrics.jsonl has, as scalars over the steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+OF_STEPS = ("loss", "lr", "grad_norm", "tokens_per_second")
+
+
+def summary_writer() -> type:
+    """torch's SummaryWriter. Raises: ImportError, in one line, where the package tensorboard is not there."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError("--tensorboard needs the package tensorboard: pip install tensorboard") from error
+    return SummaryWriter
+
+
+class Board:
+    """Writes records of metrics.jsonl.
+
+    done: steps of the run that it goes on from; what an earlier one wrote of later steps is hidden.
+    """
+
+    def __init__(self, folder: Path, done: int) -> None:
+        self.writer = summary_writer()(str(folder), purge_step=done + 1)
+
+    def __enter__(self) -> Board:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.writer.close()
+
+    def write(self, record: dict[str, Any]) -> None:
+        step = record["step"]
+        for name in OF_STEPS:
+            if name in record:
+                self.writer.add_scalar(f"train/{name}", record[name], step)
+        for name, value in record.get("scores", {}).items():
+            if value is not None:
+                self.writer.add_scalar(f"eval/{name}", value, step)
