@@ -54,7 +54,7 @@ def put_together(states: list[torch.Tensor], layers: tuple[int, ...], combine: s
 # ---- texts and tokens ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("impl", ["native", "reference", pytest.param("triton", marks=pytest.mark.triton)])
+@pytest.mark.parametrize("impl", ["native", pytest.param("triton", marks=pytest.mark.triton)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_rows_of_layers_are_those_of_transformers(bert, dtype, impl):
     """Each token by itself, and the mean over each text, [CLS] and [SEP] too; by every way of combining."""
@@ -68,8 +68,9 @@ def test_rows_of_layers_are_those_of_transformers(bert, dtype, impl):
         expected = [[put_together(states, layers, combine) for states in found] for found in (plain, truth)]
         tokens = encoder.encode_tokens(TEXTS, special_tokens=True, **options)
         name = f"{combine} of {layers}"
-        for of_text, a, b in zip(tokens, *expected, strict=True):
-            assert_within_budget(of_text.vectors, a, b, name=name, factor=factor)
+        assert [len(of_text.vectors) for of_text in tokens] == [len(row) for row in ids]
+        rows = torch.cat([of_text.vectors for of_text in tokens])
+        assert_within_budget(rows, *map(torch.cat, expected), name=name, factor=factor)
         vectors = encoder.encode(TEXTS, **options)
         means = [torch.stack([rows.mean(0) for rows in found]) for found in expected]
         assert_within_budget(vectors, *means, name=f"mean of {name}", factor=factor)

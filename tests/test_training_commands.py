@@ -325,7 +325,7 @@ def test_predictions_do_not_overwrite_their_examples(tuned, files, capsys):
 
 
 def test_a_folder_of_another_origin_is_no_pipeline(bert):
-    with pytest.raises(CheckpointError, match="has no fastbert_task.json, so fastbert finetune did not make it"):
+    with pytest.raises(CheckpointError, match=r"has no fastbert_task.json, so fastbert finetune did not make it"):
         fastbert.pipeline(bert)
 
 
