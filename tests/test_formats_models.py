@@ -56,13 +56,14 @@ def encoder_of(state: dict[str, torch.Tensor], *, pooler: bool = True) -> dict[s
 
 # ---- what the frameworks themselves wrote ----------------------------------------------------------------
 
-# fixture -> what to open, what they computed, under which name
+# fixture -> what to open, what they computed, under which name; what the model has beside the encoder
 WRITTEN = {
     "google_tf1": ("google_tf1", "google_tf1/expected.npz", "last_hidden_state"),
     "tf2_model_garden": ("tf2_model_garden", "tf2_model_garden/expected.npz", "last_hidden_state"),
     "pytorch_pretrained_bert": (
         "pytorch_pretrained_bert/tiny-bert.tar.gz", "pytorch_pretrained_bert/expected.npz", "last_hidden_state",
     ),
+    "tf_hub": ("tf_hub", "tf_hub/expected.npz", "last_hidden_state"),
     "keras_hub": ("keras_hub", "keras_hub/expected.npz", "last_hidden_state"),
     "gguf_f32": ("gguf/tiny-bert-f32.gguf", "gguf/expected-f32.npz", "last_hidden_state_gelu_pytorch_tanh"),
     "gguf_f16": ("gguf/tiny-bert-f16.gguf", "gguf/expected-f16.npz", "last_hidden_state_gelu_pytorch_tanh"),
@@ -112,21 +113,117 @@ def test_activation_can_be_told(google):
     assert 2e-4 < (by_tanh - exact)[real].abs().max() < 5e-3
 
 
-def test_heads_come_along_and_transformers_computes_their_values(google, tmp_path):
+def transformers_output(source: Path, expected: dict[str, np.ndarray], head: str, out: Path):
+    """What transformers computes of a source that is converted, by the class that its config names."""
     transformers = pytest.importorskip("transformers")
-    convert(google, tmp_path / "out", lower_case=True, say=lambda line: None)
-    model, report = transformers.BertForPreTraining.from_pretrained(tmp_path / "out", output_loading_info=True)
+    convert(source, out, lower_case=True, say=lambda line: None)
+    assert json.loads((out / "config.json").read_text())["architectures"] == [head]
+    model, report = getattr(transformers, head).from_pretrained(out, output_loading_info=True)
     assert not report["missing_keys"]
-    assert not report["unexpected_keys"]
-    expected = np.load(google / "expected.npz")
-    ids, mask, types = (torch.from_numpy(expected[k]).long() for k in ("input_ids", "attention_mask", "token_type_ids"))
+    assert all("pooler" in name for name in report["unexpected_keys"])  # BertForMaskedLM has none
     with torch.no_grad():
-        output = model(ids, mask, types)
-    positions = torch.from_numpy(expected["masked_lm_positions"])
-    words = output.prediction_logits.log_softmax(-1).gather(1, positions[..., None].expand(-1, -1, 60)).flatten(0, 1)
+        return model(*inputs_of(expected))
+
+
+def inputs_of(expected: dict[str, np.ndarray], *names: str) -> list[torch.Tensor]:
+    return [torch.from_numpy(expected[k]).long() for k in names or ("input_ids", "attention_mask", "token_type_ids")]
+
+
+def at_positions(logits: torch.Tensor, positions: np.ndarray) -> torch.Tensor:
+    """The scores of words [B, positions, V] out of those of all tokens [B, S, V]."""
+    return logits.gather(1, torch.from_numpy(positions).long()[..., None].expand(-1, -1, logits.shape[-1]))
+
+
+def test_heads_come_along_and_transformers_computes_their_values(google, tmp_path):
+    expected = np.load(google / "expected.npz")
+    output = transformers_output(google, expected, "BertForPreTraining", tmp_path / "out")
+    words = at_positions(output.prediction_logits.log_softmax(-1), expected["masked_lm_positions"]).flatten(0, 1)
     assert torch.allclose(words, torch.from_numpy(expected["masked_lm_log_probs"]), atol=2e-5)
     following = output.seq_relationship_logits.log_softmax(-1)
     assert torch.allclose(following, torch.from_numpy(expected["next_sentence_log_probs"]), atol=2e-5)
+
+
+def test_the_head_of_a_tf_hub_module_comes_along(tmp_path):
+    expected = np.load(FIXTURES / "tf_hub" / "expected.npz")
+    output = transformers_output(FIXTURES / "tf_hub", expected, "BertForMaskedLM", tmp_path / "out")
+    words = at_positions(output.logits, expected["masked_lm_positions"])
+    assert torch.allclose(words, torch.from_numpy(expected["mlm_logits"]), atol=2e-5)
+
+
+def test_a_pre_training_run_of_the_model_garden(tmp_path):
+    """The encoder's own pooler is not trained there: `next_sentence.pooler_dense` is what the head pools with, and what
+    the Model Garden's export to TF-Hub copies into its place. The table of words is found by the head's path to it."""
+    folder = folder_with(tmp_path, "tf2_pretraining", "bert_config.json")
+    assert_same_weights(folder, weights())
+    skipped = open_model(folder).skipped
+    assert [name for name in skipped if "layer_with_weights-6" in name] == [
+        f"encoder/layer_with_weights-6/{leaf}/.ATTRIBUTES/VARIABLE_VALUE" for leaf in ("bias", "kernel")
+    ]
+    expected = np.load(folder / "expected.npz")
+    output = transformers_output(folder, expected, "BertForPreTraining", tmp_path / "out")
+    words = at_positions(output.prediction_logits, expected["masked_lm_positions"])
+    assert torch.allclose(words, torch.from_numpy(expected["mlm_logits"]), atol=2e-5)
+    assert torch.allclose(output.seq_relationship_logits, torch.from_numpy(expected["next_sentence"]), atol=2e-5)
+
+
+@pytest.fixture
+def keras_head(tmp_path):
+    """A preset with a task: the backbone of `keras_hub`, with the weights of a head beside it."""
+    pytest.importorskip("h5py", reason="the reader's optional package")
+
+    def folder(task: str) -> Path:
+        shutil.copytree(FIXTURES / "keras_hub", tmp_path / task)
+        return Path(shutil.copytree(FIXTURES / f"keras_hub_{task}", tmp_path / task, dirs_exist_ok=True))
+
+    return folder
+
+
+def test_a_classifier_of_keras_hub(keras_head, tmp_path):
+    folder = keras_head("classifier")
+    expected = np.load(folder / "expected.npz")
+    inputs = {
+        "input_ids": expected["token_ids"],
+        "attention_mask": expected["padding_mask"],
+        "token_type_ids": expected["segment_ids"],
+    }
+    output = transformers_output(folder, inputs, "BertForSequenceClassification", tmp_path / "out")
+    assert torch.allclose(output.logits, torch.from_numpy(expected["logits"]), atol=2e-5)
+
+
+def test_the_masked_words_of_keras_hub(keras_head, tmp_path):
+    """That head computes gelu by erf while the encoder computes it by tanh, and with another epsilon: it is said, and
+    with both set so in transformers' head it gives keras-hub's scores."""
+    transformers = pytest.importorskip("transformers")
+    folder, lines = keras_head("masked_lm"), []
+    expected = np.load(folder / "expected.npz")
+    convert(folder, tmp_path / "out", lower_case=True, say=lines.append)
+    assert any("Its head of masked words computes gelu by erf" in line for line in lines)
+    model = transformers.BertForMaskedLM.from_pretrained(tmp_path / "out")
+    ids, mask, types = inputs_of(expected, "token_ids", "padding_mask", "segment_ids")
+    with torch.no_grad():
+        as_written = at_positions(model(ids, mask, types).logits, expected["mask_positions"])
+        model.cls.predictions.transform.transform_act_fn = torch.nn.GELU()
+        model.cls.predictions.transform.LayerNorm.eps = 1e-5
+        as_in_keras = at_positions(model(ids, mask, types).logits, expected["mask_positions"])
+    exact = torch.from_numpy(expected["logits"])
+    assert torch.allclose(as_in_keras, exact, atol=2e-5)
+    assert 1e-4 < (as_written - exact).abs().max() < 1e-2
+
+
+def test_what_save_weights_of_keras_writes(keras_head, tmp_path):
+    """Encoder and head in one file, the encoder as a layer of the whole; without a config the shapes tell all."""
+    h5py = pytest.importorskip("h5py", reason="the reader's optional package")
+    folder = keras_head("classifier")
+    with (
+        h5py.File(folder / "model.weights.h5") as encoder,
+        h5py.File(folder / "task.weights.h5") as head,
+        h5py.File(tmp_path / "mine.weights.h5", "w") as whole,
+    ):
+        head.copy("layers", whole)
+        encoder.copy("layers", whole.create_group("layers/bert_backbone"))
+        head.copy("optimizer", whole)
+    assert_same_weights(tmp_path / "mine.weights.h5", open_model(folder).state_dict())
+    assert open_model(tmp_path / "mine.weights.h5").config["num_attention_heads"] == 2
 
 
 @pytest.mark.parametrize("name", WRITTEN)
@@ -138,7 +235,9 @@ def test_every_format_goes_to_safetensors_by_name(name, tmp_path):
     convert(path, tmp_path / "out", lower_case=True, say=lambda line: None)
     expected = weights()
     got = load_file(tmp_path / "out" / "model.safetensors")
-    heads = name in ("google_tf1", "pytorch_pretrained_bert")
+    heads = name in ("google_tf1", "pytorch_pretrained_bert", "tf_hub")
+    if name == "tf_hub":
+        expected = {n: t for n, t in expected.items() if "seq_relationship" not in n}
     if not heads:
         expected = {n.removeprefix("bert."): t for n, t in encoder_of(expected, pooler="gguf" not in name).items()}
     assert got.keys() == expected.keys()
@@ -248,22 +347,6 @@ def test_of_several_checkpoints_the_latest_or_the_named_one(tmp_path):
 # ---- formats that are built here from their description --------------------------------------------------
 
 
-def test_a_pre_training_run_of_the_model_garden(tmp_path):
-    """The encoder's own pooler is not trained there: `next_sentence.pooler_dense` is what the head pools with, and what
-    the Model Garden's export to TF-Hub copies into its place. TensorFlow writes the dot of a name twice."""
-    folder, ending = folder_with(tmp_path, "tf2_model_garden", "bert_config.json"), "/.ATTRIBUTES/VARIABLE_VALUE"
-    prefix = folder / "bert_model.ckpt"
-    variables = {n: v.read().clone() for n, v in read_bundle(prefix).items() if not n.startswith("_CHECK")}
-    kernel, bias = torch.randn(32, 32), torch.randn(32)
-    head = {"next_sentence..pooler_dense/kernel" + ending: kernel, "next_sentence..pooler_dense/bias" + ending: bias}
-    write_bundle(prefix, (variables | head).items())
-    expected = encoder_of(weights()) | {"bert.pooler.dense.weight": kernel.t(), "bert.pooler.dense.bias": bias}
-    assert_same_weights(folder, expected)
-    assert [name.split("/")[1:3] for name in open_model(folder).skipped] == [
-        ["_pooler_layer", leaf] for leaf in ("bias", "kernel")
-    ]
-
-
 def numbered(state: dict[str, torch.Tensor], scope: str, heads_axis: bool) -> dict[str, torch.Tensor]:
     """The names and shapes of tf-models-official 2.0 to 2.3, by transformers' former conversion script, reversed."""
     ending = "/.ATTRIBUTES/VARIABLE_VALUE"
@@ -300,6 +383,62 @@ def numbered(state: dict[str, torch.Tensor], scope: str, heads_axis: bool) -> di
             t = t.reshape(2, 16, 32)
         out[f"{scope}{path}/{'kernel' if leaf == 'weight' else 'bias'}{ending}"] = t
     return out
+
+
+PARTS_OF_2019 = {
+    "embeddings.word_embeddings.weight": "embedding_lookup/embeddings",
+    "embeddings.position_embeddings.weight": "embedding_postprocessor/position_embeddings",
+    "embeddings.token_type_embeddings.weight": "embedding_postprocessor/type_embeddings",
+    "embeddings.LayerNorm": "embedding_postprocessor/output_layer_norm",
+    "pooler.dense": "pooler_transform",
+    "attention.self.query": "attention_layer/query_dense",
+    "attention.self.key": "attention_layer/key_dense",
+    "attention.self.value": "attention_layer/value_dense",
+    "attention.output.dense": "attention_output_dense",
+    "attention.output.LayerNorm": "attention_layer_norm",
+    "intermediate.dense": "intermediate_dense",
+    "output.dense": "output_dense",
+    "output.LayerNorm": "output_layer_norm",
+}
+
+
+@pytest.mark.parametrize("scope", ["", "model/layer_with_weights-0/"])
+def test_the_model_garden_of_2019(scope, tmp_path):
+    """By the names in the code of tf-models-official before 2.1, where all of BERT is one layer of Keras."""
+    variables = {}
+    for name, t in encoder_of(weights()).items():
+        module, leaf = name.removeprefix("bert.").rsplit(".", 1)
+        layer = ""
+        if module.startswith("encoder.layer."):
+            number, module = module.removeprefix("encoder.layer.").split(".", 1)
+            layer = f"encoder/layers/{number}/"
+        if f"{module}.{leaf}" in PARTS_OF_2019:
+            path = PARTS_OF_2019[f"{module}.{leaf}"]
+        elif "LayerNorm" in module:
+            path = f"{layer}{PARTS_OF_2019[module]}/{'gamma' if leaf == 'weight' else 'beta'}"
+        else:
+            path = f"{layer}{PARTS_OF_2019[module]}/{'kernel' if leaf == 'weight' else 'bias'}"
+            t = t.t()
+        variables[f"{scope}{path}/.ATTRIBUTES/VARIABLE_VALUE"] = t
+    assert_same_weights(write_google_folder(tmp_path / "x", variables), encoder_of(weights()))
+
+
+def test_variables_that_are_only_numbered(tmp_path):
+    """A TF-Hub module is refused without the graph that names its variables, and with a damaged one."""
+    read = read_bundle(FIXTURES / "tf_hub" / "variables" / "variables")
+    variables = {name: v.read() for name, v in read.items() if v.dtype is not None}
+    folder = write_google_folder(tmp_path / "x", variables)
+    with pytest.raises(
+        CheckpointError, match=r"only numbered \(mlm/variables/39/.*\), and there is no _CHECKPOINTABLE_OBJECT_GRAPH"
+    ):
+        open_model(folder)
+    damaged = shutil.copytree(FIXTURES / "tf_hub", tmp_path / "damaged")
+    data = damaged / "variables" / "variables.data-00000-of-00001"
+    for old, new in ((b"layer_with_weights-0", b"\xff" * 20), (b"\x12\x14layer_with_weights-0", b"\x12\x7f" * 11)):
+        data.write_bytes((FIXTURES / "tf_hub" / "variables" / data.name).read_bytes().replace(old, new))
+        with pytest.raises(CheckpointError, match="_CHECKPOINTABLE_OBJECT_GRAPH is damaged") as error:
+            open_model(damaged)
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("scope", ["", "model/", "model/layer_with_weights-0/"])

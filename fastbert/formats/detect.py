@@ -18,8 +18,8 @@ def find_source(path: Path) -> Source | None:
         return _in_folder(path)
     if path.is_file() and path.suffix == ".gguf":
         return gguf.read(path)
-    if path.is_file() and path.name == keras_hub.WEIGHTS:
-        return keras_hub.read(path.parent)
+    if keras_hub.is_weights(path):
+        return keras_hub.read_file(path)
     if (file := paddle.file_in(path)) is not None:
         return paddle.read(file)
     if path.suffix == ".index" and path.is_file():

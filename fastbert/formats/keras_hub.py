@@ -1,4 +1,7 @@
-"""keras-hub's presets: config.json, model.weights.h5, and the tokenizer beside them. Reading needs h5py."""
+"""keras-hub's presets: config.json, model.weights.h5, task.weights.h5 with a head, and the tokenizer beside them.
+
+What `save_weights` of such a model writes is read too: encoder and head in one file. Reading needs h5py.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,8 @@ from .source import Source, find_case, find_words
 from .variable import Variable
 
 WEIGHTS = "model.weights.h5"
+_TASK_WEIGHTS = "task.weights.h5"
+_ENDING = ".weights.h5"
 _BACKBONE = "BertBackbone"
 _CONFIG_KEYS = {
     "vocabulary_size": "vocab_size",
@@ -25,8 +30,38 @@ _CONFIG_KEYS = {
 }
 
 
+def is_weights(path: Path) -> bool:
+    return path.is_file() and path.name.endswith(_ENDING)
+
+
 def read(folder: Path) -> Source:
     """A preset's folder. Raises CheckpointError, also where h5py is not installed."""
+    files = [path for path in (folder / WEIGHTS, folder / _TASK_WEIGHTS) if path.is_file()]
+    return _source(folder, _config(folder), files)
+
+
+def read_file(file: Path) -> Source:
+    """What `save_weights` wrote, with a preset's config and tokenizer if they lie beside it. Raises CheckpointError."""
+    return _source(file, _config(file.parent) if (file.parent / "config.json").is_file() else {}, [file])
+
+
+def _source(path: Path, config: dict[str, Any], files: list[Path]) -> Source:
+    folder = path if path.is_dir() else path.parent
+    assets = folder / "assets" / "tokenizer"
+    return Source(
+        path,
+        KERAS_HUB.title,
+        KERAS_HUB.activation,
+        config,
+        lambda: {name: variable for file in files for name, variable in _variables(file).items()},
+        lambda _: KERAS_HUB,
+        find_words(assets if assets.is_dir() else folder),
+        _lower_case(folder),
+    )
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """The config of a preset under transformers' keys. Raises CheckpointError."""
     config = read_json(folder / "config.json")
     if config.get("class_name") != _BACKBONE:
         raise CheckpointError(f"{folder} holds keras-hub's {config.get('class_name')!r}; only {_BACKBONE} is read")
@@ -35,17 +70,7 @@ def read(folder: Path) -> Source:
         raise CheckpointError(f"{folder / 'config.json'} lacks {', '.join(sorted(absent))}")
     ours: dict[str, Any] = {name: numbers[theirs] for theirs, name in _CONFIG_KEYS.items()}
     ours["hidden_dropout_prob"] = ours["attention_probs_dropout_prob"] = numbers.get("dropout", 0.1)
-    assets = folder / "assets" / "tokenizer"
-    return Source(
-        folder,
-        KERAS_HUB.title,
-        KERAS_HUB.activation,
-        ours,
-        lambda: _variables(folder / WEIGHTS),
-        lambda _: KERAS_HUB,
-        find_words(assets if assets.is_dir() else folder),
-        _lower_case(folder),
-    )
+    return ours
 
 
 def _lower_case(folder: Path) -> bool | None:
@@ -71,20 +96,31 @@ def _variables(path: Path) -> dict[str, Variable]:
 
     def visit(name: str, item: Any) -> None:
         if isinstance(item, h5py.Dataset):
-            parts = [part for part in name.split("/") if part != "vars"]
-            if parts[0] == "layers" and len(parts) > 2:
-                group = file["/".join(parts[:2])]
-                own = group["vars"].attrs.get("name") if "vars" in group else None
-                parts = [own or parts[1], *parts[2:]]
-            ours = "/".join(parts)
+            ours = _by_layers(file, name)
+            if ours in found:
+                raise CheckpointError(f"{path} has two layers with the variable {ours}")
             found[ours] = _variable(path, ours, name, item)
 
     try:
         with h5py.File(path, "r") as file:
             file.visititems(visit)
+    except CheckpointError:
+        raise
     except (OSError, RuntimeError, KeyError, ValueError) as error:  # what h5py makes of HDF5's errors
         raise CheckpointError(f"{path} is truncated, damaged or not an HDF5 file ({error})") from error
     return found
+
+
+def _by_layers(file: Any, dataset: str) -> str:
+    """The name of an array with the layers' own names in it."""
+    parts, ours = dataset.split("/"), []
+    for at, part in enumerate(parts):
+        group = file["/".join(parts[: at + 1])]
+        if at and parts[at - 1] == "layers" and "vars" in group:
+            part = group["vars"].attrs.get("name") or part
+        if part not in ("layers", "vars"):
+            ours.append(part)
+    return "/".join(ours)
 
 
 def _variable(path: Path, name: str, dataset: str, item: Any) -> Variable:

@@ -114,6 +114,9 @@ def _understand(source: Source, activation: str | None, other_heads: bool) -> Mo
     if model_type == "albert":
         config = {"embedding_size": config.get("hidden_size")} | _ALBERT_DEFAULTS | config
     found = fit(ARCHITECTURES[model_type], tensors, config)
+    for part, sentence in family.differs if family is not None else ():
+        if any(name.startswith(part) for name in tensors):
+            notes.append(sentence)
     config = _config(model_type, config, found, named, notes)
     config["hidden_act"] = _activation(source, config.get("hidden_act", "gelu"), activation, notes)
     if source.words and len(source.words) > config["vocab_size"]:

@@ -106,6 +106,8 @@ class Family:
         activation: what "gelu" means there, in transformers' words.
         ending: stands at the end of every variable's name.
         not_weights: what the family leaves beside the weights, as in NOT_WEIGHTS.
+        differs: (the beginning of our names, a sentence) for a part that its framework computes in another way than
+            transformers does.
     """
 
     title: str
@@ -115,6 +117,7 @@ class Family:
     activation: str
     ending: str = ""
     not_weights: tuple[tuple[str, str], ...] = ()
+    differs: tuple[tuple[str, str], ...] = ()
 
     def rules(self) -> Iterator[Rule]:
         for theirs, ours, kind in self.modules:
@@ -188,11 +191,26 @@ _TF2_LAYER_NAMES = (
     "_output_layer_norm",
 )  # fmt: skip
 
-# tf-models-official since 2.4: BertEncoder and BertEncoderV2
+
+def _garden_heads(theirs: str) -> tuple[Module, ...]:
+    """The head of masked words, whose table of words is the encoder's: the path to that table is shorter by the head.
+    In a path a dot is written twice, and a slash within a name as ".S"."""
+    return (
+        (theirs + "masked_lm/dense", "cls.predictions.transform.dense", LINEAR),
+        (theirs + "masked_lm/layer_norm", "cls.predictions.transform.LayerNorm", NORM),
+        (theirs + "masked_lm/output_bias.Sbias", "cls.predictions.bias", ARRAY),
+        (theirs + "masked_lm/embedding_table", "bert.embeddings.word_embeddings", TABLE),
+    )
+
+
+# The head lies beside the encoder in a checkpoint, and in another model of the same object in TF-Hub's modules.
+_GARDEN_HEADS = _garden_heads("") + _garden_heads("mlm/layer_with_weights-0/")
+
+# tf-models-official since 2.4: BertEncoderV2
 MODEL_GARDEN = Family(
     "TF Model Garden's checkpoint",
     "bert",
-    "_embedding_layer/embeddings",
+    "_position_embedding_layer/embeddings",
     (
         ("_embedding_layer", "bert.embeddings.word_embeddings", EMBEDDING),
         ("_position_embedding_layer", "bert.embeddings.position_embeddings", EMBEDDING),
@@ -201,32 +219,35 @@ MODEL_GARDEN = Family(
         *_bert_layers("_transformer_layers/{n}/", _BERT_LAYER, _TF2_LAYER_NAMES,
                       LINEAR_TO_HEADS, LINEAR_FROM_HEADS, LINEAR, NORM),
         ("_pooler_layer", "bert.pooler.dense", LINEAR),
-        ("masked_lm/dense", "cls.predictions.transform.dense", LINEAR),
-        ("masked_lm/layer_norm", "cls.predictions.transform.LayerNorm", NORM),
-        ("masked_lm/bias", "cls.predictions.bias", ARRAY),
+        *_GARDEN_HEADS,
     ),
     "gelu_new",
     _TF2_ENDING,
 )  # fmt: skip
 
-# A pre-training run pools for the next sentence with a layer of that head, and never trains the encoder's own pooler;
-# the Model Garden's export to TF-Hub puts the head's in its place. A dot in a name is written twice.
-_MODEL_GARDEN_PRETRAINING = replace(
-    MODEL_GARDEN,
-    modules=(
-        *(module for module in MODEL_GARDEN.modules if module[0] != "_pooler_layer"),
-        ("next_sentence..pooler_dense", "bert.pooler.dense", LINEAR),
-    ),
-    not_weights=((r"(^|/)_pooler_layer/", "a pooler that was not trained; the next sentence's stands for it"),),
-)
 
-# Until 2.3 the attention's output product belonged to the layer, and the parts of the encoder were numbered: four for
-# the embeddings, then the layers, then the pooler, whose number so depends on how many layers there are.
+def _of_pretraining(family: Family) -> Family:
+    """A run of pre-training pools for the next sentence with a layer of that head, and never trains the encoder's own
+    pooler; the Model Garden's export to TF-Hub puts the head's in its place."""
+    (pooler,) = (theirs for theirs, ours, _ in family.modules if ours == "bert.pooler.dense")
+    return replace(
+        family,
+        modules=(
+            *(module for module in family.modules if module[0] != pooler),
+            ("next_sentence..pooler_dense", "bert.pooler.dense", LINEAR),
+            ("model/classification_heads/0/out_proj", "cls.seq_relationship", LINEAR),
+        ),
+        not_weights=((rf"(^|/){pooler}/", "a pooler that was not trained; the next sentence's stands for it"),),
+    )
+
+
+# BertEncoder, the only one until 2.3, numbers its parts: four for the embeddings, then the layers, then the pooler. The
+# pooler's number tells how many layers there are. Until 2.3 the attention's output product belonged to the layer.
 _NUMBERED_LAYER_NAMES = (*_TF2_LAYER_NAMES[:3], "_attention_output_dense", *_TF2_LAYER_NAMES[4:])
 
 
 def numbered_family(parts: int) -> Family:
-    """tf-models-official until 2.3, of an encoder of `parts` numbered parts, and TF-Hub's modules made with it."""
+    """BertEncoder of tf-models-official, with `parts` numbered parts, and TF-Hub's modules made with it."""
     embeddings = ("word_embeddings", "position_embeddings", "token_type_embeddings")
     modules = [(f"layer_with_weights-{i}", f"bert.embeddings.{name}", EMBEDDING) for i, name in enumerate(embeddings)]
     modules.append(("layer_with_weights-3", "bert.embeddings.LayerNorm", NORM))
@@ -237,14 +258,37 @@ def numbered_family(parts: int) -> Family:
             modules += _bert_layers(theirs, ours, names, LINEAR_TO_HEADS, LINEAR_FROM_HEADS, LINEAR, NORM)
     modules.append((f"layer_with_weights-{parts - 1}", "bert.pooler.dense", LINEAR))
     return Family(
-        "TF Model Garden's checkpoint (2.3 or older)",
+        "TF Model Garden's checkpoint (with numbered parts)",
         "bert",
-        "layer_with_weights-0/embeddings",
-        tuple(modules),
+        "layer_with_weights-1/embeddings",
+        (*modules, *_GARDEN_HEADS),
         "gelu_new",
         _TF2_ENDING,
     )
 
+
+_LAYER_NAMES_OF_2019 = (
+    "attention_layer/query_dense", "attention_layer/key_dense", "attention_layer/value_dense",
+    "attention_output_dense", "attention_layer_norm", "intermediate_dense", "output_dense", "output_layer_norm",
+)  # fmt: skip
+
+# tf-models-official of 2019, before 2.1: one layer of Keras around all of BERT
+MODEL_GARDEN_2019 = Family(
+    "TF Model Garden's checkpoint (2019)",
+    "bert",
+    "embedding_lookup/embeddings",
+    (
+        ("embedding_lookup", "bert.embeddings.word_embeddings", EMBEDDING),
+        ("embedding_postprocessor/position_embeddings", "bert.embeddings.position_embeddings", TABLE),
+        ("embedding_postprocessor/type_embeddings", "bert.embeddings.token_type_embeddings", TABLE),
+        ("embedding_postprocessor/output_layer_norm", "bert.embeddings.LayerNorm", NORM),
+        *_bert_layers("encoder/layers/{n}/", _BERT_LAYER, _LAYER_NAMES_OF_2019,
+                      LINEAR_TO_HEADS, LINEAR_FROM_HEADS, LINEAR, NORM),
+        ("pooler_transform", "bert.pooler.dense", LINEAR),
+    ),
+    "gelu_new",
+    _TF2_ENDING,
+)  # fmt: skip
 
 _ALBERT_THEIRS = "bert/encoder/transformer/group_{g}/inner_group_{i}/"
 _ALBERT_OURS = "albert.encoder.albert_layer_groups.{g}.albert_layers.{i}."
@@ -321,8 +365,17 @@ KERAS_HUB = Family(
         *_bert_layers("transformer_layer_{n}/", _BERT_LAYER, _KERAS_LAYER_NAMES,
                       KERAS_LINEAR_TO_HEADS, KERAS_LINEAR_FROM_HEADS, KERAS_LINEAR, KERAS_NORM),
         ("pooled_dense", "bert.pooler.dense", KERAS_LINEAR),
+        ("mlm_head/_intermediate_dense", "cls.predictions.transform.dense", KERAS_LINEAR),
+        ("mlm_head/_intermediate_layer_norm", "cls.predictions.transform.LayerNorm", KERAS_NORM),
+        ("mlm_head/0", "cls.predictions.bias", ARRAY),
+        ("logits", "classifier", KERAS_LINEAR),
     ),
     "gelu_new",
+    differs=((
+        "cls.predictions.",
+        "Its head of masked words computes gelu by erf, and a LayerNorm with the epsilon 1e-5; transformers' computes "
+        "both as the encoder does, so the scores of words will be a little others.",
+    ),),
 )  # fmt: skip
 
 _PADDLE_LAYER_NAMES = (
@@ -385,13 +438,18 @@ def tensorflow_family(names: Iterable[str]) -> Family:
         return ALBERT
     if has(r"(^|/)bert/embeddings/word_embeddings$"):
         return GOOGLE
-    if has(r"(^|/)_transformer_layers/\d+/"):
-        return _MODEL_GARDEN_PRETRAINING if has(r"^next_sentence\.\.pooler_dense/") else MODEL_GARDEN
+    if has(r"(^|/)embedding_lookup/embeddings/"):
+        return MODEL_GARDEN_2019
+    family = None
     numbers = [
         int(m[1]) for name in names if (m := re.search(r"layer_with_weights-(\d+)/(?!layer_with_weights-)", name))
     ]
-    if numbers:
-        return numbered_family(max(numbers) + 1)
+    if has(r"(^|/)_transformer_layers/\d+/"):
+        family = MODEL_GARDEN
+    elif numbers:
+        family = numbered_family(max(numbers) + 1)
+    if family is not None:
+        return _of_pretraining(family) if has(r"^next_sentence\.\.pooler_dense/") else family
     some = ", ".join(names[:3])
     raise CheckpointError(f"it holds no BERT, ALBERT or ELECTRA that is known here: its variables are {some}, ...")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..checkpoint import CheckpointError
 from .names import tensorflow_family
+from .object_graph import with_names
 from .source import Source, find_case, find_config, find_words
 from .tensorflow_bundle import read_bundle
 
@@ -44,6 +45,7 @@ def read(prefix: Path) -> Source:
     """The checkpoint of this prefix, with the config and the vocabulary beside it. Raises CheckpointError."""
     variables = read_bundle(prefix)
     try:
+        variables = with_names(variables)
         family = tensorflow_family(variables)
     except CheckpointError as error:
         raise CheckpointError(f"{prefix}: {error}") from None
