@@ -37,7 +37,7 @@ def expect_sequences(op: str, name: str, cu_seqlens: Tensor, rows: int, longest:
     if not can_look(cu_seqlens):
         return
     starts = cu_seqlens.tolist()
-    if starts[0] != 0 or starts[-1] != rows or any(map(operator.gt, starts, starts[1:])):
+    if starts[:1] != [0] or starts[-1] != rows or any(map(operator.gt, starts, starts[1:])):
         raise ValueError(f"{op}: {name} must start at 0, never fall and end at {rows}, got {_some(starts)}")
     if longest is not None and max(map(operator.sub, starts[1:], starts), default=0) > longest:
         raise ValueError(f"{op}: max_seqlen is {longest}, but {name} has a longer sequence: {_some(starts)}")

@@ -8,7 +8,7 @@ where somebody may be looking on: a compiler, a tracer, a profiler, a mode, a te
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -132,3 +132,19 @@ def once(backward: Callable) -> Callable:
         return (guarded if torch.is_grad_enabled() else backward)(ctx, *gradients)
 
     return differentiated_once
+
+
+def plain_gradients(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor | None], wanted: Sequence[bool], upstream: Tensor
+) -> list[Tensor | None]:
+    """The gradients of `function(*inputs)`, made of torch's own operators, for the backward pass of an operator whose
+    gradients may be differentiated again: they have gradients of their own. None for an input that is not `wanted`.
+
+    Inputs may be computed from one another: the residual of an add + LayerNorm is what its other input was made from.
+    Each gradient is of its own input alone, so `function` is given a view of each, through which no other one passes.
+    """
+    views = [None if t is None else t.view_as(t) for t in inputs]
+    leaves = [t for t, is_wanted in zip(views, wanted, strict=True) if is_wanted]
+    y = function(*views)
+    found = iter(torch.autograd.grad(y, leaves, upstream, create_graph=True, materialize_grads=True))
+    return [next(found) if is_wanted else None for is_wanted in wanted]

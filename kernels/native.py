@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from . import reference
 from ._checks import expect_sequences
 from ._invariance import is_batch_invariant
+from ._library import plain_gradients
 from ._random import HEAD_STREAMS, keep_mask, row_keys
 from .cpu import layouts
 from .cpu import loss as cpu_loss
@@ -77,15 +78,14 @@ class _AddLayerNorm(torch.autograd.Function):
         if not torch.is_grad_enabled():
             grads = cpp.add_layer_norm_backward(dy, x, residual, weight, ctx.eps, keys, ctx.dropout_p)
         else:  # these gradients' own gradients may be wanted: torch's operators have some
-            z = x
-            if keys is not None:
-                keep = keep_mask(keys, x.shape[-1], ctx.dropout_p).view(x.shape)
-                z = torch.where(keep, x / (1.0 - ctx.dropout_p), 0.0)
-            y = F.layer_norm(z + residual, z.shape[-1:], weight, bias, ctx.eps)
-            wanted = ctx.needs_input_grad[:4]
-            leaves = [t for t, is_wanted in zip((x, residual, weight, bias), wanted, strict=True) if is_wanted]
-            found = iter(torch.autograd.grad(y, leaves, dy, create_graph=True))
-            grads = [next(found) if is_wanted else None for is_wanted in wanted]
+
+            def plain(x, residual, weight, bias):
+                if keys is not None:
+                    keep = keep_mask(keys, x.shape[-1], ctx.dropout_p).view(x.shape)
+                    x = torch.where(keep, x / (1.0 - ctx.dropout_p), 0.0)
+                return F.layer_norm(x + residual, x.shape[-1:], weight, bias, ctx.eps)
+
+            grads = plain_gradients(plain, (x, residual, weight, bias), ctx.needs_input_grad[:4], dy)
         return *grads, None, None, None
 
 
@@ -319,9 +319,12 @@ class _Attention(torch.autograd.Function):
             grads = cpp.attention_backward(do, q, k, v, o, lse, cu_seqlens, ctx.scale, ctx.dropout)
         else:  # these gradients' own gradients may be wanted: torch's operators have some
             options = {} if ctx.dropout is None else ctx.dropout.options
+            runs = attention_schedule(cu_seqlens, q.shape[0])
             with sdpa_kernel(SDPBackend.MATH):
-                o = _attention_in_runs(q, k, v, attention_schedule(cu_seqlens, q.shape[0]), ctx.scale, **options)
-            grads = torch.autograd.grad(o, (q, k, v), do, create_graph=True, materialize_grads=True)
+                grads = plain_gradients(
+                    lambda q, k, v: _attention_in_runs(q, k, v, runs, ctx.scale, **options),
+                    (q, k, v), ctx.needs_input_grad[:3], do,
+                )  # fmt: skip
         return *grads, None, None, None
 
 

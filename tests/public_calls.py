@@ -7,10 +7,12 @@ numbers are kept; of text, the text.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import io
 import json
 import math
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable
@@ -91,6 +93,7 @@ def gradients(function: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
 def folder() -> Path:
     """A checkpoint with its vocabulary, in a folder of its own."""
     made = Path(tempfile.mkdtemp(prefix="fastbert"))
+    atexit.register(shutil.rmtree, made, ignore_errors=True)
     model().save_pretrained(made)
     (made / "vocab.txt").write_text("\n".join(WORDS) + "\n")
     return made

@@ -218,6 +218,18 @@ def test_double_backward_is_that_of_torch(leaves, dropout_p):
         torch.testing.assert_close(ours, right, rtol=1e-4, atol=1e-4)
 
 
+def test_gradients_to_differentiate_again_where_inputs_are_made_of_each_other(leaves):
+    """k is made of q, and v is k: each gradient is of its own input, not of what lies behind it too."""
+    q, width = leaves[0], leaves[0].shape[-1]
+    linear = torch.randn(width, width).mul(0.2).requires_grad_()
+
+    def found(create_graph):
+        k = q @ linear
+        return torch.autograd.grad(attend(q, k, k).pow(3).sum(), (q, linear), create_graph=create_graph)
+
+    torch.testing.assert_close(found(True), found(False), rtol=1e-4, atol=1e-4)
+
+
 def test_checkpointing(leaves):
     options = dropout_of(0.2, [5, 9])
     wanted = torch.autograd.grad(attend(*leaves, **options).square().sum(), leaves)

@@ -192,6 +192,18 @@ def test_gradients_of_gradients():
 
 
 @built
+def test_gradients_to_differentiate_again_where_weight_made_hidden():
+    """With tied weights: what is multiplied by the vocabulary's weight has been looked up in it."""
+    _, weight, bias, labels = tensors(9)
+
+    def found(create_graph):
+        loss = native.linear_cross_entropy(weight[:9].tanh(), weight, bias, labels)
+        return torch.autograd.grad(loss, (weight, bias), create_graph=create_graph)
+
+    torch.testing.assert_close(found(True), found(False))
+
+
+@built
 def test_views():
     """hidden as columns of a wider matrix, weight transposed, every other element of bias."""
     hidden, weight, bias, labels = (t.detach() for t in tensors(35))

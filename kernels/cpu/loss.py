@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from .._library import plain_gradients
 from . import operators as cpp
 from .library import LOSS_ROWS
 
@@ -78,10 +79,10 @@ class _Losses(torch.autograd.Function):
         hidden, weight, bias, labels, lse, kept = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():  # of a gradient that is to be differentiated again
-            leaves = [t for t, is_wanted in zip((hidden, weight, bias), wanted, strict=True) if is_wanted]
-            losses = _plain(hidden, weight, bias, labels, ctx.smoothing)
-            grads = iter(torch.autograd.grad(losses, leaves, dloss, create_graph=True))
-            return *(next(grads) if is_wanted else None for is_wanted in wanted), None, None, None
+            grads = plain_gradients(
+                lambda *inputs: _plain(*inputs, labels, ctx.smoothing), (hidden, weight, bias), wanted, dloss
+            )
+            return *grads, None, None, None
 
         rows, words = len(hidden), len(weight)
         narrow, dloss = labels.int(), dloss.contiguous()
