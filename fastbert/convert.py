@@ -18,7 +18,7 @@ from .formats.detect import find_source
 from .formats.google import write_google
 from .formats.model import Model, understand
 from .formats.pytorch import read_transformers
-from .formats.safetensors_file import bytes_of, write_safetensors
+from .formats.safetensors_file import total_size, write_safetensors
 from .formats.sentence_folder import MODULES, put_encoder_at_root
 from .formats.source import Source
 from .text.tokenizer import Tokenizer
@@ -171,7 +171,7 @@ def _verify(model: Model) -> str:
 
 def _size(model: Model) -> int:
     parts = [model] if model.generator is None else [model, model.generator]
-    return sum(bytes_of(part.tensors) for part in parts) + _SMALL_FILES
+    return sum(total_size(part.tensors) for part in parts) + _SMALL_FILES
 
 
 @contextlib.contextmanager

@@ -412,6 +412,7 @@ def test_safetensors_are_written_byte_for_byte_as_by_their_own_library(tmp_path)
         "ü": torch.ones(3, dtype=torch.int64), "c": torch.ones(4).bfloat16(), "empty": torch.zeros(0, 3),
         "scalar": torch.tensor(2.0), "i": torch.ones(1, dtype=torch.int32), "bytes": torch.ones(3, dtype=torch.int8),
         "flags": torch.ones(3).bool(), "transposed": torch.arange(6.0).reshape(2, 3).t(),
+        "written in pieces": torch.arange(200_000.0),
     }  # fmt: skip
     save_file({name: t.contiguous() for name, t in tensors.items()}, tmp_path / "a", metadata={"format": "pt"})
     write_safetensors(tmp_path / "b", {name: Variable.of_tensor(name, t) for name, t in tensors.items()})

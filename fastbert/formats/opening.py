@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..checkpoint import resolve
 from .archive import is_archive, unpacked
-from .detect import find_source
+from .detect import find_reader
 
 
 @contextlib.contextmanager
@@ -22,8 +22,8 @@ def opened(id_or_path: str | os.PathLike) -> Iterator[Path]:
     path = Path(id_or_path).expanduser()
     if is_archive(path):
         with unpacked(path) as folder:
-            yield folder if find_source(folder) is not None else resolve(folder)
-    elif find_source(path) is not None:
+            yield folder if find_reader(folder) is not None else resolve(folder)
+    elif find_reader(path) is not None:
         yield path
     else:
         yield resolve(id_or_path)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from .variable import Variable
+from .variable import Variable, bytes_of, write_bytes
 
 # in the order in which safetensors' own writer puts them into a file: the widest first
 _DTYPES = {
@@ -29,7 +29,7 @@ _DTYPES = {
 _RANK = {dtype: rank for rank, dtype in enumerate(_DTYPES)}
 
 
-def bytes_of(tensors: dict[str, Variable]) -> int:
+def total_size(tensors: dict[str, Variable]) -> int:
     """What the tensors take, the header not counted."""
     return sum(_size(t) for t in tensors.values())
 
@@ -56,7 +56,7 @@ def write_safetensors(path: Path, tensors: dict[str, Variable]) -> None:
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
-            file.write(tensors[name].read().contiguous().reshape(-1).view(torch.uint8).numpy())
+            write_bytes(file, bytes_of(tensors[name].read()))
         file.flush()
         os.fsync(file.fileno())
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from ..checkpoint import CheckpointError
 from .crc32c import crc32c, masked
 from .protobuf import Malformed, encode_field, encode_message, encode_varint, parse_message, parse_varint
-from .variable import Variable, as_tensor, map_bytes
+from .variable import Variable, as_tensor, bytes_of, map_bytes, write_bytes
 
 _MAGIC = 0xDB4775248B80FB57
 _FOOTER_BYTES = 48
@@ -249,14 +249,14 @@ def write_bundle(prefix: str | os.PathLike, tensors: Iterable[tuple[str, Tensor]
                 raise ValueError(f"the variable {name!r} comes twice")
             if t.dtype not in _NUMBER_OF:
                 raise ValueError(f"TensorFlow has no type for {name}, which is {t.dtype}")
-            data = t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            data = bytes_of(t)
             shape = b"".join(encode_field(2, encode_message((1, length))) for length in t.shape)
             entries[name] = (
                 encode_message((1, _NUMBER_OF[t.dtype]), (2, shape), (4, file.tell()), (5, data.nbytes))
                 + b"\x35"
                 + struct.pack("<I", masked(crc32c(data)))
             )  # field 6, of 32 bits
-            file.write(data)
+            write_bytes(file, data)
         _sync(file)
     with open(prefix.with_name(prefix.name + ".index"), "wb") as file:
         file.write(_table(sorted((name.encode("utf-8"), value) for name, value in entries.items())))

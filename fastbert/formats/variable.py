@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
+
+_WRITTEN_AT_ONCE = 256 << 10  # bytes
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,19 @@ def map_bytes(path: str | os.PathLike, offset: int, size: int) -> np.ndarray:
     if size == 0:  # nothing to map
         return np.empty(0, dtype=np.uint8)
     return np.memmap(path, dtype=np.uint8, mode="c", offset=offset, shape=(size,))
+
+
+def bytes_of(t: Tensor) -> np.ndarray:
+    """A tensor's bytes in order, as uint8; copied only where it is not contiguous, or not on the CPU."""
+    return t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def write_bytes(file: BinaryIO, data: np.ndarray) -> None:
+    """Writes an array of uint8, in pieces. For a long write Linux looks for free memory that is as long in one piece,
+    which can take several times as long as the write itself (Linux 6.18 and ext4, 438 MB: 0.8 s in writes of 9 MB,
+    0.09 s in writes of 256 KiB)."""
+    for start in range(0, data.size, _WRITTEN_AT_ONCE):
+        file.write(data[start : start + _WRITTEN_AT_ONCE])
 
 
 def as_tensor(data: np.ndarray, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
