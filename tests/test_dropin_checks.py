@@ -118,6 +118,11 @@ def hook_that_edits(model):
     model.encoder.layer[0].attention.self.query.register_forward_hook(lambda module, given, y: y * 2)
 
 
+def hook_written_in(model):
+    """Not by `register_forward_hook`, which counts the handles that it gives out."""
+    model.encoder.layer[0].attention.self.query._forward_hooks[-1] = lambda module, given, y: y * 2
+
+
 def causal(model):
     model.encoder.layer[0].attention.self.is_causal = True
     model.encoder.layer[0].attention.self.register_forward_pre_hook(
@@ -127,7 +132,8 @@ def causal(model):
 
 CHANGES = [
     of_instance, other_method_of_instance, of_subclass, other_child, one_more_layer, layers_in_another_order,
-    names_in_another_order, other_activation, dropout_that_stays, scale, buffer, hook_that_edits, causal,
+    names_in_another_order, other_activation, dropout_that_stays, scale, buffer, hook_that_edits, hook_written_in,
+    causal,
 ]  # fmt: skip
 
 
@@ -228,6 +234,65 @@ def test_listeners_see_what_the_original_shows_them():
             seen.append(shapes)
         assert seen[0]
         assert seen[0] == seen[1]
+
+
+@pytest.mark.parametrize("called", [False, True], ids=["at_first", "after_a_call"])
+@pytest.mark.parametrize("written", [False, True], ids=["registered", "written_in"])
+def test_a_backward_hook_changes_gradients(called, written):
+    """Looked for where there are gradients alone: without them nobody would call it."""
+    plain = plain_model()
+    ours = accelerated(plain)
+    if called:
+        assert_same(ours, plain)
+    grads = []
+    for model in (ours, plain):
+        part = model.encoder.layer[0].output.dense
+        double = lambda module, dx, dy: tuple(2 * d for d in dx)  # noqa: E731
+        if written:
+            part._is_full_backward_hook, part._backward_hooks[-1] = True, double
+        else:
+            part.register_full_backward_hook(double)
+        with torch.no_grad():
+            model(**batch_of())
+        model(**batch_of())[0][MASK].square().sum().backward()
+        grads.append(model.embeddings.word_embeddings.weight.grad)
+    torch.testing.assert_close(*grads, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("is_decoder", True, "the model is a decoder"),
+        ("is_causal", True, "the model is a decoder"),
+        ("_output_attentions", True, "the config asks for output_attentions"),
+        ("output_hidden_states", "some", "single hidden states were asked for"),
+    ],
+)
+@pytest.mark.parametrize("of", ["the_config", "another_config", "its_class"])
+def test_a_config_that_changes_after_a_call(name, value, reason, of, monkeypatch):
+    """What the config says is kept from the close look on, as long as nobody writes to it, or puts another in place."""
+    ours = accelerated(plain_model(attn_implementation="eager"))
+    given = ours.forward.named((), batch_of())
+    assert ours.forward.why_not(given, ours.forward.look()) is None
+    if of == "another_config":
+        ours.config = copy.deepcopy(ours.config)
+    if of == "its_class":
+        vars(ours.config).pop(name, None)
+        assert ours.forward.why_not(given, ours.forward.look()) is None
+        monkeypatch.setattr(type(ours.config), name, value, raising=False)
+    else:
+        vars(ours.config)[name] = value  # transformers refuses some of these values
+    assert ours.forward.why_not(given, ours.forward.look()) == reason
+
+
+def test_as_many_tokens_as_the_position_table_holds_now():
+    ours = accelerated(plain_model())
+    given = {"input_ids": torch.ones(1, 41, dtype=torch.int64)}
+    assert "position table" in ours.forward.why_not(given, ours.forward.look())
+    ours.embeddings.position_embeddings = nn.Embedding(80, 32)
+    assert ours.forward.why_not(given, ours.forward.look()) is None
+    ours.embeddings.position_embeddings.num_embeddings = 20
+    assert "position table" in ours.forward.why_not(given, ours.forward.look())
 
 
 # ---- padding that is read ---------------------------------------------------------------------------------

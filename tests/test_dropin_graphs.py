@@ -195,7 +195,7 @@ def test_what_fills_a_bucket_may_be_longer_than_the_position_table():
     ours, plain, graphs = pair("MPNetModel")
     assert_same(ours, plain, batch_of(*[60] * 6, 25, types=False, pad=1))
     (recording,) = graphs._recordings.values()
-    assert recording.static.max_seqlen == 128 > ours.forward.longest()
+    assert recording.static.max_seqlen == 128 > ours.forward.look().settings.longest
 
 
 VARIANTS = {
@@ -288,6 +288,19 @@ def test_a_changed_model_is_recorded_anew(change):
     assert len(graphs) == graphs._recorder.forgotten == 1
     assert_same(ours, plain, batch)
     assert graphs.recorded == 2
+
+
+def test_an_activation_that_is_a_function_is_recorded_anew():
+    """Neither a module nor a tensor, so a recording of one was replayed after another came in its place."""
+    ours, plain, graphs = pair()
+    batch = batch_of(11, 4)
+    for recorded, function in enumerate((nn.functional.gelu, nn.functional.relu), 1):
+        for model in (ours, plain):
+            part = model.encoder.layer[1].intermediate
+            part._modules.pop("intermediate_act_fn", None)
+            part.intermediate_act_fn = function
+        assert_same(ours, plain, batch)
+        assert graphs.recorded == recorded
 
 
 def test_a_training_step_in_between():

@@ -22,7 +22,7 @@ from .layer import LayerForward
 from .once import only_once
 from .own import listeners, why_not_here
 from .padding import ABOVE, EXACT, FULL, OTHERS, WINDOW, ZEROS, Policy, Rows, only_wanted, reading_now, rows_to_compute
-from .parts import Seen, at, has, layers_of, look
+from .parts import Seen, Settings, at, has, layers_of, look, settings_of
 
 # arguments that say nothing about what the encoder computes
 IGNORED = {"return_dict", "output_hidden_states", "num_items_in_batch", "use_cache", "batch_size", "seq_len"}
@@ -63,7 +63,8 @@ class EncoderForward(Forward):
     def look(self) -> Seen:
         """What is known of the encoder's parts, looked at closely again where one has changed."""
         if torch.compiler.is_compiling():
-            return Seen(None, *constants(self))
+            *found, drops = constants(self)
+            return Seen(None, *found, settings_of(self.module, self.facts), drops)
         seen = self.seen  # one thread may put another one there meanwhile
         if seen is None or not seen.watch.is_same():
             seen = self.seen = look(self.module, self.facts, is_layer)
@@ -73,19 +74,19 @@ class EncoderForward(Forward):
 
     def why_not(self, given: dict[str, Any], seen: Seen) -> str | None:
         """Why this call goes to the original, or None."""
-        return why_not_here(given) or seen.reason or self.why_not_given(given)
+        return why_not_here(given) or seen.reason or self.why_not_given(given, seen.settings)
 
-    def why_not_given(self, given: dict[str, Any]) -> str | None:
-        config = self.module.config
+    def why_not_given(self, given: dict[str, Any], settings: Settings) -> str | None:
         for name, value in given.items():
             if name in INPUTS or name in IGNORED or value is None or value is False:
                 continue
             return f"{name} was given"
-        if getattr(config, "is_decoder", False) or getattr(config, "is_causal", False):
+        if settings.decodes:
             return "the model is a decoder"
-        if getattr(config, "output_attentions", False) and given.get("output_attentions") is None:
+        if settings.attentions and given.get("output_attentions") is None:
             return "the config asks for output_attentions"
-        asked = self.asked(given, "output_hidden_states")
+        asked = given.get("output_hidden_states")
+        asked = settings.states if asked is None else asked
         if not isinstance(asked, (bool, type(None))) and not (isinstance(asked, list) and self.knows_single_states()):
             return "single hidden states were asked for"
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
@@ -98,10 +99,8 @@ class EncoderForward(Forward):
             return "attention_mask is not [batch, tokens]"
         if given.get("position_ids") is not None and self.facts.positions == "rotary":
             return "position_ids were given to a model with rotary positions"
-        if self.facts.position is not None and given.get("position_ids") is None:
-            longest = self.longest()
-            if longest is not None and shape[1] > longest:
-                return f"{shape[1]} tokens may be more than the position table holds"
+        if settings.longest is not None and shape[1] > settings.longest and given.get("position_ids") is None:
+            return f"{shape[1]} tokens may be more than the position table holds"
         return None
 
     def knows_single_states(self) -> bool:
@@ -110,14 +109,6 @@ class EncoderForward(Forward):
 
         counted = len(list(self.layers())) == self.module.config.num_hidden_layers
         return counted and hasattr(output_capturing, "selected_hidden_states")
-
-    def longest(self) -> int | None:
-        """Tokens of the longest sequence that the position table allows; None where there is no table."""
-        if self.facts.position is None:
-            return None
-        positions = at(self.module, self.facts.position)
-        first = 0 if self.facts.positions == "column" else self.module.embeddings.padding_idx + 1
-        return positions.num_embeddings - first if hasattr(positions, "num_embeddings") else None
 
     def asked(self, given: dict[str, Any], name: str) -> Any:
         value = given.get(name)
@@ -418,7 +409,7 @@ def is_layer(module: nn.Module) -> bool:
 
 @torch.compiler.assume_constant_result
 def constants(forward: EncoderForward) -> tuple:
-    """What the code of a traced pass depends on: the fields of `Seen` after `watch`, without modules."""
+    """What the code of a traced pass depends on: `Seen` without modules, `watch` and `settings`."""
     seen = look(forward.module, forward.facts, is_layer)
     drops = seen.reason is None and forward.drops(seen)
     return seen.reason, seen.whole, seen.pools, (), None, seen.tables, seen.norm, seen.final_norm, seen.project, drops

@@ -17,7 +17,7 @@ from . import facts as table
 from .encoder import EncoderForward
 from .own import why_not_here
 from .padding import Policy, rows_to_compute
-from .parts import at, has, not_plain, plain_table
+from .parts import Seen, at, has, not_plain, plain_table
 from .plain import why_not_plain
 
 
@@ -35,11 +35,15 @@ class GraphedEncoderForward(EncoderForward):
     ):
         super().__init__(encoder, facts, impl, padding, bare)
         self.graphs: Graphs | None = graphs
+        self.recorded: Seen | None = None  # what was known of the encoder when recordings began
 
     def over(self, replica: nn.Module) -> GraphedEncoderForward:
         forward = super().over(replica)
         forward.graphs = None  # a replica lives for one call
         return forward
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"recorded": None}
 
     def __call__(self, *args, **kwargs):
         given = self.named(args, kwargs)
@@ -68,7 +72,7 @@ class GraphedEncoderForward(EncoderForward):
                 Pass(batch, None, self.impl, layers=seen.layers, **tables).scheduled(), seen
             )[0]  # fmt: skip
 
-        x = graphs.run(self.module, batch, prepare, self.longest())
+        x = graphs.run(self.module, batch, prepare, seen.settings.longest)
         return None if x is None else (x, batch, [])
 
     def why_not_replayed(self, given: dict[str, Any]) -> str | None:
@@ -81,11 +85,14 @@ class GraphedEncoderForward(EncoderForward):
             return "there are no input_ids"
         if self.asked(given, "output_hidden_states"):
             return "output_hidden_states was asked for"
-        # a recording is dropped when a module changes; functions put on classes are looked at here
-        same = self.graphs.is_same() and self.seen is not None and self.seen.watch.code_is_same()
-        if not same and (reason := self.look().reason or self.why_not_recorded()):
-            return reason
-        return self.why_not_given(given)
+        seen = self.look()
+        if not (self.graphs.is_same() and seen is self.recorded):
+            if reason := seen.reason or self.why_not_recorded():
+                return reason
+            if seen is not self.recorded and len(self.graphs) > 0:
+                self.graphs.drop()
+            self.recorded = seen
+        return self.why_not_given(given, seen.settings)
 
     def why_not_recorded(self) -> str | None:
         """A recording keeps what the Python code of a module did once: nothing with code of its own is in it."""

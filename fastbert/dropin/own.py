@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from itertools import chain
-from operator import attrgetter, is_
+from operator import attrgetter
 from types import CodeType, FunctionType
 from typing import Any
 
 import torch
 import torch.nn as nn
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
+from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
 
+from ..inference.snapshot import Snapshot
 from .forward import Forward
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
@@ -153,26 +156,19 @@ def _harmless(hook: Any) -> bool:
 
 def globally_heard() -> bool:
     """Is there a hook on every module that there is?"""
-    of_all = nn.modules.module
-    return bool(
-        of_all._global_forward_pre_hooks
-        or of_all._global_forward_hooks
-        or of_all._global_backward_pre_hooks
-        or of_all._global_backward_hooks
-    )
+    return any(_HOOKS_ON_ALL(nn.modules.module))
+
+
+_HOOKS_ON_ALL = attrgetter(*(f"_global{name}" for name in HOOKS))
 
 
 class Watch:
     """Are these modules what they were? Looked at: their classes and the methods of these, the functions that they
     call, what was put on an instance in place of a method, children, hooks, and whatever else is given.
 
-    A look takes a dozen microseconds for a hundred modules, but several times that where the weights of the call before
-    have driven the modules out of the caches. So everything is compared in lists made beforehand, and as little memory
-    as possible is looked at: for new hooks only where a handle has been given out since, which torch numbers.
-
     Args:
         modules: whose calls the fused code stands in for, or makes.
-        places: (dictionary, key) of what else must stay the same object.
+        places, attributes: (dictionary, key) and (class, name) of what else must stay the same object.
         buffers: tensors that must not be written to.
     """
 
@@ -180,60 +176,29 @@ class Watch:
         self,
         modules: Iterable[nn.Module],
         places: Iterable[tuple[Mapping, str]] = (),
+        attributes: Iterable[tuple[type, str]] = (),
         buffers: Iterable[Tensor] = (),
     ):
-        self.modules = list(modules)
-        self.types = list(map(type, self.modules))
-        places = list(places)
-        looked: dict[tuple[type, str], Callable] = {(nn.Module, "__call__"): nn.Module.__call__}
-        for module in self.modules:
-            methods, functions = used_by(type(module))
-            places += [(module.__dict__, name) for name in methods if not name.startswith("__")]
+        modules, places = list(modules), list(places)
+        attributes = [(nn.Module, "__call__"), *attributes]
+        for module in modules:
+            names, functions = used_by(type(module))
+            places += [(module.__dict__, name) for name in names if not name.startswith("__")]
             places += functions
-            looked |= {(type(module), name): getattr(type(module), name) for name in methods}
-        places = list({(id(table), key): (table, key) for table, key in places}.values())
-        self.tables, self.keys = [table for table, _ in places], [key for _, key in places]
-        self.things = list(map(dict.get, self.tables, self.keys))
-        self.classes, self.names = [cls for cls, _ in looked], [name for _, name in looked]
-        self.methods = list(looked.values())
-        self.parents = [module._modules for module in self.modules if module._modules]
-        self.children, self.paths = self._below()
-        self.handles = RemovableHandle.next_id
-        hooks = [getattr(module, name) for module in self.modules for name in HOOKS]
-        self.silent = [of_one for of_one in hooks if not of_one]
-        self.heard = [(of_one, list(of_one.values())) for of_one in hooks if of_one]
+            attributes += [(type(module), name) for name in names]
+        tables = {name: [getattr(module, name) for module in modules] for name in ("_modules", *HOOKS)}
+        backward = [table for name in HOOKS if "backward" in name for table in tables.pop(name)]
+        self.snapshot = Snapshot(modules, places, attributes, chain.from_iterable(tables.values()))
+        self.backward = Snapshot(tables=backward)
         self.buffers = [t for t in buffers if not t.is_inference()]
         self.versions = list(map(attrgetter("_version"), self.buffers))
 
-    def _below(self) -> tuple[list[nn.Module | None], list[str]]:
-        """(the children of all modules, their names)."""
-        return list(chain.from_iterable(map(dict.values, self.parents))), list(chain.from_iterable(self.parents))
-
-    def is_silent(self) -> bool:
-        """Are modules without a hook still without?"""
-        handles = RemovableHandle.next_id
-        if handles != self.handles:
-            if any(self.silent):
-                return False
-            self.handles = handles
-        return True
-
     def is_same(self) -> bool:
-        children, paths = self._below()
         return (
-            list(map(type, self.modules)) == self.types
-            and all(map(is_, map(dict.get, self.tables, self.keys), self.things))
-            and paths == self.paths
-            and all(map(is_, children, self.children))
-            and self.is_silent()
-            and all(list(hooks.values()) == known for hooks, known in self.heard)
+            self.snapshot.is_same()
+            and (not torch.is_grad_enabled() or self.backward.is_same())  # without gradients nobody calls these hooks
             and list(map(attrgetter("_version"), self.buffers)) == self.versions
-            and self.code_is_same()
         )
-
-    def code_is_same(self) -> bool:
-        """Are the methods of the classes the same? (And the functions that they call, but for `is_same` alone.)"""
-        return all(map(is_, map(getattr, self.classes, self.names), self.methods))
 
 
 # ---- what a call itself brings --------------------------------------------------------------------------
@@ -253,20 +218,23 @@ def why_not_here(given: Mapping[str, Any]) -> str | None:
         return "somebody follows every call of a module"
     if globally_heard():
         return "a hook on all modules is there"
-    if torch.autograd.forward_ad._current_level >= 0:
+    if forward_ad._current_level >= 0:
         return "forward-mode derivatives are taken"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if peek_interpreter_stack() is not None:
         return "a transformation of torch.func is at work"
-    if torch._C._len_torch_dispatch_stack() > 0:
+    if _len_torch_dispatch_stack() > 0:
         return "a TorchDispatchMode follows every operator"
-    if torch._C._len_torch_function_stack() > 0 and any(
+    if _len_torch_function_stack() > 0 and any(
         not isinstance(mode, torch.utils._device.DeviceContext)
         for mode in torch.overrides._get_current_function_mode_stack()
     ):
         return "a TorchFunctionMode follows every function"
     for name, value in given.items():
-        if isinstance(value, Tensor) and type(value) is not Tensor and type(value) is not nn.Parameter:
-            return f"{name} is a {type(value).__name__}"
+        kind = type(value)
+        if kind is Tensor or value is None:
+            continue
+        if isinstance(value, Tensor) and kind is not nn.Parameter:
+            return f"{name} is a {kind.__name__}"
         if isinstance(value, torch.fx.Proxy):
             return "torch.fx traces it"
     return None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -88,6 +88,34 @@ def not_plain(layer: nn.Module, facts: table.Layer) -> dict[str, str]:
 # ---- all of them ------------------------------------------------------------------------------------------
 
 
+class Settings(NamedTuple):
+    """What a model's config and its position table say about which calls the fused code can take.
+
+    Attributes:
+        decodes: tokens see no later one.
+        attentions: attention probabilities are returned where a call does not say.
+        states: which hidden states are returned where a call does not say.
+        longest: tokens of the longest sequence that the position table allows; None where there is no table.
+    """
+
+    decodes: bool
+    attentions: bool
+    states: Any
+    longest: int | None
+
+
+def settings_of(encoder: nn.Module, facts: table.Family) -> Settings:
+    config = encoder.config
+    decodes = getattr(config, "is_decoder", False) or getattr(config, "is_causal", False)
+    longest = None
+    if facts.position is not None:
+        positions = at(encoder, facts.position)
+        first = 0 if facts.positions == "column" else encoder.embeddings.padding_idx + 1
+        longest = positions.num_embeddings - first if hasattr(positions, "num_embeddings") else None
+    attentions = getattr(config, "output_attentions", False)
+    return Settings(bool(decodes), bool(attentions), getattr(config, "output_hidden_states", False), longest)
+
+
 @dataclass(frozen=True)
 class Seen:
     """What a close look at an encoder found; good as long as `watch.is_same()`.
@@ -100,6 +128,7 @@ class Seen:
         layers: the description of each layer; None while a graph is traced, where each layer gives its own.
         tables: the embeddings' tables and their norm are all taken apart.
         norm, final_norm, project: how these are used.
+        settings: of the model.
         drops: is anything dropped? Known here only while a graph is traced.
     """
 
@@ -113,6 +142,7 @@ class Seen:
     norm: Verdict
     final_norm: Verdict
     project: Verdict
+    settings: Settings
     drops: bool = False
 
 
@@ -152,7 +182,7 @@ def look(encoder: nn.Module, facts: table.Family, is_layer: Callable[[nn.Module]
         tables = around[0][0] and _plain_tables(encoder, facts)
     return Seen(
         _watch(encoder, facts, layers), reason, whole, _pools(encoder, facts), _dropouts(encoder, facts, layers),
-        described, tables, *around,
+        described, tables, *around, settings_of(encoder, facts),
     )  # fmt: skip
 
 
@@ -340,8 +370,21 @@ def _whole(
     return None
 
 
+# under these names a config, or its class, keeps what `settings_of` reads and what attention the model asks for
+SETTINGS = (
+    "is_decoder", "is_causal", "output_attentions", "_output_attentions", "output_hidden_states",
+    "_attn_implementation_internal",
+)  # fmt: skip
+
+
 def _watch(encoder: nn.Module, facts: table.Family, layers: dict[str, nn.Module]) -> Watch:
-    places = [*LIBRARY, (encoder.config.__dict__, "_attn_implementation_internal")]
+    config = encoder.config
+    places = [*LIBRARY, (encoder.__dict__, "config"), *((config.__dict__, name) for name in SETTINGS)]
+    attributes = [(type(config), name) for name in SETTINGS]
+    if facts.position is not None:
+        places += [(m.__dict__, "num_embeddings") for m in at(encoder, facts.position).modules()]
+    if facts.positions == "after_padding_idx":
+        places.append((encoder.embeddings.__dict__, "padding_idx"))
     for layer in layers.values():
         row = facts.layer
         for path in (row.scale, row.causal, row.reach, row.activation, row.attention_type):
@@ -353,4 +396,5 @@ def _watch(encoder: nn.Module, facts: table.Family, layers: dict[str, nn.Module]
         if isinstance(getattr(functions, mapping, None), dict):
             places.append((getattr(functions, mapping), name))
     buffers = [at(encoder, path) for path in facts.buffers if has(encoder, path)]
-    return Watch([encoder, *_inner(encoder).values()], places, [t for t in buffers if isinstance(t, Tensor)])
+    tensors = [t for t in buffers if isinstance(t, Tensor)]
+    return Watch([encoder, *_inner(encoder).values()], places, attributes, tensors)

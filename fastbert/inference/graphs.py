@@ -23,7 +23,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from operator import attrgetter, is_
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from torch import Tensor
 
 from .. import functional as F
 from ..packing import PackedBatch
+from .snapshot import Snapshot
 
 # P of the buckets. Two an octave: at most a third of a bucket's tokens are there to fill it. The last is what `Encoder`
 # puts into a batch.
@@ -165,36 +166,24 @@ def why_not_recorded(root: nn.Module) -> str | None:
 
 
 class Watched:
-    """What a recording takes from a model: which modules and tensors are where, their addresses, and their versions.
-
-    A look costs a few dozen microseconds, so everything is compared in lists made beforehand.
-    """
+    """What a recording takes from a model: which modules and tensors are where, their addresses, and their versions."""
 
     def __init__(self, root: nn.Module, without: str = "pooler"):
-        self.modules = [m for path, m in root.named_modules() if path.split(".")[0] != without]
-        tables = [d for m in self.modules for d in (m._modules, m._parameters, m._buffers)]
-        places = [(d, key) for d in tables for key in d if not (d is root._modules and key == without)]
-        places += [(m.__dict__, "forward") for m in self.modules]
-        self.tables, self.keys = [d for d, _ in places], [key for _, key in places]
-        self.things = self._things()
-        self.tensors = [t for t in self.things if isinstance(t, Tensor)]
+        modules = [m for path, m in root.named_modules() if path.split(".")[0] != without]
+        places = [(root._modules, name) for name in root._modules if name != without]
+        places += [(m.__dict__, name) for m in modules for name in ("forward", "training")]
+        held = [d for m in modules for d in (m._modules, m._parameters, m._buffers) if d is not root._modules]
+        hooks = [getattr(m, name) for m in modules[1:] for name in HOOKS]
+        self.snapshot = Snapshot(places=places, tables=[*held, *hooks])
+        self.tensors = [t for m in modules for d in (m._parameters, m._buffers) for t in d.values() if t is not None]
         self.versioned = [t for t in self.tensors if not t.is_inference()]
-        self.hooks = [getattr(m, name) for m in self.modules[1:] for name in HOOKS]
         self.state = self._state()
 
-    def _things(self) -> list[Any]:
-        return list(map(dict.get, self.tables, self.keys))
-
-    def _state(self) -> tuple:
-        return (
-            list(map(Tensor.data_ptr, self.tensors)),
-            list(map(attrgetter("_version"), self.versioned)),
-            list(map(len, self.hooks)),
-            list(map(attrgetter("training"), self.modules)),
-        )
+    def _state(self) -> tuple[list[int], list[int]]:
+        return list(map(Tensor.data_ptr, self.tensors)), list(map(attrgetter("_version"), self.versioned))
 
     def is_same(self) -> bool:
-        return all(map(is_, self._things(), self.things)) and self._state() == self.state
+        return self.snapshot.is_same() and self._state() == self.state
 
 
 class Graphs:
@@ -213,7 +202,7 @@ class Graphs:
         self.calls: Counter[str] = Counter()
         self.recorded = 0
         self._recorder = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._recordings: OrderedDict[tuple, Recording] = OrderedDict()
         self._watched: Watched | None = None
         self._broken: str | None = None
@@ -227,10 +216,11 @@ class Graphs:
 
     def drop(self) -> None:
         """Forgets every recording."""
-        self._recordings.clear()
-        self._watched = None
-        if self._recorder is not None:
-            self._recorder.forget()
+        with self._lock:
+            self._recordings.clear()
+            self._watched = None
+            if self._recorder is not None:
+                self._recorder.forget()
 
     def is_same(self) -> bool:
         """Is the model still the one that was recorded? Where not, its recordings are dropped."""
