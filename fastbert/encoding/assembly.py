@@ -4,16 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
+
+from .. import functional as F
+from ..formats import opened
+from ..inference.graphs import why_no_graphs
+from ..inference.weights import quantise
 from ..models.bert import BertModel
+from .devices import INT8, expect_int8, resolve_device, resolve_dtype
 from .folder import LAST_STATE, POOLER, Output, SentenceConfig
+from .layers import layer_numbers
 from .modules import (
     POOLINGS,
     Normalize,
     Pooling,
     SentenceModule,
     Truncate,
+    WeightedLayerPooling,
     WordWeights,
     is_normalised,
     kinds_of,
@@ -109,3 +118,58 @@ def keep_layers(model: BertModel, layer: int, output: Output, all_layers: bool) 
         model.encoder["layer"] = model.encoder["layer"][: number if number >= 0 else count + 1 + number]
         return Output(output.name)
     return output
+
+
+def loaded_parts(
+    id_or_path: str | Path,
+    *,
+    pooling: str | None,
+    normalize: bool | None,
+    layer: int,
+    dtype: str | torch.dtype,
+    device: str | torch.device,
+    max_length: int | None,
+    impl: F.Impl | None,
+    cuda_graphs: bool | None,
+    truncate_dim: int | None,
+    layers: Sequence[int] | None,
+) -> tuple[BertModel, Tokenizer, dict[str, Any]]:
+    """(model, tokenizer, options of `Encoder`); arguments and errors as in `Encoder.from_pretrained`."""
+    from ..text.tokenizer import Tokenizer
+
+    device = resolve_device(device)
+    int8 = dtype in (INT8, torch.int8)
+    if int8:
+        expect_int8(device, impl)
+    dtype = resolve_dtype("auto" if int8 else dtype, device)
+    F.choose_impl(impl, device)
+    with opened(id_or_path) as path:
+        sentence = SentenceConfig.from_folder(path)
+        inside = path / sentence.encoder if sentence.encoder else path
+        tokenizer = Tokenizer.from_pretrained(inside)
+        expect_padding_on_the_right(inside, tokenizer)
+        model = BertModel.from_pretrained(inside, dtype=dtype, device=device, impl=impl)
+    modules, output = modules_of(sentence, pooling, normalize, truncate_dim)
+    expect_words(id_or_path, tokenizer, model, modules)
+    all_layers = sentence.output_hidden_states
+    if all_layers is None:
+        all_layers = model.config.output_hidden_states
+    if layers is not None:
+        layers = layer_numbers(layers, len(model.encoder["layer"]))
+        if layer != -1:
+            raise ValueError("give layer, whose output is pooled, or layers, whose outputs are combined, not both")
+        if output == LAST_STATE:
+            layer = max(layers)
+    output = keep_layers(model, layer, output, all_layers and bool(parts_of(modules, WeightedLayerPooling)))
+    if int8:
+        quantise(model)
+    if cuda_graphs or (cuda_graphs is None and why_no_graphs(model, impl) is None):
+        model.use_cuda_graphs()
+    max_lengths = sentence.max_lengths if max_length is None else {}
+    if max_length is None and sentence.max_length is not None:
+        max_length = min(sentence.max_length, model.config.max_position_embeddings)
+    return model, tokenizer, {
+        "modules": modules, "output": output, "output_hidden_states": all_layers, "layers": layers,
+        "max_length": max_length, "max_lengths": max_lengths, "lowercase": sentence.lowercase,
+        "prompt": sentence.prompt, "prompts": sentence.prompts,
+    }  # fmt: skip

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass
 from functools import reduce
 from operator import getitem
 from pathlib import Path
@@ -15,21 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as F
-from ..formats import opened
-from ..inference.graphs import why_no_graphs
-from ..inference.weights import prepack, quantise
+from ..inference.weights import prepack
 from ..models.bert import BertModel, BertOutput
 from ..packing import PackedBatch
 from ..text.batching import CHUNK_TEXTS, chunks_of, even_batches, filling, one_ahead, run_batches, tokens_per_batch
-from .assembly import (
-    POOLING,
-    expect_padding_on_the_right,
-    expect_words,
-    keep_layers,
-    modules_of,
-    plain_modules,
-)
-from .devices import DTYPES, INT8, describe_operators, expect_int8, resolve_device, resolve_dtype
+from .assembly import POOLING, loaded_parts, plain_modules
+from .devices import DTYPES, INT8, describe_operators, resolve_device, resolve_dtype
 from .folder import LAST_STATE, NO_PROMPTS, POOLER, Output, SentenceConfig
 from .layers import combined, combined_width, layer_numbers
 from .modules import (
@@ -48,34 +38,13 @@ from .modules import (
     run_modules,
 )
 from .parts import Parts, Wanted
+from .stats import EncodeStats
 
 if TYPE_CHECKING:  # whoever brings ids, as the benchmarks do, does without the tokenizers library
     from ..text.tokenizer import Tokenizer
 
 __all__ = ["DTYPES", "INT8", "POOLING", "EncodeStats", "Encoder", "SentenceConfig", "describe_operators",
            "resolve_device", "resolve_dtype"]  # fmt: skip
-
-# What the share of avoided padding is measured against: batches of this many texts in arrival order.
-PADDED_BATCH = 32
-
-
-@dataclass
-class EncodeStats:
-    """Running totals of an Encoder. `padded_tokens` is what padded batches of 32 in arrival order would compute."""
-
-    texts: int = 0
-    tokens: int = 0
-    padded_tokens: int = 0
-    seconds: float = 0.0
-
-    @property
-    def padding_avoided(self) -> float:
-        """The share of a padded batch's tokens that are padding, 0 to 1."""
-        return 1.0 - self.tokens / self.padded_tokens if self.padded_tokens else 0.0
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.tokens / self.seconds if self.seconds else 0.0
 
 
 class Encoder:
@@ -202,53 +171,11 @@ class Encoder:
 
         Raises: CheckpointError and ValueError, with messages of one line.
         """
-        from ..text.tokenizer import Tokenizer
-
-        device = resolve_device(device)
-        int8 = dtype in (INT8, torch.int8)
-        if int8:
-            expect_int8(device, impl)
-        dtype = resolve_dtype("auto" if int8 else dtype, device)
-        F.choose_impl(impl, device)
-        with opened(id_or_path) as path:
-            sentence = SentenceConfig.from_folder(path)
-            inside = path / sentence.encoder if sentence.encoder else path
-            tokenizer = Tokenizer.from_pretrained(inside)
-            expect_padding_on_the_right(inside, tokenizer)
-            model = BertModel.from_pretrained(inside, dtype=dtype, device=device, impl=impl)
-        modules, output = modules_of(sentence, pooling, normalize, truncate_dim)
-        expect_words(id_or_path, tokenizer, model, modules)
-        all_layers = sentence.output_hidden_states
-        if all_layers is None:
-            all_layers = model.config.output_hidden_states
-        if layers is not None:
-            layers = layer_numbers(layers, len(model.encoder["layer"]))
-            if layer != -1:
-                raise ValueError("give layer, whose output is pooled, or layers, whose outputs are combined, not both")
-            if output == LAST_STATE:
-                layer = max(layers)
-        output = keep_layers(model, layer, output, all_layers and bool(parts_of(modules, WeightedLayerPooling)))
-        if int8:
-            quantise(model)
-        if cuda_graphs or (cuda_graphs is None and why_no_graphs(model, impl) is None):
-            model.use_cuda_graphs()
-        max_lengths = sentence.max_lengths if max_length is None else {}
-        if max_length is None and sentence.max_length is not None:
-            max_length = min(sentence.max_length, model.config.max_position_embeddings)
-        encoder = cls(
-            model,
-            tokenizer,
-            max_length=max_length,
-            lowercase=sentence.lowercase,
-            prompt=sentence.prompt,
-            prompts=sentence.prompts,
-            modules=modules,
-            output=output,
-            output_hidden_states=all_layers,
-            max_lengths=max_lengths,
-            layers=layers,
-            combine=combine,
-        )
+        model, tokenizer, options = loaded_parts(
+            id_or_path, pooling=pooling, normalize=normalize, layer=layer, dtype=dtype, device=device,
+            max_length=max_length, impl=impl, cuda_graphs=cuda_graphs, truncate_dim=truncate_dim, layers=layers,
+        )  # fmt: skip
+        encoder = cls(model, tokenizer, **options, combine=combine)
         return encoder.asked(prompt_name=prompt_name, task=task)
 
     @property
@@ -502,11 +429,7 @@ class Encoder:
             keep(rows, PackedBatch.from_lists(texts, device=self.device))
 
         run_batches(encode, even_batches(order, lengths, budget, self.device), self.device)
-        self.stats.texts += len(ids)
-        self.stats.tokens += sum(lengths)
-        for start in range(0, len(lengths), PADDED_BATCH):
-            group = lengths[start : start + PADDED_BATCH]
-            self.stats.padded_tokens += len(group) * max(group)
+        self.stats.count(lengths)
 
     def _rows(self, found: BertOutput) -> Tensor:
         """The rows of tokens that are read, [T, C]."""
