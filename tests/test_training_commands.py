@@ -111,6 +111,12 @@ def test_a_classifier_learns_and_predicts_by_name(tuned, files, capsysbinary):
     assert report["scores"]["accuracy"] == 1.0
     assert report["labels"] == ["No", "Yes"]
     assert report["definitions"].keys() == report["scores"].keys()
+    assert "labels: 0 = No, 1 = Yes" in report["definitions"]["accuracy"]
+    assert (report["evaluation examples"], report["max length"], report["stride"]) == (24, 40, 0)
+    rows_of = [json.loads(line) for line in (tuned / "metrics.jsonl").read_text().splitlines()]
+    scored = [row["scores"] for row in rows_of if "scores" in row]
+    assert scored[report["best epoch"] - 1] == report["scores"]
+    assert scored[report["best epoch"] - 1]["accuracy"] == max(scores["accuracy"] for scores in scored)
     found = predictions(tuned, files["sentence"], capsysbinary, "--all-scores")
     assert [record["label"] for record in found] == [label for _, label in rows(24)]
     for record in found:
@@ -174,6 +180,13 @@ def test_pairs_numbers_entities_and_answers(bert, files, tmp_path, capsysbinary)
     assert sum(right) / len(right) == pytest.approx(scores["exact_match"]), "predict uses the threshold of the report"
 
 
+def test_windows_fit_a_model_of_few_positions(bert, files, tmp_path):
+    """Their default overlap is a third of what the model can read."""
+    assert finetune(bert, tmp_path / "out", "qa", files["qa"], "--epochs", 1) == 0
+    spec = json.loads((tmp_path / "out" / "fastbert_task.json").read_text())
+    assert (spec["max_length"], spec["stride"]) == (40, 13)
+
+
 def test_quiet_is_quiet(bert, files, tmp_path, capfd):
     args = ("--eval", files["sentence"], "--epochs", 1, "--class-weights", "balanced", "--checkpoint-activations")
     assert finetune(bert, tmp_path / "out", "sentence", files["sentence"], *args) == 0
@@ -196,6 +209,7 @@ def test_several_seeds_and_their_range(bert, files, tmp_path, monkeypatch):
     assert len(joined) == 1, "processes that part and join again may never meet"
     report = json.loads((tmp_path / "out" / "report.json").read_text())["seeds"]
     of_each = [json.loads((tmp_path / "out" / f"seed-{n}" / "report.json").read_text()) for n in range(2)]
+    assert report["seeds"] == [each["seed"] for each in of_each] == [0, 1]
     assert report["values"] == [each["scores"]["accuracy"] for each in of_each]
     assert report["lowest"] <= report["median"] <= report["highest"]
     best = max(range(2), key=lambda n: of_each[n]["scores"]["accuracy"])
@@ -232,6 +246,7 @@ def test_a_classifier_goes_on_learning_by_the_names_of_its_labels(tuned, tmp_pat
         ("review\tlabel\na\tx\n", (), "has the columns review, label; expected text, label or sentence, label"),
         ("text\tlabel\na\tx\n", ("--columns", "text,stars"), "no column 'stars'"),
         ("text\tlabel\na\tx\n", ("--columns", "text"), "--columns must name 2 columns for --task sentence"),
+        ("text\tlabel\na\tx\n", ("--columns", "text,text"), "--columns names 'text' twice"),
         ("text\tlabel\na\tx\nb\ty\n", ("--labels", "number"), "line 2: expected a number for a label, got 'x'"),
         ("text\tlabel\na\tx\nb\ty\n", ("--metric", "squad"), "--metric of --task sentence is one of accuracy"),
         ("text\tlabel\n" + "".join(f"yes\ttext {i}\n" for i in range(30)), (), "are the columns swapped?"),

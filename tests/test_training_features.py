@@ -115,7 +115,9 @@ def test_answers_come_back_as_the_exact_text(tokenizer, stride):
     for first, start in enumerate(starts[:-1]):
         end = context.index(" ", starts[min(first + 2, 58)])
         question = Question("q", "a b", context, [Answer(context[start:end], start)])
-        windows = question_features(tokenizer, [question], max_length=30, stride=stride, training=True).windows
+        windows = question_features(
+            tokenizer, [question], max_length=30, stride=stride, training=True, longest=30
+        ).windows
         held = 0
         for window in windows:
             inside = [o for o in window.offsets if o is not None]
@@ -130,7 +132,7 @@ def test_answers_come_back_as_the_exact_text(tokenizer, stride):
 
 def test_every_token_of_a_context_belongs_to_one_window(tokenizer):
     context = "a bc def " * 30
-    windows = question_features(tokenizer, [Question("q", "a", context)], 24, 8, training=False).windows
+    windows = question_features(tokenizer, [Question("q", "a", context)], 24, 8, training=False, longest=30).windows
     owned = [window.offsets[place] for window in windows for place in sorted(window.owned)]
     assert owned == tokenizer([context], truncation=None, add_special_tokens=False).offsets[0]
     assert all(len(w.input_ids) == len(w.token_type_ids) == len(w.offsets) <= 24 for w in windows)
@@ -154,7 +156,7 @@ def test_questions_that_cannot_be_learnt_are_left_out_and_counted(tokenizer):
         Question("long", "a", "b " * 40, [Answer("b " * 30, 0)]),
         Question("wordy", "a " * 99, "b", [Answer("b", 0)]),
     ]
-    features = question_features(tokenizer, questions, 24, 8, training=True)
+    features = question_features(tokenizer, questions, 24, 8, training=True, longest=30)
     assert {w.example for w in features.windows} == {1, 2, 3}
     assert features.notes == {
         "contexts in several windows of 24 tokens": 1,
@@ -162,8 +164,12 @@ def test_questions_that_cannot_be_learnt_are_left_out_and_counted(tokenizer):
         "questions left out, whose answers are not in their context": 1,
         "answers that no window holds whole": 1,
     }
-    # to be answered, all of them stay
-    assert {w.example for w in question_features(tokenizer, questions, 24, 8, training=False).windows} == {0, 1, 2, 3}
+    # To be answered, all of them stay. What no window holds, or is longer than an answer may be, cannot be predicted.
+    for longest, beyond in ((30, 1), (1, 2)):
+        whole = [*questions, Question("two", "a", "b c", [Answer("b c", 0)])]
+        to_answer = question_features(tokenizer, whole, 24, 8, training=False, longest=longest)
+        assert {w.example for w in to_answer.windows} == {0, 1, 2, 3, 4}
+        assert to_answer.notes[f"questions without a gold answer of up to {longest} tokens within a window"] == beyond
 
 
 def test_windows_must_leave_room(tokenizer):
@@ -176,7 +182,7 @@ def test_real_answers_come_back(shared):
     questions = read_questions(shared / "data" / "cmrc2018" / "cmrc2018_trial.json").questions
     characters = sorted({c for q in questions for c in q.context + q.question if not c.isspace()})
     tokenizer = Tokenizer.from_words([*PIECES[:5], *characters, *(f"##{c}" for c in characters)], lowercase=False)
-    features = question_features(tokenizer, questions, 384, 128, training=True)
+    features = question_features(tokenizer, questions, 384, 128, training=True, longest=30)
     wrong = set()
     for window in features.windows:
         if window.target != NO_ANSWER:

@@ -35,7 +35,7 @@ def test_the_best_spans_over_all_windows(tokenizer, longest):
     """Against every span: from a token of its window's own, to one of the same window, and not too long."""
     draw = random.Random(0)
     context = " ".join(draw.choices("abcdefghij", k=40))
-    windows = question_features(tokenizer, [Question("q", "a b", context)], 24, 8, training=False).windows
+    windows = question_features(tokenizer, [Question("q", "a b", context)], 24, 8, training=False, longest=30).windows
     assert len(windows) > 2
     logits = [np.array([[draw.gauss(0, 1), draw.gauss(0, 1)] for _ in w.input_ids]) for w in windows]
     every = {}

@@ -91,7 +91,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         "--stride",
         metavar="N",
         type=_whole,
-        help="tokens that neighbouring windows of a long text share (default: token 32, qa 128)",
+        help="tokens that neighbouring windows of a long text share (default: token 32, qa 128, a third at most)",
     )
     p.add_argument("--max-answer", metavar="N", type=positive, default=30, help="tokens of an answer (default: 30)")
     p.add_argument("--epochs", metavar="N", type=positive, default=3, help="default: 3")
@@ -228,13 +228,11 @@ def _request(args: argparse.Namespace) -> Any:
     default = "f1_micro" if args.multi_label else "pearson" if args.labels == NUMBERS else DEFAULT_METRICS[args.task]
     metric = args.metric or default
     length = args.max_length or (384 if args.task == "qa" else 128)
-    stride = args.stride
-    if stride is None:
-        stride = min({"qa": 128, "token": 32}.get(args.task, 0), length // 3)
-    spec = Spec(args.task, metric, args.columns, length, stride, args.max_answer, multi_label=args.multi_label)
+    spec = Spec(args.task, metric, args.columns, length, longest=args.max_answer, multi_label=args.multi_label)
     return Request(
-        model=args.model or default_model(), train=args.train, out=args.out, spec=spec, eval=args.eval,
-        labels=args.labels, epochs=args.epochs, batch_tokens=args.batch_tokens, memory_tokens=args.memory_tokens,
+        model=args.model or default_model(), train=args.train, out=args.out, spec=spec, stride=args.stride,
+        eval=args.eval, labels=args.labels, epochs=args.epochs, batch_tokens=args.batch_tokens,
+        memory_tokens=args.memory_tokens,
         lr=args.lr, seed=args.seed, warmup=args.warmup, weight_decay=args.weight_decay, clip=args.clip,
         layer_decay=args.layer_decay, freeze=args.freeze, bias_correction=not args.no_bias_correction,
         patience=args.patience, save_every=args.save_every, keep=args.keep, resume=args.resume, dtype=args.dtype,
@@ -283,6 +281,9 @@ def _print(report: dict[str, Any], out: Path) -> None:
     """The table at the end, on standard output: each score with its definition, and what was lost on the way."""
     examples, windows, epochs = report["examples"], report["windows"], report["epochs"]
     print(f"{examples:,} examples in {windows:,} windows, epochs: {epochs}, seed {report['seed']}")
+    if report.get("scores"):
+        whole, best, metric = report["evaluation examples"], report["best epoch"], report["metric"]
+        print(f"of {whole:,} examples of {report['eval']}, after epoch {best}, the best of these by {metric}:")
     for name, value in (report.get("scores") or {}).items():
         print(f"  {name:<20} {_number(value):>9}   {report['definitions'][name]}")
     if "seeds" in report:

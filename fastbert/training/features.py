@@ -126,12 +126,15 @@ def _pieces_of_words(tokenizer: Tokenizer, sentences: Sequence[Sentence]) -> dic
 
 
 def question_features(
-    tokenizer: Tokenizer, questions: Sequence[Question], max_length: int, stride: int, training: bool
+    tokenizer: Tokenizer, questions: Sequence[Question], max_length: int, stride: int, training: bool, longest: int
 ) -> Features:
     """Windows of each context behind its question.
 
     In training a window's target is the first gold answer that lies in it whole, else its [CLS]; a question that has
     gold answers, but none in its context, has no windows, and is counted.
+
+    Otherwise those questions are counted of which no gold answer is whole in a window and of at most `longest` tokens,
+    so that none can be predicted.
 
     Raises: ValueError where max_length leaves no room for the context, or stride none for anything new.
     """
@@ -141,7 +144,7 @@ def question_features(
     asked = [i for i, q in enumerate(questions) if not training or gold[i] or not q.answers]
     ids = tokenizer([questions[i].question for i in asked], truncation=None, add_special_tokens=False).input_ids
     limit = min(QUESTION_TOKENS, max_length // 2)
-    windows, windowed, split = [], 0, 0
+    windows, windowed, split, beyond = [], 0, 0, 0
     for example, of_question in zip(asked, ids, strict=True):
         context = tokens[questions[example].context]
         head = [tokenizer.cls_token_id, *of_question[:limit], tokenizer.sep_token_id]
@@ -156,6 +159,9 @@ def question_features(
             windows.append(Window(window_ids, types, example, targets[number], offsets=offsets, owned=owned))
         windowed += len(spans) > 1
         split += training and bool(gold[example]) and set(targets) == {NO_ANSWER}
+        beyond += bool(gold[example]) and not any(
+            first <= start and last < min(end, start + longest) for start, last in gold[example] for first, end in spans
+        )
     notes = {
         f"contexts in several windows of {max_length} tokens": windowed,
         f"questions cut at {limit} tokens": sum(len(of_question) > limit for of_question in ids),
@@ -163,6 +169,8 @@ def question_features(
     if training:
         notes["questions left out, whose answers are not in their context"] = len(questions) - len(asked)
         notes["answers that no window holds whole"] = split
+    else:
+        notes[f"questions without a gold answer of up to {longest} tokens within a window"] = beyond
     return Features(windows, notes)
 
 

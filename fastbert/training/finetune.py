@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from .metrics import Scores
 from .pipeline import SPEC_FILE
 from .predicting import outputs_of
 from .processes import Processes
-from .tasks import Spec, make_task
+from .tasks import DEFAULT_STRIDES, Spec, make_task
 
 EXAMPLES_PER_STEP = 32  # where no number of tokens is given
 
@@ -43,6 +44,7 @@ class Request:
     train: str
     out: Path
     spec: Spec
+    stride: int | None = None  # in place of the spec's; None for the task's own, a third of a window at most
     eval: str | None = None
     labels: tuple[str, ...] = ()
     class_weights: str = "none"
@@ -91,7 +93,9 @@ def _finetune(request: Request, processes: Processes, report: Any) -> dict[str, 
         summary_writer()
     tokenizer = Tokenizer.from_pretrained(request.model)
     config = BertConfig.from_pretrained(request.model)
-    spec = replace(request.spec, max_length=min(request.spec.max_length, config.max_position_embeddings))
+    length = min(request.spec.max_length, config.max_position_embeddings)
+    stride = min(DEFAULT_STRIDES.get(request.spec.task, 0), length // 3) if request.stride is None else request.stride
+    spec = replace(request.spec, max_length=length, stride=stride)
     task = make_task(spec, tokenizer, request.labels)
     named = own_labels(config, task)
     train = task.read(request.train)
@@ -123,10 +127,12 @@ def _finetune(request: Request, processes: Processes, report: Any) -> dict[str, 
     facts = {
         "model": request.model, "train": request.train, "eval": request.eval, "task": spec.task, "metric": spec.metric,
         "labels": task.labels, "class weights": task.class_weights,
+        "max length": spec.max_length, "stride": spec.stride,
         "examples": len(train), "windows": len(lengths), "tokens an epoch": sum(lengths),
         "tokens a step": step_tokens, "products in": str(dtype).removeprefix("torch."), "processes": processes.count,
         "seed": request.seed, "epochs": request.epochs, "learning rate": request.lr,
         "training notes": features.notes, "files": task.notes,
+        "evaluation examples": None if held_out is None else len(held_out),
         "evaluation notes": None if to_score is None else to_score.notes,
     }  # fmt: skip
 
@@ -142,6 +148,8 @@ def _finetune(request: Request, processes: Processes, report: Any) -> dict[str, 
             threshold = spec.threshold if scores is None else scores.values.get("threshold", spec.threshold)
             save_model(out, model, state, tokenizer, replace(spec, threshold=threshold))
             best.update(scores=scores and scores.values, definitions=scores and scores.definitions)
+            epoch = list(accumulate(run.steps_of_epochs)).index(run.progress.step) + 1
+            best["best epoch"] = None if scores is None else epoch
             write_json(out / "report.json", _without_nan({**facts, **best}))
 
     run = Run(
@@ -194,8 +202,8 @@ def _several(request: Request, seeds: int, processes: Processes, report: Any) ->
     summary = {
         **best,
         "seeds": {
-            "metric": name, "values": values, "median": statistics.median(numbers), "lowest": min(numbers),
-            "highest": max(numbers),
+            "metric": name, "seeds": [each["seed"] for each, _ in reports], "values": values,
+            "median": statistics.median(numbers), "lowest": min(numbers), "highest": max(numbers),
         },
     }  # fmt: skip
     if processes.rank == 0:

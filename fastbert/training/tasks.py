@@ -23,7 +23,17 @@ from .spans import best_spans, probabilities
 from .task import Spec, Task
 from .text_tasks import NUMBERS, MultiLabelTask, NextSentenceTask, TextTask
 
-__all__ = ["DEFAULT_METRICS", "NUMBERS", "TASKS", "QuestionTask", "Spec", "Task", "TokenTask", "make_task"]
+__all__ = [
+    "DEFAULT_METRICS",
+    "DEFAULT_STRIDES",
+    "NUMBERS",
+    "TASKS",
+    "QuestionTask",
+    "Spec",
+    "Task",
+    "TokenTask",
+    "make_task",
+]
 
 
 class TokenTask(Task):
@@ -138,7 +148,8 @@ class QuestionTask(Task):
         """Any question can be scored."""
 
     def features(self, examples: Sequence[Question], training: bool) -> Features:
-        return question_features(self.tokenizer, examples, self.spec.max_length, self.spec.stride, training)
+        spec = self.spec
+        return question_features(self.tokenizer, examples, spec.max_length, spec.stride, training, spec.longest)
 
     def arguments(self, windows: Sequence[Window], device: torch.device) -> dict[str, Tensor]:
         names = ("start_positions", "end_positions")
@@ -211,6 +222,7 @@ TASKS: dict[str, type[Task]] = {
 }  # fmt: skip
 # the metric that decides where none is given; of numbers it is pearson, of several labels a text f1_micro
 DEFAULT_METRICS = {"sentence": "accuracy", "pair": "accuracy", "token": "entity_f1", "qa": "squad"}
+DEFAULT_STRIDES = {"token": 32, "qa": 128}
 
 
 def make_task(spec: Spec, tokenizer: Tokenizer, labels: Sequence[str] = ()) -> Any:

@@ -60,6 +60,8 @@ class TextTask(Task):
         if self.spec.columns:
             if len(self.spec.columns) != n_texts + 1:
                 raise DataError(f"--columns must name {n_texts + 1} columns for --task {self.spec.task}")
+            if twice := [name for name in self.spec.columns if self.spec.columns.count(name) > 1]:
+                raise DataError(f"--columns names {twice[0]!r} twice")
             return list(self.spec.columns[: n_texts + gold])
         has, known = columns_of(path), PAIR_COLUMNS if n_texts == 2 else TEXT_COLUMNS
         found = next((names for names in known if set(names) <= set(has)), None)
