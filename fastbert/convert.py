@@ -223,7 +223,11 @@ def _write_transformers(model: Model, folder: Path, words: list[str], lower_case
         write_json(folder / "tokenizer_config.json", {"do_lower_case": lower_case, "tokenizer_class": kind})
     elif words:
         longest = model.config["max_position_embeddings"]
-        Tokenizer.from_words(words, lowercase=lower_case, model_max_length=longest).save_pretrained(folder)
+        try:
+            tokenizer = Tokenizer.from_words(words, lowercase=lower_case, model_max_length=longest)
+        except CheckpointError as error:
+            raise CheckpointError(f"{source.path}: {error}") from error
+        tokenizer.save_pretrained(folder)
 
 
 def _write_pooling(model: Model, folder: Path) -> None:

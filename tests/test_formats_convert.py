@@ -382,6 +382,39 @@ def test_a_damaged_archive_is_one_line(name, google):
     assert "\n" not in str(error.value)
 
 
+def test_a_truncated_archive_with_an_archive_inside_is_not_taken_for_that(google):
+    """pytorch_model.bin is a zip file itself, and so is an .npz: Python finds the end of that one."""
+    whole = google.parent / "x.zip"
+    with zipfile.ZipFile(google.parent / "inner.zip", "w") as inner:
+        inner.write(google / "bert_config.json", "config.json")
+    with zipfile.ZipFile(whole, "w") as archive:
+        archive.write(google / "vocab.txt", "vocab.txt")
+        archive.write(google.parent / "inner.zip", "inner.zip")
+    whole.write_bytes(whole.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"x\.zip is truncated or not an archive"):
+        convert(whole, google.parent / "out", say=lambda line: None)
+
+
+def test_what_is_wrong_inside_an_archive_is_told_of_the_archive(google, capsys):
+    """And not of the temporary folder that it is unpacked into."""
+    with zipfile.ZipFile(google.parent / "x.zip", "w") as archive:
+        for path in google.iterdir():
+            if path.name != "bert_config.json":
+                archive.write(path, path.name)
+    assert main(["convert", str(google.parent / "x.zip"), "-o", str(google.parent / "out")]) == 1
+    error = capsys.readouterr().err
+    assert f"{google.parent / 'x.zip' / 'bert_model.ckpt'}: there is no bert_config.json" in error
+
+
+def test_a_vocabulary_without_its_special_tokens_is_told_of_the_source(google):
+    (google / "vocab.txt").write_text("a\nb\n")
+    with pytest.raises(
+        CheckpointError, match=r"bert_model\.ckpt: the vocabulary is not a BERT vocabulary: it lacks \[UNK\]"
+    ):
+        convert(google, google.parent / "out", lower_case=True, say=lambda line: None)
+    assert not (google.parent / "out").exists()
+
+
 def test_a_flipped_byte_in_an_archive_is_found(google):
     """Gzip's checksum stands behind all members, where nobody has to read to get them."""
     paths = google.parent / "x.tar.gz", google.parent / "x.zip"

@@ -58,6 +58,9 @@ def unpacked(path: Path) -> Iterator[Path]:
 def _unpack_zip(path: Path, folder: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         members = [m for m in archive.infolist() if not m.is_dir()]
+        # Of a truncated archive Python reads the last member as the archive, where that member is a zip file itself.
+        if members and min(m.header_offset for m in members) > 0:
+            raise zipfile.BadZipFile("it does not begin with its first member")
         for m in members:
             mode = stat.S_IFMT(m.external_attr >> 16)
             _check_member(path, m.filename, mode in (0, stat.S_IFREG))

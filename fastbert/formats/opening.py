@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..checkpoint import resolve
+from ..checkpoint import CheckpointError, resolve
 from .archive import is_archive, unpacked
 from .detect import find_reader
 
@@ -22,7 +22,10 @@ def opened(id_or_path: str | os.PathLike) -> Iterator[Path]:
     path = Path(id_or_path).expanduser()
     if is_archive(path):
         with unpacked(path) as folder:
-            yield folder if find_reader(folder) is not None else resolve(folder)
+            try:
+                yield folder if find_reader(folder) is not None else resolve(folder)
+            except CheckpointError as error:  # what is wrong with a file of the archive, whose folder nobody knows
+                raise CheckpointError(str(error).replace(str(folder), str(path))) from error
     elif find_reader(path) is not None:
         yield path
     else:
