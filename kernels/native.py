@@ -259,17 +259,26 @@ def _attention_in_runs(q, k, v, runs, scale, sequence_ids=None, bias=None, mask=
     return torch.cat(outputs) if outputs else q.new_zeros(q.shape)
 
 
-def _attention_of_one_query(q, k, v, runs, scale, sequence_ids=None, **dropout):
-    """A query for each sequence over all of its keys, one call a run: q [B, H, D], k, v [T, Hk, D] -> [B, H, D]. Of an
-    empty sequence it is zero."""
-    outputs, done = [], 0
-    for start, count, length, first in runs:
-        keys, values = (x[start : start + count * length].unflatten(0, (count, length)) for x in (k, v))
-        names = None if sequence_ids is None else sequence_ids[first : first + count]
-        o = _attend(q[first : first + count, None], keys, values, scale, sequence_ids=names, **dropout)
-        outputs += [q.new_zeros(first - done, *q.shape[1:]), o.flatten(0, 1)]
-        done = first + count
-    return torch.cat([*outputs, q.new_zeros(q.shape[0] - done, *q.shape[1:])])
+def _attention_of_one_query(
+    q, k, v, cu_seqlens_k, max_seqlen_k, scale, dropout_p=0.0, seed=None, stream=0, sequence_ids=None
+):
+    """A query for each sequence over all of its keys: q [B, H, D], k, v [T, Hk, D] -> [B, H, D], zero for an empty one.
+
+    Products and sums go token by token, over all sequences at once; only scores are padded, to [B, max_seqlen_k, H].
+    """
+    batch, heads, width = q.shape
+    groups, scale = heads // k.shape[1], width**-0.5 if scale is None else scale
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    q_, k_, v_ = (x.to(dtype) for x in (q, k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)))
+    sequences, tokens = (torch.arange(n, dtype=torch.int64, device=q.device) for n in (batch, k.shape[0]))
+    of_token = sequences.repeat_interleave(cu_seqlens_k.diff(), output_size=k.shape[0])  # [T]
+    place = of_token, tokens - cu_seqlens_k[of_token]
+    s = (q_[of_token] * k_).sum(-1) * scale  # [T, H]
+    p = s.new_full((batch, max_seqlen_k, heads), float("-inf")).index_put(place, s).softmax(1)[place]
+    if dropout_p:
+        keep = _keep(heads, 1, max_seqlen_k, dropout_p, seed, stream, sequence_ids)[:, :, 0].transpose(1, 2)[place]
+        p = torch.where(keep, p / (1.0 - dropout_p), 0.0)
+    return q_.new_zeros(q.shape).index_add(0, of_token, p[..., None] * v_).to(q.dtype)
 
 
 def _gradients_in_runs(do, q, k, v, runs, scale, dropout_p=0.0, sequence_ids=None, **dropout):
@@ -431,9 +440,7 @@ def attention(q, k, v, cu_seqlens, max_seqlen=None, *, scale=None, schedule=None
         return attend(q, k, v, cu_seqlens, scale, dropout)
     one_each = max_seqlen == 1 and q.shape[0] == cu_seqlens.shape[0] - 1 and "cu_seqlens_k" in variant
     if one_each and not compiling and variant.keys() <= DROPOUT | {"cu_seqlens_k", "max_seqlen_k"}:
-        runs = attention_schedule(variant["cu_seqlens_k"], k.shape[0])
-        dropout = {name: variant[name] for name in variant.keys() & DROPOUT}
-        return _attention_of_one_query(q, k, v, runs, scale, **dropout)
+        return _attention_of_one_query(q, k, v, scale=scale, **variant)
     if compiling and variant.keys() <= DROPOUT:
         return _attention_opaque(q, k, v, cu_seqlens, scale, **variant)[0]
     if compiling or "return_lse" in variant or "cu_seqlens_k" in variant:
