@@ -8,9 +8,13 @@ and has its own kernel with five.
 import triton
 import triton.language as tl
 
-from ._attention_fwd import (
+from ._attention_common import (
     LOG2_E,
     RUNTIME_INTS,
+    Dropout,
+    Head,
+    Modifiers,
+    Rotary,
     _dot,
     _dropout_keys,
     _gradient_origin,
@@ -61,9 +65,10 @@ def _attention_bwd_dq_kernel(
     if row >= n_out:
         return
     b, h = sequence.to(tl.int64), head.to(tl.int64)
-    q_ptr += b * stride_qb + start_q * stride_qt + h * stride_qh
-    k_ptr += b * stride_kb + start_k * stride_kt + h // GROUP * stride_kh
-    v_ptr += b * stride_vb + start_k * stride_vt + h // GROUP * stride_vh
+    q_head = Head(q_ptr + (b * stride_qb + start_q * stride_qt + h * stride_qh), length_q, stride_qt)
+    k_head = Head(k_ptr + (b * stride_kb + start_k * stride_kt + h // GROUP * stride_kh), length_k, stride_kt)
+    v_head = Head(v_ptr + (b * stride_vb + start_k * stride_vt + h // GROUP * stride_vh), length_k, stride_vt)
+    rotary = Rotary(cos_ptr, sin_ptr, stride_cos, stride_sin)
     if HAS_BIAS:
         bias_ptr += b * stride_bias_b + h * stride_bias_h
     if HAS_MASK:
@@ -72,17 +77,20 @@ def _attention_bwd_dq_kernel(
     stride_ot = n_heads * HEAD_DIM
 
     rows = row + tl.arange(0, BLOCK_M)
-    q = _load_rows(q_ptr, rows, length_q, stride_qt, HEAD_DIM, BLOCK_D, HAS_ROTARY, True)
-    if HAS_ROTARY:
-        q = _rotate(q, cos_ptr, sin_ptr, rows, length_q, stride_cos, stride_sin, False, HEAD_DIM, BLOCK_D).to(q.dtype)
-    slope_log2 = tl.load(slopes_ptr + head).to(tl.float32) * LOG2_E if HAS_ALIBI else 0.0
+    q = _load_rows(q_head, rows, HEAD_DIM, BLOCK_D, HAS_ROTARY, True)
+    q = _rotate(q, rotary, rows, length_q, False, HAS_ROTARY, HEAD_DIM, BLOCK_D)
+    modifiers = Modifiers(
+        bias_ptr, stride_bias_q, stride_bias_k, mask_ptr, stride_mask_q, stride_mask_k,
+        tl.load(slopes_ptr + head).to(tl.float32) * LOG2_E if HAS_ALIBI else 0.0, window_left, window_right,
+    )  # fmt: skip
     keys = rows
     if HAS_DROPOUT:
-        keys = _dropout_keys(seed_ptr, stream_id, h, sequence_ids_ptr, sequence, rows, HAS_IDS)
+        keys = _dropout_keys(Dropout(seed_ptr, stream_id, sequence_ids_ptr), h, sequence, rows, HAS_IDS)
 
     # delta: here because o and do are at hand; the dk, dv kernel, launched after this one, reads it
-    do = _load_rows(do_ptr + o_origin, rows, length_q, stride_ot, HEAD_DIM, BLOCK_D, False, True)
-    o = _load_rows(o_ptr + o_origin, rows, length_q, stride_ot, HEAD_DIM, BLOCK_D, False, True)
+    do_head = Head(do_ptr + o_origin, length_q, stride_ot)
+    do = _load_rows(do_head, rows, HEAD_DIM, BLOCK_D, False, True)
+    o = _load_rows(Head(o_ptr + o_origin, length_q, stride_ot), rows, HEAD_DIM, BLOCK_D, False, True)
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     if HAS_DLSE:
         delta -= tl.load(dlse_ptr + lse_origin + rows, mask=rows < length_q, other=0.0)
@@ -98,32 +106,24 @@ def _attention_bwd_dq_kernel(
         first, last = (tl.maximum(low, whole), high) if CROSSES_END else (low, whole)
         for first_col in tl.range(first, last, BLOCK_N):
             cols = first_col + tl.arange(0, BLOCK_N)
-            k = _load_rows(k_ptr, cols, length_k, stride_kt, HEAD_DIM, BLOCK_D, HAS_ROTARY, CROSSES_END)
+            k = _load_rows(k_head, cols, HEAD_DIM, BLOCK_D, HAS_ROTARY, CROSSES_END)
             if LOADS_FIRST:
-                v = _load_rows(v_ptr, cols, length_k, stride_vt, HEAD_DIM, BLOCK_D, False, CROSSES_END)
-            if HAS_ROTARY:
-                k = _rotate(k, cos_ptr, sin_ptr, cols, length_k, stride_cos, stride_sin, False, HEAD_DIM, BLOCK_D)
-                k = k.to(q.dtype)
+                v = _load_rows(v_head, cols, HEAD_DIM, BLOCK_D, False, CROSSES_END)
+            k = _rotate(k, rotary, cols, length_k, False, HAS_ROTARY, HEAD_DIM, BLOCK_D)
             if IN_CHUNKS:
-                qk = _product_in_chunks(
-                    q_ptr, rows, length_q, stride_qt, k_ptr, cols, length_k, stride_kt, HEAD_DIM, CHUNK
-                )  # fmt: skip
+                qk = _product_in_chunks(q_head, rows, k_head, cols, HEAD_DIM, CHUNK)
             else:
                 qk = _dot(q, tl.trans(k), None, PRECISION)  # [BLOCK_M, BLOCK_N]
             s = _scores(
-                qk, rows[:, None], cols[None, :], length_q, length_k, scale_log2, slope_log2,
-                bias_ptr, stride_bias_q, stride_bias_k, mask_ptr, stride_mask_q, stride_mask_k,
-                window_left, window_right, HAS_BIAS, HAS_MASK, HAS_ALIBI, HAS_WINDOW, CROSSES_END,
-                not CROSSES_END,
+                qk, rows[:, None], cols[None, :], length_q, length_k, scale_log2, modifiers,
+                HAS_BIAS, HAS_MASK, HAS_ALIBI, HAS_WINDOW, CROSSES_END, not CROSSES_END,
             )  # fmt: skip
             p = tl.exp2(s - lse_log2[:, None])
 
             if not LOADS_FIRST:
-                v = _load_rows(v_ptr, cols, length_k, stride_vt, HEAD_DIM, BLOCK_D, False, CROSSES_END)
+                v = _load_rows(v_head, cols, HEAD_DIM, BLOCK_D, False, CROSSES_END)
             if IN_CHUNKS:
-                dp = _product_in_chunks(
-                    do_ptr + o_origin, rows, length_q, stride_ot, v_ptr, cols, length_k, stride_vt, HEAD_DIM, CHUNK
-                )  # fmt: skip
+                dp = _product_in_chunks(do_head, rows, v_head, cols, HEAD_DIM, CHUNK)
             else:
                 dp = _dot(do, tl.trans(v), None, PRECISION)
             if HAS_DROPOUT:
@@ -131,14 +131,12 @@ def _attention_bwd_dq_kernel(
             ds = p * (dp - delta[:, None])
             dq = _dot(ds.to(k.dtype), k, dq, PRECISION)
 
-    dq *= scale
-    if HAS_ROTARY:
-        dq = _rotate(dq, cos_ptr, sin_ptr, rows, length_q, stride_cos, stride_sin, True, HEAD_DIM, BLOCK_D)
+    dq = _rotate(dq * scale, rotary, rows, length_q, True, HAS_ROTARY, HEAD_DIM, BLOCK_D)
     dq_ptr += _gradient_origin(sequence, start_q, head, width_q, stride_dq, HEAD_DIM, PADDED)
-    _store_rows(dq_ptr, dq, rows, n_out, stride_dq, HEAD_DIM, BLOCK_D, HAS_ROTARY)
+    _store_rows(Head(dq_ptr, n_out, stride_dq), dq, rows, HEAD_DIM, BLOCK_D, HAS_ROTARY)
     if PADDED:
         end = _padding_end(row, length_q, length_k, n_out, SHORT)
-        _zero_rows(dq_ptr, TILE, end, stride_dq, HEAD_DIM, BLOCK_M, BLOCK_D)
+        _zero_rows(Head(dq_ptr, end, stride_dq), TILE, HEAD_DIM, BLOCK_M, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=[*RUNTIME_INTS, "width_k"])
@@ -172,12 +170,13 @@ def _attention_bwd_dkv_kernel(
         return
     b = sequence.to(tl.int64)
     cols = col + tl.arange(0, BLOCK_N)
-    k_ptr += b * stride_kb + start_k * stride_kt + kv_head.to(tl.int64) * stride_kh
-    v_ptr += b * stride_vb + start_k * stride_vt + kv_head.to(tl.int64) * stride_vh
-    k = _load_rows(k_ptr, cols, length_k, stride_kt, HEAD_DIM, BLOCK_D, HAS_ROTARY, True)
-    if HAS_ROTARY:
-        k = _rotate(k, cos_ptr, sin_ptr, cols, length_k, stride_cos, stride_sin, False, HEAD_DIM, BLOCK_D).to(k.dtype)
-    v = _load_rows(v_ptr, cols, length_k, stride_vt, HEAD_DIM, BLOCK_D, False, True)
+    k_head = Head(k_ptr + (b * stride_kb + start_k * stride_kt + kv_head.to(tl.int64) * stride_kh), length_k, stride_kt)
+    v_head = Head(v_ptr + (b * stride_vb + start_k * stride_vt + kv_head.to(tl.int64) * stride_vh), length_k, stride_vt)
+    rotary = Rotary(cos_ptr, sin_ptr, stride_cos, stride_sin)
+    dropout = Dropout(seed_ptr, stream_id, sequence_ids_ptr)
+    k = _load_rows(k_head, cols, HEAD_DIM, BLOCK_D, HAS_ROTARY, True)
+    k = _rotate(k, rotary, cols, length_k, False, HAS_ROTARY, HEAD_DIM, BLOCK_D)
+    v = _load_rows(v_head, cols, HEAD_DIM, BLOCK_D, False, True)
 
     IN_CHUNKS: tl.constexpr = PRECISION == "ieee" and BLOCK_D > 128 and not HAS_ROTARY
     LOADS_FIRST: tl.constexpr = PRECISION != "ieee"  # see the forward kernel
@@ -188,47 +187,44 @@ def _attention_bwd_dkv_kernel(
     for member in tl.range(0, GROUP):
         head = kv_head * GROUP + member
         h = head.to(tl.int64)
-        q_head_ptr = q_ptr + b * stride_qb + start_q * stride_qt + h * stride_qh
+        q_head = Head(q_ptr + b * stride_qb + start_q * stride_qt + h * stride_qh, length_q, stride_qt)
         do_origin, lse_origin = _origins(sequence, start_q, head, n_heads, width_q, HEAD_DIM, PADDED)
         slope_log2 = tl.load(slopes_ptr + head).to(tl.float32) * LOG2_E if HAS_ALIBI else 0.0
-        bias_head_ptr = bias_ptr + (b * stride_bias_b + h * stride_bias_h) if HAS_BIAS else bias_ptr
-        mask_head_ptr = mask_ptr + (b * stride_mask_b + h * stride_mask_h) if HAS_MASK else mask_ptr
+        modifiers = Modifiers(
+            bias_ptr + (b * stride_bias_b + h * stride_bias_h) if HAS_BIAS else bias_ptr, stride_bias_q, stride_bias_k,
+            mask_ptr + (b * stride_mask_b + h * stride_mask_h) if HAS_MASK else mask_ptr, stride_mask_q, stride_mask_k,
+            slope_log2, window_left, window_right,
+        )  # fmt: skip
         # rows past the end are loaded as zeros with lse = inf: no score needs a mask, one loop does for all blocks
         for first_row in tl.range(low, high, BLOCK_M):
             rows = first_row + tl.arange(0, BLOCK_M)
-            q = _load_rows(q_head_ptr, rows, length_q, stride_qt, HEAD_DIM, BLOCK_D, HAS_ROTARY, True)
+            q = _load_rows(q_head, rows, HEAD_DIM, BLOCK_D, HAS_ROTARY, True)
             if LOADS_FIRST:
-                do = _load_rows(do_ptr + do_origin, rows, length_q, n_heads * HEAD_DIM, HEAD_DIM, BLOCK_D, False, True)
-            if HAS_ROTARY:
-                q = _rotate(q, cos_ptr, sin_ptr, rows, length_q, stride_cos, stride_sin, False, HEAD_DIM, BLOCK_D)
-                q = q.to(k.dtype)
+                do_head = Head(do_ptr + do_origin, length_q, n_heads * HEAD_DIM)
+                do = _load_rows(do_head, rows, HEAD_DIM, BLOCK_D, False, True)
+            q = _rotate(q, rotary, rows, length_q, False, HAS_ROTARY, HEAD_DIM, BLOCK_D)
             # transposed, so that p and ds come out as left operands of the products below
             if IN_CHUNKS:
-                qk = _product_in_chunks(
-                    k_ptr, cols, length_k, stride_kt, q_head_ptr, rows, length_q, stride_qt, HEAD_DIM, CHUNK
-                )  # fmt: skip
+                qk = _product_in_chunks(k_head, cols, q_head, rows, HEAD_DIM, CHUNK)
             else:
                 qk = _dot(k, tl.trans(q), None, PRECISION)  # [BLOCK_N, BLOCK_M]
             s = _scores(
-                qk, rows[None, :], cols[:, None], length_q, length_k, scale_log2, slope_log2,
-                bias_head_ptr, stride_bias_q, stride_bias_k, mask_head_ptr, stride_mask_q, stride_mask_k,
-                window_left, window_right, HAS_BIAS, HAS_MASK, HAS_ALIBI, HAS_WINDOW, False, False,
+                qk, rows[None, :], cols[:, None], length_q, length_k, scale_log2, modifiers,
+                HAS_BIAS, HAS_MASK, HAS_ALIBI, HAS_WINDOW, False, False,
             )  # fmt: skip
             p = tl.exp2(s - _load_lse_log2(lse_ptr + lse_origin, rows, length_q)[None, :])
 
             if not LOADS_FIRST:
-                do = _load_rows(do_ptr + do_origin, rows, length_q, n_heads * HEAD_DIM, HEAD_DIM, BLOCK_D, False, True)
+                do_head = Head(do_ptr + do_origin, length_q, n_heads * HEAD_DIM)
+                do = _load_rows(do_head, rows, HEAD_DIM, BLOCK_D, False, True)
             delta = tl.load(delta_ptr + lse_origin + rows, mask=rows < length_q, other=0.0)
             if IN_CHUNKS:
-                dp = _product_in_chunks(
-                    v_ptr, cols, length_k, stride_vt, do_ptr + do_origin, rows, length_q, n_heads * HEAD_DIM,
-                    HEAD_DIM, CHUNK,
-                )  # fmt: skip
+                dp = _product_in_chunks(v_head, cols, do_head, rows, HEAD_DIM, CHUNK)
             else:
                 dp = _dot(v, tl.trans(do), None, PRECISION)
             kept = p
             if HAS_DROPOUT:
-                keys = _dropout_keys(seed_ptr, stream_id, h, sequence_ids_ptr, sequence, rows, HAS_IDS)
+                keys = _dropout_keys(dropout, h, sequence, rows, HAS_IDS)
                 keep = _keep_mask(keys[None, :], cols[:, None], threshold)
                 kept = tl.where(keep, p, 0.0)
                 dp = tl.where(keep, dp * keep_scale, 0.0)
@@ -240,15 +236,14 @@ def _attention_bwd_dkv_kernel(
     exists = (cols < length_k)[:, None]
     dk = tl.where(exists, dk * scale, 0.0)
     dv = tl.where(exists, dv * keep_scale, 0.0)
-    if HAS_ROTARY:
-        dk = _rotate(dk, cos_ptr, sin_ptr, cols, length_k, stride_cos, stride_sin, True, HEAD_DIM, BLOCK_D)
+    dk = _rotate(dk, rotary, cols, length_k, True, HAS_ROTARY, HEAD_DIM, BLOCK_D)
     origin = _gradient_origin(sequence, start_k, kv_head, width_k, stride_dkv, HEAD_DIM, PADDED)
-    _store_rows(dk_ptr + origin, dk, cols, n_out, stride_dkv, HEAD_DIM, BLOCK_D, HAS_ROTARY)
-    _store_rows(dv_ptr + origin, dv, cols, n_out, stride_dkv, HEAD_DIM, BLOCK_D, False)
+    _store_rows(Head(dk_ptr + origin, n_out, stride_dkv), dk, cols, HEAD_DIM, BLOCK_D, HAS_ROTARY)
+    _store_rows(Head(dv_ptr + origin, n_out, stride_dkv), dv, cols, HEAD_DIM, BLOCK_D, False)
     if PADDED:
         end = _padding_end(col, length_q, length_k, n_out, SHORT)
-        _zero_rows(dk_ptr + origin, TILE, end, stride_dkv, HEAD_DIM, BLOCK_N, BLOCK_D)
-        _zero_rows(dv_ptr + origin, TILE, end, stride_dkv, HEAD_DIM, BLOCK_N, BLOCK_D)
+        _zero_rows(Head(dk_ptr + origin, end, stride_dkv), TILE, HEAD_DIM, BLOCK_N, BLOCK_D)
+        _zero_rows(Head(dv_ptr + origin, end, stride_dkv), TILE, HEAD_DIM, BLOCK_N, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=[*RUNTIME_INTS, "width_k"])
@@ -282,12 +277,13 @@ def _attention_bwd_short_kernel(
     n_cols = width_k if PADDED else length_k
     b = sequence.to(tl.int64)
     rows, cols = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
-    k_ptr += b * stride_kb + start_k * stride_kt + kv_head.to(tl.int64) * stride_kh
-    v_ptr += b * stride_vb + start_k * stride_vt + kv_head.to(tl.int64) * stride_vh
-    k = _load_rows(k_ptr, cols, length_k, stride_kt, HEAD_DIM, BLOCK_D, HAS_ROTARY, True)
-    if HAS_ROTARY:
-        k = _rotate(k, cos_ptr, sin_ptr, cols, length_k, stride_cos, stride_sin, False, HEAD_DIM, BLOCK_D).to(k.dtype)
-    v = _load_rows(v_ptr, cols, length_k, stride_vt, HEAD_DIM, BLOCK_D, False, True)
+    k_head = Head(k_ptr + (b * stride_kb + start_k * stride_kt + kv_head.to(tl.int64) * stride_kh), length_k, stride_kt)
+    v_head = Head(v_ptr + (b * stride_vb + start_k * stride_vt + kv_head.to(tl.int64) * stride_vh), length_k, stride_vt)
+    rotary = Rotary(cos_ptr, sin_ptr, stride_cos, stride_sin)
+    dropout = Dropout(seed_ptr, stream_id, sequence_ids_ptr)
+    k = _load_rows(k_head, cols, HEAD_DIM, BLOCK_D, HAS_ROTARY, True)
+    k = _rotate(k, rotary, cols, length_k, False, HAS_ROTARY, HEAD_DIM, BLOCK_D)
+    v = _load_rows(v_head, cols, HEAD_DIM, BLOCK_D, False, True)
 
     dk = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
@@ -295,18 +291,20 @@ def _attention_bwd_short_kernel(
         head = kv_head * GROUP + member
         h = head.to(tl.int64)
         o_origin, lse_origin = _origins(sequence, start_q, head, n_heads, width_q, HEAD_DIM, PADDED)
-        stride_ot = n_heads * HEAD_DIM
+        o_head = Head(o_ptr + o_origin, length_q, n_heads * HEAD_DIM)
+        do_head = Head(do_ptr + o_origin, length_q, n_heads * HEAD_DIM)
         slope_log2 = tl.load(slopes_ptr + head).to(tl.float32) * LOG2_E if HAS_ALIBI else 0.0
-        bias_head_ptr = bias_ptr + (b * stride_bias_b + h * stride_bias_h) if HAS_BIAS else bias_ptr
-        mask_head_ptr = mask_ptr + (b * stride_mask_b + h * stride_mask_h) if HAS_MASK else mask_ptr
+        modifiers = Modifiers(
+            bias_ptr + (b * stride_bias_b + h * stride_bias_h) if HAS_BIAS else bias_ptr, stride_bias_q, stride_bias_k,
+            mask_ptr + (b * stride_mask_b + h * stride_mask_h) if HAS_MASK else mask_ptr, stride_mask_q, stride_mask_k,
+            slope_log2, window_left, window_right,
+        )  # fmt: skip
 
-        q_head_ptr = q_ptr + b * stride_qb + start_q * stride_qt + h * stride_qh
-        q = _load_rows(q_head_ptr, rows, length_q, stride_qt, HEAD_DIM, BLOCK_D, HAS_ROTARY, True)
-        if HAS_ROTARY:
-            q = _rotate(q, cos_ptr, sin_ptr, rows, length_q, stride_cos, stride_sin, False, HEAD_DIM, BLOCK_D)
-            q = q.to(k.dtype)
-        do = _load_rows(do_ptr + o_origin, rows, length_q, stride_ot, HEAD_DIM, BLOCK_D, False, True)
-        o = _load_rows(o_ptr + o_origin, rows, length_q, stride_ot, HEAD_DIM, BLOCK_D, False, True)
+        q_head = Head(q_ptr + b * stride_qb + start_q * stride_qt + h * stride_qh, length_q, stride_qt)
+        q = _load_rows(q_head, rows, HEAD_DIM, BLOCK_D, HAS_ROTARY, True)
+        q = _rotate(q, rotary, rows, length_q, False, HAS_ROTARY, HEAD_DIM, BLOCK_D)
+        do = _load_rows(do_head, rows, HEAD_DIM, BLOCK_D, False, True)
+        o = _load_rows(o_head, rows, HEAD_DIM, BLOCK_D, False, True)
         delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
         if HAS_DLSE:
             delta -= tl.load(dlse_ptr + lse_origin + rows, mask=rows < length_q, other=0.0)
@@ -314,15 +312,14 @@ def _attention_bwd_short_kernel(
 
         qk = _dot(k, tl.trans(q), None, PRECISION)  # [BLOCK_N, BLOCK_M]
         s = _scores(
-            qk, rows[None, :], cols[:, None], length_q, length_k, scale_log2, slope_log2,
-            bias_head_ptr, stride_bias_q, stride_bias_k, mask_head_ptr, stride_mask_q, stride_mask_k,
-            window_left, window_right, HAS_BIAS, HAS_MASK, HAS_ALIBI, HAS_WINDOW, True, False,
+            qk, rows[None, :], cols[:, None], length_q, length_k, scale_log2, modifiers,
+            HAS_BIAS, HAS_MASK, HAS_ALIBI, HAS_WINDOW, True, False,
         )  # fmt: skip
         p = tl.exp2(s - _load_lse_log2(lse_ptr + lse_origin, rows, length_q)[None, :])
         dp = _dot(v, tl.trans(do), None, PRECISION)
         kept = p
         if HAS_DROPOUT:
-            keys = _dropout_keys(seed_ptr, stream_id, h, sequence_ids_ptr, sequence, rows, HAS_IDS)
+            keys = _dropout_keys(dropout, h, sequence, rows, HAS_IDS)
             keep = _keep_mask(keys[None, :], cols[:, None], threshold)
             kept = tl.where(keep, p, 0.0)
             dp = tl.where(keep, dp * keep_scale, 0.0)
@@ -330,27 +327,27 @@ def _attention_bwd_short_kernel(
         ds = (p * (dp - delta[None, :])).to(q.dtype)
         dq = _dot(tl.trans(k), ds, None, PRECISION) * scale  # [BLOCK_D, BLOCK_M], see `_attention_short.py`
         dq_origin = _gradient_origin(sequence, start_q, head, width_q, stride_dq, HEAD_DIM, PADDED)
+        dq_head = Head(dq_ptr + dq_origin, n_rows, stride_dq)
         if HAS_ROTARY:
-            dq = _rotate(
-                tl.trans(dq), cos_ptr, sin_ptr, rows, length_q, stride_cos, stride_sin, True, HEAD_DIM, BLOCK_D
-            )  # fmt: skip
-            _store_rows(dq_ptr + dq_origin, dq, rows, n_rows, stride_dq, HEAD_DIM, BLOCK_D, True)
+            dq = _rotate(tl.trans(dq), rotary, rows, length_q, True, HAS_ROTARY, HEAD_DIM, BLOCK_D)
+            _store_rows(dq_head, dq, rows, HEAD_DIM, BLOCK_D, True)
         else:
-            _store_columns(dq_ptr + dq_origin, dq, rows, n_rows, stride_dq, HEAD_DIM, BLOCK_D)
+            _store_columns(dq_head, dq, rows, HEAD_DIM, BLOCK_D)
         dk = _dot(ds, q, dk, PRECISION)
         if PADDED:
-            _zero_rows(dq_ptr + dq_origin, BLOCK_M, n_rows, stride_dq, HEAD_DIM, BLOCK_M, BLOCK_D)
+            _zero_rows(dq_head, BLOCK_M, HEAD_DIM, BLOCK_M, BLOCK_D)
 
     dk *= scale
     dv *= keep_scale
-    if HAS_ROTARY:
-        dk = _rotate(dk, cos_ptr, sin_ptr, cols, length_k, stride_cos, stride_sin, True, HEAD_DIM, BLOCK_D)
+    dk = _rotate(dk, rotary, cols, length_k, True, HAS_ROTARY, HEAD_DIM, BLOCK_D)
     origin = _gradient_origin(sequence, start_k, kv_head, width_k, stride_dkv, HEAD_DIM, PADDED)
-    _store_rows(dk_ptr + origin, dk, cols, n_cols, stride_dkv, HEAD_DIM, BLOCK_D, HAS_ROTARY)
-    _store_rows(dv_ptr + origin, dv, cols, n_cols, stride_dkv, HEAD_DIM, BLOCK_D, False)
+    dk_head = Head(dk_ptr + origin, n_cols, stride_dkv)
+    _store_rows(dk_head, dk, cols, HEAD_DIM, BLOCK_D, HAS_ROTARY)
+    dv_head = Head(dv_ptr + origin, n_cols, stride_dkv)
+    _store_rows(dv_head, dv, cols, HEAD_DIM, BLOCK_D, False)
     if PADDED:
-        _zero_rows(dk_ptr + origin, BLOCK_N, n_cols, stride_dkv, HEAD_DIM, BLOCK_N, BLOCK_D)
-        _zero_rows(dv_ptr + origin, BLOCK_N, n_cols, stride_dkv, HEAD_DIM, BLOCK_N, BLOCK_D)
+        _zero_rows(dk_head, BLOCK_N, HEAD_DIM, BLOCK_N, BLOCK_D)
+        _zero_rows(dv_head, BLOCK_N, HEAD_DIM, BLOCK_N, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=[*RUNTIME_INTS, "bias_rows", "bias_cols", "batch"])
@@ -385,6 +382,8 @@ def _attention_bwd_bias_kernel(
     first_sequence = plane * 0 if OF_BATCH else (plane if OF_HEADS else plane // n_heads)
     first_head = plane * 0 if OF_HEADS else plane % n_heads
 
+    rotary = Rotary(cos_ptr, sin_ptr, stride_cos, stride_sin)
+    dropout = Dropout(seed_ptr, stream_id, sequence_ids_ptr)
     dbias = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for index in tl.range(0, n_each):
         sequence = first_sequence + index // n_heads_each
@@ -392,37 +391,35 @@ def _attention_bwd_bias_kernel(
         b, h = sequence.to(tl.int64), head.to(tl.int64)
         start_q, length_q = _span(spans_q_ptr, sequence, PADDED)
         start_k, length_k = _span(spans_k_ptr, sequence, PADDED)
-        q_head_ptr = q_ptr + (b * stride_qb + start_q * stride_qt + h * stride_qh)
-        k_head_ptr = k_ptr + (b * stride_kb + start_k * stride_kt + h // GROUP * stride_kh)
-        v_head_ptr = v_ptr + (b * stride_vb + start_k * stride_vt + h // GROUP * stride_vh)
-        bias_head_ptr = bias_ptr + (b * stride_bias_b + h * stride_bias_h)
-        mask_head_ptr = mask_ptr + (b * stride_mask_b + h * stride_mask_h) if HAS_MASK else mask_ptr
+        q_head = Head(q_ptr + (b * stride_qb + start_q * stride_qt + h * stride_qh), length_q, stride_qt)
+        k_head = Head(k_ptr + (b * stride_kb + start_k * stride_kt + h // GROUP * stride_kh), length_k, stride_kt)
+        v_head = Head(v_ptr + (b * stride_vb + start_k * stride_vt + h // GROUP * stride_vh), length_k, stride_vt)
         do_origin, lse_origin = _origins(sequence, start_q, head, n_heads, width_q, HEAD_DIM, PADDED)
+        do_head = Head(do_ptr + do_origin, length_q, n_heads * HEAD_DIM)
         slope_log2 = tl.load(slopes_ptr + head).to(tl.float32) * LOG2_E if HAS_ALIBI else 0.0
+        modifiers = Modifiers(
+            bias_ptr + (b * stride_bias_b + h * stride_bias_h), stride_bias_q, stride_bias_k,
+            mask_ptr + (b * stride_mask_b + h * stride_mask_h) if HAS_MASK else mask_ptr, stride_mask_q, stride_mask_k,
+            slope_log2, window_left, window_right,
+        )  # fmt: skip
 
-        q = _load_rows(q_head_ptr, rows, length_q, stride_qt, HEAD_DIM, BLOCK_D, HAS_ROTARY, True)
-        k = _load_rows(k_head_ptr, cols, length_k, stride_kt, HEAD_DIM, BLOCK_D, HAS_ROTARY, True)
-        if HAS_ROTARY:
-            q = _rotate(
-                q, cos_ptr, sin_ptr, rows, length_q, stride_cos, stride_sin, False, HEAD_DIM, BLOCK_D
-            ).to(q.dtype)  # fmt: skip
-            k = _rotate(
-                k, cos_ptr, sin_ptr, cols, length_k, stride_cos, stride_sin, False, HEAD_DIM, BLOCK_D
-            ).to(k.dtype)  # fmt: skip
+        q = _load_rows(q_head, rows, HEAD_DIM, BLOCK_D, HAS_ROTARY, True)
+        k = _load_rows(k_head, cols, HEAD_DIM, BLOCK_D, HAS_ROTARY, True)
+        q = _rotate(q, rotary, rows, length_q, False, HAS_ROTARY, HEAD_DIM, BLOCK_D)
+        k = _rotate(k, rotary, cols, length_k, False, HAS_ROTARY, HEAD_DIM, BLOCK_D)
         qk = _dot(q, tl.trans(k), None, PRECISION)
         s = _scores(
-            qk, rows[:, None], cols[None, :], length_q, length_k, scale_log2, slope_log2,
-            bias_head_ptr, stride_bias_q, stride_bias_k, mask_head_ptr, stride_mask_q, stride_mask_k,
-            window_left, window_right, HAS_BIAS, HAS_MASK, HAS_ALIBI, HAS_WINDOW, True, False,
+            qk, rows[:, None], cols[None, :], length_q, length_k, scale_log2, modifiers,
+            HAS_BIAS, HAS_MASK, HAS_ALIBI, HAS_WINDOW, True, False,
         )  # fmt: skip
         p = tl.exp2(s - _load_lse_log2(lse_ptr + lse_origin, rows, length_q)[:, None])
 
-        v = _load_rows(v_head_ptr, cols, length_k, stride_vt, HEAD_DIM, BLOCK_D, False, True)
-        do = _load_rows(do_ptr + do_origin, rows, length_q, n_heads * HEAD_DIM, HEAD_DIM, BLOCK_D, False, True)
+        v = _load_rows(v_head, cols, HEAD_DIM, BLOCK_D, False, True)
+        do = _load_rows(do_head, rows, HEAD_DIM, BLOCK_D, False, True)
         delta = tl.load(delta_ptr + lse_origin + rows, mask=rows < length_q, other=0.0)
         dp = _dot(do, tl.trans(v), None, PRECISION)
         if HAS_DROPOUT:
-            keys = _dropout_keys(seed_ptr, stream_id, h, sequence_ids_ptr, sequence, rows, HAS_IDS)
+            keys = _dropout_keys(dropout, h, sequence, rows, HAS_IDS)
             dp = tl.where(_keep_mask(keys[:, None], cols[None, :], threshold), dp * keep_scale, 0.0)
         dbias += p * (dp - delta[:, None])
 

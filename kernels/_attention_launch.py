@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from . import _device
 from ._arch import hardware
+from ._attention_arguments import Options, Saved, Sequences, Tiles, Traits, row_strides, unit_stride
 from ._attention_bwd import (
     _attention_bwd_bias_kernel,
     _attention_bwd_dkv_kernel,
@@ -30,109 +30,6 @@ from ._launch import Plan, cdiv
 from ._random import keep_threshold
 
 LOG2_E = 1.4426950408889634
-UNBOUNDED = 1 << 29  # no window; sums with a position stay within int32
-
-
-# ---- launchers -----------------------------------------------------------------------------------------------
-
-
-def _batch(q: Tensor, spans: Tensor) -> int:
-    """Number of sequences: spans are lengths where q is padded, else cu_seqlens."""
-    return spans.shape[0] if q.dim() == 4 else spans.shape[0] - 1
-
-
-def unit_stride(*tensors: Tensor) -> list[Tensor]:
-    """The kernels step freely over rows and heads, but read a row's elements one after another."""
-    return [t if t.stride(-1) == 1 else t.contiguous() for t in tensors]
-
-
-class Options(NamedTuple):
-    """What an operator's call says beside q, k, v, the spans and the schedule, in the order of its schema."""
-
-    bias: Tensor | None
-    mask: Tensor | None
-    alibi_slopes: Tensor | None
-    cos: Tensor | None
-    sin: Tensor | None
-    seed: Tensor | None
-    sequence_ids: Tensor | None
-    window_left: int
-    window_right: int
-    dropout_p: float
-    stream: int
-    scale: float
-
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """What the plans name _MODIFIERS."""
-        mask = None if self.mask is None else self.mask.view(torch.uint8)
-        return self.bias, mask, self.alibi_slopes, self.cos, self.sin, self.seed, self.sequence_ids
-
-    def traits(self, q: Tensor, k: Tensor) -> Traits:
-        return Traits(
-            _device.arch(q.device.index), q.dtype, q.shape[-2], k.shape[-2], q.shape[-1], q.dim() == 4,
-            None if self.bias is None else _broadcast_strides(self.bias),
-            None if self.mask is None else _broadcast_strides(self.mask),
-            self.alibi_slopes is not None,
-            None if self.cos is None else (self.cos.stride(0), self.sin.stride(0)),
-            min(self.window_left, self.window_right) < UNBOUNDED,
-            self.dropout_p, self.sequence_ids is not None, self.scale,
-        )  # fmt: skip
-
-
-class Traits(NamedTuple):
-    """What a launch's plans depend on, beside the strides of q, k and v. One value for all batches of a model."""
-
-    arch: str
-    dtype: torch.dtype
-    heads: int
-    kv_heads: int
-    head_dim: int
-    padded: bool
-    bias: tuple[int, ...] | None  # strides
-    mask: tuple[int, ...] | None
-    alibi: bool
-    rotary: tuple[int, int] | None
-    window: bool
-    dropout_p: float
-    ids: bool
-    scale: float
-
-    def of_config(self) -> frozenset[str]:
-        """What `attention_config` has to know."""
-        modifiers = sum(map(bool, (self.bias, self.mask, self.alibi, self.window, self.rotary)))
-        has = {
-            "modified": modifiers > 0, "many": modifiers > 2, "dropout": self.dropout_p > 0.0,
-            "grouped": self.heads > self.kv_heads,
-        }  # fmt: skip
-        return frozenset(trait for trait, present in has.items() if present)
-
-    def is_plain(self) -> bool:
-        """Whether the kernels of `_attention_short.py` take it: packed, unmodified scores, a key head a query head."""
-        return not self.padded and self.of_config() <= {"dropout"}
-
-
-def _broadcast_strides(t: Tensor) -> tuple[int, ...]:
-    """Strides of bias or mask [B, H, Sq, Sk]: a dimension of one is shared by all sequences or heads.
-
-    One column has the stride of many, since Triton compiles anew for a stride of one.
-    """
-    steps = [0 if n == 1 else step for n, step in zip(t.shape, t.stride(), strict=True)]
-    return *steps[:3], 1 if t.shape[3] == 1 else steps[3]
-
-
-def _row_strides(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, ...]:
-    """Strides of sequence, token and head of each; packed tensors have no sequence stride: cu_seqlens says where."""
-    of_q, of_k, of_v = q.stride(), k.stride(), v.stride()
-    if len(of_q) == 4:
-        return *of_q[:3], *of_k[:3], *of_v[:3]
-    return 0, *of_q[:2], 0, *of_k[:2], 0, *of_v[:2]
-
-
-# the tensors and numbers of a call, as the kernels name them
-_INPUTS = "q_ptr k_ptr v_ptr spans_q_ptr spans_k_ptr"
-_MODIFIERS = "bias_ptr mask_ptr slopes_ptr cos_ptr sin_ptr seed_ptr sequence_ids_ptr"
-_DROPOUT = "seed_ptr sequence_ids_ptr"
-_WINDOW = "window_left window_right"
 _STRIDES = tuple(f"stride_{name}{axis}" for name in "qkv" for axis in "bth")
 
 
@@ -186,34 +83,38 @@ def forward_plans(config_of: Callable, traits: Traits, strides: tuple[int, ...])
         for direction in ("fwd", "fwd_heads" if plain else "fwd_short", "fwd_tile")
     )
     of_tile = of_tile if plain else None
-    full, plain_tensors = (f"{_INPUTS} schedule_ptr {options} o_ptr lse_ptr" for options in (_MODIFIERS, _DROPOUT))
+    full, plain_tensors = (
+        f"{Sequences.NAMES} {Tiles.NAMES} {options} o_ptr lse_ptr"
+        for options in (Options.NAMES, Options.NAMES_OF_DROPOUT)
+    )
     numbers = "first_entry width_q stream_id"
-    loop = _plan(_attention_fwd_kernel, full, f"{numbers} {_WINDOW}", config, traits, strides, TILE=TILE)
+    loop = _plan(_attention_fwd_kernel, full, f"{numbers} {Options.WINDOW}", config, traits, strides, TILE=TILE)
     tile = short = None
     if of_tile:
         tile = _plan(_attention_fwd_tile_kernel, plain_tensors, numbers, of_tile, traits, strides, TILE=TILE)
     if of_short and plain:
         short = _plan(_attention_fwd_heads_kernel, plain_tensors, numbers, of_short, traits, strides, TILE=SHORT)
     elif of_short:
-        short = _plan(_attention_fwd_kernel, full, f"{numbers} {_WINDOW}", of_short, traits, strides, TILE=SHORT)
+        short = _plan(_attention_fwd_kernel, full, f"{numbers} {Options.WINDOW}", of_short, traits, strides, TILE=SHORT)
     return Forward(loop, TILE // config.block_m * traits.heads, tile, short, plain)
 
 
-def launch_forward(q, k, v, spans_q, spans_k, schedule, parts, *given):
-    """(o, lse). schedule, parts: the entries, and (n_long, n_medium, longest): see `_parts`."""
+def launch_forward(q, k, v, spans_q, spans_k, entries, parts, *given):
+    """(o, lse). The arguments are those of the operator's schema."""
     q, k, v = unit_stride(q, k, v)
     options = Options(*given)
-    plans = forward_plans(attention_config, options.traits(q, k), _row_strides(q, k, v))
-    return run_forward(plans, q, k, v, spans_q, spans_k, schedule, parts, options)
+    plans = forward_plans(attention_config, options.traits(q, k), row_strides(q, k, v))
+    return run_forward(plans, Sequences(q, k, v, spans_q, spans_k), Tiles(entries, parts), options)
 
 
-def run_forward(plans, q, k, v, spans_q, spans_k, schedule, parts, options, known=None):
-    """`launch_forward` by these plans. known: as in `Plan`."""
-    o, lse = forward_outputs(q)
+def run_forward(plans: Forward, sequences: Sequences, tiles: Tiles, options: Options, known: Hashable = None):
+    """(o, lse) by these plans. known: as in `Plan`."""
+    q = sequences.q
+    outputs = forward_outputs(q)
     heads = q.shape[-2]
-    (first_loop, n_loop), (first_tile, n_tile), (first_short, n_short) = _parts(schedule, parts, plans)
+    (first_loop, n_loop), (first_tile, n_tile), (first_short, n_short) = _parts(tiles, plans)
 
-    inputs, outputs = (q, k, v, spans_q, spans_k, schedule), (o, lse)
+    inputs = (*sequences, tiles.entries)
     full = (*inputs, *options.tensors(), *outputs)
     dropout = (*inputs, options.seed, options.sequence_ids, *outputs)
     numbers, window = (q.shape[-3], options.stream), (options.window_left, options.window_right)
@@ -225,21 +126,18 @@ def run_forward(plans, q, k, v, spans_q, spans_k, schedule, parts, options, know
         plans.short((n_short * heads,), dropout, (first_short, *numbers), known=known)
     elif n_short:
         plans.short((n_short * heads,), full, (first_short, *numbers, *window), known=known)
-    return o, lse
+    return outputs
 
 
-def _parts(
-    schedule: Tensor, parts: tuple[int, int, int], plans: Forward | Backward
-) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+def _parts(tiles: Tiles, plans: Forward | Backward) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
     """(first entry, entries) for the kernels with loops, the kernel for a tile, and the one for short sequences.
 
-    parts: entries in the long and in the medium part of the list, and a bound for the longest sequence. Every entry is
-    one kernel's: where short sequences have none of their own, the kernel for a tile takes them, and where there is
-    neither, the kernels with loops do. Nothing is launched for a part without entries, or where the bound says that all
-    of them are surplus.
+    Every entry is one kernel's: where short sequences have none of their own, the kernel for a tile takes them, and
+    where there is neither, the kernels with loops do. Nothing is launched for a part without entries, or where the
+    bound says that all of them are surplus.
     """
-    n_long, n_medium, longest = parts
-    first_short, end = n_long + n_medium, schedule.shape[0]
+    n_long, n_medium, longest = tiles.parts
+    first_short, end = n_long + n_medium, tiles.entries.shape[0]
     end_tile = end if plans.short is None else first_short
     end_loop = end_tile if plans.tile is None else n_long
     # sequences that are not there need no programs: nor do the entries before those of the longest that may be there
@@ -287,71 +185,79 @@ def backward_plans(
     of_tile = of_tile if plain else None
     loop = {"TILE": TILE, "HAS_DLSE": has_dlse}
     loop |= dict(zip(("stride_dq", "stride_dkv"), gradient_strides, strict=True))
-    inputs, saved = f"{_INPUTS} schedule_ptr {_MODIFIERS}", "o_ptr lse_ptr do_ptr dlse_ptr"
+    of_pass = f"{Sequences.NAMES} {Tiles.NAMES}"
+    inputs = f"{of_pass} {Options.NAMES}"
     of_q, of_k = "first_entry width_q stream_id", "first_entry width_q width_k stream_id"
 
     def plan(kernel, tensors, numbers, config, **more):
         return _plan(kernel, tensors, numbers, config, traits, strides, **{**loop, **more})
 
-    dq = plan(_attention_bwd_dq_kernel, f"{inputs} {saved} dq_ptr delta_ptr", f"{of_q} {_WINDOW}", of_dq)
+    dq = plan(_attention_bwd_dq_kernel, f"{inputs} {Saved.NAMES} dq_ptr delta_ptr", f"{of_q} {Options.WINDOW}", of_dq)
     dkv = plan(
-        _attention_bwd_dkv_kernel, f"{inputs} lse_ptr do_ptr delta_ptr dk_ptr dv_ptr", f"{of_k} {_WINDOW}", of_dkv
-    )
+        _attention_bwd_dkv_kernel, f"{inputs} lse_ptr do_ptr delta_ptr dk_ptr dv_ptr", f"{of_k} {Options.WINDOW}",
+        of_dkv,
+    )  # fmt: skip
     tile = short = None
-    plain_tensors = f"{_INPUTS} schedule_ptr {_DROPOUT} {saved} dq_ptr dk_ptr dv_ptr"
+    plain_tensors = f"{of_pass} {Options.NAMES_OF_DROPOUT} {Saved.NAMES} dq_ptr dk_ptr dv_ptr"
     if of_tile:
         tile = plan(_attention_bwd_tile_kernel, plain_tensors, of_q, of_tile)
     if of_short and plain:
         short = plan(_attention_bwd_heads_kernel, plain_tensors, of_q, of_short, TILE=SHORT)
     elif of_short:
-        tensors = f"{inputs} {saved} dq_ptr dk_ptr dv_ptr delta_ptr"
-        short = plan(_attention_bwd_short_kernel, tensors, f"{of_k} {_WINDOW}", of_short, TILE=SHORT)
+        tensors = f"{inputs} {Saved.NAMES} dq_ptr dk_ptr dv_ptr delta_ptr"
+        short = plan(_attention_bwd_short_kernel, tensors, f"{of_k} {Options.WINDOW}", of_short, TILE=SHORT)
     return Backward(
         dq, TILE // of_dq.block_m * traits.heads, dkv, TILE // of_dkv.block_n * traits.kv_heads, tile, short, plain
     )
 
 
 def launch_backward(
-    do, dlse, o, lse, q, k, v, spans_q, spans_k, schedule_q, schedule_k, parts_q, parts_k, *given, into=None
+    do, dlse, o, lse, q, k, v, spans_q, spans_k, entries_q, entries_k, parts_q, parts_k, *given, into=None
 ):  # fmt: skip
-    """(dq, dk, dv, delta). into: these, to write to, of heads that are contiguous and tokens at any distance, the same
-    one for dk and dv; padded, sequences next to each other. By default new ones."""
+    """(dq, dk, dv, delta). The arguments are those of the operator's schema, and:
+
+    into: tensors to write to, of heads that are contiguous and tokens at any distance, the same one for dk and dv;
+        padded, sequences next to each other. By default new ones.
+    """
     outputs = backward_outputs(do, dlse, o, lse, q, k, v) if into is None else into
-    do, dlse = do.contiguous(), None if dlse is None else dlse.contiguous()
+    saved = Saved(o, lse, do.contiguous(), None if dlse is None else dlse.contiguous())
     q, k, v = unit_stride(q, k, v)
     options = Options(*given)
     plans = backward_plans(
-        attention_config, options.traits(q, k), _row_strides(q, k, v),
+        attention_config, options.traits(q, k), row_strides(q, k, v),
         (outputs[0].stride(-3), outputs[1].stride(-3)), dlse is not None,
     )  # fmt: skip
-    lists = schedule_q, schedule_k, parts_q, parts_k
-    return run_backward(plans, outputs, do, dlse, o, lse, q, k, v, spans_q, spans_k, *lists, options)
+    tiles_q = Tiles(entries_q, parts_q)
+    tiles_k = tiles_q if entries_k is entries_q else Tiles(entries_k, parts_k)
+    return run_backward(plans, outputs, saved, Sequences(q, k, v, spans_q, spans_k), tiles_q, tiles_k, options)
 
 
 def run_backward(
-    plans, outputs, do, dlse, o, lse, q, k, v, spans_q, spans_k, schedule_q, schedule_k, parts_q, parts_k, options,
-    known=None,
+    plans: Backward, outputs: tuple[Tensor, ...], saved: Saved, sequences: Sequences, tiles_q: Tiles, tiles_k: Tiles,
+    options: Options, known: Hashable = None,
 ):  # fmt: skip
-    """`launch_backward` by these plans. known: as in `Plan`."""
+    """(dq, dk, dv, delta) = outputs by these plans. tiles_k: tiles_q itself where one list serves rows and keys, as in
+    self-attention. known: as in `Plan`."""
     dq, dk, dv, delta = outputs
+    q, k = sequences.q, sequences.k
     heads, kv_heads = q.shape[-2], k.shape[-2]
-    (first_q, n_loop_q), (first_tile, n_tile), (first_short, n_short) = _parts(schedule_q, parts_q, plans)
-    # in self-attention one list serves rows and keys
-    first_k, n_loop_k = (first_q, n_loop_q) if schedule_k is schedule_q else _parts(schedule_k, parts_k, plans)[0]
+    (first_q, n_loop_q), (first_tile, n_tile), (first_short, n_short) = _parts(tiles_q, plans)
+    first_k, n_loop_k = (first_q, n_loop_q) if tiles_k is tiles_q else _parts(tiles_k, plans)[0]
 
-    inputs, modifiers, saved = (q, k, v, spans_q, spans_k), options.tensors(), (o, lse, do, dlse)
+    inputs, modifiers = (*sequences, tiles_q.entries), options.tensors()
     width_q, width_k, stream = q.shape[-3], k.shape[-3], options.stream
     window = options.window_left, options.window_right
-    plain = (*inputs, schedule_q, options.seed, options.sequence_ids, *saved, dq, dk, dv)
+    plain = (*inputs, options.seed, options.sequence_ids, *saved, dq, dk, dv)
     # dq before dk and dv: it also writes delta, which they read
     if n_loop_q:
         plans.dq(
-            (n_loop_q * plans.dq_programs,), (*inputs, schedule_q, *modifiers, *saved, dq, delta),
+            (n_loop_q * plans.dq_programs,), (*inputs, *modifiers, *saved, dq, delta),
             (first_q, width_q, stream, *window), known=known,
         )  # fmt: skip
     if n_loop_k:
         plans.dkv(
-            (n_loop_k * plans.dkv_programs,), (*inputs, schedule_k, *modifiers, lse, do, delta, dk, dv),
+            (n_loop_k * plans.dkv_programs,),
+            (*sequences, tiles_k.entries, *modifiers, saved.lse, saved.do, delta, dk, dv),
             (first_k, width_q, width_k, stream, *window), known=known,
         )  # fmt: skip
     if n_tile:
@@ -360,7 +266,7 @@ def run_backward(
         plans.short((n_short * kv_heads,), plain, (first_short, width_q, stream), known=known)
     elif n_short:
         plans.short(
-            (n_short * kv_heads,), (*inputs, schedule_q, *modifiers, *saved, dq, dk, dv, delta),
+            (n_short * kv_heads,), (*inputs, *modifiers, *saved, dq, dk, dv, delta),
             (first_short, width_q, width_k, stream, *window), known=known,
         )  # fmt: skip
     return outputs
@@ -377,24 +283,26 @@ def backward_outputs(do, dlse, o, lse, q, k, v, *_):
 @functools.lru_cache(1024)
 def _bias_plan(config: AttentionConfig, traits: Traits, strides: tuple[int, ...], of: tuple[bool, bool]) -> Plan:
     return _plan(
-        _attention_bwd_bias_kernel, f"{_INPUTS} {_MODIFIERS} lse_ptr do_ptr delta_ptr dbias_ptr",
-        f"width_q stream_id {_WINDOW} bias_rows bias_cols batch", config, traits, strides,
+        _attention_bwd_bias_kernel, f"{Sequences.NAMES} {Options.NAMES} lse_ptr do_ptr delta_ptr dbias_ptr",
+        f"width_q stream_id {Options.WINDOW} bias_rows bias_cols batch", config, traits, strides,
         OF_BATCH=of[0], OF_HEADS=of[1],
     )  # fmt: skip
 
 
 def launch_backward_bias(do, lse, delta, q, k, v, spans_q, spans_k, *given):
+    """dbias. The arguments are those of the operator's schema."""
     options = Options(*given)
     dbias = options.bias.new_empty(options.bias.shape)
     if dbias.numel() == 0:
         return dbias
     q, k, v = unit_stride(q, k, v)
+    batch = spans_q.shape[0] if q.dim() == 4 else spans_q.shape[0] - 1
     planes_b, planes_h, rows, cols = dbias.shape
     traits = options.traits(q, k)
     config = attention_config(traits.head_dim, traits.dtype, traits.arch, "bwd_bias", traits.of_config())
-    _bias_plan(config, traits, _row_strides(q, k, v), (planes_b == 1, planes_h == 1))(
+    _bias_plan(config, traits, row_strides(q, k, v), (planes_b == 1, planes_h == 1))(
         (planes_b * planes_h * cdiv(rows, config.block_m) * cdiv(cols, config.block_n),),
         (q, k, v, spans_q, spans_k, *options.tensors(), lse, do.contiguous(), delta, dbias),
-        (q.shape[-3], options.stream, options.window_left, options.window_right, rows, cols, _batch(q, spans_q)),
+        (q.shape[-3], options.stream, options.window_left, options.window_right, rows, cols, batch),
     )
     return dbias

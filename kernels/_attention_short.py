@@ -10,12 +10,16 @@ then computed transposed as well, as k^T ds, with ds on the right: ds^T on the l
 product's result, which compilers for sm_90 have got wrong (LOG.md, "The assembler").
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from ._attention_fwd import (
+from ._attention_common import (
     LN_2,
     RUNTIME_INTS,
+    Dropout,
+    Head,
     _dot,
     _dropout_keys,
     _load_lse_log2,
@@ -29,6 +33,14 @@ from ._attention_fwd import (
 from ._random_triton import _keep_mask
 
 
+class Slots(NamedTuple):
+    """The head of each slot [BLOCK] of a block, its row within the sequence, and whether there is one."""
+
+    heads: Any
+    rows: Any
+    exists: Any
+
+
 @triton.jit
 def _stacked_heads(length_q, length_k, index, BLOCK: tl.constexpr):
     """(head, row within the sequence) of each slot [BLOCK] of the program `index` of a sequence."""
@@ -40,58 +52,51 @@ def _stacked_heads(length_q, length_k, index, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _load_slots(
-    ptr, start, heads, rows, exists, stride_t, stride_h, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
-):  # fmt: skip
-    """[BLOCK, BLOCK_D], zero where a slot or column does not exist."""
+def _load_slots(ptr, start, slots, stride_t, stride_h, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[BLOCK, BLOCK_D] of [T, H, D], zero where a slot or column does not exist."""
     offs_d = tl.arange(0, BLOCK_D)
     ptrs = (
         ptr
         + start * stride_t
-        + (rows.to(tl.int64) * stride_t + heads.to(tl.int64) * stride_h)[:, None]
+        + (slots.rows.to(tl.int64) * stride_t + slots.heads.to(tl.int64) * stride_h)[:, None]
         + offs_d[None, :]
     )
-    mask = exists[:, None]
+    mask = slots.exists[:, None]
     if HEAD_DIM < BLOCK_D:
         mask = mask & (offs_d < HEAD_DIM)[None, :]
     return tl.load(ptrs, mask=mask, other=0.0)
 
 
 @triton.jit
-def _load_contiguous(
-    ptr, start, heads, rows, exists, n_heads, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
-):  # fmt: skip
+def _load_contiguous(ptr, start, slots, n_heads, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """`_load_slots` of contiguous [T, H, D]."""
     offs_d = tl.arange(0, BLOCK_D)
-    ptrs = ptr + start * n_heads * HEAD_DIM + ((rows * n_heads + heads) * HEAD_DIM)[:, None] + offs_d[None, :]
-    mask = exists[:, None]
+    ptr += start * n_heads * HEAD_DIM
+    ptrs = ptr + ((slots.rows * n_heads + slots.heads) * HEAD_DIM)[:, None] + offs_d[None, :]
+    mask = slots.exists[:, None]
     if HEAD_DIM < BLOCK_D:
         mask = mask & (offs_d < HEAD_DIM)[None, :]
     return tl.load(ptrs, mask=mask, other=0.0)
 
 
 @triton.jit
-def _store_slots(
-    ptr, x, start, heads, rows, exists, stride_t, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
-):  # fmt: skip
+def _store_slots(ptr, x, start, slots, stride_t, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """The counterpart of `_load_slots` for [T, H, D] whose heads are contiguous and whose tokens lie stride_t apart."""
     offs_d = tl.arange(0, BLOCK_D)
     # a block spans less than 2^31 elements
-    ptrs = ptr + start * stride_t + (rows * stride_t + heads * HEAD_DIM)[:, None] + offs_d[None, :]
-    mask = exists[:, None]
+    ptrs = ptr + start * stride_t + (slots.rows * stride_t + slots.heads * HEAD_DIM)[:, None] + offs_d[None, :]
+    mask = slots.exists[:, None]
     if HEAD_DIM < BLOCK_D:
         mask = mask & (offs_d < HEAD_DIM)[None, :]
     tl.store(ptrs, x.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _store_slot_columns(
-    ptr, x, start, heads, rows, exists, stride_t, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
-):  # fmt: skip
+def _store_slot_columns(ptr, x, start, slots, stride_t, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """`_store_slots` of x [BLOCK_D, BLOCK], whose columns are the slots."""
     offs_d = tl.arange(0, BLOCK_D)
-    ptrs = ptr + start * stride_t + (rows * stride_t + heads * HEAD_DIM)[None, :] + offs_d[:, None]
-    mask = exists[None, :]
+    ptrs = ptr + start * stride_t + (slots.rows * stride_t + slots.heads * HEAD_DIM)[None, :] + offs_d[:, None]
+    mask = slots.exists[None, :]
     if HEAD_DIM < BLOCK_D:
         mask = mask & (offs_d < HEAD_DIM)[:, None]
     tl.store(ptrs, x.to(ptr.dtype.element_ty), mask=mask)
@@ -135,24 +140,24 @@ def _attention_fwd_heads_kernel(
     heads, rows = _stacked_heads(length_q, length_k, index, BLOCK_M)
     if tl.min(heads) >= n_heads:
         return
-    is_row = (rows < length_q) & (heads < n_heads)
-    is_key = (rows < length_k) & (heads < n_heads)
+    of_q = Slots(heads, rows, (rows < length_q) & (heads < n_heads))
+    of_k = Slots(heads, rows, (rows < length_k) & (heads < n_heads))
 
-    q = _load_slots(q_ptr, start_q, heads, rows, is_row, stride_qt, stride_qh, HEAD_DIM, BLOCK_D)
-    k = _load_slots(k_ptr, start_k, heads, rows, is_key, stride_kt, stride_kh, HEAD_DIM, BLOCK_D)
-    v = _load_slots(v_ptr, start_k, heads, rows, is_key, stride_vt, stride_vh, HEAD_DIM, BLOCK_D)
+    q = _load_slots(q_ptr, start_q, of_q, stride_qt, stride_qh, HEAD_DIM, BLOCK_D)
+    k = _load_slots(k_ptr, start_k, of_k, stride_kt, stride_kh, HEAD_DIM, BLOCK_D)
+    v = _load_slots(v_ptr, start_k, of_k, stride_vt, stride_vh, HEAD_DIM, BLOCK_D)
 
     qk = _dot(q, tl.trans(k), None, PRECISION)  # [BLOCK_M, BLOCK_N]
-    qk = tl.where((heads[:, None] == heads[None, :]) & is_key[None, :], qk, float("-inf"))
+    qk = tl.where((heads[:, None] == heads[None, :]) & of_k.exists[None, :], qk, float("-inf"))
     keys = rows
     if HAS_DROPOUT:
-        keys = _dropout_keys(seed_ptr, stream_id, heads, sequence_ids_ptr, sequence, rows, HAS_IDS)
+        keys = _dropout_keys(Dropout(seed_ptr, stream_id, sequence_ids_ptr), heads, sequence, rows, HAS_IDS)
     o, lse = _softmax_product(
         qk, v, keys[:, None], rows[None, :], scale_log2, keep_scale, threshold, HAS_DROPOUT, PRECISION
     )
 
-    _store_slots(o_ptr, o, start_q, heads, rows, is_row, n_heads * HEAD_DIM, HEAD_DIM, BLOCK_D)
-    tl.store(lse_ptr + heads.to(tl.int64) * width_q + start_q + rows, lse, mask=is_row)
+    _store_slots(o_ptr, o, start_q, of_q, n_heads * HEAD_DIM, HEAD_DIM, BLOCK_D)
+    tl.store(lse_ptr + heads.to(tl.int64) * width_q + start_q + rows, lse, mask=of_q.exists)
 
 
 @triton.jit(do_not_specialize=RUNTIME_INTS)
@@ -174,27 +179,27 @@ def _attention_fwd_tile_kernel(
     start_q, length_q = _span(spans_q_ptr, sequence, False)
     start_k, length_k = _span(spans_k_ptr, sequence, False)
     h = head.to(tl.int64)
-    q_ptr += start_q * stride_qt + h * stride_qh
+    q_head = Head(q_ptr + (start_q * stride_qt + h * stride_qh), length_q, stride_qt)
     stride_ot = n_heads * HEAD_DIM
-    o_ptr += start_q * stride_ot + h * HEAD_DIM
+    o_head = Head(o_ptr + (start_q * stride_ot + h * HEAD_DIM), length_q, stride_ot)
     lse_ptr += h * width_q + start_q
 
     cols = tl.arange(0, BLOCK_N)
-    k_ptr += start_k * stride_kt + h * stride_kh
-    v_ptr += start_k * stride_vt + h * stride_vh
-    k = _load_rows(k_ptr, cols, length_k, stride_kt, HEAD_DIM, BLOCK_D, False, True)
-    v = _load_rows(v_ptr, cols, length_k, stride_vt, HEAD_DIM, BLOCK_D, False, True)
+    k_head = Head(k_ptr + (start_k * stride_kt + h * stride_kh), length_k, stride_kt)
+    v_head = Head(v_ptr + (start_k * stride_vt + h * stride_vh), length_k, stride_vt)
+    k = _load_rows(k_head, cols, HEAD_DIM, BLOCK_D, False, True)
+    v = _load_rows(v_head, cols, HEAD_DIM, BLOCK_D, False, True)
     for first_row in tl.range(0, length_q, BLOCK_M):
         rows = first_row + tl.arange(0, BLOCK_M)
-        q = _load_rows(q_ptr, rows, length_q, stride_qt, HEAD_DIM, BLOCK_D, False, True)
+        q = _load_rows(q_head, rows, HEAD_DIM, BLOCK_D, False, True)
         keys = rows
         if HAS_DROPOUT:
-            keys = _dropout_keys(seed_ptr, stream_id, h, sequence_ids_ptr, sequence, rows, HAS_IDS)
+            keys = _dropout_keys(Dropout(seed_ptr, stream_id, sequence_ids_ptr), h, sequence, rows, HAS_IDS)
         qk = tl.where((cols < length_k)[None, :], _dot(q, tl.trans(k), None, PRECISION), float("-inf"))
         o, lse = _softmax_product(
             qk, v, keys[:, None], cols[None, :], scale_log2, keep_scale, threshold, HAS_DROPOUT, PRECISION
         )
-        _store_rows(o_ptr, o, rows, length_q, stride_ot, HEAD_DIM, BLOCK_D, False)
+        _store_rows(o_head, o, rows, HEAD_DIM, BLOCK_D, False)
         tl.store(lse_ptr + rows, lse, mask=rows < length_q)
 
 
@@ -220,39 +225,39 @@ def _attention_bwd_heads_kernel(
     heads, rows = _stacked_heads(length_q, length_k, index, BLOCK_M)
     if tl.min(heads) >= n_heads:
         return
-    is_row = (rows < length_q) & (heads < n_heads)
-    is_key = (rows < length_k) & (heads < n_heads)
+    of_q = Slots(heads, rows, (rows < length_q) & (heads < n_heads))
+    of_k = Slots(heads, rows, (rows < length_k) & (heads < n_heads))
 
-    do = _load_contiguous(do_ptr, start_q, heads, rows, is_row, n_heads, HEAD_DIM, BLOCK_D)
-    o = _load_contiguous(o_ptr, start_q, heads, rows, is_row, n_heads, HEAD_DIM, BLOCK_D)
+    do = _load_contiguous(do_ptr, start_q, of_q, n_heads, HEAD_DIM, BLOCK_D)
+    o = _load_contiguous(o_ptr, start_q, of_q, n_heads, HEAD_DIM, BLOCK_D)
     lse_offs = heads.to(tl.int64) * width_q + start_q + rows
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     if HAS_DLSE:
-        delta -= tl.load(dlse_ptr + lse_offs, mask=is_row, other=0.0)
-    lse_log2 = _lse_log2(tl.load(lse_ptr + lse_offs, mask=is_row, other=float("inf")))
-    q = _load_slots(q_ptr, start_q, heads, rows, is_row, stride_qt, stride_qh, HEAD_DIM, BLOCK_D)
-    k = _load_slots(k_ptr, start_k, heads, rows, is_key, stride_kt, stride_kh, HEAD_DIM, BLOCK_D)
-    v = _load_slots(v_ptr, start_k, heads, rows, is_key, stride_vt, stride_vh, HEAD_DIM, BLOCK_D)
+        delta -= tl.load(dlse_ptr + lse_offs, mask=of_q.exists, other=0.0)
+    lse_log2 = _lse_log2(tl.load(lse_ptr + lse_offs, mask=of_q.exists, other=float("inf")))
+    q = _load_slots(q_ptr, start_q, of_q, stride_qt, stride_qh, HEAD_DIM, BLOCK_D)
+    k = _load_slots(k_ptr, start_k, of_k, stride_kt, stride_kh, HEAD_DIM, BLOCK_D)
+    v = _load_slots(v_ptr, start_k, of_k, stride_vt, stride_vh, HEAD_DIM, BLOCK_D)
 
     # dv before dp, dq before dk: fewest registers
     qk = _dot(k, tl.trans(q), None, PRECISION)  # [BLOCK_N, BLOCK_M]
-    qk = tl.where((heads[:, None] == heads[None, :]) & is_key[:, None], qk, float("-inf"))
+    qk = tl.where((heads[:, None] == heads[None, :]) & of_k.exists[:, None], qk, float("-inf"))
     p = tl.exp2(qk * scale_log2 - lse_log2[None, :])
     kept = p
     if HAS_DROPOUT:
-        keys = _dropout_keys(seed_ptr, stream_id, heads, sequence_ids_ptr, sequence, rows, HAS_IDS)
+        keys = _dropout_keys(Dropout(seed_ptr, stream_id, sequence_ids_ptr), heads, sequence, rows, HAS_IDS)
         keep = _keep_mask(keys[None, :], rows[:, None], threshold)
         kept = tl.where(keep, p, 0.0)
     dv = _dot(kept.to(do.dtype), do, None, PRECISION) * keep_scale
-    _store_slots(dv_ptr, dv, start_k, heads, rows, is_key, stride_dkv, HEAD_DIM, BLOCK_D)
+    _store_slots(dv_ptr, dv, start_k, of_k, stride_dkv, HEAD_DIM, BLOCK_D)
     dp = _dot(v, tl.trans(do), None, PRECISION)
     if HAS_DROPOUT:
         dp = tl.where(keep, dp * keep_scale, 0.0)
     ds = (p * (dp - delta[None, :])).to(q.dtype)
     dq = _dot(tl.trans(k), ds, None, PRECISION) * scale  # [BLOCK_D, BLOCK_M]
-    _store_slot_columns(dq_ptr, dq, start_q, heads, rows, is_row, stride_dq, HEAD_DIM, BLOCK_D)
+    _store_slot_columns(dq_ptr, dq, start_q, of_q, stride_dq, HEAD_DIM, BLOCK_D)
     dk = _dot(ds, q, None, PRECISION) * scale
-    _store_slots(dk_ptr, dk, start_k, heads, rows, is_key, stride_dkv, HEAD_DIM, BLOCK_D)
+    _store_slots(dk_ptr, dk, start_k, of_k, stride_dkv, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=RUNTIME_INTS)
@@ -275,23 +280,23 @@ def _attention_bwd_tile_kernel(
     start_q, length_q = _span(spans_q_ptr, sequence, False)
     start_k, length_k = _span(spans_k_ptr, sequence, False)
     h = head.to(tl.int64)
-    q_ptr += start_q * stride_qt + h * stride_qh
+    q_head = Head(q_ptr + (start_q * stride_qt + h * stride_qh), length_q, stride_qt)
     stride_ot = n_heads * HEAD_DIM
     o_origin, lse_origin = start_q * stride_ot + h * HEAD_DIM, h * width_q + start_q
     dq_origin = start_q * stride_dq + h * HEAD_DIM
 
     cols = tl.arange(0, BLOCK_N)
-    k_ptr += start_k * stride_kt + h * stride_kh
-    v_ptr += start_k * stride_vt + h * stride_vh
-    k = _load_rows(k_ptr, cols, length_k, stride_kt, HEAD_DIM, BLOCK_D, False, True)
-    v = _load_rows(v_ptr, cols, length_k, stride_vt, HEAD_DIM, BLOCK_D, False, True)
+    k_head = Head(k_ptr + (start_k * stride_kt + h * stride_kh), length_k, stride_kt)
+    v_head = Head(v_ptr + (start_k * stride_vt + h * stride_vh), length_k, stride_vt)
+    k = _load_rows(k_head, cols, HEAD_DIM, BLOCK_D, False, True)
+    v = _load_rows(v_head, cols, HEAD_DIM, BLOCK_D, False, True)
     dk = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     for first_row in tl.range(0, length_q, BLOCK_M):
         rows = first_row + tl.arange(0, BLOCK_M)
-        q = _load_rows(q_ptr, rows, length_q, stride_qt, HEAD_DIM, BLOCK_D, False, True)
-        do = _load_rows(do_ptr + o_origin, rows, length_q, stride_ot, HEAD_DIM, BLOCK_D, False, True)
-        o = _load_rows(o_ptr + o_origin, rows, length_q, stride_ot, HEAD_DIM, BLOCK_D, False, True)
+        q = _load_rows(q_head, rows, HEAD_DIM, BLOCK_D, False, True)
+        do = _load_rows(Head(do_ptr + o_origin, length_q, stride_ot), rows, HEAD_DIM, BLOCK_D, False, True)
+        o = _load_rows(Head(o_ptr + o_origin, length_q, stride_ot), rows, HEAD_DIM, BLOCK_D, False, True)
         delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
         if HAS_DLSE:
             delta -= tl.load(dlse_ptr + lse_origin + rows, mask=rows < length_q, other=0.0)
@@ -303,7 +308,7 @@ def _attention_bwd_tile_kernel(
         p = tl.where((cols < length_k)[:, None], p, 0.0)
         kept = p
         if HAS_DROPOUT:
-            keys = _dropout_keys(seed_ptr, stream_id, h, sequence_ids_ptr, sequence, rows, HAS_IDS)
+            keys = _dropout_keys(Dropout(seed_ptr, stream_id, sequence_ids_ptr), h, sequence, rows, HAS_IDS)
             keep = _keep_mask(keys[None, :], cols[:, None], threshold)
             kept = tl.where(keep, p, 0.0)
         dv = _dot(kept.to(do.dtype), do, dv, PRECISION)
@@ -314,8 +319,8 @@ def _attention_bwd_tile_kernel(
         # every key is here, so a row's dq is whole
         dq = _dot(tl.trans(k), ds, None, PRECISION) * scale  # [BLOCK_D, BLOCK_M]
         dk = _dot(ds, q, dk, PRECISION)
-        _store_columns(dq_ptr + dq_origin, dq, rows, length_q, stride_dq, HEAD_DIM, BLOCK_D)
+        _store_columns(Head(dq_ptr + dq_origin, length_q, stride_dq), dq, rows, HEAD_DIM, BLOCK_D)
 
     origin = start_k * stride_dkv + h * HEAD_DIM
-    _store_rows(dk_ptr + origin, dk * scale, cols, length_k, stride_dkv, HEAD_DIM, BLOCK_D, False)
-    _store_rows(dv_ptr + origin, dv * keep_scale, cols, length_k, stride_dkv, HEAD_DIM, BLOCK_D, False)
+    _store_rows(Head(dk_ptr + origin, length_k, stride_dkv), dk * scale, cols, HEAD_DIM, BLOCK_D, False)
+    _store_rows(Head(dv_ptr + origin, length_k, stride_dkv), dv * keep_scale, cols, HEAD_DIM, BLOCK_D, False)

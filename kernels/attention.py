@@ -23,16 +23,16 @@ and is reduced in a fixed order without atomics, so a sequence gets the same bit
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
+from ._attention_arguments import UNBOUNDED, Options, unit_stride
 from ._attention_config import MAX_HEAD_DIM
 from ._attention_launch import (
-    UNBOUNDED,
     backward_outputs,
     forward_outputs,
     launch_backward,
     launch_backward_bias,
     launch_forward,
-    unit_stride,
 )
 from ._attention_schedule import Schedule, attention_schedule
 from ._attention_schedule import attention_entries as attention_entries
@@ -129,10 +129,9 @@ def attention(
     if schedule is None:
         schedule = attention_schedule(cu_seqlens, q.shape[0], cu_seqlens_k)
     longest = UNBOUNDED if max_seqlen is None or max_seqlen_k is None else torch.sym_max(max_seqlen, max_seqlen_k)
-    return _attend(
-        "attention", q, k, v, cu_seqlens, cu_seqlens_k, schedule, longest,
-        bias, mask, alibi_slopes, window, rotary, dropout_p, seed, stream, sequence_ids, scale, return_lse,
-    )  # fmt: skip
+    options = _options(q, bias, mask, alibi_slopes, window, rotary, dropout_p, seed, stream, sequence_ids, scale)
+    o, lse = _attend("attention", q, k, v, cu_seqlens, cu_seqlens_k, schedule, longest, options)
+    return (o, lse) if return_lse else o
 
 
 def attention_padded(
@@ -151,10 +150,10 @@ def attention_padded(
         seqlens = torch.full((batch,), width_q, dtype=torch.int32, device=q.device)
     if schedule is None:
         schedule = attention_schedule(seqlens, width_q, seqlens_k, padded=True)
-    return _attend(
-        "attention_padded", q, k, v, seqlens, seqlens_k, schedule, torch.sym_max(width_q, width_k),
-        bias, mask, alibi_slopes, window, rotary, dropout_p, seed, stream, sequence_ids, scale, return_lse,
-    )  # fmt: skip
+    options = _options(q, bias, mask, alibi_slopes, window, rotary, dropout_p, seed, stream, sequence_ids, scale)
+    longest = torch.sym_max(width_q, width_k)
+    o, lse = _attend("attention_padded", q, k, v, seqlens, seqlens_k, schedule, longest, options)
+    return (o, lse) if return_lse else o
 
 
 def _expect_covering(op, max_seqlen, max_seqlen_k, bias, mask, rotary) -> None:
@@ -168,12 +167,12 @@ def _expect_covering(op, max_seqlen, max_seqlen_k, bias, mask, rotary) -> None:
             raise ValueError(f"{op}: rotary has {[t.shape[0] for t in rotary]} positions, expected {longest}")
 
 
-def _expect_supported(op, q, alibi_slopes, rotary) -> None:
+def _expect_supported(op: str, q: Tensor, options: Options) -> None:
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"{op}: q, k, v must be float32, bfloat16 or float16, got {q.dtype}")
     if q.shape[-1] > MAX_HEAD_DIM:
         raise ValueError(f"{op}: head_dim must be at most {MAX_HEAD_DIM}, got {q.shape[-1]}")
-    for name, tensors in (("alibi_slopes", [alibi_slopes]), ("rotary", rotary or [])):
+    for name, tensors in (("alibi_slopes", [options.alibi_slopes]), ("rotary", [options.cos, options.sin])):
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
             raise ValueError(f"{op}: {name} requires a gradient, which this operator does not give")
 
@@ -191,31 +190,34 @@ def expect_made_for(op, schedule, q, spans_q) -> None:
         )
 
 
-def _attend(
-    op, q, k, v, spans_q, spans_k, schedule, longest,
-    bias, mask, alibi_slopes, window, rotary, dropout_p, seed, stream, sequence_ids, scale, return_lse,
-):  # fmt: skip
-    if torch.is_autocast_enabled(q.device.type) and q.dtype == torch.float32:
-        q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    _expect_supported(op, q, alibi_slopes, rotary)
-    expect_made_for(op, schedule, q, spans_q)
-    if not scale > 0.0:  # the kernels take the greatest product for the greatest score
-        q, scale = q * scale, 1.0
+def _options(
+    q, bias, mask, alibi_slopes, window, rotary, dropout_p, seed, stream, sequence_ids, scale
+) -> Options:  # fmt: skip
+    """What a call of the public functions says, as the operators take it."""
     cos, sin = (None, None) if rotary is None else unit_stride(*rotary)
     # the kernels step freely over rows and heads of tensors and tables, but read lists one entry after another
-    spans_q, spans_k, alibi_slopes, sequence_ids = (
-        None if t is None else t.contiguous() for t in (spans_q, spans_k, alibi_slopes, sequence_ids)
-    )
+    alibi_slopes, sequence_ids = (None if t is None else t.contiguous() for t in (alibi_slopes, sequence_ids))
     left, right = (UNBOUNDED, UNBOUNDED) if window is None else (min(side, UNBOUNDED) for side in window)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return Options(bias, mask, alibi_slopes, cos, sin, seed, sequence_ids, left, right, dropout_p, stream, scale)
 
-    options = (mask, alibi_slopes, cos, sin, seed, sequence_ids, left, right, dropout_p, stream, scale)
-    parts = schedule.parts(longest)
+
+def _attend(
+    op: str, q: Tensor, k: Tensor, v: Tensor, spans_q: Tensor, spans_k: Tensor | None, schedule: Schedule, longest: int,
+    options: Options,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(o, lse). spans_k: None where they are those of q, in self-attention."""
+    if torch.is_autocast_enabled(q.device.type) and q.dtype == torch.float32:
+        q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
+    _expect_supported(op, q, options)
+    expect_made_for(op, schedule, q, spans_q)
+    if not options.scale > 0.0:  # the kernels take the greatest product for the greatest score
+        q, options = q * options.scale, Options(*options[:-1], scale=1.0)
+    spans_q, spans_k = spans_q.contiguous(), None if spans_k is None else spans_k.contiguous()
+    entries, parts, bias = schedule.entries, schedule.parts(longest), options.bias
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, bias)):
-        o, lse = apply(_Attention, q, k, v, bias, spans_q, spans_k, schedule.entries, parts, *options)
-    else:
-        o, lse = _forward_op(q, k, v, spans_q, _first(spans_k, spans_q), schedule.entries, parts, bias, *options)
-    return (o, lse) if return_lse else o
+        return apply(_Attention, q, k, v, bias, spans_q, spans_k, entries, parts, *options[1:])
+    return _forward_op(q, k, v, spans_q, _first(spans_k, spans_q), entries, parts, *options)
 
 
 # ---- for the offline compiler --------------------------------------------------------------------------------

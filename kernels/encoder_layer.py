@@ -35,13 +35,11 @@ import torch
 from torch import Tensor
 
 from . import _attention_launch, _device
+from ._attention_arguments import UNBOUNDED, Options, Saved, Sequences, Tiles, Traits
 from ._attention_config import MAX_HEAD_DIM
 from ._attention_launch import (
-    UNBOUNDED,
     Backward,
     Forward,
-    Options,
-    Traits,
     backward_plans,
     forward_plans,
     run_backward,
@@ -166,7 +164,8 @@ def _forward(x, weights, qkv_weight, qkv_bias, batch: _Batch, options: LayerOpti
     q, k, v = _heads_of(qkv, options.heads)
     spans, entries, parts, seed, row_ids, _, known = batch
     of_attention = _attention_options(batch, options, q.shape[-1])
-    o, lse = run_forward(_plans_of(q, of_attention)[0], q, k, v, spans, spans, entries, parts, of_attention, known)
+    plans, _ = _plans_of(q, of_attention)
+    o, lse = run_forward(plans, Sequences(q, k, v, spans, spans), Tiles(entries, parts), of_attention, known)
     o = o.view(x.shape[0], -1)
 
     out_bias, down_bias = weights.out_bias, weights.down_bias
@@ -256,10 +255,11 @@ def _attention_backward(do, q, k, v, o, lse, batch: _Batch, options: LayerOption
     dqkv = do.new_empty(do.shape[0], 3 * do.shape[1])
     spans, entries, parts, *_, known = batch
     of_attention = _attention_options(batch, options, q.shape[-1])
+    _, plans = _plans_of(q, of_attention)
+    outputs, tiles = (*_heads_of(dqkv, options.heads), torch.empty_like(lse)), Tiles(entries, parts)
     run_backward(
-        _plans_of(q, of_attention)[1], (*_heads_of(dqkv, options.heads), torch.empty_like(lse)), do, None, o, lse, q, k,
-        v, spans, spans, entries, entries, parts, parts, of_attention, known,
-    )  # fmt: skip
+        plans, outputs, Saved(o, lse, do, None), Sequences(q, k, v, spans, spans), tiles, tiles, of_attention, known
+    )
     return dqkv
 
 

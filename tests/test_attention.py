@@ -16,6 +16,7 @@ pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 if WHY_NOT is None:
     from fastbert.kernels import _attention_launch
     from fastbert.kernels import attention as kernels
+    from fastbert.kernels._attention_arguments import UNBOUNDED
 
 
 @pytest.fixture(autouse=True)
@@ -387,7 +388,7 @@ def test_gradients_go_into_one_buffer(variant):
     spans = lengths if padded else cu_seqlens_of([70, 5, 130], DEVICE)
     schedule = kernels.attention_schedule(spans, rows[-1], padded=padded)
     entries, parts = schedule.entries, schedule.parts(130)
-    window = (9, 4) if variant == "window" else (_attention_launch.UNBOUNDED,) * 2
+    window = (9, 4) if variant == "window" else (UNBOUNDED,) * 2
     options = (*(None,) * 7, *window, 0.0, 0, head_dim**-0.5)
     o, lse = _attention_launch.launch_forward(q, k, v, spans, spans, entries, parts, *options)
     given = (torch.randn_like(o), None, o, lse, q, k, v, spans, spans, entries, entries, parts, parts, *options)

@@ -6,19 +6,18 @@ import pytest
 import torch
 
 from fastbert.kernels import _attention_launch as launch
+from fastbert.kernels._attention_arguments import UNBOUNDED, Tiles, Traits
 from fastbert.kernels._attention_config import SHORT, TILE, attention_config
 
 pytestmark = pytest.mark.once
 
 ARCHES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 PARTS = {"long": 5, "medium": 3, "short": 4}  # entries
-BOUNDS = {"long": launch.UNBOUNDED, "medium": TILE, "short": SHORT}  # a bound for the longest sequence
+BOUNDS = {"long": UNBOUNDED, "medium": TILE, "short": SHORT}  # a bound for the longest sequence
 
 
 def plans_of(direction, arch, head_dim, dtype, dropout_p, kv_heads, alibi, padded):
-    traits = launch.Traits(
-        arch, dtype, 4, kv_heads, head_dim, padded, None, None, alibi, None, False, dropout_p, False, 0.125
-    )
+    traits = Traits(arch, dtype, 4, kv_heads, head_dim, padded, None, None, alibi, None, False, dropout_p, False, 0.125)
     strides = (0, 4 * head_dim, head_dim) * 3
     if direction == "forward":
         return launch.forward_plans(attention_config, traits, strides)
@@ -40,7 +39,7 @@ def test_every_entry_is_one_kernels(arch, direction, longest):
         (32, 64, 128, 256), (torch.bfloat16, torch.float32), (0.0, 0.1), (4, 2), (False, True), (False, True)
     ):
         plans = plans_of(direction, arch, head_dim, dtype, dropout_p, kv_heads, alibi, padded)
-        ranges = launch._parts(schedule, (PARTS["long"], PARTS["medium"], BOUNDS[longest]), plans)
+        ranges = launch._parts(Tiles(schedule, (PARTS["long"], PARTS["medium"], BOUNDS[longest])), plans)
         taken = [entry for first, count in ranges for entry in range(first, first + count)]
         assert sorted(taken) == sorted(wanted), (head_dim, dtype, dropout_p, kv_heads, alibi, padded, ranges)
         loop, tile, short = (range(first, first + count) for first, count in ranges)
