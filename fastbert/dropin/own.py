@@ -23,9 +23,9 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 
 from ..inference.snapshot import Snapshot
+from ..inference.weights import HOOKS
 from .forward import Forward
 
-HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 # functions that a library hangs on modules and that look at no tensor's shape: where they come from -> their name
 HARMLESS = {
     "torch.nn.utils.": "",  # a weight computed anew before each call: pruning, weight norm, spectral norm

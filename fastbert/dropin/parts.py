@@ -15,8 +15,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..inference.graphs import CONTAINERS
-from ..inference.weights import JoinedLinears
+from ..inference.weights import CONTAINERS, JoinedLinears
 from ..stack.description import Layer, Part
 from . import facts as table
 from .forward import Forward

@@ -33,6 +33,7 @@ from torch import Tensor
 from .. import functional as F
 from ..packing import PackedBatch
 from .snapshot import Snapshot
+from .weights import CONTAINERS, HOOKS
 
 # P of the buckets. Two an octave: at most a third of a bucket's tokens are there to fill it. The last is what `Encoder`
 # puts into a batch.
@@ -147,10 +148,6 @@ class Recording:
     static: Static
     replay: Replay
     output: Tensor  # [P, C]
-
-
-CONTAINERS = (nn.ModuleList, nn.ModuleDict)  # are never called; a slice of one is in training mode, whatever it was
-HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 def why_not_recorded(root: nn.Module) -> str | None:

@@ -13,6 +13,11 @@ from ..kernels import native
 from ..kernels.cpu import int8 as eight_bits
 from ..kernels.cpu import layouts
 
+# are never called; a slice of one is in training mode, whatever it was
+CONTAINERS = (nn.ModuleList, nn.ModuleDict)
+# where a module keeps its hooks
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
 
 def why_not_int8() -> str | None:
     """Why this machine does not multiply 8-bit integers; None where it does."""

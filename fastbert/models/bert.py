@@ -6,10 +6,8 @@ packed once, every layer sees [T, C], and the output is padded once again if the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ from ..config import BertConfig
 from ..inference.graphs import Graphs, graphs_for, why_not_recorded
 from ..inference.weights import FusedLinears, JoinedLinears, is_untouched
 from ..packing import PackedBatch
-from ..stack.description import Drops, Layer, Part, part_of
+from ..stack.description import Drops, Kept, Layer, Part, part_of
 from ..stack.layer import in_one, in_one_call, is_one_call_ahead, run, run_for_first
 from ..stack.shared import Pass
 from ..stack.steps import multiply, norm_only
@@ -158,7 +156,8 @@ class BertLayer(nn.Module):
         # a layer may be put into evaluation mode by itself
         drops = Drops(probs_p, hidden_p, 0.0, hidden_p) if self.training and shared.seed is not None else Drops()
         walk = run_for_first if first_only else run
-        return walk(x, self.described(shared.impl), drops, shared, self.index, self.training)
+        known = None if shared.layers is None else shared.layers.get(self)
+        return walk(x, known or self.described(shared.impl), drops, shared, self.index, self.training)
 
     def probabilities(self, x: Tensor, shared: Pass) -> Tensor:
         """Attention probabilities [B, H, S, S] of this layer for its input x [T, C], zero at padding. A plain path."""
@@ -190,6 +189,7 @@ class BertModel(nn.Module):
         self.config, self.impl = config, impl
         self.graphs: Graphs | None = None
         self.checkpointing: dict[str, Any] | None = None  # options of torch's checkpoint
+        self._kept = Kept()
         self.embeddings = BertEmbeddings(config)
         layers = [BertLayer(config, index) for index in range(config.num_hidden_layers)]
         self.encoder = nn.ModuleDict({"layer": nn.ModuleList(layers)})
@@ -352,7 +352,9 @@ class BertModel(nn.Module):
     ) -> Tensor:
         """x [T, C] of the last layer, of ids or of inputs_embeds [T, C]; with `first_only` [B, C], zero for a sequence
         without a token. The lists that are given are filled, with states in the shape of the output."""
-        shared = Pass(batch, batch.schedule(self.impl), self.impl)
+        layers = list(self.encoder["layer"])
+        described, plain = (None, ()) if torch.compiler.is_compiling() else self._described()
+        shared = Pass(batch, batch.schedule(self.impl), self.impl, layers=described)
         if self.training and max(self.config.hidden_dropout_prob, self.config.attention_probs_dropout_prob) > 0.0:
             shared = shared.dropping()
 
@@ -364,14 +366,13 @@ class BertModel(nn.Module):
             return x
 
         x = self.embeddings(shared, inputs_embeds)
-        layers = list(self.encoder["layer"])
         # in a graph that torch.compile makes, lengths must not be read on the host, as attention over other keys may;
         # and which way is taken goes by the number of tokens, whose bits differ
         ends_first = first_only and not (torch.compiler.is_compiling() or F.is_batch_invariant())
         ends_first = ends_first and len(layers) > 0 and batch.total_tokens > 0
         if hidden_states is None and attentions is None and not self.training:
             but_last = ends_first and batch.total_tokens > FEW_TOKENS
-            y = in_one_call(x, islice(self._plain_layers(), len(layers) - but_last), shared)
+            y = in_one_call(x, plain[: len(layers) - but_last], shared)
             if y is not None:
                 x, layers, ends_first = y, layers[-1:] if but_last else [], but_last
         for layer in layers[:-1] if ends_first else layers:
@@ -392,10 +393,15 @@ class BertModel(nn.Module):
 
         return checkpoint(layer, x, *others, **self.checkpointing)
 
-    def _plain_layers(self) -> Iterator[Layer | None]:
-        """The layers' descriptions; None of one whose call does more than run the layer."""
-        for layer in self.encoder["layer"]:
-            yield layer.described(self.impl) if part_of(layer, BertLayer).plain else None
+    def _described(self) -> tuple[dict[nn.Module, Layer], list[Layer | None]]:
+        """The layers' descriptions; and, in order, None in place of one whose call does more than run the layer."""
+        encoder, config = self._modules["encoder"], self.config
+        return self._kept.of(encoder, self._describe, self.impl, config.activation, config.head_dim)
+
+    def _describe(self) -> tuple[dict[nn.Module, Layer], list[Layer | None]]:
+        layers = list(self.encoder["layer"])
+        described = {layer: layer.described(self.impl) for layer in layers if isinstance(layer, BertLayer)}
+        return described, [described[layer] if part_of(layer, BertLayer).plain else None for layer in layers]
 
     def takes_in_one_call(self, tokens: int) -> bool:
         """Whether a pass of so many tokens without gradients needs no kernel of the vendor library's."""
@@ -403,7 +409,7 @@ class BertModel(nn.Module):
         return (
             not self.training
             and is_one_call_ahead(size, self.dtype, self.device, self.impl)
-            and in_one(self._plain_layers()) is not None
+            and in_one(self._described()[1]) is not None
         )
 
     def _replayed(self, batch: PackedBatch) -> Tensor | None:

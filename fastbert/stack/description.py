@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import torch.nn as nn
 from torch import Tensor
 
-from ..inference.weights import JoinedLinears, is_untouched
+from ..inference.snapshot import Snapshot
+from ..inference.weights import CONTAINERS, HOOKS, JoinedLinears, is_untouched
 
 
 class Part(NamedTuple):
@@ -94,3 +95,38 @@ class Drops(NamedTuple):
     out: float = 0.0
     inner: float = 0.0
     down: float = 0.0
+
+
+class Kept:
+    """What was made of a module and of all below it, until one of them has other children or hooks, another class or
+    `config`, or a `forward` of its own: all that a description of it depends on."""
+
+    def __init__(self):
+        self._last: _Made | None = None
+
+    def of(self, root: nn.Module, make: Callable[[], Any], *given: Hashable) -> Any:
+        """make(), or what it gave before. given: what else the result depends on."""
+        last = self._last  # another thread may put its own there meanwhile
+        if last is None or not last.is_same(root, given):
+            last = self._last = _Made(root, make, given)
+        return last.value
+
+    def __getstate__(self) -> dict:
+        """A pickled or deep-copied one makes its own."""
+        return {"_last": None}
+
+
+class _Made:
+    def __init__(self, root: nn.Module, make: Callable[[], Any], given: tuple[Hashable, ...]):
+        self.root, self.given = root, given
+        modules = list(root.modules())
+        called = [module.__dict__ for module in modules if type(module) not in CONTAINERS]
+        tables = [module._modules for module in modules if module._modules]
+        tables += [own[name] for own in called for name in HOOKS]
+        tables += [getattr(nn.modules.module, f"_global{name}") for name in HOOKS]
+        places = [(own, name) for own in called for name in ("forward", "config")]
+        self.snapshot = Snapshot(modules, places, tables=tables)
+        self.value = make()
+
+    def is_same(self, root: nn.Module, given: tuple[Hashable, ...]) -> bool:
+        return root is self.root and given == self.given and self.snapshot.is_same()
