@@ -129,7 +129,7 @@ class Results:
     def write(self) -> None:
         if self.path is None:
             return
-        from fastbert.checkpoint import write_atomically
+        from fastbert.storage import write_atomically
 
         with write_atomically(self.path) as temporary:
             temporary.write_text(json.dumps(self.data, indent=1, allow_nan=False) + "\n", encoding="utf-8")

@@ -4,32 +4,30 @@
     module.state_dict() --save_state_dict--> folder
 
 Names follow transformers' BERT; old spellings of the same names are understood. A file is written whole or not at
-all (`write_atomically`). What goes wrong with a checkpoint is a CheckpointError whose message fits one line.
+all (`storage.write_atomically`). What goes wrong with a checkpoint is a CheckpointError whose message fits one line.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import hashlib
 import json
 import os
 import pickle
 import re
-import secrets
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-try:
-    import fcntl
-except ImportError:  # on Windows
-    fcntl = None
+from .storage import CheckpointError as CheckpointError
+from .storage import make_folder as make_folder
+from .storage import read_json as read_json
+from .storage import write_atomically as write_atomically
+from .storage import write_json as write_json
 
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -64,134 +62,6 @@ _LEGACY_ENDINGS = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "Lay
 _NOT_WEIGHTS = ("*embeddings.position_ids", "*embeddings.token_type_ids")  # buffers that old transformers saved
 _SIZE_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _NAMES_IN_A_MESSAGE = 10
-
-
-class CheckpointError(RuntimeError):
-    """A model's files cannot be found, read, written, or do not fit the module. One line, naming the file."""
-
-
-# ---- files -----------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def write_atomically(path: str | os.PathLike) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; when the block ends without an exception, it becomes `path`.
-
-        with write_atomically("vectors.npy") as temporary:
-            np.save(temporary, vectors)
-
-    The temporary file has the same suffix, is synced to disk before it takes the name, and is removed on any
-    exception, KeyboardInterrupt included. One that a killed process left behind is removed by the next that writes
-    `path`. A symbolic link is replaced, not followed.
-    Raises: OSError naming `path` where it cannot be written, or is something other than a regular file.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"cannot write {path}: it is a folder")
-    if path.exists() and not path.is_file():
-        raise OSError(f"cannot write {path}: it is not a regular file")
-    try:
-        temporary, lock = _locked_beside(path)
-    except OSError as error:
-        raise type(error)(f"cannot write {path}: {error.strerror}") from error
-    try:
-        with naming(path):
-            yield temporary
-            _sync(temporary)
-            os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    finally:
-        os.close(lock)
-    _sync(path.parent)
-
-
-@contextlib.contextmanager
-def naming(path: str | os.PathLike) -> Iterator[None]:
-    """An OSError that says there is no room, and not for which file, gets the name of this one."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            error.filename = os.fspath(path)
-        raise
-
-
-def _locked_beside(path: Path) -> tuple[Path, int]:
-    """(a new temporary file beside `path`, the open descriptor that its lock lives as long as).
-
-    Temporary files of `path` that nobody holds a lock on are removed: their process was killed. Windows has no such
-    locks; there they stay.
-    """
-    name = os.fsencode(path.name)
-    # a file's name may have 255 bytes, and the temporary one is longer than `path`
-    stem = path.stem if len(name) <= 200 else hashlib.sha256(name).hexdigest()[:32]
-    if fcntl is not None:
-        ours = re.compile(rf"\.{re.escape(stem)}\.[0-9a-f]{{8}}\.tmp{re.escape(path.suffix)}")
-        for entry in [entry.path for entry in os.scandir(path.parent) if ours.fullmatch(entry.name)]:
-            with contextlib.suppress(OSError):  # somebody else's, or held
-                left = os.open(entry, os.O_WRONLY)
-                try:
-                    fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    os.unlink(entry)
-                finally:
-                    os.close(left)
-    while True:
-        temporary = path.with_name(f".{stem}.{secrets.token_hex(4)}.tmp{path.suffix}")
-        # 0o666 less the umask, as for any new file; tempfile's 0o600 would stay with the result
-        lock = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-        if fcntl is None:
-            return temporary, lock
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        if temporary.exists():  # else another writer took it for left behind, before the lock
-            return temporary, lock
-        os.close(lock)
-
-
-def _sync(path: Path) -> None:
-    if path.is_dir() and os.name == "nt":  # Windows cannot open a folder
-        return
-    # Windows syncs only what is open for writing; POSIX opens a folder only for reading
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises CheckpointError where it is missing or is not one."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.parent} has no {path.name}") from None
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:  # not UTF-8, or not JSON
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, got {type(data).__name__}")
-    return data
-
-
-def write_json(path: Path, data: dict[str, Any]) -> None:
-    """Writes a JSON object as transformers does: two spaces, sorted, a final newline; whole or not at all."""
-    with write_atomically(path) as temporary:
-        temporary.write_text(json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def make_folder(folder: str | os.PathLike) -> Path:
-    """The folder, made with its parents where it does not exist. Raises CheckpointError where that cannot be."""
-    folder = Path(folder).expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        raise CheckpointError(f"cannot save to {folder}: it is a file, not a folder") from None
-    except OSError as error:
-        raise CheckpointError(f"cannot save to {folder}: {error.strerror}") from error
-    return folder
 
 
 # ---- from a name to a folder -----------------------------------------------------------------------------

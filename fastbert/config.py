@@ -8,9 +8,9 @@ from dataclasses import InitVar, dataclass, field, fields
 from typing import Any
 
 from ._moved import renamed
-from .checkpoint import CheckpointError, make_folder, read_json, write_json
 from .formats import Model, open_model, opened
 from .formats.sentence_folder import folder_of_config
+from .storage import CheckpointError, make_folder, read_json, write_json
 
 # transformers' name -> the operators': several names there are one function.
 HIDDEN_ACTS = {

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import SAFETENSORS, CheckpointError, read_json, write_json
+from .checkpoint import SAFETENSORS
 from .formats import opened
 from .formats.detect import find_source
 from .formats.google import write_google
@@ -21,6 +21,7 @@ from .formats.pytorch import read_transformers
 from .formats.safetensors_file import total_size, write_safetensors
 from .formats.sentence_folder import MODULES, put_encoder_at_root
 from .formats.source import Source
+from .storage import CheckpointError, read_json, write_json
 from .text.tokenizer import Tokenizer
 
 TARGETS = ("safetensors", "tensorflow")

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from fastbert.checkpoint import write_atomically
+from fastbert.storage import write_atomically
 
 from ..harness import machine
 

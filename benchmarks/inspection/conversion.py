@@ -26,11 +26,11 @@ from pathlib import Path
 import torch
 
 from fastbert import BertConfig, BertModel
-from fastbert.checkpoint import write_json
 from fastbert.convert import convert
 from fastbert.formats import open_model
 from fastbert.formats.names import GOOGLE, pattern_of
 from fastbert.formats.tensorflow_bundle import write_bundle
+from fastbert.storage import write_json
 
 _MEBIBYTE = 1 << 20
 

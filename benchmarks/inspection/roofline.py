@@ -26,8 +26,8 @@ from typing import Any
 
 import torch
 
-from fastbert.checkpoint import write_atomically
 from fastbert.encoding.encoder import resolve_device, resolve_dtype
+from fastbert.storage import write_atomically
 from fastbert.testing import WORKLOADS, Workload
 
 from ..harness import costs, machine, timing, workloads

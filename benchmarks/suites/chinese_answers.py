@@ -24,8 +24,8 @@ import torch
 
 import fastbert
 from fastbert import BertConfig, BertModel, Tokenizer
-from fastbert.checkpoint import read_json, write_json
 from fastbert.cli.options import positive
+from fastbert.storage import read_json, write_json
 from fastbert.training.files import read_questions
 from fastbert.training.finetune import Request, finetune
 from fastbert.training.memory import keep_freed_memory

@@ -31,10 +31,10 @@ from typing import Any
 import torch
 
 import fastbert
-from fastbert.checkpoint import read_json, write_json
 from fastbert.cli.options import default_model, positive
 from fastbert.encoding.encoder import resolve_dtype
 from fastbert.models import heads
+from fastbert.storage import read_json, write_json
 from fastbert.text.tokenizer import Tokenizer
 from fastbert.training.finetune import EXAMPLES_PER_STEP, Request, finetune
 from fastbert.training.loop import Settings

@@ -22,9 +22,9 @@ from importlib.resources import files
 
 import torch
 
-from fastbert.checkpoint import write_atomically
 from fastbert.encoding.encoder import DTYPES, Encoder
 from fastbert.models.bert import BertModel
+from fastbert.storage import write_atomically
 from fastbert.testing import relative_rms
 
 from ..harness import machine

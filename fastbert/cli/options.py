@@ -157,7 +157,7 @@ def open_input(name: str) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def open_output(path: Path | None) -> Iterator[BinaryIO]:
-    from ..checkpoint import naming, write_atomically
+    from ..storage import naming, write_atomically
 
     if path is None:
         if sys.stdout is None:

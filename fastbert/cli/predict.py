@@ -52,7 +52,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.output and same_file(args.file, args.output):
         raise UsageError(f"input and output are the same file: {args.output}")
-    from ..checkpoint import write_atomically
+    from ..storage import write_atomically
     from ..training.pipeline import pipeline
 
     model = pipeline(args.model, device=args.device, dtype=args.dtype, impl=args.impl)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..checkpoint import load_into, load_state_dict, read_json
+from ..checkpoint import load_into, load_state_dict
 from ..formats.detect import find_source
 from ..formats.sentence_folder import (
     LIBRARY,
@@ -31,6 +31,7 @@ from ..formats.sentence_folder import (
     listed_modules,
     read_transformer_settings,
 )
+from ..storage import read_json
 from .modules import (
     TOKENS,
     VECTOR,

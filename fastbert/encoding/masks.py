@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 
 from .. import functional as F
-from ..checkpoint import CheckpointError
 from ..models.heads import BertForMaskedLM
 from ..packing import PackedBatch
+from ..storage import CheckpointError
 from ..text.batching import batches_within, tokens_per_batch
 from ..text.tokenizer import Tokenizer
 from .devices import resolve_device, resolve_dtype

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..checkpoint import CheckpointError
+from ..storage import CheckpointError
 from .names import pattern_of
 from .variable import Variable
 

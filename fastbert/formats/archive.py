@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from ..checkpoint import CheckpointError
+from ..storage import CheckpointError
 
 SUFFIXES = (".zip", ".tar.gz", ".tgz", ".tar")
 _COPIED_BYTES = 1 << 20

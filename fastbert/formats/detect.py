@@ -6,7 +6,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from ..checkpoint import PICKLE, PICKLE_INDEX, SAFETENSORS, SAFETENSORS_INDEX, CheckpointError
+from ..checkpoint import PICKLE, PICKLE_INDEX, SAFETENSORS, SAFETENSORS_INDEX
+from ..storage import CheckpointError
 from . import gguf, keras_hub, paddle, pytorch, tensorflow
 from .source import Source
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..checkpoint import CheckpointError
+from ..storage import CheckpointError
 from .names import GGUF
 from .source import Source, case_of_name
 from .variable import Variable

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..checkpoint import CheckpointError, write_json
+from ..storage import CheckpointError, write_json
 from .model import Model
 from .names import GOOGLE, Rule, pattern_of
 from .tensorflow_bundle import write_bundle

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..checkpoint import CheckpointError, read_json
+from ..storage import CheckpointError, read_json
 from .names import KERAS_HUB
 from .source import Source, find_case, find_words
 from .variable import Variable

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint import CheckpointError
+from ..storage import CheckpointError
 from .architectures import ARCHITECTURES, Fit, fit
 from .detect import find_source
 from .names import GENERATOR, Named, assign, assign_plain, drop_tied

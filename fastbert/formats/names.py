@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..checkpoint import CheckpointError
+from ..storage import CheckpointError
 from .variable import Variable
 
 

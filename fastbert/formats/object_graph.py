@@ -20,7 +20,7 @@ from __future__ import annotations
 import re
 from collections import deque
 
-from ..checkpoint import CheckpointError
+from ..storage import CheckpointError
 from .protobuf import Malformed, parse_message
 from .tensorflow_bundle import read_string
 from .variable import Variable

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import PICKLE, load_state_dict, read_json
+from ..checkpoint import PICKLE, load_state_dict
+from ..storage import read_json
 from .sentence_folder import TRANSFORMER_SETTINGS, encoder_in, files_of_modules, home_of_encoder
 from .source import Source, find_case, find_words
 from .variable import Variable

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..checkpoint import PICKLE, SAFETENSORS, CheckpointError, read_json
+from ..checkpoint import PICKLE, SAFETENSORS
+from ..storage import CheckpointError, read_json
 from .source import parse_json
 
 MODULES = "modules.json"

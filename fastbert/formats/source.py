@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import CheckpointError, read_json
+from ..storage import CheckpointError, read_json
 from .names import Family
 from .variable import Variable
 

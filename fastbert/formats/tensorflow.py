@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from ..checkpoint import CheckpointError
+from ..storage import CheckpointError
 from .names import tensorflow_family
 from .object_graph import with_names
 from .source import Source, find_case, find_config, find_words

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..checkpoint import CheckpointError
+from ..storage import CheckpointError
 from .crc32c import crc32c, masked
 from .protobuf import Malformed, encode_field, encode_message, encode_varint, parse_message, parse_varint
 from .variable import Variable, as_tensor, bytes_of, map_bytes, write_bytes

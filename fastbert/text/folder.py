@@ -19,7 +19,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Encoding, decoders, models, normalizers, pre_tokenizers, processors
 
-from ..checkpoint import CheckpointError, read_json
+from ..storage import CheckpointError, read_json
 
 CONFIG = "tokenizer_config.json"
 _WORDS, _WHOLE = "vocab.txt", "tokenizer.json"

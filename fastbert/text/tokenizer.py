@@ -16,11 +16,11 @@ from typing import Any, Literal
 import tokenizers
 from tokenizers import Encoding, models, normalizers, pre_tokenizers
 
-from ..checkpoint import CheckpointError, make_folder, write_atomically, write_json
 from ..formats import opened
 from ..formats.detect import find_source
 from ..formats.sentence_folder import encoder_in
 from ..formats.source import Source
+from ..storage import CheckpointError, make_folder, write_atomically, write_json
 from .cutting import Cutter
 from .fast import IdsOf, fast_ids
 from .folder import SPECIAL_TOKENS, bert_backend, has_tokenizer, read_folder, read_vocab, settings_of

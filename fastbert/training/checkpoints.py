@@ -22,7 +22,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from ..checkpoint import CheckpointError, make_folder, read_json
+from ..storage import CheckpointError, make_folder, read_json
 from .processes import Processes
 
 _NAME = re.compile(r"step-\d{8}")

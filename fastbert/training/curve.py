@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from ..checkpoint import write_atomically
+from ..storage import write_atomically
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 360, 60, 60, 40, 40
 POINTS = 60  # of the loss at most; each is the mean of the steps around it, whose losses differ by chance

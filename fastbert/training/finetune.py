@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoint import make_folder, write_atomically, write_json
 from ..config import BertConfig
 from ..encoding.encoder import resolve_dtype
 from ..models import heads
+from ..storage import make_folder, write_atomically, write_json
 from ..text.tokenizer import Tokenizer
 from .board import Board, summary_writer
 from .curve import draw

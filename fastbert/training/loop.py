@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import write_atomically
+from ..storage import write_atomically
 from .checkpoints import Checkpoints
 from .features import Window
 from .metrics import Scores, is_better

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from ..checkpoint import CheckpointError, read_json
 from ..config import BertConfig
 from ..encoding.encoder import resolve_device, resolve_dtype
 from ..formats import opened
 from ..models import heads
+from ..storage import CheckpointError, read_json
 from ..text.batching import tokens_per_batch
 from ..text.tokenizer import Tokenizer
 from .features import Features
