@@ -291,8 +291,7 @@ def _attention_bwd_short_kernel(
         head = kv_head * GROUP + member
         h = head.to(tl.int64)
         o_origin, lse_origin = _origins(sequence, start_q, head, n_heads, width_q, HEAD_DIM, PADDED)
-        o_head = Head(o_ptr + o_origin, length_q, n_heads * HEAD_DIM)
-        do_head = Head(do_ptr + o_origin, length_q, n_heads * HEAD_DIM)
+        stride_ot = n_heads * HEAD_DIM
         slope_log2 = tl.load(slopes_ptr + head).to(tl.float32) * LOG2_E if HAS_ALIBI else 0.0
         modifiers = Modifiers(
             bias_ptr + (b * stride_bias_b + h * stride_bias_h) if HAS_BIAS else bias_ptr, stride_bias_q, stride_bias_k,
@@ -303,8 +302,8 @@ def _attention_bwd_short_kernel(
         q_head = Head(q_ptr + b * stride_qb + start_q * stride_qt + h * stride_qh, length_q, stride_qt)
         q = _load_rows(q_head, rows, HEAD_DIM, BLOCK_D, HAS_ROTARY, True)
         q = _rotate(q, rotary, rows, length_q, False, HAS_ROTARY, HEAD_DIM, BLOCK_D)
-        do = _load_rows(do_head, rows, HEAD_DIM, BLOCK_D, False, True)
-        o = _load_rows(o_head, rows, HEAD_DIM, BLOCK_D, False, True)
+        do = _load_rows(Head(do_ptr + o_origin, length_q, stride_ot), rows, HEAD_DIM, BLOCK_D, False, True)
+        o = _load_rows(Head(o_ptr + o_origin, length_q, stride_ot), rows, HEAD_DIM, BLOCK_D, False, True)
         delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
         if HAS_DLSE:
             delta -= tl.load(dlse_ptr + lse_origin + rows, mask=rows < length_q, other=0.0)

@@ -24,7 +24,8 @@ RECORD = Path(__file__).with_suffix(".json")
 INTERNAL = {
     "fastbert.__main__", "fastbert._moved", "fastbert.cli", "fastbert.demo", "fastbert.emulator",
     "fastbert.encoding.ranks", "fastbert.info", "fastbert.kernels", "fastbert.models.head", "fastbert.models.loading",
-    "fastbert.stack", "fastbert.storage", "fastbert.text.files", "fastbert.text.part_files", "fastbert.training", "fastbert.verify",
+    "fastbert.stack", "fastbert.storage", "fastbert.text.files", "fastbert.text.part_files",
+    "fastbert.training", "fastbert.verify",
 }  # fmt: skip
 
 
