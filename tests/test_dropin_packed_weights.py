@@ -44,7 +44,7 @@ def packed(model) -> int:
     """Weights of the layers of which there is a copy."""
     names = ("query", "key", "value", "dense", "ffn", "lin", "W", "mlp")
     weights = [p for name, p in model.named_parameters() if p.dim() == 2 and any(word in name for word in names)]
-    return sum(layouts._marked[w].packed is not None for w in weights if layouts.is_marked(w))
+    return sum(layouts._marked[w].packed is not None for w in weights if w in layouts._marked)
 
 
 def infer(model):
@@ -89,7 +89,7 @@ def test_only_inference_makes_copies(how):
         infer(model)
         assert packed(model)
         fastbert.restore(model)
-        assert not any(layouts.is_marked(p) for p in model.parameters())
+        assert not any(p in layouts._marked for p in model.parameters())
     assert packed(model) == 0
 
 
@@ -158,7 +158,7 @@ def test_adapters_and_listeners_are_called():
     infer(model)
     infer(model)
     assert len(heard) == 2
-    assert not layouts.is_marked(model.encoder.layer[0].attention.output.dense.weight)
+    assert model.encoder.layer[0].attention.output.dense.weight not in layouts._marked
 
 
 def test_copies_go_with_the_model():
@@ -229,7 +229,7 @@ def test_a_promise_is_kept_and_not_forgotten():
     other = fastbert.accelerate(build(), impl="native")
     infer(other)
     weight = other.encoder.layer[0].attention.output.dense.weight
-    assert layouts.is_marked(weight)
+    assert weight in layouts._marked
     assert not layouts.is_promised(weight)
     fastbert.layers.prepack(other)
     assert layouts.is_promised(weight)

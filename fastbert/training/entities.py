@@ -87,14 +87,6 @@ def micro(counts: dict[str, Counts]) -> Counts:
     return sum(counts.values(), Counts(0, 0, 0))
 
 
-def macro(counts: dict[str, Counts]) -> tuple[float, float, float]:
-    """(precision, recall, F1), each the mean over the types that occur in gold or in the predictions."""
-    if not counts:
-        return 0.0, 0.0, 0.0
-    each = counts.values()
-    return tuple(sum(getattr(c, name) for c in each) / len(each) for name in ("precision", "recall", "f1"))
-
-
 def count_surfaces(
     words: Sequence[Sequence[str]], gold: Sequence[Iterable[Entity]], predicted: Sequence[Iterable[Entity]]
 ) -> Counts:

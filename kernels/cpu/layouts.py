@@ -96,10 +96,6 @@ def is_promised(weight: Tensor) -> bool:
     return marked is not None and marked.promised
 
 
-def is_marked(weight: Tensor) -> bool:
-    return weight in _marked
-
-
 def is_int8(weight: Tensor) -> bool:
     marked = _marked.get(weight) if _int8_since_start else None
     return marked is not None and marked.int8
