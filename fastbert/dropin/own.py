@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from torch import Tensor
-from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack
+from torch import Tensor, is_grad_enabled
+from torch._C import _is_tracing, _len_torch_dispatch_stack, _len_torch_function_stack
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from ..inference.snapshot import Snapshot
 from ..inference.weights import HOOKS
@@ -159,6 +160,7 @@ def globally_heard() -> bool:
     return any(_HOOKS_ON_ALL(nn.modules.module))
 
 
+_version = attrgetter("_version")
 _HOOKS_ON_ALL = attrgetter(*(f"_global{name}" for name in HOOKS))
 
 
@@ -191,13 +193,13 @@ class Watch:
         self.snapshot = Snapshot(modules, places, attributes, chain.from_iterable(tables.values()))
         self.backward = Snapshot(tables=backward)
         self.buffers = [t for t in buffers if not t.is_inference()]
-        self.versions = list(map(attrgetter("_version"), self.buffers))
+        self.versions = list(map(_version, self.buffers))
 
     def is_same(self) -> bool:
         return (
             self.snapshot.is_same()
-            and (not torch.is_grad_enabled() or self.backward.is_same())  # without gradients nobody calls these hooks
-            and list(map(attrgetter("_version"), self.buffers)) == self.versions
+            and (not is_grad_enabled() or self.backward.is_same())  # without gradients nobody calls these hooks
+            and list(map(_version, self.buffers)) == self.versions
         )
 
 
@@ -210,10 +212,10 @@ _CALL = nn.Module.__call__
 def why_not_here(given: Mapping[str, Any]) -> str | None:
     """Why a call with these arguments, in this place of the program, needs the original code: somebody follows each
     step of it. None while a graph is traced by torch.compile, which follows ours."""
-    if torch.jit.is_tracing():
+    if is_compiling():
+        return TRACED if torch.jit.is_tracing() else None
+    if _is_tracing():
         return TRACED
-    if torch.compiler.is_compiling():
-        return None
     if nn.Module.__call__ is not _CALL:
         return "somebody follows every call of a module"
     if globally_heard():

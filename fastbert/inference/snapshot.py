@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from itertools import chain, repeat
 from operator import is_
 from typing import Any
@@ -29,28 +30,32 @@ class Snapshot:
         tables: Iterable[dict] = (),
     ):
         self.objects, self.types = list(objects), list(map(type, objects))
-        places = {(id(holder), key): (holder, key) for holder, key in places}.values()
-        self.holders, self.keys = [holder for holder, _ in places], [key for _, key in places]
+        grouped: dict[int, dict[str, Mapping]] = {}  # the places of one dictionary side by side
+        for table, key in places:
+            grouped.setdefault(id(table), {})[key] = table
+        pairs = [(table, key) for of_one in grouped.values() for key, table in of_one.items()]
+        self.holders, self.keys = [table for table, _ in pairs], [key for _, key in pairs]
         self.values = self._values()
-        pairs = list(dict.fromkeys(attributes))
-        self.classes, self.names = [cls for cls, _ in pairs], [name for _, name in pairs]
+        named: dict[type, dict[str, None]] = {}
+        for cls, name in attributes:
+            named.setdefault(cls, {})[name] = None
+        self.classes = [cls for cls, names in named.items() for _ in names]
+        self.names = list(chain.from_iterable(named.values()))
         self.attributes = self._attributes()
-        of_classes: dict[type, dict[str, Any]] = {}
-        for (cls, name), value in zip(pairs, self.attributes, strict=True):
-            of_classes.setdefault(cls, {})[name] = value
         tables = list(tables)
         self.empty, self.filled = [t for t in tables if not t], [t for t in tables if t]
         self.sizes, self.entries = list(map(len, self.filled)), self._entries()
+        owners = chain.from_iterable(map(repeat, self.filled, self.sizes))
         self.packed = pack(
             self.objects,
             list(zip(self.holders, self.keys, self.values, strict=True)),
-            of_classes,
+            list(zip(self.classes, self.names, self.attributes, strict=True)),
+            list(zip(owners, self.entries[::2], self.entries[1::2], strict=True)),
             self.empty,
-            list(zip(self.filled, self.sizes, strict=True)),
-            self.entries,
         )
-        self.address, _ = self.packed.buffer_info()
-        self.same_objects = find_same_objects()
+        address, _ = self.packed.buffer_info()
+        same = find_same_objects()
+        self.is_same_in_cpp = None if same is None else partial(same, address)
 
     def _values(self) -> list[Any]:
         return list(map(dict.get, self.holders, self.keys, repeat(Missing)))
@@ -63,9 +68,7 @@ class Snapshot:
         return list(chain.from_iterable(chain.from_iterable(map(dict.items, self.filled))))
 
     def is_same(self) -> bool:
-        if self.same_objects is not None:
-            return self.same_objects(self.address) == 1
-        return self.is_same_in_python()
+        return self.is_same_in_python() if self.is_same_in_cpp is None else self.is_same_in_cpp() == 1
 
     def is_same_in_python(self) -> bool:
         return (

@@ -19,41 +19,24 @@ struct Object {
     PyTypeObject* type;
 };
 
-// What a dictionary has under a key, null if nothing.
-struct Place {
-    PyObject *dictionary, *key, *value;
+// A dictionary or a class, of which `count` pairs stay the same. `version` is the one that it had when they were last
+// seen to be, and 0 before: Python gives it another one with every change.
+struct Holder {
+    PyObject* object;
+    uint64_t version;
+    int64_t count;
 };
 
-// `version` is that of the class when `count` attributes of it were last seen to be the same, and 0 before. Python gives
-// a class another version when the class, or one that it is derived from, changes.
-struct Class {
-    PyTypeObject* type;
-    int64_t version, count;
-};
-
-// What a class has under a name, null if nothing.
-struct Attribute {
-    PyObject *name, *value;
-};
-
-// A dictionary that has something in it.
-struct Table {
-    PyObject* dictionary;
-    int64_t size;
-};
-
-struct Entry {
+// What lies under a key of a dictionary, or under a name of a class; null if nothing.
+struct Pair {
     PyObject *key, *value;
 };
 
-// The order of the parts in memory, as `objects.py` puts them there.
+// The order of the parts in memory, as `objects.py` puts them there; pairs are those of all holders, in their order.
+// Of `places` the pairs stay what they are, of `tables` no other ones come in besides.
 struct Counts {
-    int64_t objects, places, classes, attributes, empty, tables;
+    int64_t objects, places, classes, tables, empty;
 };
-
-// So many records before one is looked at, its object is asked for, since most lie in no cache when a model is called
-// again; and half as many before, the memory in which a dictionary keeps what it has.
-constexpr int64_t AHEAD = 16;
 
 template <class Record>
 Record* take(char*& memory, int64_t count) {
@@ -62,21 +45,54 @@ Record* take(char*& memory, int64_t count) {
     return records;
 }
 
-template <class Record>
-void fetch_dictionary(const Record* records, int64_t at, int64_t count) {
-    if (at + AHEAD < count) __builtin_prefetch(records[at + AHEAD].dictionary);
-    if (at + AHEAD / 2 >= count) return;
-    auto next = reinterpret_cast<const PyDictObject*>(records[at + AHEAD / 2].dictionary);
-    __builtin_prefetch(next->ma_keys);
-    __builtin_prefetch(next->ma_values);
+// 0: not known. Dictionaries have none from Python 3.12 on. A class has a new one, or none, after a change to itself or
+// to a class that it is derived from.
+uint64_t version_of_dictionary(PyObject* dictionary) {
+#if PY_VERSION_HEX < 0x030C0000
+    return reinterpret_cast<PyDictObject*>(dictionary)->ma_version_tag;
+#else
+    return 0;
+#endif
 }
 
-bool has(PyTypeObject* type, const Attribute& attribute) {
-    PyObject* value = PyObject_GetAttr(reinterpret_cast<PyObject*>(type), attribute.name);
-    if (value == nullptr && PyErr_ExceptionMatches(PyExc_AttributeError)) PyErr_Clear();
-    bool same = value == attribute.value && !PyErr_Occurred();
-    Py_XDECREF(value);
-    return same;
+uint64_t version_of_class(PyObject* cls) { return reinterpret_cast<PyTypeObject*>(cls)->tp_version_tag; }
+
+bool are_places(PyObject* dictionary, const Pair* pairs, int64_t count) {
+    for (auto pair = pairs; pair != pairs + count; pair++) {
+        PyObject* value = PyDict_GetItemWithError(dictionary, pair->key);
+        if (value != pair->value || (value == nullptr && PyErr_Occurred())) return false;
+    }
+    return true;
+}
+
+bool are_attributes(PyObject* cls, const Pair* pairs, int64_t count) {
+    for (auto pair = pairs; pair != pairs + count; pair++) {
+        PyObject* value = PyObject_GetAttr(cls, pair->key);
+        if (value == nullptr && PyErr_ExceptionMatches(PyExc_AttributeError)) PyErr_Clear();
+        bool same = value == pair->value && !PyErr_Occurred();
+        Py_XDECREF(value);
+        if (!same) return false;
+    }
+    return true;
+}
+
+bool is_table(PyObject* dictionary, const Pair* pairs, int64_t count) {
+    if (PyDict_Size(dictionary) != count) return false;
+    PyObject *key, *value;
+    for (Py_ssize_t at = 0; PyDict_Next(dictionary, &at, &key, &value); pairs++)
+        if (key != pairs->key || value != pairs->value) return false;
+    return true;
+}
+
+template <class Version, class Same>
+bool all_same(Holder* holders, int64_t count, const Pair*& pairs, Version version_of, Same are_same) {
+    for (Holder* it = holders; it != holders + count; pairs += it->count, it++) {
+        uint64_t version = version_of(it->object);
+        if (version != 0 && version == it->version) continue;
+        if (!are_same(it->object, pairs, it->count)) return false;
+        it->version = version_of(it->object);
+    }
+    return true;
 }
 
 }  // namespace
@@ -85,41 +101,19 @@ bool has(PyTypeObject* type, const Attribute& attribute) {
 EXPORT int same_objects(char* memory) {
     const Counts counts = *take<Counts>(memory, 1);
     auto objects = take<const Object>(memory, counts.objects);
-    auto places = take<const Place>(memory, counts.places);
-    auto classes = take<Class>(memory, counts.classes);
-    auto attribute = take<const Attribute>(memory, counts.attributes);
+    auto places = take<Holder>(memory, counts.places);
+    auto classes = take<Holder>(memory, counts.classes);
+    auto tables = take<Holder>(memory, counts.tables);
     auto empty = take<PyObject* const>(memory, counts.empty);
-    auto tables = take<const Table>(memory, counts.tables);
-    auto entry = reinterpret_cast<const Entry*>(memory);
+    auto pairs = reinterpret_cast<const Pair*>(memory);
 
-    for (int64_t i = 0; i < counts.classes; i++) __builtin_prefetch(&classes[i].type->tp_version_tag);
-    for (int64_t i = 0; i < counts.objects; i++) {
-        if (i + AHEAD < counts.objects) __builtin_prefetch(objects[i + AHEAD].object);
+    for (int64_t i = 0; i < counts.objects; i++)
         if (Py_TYPE(objects[i].object) != objects[i].type) return 0;
-    }
-    for (int64_t i = 0; i < counts.empty; i++) {
-        if (i + AHEAD < counts.empty) __builtin_prefetch(empty[i + AHEAD]);
+    for (int64_t i = 0; i < counts.empty; i++)
         if (PyDict_Size(empty[i]) != 0) return 0;
-    }
-    for (int64_t i = 0; i < counts.places; i++) {
-        fetch_dictionary(places, i, counts.places);
-        PyObject* value = PyDict_GetItemWithError(places[i].dictionary, places[i].key);
-        if (value != places[i].value || (value == nullptr && PyErr_Occurred())) return 0;
-    }
-    for (int64_t i = 0; i < counts.tables; i++) {
-        fetch_dictionary(tables, i, counts.tables);
-        if (PyDict_Size(tables[i].dictionary) != tables[i].size) return 0;
-        PyObject *key, *value;
-        for (Py_ssize_t at = 0; PyDict_Next(tables[i].dictionary, &at, &key, &value); entry++)
-            if (key != entry->key || value != entry->value) return 0;
-    }
-    for (Class* it = classes; it != classes + counts.classes; attribute += it->count, it++) {
-        if (it->version != 0 && it->version == it->type->tp_version_tag) continue;
-        for (int64_t i = 0; i < it->count; i++)
-            if (!has(it->type, attribute[i])) return 0;
-        it->version = it->type->tp_version_tag;
-    }
-    return 1;
+    return all_same(places, counts.places, pairs, version_of_dictionary, are_places) &&
+           all_same(classes, counts.classes, pairs, version_of_class, are_attributes) &&
+           all_same(tables, counts.tables, pairs, version_of_dictionary, is_table);
 }
 
 #endif

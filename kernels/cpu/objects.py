@@ -12,7 +12,8 @@ from __future__ import annotations
 import ctypes
 import functools
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from itertools import chain, groupby
 from typing import Any
 
 from . import operators
@@ -22,42 +23,36 @@ class Missing:
     """Stands for what a dictionary or a class does not have."""
 
 
+Kept = tuple[Any, Any, Any]  # a dictionary, a key and its value; or a class, a name and its attribute
+
+
 def pack(
     objects: Sequence[Any],
-    places: Sequence[tuple[dict, str, Any]],
-    attributes: Mapping[type, Mapping[str, Any]],
+    places: Sequence[Kept],
+    attributes: Sequence[Kept],
+    entries: Sequence[Kept],
     empty: Sequence[dict],
-    tables: Sequence[tuple[dict, int]],
-    entries: Sequence[Any],
 ) -> array:
     """The addresses of all that is to stay the same, as `same_objects` of objects.cpp reads them.
 
     Args:
         objects: whose class stays.
-        places: (dictionary, key, value), `Missing` where nothing lies under the key.
-        attributes: class -> name -> value, `Missing` likewise.
+        places: what dictionaries have, `Missing` where nothing lies under the key; of one dictionary side by side.
+        attributes: what classes have, likewise.
+        entries: of dictionaries whose entries all stay, in order, and to which none comes; side by side.
         empty: dictionaries that stay empty.
-        tables: (dictionary, how many entries it has), of those whose entries all stay, in order.
-        entries: of all `tables`, one after another: key, value, key, value.
     """
-    named = [pair for of_class in attributes.values() for pair in of_class.items()]
-    memory = array("q", map(len, (objects, places, attributes, named, empty, tables)))
-
-    def add(*parts: Any) -> None:
-        memory.extend(0 if part is Missing else id(part) for part in parts)
-
+    parts = [
+        [list(kept) for _, kept in groupby(part, lambda one: id(one[0]))] for part in (places, attributes, entries)
+    ]
+    memory = array("q", map(len, (objects, *parts, empty)))
     for thing in objects:
-        add(thing, type(thing))
-    for place in places:
-        add(*place)
-    for cls, of_class in attributes.items():
-        memory.extend((id(cls), 0, len(of_class)))
-    for pair in named:
-        add(*pair)
-    add(*empty)
-    for table, size in tables:
-        memory.extend((id(table), size))
-    add(*entries)
+        memory.extend((id(thing), id(type(thing))))
+    for kept in chain.from_iterable(parts):
+        memory.extend((id(kept[0][0]), 0, len(kept)))
+    memory.extend(map(id, empty))
+    for _, *pair in chain(places, attributes, entries):
+        memory.extend(0 if part is Missing else id(part) for part in pair)
     return memory
 
 
