@@ -26,6 +26,9 @@ HIDDEN_ACTS = {
 }
 __getattr__ = renamed(__name__)
 
+# Each label of a classifier has a name, which takes memory before any weight is looked at.
+MOST_LABELS = 10_000_000
+
 # What a config.json may leave out, and transformers leaves out where it says nothing new.
 _WRITTEN_WHERE_SET = {
     "architectures": None,
@@ -109,7 +112,8 @@ class BertConfig:
                 f"hidden_size must be a multiple of num_attention_heads, got {self.hidden_size} "
                 f"and {self.num_attention_heads}"
             )
-        _expect(self.hidden_act in HIDDEN_ACTS, "hidden_act", f"one of {', '.join(HIDDEN_ACTS)}", self)
+        known = isinstance(self.hidden_act, str) and self.hidden_act in HIDDEN_ACTS
+        _expect(known, "hidden_act", f"one of {', '.join(HIDDEN_ACTS)}", self)
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
             _expect(_is_number(getattr(self, name)) and 0 <= getattr(self, name) < 1, name, "in [0, 1)", self)
         rate = self.classifier_dropout
@@ -239,8 +243,8 @@ def _get_num_labels(self: BertConfig) -> int:
 
 
 def _set_num_labels(self: BertConfig, num_labels: int) -> None:
-    if not _is_int(num_labels) or num_labels < 1:
-        raise ValueError(f"num_labels must be a positive integer, got {num_labels!r}")
+    if not _is_int(num_labels) or not 1 <= num_labels <= MOST_LABELS:
+        raise ValueError(f"num_labels must be an integer from 1 to {MOST_LABELS:,}, got {num_labels!r}")
     if self.id2label is None or len(self.id2label) != num_labels:
         self.id2label = _default_labels(num_labels)
         self.label2id = {label: index for index, label in self.id2label.items()}

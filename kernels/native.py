@@ -438,7 +438,7 @@ def attention(q, k, v, cu_seqlens, max_seqlen=None, *, scale=None, schedule=None
         dropout = cpp.Dropout(**variant) if variant else None
         attend = _Attention.apply if cpp.want_gradients(q, k, v) else cpp.attention
         return attend(q, k, v, cu_seqlens, scale, dropout)
-    one_each = max_seqlen == 1 and q.shape[0] == cu_seqlens.shape[0] - 1 and "cu_seqlens_k" in variant
+    one_each = "cu_seqlens_k" in variant and max_seqlen == 1 and q.shape[0] == cu_seqlens.shape[0] - 1
     if one_each and not compiling and variant.keys() <= DROPOUT | {"cu_seqlens_k", "max_seqlen_k"}:
         return _attention_of_one_query(q, k, v, scale=scale, **variant)
     if compiling and variant.keys() <= DROPOUT:

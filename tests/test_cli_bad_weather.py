@@ -128,6 +128,24 @@ def test_standard_streams_that_are_closed_or_full(words, shell, message, folder,
     assert message in said(encode(folder, *words, shell=shell, cwd=tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("words", "shell", "code", "message"),
+    [
+        ("info", ">&-", 1, "error: standard output is closed"),
+        ("info", ">/dev/full", 1, "error: standard output: No space left on device"),
+        ("bench --help", ">&-", 0, ""),  # what argparse prints is lost, as in any program of Python
+    ],
+    ids=["closed", "full", "bench"],
+)
+def test_other_commands_whose_output_is_lost(words, shell, code, message, tmp_path):
+    """`info` said nothing and ended well, or named no file; `bench` gave AttributeError: no attribute 'flush'."""
+    line = f"{sys.executable} -m fastbert {words} {shell}"
+    process = subprocess.run(["bash", "-c", line], stderr=subprocess.PIPE, text=True, timeout=PATIENCE, check=False)
+    assert process.returncode == code, process.stderr
+    assert message in process.stderr
+    assert process.stderr.count("fastbert: error") == code
+
+
 def test_with_standard_error_closed_errors_do_not_reach_the_output(folder, tmp_path):
     (tmp_path / "t.txt").write_bytes(b"a\n\xff\n")
     process = encode(folder, "t.txt", shell="2>&-", cwd=tmp_path)

@@ -17,8 +17,8 @@ SIZES = {
     "vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
     "max_position_embeddings": 40,
 }  # fmt: skip
-# lengths of three batches of different shapes; the last holds an empty sequence
-BATCHES = ([9, 4, 2], [12, 1, 7, 3], [5, 0])
+# lengths of batches of different shapes: one holds an empty sequence, one has single tokens alone
+BATCHES = ([9, 4, 2], [12, 1, 7, 3], [5, 0], [1, 1, 1])
 
 
 def batch_of(lengths: list[int], masked: bool = True) -> dict[str, torch.Tensor]:
@@ -63,7 +63,8 @@ def assert_right(got, model: BertModel, batch: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize("masked", [True, False], ids=["mask", "no_mask"])
 @pytest.mark.parametrize("grad", [False, True], ids=["inference", "gradients"])
 def test_bert_model_compiles_for_changing_lengths(grad, masked):
-    """With a mask the number of tokens is data. The pooler asked whether it is zero, so that no graph could be made."""
+    """With a mask the number of tokens is data. The pooler asked whether it is zero, and attention, where no text has
+    more than one token, whether it is the number of texts, so that no graph could be made."""
     model = model_of()
     graph = compiled(model)
     for lengths in BATCHES:

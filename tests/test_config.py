@@ -173,7 +173,9 @@ WRONG = {
     "pruned_no_layer": ({"pruned_heads": {"12": [1]}}, "pruned_heads must be layers of 12"),
     "pruned_no_head": ({"pruned_heads": {"0": [12]}}, "pruned_heads must be layers of 12"),
     "pruned_a_list": ({"pruned_heads": [[0]]}, "pruned_heads must be layers of 12"),
-    "no_labels": ({"num_labels": 0}, "num_labels must be a positive integer, got 0"),
+    "no_labels": ({"num_labels": 0}, "num_labels must be an integer from 1 to 10,000,000, got 0"),
+    "a_billion_labels": ({"num_labels": 10**9}, "num_labels must be an integer from 1 to 10,000,000, got 1000000000"),
+    "several_activations": ({"hidden_act": ["gelu"]}, "hidden_act must be one of gelu"),
 }
 
 

@@ -30,6 +30,6 @@ def run(args: argparse.Namespace) -> NoReturn:
     if root is None:
         raise RuntimeError(WHERE)
     there = f"import runpy, sys; sys.path[0] = {str(root)!r}; runpy.run_module('benchmarks', run_name='__main__')"
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None where it was closed when this process started
+        stream.flush()
     os.execv(sys.executable, [sys.executable, "-c", there, *args.arguments])

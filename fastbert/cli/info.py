@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 ORDER = 5
 SUMMARY = "versions, devices, and which implementation each operator would use here"
@@ -17,7 +18,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if sys.stdout is None:
+        raise OSError("standard output is closed")
+    from ..checkpoint import naming
     from ..info import describe
 
-    print(describe(args.model))
+    with naming("standard output"):
+        print(describe(args.model))
     return 0

@@ -54,20 +54,41 @@ def run_command(run: Callable[[argparse.Namespace], int], args: argparse.Namespa
     """run(args): its exit code, or that of what went wrong."""
     try:
         with _clean_up_when_terminated():
-            return run(args)
+            code = run(args)
+            _flush_standard_output()
+            return code
     except UsageError as error:
         return _fail(error, code=2)
     except KeyboardInterrupt as interruption:
         return _fail(str(interruption) or "interrupted", code=130)
     except BrokenPipeError:
-        # Python flushes standard output once more on its way out, and would complain there.
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _forget_standard_output()
         return 141
     except Exception as error:
         if os.environ.get("FASTBERT_DEBUG") == "1":
             raise
         return _fail(error, code=1)
+
+
+def _flush_standard_output() -> None:
+    """Where what was printed does not reach its file, the error names it, and it is the command's."""
+    from ..checkpoint import naming
+
+    if sys.stdout is not None:
+        try:
+            with naming("standard output"):
+                sys.stdout.flush()
+        except BrokenPipeError:
+            raise
+        except OSError:
+            _forget_standard_output()
+            raise
+
+
+def _forget_standard_output() -> None:
+    """Python flushes standard output once more on its way out, and would complain there."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(error: Exception | str, code: int) -> int:
