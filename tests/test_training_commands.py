@@ -1,5 +1,6 @@
 """`fastbert finetune` and `fastbert predict` from files to files, and the folder in transformers' hands."""
 
+import errno
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ import fastbert
 from fastbert import BertConfig, BertModel
 from fastbert.checkpoint import CheckpointError
 from fastbert.cli.main import main
+from fastbert.training.loop import Run
 from fastbert.training.processes import Processes
 
 pytestmark = pytest.mark.once
@@ -330,6 +332,19 @@ def test_a_run_does_not_go_on_with_other_data_or_another_metric(bert, files, tmp
     assert "is of a run with training data of SHA-256" in capsys.readouterr().err
     assert finetune(bert, out, "sentence", train, "--eval", other, "--epochs", 1, "--resume") == 1
     assert "is of a run with evaluation data of SHA-256" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_named_with_what_remains(bert, files, tmp_path, capsys, monkeypatch):
+    def record(run, row, before=Run._record):
+        if row["step"] == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        before(run, row)
+
+    monkeypatch.setattr(Run, "_record", record)
+    assert finetune(bert, tmp_path / "out", "sentence", files["sentence"], "--save-every", 1, "--batch-tokens", 60) == 1
+    said = capsys.readouterr().err
+    assert f"cannot write into {tmp_path / 'out'}: No space left on device; the last checkpoint is" in said
+    assert said.endswith("step-00000001\n")
 
 
 def test_predictions_do_not_overwrite_their_examples(tuned, files, capsys):

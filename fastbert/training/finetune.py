@@ -26,7 +26,7 @@ from ..text.tokenizer import Tokenizer
 from .board import Board, summary_writer
 from .curve import draw
 from .files import DataError
-from .loop import Run, Settings, forget_after
+from .loop import Run, Settings, TrainingError, forget_after
 from .metrics import Scores
 from .pipeline import SPEC_FILE
 from .predicting import outputs_of
@@ -173,7 +173,11 @@ def _finetune(request: Request, processes: Processes, report: Any) -> dict[str, 
                 report(record, run.steps)
 
         run.report = tell
-        run.train()
+        try:
+            run.train()
+        except OSError as error:
+            what = f"cannot write into {out}: {error.strerror or error}"
+            raise TrainingError(f"{what}; {run.remains()}") from error
     if processes.rank == 0:
         draw(out / "metrics.jsonl", out / "curve.svg", _score_name(spec))
     return json.loads((out / "report.json").read_text(encoding="utf-8"))

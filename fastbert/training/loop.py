@@ -261,9 +261,12 @@ class Run:
             raise self._failure(f"step {self.progress.step:,}: {count:,} parameters are no longer finite")
 
     def _failure(self, what: str) -> TrainingError:
+        return TrainingError(f"{what}; a lower --lr may help; {self.remains()}")
+
+    def remains(self) -> str:
+        """What a run that fails leaves, in words."""
         last = self.checkpoints.last()
-        remains = f"the last checkpoint is {last}" if last else "there is no checkpoint yet"
-        return TrainingError(f"{what}; a lower --lr may help; {remains}")
+        return f"the last checkpoint is {last}" if last else "there is no checkpoint yet"
 
     # ---- after an epoch --------------------------------------------------------------------------------
 
