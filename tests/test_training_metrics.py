@@ -216,7 +216,9 @@ def test_scores_say_what_they_mean():
         answers.answer_scores("squad_v2", {"a": ["x"], "b": []}, {}),
     ):
         assert scores.values.keys() == scores.definitions.keys()
-    assert "positive" in metrics.class_scores([0, 1], [0, 0], ["negative", "positive"]).definitions["f1"]
+    scores = metrics.class_scores([0, 1, 1], [1, 1, 1], ["negative", "positive"])
+    assert scores.definitions["f1"] == "F1 of the label positive"
+    assert scores.values["f1"] == pytest.approx(0.8)
 
 
 def test_nothing_to_score_is_an_error():

@@ -79,6 +79,8 @@ def test_scores_of_several_labels_as_scikit_learn_has_them():
             "subset_accuracy": pytest.approx(reference.accuracy_score(gold, predicted)),
         }
         assert found.values.keys() == found.definitions.keys()
+    third_never = np.array([[1, 0, 0], [0, 1, 0]], bool)
+    assert metrics.multi_label_scores(third_never, third_never, ["a", "b", "c"]).values["f1_macro"] == 1.0
     nothing = np.zeros((3, 2), bool)
     assert metrics.multi_label_scores(nothing, nothing, ["a", "b"]).values == {
         "f1_micro": 0.0, "f1_macro": 0.0, "subset_accuracy": 1.0

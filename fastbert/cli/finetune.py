@@ -147,8 +147,8 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--fsdp", action="store_true", help="under torchrun: shard the parameters over the processes")
     p.add_argument(
         "--checkpoint-activations", action="store_true",
-        help="keep of each layer its input alone and compute the layer once more in the backward pass: less memory, "
-        "about a third more time, the same gradients",
+        help="keep of each layer its input alone and compute the layer once more in the backward pass: less memory for "
+        "one more forward pass (about 40%% more time), the same gradients",
     )  # fmt: skip
     p.add_argument(
         "--tensorboard", action="store_true",

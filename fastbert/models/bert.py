@@ -251,7 +251,7 @@ class BertModel(nn.Module):
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """In training, keeps of each layer its input alone, and computes the layer once more in the backward pass: less
-        memory for a third more time. Dropout is drawn from a seed, so gradients stay the same to the bit.
+        memory for one more forward pass. Dropout is drawn from a seed, so gradients stay the same to the bit.
 
         gradient_checkpointing_kwargs: options of torch.utils.checkpoint.checkpoint, by default use_reentrant=False.
         """
