@@ -18,8 +18,10 @@ from ._checks import expect_sequences
 from ._invariance import is_batch_invariant
 from ._library import plain_gradients
 from ._random import HEAD_STREAMS, keep_mask, row_keys
-from .cpu import layouts
+from .cpu import embedding as cpu_embedding
+from .cpu import layouts, products
 from .cpu import loss as cpu_loss
+from .cpu import norm as cpu_norm
 from .cpu import operators as cpp
 
 add_layer_norm_sum = reference.add_layer_norm_sum
@@ -30,11 +32,12 @@ def embedding_layer_norm(
     input_ids, token_type_ids, positions, word, position, token_type, weight, bias, eps=1e-12,
     *, padding_idx=None, dropout_p=0.0, **dropout,
 ):  # fmt: skip
-    """One pass in C++ where that is built; else, and for indices out of range, as the specification does."""
+    """One pass in C++ where that is built; else as the specification does."""
     indices, tables = (input_ids, token_type_ids, positions), (word, token_type, position, weight, bias)
-    y = None
-    if dropout_p == 0.0 and cpp.takes_embedding_layer_norm(indices, tables):
-        y = cpp.embedding_layer_norm(indices, tables, eps)
+    if cpp.fits_embedding(indices, tables) and (dropout_p or cpp.want_gradients(*tables)):
+        keys = _keys_of_rows(input_ids, **dropout) if dropout_p else None
+        return cpu_embedding.embedding_layer_norm(indices, tables, eps, padding_idx, keys, dropout_p)
+    y = cpp.embedding_layer_norm(indices, tables, eps) if cpp.takes_embedding_layer_norm(indices, tables) else None
     if y is not None:
         return y
     return reference.embedding_layer_norm(
@@ -43,50 +46,23 @@ def embedding_layer_norm(
     )  # fmt: skip
 
 
+def _keys_of_rows(rows, seed=None, stream=0, row_ids=None):
+    """For the dropout of as many rows as `rows` has elements; by default they are named by their numbers."""
+    if row_ids is None:
+        row_ids = torch.arange(rows.numel(), dtype=torch.int64, device=rows.device)
+    return row_keys(seed, stream, row_ids.flatten())
+
+
 def add_layer_norm(
     x, residual, weight, bias, eps=1e-12, *, x_bias=None, dropout_p=0.0, seed=None, stream=0, row_ids=None
 ):
     """One pass in C++ where that is built; else as the specification does."""
-    if x_bias is None and cpp.takes_add_layer_norm(x, residual, weight, bias):
-        keys = None
-        if dropout_p:
-            rows = (
-                torch.arange(x.numel() // x.shape[-1], dtype=torch.int64, device=x.device)
-                if row_ids is None
-                else row_ids.flatten()
-            )
-            keys = row_keys(seed, stream, rows)
-        wanted = cpp.want_gradients(x, residual, weight, bias)
-        return (_AddLayerNorm.apply if wanted else cpp.add_layer_norm)(x, residual, weight, bias, eps, keys, dropout_p)
+    if cpp.takes_add_layer_norm(x, residual, weight, bias, x_bias=x_bias):
+        keys = _keys_of_rows(x[..., 0], seed, stream, row_ids) if dropout_p else None
+        return cpu_norm.add_layer_norm(x, residual, weight, bias, eps, keys, dropout_p, x_bias)
     return reference.add_layer_norm(
         x, residual, weight, bias, eps, x_bias=x_bias, dropout_p=dropout_p, seed=seed, stream=stream, row_ids=row_ids
     )
-
-
-class _AddLayerNorm(torch.autograd.Function):
-    """LayerNorm(dropout(x) + residual) in C++, and its gradients."""
-
-    @staticmethod
-    def forward(ctx, x, residual, weight, bias, eps, keys, dropout_p):
-        ctx.save_for_backward(x, residual, weight, bias, keys)
-        ctx.eps, ctx.dropout_p = eps, dropout_p
-        return cpp.add_layer_norm(x, residual, weight, bias, eps, keys, dropout_p)
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, residual, weight, bias, keys = ctx.saved_tensors
-        if not torch.is_grad_enabled():
-            grads = cpp.add_layer_norm_backward(dy, x, residual, weight, ctx.eps, keys, ctx.dropout_p)
-        else:  # these gradients' own gradients may be wanted: torch's operators have some
-
-            def plain(x, residual, weight, bias):
-                if keys is not None:
-                    keep = keep_mask(keys, x.shape[-1], ctx.dropout_p).view(x.shape)
-                    x = torch.where(keep, x / (1.0 - ctx.dropout_p), 0.0)
-                return F.layer_norm(x + residual, x.shape[-1:], weight, bias, ctx.eps)
-
-            grads = plain_gradients(plain, (x, residual, weight, bias), ctx.needs_input_grad[:4], dy)
-        return *grads, None, None, None
 
 
 # ---- products --------------------------------------------------------------------------------------------
@@ -98,6 +74,8 @@ INVARIANT_ROWS = 128
 def linear(x, weight, bias=None):
     """Our product where it is ahead, else the vendor library's. That picks its kernel by the number of rows, so within
     `batch_invariant()` it always gets the same number: the rows are cut into blocks, the last filled up with zeros."""
+    if products.takes(x, (weight,), (bias,)):
+        return products.linears(x, (weight,), (bias,))
     y = _for_inference(x, weight, bias, None)
     if y is not None:
         return y
@@ -115,6 +93,8 @@ def linear(x, weight, bias=None):
 
 def linears(x, weights, biases):
     """The products of x with each weight side by side, from the weights as they lie; None where nothing does that."""
+    if products.takes(x, weights, biases):
+        return products.linears(x, weights, biases)
     if torch.compiler.is_compiling() or layouts.any_int8(weights):
         return None
     marked = any(map(layouts.is_promised, weights))
@@ -124,6 +104,8 @@ def linears(x, weights, biases):
 
 
 def linear_act(x, weight, bias=None, activation="gelu"):
+    if products.takes(x, (weight,), (bias,), activation):
+        return products.linear_act(x, weight, bias, activation)
     if activation in layouts.EPILOGUES:
         y = _for_inference(x, weight, bias, activation)
         if y is not None:
@@ -142,6 +124,8 @@ def _for_inference(x, weight, bias, activation):
 
 
 def feed_forward(x, up_weight, up_bias, down_weight, down_bias=None, activation="gelu", recompute=False):
+    if products.takes_feed_forward(x, up_weight, up_bias, down_weight, down_bias, activation):
+        return products.feed_forward(x, up_weight, up_bias, down_weight, down_bias, activation)
     return linear(linear_act(x, up_weight, up_bias, activation), down_weight, down_bias)
 
 
@@ -311,30 +295,38 @@ def _gradients_in_runs(do, q, k, v, runs, scale, dropout_p=0.0, sequence_ids=Non
 
 
 class _Attention(torch.autograd.Function):
-    """Self-attention in C++, plain or with dropout, and its gradients."""
+    """Attention in C++, plain or with dropout, over keys in the same sequences or in others, and its gradients."""
 
     @staticmethod
-    def forward(ctx, q, k, v, cu_seqlens, scale, dropout):
+    def forward(ctx, q, k, v, cu_seqlens, scale, dropout, cu_seqlens_k):
         lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
-        o = cpp.attention(q, k, v, cu_seqlens, scale, dropout, lse)
-        ctx.save_for_backward(q, k, v, o, lse, cu_seqlens)
+        o = cpp.attention(q, k, v, cu_seqlens, scale, dropout, lse, cu_seqlens_k)
+        ctx.save_for_backward(q, k, v, o, lse, cu_seqlens, cu_seqlens_k)
         ctx.scale, ctx.dropout = scale, dropout
         return o
 
     @staticmethod
     def backward(ctx, do):
-        q, k, v, o, lse, cu_seqlens = ctx.saved_tensors
+        q, k, v, o, lse, cu_seqlens, cu_seqlens_k = ctx.saved_tensors
         if not torch.is_grad_enabled():
-            grads = cpp.attention_backward(do, q, k, v, o, lse, cu_seqlens, ctx.scale, ctx.dropout)
+            grads = cpp.attention_backward(do, q, k, v, o, lse, cu_seqlens, ctx.scale, ctx.dropout, cu_seqlens_k)
         else:  # these gradients' own gradients may be wanted: torch's operators have some
             options = {} if ctx.dropout is None else ctx.dropout.options
-            runs = attention_schedule(cu_seqlens, q.shape[0])
+            if cu_seqlens_k is not None:
+
+                def plain(q, k, v):
+                    options_k = {"cu_seqlens_k": cu_seqlens_k, "scale": ctx.scale}
+                    return reference.attention(q, k, v, cu_seqlens, **options_k, **options)
+
+            else:
+                runs = attention_schedule(cu_seqlens, q.shape[0])
+
+                def plain(q, k, v):
+                    return _attention_in_runs(q, k, v, runs, ctx.scale, **options)
+
             with sdpa_kernel(SDPBackend.MATH):
-                grads = plain_gradients(
-                    lambda q, k, v: _attention_in_runs(q, k, v, runs, ctx.scale, **options),
-                    (q, k, v), ctx.needs_input_grad[:3], do,
-                )  # fmt: skip
-        return *grads, None, None, None
+                grads = plain_gradients(plain, (q, k, v), ctx.needs_input_grad[:3], do)
+        return *grads, None, None, None, None
 
 
 @torch.library.custom_op("fastbert::attention_native", mutates_args=())
@@ -434,10 +426,14 @@ def attention(q, k, v, cu_seqlens, max_seqlen=None, *, scale=None, schedule=None
     variant = _variant(cu_seqlens.shape[0] - 1, q.device, options)
     compiling = torch.compiler.is_compiling()
     autocast = q.dtype == torch.float32 and torch.is_autocast_enabled(q.device.type)
-    if variant.keys() <= DROPOUT and not autocast and cpp.takes_attention(q, k, v, cu_seqlens, scale):
-        dropout = cpp.Dropout(**variant) if variant else None
-        attend = _Attention.apply if cpp.want_gradients(q, k, v) else cpp.attention
-        return attend(q, k, v, cu_seqlens, scale, dropout)
+    other_keys = variant.get("cu_seqlens_k")
+    plain = variant.keys() <= DROPOUT | {"cu_seqlens_k", "max_seqlen_k"} and not autocast
+    if plain and cpp.takes_attention(q, k, v, cu_seqlens, scale, other_keys):
+        drops = {name: variant[name] for name in variant.keys() & DROPOUT}
+        dropout = cpp.Dropout(**drops) if drops else None
+        if cpp.want_gradients(q, k, v):
+            return _Attention.apply(q, k, v, cu_seqlens, scale, dropout, other_keys)
+        return cpp.attention(q, k, v, cu_seqlens, scale, dropout, cu_seqlens_k=other_keys)
     one_each = "cu_seqlens_k" in variant and max_seqlen == 1 and q.shape[0] == cu_seqlens.shape[0] - 1
     if one_each and not compiling and variant.keys() <= DROPOUT | {"cu_seqlens_k", "max_seqlen_k"}:
         return _attention_of_one_query(q, k, v, scale=scale, **variant)

@@ -91,6 +91,34 @@ def test_lse(dtype):
     torch.testing.assert_close(lse.double(), wanted, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("p", [0.0, 0.3], ids=["plain", "dropout"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_keys_of_other_lengths(dtype, p):
+    """Fewer queries than keys and more, one for each sequence as of a first token, none of either and of both."""
+    lengths, of_keys = [1, 1, 7, 0, 3, 0, 70], [5, 65, 2, 4, 0, 0, 130]
+    inputs = [torch.randn(sum(n), 2, 32).double() for n in (lengths, of_keys, of_keys, lengths)]
+    starts = cu_seqlens_of(of_keys, "cpu")
+    more = {"cu_seqlens_k": starts, "max_seqlen_k": 130, **dropout_of(p, lengths)}
+
+    def of(module):
+        return lambda q, k, v, *rest, **options: module.attention(q, k, v, *rest, **more, **options)
+
+    ours = gradients(of(native), *inputs, lengths, dtype)
+    assert type(ours[0].grad_fn).__name__ == "_AttentionBackward"
+    plain = gradients(of(reference), *inputs, lengths, dtype)
+    exact = gradients(of(reference), *inputs, lengths, torch.float64)
+    for name, *three in zip(("o", "dq", "dk", "dv"), ours, plain, exact, strict=True):
+        assert_within_budget(*three, name)
+    second = []
+    for module in (native, reference):
+        q, k, v = (t.float().requires_grad_() for t in inputs[:3])
+        o = of(module)(q, k, v, cu_seqlens_of(lengths, "cpu"), 70)
+        grads = torch.autograd.grad(o.pow(3).sum(), (q, k, v), create_graph=True)
+        second.append(torch.autograd.grad(sum(g.square().sum() for g in grads), (q, k, v)))
+    for one, other in zip(*second, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("layout", ["expanded", "transposed", "every second head"])
 def test_upstream_gradients_of_other_strides(layout):
     lengths = [5, 20]

@@ -58,6 +58,28 @@ def test_gradients(dtype, dropout_p, shape):
         assert torch.equal(ours[1] == 0, truth[1] == 0)  # bit for bit the mask of the specification
 
 
+@pytest.mark.skipif(torch.bfloat16 not in cpp.dtypes(), reason="this CPU has no AVX512-BF16")
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_bias_of_x_and_float32_beside_a_product_in_bfloat16(dropout_p, mixed):
+    """What a layer in training adds: the bias of the product before, which comes in bfloat16 under autocast."""
+    x, *others = tensors((2, 45, 48))
+    leaves = [x.detach().bfloat16().requires_grad_() if mixed else x, *others, torch.randn(48).requires_grad_()]
+    drop = options(dropout_p, 90)
+
+    def of(module):
+        return lambda x, residual, weight, bias, x_bias, eps, **drop: module.add_layer_norm(
+            x, residual, weight, bias, eps, x_bias=x_bias, **drop
+        )
+
+    ours, plain = results(of(native), leaves, **drop), results(of(reference), leaves, **drop)
+    assert "AddLayerNorm" in ours[0].grad_fn.name()
+    truth = results(of(reference), [t.detach().double().requires_grad_() for t in leaves], **drop)
+    for name, *three in zip((*NAMES, "dx_bias"), ours, plain, truth, strict=True):
+        assert three[0].dtype == three[1].dtype
+        assert_within_budget(*three, name)
+
+
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_the_same_bits_without_gradients_and_with_any_number_of_threads(dropout_p):
     leaves, drop = tensors((200, 64)), options(dropout_p, 200)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fastbert.functional import LayerOptions
+from fastbert.kernels.cpu import embedding, pointers
 from fastbert.kernels.cpu import operators as cpp
-from fastbert.kernels.cpu import pointers
 from fastbert.kernels.cpu.operators import Dropout
 
 pytestmark = pytest.mark.skipif(cpp.load()[0] is None, reason=f"no C++ operators: {cpp.load()[1]}")
@@ -24,6 +24,10 @@ def floats(*shape: int) -> Tensor:
 
 def starts() -> Tensor:
     return torch.tensor([0, 5, T], dtype=torch.int32)
+
+
+def one_each() -> Tensor:
+    return torch.tensor([0, 1, 2], dtype=torch.int32)
 
 
 def ids(high: int, count: int = T) -> Tensor:
@@ -56,6 +60,16 @@ ENTRIES = {
         lambda *t: cpp.attention_backward(*t, None),
         lambda: [*(floats(T, H, D) for _ in range(5)), floats(H, T), starts()],
     ),
+    "attention_with_other_keys": (
+        lambda q, k, v, starts, of_keys: cpp.attention(q, k, v, starts, None, cu_seqlens_k=of_keys),
+        lambda: [
+            floats(2, H, D),
+            floats(T, H, D),
+            floats(T, H, D),
+            torch.tensor([0, 1, 2], dtype=torch.int32),
+            starts(),
+        ],
+    ),
     "add_layer_norm": (
         lambda *t: cpp.add_layer_norm(*t, 1e-5),
         lambda: [floats(T, C), floats(T, C), floats(C), floats(C)],
@@ -67,6 +81,28 @@ ENTRIES = {
     "add_layer_norm_backward": (
         lambda *t: cpp.add_layer_norm_backward(*t[:4], 1e-5, t[4], 0.1),
         lambda: [floats(T, C), floats(T, C), floats(T, C), floats(C), ids(T)],
+    ),
+    "add_layer_norm_with_a_bias_of_x": (
+        lambda x, residual, w, b, x_bias: cpp.add_layer_norm(x, residual, w, b, 1e-5, x_bias=x_bias),
+        lambda: [floats(T, C), floats(T, C), floats(C), floats(C), floats(C)],
+    ),
+    "embedding_for_training": (
+        lambda *t: embedding.forward(t[:3], t[3:8], 1e-5, t[8], 0.1),
+        lambda: [ids(9), ids(2), ids(7), floats(9, C), floats(2, C), floats(7, C), floats(C), floats(C), ids(T)],
+    ),
+    "embedding_backward": (
+        lambda *t: embedding.backward(t[0], t[1:4], t[4:8], 1e-5, None, t[8], 0.1, (True,) * 3),
+        lambda: [
+            floats(T, C),
+            ids(9),
+            ids(2),
+            ids(7),
+            floats(9, C),
+            floats(2, C),
+            floats(7, C),
+            floats(C),
+            ids(T),
+        ],
     ),
     "linear": (lambda *t: cpp.linear(*t, "gelu"), lambda: [floats(T, C), floats(V, C), floats(V)]),
     "linears": (
@@ -129,7 +165,13 @@ FIT_TOO = {
     ("add_layer_norm_backward", 0, "every_other_column"),
     *(("attention_with_dropout", 4, spoiler) for spoiler in SPOILERS if not spoiler.endswith("short")),
     *((name, 0, "a_row_short") for name in ("linear", "linears", "quantise_rows", "sum_logits")),
-    *(("embedding_layer_norm", table, "a_row_short") for table in (3, 4, 5)),
+    *(
+        (name, table, "a_row_short")
+        for name in ("embedding_layer_norm", "embedding_for_training")
+        for table in (3, 4, 5)
+    ),
+    *(("embedding_backward", table, "a_row_short") for table in (4, 5, 6)),
+    ("embedding_backward", 0, "every_other_column"),
 }
 
 

@@ -107,20 +107,28 @@ void rows_of_head(
 template <class T>
 int attention(
     const typename T::Element* q, const typename T::Element* k, const typename T::Element* v, typename T::Element* o,
-    float* lse, const int32_t* starts, int sequences, int64_t tokens, int heads, int kv_heads, int head_dim,
-    int64_t q_token, int64_t q_head, int64_t k_token, int64_t k_head, int64_t v_token, int64_t v_head, float scale,
+    float* lse, const int32_t* starts, const int32_t* starts_k, int sequences, int64_t tokens, int64_t tokens_k,
+    int heads, int kv_heads, int head_dim, int64_t q_token, int64_t q_head, int64_t k_token, int64_t k_head, int64_t v_token, int64_t v_head, float scale,
     const Dropout* dropout
 ) {
     using Element = typename T::Element;
-    if (!are_sequences(starts, sequences, tokens)) return NOT_SEQUENCES;
+    if (!are_sequences(starts, sequences, tokens) || !are_sequences(starts_k, sequences, tokens_k))
+        return NOT_SEQUENCES;
     const int64_t o_token = (int64_t)heads * head_dim;
     bool failed = false;
 #pragma omp parallel for collapse(2) schedule(dynamic)
     for (int sequence = 0; sequence < sequences; ++sequence)
         for (int head = 0; head < heads; ++head) {
-            const int64_t start = starts[sequence];
-            const int length = starts[sequence + 1] - starts[sequence];
-            if (length == 0) continue;
+            const int64_t start = starts[sequence], start_k = starts_k[sequence];
+            const int queries = starts[sequence + 1] - starts[sequence];
+            const int length = starts_k[sequence + 1] - starts_k[sequence];
+            Element* out = o + start * o_token + (int64_t)head * head_dim;
+            if (length == 0)  // nothing to attend to
+                for (int row = 0; row < queries; ++row) {
+                    std::fill_n(out + row * o_token, head_dim, Element(0));
+                    if (lse) lse[head * tokens + start + row] = -std::numeric_limits<float>::infinity();
+                }
+            if (queries == 0 || length == 0) continue;
             const int keys = round_up(length, WIDTH), kv_head = head / (heads / kv_heads);
             const size_t of_keys = (size_t)keys * head_dim / T::PER_LANE;  // floats; as many of the paired values
             if (!scratch.reserve(sizeof(float) * (2 * of_keys + head_dim + 2 * ROWS * (size_t)keys))) {
@@ -132,8 +140,8 @@ int attention(
             float* scores = values_paired + (T::PER_LANE == 2 ? of_keys : 0);
             Element* p = (Element*)(scores + ROWS * keys);
 
-            transpose_rows<T>(k + start * k_token + kv_head * k_head, k_token, length, keys, head_dim, keys_transposed);
-            const Element* of_head = v + start * v_token + kv_head * v_head;
+            transpose_rows<T>(k + start_k * k_token + kv_head * k_head, k_token, length, keys, head_dim, keys_transposed);
+            const Element* of_head = v + start_k * v_token + kv_head * v_head;
             const float* values = (const float*)of_head;
             int64_t v_stride = v_token;
             if constexpr (T::PER_LANE == 2) {
@@ -142,11 +150,10 @@ int attention(
                 v_stride = head_dim;
             }
             const Element* rows = q + start * q_token + head * q_head;
-            Element* out = o + start * o_token + (int64_t)head * head_dim;
             float row_lse[ROWS];
             uint64_t row_keys[ROWS];
-            for (int row = 0; row < length; row += ROWS) {
-                const int n = std::min(ROWS, length - row);
+            for (int row = 0; row < queries; row += ROWS) {
+                const int n = std::min(ROWS, queries - row);
                 if (dropout)
                     for (int i = 0; i < n; ++i) row_keys[i] = row_key(*dropout, sequence, head, row + i);
 #define OF_ROWS(M)                                                                                                 \
@@ -168,12 +175,13 @@ int attention(
 #define EXPORT_FOR(T, name)                                                                                        \
     EXPORT int attention_##name(                                                                                   \
         const T::Element* q, const T::Element* k, const T::Element* v, T::Element* o, float* lse,                  \
-        const int32_t* starts, int sequences, int64_t tokens, int heads, int kv_heads, int head_dim,               \
-        int64_t q_token, int64_t q_head, int64_t k_token, int64_t k_head, int64_t v_token, int64_t v_head,         \
+        const int32_t* starts, const int32_t* starts_k, int sequences, int64_t tokens, int64_t tokens_k,           \
+        int heads, int kv_heads, int head_dim, int64_t q_token, int64_t q_head, int64_t k_token,                   \
+        int64_t k_head, int64_t v_token, int64_t v_head,                                                           \
         float scale, const Dropout* dropout                                                                        \
     ) {                                                                                                            \
-        return attention<T>(q, k, v, o, lse, starts, sequences, tokens, heads, kv_heads, head_dim, q_token,        \
-                            q_head, k_token, k_head, v_token, v_head, scale, dropout);                             \
+        return attention<T>(q, k, v, o, lse, starts, starts_k, sequences, tokens, tokens_k, heads, kv_heads,       \
+                            head_dim, q_token, q_head, k_token, k_head, v_token, v_head, scale, dropout);          \
     }
 
 EXPORT_FOR(Float32, float32)

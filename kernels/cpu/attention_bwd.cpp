@@ -98,12 +98,10 @@ void add_product(
 
 // Two rows of ds, to their rows and to lanes of both.
 inline void store_pair(__m512 first, __m512 second, uint16_t* rows, float* pairs) {
-    alignas(64) static const uint16_t ALTERNATE[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(second, first);
     _mm256_store_si256((__m256i*)rows, _mm512_castsi512_si256(both));
     _mm256_store_si256((__m256i*)(rows + QUERIES), _mm512_extracti64x4_epi64(both, 1));
-    _mm512_store_si512(pairs, _mm512_permutexvar_epi16(_mm512_load_si512(ALTERNATE), both));
+    _mm512_store_si512(pairs, alternate(both));
 }
 
 // p^T and ds^T of six keys, of which `real` are, and N x 16 queries.
@@ -266,32 +264,34 @@ int backward(
     const typename T::Element* d_o, const typename T::Element* q, const typename T::Element* k,
     const typename T::Element* v, const typename T::Element* o, const float* lse,            // in
     typename T::Element* dq, typename T::Element* dk, typename T::Element* dv,               // out
-    const int32_t* starts, int sequences, int64_t tokens, int heads, int kv_heads, int head_dim,
-    int64_t do_token, int64_t do_head, int64_t q_token, int64_t q_head, int64_t k_token, int64_t k_head,
+    const int32_t* starts, const int32_t* starts_k, int sequences, int64_t tokens, int64_t tokens_k, int heads,
+    int kv_heads, int head_dim, int64_t do_token, int64_t do_head, int64_t q_token, int64_t q_head, int64_t k_token, int64_t k_head,
     int64_t v_token, int64_t v_head, float scale, const Dropout* dropout
 ) {
-    if (!are_sequences(starts, sequences, tokens)) return NOT_SEQUENCES;
+    if (!are_sequences(starts, sequences, tokens) || !are_sequences(starts_k, sequences, tokens_k))
+        return NOT_SEQUENCES;
     const int64_t o_token = (int64_t)heads * head_dim, k_row = (int64_t)kv_heads * head_dim;
     const int group = heads / kv_heads;
     bool failed = false;
 #pragma omp parallel for collapse(2) schedule(dynamic)
     for (int sequence = 0; sequence < sequences; ++sequence)
         for (int kv_head = 0; kv_head < kv_heads; ++kv_head) {
-            const int64_t start = starts[sequence];
-            const int length = starts[sequence + 1] - starts[sequence];
+            const int64_t start = starts[sequence], start_k = starts_k[sequence];
+            const int rows = starts[sequence + 1] - starts[sequence];
+            const int length = starts_k[sequence + 1] - starts_k[sequence];
             Memory<T> m;
-            if (length == 0) continue;
+            if (rows == 0 && length == 0) continue;
             if (!m.reserve(length, head_dim)) {
                 failed = true;
                 continue;
             }
             lay_out_keys(
-                m, k + start * k_token + kv_head * k_head, k_token, v + start * v_token + kv_head * v_head, v_token,
+                m, k + start_k * k_token + kv_head * k_head, k_token, v + start_k * v_token + kv_head * v_head, v_token,
                 length, head_dim
             );
             for (int head = kv_head * group; head < (kv_head + 1) * group; ++head)
-                for (int row = 0; row < length; row += QUERIES) {
-                    const int queries = std::min(QUERIES, length - row);
+                for (int row = 0; row < rows; row += QUERIES) {
+                    const int queries = std::min(QUERIES, rows - row);
                     const int64_t token = start + row, of_o = token * o_token + (int64_t)head * head_dim;
                     if (dropout)
                         for (int i = 0; i < queries; ++i) {
@@ -304,7 +304,7 @@ int backward(
                         scale, dropout
                     );
                 }
-            const int64_t of_k = start * k_row + (int64_t)kv_head * head_dim;
+            const int64_t of_k = start_k * k_row + (int64_t)kv_head * head_dim;
             store_rows<T>(m.dk, length, head_dim, scale, dk + of_k, k_row);
             store_rows<T>(m.dv, length, head_dim, dropout ? dropout->scale : 1.0f, dv + of_k, k_row);
         }
@@ -316,13 +316,14 @@ int backward(
 #define EXPORT_FOR(T, name)                                                                                        \
     EXPORT int attention_backward_##name(                                                                          \
         const T::Element* d_o, const T::Element* q, const T::Element* k, const T::Element* v, const T::Element* o, \
-        const float* lse, T::Element* dq, T::Element* dk, T::Element* dv, const int32_t* starts, int sequences,    \
-        int64_t tokens, int heads, int kv_heads, int head_dim, int64_t do_token, int64_t do_head, int64_t q_token, \
-        int64_t q_head, int64_t k_token, int64_t k_head, int64_t v_token, int64_t v_head, float scale,             \
-        const Dropout* dropout                                                                                     \
+        const float* lse, T::Element* dq, T::Element* dk, T::Element* dv, const int32_t* starts,                   \
+        const int32_t* starts_k, int sequences, int64_t tokens, int64_t tokens_k, int heads, int kv_heads,         \
+        int head_dim, int64_t do_token, int64_t do_head, int64_t q_token, int64_t q_head, int64_t k_token,         \
+        int64_t k_head, int64_t v_token, int64_t v_head, float scale, const Dropout* dropout                       \
     ) {                                                                                                            \
-        return backward<T>(d_o, q, k, v, o, lse, dq, dk, dv, starts, sequences, tokens, heads, kv_heads, head_dim, \
-                           do_token, do_head, q_token, q_head, k_token, k_head, v_token, v_head, scale, dropout);  \
+        return backward<T>(d_o, q, k, v, o, lse, dq, dk, dv, starts, starts_k, sequences, tokens, tokens_k, heads, \
+                           kv_heads, head_dim, do_token, do_head, q_token, q_head, k_token, k_head, v_token,       \
+                           v_head, scale, dropout);                                                                \
     }
 
 EXPORT_FOR(Float32, float32)

@@ -1,9 +1,10 @@
-// dropout + add + LayerNorm, and its gradients. Without dropout the forward pass keeps nothing. `operators.py` calls them.
+// dropout + add + LayerNorm, and its gradients. Without dropout the forward pass keeps nothing. `norm.py` calls them.
 //
-//     z = dropout(x) + residual,  xhat = (z - mean) * rstd,  y = xhat * weight + bias
+//     z = dropout(x + x_bias) + residual,  xhat = (z - mean) * rstd,  y = xhat * weight + bias
 //     g = dy * weight,  dz = rstd * (g - mean(g) - xhat * mean(g * xhat)) = dresidual,  dx = dz where kept, scaled
-//     dweight = sum over rows of dy * xhat,  dbias = sum over rows of dy
+//     dweight, dbias, dx_bias = sums over rows of dy * xhat, of dy and of dx
 //
+// Under autocast x is the result of a product in bfloat16 and all else float32.
 // Statistics and masks are computed again in the backward pass: a row is in the first cache by then.
 
 #include <vector>
@@ -12,7 +13,7 @@
 
 namespace {
 
-constexpr int BLOCK = 64;  // rows whose dweight and dbias are summed by one thread, so the order is always the same
+constexpr int BLOCK = 64;  // rows whose sums one thread makes, so the order is always the same
 
 // y = LayerNorm(x + residual), rows of `width` contiguous elements.
 template <class T>
@@ -28,10 +29,12 @@ void add_layer_norm(
     }
 }
 
-// Rows of `width` contiguous elements; which of x stays is drawn by a row's key, all of it where there are no keys.
-template <class T>
+// Rows of `width` contiguous elements of x, in T, and of a residual, in R; x_bias may be null. Which of x stays is drawn
+// by a row's key, all of it where there are no keys.
+template <class T, class R>
 struct Sums {
-    const typename T::Element *x, *residual;
+    const typename T::Element* x;
+    const typename R::Element *x_bias, *residual;
     const uint64_t* keys;
     int width;
     float eps;
@@ -50,8 +53,10 @@ struct Sums {
         const int64_t at = row * width;
         for (int i = 0; i < width; i += WIDTH) {
             mask[i / WIDTH] = kept(row, i);
-            const __m512 of_x = _mm512_maskz_mul_ps(mask[i / WIDTH], T::load(x + at + i), _mm512_set1_ps(scale));
-            _mm512_storeu_ps(xhat + i, _mm512_add_ps(of_x, T::load(residual + at + i)));
+            __m512 of_x = T::load(x + at + i);
+            if (x_bias) of_x = _mm512_add_ps(of_x, R::load(x_bias + i));
+            of_x = _mm512_maskz_mul_ps(mask[i / WIDTH], of_x, _mm512_set1_ps(scale));
+            _mm512_storeu_ps(xhat + i, _mm512_add_ps(of_x, R::load(residual + at + i)));
         }
         const Moments m = moments_of_row([&](int i) { return _mm512_loadu_ps(xhat + i); }, width, eps);
         for (int i = 0; i < width; i += WIDTH) {
@@ -62,9 +67,9 @@ struct Sums {
     }
 };
 
-template <class T>
+template <class T, class R>
 void forward(
-    const Sums<T>& sums, const typename T::Element* weight, const typename T::Element* bias, typename T::Element* y,
+    const Sums<T, R>& sums, const typename R::Element* weight, const typename R::Element* bias, typename R::Element* y,
     int64_t rows
 ) {
     const int width = sums.width;
@@ -76,19 +81,20 @@ void forward(
         for (int64_t row = 0; row < rows; ++row) {
             sums.normalise(row, xhat.data(), mask.data());
             for (int i = 0; i < width; i += WIDTH)
-                T::store(
+                R::store(
                     y + row * width + i,
-                    _mm512_fmadd_ps(_mm512_loadu_ps(&xhat[i]), T::load(weight + i), T::load(bias + i))
+                    _mm512_fmadd_ps(_mm512_loadu_ps(&xhat[i]), R::load(weight + i), R::load(bias + i))
                 );
         }
     }
 }
 
-// parts: [blocks of rows, 2, width] zeros; its first block becomes (dweight, dbias). dx may be null: it is dresidual.
-template <class T>
+// parts: [blocks of rows, 3, width] zeros; its first block becomes (dweight, dbias, dx_bias), the last without x_bias
+// left as it is. dx may be null: it is dresidual.
+template <class T, class R>
 void backward(
-    const Sums<T>& sums, const typename T::Element* weight, const typename T::Element* dy, typename T::Element* dx,
-    typename T::Element* dresidual, float* parts, int64_t rows
+    const Sums<T, R>& sums, const typename R::Element* weight, const typename R::Element* dy, typename T::Element* dx,
+    typename R::Element* dresidual, float* parts, int64_t rows
 ) {
     const int width = sums.width;
     const int64_t blocks = (rows + BLOCK - 1) / BLOCK;
@@ -99,15 +105,15 @@ void backward(
         std::vector<__mmask16> mask(width / WIDTH);
 #pragma omp for schedule(static)
         for (int64_t block = 0; block < blocks; ++block) {
-            float *dweight = parts + block * 2 * width, *dbias = dweight + width;
+            float *dweight = parts + block * 3 * width, *dbias = dweight + width, *dx_bias = dbias + width;
             for (int64_t row = block * BLOCK; row < std::min(rows, (block + 1) * BLOCK); ++row) {
                 const int64_t at = row * width;
                 const __m512 rstd = _mm512_set1_ps(sums.normalise(row, xhat.data(), mask.data()));
 
                 __m512 sum = _mm512_setzero_ps(), with_xhat = _mm512_setzero_ps();
                 for (int i = 0; i < width; i += WIDTH) {
-                    const __m512 d = T::load(dy + at + i), h = _mm512_loadu_ps(&xhat[i]);
-                    const __m512 g = _mm512_mul_ps(d, T::load(weight + i));
+                    const __m512 d = R::load(dy + at + i), h = _mm512_loadu_ps(&xhat[i]);
+                    const __m512 g = _mm512_mul_ps(d, R::load(weight + i));
                     sum = _mm512_add_ps(sum, g);
                     with_xhat = _mm512_fmadd_ps(g, h, with_xhat);
                     _mm512_storeu_ps(dweight + i, _mm512_fmadd_ps(d, h, _mm512_loadu_ps(dweight + i)));
@@ -117,19 +123,22 @@ void backward(
                 const __m512 slope = _mm512_set1_ps(_mm512_reduce_add_ps(with_xhat) / width);
 
                 for (int i = 0; i < width; i += WIDTH) {
-                    const __m512 g = _mm512_mul_ps(T::load(dy + at + i), T::load(weight + i));
+                    const __m512 g = _mm512_mul_ps(R::load(dy + at + i), R::load(weight + i));
                     const __m512 left = _mm512_fnmadd_ps(_mm512_loadu_ps(&xhat[i]), slope, _mm512_sub_ps(g, mean));
                     const __m512 dz = _mm512_mul_ps(left, rstd);
-                    T::store(dresidual + at + i, dz);
-                    if (dx) T::store(dx + at + i, _mm512_maskz_mul_ps(mask[i / WIDTH], dz, scale));
+                    R::store(dresidual + at + i, dz);
+                    const __m512 of_x = _mm512_maskz_mul_ps(mask[i / WIDTH], dz, scale);
+                    if (dx) T::store(dx + at + i, of_x);
+                    if (sums.x_bias)
+                        _mm512_storeu_ps(dx_bias + i, _mm512_add_ps(of_x, _mm512_loadu_ps(dx_bias + i)));
                 }
             }
         }
 #pragma omp for schedule(static)
-        for (int i = 0; i < 2 * width; i += WIDTH) {
+        for (int i = 0; i < 3 * width; i += WIDTH) {
             __m512 sum = _mm512_loadu_ps(parts + i);
             for (int64_t block = 1; block < blocks; ++block)
-                sum = _mm512_add_ps(sum, _mm512_loadu_ps(parts + block * 2 * width + i));
+                sum = _mm512_add_ps(sum, _mm512_loadu_ps(parts + block * 3 * width + i));
             _mm512_storeu_ps(parts + i, sum);
         }
     }
@@ -137,6 +146,7 @@ void backward(
 
 }  // namespace
 
+// wide: all but x and dx is float32, whatever they are.
 #define EXPORT_FOR(T, name)                                                                                        \
     EXPORT void add_layer_norm_##name(                                                                             \
         const T::Element* x, const T::Element* residual, const T::Element* weight, const T::Element* bias,         \
@@ -145,17 +155,29 @@ void backward(
         add_layer_norm<T>(x, residual, weight, bias, y, rows, width, eps);                                         \
     }                                                                                                              \
     EXPORT void dropout_add_layer_norm_##name(                                                                     \
-        const T::Element* x, const T::Element* residual, const uint64_t* keys, const T::Element* weight,           \
-        const T::Element* bias, T::Element* y, int64_t rows, int width, float eps, uint32_t threshold, float scale \
+        const T::Element* x, const void* x_bias, const void* residual, const uint64_t* keys, const void* weight,   \
+        const void* bias, void* y, int wide, int64_t rows, int width, float eps, uint32_t threshold, float scale   \
     ) {                                                                                                            \
-        forward<T>({x, residual, keys, width, eps, threshold, scale}, weight, bias, y, rows);                      \
+        const auto of = [&](auto r) {                                                                              \
+            using R = decltype(r);                                                                                 \
+            using E = typename R::Element;                                                                         \
+            const Sums<T, R> sums{x, (const E*)x_bias, (const E*)residual, keys, width, eps, threshold, scale};    \
+            forward(sums, (const E*)weight, (const E*)bias, (E*)y, rows);                                          \
+        };                                                                                                         \
+        wide ? of(Float32()) : of(T());                                                                            \
     }                                                                                                              \
     EXPORT void add_layer_norm_backward_##name(                                                                    \
-        const T::Element* x, const T::Element* residual, const uint64_t* keys, const T::Element* weight,           \
-        const T::Element* dy, T::Element* dx, T::Element* dresidual, float* parts, int64_t rows, int width,        \
+        const T::Element* x, const void* x_bias, const void* residual, const uint64_t* keys, const void* weight,   \
+        const void* dy, T::Element* dx, void* dresidual, float* parts, int wide, int64_t rows, int width,          \
         float eps, uint32_t threshold, float scale                                                                 \
     ) {                                                                                                            \
-        backward<T>({x, residual, keys, width, eps, threshold, scale}, weight, dy, dx, dresidual, parts, rows);    \
+        const auto of = [&](auto r) {                                                                              \
+            using R = decltype(r);                                                                                 \
+            using E = typename R::Element;                                                                         \
+            const Sums<T, R> sums{x, (const E*)x_bias, (const E*)residual, keys, width, eps, threshold, scale};    \
+            backward(sums, (const E*)weight, (const E*)dy, dx, (E*)dresidual, parts, rows);                        \
+        };                                                                                                         \
+        wide ? of(Float32()) : of(T());                                                                            \
     }
 
 EXPORT_FOR(Float32, float32)

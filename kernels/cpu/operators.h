@@ -28,15 +28,16 @@ struct Layer {
 #define DECLARE(Element, name)                                                                                 \
     EXPORT int attention_##name(                                                                               \
         const Element* q, const Element* k, const Element* v, Element* o, float* lse, const int32_t* starts,   \
-        int sequences, int64_t tokens, int heads, int kv_heads, int head_dim, int64_t q_token, int64_t q_head, \
-        int64_t k_token, int64_t k_head, int64_t v_token, int64_t v_head, float scale, const Dropout* dropout  \
+        const int32_t* starts_k, int sequences, int64_t tokens, int64_t tokens_k, int heads, int kv_heads,     \
+        int head_dim, int64_t q_token, int64_t q_head, int64_t k_token, int64_t k_head, int64_t v_token,       \
+        int64_t v_head, float scale, const Dropout* dropout                                                    \
     );                                                                                                         \
     EXPORT int attention_backward_##name(                                                                      \
         const Element* d_o, const Element* q, const Element* k, const Element* v, const Element* o,            \
-        const float* lse, Element* dq, Element* dk, Element* dv, const int32_t* starts, int sequences,         \
-        int64_t tokens, int heads, int kv_heads, int head_dim, int64_t do_token, int64_t do_head,              \
-        int64_t q_token, int64_t q_head, int64_t k_token, int64_t k_head, int64_t v_token, int64_t v_head,     \
-        float scale, const Dropout* dropout                                                                    \
+        const float* lse, Element* dq, Element* dk, Element* dv, const int32_t* starts,                        \
+        const int32_t* starts_k, int sequences, int64_t tokens, int64_t tokens_k, int heads, int kv_heads,     \
+        int head_dim, int64_t do_token, int64_t do_head, int64_t q_token, int64_t q_head, int64_t k_token,     \
+        int64_t k_head, int64_t v_token, int64_t v_head, float scale, const Dropout* dropout                   \
     );                                                                                                         \
     EXPORT void add_layer_norm_##name(                                                                         \
         const Element* x, const Element* residual, const Element* weight, const Element* bias, Element* y,     \
@@ -50,17 +51,30 @@ struct Layer {
         int with_gelu                                                                                          \
     );                                                                                                         \
     EXPORT void dropout_add_layer_norm_##name(                                                                 \
-        const Element* x, const Element* residual, const uint64_t* keys, const Element* weight,                \
-        const Element* bias, Element* y, int64_t rows, int width, float eps, uint32_t threshold, float scale   \
+        const Element* x, const void* x_bias, const void* residual, const uint64_t* keys, const void* weight,  \
+        const void* bias, void* y, int wide, int64_t rows, int width, float eps, uint32_t threshold,           \
+        float scale                                                                                            \
     );                                                                                                         \
     EXPORT void add_layer_norm_backward_##name(                                                                \
-        const Element* x, const Element* residual, const uint64_t* keys, const Element* weight,                \
-        const Element* dy, Element* dx, Element* dresidual, float* parts, int64_t rows, int width, float eps,  \
-        uint32_t threshold, float scale                                                                        \
+        const Element* x, const void* x_bias, const void* residual, const uint64_t* keys, const void* weight,  \
+        const void* dy, Element* dx, void* dresidual, float* parts, int wide, int64_t rows, int width,         \
+        float eps, uint32_t threshold, float scale                                                             \
     );                                                                                                         \
     EXPORT int linear_##name(                                                                                  \
         const Element* x, const Element* weight, const Element* bias, Element* y, int64_t y_stride, int rows,  \
-        int columns, int inner, int activation, int in_one_way                                                  \
+        int columns, int inner, int activation, int in_one_way                                                 \
+    );                                                                                                         \
+    EXPORT int linear_forward_##name(                                                                          \
+        const Element* x, const void* weight, const void* bias, int wide, Element* y, int64_t y_stride,        \
+        Element* h, int rows, int columns, int inner, int activation                                           \
+    );                                                                                                         \
+    EXPORT int linear_input_gradient_##name(                                                                   \
+        const Element* dy, int64_t dy_stride, const void* const* weights, int count, int wide, void* dx,       \
+        int wide_dx, const Element* h, Element* a, int rows, int columns, int inner, int activation            \
+    );                                                                                                         \
+    EXPORT int linear_weight_gradient_##name(                                                                  \
+        const Element* dy, int64_t dy_stride, const Element* x, float* dweight, float* dbias, int rows,        \
+        int columns, int inner                                                                                 \
     );                                                                                                         \
     EXPORT void sum_logits_##name(                                                                             \
         const Element* logits, const Element* bias, const int32_t* labels, float* greatest, float* sums,       \
@@ -75,6 +89,19 @@ struct Layer {
         const int64_t* ids, const int64_t* types, const int64_t* places, const Element* word,                  \
         const Element* segment, const Element* position, const Element* weight, const Element* bias,           \
         Element* y, int64_t rows, const int64_t* sizes, int width, float eps                                   \
+    );                                                                                                         \
+    EXPORT int embedding_training_##name(                                                                      \
+        const int64_t* ids, const int64_t* types, const int64_t* places, const Element* word,                  \
+        const Element* segment, const Element* position, const Element* weight, const Element* bias,           \
+        const uint64_t* keys, Element* y, int64_t rows, const int64_t* sizes, int width, float eps,            \
+        uint32_t threshold, float scale                                                                        \
+    );                                                                                                         \
+    EXPORT int embedding_backward_##name(                                                                      \
+        const int64_t* ids, const int64_t* types, const int64_t* places, const Element* word,                  \
+        const Element* segment, const Element* position, const Element* weight, const uint64_t* keys,          \
+        const Element* dy, float* dz, float* parts, float* dword, float* dsegment, float* dposition,           \
+        int64_t rows, const int64_t* sizes, int64_t padding_idx, int width, float eps, uint32_t threshold,     \
+        float scale                                                                                            \
     );                                                                                                         \
     EXPORT int mean_of_sequences_##name(                                                                       \
         const Element* x, const int32_t* starts, Element* y, int sequences, int64_t rows, int width            \

@@ -97,22 +97,22 @@ def _take(*tensors: Tensor) -> bool:
     return _know(*tensors) and not want_gradients(*tensors)
 
 
-def _call(function: str, dtype: torch.dtype, *arguments: object) -> int | None:
+def call(function: str, dtype: torch.dtype, *arguments: object) -> int | None:
     """Runs a function of the library's. Addresses come from `pointers`, which has looked at the tensors."""
     if dtype not in NAMES:
         raise TypeError(f"{function} computes in {' and '.join(map(str, NAMES))}, got {dtype}")
     return getattr(load()[0], f"{function}_{NAMES[dtype]}")(*arguments)
 
 
-def _expect_multiple(function: str, what: str, size: int, multiple: int = WIDTH) -> None:
+def expect_multiple(function: str, what: str, size: int, multiple: int = WIDTH) -> None:
     if size % multiple or size < 1:
         raise ValueError(f"{function}: {what} must be a multiple of {multiple}, got {size}")
 
 
-def _rows(function: str, x: Tensor) -> tuple[int, int]:
+def rows_of(function: str, x: Tensor) -> tuple[int, int]:
     """(rows, their width) of x [..., N]."""
     width = x.shape[-1] if x.dim() else 0
-    _expect_multiple(function, "the width of a row", width)
+    expect_multiple(function, "the width of a row", width)
     return x.numel() // width, width
 
 
@@ -138,54 +138,64 @@ class Dropout(ctypes.Structure):
         return ctypes.addressof(self)
 
 
-def takes_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float | None = None) -> bool:
+def takes_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float | None = None, cu_seqlens_k: Tensor | None = None
+) -> bool:
     """Whether `attention` and `attention_backward` compute with these."""
-    lengths = cu_seqlens.dtype == torch.int32 and cu_seqlens.is_cpu and cu_seqlens.is_contiguous()
-    return lengths and q.shape[-1] % WIDTH == 0 and (scale is None or scale >= 0.0) and _know(q, k, v)
+    lengths = (cu_seqlens,) if cu_seqlens_k is None else (cu_seqlens, cu_seqlens_k)
+    fit = all(t.dtype == torch.int32 and t.is_cpu and t.is_contiguous() for t in lengths)
+    return fit and q.shape[-1] % WIDTH == 0 and (scale is None or scale >= 0.0) and _know(q, k, v)
 
 
 def _attend(
     function: str, before: tuple, q: Tensor, k: Tensor, v: Tensor, after: tuple, strides: tuple[int, ...],
-    cu_seqlens: Tensor, scale: float | None, dropout: Dropout | None,
+    cu_seqlens: Tensor, scale: float | None, dropout: Dropout | None, cu_seqlens_k: Tensor | None,
 ) -> None:  # fmt: skip
     """Runs attention's pass `function`, whose addresses of tensors are `before`, those of q, k, v, and `after`.
 
-    Raises: ValueError on shapes that do not fit, on a negative scale, and where cu_seqlens does not cut T rows into
-    sequences; MemoryError.
+    Raises: ValueError on shapes that do not fit, on a negative scale, and where cu_seqlens does not cut T rows, or
+    cu_seqlens_k Tk rows, into sequences; MemoryError.
     """
-    (tokens, heads, head_dim), kv_heads, sequences = q.shape, k.shape[1], cu_seqlens.numel() - 1
-    _expect_multiple(function, "head_dim", head_dim)
+    (tokens, heads, head_dim), (of_keys, kv_heads), sequences = q.shape, k.shape[:2], cu_seqlens.numel() - 1
+    expect_multiple(function, "head_dim", head_dim)
     if kv_heads < 1 or heads % kv_heads or sequences < 0 or (scale is not None and not scale >= 0.0):
         raise ValueError(f"{function}: got {heads} heads over {kv_heads}, {sequences} sequences and scale {scale}")
-    keys = (tokens, kv_heads, head_dim)
-    outcome = _call(
+    if cu_seqlens_k is None:
+        cu_seqlens_k, of_keys = cu_seqlens, tokens
+    keys = (of_keys, kv_heads, head_dim)
+    outcome = call(
         function, q.dtype, *before, strided_address("q", q, q.dtype, (tokens, heads, head_dim)),
         strided_address("k", k, q.dtype, keys), strided_address("v", v, q.dtype, keys), *after,
-        address("cu_seqlens", cu_seqlens, torch.int32, sequences + 1), sequences, tokens, heads, kv_heads, head_dim,
-        *strides, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], head_dim**-0.5 if scale is None else scale,
-        None if dropout is None else dropout.address(sequences),
+        address("cu_seqlens", cu_seqlens, torch.int32, sequences + 1),
+        address("cu_seqlens_k", cu_seqlens_k, torch.int32, sequences + 1), sequences, tokens, of_keys, heads, kv_heads,
+        head_dim, *strides, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
+        head_dim**-0.5 if scale is None else scale, None if dropout is None else dropout.address(sequences),
     )  # fmt: skip
     if outcome == NO_MEMORY:
-        raise MemoryError(f"attention: no memory for the keys of a sequence of {int(cu_seqlens.diff().max())} tokens")
+        longest = int(cu_seqlens_k.diff().max())
+        raise MemoryError(f"attention: no memory for the keys of a sequence of {longest} tokens")
     if outcome:
-        raise ValueError(f"attention: cu_seqlens must rise from 0 to {tokens}, got {cu_seqlens.tolist()}")
+        for name, starts, rows in (("cu_seqlens", cu_seqlens, tokens), ("cu_seqlens_k", cu_seqlens_k, of_keys)):
+            if starts[0] != 0 or starts[-1] != rows or (starts.diff() < 0).any():
+                raise ValueError(f"attention: {name} must rise from 0 to {rows}, got {starts.tolist()}")
 
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float | None,
-    dropout: Dropout | None = None, lse: Tensor | None = None,
+    dropout: Dropout | None = None, lse: Tensor | None = None, cu_seqlens_k: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Self-attention: q [T, H, D], k, v [T, Hk, D], strided over tokens and heads -> [T, H, D]; and lse [H, T]."""
+    """q [T, H, D], k, v [Tk, Hk, D], strided over tokens and heads -> [T, H, D]; and lse [H, T]. Without cu_seqlens_k
+    [B + 1] Tk is T, and keys lie in the sequences of the queries."""
     o = torch.empty(q.shape, dtype=q.dtype, device="cpu")
     written = address("o", o, q.dtype, q.numel())
     of_rows = address_or_none("lse", lse, torch.float32, q.shape[0] * q.shape[1])
-    _attend("attention", (), q, k, v, (written, of_rows), (), cu_seqlens, scale, dropout)
+    _attend("attention", (), q, k, v, (written, of_rows), (), cu_seqlens, scale, dropout, cu_seqlens_k)
     return o
 
 
 def attention_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, cu_seqlens: Tensor, scale: float | None,
-    dropout: Dropout | None = None,
+    dropout: Dropout | None = None, cu_seqlens_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv of do [T, H, D] and what `attention` took and gave."""
     do = do if do.stride(-1) == 1 else do.contiguous()
@@ -196,36 +206,44 @@ def attention_backward(
         address("lse", lse, torch.float32, q.shape[0] * q.shape[1]),
         *(address(f"d{name}", grad, q.dtype, grad.numel()) for name, grad in zip("qkv", grads, strict=True)),
     )
-    _attend("attention_backward", before, q, k, v, after, do.stride()[:2], cu_seqlens, scale, dropout)
+    _attend("attention_backward", before, q, k, v, after, do.stride()[:2], cu_seqlens, scale, dropout, cu_seqlens_k)
     return grads
 
 
 # ---- rows and products -----------------------------------------------------------------------------------
 
 
-def takes_add_layer_norm(x: Tensor, *others: Tensor | None) -> bool:
-    """others: residual, weight and bias."""
-    given = (x, *others)
-    if any(t is None or t.shape[-1] != x.shape[-1] or not t.is_contiguous() for t in given) or x.shape[-1] % WIDTH:
+def takes_add_layer_norm(x: Tensor, *others: Tensor | None, x_bias: Tensor | None = None) -> bool:
+    """others: residual, weight and bias. All but x may be float32 where x is not, as under autocast."""
+    if any(t is None or t.shape[-1] != x.shape[-1] or not t.is_contiguous() for t in (x, *others)):
         return False
-    return _know(*given) and others[0].shape == x.shape
+    given = others if x_bias is None else (*others, x_bias)
+    return (
+        _know(x)
+        and _know(*given)
+        and others[0].dtype in (x.dtype, torch.float32)
+        and others[0].shape == x.shape
+        and x.shape[-1] % WIDTH == 0
+    )
 
 
 def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, keys: Tensor | None = None,
-    dropout_p: float = 0.0,
+    dropout_p: float = 0.0, x_bias: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """LayerNorm(dropout(x) + residual): contiguous [..., N], statistics in float32, the sum never rounded to x's
-    dtype. keys: of the rows, as `_random.row_keys` makes them, or None for no dropout."""
-    (rows, width), size, dtype = _rows("add_layer_norm", x), x.numel(), x.dtype
-    y = torch.empty(x.shape, dtype=dtype, device="cpu")
-    summed = address("x", x, dtype, size), address("residual", residual, dtype, size)
-    scaled = address("weight", weight, dtype, width), address("bias", bias, dtype, width), address("y", y, dtype, size)
-    if keys is None:
-        _call("add_layer_norm", dtype, *summed, *scaled, rows, width, eps)
+    """LayerNorm(dropout(x + x_bias) + residual): contiguous [..., N], statistics in float32, the sum never rounded; in
+    residual's dtype, which is that of all but x. keys: of the rows, as `_random.row_keys` makes them, or None for no
+    dropout."""
+    (rows, width), size, dtype, wide = rows_of("add_layer_norm", x), x.numel(), x.dtype, residual.dtype
+    y = torch.empty(x.shape, dtype=wide, device="cpu")
+    of_x, summed = address("x", x, dtype, size), address("residual", residual, wide, size)
+    scaled = address("weight", weight, wide, width), address("bias", bias, wide, width), address("y", y, wide, size)
+    if keys is None and x_bias is None and wide is dtype:
+        call("add_layer_norm", dtype, of_x, summed, *scaled, rows, width, eps)
     else:
-        _call(
-            "dropout_add_layer_norm", dtype, *summed, address("keys", keys, torch.int64, rows), *scaled,
+        call(
+            "dropout_add_layer_norm", dtype, of_x, address_or_none("x_bias", x_bias, wide, width), summed,
+            address_or_none("keys", keys, torch.int64, rows), *scaled, is_wide("residual", wide, dtype),
             rows, width, eps, keep_threshold(dropout_p), 1.0 / (1.0 - dropout_p),
         )  # fmt: skip
     return y
@@ -233,22 +251,32 @@ def add_layer_norm(
 
 def add_layer_norm_backward(
     dy: Tensor, x: Tensor, residual: Tensor, weight: Tensor, eps: float, keys: Tensor | None = None,
-    dropout_p: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dx, dresidual, dweight, dbias); without dropout the first two are one tensor."""
-    (rows, width), size, dtype = _rows("add_layer_norm_backward", x), x.numel(), x.dtype
+    dropout_p: float = 0.0, x_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """(dx, dresidual, dweight, dbias, dx_bias); without dropout and in one dtype the first two are one tensor."""
+    (rows, width), size, dtype, wide = rows_of("add_layer_norm_backward", x), x.numel(), x.dtype, residual.dtype
     dy = dy.contiguous()
-    dresidual = torch.empty(x.shape, dtype=dtype, device="cpu")
-    dx = dresidual if keys is None else torch.empty(x.shape, dtype=dtype, device="cpu")
-    parts = torch.zeros(max(1, -(-rows // NORM_BLOCK)), 2, width, dtype=torch.float32, device="cpu")
-    _call(
-        "add_layer_norm_backward", dtype, address("x", x, dtype, size), address("residual", residual, dtype, size),
-        address_or_none("keys", keys, torch.int64, rows), address("weight", weight, dtype, width),
-        address("dy", dy, dtype, size), None if keys is None else address("dx", dx, dtype, size),
-        address("dresidual", dresidual, dtype, size), address("parts", parts, torch.float32, parts.numel()),
-        rows, width, eps, keep_threshold(dropout_p), 1.0 / (1.0 - dropout_p),
+    dresidual = torch.empty(x.shape, dtype=wide, device="cpu")
+    as_one = keys is None and wide is dtype
+    dx = dresidual if as_one else torch.empty(x.shape, dtype=dtype, device="cpu")
+    parts = torch.zeros(max(1, -(-rows // NORM_BLOCK)), 3, width, dtype=torch.float32, device="cpu")
+    call(
+        "add_layer_norm_backward", dtype, address("x", x, dtype, size),
+        address_or_none("x_bias", x_bias, wide, width), address("residual", residual, wide, size),
+        address_or_none("keys", keys, torch.int64, rows), address("weight", weight, wide, width),
+        address("dy", dy, wide, size), None if as_one else address("dx", dx, dtype, size),
+        address("dresidual", dresidual, wide, size), address("parts", parts, torch.float32, parts.numel()),
+        is_wide("residual", wide, dtype), rows, width, eps, keep_threshold(dropout_p), 1.0 / (1.0 - dropout_p),
     )  # fmt: skip
-    return dx, dresidual, *parts[0].to(weight.dtype)
+    dweight, dbias, dx_bias = parts[0].to(wide)
+    return dx, dresidual, dweight, dbias, None if x_bias is None else dx_bias
+
+
+def is_wide(name: str, dtype: torch.dtype, of_x: torch.dtype) -> bool:
+    """Is `dtype` float32 where x has fewer bits? TypeError where it is neither float32 nor x's."""
+    if dtype not in (of_x, torch.float32):
+        raise TypeError(f"{name} must be {of_x} or torch.float32, got {dtype}")
+    return dtype is not of_x
 
 
 def takes_linear(
@@ -290,11 +318,11 @@ def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, activation: str | None) -> None:
     """Fills y [M, N], whose rows may lie apart."""
     (columns, inner), dtype, rows = weight.shape, x.dtype, len(y)
-    _expect_multiple("linear", "the number of columns", columns, 4)
-    _expect_multiple("linear", "the inner size", inner, WIDTH * 4 // dtype.itemsize)
+    expect_multiple("linear", "the number of columns", columns, 4)
+    expect_multiple("linear", "the inner size", inner, WIDTH * 4 // dtype.itemsize)
     if activation is not None and activation not in ACTIVATION_NUMBERS:
         raise ValueError(f"linear: activation must be None or one of {(*ACTIVATION_NUMBERS,)}, got {activation!r}")
-    failed = _call(
+    failed = call(
         "linear", dtype, address("x", x, dtype, rows * inner), address("weight", weight, dtype, columns * inner),
         address_or_none("bias", bias, dtype, columns), strided_address("y", y, dtype, (rows, columns)), y.stride(0),
         rows, columns, inner, ACTIVATION_NUMBERS.get(activation, 0), is_batch_invariant(),
@@ -306,23 +334,29 @@ def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, activat
 # ---- before, in and after the layers ---------------------------------------------------------------------
 
 
-def takes_embedding_layer_norm(indices: tuple[Tensor | None, ...], tables: tuple[Tensor | None, ...]) -> bool:
-    """indices: ids, segments, positions [T] int64; tables: word, segment, position [., N], LayerNorm's weight, bias."""
+def fits_embedding(indices: tuple[Tensor | None, ...], tables: tuple[Tensor | None, ...]) -> bool:
+    """Whether embeddings of these are computed here, with or without gradients. indices: ids, segments, positions [T]
+    int64; tables: word, segment, position [., N], LayerNorm's weight, bias."""
     if any(t is None or not t.is_contiguous() for t in (*indices, *tables)) or tables[0].shape[-1] % WIDTH:
         return False
-    return all(t.dtype == torch.int64 and t.is_cpu for t in indices) and _take(*tables)
+    return all(t.dtype == torch.int64 and t.is_cpu and type(t) in PLAIN for t in indices) and _know(*tables)
+
+
+def takes_embedding_layer_norm(indices: tuple[Tensor | None, ...], tables: tuple[Tensor | None, ...]) -> bool:
+    """Whether `embedding_layer_norm` computes with these."""
+    return fits_embedding(indices, tables) and not want_gradients(*tables)
 
 
 def embedding_layer_norm(
     indices: tuple[Tensor, ...], tables: tuple[Tensor, ...], eps: float
 ) -> Tensor | None:  # fmt: skip
     """LayerNorm of the sum of three look-ups, summed in float32; None where an index lies outside its table."""
-    dtype, rows, (_, width) = tables[0].dtype, indices[0].numel(), _rows("embedding_layer_norm", tables[0])
+    dtype, rows, (_, width) = tables[0].dtype, indices[0].numel(), rows_of("embedding_layer_norm", tables[0])
     y = torch.empty(rows, width, dtype=dtype, device="cpu")
     sizes = array("q", map(len, tables[:3]))
     counts = (*(size * width for size in sizes), width, width)
     names = "words", "segments", "positions", "weight", "bias"
-    outside = _call(
+    outside = call(
         "embedding_layer_norm", dtype,
         *(address(f"indices of {name}", t, torch.int64, rows) for name, t in zip(names[:3], indices, strict=True)),
         *(address(name, t, dtype, count) for name, t, count in zip(names, tables, counts, strict=True)),
@@ -339,10 +373,10 @@ def takes_mean(x: Tensor, cu_seqlens: Tensor) -> bool:
 def mean_of_sequences(x: Tensor, cu_seqlens: Tensor) -> Tensor:
     """x [T, N], cu_seqlens [B + 1] -> [B, N], sums in float32. Raises ValueError where cu_seqlens does not cut T rows
     into sequences."""
-    sequences, (rows, width) = cu_seqlens.numel() - 1, _rows("mean_of_sequences", x)
+    sequences, (rows, width) = cu_seqlens.numel() - 1, rows_of("mean_of_sequences", x)
     y = torch.empty(max(sequences, 0), width, dtype=x.dtype, device="cpu")
     starts = address("cu_seqlens", cu_seqlens, torch.int32, max(sequences, 0) + 1)
-    if _call(
+    if call(
         "mean_of_sequences", x.dtype, address("x", x, x.dtype, rows * width), starts,
         address("y", y, x.dtype, y.numel()), sequences, rows, width,
     ):  # fmt: skip
@@ -390,7 +424,7 @@ def encoder_layers(
     starts = address("cu_seqlens", cu_seqlens, torch.int32, sequences + 1)
     step = count if x.nbytes <= FEW_BYTES else 1
     for layer in range(0, count, step):
-        outcome = _call(
+        outcome = call(
             "encoder_layers", dtype, address("x", y, dtype, x.numel()),
             pointers.buffer_info()[0] + layer * each * pointers.itemsize, step, starts, sequences, *x.shape, inner,
             heads, ACTIVATION_NUMBERS[options.activation], eps, is_batch_invariant(),
@@ -412,10 +446,10 @@ def takes_int8(x: Tensor, width: int, bias: Tensor | None, activation: str | Non
 
 def quantise_rows(x: Tensor, least: float) -> tuple[Tensor, Tensor]:
     """x [M, K] -> round(x / s) + 128 [M, K] uint8, s = max(|x|, least) / 127 [M] float32; NaN or infinity: s NaN."""
-    rows, width = _rows("quantise_rows", x)
+    rows, width = rows_of("quantise_rows", x)
     q = torch.empty(x.shape, dtype=torch.uint8, device="cpu")
     scales = torch.empty(rows, dtype=torch.float32, device="cpu")
-    _call(
+    call(
         "quantise_rows", x.dtype, address("x", x, x.dtype, x.numel()), address("q", q, torch.uint8, x.numel()),
         address("scales", scales, torch.float32, rows), rows, width, least,
     )  # fmt: skip
@@ -424,8 +458,8 @@ def quantise_rows(x: Tensor, least: float) -> tuple[Tensor, Tensor]:
 
 def scale_rows(sums: Tensor, scales: Tensor, bias: Tensor | None, activation: str | None, y: Tensor) -> None:
     """y = activation(sums * scales + bias): [M, N] float32, [M] float32, [N] or None -> [M, N], in y's dtype."""
-    rows, width = _rows("scale_rows", y)
-    _call(
+    rows, width = rows_of("scale_rows", y)
+    call(
         "scale_rows", y.dtype, address("sums", sums, torch.float32, rows * width),
         address("scales", scales, torch.float32, rows), address_or_none("bias", bias, y.dtype, width),
         address("y", y, y.dtype, rows * width), rows, width, activation == "gelu",
@@ -441,7 +475,7 @@ def takes_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tens
 def _logits(function: str, logits: Tensor, bias: Tensor | None, labels: Tensor, first: int) -> tuple[int | None, ...]:
     """The addresses of logits [words, N], of bias [V] and of labels [N] int32, which both passes over logits read."""
     words, rows = logits.shape
-    _expect_multiple(function, "the number of rows", rows, LOSS_ROWS)
+    expect_multiple(function, "the number of rows", rows, LOSS_ROWS)
     if bias is not None and not 0 <= first <= first + words <= len(bias):
         raise ValueError(f"{function}: words {first} to {first + words} of a bias of {len(bias)}")
     return (
@@ -459,7 +493,7 @@ def sum_logits(
     exp(z - greatest), sum of z, the label's z, all [N] float32. bias [V] or None, labels [N] int32."""
     words, rows = logits.shape
     summed = {"greatest": greatest, "sums": sums, "totals": totals, "of_label": of_label}
-    _call(
+    call(
         "sum_logits", logits.dtype, *_logits("sum_logits", logits, bias, labels, first),
         *(address(name, t, torch.float32, rows) for name, t in summed.items()), first, words, rows,
     )  # fmt: skip
@@ -473,7 +507,7 @@ def logit_gradients(
     words, rows = logits.shape
     if not 0 <= first <= first + words <= vocabulary:
         raise ValueError(f"logit_gradients: words {first} to {first + words} of a vocabulary of {vocabulary}")
-    _call(
+    call(
         "logit_gradients", logits.dtype, *_logits("logit_gradients", logits, bias, labels, first),
         address("lse", lse, torch.float32, rows), address("dloss", dloss, torch.float32, rows),
         address("dz", dz, logits.dtype, words * rows), address("dbias", dbias, torch.float32, vocabulary),

@@ -61,6 +61,19 @@ struct BFloat16 {
     static void store(uint16_t* to, __m512 x) { _mm256_storeu_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh(x)); }
 };
 
+// 16 elements of either type in float32, and back.
+inline __m512 load(const float* from) { return Float32::load(from); }
+inline __m512 load(const uint16_t* from) { return BFloat16::load(from); }
+inline void store(float* to, __m512 x) { Float32::store(to, x); }
+inline void store(uint16_t* to, __m512 x) { BFloat16::store(to, x); }
+
+// The halves of a register of 32 bfloat16 each, lane by lane: the first of one, the first of the other, and so on.
+inline __m512i alternate(__m512i both) {
+    alignas(64) static const uint16_t ORDER[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                   8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    return _mm512_permutexvar_epi16(_mm512_load_si512(ORDER), both);
+}
+
 inline int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 inline __m512 broadcast_lane(const void* from) {
@@ -80,9 +93,12 @@ inline __m512 exp2_of_negative(__m512 x) {
     return _mm512_scalef_ps(y, whole);
 }
 
-// x times the normal distribution's share below x. That beyond |x| is exp(-z^2) times a polynomial in 1 / (1 + 0.55 z),
-// z = |x| / sqrt(2), fitted for the least error of the share: 9e-9.
-inline __m512 gelu(__m512 x) {
+// The normal distribution's share below x, and exp(-x^2 / 2). The share beyond |x| is exp(-z^2) times a polynomial in
+// 1 / (1 + 0.55 z), z = |x| / sqrt(2), fitted for the least error of the share: 9e-9.
+struct Normal {
+    __m512 share, e;
+};
+inline Normal normal(__m512 x) {
     const __m512 z = _mm512_abs_ps(_mm512_mul_ps(x, _mm512_set1_ps(0.70710678f)));
     const __m512 one = _mm512_set1_ps(1.0f);
     const __m512 t = _mm512_div_ps(one, _mm512_fmadd_ps(z, _mm512_set1_ps(0.55f), one));
@@ -92,11 +108,13 @@ inline __m512 gelu(__m512 x) {
     const __m512 e = exp2_of_negative(_mm512_mul_ps(_mm512_mul_ps(z, z), _mm512_set1_ps(-1.442695041f)));
     const __m512 tail = _mm512_mul_ps(_mm512_mul_ps(y, t), e);  // the share beyond |x|
     const __mmask16 positive = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GE_OQ);
-    return _mm512_mul_ps(x, _mm512_mask_sub_ps(tail, positive, one, tail));
+    return {_mm512_mask_sub_ps(tail, positive, one, tail), e};
 }
 
-// x times the logistic function of 2 sqrt(2 / pi) (x + 0.044715 x^3), which is 0.5 x (1 + tanh(half of that)).
-inline __m512 gelu_tanh(__m512 x) {
+inline __m512 gelu(__m512 x) { return _mm512_mul_ps(x, normal(x).share); }
+
+// The logistic function of 2 sqrt(2 / pi) (x + 0.044715 x^3).
+inline __m512 share_tanh(__m512 x) {
     const __m512 cube = _mm512_mul_ps(_mm512_mul_ps(x, x), x);
     const __m512 z = _mm512_mul_ps(
         _mm512_fmadd_ps(cube, _mm512_set1_ps(0.044715f), x), _mm512_set1_ps(2.3022082f)  // 2 sqrt(2 / pi) log2(e)
@@ -105,8 +123,11 @@ inline __m512 gelu_tanh(__m512 x) {
     const __m512 e = exp2_of_negative(_mm512_sub_ps(_mm512_setzero_ps(), _mm512_abs_ps(z)));
     const __m512 share = _mm512_div_ps(one, _mm512_add_ps(one, e));
     const __mmask16 positive = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GE_OQ);
-    return _mm512_mul_ps(x, _mm512_mask_mul_ps(share, _knot_mask16(positive), share, e));
+    return _mm512_mask_mul_ps(share, _knot_mask16(positive), share, e);
 }
+
+// x times that, which is 0.5 x (1 + tanh(half of its argument)).
+inline __m512 gelu_tanh(__m512 x) { return _mm512_mul_ps(x, share_tanh(x)); }
 
 // Numbered as in ACTIVATION_NUMBERS of operators.py.
 inline __m512 activate(__m512 x, int activation) {
@@ -116,6 +137,31 @@ inline __m512 activate(__m512 x, int activation) {
         case 3: return _mm512_max_ps(_mm512_setzero_ps(), x);  // of two operands one of which is NaN, the second
         default: return x;
     }
+}
+
+// An activation of x, and its slope there.
+struct Activated {
+    __m512 y, slope;
+};
+inline Activated activate_with_slope(__m512 x, int activation) {
+    const __m512 one = _mm512_set1_ps(1.0f);
+    if (activation == 1) {
+        const Normal n = normal(x);
+        const __m512 density = _mm512_mul_ps(n.e, _mm512_set1_ps(0.39894228f));  // 1 / sqrt(2 pi)
+        return {_mm512_mul_ps(x, n.share), _mm512_fmadd_ps(x, density, n.share)};
+    }
+    if (activation == 2) {
+        const __m512 share = share_tanh(x), y = _mm512_mul_ps(x, share);
+        const __m512 rise = _mm512_mul_ps(  // of the argument of `share`
+            _mm512_fmadd_ps(_mm512_mul_ps(x, x), _mm512_set1_ps(0.134145f), one), _mm512_set1_ps(1.5957691f)
+        );
+        return {y, _mm512_fmadd_ps(_mm512_mul_ps(y, _mm512_sub_ps(one, share)), rise, share)};
+    }
+    if (activation == 3) {
+        const __mmask16 positive = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_NLE_UQ);  // NaN is let through
+        return {activate(x, activation), _mm512_maskz_mov_ps(positive, one)};
+    }
+    return {x, one};
 }
 
 // The mean of a row is mean + rest: `rest` is what rounding to float32 left out of `mean`.

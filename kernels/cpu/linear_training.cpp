@@ -1,0 +1,176 @@
+// A linear layer for training: x [T, K], weight [N, K] as it lies, T tokens. `products.py` calls them.
+//
+//     h = x weight^T + bias      y = activation(h)                                      [T, N]
+//     dx = dy weight             times activation'(h), where dy is of what follows it   [T, K]
+//     dweight = dy^T x  [N, K]   dbias = sums of dy over tokens  [N]
+//
+// Weights may be float32 where the products are of bfloat16 (autocast): each is rounded where its panel is laid out, so
+// no rounded copy is made or kept. dweight and dbias are float32, as they were summed.
+
+#include "panel.h"
+
+namespace {
+
+// What stands between two parallel regions of a call: kept by the thread that called.
+thread_local Scratch transposed;
+
+// x as T stores it.
+template <class T>
+inline __m512 as_stored(__m512 x) {
+    if constexpr (T::PER_LANE == 1) return x;
+    else return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x)), 16));
+}
+
+// h may be null; else it is stored, and what is activated is what was stored.
+template <class T, class W>
+int forward(
+    const typename T::Element* x, const W* weight, const W* bias, typename T::Element* y, int64_t y_stride,
+    typename T::Element* h, int rows, int columns, int inner, int activation
+) {
+    return multiply_rows<T>(
+        x, inner, rows, columns, inner / T::PER_LANE,
+        [&](int column, int registers, float* panel) {
+            lay_out_transposed<T>(weight + (int64_t)column * inner, inner, registers, panel);
+        },
+        [&](int column, int from, int to, int of) {
+            fetch_share(weight + (int64_t)column * inner, (int64_t)sizeof *weight * PANEL * inner, from, to, of);
+        },
+        [&](int row, int column, __m512 sums) {
+            __m512 z = bias ? _mm512_add_ps(sums, load(bias + column)) : sums;
+            if (h) {
+                z = as_stored<T>(z);
+                T::store(h + (int64_t)row * columns + column, z);
+            }
+            T::store(y + row * y_stride + column, activate(z, activation));
+        }
+    );
+}
+
+// dy [rows, count * columns]: side by side what belongs to each of `count` weights [columns, inner]. D: what dx is of.
+// h [rows, inner], or null where no activation is between; then a, or null, gets activation(h).
+template <class T, class W, class D>
+int input_gradient(
+    const typename T::Element* dy, int64_t dy_stride, const void* const* weights, int count, D* dx,
+    const typename T::Element* h, typename T::Element* a, int rows, int columns, int inner, int activation
+) {
+    auto weight = [&](int i) { return (const W*)weights[i]; };
+    return multiply_rows<T>(
+        dy, dy_stride, rows, inner, count * columns / T::PER_LANE,
+        [&](int column, int registers, float* panel) {
+            for (int i = 0; i < count; ++i)
+                lay_out<T>(
+                    weight(i) + column, inner, columns, registers, panel + (int64_t)i * columns / T::PER_LANE * PANEL
+                );
+        },
+        [&](int column, int from, int to, int of) {
+            const int64_t all = (int64_t)count * columns;
+            for (int64_t row = all * from / of; row < all * to / of; ++row) {
+                const char* at = (const char*)(weight(row / columns) + row % columns * inner + column);
+                for (size_t byte = 0; byte < sizeof(W) * PANEL; byte += 64) _mm_prefetch(at + byte, _MM_HINT_T1);
+            }
+        },
+        [&](int row, int column, __m512 sums) {
+            const int64_t at = (int64_t)row * inner + column;
+            if (h) {
+                const Activated activated = activate_with_slope(T::load(h + at), activation);
+                if (a) T::store(a + at, activated.y);
+                sums = _mm512_mul_ps(sums, activated.slope);
+            }
+            store(dx + at, sums);
+        }
+    );
+}
+
+constexpr int TOKEN_LANES = 512;  // that are multiplied at a time: a panel of them stays in the second cache
+
+// x [rows, inner] contiguous; dbias may be null. Every sum is one thread's, so its order is always the same.
+template <class T>
+int weight_gradient(
+    const typename T::Element* dy, int64_t dy_stride, const typename T::Element* x, float* dweight, float* dbias,
+    int rows, int columns, int inner
+) {
+    using Element = typename T::Element;
+    constexpr int TOKENS = TOKEN_LANES * T::PER_LANE;  // of a block
+    const int most = std::min(TOKENS, round_up(rows, WIDTH * T::PER_LANE)) / T::PER_LANE;
+    const int64_t stride = most + WIDTH;  // lanes; a power of two would put all rows into the same sets of the cache
+    if (!transposed.reserve(sizeof(float) * columns * stride)) return NO_MEMORY;
+    float* of_columns = (float*)transposed.memory;  // dy^T of a block [columns, lanes], from any thread
+    bool failed = false;
+    for (int first = 0; first < rows; first += TOKENS) {
+        const int tokens = std::min(TOKENS, rows - first), lanes = (tokens + T::PER_LANE - 1) / T::PER_LANE;
+        const Element *of_dy = dy + first * dy_stride, *of_x = x + (int64_t)first * inner;
+#pragma omp parallel for schedule(static)
+        for (int column = 0; column < columns; column += WIDTH) {
+            __m512 total = first && dbias ? _mm512_loadu_ps(dbias + column) : _mm512_setzero_ps();
+            for (int lane = 0; lane < lanes; lane += WIDTH) {
+                __m512i r[WIDTH];
+                __m512 part = _mm512_setzero_ps();
+                for (int i = 0; i < WIDTH; ++i) {
+                    const int token = (lane + i) * T::PER_LANE;
+                    r[i] = token < tokens
+                        ? lanes_of_rows<T>(of_dy + token * dy_stride + column, dy_stride, token + 1 < tokens)
+                        : _mm512_setzero_si512();
+                    if constexpr (T::PER_LANE == 2) {
+                        const __m512i second = _mm512_and_si512(r[i], _mm512_set1_epi32((int)0xffff0000));
+                        part = _mm512_add_ps(part, _mm512_castsi512_ps(_mm512_slli_epi32(r[i], 16)));
+                        part = _mm512_add_ps(part, _mm512_castsi512_ps(second));
+                    } else {
+                        part = _mm512_add_ps(part, _mm512_castsi512_ps(r[i]));
+                    }
+                }
+                total = _mm512_add_ps(total, part);
+                transpose(r);
+                for (int i = 0; i < WIDTH; ++i) _mm512_store_si512(of_columns + (column + i) * stride + lane, r[i]);
+            }
+            if (dbias) _mm512_storeu_ps(dbias + column, total);
+        }
+        failed |= multiply_rows<T>(
+            (const Element*)of_columns, stride * T::PER_LANE, columns, inner, lanes,
+            [&](int column, int registers, float* panel) {
+                lay_out<T>(of_x + column, inner, tokens, registers, panel);
+            },
+            [](int, int, int, int) {},
+            [&](int row, int column, __m512 sums) {
+                float* to = dweight + (int64_t)row * inner + column;
+                _mm512_storeu_ps(to, first ? _mm512_add_ps(_mm512_loadu_ps(to), sums) : sums);
+            }
+        );
+    }
+    return failed ? NO_MEMORY : DONE;
+}
+
+}  // namespace
+
+// wide: the weight and its bias are float32; wide_dx: dx is.
+#define EXPORT_FOR(T, name)                                                                                            \
+    EXPORT int linear_forward_##name(                                                                                  \
+        const T::Element* x, const void* weight, const void* bias, int wide, T::Element* y, int64_t y_stride,          \
+        T::Element* h, int rows, int columns, int inner, int activation                                                \
+    ) {                                                                                                                \
+        if (wide)                                                                                                      \
+            return forward<T>(x, (const float*)weight, (const float*)bias, y, y_stride, h, rows, columns, inner,       \
+                              activation);                                                                             \
+        return forward<T>(x, (const T::Element*)weight, (const T::Element*)bias, y, y_stride, h, rows, columns, inner, \
+                          activation);                                                                                 \
+    }                                                                                                                  \
+    EXPORT int linear_input_gradient_##name(                                                                           \
+        const T::Element* dy, int64_t dy_stride, const void* const* weights, int count, int wide, void* dx,            \
+        int wide_dx, const T::Element* h, T::Element* a, int rows, int columns, int inner, int activation              \
+    ) {                                                                                                                \
+        const auto of = [&](auto like_weight, auto like_dx) {                                                          \
+            return input_gradient<T, decltype(like_weight)>(                                                           \
+                dy, dy_stride, weights, count, (decltype(like_dx)*)dx, h, a, rows, columns, inner, activation          \
+            );                                                                                                         \
+        };                                                                                                             \
+        if (wide) return wide_dx ? of(float(), float()) : of(float(), T::Element());                                   \
+        return wide_dx ? of(T::Element(), float()) : of(T::Element(), T::Element());                                   \
+    }                                                                                                                  \
+    EXPORT int linear_weight_gradient_##name(                                                                          \
+        const T::Element* dy, int64_t dy_stride, const T::Element* x, float* dweight, float* dbias, int rows,          \
+        int columns, int inner                                                                                         \
+    ) {                                                                                                                \
+        return weight_gradient<T>(dy, dy_stride, x, dweight, dbias, rows, columns, inner);                             \
+    }
+
+EXPORT_FOR(Float32, float32)
+EXPORT_FOR(BFloat16, bfloat16)

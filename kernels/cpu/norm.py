@@ -1,0 +1,55 @@
+"""LayerNorm(dropout(x + x_bias) + residual) in C++ with gradients; see norm.cpp for the equations.
+
+Under autocast x comes from a product in bfloat16, and residual, parameters and result are float32.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from .._library import plain_gradients
+from .._random import keep_mask
+from . import operators as cpp
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, keys: Tensor | None, dropout_p: float,
+    x_bias: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """[..., N] where `cpp.takes_add_layer_norm`, with or without gradients. keys: of the rows, None for no dropout."""
+    given = [x, residual, weight, bias] if x_bias is None else [x, residual, weight, bias, x_bias]
+    if not cpp.want_gradients(*given):
+        return cpp.add_layer_norm(x, residual, weight, bias, eps, keys, dropout_p, x_bias)
+    return _AddLayerNorm.apply(x, residual, weight, bias, x_bias, eps, keys, dropout_p)
+
+
+class _AddLayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor | None, eps: float,
+        keys: Tensor | None, dropout_p: float,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(x, residual, weight, bias, x_bias, keys)
+        ctx.eps, ctx.dropout_p = eps, dropout_p
+        return cpp.add_layer_norm(x, residual, weight, bias, eps, keys, dropout_p, x_bias)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, residual, weight, bias, x_bias, keys = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            grads = cpp.add_layer_norm_backward(dy, x, residual, weight, ctx.eps, keys, ctx.dropout_p, x_bias)
+            return *grads, None, None, None
+
+        def function(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor | None) -> Tensor:
+            z = x if x_bias is None else x + x_bias
+            if keys is not None:
+                keep = keep_mask(keys, x.shape[-1], ctx.dropout_p).view(x.shape)
+                z = torch.where(keep, z / (1.0 - ctx.dropout_p), 0.0)
+            return F.layer_norm(z + residual, z.shape[-1:], weight, bias, ctx.eps)
+
+        # these gradients' own gradients may be wanted: torch's operators have some
+        inputs = (x, residual, weight, bias, x_bias)
+        return *plain_gradients(function, inputs, ctx.needs_input_grad[:5], dy), None, None, None
