@@ -228,7 +228,7 @@ def test_products_that_are_not_side_by_side():
         assert native.linears(x, weights, [None, None]).shape == (5, 64)
         layouts.mark(weights[1], int8=True)
         assert native.linears(x, weights, [None, None]) is None
-    assert native.linears(x, weights[:1], [None]) is None  # with gradients
+    assert native.linears(x, weights, [None, None]).requires_grad  # in 8 bits nothing is trained
 
 
 @built

