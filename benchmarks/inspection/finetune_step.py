@@ -13,8 +13,8 @@ float32 parameters. Ways take turns batch by batch:
 
 Each way has a model of its own, with the same random weights. With OMP_NUM_THREADS=1 times are the process' own
 processor time, which other work on the machine disturbs little; with more threads they are a clock's.
---pieces: in place of the ways, where the step of `accelerated` spends its time, by torch's profiler, with a name for
-each function of the C++ operators. --memory: the most memory of a process that runs one way alone, and so of each.
+--pieces: in place of the ways, where the step of `accelerated` spends its processor time: by stages, and within them by
+functions of the C++ operators. --memory: the most memory of a process that runs one way alone, and so of each.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from fastbert.testing import MODELS
 from fastbert.text.tokenizer import Tokenizer
 
 BATCH = 32
+STAGES = ("backward", "AdamW", "zero_grad")  # after the forward pass
 LONGEST = 128  # tokens of a sentence; the rest is cut
 Ids = list[list[int]]
 Step = Callable[[Ids], object]
@@ -162,26 +163,44 @@ def measure(name: str, dtype: torch.dtype, batches: list[Ids], rounds: int, ways
 
 
 def pieces(name: str, dtype: torch.dtype, batches: list[Ids], way: str) -> None:
-    call = cpp.call
+    """Processor time by the stages of a step, and within them by functions of the C++ operators."""
+    taken: dict[tuple[str, str], list[float]] = {}
+    stage = "forward"
 
-    def named(function: str, *arguments: object) -> int | None:
-        with torch.profiler.record_function(f"C++ {function}"):
-            return call(function, *arguments)
+    def timed(what: str, function: Callable) -> Callable:
+        def run(*arguments: object, **options: object) -> object:
+            nonlocal stage
+            stage = what if what in STAGES else stage
+            begin = time.process_time()
+            result = function(*arguments, **options)
+            named = what if what in STAGES else f"C++ {arguments[0]}"
+            taken.setdefault((stage, named), []).append(time.process_time() - begin)
+            return result
 
-    cpp.call = named
+        return run
+
+    cpp.call = timed("C++", cpp.call)
+    Tensor.backward = timed("backward", Tensor.backward)
+    torch.optim.AdamW.step = timed("AdamW", torch.optim.AdamW.step)
+    torch.optim.AdamW.zero_grad = timed("zero_grad", torch.optim.AdamW.zero_grad)
     step = WAYS[way](name, dtype)
     step(batches[0])
+    taken.clear()
     begin = time.process_time()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        for ids in batches:
-            step(ids)
-    print(f"{(time.process_time() - begin) / len(batches) * 1e3:.1f} ms a step with the profiler")
-    events = sorted(profile.key_averages(), key=lambda event: -event.self_cpu_time_total)
-    for event in events[:45]:
-        print(
-            f"  {event.self_cpu_time_total / len(batches) / 1e3:8.2f} ms {event.count / len(batches):6.1f} calls  "
-            f"{event.key[:70]}"
-        )
+    for ids in batches:
+        stage = "forward"
+        step(ids)
+    whole = time.process_time() - begin
+    taken["forward", "forward"] = [whole - sum(sum(taken.get((of, of), ())) for of in STAGES)]
+    print(f"{way}: {whole / len(batches) * 1e3:.1f} ms of processor time a step")
+    for of in ("forward", *STAGES):
+        total = sum(taken.get((of, of), ()))
+        print(f"  {of:38} {total / len(batches) * 1e3:8.2f} ms")
+        inner = {what: times for (at, what), times in taken.items() if at == of and what != of}
+        for what, times in sorted(inner.items(), key=lambda item: -sum(item[1])):
+            print(f"    {what:36} {sum(times) / len(batches) * 1e3:8.2f} ms {len(times) / len(batches):6.1f} calls")
+        if inner:
+            print(f"    {'torch and Python':36} {(total - sum(map(sum, inner.values()))) / len(batches) * 1e3:8.2f} ms")
 
 
 def most_memory(name: str, dtype: torch.dtype, batches: list[Ids], way: str) -> None:
