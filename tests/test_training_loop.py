@@ -113,7 +113,8 @@ def test_gradients_do_not_depend_on_how_a_step_is_cut(kind, tmp_path):
             if name.endswith("attention.self.key.bias"):
                 continue  # no score of a text depends on it: its gradient is rounding alone
             error, allowed = ((g[name] - truth).norm() for g in (parts, whole))
-            assert error <= 2 * allowed + 1e-6 * truth.norm() + 1e-9, name
+            # the bias of spans' scores has no gradient: rounding alone
+            assert error <= 2 * allowed + 1e-6 * truth.norm() + 1e-7, name
 
 
 def test_each_epoch_drops_others(tmp_path):
