@@ -230,6 +230,8 @@ def test_a_classifier_goes_on_learning_by_the_names_of_its_labels(tuned, tmp_pat
     report = json.loads((tmp_path / "more" / "report.json").read_text())
     assert report["labels"] == ["No", "Yes"]
     assert report["scores"]["accuracy"] == 1.0
+    before, after = (load_file(folder / "model.safetensors") for folder in (tuned, tmp_path / "more"))
+    torch.testing.assert_close(after["classifier.weight"], before["classifier.weight"], atol=1e-6, rtol=1e-6)
     swapped.write_text("text\tlabel\na\tyes\nb\tperhaps\n")
     assert finetune(tuned, tmp_path / "other", "sentence", swapped, "--epochs", 1) == 1
     assert "line 3: the label 'perhaps' is none of No, Yes" in capsys.readouterr().err

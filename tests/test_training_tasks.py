@@ -136,6 +136,17 @@ def test_the_order_of_labels(labels, given, of_model, names):
     assert classes_of(texts(*labels), given, of_model) == names
 
 
+def test_what_is_learnt_goes_by_the_names_of_labels(tokenizer):
+    """Not by the order in which they come."""
+    task = make_task(Spec("sentence", "accuracy"), tokenizer)
+    examples = texts("b", "A", "B")
+    task.settle(examples, None, None)
+    assert task.labels == ["A", "b"]
+    assert [window.target for window in task.features(examples, training=True).windows] == [1, 0, 1]
+    task.settle(examples, ("B", "a"), None)
+    assert task.targets(examples) == [0, 1, 0]
+
+
 def test_labels_that_are_one_name_are_refused():
     with pytest.raises(DataError, match="two labels have one name: a, A"):
         classes_of(texts("a", "b"), ("a", "A"), None)

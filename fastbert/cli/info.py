@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if sys.stdout is None:
         raise OSError("standard output is closed")
-    from ..checkpoint import naming
+    from ..storage import naming
     from ..info import describe
 
     with naming("standard output"):

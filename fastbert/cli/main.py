@@ -72,7 +72,7 @@ def run_command(run: Callable[[argparse.Namespace], int], args: argparse.Namespa
 
 def _flush_standard_output() -> None:
     """Where what was printed does not reach its file, the error names it, and it is the command's."""
-    from ..checkpoint import naming
+    from ..storage import naming
 
     if sys.stdout is not None:
         try:
