@@ -20,8 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if sys.stdout is None:
         raise OSError("standard output is closed")
-    from ..storage import naming
     from ..info import describe
+    from ..storage import naming
 
     with naming("standard output"):
         print(describe(args.model))
