@@ -536,12 +536,12 @@ def _cast_as_autocast(*tensors):
 
 # operator -> its engine where the C++ operators are there and know the dtype, and its engine elsewhere
 ENGINES = {
-    "attention": ("C++; torch's SDPA with a mask, a bias, a window, rotary positions or keys of their own", "SDPA"),
+    "attention": ("C++; torch's SDPA with a mask, a bias, a window or rotary positions", "SDPA"),
     "attention_padded": ("SDPA", "SDPA"),
     "add_layer_norm": ("C++", "plain torch"),
     "add_layer_norm_sum": ("plain torch", "plain torch"),
     "add_rms_norm": ("plain torch", "plain torch"),
-    "embedding_layer_norm": ("C++; plain torch with gradients or dropout", "plain torch"),
+    "embedding_layer_norm": ("C++; plain torch without segments", "plain torch"),
     "linear_cross_entropy": ("C++ between the vendor library's products", "the vendor library's products"),
     "pool": ("C++ for means without gradients; else plain torch", "plain torch"),
 }
@@ -556,5 +556,5 @@ def engine(op: str, dtype: torch.dtype, device: torch.device) -> str:
     if not in_cpp:
         return "the vendor library's products"
     if cpp.multiplies(dtype):
-        return "C++ without gradients, with GELU or no activation; else the vendor library's products"
+        return "C++, with GELU or no activation, and ReLU with gradients; else the vendor library's products"
     return f"the vendor library's products; C++ up to {cpp.MOST_ROWS} rows without gradients"
