@@ -185,6 +185,7 @@ class PackedBatch:
 
     def _places(self) -> tuple[Tensor, Tensor]:
         """(number of its sequence, place in it) of each token, both [T] int64."""
+        F.expect_sequences("PackedBatch", "cu_seqlens", self.cu_seqlens, self.total_tokens, self.max_seqlen)
         tokens = torch.arange(self.total_tokens, dtype=torch.int64, device=self.cu_seqlens.device)
         sequences = torch.searchsorted(self.cu_seqlens[1:].contiguous(), tokens, right=True)
         return sequences, tokens - self.cu_seqlens[sequences]

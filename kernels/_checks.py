@@ -36,6 +36,10 @@ def expect_sequences(op: str, name: str, cu_seqlens: Tensor, rows: int, longest:
     """Raises ValueError unless cu_seqlens [B + 1] rises from 0 to `rows`, and by no more than `longest` at a step."""
     if not can_look(cu_seqlens):
         return
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1:
+        raise ValueError(
+            f"{op}: {name} must be [B + 1] int32, got {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
+        )
     starts = cu_seqlens.tolist()
     if starts[:1] != [0] or starts[-1] != rows or any(map(operator.gt, starts, starts[1:])):
         raise ValueError(f"{op}: {name} must start at 0, never fall and end at {rows}, got {_some(starts)}")

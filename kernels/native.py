@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import reference
-from ._checks import expect_sequences
+from ._checks import can_look, expect_sequences
 from ._invariance import is_batch_invariant
 from ._library import plain_gradients
 from ._random import HEAD_STREAMS, keep_mask, row_keys
@@ -140,10 +140,11 @@ def attention_schedule(cu_seqlens, total_tokens, lengths=None):
     if torch.compiler.is_compiling():
         return None  # lengths are data: the operator below reads them when it runs
     expect_sequences("attention", "cu_seqlens", cu_seqlens, total_tokens)
-    if lengths is None:
-        lengths = [end - begin for begin, end in itertools.pairwise(cu_seqlens.tolist())]
-    if sum(lengths) != total_tokens or len(lengths) != cu_seqlens.shape[0] - 1:
-        raise ValueError(f"{len(lengths)} lengths add up to {sum(lengths)}, but there are {total_tokens} tokens")
+    if lengths is None or can_look(cu_seqlens):
+        found = [end - begin for begin, end in itertools.pairwise(cu_seqlens.tolist())]
+        if lengths is not None and list(lengths) != found:
+            raise ValueError(f"attention: lengths must be those of cu_seqlens, {found}, got {list(lengths)}")
+        lengths = found
     runs, start, sequence = [], 0, 0
     for length, run in itertools.groupby(lengths):
         count = sum(1 for _ in run)

@@ -107,6 +107,25 @@ def test_the_model_refuses_a_packed_batch_made_by_hand(model, starts, grad):
             model(replace(batch, cu_seqlens=starts_of(starts)))
 
 
+def test_batches_made_by_hand_are_looked_at_wherever_their_lengths_are_used(model):
+    """`pad` and the names for dropout put rows into other sequences; lengths beside cu_seqlens, which agreed with it in
+    their sum alone, decided who attends to whom; and no lengths at all were an IndexError."""
+    batch = PackedBatch.from_lists([[5] * 16, [7] * 32])
+    for starts in ([0, 32, 16, 48], [0, 16, 64], [0, 16, 2**31 - 1], [-16, 16, 48], []):
+        wrong = replace(batch, cu_seqlens=starts_of(starts))
+        for used in (lambda w=wrong: w.pad(torch.ones(TOKENS, 2)), wrong.row_ids, lambda w=wrong: model(w)):
+            with pytest.raises(ValueError, match="cu_seqlens must start at 0"):
+                used()
+    with pytest.raises(ValueError, match="cu_seqlens must start at 0"):
+        F.attention_schedule(starts_of([]), TOKENS, "native")
+    for kind in (batch.cu_seqlens.long(), batch.cu_seqlens[None], batch.cu_seqlens.float()):
+        with pytest.raises(ValueError, match=r"cu_seqlens must be \[B \+ 1\] int32"):
+            model(replace(batch, cu_seqlens=kind))
+    for lengths in ((32, 16), (-16, 64), (48,)):
+        with pytest.raises(ValueError, match="lengths"):
+            F.attention_schedule(batch.cu_seqlens, TOKENS, "native", lengths=lengths)
+
+
 def test_the_model_refuses_a_bound_and_indices_that_do_not_fit(model):
     batch = PackedBatch.from_lists([[5] * 16, [7] * 32], [[0] * 16, [1] * 32])
     for wrong, message in (
