@@ -423,7 +423,7 @@ def _variant(batch, device, options):
 
 def attention(q, k, v, cu_seqlens, max_seqlen=None, *, scale=None, schedule=None, **options):
     """Plain self-attention and that with dropout run in C++ where that is built, else as their variants do: on SDPA,
-    with dropout on explicit products. So does one query for each sequence; the rest as the specification does."""
+    with dropout on explicit products. One query for each sequence has its own way; the rest is as the specification."""
     variant = _variant(cu_seqlens.shape[0] - 1, q.device, options)
     compiling = torch.compiler.is_compiling()
     autocast = q.dtype == torch.float32 and torch.is_autocast_enabled(q.device.type)

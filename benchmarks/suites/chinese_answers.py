@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, required=True, help="the folder of cmrc2018_trial.json and _dev.json")
     parser.add_argument("--out", type=Path, help="leave the model and its curve there")
     parser.add_argument("--questions", type=positive, default=100, help="to learn by heart (default: 100)")
-    parser.add_argument("--epochs", type=positive, default=30, help="default: 30")
+    parser.add_argument("--epochs", type=positive, default=60, help="default: 60")
     parser.add_argument("--batch-tokens", type=positive, default=2048, help="of an optimiser step (default: 2,048)")
     parser.add_argument("--lr", type=float, default=1e-3, help="default: 0.001")
     args = parser.parse_args(argv)
