@@ -7,7 +7,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..checkpoint import CheckpointError, resolve
+from ..checkpoint import resolve
+from ..storage import CheckpointError
 from .archive import is_archive, unpacked
 from .detect import find_reader
 
