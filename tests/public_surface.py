@@ -25,7 +25,7 @@ INTERNAL = {
     "fastbert.__main__", "fastbert._moved", "fastbert.cli", "fastbert.demo", "fastbert.emulator",
     "fastbert.encoding.ranks", "fastbert.info", "fastbert.kernels", "fastbert.models.head", "fastbert.models.loading",
     "fastbert.stack", "fastbert.storage", "fastbert.text.files", "fastbert.text.part_files",
-    "fastbert.training", "fastbert.verify",
+    "fastbert.training", "fastbert.verify", "fastbert.workloads",
 }  # fmt: skip
 
 

@@ -16,7 +16,7 @@ FLOORS = (
     ("fastbert.packing",),
     ("fastbert.inference",),
     ("fastbert.stack",),
-    ("fastbert.layers", "fastbert.testing", "fastbert.text", "fastbert.whole_layer"),
+    ("fastbert.layers", "fastbert.testing", "fastbert.text", "fastbert.whole_layer", "fastbert.workloads"),
     ("fastbert.models",),
     ("fastbert.dropin",),
     ("fastbert.encoding", "fastbert.training"),
