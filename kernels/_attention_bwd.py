@@ -393,12 +393,12 @@ def _attention_bwd_bias_kernel(
         q_head = Head(q_ptr + (b * stride_qb + start_q * stride_qt + h * stride_qh), length_q, stride_qt)
         k_head = Head(k_ptr + (b * stride_kb + start_k * stride_kt + h // GROUP * stride_kh), length_k, stride_kt)
         v_head = Head(v_ptr + (b * stride_vb + start_k * stride_vt + h // GROUP * stride_vh), length_k, stride_vt)
+        bias_head_ptr = bias_ptr + (b * stride_bias_b + h * stride_bias_h)
+        mask_head_ptr = mask_ptr + (b * stride_mask_b + h * stride_mask_h) if HAS_MASK else mask_ptr
         do_origin, lse_origin = _origins(sequence, start_q, head, n_heads, width_q, HEAD_DIM, PADDED)
-        do_head = Head(do_ptr + do_origin, length_q, n_heads * HEAD_DIM)
         slope_log2 = tl.load(slopes_ptr + head).to(tl.float32) * LOG2_E if HAS_ALIBI else 0.0
         modifiers = Modifiers(
-            bias_ptr + (b * stride_bias_b + h * stride_bias_h), stride_bias_q, stride_bias_k,
-            mask_ptr + (b * stride_mask_b + h * stride_mask_h) if HAS_MASK else mask_ptr, stride_mask_q, stride_mask_k,
+            bias_head_ptr, stride_bias_q, stride_bias_k, mask_head_ptr, stride_mask_q, stride_mask_k,
             slope_log2, window_left, window_right,
         )  # fmt: skip
 
@@ -414,6 +414,7 @@ def _attention_bwd_bias_kernel(
         p = tl.exp2(s - _load_lse_log2(lse_ptr + lse_origin, rows, length_q)[:, None])
 
         v = _load_rows(v_head, cols, HEAD_DIM, BLOCK_D, False, True)
+        do_head = Head(do_ptr + do_origin, length_q, n_heads * HEAD_DIM)
         do = _load_rows(do_head, rows, HEAD_DIM, BLOCK_D, False, True)
         delta = tl.load(delta_ptr + lse_origin + rows, mask=rows < length_q, other=0.0)
         dp = _dot(do, tl.trans(v), None, PRECISION)
