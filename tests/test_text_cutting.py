@@ -117,6 +117,26 @@ def test_no_token_can_tell(name, monkeypatch):
     assert cut > 0
 
 
+@pytest.mark.parametrize("name", BACKENDS)
+def test_pairs_with_an_odd_limit(name, monkeypatch):
+    """Where both texts of a pair are cut, the longer one keeps the odd token, as it would if neither were."""
+    ours, plain = OurTokenizer(BACKENDS[name]()), OurTokenizer(BACKENDS[name]())
+    monkeypatch.setattr(plain._cutter, "_boundary", None)
+    draw = random.Random("odd " + name)
+    alphabets, cut = [ALPHABETS["words"], ALPHABETS["all"], ALPHABETS["chinese"]], 0
+    for _ in range(max(STRINGS // len(BACKENDS) // 16, 1)):
+        short = "".join(draw.choices(draw.choice(alphabets), k=20))
+        long = "".join(draw.choices(draw.choice(alphabets), k=400))
+        pair = (short, long) if draw.random() < 0.5 else (long, short)
+        kept = draw.choice((1, 3))
+        now = ours._cutter.pair(*pair, kept, "longest_first")
+        cut += len(now[0]) < len(pair[0]) and len(now[1]) < len(pair[1])
+        options = {"max_length": kept, "add_special_tokens": False}
+        assert told(ours, [pair[0]], [pair[1]], **options) == told(plain, [pair[0]], [pair[1]], **options)
+    # "New York" leaves Chinese characters alone as boundaries, and these texts have too few of them
+    assert cut > 0 or name == "added with a space"
+
+
 def test_texts_are_cut_near_what_is_kept():
     """Or the test above would hold where nothing is ever cut."""
     cutter = Cutter(backend())
