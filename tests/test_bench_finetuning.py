@@ -31,10 +31,10 @@ def test_halves_share_no_article(tmp_path):
 
 def test_a_shortened_table_is_spread_over_the_whole(tmp_path):
     whole = tmp_path / "train.tsv"
-    whole.write_text("sentence\tlabel\n" + "".join(f"text {n}\t1\n" for n in range(10)), encoding="utf-8")
+    whole.write_text("sentence\tlabel\n" + "".join(f"text {n}\u2028\t1\n" for n in range(10)), encoding="utf-8")
     short = finetuning.shortened(whole, 4, tmp_path)
-    assert short.read_text(encoding="utf-8").splitlines() == [
-        "sentence\tlabel", "text 0\t1", "text 2\t1", "text 5\t1", "text 7\t1",
+    assert short.read_text(encoding="utf-8").split("\n") == [
+        "sentence\tlabel", *(f"text {n}\u2028\t1" for n in (0, 2, 5, 7)), "",
     ]  # fmt: skip
     with pytest.raises(ValueError, match="10 examples, not 11"):
         finetuning.shortened(whole, 11, tmp_path)
@@ -58,6 +58,16 @@ def test_the_first_step_of_an_epoch_is_not_timed():
     assert figures["tokens_per_second"] == 60 / 4
     assert figures["tokens_per_processor_second"] == 60 / 2
     assert (figures["steps"], figures["tokens"]) == (5, 3060)
+    steps.epochs = [0, 1, 2, 3, 4]
+    with pytest.raises(ValueError, match="each epoch is a single step"):
+        steps.figures()
+
+
+def test_rows_and_tasks_that_are_none(capsys):
+    for words, message in ((["sst2", "--rows", "fastbert,other"], "no row other"), (["sst3"], "no task sst3")):
+        with pytest.raises(SystemExit):
+            finetuning.main(words)
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("task", ["sentence", "token", "qa"])

@@ -133,8 +133,32 @@ def test_nothing_and_too_much(bert):
     for options in ({}, {"words": "first"}, {"words": "mean"}):
         empty, cut = encoder.encode_tokens(["", "ab cde"], **options)
         assert (empty.parts, empty.offsets, empty.vectors.shape) == ([], [], (0, 32))
-        assert cut.offsets[-1] == (4, 5) if not options else (3, 5)
+        assert cut.offsets == ([(0, 1), (1, 2), (3, 4), (4, 5)] if not options else [(0, 2)])
     assert encoder.encode_tokens([]) == []
+
+
+def test_a_word_of_which_the_limit_cuts_the_end_has_no_vector(bert):
+    """Its vector would be that of another word, and its text a beginning of it."""
+    text, at_most = (
+        "ab cde f",
+        {3: [], 4: ["ab"], 6: ["ab"], 7: ["ab", "cde"], 8: ["ab", "cde", "f"], 9: ["ab", "cde", "f"]},
+    )
+    for length, parts in at_most.items():
+        found = encoder_of(bert, max_length=length).encode_tokens(text, words="mean")
+        assert found.parts == parts, length
+        whole = encoder_of(bert, max_length=length).encode_tokens(text)
+        assert len(whole.parts) == min(length - 2, 6), "tokens are kept"
+    found = encoder_of(bert, max_length=6).encode_tokens("ab cd " * 2000, words="first")
+    assert found.parts == ["ab", "cd"], "of a text that is cut before it is tokenised, too"
+
+
+def test_a_single_text_and_the_time_it_took(bert):
+    encoder = encoder_of(bert)
+    single, (listed,) = encoder.encode_tokens(TEXTS[0]), encoder.encode_tokens([TEXTS[0]])
+    assert single[:2] == listed[:2]
+    assert torch.equal(single.vectors, listed.vectors)
+    assert encoder.stats.texts == 2
+    assert encoder.stats.seconds > 0.0
 
 
 def test_a_prompt_has_no_vectors_and_moves_no_place(bert):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import stat
 import tarfile
@@ -210,7 +211,7 @@ def test_an_encoder_in_a_folder_of_its_own_moves_to_the_root(ours):
         ([("Transformer", ""), ("Pooling", "../1_Pooling")], "the path '../1_Pooling' leads out of the folder"),
         ([("Transformer", ""), ("Pooling", "")], "Pooling in '.' comes after the encoder"),
         ([("Transformer", ""), ("Transformer", "1_Transformer")], "Transformer in '1_Transformer' comes after"),
-        ([("Router", "")], "must have types of modules, and the structure of their routes"),
+        ([("Router", "")], "must have types, the class of each module by its folder"),
     ],
 )
 def test_modules_that_would_be_lost_are_refused(ours, modules, message):
@@ -221,11 +222,34 @@ def test_modules_that_would_be_lost_are_refused(ours, modules, message):
     assert not (ours.parent / "out").exists()
 
 
-@pytest.mark.parametrize("modules", ["{}", "[1]", '[{"type": "sentence_transformers.models.Pooling"}]'])
+@pytest.mark.parametrize("modules", ["[]", "{}", "[1]", '[{"type": "sentence_transformers.models.Pooling"}]'])
 def test_a_list_of_modules_that_is_none(ours, modules):
     (ours / "modules.json").write_text(modules)
-    with pytest.raises(CheckpointError, match="must be a list of modules, each with a type and a path"):
+    with pytest.raises(CheckpointError, match="must list one module or more, each with a type and a path"):
         convert(ours, ours.parent / "out", say=lambda line: None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"types": {"bert": 3}}, "must have types, the class of each module by its folder"),
+        ({"structure": {"query": [["bert"]]}}, "must have the structure of its routes"),
+        ({"structure": {"query": ["other"]}}, "must have the structure of its routes"),
+        ({"structure": ["bert"]}, "must have the structure of its routes"),
+        ({"structure": {}}, "must have the structure of its routes"),
+        ({"structure": {"query": ["bert", "bert"]}}, "the route 'query' has the Transformer bert twice"),
+    ],
+)
+def test_a_router_that_is_none(ours, changes, message):
+    folder = ours.parent / "routed"
+    shutil.copytree(ours, folder / "bert")
+    (folder / "modules.json").write_text('[{"type": "sentence_transformers.models.Router", "path": ""}]')
+    router = {"types": {"bert": "sentence_transformers.models.Transformer"}, "structure": {"query": ["bert"]}}
+    (folder / "router_config.json").write_text(json.dumps(router))
+    convert(folder, ours.parent / "whole", say=lambda line: None)
+    (folder / "router_config.json").write_text(json.dumps(router | changes))
+    with pytest.raises(CheckpointError, match=message):
+        convert(folder, ours.parent / "out", say=lambda line: None)
 
 
 def test_to_tensorflow_takes_the_vocabulary_out_of_a_tokenizer_json(ours):
@@ -404,6 +428,15 @@ def test_what_is_wrong_inside_an_archive_is_told_of_the_archive(google, capsys):
     assert main(["convert", str(google.parent / "x.zip"), "-o", str(google.parent / "out")]) == 1
     error = capsys.readouterr().err
     assert f"{google.parent / 'x.zip' / 'bert_model.ckpt'}: there is no bert_config.json" in error
+
+
+def test_what_is_not_supported_in_an_archive_is_told_of_the_archive(ours):
+    modules = [{"type": f"sentence_transformers.models.{kind}", "path": path} for kind, path in
+               (("Transformer", ""), ("CNN", "1_CNN"))]  # fmt: skip
+    (ours / "modules.json").write_text(json.dumps(modules))
+    path = zip_of(ours.parent / "x.zip", ours, "")
+    with pytest.raises(ValueError, match=re.escape(f"{path / 'modules.json'}: module 'CNN' is not supported")):
+        Encoder.from_pretrained(path, device="cpu")
 
 
 def test_a_vocabulary_without_its_special_tokens_is_told_of_the_source(google):

@@ -36,6 +36,7 @@ from fastbert.encoding.encoder import resolve_dtype
 from fastbert.models import heads
 from fastbert.storage import read_json, write_json
 from fastbert.text.tokenizer import Tokenizer
+from fastbert.training.files import read_text
 from fastbert.training.finetune import EXAMPLES_PER_STEP, Request, finetune
 from fastbert.training.loop import Settings
 from fastbert.training.memory import keep_freed_memory
@@ -113,6 +114,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     if unknown := [name for name in args.studies if name not in STUDIES]:
         parser.error(f"no task {', '.join(unknown)}; there are {', '.join(STUDIES)}")
+    if unknown := [name for name in args.rows.split(",") if name not in ROWS]:
+        parser.error(f"no row {', '.join(unknown)}; there are {', '.join(ROWS)}")
     if args.studies and args.data is None:
         parser.error("--data is needed: the folder that the examples are in")
     runs = read_json(args.json)["runs"] if args.json and args.json.exists() else []
@@ -168,7 +171,7 @@ def shortened(path: Path, count: int, folder: Path) -> Path:
     """A table with `count` of its lines, spread evenly."""
     if path.suffix not in (".tsv", ".txt"):
         raise ValueError(f"--examples shortens tables, not {path.name}")
-    head, *rows = path.read_text(encoding="utf-8").splitlines()
+    head, *rows = read_text(path).removesuffix("\n").split("\n")  # str.splitlines also splits at what texts have
     if not 0 < count <= len(rows):
         raise ValueError(f"{path} has {len(rows):,} examples, not {count:,}")
     chosen = [rows[place * len(rows) // count] for place in range(count)]
@@ -195,8 +198,12 @@ class Steps:
         self.processor.append(time.process_time())
 
     def figures(self) -> dict[str, float]:
-        """Of all steps but the first of each epoch."""
+        """Of all steps but the first of each epoch. Raises: ValueError where no epoch has a second one."""
         counted = [n for n in range(1, len(self.epochs)) if self.epochs[n] == self.epochs[n - 1]]
+        if not counted:
+            raise ValueError(
+                "each epoch is a single step, and the first of an epoch is not timed: train on more examples"
+            )
         tokens = sum(self.tokens[n] for n in counted)
         seconds = sum(self.clock[n] - self.clock[n - 1] for n in counted)
         processor = sum(self.processor[n] - self.processor[n - 1] for n in counted)

@@ -331,7 +331,7 @@ class Encoder:
 
     def encode_tokens(
         self,
-        texts: Sequence[str],
+        texts: Sequence[str] | str,
         *,
         words: str | None = None,
         special_tokens: bool = False,
@@ -340,11 +340,11 @@ class Encoder:
         max_tokens_per_batch: int | None = None,
         prompt: str | None = None,
         prompt_name: str | None = None,
-    ) -> list[Parts]:
-        """Vectors of every token of each text, or of every word: rows of hidden states as BERT gives them, without the
-        pooling, normalisation or other modules that make a vector of a text.
+    ) -> list[Parts] | Parts:
+        """Vectors of every token of each text (of a single str: its Parts), or of every word: rows of hidden states as
+        BERT gives them, without the pooling, normalisation or other modules that make a vector of a text.
 
-            parts, offsets, vectors = encoder.encode_tokens(["Ada wrote it."], layers=[9, 10, 11, 12])[0]
+            parts, offsets, vectors = encoder.encode_tokens("Ada wrote it.", layers=[9, 10, 11, 12])
 
         Args:
             words: None for tokens; "first": a word's vector is that of its first token; "mean": the mean of its tokens.
@@ -352,15 +352,18 @@ class Encoder:
             special_tokens: [CLS] and [SEP] too, of tokens.
             layers, combine, prompt, prompt_name: see `asked`. Tokens that begin in a prompt have no vectors.
 
-        What is cut off a long text has none either.
+        What is cut off a long text has none either, nor has a word of which only the end is cut off.
         """
-        wanted = Wanted(words, special_tokens)
+        wanted, started = Wanted(words, special_tokens), time.perf_counter()
         encoder = self.asked(prompt=prompt, prompt_name=prompt_name, layers=layers, combine=combine)
+        single, texts = isinstance(texts, str), [texts] if isinstance(texts, str) else texts
         given = [encoder.prompt + text for text in texts]
         encodings = encoder._tokenizer(given, max_length=encoder._limit()).encodings
         states = encoder.states([e.ids for e in encodings], encoder.token_budget(max_tokens_per_batch))
         of_all = zip(texts, encodings, states, strict=True)
-        return [wanted.of(text, e, len(encoder.prompt), of_text) for text, e, of_text in of_all]
+        found = [wanted.of(text, e, len(encoder.prompt), of_text) for text, e, of_text in of_all]
+        self.stats.seconds += time.perf_counter() - started
+        return found[0] if single else found
 
     def token_budget(self, max_tokens_per_batch: int | None = None) -> int:
         """The bound on the tokens computed at once: as asked for, or the device's."""

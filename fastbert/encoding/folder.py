@@ -138,18 +138,18 @@ class SentenceConfig:
         # sentence-transformers makes vectors of a reranker as of a plain BERT; its prompts are for reranking
         if settings.values.get("model_type", "SentenceTransformer") != "SentenceTransformer":
             return cls()
-        modules = listed_modules(folder)
-        first, modules = modules[0] if modules else None, modules[1:]
+        first, *modules = listed_modules(folder)
         built: list[SentenceModule] = []
-        if first is not None and first.kind in ROUTERS:
+        if first.kind in ROUTERS:
             routes = Routes.read(folder, first)
             encoder = routes.encoder().path.as_posix()
             built.append(_router(folder, routes, routes.encoder()))
-        elif first is not None and first.kind == "Transformer":
+        elif first.kind == "Transformer":
             encoder = first.path.as_posix()
         else:
-            found = "nothing" if first is None else first.kind
-            raise ValueError(f"{folder / MODULES}: the first module must be a Transformer, or a Router; it is {found}")
+            raise ValueError(
+                f"{folder / MODULES}: the first module must be a Transformer, or a Router; it is {first.kind}"
+            )
         built += [module for listed in modules if (module := build_module(folder, listed)) is not None]
         read = _read_library(settings) | _read_transformer(*read_transformer_settings(folder / encoder))
         return cls(

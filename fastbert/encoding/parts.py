@@ -35,7 +35,8 @@ class Wanted:
     """Which parts of a text have vectors.
 
     Attributes:
-        words: None for every token; "first": every word by its first token; "mean": by the mean of its tokens.
+        words: None for every token; "first": every word by its first token; "mean": by the mean of its tokens. A word
+            of which only a beginning is within the limit has no vector.
         special_tokens: [CLS] and [SEP] too, of tokens.
 
     Raises: ValueError for another value, or special tokens of words.
@@ -66,6 +67,8 @@ class Wanted:
             offsets = [None if special[i] else (places[i][0] - prompt, places[i][1] - prompt) for i in kept]
             return Parts([encoding.tokens[i] for i in kept], offsets, states[kept])
         words = [list(group) for _, group in groupby(own, key=encoding.word_ids.__getitem__)]
+        if words and encoding.word_ids[words[-1][0]] == _first_word_cut_off(encoding):
+            words.pop()
         offsets = [(places[word[0]][0] - prompt, places[word[-1]][1] - prompt) for word in words]
         return Parts([text[start:end] for start, end in offsets], offsets, self._of_words(words, states))
 
@@ -77,3 +80,10 @@ class Wanted:
         of_row = torch.arange(len(words), dtype=torch.int64, device="cpu").repeat_interleave(counts)
         sums = torch.zeros(len(words), states.shape[1], dtype=states.dtype, device="cpu")
         return sums.index_add(0, of_row, states[[row for word in words for row in word]]) / counts[:, None]
+
+
+def _first_word_cut_off(encoding: Encoding) -> int | None:
+    """The number of the word that the first token beyond the limit is of; None where nothing was cut off."""
+    if not encoding.overflowing:
+        return None
+    return next(number for number in encoding.overflowing[0].word_ids if number is not None)

@@ -25,8 +25,12 @@ def opened(id_or_path: str | os.PathLike) -> Iterator[Path]:
         with unpacked(path) as folder:
             try:
                 yield folder if find_reader(folder) is not None else resolve(folder)
-            except CheckpointError as error:  # what is wrong with a file of the archive, whose folder nobody knows
-                raise CheckpointError(str(error).replace(str(folder), str(path))) from error
+            except (CheckpointError, ValueError) as error:
+                # What is wrong with a file is told of the archive: nobody knows the temporary folder.
+                if str(folder) not in str(error):
+                    raise
+                kind = CheckpointError if isinstance(error, CheckpointError) else ValueError
+                raise kind(str(error).replace(str(folder), str(path))) from error
     elif find_reader(path) is not None:
         yield path
     else:

@@ -41,14 +41,15 @@ def has_modules(folder: Path) -> bool:
 
 
 def listed_modules(folder: Path) -> list[Listed]:
-    """What modules.json lists. Raises CheckpointError, in one line, also for modules of another package."""
+    """What modules.json lists, one module at least. Raises CheckpointError, in one line, also for modules of another
+    package."""
     file = folder / MODULES
     modules = parse_json(file.read_text(encoding="utf-8", errors="replace"), str(file))
     texts = ("type", "path")
-    if not isinstance(modules, list) or not all(
+    if not (modules and isinstance(modules, list)) or not all(
         isinstance(module, dict) and all(isinstance(module.get(key), str) for key in texts) for module in modules
     ):
-        raise CheckpointError(f"{file} must be a list of modules, each with a type and a path")
+        raise CheckpointError(f"{file} must list one module or more, each with a type and a path")
     paths = [path_inside(folder, module["path"], file) for module in modules]
     for module in modules:
         for key in module.keys() - {"idx", "name", *texts}:
@@ -94,16 +95,19 @@ class Routes:
         file = inside / ROUTER if (inside / ROUTER).is_file() else inside / "config.json"
         content = read_json(file)
         types, structure = content.get("types"), content.get("structure")
-        if not isinstance(types, dict) or not isinstance(structure, dict):
-            raise CheckpointError(f"{file} must have types of modules, and the structure of their routes")
+        if not isinstance(types, dict) or not all(isinstance(of, str) for of in types.values()):
+            raise CheckpointError(f"{file} must have types, the class of each module by its folder")
         paths = {name: router.path / path_inside(inside, name, file) for name in types}
         if any(os.path.normpath(path) == os.path.normpath(router.path) for path in paths.values()):
             raise CheckpointError(f"{file}: a module lies in the Router's own folder, which has no end")
         modules = {name: Listed(kind_of_type(of, file), paths[name]) for name, of in types.items()}
-        if not structure or not all(
-            isinstance(names, list) and modules.keys() >= set(names) for names in structure.values()
+        if not (structure and isinstance(structure, dict)) or not all(
+            isinstance(names, list) and all(isinstance(name, str) and name in modules for name in names)
+            for names in structure.values()
         ):
-            raise CheckpointError(f"{file} must have routes, each a list of modules of which it has the types")
+            raise CheckpointError(
+                f"{file} must have the structure of its routes, each a list of modules of which it has the types"
+            )
         return cls(file, content, {route: [modules[name] for name in names] for route, names in structure.items()})
 
     def encoder(self) -> Listed:
@@ -115,17 +119,20 @@ class Routes:
             raise CheckpointError(
                 f"{self.file}: the routes must begin with one Transformer, and they begin with {kinds}"
             )
+        for route, (_, *after) in self.modules.items():
+            if found in after:
+                raise CheckpointError(f"{self.file}: the route {route!r} has the Transformer {found.path} twice")
         return found
 
 
 def encoder_in(folder: Path) -> Path:
     """The folder of BERT and its tokenizer: where modules.json puts the first module, or the first of a Router's
     routes; else the folder itself. Raises CheckpointError."""
-    modules = listed_modules(folder) if has_modules(folder) else []
-    if modules and modules[0].kind == "Transformer":
-        return folder / modules[0].path
-    if modules and modules[0].kind in ROUTERS:
-        return folder / Routes.read(folder, modules[0]).encoder().path
+    first = listed_modules(folder)[0] if has_modules(folder) else None
+    if first is not None and first.kind == "Transformer":
+        return folder / first.path
+    if first is not None and first.kind in ROUTERS:
+        return folder / Routes.read(folder, first).encoder().path
     return folder
 
 

@@ -67,13 +67,13 @@ def classes_of(examples: Sequence[Text], given: Sequence[str] | None, model_labe
     given: what the user names; else those of the model's own classifier; else those of the examples, sorted (numbers by
     their value).
 
-    Raises: DataError where an example has another name, where all have the same, or where they look like texts.
+    Raises: DataError where an example has another name, where there is one name alone, or where they look like texts.
     """
     found: dict[str, Text] = {}
     for example in examples:
         found.setdefault(example.label.casefold(), example)
     if len(found) < 2:
-        raise DataError(f"every example has the label {examples[0].label!r}; a classifier needs two or more")
+        raise DataError(f"the only label is {examples[0].label!r}; a classifier needs two or more")
     if len(found) > max(20, len(examples) // 2):
         raise DataError(
             f"{len(found):,} different labels in {len(examples):,} examples: are the columns swapped? "
