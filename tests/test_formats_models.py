@@ -4,6 +4,7 @@ import json
 import pickle
 import shutil
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from fastbert.checkpoint import CheckpointError
 from fastbert.convert import convert
 from fastbert.formats import open_model
+from fastbert.formats.object_graph import with_names
 from fastbert.formats.source import case_of_name
 from fastbert.formats.tensorflow_bundle import read_bundle, write_bundle
 from fastbert.models.bert import BertModel
@@ -424,7 +426,8 @@ def test_the_model_garden_of_2019(scope, tmp_path):
 
 
 def test_variables_that_are_only_numbered(tmp_path):
-    """A TF-Hub module is refused without the graph that names its variables, and with a damaged one."""
+    """A TF-Hub module is refused without the graph that names its variables, and with a damaged one: names that change
+    places in it would put each weight into the other's."""
     read = read_bundle(FIXTURES / "tf_hub" / "variables" / "variables")
     variables = {name: v.read() for name, v in read.items() if v.dtype is not None}
     folder = write_google_folder(tmp_path / "x", variables)
@@ -434,10 +437,22 @@ def test_variables_that_are_only_numbered(tmp_path):
         open_model(folder)
     damaged = shutil.copytree(FIXTURES / "tf_hub", tmp_path / "damaged")
     data = damaged / "variables" / "variables.data-00000-of-00001"
+    first, second = b"layer_with_weights-4", b"layer_with_weights-5"
+    whole = data.read_bytes()
+    data.write_bytes(whole.replace(first, b"@" * 20).replace(second, first).replace(b"@" * 20, second))
+    assert len(data.read_bytes()) == len(whole)
+    with pytest.raises(
+        CheckpointError, match="the bytes of _CHECKPOINTABLE_OBJECT_GRAPH do not have their checksum"
+    ) as error:
+        open_model(damaged)
+    assert str(error.value).count(str(damaged)) == 1
+    graph = read["_CHECKPOINTABLE_OBJECT_GRAPH"]
+    content = graph.read().numpy().tobytes()
     for old, new in ((b"layer_with_weights-0", b"\xff" * 20), (b"\x12\x14layer_with_weights-0", b"\x12\x7f" * 11)):
-        data.write_bytes((FIXTURES / "tf_hub" / "variables" / data.name).read_bytes().replace(old, new))
+        wrong = torch.frombuffer(bytearray(content.replace(old, new)), dtype=torch.uint8)
+        variable = replace(graph, read=lambda wrong=wrong: wrong, verify=None)
         with pytest.raises(CheckpointError, match="_CHECKPOINTABLE_OBJECT_GRAPH is damaged") as error:
-            open_model(damaged)
+            with_names(read | {graph.name: variable})
         assert "\n" not in str(error.value)
 
 
@@ -742,6 +757,7 @@ def test_a_damaged_keras_file_is_one_line(signature, tmp_path):
     with pytest.raises(CheckpointError, match=r"model\.weights\.h5 is truncated, damaged") as error:
         open_model(folder)
     assert "\n" not in str(error.value)
+    assert str(error.value).count(str(folder)) == 1
 
 
 def test_an_unknown_variable_is_an_error_that_names_it(tmp_path):

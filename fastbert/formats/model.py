@@ -15,7 +15,7 @@ from ..storage import CheckpointError
 from .architectures import ARCHITECTURES, Fit, fit
 from .detect import find_source
 from .names import GENERATOR, Named, assign, assign_plain, drop_tied
-from .source import Source
+from .source import Source, told_of
 from .variable import Variable
 
 _OTHER_HEAD = "no part of the encoder, nor of a head that is known"
@@ -90,7 +90,7 @@ def understand(source: Source, *, activation: str | None = None, other_heads: bo
     try:
         return _understand(source, activation, other_heads)
     except CheckpointError as error:
-        raise CheckpointError(f"{source.path}: {error}") from None
+        raise told_of(source.path, error) from None
 
 
 def _understand(source: Source, activation: str | None, other_heads: bool) -> Model:

@@ -56,6 +56,12 @@ class Source:
         return self.load()
 
 
+def told_of(path: Path, error: CheckpointError) -> CheckpointError:
+    """The error with the path in front, where it does not begin with that."""
+    said = str(error)
+    return CheckpointError(said if said.startswith(str(path)) else f"{path}: {said}")
+
+
 def read_words(path: Path) -> list[str]:
     """The tokens of a vocab.txt, one a line. Raises CheckpointError."""
     try:

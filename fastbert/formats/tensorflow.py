@@ -8,7 +8,7 @@ from pathlib import Path
 from ..storage import CheckpointError
 from .names import tensorflow_family
 from .object_graph import with_names
-from .source import Source, find_case, find_config, find_words
+from .source import Source, find_case, find_config, find_words, told_of
 from .tensorflow_bundle import read_bundle
 
 _CONFIGS = ("bert_config.json", "albert_config.json", "electra_config.json", "config.json")
@@ -48,7 +48,7 @@ def read(prefix: Path) -> Source:
         variables = with_names(variables)
         family = tensorflow_family(variables)
     except CheckpointError as error:
-        raise CheckpointError(f"{prefix}: {error}") from None
+        raise told_of(prefix, error) from None
     in_saved_model = prefix.name == "variables" and prefix.parent.name == "variables"
     folder = prefix.parent.parent if in_saved_model else prefix.parent
     words = find_words(folder / "assets" if in_saved_model else folder)

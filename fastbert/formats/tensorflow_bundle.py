@@ -151,12 +151,14 @@ def _variable(prefix: Path, name: str, entry: _Entry, shards: int) -> Variable:
             return as_tensor(data(), torch.uint8, (size,))
         return as_tensor(data(), dtype, entry.shape)
 
+    one_string = kind == "string" and entry.shape == ()
+
     def verify() -> None:
-        if masked(crc32c(data())) != entry.crc:
+        content = _summed(data().tobytes()) if one_string else data()
+        if masked(crc32c(content)) != entry.crc:
             raise CheckpointError(f"{path} is damaged: the bytes of {name} do not have their checksum")
 
-    # Strings have a checksum of another kind. None of a model's weights are strings.
-    return Variable(name, entry.shape, kind, dtype, read, None if dtype is None else verify)
+    return Variable(name, entry.shape, kind, dtype, read, None if dtype is None and not one_string else verify)
 
 
 def _entries_of_table(table: bytes) -> Iterator[tuple[str, bytes]]:
@@ -215,11 +217,23 @@ def _entries_of_block(block: bytes) -> Iterator[tuple[bytes, bytes]]:
         at += length
 
 
+def _summed(data: bytes) -> bytes:
+    """What the checksum of a variable of one string is of: its bytes, with the length in 32 bits."""
+    try:
+        length, at = parse_varint(data, 0)
+    except Malformed:  # the bytes as they are do not have the checksum either
+        return data
+    return (length & 0xFFFFFFFF).to_bytes(4, "little") + data[at:]
+
+
 def read_string(variable: Variable) -> bytes:
     """The one string of a variable of TensorFlow's type "string". Raises CheckpointError where it is damaged.
 
-    Such a variable is the length of each of its strings, the checksum of these lengths, and the strings.
+    Such a variable is the length of each of its strings, the checksum of these lengths, and the strings. Its bytes are
+    held against their checksum, as those of the index are.
     """
+    if variable.verify is not None:
+        variable.verify()
     data = variable.read().numpy().tobytes()
     try:
         length, at = parse_varint(data, 0)
