@@ -1,8 +1,8 @@
 """The same operators from PyTorch's own fast ones: oneDNN's matrix products, fused SDPA and LayerNorm.
 
-What a machine without a GPU runs. Nearly everything here is ordinary torch, so autograd and torch.compile need no
-help; operators in C++ (`cpu/operators.py`), most for inference, attention, add + LayerNorm and the loss (`cpu/loss.py`)
-with gradients, and weights laid out beforehand (`cpu/layouts.py`) step in. Where the specification already is a
+What a machine without a GPU runs. Ordinary torch, so autograd and torch.compile need no help, where no operator in C++
+steps in: for inference those of `cpu/operators.py`, and weights laid out beforehand (`cpu/layouts.py`); with gradients
+attention, products (`cpu/products.py`), add + LayerNorm (`cpu/norm.py`), embeddings and the loss. Where the specification already is a
 sequence of fast operators, it is used as it stands. Signatures are those of `fastbert.functional`: arguments are
 described there.
 """

@@ -1,5 +1,5 @@
-"""The C++ operators of `*.cpp` here, for x86 CPUs with AVX-512: for inference; attention, LayerNorm and the loss for
-training too.
+"""The C++ operators of `*.cpp` here, for x86 CPUs with AVX-512. Those with gradients are put together in `products.py`,
+`norm.py`, `embedding.py` and `loss.py`, and attention's in `native.py`.
 
 Installing compiles them where there is a C++ compiler; without them, or on another CPU, `native.py` computes the same
 from torch's own operators. They are called through ctypes, so one build serves every version of torch.
