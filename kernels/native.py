@@ -2,9 +2,9 @@
 
 What a machine without a GPU runs. Ordinary torch, so autograd and torch.compile need no help, where no operator in C++
 steps in: for inference those of `cpu/operators.py`, and weights laid out beforehand (`cpu/layouts.py`); with gradients
-attention, products (`cpu/products.py`), add + LayerNorm (`cpu/norm.py`), embeddings and the loss. Where the specification already is a
-sequence of fast operators, it is used as it stands. Signatures are those of `fastbert.functional`: arguments are
-described there.
+attention, products (`cpu/products.py`), add + LayerNorm (`cpu/norm.py`), embeddings and the loss. Where the
+specification already is a sequence of fast operators, it is used as it stands. Signatures are those of
+`fastbert.functional`: arguments are described there.
 """
 
 import itertools
