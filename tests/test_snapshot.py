@@ -152,6 +152,7 @@ def test_a_change_is_noticed(change, is_same):
     assert is_same(things.snapshot)
     change(things)
     assert not is_same(things.snapshot)
+    assert not is_same(things.snapshot), "the second look finds what the first one found"
 
 
 def test_what_was_not_asked_for_may_change(is_same):

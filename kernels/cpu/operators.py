@@ -88,6 +88,11 @@ def _know(*tensors: Tensor) -> bool:
     )
 
 
+def _are_plain(t: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the operators read indices or lengths from t: no subclass, of this dtype, contiguous, on the CPU."""
+    return type(t) in PLAIN and t.dtype is dtype and t.is_cpu and t.is_contiguous()
+
+
 def want_gradients(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
@@ -143,7 +148,7 @@ def takes_attention(
 ) -> bool:
     """Whether `attention` and `attention_backward` compute with these."""
     lengths = (cu_seqlens,) if cu_seqlens_k is None else (cu_seqlens, cu_seqlens_k)
-    fit = all(t.dtype == torch.int32 and t.is_cpu and t.is_contiguous() for t in lengths)
+    fit = all(_are_plain(t, torch.int32) for t in lengths)
     return fit and q.shape[-1] % WIDTH == 0 and (scale is None or scale >= 0.0) and _know(q, k, v)
 
 
@@ -339,7 +344,7 @@ def fits_embedding(indices: tuple[Tensor | None, ...], tables: tuple[Tensor | No
     int64; tables: word, segment, position [., N], LayerNorm's weight, bias."""
     if any(t is None or not t.is_contiguous() for t in (*indices, *tables)) or tables[0].shape[-1] % WIDTH:
         return False
-    return all(t.dtype == torch.int64 and t.is_cpu and type(t) in PLAIN for t in indices) and _know(*tables)
+    return all(_are_plain(t, torch.int64) for t in indices) and _know(*tables)
 
 
 def takes_embedding_layer_norm(indices: tuple[Tensor | None, ...], tables: tuple[Tensor | None, ...]) -> bool:
@@ -366,7 +371,7 @@ def embedding_layer_norm(
 
 
 def takes_mean(x: Tensor, cu_seqlens: Tensor) -> bool:
-    starts = cu_seqlens.dtype == torch.int32 and cu_seqlens.is_contiguous() and cu_seqlens.is_cpu
+    starts = _are_plain(cu_seqlens, torch.int32)
     return starts and x.shape[-1] % WIDTH == 0 and x.is_contiguous() and _take(x)
 
 
@@ -410,7 +415,13 @@ def encoder_layers(
     heads, eps, inner = options.heads, options.out_eps, len(layers[UP])
     if options.activation not in ACTIVATION_NUMBERS or options.down_eps != eps:
         return None
-    if not _know(x) or not x.is_contiguous() or width % (2 * WIDTH) or inner % (2 * WIDTH):
+    if (
+        not _know(x)
+        or type(cu_seqlens) not in PLAIN
+        or not x.is_contiguous()
+        or width % (2 * WIDTH)
+        or inner % (2 * WIDTH)
+    ):
         return None
     if heads < 1 or width % heads or width // heads % WIDTH:
         return None
