@@ -252,8 +252,9 @@ def block_with_type(table: bytes) -> bytes:
 
 def test_partitioned_variables_are_refused_by_name(tmp_path):
     """A BundleEntryProto with a field 7 is the whole of a variable whose parts lie under keys of their own, which begin
-    with a byte 0."""
+    with a byte 0 and are no text."""
     write_bundle(tmp_path / "x", [("parted", torch.ones(1)), ("\x00parted", torch.ones(1, 1))])
+    rewritten(tmp_path / "x", b"\x00parted", b"\x00\xffarted")
     # the field of the offset, which is left out at 0, leaves room for none; the shape's one axis becomes a slice
     rewritten(tmp_path / "x", b"\x12\x04\x12\x02\x08\x01", b"\x3a\x04\x0a\x02\x08\x00")
     with pytest.raises(CheckpointError, match=r"x\.index: parted is partitioned into 1 slices, which is not read$"):
