@@ -190,6 +190,18 @@ def test_bad_examples_are_named_in_one_line(bert, tmp_path, capsys, content, oth
     assert said.count("\n") == 1
 
 
+def test_texts_to_be_scored_may_all_be_without_labels(bert, tmp_path):
+    (tmp_path / "train.tsv").write_text("text\tlabel\na\tx\nb\tx|y\n")
+    (tmp_path / "eval.tsv").write_text("text\tlabel\na\t\nb\t\n")
+    files = ("--train", tmp_path / "train.tsv", "--eval", tmp_path / "eval.tsv", "--out", tmp_path / "out")
+    assert (
+        run("finetune", "--model", bert, "--task", "sentence", "--multi-label", *CPU, "-q", "--epochs", 1, *files) == 0
+    )
+    scores = json.loads((tmp_path / "out" / "report.json").read_text())["scores"]
+    assert scores["f1_micro"] == 0.0
+    assert 0.0 <= scores["subset_accuracy"] <= 1.0
+
+
 def test_several_labels_are_of_texts(bert, tmp_path, capsys):
     assert run("finetune", "--task", "token", "--multi-label", "--train", "x", "--out", tmp_path / "out") == 2
     assert "--multi-label is for texts and pairs, not for --task token" in capsys.readouterr().err

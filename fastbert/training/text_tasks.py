@@ -157,7 +157,10 @@ class MultiLabelTask(TextTask):
     def settle(self, examples: Sequence[Text], given: Sequence[str] | None, model_labels: Sequence[str] | None) -> None:
         if tuple(given or ()) == NUMBERS:
             raise DataError("--labels number is for one number a text, and --multi-label for names")
-        self.labels = classes_of(one_label_each(examples), given, model_labels)
+        labelled = one_label_each(examples)
+        if not labelled:
+            raise DataError("no example has a label")
+        self.labels = classes_of(labelled, given, model_labels)
 
     def check(self, examples: Sequence[Text]) -> None:
         expect_known(((e.label, e.place) for e in one_label_each(examples)), self.labels)
