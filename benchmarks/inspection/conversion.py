@@ -28,7 +28,8 @@ import torch
 from fastbert import BertConfig, BertModel
 from fastbert.convert import convert
 from fastbert.formats import open_model
-from fastbert.formats.names import GOOGLE, pattern_of
+from fastbert.formats.families import GOOGLE
+from fastbert.formats.names import pattern_of
 from fastbert.formats.tensorflow_bundle import write_bundle
 from fastbert.storage import write_json
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ..storage import CheckpointError
-from .names import GGUF
+from .families import GGUF
 from .source import Source, case_of_name
 from .variable import Variable
 

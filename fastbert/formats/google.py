@@ -8,8 +8,9 @@ from pathlib import Path
 from torch import Tensor
 
 from ..storage import CheckpointError, write_json
+from .families import GOOGLE
 from .model import Model
-from .names import GOOGLE, Rule, pattern_of
+from .names import Rule, pattern_of
 from .tensorflow_bundle import write_bundle
 
 PREFIX = "bert_model.ckpt"

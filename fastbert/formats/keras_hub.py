@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..storage import CheckpointError, read_json
-from .names import KERAS_HUB
+from .families import KERAS_HUB
 from .source import Source, find_case, find_words
 from .variable import Variable
 

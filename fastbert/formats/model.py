@@ -14,7 +14,8 @@ from torch import Tensor
 from ..storage import CheckpointError
 from .architectures import ARCHITECTURES, Fit, fit
 from .detect import find_source
-from .names import GENERATOR, Named, assign, assign_plain, drop_tied
+from .families import GENERATOR
+from .names import Named, assign, assign_plain, drop_tied
 from .source import Source, told_of
 from .variable import Variable
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ..storage import CheckpointError, read_json
-from .names import PADDLE
+from .families import PADDLE
 from .source import Source, find_case, find_words
 from .variable import Variable
 

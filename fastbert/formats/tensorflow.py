@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from ..storage import CheckpointError
-from .names import tensorflow_family
+from .families import tensorflow_family
 from .object_graph import with_names
 from .source import Source, find_case, find_config, find_words, told_of
 from .tensorflow_bundle import read_bundle
