@@ -5,6 +5,7 @@ import io
 import pickle
 import warnings
 from collections import defaultdict
+from dataclasses import replace
 
 import pytest
 import torch
@@ -609,6 +610,17 @@ def test_modernbert_on_a_flash_attention_of_its_own_is_left_alone():
 
 def test_every_family_of_the_table_is_tested():
     assert {prefix + "Model" for prefix, _, _ in MODELS.values()} == set(FAMILIES)
+
+
+def test_a_row_by_analogy_with_other_positions_is_refused(monkeypatch):
+    """Data2VecText has BERT's layers and RoBERTa's positions. A row for it copied from BERT's took the columns for
+    positions, and every state was 4e-2 off without a word."""
+    row = FAMILIES["RobertaModel"]
+    monkeypatch.setitem(FAMILIES, "RobertaModel", replace(row, positions="column"))
+    model = build("roberta")
+    with pytest.warns(UserWarning, match="padding_idx"):
+        fastbert.accelerate(model, impl="native")
+    assert "count positions from padding_idx" in str(fastbert.explain(model))
 
 
 def test_explain_names_every_layer():

@@ -205,6 +205,8 @@ def why_every_call(encoder: nn.Module, facts: table.Family, layers: dict[str, nn
     own = next(cls.__name__ for cls in type(encoder).__mro__ if cls.__name__ in table.FAMILIES)
     if why := why_own(encoder, (own,), TRANSFORMERS) or _why_unaccounted(encoder, facts, layers):
         return why
+    if facts.positions == "column" and getattr(at(encoder, "embeddings"), "padding_idx", None) is not None:
+        return "its embeddings count positions from padding_idx, where the table of known models has columns"
     for path, names in facts.modules.items():
         if why := why_own(at(encoder, path), names, TRANSFORMERS):
             return why
