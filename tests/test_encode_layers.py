@@ -1,6 +1,7 @@
 """Features: several layers combined, for texts, tokens and words, beside transformers' hidden_states."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -150,6 +151,16 @@ def test_a_word_of_which_the_limit_cuts_the_end_has_no_vector(bert):
         assert len(whole.parts) == min(length - 2, 6), "tokens are kept"
     found = encoder_of(bert, max_length=6).encode_tokens("ab cd " * 2000, words="first")
     assert found.parts == ["ab", "cd"], "of a text that is cut before it is tokenised, too"
+
+
+def test_a_word_of_which_the_limit_cuts_the_beginning_has_no_vector(bert, tmp_path):
+    """Where the tokenizer cuts texts at their beginning."""
+    folder = shutil.copytree(bert, tmp_path / "left")
+    (folder / "tokenizer_config.json").write_text('{"truncation_side": "left"}')
+    for length, parts in {3: ["f"], 5: ["f"], 6: ["cde", "f"], 7: ["cde", "f"], 8: ["ab", "cde", "f"]}.items():
+        encoder = encoder_of(folder, max_length=length)
+        assert len(encoder.encode_tokens("ab cde f").parts) == length - 2
+        assert encoder.encode_tokens("ab cde f", words="mean").parts == parts, length
 
 
 def test_a_single_text_and_the_time_it_took(bert):

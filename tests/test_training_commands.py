@@ -349,6 +349,25 @@ def test_a_full_disk_is_named_with_what_remains(bert, files, tmp_path, capsys, m
     assert said.endswith("step-00000001\n")
 
 
+def test_a_closed_pipe_is_no_full_disk(bert, files, tmp_path, capsys, monkeypatch):
+    """Whoever ends the program that reads the progress gets the exit code of a closed pipe."""
+
+    def tell(bar, record, steps):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(fastbert.cli.finetune._Bar, "__call__", tell)
+    assert finetune(bert, tmp_path / "out", "sentence", files["sentence"]) == 141
+
+
+def test_a_metric_that_no_seed_defines_is_told_so(bert, files, tmp_path, capsys):
+    """Pearson's correlation with gold values that are all the same."""
+    (tmp_path / "same.jsonl").write_text("".join(json.dumps({"text": t, "label": 1}) + "\n" for t in ("a b", "c", "d")))
+    arguments = ("--labels", "number", "--eval", tmp_path / "same.jsonl", "--epochs", 1, "--seeds", 2)
+    base = ("finetune", "--model", bert, "--task", "sentence", "--train", files["numbers"], "--out", tmp_path / "out")
+    assert run(*base, *arguments, "--device", "cpu", "--impl", "native") == 0
+    assert "pearson of 2 seeds: median undefined, from undefined to undefined" in capsys.readouterr().out
+
+
 def test_predictions_do_not_overwrite_their_examples(tuned, files, capsys):
     before = files["sentence"].read_bytes()
     assert run("predict", tuned, files["sentence"], "-o", files["sentence"]) == 2

@@ -50,8 +50,8 @@ A byte order mark and Windows line ends are dropped.
 pooled, not scaled. In .jsonl an object has a list "tokens" of {"token", "start", "end", "embedding"}, or "words" of
 {"word", ...}; start and end are characters of the text. In .safetensors "embeddings" [tokens of all lines, width] and
 "offsets" [tokens, 2] lie end to end, and line i has the rows "cu_seqlens"[i] to "cu_seqlens"[i + 1]. What is cut off a
-long text has no vectors, nor has a word whose end is. Words are the tokenizer's: BERT's ends them at white space and
-punctuation.
+long text has no vectors, nor has a word of which a part is. Words are the tokenizer's: BERT's ends them at white space
+and punctuation.
 
 On several GPUs or machines start it with torchrun: each process takes its GPU and its share of the lines, FILE must be
 readable for all of them, and one OUT results. On CPUs set OMP_NUM_THREADS, or torchrun gives each one thread."""

@@ -352,7 +352,7 @@ class Encoder:
             special_tokens: [CLS] and [SEP] too, of tokens.
             layers, combine, prompt, prompt_name: see `asked`. Tokens that begin in a prompt have no vectors.
 
-        What is cut off a long text has none either, nor has a word of which only the end is cut off.
+        What is cut off a long text has none either, nor has a word of which a part is cut off.
         """
         wanted, started = Wanted(words, special_tokens), time.perf_counter()
         encoder = self.asked(prompt=prompt, prompt_name=prompt_name, layers=layers, combine=combine)

@@ -36,7 +36,7 @@ class Wanted:
 
     Attributes:
         words: None for every token; "first": every word by its first token; "mean": by the mean of its tokens. A word
-            of which only a beginning is within the limit has no vector.
+            of which a part is cut off has no vector.
         special_tokens: [CLS] and [SEP] too, of tokens.
 
     Raises: ValueError for another value, or special tokens of words.
@@ -66,9 +66,10 @@ class Wanted:
             kept.sort()
             offsets = [None if special[i] else (places[i][0] - prompt, places[i][1] - prompt) for i in kept]
             return Parts([encoding.tokens[i] for i in kept], offsets, states[kept])
-        words = [list(group) for _, group in groupby(own, key=encoding.word_ids.__getitem__)]
-        if words and encoding.word_ids[words[-1][0]] == _first_word_cut_off(encoding):
-            words.pop()
+        # The tokens next to those that are kept: a word that goes on there is not whole.
+        cut = set(encoding.overflowing[0].word_ids) if encoding.overflowing else set()
+        by_word = groupby(own, key=encoding.word_ids.__getitem__)
+        words = [list(group) for number, group in by_word if number not in cut]
         offsets = [(places[word[0]][0] - prompt, places[word[-1]][1] - prompt) for word in words]
         return Parts([text[start:end] for start, end in offsets], offsets, self._of_words(words, states))
 
@@ -80,10 +81,3 @@ class Wanted:
         of_row = torch.arange(len(words), dtype=torch.int64, device="cpu").repeat_interleave(counts)
         sums = torch.zeros(len(words), states.shape[1], dtype=states.dtype, device="cpu")
         return sums.index_add(0, of_row, states[[row for word in words for row in word]]) / counts[:, None]
-
-
-def _first_word_cut_off(encoding: Encoding) -> int | None:
-    """The number of the word that the first token beyond the limit is of; None where nothing was cut off."""
-    if not encoding.overflowing:
-        return None
-    return next(number for number in encoding.overflowing[0].word_ids if number is not None)

@@ -176,6 +176,8 @@ def _finetune(request: Request, processes: Processes, report: Any) -> dict[str, 
         try:
             run.train()
         except OSError as error:
+            if isinstance(error, BrokenPipeError):  # nobody reads the progress any more; no file is concerned
+                raise
             what = f"cannot write into {out}: {error.strerror or error}"
             raise TrainingError(f"{what}; {run.remains()}") from error
     if processes.rank == 0:
@@ -203,19 +205,19 @@ def _several(request: Request, seeds: int, processes: Processes, report: Any) ->
     values = [each["scores"][name] for each, _ in reports]
     numbers = [-math.inf if value is None else value for value in values]
     best, folder = reports[numbers.index(max(numbers))]
-    summary = {
+    summary = _without_nan({
         **best,
         "seeds": {
             "metric": name, "seeds": [each["seed"] for each, _ in reports], "values": values,
             "median": statistics.median(numbers), "lowest": min(numbers), "highest": max(numbers),
         },
-    }  # fmt: skip
+    })  # fmt: skip
     if processes.rank == 0:
         for path in folder.iterdir():
             if path.is_file() and path.name not in ("metrics.jsonl", "curve.svg", "report.json"):
                 with write_atomically(request.out / path.name) as temporary:
                     shutil.copy2(path, temporary)
-        write_json(request.out / "report.json", _without_nan(summary))
+        write_json(request.out / "report.json", summary)
     return summary
 
 
