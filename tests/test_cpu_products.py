@@ -4,6 +4,7 @@ import contextlib
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastbert
@@ -40,6 +41,11 @@ def results(function, leaves, kind="plain", wanted=None):
     with amid(kind):
         y = function(*leaves)
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(y.dtype)
+    if wanted == "backward":  # with reentrant checkpoints there is no other way
+        for leaf in leaves:
+            leaf.grad = None
+        y.backward(dy)
+        return y, *(leaf.grad for leaf in leaves)
     return y, *torch.autograd.grad(y, leaves if wanted is None else wanted, dy)
 
 
@@ -148,6 +154,42 @@ def test_gradients_of_gradients(kind):
         loose = 0.1 if kind == "autocast" else 1e-3
         for one, other in zip(*second, strict=True):
             assert (one - other).norm() <= loose * other.norm()
+
+
+@pytest.mark.parametrize("kind", ["plain", pytest.param("autocast", marks=needs_bf16)])
+def test_a_weight_is_what_it_was_in_the_forward_pass_and_never_a_copy_of_before(kind):
+    """Written to before its backward pass, it is refused as torch refuses it; after an optimiser's step the product is
+    of the new weight, within one region of autocast too."""
+    x, weight = tensors(torch.float32, (7, 32), (32, 32))
+    for function in (native.linear, native.linear_act, lambda x, w: native.feed_forward(x, w, None, w, None)):
+        with amid(kind):
+            y = function(x, weight)
+        with torch.no_grad():
+            weight.add_(1.0)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+    optimiser = torch.optim.SGD([weight], lr=0.5)
+    with amid(kind):
+        native.linear(x, weight).float().square().sum().backward()
+        optimiser.step()
+        y = native.linear(x, weight)
+        dtype = products.dtype_of(x)
+    expected = torch.nn.functional.linear(x.to(dtype), weight.to(dtype))
+    torch.testing.assert_close(y, expected, atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["plain", pytest.param("autocast", marks=needs_bf16)])
+def test_one_weight_in_both_layers_and_activations_computed_again(kind):
+    leaves = tensors(torch.float32, (33, 64), (64, 64), (64,))
+
+    def of(module):
+        return lambda x, w, b: module.feed_forward(module.feed_forward(x, w, b, w, None).to(x.dtype), w, b, w, b)
+
+    hold(of(native), of(reference), leaves, kind)
+    found = results(of(native), leaves, kind)
+    for reentrant in (True, False):
+        again = results(lambda *t, r=reentrant: checkpoint(of(native), *t, use_reentrant=r), leaves, kind, "backward")
+        assert all(torch.equal(one, other) for one, other in zip(found[1:], again[1:], strict=True))
 
 
 def test_who_goes_another_way():

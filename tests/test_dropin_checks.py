@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -123,6 +124,16 @@ def hook_written_in(model):
     model.encoder.layer[0].attention.self.query._forward_hooks[-1] = lambda module, given, y: y * 2
 
 
+def hook_in_another_dictionary(model):
+    """An empty dictionary takes all hooks of a module away at once; hooks that came into it later were not seen."""
+    model.encoder.layer[0].attention.self.query._forward_hooks = OrderedDict()
+    model.encoder.layer[0].attention.self.query.register_forward_hook(lambda module, given, y: y * 2)
+
+
+def children_in_another_dictionary(model):
+    model.encoder.layer._modules = {"0": model.encoder.layer[1], "1": model.encoder.layer[0]}
+
+
 def causal(model):
     model.encoder.layer[0].attention.self.is_causal = True
     model.encoder.layer[0].attention.self.register_forward_pre_hook(
@@ -133,7 +144,7 @@ def causal(model):
 CHANGES = [
     of_instance, other_method_of_instance, of_subclass, other_child, one_more_layer, layers_in_another_order,
     names_in_another_order, other_activation, dropout_that_stays, scale, buffer, hook_that_edits, hook_written_in,
-    causal,
+    hook_in_another_dictionary, children_in_another_dictionary, causal,
 ]  # fmt: skip
 
 

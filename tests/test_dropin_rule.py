@@ -84,11 +84,14 @@ def test_a_penalty_on_gradients_is_the_originals():
     fastbert.accelerate(ours, impl="native", padding="exact")
     found = []
     for m in (ours, model, truth):
-        embeds = m.get_input_embeddings()(IDS).detach().requires_grad_()
-        output = m(inputs_embeds=embeds, attention_mask=MASK.long()).last_hidden_state
-        upstream = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).to(output.dtype).view_as(output)
-        (first,) = torch.autograd.grad(output, embeds, upstream, create_graph=True)
-        weights = [layer.intermediate.dense.weight for layer in m.encoder.layer]
-        found.append((first, *torch.autograd.grad(first.square().sum(), weights)))
+        weights, of_inputs = [layer.intermediate.dense.weight for layer in m.encoder.layer], []
+        # errors of eight inputs together: of one, plain torch's may be half of what it is in the mean, by chance
+        for shift in range(8):
+            embeds = m.get_input_embeddings()(IDS + shift * MASK).detach().requires_grad_()
+            output = m(inputs_embeds=embeds, attention_mask=MASK.long()).last_hidden_state
+            upstream = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).to(output.dtype).view_as(output)
+            (first,) = torch.autograd.grad(output, embeds, upstream.roll(shift), create_graph=True)
+            of_inputs.append((first, *torch.autograd.grad(first.square().sum(), weights)))
+        found.append([torch.stack(of_one) for of_one in zip(*of_inputs, strict=True)])
     for one, other, right in zip(*found, strict=True):
-        assert_within_budget(one, other, right, factor=3.0)  # of two models this small, by chance
+        assert_within_budget(one, other, right)

@@ -110,11 +110,11 @@ def test_gradients_do_not_depend_on_how_a_step_is_cut(kind, tmp_path):
     for batch_tokens in (1, 40):
         parts = gradients(run_of(tmp_path, kind, batch_tokens=batch_tokens))
         for name, truth in exact.items():
-            if name.endswith("attention.self.key.bias"):
-                continue  # no score of a text depends on it: its gradient is rounding alone
+            # a softmax does not depend on what is added to all its scores: these have no gradient but for rounding
+            if name.endswith("attention.self.key.bias") or name == "qa_outputs.bias":
+                continue
             error, allowed = ((g[name] - truth).norm() for g in (parts, whole))
-            # the bias of spans' scores has no gradient: rounding alone
-            assert error <= 2 * allowed + 1e-6 * truth.norm() + 1e-7, name
+            assert error <= 2 * allowed + 1e-6 * truth.norm() + 1e-9, name
 
 
 def test_each_epoch_drops_others(tmp_path):

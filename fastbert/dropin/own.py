@@ -188,10 +188,12 @@ class Watch:
             places += [(module.__dict__, name) for name in names if not name.startswith("__")]
             places += functions
             attributes += [(type(module), name) for name in names]
-        tables = {name: [getattr(module, name) for module in modules] for name in ("_modules", *HOOKS)}
-        backward = [table for name in HOOKS if "backward" in name for table in tables.pop(name)]
-        self.snapshot = Snapshot(modules, places, attributes, chain.from_iterable(tables.values()))
-        self.backward = Snapshot(tables=backward)
+        # what they hold must stay, and they themselves: another dictionary may be put in place of one
+        tables = {name: [(module.__dict__, name) for module in modules] for name in ("_modules", *HOOKS)}
+        backward = [place for name in HOOKS if "backward" in name for place in tables.pop(name)]
+        forward = list(chain.from_iterable(tables.values()))
+        self.snapshot = Snapshot(modules, [*places, *forward], attributes, [own[name] for own, name in forward])
+        self.backward = Snapshot(places=backward, tables=[own[name] for own, name in backward])
         self.buffers = [t for t in buffers if not t.is_inference()]
         self.versions = list(map(_version, self.buffers))
 

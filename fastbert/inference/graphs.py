@@ -163,15 +163,18 @@ def why_not_recorded(root: nn.Module) -> str | None:
 
 
 class Watched:
-    """What a recording takes from a model: which modules and tensors are where, their addresses, and their versions."""
+    """What a recording takes from a model: which modules, of which classes, and tensors are where, the addresses of the
+    tensors and their versions."""
 
     def __init__(self, root: nn.Module, without: str = "pooler"):
         modules = [m for path, m in root.named_modules() if path.split(".")[0] != without]
         places = [(root._modules, name) for name in root._modules if name != without]
         places += [(m.__dict__, name) for m in modules for name in ("forward", "training")]
-        held = [d for m in modules for d in (m._modules, m._parameters, m._buffers) if d is not root._modules]
-        hooks = [getattr(m, name) for m in modules[1:] for name in HOOKS]
-        self.snapshot = Snapshot(places=places, tables=[*held, *hooks])
+        # what they hold must stay, and they themselves: another dictionary may be put in place of one
+        held = [(m.__dict__, name) for m in modules for name in ("_modules", "_parameters", "_buffers")]
+        held += [(m.__dict__, name) for m in modules[1:] for name in HOOKS]
+        tables = [own[name] for own, name in held if own[name] is not root._modules]
+        self.snapshot = Snapshot(modules, [*places, *held], tables=tables)
         self.tensors = [t for m in modules for d in (m._parameters, m._buffers) for t in d.values() if t is not None]
         self.versioned = [t for t in self.tensors if not t.is_inference()]
         self.state = self._state()

@@ -124,7 +124,8 @@ class _Made:
         tables = [module._modules for module in modules if module._modules]
         tables += [own[name] for own in called for name in HOOKS]
         tables += [getattr(nn.modules.module, f"_global{name}") for name in HOOKS]
-        places = [(own, name) for own in called for name in ("forward", "config")]
+        places = [(own, name) for own in called for name in ("forward", "config", *HOOKS)]
+        places += [(module.__dict__, "_modules") for module in modules]  # another dictionary may be put in place
         self.snapshot = Snapshot(modules, places, tables=tables)
         self.value = make()
 

@@ -15,8 +15,6 @@
 
 namespace {
 
-constexpr int EMBEDDING_BLOCK = 64;  // rows whose dweight and dbias one thread sums
-
 template <class T>
 struct Lookups {
     using Element = typename T::Element;
@@ -87,15 +85,15 @@ int backward(
 ) {
     if (!lie_in_tables(of, rows, sizes)) return 1;
     const int width = of.width;
-    const int64_t blocks = (rows + EMBEDDING_BLOCK - 1) / EMBEDDING_BLOCK;
+    const int64_t blocks = (rows + NORM_BLOCK - 1) / NORM_BLOCK;
 #pragma omp parallel
     {
         std::vector<float> xhat(width);
 #pragma omp for schedule(static)
         for (int64_t block = 0; block < blocks; ++block) {
             float *dweight = parts + block * 2 * width, *dbias = dweight + width;
-            const int64_t end = std::min(rows, (block + 1) * EMBEDDING_BLOCK);
-            for (int64_t row = block * EMBEDDING_BLOCK; row < end; ++row) {
+            const int64_t end = std::min(rows, (block + 1) * NORM_BLOCK);
+            for (int64_t row = block * NORM_BLOCK; row < end; ++row) {
                 float* to = dz + row * width;
                 const __m512 rstd = _mm512_set1_ps(of.normalise(row, xhat.data()));
                 __m512 sum = _mm512_setzero_ps(), with_xhat = _mm512_setzero_ps();

@@ -28,7 +28,7 @@ FLAGS = (
 REBUILD = "python setup.py build_ext --inplace"
 
 WIDTH = 16  # elements that a row must be a multiple of
-NORM_BLOCK = 64  # BLOCK in norm.cpp: rows whose gradients of weight and bias are summed into one row
+NORM_BLOCK = 64  # in simd.h: rows whose gradients of weight and bias are summed into one row
 LOSS_ROWS = 32  # PANEL registers of them in loss.cpp: what its number of rows must be a multiple of
 NO_MEMORY = 1  # in simd.h: what a function returns where it had none; 2 where cu_seqlens are no sequences
 UP_ROWS = 1024  # in layer.cpp: rows of the feed-forward network's inner matrix that are held at once

@@ -13,8 +13,6 @@
 
 namespace {
 
-constexpr int BLOCK = 64;  // rows whose sums one thread makes, so the order is always the same
-
 // y = LayerNorm(x + residual), rows of `width` contiguous elements.
 template <class T>
 void add_layer_norm(
@@ -97,7 +95,7 @@ void backward(
     typename R::Element* dresidual, float* parts, int64_t rows
 ) {
     const int width = sums.width;
-    const int64_t blocks = (rows + BLOCK - 1) / BLOCK;
+    const int64_t blocks = (rows + NORM_BLOCK - 1) / NORM_BLOCK;
     const __m512 scale = _mm512_set1_ps(sums.scale);
 #pragma omp parallel
     {
@@ -106,7 +104,7 @@ void backward(
 #pragma omp for schedule(static)
         for (int64_t block = 0; block < blocks; ++block) {
             float *dweight = parts + block * 3 * width, *dbias = dweight + width, *dx_bias = dbias + width;
-            for (int64_t row = block * BLOCK; row < std::min(rows, (block + 1) * BLOCK); ++row) {
+            for (int64_t row = block * NORM_BLOCK; row < std::min(rows, (block + 1) * NORM_BLOCK); ++row) {
                 const int64_t at = row * width;
                 const __m512 rstd = _mm512_set1_ps(sums.normalise(row, xhat.data(), mask.data()));
 

@@ -164,6 +164,9 @@ inline Activated activate_with_slope(__m512 x, int activation) {
     return {x, one};
 }
 
+// Rows whose gradients of a LayerNorm's weight and bias one thread sums, so that the order is always the same.
+constexpr int NORM_BLOCK = 64;
+
 // The mean of a row is mean + rest: `rest` is what rounding to float32 left out of `mean`.
 struct Moments {
     __m512 mean, rest;
