@@ -108,8 +108,8 @@ template <class T>
 int attention(
     const typename T::Element* q, const typename T::Element* k, const typename T::Element* v, typename T::Element* o,
     float* lse, const int32_t* starts, const int32_t* starts_k, int sequences, int64_t tokens, int64_t tokens_k,
-    int heads, int kv_heads, int head_dim, int64_t q_token, int64_t q_head, int64_t k_token, int64_t k_head, int64_t v_token, int64_t v_head, float scale,
-    const Dropout* dropout
+    int heads, int kv_heads, int head_dim, int64_t q_token, int64_t q_head, int64_t k_token, int64_t k_head,
+    int64_t v_token, int64_t v_head, float scale, const Dropout* dropout
 ) {
     using Element = typename T::Element;
     if (!are_sequences(starts, sequences, tokens) || !are_sequences(starts_k, sequences, tokens_k))
@@ -140,7 +140,8 @@ int attention(
             float* scores = values_paired + (T::PER_LANE == 2 ? of_keys : 0);
             Element* p = (Element*)(scores + ROWS * keys);
 
-            transpose_rows<T>(k + start_k * k_token + kv_head * k_head, k_token, length, keys, head_dim, keys_transposed);
+            const Element* keys_of_head = k + start_k * k_token + kv_head * k_head;
+            transpose_rows<T>(keys_of_head, k_token, length, keys, head_dim, keys_transposed);
             const Element* of_head = v + start_k * v_token + kv_head * v_head;
             const float* values = (const float*)of_head;
             int64_t v_stride = v_token;

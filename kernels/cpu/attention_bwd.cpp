@@ -265,8 +265,8 @@ int backward(
     const typename T::Element* v, const typename T::Element* o, const float* lse,            // in
     typename T::Element* dq, typename T::Element* dk, typename T::Element* dv,               // out
     const int32_t* starts, const int32_t* starts_k, int sequences, int64_t tokens, int64_t tokens_k, int heads,
-    int kv_heads, int head_dim, int64_t do_token, int64_t do_head, int64_t q_token, int64_t q_head, int64_t k_token, int64_t k_head,
-    int64_t v_token, int64_t v_head, float scale, const Dropout* dropout
+    int kv_heads, int head_dim, int64_t do_token, int64_t do_head, int64_t q_token, int64_t q_head, int64_t k_token,
+    int64_t k_head, int64_t v_token, int64_t v_head, float scale, const Dropout* dropout
 ) {
     if (!are_sequences(starts, sequences, tokens) || !are_sequences(starts_k, sequences, tokens_k))
         return NOT_SEQUENCES;

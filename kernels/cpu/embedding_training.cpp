@@ -36,7 +36,8 @@ struct Lookups {
 
     // xhat of this row; returns rstd.
     float normalise(int64_t row, float* xhat) const {
-        const Element *a = word + ids[row] * width, *b = segment + types[row] * width, *c = position + places[row] * width;
+        const Element *a = word + ids[row] * width, *b = segment + types[row] * width;
+        const Element* c = position + places[row] * width;
         auto z = [&](int i) { return _mm512_add_ps(_mm512_add_ps(T::load(a + i), T::load(b + i)), T::load(c + i)); };
         const Moments m = moments_of_row(z, width, eps);
         for (int i = 0; i < width; i += WIDTH) {
@@ -58,7 +59,9 @@ bool lie_in_tables(const Lookups<T>& of, int64_t rows, const int64_t* sizes) {
 }
 
 template <class T>
-int forward(const Lookups<T>& of, const typename T::Element* bias, typename T::Element* y, int64_t rows, const int64_t* sizes) {
+int forward(
+    const Lookups<T>& of, const typename T::Element* bias, typename T::Element* y, int64_t rows, const int64_t* sizes
+) {
     if (!lie_in_tables(of, rows, sizes)) return 1;
     const int width = of.width;
 #pragma omp parallel
