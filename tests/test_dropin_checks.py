@@ -161,6 +161,19 @@ def test_a_changed_encoder_gives_the_changed_numbers(change, called):
     assert_same(ours, plain)
 
 
+def test_a_scripted_module_within_an_encoder_is_called():
+    """Its table of children is no dictionary: SystemError in the second call."""
+    plain = plain_model()
+    part = plain.encoder.layer[1].intermediate
+    part.dense = torch.jit.script(nn.Sequential(part.dense, nn.Tanh()))
+    ours = accelerated(plain)
+    for _ in range(2):
+        assert_same(ours, plain)
+    ours.encoder.layer[0].output.dense.register_forward_hook(lambda module, given, y: y * 2)
+    plain.encoder.layer[0].output.dense.register_forward_hook(lambda module, given, y: y * 2)
+    assert_same(ours, plain)
+
+
 @pytest.mark.parametrize("called", [False, True], ids=["at_first", "after_a_call"])
 @pytest.mark.parametrize(
     ("where", "name"),

@@ -19,7 +19,8 @@ class Snapshot:
         objects: whose class must stay.
         places: (dictionary, key): what lies there must stay the same object, or nothing must come to lie there.
         attributes: (class, name): what the class has under that name must stay the same object.
-        tables: dictionaries that must keep their keys and values, in order.
+        tables: dictionaries that must keep their keys and values, in order. What is no dict is passed over: a scripted
+            module's children are none, and calls of it run what was compiled, whatever becomes of them.
     """
 
     def __init__(
@@ -27,7 +28,7 @@ class Snapshot:
         objects: Sequence[Any] = (),
         places: Iterable[tuple[Mapping, str]] = (),
         attributes: Iterable[tuple[type, str]] = (),
-        tables: Iterable[dict] = (),
+        tables: Iterable[Mapping] = (),
     ):
         self.objects, self.types = list(objects), list(map(type, objects))
         grouped: dict[int, dict[str, Mapping]] = {}  # the places of one dictionary side by side
@@ -42,7 +43,7 @@ class Snapshot:
         self.classes = [cls for cls, names in named.items() for _ in names]
         self.names = list(chain.from_iterable(named.values()))
         self.attributes = self._attributes()
-        tables = list(tables)
+        tables = [table for table in tables if isinstance(table, dict)]
         self.empty, self.filled = [t for t in tables if not t], [t for t in tables if t]
         self.sizes, self.entries = list(map(len, self.filled)), self._entries()
         owners = chain.from_iterable(map(repeat, self.filled, self.sizes))
