@@ -38,13 +38,13 @@ from .modules import (
     run_modules,
 )
 from .parts import Parts, Wanted
-from .stats import EncodeStats
+from .stats import PADDED_BATCH, EncodeStats
 
 if TYPE_CHECKING:  # whoever brings ids, as the benchmarks do, does without the tokenizers library
     from ..text.tokenizer import Tokenizer
 
-__all__ = ["DTYPES", "INT8", "POOLING", "EncodeStats", "Encoder", "SentenceConfig", "describe_operators",
-           "resolve_device", "resolve_dtype"]  # fmt: skip
+__all__ = ["DTYPES", "INT8", "PADDED_BATCH", "POOLING", "EncodeStats", "Encoder", "SentenceConfig",
+           "describe_operators", "resolve_device", "resolve_dtype"]  # fmt: skip
 
 
 class Encoder:
