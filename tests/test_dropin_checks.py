@@ -131,7 +131,10 @@ def hook_in_another_dictionary(model):
 
 
 def children_in_another_dictionary(model):
-    model.encoder.layer._modules = {"0": model.encoder.layer[1], "1": model.encoder.layer[0]}
+    part = model.encoder.layer[1].intermediate
+    dense = copy.deepcopy(part.dense)
+    dense.weight.data *= 2
+    part._modules = {**part._modules, "dense": dense}
 
 
 def causal(model):
