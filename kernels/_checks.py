@@ -32,10 +32,13 @@ def can_look(t: Tensor) -> bool:
     return not (t.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def expect_sequences(op: str, name: str, cu_seqlens: Tensor, rows: int, longest: int | None = None) -> None:
-    """Raises ValueError unless cu_seqlens [B + 1] rises from 0 to `rows`, and by no more than `longest` at a step."""
+def expect_sequences(op: str, name: str, cu_seqlens: Tensor, rows: int, longest: int | None = None) -> list[int] | None:
+    """Raises ValueError unless cu_seqlens [B + 1] rises from 0 to `rows`, and by no more than `longest` at a step.
+
+    Returns: its numbers; None where nobody looks.
+    """
     if not can_look(cu_seqlens):
-        return
+        return None
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1:
         raise ValueError(
             f"{op}: {name} must be [B + 1] int32, got {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
@@ -45,6 +48,7 @@ def expect_sequences(op: str, name: str, cu_seqlens: Tensor, rows: int, longest:
         raise ValueError(f"{op}: {name} must start at 0, never fall and end at {rows}, got {_some(starts)}")
     if longest is not None and max(map(operator.sub, starts[1:], starts), default=0) > longest:
         raise ValueError(f"{op}: max_seqlen is {longest}, but {name} has a longer sequence: {_some(starts)}")
+    return starts
 
 
 def expect_lengths(op: str, name: str, lengths: Tensor, longest: int) -> None:

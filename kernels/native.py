@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import reference
-from ._checks import can_look, expect_sequences
+from ._checks import expect_sequences
 from ._invariance import is_batch_invariant
 from ._library import plain_gradients
 from ._random import HEAD_STREAMS, keep_mask, row_keys
@@ -139,9 +139,11 @@ def attention_schedule(cu_seqlens, total_tokens, lengths=None):
     """
     if torch.compiler.is_compiling():
         return None  # lengths are data: the operator below reads them when it runs
-    expect_sequences("attention", "cu_seqlens", cu_seqlens, total_tokens)
-    if lengths is None or can_look(cu_seqlens):
-        found = [end - begin for begin, end in itertools.pairwise(cu_seqlens.tolist())]
+    starts = expect_sequences("attention", "cu_seqlens", cu_seqlens, total_tokens)
+    if starts is None and lengths is None:
+        starts = cu_seqlens.tolist()
+    if starts is not None:
+        found = [end - begin for begin, end in itertools.pairwise(starts)]
         if lengths is not None and list(lengths) != found:
             raise ValueError(f"attention: lengths must be those of cu_seqlens, {found}, got {list(lengths)}")
         lengths = found

@@ -138,7 +138,7 @@ BATCHES = 16  # so many losses say more than one
 
 
 def losses_and_gradients(run, model: torch.nn.Module, batches: list) -> dict[str, torch.Tensor]:
-    """Name -> what `run(model, batch)` gives: the losses of all batches; of the first five each of the encoder's
+    """Name -> what `run(model, batch)` gives: the losses of all batches; of the first twelve each of the encoder's
     gradients, and the head's together, since some are of one number, whose error in the plain model may be next to
     nothing by chance."""
     found = defaultdict(list)
@@ -146,7 +146,7 @@ def losses_and_gradients(run, model: torch.nn.Module, batches: list) -> dict[str
         model.zero_grad()
         loss = run(model, batch)
         found["losses"].append(loss.detach().reshape(1))
-        if number < 5:
+        if number < 12:
             loss.backward()
             for name, p in model.named_parameters():
                 # no score of a text depends on its keys' bias: their gradient is rounding alone
