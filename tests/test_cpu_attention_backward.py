@@ -7,6 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastbert.kernels import native, reference
 from fastbert.kernels._random import HEAD_STREAMS, keep_mask, row_keys
+from fastbert.kernels.cpu import attention as cpu_attention
 from fastbert.kernels.cpu import operators as cpp
 from fastbert.testing import assert_within_budget, cu_seqlens_of
 
@@ -46,7 +47,7 @@ def gradients(attention, q, k, v, do, lengths, dtype, **options):
 
 def assert_like_the_reference(inputs, lengths, dtype, **options):
     q, k, v, _ = (t.to(dtype) for t in inputs)
-    assert cpp.takes_attention(q, k, v, cu_seqlens_of(lengths, "cpu"))
+    assert cpu_attention.takes_attention(q, k, v, cu_seqlens_of(lengths, "cpu"))
     ours = gradients(native.attention, *inputs, lengths, dtype, **options)
     assert type(ours[0].grad_fn).__name__ == "_AttentionBackward"
     plain = gradients(reference.attention, *inputs, lengths, dtype, **options)
@@ -86,7 +87,7 @@ def test_extreme_scores(dtype, shift):
 def test_lse(dtype):
     q, k, v, _ = (t.to(dtype) for t in random_inputs(LENGTHS, 4, 2))
     cu_seqlens, lse = cu_seqlens_of(LENGTHS, "cpu"), torch.empty(4, sum(LENGTHS))
-    cpp.attention(q, k, v, cu_seqlens, None, None, lse)
+    cpu_attention.attention(q, k, v, cu_seqlens, None, None, lse)
     wanted = reference.attention(q.double(), k.double(), v.double(), cu_seqlens, return_lse=True)[1]
     torch.testing.assert_close(lse.double(), wanted, rtol=1e-6, atol=1e-6)
 
@@ -272,7 +273,7 @@ def test_functional_gradients_and_forward_mode_go_to_torch(leaves):
     torch.testing.assert_close(torch.func.grad(lambda q: attend(q, k, v).sum())(q), wanted, rtol=1e-4, atol=1e-5)
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(q, torch.randn_like(q))
-        assert not cpp.takes_attention(dual, k, v, cu_seqlens_of([5, 9], "cpu"))
+        assert not cpu_attention.takes_attention(dual, k, v, cu_seqlens_of([5, 9], "cpu"))
 
 
 def test_autocast_goes_to_torch(leaves):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 import fastbert
 from fastbert.kernels import native, reference
+from fastbert.kernels.cpu import attention as cpu_attention
 from fastbert.kernels.cpu import int8 as eight_bits
 from fastbert.kernels.cpu import layouts
 from fastbert.kernels.cpu import operators as cpp
@@ -39,7 +40,7 @@ def random_qkv(lengths, heads=4, kv_heads=4, head_dim=32):
 def attend(q, k, v, lengths, dtype, scale=None):
     q, k, v = (t.to(dtype) for t in (q, k, v))
     cu_seqlens = cu_seqlens_of(lengths, "cpu")
-    assert cpp.takes_attention(q, k, v, cu_seqlens)
+    assert cpu_attention.takes_attention(q, k, v, cu_seqlens)
     return native.attention(q, k, v, cu_seqlens, max(lengths, default=0), scale=scale)
 
 
@@ -115,7 +116,7 @@ def test_what_it_does_not_take_goes_to_torch(why):
     if why == "options":
         options = {"window": (2, 2)}
     else:
-        assert not cpp.takes_attention(q, k, v, cu_seqlens_of(lengths, "cpu"))
+        assert not cpu_attention.takes_attention(q, k, v, cu_seqlens_of(lengths, "cpu"))
     args = [cu_seqlens_of(lengths, "cpu"), 9]
     o = native.attention(q, k, v, *args, **options)
     expected = reference.attention(q.double(), k.double(), v.double(), *args, **options)

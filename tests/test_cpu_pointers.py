@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fastbert.functional import LayerOptions
-from fastbert.kernels.cpu import embedding, pointers
+from fastbert.kernels.cpu import attention as cpu_attention
+from fastbert.kernels.cpu import embedding, loss, pointers
 from fastbert.kernels.cpu import operators as cpp
-from fastbert.kernels.cpu.operators import Dropout
 
 pytestmark = pytest.mark.skipif(cpp.load()[0] is None, reason=f"no C++ operators: {cpp.load()[1]}")
 
@@ -49,19 +49,21 @@ def one_layer(x, starts, *layer):
 # entry -> (function of its tensors, the tensors); all others of its arguments are in the function
 ENTRIES = {
     "attention": (
-        lambda q, k, v, starts, lse: cpp.attention(q, k, v, starts, None, None, lse),
+        lambda q, k, v, starts, lse: cpu_attention.attention(q, k, v, starts, None, None, lse),
         lambda: [*(floats(T, H, D) for _ in range(3)), starts(), floats(H, T)],
     ),
     "attention_with_dropout": (
-        lambda q, k, v, starts, names: cpp.attention(q, k, v, starts, None, Dropout(0.1, torch.tensor([1]), names)),
+        lambda q, k, v, starts, names: cpu_attention.attention(
+            q, k, v, starts, None, cpu_attention.Dropout(0.1, torch.tensor([1]), names)
+        ),
         lambda: [*(floats(T, H, D) for _ in range(3)), starts(), ids(2, 2)],
     ),
     "attention_backward": (
-        lambda *t: cpp.attention_backward(*t, None),
+        lambda *t: cpu_attention.attention_backward(*t, None),
         lambda: [*(floats(T, H, D) for _ in range(5)), floats(H, T), starts()],
     ),
     "attention_with_other_keys": (
-        lambda q, k, v, starts, of_keys: cpp.attention(q, k, v, starts, None, cu_seqlens_k=of_keys),
+        lambda q, k, v, starts, of_keys: cpu_attention.attention(q, k, v, starts, None, cu_seqlens_k=of_keys),
         lambda: [
             floats(2, H, D),
             floats(T, H, D),
@@ -124,11 +126,11 @@ ENTRIES = {
         lambda: [floats(T, C), floats(T), floats(C), floats(T, C)],
     ),
     "sum_logits": (
-        lambda *t: cpp.sum_logits(*t, 0),
+        lambda *t: loss.sum_logits(*t, 0),
         lambda: [floats(V, T), floats(V), ids(V).int(), *(floats(T) for _ in range(4))],
     ),
     "logit_gradients": (
-        lambda *t: cpp.logit_gradients(*t, 0, 0.1, V),
+        lambda *t: loss.logit_gradients(*t, 0, 0.1, V),
         lambda: [floats(V, T), floats(V), ids(V).int(), floats(T), floats(T), floats(V, T), floats(V)],
     ),
 }
@@ -200,7 +202,7 @@ def test_attention_refuses_sizes(sizes):
     heads, head_dim = sizes.get("heads", 2), sizes.get("head_dim", 16)
     q, k = floats(T, heads, head_dim), floats(T, 2, head_dim)
     with pytest.raises(ValueError, match="attention: "):
-        cpp.attention(q, k, k, starts(), sizes.get("scale"))
+        cpu_attention.attention(q, k, k, starts(), sizes.get("scale"))
 
 
 @pytest.mark.parametrize("width", [0, 8, 24])

@@ -21,14 +21,21 @@ from torch.autograd.function import FunctionCtx
 from .._library import plain_gradients
 from . import operators as cpp
 from .library import LOSS_ROWS
+from .pointers import address
 
 CHUNK_BYTES = 4 << 20  # of z at a time; of 800 rows in bfloat16 2,621 words
 LEAST_WORDS = 512  # a chunk, so that adding up dhidden stays small beside the products
 KEPT_BYTES = 128 << 20  # of z that may be kept; in bfloat16 2,200 rows of BERT's vocabulary
 
 
+def takes_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> bool:
+    """Whether `row_losses` computes with these, with or without gradients."""
+    given = (hidden, weight) if bias is None else (hidden, weight, bias)
+    return len(hidden) > 0 and labels.dtype == torch.int64 and cpp.knows(*given)
+
+
 def row_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, smoothing: float) -> Tensor:
-    """[N] float32 losses, N > 0, where `cpp.takes_loss`; IndexError for a label that is not in the vocabulary."""
+    """[N] float32 losses, N > 0, where `takes_loss`; IndexError for a label that is not in the vocabulary."""
     rows, words = len(hidden), len(weight)
     for label in (labels.min(), labels.max()):
         if not 0 <= label < words:
@@ -66,7 +73,7 @@ class _Losses(torch.autograd.Function):
             part = weight[first : first + chunk]
             of_part = z[first : first + chunk] if keep else z[: len(part)]
             torch.mm(part, hidden.t(), out=of_part)
-            cpp.sum_logits(of_part, bias, narrow, greatest, sums, totals, of_label, first)
+            sum_logits(of_part, bias, narrow, greatest, sums, totals, of_label, first)
 
         lse = greatest + sums.log()
         ctx.save_for_backward(hidden, weight, bias, labels, lse, z if keep else None)
@@ -95,7 +102,7 @@ class _Losses(torch.autograd.Function):
         for first in range(0, words, chunk):
             part, dz = weight[first : first + chunk], buffer[: words - first]
             z = torch.mm(part, hidden.t(), out=dz) if kept is None else kept[first : first + chunk]
-            cpp.logit_gradients(z, bias, narrow, lse, dloss, dz, dbias, first, ctx.smoothing, words)
+            logit_gradients(z, bias, narrow, lse, dloss, dz, dbias, first, ctx.smoothing, words)
             if wanted[1]:
                 torch.mm(dz, hidden, out=dweight[first : first + chunk])
             if wanted[0]:
@@ -107,3 +114,49 @@ class _Losses(torch.autograd.Function):
 
 def _chunk_words(hidden: Tensor) -> int:
     return max(LEAST_WORDS, CHUNK_BYTES // (len(hidden) * hidden.element_size()))
+
+
+# ---- the C++ passes over logits ---------------------------------------------------------------------------
+
+
+def _logits(function: str, logits: Tensor, bias: Tensor | None, labels: Tensor, first: int) -> tuple[int | None, ...]:
+    """The addresses of logits [words, N], of bias [V] and of labels [N] int32, which both passes over logits read."""
+    words, rows = logits.shape
+    cpp.expect_multiple(function, "the number of rows", rows, LOSS_ROWS)
+    if bias is not None and not 0 <= first <= first + words <= len(bias):
+        raise ValueError(f"{function}: words {first} to {first + words} of a bias of {len(bias)}")
+    return (
+        address("logits", logits, logits.dtype, words * rows),
+        None if bias is None else address("bias", bias, logits.dtype, bias.numel()),
+        address("labels", labels, torch.int32, rows),
+    )
+
+
+def sum_logits(
+    logits: Tensor, bias: Tensor | None, labels: Tensor, greatest: Tensor, sums: Tensor, totals: Tensor,
+    of_label: Tensor, first: int,
+) -> None:  # fmt: skip
+    """Adds logits [words, N] of the words from `first` on to what was summed of z = logits + bias: greatest z, sum of
+    exp(z - greatest), sum of z, the label's z, all [N] float32. bias [V] or None, labels [N] int32."""
+    words, rows = logits.shape
+    summed = {"greatest": greatest, "sums": sums, "totals": totals, "of_label": of_label}
+    cpp.call(
+        "sum_logits", logits.dtype, *_logits("sum_logits", logits, bias, labels, first),
+        *(address(name, t, torch.float32, rows) for name, t in summed.items()), first, words, rows,
+    )  # fmt: skip
+
+
+def logit_gradients(
+    logits: Tensor, bias: Tensor | None, labels: Tensor, lse: Tensor, dloss: Tensor, dz: Tensor, dbias: Tensor,
+    first: int, smoothing: float, vocabulary: int,
+) -> None:  # fmt: skip
+    """Fills dz [words, N], which may be logits, and these words of dbias [V] float32. lse, dloss: [N] float32."""
+    words, rows = logits.shape
+    if not 0 <= first <= first + words <= vocabulary:
+        raise ValueError(f"logit_gradients: words {first} to {first + words} of a vocabulary of {vocabulary}")
+    cpp.call(
+        "logit_gradients", logits.dtype, *_logits("logit_gradients", logits, bias, labels, first),
+        address("lse", lse, torch.float32, rows), address("dloss", dloss, torch.float32, rows),
+        address("dz", dz, logits.dtype, words * rows), address("dbias", dbias, torch.float32, vocabulary),
+        first, words, rows, smoothing, smoothing / vocabulary,
+    )  # fmt: skip

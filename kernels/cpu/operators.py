@@ -1,5 +1,6 @@
-"""The C++ operators of `*.cpp` here, for x86 CPUs with AVX-512. Those with gradients are put together in `products.py`,
-`norm.py`, `embedding.py` and `loss.py`, and attention's in `native.py`.
+"""The C++ operators of `*.cpp` here, for x86 CPUs with AVX-512: whether they are there, how one is called, and those of
+inference. Attention's are in `attention.py`, the loss's in `loss.py`; those with gradients are put together in
+`products.py`, `norm.py`, `embedding.py` and `loss.py`, and attention's in `../_attention_native.py`.
 
 Installing compiles them where there is a C++ compiler; without them, or on another CPU, `native.py` computes the same
 from torch's own operators. They are called through ctypes, so one build serves every version of torch.
@@ -24,7 +25,7 @@ from .._invariance import is_batch_invariant
 from .._layer import LayerOptions, LayerWeights
 from .._random import keep_threshold
 from . import library
-from .library import LOSS_ROWS, NO_MEMORY, NORM_BLOCK, UP_ROWS, WIDTH
+from .library import NO_MEMORY, NORM_BLOCK, UP_ROWS, WIDTH
 from .pointers import PLAIN, address, address_or_none, addresses, strided_address
 
 MOST_ROWS = 64  # up to which `linear` is taken of odd widths, and where the vendor library has instructions it has not,
@@ -77,7 +78,7 @@ def runs_now(x: Tensor) -> bool:
     )
 
 
-def _know(*tensors: Tensor) -> bool:
+def knows(*tensors: Tensor) -> bool:
     """Whether the operators compute with these: on the CPU, of one dtype that they know, nothing traced, and no
     subclass, whose memory need not be what its shape says."""
     first = tensors[0]
@@ -88,7 +89,7 @@ def _know(*tensors: Tensor) -> bool:
     )
 
 
-def _are_plain(t: Tensor, dtype: torch.dtype) -> bool:
+def is_plain(t: Tensor, dtype: torch.dtype) -> bool:
     """Whether the operators read indices or lengths from t: no subclass, of this dtype, contiguous, on the CPU."""
     return type(t) in PLAIN and t.dtype is dtype and t.is_cpu and t.is_contiguous()
 
@@ -99,7 +100,7 @@ def want_gradients(*tensors: Tensor) -> bool:
 
 def _take(*tensors: Tensor) -> bool:
     """Whether the operators compute with these, and no gradient is to be given."""
-    return _know(*tensors) and not want_gradients(*tensors)
+    return knows(*tensors) and not want_gradients(*tensors)
 
 
 def call(function: str, dtype: torch.dtype, *arguments: object) -> int | None:
@@ -121,100 +122,6 @@ def rows_of(function: str, x: Tensor) -> tuple[int, int]:
     return x.numel() // width, width
 
 
-# ---- attention -------------------------------------------------------------------------------------------
-
-
-class Dropout(ctypes.Structure):
-    """Dropout of probabilities by `_random.py`'s masks, as the C++ takes it."""
-
-    _fields_ = tuple((name, library.TYPES[letter]) for name, letter in library.DROPOUT_FIELDS)
-
-    def __init__(self, dropout_p: float, seed: Tensor, sequence_ids: Tensor, stream: int = 0) -> None:
-        ids = sequence_ids.to(torch.int64).contiguous()
-        # what was drawn, should the caller's seed change; it also keeps the addressed memory alive
-        self.options = {"dropout_p": dropout_p, "seed": seed.clone(), "sequence_ids": ids, "stream": stream}
-        where = address("sequence_ids", ids, torch.int64, ids.numel())
-        super().__init__(where, int(seed), stream, keep_threshold(dropout_p), 1.0 / (1.0 - dropout_p))
-
-    def address(self, sequences: int) -> int:
-        """Of this structure. Raises ValueError where it names another number of sequences."""
-        if (named := self.options["sequence_ids"].numel()) != sequences:
-            raise ValueError(f"attention: sequence_ids must be {sequences}, one a sequence, got {named}")
-        return ctypes.addressof(self)
-
-
-def takes_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float | None = None, cu_seqlens_k: Tensor | None = None
-) -> bool:
-    """Whether `attention` and `attention_backward` compute with these."""
-    lengths = (cu_seqlens,) if cu_seqlens_k is None else (cu_seqlens, cu_seqlens_k)
-    fit = all(_are_plain(t, torch.int32) for t in lengths)
-    return fit and q.shape[-1] % WIDTH == 0 and (scale is None or scale >= 0.0) and _know(q, k, v)
-
-
-def _attend(
-    function: str, before: tuple, q: Tensor, k: Tensor, v: Tensor, after: tuple, strides: tuple[int, ...],
-    cu_seqlens: Tensor, scale: float | None, dropout: Dropout | None, cu_seqlens_k: Tensor | None,
-) -> None:  # fmt: skip
-    """Runs attention's pass `function`, whose addresses of tensors are `before`, those of q, k, v, and `after`.
-
-    Raises: ValueError on shapes that do not fit, on a negative scale, and where cu_seqlens does not cut T rows, or
-    cu_seqlens_k Tk rows, into sequences; MemoryError.
-    """
-    (tokens, heads, head_dim), (of_keys, kv_heads), sequences = q.shape, k.shape[:2], cu_seqlens.numel() - 1
-    expect_multiple(function, "head_dim", head_dim)
-    if kv_heads < 1 or heads % kv_heads or sequences < 0 or (scale is not None and not scale >= 0.0):
-        raise ValueError(f"{function}: got {heads} heads over {kv_heads}, {sequences} sequences and scale {scale}")
-    if cu_seqlens_k is None:
-        cu_seqlens_k, of_keys = cu_seqlens, tokens
-    keys = (of_keys, kv_heads, head_dim)
-    outcome = call(
-        function, q.dtype, *before, strided_address("q", q, q.dtype, (tokens, heads, head_dim)),
-        strided_address("k", k, q.dtype, keys), strided_address("v", v, q.dtype, keys), *after,
-        address("cu_seqlens", cu_seqlens, torch.int32, sequences + 1),
-        address("cu_seqlens_k", cu_seqlens_k, torch.int32, sequences + 1), sequences, tokens, of_keys, heads, kv_heads,
-        head_dim, *strides, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
-        head_dim**-0.5 if scale is None else scale, None if dropout is None else dropout.address(sequences),
-    )  # fmt: skip
-    if outcome == NO_MEMORY:
-        longest = int(cu_seqlens_k.diff().max())
-        raise MemoryError(f"attention: no memory for the keys of a sequence of {longest} tokens")
-    if outcome:
-        for name, starts, rows in (("cu_seqlens", cu_seqlens, tokens), ("cu_seqlens_k", cu_seqlens_k, of_keys)):
-            if starts[0] != 0 or starts[-1] != rows or (starts.diff() < 0).any():
-                raise ValueError(f"attention: {name} must rise from 0 to {rows}, got {starts.tolist()}")
-
-
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float | None,
-    dropout: Dropout | None = None, lse: Tensor | None = None, cu_seqlens_k: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """q [T, H, D], k, v [Tk, Hk, D], strided over tokens and heads -> [T, H, D]; and lse [H, T]. Without cu_seqlens_k
-    [B + 1] Tk is T, and keys lie in the sequences of the queries."""
-    o = torch.empty(q.shape, dtype=q.dtype, device="cpu")
-    written = address("o", o, q.dtype, q.numel())
-    of_rows = address_or_none("lse", lse, torch.float32, q.shape[0] * q.shape[1])
-    _attend("attention", (), q, k, v, (written, of_rows), (), cu_seqlens, scale, dropout, cu_seqlens_k)
-    return o
-
-
-def attention_backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, cu_seqlens: Tensor, scale: float | None,
-    dropout: Dropout | None = None, cu_seqlens_k: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk, dv of do [T, H, D] and what `attention` took and gave."""
-    do = do if do.stride(-1) == 1 else do.contiguous()
-    grads = tuple(torch.empty(t.shape, dtype=t.dtype, device="cpu") for t in (q, k, v))
-    before = (strided_address("do", do, q.dtype, tuple(q.shape)),)
-    after = (
-        address("o", o, q.dtype, q.numel()),
-        address("lse", lse, torch.float32, q.shape[0] * q.shape[1]),
-        *(address(f"d{name}", grad, q.dtype, grad.numel()) for name, grad in zip("qkv", grads, strict=True)),
-    )
-    _attend("attention_backward", before, q, k, v, after, do.stride()[:2], cu_seqlens, scale, dropout, cu_seqlens_k)
-    return grads
-
-
 # ---- rows and products -----------------------------------------------------------------------------------
 
 
@@ -224,8 +131,8 @@ def takes_add_layer_norm(x: Tensor, *others: Tensor | None, x_bias: Tensor | Non
         return False
     given = others if x_bias is None else (*others, x_bias)
     return (
-        _know(x)
-        and _know(*given)
+        knows(x)
+        and knows(*given)
         and others[0].dtype in (x.dtype, torch.float32)
         and others[0].shape == x.shape
         and x.shape[-1] % WIDTH == 0
@@ -344,7 +251,7 @@ def fits_embedding(indices: tuple[Tensor | None, ...], tables: tuple[Tensor | No
     int64; tables: word, segment, position [., N], LayerNorm's weight, bias."""
     if any(t is None or not t.is_contiguous() for t in (*indices, *tables)) or tables[0].shape[-1] % WIDTH:
         return False
-    return all(_are_plain(t, torch.int64) for t in indices) and _know(*tables)
+    return all(is_plain(t, torch.int64) for t in indices) and knows(*tables)
 
 
 def takes_embedding_layer_norm(indices: tuple[Tensor | None, ...], tables: tuple[Tensor | None, ...]) -> bool:
@@ -371,7 +278,7 @@ def embedding_layer_norm(
 
 
 def takes_mean(x: Tensor, cu_seqlens: Tensor) -> bool:
-    starts = _are_plain(cu_seqlens, torch.int32)
+    starts = is_plain(cu_seqlens, torch.int32)
     return starts and x.shape[-1] % WIDTH == 0 and x.is_contiguous() and _take(x)
 
 
@@ -416,7 +323,7 @@ def encoder_layers(
     if options.activation not in ACTIVATION_NUMBERS or options.down_eps != eps:
         return None
     if (
-        not _know(x)
+        not knows(x)
         or type(cu_seqlens) not in PLAIN
         or not x.is_contiguous()
         or width % (2 * WIDTH)
@@ -474,53 +381,4 @@ def scale_rows(sums: Tensor, scales: Tensor, bias: Tensor | None, activation: st
         "scale_rows", y.dtype, address("sums", sums, torch.float32, rows * width),
         address("scales", scales, torch.float32, rows), address_or_none("bias", bias, y.dtype, width),
         address("y", y, y.dtype, rows * width), rows, width, activation == "gelu",
-    )  # fmt: skip
-
-
-def takes_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> bool:
-    """Whether `loss.row_losses` computes with these, with or without gradients."""
-    given = (hidden, weight) if bias is None else (hidden, weight, bias)
-    return len(hidden) > 0 and labels.dtype == torch.int64 and _know(*given)
-
-
-def _logits(function: str, logits: Tensor, bias: Tensor | None, labels: Tensor, first: int) -> tuple[int | None, ...]:
-    """The addresses of logits [words, N], of bias [V] and of labels [N] int32, which both passes over logits read."""
-    words, rows = logits.shape
-    expect_multiple(function, "the number of rows", rows, LOSS_ROWS)
-    if bias is not None and not 0 <= first <= first + words <= len(bias):
-        raise ValueError(f"{function}: words {first} to {first + words} of a bias of {len(bias)}")
-    return (
-        address("logits", logits, logits.dtype, words * rows),
-        None if bias is None else address("bias", bias, logits.dtype, bias.numel()),
-        address("labels", labels, torch.int32, rows),
-    )
-
-
-def sum_logits(
-    logits: Tensor, bias: Tensor | None, labels: Tensor, greatest: Tensor, sums: Tensor, totals: Tensor,
-    of_label: Tensor, first: int,
-) -> None:  # fmt: skip
-    """Adds logits [words, N] of the words from `first` on to what was summed of z = logits + bias: greatest z, sum of
-    exp(z - greatest), sum of z, the label's z, all [N] float32. bias [V] or None, labels [N] int32."""
-    words, rows = logits.shape
-    summed = {"greatest": greatest, "sums": sums, "totals": totals, "of_label": of_label}
-    call(
-        "sum_logits", logits.dtype, *_logits("sum_logits", logits, bias, labels, first),
-        *(address(name, t, torch.float32, rows) for name, t in summed.items()), first, words, rows,
-    )  # fmt: skip
-
-
-def logit_gradients(
-    logits: Tensor, bias: Tensor | None, labels: Tensor, lse: Tensor, dloss: Tensor, dz: Tensor, dbias: Tensor,
-    first: int, smoothing: float, vocabulary: int,
-) -> None:  # fmt: skip
-    """Fills dz [words, N], which may be logits, and these words of dbias [V] float32. lse, dloss: [N] float32."""
-    words, rows = logits.shape
-    if not 0 <= first <= first + words <= vocabulary:
-        raise ValueError(f"logit_gradients: words {first} to {first + words} of a vocabulary of {vocabulary}")
-    call(
-        "logit_gradients", logits.dtype, *_logits("logit_gradients", logits, bias, labels, first),
-        address("lse", lse, torch.float32, rows), address("dloss", dloss, torch.float32, rows),
-        address("dz", dz, logits.dtype, words * rows), address("dbias", dbias, torch.float32, vocabulary),
-        first, words, rows, smoothing, smoothing / vocabulary,
     )  # fmt: skip

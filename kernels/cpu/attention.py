@@ -1,0 +1,106 @@
+"""Attention's calls of the C++ operators, forward and backward, plain or with dropout: attention.cpp has the method,
+`../_attention_native.py` the autograd around them."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from .._random import keep_threshold
+from . import library
+from . import operators as cpp
+from .library import NO_MEMORY, WIDTH
+from .pointers import address, address_or_none, strided_address
+
+
+class Dropout(ctypes.Structure):
+    """Dropout of probabilities by `_random.py`'s masks, as the C++ takes it."""
+
+    _fields_ = tuple((name, library.TYPES[letter]) for name, letter in library.DROPOUT_FIELDS)
+
+    def __init__(self, dropout_p: float, seed: Tensor, sequence_ids: Tensor, stream: int = 0) -> None:
+        ids = sequence_ids.to(torch.int64).contiguous()
+        # what was drawn, should the caller's seed change; it also keeps the addressed memory alive
+        self.options = {"dropout_p": dropout_p, "seed": seed.clone(), "sequence_ids": ids, "stream": stream}
+        where = address("sequence_ids", ids, torch.int64, ids.numel())
+        super().__init__(where, int(seed), stream, keep_threshold(dropout_p), 1.0 / (1.0 - dropout_p))
+
+    def address(self, sequences: int) -> int:
+        """Of this structure. Raises ValueError where it names another number of sequences."""
+        if (named := self.options["sequence_ids"].numel()) != sequences:
+            raise ValueError(f"attention: sequence_ids must be {sequences}, one a sequence, got {named}")
+        return ctypes.addressof(self)
+
+
+def takes_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float | None = None, cu_seqlens_k: Tensor | None = None
+) -> bool:
+    """Whether `attention` and `attention_backward` compute with these."""
+    lengths = (cu_seqlens,) if cu_seqlens_k is None else (cu_seqlens, cu_seqlens_k)
+    fit = all(cpp.is_plain(t, torch.int32) for t in lengths)
+    return fit and q.shape[-1] % WIDTH == 0 and (scale is None or scale >= 0.0) and cpp.knows(q, k, v)
+
+
+def _attend(
+    function: str, before: tuple, q: Tensor, k: Tensor, v: Tensor, after: tuple, strides: tuple[int, ...],
+    cu_seqlens: Tensor, scale: float | None, dropout: Dropout | None, cu_seqlens_k: Tensor | None,
+) -> None:  # fmt: skip
+    """Runs attention's pass `function`, whose addresses of tensors are `before`, those of q, k, v, and `after`.
+
+    Raises: ValueError on shapes that do not fit, on a negative scale, and where cu_seqlens does not cut T rows, or
+    cu_seqlens_k Tk rows, into sequences; MemoryError.
+    """
+    (tokens, heads, head_dim), (of_keys, kv_heads), sequences = q.shape, k.shape[:2], cu_seqlens.numel() - 1
+    cpp.expect_multiple(function, "head_dim", head_dim)
+    if kv_heads < 1 or heads % kv_heads or sequences < 0 or (scale is not None and not scale >= 0.0):
+        raise ValueError(f"{function}: got {heads} heads over {kv_heads}, {sequences} sequences and scale {scale}")
+    if cu_seqlens_k is None:
+        cu_seqlens_k, of_keys = cu_seqlens, tokens
+    keys = (of_keys, kv_heads, head_dim)
+    outcome = cpp.call(
+        function, q.dtype, *before, strided_address("q", q, q.dtype, (tokens, heads, head_dim)),
+        strided_address("k", k, q.dtype, keys), strided_address("v", v, q.dtype, keys), *after,
+        address("cu_seqlens", cu_seqlens, torch.int32, sequences + 1),
+        address("cu_seqlens_k", cu_seqlens_k, torch.int32, sequences + 1), sequences, tokens, of_keys, heads, kv_heads,
+        head_dim, *strides, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
+        head_dim**-0.5 if scale is None else scale, None if dropout is None else dropout.address(sequences),
+    )  # fmt: skip
+    if outcome == NO_MEMORY:
+        longest = int(cu_seqlens_k.diff().max())
+        raise MemoryError(f"attention: no memory for the keys of a sequence of {longest} tokens")
+    if outcome:
+        for name, starts, rows in (("cu_seqlens", cu_seqlens, tokens), ("cu_seqlens_k", cu_seqlens_k, of_keys)):
+            if starts[0] != 0 or starts[-1] != rows or (starts.diff() < 0).any():
+                raise ValueError(f"attention: {name} must rise from 0 to {rows}, got {starts.tolist()}")
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float | None,
+    dropout: Dropout | None = None, lse: Tensor | None = None, cu_seqlens_k: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """q [T, H, D], k, v [Tk, Hk, D], strided over tokens and heads -> [T, H, D]; and lse [H, T]. Without cu_seqlens_k
+    [B + 1] Tk is T, and keys lie in the sequences of the queries."""
+    o = torch.empty(q.shape, dtype=q.dtype, device="cpu")
+    written = address("o", o, q.dtype, q.numel())
+    of_rows = address_or_none("lse", lse, torch.float32, q.shape[0] * q.shape[1])
+    _attend("attention", (), q, k, v, (written, of_rows), (), cu_seqlens, scale, dropout, cu_seqlens_k)
+    return o
+
+
+def attention_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, cu_seqlens: Tensor, scale: float | None,
+    dropout: Dropout | None = None, cu_seqlens_k: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, dk, dv of do [T, H, D] and what `attention` took and gave."""
+    do = do if do.stride(-1) == 1 else do.contiguous()
+    grads = tuple(torch.empty(t.shape, dtype=t.dtype, device="cpu") for t in (q, k, v))
+    before = (strided_address("do", do, q.dtype, tuple(q.shape)),)
+    after = (
+        address("o", o, q.dtype, q.numel()),
+        address("lse", lse, torch.float32, q.shape[0] * q.shape[1]),
+        *(address(f"d{name}", grad, q.dtype, grad.numel()) for name, grad in zip("qkv", grads, strict=True)),
+    )
+    _attend("attention_backward", before, q, k, v, after, do.stride()[:2], cu_seqlens, scale, dropout, cu_seqlens_k)
+    return grads
