@@ -20,6 +20,7 @@ FLOORS = (
     ("fastbert.models",),
     ("fastbert.dropin",),
     ("fastbert.encoding", "fastbert.training"),
+    ("fastbert.pretraining",),
     ("fastbert.convert", "fastbert.demo", "fastbert.emulator", "fastbert.info"),
     ("fastbert.verify",),
     ("fastbert.cli",),

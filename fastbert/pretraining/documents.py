@@ -1,0 +1,175 @@
+"""Which tokens make an example: segments of one document, packed up to the limit, or pairs of such.
+
+    words alone     [CLS] segments [SEP]
+    next sentence   [CLS] A [SEP] B [SEP], where B follows A (0), or is of another document (1), half of the time each
+    order           [CLS] A [SEP] B [SEP], two neighbours as they are (0), or the second one first (1)
+
+All of it is a function of (corpus, seed, epoch): each epoch cuts its examples anew. One in ten is cut to a shorter
+length, drawn between two tokens and the limit, as in Google's BERT, so that a model has seen short texts as well.
+"""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..text.files import InputError
+from .corpus import Corpus
+from .counters import Stream
+
+NEXT_SENTENCE, SENTENCE_ORDER = "next sentence", "sentence order"
+SHORT_ONE_IN = 10
+CUTS = 1  # the stream of random numbers that examples are cut by
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The examples of an epoch.
+
+    Attributes:
+        first, second: [examples, 2] int64, begin and end of both parts in the corpus' tokens; those of `second` are
+            equal where there is none.
+        labels: [examples] int8, of pairs 0 or 1, else -1.
+        lengths: [examples] int64 tokens, with the special ones.
+        left_out: segments that no example has, since they are the only ones of their documents or what a pair left.
+    """
+
+    first: NDArray[np.int64]
+    second: NDArray[np.int64]
+    labels: NDArray[np.int8]
+    lengths: NDArray[np.int64]
+    left_out: int
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def longest_segment(max_length: int) -> int:
+    """Tokens of a segment at most, so that two of them make a pair."""
+    return max(1, (max_length - 3) // 2)
+
+
+def check_pairs(corpus: Corpus, pairs: str | None, what: str) -> None:
+    """Raises: InputError where a corpus is too small for pairs; `what` names it."""
+    if pairs == NEXT_SENTENCE and corpus.n_documents < 2:
+        raise InputError(
+            f"{what} is one document, and the next-sentence objective takes its wrong pairs from other documents: put "
+            "blank lines between documents, or choose --objective mlm or mlm+sop"
+        )
+    if pairs is not None and int(np.diff(corpus.documents).max()) < 2:
+        raise InputError(
+            f"{what}: no document has two sentences, of which a pair is made: blank lines part documents, not "
+            "sentences; or choose --objective mlm"
+        )
+
+
+def examples_of(corpus: Corpus, pairs: str | None, max_length: int, seed: int, epoch: int) -> Examples:
+    """The examples of an epoch.
+
+    pairs: None, NEXT_SENTENCE or SENTENCE_ORDER. max_length: tokens of an example, with the special ones.
+    """
+    return _Cutter(corpus, pairs, max_length, Stream(seed, epoch, CUTS)).cut()
+
+
+class _Cutter:
+    def __init__(self, corpus: Corpus, pairs: str | None, max_length: int, draw: Stream) -> None:
+        self.segments, self.documents, self.pairs, self.draw = corpus.segments, corpus.documents, pairs, draw
+        self.n_documents = corpus.n_documents
+        self.special = 2 if pairs is None else 3
+        self.room = max_length - self.special
+        self.rows, self.labels = array("q"), array("b")
+        self.left_out = 0
+
+    def cut(self) -> Examples:
+        for document in range(self.n_documents):
+            begin, end = int(self.documents[document]), int(self.documents[document + 1])
+            while begin < end:
+                begin = self._next(document, begin, end)
+        bounds = np.frombuffer(self.rows, np.int64).reshape(-1, 4)
+        labels = np.frombuffer(self.labels, np.int8)
+        lengths = bounds[:, 1] - bounds[:, 0] + bounds[:, 3] - bounds[:, 2] + self.special
+        return Examples(bounds[:, :2], bounds[:, 2:], labels, lengths, self.left_out)
+
+    def _next(self, document: int, begin: int, end: int) -> int:
+        """Makes the example that begins with this segment; the segment after it."""
+        target, draw = self.room, self.draw
+        if draw.below(SHORT_ONE_IN) == 0:
+            target = 2 + draw.below(self.room - 1)
+        stop = min(end, max(begin + 1, self._last_within(begin, target)))
+        if self.pairs is None:
+            self._add(begin, stop, 0, 0, -1)
+            return stop
+        # One segment more than fits where wrong pairs are made, as in Google's BERT, and `_add` cuts what is too much.
+        # If right pairs ended with a sentence and wrong ones at the limit, their lengths would tell them apart.
+        more = self.pairs == NEXT_SENTENCE
+        stop = min(end, max(stop + more, begin + 2))
+        if end - stop == 1:  # it would be alone
+            stop = end
+        if stop - begin < 2:
+            self.left_out += 1
+            return stop
+        split = begin + 1 + draw.below(stop - begin - 1)
+        other = draw.below(2)
+        if self.pairs == SENTENCE_ORDER:
+            parts = (split, stop, begin, split) if other else (begin, split, split, stop)
+            self._add(*parts, other)
+            return stop
+        if not other:
+            self._add(begin, split, split, stop, 0)
+            return stop
+        elsewhere = draw.below(self.n_documents - 1)
+        elsewhere += elsewhere >= document
+        first, last = int(self.documents[elsewhere]), int(self.documents[elsewhere + 1])
+        start = first + draw.below(last - first)
+        missing = target - int(self.segments[split] - self.segments[begin])
+        self._add(begin, split, start, min(last, max(start, self._last_within(start, missing)) + 1), 1)
+        return split
+
+    def _last_within(self, begin: int, tokens: int) -> int:
+        """The last segment that begins at most so many tokens behind the beginning of `begin`."""
+        limit = self.segments[begin] + tokens
+        # A segment has a token at least, so that the search need not look further than this.
+        near = self.segments[begin : begin + max(tokens, 0) + 2]
+        return begin + int(np.searchsorted(near, limit, side="right")) - 1
+
+    def _add(self, begin: int, end: int, second_begin: int, second_end: int, label: int) -> None:
+        """Tokens of the segments from `begin` to before `end`, and those of the second part."""
+        a, b = int(self.segments[begin]), int(self.segments[end])
+        c, d = int(self.segments[second_begin]), int(self.segments[second_end])
+        excess = b - a + d - c - self.room
+        if excess > 0:
+            # The longer part gives up tokens until both are of one length, then both do; in front or behind by chance.
+            more = min(excess, abs((b - a) - (d - c)))
+            both = excess - more
+            from_first = both // 2 + (more if b - a > d - c else 0)
+            in_front = self.draw.heads(from_first)
+            a, b = a + in_front, b - (from_first - in_front)
+            from_second = excess - from_first
+            in_front = self.draw.heads(from_second)
+            c, d = c + in_front, d - (from_second - in_front)
+        self.rows.extend((a, b, c, d))
+        self.labels.append(label)
+
+
+def tokens_of(corpus: Corpus, examples: Examples, rows: Any, cls: int, sep: int) -> tuple[list[Any], ...]:
+    """(ids, joins, segments), of each row an array [tokens]: with [CLS] and [SEP], which join nothing."""
+    all_ids, all_joins, all_types = [], [], []
+    for row in rows:
+        (a, b), (c, d) = examples.first[row].tolist(), examples.second[row].tolist()
+        length = int(examples.lengths[row])
+        ids, joins, types = np.full(length, sep, np.int64), np.zeros(length, np.uint8), np.zeros(length, np.int64)
+        middle = 1 + b - a
+        ids[0], ids[1:middle], joins[1:middle] = cls, corpus.ids[a:b], corpus.joins[a:b]
+        joins[1] = 0  # the front of a word may have been cut off
+        if examples.labels[row] >= 0:
+            ids[middle + 1 : -1], joins[middle + 1 : -1] = corpus.ids[c:d], corpus.joins[c:d]
+            joins[middle + 1] = 0
+            types[middle + 1 :] = 1
+        all_ids.append(ids)
+        all_joins.append(joins)
+        all_types.append(types)
+    return all_ids, all_joins, all_types
