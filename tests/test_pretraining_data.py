@@ -41,8 +41,8 @@ def text_of(documents: int, lines: int = 12) -> str:
     for number in range(documents):
         first = "abcdefghij"[number % 10]
         sentences = [
-            " ".join(first + "".join(draw.choices("abcdefghij", k=draw.randint(0, 3))) for _ in range(draw.randint(1, 9)))
-            for _ in range(lines * 2)
+            " ".join(first + "".join(draw.choices("abcdefghij", k=draw.randint(0, 3))) for _ in range(size))
+            for size in draw.choices(range(1, 10), k=lines * 2)
         ]  # fmt: skip
         made.append("\n".join(f"{a}. {b}." for a, b in zip(sentences[::2], sentences[1::2], strict=True)))
     return "\n\n".join(made)
@@ -99,9 +99,7 @@ def test_numbers_below_a_bound_are_equally_likely():
 def test_segments_are_sentences_and_parts_of_long_ones(tmp_path):
     (tmp_path / "a.txt").write_text("a b. c\nd\n\ne e e e e e e.. f.\n\n \n\ng\n")
     made = build_corpus(tmp_path / "made", [tmp_path / "a.txt"], tokenizer(), 5)
-    words = [
-        [made_of(made, s) for s in range(a, b)] for a, b in zip(made.documents[:-1], made.documents[1:], strict=True)
-    ]
+    words = [[made_of(made, s) for s in range(a, b)] for a, b in pairwise(made.documents)]
     assert words == [["a b .", "c", "d"], ["e e e e e", "e e . .", "f ."], ["g"]]
     assert made.facts["lines"] == 4
     assert made.joins.tolist() == [0] * len(made.ids)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .options import positive
 
-ORDER = 4
+ORDER = 6
 SUMMARY = "make a WordPiece vocabulary from text of yours"
 
 DESCRIPTION = """\
