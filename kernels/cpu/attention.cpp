@@ -14,46 +14,46 @@ template <class T, int M, int N>
 inline void score_tile(
     const typename T::Element* q, int64_t q_stride, const float* k, int lanes, int keys, float* scores
 ) {
-    __m512 sum[M][N];
+    Floats sum[M][N];
     multiply<T, M, N>(q, q_stride, k, keys, lanes, sum);
 #pragma GCC unroll 6
     for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
-        for (int j = 0; j < N; ++j) _mm512_store_ps(scores + i * keys + j * WIDTH, sum[i][j]);
+        for (int j = 0; j < N; ++j) store(scores + i * keys + j * WIDTH, sum[i][j]);
 }
 
 // Scores of one row -> p = exp(scale * (score - maximum)) in T, zero past `length`; returns 1 / sum(p), and
 // lse = log(sum(exp(scale * score))).
 template <class T>
 inline float softmax(float* scores, typename T::Element* p, int length, int keys, float scale_log2, float& lse) {
-    const __mmask16 tail = (__mmask16)((1u << (length - (keys - WIDTH))) - 1);
-    const __m512 nothing = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+    const Mask tail = first_lanes(length - (keys - WIDTH));
+    const Floats nothing = floats(-std::numeric_limits<float>::infinity());
     float* last = scores + keys - WIDTH;
-    _mm512_store_ps(last, _mm512_mask_mov_ps(nothing, tail, _mm512_load_ps(last)));
-    __m512 most = nothing;
-    for (int j = 0; j < keys; j += WIDTH) most = _mm512_max_ps(most, _mm512_load_ps(scores + j));
-    const __m512 scale = _mm512_set1_ps(scale_log2);
-    const __m512 shift = _mm512_set1_ps(_mm512_reduce_max_ps(most) * scale_log2);
-    __m512 sum = _mm512_setzero_ps();
+    store(last, choose(tail, load(last), nothing));
+    Floats most = nothing;
+    for (int j = 0; j < keys; j += WIDTH) most = maximum(most, load(scores + j));
+    const Floats scale = floats(scale_log2);
+    const Floats shift = floats(maximum_of(most) * scale_log2);
+    Floats sum = floats(0.0f);
     for (int j = 0; j < keys; j += WIDTH) {
-        __m512 x = exp2_of_negative(_mm512_fmsub_ps(_mm512_load_ps(scores + j), scale, shift));
-        if (scores + j == last) x = _mm512_maskz_mov_ps(tail, x);  // a scale of 0 makes NaN of minus infinity
-        sum = _mm512_add_ps(sum, x);
+        Floats x = exp2_of_negative(fms(load(scores + j), scale, shift));
+        if (scores + j == last) x = keep(tail, x);  // a scale of 0 makes NaN of minus infinity
+        sum += x;
         T::store(p + j, x);
     }
-    const float total = _mm512_reduce_add_ps(sum);
-    lse = std::log(total) + _mm512_reduce_max_ps(most) * scale_log2 / LOG2_E;
+    const float total = sum_of(sum);
+    lse = std::log(total) + maximum_of(most) * scale_log2 / LOG2_E;
     return 1.0f / total;
 }
 
 // p [keys] of the row with this key, zero where it is dropped.
 template <class T>
 inline void drop(typename T::Element* p, int keys, uint64_t key, uint32_t threshold) {
-    const __m512i low = _mm512_set1_epi32((int)key), high = _mm512_set1_epi32((int)(key >> 32));
-    __m512i column = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const Ints low = ints(key), high = ints(key >> 32);
+    Ints column = lane_numbers();
     for (int j = 0; j < keys; j += WIDTH) {
-        T::store(p + j, _mm512_maskz_mov_ps(keep_mask(low, high, column, threshold), T::load(p + j)));
-        column = _mm512_add_epi32(column, _mm512_set1_epi32(WIDTH));
+        T::store(p + j, keep(keep_mask(low, high, column, threshold), T::load(p + j)));
+        column += WIDTH;
     }
 }
 
@@ -63,13 +63,13 @@ inline void value_tile(
     const typename T::Element* p, int keys, const float* v, int64_t stride, int lanes, const float* factor,
     typename T::Element* o, int64_t o_stride
 ) {
-    __m512 sum[M][N];
+    Floats sum[M][N];
     multiply<T, M, N>(p, keys, v, stride, lanes, sum);
 #pragma GCC unroll 6
     for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
         for (int j = 0; j < N; ++j)
-            T::store(o + i * o_stride + j * WIDTH, _mm512_mul_ps(sum[i][j], _mm512_set1_ps(factor[i])));
+            T::store(o + i * o_stride + j * WIDTH, sum[i][j] * floats(factor[i]));
 }
 
 template <class T, int M>

@@ -59,14 +59,14 @@ inline void add_tile(
     const typename T::Element* a, int64_t a_stride, const float* b, int64_t b_stride, int lanes, float* c,
     int64_t c_stride
 ) {
-    __m512 sum[M][N];
+    Floats sum[M][N];
     multiply<T, M, N>(a, a_stride, b, b_stride, lanes, sum);
 #pragma GCC unroll 6
     for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
         for (int j = 0; j < N; ++j) {
             float* to = c + i * c_stride + j * WIDTH;
-            _mm512_store_ps(to, _mm512_add_ps(_mm512_load_ps(to), sum[i][j]));
+            store(to, load(to) + sum[i][j]);
         }
 }
 
@@ -97,11 +97,10 @@ void add_product(
 }
 
 // Two rows of ds, to their rows and to lanes of both.
-inline void store_pair(__m512 first, __m512 second, uint16_t* rows, float* pairs) {
-    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(second, first);
-    _mm256_store_si256((__m256i*)rows, _mm512_castsi512_si256(both));
-    _mm256_store_si256((__m256i*)(rows + QUERIES), _mm512_extracti64x4_epi64(both, 1));
-    _mm512_store_si512(pairs, alternate(both));
+inline void store_pair(Floats first, Floats second, uint16_t* rows, float* pairs) {
+    store(rows, first);
+    store(rows + QUERIES, second);
+    store_ints(pairs, to_pairs(first, second));
 }
 
 // p^T and ds^T of six keys, of which `real` are, and N x 16 queries.
@@ -115,37 +114,37 @@ void tile(
     Element* of_ds = m.ds + row * QUERIES;
     float* of_pairs = m.ds_pairs + row / T::PER_LANE * QUERIES;
     alignas(64) float p[ROWS][N * WIDTH];
-    __mmask16 keep[ROWS][N];
-    __m512 sum[ROWS][N];
+    Mask kept[ROWS][N];
+    Floats sum[ROWS][N];
 
     if (dropout)
         for (int j = 0; j < N; ++j) {
-            const __m512i low = _mm512_load_si512(m.low + j * WIDTH), high = _mm512_load_si512(m.high + j * WIDTH);
+            const Ints low = load_ints(m.low + j * WIDTH), high = load_ints(m.high + j * WIDTH);
             for (int i = 0; i < ROWS; ++i)
-                keep[i][j] = keep_mask(low, high, _mm512_set1_epi32(key + i), dropout->threshold);
+                kept[i][j] = keep_mask(low, high, ints(key + i), dropout->threshold);
         }
 
     multiply<T, ROWS, N>(m.k + (int64_t)key * head_dim, head_dim, m.q, QUERIES, lanes, sum);
-    const __m512 scale = _mm512_set1_ps(scale_log2);
+    const Floats scale = floats(scale_log2);
 #pragma GCC unroll 6
     for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 4
         for (int j = 0; j < N; ++j) {
-            __m512 x = exp2_of_negative(_mm512_fmsub_ps(sum[i][j], scale, _mm512_load_ps(m.lse_log2 + j * WIDTH)));
-            if (i >= real) x = _mm512_setzero_ps();
-            _mm512_store_ps(p[i] + j * WIDTH, x);
-            T::store(of_p + i * QUERIES + j * WIDTH, dropout ? _mm512_maskz_mov_ps(keep[i][j], x) : x);
+            Floats x = exp2_of_negative(fms(sum[i][j], scale, load(m.lse_log2 + j * WIDTH)));
+            if (i >= real) x = floats(0.0f);
+            store(p[i] + j * WIDTH, x);
+            T::store(of_p + i * QUERIES + j * WIDTH, dropout ? keep(kept[i][j], x) : x);
         }
 
     multiply<T, ROWS, N>(m.v + (int64_t)key * head_dim, head_dim, m.d_o, QUERIES, lanes, sum);
-    const __m512 kept = _mm512_set1_ps(dropout ? dropout->scale : 1.0f);
+    const Floats scale_kept = floats(dropout ? dropout->scale : 1.0f);
 #pragma GCC unroll 6
     for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 4
         for (int j = 0; j < N; ++j) {
-            const __m512 delta = _mm512_load_ps(m.delta + j * WIDTH);
-            if (dropout) sum[i][j] = _mm512_maskz_mul_ps(keep[i][j], sum[i][j], kept);
-            sum[i][j] = _mm512_mul_ps(_mm512_load_ps(p[i] + j * WIDTH), _mm512_sub_ps(sum[i][j], delta));
+            const Floats delta = load(m.delta + j * WIDTH);
+            if (dropout) sum[i][j] = keep(kept[i][j], sum[i][j] * scale_kept);
+            sum[i][j] = load(p[i] + j * WIDTH) * (sum[i][j] - delta);
         }
 #pragma GCC unroll 6
     for (int i = 0; i < ROWS; i += T::PER_LANE)
@@ -156,7 +155,7 @@ void tile(
                     sum[i][j], sum[i + 1][j], of_ds + i * QUERIES + j * WIDTH, of_pairs + i / 2 * QUERIES + j * WIDTH
                 );
             else
-                _mm512_store_ps(of_ds + i * QUERIES + j * WIDTH, sum[i][j]);
+                store(of_ds + i * QUERIES + j * WIDTH, sum[i][j]);
 }
 
 // The sums of one head [rows, head_dim], rounded once -> rows `stride` elements apart.
@@ -166,7 +165,7 @@ void store_rows(const float* sums, int rows, int head_dim, float scale, typename
         for (int column = 0; column < head_dim; column += WIDTH)
             T::store(
                 to + row * stride + column,
-                _mm512_mul_ps(_mm512_load_ps(sums + row * head_dim + column), _mm512_set1_ps(scale))
+                load(sums + row * head_dim + column) * floats(scale)
             );
 }
 
@@ -175,12 +174,12 @@ template <class T>
 void store_columns(const float* sums, int rows, int head_dim, float scale, typename T::Element* to, int64_t stride) {
     for (int row = 0; row < rows; row += WIDTH)
         for (int column = 0; column < head_dim; column += WIDTH) {
-            __m512i r[WIDTH];
-            for (int i = 0; i < WIDTH; ++i) r[i] = _mm512_load_si512(sums + (column + i) * QUERIES + row);
+            Ints r[WIDTH];
+            for (int i = 0; i < WIDTH; ++i) r[i] = load_ints(sums + (column + i) * QUERIES + row);
             transpose(r);
             for (int i = 0; i < std::min(WIDTH, rows - row); ++i)
                 T::store(
-                    to + (row + i) * stride + column, _mm512_mul_ps(_mm512_castsi512_ps(r[i]), _mm512_set1_ps(scale))
+                    to + (row + i) * stride + column, as_floats(r[i]) * floats(scale)
                 );
         }
 }
@@ -228,10 +227,10 @@ void block_of_queries(
     lay_out_rows(q, q_token, queries, head_dim, m.q_pairs);
     lay_out_rows(d_o, do_token, queries, head_dim, m.do_pairs);
     for (int i = 0; i < queries; ++i) {
-        __m512 sum = _mm512_setzero_ps();
+        Floats sum = floats(0.0f);
         for (int c = 0; c < head_dim; c += WIDTH)
-            sum = _mm512_fmadd_ps(T::load(d_o + i * do_token + c), T::load(o + i * o_token + c), sum);
-        m.delta[i] = _mm512_reduce_add_ps(sum);
+            sum = fma(T::load(d_o + i * do_token + c), T::load(o + i * o_token + c), sum);
+        m.delta[i] = sum_of(sum);
         m.lse_log2[i] = lse[i] * LOG2_E;
     }
     // past the last query p is exp(-infinity)

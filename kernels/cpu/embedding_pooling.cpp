@@ -20,7 +20,7 @@ int embedding_layer_norm(
 #pragma omp parallel for schedule(static) if (rows > 64)
     for (int64_t row = 0; row < rows; ++row) {
         const auto *a = word + ids[row] * width, *b = segment + types[row] * width, *c = position + places[row] * width;
-        auto z = [&](int i) { return _mm512_add_ps(_mm512_add_ps(T::load(a + i), T::load(b + i)), T::load(c + i)); };
+        auto z = [&](int i) { return T::load(a + i) + T::load(b + i) + T::load(c + i); };
         layer_norm_of_row<T>(z, weight, bias, y + row * width, width, eps);
     }
     return 0;
@@ -35,11 +35,11 @@ int mean_of_sequences(
 #pragma omp parallel for schedule(static) if (rows > 64)
     for (int i = 0; i < sequences; ++i)
         for (int column = 0; column < width; column += WIDTH) {
-            __m512 sum = _mm512_setzero_ps();
+            Floats sum = floats(0.0f);
             for (int64_t row = starts[i]; row < starts[i + 1]; ++row)
-                sum = _mm512_add_ps(sum, T::load(x + row * width + column));
-            const __m512 count = _mm512_set1_ps(std::max(starts[i + 1] - starts[i], 1));
-            T::store(y + (int64_t)i * width + column, _mm512_div_ps(sum, count));
+                sum += T::load(x + row * width + column);
+            const Floats count = floats(std::max(starts[i + 1] - starts[i], 1));
+            T::store(y + (int64_t)i * width + column, sum / count);
         }
     return DONE;
 }

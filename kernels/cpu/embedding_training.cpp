@@ -26,23 +26,21 @@ struct Lookups {
     uint32_t threshold;
     float scale;
 
-    __m512 kept(int64_t row, int i, __m512 x) const {
+    Floats kept(int64_t row, int i, Floats x) const {
         if (!keys) return x;
-        const __m512i low = _mm512_set1_epi32((int)keys[row]), high = _mm512_set1_epi32((int)(keys[row] >> 32));
-        const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-        const __mmask16 mask = keep_mask(low, high, _mm512_add_epi32(lanes, _mm512_set1_epi32(i)), threshold);
-        return _mm512_maskz_mul_ps(mask, x, _mm512_set1_ps(scale));
+        const Mask mask = keep_mask(ints(keys[row]), ints(keys[row] >> 32), lane_numbers() + ints(i), threshold);
+        return keep(mask, x * floats(scale));
     }
 
     // xhat of this row; returns rstd.
     float normalise(int64_t row, float* xhat) const {
         const Element *a = word + ids[row] * width, *b = segment + types[row] * width;
         const Element* c = position + places[row] * width;
-        auto z = [&](int i) { return _mm512_add_ps(_mm512_add_ps(T::load(a + i), T::load(b + i)), T::load(c + i)); };
+        auto z = [&](int i) { return T::load(a + i) + T::load(b + i) + T::load(c + i); };
         const Moments m = moments_of_row(z, width, eps);
         for (int i = 0; i < width; i += WIDTH) {
-            const __m512 centred = _mm512_sub_ps(_mm512_sub_ps(z(i), m.mean), m.rest);
-            _mm512_storeu_ps(xhat + i, _mm512_mul_ps(centred, _mm512_set1_ps(m.rstd)));
+            const Floats centred = z(i) - m.mean - m.rest;
+            store(xhat + i, centred * floats(m.rstd));
         }
         return m.rstd;
     }
@@ -71,7 +69,7 @@ int forward(
         for (int64_t row = 0; row < rows; ++row) {
             of.normalise(row, xhat.data());
             for (int i = 0; i < width; i += WIDTH) {
-                const __m512 x = _mm512_fmadd_ps(_mm512_loadu_ps(&xhat[i]), T::load(of.weight + i), T::load(bias + i));
+                const Floats x = fma(load(&xhat[i]), T::load(of.weight + i), T::load(bias + i));
                 T::store(y + row * width + i, of.kept(row, i, x));
             }
         }
@@ -98,37 +96,37 @@ int backward(
             const int64_t end = std::min(rows, (block + 1) * NORM_BLOCK);
             for (int64_t row = block * NORM_BLOCK; row < end; ++row) {
                 float* to = dz + row * width;
-                const __m512 rstd = _mm512_set1_ps(of.normalise(row, xhat.data()));
-                __m512 sum = _mm512_setzero_ps(), with_xhat = _mm512_setzero_ps();
+                const Floats rstd = floats(of.normalise(row, xhat.data()));
+                Floats sum = floats(0.0f), with_xhat = floats(0.0f);
                 for (int i = 0; i < width; i += WIDTH) {
-                    const __m512 d = of.kept(row, i, T::load(dy + row * width + i)), h = _mm512_loadu_ps(&xhat[i]);
-                    const __m512 g = _mm512_mul_ps(d, T::load(of.weight + i));
-                    sum = _mm512_add_ps(sum, g);
-                    with_xhat = _mm512_fmadd_ps(g, h, with_xhat);
-                    _mm512_storeu_ps(dweight + i, _mm512_fmadd_ps(d, h, _mm512_loadu_ps(dweight + i)));
-                    _mm512_storeu_ps(dbias + i, _mm512_add_ps(d, _mm512_loadu_ps(dbias + i)));
-                    _mm512_storeu_ps(to + i, g);
+                    const Floats d = of.kept(row, i, T::load(dy + row * width + i)), h = load(&xhat[i]);
+                    const Floats g = d * T::load(of.weight + i);
+                    sum += g;
+                    with_xhat = fma(g, h, with_xhat);
+                    store(dweight + i, fma(d, h, load(dweight + i)));
+                    store(dbias + i, d + load(dbias + i));
+                    store(to + i, g);
                 }
-                const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / width);
-                const __m512 slope = _mm512_set1_ps(_mm512_reduce_add_ps(with_xhat) / width);
+                const Floats mean = floats(sum_of(sum) / width);
+                const Floats slope = floats(sum_of(with_xhat) / width);
                 for (int i = 0; i < width; i += WIDTH) {
-                    const __m512 centred = _mm512_sub_ps(_mm512_loadu_ps(to + i), mean);
-                    const __m512 left = _mm512_fnmadd_ps(_mm512_loadu_ps(&xhat[i]), slope, centred);
-                    _mm512_storeu_ps(to + i, _mm512_mul_ps(left, rstd));
+                    const Floats centred = load(to + i) - mean;
+                    const Floats left = fnma(load(&xhat[i]), slope, centred);
+                    store(to + i, left * rstd);
                 }
             }
         }
 #pragma omp for schedule(static)
         for (int i = 0; i < 2 * width; i += WIDTH) {
-            __m512 sum = _mm512_loadu_ps(parts + i);
+            Floats sum = load(parts + i);
             for (int64_t block = 1; block < blocks; ++block)
-                sum = _mm512_add_ps(sum, _mm512_loadu_ps(parts + block * 2 * width + i));
-            _mm512_storeu_ps(parts + i, sum);
+                sum += load(parts + block * 2 * width + i);
+            store(parts + i, sum);
         }
         auto add = [&](float* table, const int64_t* indices, int64_t row, int i) {
             if (!table) return;
             float* to = table + indices[row] * width + i;
-            _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), _mm512_loadu_ps(dz + row * width + i)));
+            store(to, load(to) + load(dz + row * width + i));
         };
 #pragma omp for schedule(static)
         for (int i = 0; i < width; i += WIDTH)

@@ -10,19 +10,17 @@ void quantise_rows(const typename T::Element* x, uint8_t* q, float* scales, int6
 #pragma omp parallel for schedule(static)
     for (int64_t row = 0; row < rows; ++row) {
         const int64_t at = row * width;
-        __m512 most = _mm512_set1_ps(least), odd = _mm512_setzero_ps();
+        Floats most = floats(least), odd = floats(0.0f);
         for (int i = 0; i < width; i += WIDTH) {
-            const __m512 of_x = T::load(x + at + i);
-            most = _mm512_max_ps(_mm512_abs_ps(of_x), most);
-            odd = _mm512_fmadd_ps(of_x, _mm512_setzero_ps(), odd);  // NaN where x is NaN or infinite, else 0
+            const Floats of_x = T::load(x + at + i);
+            most = maximum(absolute(of_x), most);
+            odd = fma(of_x, floats(0.0f), odd);  // NaN where x is NaN or infinite, else 0
         }
-        const float scale = (_mm512_reduce_max_ps(most) + _mm512_reduce_add_ps(odd)) / 127;
+        const float scale = (maximum_of(most) + sum_of(odd)) / 127;
         scales[row] = scale;
-        const __m512 factor = _mm512_set1_ps(1.0f / scale);
+        const Floats factor = floats(1.0f / scale);
         for (int i = 0; i < width; i += WIDTH) {
-            const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(T::load(x + at + i), factor));
-            const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_add_epi32(whole, _mm512_set1_epi32(128)));
-            _mm_storeu_si128((__m128i*)(q + at + i), bytes);
+            store_bytes(q + at + i, to_ints(T::load(x + at + i) * factor) + 128);
         }
     }
 }
@@ -36,10 +34,10 @@ void scale_rows(
 #pragma omp parallel for schedule(static)
     for (int64_t row = 0; row < rows; ++row) {
         const int64_t at = row * width;
-        const __m512 scale = _mm512_set1_ps(scales[row]);
+        const Floats scale = floats(scales[row]);
         for (int i = 0; i < width; i += WIDTH) {
-            const __m512 z = _mm512_fmadd_ps(
-                _mm512_loadu_ps(sums + at + i), scale, bias ? T::load(bias + i) : _mm512_setzero_ps()
+            const Floats z = fma(
+                load(sums + at + i), scale, bias ? T::load(bias + i) : floats(0.0f)
             );
             T::store(y + at + i, with_gelu ? gelu(z) : z);
         }

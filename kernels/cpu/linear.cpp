@@ -7,25 +7,6 @@
 
 namespace {
 
-// Sums of the lanes of each of 16 registers, in one register.
-inline __m512 sums_of_lanes(const __m512 of[WIDTH]) {
-    __m512 t[WIDTH];
-    for (int i = 0; i < WIDTH; i += 2)
-        t[i / 2] = _mm512_add_ps(_mm512_unpacklo_ps(of[i], of[i + 1]), _mm512_unpackhi_ps(of[i], of[i + 1]));
-    for (int i = 0; i < WIDTH / 2; i += 2) {
-        const __m512d low = _mm512_castps_pd(t[i]), high = _mm512_castps_pd(t[i + 1]);
-        t[i / 2] = _mm512_add_ps(
-            _mm512_castpd_ps(_mm512_unpacklo_pd(low, high)), _mm512_castpd_ps(_mm512_unpackhi_pd(low, high))
-        );
-    }
-    for (int n = WIDTH / 4; n > 1; n /= 2)
-        for (int i = 0; i < n; i += 2)
-            t[i / 2] = _mm512_add_ps(
-                _mm512_shuffle_f32x4(t[i], t[i + 1], 0x88), _mm512_shuffle_f32x4(t[i], t[i + 1], 0xdd)
-            );
-    return t[0];
-}
-
 constexpr int ROWS_AS_THEY_LIE = 144;  // up to which transposing x does not pay
 constexpr int AHEAD = 16384;  // bytes of the weight that are on their way from memory, a tile at least
 constexpr int TILES = 4;  // of rows that share a pass of bias and activation: one alone would wait for each of its own steps
@@ -41,43 +22,43 @@ void linear_of_few_rows(
 ) {
     using Element = typename T::Element;
     constexpr int STEP = WIDTH * T::PER_LANE;
-    auto lanes = [](const Element* from) { return _mm512_castsi512_ps(_mm512_loadu_si512(from)); };
+    auto lanes = [](const Element* from) { return as_floats(load_ints(from)); };
     const int ahead = std::max(AHEAD / (int)sizeof(Element), TILE * inner);
 #pragma omp parallel for schedule(static)
     for (int column = 0; column < columns; column += TILE) {
         const Element* w = weight + (int64_t)column * inner;
-        const __m512 of_bias = bias ? T::load_four(bias + column) : _mm512_setzero_ps();
+        const Floats of_bias = bias ? load_quarter(bias + column) : floats(0.0f);
         for (int block = 0; block < rows; block += TILES * TILE) {
             const int block_end = std::min(block + TILES * TILE, rows);
-            __m512 result[TILES];
+            Floats result[TILES];
             for (int row = block; row < block_end; row += TILE) {
                 // rows of the weight to fetch meanwhile
                 const int first = row * TILE / rows, end = std::min(row + TILE, rows) * TILE / rows;
                 const Element* of_row[TILE];  // past the last row its neighbour again, computed and not stored
                 for (int i = 0; i < TILE; ++i) of_row[i] = x + (int64_t)std::min(row + i, rows - 1) * inner;
-                __m512 sum[TILE * TILE];
+                Floats sum[TILE * TILE];
 #pragma GCC unroll 16
-                for (int i = 0; i < TILE * TILE; ++i) sum[i] = _mm512_setzero_ps();
+                for (int i = 0; i < TILE * TILE; ++i) sum[i] = floats(0.0f);
                 for (int k = 0; k < inner; k += STEP) {
-                    __m512 of_column[TILE];
+                    Floats of_column[TILE];
 #pragma GCC unroll 4
                     for (int j = 0; j < TILE; ++j) {
                         of_column[j] = lanes(w + (int64_t)j * inner + k);
                         if (j >= first && j < end)
-                            _mm_prefetch((const char*)(w + (int64_t)j * inner + k + ahead), _MM_HINT_T1);
+                            fetch(w + (int64_t)j * inner + k + ahead);
                     }
 #pragma GCC unroll 4
                     for (int i = 0; i < TILE; ++i) {
-                        const __m512 a = lanes(of_row[i] + k);
+                        const Floats a = lanes(of_row[i] + k);
 #pragma GCC unroll 4
                         for (int j = 0; j < TILE; ++j)
                             sum[i * TILE + j] = T::multiply_add(sum[i * TILE + j], a, of_column[j]);
                     }
                 }
-                result[(row - block) / TILE] = _mm512_add_ps(sums_of_lanes(sum), of_bias);
+                result[(row - block) / TILE] = sums_of_lanes(sum) + of_bias;
             }
             for (int row = block; row < block_end; row += TILE) {
-                const __m512 of_tile = result[(row - block) / TILE];
+                const Floats of_tile = result[(row - block) / TILE];
                 alignas(64) Element z[WIDTH];
                 T::store(z, activate(of_tile, activation));
                 for (int i = 0; i < std::min(TILE, rows - row); ++i)
@@ -101,8 +82,8 @@ int linear_of_many_rows(
         [&](int column, int from, int to, int of) {
             fetch_share(weight + (int64_t)column * inner, (int64_t)sizeof *weight * PANEL * inner, from, to, of);
         },
-        [&](int row, int column, __m512 sums) {
-            const __m512 z = bias ? _mm512_add_ps(sums, T::load(bias + column)) : sums;
+        [&](int row, int column, Floats sums) {
+            const Floats z = bias ? sums + T::load(bias + column) : sums;
             T::store(y + row * y_stride + column, activate(z, activation));
         }
     );

@@ -16,9 +16,9 @@ thread_local Scratch transposed;
 
 // x as T stores it.
 template <class T>
-inline __m512 as_stored(__m512 x) {
+inline Floats as_stored(Floats x) {
     if constexpr (T::PER_LANE == 1) return x;
-    else return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x)), 16));
+    else return rounded_to_bfloat16(x);
 }
 
 // h may be null; else it is stored, and what is activated is what was stored.
@@ -35,8 +35,8 @@ int forward(
         [&](int column, int from, int to, int of) {
             fetch_share(weight + (int64_t)column * inner, (int64_t)sizeof *weight * PANEL * inner, from, to, of);
         },
-        [&](int row, int column, __m512 sums) {
-            __m512 z = bias ? _mm512_add_ps(sums, load(bias + column)) : sums;
+        [&](int row, int column, Floats sums) {
+            Floats z = bias ? sums + load(bias + column) : sums;
             if (h) {
                 z = as_stored<T>(z);
                 T::store(h + (int64_t)row * columns + column, z);
@@ -66,15 +66,15 @@ int input_gradient(
             const int64_t all = (int64_t)count * columns;
             for (int64_t row = all * from / of; row < all * to / of; ++row) {
                 const char* at = (const char*)(weight(row / columns) + row % columns * inner + column);
-                for (size_t byte = 0; byte < sizeof(W) * PANEL; byte += 64) _mm_prefetch(at + byte, _MM_HINT_T1);
+                for (size_t byte = 0; byte < sizeof(W) * PANEL; byte += 64) fetch(at + byte);
             }
         },
-        [&](int row, int column, __m512 sums) {
+        [&](int row, int column, Floats sums) {
             const int64_t at = (int64_t)row * inner + column;
             if (h) {
                 const Activated activated = activate_with_slope(T::load(h + at), activation);
                 if (a) T::store(a + at, activated.y);
-                sums = _mm512_mul_ps(sums, activated.slope);
+                sums *= activated.slope;
             }
             store(dx + at, sums);
         }
@@ -101,28 +101,28 @@ int weight_gradient(
         const Element *of_dy = dy + first * dy_stride, *of_x = x + (int64_t)first * inner;
 #pragma omp parallel for schedule(static)
         for (int column = 0; column < columns; column += WIDTH) {
-            __m512 total = first && dbias ? _mm512_loadu_ps(dbias + column) : _mm512_setzero_ps();
+            Floats total = first && dbias ? load(dbias + column) : floats(0.0f);
             for (int lane = 0; lane < lanes; lane += WIDTH) {
-                __m512i r[WIDTH];
-                __m512 part = _mm512_setzero_ps();
+                Ints r[WIDTH];
+                Floats part = floats(0.0f);
                 for (int i = 0; i < WIDTH; ++i) {
                     const int token = (lane + i) * T::PER_LANE;
                     r[i] = token < tokens
                         ? lanes_of_rows<T>(of_dy + token * dy_stride + column, dy_stride, token + 1 < tokens)
-                        : _mm512_setzero_si512();
+                        : ints(0);
                     if constexpr (T::PER_LANE == 2) {
-                        const __m512i second = _mm512_and_si512(r[i], _mm512_set1_epi32((int)0xffff0000));
-                        part = _mm512_add_ps(part, _mm512_castsi512_ps(_mm512_slli_epi32(r[i], 16)));
-                        part = _mm512_add_ps(part, _mm512_castsi512_ps(second));
+                        const Ints second = r[i] & ints(0xffff0000);
+                        part += as_floats(r[i] << 16);
+                        part += as_floats(second);
                     } else {
-                        part = _mm512_add_ps(part, _mm512_castsi512_ps(r[i]));
+                        part += as_floats(r[i]);
                     }
                 }
-                total = _mm512_add_ps(total, part);
+                total += part;
                 transpose(r);
-                for (int i = 0; i < WIDTH; ++i) _mm512_store_si512(of_columns + (column + i) * stride + lane, r[i]);
+                for (int i = 0; i < WIDTH; ++i) store_ints(of_columns + (column + i) * stride + lane, r[i]);
             }
-            if (dbias) _mm512_storeu_ps(dbias + column, total);
+            if (dbias) store(dbias + column, total);
         }
         failed |= multiply_rows<T>(
             (const Element*)of_columns, stride * T::PER_LANE, columns, inner, lanes,
@@ -130,9 +130,9 @@ int weight_gradient(
                 lay_out<T>(of_x + column, inner, tokens, registers, panel);
             },
             [](int, int, int, int) {},
-            [&](int row, int column, __m512 sums) {
+            [&](int row, int column, Floats sums) {
                 float* to = dweight + (int64_t)row * inner + column;
-                _mm512_storeu_ps(to, first ? _mm512_add_ps(_mm512_loadu_ps(to), sums) : sums);
+                store(to, first ? load(to) + sums : sums);
             }
         );
     }

@@ -26,39 +26,39 @@ void sum_logits(
 ) {
 #pragma omp parallel for schedule(static)
     for (int row = 0; row < rows; row += PANEL * WIDTH) {
-        __m512 most[PANEL], sum[PANEL], total[PANEL], labelled[PANEL], before[PANEL];
-        __m512i label[PANEL];
+        Floats most[PANEL], sum[PANEL], total[PANEL], labelled[PANEL], before[PANEL];
+        Ints label[PANEL];
         auto z = [&](int word, int j) {
-            const __m512 of_bias = bias ? _mm512_set1_ps(widen(bias[first + word])) : _mm512_setzero_ps();
-            return _mm512_add_ps(T::load(logits + (int64_t)word * rows + row + j * WIDTH), of_bias);
+            const Floats of_bias = bias ? floats(widen(bias[first + word])) : floats(0.0f);
+            return T::load(logits + (int64_t)word * rows + row + j * WIDTH) + of_bias;
         };
         for (int j = 0; j < PANEL; ++j) {
-            most[j] = before[j] = _mm512_loadu_ps(greatest + row + j * WIDTH);
-            labelled[j] = _mm512_loadu_ps(of_label + row + j * WIDTH);
-            label[j] = _mm512_loadu_si512(labels + row + j * WIDTH);
-            sum[j] = total[j] = _mm512_setzero_ps();
+            most[j] = before[j] = load(greatest + row + j * WIDTH);
+            labelled[j] = load(of_label + row + j * WIDTH);
+            label[j] = load_ints(labels + row + j * WIDTH);
+            sum[j] = total[j] = floats(0.0f);
         }
 
         for (int word = 0; word < words; ++word)
-            for (int j = 0; j < PANEL; ++j) most[j] = _mm512_max_ps(z(word, j), most[j]);  // NaN is left to the sum
+            for (int j = 0; j < PANEL; ++j) most[j] = maximum(z(word, j), most[j]);  // NaN is left to the sum
 
         for (int word = 0; word < words; ++word)
             for (int j = 0; j < PANEL; ++j) {
-                const __m512 of_word = z(word, j), below = _mm512_sub_ps(of_word, most[j]);
-                sum[j] = _mm512_add_ps(sum[j], exp2_of_negative(_mm512_mul_ps(below, _mm512_set1_ps(LOG2_E))));
-                total[j] = _mm512_add_ps(total[j], of_word);
-                const __mmask16 here = _mm512_cmpeq_epi32_mask(label[j], _mm512_set1_epi32(first + word));
-                labelled[j] = _mm512_mask_mov_ps(labelled[j], here, of_word);
+                const Floats of_word = z(word, j), below = of_word - most[j];
+                sum[j] += exp2_of_negative(below * floats(LOG2_E));
+                total[j] += of_word;
+                const Mask here = are_equal(label[j], ints(first + word));
+                labelled[j] = choose(here, of_word, labelled[j]);
             }
 
         for (int j = 0; j < PANEL; ++j) {
             const int at = row + j * WIDTH;
-            const __m512 risen = _mm512_mul_ps(_mm512_sub_ps(before[j], most[j]), _mm512_set1_ps(LOG2_E));
-            sum[j] = _mm512_fmadd_ps(_mm512_loadu_ps(sums + at), exp2_of_negative(risen), sum[j]);
-            _mm512_storeu_ps(greatest + at, most[j]);
-            _mm512_storeu_ps(sums + at, sum[j]);
-            _mm512_storeu_ps(totals + at, _mm512_add_ps(_mm512_loadu_ps(totals + at), total[j]));
-            _mm512_storeu_ps(of_label + at, labelled[j]);
+            const Floats risen = (before[j] - most[j]) * floats(LOG2_E);
+            sum[j] = fma(load(sums + at), exp2_of_negative(risen), sum[j]);
+            store(greatest + at, most[j]);
+            store(sums + at, sum[j]);
+            store(totals + at, load(totals + at) + total[j]);
+            store(of_label + at, labelled[j]);
         }
     }
 }
@@ -72,20 +72,20 @@ void logit_gradients(
 ) {
 #pragma omp parallel for schedule(static)
     for (int word = 0; word < words; ++word) {
-        const __m512 of_bias = bias ? _mm512_set1_ps(widen(bias[first + word])) : _mm512_setzero_ps();
-        const __m512i number = _mm512_set1_epi32(first + word);
-        __m512 sum = _mm512_setzero_ps();
+        const Floats of_bias = bias ? floats(widen(bias[first + word])) : floats(0.0f);
+        const Ints number = ints(first + word);
+        Floats sum = floats(0.0f);
         for (int row = 0; row < rows; row += WIDTH) {
             const int64_t at = (int64_t)word * rows + row;
-            const __m512 below = _mm512_sub_ps(_mm512_add_ps(T::load(logits + at), of_bias), _mm512_loadu_ps(lse + row));
-            __m512 p = exp2_of_negative(_mm512_mul_ps(below, _mm512_set1_ps(LOG2_E)));
-            const __mmask16 here = _mm512_cmpeq_epi32_mask(_mm512_loadu_si512(labels + row), number);
-            p = _mm512_mask_sub_ps(p, here, p, _mm512_set1_ps(1.0f - smoothing));
-            const __m512 d = _mm512_mul_ps(_mm512_sub_ps(p, _mm512_set1_ps(a_word)), _mm512_loadu_ps(dloss + row));
-            sum = _mm512_add_ps(sum, d);
+            const Floats below = T::load(logits + at) + of_bias - load(lse + row);
+            Floats p = exp2_of_negative(below * floats(LOG2_E));
+            const Mask here = are_equal(load_ints(labels + row), number);
+            p = choose(here, p - floats(1.0f - smoothing), p);
+            const Floats d = (p - floats(a_word)) * load(dloss + row);
+            sum += d;
             T::store(dz + at, d);
         }
-        dbias[first + word] = _mm512_reduce_add_ps(sum);
+        dbias[first + word] = sum_of(sum);
     }
 }
 

@@ -22,7 +22,7 @@ void add_layer_norm(
 #pragma omp parallel for schedule(static)
     for (int64_t row = 0; row < rows; ++row) {
         const int64_t at = row * width;
-        auto z = [&](int i) { return _mm512_add_ps(T::load(x + at + i), T::load(residual + at + i)); };
+        auto z = [&](int i) { return T::load(x + at + i) + T::load(residual + at + i); };
         layer_norm_of_row<T>(z, weight, bias, y + at, width, eps);
     }
 }
@@ -39,27 +39,25 @@ struct Sums {
     uint32_t threshold;
     float scale;
 
-    __mmask16 kept(int64_t row, int i) const {
-        if (!keys) return 0xffff;
-        const __m512i low = _mm512_set1_epi32((int)keys[row]), high = _mm512_set1_epi32((int)(keys[row] >> 32));
-        const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-        return keep_mask(low, high, _mm512_add_epi32(lanes, _mm512_set1_epi32(i)), threshold);
+    Mask kept(int64_t row, int i) const {
+        if (!keys) return first_lanes(WIDTH);
+        return keep_mask(ints(keys[row]), ints(keys[row] >> 32), lane_numbers() + ints(i), threshold);
     }
 
     // xhat of this row, and what was kept of x; returns rstd.
-    float normalise(int64_t row, float* xhat, __mmask16* mask) const {
+    float normalise(int64_t row, float* xhat, Mask* mask) const {
         const int64_t at = row * width;
         for (int i = 0; i < width; i += WIDTH) {
             mask[i / WIDTH] = kept(row, i);
-            __m512 of_x = T::load(x + at + i);
-            if (x_bias) of_x = _mm512_add_ps(of_x, R::load(x_bias + i));
-            of_x = _mm512_maskz_mul_ps(mask[i / WIDTH], of_x, _mm512_set1_ps(scale));
-            _mm512_storeu_ps(xhat + i, _mm512_add_ps(of_x, R::load(residual + at + i)));
+            Floats of_x = T::load(x + at + i);
+            if (x_bias) of_x += R::load(x_bias + i);
+            of_x = keep(mask[i / WIDTH], of_x * floats(scale));
+            store(xhat + i, of_x + R::load(residual + at + i));
         }
-        const Moments m = moments_of_row([&](int i) { return _mm512_loadu_ps(xhat + i); }, width, eps);
+        const Moments m = moments_of_row([&](int i) { return load(xhat + i); }, width, eps);
         for (int i = 0; i < width; i += WIDTH) {
-            const __m512 centred = _mm512_sub_ps(_mm512_sub_ps(_mm512_loadu_ps(xhat + i), m.mean), m.rest);
-            _mm512_storeu_ps(xhat + i, _mm512_mul_ps(centred, _mm512_set1_ps(m.rstd)));
+            const Floats centred = load(xhat + i) - m.mean - m.rest;
+            store(xhat + i, centred * floats(m.rstd));
         }
         return m.rstd;
     }
@@ -74,14 +72,14 @@ void forward(
 #pragma omp parallel
     {
         std::vector<float> xhat(width);
-        std::vector<__mmask16> mask(width / WIDTH);
+        std::vector<Mask> mask(width / WIDTH);
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < rows; ++row) {
             sums.normalise(row, xhat.data(), mask.data());
             for (int i = 0; i < width; i += WIDTH)
                 R::store(
                     y + row * width + i,
-                    _mm512_fmadd_ps(_mm512_loadu_ps(&xhat[i]), R::load(weight + i), R::load(bias + i))
+                    fma(load(&xhat[i]), R::load(weight + i), R::load(bias + i))
                 );
         }
     }
@@ -96,48 +94,48 @@ void backward(
 ) {
     const int width = sums.width;
     const int64_t blocks = (rows + NORM_BLOCK - 1) / NORM_BLOCK;
-    const __m512 scale = _mm512_set1_ps(sums.scale);
+    const Floats scale = floats(sums.scale);
 #pragma omp parallel
     {
         std::vector<float> xhat(width);
-        std::vector<__mmask16> mask(width / WIDTH);
+        std::vector<Mask> mask(width / WIDTH);
 #pragma omp for schedule(static)
         for (int64_t block = 0; block < blocks; ++block) {
             float *dweight = parts + block * 3 * width, *dbias = dweight + width, *dx_bias = dbias + width;
             for (int64_t row = block * NORM_BLOCK; row < std::min(rows, (block + 1) * NORM_BLOCK); ++row) {
                 const int64_t at = row * width;
-                const __m512 rstd = _mm512_set1_ps(sums.normalise(row, xhat.data(), mask.data()));
+                const Floats rstd = floats(sums.normalise(row, xhat.data(), mask.data()));
 
-                __m512 sum = _mm512_setzero_ps(), with_xhat = _mm512_setzero_ps();
+                Floats sum = floats(0.0f), with_xhat = floats(0.0f);
                 for (int i = 0; i < width; i += WIDTH) {
-                    const __m512 d = R::load(dy + at + i), h = _mm512_loadu_ps(&xhat[i]);
-                    const __m512 g = _mm512_mul_ps(d, R::load(weight + i));
-                    sum = _mm512_add_ps(sum, g);
-                    with_xhat = _mm512_fmadd_ps(g, h, with_xhat);
-                    _mm512_storeu_ps(dweight + i, _mm512_fmadd_ps(d, h, _mm512_loadu_ps(dweight + i)));
-                    _mm512_storeu_ps(dbias + i, _mm512_add_ps(d, _mm512_loadu_ps(dbias + i)));
+                    const Floats d = R::load(dy + at + i), h = load(&xhat[i]);
+                    const Floats g = d * R::load(weight + i);
+                    sum += g;
+                    with_xhat = fma(g, h, with_xhat);
+                    store(dweight + i, fma(d, h, load(dweight + i)));
+                    store(dbias + i, d + load(dbias + i));
                 }
-                const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / width);
-                const __m512 slope = _mm512_set1_ps(_mm512_reduce_add_ps(with_xhat) / width);
+                const Floats mean = floats(sum_of(sum) / width);
+                const Floats slope = floats(sum_of(with_xhat) / width);
 
                 for (int i = 0; i < width; i += WIDTH) {
-                    const __m512 g = _mm512_mul_ps(R::load(dy + at + i), R::load(weight + i));
-                    const __m512 left = _mm512_fnmadd_ps(_mm512_loadu_ps(&xhat[i]), slope, _mm512_sub_ps(g, mean));
-                    const __m512 dz = _mm512_mul_ps(left, rstd);
+                    const Floats g = R::load(dy + at + i) * R::load(weight + i);
+                    const Floats left = fnma(load(&xhat[i]), slope, g - mean);
+                    const Floats dz = left * rstd;
                     R::store(dresidual + at + i, dz);
-                    const __m512 of_x = _mm512_maskz_mul_ps(mask[i / WIDTH], dz, scale);
+                    const Floats of_x = keep(mask[i / WIDTH], dz * scale);
                     if (dx) T::store(dx + at + i, of_x);
                     if (sums.x_bias)
-                        _mm512_storeu_ps(dx_bias + i, _mm512_add_ps(of_x, _mm512_loadu_ps(dx_bias + i)));
+                        store(dx_bias + i, of_x + load(dx_bias + i));
                 }
             }
         }
 #pragma omp for schedule(static)
         for (int i = 0; i < 3 * width; i += WIDTH) {
-            __m512 sum = _mm512_loadu_ps(parts + i);
+            Floats sum = load(parts + i);
             for (int64_t block = 1; block < blocks; ++block)
-                sum = _mm512_add_ps(sum, _mm512_loadu_ps(parts + block * 3 * width + i));
-            _mm512_storeu_ps(parts + i, sum);
+                sum += load(parts + block * 3 * width + i);
+            store(parts + i, sum);
         }
     }
 }

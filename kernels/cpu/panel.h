@@ -18,26 +18,26 @@ constexpr int LEAST_ROWS = 48;  // that are worth a panel of their own: laying i
 
 // 16 lanes of T of a row whose elements are W: T's own, or float32 that are rounded to bfloat16.
 template <class T, class W>
-inline __m512i lanes_of(const W* from) {
+inline Ints lanes_of(const W* from) {
     if constexpr (sizeof(W) == sizeof(typename T::Element))
-        return _mm512_loadu_si512(from);
+        return load_ints(from);
     else
-        return (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + WIDTH), _mm512_loadu_ps(from));
+        return to_bfloat16(load(from), load(from + WIDTH));
 }
 
 // 16 elements of a row as lanes of T: float32 as they are, bfloat16 each beside its neighbour in the next row, `stride`
 // elements on, or beside zero where there is none.
 template <class T, class W>
-inline __m512i lanes_of_rows(const W* from, int64_t stride, bool has_next) {
-    if constexpr (T::PER_LANE == 1) return _mm512_loadu_si512(from);
+inline Ints lanes_of_rows(const W* from, int64_t stride, bool has_next) {
+    if constexpr (T::PER_LANE == 1) return load_ints(from);
     else if constexpr (sizeof(W) == sizeof(float)) {
-        const __m512 next = has_next ? _mm512_loadu_ps(from + stride) : _mm512_setzero_ps();
-        return alternate((__m512i)_mm512_cvtne2ps_pbh(next, _mm512_loadu_ps(from)));
+        const Floats next = has_next ? load(from + stride) : floats(0.0f);
+        return to_pairs(load(from), next);
     } else {
-        const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from));
+        const Ints low = widen(from);
         if (!has_next) return low;
-        const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(from + stride)));
-        return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+        const Ints high = widen(from + stride);
+        return low | high << 16;
     }
 }
 
@@ -48,16 +48,16 @@ void lay_out_transposed(const W* rows, int width, int registers, float* panel) {
     const int lanes = width / T::PER_LANE;
     for (int j = 0; j < REGISTERS; ++j)
         for (int lane = 0; lane < lanes; lane += WIDTH) {
-            __m512i r[WIDTH];
+            Ints r[WIDTH];
 #pragma GCC unroll 16
             for (int i = 0; i < WIDTH; ++i)
                 r[i] = j < registers
                     ? lanes_of<T>(rows + (int64_t)(j * WIDTH + i) * width + lane * T::PER_LANE)
-                    : _mm512_setzero_si512();
+                    : ints(0);
             transpose(r);
 #pragma GCC unroll 16
             for (int i = 0; i < WIDTH; ++i)
-                _mm512_store_si512(panel + (int64_t)(lane + i) * PANEL + j * WIDTH, r[i]);
+                store_ints(panel + (int64_t)(lane + i) * PANEL + j * WIDTH, r[i]);
         }
 }
 
@@ -67,10 +67,10 @@ void lay_out(const W* rows, int64_t stride, int count, int registers, float* pan
     for (int row = 0; row < count; row += T::PER_LANE, panel += PANEL)
 #pragma GCC unroll 4
         for (int j = 0; j < REGISTERS; ++j)
-            _mm512_store_si512(
+            store_ints(
                 panel + j * WIDTH,
                 j < registers ? lanes_of_rows<T>(rows + row * stride + j * WIDTH, stride, row + 1 < count)
-                              : _mm512_setzero_si512()
+                              : ints(0)
             );
 }
 
@@ -81,7 +81,7 @@ template <class T, int M>
     const typename T::Element* x, int64_t x_stride, const float* panel, int lanes, float (*sums)[PANEL]
 ) {
     for (int lane = 0; lane < lanes; lane += CHUNK) {
-        __m512 sum[M][REGISTERS];
+        Floats sum[M][REGISTERS];
         multiply<T, M, REGISTERS>(
             x + lane * T::PER_LANE, x_stride, panel + (int64_t)lane * PANEL, PANEL, std::min(CHUNK, lanes - lane), sum
         );
@@ -90,7 +90,7 @@ template <class T, int M>
 #pragma GCC unroll 4
             for (int j = 0; j < REGISTERS; ++j) {
                 float* to = sums[i] + j * WIDTH;
-                _mm512_store_ps(to, lane ? _mm512_add_ps(sum[i][j], _mm512_load_ps(to)) : sum[i][j]);
+                store(to, lane ? sum[i][j] + load(to) : sum[i][j]);
             }
     }
 }
@@ -141,7 +141,7 @@ int multiply_rows(
                     }
                     for (int j = 0; j < registers; ++j)
                         for (int i = 0; i < n; ++i)
-                            put(row + i, column + j * WIDTH, _mm512_load_ps(sums[i] + j * WIDTH));
+                            put(row + i, column + j * WIDTH, load(sums[i] + j * WIDTH));
                 }
             }
     }
@@ -151,7 +151,7 @@ int multiply_rows(
 // Brings in a share, as `fetch` above, of `bytes` that lie one after another.
 inline void fetch_share(const void* what, int64_t bytes, int from, int to, int of) {
     for (int64_t at = bytes * from / of / 64 * 64; at < bytes * to / of; at += 64)
-        _mm_prefetch((const char*)what + at, _MM_HINT_T1);
+        fetch((const char*)what + at);
 }
 
 }  // namespace
