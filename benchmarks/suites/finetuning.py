@@ -100,7 +100,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("studies", nargs="*", metavar="TASK", help=f"of {', '.join(STUDIES)}")
     parser.add_argument("--data", type=Path, help="the folder with sst2, sick, wnut17 and xquad")
     parser.add_argument("--rows", default=",".join(ROWS), help="whom to train with (default: %(default)s)")
-    parser.add_argument("--seeds", type=positive, default=3, help="how many, from 0 up (default: 3)")
+    parser.add_argument("--seeds", type=positive, default=3, help="how many (default: 3)")
+    parser.add_argument("--first-seed", type=int, default=0, help="from which on they are counted (default: 0)")
     parser.add_argument("--examples", type=positive, help="train on so many examples, spread over the file")
     parser.add_argument("--epochs", type=positive, help="in place of the task's own")
     parser.add_argument("--lr", type=float, help="in place of the task's own")
@@ -141,7 +142,7 @@ def jobs_of(name: str, args: argparse.Namespace, folder: Path) -> list[Job]:
     if args.examples:
         train = shortened(train, args.examples, here)
     jobs = []
-    for seed in range(args.seeds):
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
         for row in args.rows.split(","):
             out = str(here / f"{row}-{seed}")
             epochs, lr = args.epochs or study.epochs, args.lr or study.lr
