@@ -17,6 +17,7 @@ import fastbert
 from fastbert import BertConfig, BertModel
 from fastbert.checkpoint import CheckpointError
 from fastbert.cli.main import main
+from fastbert.training.finetune import epochs_done
 from fastbert.training.loop import Run
 from fastbert.training.processes import Processes
 
@@ -182,6 +183,30 @@ def test_pairs_numbers_entities_and_answers(bert, files, tmp_path, capsysbinary)
     assert sum(right) / len(right) == pytest.approx(scores["exact_match"]), "predict uses the threshold of the report"
 
 
+@pytest.mark.parametrize(("step", "epochs"), [(1, 0.25), (4, 1), (5, 1.33), (7, 2)])
+def test_the_best_epoch_may_end_within_one(step, epochs):
+    found = epochs_done([4, 3], step)
+    assert found == epochs
+    assert type(found) is type(epochs)
+
+
+def test_a_new_head_for_numbers_begins_at_their_mean(bert, files, tmp_path):
+    """And one that learnt goes on from where it is."""
+
+    def bias() -> float:
+        return load_file(tmp_path / "out" / "model.safetensors")["classifier.bias"].item()
+
+    numbers = [json.loads(line)["label"] for line in files["numbers"].read_text().splitlines()]
+    still = ("--labels", "number", "--epochs", 1, "--lr", "0")
+    assert finetune(bert, tmp_path / "out", "sentence", files["numbers"], *still) == 0
+    assert bias() == pytest.approx(sum(numbers) / len(numbers), rel=1e-6)
+    others = tmp_path / "others.tsv"
+    others.write_text("text\tlabel\na b\t100\nb c\t200\n")
+    assert finetune(tmp_path / "out", tmp_path / "again", "sentence", others, *still) == 0
+    kept = load_file(tmp_path / "again" / "model.safetensors")["classifier.bias"].item()
+    assert kept == bias()
+
+
 def test_windows_fit_a_model_of_few_positions(bert, files, tmp_path):
     """Their default overlap is a third of what the model can read."""
     assert finetune(bert, tmp_path / "out", "qa", files["qa"], "--epochs", 1) == 0
@@ -294,6 +319,7 @@ def test_a_folder_with_a_run_is_not_written_over(tuned, bert, files, capsys):
             ("--columns", "text,number", "--labels", "number", "--metric", "matthews"),
             "does not fit labels that are num",
         ),
+        (("--evaluations", 2), "--evaluations says how often to measure, and needs --eval"),
         (("--patience", 2), "--patience waits for a better metric, and needs --eval"),
         (("--clip", -1), "expected a number from 0 up, got '-1'"),
         (("--lr", "nan"), "expected a number from 0 up, got 'nan'"),

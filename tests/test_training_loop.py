@@ -387,6 +387,21 @@ def test_a_run_ends_when_nothing_gets_better(tmp_path):
     assert again.progress.step == run.progress.step, "going on does not begin another epoch"
 
 
+@pytest.mark.parametrize(("evaluations", "places"), [(1, [1.0]), (3, [1 / 3, 2 / 3, 1.0]), (99, None)])
+def test_evaluations_are_spread_over_an_epoch(evaluations, places, tmp_path):
+    run = run_of(tmp_path, epochs=2, evaluations=evaluations)
+    values, kept = iter([0.1, 0.3, 0.2] * 20), []
+    run.metric, run.evaluate = "accuracy", lambda model: Scores({"accuracy": next(values)}, {})
+    run.keep_best = lambda model, scores: kept.append(run.progress.step)
+    run.train()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    scored, steps = [row["step"] for row in rows if "scores" in row], run.steps_of_epochs[0]
+    expected = range(1, steps + 1) if places is None else [math.ceil(steps * place - 1e-9) for place in places]
+    assert [step for step in scored if step <= steps] == list(expected)
+    assert scored[-1] == sum(run.steps_of_epochs)
+    assert kept == scored[:2], "the second evaluation is the best one"
+
+
 def test_a_model_is_kept_also_where_its_metric_is_undefined(tmp_path):
     """Pearson's correlation of constant predictions is: the last epoch's stays then, and later the best one's."""
     run = run_of(tmp_path, epochs=5)

@@ -262,11 +262,13 @@ def with_trainer(job: Job, study: Study, steps: Steps) -> tuple[Any, Any]:
     task.labels = list(study.labels)
     train = task.read(job.train)
     task.settle(train, study.labels, None)
-    rows = [row_of(window, study.spec.task) for window in task.features(train, training=True).windows]
+    windows = task.features(train, training=True).windows
+    rows = [row_of(window, study.spec.task) for window in windows]
 
     ours = getattr(heads, task.head).from_pretrained(
         job.model, dtype=torch.float32, device=CPU, seed=job.seed, new_head=True, **task.changes
     )
+    task.begin(ours, windows)
     theirs = getattr(transformers, task.head).from_pretrained(job.model, attn_implementation="sdpa", **task.changes)
     theirs.load_state_dict(ours.state_dict())
     tokenizer = transformers.AutoTokenizer.from_pretrained(job.model)

@@ -25,7 +25,7 @@ Train a BERT for one of four tasks, from a file of examples, and measure it on a
 Files: tables with a header (.tsv, where a quote is a letter; .csv; .jsonl) for sentence and pair, CoNLL columns (word
 first, tag last, an empty line between sentences) for token, JSON of SQuAD 1.1 or 2.0 for qa. Labels are names.
 
-The folder OUT then holds the model of the best epoch, which transformers reads and 'fastbert predict' runs, and
+The folder OUT then holds the best model, which transformers reads and 'fastbert predict' runs, and
 report.json, where every number says what it measures; metrics.jsonl, a line a step; curve.svg; and checkpoints.
 Ctrl-C finishes the step, saves, and --resume goes on from there, to the same bits on a CPU.
 
@@ -56,7 +56,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.formatter_class = argparse.RawDescriptionHelpFormatter
     p.add_argument("--task", required=True, choices=("sentence", "pair", "token", "qa"))
     p.add_argument("--train", required=True, metavar="FILE", help="the examples to learn from")
-    p.add_argument("--eval", metavar="FILE", help="examples to measure on after each epoch; the best epoch is kept")
+    p.add_argument("--eval", metavar="FILE", help="examples to measure on after each epoch; the best model is kept")
     p.add_argument("--out", required=True, metavar="DIR", type=Path, help="a folder for all that comes of it")
     p.add_argument("--model", metavar="ID_OR_PATH", help="the BERT to begin with (default: all-MiniLM-L6-v2)")
     p.add_argument(
@@ -85,7 +85,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         "the default), each label as much as every other (balanced), or W, and 1 for labels without one",
     )  # fmt: skip
     metrics = "; ".join(f"{task}: {names}" for task, names in TASK_METRICS.items())
-    p.add_argument("--metric", help=f"the score that decides which epoch is best. {metrics}")
+    p.add_argument("--metric", help=f"the score that decides which model is best. {metrics}")
     p.add_argument("--max-length", metavar="N", type=positive, help="tokens of a text or window (default: 128, qa 384)")
     p.add_argument(
         "--stride",
@@ -126,7 +126,14 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         action="store_true",
         help="AdamW as in Google's BERT, which does not correct its moments for their start at 0",
     )
-    p.add_argument("--patience", metavar="N", type=positive, default=0, help="stop after N epochs without a better one")
+    p.add_argument(
+        "--evaluations", metavar="N", type=positive, default=1,
+        help="how often to measure in each epoch, the last time at its end (default: 1)",
+    )  # fmt: skip
+    p.add_argument(
+        "--patience", metavar="N", type=positive, default=0,
+        help="stop at the end of an epoch where N evaluations in a row were not better than the best one",
+    )  # fmt: skip
     p.add_argument("--seed", metavar="N", type=_seed, default=0, help="of the classifier, the order and dropout")
     p.add_argument(
         "--seeds", metavar="N", type=positive, default=1,
@@ -209,6 +216,8 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--multi-label is for texts and pairs, not for --task {args.task}")
     if args.patience and not args.eval:
         raise UsageError("--patience waits for a better metric, and needs --eval")
+    if args.evaluations > 1 and not args.eval:
+        raise UsageError("--evaluations says how often to measure, and needs --eval")
     from ..training.finetune import finetune, several
     from ..training.memory import keep_freed_memory
 
@@ -235,14 +244,15 @@ def _request(args: argparse.Namespace) -> Any:
         memory_tokens=args.memory_tokens,
         lr=args.lr, seed=args.seed, warmup=args.warmup, weight_decay=args.weight_decay, clip=args.clip,
         layer_decay=args.layer_decay, freeze=args.freeze, bias_correction=not args.no_bias_correction,
-        patience=args.patience, save_every=args.save_every, keep=args.keep, resume=args.resume, dtype=args.dtype,
+        evaluations=args.evaluations, patience=args.patience, save_every=args.save_every, keep=args.keep,
+        resume=args.resume, dtype=args.dtype,
         device=args.device, fsdp=args.fsdp, impl=args.impl, class_weights=args.class_weights,
         checkpoint_activations=args.checkpoint_activations, tensorboard=args.tensorboard,
     )  # fmt: skip
 
 
 class _Bar:
-    """A progress bar with the loss, the learning rate and real tokens per second, and a line after each epoch."""
+    """A progress bar with the loss, the learning rate and real tokens per second, and a line for each evaluation."""
 
     def __init__(self, quiet: bool) -> None:
         from tqdm import tqdm
@@ -262,7 +272,7 @@ class _Bar:
             return
         if "scores" in record:
             words = ", ".join(f"{name} {_number(value)}" for name, value in record["scores"].items())
-            self.bar.write(f"epoch {record['epoch'] + 1}: {words}", file=sys.stderr)
+            self.bar.write(f"epoch {record['epoch'] + 1}, step {record['step']:,}: {words}", file=sys.stderr)
             return
         if self.bar.total != steps or record["step"] < self.bar.n:
             self.bar.reset(total=steps)

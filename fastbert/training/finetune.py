@@ -7,7 +7,8 @@ import math
 import shutil
 import statistics
 import warnings
-from collections.abc import Callable
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
@@ -59,6 +60,7 @@ class Request:
     layer_decay: float = 1.0
     freeze: int | None = None
     bias_correction: bool = True
+    evaluations: int = 1
     patience: int = 0
     save_every: int = 0
     keep: int = 2
@@ -111,6 +113,8 @@ def _finetune(request: Request, processes: Processes, report: Any) -> dict[str, 
 
     own_head = has_own_head(config, task) and (named or []) == task.labels
     model = _load(request, task, not own_head, processes.device)
+    if not own_head:
+        task.begin(model, features.windows)
     if task.class_weights is not None:
         model.class_weights = torch.tensor(task.class_weights, dtype=torch.float32, device=processes.device)
     if request.checkpoint_activations:
@@ -122,7 +126,8 @@ def _finetune(request: Request, processes: Processes, report: Any) -> dict[str, 
         epochs=request.epochs, step_tokens=step_tokens, batch_tokens=request.memory_tokens, lr=request.lr,
         seed=request.seed, warmup=request.warmup, weight_decay=request.weight_decay, clip=request.clip,
         bias_correction=request.bias_correction, layer_decay=request.layer_decay, freeze=request.freeze, dtype=dtype,
-        patience=request.patience, save_every=request.save_every, keep=request.keep, fsdp=request.fsdp,
+        evaluations=request.evaluations, patience=request.patience, save_every=request.save_every, keep=request.keep,
+        fsdp=request.fsdp,
     )  # fmt: skip
     facts = {
         "model": request.model, "train": request.train, "eval": request.eval, "task": spec.task, "metric": spec.metric,
@@ -148,8 +153,7 @@ def _finetune(request: Request, processes: Processes, report: Any) -> dict[str, 
             threshold = spec.threshold if scores is None else scores.values.get("threshold", spec.threshold)
             save_model(out, model, state, tokenizer, replace(spec, threshold=threshold))
             best.update(scores=scores and scores.values, definitions=scores and scores.definitions)
-            epoch = list(accumulate(run.steps_of_epochs)).index(run.progress.step) + 1
-            best["best epoch"] = None if scores is None else epoch
+            best["best epoch"] = None if scores is None else epochs_done(run.steps_of_epochs, run.progress.step)
             write_json(out / "report.json", _without_nan({**facts, **best}))
 
     run = Run(
@@ -223,6 +227,14 @@ def _several(request: Request, seeds: int, processes: Processes, report: Any) ->
 
 def _digest(path: str) -> str:
     return sha256(Path(path).read_bytes()).hexdigest()
+
+
+def epochs_done(steps_of_epochs: Sequence[int], step: int) -> int | float:
+    """How many epochs so many steps are: a whole number after the last step of one, else with two decimals."""
+    ends = list(accumulate(steps_of_epochs))
+    epoch = bisect_left(ends, step)
+    left = ends[epoch] - step
+    return epoch + 1 if left == 0 else round(epoch + 1 - left / steps_of_epochs[epoch], 2)
 
 
 def _score_name(spec: Spec) -> str:

@@ -48,7 +48,8 @@ class Settings:
         freeze: None, or how many layers are not trained, and the embeddings with them.
         bias_correction: of AdamW's moments; False is the optimiser of Google's BERT.
         dtype: of products; float16 scales the loss.
-        patience: epochs without a better metric after which the run ends; 0 for never.
+        evaluations: in each epoch, as evenly spread as steps allow; the last one is at its end.
+        patience: evaluations without a better metric after which the run ends with its epoch; 0 for never.
         save_every: steps from one checkpoint to the next; 0 for one an epoch. keep: how many stay.
     """
 
@@ -66,6 +67,7 @@ class Settings:
     layer_decay: float = 1.0
     freeze: int | None = None
     dtype: torch.dtype = torch.float32
+    evaluations: int = 1
     patience: int = 0
     save_every: int = 0
     keep: int = 2
@@ -80,8 +82,8 @@ class Settings:
 
 @dataclass
 class Progress:
-    """Where a run is: steps done, how many of them float16 skipped, its best metric so far, the epochs since, and what
-    float16 scales by."""
+    """Where a run is: steps done, how many of them float16 skipped, its best metric so far, the evaluations since, and
+    what float16 scales by."""
 
     step: int = 0
     skipped: int = 0
@@ -99,8 +101,8 @@ class Run:
         windows: what is trained on.
         evaluate: gives the scores of the model as it is, the same in every process; None without an evaluation.
         metric: the name of the score that decides, more is better.
-        keep_best: saves the model, called in every process after each epoch whose metric is the best so far, or while
-            no metric has been a number.
+        keep_best: saves the model, called in every process after each evaluation whose metric is the best so far, or
+            while no metric has been a number; without an evaluation after each epoch.
         report: called in the first process with each record of metrics.jsonl.
         binding: what else must be the same where the run goes on, such as its data, as JSON has it.
     """
@@ -174,9 +176,10 @@ class Run:
             self._record(record)
             last, every = number + 1 == len(steps), self.settings.save_every
             saves = last or stop or (every and self.progress.step % every == 0)
-            if saves:
+            evaluates = last or (self.evaluate is not None and self._is_due(number, len(steps)))
+            if saves or evaluates:
                 self._expect_finite()
-            if last:
+            if evaluates:
                 self._evaluate(epoch)
             if saves:
                 self._save()
@@ -268,7 +271,12 @@ class Run:
         last = self.checkpoints.last()
         return f"the last checkpoint is {last}" if last else "there is no checkpoint yet"
 
-    # ---- after an epoch --------------------------------------------------------------------------------
+    # ---- evaluations and checkpoints -------------------------------------------------------------------
+
+    def _is_due(self, number: int, steps: int) -> bool:
+        """Whether an evaluation follows the step of this number, from 0 up, of an epoch of so many."""
+        wanted = self.settings.evaluations
+        return (number + 1) * wanted // steps > number * wanted // steps
 
     def _evaluate(self, epoch: int) -> None:
         scores = None

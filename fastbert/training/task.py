@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from torch import nn
+
 from ..text.tokenizer import Tokenizer
 from .features import Window
 from .files import DataError
@@ -93,3 +95,6 @@ class Task:
     def items(self, window: Window) -> int:
         """How many items of the loss a window has."""
         return 1
+
+    def begin(self, model: nn.Module, windows: Sequence[Window]) -> None:
+        """Sets what a new head begins with, beyond random weights, from the windows that are trained on: nothing."""

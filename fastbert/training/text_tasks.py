@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .features import Features, Window, text_features
 from .files import DataError, columns_of, expect_text, read_table
@@ -113,6 +114,12 @@ class TextTask(Task):
             return [example.label for example in examples]
         numbers = numbers_of(self.labels)
         return [numbers[example.label.casefold()] for example in examples]
+
+    def begin(self, model: nn.Module, windows: Sequence[Window]) -> None:
+        """The bias of a number begins at the mean of the numbers, which many steps would otherwise go into."""
+        if self.regresses:
+            with torch.no_grad():
+                model.classifier.bias.fill_(math.fsum(window.target for window in windows) / len(windows))
 
     def arguments(self, windows: Sequence[Window], device: torch.device) -> dict[str, Tensor]:
         dtype = torch.float32 if self.regresses else torch.int64
