@@ -31,7 +31,7 @@ from typing import Any
 import torch
 
 import fastbert
-from fastbert.cli.options import default_model, positive
+from fastbert.cli.options import HUB_ID, default_model, positive
 from fastbert.encoding.encoder import resolve_dtype
 from fastbert.models import heads
 from fastbert.storage import read_json, write_json
@@ -221,11 +221,23 @@ def run(job: Job) -> dict[str, Any]:
     trained = time.perf_counter()
     scores = scores_of(model, task, job.test)
     return {
-        **vars(job), "scores": scores.values, "definitions": scores.definitions, **steps.figures(),
-        "whole_seconds": trained - began, "threads": torch.get_num_threads(), "notes": task.notes,
+        "study": job.study, "row": job.row, "seed": job.seed, "epochs": job.epochs, "lr": job.lr,
+        "model": HUB_ID if job.model == default_model() else job.model,
+        "scores": scores.values, "definitions": scores.definitions, **steps.figures(),
+        "whole_seconds": trained - began, "threads": torch.get_num_threads(), "notes": notes_of(task),
         "device": machine.describe(CPU), "versions": machine.versions(), "commit": machine.commit(),
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }  # fmt: skip
+
+
+def notes_of(task: Any) -> dict[str, int]:
+    """What was noticed in the files, by their names without folders."""
+    found = {}
+    for key, count in task.notes.items():
+        path, what = key.split(": ", 1)
+        if count:
+            found[f"{Path(path).name}: {what}"] = count
+    return found
 
 
 def scores_of(model: Any, task: Any, test: str) -> Scores:
