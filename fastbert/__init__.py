@@ -19,10 +19,10 @@ except PackageNotFoundError:  # run from a source tree that nobody installed
 # public name -> module; imported on first use, so that `fastbert --help` does not wait for torch
 _PUBLIC = {
     "BertConfig": "config",
-    "BertForMaskedLM": "models.heads",
+    "BertForMaskedLM": "models.vocabulary",
     "BertForMultipleChoice": "models.heads",
     "BertForNextSentencePrediction": "models.heads",
-    "BertForPreTraining": "models.heads",
+    "BertForPreTraining": "models.vocabulary",
     "BertForQuestionAnswering": "models.heads",
     "BertForSequenceClassification": "models.heads",
     "BertForTokenClassification": "models.heads",

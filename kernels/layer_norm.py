@@ -28,30 +28,24 @@ No atomics: row m belongs to program (m // BLOCK_M) mod P, a program adds its ro
 adds the P partial sums in order. (Rows wider than 4,096 leave dbias and dx_bias to torch.sum over dy and dx, one
 more read each, the only extra passes: their fp32 sums no longer fit in registers.) A row's own results depend on
 nothing but that row, and no result on what else a call wants: outputs that it does not want are computed all the same
-and not written (`_rows` says why). Inputs that are not contiguous are copied.
+and not written (`_rows` says why). Inputs that are not contiguous are copied. The device code is in
+`_layer_norm_kernels.py`.
 """
 
 import functools
 
 import torch
-import triton
-import triton.language as tl
 
 from . import _device
 from ._compile import TRITON_TYPES, CompileCall, compile_call, empty
 from ._launch import Plan, cdiv
+from ._layer_norm_kernels import _WANTS, _add_norm_bwd_kernel, _add_norm_fwd_kernel
 from ._library import apply, once, register
 from ._rows import (
     EXACT,
     MAX_FUSED_WIDTH,
     MAX_WIDTH,
     NormConfig,
-    _dropout_mask,
-    _norm_backward,
-    _norm_forward,
-    _row_block,
-    _store_part,
-    _store_statistics,
     dropout_constants,
     norm_bwd_config,
     norm_fwd_config,
@@ -59,119 +53,6 @@ from ._rows import (
     sum_parts,
     unwanted,
 )
-
-# ---- device code -----------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _load_sum(
-    x_ptr, residual_ptr, x_bias_ptr,   # in: [M, N], [M, N] or None, [N] or None
-    offsets, cols, mask,               # [BLOCK_M, BLOCK_N], [BLOCK_N], [BLOCK_M, BLOCK_N]
-    keep, keep_scale,                  # [BLOCK_M, BLOCK_N] or None
-):  # fmt: skip
-    """z = dropout(x + x_bias) + residual in fp32, zero where mask is false."""
-    z = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    if x_bias_ptr is not None:
-        z += tl.load(x_bias_ptr + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-    if keep is not None:
-        z = tl.where(keep, z * keep_scale, 0.0)
-    if residual_ptr is not None:
-        z += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    return z
-
-
-# N is a compile-time number: a model has one or two widths, and knowing it lets the compiler prove that a mask is
-# whole over 16 bytes (so loads stay 128 bits wide at 768 or 1,000) and drop it where N fills the block. Numbers
-# that change from call to call are not specialised on, or a second kernel would be built when one of them is 1.
-_VARYING = ["n_rows", "stream_id", "threshold"]
-
-
-@triton.jit(do_not_specialize=[*_VARYING, "want_stats"])
-def _add_norm_fwd_kernel(
-    x_ptr, residual_ptr, x_bias_ptr, weight_ptr, bias_ptr,   # in: [M, N], [M, N], [N], [N], [N]; None if absent
-    seed_ptr, row_ids_ptr,                                   # in: [1], [M]; None without dropout, without names
-    y_ptr, z_ptr, mean_ptr, rstd_ptr,                        # out: [M, N], [M, N] or None, [M, 2] (RMS: None), [M]
-    n_rows,
-    eps, stream_id, threshold, keep_scale,
-    want_stats,
-    N: tl.constexpr, RMS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    cols = tl.arange(0, BLOCK_N)
-    rows, mask_m, mask = _row_block(tl.program_id(0).to(tl.int64) * BLOCK_M, n_rows, cols, N, BLOCK_M)
-
-    keep = None
-    if seed_ptr is not None:
-        keep = _dropout_mask(seed_ptr, row_ids_ptr, stream_id, threshold, rows, mask_m, cols)
-    offsets = rows[:, None] * N + cols[None, :]
-    z = _load_sum(x_ptr, residual_ptr, x_bias_ptr, offsets, cols, mask, keep, keep_scale)
-    if z_ptr is not None:
-        # y belongs to the z that is returned, and so agrees with the backward pass, which reads that z
-        z = z.to(z_ptr.dtype.element_ty).to(tl.float32)
-
-    y, mean, rest, rstd = _norm_forward(z, mask, weight_ptr, bias_ptr, cols, eps, N, RMS)
-
-    tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
-    if z_ptr is not None:
-        tl.store(z_ptr + offsets, z.to(z_ptr.dtype.element_ty), mask=mask)
-    _store_statistics(mean_ptr, rstd_ptr, mean, rest, rstd, rows, mask_m, want_stats)
-
-
-_WANTS = ["has_dz_out", "want_dx", "want_dresidual", "want_dweight", "want_dbias", "want_dx_bias"]
-
-
-@triton.jit(do_not_specialize=[*_VARYING, "rows_per_step", *_WANTS])
-def _add_norm_bwd_kernel(
-    dy_ptr, dz_out_ptr, x_ptr, residual_ptr, x_bias_ptr, weight_ptr,   # in: [M, N] x 4, [N], [N]; None if absent
-    mean_ptr, rstd_ptr, seed_ptr, row_ids_ptr,                         # in: [M, 2], [M], [1], [M]
-    dx_ptr, dresidual_ptr,                                             # out: [M, N]
-    dweight_part_ptr, dbias_part_ptr, dx_bias_part_ptr,                # out: [P, N] fp32; None if there is no such sum
-    n_rows, rows_per_step,
-    stream_id, threshold, keep_scale,
-    has_dz_out, want_dx, want_dresidual, want_dweight, want_dbias, want_dx_bias,
-    N: tl.constexpr, RMS: tl.constexpr,
-    X_IS_SUM: tl.constexpr,                                            # x holds z already
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    pid = tl.program_id(0).to(tl.int64)
-    cols = tl.arange(0, BLOCK_N)
-
-    dweight = tl.zeros((BLOCK_N,), tl.float32)
-    dbias = tl.zeros((BLOCK_N,), tl.float32)
-    dx_bias = tl.zeros((BLOCK_N,), tl.float32)
-
-    for row in range(pid * BLOCK_M, n_rows, rows_per_step):
-        rows, mask_m, mask = _row_block(row, n_rows, cols, N, BLOCK_M)
-
-        keep = None
-        if seed_ptr is not None:
-            keep = _dropout_mask(seed_ptr, row_ids_ptr, stream_id, threshold, rows, mask_m, cols)
-        offsets = rows[:, None] * N + cols[None, :]
-        dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        z = _load_sum(x_ptr, residual_ptr, x_bias_ptr, offsets, cols, mask, None if X_IS_SUM else keep, keep_scale)
-        dz, dweight, dbias = _norm_backward(
-            dy, z, mean_ptr, rstd_ptr, weight_ptr, dweight, dbias, rows, mask_m, cols,
-            N, RMS, dweight_part_ptr is not None, dbias_part_ptr is not None,
-        )  # fmt: skip
-        if dz_out_ptr is not None:
-            dz += tl.load(dz_out_ptr + offsets, mask=mask & (has_dz_out != 0), other=0.0).to(tl.float32)
-
-        if want_dresidual != 0:
-            tl.store(dresidual_ptr + offsets, dz.to(dresidual_ptr.dtype.element_ty), mask=mask)
-
-        dx = dz
-        if seed_ptr is not None:
-            dx = tl.where(keep, dz * keep_scale, 0.0)
-        if want_dx != 0:
-            tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-        if dx_bias_part_ptr is not None:
-            # rows past the end have dy = 0 and rstd = 0, so dz = 0
-            dx_bias += tl.sum(dx, axis=0)
-
-    _store_part(dweight_part_ptr, dweight, pid, cols, want_dweight, N)
-    _store_part(dbias_part_ptr, dbias, pid, cols, want_dbias, N)
-    _store_part(dx_bias_part_ptr, dx_bias, pid, cols, want_dx_bias, N)
-
 
 # ---- launchers -------------------------------------------------------------------------------------------
 

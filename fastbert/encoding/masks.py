@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from .. import functional as F
-from ..models.heads import BertForMaskedLM
+from ..models.vocabulary import BertForMaskedLM
 from ..packing import PackedBatch
 from ..storage import CheckpointError
 from ..text.batching import batches_within, tokens_per_batch

@@ -6,7 +6,6 @@ packed once, every layer sees [T, C], and the output is padded once again if the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from typing import Any
 import torch
 import torch.nn as nn
 from torch import Tensor
-from torch.utils._pytree import register_dataclass
 
 from .. import checkpoint
 from .. import functional as F
@@ -27,41 +25,7 @@ from ..stack.layer import in_one, in_one_call, is_one_call_ahead, run, run_for_f
 from ..stack.shared import Pass
 from ..stack.steps import multiply, norm_only
 from .loading import LeftUninitialised, initialise, load_encoder, read_model
-
-
-@dataclass
-class BertOutput:
-    """What `BertModel` returns; also indexable and unpackable like a tuple of the fields that are not None.
-
-    Attributes:
-        last_hidden_state: [B, S, C], zero at padding; or [T, C] for a PackedBatch.
-        pooler_output: [B, C], tanh of a linear layer of each sequence's first real token; None without a pooler.
-        hidden_states: embeddings and every layer's output; None unless asked for. Of a padded batch, and of a
-            PackedBatch that `from_padded` made, they are [B, S, C], and so is last_hidden_state then.
-        attentions: every layer's probabilities [B, H, S, S]; None unless asked for.
-    """
-
-    last_hidden_state: Tensor
-    pooler_output: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-
-    def to_tuple(self) -> tuple:
-        fields = (self.last_hidden_state, self.pooler_output, self.hidden_states, self.attentions)
-        return tuple(field for field in fields if field is not None)
-
-    def __getitem__(self, key: int | slice | str):
-        return getattr(self, key) if isinstance(key, str) else self.to_tuple()[key]
-
-    def __iter__(self):
-        return iter(self.to_tuple())
-
-    def __len__(self) -> int:
-        return len(self.to_tuple())
-
-
-# torch.export takes and returns what it can take apart
-register_dataclass(BertOutput, serialized_type_name="fastbert.BertOutput")
+from .outputs import BertOutput
 
 
 class BertEmbeddings(nn.Module):

@@ -10,7 +10,6 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 import torch.nn as nn
 from torch import Tensor
-from torch.utils._pytree import register_pytree_node
 
 from .. import checkpoint
 from .. import functional as F
@@ -19,6 +18,7 @@ from ..inference.weights import is_untouched
 from ..packing import PackedBatch
 from .bert import BertModel
 from .loading import LeftUninitialised, initialise, load_encoder, read_model
+from .outputs import HeadOutput
 
 IGNORED = -100  # a label that does not count
 
@@ -41,53 +41,7 @@ def scores(linear: nn.Module, x: Tensor, impl: F.Impl | None) -> Tensor:
         return product(linear, x.to(next(linear.parameters()).dtype), impl)
 
 
-# ---- outputs ---------------------------------------------------------------------------------------------
-
-
-class HeadOutput(dict):
-    """What a head returns, as transformers' ModelOutput: a dict of what there is, in order; `output.logits` gives None
-    where there is none, `output[0]` and `output[:2]` count what there is.
-
-    Fields: loss, logits, hidden_states, attentions.
-    """
-
-    NAMES: ClassVar[tuple[str, ...]] = ("loss", "logits", "hidden_states", "attentions")
-
-    def __init__(self, *args, **values):
-        super().__init__((name, value) for name, value in dict(*args, **values).items() if value is not None)
-
-    def __getattr__(self, name: str) -> Any:
-        if name in type(self).NAMES:
-            return self.get(name)
-        raise AttributeError(f"{type(self).__name__} has no {name!r}")
-
-    def __getitem__(self, key: str | int | slice) -> Any:
-        return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
-
-    def to_tuple(self) -> tuple:
-        return tuple(self.values())
-
-
-class SpanOutput(HeadOutput):
-    """Fields: loss, start_logits, end_logits, hidden_states, attentions."""
-
-    NAMES = ("loss", "start_logits", "end_logits", "hidden_states", "attentions")
-
-
-class PreTrainingOutput(HeadOutput):
-    """Fields: loss, prediction_logits, seq_relationship_logits, hidden_states, attentions."""
-
-    NAMES = ("loss", "prediction_logits", "seq_relationship_logits", "hidden_states", "attentions")
-
-
-# FSDP2 finds in this way what its hooks on gradients hang on
-for _kind in (HeadOutput, SpanOutput, PreTrainingOutput):
-    register_pytree_node(
-        _kind,
-        lambda output: (list(output.values()), tuple(output)),
-        lambda values, names, kind=_kind: kind(zip(names, values, strict=True)),
-        serialized_type_name=f"fastbert.{_kind.__name__}",
-    )
+# ---- what the encoder gives a head -----------------------------------------------------------------------
 
 
 class Encoded(NamedTuple):
