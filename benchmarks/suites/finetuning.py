@@ -5,8 +5,9 @@
 Both rows read the same examples as the same tokens, begin with the same weights, and have the same hyper-parameters:
 epochs, examples a step (ours: as many tokens as so many examples have on average), AdamW, warm-up and linear decay,
 clipping, dropout, bfloat16 by autocast where the machine multiplies it. transformers' Trainer pads each batch to its
-longest example, and groups examples by length, so its order is its own. Each run is a process; the rows take turns,
-seed by seed. The model that is scored is that of the last epoch: nothing is chosen by the test set.
+longest example, and groups examples by length, so its order is its own; in the row trainer-our-steps it takes those of
+ours together, in our order, which pads more. Each run is a process; the rows take turns, seed by seed. The model that
+is scored is that of the last epoch: nothing is chosen by the test set.
 
 Time is from the end of a step to the end of the next one within an epoch, so that neither checkpoints nor the start
 count, by the clock and by the processor time of the process; tokens are real ones, padding does not count.
@@ -25,10 +26,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 
 import fastbert
 from fastbert.cli.options import HUB_ID, default_model, positive
@@ -37,10 +40,11 @@ from fastbert.models import heads
 from fastbert.storage import read_json, write_json
 from fastbert.text.tokenizer import Tokenizer
 from fastbert.training.files import read_text
-from fastbert.training.finetune import EXAMPLES_PER_STEP, Request, finetune
+from fastbert.training.finetune import EXAMPLES_PER_STEP, Request, finetune, usual_step_tokens
 from fastbert.training.loop import Settings
 from fastbert.training.memory import keep_freed_memory
 from fastbert.training.metrics import Scores
+from fastbert.training.plan import Plan
 from fastbert.training.predicting import outputs_of
 from fastbert.training.processes import Processes
 from fastbert.training.tasks import NUMBERS, Spec, make_task
@@ -99,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("studies", nargs="*", metavar="TASK", help=f"of {', '.join(STUDIES)}")
     parser.add_argument("--data", type=Path, help="the folder with sst2, sick, wnut17 and xquad")
-    parser.add_argument("--rows", default=",".join(ROWS), help="whom to train with (default: %(default)s)")
+    parser.add_argument("--rows", default="fastbert,trainer", help=f"of {', '.join(ROWS)} (default: %(default)s)")
     parser.add_argument("--seeds", type=positive, default=3, help="how many (default: 3)")
     parser.add_argument("--first-seed", type=int, default=0, help="from which on they are counted (default: 0)")
     parser.add_argument("--examples", type=positive, help="train on so many examples, spread over the file")
@@ -266,8 +270,11 @@ def with_fastbert(job: Job, study: Study, steps: Steps) -> tuple[Any, Any]:
     return answering.model, answering.task
 
 
-def with_trainer(job: Job, study: Study, steps: Steps) -> tuple[Any, Any]:
-    """transformers' Trainer with its own BERT, which begins with the weights that ours begins with."""
+def with_trainer(job: Job, study: Study, steps: Steps, our_steps: bool = False) -> tuple[Any, Any]:
+    """transformers' Trainer with its own BERT, which begins with the weights that ours begins with.
+
+    our_steps: it takes the examples of each of our steps together, in our order; all epochs are one to it then.
+    """
     import transformers
 
     task = make_task(study.spec, Tokenizer.from_pretrained(job.model))
@@ -302,20 +309,27 @@ def with_trainer(job: Job, study: Study, steps: Steps) -> tuple[Any, Any]:
         def on_step_end(self, *_: Any, **__: Any) -> None:
             steps.end(self.epoch)
 
+    plan = Plan(job.seed, lengths := [len(row["input_ids"]) for row in rows], usual_step_tokens(lengths), sum(lengths))
+
+    class InOurSteps(transformers.Trainer):
+        def get_train_dataloader(self) -> DataLoader:
+            every = [step for epoch in range(job.epochs) for step in plan.steps(epoch)]
+            return DataLoader(self.train_dataset, batch_sampler=every, collate_fn=self.data_collator)
+
     arguments = transformers.TrainingArguments(
-        job.out, num_train_epochs=job.epochs, per_device_train_batch_size=EXAMPLES_PER_STEP, learning_rate=job.lr,
-        lr_scheduler_type="linear", warmup_steps=Settings.warmup, weight_decay=Settings.weight_decay,
-        max_grad_norm=Settings.clip, adam_epsilon=Settings.eps, seed=job.seed, use_cpu=True,
-        bf16=resolve_dtype("auto", CPU) == torch.bfloat16, train_sampling_strategy="group_by_length",
-        save_strategy="no", report_to="none", disable_tqdm=True,
+        job.out, num_train_epochs=1 if our_steps else job.epochs, per_device_train_batch_size=EXAMPLES_PER_STEP,
+        learning_rate=job.lr, lr_scheduler_type="linear", warmup_steps=Settings.warmup,
+        weight_decay=Settings.weight_decay, max_grad_norm=Settings.clip, adam_epsilon=Settings.eps,
+        seed=job.seed, use_cpu=True, bf16=resolve_dtype("auto", CPU) == torch.bfloat16,
+        train_sampling_strategy="group_by_length", save_strategy="no", report_to="none", disable_tqdm=True,
     )  # fmt: skip
-    trainer = transformers.Trainer(theirs, arguments, train_dataset=rows, data_collator=collate, callbacks=[Clock()])
-    trainer.train()
+    kind = InOurSteps if our_steps else transformers.Trainer
+    kind(theirs, arguments, train_dataset=rows, data_collator=collate, callbacks=[Clock()]).train()
     ours.load_state_dict(theirs.state_dict())
     return ours, task
 
 
-ROWS = {"fastbert": with_fastbert, "trainer": with_trainer}
+ROWS = {"fastbert": with_fastbert, "trainer": with_trainer, "trainer-our-steps": partial(with_trainer, our_steps=True)}
 
 
 def row_of(window: Any, task: str) -> dict[str, Any]:

@@ -73,6 +73,11 @@ class Request:
     impl: str | None = None
 
 
+def usual_step_tokens(lengths: Sequence[int]) -> int:
+    """The tokens of a step where no number is given: those of EXAMPLES_PER_STEP windows of average length."""
+    return math.ceil(EXAMPLES_PER_STEP * statistics.fmean(lengths))
+
+
 def finetune(request: Request, report: Callable[[dict[str, Any], int], None] | None = None) -> dict[str, Any]:
     """One run; what lies in report.json then.
 
@@ -120,7 +125,7 @@ def _finetune(request: Request, processes: Processes, report: Any) -> dict[str, 
     if request.checkpoint_activations:
         model.gradient_checkpointing_enable()
     lengths = [len(w.input_ids) for w in features.windows]
-    step_tokens = request.batch_tokens or math.ceil(EXAMPLES_PER_STEP * statistics.fmean(lengths))
+    step_tokens = request.batch_tokens or usual_step_tokens(lengths)
     dtype = resolve_dtype(request.dtype, processes.device)
     settings = Settings(
         epochs=request.epochs, step_tokens=step_tokens, batch_tokens=request.memory_tokens, lr=request.lr,
