@@ -1,12 +1,19 @@
 """The benchmarks of fine-tuning, by hand: which files they make, which steps they count, what they print."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
 from benchmarks.suites import chinese_answers, finetuning
 from fastbert.training.features import Window
+from fastbert.training.finetune import usual_step_tokens
+from fastbert.training.plan import Plan
+from fastbert.training.tasks import Spec
+
+sys.path.append(str(Path(__file__).parent))
+from training_models import model_of, task_of
 
 pytestmark = pytest.mark.once
 
@@ -61,6 +68,31 @@ def test_the_first_step_of_an_epoch_is_not_timed():
     steps.epochs = [0, 1, 2, 3, 4]
     with pytest.raises(ValueError, match="each epoch is a single step"):
         steps.figures()
+
+
+@pytest.mark.filterwarnings("ignore:.*weights were drawn from normal:UserWarning")
+def test_trainer_takes_our_steps(tmp_path):
+    """The same examples together, in the same order, over two epochs; by its own way of making steps it does not."""
+    pytest.importorskip("transformers", reason="its Trainer")
+    task, _, _ = task_of("sentence")
+    model = tmp_path / "model"
+    task.tokenizer.save_pretrained(model)
+    model_of(task).save_pretrained(model)
+    train = tmp_path / "train.tsv"
+    train.write_text("text\tlabel\n" + "".join(f"{'a ' * (n % 7)}b\t{('early', 'Late')[n % 2]}\n" for n in range(70)))
+    study = finetuning.Study(Spec("sentence", "accuracy"), "", "", 2, 1e-3)
+    job = finetuning.Job("tiny", "trainer", 3, 2, 1e-3, str(model), str(train), str(train), str(tmp_path / "out"))
+    tokens = {}
+    for our_steps in (True, False):
+        steps = finetuning.Steps()
+        _, made = finetuning.with_trainer(job, study, steps, our_steps)
+        tokens[our_steps] = steps.tokens
+        assert len(steps.clock) == len(steps.tokens)
+    windows = made.features(made.read(train), training=True).windows
+    lengths = [len(window.input_ids) for window in windows]
+    plan = Plan(3, lengths, usual_step_tokens(lengths), 10**6)
+    expected = [sum(lengths[row] for row in step) for epoch in range(2) for step in plan.steps(epoch)]
+    assert tokens[True] == expected != tokens[False]
 
 
 def test_rows_and_tasks_that_are_none(capsys):
