@@ -24,8 +24,8 @@ RECORD = Path(__file__).with_suffix(".json")
 INTERNAL = {
     "fastbert.__main__", "fastbert._moved", "fastbert.cli", "fastbert.demo", "fastbert.emulator",
     "fastbert.encoding.ranks", "fastbert.info", "fastbert.kernels", "fastbert.models.head", "fastbert.models.loading",
-    "fastbert.pretraining", "fastbert.stack", "fastbert.storage", "fastbert.text.files", "fastbert.text.part_files",
-    "fastbert.training", "fastbert.verify", "fastbert.workloads",
+    "fastbert.pretraining", "fastbert.service", "fastbert.stack", "fastbert.storage", "fastbert.text.files",
+    "fastbert.text.part_files", "fastbert.training", "fastbert.verify", "fastbert.workloads",
 }  # fmt: skip
 
 
@@ -36,7 +36,18 @@ def modules() -> list[str]:
     import fastbert
 
     found = ["fastbert", *(module.name for module in pkgutil.walk_packages(fastbert.__path__, "fastbert."))]
-    rooms = ("cli", "dropin", "emulator", "functional", "kernels", "pretraining", "stack", "training", "verify")
+    rooms = (
+        "cli",
+        "dropin",
+        "emulator",
+        "functional",
+        "kernels",
+        "pretraining",
+        "service",
+        "stack",
+        "training",
+        "verify",
+    )
     inner = tuple(f"fastbert.{room}." for room in rooms)
     return [name for name in found if name not in INTERNAL and not name.startswith(inner)]
 

@@ -23,6 +23,7 @@ FLOORS = (
     ("fastbert.pretraining",),
     ("fastbert.convert", "fastbert.demo", "fastbert.emulator", "fastbert.info"),
     ("fastbert.verify",),
+    ("fastbert.service",),
     ("fastbert.cli",),
     ("fastbert.__main__",),
     ("benchmarks.harness",),

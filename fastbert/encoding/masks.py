@@ -101,12 +101,16 @@ class MaskFiller:
         if kept < given:
             raise MaskError(row, f"{given - kept} of {given} {mask} lie past the model's {self.max_length} tokens")
 
-    def _fill(self, ids: list[list[int]], top_k: int) -> Iterator[list[list[Word]]]:
+    @torch.no_grad()
+    def probabilities(self, ids: Sequence[Sequence[int]]) -> torch.Tensor:
+        """[masks of all texts in order, words of the vocabulary] float32, of tokenised texts in one batch."""
         batch = PackedBatch.from_lists(ids, device=self.model.device)
         hidden = self.model.bert(batch).last_hidden_state
         at_masks = hidden[(batch.input_ids == self.tokenizer.mask_token_id).nonzero().squeeze(1)]
-        logits = self.model.cls["predictions"](at_masks).float()[:, : self.tokenizer.vocab_size]
-        scores, found = (t.tolist() for t in logits.softmax(-1).topk(top_k))
+        return self.model.cls["predictions"](at_masks).float()[:, : self.tokenizer.vocab_size].softmax(-1)
+
+    def _fill(self, ids: list[list[int]], top_k: int) -> Iterator[list[list[Word]]]:
+        scores, found = (t.tolist() for t in self.probabilities(ids).topk(top_k))
         if not all(score == score for of_mask in scores for score in of_mask):
             raise ValueError("the model's scores are not finite")
         words = iter(

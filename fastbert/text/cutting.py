@@ -44,6 +44,22 @@ class Cutter:
         boundary = next(islice(self._boundary.finditer(text), tokens + 1, None), None)
         return text if boundary is None else text[: boundary.start()]
 
+    def ending(self, text: str, tokens: int) -> str:
+        """The text itself, or an end of it that has the same last `tokens` tokens, and one more.
+
+        As of a beginning: from one boundary to the next there is a token at least.
+        """
+        if self._boundary is None or len(text) <= _CHARACTERS_PER_TOKEN * (tokens + 1):
+            return text
+        size = _CHARACTERS_PER_TOKEN * (tokens + 1)
+        while size < len(text):
+            start = len(text) - size
+            boundaries = [match.start() for match in self._boundary.finditer(text, start)]
+            if len(boundaries) > tokens + 1:
+                return text[boundaries[-tokens - 2] :]
+            size *= 2
+        return text
+
     def texts(self, texts: list[str], tokens: int) -> list[str]:
         """`text` of each."""
         if self._boundary is None or max(map(len, texts), default=0) <= _CHARACTERS_PER_TOKEN * (tokens + 1):

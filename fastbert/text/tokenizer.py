@@ -244,6 +244,8 @@ class Tokenizer:
             _expect_lengths(max_length, 0, special)
             if self._keeps_beginnings:
                 texts = self._cutter.texts(texts, max_length - special)
+            else:
+                texts = [self._cutter.ending(text, max_length - special) for text in texts]
         is_made = "_fast_ids" in self.__dict__
         if (is_made or len(texts) >= _WORTH_FAST_IDS) and self._fast_ids is not None:
             return _encode(self._fast_ids, texts, max_length=max_length, side=self._truncation_side)
@@ -303,6 +305,10 @@ class Tokenizer:
         own = [] if backend.normalizer is None else [backend.normalizer]
         backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
         return Tokenizer(backend, self.config)
+
+    def truncating(self, side: Literal["left", "right"]) -> Tokenizer:
+        """A copy that cuts long texts on this side: "right" cuts off their ends, "left" their beginnings."""
+        return Tokenizer(copy.deepcopy(self._backend), self.config | {"truncation_side": side})
 
     # ---- facts -------------------------------------------------------------------------------------------
 

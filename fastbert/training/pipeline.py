@@ -63,7 +63,7 @@ class Pipeline:
         """
         if isinstance(inputs, str):
             raise TypeError("expected a list of inputs, got a single text")
-        return self.records([self._example(i, given) for i, given in enumerate(inputs)], all_scores, batch_tokens)
+        return self.records([self.example(i, given) for i, given in enumerate(inputs)], all_scores, batch_tokens)
 
     def records(
         self, examples: Sequence[Any], all_scores: bool, batch_tokens: int | None = None
@@ -77,7 +77,8 @@ class Pipeline:
         predictions = self.task.predictions(examples, features.windows, found)
         return [self.task.record(e, p, all_scores) for e, p in zip(examples, predictions, strict=True)]
 
-    def _example(self, number: int, given: Any) -> Any:
+    def example(self, number: int, given: Any) -> Any:
+        """An input as the task has it; `number` is its place, which messages name. Raises: TypeError."""
         kind, place = self.task.spec.task, f"inputs[{number}]"
         if kind == "token":
             return _sentence(given, place)

@@ -1,0 +1,1 @@
+"""BERT over HTTP: `fastbert serve`."""

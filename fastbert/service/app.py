@@ -1,0 +1,215 @@
+"""The application: which address is what, and how an answer or an error becomes one reply."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from importlib import resources
+from typing import Any, NamedTuple
+
+import numpy as np
+import orjson
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+
+from .errors import ServiceError, cohere_form, openai_form, tei_form
+from .faces import cohere, openai, own, tei
+from .metrics import CONTENT_TYPE
+from .openapi import description
+from .service import Call, Gone, Service
+
+log = logging.getLogger("fastbert.service")
+Form = Callable[[ServiceError], tuple[int, dict]]
+JSON = b"application/json"
+
+
+class Way(NamedTuple):
+    """What is to be had at some addresses.
+
+    Attributes:
+        name: in counts.
+        answer: gives what becomes JSON.
+        form: of its errors.
+        paths: where it is.
+        method: of HTTP.
+        is_open: whether it needs no key.
+    """
+
+    name: str
+    answer: Callable[[Service, Call], Awaitable[Any]]
+    form: Form
+    paths: tuple[str, ...]
+    method: str = "POST"
+    is_open: bool = False
+
+
+async def _rerank(service: Service, call: Call) -> Any:
+    """Two kinds of clients ask at one address; the field with the texts tells them apart."""
+    return await (cohere if "documents" in call.body else tei).rerank(service, call)
+
+
+WAYS = (
+    Way("embed", openai.embeddings, openai_form, ("/v1/embeddings", "/embeddings")),
+    Way("models", openai.models, openai_form, ("/v1/models", "/models"), "GET"),
+    Way("embed", tei.embed, tei_form, ("/embed",)),
+    Way("embed_all", tei.embed_all, tei_form, ("/embed_all",)),
+    Way("predict", tei.predict, tei_form, ("/predict",)),
+    Way("rerank", _rerank, tei_form, ("/rerank",)),
+    Way("similarity", tei.similarity, tei_form, ("/similarity",)),
+    Way("tokenize", tei.tokenize, tei_form, ("/tokenize",)),
+    Way("decode", tei.decode, tei_form, ("/decode",)),
+    Way("info", tei.info, tei_form, ("/info",), "GET"),
+    Way("rerank", cohere.rerank, cohere_form, ("/v1/rerank", "/v2/rerank")),
+    Way("embed", cohere.embed_v1, cohere_form, ("/v1/embed",)),
+    Way("embed", cohere.embed_v2, cohere_form, ("/v2/embed",)),
+    Way("token_classify", own.token_classify, tei_form, ("/token_classify",)),
+    Way("question_answer", own.question_answer, tei_form, ("/question_answer",)),
+    Way("fill_mask", own.fill_mask, tei_form, ("/fill_mask",)),
+    Way("hub", own.hub, tei_form, ("/", "/v1", "/models/{name}")),
+)
+
+
+class Endpoint:
+    """An address as an ASGI application: one message with the head, one with the body."""
+
+    def __init__(self, service: Service, way: Way):
+        self.service, self.way = service, way
+
+    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+        service, way = self.service, self.way
+        call = Call(way.name, scope, receive)
+        form, status, headers = way.form, 200, []
+        service.open += 1
+        service.metrics.count("te_request_count", method=way.name)
+        try:
+            service.admit(call)
+            if way.method == "POST":
+                await call.read(service.settings.payload_limit)
+                if "documents" in call.body:
+                    form = cohere_form
+            content = as_json(await way.answer(service, call))
+            service.metrics.count("te_request_success", method=way.name)
+        except ServiceError as error:
+            status, body = form(error)
+            content, headers = orjson.dumps(body), error.headers()
+            service.metrics.count("te_request_failure", err=error.kind)
+        except Gone:
+            service.metrics.count("te_request_failure", err="gone")
+            return
+        except Exception as error:
+            log.exception("a request failed")
+            status, body = form(ServiceError("failed", f"the server failed on this request ({type(error).__name__})"))
+            content = orjson.dumps(body)
+            service.metrics.count("te_request_failure", err="failed")
+        finally:
+            service.open -= 1
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug(
+                "request", extra={"method": way.name, "path": scope["path"], "status": status, "texts": call.texts,
+                                  "tokens": call.tokens, "cut": call.cut},
+            )  # fmt: skip
+        await reply(send, status, content, JSON, [*call.report, *headers])
+
+
+async def reply(send: Callable, status: int, content: bytes, kind: bytes, headers: list[tuple[bytes, bytes]]) -> None:
+    own_headers = [(b"content-type", kind), (b"content-length", b"%d" % len(content))]
+    await send({"type": "http.response.start", "status": status, "headers": own_headers + headers})
+    await send({"type": "http.response.body", "body": content})
+
+
+def as_json(answer: Any) -> bytes:
+    if isinstance(answer, np.ndarray):
+        answer = np.ascontiguousarray(answer)
+    return orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+# ---- beside the faces --------------------------------------------------------------------------------------
+
+
+class Plain:
+    """An address that is asked with GET and needs no key: (status, content, content type) of `answer(service)`."""
+
+    def __init__(self, service: Service, answer: Callable[[Service], tuple[int, bytes, bytes]]):
+        self.service, self.answer = service, answer
+
+    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+        status, content, kind = self.answer(self.service)
+        await reply(send, status, content, kind, [(b"cache-control", b"no-store")])
+
+
+def live(service: Service) -> tuple[int, bytes, bytes]:
+    """The process answers."""
+    return 200, b"{}", JSON
+
+
+def ready(service: Service) -> tuple[int, bytes, bytes]:
+    """A first batch of every model has run, and the server is not stopping."""
+    if service.is_ready:
+        return 200, b"{}", JSON
+    why = service.failure or "the first batch has not run yet"
+    if service.is_stopping or service.is_warm:
+        why = "the server is stopping" if service.is_stopping else "a thread of the server has ended"
+    status, body = tei_form(ServiceError("not_ready", why))
+    return status, orjson.dumps(body), JSON
+
+
+def metrics(service: Service) -> tuple[int, bytes, bytes]:
+    return 200, service.metrics.text(), CONTENT_TYPE
+
+
+def page(service: Service) -> tuple[int, bytes, bytes]:
+    return 200, resources.files(__package__).joinpath("page.html").read_bytes(), b"text/html; charset=utf-8"
+
+
+def openapi(service: Service) -> tuple[int, bytes, bytes]:
+    return 200, orjson.dumps(description(service.version, [way for way in WAYS if way.method == "POST"])), JSON
+
+
+PLAIN = {"/live": live, "/ready": ready, "/health": ready, "/openapi.json": openapi, "/": page}
+
+
+def _unknown(kind: str, message: str) -> Callable:
+    async def answer(request: Any, error: Any) -> Any:
+        path = request.url.path
+        form = openai_form if path.startswith("/v1") else tei_form
+        status, body = form(ServiceError(kind, message))
+        return Response(orjson.dumps(body), status, media_type="application/json", headers=error.headers)
+
+    return answer
+
+
+def application(service: Service) -> Starlette:
+    """The application of a service. It starts the service's threads, and ends them."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        await service.start()
+        warming = asyncio.create_task(service.warm_up())
+        yield
+        warming.cancel()
+        await service.stop()
+
+    plain = dict(PLAIN)
+    if service.settings.prometheus_port is None:
+        plain["/metrics"] = metrics
+    routes: list[BaseRoute] = [Route(path, Plain(service, answer), methods=["GET"]) for path, answer in plain.items()]
+    routes += [Route(path, Endpoint(service, way), methods=[way.method]) for way in WAYS for path in way.paths]
+    cors = service.settings.cors_allow_origin
+    middleware = [Middleware(CORSMiddleware, allow_origins=cors, allow_methods=["*"], allow_headers=["*"])]
+    return Starlette(
+        routes=routes,
+        middleware=middleware if cors else None,
+        exception_handlers={404: _unknown("no_path", "there is nothing at this address"),
+                            405: _unknown("no_method", "this address is asked with another method")},
+        lifespan=lifespan,
+    )  # fmt: skip
+
+
+def metrics_application(service: Service) -> Starlette:
+    """/metrics alone, for a port of its own."""
+    return Starlette(routes=[Route("/metrics", Plain(service, metrics), methods=["GET"])])

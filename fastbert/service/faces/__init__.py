@@ -1,0 +1,1 @@
+"""The faces of the service: each speaks as the clients of one kind expect."""

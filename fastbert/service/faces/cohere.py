@@ -1,0 +1,96 @@
+"""The faces of Cohere and Jina, and of Infinity and Voyage, which rerank like them: /v1/rerank, /v1/embed, /v2/embed.
+
+`max_tokens_per_doc` and `rank_fields` of rerank: pairs are cut to the model's limit whatever the former says; of
+documents that are objects the latter names the fields that are read.
+"""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+
+import numpy as np
+
+from ..errors import ServiceError
+from ..models import Served
+from ..service import Call, Service
+from ..work.vectors import Vectors
+from . import fields
+from .openai import encoded
+from .tei import scored
+
+# What texts are for -> names of prompts of which the first that a model has is put before them.
+INPUT_TYPES = {"search_query": ("query",), "search_document": ("document", "passage", "corpus")}
+
+
+async def rerank(service: Service, call: Call) -> dict[str, Any]:
+    """Scores of documents for a query, the best first; `top_n`, or Voyage's `top_k`, of them."""
+    body = call.body
+    of_objects = fields.take(body, "rank_fields", list, ["text"])
+    documents = fields.documents(body.get("documents"), "documents", [str(name) for name in of_objects])
+    model, ranked = await scored(service, call, fields.needed(body, "query", str), documents, body)
+    ranked = ranked[: fields.count(body, "top_n", "top_k")]
+    with_text = fields.take(body, "return_documents", bool, False)
+    results = [
+        {"index": i, "relevance_score": score, **({"document": {"text": documents[i]}} if with_text else {})}
+        for i, score in ranked
+    ]
+    reply = {
+        "id": str(uuid.uuid4()), "object": "rerank", "model": model.name, "results": results,
+        "meta": {"api_version": {"version": "2"}, "billed_units": {"search_units": 1}},
+        "usage": {"prompt_tokens": call.tokens, "total_tokens": call.tokens},
+    }  # fmt: skip
+    return reply | {"data": results} if body.get("top_k") else reply  # Voyage's name
+
+
+async def embed_v1(service: Service, call: Call) -> dict[str, Any]:
+    """As `embed_v2`; without `embedding_types` a plain list of vectors."""
+    by_type = await embed_v2(service, call)
+    if call.body.get("embedding_types"):
+        return by_type
+    return by_type | {"response_type": "embeddings_floats", "embeddings": by_type["embeddings"]["float"]}
+
+
+async def embed_v2(service: Service, call: Call) -> dict[str, Any]:
+    """Vectors of texts in each of `embedding_types`: see `as_type`."""
+    body = call.body
+    texts = fields.texts(body.get("texts"), "texts")
+    model: Served = service.models.with_ability("vectors", fields.take(body, "model", str))
+    vectors: Vectors = model.abilities["vectors"]
+    dimensions = fields.count(body, "output_dimension")
+    vectors.expect_choice(None, dimensions)
+    names = INPUT_TYPES.get(fields.take(body, "input_type", str, ""), ())
+    prompt = vectors.prompt(next((name for name in names if vectors.prompts.get(name)), None))
+    side = {"start": "left", "end": "right", "none": None, None: None}
+    cut = fields.choice(body, "truncate", ("none", "start", "end"))
+    truncate = service.settings.auto_truncate if cut is None else cut != "none"
+    types = fields.take(body, "embedding_types", list) or ["float"]
+    for name in types:
+        if name not in TYPES:
+            raise ServiceError("invalid", f"embedding_types must be of {', '.join(TYPES)}", param="embedding_types")
+    found = await service.run(
+        call, model, texts,
+        lambda: vectors.prepare(texts, prompt=prompt, truncate=truncate, side=side[cut], dimensions=dimensions),
+    )  # fmt: skip
+    return {
+        "id": str(uuid.uuid4()), "response_type": "embeddings_by_type",
+        "embeddings": {name: TYPES[name](found) for name in types}, "texts": texts,
+        "meta": {"api_version": {"version": "2"}, "billed_units": {"input_tokens": call.tokens}},
+    }  # fmt: skip
+
+
+def _int8(vectors: np.ndarray) -> np.ndarray:
+    """Numbers of a vector of length 1 times 127, rounded."""
+    return np.clip(np.rint(vectors * 127), -128, 127).astype(np.int8)
+
+
+# The forms of vectors by name. Bits are 1 where a number is above 0, eight to a byte, the first one the highest; a
+# signed byte is 128 less.
+TYPES = {
+    "float": lambda vectors: vectors,
+    "int8": _int8,
+    "uint8": lambda vectors: (_int8(vectors).astype(np.int16) + 128).astype(np.uint8),
+    "binary": lambda vectors: (np.packbits(vectors > 0, axis=1).astype(np.int16) - 128).astype(np.int8),
+    "ubinary": lambda vectors: np.packbits(vectors > 0, axis=1),
+    "base64": encoded,
+}

@@ -1,0 +1,94 @@
+"""Fields of a request's body: read, checked, and named in messages. A field that is null was not sent."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..errors import ServiceError
+
+_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a string", list: "a list",
+          dict: "an object"}  # fmt: skip
+
+
+def take(body: Mapping[str, Any], name: str, kind: type, default: Any = None) -> Any:
+    """The value under a name, `default` where there is none. Raises ServiceError for another kind of value."""
+    value = body.get(name)
+    if value is None:
+        return default
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise ServiceError("invalid", f"{name} must be {_WORDS[kind]}", param=name)
+    return value
+
+
+def needed(body: Mapping[str, Any], name: str, kind: type) -> Any:
+    """As `take`, of a field that must be there."""
+    value = take(body, name, kind)
+    if value is None:
+        raise ServiceError("invalid", f"the field {name} is missing", param=name)
+    return value
+
+
+def count(body: Mapping[str, Any], *names: str) -> int | None:
+    """A number from 1 up under one of these names; None where there is none, or 0."""
+    for name in names:
+        value = take(body, name, int)
+        if value is not None and value < 0:
+            raise ServiceError("invalid", f"{name} must not be negative", param=name)
+        if value:
+            return value
+    return None
+
+
+def choice(body: Mapping[str, Any], name: str, among: Sequence[str]) -> str | None:
+    """One of some words, whatever their case; None where there is none."""
+    value = take(body, name, str)
+    if value is None:
+        return None
+    if value.lower() not in among:
+        raise ServiceError("invalid", f"{name} must be one of {', '.join(among)}", param=name)
+    return value.lower()
+
+
+def texts(value: Any, name: str) -> list[str]:
+    """A text, or a list of them, as a list. Raises ServiceError for anything else, or none at all."""
+    if isinstance(value, str):
+        return [value]
+    if value is None:
+        raise ServiceError("invalid", f"the field {name} is missing", param=name)
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise ServiceError("invalid", f"{name} must be a string or a list of strings", param=name)
+    if not value:
+        raise ServiceError("empty", f"`{name}` cannot be empty", param=name)
+    return value
+
+
+def texts_or_ids(value: Any, name: str) -> list[str] | list[list[int]]:
+    """A text, texts, ids, or lists of ids, as a list of texts or of lists of ids."""
+    if isinstance(value, list) and value:
+        if all(type(item) is int for item in value):
+            return [value]
+        if all(isinstance(item, list) and item and all(type(i) is int for i in item) for item in value):
+            return value
+        if not all(isinstance(item, str) for item in value):
+            raise ServiceError(
+                "invalid", f"{name} must be a string, strings, token ids, or lists of token ids", param=name
+            )
+    return texts(value, name)
+
+
+def documents(value: Any, name: str, fields: Sequence[str] = ("text",)) -> list[str]:
+    """Documents as strings, or as objects whose fields of these names are joined by line ends."""
+    if not isinstance(value, list):
+        raise ServiceError("invalid", f"{name} must be a list of strings or of objects with a text", param=name)
+    found = []
+    for item in value:
+        if isinstance(item, dict):
+            parts = [item[field] for field in fields if isinstance(item.get(field), str)]
+            item = "\n".join(parts) if parts else None
+        if not isinstance(item, str):
+            raise ServiceError("invalid", f"{name} must be a list of strings or of objects with a text", param=name)
+        found.append(item)
+    return found

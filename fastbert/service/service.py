@@ -1,0 +1,253 @@
+"""A server's state, and the way of a request through it: limits, the engine, counts, and what a reply says of it."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import orjson
+import torch
+
+from ..encoding.devices import resolve_device
+from ..text.batching import flights_of
+from .engine import Engine, Job, Prepared
+from .errors import ServiceError
+from .metrics import Metrics
+from .models import Models, Served
+from .settings import Settings
+from .work.texts import announced, length_of
+
+log = logging.getLogger("fastbert.service")
+MANY = 1_000_000  # batches: what a busy server has ahead
+
+
+class Gone(Exception):
+    """The client closed its connection before the answer."""
+
+
+class Call:
+    """One request.
+
+    Attributes:
+        name: of what is asked for, in counts: embed, predict, ...
+        body: the JSON object that was sent.
+        timeout: seconds that are left for it from `began` on.
+        report: headers that say of the reply what it cost and what was cut.
+    """
+
+    def __init__(self, name: str, scope: dict, receive: Callable[[], Awaitable[dict]]):
+        self.name, self.scope, self.receive = name, scope, receive
+        self.headers: dict[bytes, bytes] = dict(scope["headers"])
+        self.body: dict[str, Any] = {}
+        self.began = time.perf_counter()
+        self.report: list[tuple[bytes, bytes]] = []
+        self.texts = self.tokens = self.cut = 0
+
+    async def read(self, most: int) -> None:
+        """Reads the body. Raises ServiceError for one of more than `most` bytes, or that is no JSON object; Gone."""
+        too_large = ServiceError("too_large", f"the request's body is larger than {most:,} bytes (--payload-limit)")
+        length = self.headers.get(b"content-length", b"")
+        if length.isdigit() and int(length) > most:
+            raise too_large
+        message = await self.receive()
+        content = message.get("body", b"")
+        if message["type"] == "http.disconnect":
+            raise Gone
+        if message.get("more_body"):
+            parts, size = [content], len(content)
+            while message.get("more_body"):
+                message = await self.receive()
+                if message["type"] == "http.disconnect":
+                    raise Gone
+                parts.append(message.get("body", b""))
+                size += len(parts[-1])
+                if size > most:
+                    raise too_large
+            content = b"".join(parts)
+        if len(content) > most:
+            raise too_large
+        try:
+            self.body = orjson.loads(content)
+        except orjson.JSONDecodeError as error:
+            raise ServiceError("not_json", f"the request's body is no JSON: {error.msg}", code="not_json") from None
+        if not isinstance(self.body, dict):
+            raise ServiceError("invalid", "the request's body must be a JSON object")
+
+
+class Service:
+    """What a process serves.
+
+    Args:
+        settings: its limits.
+        models: loaded.
+    """
+
+    def __init__(self, settings: Settings, models: Models):
+        self.settings, self.models = settings, models
+        self.device = resolve_device(settings.device)
+        self.engine: Engine | None = None
+        self.metrics = Metrics(self._queued)
+        self.open = 0  # requests, the one that asks to be admitted too
+        self.is_warm = self.is_stopping = False
+        self.failure: str | None = None
+        self.version, self.created = installed_version(), int(time.time())
+        self._aside = ThreadPoolExecutor(1, "aside")
+        self._key = None if settings.api_key is None else f"Bearer {settings.api_key}".encode()
+
+    # ---- beginning and end ----------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Starts the threads, on the running loop."""
+        workers = flights_of(MANY, self.device)
+        self.engine = Engine(
+            asyncio.get_running_loop(),
+            [model.queue for model in self.models.served],
+            workers=workers,
+            threads=torch.get_num_threads() if workers > 1 else None,
+            on_batch=self.metrics.on_batch,
+        )
+
+    async def warm_up(self) -> None:
+        """Runs a first batch of each model; the server is ready after that."""
+        try:
+            for model in self.models.served:
+                for ability, way in model.abilities.items():
+                    if ability != "masks":
+                        job = Job(model.queue, lambda way=way, ability=ability: _warm(way, ability), 0)
+                        self.engine.submit(job)
+                        await job.answer
+        except ServiceError as error:
+            self.failure = error.message
+            log.error("the first batch failed: %s", error.message)
+        else:
+            self.is_warm = True
+            log.info("ready")
+
+    async def stop(self) -> None:
+        """Ends the threads after what they have; the loop goes on meanwhile."""
+        self.is_stopping = True
+        await asyncio.to_thread(self.engine.stop)
+        self._aside.shutdown()
+
+    @property
+    def is_ready(self) -> bool:
+        return self.is_warm and not self.is_stopping and self.engine.is_alive
+
+    def _queued(self) -> tuple[int, int]:
+        return (0, 0) if self.engine is None else (self.engine.requests_waiting(), self.engine.tokens_waiting())
+
+    # ---- one request ----------------------------------------------------------------------------------------
+
+    def admit(self, call: Call) -> None:
+        """Raises ServiceError for a request without the key, and where too many are open."""
+        if self._key is not None and not hmac.compare_digest(call.headers.get(b"authorization", b""), self._key):
+            raise ServiceError("unauthorized", "the request has no valid API key: Authorization: Bearer KEY")
+        if self.open > self.settings.max_concurrent_requests:
+            raise ServiceError("overloaded", "Model is overloaded: too many requests are open", retry_after=1)
+
+    def expect_count(self, texts: Sequence[Any]) -> None:
+        """Raises ServiceError where a request has too many texts."""
+        most = self.settings.max_client_batch_size
+        if len(texts) > most:
+            raise ServiceError(
+                "too_large", f"batch size {len(texts)} > maximum allowed batch size {most} (--max-client-batch-size)"
+            )
+
+    async def run(self, call: Call, model: Served, texts: Sequence[Any], prepare: Callable[[], Prepared]) -> Any:
+        """The answer of the engine to a request.
+
+        Args:
+            texts: what is tokenised: texts, ids or pairs; for counts and for what the queue keeps free.
+            prepare: makes pieces of them, in another thread.
+
+        Raises: ServiceError; Gone where the client went away, whose pieces then leave the queue.
+        """
+        self.expect_count(texts)
+        loop = asyncio.get_running_loop()
+        job = Job(model.queue, prepare, announced(texts, model.texts.limit))
+        self.engine.submit(job)
+        late = ServiceError("late", f"there was no answer within {self.timeout_of(call):g} seconds")
+        timer = loop.call_later(self.timeout_of(call) - (time.perf_counter() - call.began), _fail, job, late)
+        watch = loop.create_task(_watch(call, job))
+        try:
+            answer = await job.answer
+        except BaseException:
+            self.engine.give_up(job)
+            raise
+        finally:
+            timer.cancel()
+            watch.cancel()
+        self._note(call, job, texts)
+        return answer
+
+    async def aside(self, function: Callable[[], Any]) -> Any:
+        """function() in a thread of its own, for what no model computes: one at a time."""
+        return await asyncio.get_running_loop().run_in_executor(self._aside, function)
+
+    def timeout_of(self, call: Call) -> float:
+        """Seconds for a request: the server's, or fewer where the header x-timeout-seconds says so."""
+        given = call.headers.get(b"x-timeout-seconds")
+        if given is None:
+            return self.settings.timeout
+        try:
+            seconds = float(given)
+        except ValueError:
+            seconds = 0.0
+        if not 0.0 < seconds < float("inf"):
+            raise ServiceError("invalid", "x-timeout-seconds must be a number above 0")
+        return min(seconds, self.settings.timeout)
+
+    def _note(self, call: Call, job: Job, texts: Sequence[Any]) -> None:
+        tokens, (tokenising, queued, computing) = job.prepared.tokens, job.times
+        call.texts += len(texts)
+        call.tokens += sum(tokens)
+        call.cut += job.prepared.cut
+        total = time.perf_counter() - call.began
+        times = self.metrics.times
+        times["te_request_duration"].observe(total)
+        times["te_request_tokenization_duration"].observe(tokenising)
+        times["te_request_queue_duration"].observe(queued)
+        times["te_request_inference_duration"].observe(computing)
+        for length in tokens[:1]:  # of a long list one stands for all: counting each costs more than it tells
+            self.metrics.input_length.observe(length)
+        call.report = [
+            (b"x-compute-type", b"cpu" if self.device.type == "cpu" else b"gpu"),
+            (b"x-compute-time", b"%d" % (1000 * total)),
+            (b"x-compute-characters", b"%d" % sum(map(length_of, texts))),
+            (b"x-compute-tokens", b"%d" % call.tokens),
+            (b"x-total-time", b"%d" % (1000 * total)),
+            (b"x-tokenization-time", b"%d" % (1000 * tokenising)),
+            (b"x-queue-time", b"%d" % (1000 * queued)),
+            (b"x-inference-time", b"%d" % (1000 * computing)),
+            (b"x-truncated-texts", b"%d" % call.cut),
+        ]
+
+
+def installed_version() -> str:
+    try:
+        return version("fastbert")
+    except PackageNotFoundError:
+        return "0"
+
+
+def _fail(job: Job, error: Exception) -> None:
+    if not job.answer.done():
+        job.answer.set_exception(error)
+
+
+async def _watch(call: Call, job: Job) -> None:
+    """Waits for the end of the connection."""
+    while (await call.receive())["type"] != "http.disconnect":
+        pass
+    _fail(job, Gone())
+
+
+def _warm(way: Any, ability: str) -> Prepared:
+    given = [("a", "a")] if ability in ("answers", "scores") else ["a"]
+    return way.prepare(given)

@@ -1,0 +1,104 @@
+"""What `fastbert serve` is told: by flags, and by text-embeddings-inference's variables of the environment where they
+mean the same."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# field -> (variables that are looked at in this order, how their text is read)
+_TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")
+
+
+def _flag(text: str) -> bool:
+    if text.lower() not in (*_TRUE, *_FALSE):
+        raise ValueError(f"expected true or false, got {text!r}")
+    return text.lower() in _TRUE
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"expected a whole number from 1 up, got {text!r}")
+    return int(text)
+
+
+VARIABLES: dict[str, tuple[str, Any]] = {
+    "port": ("PORT", _count),
+    "dtype": ("DTYPE", str),
+    "pooling": ("POOLING", str),
+    "max_concurrent_requests": ("MAX_CONCURRENT_REQUESTS", _count),
+    "max_batch_tokens": ("MAX_BATCH_TOKENS", _count),
+    "max_client_batch_size": ("MAX_CLIENT_BATCH_SIZE", _count),
+    "auto_truncate": ("AUTO_TRUNCATE", _flag),
+    "default_prompt_name": ("DEFAULT_PROMPT_NAME", str),
+    "payload_limit": ("PAYLOAD_LIMIT", _count),
+    "prometheus_port": ("PROMETHEUS_PORT", _count),
+    "cors_allow_origin": ("CORS_ALLOW_ORIGIN", lambda text: tuple(part.strip() for part in text.split(","))),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Limits and ways of a server.
+
+    Attributes:
+        host, port: where it listens.
+        prometheus_port: where /metrics is alone; None for the same port as all else.
+        dtype, device, impl, pooling: of every model, as `Encoder.from_pretrained` has them.
+        max_batch_tokens: tokens computed at once; None for what the device likes.
+        max_queue_tokens: tokens that may wait for each model.
+        max_concurrent_requests: requests that may be open.
+        max_client_batch_size: texts of a request.
+        max_text_tokens: of a text, which is cut to so many; None for the model's own limit.
+        payload_limit: bytes of a request's body.
+        timeout: seconds within which a request is answered, or told that it is late.
+        auto_truncate: whether texts that are too long are cut where a request does not say.
+        default_prompt_name: of requests that name none.
+        batch_invariant: whether a text's bits are the same whatever shares its batch.
+        api_key: that requests must have; None for none.
+        cors_allow_origin: origins of pages that may ask; empty for none.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+    prometheus_port: int | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    impl: str | None = None
+    pooling: str | None = None
+    max_batch_tokens: int | None = None
+    max_queue_tokens: int = 524_288
+    max_concurrent_requests: int = 512
+    max_client_batch_size: int = 4096
+    max_text_tokens: int | None = None
+    payload_limit: int = 16_777_216
+    timeout: float = 120.0
+    auto_truncate: bool = True
+    default_prompt_name: str | None = None
+    batch_invariant: bool = False
+    api_key: str | None = None
+    cors_allow_origin: tuple[str, ...] = ()
+
+    @classmethod
+    def read(cls, given: Mapping[str, Any], environment: Mapping[str, str] = os.environ) -> Settings:
+        """given: what flags said, by the names above, None where a flag did not come; flags win over variables.
+
+        The key is in API_KEY, or in the file that `api_key_file` or API_KEY_FILE names.
+
+        Raises: ValueError, which names the variable or the file.
+        """
+        values = {name: value for name, value in given.items() if value is not None}
+        file = values.pop("api_key_file", None) or environment.get("API_KEY_FILE")
+        for name, (variable, read) in VARIABLES.items():
+            if name not in values and environment.get(variable):
+                try:
+                    values[name] = read(environment[variable])
+                except ValueError as error:
+                    raise ValueError(f"the environment's {variable}: {error}") from None
+        key = Path(file).read_text(encoding="utf-8").strip() if file else environment.get("API_KEY")
+        if file and not key:
+            raise ValueError(f"{file} has no key in it")
+        return cls(**values, api_key=key or None)

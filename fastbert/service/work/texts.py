@@ -1,0 +1,119 @@
+"""Texts to ids with a limit, and what was cut: the way in of all work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ...text.tokenizer import Tokenizer
+from ..errors import ServiceError
+
+SIDES = ("right", "left")
+
+
+class Texts:
+    """Makes ids of texts, alone or in pairs, and counts those that were cut. Safe to share among threads.
+
+    Args:
+        tokenizer: of the model.
+        limit: tokens of a sequence at most, special ones included.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, limit: int):
+        self.limit = limit
+        own = tokenizer.config.get("truncation_side", "right")
+        other = SIDES[1 - SIDES.index(own)]
+        self._of_side = {own: tokenizer, other: tokenizer.truncating(other)}
+        self.side = own
+        special = tokenizer(["a"]).special_tokens_mask[0]
+        self.head = special.index(0) if 0 in special else len(special)
+        self.tail = special[::-1].index(0) if 0 in special else 0
+        (empty,) = tokenizer.input_ids([""])
+        self._before, self._after = empty[: self.head], empty[self.head :]
+        self.vocab_size = tokenizer.vocab_size
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._of_side[self.side]
+
+    def ids(self, texts: Sequence[str], truncate: bool, side: str | None = None) -> tuple[list[list[int]], int]:
+        """(ids of each text, how many texts were cut).
+
+        Raises: ServiceError where a text is too long and is not to be cut, or is no valid Unicode.
+        """
+        side = side or self.side
+        try:
+            found = self._of_side[side].input_ids(texts, self.limit + 1)
+        except ValueError as error:
+            raise ServiceError("tokenizer", str(error)) from error
+        return self._cut(found, truncate, side)
+
+    def of_ids(self, given: Sequence[Sequence[int]], truncate: bool) -> tuple[list[list[int]], int]:
+        """The same of ids that a client made: [CLS] and [SEP] are added where they are not there.
+
+        Raises: ServiceError where an id is none of the vocabulary.
+        """
+        found = []
+        for number, ids in enumerate(given):
+            if bad := next((i for i in ids if not 0 <= i < self.vocab_size), None):
+                raise ServiceError(
+                    "invalid",
+                    f"input {number} has the token id {bad}, and the vocabulary has {self.vocab_size:,}: these are ids "
+                    "of another model's tokenizer. Send texts. langchain-openai sends ids unless it is given "
+                    "check_embedding_ctx_length=False",
+                    param="input",
+                )
+            ids = list(ids)
+            if ids[: self.head] != self._before:
+                ids = self._before + ids
+            if self._after and ids[-len(self._after) :] != self._after:
+                ids += self._after
+            found.append(ids)
+        return self._cut(found, truncate, self.side)
+
+    def pairs(
+        self, firsts: Sequence[str], seconds: Sequence[str], truncate: bool, side: str | None = None
+    ) -> tuple[list[Any], int]:
+        """(encodings of pairs, how many pairs were cut). Raises as `ids`."""
+        try:
+            found = self._of_side[side or self.side](firsts, seconds, max_length=self.limit).encodings
+        except ValueError as error:
+            raise ServiceError("tokenizer", str(error)) from error
+        cut = sum(bool(encoding.overflowing) for encoding in found)
+        if cut and not truncate:
+            number = next(i for i, encoding in enumerate(found) if encoding.overflowing)
+            raise self._too_long(number)
+        return found, cut
+
+    def _cut(self, found: list[list[int]], truncate: bool, side: str) -> tuple[list[list[int]], int]:
+        cut = 0
+        for number, ids in enumerate(found):
+            if len(ids) > self.limit:
+                if not truncate:
+                    raise self._too_long(number)
+                cut += 1
+                if side == "right":
+                    found[number] = ids[: self.limit - self.tail] + ids[len(ids) - self.tail :]
+                else:
+                    found[number] = ids[: self.head] + ids[len(ids) - self.limit + self.head :]
+        return found, cut
+
+    def _too_long(self, number: int) -> ServiceError:
+        return ServiceError(
+            "too_large",
+            f"text {number} has more than {self.limit} tokens, the longest that this model is served with, and the "
+            "request says that it must not be cut",
+        )
+
+
+def announced(texts: Sequence[Any], limit: int) -> int:
+    """Tokens that texts, lists of ids or pairs are taken to have until they are tokenised: of a word of English with
+    its space, one for four characters."""
+    return sum(min(limit, 2 + length_of(text) // 4) for text in texts)
+
+
+def length_of(text: Any) -> int:
+    """Characters of a text, of a pair of texts together; of ids four for each."""
+    if isinstance(text, str):
+        return len(text)
+    return sum(len(part) if isinstance(part, str) else 4 for part in text)

@@ -1,0 +1,127 @@
+"""Vectors of texts, and of all their tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ...encoding.encoder import Encoder
+from ...encoding.modules import Normalize, Pooling, parts_of
+from ..engine import Piece, Prepared
+from ..errors import ServiceError
+from .texts import Texts
+
+TINY = 1e-12  # what a length is taken for at least, as torch's normalize has it
+
+
+class Vectors:
+    """An Encoder that serves requests which differ in prompt, cutting, normalisation and dimensions.
+
+    Args:
+        encoder: its last module, where that is a Normalize, is left out: each request says whether it wants that.
+        limit: tokens of a text at most; None for the encoder's own limit.
+    """
+
+    def __init__(self, encoder: Encoder, limit: int | None = None):
+        own = encoder.max_lengths.get(encoder.task, encoder.max_length)
+        self.normalize = encoder.normalize
+        self.can_choose = not encoder.normalize or isinstance(encoder.modules[-1], Normalize)
+        if encoder.normalize and self.can_choose:
+            encoder.modules = encoder.modules[:-1]
+        self.encoder = encoder
+        self.dimension = encoder.dimension
+        tokenizer = encoder.tokenizer.lowercased() if encoder.lowercase else encoder.tokenizer
+        self.texts = Texts(tokenizer, min(own, limit or own))
+        self._plain = _Pooled(encoder)
+        pools_prompt = all(pooling.include_prompt for pooling in parts_of(encoder.modules, Pooling))
+        # Where a prompt's tokens are not pooled, requests with different prompts cannot share a batch.
+        self._by_prompt = {} if pools_prompt else {p: _Pooled(encoder.asked(prompt=p)) for p in self.prompts.values()}
+        self._states = _States(encoder)
+
+    @property
+    def prompts(self) -> dict[str, str]:
+        return self.encoder.prompts | {"": self.encoder.prompt}
+
+    def expect_choice(self, normalize: bool | None, dimensions: int | None) -> None:
+        """Raises ServiceError for a normalisation or a number of dimensions that cannot be had."""
+        if normalize is False and self.normalize and not self.can_choose:
+            raise ServiceError("invalid", "this model's vectors are always normalised", param="normalize")
+        if dimensions is not None and not 1 <= dimensions <= self.dimension:
+            raise ServiceError(
+                "invalid", f"dimensions must be from 1 to {self.dimension}, got {dimensions}", param="dimensions"
+            )
+
+    def prompt(self, name: str | None) -> str:
+        """The text of a prompt; None for the model's own. Raises ServiceError."""
+        if name is None:
+            return self.encoder.prompt
+        if name not in self.encoder.prompts:
+            known = ", ".join(self.encoder.prompts) or "none"
+            raise ServiceError("invalid", f"there is no prompt {name!r}; prompts are {known}", param="prompt_name")
+        return self.encoder.prompts[name]
+
+    def prepare(
+        self,
+        given: Sequence[str] | Sequence[Sequence[int]],
+        *,
+        prompt: str = "",
+        truncate: bool = True,
+        side: str | None = None,
+        normalize: bool | None = None,
+        dimensions: int | None = None,
+    ) -> Prepared:
+        """Tokenises. The answer is [N, dimensions] float32, a row for each text or list of ids.
+
+        Args:
+            normalize: None for what the model's folder says.
+            dimensions: numbers of a vector that are kept, which is normalised afterwards where it was before.
+        """
+        ids, cut = self._ids(given, prompt, truncate, side)
+        lane = self._by_prompt.get(prompt, self._plain)
+        wanted = self.normalize if normalize is None else normalize
+
+        def finish(rows: list[np.ndarray]) -> np.ndarray:
+            vectors = np.stack(rows)
+            if not np.isfinite(vectors).all():
+                raise ServiceError("failed", "the model's numbers are not finite")
+            if dimensions is not None:
+                vectors = vectors[:, :dimensions]
+            return normalised(vectors) if wanted and (self.can_choose or dimensions is not None) else vectors
+
+        return Prepared([Piece(lane, row, len(row)) for row in ids], list(map(len, ids)), cut, finish)
+
+    def prepare_states(
+        self, given: Sequence[str], *, prompt: str = "", truncate: bool = True, side: str | None = None
+    ) -> Prepared:
+        """The same of every token: the answer is a list of [tokens, C] float32."""
+        ids, cut = self._ids(given, prompt, truncate, side)
+        return Prepared([Piece(self._states, row, len(row)) for row in ids], list(map(len, ids)), cut)
+
+    def _ids(self, given: Sequence, prompt: str, truncate: bool, side: str | None) -> tuple[list[list[int]], int]:
+        if given and not isinstance(given[0], str):
+            return self.texts.of_ids(given, truncate)
+        return self.texts.ids([prompt + text for text in given] if prompt else given, truncate, side)
+
+
+class _Pooled:
+    """The lane of vectors."""
+
+    def __init__(self, encoder: Encoder):
+        self.encoder = encoder
+
+    def compute(self, data: Sequence[list[int]]) -> np.ndarray:
+        return self.encoder.encode_ids(data, sum(map(len, data))).numpy()
+
+
+class _States(_Pooled):
+    """The lane of tokens' vectors."""
+
+    def compute(self, data: Sequence[list[int]]) -> list[np.ndarray]:
+        return [states.numpy() for states in self.encoder.states(data, sum(map(len, data)))]
+
+
+def normalised(vectors: np.ndarray) -> np.ndarray:
+    """[N, C] float32, each row divided by its length."""
+    lengths = np.sqrt((vectors * vectors).sum(axis=1, keepdims=True))
+    return vectors / np.maximum(lengths, np.float32(TINY))

@@ -1,0 +1,123 @@
+"""Small models of every kind, a server of them within the test's process, and a client that needs no socket."""
+
+import asyncio
+import json
+import threading
+
+import torch
+
+from fastbert import BertConfig, BertModel
+from fastbert.models import heads
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz", *(f"##{c}" for c in "abcde")]
+LABELS = {
+    "ranks": {0: "LABEL_0"}, "feelings": {0: "entailment", 1: "contradiction", 2: "neutral"},
+    "names": {0: "O", 1: "B-PER", 2: "I-PER"}, "answers": {0: "LABEL_0", 1: "LABEL_1"},
+}  # fmt: skip
+CLASSES = {
+    "texts": BertModel, "ranks": heads.BertForSequenceClassification, "feelings": heads.BertForSequenceClassification,
+    "names": heads.BertForTokenClassification, "answers": heads.BertForQuestionAnswering,
+    "masks": heads.BertForMaskedLM,
+}  # fmt: skip
+
+
+def make_folder(folder, kind):
+    """A checkpoint of two small layers whose words are the letters."""
+    named = {} if kind not in LABELS else {"id2label": LABELS[kind]}
+    config = BertConfig(
+        vocab_size=len(WORDS), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
+        max_position_embeddings=64, initializer_range=0.5, **named,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    CLASSES[kind](config).save_pretrained(folder)
+    (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n")
+    if kind == "texts":
+        (folder / "1_Pooling").mkdir()
+        (folder / "1_Pooling" / "config.json").write_text('{"word_embedding_dimension": 32}')
+        st = "sentence_transformers.models"
+        modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
+        (folder / "modules.json").write_text(
+            json.dumps(
+                [{"idx": i, "name": str(i), "path": p, "type": f"{st}.{kind}"} for i, (p, kind) in enumerate(modules)]
+            )
+        )
+        (folder / "config_sentence_transformers.json").write_text(
+            json.dumps({"prompts": {"query": "q q ", "document": "d "}})
+        )
+    return folder
+
+
+class Reply:
+    def __init__(self, status, headers, content):
+        self.status, self.headers, self.content = status, headers, content
+
+    def json(self):
+        return json.loads(self.content)
+
+
+class Client:
+    """An application on an event loop of its own, which a thread runs; requests reach it as messages of ASGI."""
+
+    def __init__(self, application):
+        self.application = application
+        self.loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+        self.thread.start()
+        self.messages, self.sent = asyncio.Queue(), asyncio.Queue()
+        self.lifespan = asyncio.run_coroutine_threadsafe(self._lifespan(), self.loop)
+        self._tell("lifespan.startup")
+
+    async def _lifespan(self):
+        await self.application({"type": "lifespan", "asgi": {"version": "3.0"}, "state": {}}, self.messages.get,
+                               self.sent.put)  # fmt: skip
+
+    def _tell(self, kind):
+        self.loop.call_soon_threadsafe(self.messages.put_nowait, {"type": kind})
+        answer = asyncio.run_coroutine_threadsafe(self.sent.get(), self.loop).result(60)
+        assert answer["type"] == f"{kind}.complete", answer
+
+    def close(self):
+        self._tell("lifespan.shutdown")
+        self.lifespan.result(60)
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join()
+        self.loop.close()
+
+    def start(self, method, path, body=b"", headers=None, gone=None):
+        """The request as a future of its Reply; None where it was given up. gone: the client's end."""
+        if not isinstance(body, bytes):
+            body = json.dumps(body).encode()
+        return asyncio.run_coroutine_threadsafe(self._ask(method, path, body, headers or {}, gone), self.loop)
+
+    async def _ask(self, method, path, body, headers, gone):
+        sent, messages = [], [{"type": "http.request", "body": body}]
+
+        async def receive():
+            if messages:
+                return messages.pop(0)
+            await (asyncio.Event() if gone is None else gone).wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message):
+            sent.append(message)
+
+        scope = {
+            "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method, "path": path,
+            "raw_path": path.encode(), "root_path": "", "scheme": "http", "query_string": b"", "server": ("test", 80),
+            "client": ("test", 1), "headers": [(k.lower().encode(), v.encode()) for k, v in headers.items()],
+        }  # fmt: skip
+        await self.application(scope, receive, send)
+        if not sent:
+            return None
+        assert [m["type"] for m in sent] == ["http.response.start", "http.response.body"]
+        found = {k.decode(): v.decode() for k, v in sent[0]["headers"]}
+        return Reply(sent[0]["status"], found, sent[1]["body"])
+
+    def ask(self, method, path, body=b"", headers=None):
+        return self.start(method, path, body, headers).result(60)
+
+    def post(self, path, body, headers=None):
+        return self.ask("POST", path, body, headers)
+
+    def get(self, path):
+        return self.ask("GET", path)

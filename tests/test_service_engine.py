@@ -1,0 +1,228 @@
+"""The threads of a server: who fails with whom, what leaves the queue, what is computed at most once."""
+
+import asyncio
+import threading
+
+import pytest
+
+pytest.importorskip("orjson", reason="needs the serve extra")
+from fastbert.service.engine import Engine, Job, Piece, Prepared
+from fastbert.service.errors import ServiceError
+from fastbert.service.queue import TokenQueue
+
+pytestmark = pytest.mark.once
+
+
+class Doubler:
+    """A lane of numbers: a result is twice the number. It can be held back, and refuses a number that is bad."""
+
+    def __init__(self):
+        self.batches, self.began = [], threading.Event()
+        self.open = threading.Event()
+        self.open.set()
+
+    def compute(self, data):
+        self.batches.append(list(data))
+        self.began.set()
+        assert self.open.wait(30)
+        if any(number < 0 for number in data):
+            raise RuntimeError("a secret of the machine")
+        return [2 * number for number in data]
+
+
+class Rig:
+    """An engine on the running loop, with one queue."""
+
+    def __init__(self, budget=100, bound=1000, **options):
+        self.lane, self.queue = Doubler(), TokenQueue(budget, bound)
+        self.engine = Engine(asyncio.get_running_loop(), [self.queue], **options)
+
+    def ask(self, *numbers, tokens=10, announced=10):
+        pieces = [Piece(self.lane, number, tokens) for number in numbers]
+        job = Job(self.queue, lambda: Prepared(pieces, [tokens] * len(pieces)), announced)
+        self.engine.submit(job)
+        return job
+
+    async def blocked(self):
+        """The thread computes a first job and does not end; what comes now waits."""
+        self.lane.open.clear()
+        job = self.ask(0)
+        await asyncio.to_thread(self.lane.began.wait, 30)
+        return job
+
+    async def settled(self, jobs):
+        while any(job.waiting is None and not job.is_over for job in jobs):
+            await asyncio.sleep(0.001)
+
+    async def __aenter__(self):
+        return self
+
+    async def __aexit__(self, *error):
+        self.lane.open.set()
+        await asyncio.to_thread(self.engine.stop)
+
+
+def run(test):
+    return asyncio.run(asyncio.wait_for(test(), 60))
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_every_request_gets_its_own_answers_in_its_order(workers):
+    async def test():
+        async with Rig(workers=workers) as rig:
+            jobs = [rig.ask(*range(i, i + i % 7 + 1), tokens=1 + i % 40) for i in range(0, 20)]
+            for i, job in enumerate(jobs):
+                assert await job.answer == [2 * n for n in range(i, i + i % 7 + 1)]
+            assert rig.queue.tokens == 0
+            assert sum(map(len, rig.lane.batches)) == sum(i % 7 + 1 for i in range(20))
+
+    run(test)
+
+
+def test_what_waits_goes_together():
+    async def test():
+        async with Rig(budget=100) as rig:
+            first = await rig.blocked()
+            jobs = [rig.ask(n) for n in range(1, 15)]
+            await rig.settled(jobs)
+            rig.lane.open.set()
+            assert [await job.answer for job in [first, *jobs]] == [[2 * n] for n in range(15)]
+            assert rig.lane.batches == [[0], list(range(1, 11)), list(range(11, 15))]
+
+    run(test)
+
+
+def test_a_bad_text_fails_alone():
+    async def test():
+        async with Rig() as rig:
+            await rig.blocked()
+            jobs = [rig.ask(n) for n in (1, 2, -3, 4, 5)]
+            await rig.settled(jobs)
+            rig.lane.open.set()
+            found = await asyncio.gather(*(job.answer for job in jobs), return_exceptions=True)
+            assert [found[i] for i in (0, 1, 3, 4)] == [[2], [4], [8], [10]]
+            assert isinstance(found[2], ServiceError)
+            assert found[2].kind == "failed"
+            assert "secret" not in found[2].message
+            assert rig.queue.tokens == 0
+
+    run(test)
+
+
+def test_a_text_that_cannot_be_tokenised_fails_alone():
+    async def test():
+        async with Rig() as rig:
+
+            def refuse():
+                raise ServiceError("tokenizer", "no text")
+
+            bad = Job(rig.queue, refuse, 30)
+            good = rig.ask(1)
+            rig.engine.submit(bad)
+            assert await good.answer == [2]
+            with pytest.raises(ServiceError, match="no text"):
+                await bad.answer
+            assert rig.queue.tokens == 0
+
+    run(test)
+
+
+def test_an_overloaded_server_says_so_at_once():
+    async def test():
+        async with Rig(budget=100, bound=50) as rig:
+            await rig.blocked()
+            jobs = [rig.ask(n) for n in range(1, 6)]
+            with pytest.raises(ServiceError) as error:
+                rig.ask(6)
+            assert error.value.kind == "overloaded"
+            assert 1 <= error.value.retry_after < 60
+            assert rig.queue.tokens == 50
+            rig.lane.open.set()
+            assert [await job.answer for job in jobs] == [[2 * n] for n in range(1, 6)]
+            with pytest.raises(ServiceError) as error:
+                rig.ask(7, announced=51)
+            assert error.value.kind == "too_large"
+            late = rig.ask(1, 2, 3, 4, 5, 6, announced=10)  # 60 tokens: known only when they are tokenised
+            with pytest.raises(ServiceError) as error:
+                await late.answer
+            assert error.value.kind == "too_large"
+            assert rig.queue.tokens == 0
+
+    run(test)
+
+
+def test_what_is_given_up_is_not_computed():
+    async def test():
+        async with Rig(budget=10) as rig:
+            await rig.blocked()
+            jobs = [rig.ask(n) for n in (1, 2, 3)]
+            await rig.settled(jobs)
+            rig.engine.give_up(jobs[1])
+            assert rig.queue.tokens == 20
+            rig.lane.open.set()
+            assert await jobs[2].answer == [6]
+            assert rig.lane.batches == [[0], [1], [3]]
+            assert not jobs[1].answer.done()
+
+    run(test)
+
+
+def test_what_is_given_up_before_it_is_tokenised_is_not_computed():
+    async def test():
+        async with Rig() as rig:
+            await rig.blocked()
+            entered, go = threading.Event(), threading.Event()
+
+            def slow():
+                entered.set()
+                go.wait(30)
+                return Prepared([Piece(rig.lane, 9, 10)], [10])
+
+            job = Job(rig.queue, slow, 10)
+            rig.engine.submit(job)
+            await asyncio.to_thread(entered.wait, 30)
+            rig.engine.give_up(job)
+            go.set()
+            rig.lane.open.set()
+            assert await rig.ask(1).answer == [2]
+            assert rig.lane.batches[-1] == [1]
+            assert rig.queue.tokens == 0
+
+    run(test)
+
+
+def test_stopping_ends_what_was_taken_in():
+    async def test():
+        async with Rig(budget=10) as rig:
+            await rig.blocked()
+            jobs = [rig.ask(n) for n in range(1, 9)]
+            rig.lane.open.set()
+            await asyncio.to_thread(rig.engine.stop)
+            assert [await job.answer for job in jobs] == [[2 * n] for n in range(1, 9)]
+            with pytest.raises(ServiceError) as error:
+                rig.ask(1)
+            assert error.value.kind == "not_ready"
+
+    run(test)
+
+
+def test_models_take_turns():
+    async def test():
+        lane, queues = Doubler(), [TokenQueue(10, 1000), TokenQueue(10, 1000)]
+        engine = Engine(asyncio.get_running_loop(), queues)
+        lane.open.clear()
+        jobs = []
+        for number, queue in [(0, 0), *((n, n % 2) for n in range(2, 8))]:
+            pieces = [Piece(lane, number, 10)]
+            jobs.append(Job(queues[queue], lambda pieces=pieces: Prepared(pieces, [10]), 10))
+            engine.submit(jobs[-1])
+            if number == 0:
+                await asyncio.to_thread(lane.began.wait, 30)
+        while sum(queue.waiting for queue in queues) < 60:
+            await asyncio.sleep(0.001)
+        lane.open.set()
+        await asyncio.gather(*(job.answer for job in jobs))
+        assert [n % 2 for (n,) in lane.batches[1:]] in ([0, 1] * 3, [1, 0] * 3)
+        await asyncio.to_thread(engine.stop)
+
+    run(test)

@@ -1,0 +1,151 @@
+"""The queue of a server's model: bounds in tokens, short requests before long ones, and long ones that never starve."""
+
+import random
+
+import pytest
+
+from fastbert.service.queue import SHARE, Full, TokenQueue, Waiting
+
+pytestmark = pytest.mark.once
+
+
+def put(queue, *lengths, owner=None):
+    request = Waiting(lengths, owner)
+    queue.put(request)
+    return request
+
+
+def test_batches_are_bounded_in_tokens_and_keep_the_order():
+    queue = TokenQueue(budget=100, bound=10_000)
+    requests = [put(queue, 30) for _ in range(7)]
+    taken = []
+    while batch := queue.next_batch():
+        assert sum(request.lengths[number] for request, number in batch) <= 100
+        taken += batch
+    assert taken == [(request, 0) for request in requests]
+    assert queue.tokens == len(queue) == 0
+
+
+def test_a_piece_longer_than_a_batch_goes_alone():
+    queue = TokenQueue(budget=100, bound=10_000)
+    long, short = put(queue, 250), put(queue, 10)
+    assert queue.next_batch() == [(long, 0)]
+    assert queue.next_batch() == [(short, 0)]
+    pieces = put(queue, 250, 250)
+    assert queue.next_batch() == [(pieces, 0)]
+    assert queue.next_batch() == [(pieces, 1)]
+    assert queue.next_batch() == []
+
+
+def test_short_requests_pass_long_ones_and_rooms_are_filled():
+    queue = TokenQueue(budget=100, bound=10_000)
+    long = put(queue, *[20] * 50)
+    queue.next_batch()
+    short = put(queue, 25)
+    batch = queue.next_batch()
+    assert (short, 0) in batch
+    assert sum(request.lengths[number] for request, number in batch) == 85  # 25 and three of 20
+    assert [number for request, number in batch if request is long] == [5, 6, 7]
+
+
+@pytest.mark.parametrize("length", [5, 25, 60, 100], ids=["within the share", "the share", "more", "a batch"])
+def test_long_requests_never_starve(length):
+    """Short requests come faster than they can be computed; of two long ones each piece is taken within the bound."""
+    budget = 100
+    queue = TokenQueue(budget, bound=10**9)
+    long = [put(queue, *[length] * 20) for _ in range(2)]
+    before = batches = 0
+    seen = []
+    while len(seen) < 40:
+        for _ in range(12):
+            put(queue, 25)
+        batches += 1
+        for request, number in queue.next_batch():
+            if request in long:
+                seen.append((request, number))
+                before += length
+                assert batches <= -(-SHARE * before // budget) + 1
+    assert seen == [(request, number) for request in long for number in range(20)]
+
+
+def test_short_requests_keep_most_of_every_batch_while_long_ones_wait():
+    queue = TokenQueue(budget=100, bound=10**9)
+    long = put(queue, *[25] * 1000)
+    for _ in range(400):
+        put(queue, 25)
+    of_long = sum(request is long for _ in range(100) for request, _ in queue.next_batch())
+    assert of_long == 100  # one in four
+
+
+def test_credit_is_not_kept_for_a_later_request():
+    queue = TokenQueue(budget=100, bound=10**9)
+    for _ in range(20):
+        put(queue, 20, 20)
+        queue.next_batch()
+    put(queue, *[20] * 10)
+    for _ in range(8):
+        put(queue, 25)
+    assert sum(len(request.lengths) == 1 for request, _ in queue.next_batch()) >= 3
+
+
+def test_the_bound_holds_with_what_is_announced():
+    queue = TokenQueue(budget=100, bound=300)
+    queue.announce(200)
+    put(queue, 100)
+    with pytest.raises(Full) as full:
+        put(queue, 1)
+    assert not full.value.never
+    with pytest.raises(Full):
+        queue.announce(1)
+    queue.withdraw(200)
+    put(queue, 200)
+    assert queue.tokens == 300
+    with pytest.raises(Full) as full:
+        put(queue, 301)
+    assert full.value.never
+    assert queue.tokens == 300
+    queue.next_batch()
+    assert queue.tokens == 200
+
+
+def test_what_is_given_up_leaves_at_once():
+    queue = TokenQueue(budget=100, bound=10_000)
+    long, short, other = put(queue, *[20] * 20), put(queue, 20), put(queue, 21)
+    queue.next_batch()
+    waiting = queue.tokens
+    left = long.tokens
+    queue.remove(long)
+    assert queue.tokens == waiting - left
+    queue.remove(long)
+    queue.remove(short)  # it is in a batch already
+    assert queue.tokens == waiting - left
+    assert other.tokens == short.tokens == 0
+    assert queue.next_batch() == []
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_any_order_of_events_keeps_the_counts(seed):
+    """Every piece is taken once or given up; tokens are counted to the last one."""
+    draw = random.Random(seed)
+    queue = TokenQueue(budget=64, bound=2000)
+    waiting, given_up, taken = [], [], set()
+    for _ in range(2000):
+        event = draw.random()
+        if event < 0.5:
+            try:
+                waiting.append(put(queue, *[draw.randint(1, 90) for _ in range(draw.choice([1, 1, 2, 9]))]))
+            except Full:
+                assert queue.tokens > 1000
+        elif event < 0.6 and waiting:
+            given_up.append(waiting.pop(draw.randrange(len(waiting))))
+            queue.remove(given_up[-1])
+        else:
+            batch = queue.next_batch()
+            assert not taken & {(id(r), n) for r, n in batch}
+            taken |= {(id(r), n) for r, n in batch}
+        left = sum(sum(r.lengths[r.taken :]) for r in waiting)
+        assert queue.tokens == left <= queue.bound
+    while queue.next_batch():
+        pass
+    assert queue.tokens == len(queue) == 0
+    assert all(r.taken == len(r.lengths) for r in waiting)
