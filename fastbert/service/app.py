@@ -201,13 +201,15 @@ def application(service: Service) -> Starlette:
     routes += [Route(path, Endpoint(service, way), methods=[way.method]) for way in WAYS for path in way.paths]
     cors = service.settings.cors_allow_origin
     middleware = [Middleware(CORSMiddleware, allow_origins=cors, allow_methods=["*"], allow_headers=["*"])]
-    return Starlette(
+    app = Starlette(
         routes=routes,
         middleware=middleware if cors else None,
         exception_handlers={404: _unknown("no_path", "there is nothing at this address"),
                             405: _unknown("no_method", "this address is asked with another method")},
         lifespan=lifespan,
     )  # fmt: skip
+    app.state.service = service
+    return app
 
 
 def metrics_application(service: Service) -> Starlette:

@@ -1,0 +1,180 @@
+"""`fastbert serve` as a process: its sockets, its end, and clients that go away."""
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("orjson", reason="needs the serve extra")
+pytest.importorskip("prometheus_client", reason="needs the serve extra")
+pytest.importorskip("starlette", reason="needs the serve extra")
+pytest.importorskip("uvicorn", reason="needs the serve extra")
+
+from fastbert.cli.main import main
+
+sys.path.append(str(Path(__file__).parent))
+from service_models import make_folder
+
+pytestmark = pytest.mark.once
+
+PATIENCE = 120  # seconds after which a process hangs
+
+
+class Process:
+    """A server of a small model, and requests to it on sockets."""
+
+    def __init__(self, folder):
+        with contextlib.closing(socket.socket()) as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        command = [sys.executable, "-m", "fastbert", "serve", f"texts={folder}", "--port", str(self.port)]
+        command += ["--dtype", "float32", "--impl", "native", "--max-batch-tokens", "512"]
+        environment = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        until = time.monotonic() + PATIENCE
+        while time.monotonic() < until and self.process.poll() is None:
+            with contextlib.suppress(OSError):
+                if self.ask("GET", "/ready")[0] == 200:
+                    return
+            time.sleep(0.05)
+        self.process.kill()
+        raise AssertionError(self.process.communicate()[1])
+
+    def ask(self, method, path, body=None):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
+        with contextlib.closing(connection):
+            connection.request(method, path, None if body is None else json.dumps(body))
+            reply = connection.getresponse()
+            return reply.status, json.loads(reply.read())
+
+    def send(self, body, path="/embed"):
+        """A connection on which a request has been sent."""
+        content = json.dumps(body).encode()
+        connection = socket.create_connection(("127.0.0.1", self.port), PATIENCE)
+        connection.sendall(b"POST %s HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % (path.encode(), len(content)))
+        connection.sendall(content)
+        return connection
+
+    def waiting(self):
+        """Requests that the server counted."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
+        with contextlib.closing(connection):
+            connection.request("GET", "/metrics")
+            lines = connection.getresponse().read().decode().splitlines()
+        counts = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+        return float(counts.get('te_request_count{method="embed"}', 0)), float(counts["te_queue_tokens"])
+
+
+@pytest.fixture
+def server(tmp_path):
+    process = Process(make_folder(tmp_path / "texts", "texts"))
+    yield process
+    process.process.kill()
+    process.process.communicate()
+
+
+def everything(connection):
+    """All that the server sends until it closes, and each piece as it came."""
+    pieces = []
+    while piece := connection.recv(1 << 20):
+        pieces.append(piece)
+    return pieces
+
+
+def expect_own_vectors(server):
+    """Of many clients at once each gets the vectors of its texts."""
+    texts = [" ".join("abcdefgh"[(i + j) % 8] for j in range(1 + i % 20)) for i in range(60)]
+    wanted = server.ask("POST", "/embed", {"inputs": texts})[1]
+    found = {}
+
+    def client(first):
+        for i in range(first, 60, 6):
+            found[i] = server.ask("POST", "/embed", {"inputs": texts[i]})[1][0]
+
+    threads = [threading.Thread(target=client, args=(first,)) for first in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 60
+    assert all(abs(a - b) < 1e-5 for i in found for a, b in zip(found[i], wanted[i], strict=True))
+
+
+def test_a_servers_life(server):
+    """A reply comes in one piece; what clients leave behind is dropped; SIGTERM ends it after what it has accepted."""
+    with contextlib.closing(server.send({"inputs": ["a"]})) as connection:
+        head, _, body = connection.recv(1 << 20).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 200")
+        assert len(json.loads(body)[0]) == 32
+    status, wrong = server.ask("POST", "/embed", {"inputs": 7})
+    assert (status, wrong["error_type"]) == (422, "Validation")
+
+    expect_own_vectors(server)
+    # Clients that go away in the middle: their tokens leave the queue long before they could be computed.
+    long = {"inputs": ["a b c d e f g h " * 9] * 2000}
+    for connection in [server.send(long) for _ in range(3)]:
+        connection.close()
+    began = time.monotonic()
+    while server.waiting()[1] > 0 or server.waiting()[0] < 66:
+        assert time.monotonic() < began + PATIENCE
+
+    connections = [server.send({"inputs": ["a b c d e f g h " * 9] * 300, "dimensions": 2}) for _ in range(6)]
+    while server.waiting()[0] < 72:
+        time.sleep(0.001)
+    server.process.send_signal(signal.SIGTERM)
+    replies = [b"".join(everything(connection)) for connection in connections]
+    for reply in replies:
+        assert reply.count(b"HTTP/1.1 ") == reply.count(b"HTTP/1.1 200") == 1
+        assert len(json.loads(reply.partition(b"\r\n\r\n")[2])) == 300
+    assert server.process.wait(PATIENCE) == 0
+    log = server.process.stderr.read()
+    assert "Traceback" not in log
+    assert '"message": "stopped' in log
+    with pytest.raises(OSError, match="refused"):
+        server.ask("GET", "/live")
+
+
+def test_what_goes_wrong_at_the_start_is_said_in_one_line(tmp_path, capsys):
+    assert main(["serve", str(tmp_path / "nothing")]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("fastbert: error: ")
+    assert said.count("\n") == 1
+
+
+def test_one_write():
+    """The head waits for the body; an early end does not lose it; what is no head passes."""
+    from fastbert.service.serving import OneWrite
+
+    class Transport:
+        def __init__(self):
+            self.written, self.closed = [], False
+
+        def write(self, data):
+            self.written.append(data)
+
+        def close(self):
+            self.closed = True
+
+        def is_closing(self):
+            return self.closed
+
+    transport = Transport()
+    one = OneWrite(transport)
+    one.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    one.write(b"HTTP/1.1 200 OK\r\n\r\n")
+    one.write(b"body")
+    one.write(b"more")
+    one.write(b"HTTP/1.1 204 No Content\r\n\r\n")
+    assert transport.written == [b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 200 OK\r\n\r\nbody", b"more"]
+    one.close()
+    assert transport.written[-1] == b"HTTP/1.1 204 No Content\r\n\r\n"
+    assert one.is_closing()
