@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from .. import functional as F
 from ..packing import PackedBatch
 from ..stack.description import Layer, Part
-from ..stack.layer import in_one, in_one_call, is_one_call_ahead
+from ..stack.layer import FEW_TOKENS, in_one, in_one_call, is_one_call_ahead
 from ..stack.shared import Pass
 from ..stack.steps import multiply, norm_only, probability
 from . import facts as table
@@ -194,8 +195,21 @@ class EncoderForward(Forward):
             output["last_hidden_state"] = only_wanted(output["last_hidden_state"])
             return output
         shared = self.pack(given, rows, seen)
-        x, states = self.run(shared, seen, given.get("inputs_embeds"), self.wanted(given))
-        return self.finish(x, shared.batch, states, given)
+        first_only = self.is_read_first_alone(shared, seen)
+        x, states = self.run(shared, seen, given.get("inputs_embeds"), self.wanted(given), first_only)
+        return self.finish(x[:, None] if first_only else shared.batch.pad(x), states, given)
+
+    def is_read_first_alone(self, shared: Pass, seen: Seen) -> bool:
+        """Whether nobody reads more of the last layer's output than the first token of each sequence: a known head calls
+        that shows no states, and nobody listens. Then a post-norm layer need not compute the other tokens."""
+        now = reading_now()
+        if now is None or not now.first or self.padding == "exact" or F.is_batch_invariant():
+            return False
+        if not shared.is_plain() or seen.layers is None or seen.whole is not None or seen.pools is not None:
+            return False
+        if self.facts.final_norm is not None or any(layer.pre_norm for layer in seen.layers.values()):
+            return False
+        return not listeners(self.module, sharded=True)
 
     def wanted(self, given: dict[str, Any]) -> set[int] | None:
         """The places of the hidden states that are asked for; None where none is."""
@@ -206,10 +220,12 @@ class EncoderForward(Forward):
         return set(range(count)) if asked is True else {i % count for i in asked if -count <= i < count}
 
     def run(
-        self, shared: Pass, seen: Seen, embeds: Tensor | None = None, wanted: set[int] | None = None
-    ) -> tuple[Tensor, list[Tensor | None]]:
-        """The embeddings and the layers: x [T, C], and [B, S, C] of what goes into each layer, None where it is not
-        wanted; and of what goes into the last LayerNorm, where that is the last of the states."""
+        self, shared: Pass, seen: Seen, embeds: Tensor | None = None, wanted: set[int] | None = None,
+        first_only: bool = False,
+    ) -> tuple[Tensor, list[Tensor | None]]:  # fmt: skip
+        """The embeddings and the layers: x [T, C], or with `first_only` the rows of each sequence's first token [B, C];
+        and [B, S, C] of what goes into each layer, None where it is not wanted; and of what goes into the last
+        LayerNorm, where that is the last of the states."""
         states: list[Tensor | None] = []
 
         def shown(x: Tensor) -> Tensor:
@@ -220,21 +236,27 @@ class EncoderForward(Forward):
             return x
 
         x = self.embeddings(shared, seen, embeds)
-        y = in_one_call(x, self.in_order(seen), shared) if wanted is None and shared.infers else None
-        if y is None:
-            for index, layer in self.layers():
-                x = layer(shown(x), shared, index)
-        else:
-            x = y
+        layers, to_first = list(self.layers()), None  # the number of the layer that computes first tokens alone
+        if wanted is None and shared.infers:
+            but_last = first_only and shared.batch.total_tokens > FEW_TOKENS
+            y = in_one_call(x, self.in_order(seen)[: len(layers) - but_last], shared)
+            if y is not None:
+                x, layers = y, layers[-1:] if but_last else []
+        if first_only and layers:
+            to_first = layers[-1][0]
+        for index, layer in layers:
+            x = layer(shown(x), replace(shared, first_only=index == to_first), index)
+        if first_only and to_first is None:
+            x = x[shared.batch.first_tokens]
         if not self.facts.last_state_normed:
             x = shown(x)
         if self.facts.final_norm is not None:
             x = norm_only(x, self.part(self.facts.final_norm, seen.final_norm), shared)
         return only_once(x, self.impl), states
 
-    def in_order(self, seen: Seen) -> Iterator[Layer | None]:
+    def in_order(self, seen: Seen) -> list[Layer | None]:
         """The descriptions of the layers as they run, None of one in a wrapper: who calls that has to be called."""
-        return (seen.layers.get(layer) for _, layer in self.layers())
+        return [seen.layers.get(layer) for _, layer in self.layers()]
 
     def may_run_in_one_call(self) -> bool:
         """Whether all layers are ever run in one call, for a batch of a token at least."""
@@ -247,12 +269,12 @@ class EncoderForward(Forward):
             width * parameter.itemsize, parameter.dtype, parameter.device, self.impl
         )  # fmt: skip
 
-    def finish(self, x: Tensor, batch: PackedBatch, states: list[Tensor | None], given: dict[str, Any]):
-        """transformers' output of the last hidden state x [T, C], and of what went into each layer."""
+    def finish(self, last_hidden_state: Tensor, states: list[Tensor | None], given: dict[str, Any]):
+        """transformers' output of the last hidden state [B, S, C], or its first column [B, 1, C] where nothing else is
+        read, and of what went into each layer."""
         encoder, facts = self.module, self.facts
-        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-            x = x.float()  # what the original's last LayerNorm returns
-        last_hidden_state = batch.pad(x)
+        if torch.is_autocast_enabled(last_hidden_state.device.type) and last_hidden_state.dtype != torch.float64:
+            last_hidden_state = last_hidden_state.float()  # what the original's last LayerNorm returns
         fields = {"last_hidden_state": last_hidden_state}
         if getattr(encoder, "pooler", None) is not None:
             if facts.pooler_activation is None:

@@ -48,10 +48,13 @@ class GraphedEncoderForward(EncoderForward):
     def __call__(self, *args, **kwargs):
         given = self.named(args, kwargs)
         replayed = self.replay(given)
-        return super().__call__(*args, **kwargs) if replayed is None else self.finish(*replayed, given)
+        if replayed is None:
+            return super().__call__(*args, **kwargs)
+        x, batch = replayed
+        return self.finish(batch.pad(x), [], given)
 
-    def replay(self, given: dict[str, Any]) -> tuple[Tensor, PackedBatch, list] | None:
-        """(x [T, C], the batch, no states) by a recording of `graphs`, or None: it runs as it would without them."""
+    def replay(self, given: dict[str, Any]) -> tuple[Tensor, PackedBatch] | None:
+        """(x [T, C], the batch) by a recording of `graphs`, or None: it runs as it would without them."""
         graphs = self.graphs
         if graphs is None or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return None
@@ -73,7 +76,7 @@ class GraphedEncoderForward(EncoderForward):
             )[0]  # fmt: skip
 
         x = graphs.run(self.module, batch, prepare, seen.settings.longest)
-        return None if x is None else (x, batch, [])
+        return None if x is None else (x, batch)
 
     def why_not_replayed(self, given: dict[str, Any]) -> str | None:
         if torch.is_grad_enabled():

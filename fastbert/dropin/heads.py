@@ -83,8 +83,10 @@ class HeadForward(Forward):
         states = given.get("output_hidden_states")
         states = getattr(config, "output_hidden_states", False) if states is None else states
         why = f"{name} returns hidden states" if states else f"{name} returns something of each token"
-        if self.kind == FIRST or (self.kind == LABELS and masked):
-            return Reading(False, bool(states) and not masked, why)
+        if self.kind == FIRST:
+            return Reading(False, bool(states) and not masked, why, first=not states)
+        if self.kind == LABELS and masked:
+            return Reading(False, why=why)
         if self.kind == EVERY:
             return Reading(True, why=f"{name} reads every token")
         if not isinstance(labels, Tensor):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..inference.weights import JoinedLinears, release
 from ..stack.description import Drops, Layer
-from ..stack.layer import run
+from ..stack.layer import run, run_for_first
 from ..stack.shared import Pass
 from ..stack.steps import probability
 from . import facts as table
@@ -16,7 +16,8 @@ from .parts import at, has, layer_of
 
 
 class LayerForward(Forward):
-    """One layer: given what the layers share it runs on [T, C], given anything else it is the original."""
+    """One layer: given what the layers share it runs on [T, C], and given anything else it is the original. It returns
+    the rows of the first tokens [B, C] alone where `Pass.first_only` says that these are all that is read."""
 
     def __init__(self, layer: nn.Module, facts: table.Layer):
         super().__init__(layer)
@@ -41,7 +42,8 @@ class LayerForward(Forward):
         description = self.described() if shared.layers is None else shared.layers[layer]
 
         def through(x: Tensor) -> Tensor:
-            return run(x, description, self.drops(), shared, index, layer.training)
+            walk = run_for_first if shared.first_only else run
+            return walk(x, description, self.drops(), shared, index, layer.training)
 
         # most versions of transformers checkpoint in the layer's __call__, around this; the newest in its forward
         outside = type(layer).__call__ is not nn.Module.__call__

@@ -37,12 +37,14 @@ class Reading:
         shows: by whoever has called that code, which returns something of each token.
         why: said by `explain` where they are computed.
         only: [n] int64, the rows of [B * S] that the code above the encoder goes on with, or None: all.
+        first: of the last hidden state nothing is read but the first column, and no other state is shown.
     """
 
     needs: bool | Tensor = False
     shows: bool = False
     why: str = ABOVE
     only: Tensor | None = None
+    first: bool = False
 
     @property
     def rows(self) -> bool | Tensor:

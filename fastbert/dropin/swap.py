@@ -36,6 +36,9 @@ def accelerate(
     the original's numbers for the original's inputs, within rounding, on every tensor that it returns and to everything
     that listens; a call for which the fused code cannot do that runs the model's own, with a warning that says why.
 
+    Below heads of transformers that read the first column (classifiers of sequences, multiple choice, next sentence)
+    the last layer of a post-norm model computes first tokens alone, if the call returns no states and nobody listens.
+
     Evaluating without gradients on a CPU whose vendor library is ahead of our products multiplies from copies of the
     layers' weights, laid out as it wants them (`fastbert.prepack`): they are held twice, until `restore`. Changes are
     noticed as `prepack` says.

@@ -21,7 +21,7 @@ from ..inference.graphs import Graphs, graphs_for, why_not_recorded
 from ..inference.weights import FusedLinears, JoinedLinears, is_untouched
 from ..packing import PackedBatch
 from ..stack.description import Drops, Kept, Layer, Part, part_of
-from ..stack.layer import in_one, in_one_call, is_one_call_ahead, run, run_for_first
+from ..stack.layer import FEW_TOKENS, in_one, in_one_call, is_one_call_ahead, run, run_for_first
 from ..stack.shared import Pass
 from ..stack.steps import multiply, norm_only
 from .loading import LeftUninitialised, initialise, load_encoder, read_model
@@ -131,12 +131,6 @@ class BertLayer(nn.Module):
         scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
         scores = scores.masked_fill(~real.transpose(1, 2)[:, None], torch.finfo(scores.dtype).min)
         return scores.softmax(-1) * real[:, None]
-
-
-# Up to so many tokens all layers in one call of C++ take less time than all but the last in one call and first tokens
-# through the last, operator by operator: MiniLM in bfloat16 5.5 ms of processor time beside 5.8 at 32 tokens, in
-# float32 9.6 beside 9.3; at 128 tokens 17.2 beside 16.1 and 31.6 beside 28.5.
-FEW_TOKENS = 64
 
 
 class BertModel(nn.Module):

@@ -15,6 +15,11 @@ from .description import Drops, Layer
 from .shared import Pass
 from .steps import add_norm, feed_forward, linear_without_bias, multiply, norm_and_sum, norm_only, project
 
+# Up to so many tokens all layers in one call of C++ take less time than all but the last in one call and first tokens
+# through the last, operator by operator: MiniLM in bfloat16 5.5 ms of processor time beside 5.8 at 32 tokens, in
+# float32 9.6 beside 9.3; at 128 tokens 17.2 beside 16.1 and 31.6 beside 28.5.
+FEW_TOKENS = 64
+
 # ---- one layer -------------------------------------------------------------------------------------------
 
 

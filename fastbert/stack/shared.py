@@ -39,6 +39,7 @@ class Pass:
         keys: [Tk], the rows that are keys, where some rows are queries only.
         cu_seqlens_k: [B + 1] int32, the same for them as `batch.cu_seqlens` for the queries.
         spans: (first query, queries, first key, keys) of each sequence, where no kernel goes by cu_seqlens.
+        first_only: of the layer that gets this pass only the rows of each sequence's first token are wanted.
     """
 
     batch: PackedBatch
@@ -57,6 +58,7 @@ class Pass:
     keys: Tensor | None = None
     cu_seqlens_k: Tensor | None = None
     spans: list[tuple[int, int, int, int]] | None = None
+    first_only: bool = False
 
     def is_plain(self) -> bool:
         """Is it a packed batch whose tokens see all of their sequence, and nothing but its tokens?"""
