@@ -200,8 +200,8 @@ class EncoderForward(Forward):
         return self.finish(x[:, None] if first_only else shared.batch.pad(x), states, given)
 
     def is_read_first_alone(self, shared: Pass, seen: Seen) -> bool:
-        """Whether nobody reads more of the last layer's output than the first token of each sequence: a known head calls
-        that shows no states, and nobody listens. Then a post-norm layer need not compute the other tokens."""
+        """Whether nobody reads more of the last layer's output than the first token of each sequence: a known head that
+        shows no states calls, and nobody listens. Then a post-norm layer need not compute the other tokens."""
         now = reading_now()
         if now is None or not now.first or self.padding == "exact" or F.is_batch_invariant():
             return False
