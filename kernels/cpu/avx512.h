@@ -38,6 +38,7 @@ inline Floats fms(Floats a, Floats b, Floats c) { return _mm512_fmsub_ps(a, b, c
 inline Floats fnma(Floats a, Floats b, Floats c) { return _mm512_fnmadd_ps(a, b, c); }
 inline Floats maximum(Floats a, Floats b) { return _mm512_max_ps(a, b); }  // b where one of them is NaN
 inline Floats absolute(Floats x) { return _mm512_abs_ps(x); }
+inline Floats square_root(Floats x) { return _mm512_sqrt_ps(x); }
 inline Floats nearest_whole(Floats x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Ints to_ints(Floats x) { return (Ints)_mm512_cvtps_epi32(x); }  // the nearest
 inline Floats times_power_of_2(Floats x, Floats whole) { return _mm512_scalef_ps(x, whole); }  // x 2^whole

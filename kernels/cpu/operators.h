@@ -76,6 +76,12 @@ struct Layer {
         const Element* dy, int64_t dy_stride, const Element* x, float* dweight, float* dbias, int rows,        \
         int columns, int inner                                                                                 \
     );                                                                                                         \
+    EXPORT void adamw_##name(                                                                                  \
+        const void* const* pointers, const int64_t* sizes, const float* numbers, int count                     \
+    );                                                                                                         \
+    EXPORT void sum_squares_##name(                                                                            \
+        const void* const* pointers, const int64_t* sizes, int count, double* sum                              \
+    );                                                                                                         \
     EXPORT void sum_logits_##name(                                                                             \
         const Element* logits, const Element* bias, const int32_t* labels, float* greatest, float* sums,       \
         float* totals, float* of_label, int first, int words, int rows                                         \

@@ -1,0 +1,137 @@
+// AdamW over many tensors in one call, each element read and written once; and the norm of many gradients.
+//
+//     g = scale * gradient              m += (1 - beta1) (g - m)         v = beta2 v + (1 - beta2) g g
+//     p = (1 - rate * decay) p - rate / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+//
+// Loshchilov and Hutter, arXiv:1711.05101, as torch.optim.AdamW computes it. `adamw.py` calls them.
+//
+// Of a table of words most rows have no gradient, and many have never had one: their m and v are zero, so of such a row
+// nothing but p can change. A byte for each row remembers that m and v are zero; while that holds and the gradient of
+// the row is zero too, m and v are neither read nor written.
+
+#include <vector>
+
+#include "simd.h"
+
+namespace {
+
+// Of one tensor at one step, in the order in which `adamw.py` writes them.
+struct Numbers {
+    float scale, keep;           // of the gradient; of p, 1 - rate * decay
+    float of_m, beta2, of_v;     // 1 - beta1, beta2, 1 - beta2
+    float step, of_root, eps;    // rate / (1 - beta1^t), 1 / sqrt(1 - beta2^t)
+};
+
+// The first n elements from an address, n up to WIDTH, and zeros.
+template <class T>
+inline Floats load_first(const typename T::Element* from, int64_t n) {
+    if (n >= WIDTH) return T::load(from);
+    typename T::Element some[WIDTH] = {};
+    std::copy_n(from, n, some);
+    return T::load(some);
+}
+template <class T>
+inline void store_first(typename T::Element* to, int64_t n, Floats x) {
+    if (n >= WIDTH) return T::store(to, x);
+    typename T::Element some[WIDTH];
+    T::store(some, x);
+    std::copy_n(some, n, to);
+}
+
+// Is any of n elements not zero? NaN is not.
+template <class T>
+bool has_any(const typename T::Element* x, int64_t n) {
+    Floats sum = floats(0.0f);
+    for (int64_t i = 0; i < n; i += WIDTH) sum = sum + absolute(load_first<T>(x + i, n - i));
+    return sum_of(sum) != 0.0f;
+}
+
+// n elements; at_rest: null, or whether their m and v are all zero.
+template <class T>
+void update(
+    typename T::Element* p, const typename T::Element* gradient, typename T::Element* m, typename T::Element* v,
+    uint8_t* at_rest, int64_t n, const Numbers& by
+) {
+    const Floats keep = floats(by.keep);
+    if (at_rest && *at_rest && !has_any<T>(gradient, n)) {
+        if (by.keep != 1.0f)
+            for (int64_t i = 0; i < n; i += WIDTH)
+                store_first<T>(p + i, n - i, keep * load_first<T>(p + i, n - i));
+        return;
+    }
+    Floats moved = floats(0.0f);
+    for (int64_t i = 0; i < n; i += WIDTH) {
+        const int64_t left = n - i;
+        const Floats g = floats(by.scale) * load_first<T>(gradient + i, left);
+        const Floats before = load_first<T>(m + i, left);
+        const Floats mean = fma(floats(by.of_m), g - before, before);
+        const Floats square = fma(floats(by.of_v) * g, g, floats(by.beta2) * load_first<T>(v + i, left));
+        const Floats root = fma(square_root(square), floats(by.of_root), floats(by.eps));
+        store_first<T>(m + i, left, mean);
+        store_first<T>(v + i, left, square);
+        store_first<T>(p + i, left, fnma(floats(by.step), mean / root, keep * load_first<T>(p + i, left)));
+        moved = moved + absolute(mean) + square;
+    }
+    if (at_rest) *at_rest = sum_of(moved) == 0.0f;
+}
+
+// pointers: p, gradient, m, v, and a byte a block or null, of each tensor; sizes: its elements, and those of a block.
+template <class T>
+void step(const void* const* pointers, const int64_t* sizes, const Numbers* numbers, int count) {
+    using Element = typename T::Element;
+#pragma omp parallel
+    for (int tensor = 0; tensor < count; ++tensor) {
+        const void* const* of = pointers + 5 * tensor;
+        const int64_t size = sizes[2 * tensor], block = sizes[2 * tensor + 1];
+        Element *p = (Element*)of[0], *m = (Element*)of[2], *v = (Element*)of[3];
+        // Rows that are at rest take less time, and lie side by side.
+#pragma omp for schedule(dynamic, 16) nowait
+        for (int64_t first = 0; first < size; first += block)
+            update<T>(
+                p + first, (const Element*)of[1] + first, m + first, v + first,
+                of[4] ? (uint8_t*)of[4] + first / block : nullptr, std::min(block, size - first), numbers[tensor]
+            );
+    }
+}
+
+constexpr int64_t BLOCK = 4096;  // elements whose squares one thread sums, so that the order is always the same
+
+// The sum of the squares of all elements.
+template <class T>
+double sum_squares(const void* const* pointers, const int64_t* sizes, int count) {
+    std::vector<int64_t> first(count + 1);  // block of each tensor
+    for (int i = 0; i < count; ++i) first[i + 1] = first[i] + (sizes[i] + BLOCK - 1) / BLOCK;
+    std::vector<double> parts(first[count]);
+#pragma omp parallel
+    for (int tensor = 0; tensor < count; ++tensor) {
+        const auto* x = (const typename T::Element*)pointers[tensor];
+#pragma omp for schedule(static) nowait
+        for (int64_t from = 0; from < sizes[tensor]; from += BLOCK) {
+            const int64_t end = std::min(from + BLOCK, sizes[tensor]);
+            Floats sum = floats(0.0f);
+            for (int64_t i = from; i < end; i += WIDTH) {
+                const Floats g = load_first<T>(x + i, end - i);
+                sum = fma(g, g, sum);
+            }
+            parts[first[tensor] + from / BLOCK] = sum_of(sum);
+        }
+    }
+    double total = 0.0;
+    for (double part : parts) total += part;
+    return total;
+}
+
+}  // namespace
+
+#define EXPORT_FOR(T, name)                                                                                            \
+    EXPORT void adamw_##name(const void* const* pointers, const int64_t* sizes, const float* numbers, int count) {     \
+        step<T>(pointers, sizes, (const Numbers*)numbers, count);                                                      \
+    }                                                                                                                  \
+    EXPORT void sum_squares_##name(                                                                                    \
+        const void* const* pointers, const int64_t* sizes, int count, double* sum                                      \
+    ) {                                                                                                                \
+        *sum = sum_squares<T>(pointers, sizes, count);                                                                 \
+    }
+
+EXPORT_FOR(Float32, float32)
+EXPORT_FOR(BFloat16, bfloat16)

@@ -1,0 +1,99 @@
+"""AdamW's step in one pass of C++ over many tensors, and the norm of gradients: see adamw.cpp for the equations."""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import operators as cpp
+from .pointers import PLAIN, address, address_or_none
+
+BLOCK = 4096  # elements of a tensor without rows that are updated at a time
+
+
+class Numbers(NamedTuple):
+    """Of one tensor at one step, in the order of adamw.cpp's structure of this name."""
+
+    scale: float
+    keep: float
+    of_m: float
+    beta2: float
+    of_v: float
+    step: float
+    of_root: float
+    eps: float
+
+
+def numbers(
+    step: float, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, scale: float
+) -> Numbers:
+    """Of the `step`-th step, from 1 up. scale: of the gradient."""
+    beta1, beta2 = betas
+    return Numbers(
+        scale, 1.0 - lr * weight_decay, 1.0 - beta1, beta2, 1.0 - beta2, lr / (1.0 - beta1**step),
+        1.0 / math.sqrt(1.0 - beta2**step), eps,
+    )  # fmt: skip
+
+
+def takes(*tensors: Tensor) -> bool:
+    """Whether `step` reads and writes these: dense, contiguous, on the CPU, and of a dtype that it has."""
+    known = cpp.dtypes()
+    return all(
+        type(t) in PLAIN and t.layout is torch.strided and t.is_cpu and t.dtype in known and t.is_contiguous()
+        for t in tensors
+    )
+
+
+def block_of(p: Tensor) -> int:
+    """Elements that `step` updates at a time: a row of a matrix."""
+    return max(1, p.shape[-1]) if p.dim() > 1 else BLOCK
+
+
+def at_rest(p: Tensor, are_zero: bool) -> Tensor:
+    """[blocks of p] uint8 for `step`. are_zero: m and v of p are known to be zero."""
+    blocks = -(-p.numel() // block_of(p))
+    return torch.full((blocks,), int(are_zero), dtype=torch.uint8, device="cpu")
+
+
+def step(
+    parameters: Sequence[Tensor], gradients: Sequence[Tensor], means: Sequence[Tensor], squares: Sequence[Tensor],
+    resting: Sequence[Tensor | None], by: Sequence[Numbers],
+) -> None:  # fmt: skip
+    """Writes parameters, means and squares of one dtype in place, each tuple of four of one shape.
+
+    resting: of each parameter what `at_rest` gave, which is written, or None where eps is 0.
+    """
+    if not parameters:
+        return
+    dtype, pointers, sizes = parameters[0].dtype, array("Q"), array("q")
+    if len(by) != len(parameters):
+        raise ValueError(f"adamw: {len(parameters)} parameters, but numbers of {len(by)}")
+    for of in zip(parameters, gradients, means, squares, resting, strict=True):
+        size, block = of[0].numel(), block_of(of[0])
+        pointers.extend(
+            address(name, t, dtype, size)
+            for name, t in zip(("parameter", "gradient", "exp_avg", "exp_avg_sq"), of[:4], strict=True)
+        )
+        pointers.append(address_or_none("at_rest", of[4], torch.uint8, -(-size // block)) or 0)
+        sizes.extend((size, block))
+    flat = array("f", [number for of in by for number in of])
+    cpp.call("adamw", dtype, pointers.buffer_info()[0], sizes.buffer_info()[0], flat.buffer_info()[0], len(parameters))
+
+
+def norm(gradients: Sequence[Tensor]) -> float:
+    """The square root of the sum of the squares of all elements; gradients of one dtype."""
+    if not gradients:
+        return 0.0
+    dtype, sum_of_squares = gradients[0].dtype, array("d", [0.0])
+    pointers = array("Q", [address("gradient", g, dtype, g.numel()) for g in gradients])
+    sizes = array("q", [g.numel() for g in gradients])
+    cpp.call(
+        "sum_squares", dtype, pointers.buffer_info()[0], sizes.buffer_info()[0], len(gradients),
+        sum_of_squares.buffer_info()[0],
+    )  # fmt: skip
+    return math.sqrt(sum_of_squares[0])
