@@ -115,8 +115,8 @@ def assert_tensor(ours: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor, 
 
 
 def assert_loss(ours: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor, dtype: torch.dtype) -> None:
-    """A single number may be right by luck, so the budget is no smaller than a rounding of it."""
-    assert relative_rms(ours, truth) <= max(2 * relative_rms(plain, truth), 4 * torch.finfo(dtype).eps)
+    """A single number may be right by luck, so the budget is no smaller than some roundings of its logits."""
+    assert relative_rms(ours, truth) <= max(2 * relative_rms(plain, truth), 8 * torch.finfo(dtype).eps)
 
 
 def three(

