@@ -176,6 +176,22 @@ def test_what_cpp_does_not_do_torch_does(why, monkeypatch):
     assert norms == [pytest.approx(float(of_torch[0])), of_torch[1]]
 
 
+def test_a_gradient_scaler_finds_its_gradients_clipped():
+    """With unscale_ and clip before it, GradScaler's step hands over to torch, which knows no scale of ours."""
+    moments = []
+    for kind in (AdamW, torch.optim.AdamW):
+        p = torch.nn.Parameter(torch.ones(4, 6, dtype=torch.float32, device="cpu"))
+        optimizer = kind([p], lr=1e-3, fused=True)
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        scaler.scale((p * torch.arange(24.0).view(4, 6)).sum()).backward()
+        scaler.unscale_(optimizer)
+        norm = optimizer.clip(0.5) if kind is AdamW else float(torch.nn.utils.clip_grad_norm_([p], 0.5))
+        scaler.step(optimizer)
+        moments.append((norm, optimizer.state[p]["exp_avg"]))
+    assert moments[0][0] == pytest.approx(moments[1][0])
+    torch.testing.assert_close(moments[0][1], moments[1][1])
+
+
 @here
 def test_the_norm_is_that_of_all_gradients():
     given = parameters()

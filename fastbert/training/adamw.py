@@ -65,7 +65,8 @@ class AdamW(torch.optim.AdamW):
         parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         gradients = [p.grad for p in parameters]
         if not self._takes_all() or len({g.dtype for g in gradients}) > 1:
-            return float(nn.utils.clip_grad_norm_(parameters, max_norm))
+            norm = nn.utils.clip_grad_norm_(parameters, max_norm)
+            return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # of FSDP2's shards
         norm = cpp.norm(gradients)
         self._scale = 1.0 if norm + 1e-6 <= max_norm else max_norm / (norm + 1e-6)
         return norm
@@ -74,6 +75,7 @@ class AdamW(torch.optim.AdamW):
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
         """One step, as torch's."""
         if closure is not None or not self._takes_all():
+            self._scale_gradients()
             return super().step(closure)
         scale, self._scale = self._scale, 1.0
         of_dtypes: dict[torch.dtype, _Given] = {}
@@ -89,6 +91,13 @@ class AdamW(torch.optim.AdamW):
                 if blocks is not None:
                     self._resting[p] = _Resting(mean, square, (mean._version, square._version), blocks)
         return None
+
+    def _scale_gradients(self) -> None:
+        """Does what `clip` has left to a step that torch takes after all, as under a GradScaler."""
+        scale, self._scale = self._scale, 1.0
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if scale != 1.0 and gradients:
+            torch._foreach_mul_(gradients, scale)
 
     def _takes_all(self) -> bool:
         """Whether C++ has every group's options, and all tensors."""

@@ -25,7 +25,7 @@ from ..storage import write_atomically
 from .checkpoints import Checkpoints
 from .features import Window
 from .metrics import Scores, is_better
-from .optimizer import AdamW, freeze, groups_of
+from .optimizer import GroupedAdamW, freeze, groups_of
 from .plan import Plan, dropout_seed, rate, warmup_steps
 from .predicting import autocast, pack
 from .processes import Processes
@@ -128,7 +128,7 @@ class Run:
         freeze(self.model, s.freeze)
         self.shared = self.processes.share(self.model, s.fsdp)
         groups = groups_of(self.shared.named_parameters(), s.weight_decay, s.layer_decay)
-        self.optimizer = AdamW(groups, s.betas, s.eps, s.bias_correction)
+        self.optimizer = GroupedAdamW(groups, s.betas, s.eps, s.bias_correction)
         self.scaler = torch.amp.GradScaler(self.processes.device.type, enabled=s.dtype == torch.float16)
         self.checkpoints = Checkpoints(self.out, s.keep, self.processes)
         self.progress = Progress(settings=s.binding() | {"windows": len(self.windows)} | self.binding)
@@ -198,7 +198,7 @@ class Run:
         self.shared.train()
         loss = self._gradients(step, epoch)
         self.scaler.unscale_(self.optimizer)
-        norm = self._clip()
+        norm = self.optimizer.clip(self.settings.clip or math.inf)
         # One sum over processes for both: what each has of the loss, and whether it was asked to stop.
         told = self.processes.sum(torch.stack((loss, loss.new_tensor(float(bool(asked))))))
         loss, stop = float(told[0]), bool(told[1] > 0)
@@ -247,12 +247,6 @@ class Run:
         if not without or self.processes.count == 1 or self.settings.fsdp:
             return nullcontext()
         return self.shared.no_sync()
-
-    def _clip(self) -> float:
-        """Scales the gradient down to the largest norm allowed; its norm before."""
-        parameters = [p for p in self.shared.parameters() if p.grad is not None]
-        norm = nn.utils.clip_grad_norm_(parameters, self.settings.clip or math.inf)
-        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
     def _expect_finite(self) -> None:
         """Nothing is saved that no run could go on from."""

@@ -6,8 +6,9 @@ import math
 import re
 from collections.abc import Iterable
 
-import torch
 from torch import nn
+
+from .adamw import AdamW
 
 
 def freeze(model: nn.Module, layers: int | None) -> int:
@@ -50,8 +51,9 @@ def groups_of(parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: floa
     return list(groups.values())
 
 
-class AdamW(torch.optim.AdamW):
-    """torch's AdamW (Loshchilov and Hutter, arXiv:1711.05101), set before each step by `set_rate`.
+class GroupedAdamW(AdamW):
+    """AdamW (Loshchilov and Hutter, arXiv:1711.05101) over the groups of `groups_of`, set before each step by
+    `set_rate`.
 
     bias_correction: False is the optimiser of Google's BERT, which does not correct the moments for their start at 0:
         p -= rate * (m / (sqrt(v) + eps) + decay * p)
