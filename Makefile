@@ -87,7 +87,7 @@ fuzz: $(BUILT)
 
 # The sanitizers have to be loaded before Python; what torch leaves behind at its end is no leak of ours.
 SANITIZERS = $(foreach name,libasan.so libubsan.so,$(shell $(CC) -print-file-name=$(name)))
-SANITIZED = $$(find build/asan -name '*_operators*.so')
+SANITIZED = $$(find build/asan -name '*_operators_avx512*.so')
 
 fuzz-asan: $(BUILT)
 	FASTBERT_SANITIZE=1 $(BIN)/python setup.py --quiet build_ext --build-lib build/asan --build-temp build/asan_objects
@@ -119,7 +119,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf build dist .pytest_cache .ruff_cache .benchmarks *.egg-info kernels/cpu/_operators.*
+	rm -rf build dist .pytest_cache .ruff_cache .benchmarks *.egg-info kernels/cpu/_operators_*
 	rm -rf .venvs full_logs
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
 	test ! -e $(INSTALLED) || rm -rf $(VENV)

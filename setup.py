@@ -1,8 +1,9 @@
-"""Builds the C++ operators of kernels/cpu/; all else about the package is in pyproject.toml.
+"""Builds the C++ operators of kernels/cpu/, a library for each set of instructions; all else is in pyproject.toml.
 
 FASTBERT_SANITIZE=1 builds them with AddressSanitizer and UBSan, for `make fuzz-asan` and not for use.
 """
 
+import copy
 import os
 import runpy
 from pathlib import Path
@@ -23,23 +24,31 @@ class BuildOperators(build_ext):
     """As setuptools builds, and also where what lies there is newer than the sources but was built of others."""
 
     def build_extension(self, ext: Extension) -> None:
+        build = copy.copy(self)
+        # the libraries are of the same sources: each has its objects in a folder of its own
+        build.build_temp = str(Path(self.build_temp) / ext.name)
         built = Path(self.get_ext_fullpath(ext.name))
         if built.exists():
             content = built.read_bytes()
-            self.force = self.force or not all(stamp.encode() in content for stamp in STAMPS.values())
-        super().build_extension(ext)
+            build.force = self.force or not all(stamp.encode() in content for stamp in STAMPS.values())
+        super(BuildOperators, build).build_extension(ext)
 
 
 files = [path.relative_to(ROOT).as_posix() for path in library["sources"](OPERATORS)]
-operators = Extension(
-    f"fastbert.kernels.cpu.{library['NAME']}",
-    sources=[name for name in files if name.endswith(".cpp")],
-    depends=[*(name for name in files if name.endswith(".h")), "kernels/cpu/library.py"],
-    define_macros=[(name, f'"{text}"') for name, text in (*STAMPS.items(), ("SIGNATURES", SIGNATURES))],
-    extra_compile_args=[*library["FLAGS"], *SANITIZE],
-    extra_link_args=SANITIZE,
-    # Left out where they cannot be compiled. OpenMP is torch's, found when the library is loaded.
-    optional=not SANITIZE,
-)
+libraries = [
+    Extension(
+        f"fastbert.kernels.cpu.{library['name_of'](instructions)}",
+        sources=[name for name in files if name.endswith(".cpp")],
+        depends=[*(name for name in files if name.endswith(".h")), "kernels/cpu/library.py"],
+        define_macros=[(name, f'"{text}"') for name, text in (*STAMPS.items(), ("SIGNATURES", SIGNATURES))],
+        extra_compile_args=[*library["FLAGS"], *flags, *SANITIZE],
+        extra_link_args=SANITIZE,
+        # Left out where they cannot be compiled. OpenMP is torch's, found when the library is loaded.
+        optional=not SANITIZE,
+    )
+    for instructions, flags in library["INSTRUCTIONS"].items()
+]
 
-setup(ext_modules=[operators], cmdclass={"build_ext": BuildOperators})
+setup(
+    ext_modules=libraries, options={"build_ext": {"parallel": len(libraries)}}, cmdclass={"build_ext": BuildOperators}
+)

@@ -13,7 +13,7 @@ from . import functional
 from .config import BertConfig
 from .encoding import encoder
 from .encoding.modules import kinds_of
-from .functional import assembler, machine, why_not_cpp
+from .functional import assembler, describe_cpp, machine
 from .inference.graphs import why_no_graphs
 from .models.bert import BertModel
 
@@ -111,10 +111,10 @@ def _operators() -> list[str]:
     rows = [(op, f"{impl:<9}  {why}") for op, (impl, why) in encoder.describe_operators(device).items()]
     title = f"operators on {device}, in {dtype} by default"
     value = os.environ.get("TRITON_INTERPRET")
-    missing = why_not_cpp()
-    cpp = "C++ operators on a CPU: "
-    cpp += "built" if missing is None else f"none; {missing}"
-    notes = [f"  {cpp}", f"  Triton's interpreter is {interpreter} (TRITON_INTERPRET={value or ''})"]
+    notes = [
+        f"  C++ operators on a CPU: {describe_cpp()}",
+        f"  Triton's interpreter is {interpreter} (TRITON_INTERPRET={value or ''})",
+    ]
     return [*_table(title, rows), *notes, "", *_engines(device)]
 
 

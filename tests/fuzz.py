@@ -232,7 +232,7 @@ def main() -> int:
     parser.add_argument("--library", type=Path, help="of C++ operators, in place of the one that is installed")
     given = parser.parse_args()
     if given.library is not None:
-        library.find = lambda folder: given.library
+        library.find = lambda folder, instructions: given.library
         print(f"C++ operators: {cpp.load()[1] or given.library}")
     start, done, failed = time.monotonic(), 0, 0
     while done < given.cases and time.monotonic() - start < given.seconds:

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from fastbert.kernels.cpu import library
+from fastbert.kernels.cpu import operators as cpp
+
 pytestmark = pytest.mark.once
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,6 +48,9 @@ def test_wheel_holds_every_module_and_no_other_top_level_name(wheel):
         for path in (ROOT / folder).rglob("*.py"):
             assert f"{installed}/{path.relative_to(ROOT / folder).as_posix()}" in names
     assert {"fastbert/py.typed", "fastbert/data/devils_dictionary.txt", "fastbert/data/README.md"} <= names
+    if cpp.dtypes():  # what compiled the operators here compiles them for every set of instructions
+        libraries = "\n".join(name for name in names if name.endswith(".so"))
+        assert all(library.name_of(instructions) in libraries for instructions in library.INSTRUCTIONS)
     # no sources of the C++ operators: beside a library they are compared with it, which takes time
     assert not [name for name in names if name.endswith((".cpp", ".h"))]
     top_level = {name.split("/")[0] for name in names}

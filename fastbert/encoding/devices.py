@@ -35,8 +35,9 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
         if torch.version.hip is not None or capability >= (8, 0):
             return torch.bfloat16
         return torch.float16 if capability >= (7, 0) else torch.float32
+    has_512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")  # and ATEN_CPU_CAPABILITY allows its use
     fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if has_512 and fast else torch.float32
 
 
 def expect_int8(device: torch.device, impl: F.Impl | None) -> None:

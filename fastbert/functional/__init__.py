@@ -31,6 +31,7 @@ from ._choice import OPERATORS as OPERATORS
 from ._choice import TRITON_MODULES as TRITON_MODULES
 from ._choice import Impl as Impl
 from ._choice import choose_impl as choose_impl
+from ._choice import describe_cpp as describe_cpp
 from ._choice import engine as engine
 from ._choice import machine as machine
 from ._choice import why_not_cpp as why_not_cpp

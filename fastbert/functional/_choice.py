@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, Literal
 
 import torch
@@ -60,6 +61,16 @@ _why_too_old._dynamo_marked_constant = True
 
 def _dotted(capability: tuple[int, int]) -> str:
     return ".".join(map(str, capability))
+
+
+def describe_cpp() -> str:
+    """The C++ operators of `native` on this CPU: by which instructions, or why there are none."""
+    reason = why_not_cpp()
+    if reason is not None:
+        return f"none; {reason}"
+    allowed = os.environ.get("ATEN_CPU_CAPABILITY")
+    by = [f"{name} by {cpp.instructions(dtype)}" for dtype, name in cpp.NAMES.items() if dtype in cpp.dtypes()]
+    return ", ".join(by) + (f" (ATEN_CPU_CAPABILITY={allowed})" if allowed else "")
 
 
 def why_not_cpp() -> str | None:

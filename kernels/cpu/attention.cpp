@@ -1,15 +1,14 @@
-// Packed attention, head by head: K of one head is transposed once (16 keys side by side in a register), then six rows
-// of queries at a time get all their scores, a softmax in place, dropout, and their product with V. Everything a head
-// needs stays in the core's own cache. `operators.py` calls it.
+// Packed attention, head by head: K of one head is transposed once (as many keys side by side as a register has lanes),
+// then six rows of queries at a time get all their scores, a softmax in place, dropout, and their product with V.
+// Everything a head needs stays in the core's own cache. `attention.py` calls it.
 
 #include "attention.h"
 
 namespace {
 
-constexpr int ROWS = 6;       // query rows at a time: 6 x 4 accumulators, 4 registers of keys, 4 to spare
-constexpr int MOST_KEYS = 4;  // registers of keys at a time
+constexpr int ROWS = BLOCK_ROWS;  // query rows at a time
 
-// Scores of M rows with N x 16 keys: q rows apart by q_stride elements, keys [lanes, keys] -> scores [M, keys].
+// Scores of M rows with N registers of keys: q rows apart by q_stride elements, keys [lanes, keys] -> scores [M, keys].
 template <class T, int M, int N>
 inline void score_tile(
     const typename T::Element* q, int64_t q_stride, const float* k, int lanes, int keys, float* scores
@@ -57,7 +56,7 @@ inline void drop(typename T::Element* p, int keys, uint64_t key, uint32_t thresh
     }
 }
 
-// M rows of p [M, keys] times N x 16 columns of v [lanes, stride] -> o, each row times its factor.
+// M rows of p [M, keys] times N registers of columns of v [lanes, stride] -> o, each row times its factor.
 template <class T, int M, int N>
 inline void value_tile(
     const typename T::Element* p, int keys, const float* v, int64_t stride, int lanes, const float* factor,
@@ -79,14 +78,9 @@ void rows_of_head(
     typename T::Element* p, typename T::Element* o, int64_t o_stride, float* lse
 ) {
     const int lanes = head_dim / T::PER_LANE;
-    int key = 0;
-    for (; key + MOST_KEYS * WIDTH <= keys; key += MOST_KEYS * WIDTH)
-        score_tile<T, M, MOST_KEYS>(q, q_stride, k + key, lanes, keys, scores + key);
-    switch ((keys - key) / WIDTH) {
-        case 3: score_tile<T, M, 3>(q, q_stride, k + key, lanes, keys, scores + key); break;
-        case 2: score_tile<T, M, 2>(q, q_stride, k + key, lanes, keys, scores + key); break;
-        case 1: score_tile<T, M, 1>(q, q_stride, k + key, lanes, keys, scores + key); break;
-    }
+    over_registers<BLOCK_REGISTERS>(keys, [&](auto registers, int key) {
+        score_tile<T, M, registers>(q, q_stride, k + key, lanes, keys, scores + key);
+    });
     float factor[M];
     for (int i = 0; i < M; ++i) {
         factor[i] = softmax<T>(scores + i * keys, p + i * keys, length, keys, scale_log2, lse[i]);
@@ -96,12 +90,9 @@ void rows_of_head(
         }
     }
     const int pairs = (length + T::PER_LANE - 1) / T::PER_LANE;
-    int column = 0;
-    for (; column + 4 * WIDTH <= head_dim; column += 4 * WIDTH)
-        value_tile<T, M, 4>(p, keys, v + column, v_stride, pairs, factor, o + column, o_stride);
-    for (; column + 2 * WIDTH <= head_dim; column += 2 * WIDTH)
-        value_tile<T, M, 2>(p, keys, v + column, v_stride, pairs, factor, o + column, o_stride);
-    if (column < head_dim) value_tile<T, M, 1>(p, keys, v + column, v_stride, pairs, factor, o + column, o_stride);
+    over_registers<BLOCK_REGISTERS>(head_dim, [&](auto registers, int column) {
+        value_tile<T, M, registers>(p, keys, v + column, v_stride, pairs, factor, o + column, o_stride);
+    });
 }
 
 template <class T>

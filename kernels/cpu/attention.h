@@ -51,7 +51,7 @@ inline uint64_t row_key(const Dropout& dropout, int sequence, int head, int row)
     return mix64(mix64(dropout.seed + 0x9E3779B97F4A7C15 * (stream + 1)) ^ name);
 }
 
-// Which of 16 elements stay: low and high are the halves of their rows' keys.
+// Which elements of a register stay: low and high are the halves of their rows' keys.
 inline Mask keep_mask(Ints low, Ints high, Ints column, uint32_t threshold) {
     Ints x = column ^ low;
     x = (x ^ x >> 16) * ints(0x21F0AAAD);

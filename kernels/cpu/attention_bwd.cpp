@@ -11,7 +11,7 @@
 
 namespace {
 
-constexpr int ROWS = 6;      // keys at a time: 6 x 4 accumulators
+constexpr int ROWS = BLOCK_ROWS;  // keys at a time
 constexpr int QUERIES = 64;  // of a block
 constexpr int KEYS = 96;     // of a block, a multiple of ROWS
 
@@ -53,7 +53,7 @@ struct Memory {
     }
 };
 
-// c [M, N x 16] += a [M, lanes] b [lanes, N x 16]
+// c [M, N registers] += a [M, lanes] b [lanes, N registers]
 template <class T, int M, int N>
 inline void add_tile(
     const typename T::Element* a, int64_t a_stride, const float* b, int64_t b_stride, int lanes, float* c,
@@ -75,12 +75,9 @@ inline void add_rows(
     const typename T::Element* a, int64_t a_stride, const float* b, int64_t b_stride, int lanes, float* c,
     int64_t c_stride, int columns
 ) {
-    int column = 0;
-    for (; column + 4 * WIDTH <= columns; column += 4 * WIDTH)
-        add_tile<T, M, 4>(a, a_stride, b + column, b_stride, lanes, c + column, c_stride);
-    for (; column + 2 * WIDTH <= columns; column += 2 * WIDTH)
-        add_tile<T, M, 2>(a, a_stride, b + column, b_stride, lanes, c + column, c_stride);
-    if (column < columns) add_tile<T, M, 1>(a, a_stride, b + column, b_stride, lanes, c + column, c_stride);
+    over_registers<BLOCK_REGISTERS>(columns, [&](auto registers, int column) {
+        add_tile<T, M, registers>(a, a_stride, b + column, b_stride, lanes, c + column, c_stride);
+    });
 }
 
 // c [rows, columns] += a [rows, lanes] b [lanes, columns]; rows are even.
@@ -103,46 +100,46 @@ inline void store_pair(Floats first, Floats second, uint16_t* rows, float* pairs
     store_ints(pairs, to_pairs(first, second));
 }
 
-// p^T and ds^T of six keys, of which `real` are, and N x 16 queries.
+// p^T and ds^T of ROWS keys, of which `real` are, and N registers of queries from the block's query `column` on.
 template <class T, int N>
 void tile(
-    const Memory<T>& m, int key, int real, int row, int lanes, float scale_log2, const Dropout* dropout
+    const Memory<T>& m, int key, int real, int row, int column, int lanes, float scale_log2, const Dropout* dropout
 ) {
     using Element = typename T::Element;
     const int head_dim = lanes * T::PER_LANE;
-    Element* of_p = m.p + row * QUERIES;
-    Element* of_ds = m.ds + row * QUERIES;
-    float* of_pairs = m.ds_pairs + row / T::PER_LANE * QUERIES;
+    Element* of_p = m.p + row * QUERIES + column;
+    Element* of_ds = m.ds + row * QUERIES + column;
+    float* of_pairs = m.ds_pairs + row / T::PER_LANE * QUERIES + column;
     alignas(64) float p[ROWS][N * WIDTH];
     Mask kept[ROWS][N];
     Floats sum[ROWS][N];
 
     if (dropout)
         for (int j = 0; j < N; ++j) {
-            const Ints low = load_ints(m.low + j * WIDTH), high = load_ints(m.high + j * WIDTH);
+            const Ints low = load_ints(m.low + column + j * WIDTH), high = load_ints(m.high + column + j * WIDTH);
             for (int i = 0; i < ROWS; ++i)
                 kept[i][j] = keep_mask(low, high, ints(key + i), dropout->threshold);
         }
 
-    multiply<T, ROWS, N>(m.k + (int64_t)key * head_dim, head_dim, m.q, QUERIES, lanes, sum);
+    multiply<T, ROWS, N>(m.k + (int64_t)key * head_dim, head_dim, m.q + column, QUERIES, lanes, sum);
     const Floats scale = floats(scale_log2);
 #pragma GCC unroll 6
     for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 4
         for (int j = 0; j < N; ++j) {
-            Floats x = exp2_of_negative(fms(sum[i][j], scale, load(m.lse_log2 + j * WIDTH)));
+            Floats x = exp2_of_negative(fms(sum[i][j], scale, load(m.lse_log2 + column + j * WIDTH)));
             if (i >= real) x = floats(0.0f);
             store(p[i] + j * WIDTH, x);
             T::store(of_p + i * QUERIES + j * WIDTH, dropout ? keep(kept[i][j], x) : x);
         }
 
-    multiply<T, ROWS, N>(m.v + (int64_t)key * head_dim, head_dim, m.d_o, QUERIES, lanes, sum);
+    multiply<T, ROWS, N>(m.v + (int64_t)key * head_dim, head_dim, m.d_o + column, QUERIES, lanes, sum);
     const Floats scale_kept = floats(dropout ? dropout->scale : 1.0f);
 #pragma GCC unroll 6
     for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 4
         for (int j = 0; j < N; ++j) {
-            const Floats delta = load(m.delta + j * WIDTH);
+            const Floats delta = load(m.delta + column + j * WIDTH);
             if (dropout) sum[i][j] = keep(kept[i][j], sum[i][j] * scale_kept);
             sum[i][j] = load(p[i] + j * WIDTH) * (sum[i][j] - delta);
         }
@@ -240,12 +237,10 @@ void block_of_queries(
 
     for (int first = 0; first < length; first += KEYS) {
         const int keys = std::min(KEYS, length - first), rows = round_up(keys, ROWS);
-        for (int row = 0; row < rows; row += ROWS) {
-#define OF_COLUMNS(N)                                                                                              \
-    case N: tile<T, N>(m, first + row, keys - row, row, lanes, scale * LOG2_E, dropout); break;
-            switch (columns / WIDTH) { OF_COLUMNS(4) OF_COLUMNS(3) OF_COLUMNS(2) OF_COLUMNS(1) }
-#undef OF_COLUMNS
-        }
+        for (int row = 0; row < rows; row += ROWS)
+            over_registers<BLOCK_REGISTERS>(columns, [&](auto registers, int column) {
+                tile<T, registers>(m, first + row, keys - row, row, column, lanes, scale * LOG2_E, dropout);
+            });
         float* dv = m.dv + (int64_t)first * head_dim;
         float* dk = m.dk + (int64_t)first * head_dim;
         add_product<T>(m.p, QUERIES, m.do_pairs, head_dim, query_lanes, dv, head_dim, rows, head_dim);

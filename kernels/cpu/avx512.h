@@ -75,6 +75,11 @@ inline Ints to_pairs(Floats first, Floats second) {
 inline Floats add_pairs(Floats sum, Floats a, Floats b) {
     return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_castps_si512(a), (__m512bh)_mm512_castps_si512(b));
 }
+// The same in PAIR_PARTS steps: sum = add_part(sum, part_of_pairs<PART>(a), part_of_pairs<PART>(b)).
+constexpr int PAIR_PARTS = 1;
+template <int PART>
+inline Floats part_of_pairs(Floats x) { return x; }
+inline Floats add_part(Floats sum, Floats a, Floats b) { return add_pairs(sum, a, b); }
 
 // ---- between lanes ---------------------------------------------------------------------------------------
 

@@ -1,11 +1,13 @@
-"""The library of the C++ operators: what it is built of, what its functions take, and whether it is this code's own.
+"""The libraries of the C++ operators: what they are built of, what their functions take, whether they are this code's.
 
-`setup.py` builds it by this file and `operators.py` opens it by this file. Two stamps are compiled in, since ctypes
-does not notice an old build:
+The same sources are compiled once for each set of instructions in INSTRUCTIONS, each into a library of its own. Only
+what this CPU can run is ever opened, so that no code of the others is reached: not even an inlined function of C++'s
+own library, of which a linker would keep one for all. `setup.py` builds the libraries by this file and `operators.py`
+opens them by this file. Two stamps are compiled in, since ctypes does not notice an old build:
 
     interface   what Python expects of the library: DTYPES, DROPOUT_FIELDS and the constants that size memory
-    sources     every .cpp and .h in this folder, at any depth, and FLAGS; compared where the sources lie beside the
-                library, as in a checkout. A wheel has none of them, so there nothing is read.
+    sources     every .cpp and .h in this folder, at any depth, FLAGS and INSTRUCTIONS; compared where the sources lie
+                beside the library, as in a checkout. A wheel has none of them, so there nothing is read.
 
 What its functions take is declared once, in operators.h, and compiled into the library as text (`signatures`).
 
@@ -20,14 +22,15 @@ import re
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
-NAME = "_operators"
-FLAGS = (
-    "-O3", "-std=c++17", "-fopenmp", "-fvisibility=hidden", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl",
-    "-mavx512bf16", "-mfma", "-Wno-maybe-uninitialized",
-)  # fmt: skip
+FLAGS = ("-O3", "-std=c++17", "-fopenmp", "-fvisibility=hidden", "-Wno-maybe-uninitialized")
+# A set of instructions -> what lets the compiler use it. `simd.h` takes the header that is written in it.
+INSTRUCTIONS = {
+    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mfma"),
+    "avx2": ("-mavx2", "-mfma"),
+}
 REBUILD = "python setup.py build_ext --inplace"
 
-WIDTH = 16  # elements that a row must be a multiple of
+WIDTH = 16  # elements that a row must be a multiple of: what the widest registers hold
 NORM_BLOCK = 64  # in simd.h: rows whose gradients of weight and bias are summed into one row
 LOSS_ROWS = 32  # PANEL registers of them in loss.cpp: what its number of rows must be a multiple of
 NO_MEMORY = 1  # in simd.h: what a function returns where it had none; 2 where cu_seqlens are no sequences
@@ -54,8 +57,8 @@ def sources(folder: Path) -> list[Path]:
 
 
 def sources_stamp(folder: Path) -> str | None:
-    """Names and bytes of `sources`, and FLAGS, as 16 hexadecimal digits; None where there are no sources."""
-    digest = hashlib.sha256(repr(FLAGS).encode())
+    """Names and bytes of `sources`, FLAGS and INSTRUCTIONS, as 16 hexadecimal digits; None without sources."""
+    digest = hashlib.sha256(repr((FLAGS, INSTRUCTIONS)).encode())
     found = sources(folder)
     for path in found:
         content = path.read_bytes()
@@ -84,9 +87,14 @@ def as_text(found: dict[str, tuple[str, str]]) -> str:
     return ";".join(f"{name} {result} {arguments}" for name, (result, arguments) in found.items())
 
 
-def find(folder: Path) -> Path | None:
-    """The library for this version of Python, or None."""
-    candidates = (folder / f"{NAME}{suffix}" for suffix in EXTENSION_SUFFIXES)
+def name_of(instructions: str) -> str:
+    """Of the library in this set of instructions, one of INSTRUCTIONS."""
+    return f"_operators_{instructions}"
+
+
+def find(folder: Path, instructions: str) -> Path | None:
+    """The library in these instructions for this version of Python, or None."""
+    candidates = (folder / f"{name_of(instructions)}{suffix}" for suffix in EXTENSION_SUFFIXES)
     return next((path for path in candidates if path.exists()), None)
 
 

@@ -1,7 +1,7 @@
 // Products with a bias and an activation, for inference, from the weight as it lies. `operators.py` calls them.
 //
 // Of few rows, every weight is read once and in order, and multiplied along the inner dimension: lanes are summed at the
-// end. Of many rows, 64 columns at a time are transposed into the core's own cache (panel.h).
+// end. Of many rows, a panel of columns at a time is transposed into the core's own cache (panel.h).
 
 #include "panel.h"
 
@@ -9,8 +9,9 @@ namespace {
 
 constexpr int ROWS_AS_THEY_LIE = 144;  // up to which transposing x does not pay
 constexpr int AHEAD = 16384;  // bytes of the weight that are on their way from memory, a tile at least
-constexpr int TILES = 4;  // of rows that share a pass of bias and activation: one alone would wait for each of its own steps
-constexpr int TILE = 4;  // rows of x and rows of the weight at a time: 16 accumulators, 8 loads for 16 multiplications
+constexpr int TILES = 4;  // that share a pass of bias and activation: one alone would wait for each of its own steps
+constexpr int TILE_ROWS = 4;  // rows of x at a time,
+constexpr int TILE_COLUMNS = WIDTH / 4;  // and rows of the weight: their sums fill a register
 
 // y = activation(x weight^T + bias): x [rows, inner], weight [columns, inner] as it is, y [rows, columns],
 // its rows y_stride apart.
@@ -23,52 +24,52 @@ void linear_of_few_rows(
     using Element = typename T::Element;
     constexpr int STEP = WIDTH * T::PER_LANE;
     auto lanes = [](const Element* from) { return as_floats(load_ints(from)); };
-    const int ahead = std::max(AHEAD / (int)sizeof(Element), TILE * inner);
+    const int ahead = std::max(AHEAD / (int)sizeof(Element), TILE_COLUMNS * inner);
 #pragma omp parallel for schedule(static)
-    for (int column = 0; column < columns; column += TILE) {
+    for (int column = 0; column < columns; column += TILE_COLUMNS) {
         const Element* w = weight + (int64_t)column * inner;
         const Floats of_bias = bias ? load_quarter(bias + column) : floats(0.0f);
-        for (int block = 0; block < rows; block += TILES * TILE) {
-            const int block_end = std::min(block + TILES * TILE, rows);
+        for (int block = 0; block < rows; block += TILES * TILE_ROWS) {
+            const int block_end = std::min(block + TILES * TILE_ROWS, rows);
             Floats result[TILES];
-            for (int row = block; row < block_end; row += TILE) {
+            for (int row = block; row < block_end; row += TILE_ROWS) {
                 // rows of the weight to fetch meanwhile
-                const int first = row * TILE / rows, end = std::min(row + TILE, rows) * TILE / rows;
-                const Element* of_row[TILE];  // past the last row its neighbour again, computed and not stored
-                for (int i = 0; i < TILE; ++i) of_row[i] = x + (int64_t)std::min(row + i, rows - 1) * inner;
-                Floats sum[TILE * TILE];
+                const int first = row * TILE_COLUMNS / rows, end = std::min(row + TILE_ROWS, rows) * TILE_COLUMNS / rows;
+                const Element* of_row[TILE_ROWS];  // past the last row its neighbour again, computed and not stored
+                for (int i = 0; i < TILE_ROWS; ++i) of_row[i] = x + (int64_t)std::min(row + i, rows - 1) * inner;
+                Floats sum[WIDTH];
 #pragma GCC unroll 16
-                for (int i = 0; i < TILE * TILE; ++i) sum[i] = floats(0.0f);
+                for (int i = 0; i < WIDTH; ++i) sum[i] = floats(0.0f);
                 for (int k = 0; k < inner; k += STEP) {
-                    Floats of_column[TILE];
+                    Floats of_column[TILE_COLUMNS];
 #pragma GCC unroll 4
-                    for (int j = 0; j < TILE; ++j) {
+                    for (int j = 0; j < TILE_COLUMNS; ++j) {
                         of_column[j] = lanes(w + (int64_t)j * inner + k);
                         if (j >= first && j < end)
                             fetch(w + (int64_t)j * inner + k + ahead);
                     }
 #pragma GCC unroll 4
-                    for (int i = 0; i < TILE; ++i) {
+                    for (int i = 0; i < TILE_ROWS; ++i) {
                         const Floats a = lanes(of_row[i] + k);
 #pragma GCC unroll 4
-                        for (int j = 0; j < TILE; ++j)
-                            sum[i * TILE + j] = T::multiply_add(sum[i * TILE + j], a, of_column[j]);
+                        for (int j = 0; j < TILE_COLUMNS; ++j)
+                            sum[i * TILE_COLUMNS + j] = T::multiply_add(sum[i * TILE_COLUMNS + j], a, of_column[j]);
                     }
                 }
-                result[(row - block) / TILE] = sums_of_lanes(sum) + of_bias;
+                result[(row - block) / TILE_ROWS] = sums_of_lanes(sum) + of_bias;
             }
-            for (int row = block; row < block_end; row += TILE) {
-                const Floats of_tile = result[(row - block) / TILE];
+            for (int row = block; row < block_end; row += TILE_ROWS) {
+                const Floats of_tile = result[(row - block) / TILE_ROWS];
                 alignas(64) Element z[WIDTH];
                 T::store(z, activate(of_tile, activation));
-                for (int i = 0; i < std::min(TILE, rows - row); ++i)
-                    std::memcpy(y + (row + i) * y_stride + column, z + i * TILE, sizeof(Element) * TILE);
+                for (int i = 0; i < std::min(TILE_ROWS, rows - row); ++i)
+                    std::memcpy(y + (row + i) * y_stride + column, z + i * TILE_COLUMNS, sizeof(Element) * TILE_COLUMNS);
             }
         }
     }
 }
 
-// As linear_of_few_rows, columns a multiple of 16. Returns 1 where there is no memory for a panel.
+// As linear_of_few_rows, columns a multiple of WIDTH. Returns 1 where there is no memory for a panel.
 template <class T>
 int linear_of_many_rows(
     const typename T::Element* x, const typename T::Element* weight, const typename T::Element* bias,

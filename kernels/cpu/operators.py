@@ -36,30 +36,44 @@ ACTIVATION_NUMBERS = {"gelu": 1, "gelu_tanh": 2, "relu": 3}  # as in simd.h; 0 i
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
+def instructions(dtype: torch.dtype) -> str | None:
+    """The set of instructions, of library.INSTRUCTIONS, that the operators use here in this dtype; None where this CPU
+    has none of them. ATEN_CPU_CAPABILITY holds the operators down as it does torch's own."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    in_512 = dtype is not torch.bfloat16 or torch.cpu._is_avx512_bf16_supported()
+    if capability.startswith("AVX512") and torch.cpu._is_avx512_supported() and in_512:
+        return "avx512"
+    return "avx2" if capability.startswith(("AVX2", "AVX512")) and torch.cpu._is_avx2_supported() else None
+
+
 @functools.cache
-def load() -> tuple[ctypes.CDLL | None, str | None]:
-    """(library, None), or (None, why there is none). Warns where one lies there that is not this code's own."""
+def load(dtype: torch.dtype = torch.float32) -> tuple[ctypes.CDLL | None, str | None]:
+    """(library for this dtype, None), or (None, why there is none). Warns where one lies there that is not this code's
+    own."""
     if os.environ.get("FASTBERT_CPP") == "0":
         return None, "FASTBERT_CPP=0 turns them off"
-    capability = torch.backends.cpu.get_cpu_capability()
-    if not capability.startswith("AVX512"):
-        return None, f"they need AVX-512, this CPU has {capability}"
-    built = library.find(Path(__file__).parent)
+    chosen = instructions(dtype)
+    if chosen is None:
+        return None, f"they need AVX2 or AVX-512, this CPU has {torch.backends.cpu.get_cpu_capability()}"
+    return _open(chosen)
+
+
+@functools.cache
+def _open(instructions: str) -> tuple[ctypes.CDLL | None, str | None]:
+    built = library.find(Path(__file__).parent, instructions)
     if built is None:
         return None, f"they are not built: installing had no C++ compiler; in a checkout, {library.REBUILD}"
     try:
         return library.open_library(built), None
     except library.UnusableLibrary as unusable:
-        warnings.warn(f"fastbert computes without its C++ operators: {unusable}", RuntimeWarning, stacklevel=2)
+        warnings.warn(f"fastbert computes without its C++ operators: {unusable}", RuntimeWarning, stacklevel=3)
         return None, str(unusable)
 
 
 @functools.cache
 def dtypes() -> tuple[torch.dtype, ...]:
     """What the operators compute in here; none where there are none."""
-    if load()[0] is None:
-        return ()
-    return (torch.float32, torch.bfloat16) if torch.cpu._is_avx512_bf16_supported() else (torch.float32,)
+    return tuple(dtype for dtype in NAMES if load(dtype)[0] is not None)
 
 
 @functools.cache
@@ -107,7 +121,7 @@ def call(function: str, dtype: torch.dtype, *arguments: object) -> int | None:
     """Runs a function of the library's. Addresses come from `pointers`, which has looked at the tensors."""
     if dtype not in NAMES:
         raise TypeError(f"{function} computes in {' and '.join(map(str, NAMES))}, got {dtype}")
-    return getattr(load()[0], f"{function}_{NAMES[dtype]}")(*arguments)
+    return getattr(load(dtype)[0], f"{function}_{NAMES[dtype]}")(*arguments)
 
 
 def expect_multiple(function: str, what: str, size: int, multiple: int = WIDTH) -> None:

@@ -1,5 +1,5 @@
-// Products of many rows: 64 columns at a time are laid out in the core's own cache, and six rows at a time go through
-// them: 24 sums stay in registers, and 10 loads serve 24 multiplications. What the columns are laid out from, and what
+// Products of many rows: a panel of columns at a time, 64 with AVX-512, is laid out in the core's own cache, and six rows
+// at a time go through them: 24 sums stay in registers, and 10 loads serve 24 multiplications. What the columns are laid out from, and what
 // becomes of the sums, is the caller's.
 
 #pragma once
@@ -10,8 +10,8 @@
 
 namespace {
 
-constexpr int ROWS = 6;  // rows at a time,
-constexpr int REGISTERS = 4;  // with so many registers of columns: a panel
+constexpr int ROWS = BLOCK_ROWS;  // rows at a time,
+constexpr int REGISTERS = BLOCK_REGISTERS;  // with so many registers of columns: a panel
 constexpr int PANEL = REGISTERS * WIDTH;
 constexpr int CHUNK = 256;  // lanes that are summed in one go: shorter sums are more exact
 constexpr int LEAST_ROWS = 48;  // that are worth a panel of their own: laying it out costs as much as multiplying by 5
@@ -103,10 +103,10 @@ inline int parts_of(int rows, int panels) {
     return parts;
 }
 
-// x [rows, lanes], x_stride elements apart, times the panels of so many columns, a multiple of 16.
+// x [rows, lanes], x_stride elements apart, times the panels of so many columns, a multiple of WIDTH.
 //     fill(column, registers, panel)  lays out the columns from `column` on
 //     fetch(column, from, to, of)     starts to bring in the same share of what those columns are made of
-//     put(row, column, sums)          takes 16 sums
+//     put(row, column, sums)          takes a register of sums
 // Returns 1 where there is no memory for a panel. A row's sums do not depend on the other rows.
 template <class T, class Fill, class Fetch, class Put>
 int multiply_rows(

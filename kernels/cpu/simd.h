@@ -12,10 +12,18 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <utility>
 
-#include "avx512.h"
 #include "operators.h"
+
+#if defined(__AVX512BF16__)
+#include "avx512.h"
+#elif defined(__AVX2__) && defined(__FMA__)
+#include "avx2.h"
+#else
+#error "the operators are written for AVX-512 with BF16 and for AVX2 with FMA"
+#endif
 
 namespace {
 
@@ -36,6 +44,10 @@ inline bool are_sequences(const int32_t* starts, int sequences, int64_t rows) {
 struct Float32 {
     using Element = float;
     static constexpr int PER_LANE = 1;
+    static constexpr int PARTS = 1;
+    template <int PART>
+    static Floats part(Floats x) { return x; }
+    static Floats add_part(Floats sum, Floats a, Floats b) { return fma(a, b, sum); }
     static Floats multiply_add(Floats sum, Floats a, Floats b) { return fma(a, b, sum); }
     static Floats load(const float* from) { return ::load(from); }
     static void store(float* to, Floats x) { ::store(to, x); }
@@ -44,6 +56,10 @@ struct Float32 {
 struct BFloat16 {
     using Element = uint16_t;
     static constexpr int PER_LANE = 2;
+    static constexpr int PARTS = PAIR_PARTS;
+    template <int PART>
+    static Floats part(Floats x) { return part_of_pairs<PART>(x); }
+    static Floats add_part(Floats sum, Floats a, Floats b) { return ::add_part(sum, a, b); }
     static Floats multiply_add(Floats sum, Floats a, Floats b) { return add_pairs(sum, a, b); }
     static Floats load(const uint16_t* from) { return ::load(from); }
     static void store(uint16_t* to, Floats x) { ::store(to, x); }
@@ -141,7 +157,7 @@ struct Moments {
     float rstd;
 };
 
-// Moments of one row, whose z(i) gives 16 elements from i on in float32. A row whose elements are nearly equal would
+// Moments of one row, whose z(i) gives the elements of a register from i on in float32. A row whose elements are nearly equal would
 // have its rounded mean for its greatest deviation, so the mean of the deviations is taken off them again.
 template <class Z>
 inline Moments moments_of_row(const Z& z, int width, float eps) {
@@ -202,7 +218,35 @@ struct Scratch {
 };
 thread_local Scratch scratch;
 
-// sum[i][j] = row i of a [M rows, lanes], times columns 16 j to 16 j + 15 of b [lanes, columns].
+// take(registers, column) for blocks of MOST registers of columns, and for the fewer that are left.
+template <int MOST, class Take>
+inline void over_registers(int columns, const Take& take) {
+    const int in_blocks = columns / (MOST * WIDTH) * (MOST * WIDTH), left = (columns - in_blocks) / WIDTH;
+    for (int column = 0; column < in_blocks; column += MOST * WIDTH)
+        take(std::integral_constant<int, MOST>(), column);
+    if constexpr (MOST > 3)
+        if (left == 3) take(std::integral_constant<int, 3>(), in_blocks);
+    if constexpr (MOST > 2)
+        if (left == 2) take(std::integral_constant<int, 2>(), in_blocks);
+    if (left == 1) take(std::integral_constant<int, 1>(), in_blocks);
+}
+static_assert(BLOCK_REGISTERS <= 4);
+
+// Adds the products of one part of a lane: that lane of M rows of a, and of N registers of b.
+template <class T, int M, int N, int PART>
+inline void add_products(const typename T::Element* a, int64_t a_stride, const float* b, Floats (&sum)[M][N]) {
+    Floats of_b[N];
+#pragma GCC unroll 4
+    for (int j = 0; j < N; ++j) of_b[j] = T::template part<PART>(load(b + j * WIDTH));
+#pragma GCC unroll 6
+    for (int i = 0; i < M; ++i) {
+        const Floats of_a = T::template part<PART>(broadcast_lane(a + i * a_stride));
+#pragma GCC unroll 4
+        for (int j = 0; j < N; ++j) sum[i][j] = T::add_part(sum[i][j], of_a, of_b[j]);
+    }
+}
+
+// sum[i][j] = row i of a [M rows, lanes], times the columns of register j of b [lanes, columns].
 template <class T, int M, int N>
 inline void multiply(
     const typename T::Element* a, int64_t a_stride, const float* b, int64_t b_stride, int lanes, Floats (&sum)[M][N]
@@ -212,15 +256,9 @@ inline void multiply(
 #pragma GCC unroll 4
         for (int j = 0; j < N; ++j) sum[i][j] = floats(0.0f);
     for (int lane = 0; lane < lanes; ++lane) {
-        Floats of_b[N];
-#pragma GCC unroll 4
-        for (int j = 0; j < N; ++j) of_b[j] = load(b + lane * b_stride + j * WIDTH);
-#pragma GCC unroll 6
-        for (int i = 0; i < M; ++i) {
-            const Floats of_a = broadcast_lane(a + i * a_stride + lane * T::PER_LANE);
-#pragma GCC unroll 4
-            for (int j = 0; j < N; ++j) sum[i][j] = T::multiply_add(sum[i][j], of_a, of_b[j]);
-        }
+        add_products<T, M, N, 0>(a + lane * T::PER_LANE, a_stride, b + lane * b_stride, sum);
+        if constexpr (T::PARTS == 2)
+            add_products<T, M, N, 1>(a + lane * T::PER_LANE, a_stride, b + lane * b_stride, sum);
     }
 }
 
