@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-ORDER = 9
+ORDER = 10
 SUMMARY = "time fastbert beside the real alternatives on this machine"
 WHERE = (
     "the benchmarks are in fastbert's repository, not in the installed package: clone it, then run "

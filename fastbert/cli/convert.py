@@ -6,7 +6,7 @@ import argparse
 
 from .options import UsageError
 
-ORDER = 10
+ORDER = 11
 SUMMARY = "turn a BERT of TensorFlow, old PyTorch, Keras, Paddle or GGUF into a folder of safetensors"
 
 DESCRIPTION = """\

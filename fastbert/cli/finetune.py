@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
-from .options import IMPLS, UsageError, among_ranks, default_model, positive
+from .options import (
+    IMPLS,
+    UsageError,
+    among_ranks,
+    at_least_0,
+    default_model,
+    positive,
+    seed_number,
+    share_of_1,
+    shown,
+    whole_number,
+)  # fmt: skip
 
 ORDER = 2
 SUMMARY = "train a BERT for a task of yours: labels for texts or pairs, entities, answers"
@@ -90,7 +100,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--stride",
         metavar="N",
-        type=_whole,
+        type=whole_number,
         help="tokens that neighbouring windows of a long text share (default: token 32, qa 128, a third at most)",
     )
     p.add_argument("--max-answer", metavar="N", type=positive, default=30, help="tokens of an answer (default: 30)")
@@ -106,21 +116,21 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         help="tokens computed at once; fewer take less memory and change no gradient (default: 16,384)",
     )
     p.add_argument(
-        "--lr", metavar="X", type=_at_least_0, default=5e-5, help="the peak of the learning rate (default: 5e-5)"
+        "--lr", metavar="X", type=at_least_0, default=5e-5, help="the peak of the learning rate (default: 5e-5)"
     )
     p.add_argument(
-        "--warmup", metavar="X", type=_share, default=0.1,
+        "--warmup", metavar="X", type=share_of_1, default=0.1,
         help="share of all steps in which the rate rises; then it falls to 0 (default: 0.1)",
     )  # fmt: skip
-    p.add_argument("--weight-decay", metavar="X", type=_at_least_0, default=0.01, help="default: 0.01")
+    p.add_argument("--weight-decay", metavar="X", type=at_least_0, default=0.01, help="default: 0.01")
+    p.add_argument("--clip", metavar="X", type=at_least_0, default=1.0, help="the gradient's largest norm (default: 1)")
     p.add_argument(
-        "--clip", metavar="X", type=_at_least_0, default=1.0, help="the gradient's largest norm (default: 1)"
-    )
-    p.add_argument(
-        "--layer-decay", metavar="X", type=_at_least_0, default=1.0,
+        "--layer-decay", metavar="X", type=at_least_0, default=1.0,
         help="each layer's learning rate as a share of that of the layer above it (default: 1)",
     )  # fmt: skip
-    p.add_argument("--freeze", metavar="N", type=_whole, help="do not train the embeddings and the first N layers")
+    p.add_argument(
+        "--freeze", metavar="N", type=whole_number, help="do not train the embeddings and the first N layers"
+    )
     p.add_argument(
         "--no-bias-correction",
         action="store_true",
@@ -134,7 +144,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         "--patience", metavar="N", type=positive, default=0,
         help="stop at the end of an epoch where N evaluations in a row were not better than the best one",
     )  # fmt: skip
-    p.add_argument("--seed", metavar="N", type=_seed, default=0, help="of the classifier, the order and dropout")
+    p.add_argument("--seed", metavar="N", type=seed_number, default=0, help="of the classifier, the order and dropout")
     p.add_argument(
         "--seeds", metavar="N", type=positive, default=1,
         help="run N seeds from --seed on, each into OUT/seed-N; OUT gets the best one, and median and range",
@@ -170,39 +180,6 @@ def _names(text: str) -> tuple[str, ...]:
     if not all(names):
         raise argparse.ArgumentTypeError(f"expected names between commas, got {text!r}")
     return names
-
-
-def _whole(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a whole number from 0 up, got {text!r}")
-    return int(text)
-
-
-def _seed(text: str) -> int:
-    seed = _whole(text)
-    if seed >= 2**32:
-        raise argparse.ArgumentTypeError(f"expected a seed below 2^32 = {2**32:,}, got {text}")
-    return seed
-
-
-def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0.0 <= value <= 1.0:
-        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {text!r}")
-    return value
-
-
-def _at_least_0(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0.0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number from 0 up, got {text!r}")
-    return value
 
 
 def run(args: argparse.Namespace) -> int:
@@ -271,7 +248,7 @@ class _Bar:
         if self.quiet:
             return
         if "scores" in record:
-            words = ", ".join(f"{name} {_number(value)}" for name, value in record["scores"].items())
+            words = ", ".join(f"{name} {shown(value)}" for name, value in record["scores"].items())
             self.bar.write(f"epoch {record['epoch'] + 1}, step {record['step']:,}: {words}", file=sys.stderr)
             return
         if self.bar.total != steps or record["step"] < self.bar.n:
@@ -283,10 +260,6 @@ class _Bar:
         self.bar.update(record["step"] - self.bar.n)
 
 
-def _number(value: float | None) -> str:
-    return "undefined" if value is None else f"{value:.4f}"
-
-
 def _print(report: dict[str, Any], out: Path) -> None:
     """The table at the end, on standard output: each score with its definition, and what was lost on the way."""
     examples, windows, epochs = report["examples"], report["windows"], report["epochs"]
@@ -295,10 +268,10 @@ def _print(report: dict[str, Any], out: Path) -> None:
         whole, best, metric = report["evaluation examples"], report["best epoch"], report["metric"]
         print(f"of {whole:,} examples of {report['eval']}, after epoch {best}, the best of these by {metric}:")
     for name, value in (report.get("scores") or {}).items():
-        print(f"  {name:<20} {_number(value):>9}   {report['definitions'][name]}")
+        print(f"  {name:<20} {shown(value):>9}   {report['definitions'][name]}")
     if "seeds" in report:
         seeds = report["seeds"]
-        median, lowest, highest = (_number(seeds[name]) for name in ("median", "lowest", "highest"))
+        median, lowest, highest = (shown(seeds[name]) for name in ("median", "lowest", "highest"))
         count = len(seeds["values"])
         print(
             f"  {seeds['metric']} of {count} seeds: median {median}, from {lowest} to {highest}; the model is the best"

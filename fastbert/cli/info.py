@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-ORDER = 7
+ORDER = 8
 SUMMARY = "versions, devices, and which implementation each operator would use here"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -103,6 +104,44 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number from 1 up, got {text!r}")
     return number
+
+
+def whole_number(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 up, got {text!r}")
+    return int(text)
+
+
+def seed_number(text: str) -> int:
+    seed = whole_number(text)
+    if seed >= 2**32:
+        raise argparse.ArgumentTypeError(f"expected a seed below 2^32 = {2**32:,}, got {text}")
+    return seed
+
+
+def share_of_1(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value <= 1.0:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {text!r}")
+    return value
+
+
+def at_least_0(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 up, got {text!r}")
+    return value
+
+
+def shown(value: float | None) -> str:
+    """A score, as tables show it."""
+    return "undefined" if value is None else f"{value:.4f}"
 
 
 def load_encoder(args: argparse.Namespace, **others: Any) -> Any:

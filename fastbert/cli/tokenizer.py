@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .options import positive
 
-ORDER = 6
+ORDER = 7
 SUMMARY = "make a WordPiece vocabulary from text of yours"
 
 DESCRIPTION = """\

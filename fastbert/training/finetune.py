@@ -153,7 +153,7 @@ def _finetune(request: Request, processes: Processes, report: Any) -> dict[str, 
     best: dict[str, Any] = {}
 
     def keep_best(shared: nn.Module, scores: Scores | None) -> None:
-        state = _whole_state(shared)
+        state = whole_state(shared)
         if processes.rank == 0:
             threshold = spec.threshold if scores is None else scores.values.get("threshold", spec.threshold)
             save_model(out, model, state, tokenizer, replace(spec, threshold=threshold))
@@ -271,7 +271,7 @@ def _load(request: Request, task: Any, new_head: bool, device: torch.device) -> 
         )  # fmt: skip
 
 
-def _whole_state(shared: nn.Module) -> dict[str, torch.Tensor]:
+def whole_state(shared: nn.Module) -> dict[str, torch.Tensor]:
     """The parameters under the names of the model, whole, on the host; every process takes part."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 

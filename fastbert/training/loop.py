@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,8 @@ class Settings:
         evaluations: in each epoch, as evenly spread as steps allow; the last one is at its end.
         patience: evaluations without a better metric after which the run ends with its epoch; 0 for never.
         save_every: steps from one checkpoint to the next; 0 for one an epoch. keep: how many stay.
+        seconds: of training, 0 for no limit. With a limit the learning rate falls with the time that is left, so that
+            it comes to 0 when the time is up, and the run ends there; then it takes other steps each time.
     """
 
     epochs: int
@@ -71,67 +73,89 @@ class Settings:
     patience: int = 0
     save_every: int = 0
     keep: int = 2
+    seconds: float = 0.0
     fsdp: bool = False
 
     def binding(self) -> dict[str, Any]:
         """What must be the same where a run goes on: all but memory, processes and checkpoints."""
-        free = ("batch_tokens", "save_every", "keep", "fsdp")
+        free = ("batch_tokens", "save_every", "keep", "seconds", "fsdp")
         settings = {name: value for name, value in asdict(self).items() if name not in free}
         return json.loads(json.dumps({**settings, "dtype": str(self.dtype)}))
 
 
 @dataclass
 class Progress:
-    """Where a run is: steps done, how many of them float16 skipped, its best metric so far, the evaluations since, and
-    what float16 scales by."""
+    """Where a run is: steps done, how many of them float16 skipped, the seconds they took, its best metric so far, the
+    evaluations since, and what float16 scales by."""
 
     step: int = 0
     skipped: int = 0
+    seconds: float = 0.0
     best: float | None = None
     since_best: int = 0
     scaler: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass
-class Run:
-    """One fine-tuning.
+class Loop:
+    """What fine-tuning and pre-training have in common. A subclass has the fields below, calls `begin`, and says what a
+    step is made of: `share` and `losses`.
 
-    Args:
-        windows: what is trained on.
-        evaluate: gives the scores of the model as it is, the same in every process; None without an evaluation.
-        metric: the name of the score that decides, more is better.
-        keep_best: saves the model, called in every process after each evaluation whose metric is the best so far, or
-            while no metric has been a number; without an evaluation after each epoch.
+    Attributes:
+        plan: `steps(epoch)` are the steps of an epoch, `tokens(step)` those of a step.
+        steps: of the run; 0 where only its time is limited.
         report: called in the first process with each record of metrics.jsonl.
-        binding: what else must be the same where the run goes on, such as its data, as JSON has it.
     """
 
+    PARTS: ClassVar[tuple[str, ...]] = ()  # the objectives whose losses are recorded beside the loss
+
     model: nn.Module
-    task: Any
-    windows: Sequence[Window]
     settings: Settings
     out: Path
     processes: Processes
-    metric: str = ""
-    evaluate: Callable[[nn.Module], Scores] | None = None
-    keep_best: Callable[[nn.Module, Scores | None], None] | None = None
-    report: Callable[[dict[str, Any]], None] | None = None
-    binding: dict[str, Any] = field(default_factory=dict)
+    report: Callable[[dict[str, Any]], None] | None
+    plan: Any
+    steps: int
 
-    def __post_init__(self) -> None:
+    def begin(self, plan: Any, steps: int, binding: dict[str, Any]) -> None:
+        """binding: what else must be the same where the run goes on, such as its data, as JSON has it."""
         s = self.settings
-        self.plan = Plan(s.seed, [len(w.input_ids) for w in self.windows], s.step_tokens, s.batch_tokens)
-        self.steps_of_epochs = self.plan.count_steps(s.epochs)
-        self.steps = sum(self.steps_of_epochs)
-        self.warmup = warmup_steps(self.steps, s.warmup)
+        self.plan, self.steps = plan, steps
+        self.warmup = warmup_steps(steps, s.warmup)
         freeze(self.model, s.freeze)
         self.shared = self.processes.share(self.model, s.fsdp)
         groups = groups_of(self.shared.named_parameters(), s.weight_decay, s.layer_decay)
         self.optimizer = GroupedAdamW(groups, s.betas, s.eps, s.bias_correction)
         self.scaler = torch.amp.GradScaler(self.processes.device.type, enabled=s.dtype == torch.float16)
         self.checkpoints = Checkpoints(self.out, s.keep, self.processes)
-        self.progress = Progress(settings=s.binding() | {"windows": len(self.windows)} | self.binding)
+        self.progress = Progress(settings=s.binding() | binding)
+
+    # ---- what a subclass says --------------------------------------------------------------------------
+
+    def epochs(self) -> Iterator[tuple[int, int]]:
+        """(epoch, how many steps it has), in order."""
+        raise NotImplementedError
+
+    def share(self, step: Any, epoch: int) -> tuple[list[tuple[Any, bool]], Any]:
+        """What this process computes of a step: batches, of every process as many, each with whether it counts; and
+        what the losses are divided by, which is of the whole step."""
+        raise NotImplementedError
+
+    def losses(self, batch: Any, epoch: int, divisor: Any) -> tuple[Tensor, ...]:
+        """The loss of a batch, which is differentiated, then those of PARTS."""
+        raise NotImplementedError
+
+    def evaluated(self, epoch: int) -> None:
+        """Evaluates the model, and saves it."""
+        raise NotImplementedError
+
+    def is_due(self, number: int, steps: int) -> bool:
+        """Whether an evaluation follows the step of this number, from 0 up, of an epoch of so many."""
+        raise NotImplementedError
+
+    def is_over(self) -> bool:
+        """Whether the run ends after this epoch, although there are others."""
+        return False
 
     # ---- the whole -------------------------------------------------------------------------------------
 
@@ -161,50 +185,72 @@ class Run:
             gradient is not finite, before the model takes that step.
         """
         begun = 0
+        # Where the run began on the clock, had it never been interrupted.
+        self.start = time.perf_counter() - self.progress.seconds
         with _asked_to_stop() as asked:
-            for epoch, count in enumerate(self.steps_of_epochs):
+            for epoch, count in self.epochs():
+                if self.has_ended():
+                    return
                 if begun + count > self.progress.step:
-                    self._epoch(epoch, begun, asked)
+                    self._epoch(epoch, begun, count, asked)
                 begun += count
-                if 0 < self.settings.patience <= self.progress.since_best:
+                if self.is_over():
                     return
 
-    def _epoch(self, epoch: int, begun: int, asked: list[int]) -> None:
-        steps = self.plan.steps(epoch)
-        for number in range(self.progress.step - begun, len(steps)):
+    def _epoch(self, epoch: int, begun: int, count: int, asked: list[int]) -> None:
+        steps, s = self.plan.steps(epoch), self.settings
+        for number in range(self.progress.step - begun, count):
             record, stop = self._step(steps[number], epoch, asked)
             self._record(record)
-            last, every = number + 1 == len(steps), self.settings.save_every
-            saves = last or stop or (every and self.progress.step % every == 0)
-            evaluates = last or (self.evaluate is not None and self._is_due(number, len(steps)))
+            done = self.progress.step
+            last = number + 1 == count or self.has_ended()
+            saves = last or stop or (s.save_every and done % s.save_every == 0)
+            evaluates = self.is_due(number, count)
             if saves or evaluates:
                 self._expect_finite()
             if evaluates:
-                self._evaluate(epoch)
+                self.evaluated(epoch)
             if saves:
                 self._save()
             if stop:
+                of = f" of {self.steps:,}" if self.steps else ""
                 raise KeyboardInterrupt(
-                    f"stopped after step {self.progress.step:,} of {self.steps:,}, which is saved; "
+                    f"stopped after step {done:,}{of}, which is saved; "
                     "the same command with --resume goes on from there"
                 )
+            if last:
+                return
+
+    def has_ended(self) -> bool:
+        """Whether all steps are done, or the time is up."""
+        done, limit = self.progress, self.settings.seconds
+        return done.step == self.steps > 0 or 0.0 < limit <= done.seconds
+
+    def _rate(self) -> float:
+        """The coming step's learning rate as a share of its peak."""
+        limit = self.settings.seconds
+        if not limit:
+            return rate(self.progress.step, self.steps, self.warmup)
+        return max(0.0, rate(self.progress.seconds, limit, limit * self.settings.warmup))
 
     # ---- a step ----------------------------------------------------------------------------------------
 
-    def _step(self, step: list[int], epoch: int, asked: list[int]) -> tuple[dict[str, Any], bool]:
+    def _step(self, step: Any, epoch: int, asked: list[int]) -> tuple[dict[str, Any], bool]:
         """One optimiser step: its record, and whether any process was asked to stop."""
-        s, done = self.settings, self.progress.step
+        s, done, share_of_rate = self.settings, self.progress.step, self._rate()
         begin = time.perf_counter()
         self.shared.train()
-        loss = self._gradients(step, epoch)
+        losses = self._gradients(step, epoch)
         self.scaler.unscale_(self.optimizer)
         norm = self.optimizer.clip(self.settings.clip or math.inf)
-        # One sum over processes for both: what each has of the loss, and whether it was asked to stop.
-        told = self.processes.sum(torch.stack((loss, loss.new_tensor(float(bool(asked))))))
-        loss, stop = float(told[0]), bool(told[1] > 0)
+        # One sum over processes for all: what each has of the losses, whether it was asked to stop, and the time, which
+        # is the first process' own.
+        seconds = 0.0 if self.processes.rank else time.perf_counter() - self.start
+        told = self.processes.sum(torch.cat((losses, losses.new_tensor([float(bool(asked)), seconds]))))
+        loss, *parts, asked_to, self.progress.seconds = told.tolist()
         if not math.isfinite(loss) or not (math.isfinite(norm) or self.scaler.is_enabled()):
             raise self._failure(f"step {done + 1:,}: the loss is {loss:.6g} and its gradient's norm {norm:.6g}")
-        lr = s.lr * rate(done, self.steps, self.warmup)
+        lr = s.lr * share_of_rate
         self.optimizer.set_rate(lr, done + 1 - self.progress.skipped)
         self.scaler.step(self.optimizer)
         scale = self.scaler.get_scale()
@@ -212,35 +258,30 @@ class Run:
         self.progress.skipped += self.scaler.get_scale() < scale
         self.optimizer.zero_grad()
         self.progress.step = done + 1
-        tokens = sum(self.plan.lengths[row] for row in step)
+        tokens = self.plan.tokens(step)
         return {
-            "step": done + 1, "epoch": epoch, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": tokens,
+            "step": done + 1, "epoch": epoch, "loss": loss, **dict(zip(self.PARTS, parts, strict=True)), "lr": lr,
+            "grad_norm": norm, "tokens": tokens,
             "tokens_per_second": round(tokens / (time.perf_counter() - begin), 1),
-        }, stop  # fmt: skip
+        }, asked_to > 0  # fmt: skip
 
-    def _gradients(self, step: list[int], epoch: int) -> Tensor:
-        """Adds the gradient of a step's loss to the parameters; this process' part of the loss, detached."""
-        items = sum(self.task.weight(self.windows[row]) for row in step)
-        batches = self.plan.batches(step, self.processes.rank, self.processes.count)
-        total = torch.zeros((), dtype=torch.float64, device=self.processes.device)
-        for place, rows in enumerate(batches):
+    def _gradients(self, step: Any, epoch: int) -> Tensor:
+        """Adds the gradient of a step's loss to the parameters; this process' part of the loss and of PARTS, detached,
+        [1 + parts] float64."""
+        batches, divisor = self.share(step, epoch)
+        total = torch.zeros(1 + len(self.PARTS), dtype=torch.float64, device=self.processes.device)
+        for place, (batch, counts) in enumerate(batches):
+            # The model draws its seed from torch's generator. What is in a batch is told apart by its names.
+            torch.manual_seed(dropout_seed(self.settings.seed, epoch))
             with self._without_exchange(place + 1 < len(batches)):
-                loss = self._loss(rows or step[:1], epoch, items)
-                if not rows:  # a process with nothing left to do takes part in the exchange of gradients
-                    loss = loss * 0.0
+                with autocast(self.processes.device, self.settings.dtype):
+                    losses = self.losses(batch, epoch, divisor)
+                if not counts:  # a process with nothing left to do takes part in the exchange of gradients
+                    losses = [loss * 0.0 for loss in losses]
                 # Processes' gradients are averaged, and a step's are to be added.
-                self.scaler.scale(loss * self.processes.count).backward()
-            total += loss.detach()
+                self.scaler.scale(losses[0] * self.processes.count).backward()
+            total += torch.stack([loss.detach().double() for loss in losses])
         return total
-
-    def _loss(self, rows: list[int], epoch: int, items: int) -> Tensor:
-        """The sum of the losses of windows, divided by `items`."""
-        chosen, device = [self.windows[row] for row in rows], self.processes.device
-        # The model draws its seed from torch's generator. Windows are told apart by their names.
-        torch.manual_seed(dropout_seed(self.settings.seed, epoch))
-        with autocast(device, self.settings.dtype):
-            batch = pack(chosen, rows, device)
-            return self.shared(batch, num_items_in_batch=items, **self.task.arguments(chosen, device)).loss
 
     def _without_exchange(self, without: bool) -> Any:
         """Gradients of a batch that is not the step's last stay in this process."""
@@ -265,14 +306,77 @@ class Run:
         last = self.checkpoints.last()
         return f"the last checkpoint is {last}" if last else "there is no checkpoint yet"
 
-    # ---- evaluations and checkpoints -------------------------------------------------------------------
+    # ---- files -----------------------------------------------------------------------------------------
 
-    def _is_due(self, number: int, steps: int) -> bool:
-        """Whether an evaluation follows the step of this number, from 0 up, of an epoch of so many."""
-        wanted = self.settings.evaluations
+    def _save(self) -> None:
+        self.progress.scaler = self.scaler.state_dict()
+        progress = asdict(self.progress)
+        self.checkpoints.save(self.shared, self.optimizer, progress.pop("step"), progress)
+
+    def _record(self, record: dict[str, Any]) -> None:
+        if self.processes.rank:
+            return
+        with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as stream:
+            stream.write(json.dumps(record) + "\n")
+        if self.report is not None:
+            self.report(record)
+
+
+@dataclass
+class Run(Loop):
+    """One fine-tuning.
+
+    Args:
+        windows: what is trained on.
+        evaluate: gives the scores of the model as it is, the same in every process; None without an evaluation.
+        metric: the name of the score that decides, more is better.
+        keep_best: saves the model, called in every process after each evaluation whose metric is the best so far, or
+            while no metric has been a number; without an evaluation after each epoch.
+        report: called in the first process with each record of metrics.jsonl.
+        binding: what else must be the same where the run goes on, such as its data, as JSON has it.
+    """
+
+    model: nn.Module
+    task: Any
+    windows: Sequence[Window]
+    settings: Settings
+    out: Path
+    processes: Processes
+    metric: str = ""
+    evaluate: Callable[[nn.Module], Scores] | None = None
+    keep_best: Callable[[nn.Module, Scores | None], None] | None = None
+    report: Callable[[dict[str, Any]], None] | None = None
+    binding: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        s = self.settings
+        plan = Plan(s.seed, [len(w.input_ids) for w in self.windows], s.step_tokens, s.batch_tokens)
+        self.steps_of_epochs = plan.count_steps(s.epochs)
+        self.begin(plan, sum(self.steps_of_epochs), {"windows": len(self.windows)} | self.binding)
+
+    def epochs(self) -> Iterator[tuple[int, int]]:
+        yield from enumerate(self.steps_of_epochs)
+
+    def is_due(self, number: int, steps: int) -> bool:
+        """Evaluations are spread evenly over the epoch; without one the model is kept at its end."""
+        wanted = self.settings.evaluations if self.evaluate is not None else 1
         return (number + 1) * wanted // steps > number * wanted // steps
 
-    def _evaluate(self, epoch: int) -> None:
+    def is_over(self) -> bool:
+        return 0 < self.settings.patience <= self.progress.since_best
+
+    def share(self, step: list[int], epoch: int) -> tuple[list[tuple[list[int], bool]], float]:
+        items = sum(self.task.weight(self.windows[row]) for row in step)
+        batches = self.plan.batches(step, self.processes.rank, self.processes.count)
+        return [(rows or step[:1], bool(rows)) for rows in batches], items
+
+    def losses(self, batch: list[int], epoch: int, divisor: float) -> tuple[Tensor]:
+        chosen, device = [self.windows[row] for row in batch], self.processes.device
+        packed = pack(chosen, batch, device)
+        return (self.shared(packed, num_items_in_batch=divisor, **self.task.arguments(chosen, device)).loss,)
+
+    def evaluated(self, epoch: int) -> None:
+        """Of evaluations the model of the best one is kept."""
         scores = None
         if self.evaluate is not None:
             scores = self.evaluate(self.shared)
@@ -287,19 +391,6 @@ class Run:
                 return
         if self.keep_best is not None:
             self.keep_best(self.shared, scores)
-
-    def _save(self) -> None:
-        self.progress.scaler = self.scaler.state_dict()
-        progress = asdict(self.progress)
-        self.checkpoints.save(self.shared, self.optimizer, progress.pop("step"), progress)
-
-    def _record(self, record: dict[str, Any]) -> None:
-        if self.processes.rank:
-            return
-        with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as stream:
-            stream.write(json.dumps(record) + "\n")
-        if self.report is not None:
-            self.report(record)
 
 
 def forget_after(path: Path, step: int) -> list[dict[str, Any]]:

@@ -48,6 +48,9 @@ class Plan:
         """How many steps each epoch has."""
         return [len(self.steps(epoch)) for epoch in range(epochs)]
 
+    def tokens(self, step: Sequence[int]) -> int:
+        return sum(self.lengths[window] for window in step)
+
     def batches(self, step: Sequence[int], rank: int = 0, ranks: int = 1) -> list[list[int]]:
         """What one rank computes of a step, a batch after another. An empty batch fills up the number of them."""
         shares = self._shares(step, ranks)
@@ -73,8 +76,8 @@ def dropout_seed(seed: int, epoch: int) -> int:
     return int(np.random.Philox(key=[seed, epoch], counter=1).random_raw() >> np.uint64(2))
 
 
-def rate(step: int, steps: int, warmup: int) -> float:
-    """The learning rate's share of its peak: up in `warmup` steps, and down to 0 behind the last one."""
+def rate(step: float, steps: float, warmup: float) -> float:
+    """The learning rate's share of its peak: up in `warmup` steps, and down to 0 behind the last one. (Or seconds.)"""
     if step < warmup:
         return (step + 1) / (warmup + 1)
     return (steps - step) / max(1, steps - warmup)

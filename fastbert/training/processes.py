@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..encoding.encoder import resolve_device
+from ..models.bert import BertLayer
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Processes:
             from torch.distributed.fsdp import fully_shard
 
             mesh = init_device_mesh(self.device.type, (self.count,))
-            for layer in model.bert.encoder["layer"]:
+            for layer in [module for module in model.modules() if isinstance(module, BertLayer)]:
                 fully_shard(layer, mesh=mesh)
             return fully_shard(model, mesh=mesh)
         return nn.parallel.DistributedDataParallel(model)

@@ -1,0 +1,242 @@
+"""Pre-training on real text: what a tiny BERT learns, how fast its data comes, and how much memory that takes.
+
+    python -m benchmarks.suites.pretraining learn --data DIR --out DIR [--objective mlm+nsp] [--seeds 3] [--steps 900]
+    python -m benchmarks.suites.pretraining loader --data DIR [--megabytes 1000]
+
+`learn` trains on War and Peace and WikiText-2 (--chinese: CMRC 2018's contexts, whole words by --segmenter), but for
+one chapter in twenty and six articles, on which it measures. It goes on where it was interrupted, and says whether the
+loss of masked words is 0.3 nats below the entropy of single words, pairs are told above chance by two standard
+errors, and ELECTRA's detection has an area of 0.6; the exit code is 1 where one of these is missed.
+
+`loader` writes a text of so many megabytes, the same paragraphs with a running number, and prints how many tokens a
+second are read, cut into examples and masked, beside those of a training step, in processor time on one thread, and how
+much the memory of the process grew over the whole text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from fastbert.cli.options import positive
+from fastbert.pretraining.batches import Loader
+from fastbert.pretraining.corpus import build_corpus
+from fastbert.pretraining.documents import longest_segment
+from fastbert.pretraining.objectives import OBJECTIVES
+from fastbert.pretraining.plan import PretrainingPlan
+from fastbert.pretraining.pretrain import Request, make_model, pretrain
+from fastbert.pretraining.run import Pretraining
+from fastbert.pretraining.vocabulary import train_tokenizer
+from fastbert.storage import read_json, write_json
+from fastbert.training.loop import Settings
+from fastbert.training.memory import keep_freed_memory
+from fastbert.training.processes import Processes
+
+LENGTH = 128
+MARGIN, AREA = 0.3, 0.6  # nats below the entropy of single words; of ELECTRA's detection
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    actions = parser.add_subparsers(required=True, metavar="learn|loader")
+    learning = actions.add_parser("learn", help="what a tiny BERT learns")
+    learning.set_defaults(run=learn)
+    learning.add_argument("--out", type=Path, required=True, help="a folder a seed is made there")
+    learning.add_argument("--objective", choices=tuple(OBJECTIVES), default="mlm+nsp", help="default: mlm+nsp")
+    learning.add_argument("--chinese", action="store_true", help="CMRC's contexts in place of English")
+    learning.add_argument("--segmenter", help="of Chinese: jieba, or a word list")
+    learning.add_argument("--seeds", type=positive, default=3, help="default: 3")
+    learning.add_argument("--steps", type=positive, default=900, help="of 4,096 tokens (default: 900)")
+    learning.add_argument("--lr", type=float, default=3e-3, help="default: 0.003")
+    loading = actions.add_parser("loader", help="how fast data comes")
+    loading.set_defaults(run=loader)
+    loading.add_argument("--megabytes", type=positive, default=1000, help="of text (default: 1,000)")
+    for action in (learning, loading):
+        action.add_argument("--data", type=Path, required=True, help="with gutenberg/, wikitext-2/ and cmrc2018/")
+    args = parser.parse_args(argv)
+    keep_freed_memory()
+    return args.run(args)
+
+
+# ---- texts ---------------------------------------------------------------------------------------------------
+
+
+def english(data: Path) -> tuple[list[str], list[str]]:
+    """(documents to learn from, documents to measure on): chapters of the book, and articles."""
+    (book,) = (data / "gutenberg").glob("*.txt")
+    text = book.read_text(encoding="utf-8-sig")
+    text = text[text.index("\n", text.index("*** START OF")) : text.index("*** END OF")]
+    chapters: list[list[str]] = [[]]
+    for paragraph in re.split(r"\n\s*\n", text):
+        line = " ".join(paragraph.split())
+        if re.match(r"CHAPTER [IVXLC]+", line):
+            chapters.append([])
+        elif line:
+            chapters[-1].append(line)
+    documents = ["\n".join(chapter) for chapter in chapters if sum(map(len, chapter)) > 1500]
+    held = documents[19::20]
+    learnt = [document for place, document in enumerate(documents) if place % 20 != 19]
+    for name in ("valid", "test"):
+        articles: list[list[str]] = []
+        for line in (data / "wikitext-2" / f"{name}.txt").read_text(encoding="utf-8").split("\n"):
+            line = line.strip()
+            if re.fullmatch(r"= [^=].* =", line):
+                articles.append([])
+            elif line and not line.startswith("=") and articles:
+                articles[-1].append(line)
+        whole = ["\n".join(article) for article in articles if article]
+        held += whole[:6] if name == "valid" else []
+        learnt += whole[6:] if name == "valid" else whole
+    return learnt, held
+
+
+def chinese(data: Path) -> tuple[list[str], list[str]]:
+    """(contexts to learn from, contexts to measure on), each a document."""
+    dev, trial = (
+        [p["context"] for article in read_json(data / "cmrc2018" / f"cmrc2018_{part}.json")["data"]
+         for p in article["paragraphs"]]
+        for part in ("dev", "trial")
+    )  # fmt: skip
+    return dev + trial[26:], trial[:26]
+
+
+def write_texts(out: Path, parts: tuple[Sequence[str], Sequence[str]]) -> tuple[Path, Path]:
+    """learn.txt and held-out.txt, written where they are not there: a run that goes on expects the same files."""
+    files = out / "learn.txt", out / "held-out.txt"
+    out.mkdir(parents=True, exist_ok=True)
+    for file, documents in zip(files, parts, strict=True):
+        if not file.exists():
+            file.write_text("\n\n".join(documents) + "\n", encoding="utf-8")
+    return files
+
+
+# ---- what is learnt ------------------------------------------------------------------------------------------
+
+
+def learn(args: argparse.Namespace) -> int:
+    learnt, held = write_texts(args.out, chinese(args.data) if args.chinese else english(args.data))
+    tokenizer = args.out / "tokenizer"
+    if not tokenizer.exists():
+        train_tokenizer([learnt], 5000 if args.chinese else 4000)[0].save_pretrained(tokenizer)
+    reports = []
+    for seed in range(args.seeds):
+        out = args.out / f"seed-{seed}"
+        request = Request(
+            (str(learnt),), out, args.objective, "tiny", tokenizer=str(tokenizer), eval=(str(held),), dropout=0.0,
+            steps=args.steps, batch_tokens=4096, memory_tokens=4096, lr=args.lr, seed=seed, evaluate_every=150,
+            save_every=50, segmenter=args.segmenter, max_length=LENGTH, resume=True,
+        )  # fmt: skip
+        reports.append(pretrain(request, say))
+    missed = []
+    for name in reports[0]["scores"]:
+        values = [report["scores"][name] for report in reports]
+        definition = reports[0]["definitions"][name]
+        print(f"{name}: median {statistics.median(values):.4f}, {min(values):.4f} to {max(values):.4f}; {definition}")
+        if not all(expected(name, value, report) for value, report in zip(values, reports, strict=True)):
+            missed.append(name)
+    print(f"entropy of single words: {reports[0]['unigram entropy']:.4f} nats; seeds: {args.seeds}")
+    print(f"missed: {', '.join(missed)}" if missed else "all as expected")
+    write_json(args.out / "reports.json", {"reports": reports})
+    return int(bool(missed))
+
+
+def expected(name: str, value: float, report: dict) -> bool:
+    """Whether a score is as good as it must be; those of which nothing is expected are."""
+    if name == "masked_loss":
+        return value <= report["unigram entropy"] - MARGIN
+    if name in ("next_sentence_accuracy", "order_accuracy"):
+        error = float(report["definitions"][name].rpartition(" ")[2])
+        return value > 0.5 + 2 * error
+    return name != "detection_auc" or value >= AREA
+
+
+def say(record: dict, steps: int) -> None:
+    if "scores" in record:
+        words = ", ".join(f"{name} {value:.4f}" for name, value in record["scores"].items())
+        print(f"step {record['step']} of {steps}: {words}", file=sys.stderr)
+
+
+# ---- how fast data comes -------------------------------------------------------------------------------------
+
+
+def loader(args: argparse.Namespace) -> int:
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        learnt, _ = english(args.data)
+        tokenizer, _ = train_tokenizer([write_texts(folder, (learnt, learnt[:1]))[0]], 4000)
+        numbered = folder / "numbered.txt"
+        repeat(numbered, learnt, args.megabytes * 10**6)
+        before, began = peak_memory(), time.process_time()
+        corpus = build_corpus(folder / "corpus", [numbered], tokenizer, longest_segment(LENGTH))
+        seconds = time.process_time() - began
+        tokens = corpus.facts["tokens"]
+        print(f"{numbered.stat().st_size:,} bytes, {tokens:,} tokens: tokenised at {tokens / seconds:,.0f} tokens/s")
+        print(f"peak memory grew by {(peak_memory() - before) / 2**20:,.0f} MiB")
+        for objective in OBJECTIVES:
+            compare(objective, corpus, tokenizer, folder)
+    return 0
+
+
+def repeat(file: Path, documents: Sequence[str], size: int) -> None:
+    written = number = 0
+    with open(file, "w", encoding="utf-8") as stream:
+        while written < size:
+            number += 1
+            written += stream.write(f"Number {number}.\n{documents[number % len(documents)]}\n\n")
+
+
+def compare(name: str, corpus, tokenizer, folder: Path) -> None:
+    """Prints tokens a second of the loader and of a step, with the time of cutting an epoch's examples beside."""
+    objective = OBJECTIVES[name]()
+    masking = objective.masking(tokenizer)
+    before, began = peak_memory(), time.process_time()
+    plan = PretrainingPlan(corpus, objective.pairs, LENGTH, 0, 4096, 4096)
+    steps = plan.steps(0)
+    cutting = time.process_time() - began
+    grown = (peak_memory() - before) / 2**20
+    load = Loader(plan, masking, 0, 1, 0)
+    chosen = steps[:: max(1, len(steps) // 40)][:40]
+    began = time.process_time()
+    for step in chosen:
+        load(step)
+    tokens = sum(plan.tokens(step) for step in chosen)
+    loading = (time.process_time() - began) / tokens
+    request = Request((), folder, objective=name, dropout=0.0)
+    settings = Settings(epochs=0, step_tokens=4096, batch_tokens=4096, lr=1e-3, dtype=torch.bfloat16)
+    run = Pretraining(
+        make_model(request, tokenizer), objective, plan, load, settings, 100, 100, folder,
+        Processes(0, 1, torch.device("cpu")),
+    )  # fmt: skip
+    times = []
+    for step in chosen[:10]:
+        began = time.process_time()
+        run._gradients(step, 0)
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        times.append((time.process_time() - began) / plan.tokens(step))
+    computing = statistics.median(times)
+    whole = loading + cutting / sum(plan.epoch(0).plan.lengths)
+    examples = len(plan.epoch(0).examples)
+    print(
+        f"{name}: loader {1 / whole:,.0f} tokens/s, cutting included, step of tiny {1 / computing:,.0f}: "
+        f"{computing / whole:.0f} times; an epoch of {examples:,} examples is cut in {cutting:.1f} s, "
+        f"in {grown:,.0f} MiB"
+    )
+
+
+def peak_memory() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,382 @@
+"""Pre-training: the same gradients however a step is cut, the same bits with other workers and after a break, and
+checkpoints that others read."""
+
+import json
+import math
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastbert.pretraining.electra import generator_config, sample
+from fastbert.pretraining.objectives import area
+from fastbert.pretraining.sizes import NEVER_PREDICTED, config_of
+from fastbert.testing import allowed_factor, assert_within_budget
+from fastbert.training import loop
+from fastbert.training.loop import TrainingError
+
+sys.path.append(str(Path(__file__).parent))
+from pretraining_models import LENGTH, WORDS, gradients, model_of, run_of
+
+PATIENCE = 300  # seconds after which a process hangs
+OBJECTIVES = ("mlm", "mlm+nsp", "mlm+sop", "electra")
+
+
+def losses(out: Path, name: str = "loss") -> list[float]:
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [row[name] for row in rows if name in row]
+
+
+def weights(run) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in run.model.named_parameters()}
+
+
+# ---- gradients -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("objective", ["mlm+nsp", "electra"])
+def test_gradients_do_not_depend_on_how_a_step_is_cut(objective, tmp_path):
+    """With dropout. Each loss is divided by what the whole step has of it, and masks are those of the example."""
+    whole = gradients(run_of(tmp_path, objective))
+    exact = run_of(tmp_path, objective)
+    exact.model.double()
+    exact = gradients(exact)
+    for batch_tokens in (1, 100):
+        parts = gradients(run_of(tmp_path, objective, batch_tokens=batch_tokens))
+        for name, truth in exact.items():
+            # a softmax does not depend on what is added to all its scores: these have no gradient but for rounding
+            if name.endswith("attention.self.key.bias"):
+                continue
+            error, allowed = ((g[name] - truth).norm() for g in (parts, whole))
+            assert error <= 2 * allowed + 1e-6 * truth.norm() + 1e-8, name
+
+
+@pytest.mark.parametrize("objective", ["mlm+nsp", "electra"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_a_steps_gradient_beside_the_plain_reference(objective, dtype, tmp_path):
+    """As the loop computes it: packed, in several batches, within autocast, with the same dropout. The reference takes
+    the same steps in the same dtype, and in float64 it is the truth; a gradient may have twice its error. ELECTRA's
+    replaced words are those that float64 samples: where a word is another one, so is the gradient."""
+    found, sampled = {}, []
+    for who, impl in (("truth", "reference"), ("ours", "native"), ("plain", "reference")):
+        run = run_of(
+            tmp_path, objective, dropout=0.2, impl=impl, batch_tokens=150,
+            dtype=torch.float32 if who == "truth" else dtype,
+        )  # fmt: skip
+        run.model.to(torch.float64 if who == "truth" else torch.float32).train()
+        of_name, given = defaultdict(list), iter(list(sampled))
+        if objective == "electra":
+
+            def words(logits, uniform, who=who, given=given):
+                if who == "truth":
+                    sampled.append(sample(logits, uniform))
+                    return sampled[-1]
+                return next(given)
+
+            run.model.forward.__globals__["sample"] = words
+        try:
+            for epoch, step in [(0, run.plan.steps(0)[0]), (1, run.plan.steps(1)[0])]:
+                run.model.zero_grad()
+                run._gradients(step, epoch)
+                for name, p in run.model.named_parameters():
+                    if not name.endswith("attention.self.key.bias"):
+                        of_name[re.sub(r"layer\.\d", "layer", name)].append(p.grad.flatten().double())
+        finally:
+            if objective == "electra":
+                run.model.forward.__globals__["sample"] = sample
+        found[who] = {name: torch.cat(parts) for name, parts in of_name.items()}
+    for name, truth in found["truth"].items():
+        factor = allowed_factor(dtype)
+        assert_within_budget(found["ours"][name], found["plain"][name], truth, name=name, factor=factor)
+
+
+@pytest.mark.once
+def test_the_losses_are_those_of_transformers_and_add_up(tmp_path):
+    """Of one step without dropout, as one padded batch: the mean over masked words, and that over pairs."""
+    transformers = pytest.importorskip("transformers", reason="needs the test extra")
+    run = run_of(tmp_path, "mlm+nsp", dropout=0.0, batch_tokens=100)
+    run.model.eval()
+    run.model.save_pretrained(tmp_path / "saved")
+    theirs = transformers.BertForPreTraining.from_pretrained(tmp_path / "saved").eval()
+    step = run.plan.steps(0)[1]
+    total, words, pairs = run._gradients(step, 0).tolist()
+    batches = run.loader(step)
+    inputs = [(batch.shown, batch.labels, batch.pairs) for batch in batches]
+    ids = [row for shown, _, _ in inputs for row in shown.input_ids.split(list(shown.lengths))]
+    types = [row for shown, _, _ in inputs for row in shown.token_type_ids.split(list(shown.lengths))]
+    labels = [row for shown, of_batch, _ in inputs for row in of_batch.split(list(shown.lengths))]
+    pad = torch.nn.utils.rnn.pad_sequence
+    with torch.no_grad():
+        output = theirs(
+            input_ids=pad(ids, batch_first=True), token_type_ids=pad(types, batch_first=True),
+            attention_mask=pad([torch.ones_like(row) for row in ids], batch_first=True),
+            labels=pad(labels, batch_first=True, padding_value=-100),
+            next_sentence_label=torch.cat([of_pairs for _, _, of_pairs in inputs]),
+        )  # fmt: skip
+    assert total == pytest.approx(float(output.loss), rel=1e-5)
+    assert words + pairs == pytest.approx(total, rel=1e-6)
+    relation = torch.nn.functional.cross_entropy(
+        output.seq_relationship_logits, torch.cat([of_pairs for _, _, of_pairs in inputs])
+    )
+    assert pairs == pytest.approx(float(relation), rel=1e-5)
+
+
+# ---- the same run --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run with a checkpoint after every step: (its folder, its weights)."""
+    out = tmp_path_factory.mktemp("whole")
+    run = run_of(out, save_every=1, keep=99, steps=8)
+    run.train()
+    return out, weights(run)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("workers", [1, 3])
+def test_workers_change_no_bit(whole, workers, tmp_path):
+    shutil.copy(whole[0] / "text.txt", tmp_path)
+    run = run_of(tmp_path, workers=workers, steps=8)
+    run.train()
+    assert losses(tmp_path) == losses(whole[0])
+    for name, p in weights(run).items():
+        assert torch.equal(p, whole[1][name]), name
+    run.loader.close()
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("step", [2, 7])
+def test_a_run_goes_on_to_the_same_bits(whole, step, tmp_path):
+    """Within its first epoch, and within its second one, as after kill -9: a checkpoint is all that is left."""
+    out, expected = whole
+    name = f"step-{step:08d}"
+    shutil.copy(out / "text.txt", tmp_path)
+    shutil.copytree(out / "checkpoints" / name, tmp_path / "checkpoints" / name)
+    run = run_of(tmp_path, steps=8, workers=1)
+    assert run.resume() == step
+    run.train()
+    assert losses(tmp_path) == losses(out)[step:]
+    for name, p in weights(run).items():
+        assert torch.equal(p, expected[name]), name
+    assert len(run.plan.steps(0)) < 7, "the run has more than one epoch"
+
+
+@pytest.mark.once
+def test_other_batches_change_the_curve_by_rounding_alone(whole, tmp_path):
+    run_of(tmp_path, steps=8, batch_tokens=80).train()
+    assert losses(tmp_path) == pytest.approx(losses(whole[0]), rel=1e-4)
+    assert losses(tmp_path) != losses(whole[0])
+
+
+@pytest.mark.once
+def test_two_processes_train_as_one(tmp_path):
+    """The same masks, so the same curve but for rounding; and the same scores."""
+    objective, one, two = "mlm+nsp", tmp_path / "one", tmp_path / "two"
+    run_of(one, objective, evaluated=True).train()
+    two.mkdir()
+    shutil.copy(one / "text.txt", two)
+    run_of(two, objective)  # makes the corpus
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    script = Path(__file__).parent / "pretraining_models.py"
+    started = [
+        subprocess.Popen(
+            [sys.executable, script, two, objective, "ddp"], env={**os.environ, **common, "RANK": str(rank)},
+            stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    for process in started:
+        _, said = process.communicate(timeout=PATIENCE)
+        assert process.returncode == 0, said
+    assert losses(two) == pytest.approx(losses(one), rel=2e-4)
+    first, second = (
+        [json.loads(line)["scores"] for line in (out / "metrics.jsonl").read_text().splitlines() if "scores" in line]
+        for out in (one, two)
+    )
+    assert len(first) == 2, "after the third step, and at the end"
+    for ours, theirs in zip(first, second, strict=True):
+        assert ours == pytest.approx(theirs, abs=2e-3)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_each_objective_is_learnt(objective, tmp_path):
+    """Of what the text repeats each loss falls; the records have them all, and the loss is their sum."""
+    run = run_of(tmp_path, objective, steps=24, dropout=0.0, lr=5e-3, evaluated=True)
+    run.evaluate_every = 24
+    run.train()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    scores = rows[-1]["scores"]
+    assert tuple(name for name in rows[0] if name.endswith("_loss")) == run.PARTS
+    parts = [rows[0][name] for name in run.PARTS]
+    weighted = parts[0] + 50 * parts[1] if objective == "electra" else sum(parts)
+    assert rows[0]["loss"] == pytest.approx(weighted, rel=1e-5)
+    assert scores[run.PARTS[0]] < 0.95 * parts[0]
+    if objective == "electra":
+        assert rows[-2]["discriminator_loss"] < parts[1]
+        assert scores["detection_auc"] > 0.5
+    else:
+        assert scores["perplexity"] == pytest.approx(math.exp(scores["masked_loss"]))
+        assert 0 < scores["masked_accuracy"] < 1
+
+
+# ---- steps ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.once
+def test_steps_of_a_plan(tmp_path):
+    plan = run_of(tmp_path, "mlm", growing=4, step_tokens=300).plan
+    assert [plan.tokens_of_step(n) for n in range(6)] == [30, 98, 165, 232, 300, 300]
+    rows = [row for step in plan.steps(0) for row in step.rows]
+    assert sorted(rows) == list(range(len(plan.epoch(0).examples)))
+    for number, step in enumerate(plan.steps(0)):
+        assert plan.tokens(step) <= plan.tokens_of_step(number)
+        assert plan.tokens(step) > plan.tokens_of_step(number) - LENGTH or number + 1 == len(plan.steps(0))
+    assert plan.steps(1) != plan.steps(0)
+    assert plan.epoch(1).begun == len(plan.steps(0))
+    again = run_of(tmp_path, "mlm", growing=4, step_tokens=300).plan
+    assert again.steps(1) == plan.steps(1), "whatever was asked for before"
+
+
+@pytest.mark.once
+def test_a_run_ends_when_its_time_is_up(tmp_path, monkeypatch):
+    """By a clock that goes on by one second each time it is read, three times a step."""
+    now = iter(range(10**6))
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: float(next(now)))
+    run = run_of(tmp_path, "mlm", steps=0, seconds=30.0, save_every=4, evaluated=True)
+    run.train()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rates = [row["lr"] for row in rows if "loss" in row]
+    assert len(rates) == 11
+    assert rates[2] > rates[1] > rates[0], "it rises for a tenth of the time"
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+    assert rates[-1] > 0
+    assert rates[-1] < 0.15 * max(rates)
+    assert "scores" in rows[-1]
+    again = run_of(tmp_path, "mlm", steps=0, seconds=30.0)
+    assert again.resume() == 11
+    again.train()
+    assert again.progress.step == 11, "no time is left"
+
+
+@pytest.mark.once
+def test_another_run_is_not_continued(whole, tmp_path):
+    shutil.copytree(whole[0] / "checkpoints", tmp_path / "checkpoints")
+    with pytest.raises(TrainingError, match=r"is of a run with seed 3, not 4: go on with the same settings"):
+        run_of(tmp_path, seed=4).resume()
+
+
+# ---- parts ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.once
+def test_rows_that_pad_the_vocabulary_are_never_predicted(tmp_path):
+    """Loss and gradient are those of the model without them, and training leaves their biases where they are."""
+    run = run_of(tmp_path, "mlm", dropout=0.0)
+    padded = model_of("mlm", 0.0, rows=len(WORDS) + 6)
+    padded.load_state_dict(
+        {
+            name: t if padded.state_dict()[name].shape == t.shape else torch.cat([t, torch.ones(6, *t.shape[1:])])
+            for name, t in run.model.state_dict().items()
+        }
+    )
+    bias = padded.cls["predictions"].bias
+    with torch.no_grad():
+        bias[len(WORDS) :] = NEVER_PREDICTED
+    expected, before = gradients(run), run.loss_of_step
+    run.model = run.shared = padded
+    found = gradients(run)
+    torch.testing.assert_close(run.loss_of_step, before)
+    for name, gradient in found.items():
+        rows = expected[name].shape[0]
+        torch.testing.assert_close(gradient[:rows], expected[name], rtol=1e-4, atol=1e-6)
+        assert not gradient[rows:].any()
+
+
+@pytest.mark.once
+def test_sizes(tmp_path):
+    config = config_of("mini", 1000, 128, 64, 0.1)
+    assert (config.num_hidden_layers, config.hidden_size, config.num_attention_heads) == (4, 256, 4)
+    assert (config.intermediate_size, config.vocab_size, config.max_position_embeddings) == (1024, 1024, 512)
+    assert config_of("large", 30522, 1024, 1, 0.0).max_position_embeddings == 1024
+    config.save_pretrained(tmp_path)
+    assert config_of(str(tmp_path / "config.json"), 100, 600, 8, 0.0).max_position_embeddings == 600
+    with pytest.raises(RuntimeError, match=r"--config huge: neither one of tiny, mini, .* nor a file"):
+        config_of("huge", 100, 128, 8, 0.0)
+    widths = [generator_config(config_of(name, 100, 128, 8, 0.0)).hidden_size for name in ("mini", "base", "large")]
+    assert widths == [64, 256, 256], "table 6 of the paper, for its small, base and large"
+
+
+@pytest.mark.once
+def test_the_area_under_the_curve():
+    """How often a positive's score is above a negative's, ties counting half."""
+    draw = np.random.default_rng(0)
+    for size in (5, 200):
+        scores, positive = np.round(draw.normal(size=size), 1), draw.random(size) < 0.4
+        positive[:2] = (True, False)
+        differences = scores[positive][:, None] - scores[~positive]
+        assert area(scores, positive) == pytest.approx(((differences > 0) + 0.5 * (differences == 0)).mean())
+    assert math.isnan(area(scores, np.zeros(200, bool)))
+
+
+@pytest.mark.once
+def test_words_are_sampled_as_often_as_the_softmax_says():
+    logits = torch.tensor([[0.0, math.log(3.0), -1e4, math.log(4.0), -1e4]]).expand(8000, -1)
+    torch.manual_seed(0)
+    found = sample(logits, torch.rand(8000, dtype=torch.float64))
+    shares = torch.bincount(found, minlength=5) / 8000
+    assert shares.tolist() == pytest.approx([1 / 8, 3 / 8, 0, 1 / 2, 0], abs=0.02)
+    edges = sample(logits[:2], torch.tensor([0.0, 1 - 2.0**-32], dtype=torch.float64))
+    assert edges.tolist() == [0, 3]
+
+
+@pytest.mark.once
+def test_electra_is_saved_for_transformers(tmp_path):
+    """Both models, and the discriminator's encoder as a BERT."""
+    transformers = pytest.importorskip("transformers", reason="needs the test extra")
+    run = run_of(tmp_path, "electra", dropout=0.0)
+    model = run.model.eval()
+    with torch.no_grad():
+        model.generator_bias.normal_()
+    model.save_pretrained(tmp_path / "saved", model.state_dict())
+    batch = run.loader(run.plan.steps(0)[0])[0]
+    ids = batch.shown.input_ids[: batch.shown.lengths[0]]
+    labels = batch.labels[: len(ids)]
+    with torch.no_grad():
+        output = model(batch.shown, batch.labels, batch.uniform, 1, 1)
+        generator = transformers.ElectraForMaskedLM.from_pretrained(tmp_path / "saved" / "generator").eval()
+        guesses = generator(ids[None]).logits[0]
+        seen = ids.clone()
+        guessed = labels >= 0
+        seen[guessed] = sample(guesses[guessed], batch.uniform[: len(ids)][guessed])
+        discriminator = transformers.ElectraForPreTraining.from_pretrained(tmp_path / "saved" / "discriminator").eval()
+        told = discriminator(seen[None]).logits[0]
+        hidden = transformers.AutoModel.from_pretrained(tmp_path / "saved").eval()(seen[None]).last_hidden_state
+        own = discriminator.electra(seen[None]).last_hidden_state
+    torch.testing.assert_close(told, output.logits[: len(ids)], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(hidden, own, atol=1e-5, rtol=1e-5)
+    assert torch.equal(output.replaced[: len(ids)], guessed & (seen != labels))
+    assert not output.replaced[batch.labels < 0].any()
+
+
+def test_a_documents_tokens_do_not_see_another(tmp_path):
+    """An example alone has the same logits as among others: rows of different documents never attend to each other."""
+    run = run_of(tmp_path, "mlm", dropout=0.0)
+    run.model.eval()
+    batch = run.loader(run.plan.steps(0)[0])[0].shown
+    with torch.no_grad():
+        together = run.model(batch).logits
+        alone = run.model(batch.input_ids[: batch.lengths[0]][None]).logits[0]
+    torch.testing.assert_close(together[: batch.lengths[0]], alone, atol=1e-4, rtol=1e-4)
