@@ -129,6 +129,7 @@ class Loop:
         self.scaler = torch.amp.GradScaler(self.processes.device.type, enabled=s.dtype == torch.float16)
         self.checkpoints = Checkpoints(self.out, s.keep, self.processes)
         self.progress = Progress(settings=s.binding() | binding)
+        self.start = time.perf_counter()  # where the run begins on the clock; see `train`
 
     # ---- what a subclass says --------------------------------------------------------------------------
 
