@@ -71,12 +71,12 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         help="make a vocabulary of the corpus (train, the default), or that of a folder, a hub id or a vocab.txt",
     )  # fmt: skip
     text.add_argument(
-        "--vocab-size", metavar="N", type=positive, default=30522,
+        "--vocab-size", metavar="N", type=positive,
         help="pieces at most of a vocabulary that is made (default: 30,522)",
     )  # fmt: skip
     add_vocabulary_arguments(text)
     text.add_argument(
-        "--pad-vocab", metavar="N", type=positive, default=64,
+        "--pad-vocab", metavar="N", type=positive,
         help="the table of words gets a multiple of N rows; those beyond the vocabulary are never predicted "
         "(default: 64)",
     )  # fmt: skip
@@ -169,6 +169,13 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--fsdp needs several processes: torchrun --nproc-per-node N -m fastbert pretrain ...")
     if args.init and (args.config or args.tokenizer):
         raise UsageError("--init brings its own sizes and tokenizer: leave --config and --tokenizer out")
+    made = {"--vocab-size": args.vocab_size, "--cased": args.cased, "--alphabet": args.alphabet,
+            "--min-frequency": args.min_frequency}  # fmt: skip
+    given = [name for name, value in made.items() if value]
+    if given and (args.init or args.tokenizer not in (None, "train")):
+        raise UsageError(f"{given[0]} is for a vocabulary that is made, and this one is given")
+    if args.init and args.pad_vocab:
+        raise UsageError("--pad-vocab is for a new model, and --init goes on from one")
     if args.segmenter and not args.whole_words:
         raise UsageError("--segmenter is for whole words: leave --no-whole-words out")
     if args.max_length < 8:
@@ -188,14 +195,14 @@ def _request(args: argparse.Namespace) -> Any:
     from ..pretraining.pretrain import TRAIN, Request
 
     same = (
-        "out", "objective", "init", "vocab_size", "cased", "alphabet", "min_frequency", "pad_vocab", "field",
-        "max_line_bytes", "max_length", "masking", "mask_share", "whole_words", "segmenter", "steps", "batch_tokens",
-        "memory_tokens", "lr", "warmup", "weight_decay", "clip", "dropout", "seed", "workers", "save_every",
+        "out", "objective", "init", "cased", "alphabet", "field", "max_line_bytes", "max_length", "masking",
+        "mask_share", "whole_words", "segmenter", "steps", "batch_tokens", "memory_tokens", "lr", "warmup", "weight_decay", "clip", "dropout", "seed", "workers", "save_every",
         "evaluate_every", "keep", "resume", "dtype", "device", "fsdp", "checkpoint_activations", "impl",
     )  # fmt: skip
     return Request(
         corpus=tuple(args.corpus), eval=tuple(args.eval), config=args.config or "tiny",
         tokenizer=args.tokenizer or TRAIN, seconds=args.time_budget, growing=args.grow_batch,
+        vocab_size=args.vocab_size or 30522, min_frequency=args.min_frequency or 2, pad_vocab=args.pad_vocab or 64,
         **{name: getattr(args, name) for name in same},
     )  # fmt: skip
 

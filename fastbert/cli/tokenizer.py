@@ -49,7 +49,7 @@ def add_vocabulary_arguments(p: argparse.ArgumentParser) -> None:
         "the vocabulary)",
     )  # fmt: skip
     p.add_argument(
-        "--min-frequency", metavar="N", type=positive, default=2,
+        "--min-frequency", metavar="N", type=positive,
         help="how often a character or a pair of pieces must occur to become a piece (default: 2)",
     )  # fmt: skip
 
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
 
     files = files_of(args.corpus)
     tokenizer, facts = train_tokenizer(
-        files, args.vocab_size, lowercase=not args.cased, alphabet=args.alphabet, min_frequency=args.min_frequency,
+        files, args.vocab_size, lowercase=not args.cased, alphabet=args.alphabet, min_frequency=args.min_frequency or 2,
         field=args.field, line_bytes=args.max_line_bytes,
     )  # fmt: skip
     tokenizer.save_pretrained(args.out)

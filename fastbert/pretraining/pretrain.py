@@ -262,7 +262,10 @@ def _initial(request: Request, kind: Any, tokenizer: Tokenizer) -> nn.Module:
         warnings.filterwarnings("ignore", message=".*weights were drawn from normal.*", category=UserWarning)
         options = {"dtype": torch.float32, "impl": request.impl}
         if kind is BertModel:
-            model = Electra(kind.from_pretrained(request.init, add_pooling_layer=False, **options))
+            bert = kind.from_pretrained(request.init, add_pooling_layer=False, **options)
+            bert.config.hidden_dropout_prob = bert.config.attention_probs_dropout_prob = request.dropout
+            bert.embeddings.dropout_p = request.dropout
+            model = Electra(bert)
         else:
             changes = {"hidden_dropout_prob": request.dropout, "attention_probs_dropout_prob": request.dropout}
             model = kind.from_pretrained(request.init, seed=request.seed, **options, **changes)
