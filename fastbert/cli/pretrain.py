@@ -196,8 +196,9 @@ def _request(args: argparse.Namespace) -> Any:
 
     same = (
         "out", "objective", "init", "cased", "alphabet", "field", "max_line_bytes", "max_length", "masking",
-        "mask_share", "whole_words", "segmenter", "steps", "batch_tokens", "memory_tokens", "lr", "warmup", "weight_decay", "clip", "dropout", "seed", "workers", "save_every",
-        "evaluate_every", "keep", "resume", "dtype", "device", "fsdp", "checkpoint_activations", "impl",
+        "mask_share", "whole_words", "segmenter", "steps", "batch_tokens", "memory_tokens", "lr", "warmup",
+        "weight_decay", "clip", "dropout", "seed", "workers", "save_every", "evaluate_every", "keep", "resume", "dtype",
+        "device", "fsdp", "checkpoint_activations", "impl",
     )  # fmt: skip
     return Request(
         corpus=tuple(args.corpus), eval=tuple(args.eval), config=args.config or "tiny",
