@@ -65,6 +65,15 @@ def test_what_sizes_memory_is_the_same_in_both_languages():
         assert library.LOSS_ROWS % (constant("PANEL", "loss.cpp") * width) == 0
 
 
+@built
+def test_every_set_of_instructions_has_a_library_of_these_sources():
+    """A function that only one header of registers has leaves the other library unbuilt, or old, without an error."""
+    stamps = library.sources_stamp(KERNELS), library.interface_stamp()
+    for path in BUILT.values():
+        content = path.read_bytes()
+        assert all(stamp.encode() in content for stamp in stamps)
+
+
 # ---- stamps ----------------------------------------------------------------------------------------------
 
 

@@ -41,6 +41,7 @@ inline Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c
 inline Floats fms(Floats a, Floats b, Floats c) { return _mm256_fmsub_ps(a, b, c); }
 inline Floats fnma(Floats a, Floats b, Floats c) { return _mm256_fnmadd_ps(a, b, c); }
 inline Floats maximum(Floats a, Floats b) { return _mm256_max_ps(a, b); }  // b where one of them is NaN
+inline Floats square_root(Floats x) { return _mm256_sqrt_ps(x); }
 inline Floats absolute(Floats x) { return _mm256_andnot_ps(floats(-0.0f), x); }
 inline Floats nearest_whole(Floats x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Ints to_ints(Floats x) { return (Ints)_mm256_cvtps_epi32(x); }  // the nearest
