@@ -1,14 +1,22 @@
 """Small models of every kind, a server of them within the test's process, and a client that needs no socket."""
 
 import asyncio
+import contextlib
+import http.client
 import json
+import os
+import socket
+import subprocess
+import sys
 import threading
+import time
 
 import torch
 
 from fastbert import BertConfig, BertModel
 from fastbert.models import heads
 
+PATIENCE = 120  # seconds after which a process hangs
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz", *(f"##{c}" for c in "abcde")]
 LABELS = {
     "ranks": {0: "LABEL_0"}, "feelings": {0: "entailment", 1: "contradiction", 2: "neutral"},
@@ -121,3 +129,56 @@ class Client:
 
     def get(self, path):
         return self.ask("GET", path)
+
+
+class Process:
+    """`fastbert serve` of models (NAME=FOLDER) in float32, and requests to it on sockets."""
+
+    def __init__(self, *models):
+        with contextlib.closing(socket.socket()) as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        command = [sys.executable, "-m", "fastbert", "serve", *models, "--port", str(self.port)]
+        command += ["--dtype", "float32", "--impl", "native", "--max-batch-tokens", "512"]
+        environment = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        until = time.monotonic() + PATIENCE
+        while time.monotonic() < until and self.process.poll() is None:
+            with contextlib.suppress(OSError):
+                if self.ask("GET", "/ready")[0] == 200:
+                    return
+            time.sleep(0.05)
+        raise AssertionError(self.end())
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.port}"
+
+    def end(self):
+        """Kills it where it still runs; what it wrote to standard error."""
+        self.process.kill()
+        return self.process.communicate()[1]
+
+    def ask(self, method, path, body=None):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
+        with contextlib.closing(connection):
+            connection.request(method, path, None if body is None else json.dumps(body))
+            reply = connection.getresponse()
+            return reply.status, json.loads(reply.read())
+
+    def send(self, body, path="/embed"):
+        """A connection on which a request has been sent."""
+        content = json.dumps(body).encode()
+        connection = socket.create_connection(("127.0.0.1", self.port), PATIENCE)
+        connection.sendall(b"POST %s HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % (path.encode(), len(content)))
+        connection.sendall(content)
+        return connection
+
+    def waiting(self):
+        """Requests that the server counted."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
+        with contextlib.closing(connection):
+            connection.request("GET", "/metrics")
+            lines = connection.getresponse().read().decode().splitlines()
+        counts = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+        return float(counts.get('te_request_count{method="embed"}', 0)), float(counts["te_queue_tokens"])

@@ -1,12 +1,8 @@
 """`fastbert serve` as a process: its sockets, its end, and clients that go away."""
 
 import contextlib
-import http.client
 import json
-import os
 import signal
-import socket
-import subprocess
 import sys
 import threading
 import time
@@ -22,64 +18,16 @@ pytest.importorskip("uvicorn", reason="needs the serve extra")
 from fastbert.cli.main import main
 
 sys.path.append(str(Path(__file__).parent))
-from service_models import make_folder
+from service_models import PATIENCE, Process, make_folder
 
 pytestmark = pytest.mark.once
-
-PATIENCE = 120  # seconds after which a process hangs
-
-
-class Process:
-    """A server of a small model, and requests to it on sockets."""
-
-    def __init__(self, folder):
-        with contextlib.closing(socket.socket()) as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        command = [sys.executable, "-m", "fastbert", "serve", f"texts={folder}", "--port", str(self.port)]
-        command += ["--dtype", "float32", "--impl", "native", "--max-batch-tokens", "512"]
-        environment = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-        until = time.monotonic() + PATIENCE
-        while time.monotonic() < until and self.process.poll() is None:
-            with contextlib.suppress(OSError):
-                if self.ask("GET", "/ready")[0] == 200:
-                    return
-            time.sleep(0.05)
-        self.process.kill()
-        raise AssertionError(self.process.communicate()[1])
-
-    def ask(self, method, path, body=None):
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
-        with contextlib.closing(connection):
-            connection.request(method, path, None if body is None else json.dumps(body))
-            reply = connection.getresponse()
-            return reply.status, json.loads(reply.read())
-
-    def send(self, body, path="/embed"):
-        """A connection on which a request has been sent."""
-        content = json.dumps(body).encode()
-        connection = socket.create_connection(("127.0.0.1", self.port), PATIENCE)
-        connection.sendall(b"POST %s HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % (path.encode(), len(content)))
-        connection.sendall(content)
-        return connection
-
-    def waiting(self):
-        """Requests that the server counted."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
-        with contextlib.closing(connection):
-            connection.request("GET", "/metrics")
-            lines = connection.getresponse().read().decode().splitlines()
-        counts = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
-        return float(counts.get('te_request_count{method="embed"}', 0)), float(counts["te_queue_tokens"])
 
 
 @pytest.fixture
 def server(tmp_path):
-    process = Process(make_folder(tmp_path / "texts", "texts"))
+    process = Process(f"texts={make_folder(tmp_path / 'texts', 'texts')}")
     yield process
-    process.process.kill()
-    process.process.communicate()
+    process.end()
 
 
 def everything(connection):

@@ -186,6 +186,8 @@ def test_what_is_given_up_before_it_is_tokenised_is_not_computed():
             rig.lane.open.set()
             assert await rig.ask(1).answer == [2]
             assert rig.lane.batches[-1] == [1]
+            while rig.engine._preparing:
+                await asyncio.sleep(0.001)
             assert rig.queue.tokens == 0
 
     run(test)

@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("orjson", reason="needs the serve extra")
 pytest.importorskip("prometheus_client", reason="needs the serve extra")
 pytest.importorskip("starlette", reason="needs the serve extra")
-from fastbert import Encoder, Tokenizer
+from fastbert import Encoder, Tokenizer, batch_invariant
 from fastbert.encoding.masks import MaskFiller
 from fastbert.models import heads
 from fastbert.service.app import application
@@ -296,6 +296,9 @@ def test_vectors_in_each_of_coheres_types(client, encoder):
     assert found["uint8"] == (np.rint(wanted * 127).astype(int) + 128).tolist()
     assert (np.unpackbits(np.array(found["ubinary"], np.uint8), axis=1) == (wanted > 0)).all()
     assert found["binary"] == (np.array(found["ubinary"]) - 128).tolist()
+    few = client.post("/v2/embed", {"texts": ["a b", "c"], "output_dimension": 3, "model": "masks"}).json()
+    raw = client.post("/embed", {"inputs": ["a b", "c"], "normalize": False, "model": "masks"}).json()
+    assert close(few["embeddings"]["float"], np.array(raw)[:, :3])
     plain = client.post("/v1/embed", {"texts": ["a b"], "input_type": "search_document"}).json()
     assert close(plain["embeddings"], encoder.encode_document(["a b"]))
     assert client.post("/v2/embed", {"texts": ["a"], "embedding_types": ["float64"]}).json()["message"]
@@ -455,6 +458,13 @@ def test_a_request_that_is_late_is_told_so_and_leaves_the_queue(served):
     assert client.post("/embed", {"inputs": "a"}, {"x-timeout-seconds": "soon"}).status == 422
 
 
+def test_batch_invariance_gives_the_same_bits_alone_and_together(served):
+    client = served("texts")
+    with batch_invariant():
+        together = client.post("/embed", {"inputs": TEXTS}).json()
+        assert [client.post("/embed", {"inputs": text}).json()[0] for text in TEXTS] == together
+
+
 def test_cors_is_off_unless_asked_for(served):
     origin = {"origin": "http://page.test"}
     assert "access-control-allow-origin" not in served("texts").post("/embed", {"inputs": "a"}, origin).headers
@@ -491,5 +501,14 @@ def test_nothing_of_a_text_is_logged(served, caplog):
     with caplog.at_level("DEBUG"):
         client.post("/embed", {"inputs": "secretword " * 200, "prompt_name": "secretword"})
         client.post("/embed", {"inputs": "secretword"})
-    assert caplog.records
+        lane = client.service.models.served[0].abilities["vectors"]._plain
+        lane.compute = lambda data: int("secretword")
+        try:
+            reply = client.post("/embed", {"inputs": "a"})
+        finally:
+            del lane.compute
+    assert reply.status == 500
+    assert "secretword" not in reply.content.decode()
+    failure = next(record for record in caplog.records if record.levelname == "ERROR")
+    assert "test_service_faces.py" in failure.trace
     assert "secretword" not in caplog.text

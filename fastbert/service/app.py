@@ -17,6 +17,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
+from .engine import log_failure
 from .errors import ServiceError, cohere_form, openai_form, tei_form
 from .faces import cohere, openai, own, tei
 from .metrics import CONTENT_TYPE
@@ -102,7 +103,7 @@ class Endpoint:
             service.metrics.count("te_request_failure", err="gone")
             return
         except Exception as error:
-            log.exception("a request failed")
+            log_failure(error)
             status, body = form(ServiceError("failed", f"the server failed on this request ({type(error).__name__})"))
             content = orjson.dumps(body)
             service.metrics.count("te_request_failure", err="failed")

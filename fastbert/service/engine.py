@@ -13,6 +13,7 @@ import asyncio
 import logging
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -339,9 +340,15 @@ def _give(answers: list[tuple[Job, Any, ServiceError | None]]) -> None:
             job.answer.set_result(answer)
 
 
+def log_failure(error: Exception) -> None:
+    """Says where an error came from, without its message: that may hold a client's text."""
+    trace = "".join(traceback.format_tb(error.__traceback__))
+    log.error("a request failed: %s", type(error).__name__, extra={"trace": trace})
+
+
 def as_service_error(error: Exception) -> ServiceError:
     """What a client is told: our own words, never those of an error that nobody wrote for a client."""
     if isinstance(error, ServiceError):
         return error
-    log.error("a request failed", exc_info=error)
+    log_failure(error)
     return ServiceError("failed", f"the model failed on this request ({type(error).__name__})")

@@ -169,11 +169,11 @@ class Service:
         Raises: ServiceError; Gone where the client went away, whose pieces then leave the queue.
         """
         self.expect_count(texts)
-        loop = asyncio.get_running_loop()
+        loop, timeout = asyncio.get_running_loop(), self.timeout_of(call)
         job = Job(model.queue, prepare, announced(texts, model.texts.limit))
         self.engine.submit(job)
-        late = ServiceError("late", f"there was no answer within {self.timeout_of(call):g} seconds")
-        timer = loop.call_later(self.timeout_of(call) - (time.perf_counter() - call.began), _fail, job, late)
+        late = ServiceError("late", f"there was no answer within {timeout:g} seconds")
+        timer = loop.call_later(timeout - (time.perf_counter() - call.began), _fail, job, late)
         watch = loop.create_task(_watch(call, job))
         try:
             answer = await job.answer

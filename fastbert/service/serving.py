@@ -18,6 +18,9 @@ import uvicorn
 from .app import application, metrics_application
 from .service import Service
 
+# Seconds that a connection may idle: longer than the pools of clients keep theirs, or a request meets a closed one.
+KEEP_ALIVE = 75
+
 
 class OneWrite:
     """A transport that sends the head of a reply together with its body, in one piece.
@@ -85,13 +88,11 @@ class Server(uvicorn.Server):
 class Lines(logging.Formatter):
     """A JSON object a line."""
 
-    FIELDS = ("method", "path", "status", "texts", "tokens", "cut")
+    FIELDS = ("method", "path", "status", "texts", "tokens", "cut", "trace")
 
     def format(self, record: logging.LogRecord) -> str:
         line = {"time": round(record.created, 3), "level": record.levelname.lower(), "message": record.getMessage()}
         line |= {name: getattr(record, name) for name in self.FIELDS if hasattr(record, name)}
-        if record.exc_info:
-            line["trace"] = self.formatException(record.exc_info)
         return json.dumps(line, ensure_ascii=False)
 
 
@@ -108,8 +109,10 @@ def log_lines(level: str) -> None:
 def serve(service: Service) -> int:
     """Answers until a signal comes; the exit code."""
     settings = service.settings
-    options = {"host": settings.host, "log_config": None, "access_log": False, "server_header": False,
-               "timeout_graceful_shutdown": int(settings.timeout) + 1, "backlog": 2048}  # fmt: skip
+    options = {
+        "host": settings.host, "log_config": None, "access_log": False, "server_header": False, "backlog": 2048,
+        "timeout_keep_alive": KEEP_ALIVE, "timeout_graceful_shutdown": int(settings.timeout) + 1,
+    }  # fmt: skip
     kind = "uvloop" if importlib.util.find_spec("uvloop") is not None else "asyncio"
     server = Server(
         uvicorn.Config(application(service), port=settings.port, http=protocol(), ws="none", loop=kind, **options),

@@ -86,7 +86,7 @@ class Vectors:
             if not np.isfinite(vectors).all():
                 raise ServiceError("failed", "the model's numbers are not finite")
             if dimensions is not None:
-                vectors = vectors[:, :dimensions]
+                vectors = np.ascontiguousarray(vectors[:, :dimensions])  # orjson takes no other
             return normalised(vectors) if wanted and (self.can_choose or dimensions is not None) else vectors
 
         return Prepared([Piece(lane, row, len(row)) for row in ids], list(map(len, ids)), cut, finish)

@@ -1,0 +1,291 @@
+"""Servers side by side: texts a second, times of answers, and processor time, at 1, 8 and 64 requests in flight.
+
+    python -m benchmarks.suites.serving                                          ours and the Encoder alone
+    python -m benchmarks.suites.serving --peers /tmp/peers/bin/python            beside infinity and a plain handler
+    python -m benchmarks.suites.serving --only-load http://127.0.0.1:8080        a server that runs already
+
+--peers names a Python in whose environment infinity-emb[server,torch]==0.0.78 is installed; that also has what the
+plain handler needs: sentence-transformers behind FastAPI, an `encode` a request. All serve the same folder of
+all-MiniLM-L6-v2 to the same client, one text a request, texts of the Devil's Dictionary as they come: short ones and
+some of three hundred words. Parties take turns at each number of requests in flight.
+
+closed: so many clients, each of which sends its next text when it has its answer. open: requests come at random times,
+on average so many a second, whether or not earlier ones are answered; that is 0.7 of what ours did with 64 in flight.
+
+Every vector is compared with that of the Encoder: a wrong one, or another status than 200, ends the run. The client
+shares the machine's cores with the servers. Processor time is the server's own, by the system's count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import contextlib
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FLIGHTS = (1, 8, 64)
+FAR = 2e-3  # of vectors of length 1, in bfloat16; in float32 1e-5
+PLAIN = """
+import sys
+from fastapi import FastAPI
+from pydantic import BaseModel
+from sentence_transformers import SentenceTransformer
+import uvicorn
+model = SentenceTransformer(sys.argv[1], device="cpu")
+app = FastAPI()
+class Body(BaseModel):
+    input: str
+@app.post("/v1/embeddings")
+def embeddings(body: Body):
+    return {"data": [{"embedding": model.encode([body.input])[0].tolist()}]}
+uvicorn.run(app, port=int(sys.argv[2]), log_level="warning")
+"""
+
+
+@dataclass
+class Row:
+    """What a party did: latencies in milliseconds, processor time in milliseconds a text."""
+
+    party: str
+    loop: str
+    in_flight: int
+    texts: int
+    texts_per_second: float
+    p50: float
+    p95: float
+    p99: float
+    cpu_ms_per_text: float | None
+
+
+class Connection:
+    """A connection that is kept, for one request at a time."""
+
+    def __init__(self, port: int):
+        self.port, self.streams = port, None
+
+    async def ask(self, body: bytes) -> bytes:
+        if self.streams is None:
+            self.streams = await asyncio.open_connection("127.0.0.1", self.port)
+        reader, writer = self.streams
+        writer.write(
+            b"POST /v1/embeddings HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b"
+            % (len(body), body)
+        )
+        head = await reader.readuntil(b"\r\n\r\n")
+        if not head.startswith(b"HTTP/1.1 200"):
+            raise RuntimeError(head.decode())
+        length = int(head.lower().partition(b"content-length:")[2].partition(b"\r\n")[0])
+        return await reader.readexactly(length)
+
+
+class Load:
+    """Texts as requests, and the vectors that they should come to.
+
+    packed: whether vectors are asked for in base64, as OpenAI's client does; the plain handler has none.
+    """
+
+    def __init__(self, texts: list[str], vectors: np.ndarray, far: float):
+        self.texts, self.vectors, self.far = texts, vectors, far
+
+    def bodies(self, packed: bool) -> list[bytes]:
+        more = {"model": "minilm", "encoding_format": "base64"} if packed else {}
+        return [json.dumps({"input": text, **more}).encode() for text in self.texts]
+
+    def expect(self, number: int, content: bytes) -> None:
+        embedding = json.loads(content)["data"][0]["embedding"]
+        if isinstance(embedding, str):
+            embedding = np.frombuffer(base64.b64decode(embedding), "<f4")
+        off = float(np.abs(np.asarray(embedding, np.float32) - self.vectors[number]).max())
+        if not off < self.far:
+            raise RuntimeError(f"a wrong vector: off by {off}")
+
+
+async def closed(port: int, load: Load, in_flight: int, seconds: float, packed: bool) -> tuple[list[float], float]:
+    """(latency of each request, seconds in all)."""
+    bodies, times, answers = load.bodies(packed), [], []
+    began = time.perf_counter()
+    numbers = iter(range(10**9))
+
+    async def client() -> None:
+        connection = Connection(port)
+        while time.perf_counter() < began + seconds:
+            number = next(numbers) % len(bodies)
+            sent = time.perf_counter()
+            content = await connection.ask(bodies[number])
+            times.append(time.perf_counter() - sent)
+            answers.append((number, content))
+
+    await asyncio.gather(*(client() for _ in range(in_flight)))
+    took = time.perf_counter() - began
+    for number, content in answers:
+        load.expect(number, content)
+    return times, took
+
+
+async def opened(port: int, load: Load, rate: float, seconds: float, packed: bool) -> tuple[list[float], float]:
+    """The same of requests that come at random, `rate` a second; a latency begins when a request should have begun."""
+    bodies, times, free, draw = load.bodies(packed), [], [], random.Random(0)
+    tasks, began, due = [], time.perf_counter(), 0.0
+
+    async def request(number: int, at: float) -> None:
+        connection = free.pop() if free else Connection(port)
+        content = await connection.ask(bodies[number])
+        times.append(time.perf_counter() - at)
+        free.append(connection)
+        load.expect(number, content)
+
+    while due < seconds:
+        due += draw.expovariate(rate)
+        await asyncio.sleep(max(began + due - time.perf_counter(), 0.0))
+        tasks.append(asyncio.create_task(request(len(tasks) % len(bodies), began + due)))
+    await asyncio.gather(*tasks)
+    return times, time.perf_counter() - began
+
+
+# ---- parties -----------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def party(command: Callable[[int], list[str]], **environment: str) -> Iterator[tuple[int, int]]:
+    """(port, process id) of a server that answers."""
+    with contextlib.closing(socket.socket()) as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    process = subprocess.Popen(
+        command(port), env={**os.environ, **environment}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        until = time.monotonic() + 180
+        while True:
+            with contextlib.suppress(OSError):
+                body = json.dumps({"input": "a", "model": "minilm"}).encode()
+                request = urllib.request.Request(
+                    f"http://127.0.0.1:{port}/v1/embeddings", body, {"content-type": "application/json"}
+                )
+                urllib.request.urlopen(request, timeout=60).read()
+                break
+            if process.poll() is not None or time.monotonic() > until:
+                raise RuntimeError(f"{command(port)[:4]} does not answer")
+            time.sleep(0.2)
+        yield port, process.pid
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def processor_time(pid: int) -> float:
+    """Seconds of a process and its threads."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def row(name: str, loop: str, in_flight: int, found: tuple[list[float], float], cpu: float | None) -> Row:
+    times, took = found
+    p50, p95, p99 = (1e3 * float(x) for x in np.percentile(times, (50, 95, 99)))
+    cpu = None if cpu is None else 1e3 * cpu / len(times)
+    made = Row(name, loop, in_flight, len(times), len(times) / took, p50, p95, p99, cpu)
+    print("{party:24s} {loop:6s} {in_flight:3d} in flight {texts_per_second:8.1f} texts/s  p50 {p50:8.2f}  "
+          "p95 {p95:8.2f}  p99 {p99:8.2f} ms  ".format(**asdict(made))
+          + ("" if cpu is None else f"{cpu:.2f} ms of processor time a text"), flush=True)  # fmt: skip
+    return made
+
+
+def encoder_alone(encoder: Any, texts: list[str], seconds: float) -> Row:
+    """`Encoder.encode` of all texts at once, again and again: what a server at its best would need."""
+    encoder.encode(texts)
+    began, cpu, passes = time.perf_counter(), time.process_time(), 0
+    while time.perf_counter() < began + seconds:
+        encoder.encode(texts)
+        passes += 1
+    cpu, took = time.process_time() - cpu, time.perf_counter() - began
+    count = passes * len(texts)
+    made = Row("Encoder.encode", "none", len(texts), count, count / took, 0.0, 0.0, 0.0, 1e3 * cpu / count)
+    print(f"{made.party:24s} {made.texts_per_second:8.1f} texts/s  {made.cpu_ms_per_text:.2f} ms of processor time")
+    return made
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peers", metavar="PYTHON", help="of an environment with infinity-emb[server,torch]==0.0.78")
+    parser.add_argument("--only-load", metavar="URL", help="of a server that runs already")
+    parser.add_argument("--dtype", default="float32", help="of ours; the others compute in float32 (default: float32)")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each measurement (default: 10)")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="where the rows go")
+    args = parser.parse_args(argv)
+    from fastbert import Encoder
+    from fastbert.cli.options import default_model
+
+    folder = default_model()
+    data = resources.files("fastbert").joinpath("data", "devils_dictionary.txt").read_text(encoding="utf-8")
+    texts = data.splitlines()
+    encoder = Encoder.from_pretrained(folder, dtype=args.dtype, device="cpu")
+    vectors = encoder.encode(texts).numpy()
+    load = Load(texts, vectors, 1e-4 if args.dtype == "float32" else FAR * 10)
+    rows = []
+    if args.only_load:
+        port = int(args.only_load.rpartition(":")[2].strip("/"))
+        for in_flight in FLIGHTS:
+            found = asyncio.run(closed(port, load, in_flight, args.seconds, True))
+            rows.append(row("only", "closed", in_flight, found, None))
+    else:
+        rows.append(encoder_alone(encoder, texts, args.seconds))
+        rows += _side_by_side(args, folder, load)
+    if args.json:
+        args.json.write_text(json.dumps([asdict(each) for each in rows], indent=1) + "\n")
+    return 0
+
+
+def _side_by_side(args: argparse.Namespace, folder: str, load: Load) -> list[Row]:
+    def ours(port: int) -> list[str]:
+        return [sys.executable, "-m", "fastbert", "serve", f"minilm={folder}", "--port", str(port), "--dtype",
+                args.dtype, "--device", "cpu"]  # fmt: skip
+
+    def infinity(port: int) -> list[str]:
+        return [str(Path(args.peers).parent / "infinity_emb"), "v2", "--model-id", folder, "--served-model-name",
+                "minilm", "--engine", "torch", "--device", "cpu", "--no-model-warmup", "--url-prefix", "/v1",
+                "--port", str(port)]  # fmt: skip
+
+    def plain(port: int) -> list[str]:
+        return [args.peers, "-c", PLAIN, folder, str(port)]
+
+    parties = {"fastbert serve": (ours, True)}
+    if args.peers:
+        parties |= {"infinity 0.0.78": (infinity, True), "plain FastAPI": (plain, False)}
+    rows = []
+    with contextlib.ExitStack() as stack:
+        offline = {"HF_HUB_OFFLINE": "1", "INFINITY_ANONYMOUS_USAGE_STATS": "0", "DO_NOT_TRACK": "1"}
+        running = {
+            name: (*stack.enter_context(party(command, **offline)), packed)
+            for name, (command, packed) in parties.items()
+        }
+        for in_flight in FLIGHTS:
+            for name, (port, pid, packed) in running.items():
+                asyncio.run(closed(port, load, in_flight, min(1.0, args.seconds), packed))
+                before = processor_time(pid)
+                found = asyncio.run(closed(port, load, in_flight, args.seconds, packed))
+                rows.append(row(name, "closed", in_flight, found, processor_time(pid) - before))
+        name, (port, pid, packed) = next(iter(running.items()))
+        rate = 0.7 * next(r.texts_per_second for r in rows if r.in_flight == FLIGHTS[-1])
+        before = processor_time(pid)
+        found = asyncio.run(opened(port, load, rate, args.seconds, packed))
+        rows.append(row(name, "open", 0, found, processor_time(pid) - before))
+    return rows
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,161 @@
+"""A server under twice the load that it can bear, for half an hour, with clients that misbehave.
+
+    python -m benchmarks.suites.serving_soak                    30 minutes
+    python -m benchmarks.suites.serving_soak --seconds 60       a look
+
+Requests come at random times, twice as many a second as the server answered with 64 in flight. Of a hundred, 80 are
+short texts, 8 are lists of 40, 4 are texts of a megabyte, 4 are wrong and 4 are of clients that close their connection
+at once. Every vector is compared. Watched are the memory of the process and the tokens in its queue; at the end one
+request must be answered within a second of the last one. Whatever is not as it should be ends the run with exit code 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import random
+import sys
+import time
+from collections import Counter
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+
+from .serving import Load, closed, party
+
+QUEUE_TOKENS = 30_000
+FAR = 1e-4
+BAD: tuple[object, ...] = (
+    {"input": []}, {"input": 7}, {"input": [10**9]}, {"input": "a", "dimensions": -1}, {}, [],
+    {"input": "a", "encoding_format": "x"},
+)  # fmt: skip
+LONG = "a long text that is cut at the limit "
+
+
+class Soak:
+    """Requests of all kinds to one port, and what became of them."""
+
+    def __init__(self, port: int, load: Load, long: np.ndarray, seed: int):
+        self.port, self.load, self.long = port, load, long
+        self.draw, self.outcomes, self.wrong = random.Random(seed), Counter(), []
+
+    async def exchange(self, body: object, path: str = "/v1/embeddings", leave: bool = False) -> tuple[int, bytes]:
+        """(status, content) of one request; (0, b"") where the client goes away."""
+        content = json.dumps(body).encode() if path != "/metrics" else b""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port, limit=1 << 24)
+        try:
+            method = b"GET" if path == "/metrics" else b"POST"
+            writer.write(
+                b"%b %b HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: %d\r\n\r\n%b"
+                % (method, path.encode(), len(content), content)
+            )
+            await writer.drain()
+            if leave:
+                return 0, b""
+            head, _, answer = (await reader.read(-1)).partition(b"\r\n\r\n")
+            return int(head[9:12]), answer
+        finally:
+            writer.close()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
+
+    async def one(self) -> None:
+        kind = self.draw.choices(("short", "list", "long", "bad", "gone"), (80, 8, 4, 4, 4))[0]
+        texts, vectors = self.load.texts, self.load.vectors
+        rows = [self.draw.randrange(len(texts)) for _ in range(40 if kind == "list" else 1)]
+        body: object = {"input": [texts[row] for row in rows]}
+        wanted = vectors[rows]
+        if kind == "bad":
+            body = self.draw.choice(BAD)
+        elif kind == "long":
+            body, wanted = {"input": LONG * 27_000}, self.long
+        status, content = await self.exchange(body, leave=kind == "gone")
+        self.outcomes[kind, status] += 1
+        if kind == "gone":
+            return
+        if status == 200 and kind != "bad":
+            found = np.array([item["embedding"] for item in json.loads(content)["data"]], np.float32)
+            if found.shape != wanted.shape or not np.abs(found - wanted).max() < FAR:
+                self.wrong.append(f"{kind}: wrong vectors")
+        elif status not in ((400,) if kind == "bad" else (429,)):
+            self.wrong.append(f"{kind}: {status} {content[:200]!r}")
+
+    async def gauge(self, name: str) -> float:
+        _, text = await self.exchange({}, "/metrics")
+        return next(float(line.rsplit(" ", 1)[1]) for line in text.decode().splitlines() if line.startswith(name + " "))
+
+    async def run(self, rate: float, seconds: float, pid: int) -> list[tuple[float, float, float]]:
+        """(seconds, MB of memory, tokens in the queue), ten times."""
+        tasks: set[asyncio.Task] = set()
+        watched, began, due = [], time.perf_counter(), 0.0
+        while due < seconds and not self.wrong:
+            due += self.draw.expovariate(rate)
+            await asyncio.sleep(max(began + due - time.perf_counter(), 0.0))
+            task = asyncio.create_task(self.one())
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
+            if due > seconds * (len(watched) + 1) / 10:
+                watched.append((due, memory(pid), await self.gauge("te_queue_tokens")))
+                print("{:7.0f} s  {:7.0f} MB  {:7.0f} tokens wait".format(*watched[-1]), flush=True)
+        await asyncio.gather(*tasks)
+        return watched
+
+
+def memory(pid: int) -> float:
+    """Resident MB of a process."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) / 1024
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=1800.0, help="default: 1800")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    from fastbert import Encoder
+    from fastbert.cli.options import default_model
+
+    folder = default_model()
+    texts = resources.files("fastbert").joinpath("data", "devils_dictionary.txt").read_text("utf-8").splitlines()
+    encoder = Encoder.from_pretrained(folder, dtype="float32", device="cpu")
+    load = Load(texts, encoder.encode(texts).numpy(), FAR)
+    long = encoder.encode([LONG * 100]).numpy()
+
+    def command(port: int) -> list[str]:
+        return [sys.executable, "-m", "fastbert", "serve", f"minilm={folder}", "--port", str(port), "--device", "cpu",
+                "--dtype", "float32", "--max-queue-tokens", str(QUEUE_TOKENS)]  # fmt: skip
+
+    with party(command) as (port, pid):
+        times, took = asyncio.run(closed(port, load, 64, min(10.0, args.seconds), True))
+        rate = 2 * len(times) / took
+        print(f"{rate / 2:.1f} texts/s with 64 in flight; {rate:.1f} requests/s from here on")
+        soak = Soak(port, load, long, args.seed)
+
+        async def all_of_it() -> tuple[list[tuple[float, float, float]], float]:
+            watched = await soak.run(rate, args.seconds, pid)
+            began = time.perf_counter()
+            status, _ = await soak.exchange({"input": texts[0]})
+            return watched, time.perf_counter() - began if status == 200 else float("inf")
+
+        watched, recovery = asyncio.run(all_of_it())
+    for (kind, status), number in sorted(soak.outcomes.items()):
+        print(f"{kind:6s} {status:4d} {number:8,d}")
+    print(f"recovery: {recovery:.2f} s")
+    grown = watched[-1][1] / watched[len(watched) // 2][1] - 1 if watched else 0.0
+    print(f"memory in the second half: {grown:+.1%}")
+    failures = [
+        *soak.wrong[:5],
+        *(["the queue grew beyond its bound"] if any(tokens > QUEUE_TOKENS for _, _, tokens in watched) else []),
+        *(["memory grew by more than a twentieth"] if grown > 0.05 else []),
+        *(["no answer within a second after the load"] if recovery > 1.0 else []),
+    ]
+    for failure in failures:
+        print(f"FAILED: {failure}")
+    return bool(failures)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
