@@ -178,6 +178,29 @@ def test_of_ten_megabytes_little_more_is_tokenised_than_is_kept():
     assert len(Cutter(backend()).text(long, 256)) <= 2 * len(kept)
 
 
+LINES = {
+    "english": "He was, in a word, the very man for it.\n",
+    "russian": "Он был, одним словом, самый нужный человек.\n",
+    "greek": "Ήταν, με μια λέξη, ο άνθρωπος γι' αυτό.\n",  # noqa: RUF001
+    "arabic": "كان باختصار الرجل المناسب لذلك\n",
+    "hindi": "वह एक शब्द में इसके लिए सही आदमी था\n",
+    "korean": "그는 한마디로 그 일에 꼭 맞는 사람이었다\n",
+    "marks": "?!-- ...;;",
+}
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", LINES)
+def test_long_texts_of_many_scripts_are_cut_on_either_side(name, side):
+    """The ids are those of the whole text, and few of a long text's characters are tokenised."""
+    long, tokenizer = LINES[name] * 400, OurTokenizer(backend(), {"truncation_side": side})
+    cut = tokenizer._cutter.text(long, 30) if side == "right" else tokenizer._cutter.ending(long, 30)
+    assert len(cut) < 600
+    whole = tokenizer._backend.encode(long, add_special_tokens=False).ids
+    ids = tokenizer.input_ids([long], 32)[0]
+    assert ids[1:-1] == (whole[:30] if side == "right" else whole[-30:])
+
+
 # ---- ids by another package --------------------------------------------------------------------------------
 
 

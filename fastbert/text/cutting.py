@@ -1,11 +1,11 @@
 """Long texts cut before they are tokenised, where the tokens that are kept cannot tell.
 
 The `tokenizers` library tokenises a whole text and then throws away what a maximum length cuts off. BERT's tokens are
-made of one word at a time, and a word ends at a space, and on either side of a Chinese character. So a text may be cut
-at such a place, if enough tokens lie before it. They are counted without tokenising, from below:
+made of one word at a time, and a word ends at a space, and on either side of a Chinese character or a punctuation mark.
+So a text may be cut at such a place, if enough tokens lie before it. They are counted without tokenising, from below:
 
-    a boundary is a space before one of A-Z, a-z, 0-9; or the place before a Chinese character
-    from a boundary to the next there is a letter, a digit or a Chinese character, and so at least one token
+    a boundary is a space before a letter or a digit; or the place before a Chinese character or a punctuation mark
+    from a boundary to the next there is one of these characters, and so at least one token
     before the boundary of number n there are at least n - 1 tokens
 
 Added tokens ("[MASK]") are looked for in the text before it is split into words. Where one of them could reach over a
@@ -21,7 +21,15 @@ from itertools import islice
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers
 
-_SPACE = "[ \\t\\n\\r](?=[A-Za-z0-9])"
+# Letters that stay letters, whatever is lowered or stripped of accents: Latin, Greek, Cyrillic, Hebrew, Arabic,
+# Devanagari, kana and Hangul; each range without the marks and signs between the letters.
+_LETTERS = (
+    "A-Za-z\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u024f\u0391-\u03a1\u03a3-\u03c9\u0400-\u0481\u048a-\u052f\u05d0-\u05ea"
+    "\u0621-\u063a\u0641-\u064a\u0904-\u0939\u3041-\u3096\u30a1-\u30fa\uac00-\ud7a3"
+)
+_SPACE = f"[ \\t\\n\\r](?=[{_LETTERS}0-9])"
+# each is a token of its own
+_MARKS = "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"
 # a part of what BERT's normalizer takes for Chinese characters: the two oldest blocks
 _CHINESE = "(?=[\u3400-\u4dbf\u4e00-\u9fff])"
 # Shorter texts than this many characters for each token wanted are not looked at: most have no more tokens anyhow.
@@ -111,4 +119,7 @@ def _boundary_of(backend: tokenizers.Tokenizer) -> re.Pattern[str] | None:
         kinds.append(_SPACE)
     if normalizer.handle_chinese_chars and not any(re.search(_CHINESE, content) for content in added):
         kinds.append(_CHINESE)
+    # An added token that has a mark in it ("[MASK]") may be in the text: at such marks it is not cut.
+    if marks := [mark for mark in _MARKS if not any(mark in content for content in added)]:
+        kinds.append(f"(?=[{re.escape(''.join(marks))}])")
     return re.compile("|".join(kinds)) if kinds else None
