@@ -30,7 +30,7 @@ DISCRIMINATOR_WEIGHT = 50.0
 
 
 class ElectraOutput(NamedTuple):
-    """loss, and its two parts, each a mean or divided by what was given; of the discriminator logits [T], and whether
+    """loss, and its two parts, each divided by what was given; of the discriminator logits [T], detached, and whether
     each token was replaced, [T] bool."""
 
     loss: Tensor
@@ -118,7 +118,8 @@ class Electra(nn.Module):
         scores = at_least_float32(product(head["dense_prediction"], h, self.impl)).squeeze(1)  # [T]
         told = nn.functional.binary_cross_entropy_with_logits(scores, replaced.to(scores.dtype), reduction="sum")
         told = told / num_tokens_in_batch
-        return ElectraOutput(generated + DISCRIMINATOR_WEIGHT * told, generated, told, scores, replaced)
+        loss = generated + DISCRIMINATOR_WEIGHT * told
+        return ElectraOutput(loss, generated, told, scores.detach().clone(), replaced)
 
     def _guesses(self, x: Tensor) -> Tensor:
         """Logits [N, V] of rows x [N, G] of the generator. The decoder's weight is the word embedding's."""
