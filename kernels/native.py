@@ -15,7 +15,6 @@ from ._attention_native import attention as attention
 from ._attention_native import attention_padded as attention_padded
 from ._attention_native import attention_schedule as attention_schedule
 from ._invariance import is_batch_invariant
-from ._random import row_keys
 from .cpu import embedding as cpu_embedding
 from .cpu import layouts, products
 from .cpu import loss as cpu_loss
@@ -45,10 +44,10 @@ def embedding_layer_norm(
 
 
 def _keys_of_rows(rows, seed=None, stream=0, row_ids=None):
-    """For the dropout of as many rows as `rows` has elements; by default they are named by their numbers."""
+    """For the dropout of as many rows as `rows` has elements, in C++; by default they are named by their numbers."""
     if row_ids is None:
         row_ids = torch.arange(rows.numel(), dtype=torch.int64, device=rows.device)
-    return row_keys(seed, stream, row_ids.flatten())
+    return cpu_norm.row_keys(seed, stream, row_ids.flatten())
 
 
 def add_layer_norm(

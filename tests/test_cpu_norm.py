@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from fastbert.kernels import native, reference
+from fastbert.kernels import _random, native, reference
+from fastbert.kernels.cpu import norm as cpu_norm
 from fastbert.kernels.cpu import operators as cpp
 from fastbert.testing import assert_within_budget
 
@@ -150,3 +151,14 @@ def test_one_tensor_as_both_and_no_rows():
     leaves = [x[:0].detach().requires_grad_(), x[:0].detach(), weight, bias]
     y = native.add_layer_norm(*leaves)
     assert not any(g.any() for g in torch.autograd.grad(y.sum(), (leaves[0], weight, bias)))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=["int64", "int32"])
+def test_keys_of_rows_are_the_specifications(dtype):
+    """Names at both ends of their range and apart in memory; seeds and streams whose sum wraps around."""
+    ends = torch.iinfo(dtype)
+    names = torch.tensor([[0, 9], [1, 9], [ends.max, 9], [ends.min, 9], [-1, 9]], dtype=dtype)[:, 0]
+    for seed, stream in ((0, 0), (2**62, 3), (-1, 2**31), (-(2**63), 12)):
+        seed = torch.tensor([seed], dtype=torch.int64)
+        assert torch.equal(cpu_norm.row_keys(seed, stream, names), _random.row_keys(seed, stream, names))
+    assert len(cpu_norm.row_keys(seed, stream, names[:0])) == 0

@@ -45,10 +45,13 @@ inline uint64_t mix64(uint64_t z) {
     return z ^ (z >> 31);
 }
 
+inline uint64_t key_of(uint64_t seed, uint64_t stream, uint64_t name) {
+    return mix64(mix64(seed + 0x9E3779B97F4A7C15 * (stream + 1)) ^ name);
+}
+
 inline uint64_t row_key(const Dropout& dropout, int sequence, int head, int row) {
-    const uint64_t stream = dropout.stream * 65536 + head;
     const uint64_t name = (uint64_t)dropout.sequence_ids[sequence] << 32 | (uint64_t)row;
-    return mix64(mix64(dropout.seed + 0x9E3779B97F4A7C15 * (stream + 1)) ^ name);
+    return key_of(dropout.seed, dropout.stream * 65536 + head, name);
 }
 
 // Which elements of a register stay: low and high are the halves of their rows' keys.

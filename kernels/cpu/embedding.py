@@ -86,7 +86,7 @@ def backward(
     new = {"dtype": torch.float32, "device": "cpu"}
     dz = torch.empty(rows, width, **new)
     parts = torch.zeros(max(1, -(-rows // NORM_BLOCK)), 2, width, **new)
-    grads = [torch.zeros(t.shape, **new) if want else None for t, want in zip(tables[:3], wanted, strict=True)]
+    grads = [torch.empty(t.shape, **new) if want else None for t, want in zip(tables[:3], wanted, strict=True)]
     sizes = array("q", map(len, tables[:3]))
     outside = cpp.call(
         "embedding_backward", dtype, *_given(indices, tables, keys, rows, width),

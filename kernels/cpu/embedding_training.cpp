@@ -77,8 +77,16 @@ int forward(
     return 0;
 }
 
+// Zeros in place of what a table of so many elements holds. For all threads of a region, which goes on meanwhile.
+void clear(float* table, int64_t size) {
+    constexpr int64_t PIECE = 1 << 16;
+#pragma omp for schedule(static) nowait
+    for (int64_t first = 0; first < size; first += PIECE)
+        std::memset(table + first, 0, sizeof(float) * std::min(PIECE, size - first));
+}
+
 // dz [rows, width] is for work; parts [blocks, 2, width] zeros, whose first block becomes (dweight, dbias); gradients of
-// tables are zeros, or null where none is wanted. The row padding_idx of dword stays zero.
+// tables are written whole, or null where none is wanted. The row padding_idx of dword is zero.
 template <class T>
 int backward(
     const Lookups<T>& of, const typename T::Element* dy, float* dz, float* parts, float* dword, float* dsegment,
@@ -87,8 +95,11 @@ int backward(
     if (!lie_in_tables(of, rows, sizes)) return 1;
     const int width = of.width;
     const int64_t blocks = (rows + NORM_BLOCK - 1) / NORM_BLOCK;
+    float* tables[] = {dword, dsegment, dposition};
 #pragma omp parallel
     {
+        for (int i = 0; i < 3; ++i)
+            if (tables[i]) clear(tables[i], sizes[i] * width);
         std::vector<float> xhat(width);
 #pragma omp for schedule(static)
         for (int64_t block = 0; block < blocks; ++block) {

@@ -42,7 +42,8 @@ TYPES = {
 }  # fmt: skip
 DTYPES = ("float32", "bfloat16")  # each function is there once for each of them
 HEADER = "operators.h"  # declares all of them
-C_TYPES = {"int": "i", "int64_t": "l", "uint32_t": "u", "float": "f", "void": "v"}  # of what is no pointer
+# of what is no pointer
+C_TYPES = {"int": "i", "int64_t": "l", "uint32_t": "u", "uint64_t": "U", "float": "f", "void": "v"}
 # The structure that the last argument of `attention` points to.
 DROPOUT_FIELDS = (("sequence_ids", "p"), ("seed", "U"), ("stream", "U"), ("threshold", "u"), ("scale", "f"))
 

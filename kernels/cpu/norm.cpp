@@ -142,8 +142,13 @@ void backward(
 
 }  // namespace
 
-// wide: all but x and dx is float32, whatever they are.
+// wide: all but x and dx is float32, whatever they are. Keys of rows do not depend on T.
 #define EXPORT_FOR(T, name)                                                                                        \
+    EXPORT void row_keys_##name(                                                                                   \
+        uint64_t seed, uint64_t stream, const int64_t* names, uint64_t* keys, int64_t rows                         \
+    ) {                                                                                                            \
+        for (int64_t row = 0; row < rows; ++row) keys[row] = key_of(seed, stream, (uint64_t)names[row]);           \
+    }                                                                                                              \
     EXPORT void add_layer_norm_##name(                                                                             \
         const T::Element* x, const T::Element* residual, const T::Element* weight, const T::Element* bias,         \
         T::Element* y, int64_t rows, int width, float eps                                                          \

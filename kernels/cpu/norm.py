@@ -13,6 +13,18 @@ from torch.autograd.function import FunctionCtx
 from .._library import plain_gradients
 from .._random import keep_mask
 from . import operators as cpp
+from .pointers import address
+
+
+def row_keys(seed: Tensor, stream: int, rows: Tensor) -> Tensor:
+    """`_random.row_keys` in one pass: keys [T] int64 of rows [T], of any dtype of integers; seed: one integer."""
+    rows = rows.to(torch.int64).contiguous()
+    count, keys = rows.numel(), torch.empty(rows.shape, dtype=torch.int64, device="cpu")
+    cpp.call(
+        "row_keys", torch.float32, int(seed), stream, address("rows", rows, torch.int64, count),
+        address("keys", keys, torch.int64, count), count,
+    )  # fmt: skip
+    return keys
 
 
 def add_layer_norm(

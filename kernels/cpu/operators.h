@@ -50,6 +50,9 @@ struct Layer {
         const float* sums, const float* scales, const Element* bias, Element* y, int64_t rows, int width,      \
         int with_gelu                                                                                          \
     );                                                                                                         \
+    EXPORT void row_keys_##name(                                                                               \
+        uint64_t seed, uint64_t stream, const int64_t* names, uint64_t* keys, int64_t rows                     \
+    );                                                                                                         \
     EXPORT void dropout_add_layer_norm_##name(                                                                 \
         const Element* x, const void* x_bias, const void* residual, const uint64_t* keys, const void* weight,  \
         const void* bias, void* y, int wide, int64_t rows, int width, float eps, uint32_t threshold,           \
