@@ -11,10 +11,11 @@ from torch import Tensor
 
 from . import functional as F
 from ._moved import renamed
+from .inference.eight_bits import Int8Linear as Int8Linear
+from .inference.eight_bits import quantise as quantise
 from .inference.weights import FusedLinears as FusedLinears
 from .inference.weights import JoinedLinears as JoinedLinears
 from .inference.weights import prepack as prepack
-from .inference.weights import quantise as quantise
 from .packing import PackedBatch
 from .stack.description import Drops, Joined, Layer, Part, part_of
 from .stack.layer import run

@@ -92,7 +92,7 @@ def linears(x, weights, biases):
     """The products of x with each weight side by side, from the weights as they lie; None where nothing does that."""
     if products.takes(x, weights, biases):
         return products.linears(x, weights, biases)
-    if torch.compiler.is_compiling() or layouts.any_int8(weights):
+    if torch.compiler.is_compiling():
         return None
     marked = any(map(layouts.is_promised, weights))
     if not all(cpp.takes_linear(x, w, b, None, marked) for w, b in zip(weights, biases, strict=True)):
@@ -114,7 +114,7 @@ def _for_inference(x, weight, bias, activation):
     """activation(x weight^T + bias) by the faster of what serves inference alone; None where nothing does."""
     if torch.compiler.is_compiling():
         return None
-    if not layouts.is_int8(weight) and cpp.takes_linear(x, weight, bias, activation, layouts.is_promised(weight)):
+    if cpp.takes_linear(x, weight, bias, activation, layouts.is_promised(weight)):
         return cpp.linear(x, weight, bias, activation)
     packed = None if is_batch_invariant() else layouts.find(x, weight, bias)
     return None if packed is None else layouts.linear(x, packed, bias, activation)
@@ -169,7 +169,7 @@ def linear_cross_entropy(hidden, weight, bias, labels, *, ignore_index=-100, lab
     counted = (labels != ignore_index).nonzero().flatten()
     targets = labels[counted]
     rows = hidden if len(counted) == len(hidden) else hidden[counted]
-    if cpu_loss.takes_loss(rows, weight, bias, targets) and not is_batch_invariant() and not layouts.is_int8(weight):
+    if cpu_loss.takes_loss(rows, weight, bias, targets) and not is_batch_invariant():
         losses = cpu_loss.row_losses(rows, weight, bias, targets, label_smoothing)
     else:
         losses = _losses_in_chunks(rows, weight, bias, targets, ignore_index, label_smoothing)

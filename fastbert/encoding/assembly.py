@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ import torch
 from .. import functional as F
 from ..formats import opened
 from ..inference.graphs import why_no_graphs
-from ..inference.weights import quantise
+from ..inference.eight_bits import quantise
 from ..models.bert import BertModel
 from .devices import INT8, expect_int8, resolve_device, resolve_dtype
 from .folder import LAST_STATE, POOLER, Output, SentenceConfig
@@ -120,6 +121,19 @@ def keep_layers(model: BertModel, layer: int, output: Output, all_layers: bool) 
     return output
 
 
+# Texts of random words by which int8 is calibrated, and their length.
+SAMPLE, SAMPLE_LENGTH = 24, 32
+
+
+def run_on_random_words(model: BertModel) -> None:
+    """What the layers of a model see of random words is close enough to what they see of texts in its own language:
+    MiniLM's vectors then have a mean cosine of 0.99962 to float32's, by English texts 0.99962 (LOG.md)."""
+    length = min(SAMPLE_LENGTH, model.config.max_position_embeddings)
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (SAMPLE, length), generator=generator, dtype=torch.int64, device="cpu")
+    model(ids.to(model.device))
+
+
 def loaded_parts(
     id_or_path: str | Path,
     *,
@@ -162,7 +176,7 @@ def loaded_parts(
             layer = max(layers)
     output = keep_layers(model, layer, output, all_layers and bool(parts_of(modules, WeightedLayerPooling)))
     if int8:
-        quantise(model)
+        quantise(model.encoder, partial(run_on_random_words, model))
     if cuda_graphs or (cuda_graphs is None and why_no_graphs(model, impl) is None):
         model.use_cuda_graphs()
     max_lengths = sentence.max_lengths if max_length is None else {}

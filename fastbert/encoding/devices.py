@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import functional as F
-from ..inference.weights import why_not_int8
+from ..inference.eight_bits import why_not as why_not_int8
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 INT8 = "int8"  # a way to multiply, not the dtype of a model

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import functional as F
-from ..kernels.cpu import layouts
+from ..kernels.cpu import int8
 from ..kernels.cpu import operators as cpp
 
 # what may stand between up and down
@@ -32,6 +32,8 @@ def run(x: Tensor, tensors: list[Tensor], options: F.LayerOptions, cu_seqlens: T
     return cpp.encoder_layers(x, tensors, options, cu_seqlens)
 
 
-def is_plain(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether all are there, and none is multiplied by in 8 bits."""
-    return not (any(t is None for t in tensors) or layouts.any_int8(tensors))
+def run_in_8_bits(
+    x: Tensor, layers: Sequence[int8.Int8Layer], options: F.LayerOptions, cu_seqlens: Tensor
+) -> Tensor | None:  # fmt: skip
+    """`run` with weights in 8 bits, of layers which `kernels.cpu.int8.fit_in_one_call`."""
+    return int8.encoder_layers(x, layers, options, cu_seqlens)

@@ -1,4 +1,4 @@
-"""Weights as inference multiplies by them: laid out for the vendor library, in 8 bits, several joined to one."""
+"""Weights as inference multiplies by them: laid out for the vendor library, several joined to one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from torch import Tensor
 
 from .. import functional as F
 from ..kernels import native
-from ..kernels.cpu import int8 as eight_bits
 from ..kernels.cpu import layouts
 
 # are never called; a slice of one is in training mode, whatever it was
@@ -19,17 +18,12 @@ CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
-def why_not_int8() -> str | None:
-    """Why this machine does not multiply 8-bit integers; None where it does."""
-    return eight_bits.why_not()
-
-
-def ready(linears: Iterable[nn.Linear], int8: bool = False, promised: bool = True) -> None:
-    """Weights that are multiplied by again and again, and not trained: see `prepack`; with `int8`, `quantise`. Where it
-    was not `promised` that nobody writes to them through `.data`, each is read as a whole before a copy of it is used.
+def ready(linears: Iterable[nn.Linear], promised: bool = True) -> None:
+    """Weights that are multiplied by again and again, and not trained: see `prepack`. Where it was not `promised` that
+    nobody writes to them through `.data`, each is read as a whole before a copy of it is used.
     """
     for linear in linears:
-        layouts.mark(linear.weight, int8, promised)
+        layouts.mark(linear.weight, promised)
 
 
 def release(weights: Iterable[Tensor]) -> None:
@@ -42,7 +36,7 @@ class JoinedLinears:
     """Linear layers over one input as a single product: x [..., C] -> [..., sum of their widths].
 
     The joined weight is made anew at every call, or not at all where the parts are multiplied as they lie. Only that of
-    parts which `prepack` or `quantise` has readied is kept, without gradients and until a part changes: who calls those
+    parts which `prepack` has readied is kept, without gradients and until a part changes: who calls those
     promises not to write to the weights in a way that torch does not count. The layers are given at every call and not
     held.
     """
@@ -125,13 +119,4 @@ def prepack(model: nn.Module) -> nn.Module:
     through `.data` may not be. The call is the promise that nobody does.
     """
     ready(module for module in model.modules() if isinstance(module, nn.Linear))
-    return model
-
-
-def quantise(model: nn.Module) -> nn.Module:
-    """`prepack` with products in 8-bit integers, on a CPU that has them; see `kernels/cpu/int8.py`. Returns the model.
-
-    All else stays in the model's dtype. With gradients and within `batch_invariant()` weights are used as they are.
-    """
-    ready((module for module in model.modules() if isinstance(module, nn.Linear)), int8=True)
     return model

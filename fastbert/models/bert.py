@@ -21,7 +21,7 @@ from ..inference.graphs import Graphs, graphs_for, why_not_recorded
 from ..inference.weights import FusedLinears, JoinedLinears, is_untouched
 from ..packing import PackedBatch
 from ..stack.description import Drops, Kept, Layer, Part, part_of
-from ..stack.layer import FEW_TOKENS, in_one, in_one_call, is_one_call_ahead, run, run_for_first
+from ..stack.layer import FEW_TOKENS, all_in_8_bits, in_one, in_one_call, is_one_call_ahead, run, run_for_first
 from ..stack.shared import Pass
 from ..stack.steps import multiply, norm_only
 from .loading import LeftUninitialised, initialise, load_encoder, read_model
@@ -364,11 +364,12 @@ class BertModel(nn.Module):
     def takes_in_one_call(self, tokens: int) -> bool:
         """Whether a pass of so many tokens without gradients needs no kernel of the vendor library's."""
         size = tokens * self.config.hidden_size * self.dtype.itemsize
-        return (
-            not self.training
-            and is_one_call_ahead(size, self.dtype, self.device, self.impl)
-            and in_one(self._described()[1]) is not None
-        )
+        if self.training or self.device.type != "cpu" or F.choose_impl(self.impl, self.device) != "native":
+            return False
+        layers = self._described()[1]
+        if all_in_8_bits(layers) is not None:
+            return True
+        return is_one_call_ahead(size, self.dtype, self.device, self.impl) and in_one(layers) is not None
 
     def _replayed(self, batch: PackedBatch) -> Tensor | None:
         """x [T, C] by a recording, or None where there is to be none."""

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from .. import functional as F
 from ..inference import one_call
+from ..inference.eight_bits import Int8Linear
+from ..inference.weights import is_untouched
+from ..kernels.cpu.int8 import Int8Layer, fit_in_one_call
 from .description import Drops, Layer
 from .shared import Pass
 from .steps import add_norm, feed_forward, linear_without_bias, multiply, norm_and_sum, norm_only, project
@@ -126,6 +129,10 @@ def in_one_call(x: Tensor, layers: Iterable[Layer | None], shared: Pass) -> Tens
     layer is None, one call is not ahead of them or cannot stand for them, something is dropped, or gradients are on."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or shared.seed is not None or not shared.is_plain():
         return None
+    layers = list(layers)
+    if (found := all_in_8_bits(layers)) is not None:
+        is_native = x.is_cpu and F.choose_impl(shared.impl, x.device) == "native"
+        return one_call.run_in_8_bits(x, *found, shared.batch.cu_seqlens) if is_native else None
     if not is_one_call_ahead(x.nbytes, x.dtype, x.device, shared.impl) or (found := in_one(layers)) is None:
         return None
     return one_call.run(x, *found, shared.batch.cu_seqlens)
@@ -147,9 +154,39 @@ def in_one(layers: Iterable[Layer | None]) -> tuple[list[Tensor], F.LayerOptions
         if layer is None or layer.pre_norm or layer.gated or layer.activation_name not in one_call.ACTIVATIONS:
             return None
         of_layer = layer.tensors()
-        if of_layer is None or not one_call.is_plain(of_layer):
+        if of_layer is None or any(t is None for t in of_layer):
             return None
         tensors += of_layer
-        heads = of_layer[0].shape[0] // layer.head_dim
-        numbers.add((heads, layer.activation_name, layer.out_norm.module.eps, layer.down_norm.module.eps))
+        numbers.add(_numbers(layer, of_layer[0].shape[0]))
     return (tensors, F.LayerOptions(*numbers.pop())) if len(numbers) == 1 else None
+
+
+def all_in_8_bits(layers: Iterable[Layer | None]) -> tuple[list[Int8Layer], F.LayerOptions] | None:
+    """`in_one` of layers whose weights are all in 8 bits."""
+    found: list[Int8Layer] = []
+    numbers = set()
+    for layer in layers:
+        if layer is None or layer.pre_norm or layer.gated or layer.activation_name not in one_call.ACTIVATIONS:
+            return None
+        if (of_layer := in_8_bits(layer)) is None or not fit_in_one_call(of_layer):
+            return None
+        found.append(of_layer)
+        numbers.add(_numbers(layer, of_layer.query.columns))
+    return (found, F.LayerOptions(*numbers.pop())) if len(numbers) == 1 else None
+
+
+def in_8_bits(layer: Layer) -> Int8Layer | None:
+    """What `kernels.cpu.int8` takes for a layer; None where a weight is not in 8 bits, or a part is not plain."""
+    linears = [part.module for part in (*layer.qkv, layer.out, layer.up, layer.down)]
+    norms = (layer.out_norm, layer.down_norm)
+    if len(linears) != 6 or not all(is_untouched(linear, Int8Linear) for linear in linears):
+        return None
+    if not all(norm.plain and norm.module.bias is not None for norm in norms):
+        return None
+    tensors = tuple(t for norm in norms for t in (norm.module.weight, norm.module.bias))
+    return Int8Layer(*(linear.packed for linear in linears), tensors)
+
+
+def _numbers(layer: Layer, width: int) -> tuple[int, str, float, float]:
+    """What `LayerOptions` starts with."""
+    return width // layer.head_dim, layer.activation_name, layer.out_norm.module.eps, layer.down_norm.module.eps

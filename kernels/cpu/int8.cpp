@@ -1,62 +1,178 @@
-// What stands before and after a product of 8-bit integers, row by row. `operators.py` calls them.
+// Products with weights of 8-bit integers, and whole encoder layers of them in one call, for inference. All else in a
+// layer is computed as in layer.cpp. `int8.py` calls both.
 
-#include "simd.h"
+#include "int8.h"
 
 namespace {
 
-// scale = max(|x|, least) / 127 of each row, q = round(x / scale) + 128; rows of `width` contiguous elements.
-template <class T>
-void quantise_rows(const typename T::Element* x, uint8_t* q, float* scales, int64_t rows, int width, float least) {
-#pragma omp parallel for schedule(static)
-    for (int64_t row = 0; row < rows; ++row) {
-        const int64_t at = row * width;
-        Floats most = floats(least), odd = floats(0.0f);
-        for (int i = 0; i < width; i += WIDTH) {
-            const Floats of_x = T::load(x + at + i);
-            most = maximum(absolute(of_x), most);
-            odd = fma(of_x, floats(0.0f), odd);  // NaN where x is NaN or infinite, else 0
-        }
-        const float scale = (maximum_of(most) + sum_of(odd)) / 127;
-        scales[row] = scale;
-        const Floats factor = floats(1.0f / scale);
-        for (int i = 0; i < width; i += WIDTH) {
-            store_bytes(q + at + i, to_ints(T::load(x + at + i) * factor) + 128);
-        }
+constexpr int MOST_ROWS = 96;  // of x that go through the panels together
+constexpr int BLOCK_BYTES = 256 << 10;  // of the widest matrix that a thread holds at once
+
+// Room for `rows` rows of q and their ranges, in what a thread keeps.
+struct Quantised {
+    uint8_t* q;
+    float* ranges;
+    static size_t bytes(size_t rows, int inner, int groups) {
+        return (rows * inner + 63) / 64 * 64 + (2 * sizeof(float) * rows * groups + 63) / 64 * 64;
     }
+    Quantised(char* memory, size_t rows, int inner)
+        : q((uint8_t*)memory), ranges((float*)(memory + (rows * inner + 63) / 64 * 64)) {}
+};
+
+// One row of x, of T, into row `to` of the quantised.
+template <class T>
+inline void quantise(
+    const typename T::Element* x, const Int8Weight& weight, const Quantised& into, int64_t to, int inner
+) {
+    quantise_row(
+        [&](int i) { return T::load(x + i); }, weight.factors, into.q + to * inner,
+        into.ranges + 2 * to * (inner / weight.group), inner, weight.group
+    );
 }
 
-// y = sums * scales[row] + bias, or GELU of it; rows of `width` contiguous elements, bias null for none.
 template <class T>
-void scale_rows(
-    const float* sums, const float* scales, const typename T::Element* bias, typename T::Element* y, int64_t rows,
-    int width, int with_gelu
+int int8_linear(
+    const typename T::Element* x, const Int8Weight& weight, typename T::Element* y, int64_t y_stride, int rows,
+    int columns, int inner, int activation
 ) {
-#pragma omp parallel for schedule(static)
-    for (int64_t row = 0; row < rows; ++row) {
-        const int64_t at = row * width;
-        const Floats scale = floats(scales[row]);
-        for (int i = 0; i < width; i += WIDTH) {
-            const Floats z = fma(
-                load(sums + at + i), scale, bias ? T::load(bias + i) : floats(0.0f)
+    const int groups = inner / weight.group, panels = (columns + PANEL - 1) / PANEL;
+    if (!scratch.reserve(Quantised::bytes(rows, inner, groups))) return NO_MEMORY;
+    const Quantised quantised(scratch.memory, rows, inner);
+#pragma omp parallel
+    {
+#pragma omp for schedule(static)
+        for (int row = 0; row < rows; ++row) quantise<T>(x + (int64_t)row * inner, weight, quantised, row, inner);
+#pragma omp for collapse(2) schedule(static)
+        for (int first = 0; first < rows; first += MOST_ROWS)
+            for (int panel = 0; panel < panels; ++panel)
+                int8_multiply(
+                    quantised.q + (int64_t)first * inner, quantised.ranges + 2 * (int64_t)first * groups,
+                    std::min(MOST_ROWS, rows - first), inner, weight, columns, panel, panel + 1,
+                    [&](int row, int column, Floats z) {
+                        T::store(y + (first + row) * y_stride + column, activate(z, activation));
+                    }
+                );
+    }
+    return DONE;
+}
+
+// What of a layer goes row by row, for some rows at a time that stay in a core's own cache.
+template <class T>
+struct Rows {
+    using Element = typename T::Element;
+    int rows, width, inner, activation;
+    float eps;
+    Quantised quantised;  // [rows, the wider of width and inner]
+    Element* up;          // [rows, inner]
+    float* sum;           // [rows, width]
+
+    static size_t bytes(int rows, int width, int inner, int groups) {
+        return Quantised::bytes(rows, std::max(width, inner), groups) + (size_t)rows * inner * sizeof(Element) + 64 +
+               (size_t)rows * width * sizeof(float);
+    }
+
+    Rows(char* memory, int rows, int width, int inner, int groups, int activation, float eps)
+        : rows(rows), width(width), inner(inner), activation(activation), eps(eps),
+          quantised(memory, rows, std::max(width, inner)),
+          up((Element*)(memory + Quantised::bytes(rows, std::max(width, inner), groups))),
+          sum((float*)((char*)up + ((size_t)rows * inner * sizeof(Element) + 63) / 64 * 64)) {}
+
+    // Quantises x [rows, from], contiguous, for products with this weight.
+    void read(const Element* x, const Int8Weight& weight, int from) const {
+        for (int row = 0; row < rows; ++row) quantise<T>(x + (int64_t)row * from, weight, quantised, row, from);
+    }
+
+    template <class Put>
+    void multiply(const Int8Weight& weight, int from, int to, const Put& put) const {
+        int8_multiply(quantised.q, quantised.ranges, rows, from, weight, to, 0, (to + PANEL - 1) / PANEL, put);
+    }
+
+    void query_key_value(
+        const Element* x, const Int8Layer<Element>& layer, Element* q, Element* k, Element* v
+    ) const {
+        read(x, layer.query, width);  // the factors of all three are the same
+        for (const auto& [weight, y] : {std::pair{&layer.query, q}, {&layer.key, k}, {&layer.value, v}})
+            multiply(*weight, width, width, [&, y = y](int row, int column, Floats z) {
+                T::store(y + (int64_t)row * width + column, z);
+            });
+    }
+
+    // x = LayerNorm(x + the product of what was read)
+    void add_norm(Element* x, const Int8Weight& weight, const Linear<Element>& norm, int from) const {
+        multiply(weight, from, width, [&](int row, int column, Floats z) {
+            const int64_t at = (int64_t)row * width + column;
+            store(sum + at, z + T::load(x + at));
+        });
+        for (int row = 0; row < rows; ++row) {
+            const float* of_row = sum + (int64_t)row * width;
+            layer_norm_of_row<T>(
+                [&](int i) { return load(of_row + i); }, norm.weight, norm.bias, x + (int64_t)row * width, width, eps
             );
-            T::store(y + at + i, with_gelu ? gelu(z) : z);
         }
     }
+
+    void after_attention(const Element* o, const Int8Layer<Element>& layer, Element* x) const {
+        read(o, layer.output, width);
+        add_norm(x, layer.output, layer.norm, width);
+        read(x, layer.up, width);
+        multiply(layer.up, width, inner, [&](int row, int column, Floats z) {
+            T::store(up + (int64_t)row * inner + column, activate_for_8_bits(z, activation));
+        });
+        read(up, layer.down, inner);
+        add_norm(x, layer.down, layer.last_norm, inner);
+    }
+};
+
+template <class T, auto attend>
+int int8_layers(
+    typename T::Element* x, const Int8Layer<typename T::Element>* layers, int count, const int32_t* starts,
+    int sequences, int rows, int width, int inner, int heads, int activation, float eps, typename T::Element* work
+) {
+    using Element = typename T::Element;
+    if (!are_sequences(starts, sequences, rows)) return NOT_SEQUENCES;
+    const int64_t size = (int64_t)rows * width;
+    Element *q = work, *k = q + size, *v = k + size, *o = v + size;
+    const int head_dim = width / heads, threads = omp_get_max_threads();
+    const int groups = std::max(width, inner) / WIDTH;  // more than there are
+    const int most = std::max(ROWS, BLOCK_BYTES / (int)(inner * sizeof(Element)) / ROWS * ROWS);
+    const int blocks = round_up((rows + most - 1) / most, threads);
+    const int of_block = round_up((rows + blocks - 1) / blocks, ROWS);
+    bool failed = false;
+    for (int number = 0; number <= count && !failed; ++number) {
+#pragma omp parallel for schedule(static)
+        for (int first = 0; first < rows; first += of_block) {
+            const int n = std::min(of_block, rows - first);
+            if (!scratch.reserve(Rows<T>::bytes(n, width, inner, groups))) {
+                failed = true;
+                continue;
+            }
+            const Rows<T> of_rows(scratch.memory, n, width, inner, groups, activation, eps);
+            const int64_t at = (int64_t)first * width;
+            if (number > 0) of_rows.after_attention(o + at, layers[number - 1], x + at);
+            if (number < count) of_rows.query_key_value(x + at, layers[number], q + at, k + at, v + at);
+        }
+        if (number < count && !failed)
+            failed = attend(q, k, v, o, nullptr, starts, starts, sequences, rows, rows, heads, heads, head_dim, width,
+                            head_dim, width, head_dim, width, head_dim, 1 / std::sqrt((float)head_dim), nullptr);
+    }
+    return failed ? NO_MEMORY : DONE;
 }
 
 }  // namespace
 
 #define EXPORT_FOR(T, name)                                                                                        \
-    EXPORT void quantise_rows_##name(                                                                              \
-        const T::Element* x, uint8_t* q, float* scales, int64_t rows, int width, float least                       \
+    EXPORT int int8_linear_##name(                                                                                 \
+        const T::Element* x, const Int8Weight* weight, T::Element* y, int64_t y_stride, int rows, int columns,     \
+        int inner, int activation                                                                                  \
     ) {                                                                                                            \
-        quantise_rows<T>(x, q, scales, rows, width, least);                                                        \
+        return int8_linear<T>(x, *weight, y, y_stride, rows, columns, inner, activation);                          \
     }                                                                                                              \
-    EXPORT void scale_rows_##name(                                                                                 \
-        const float* sums, const float* scales, const T::Element* bias, T::Element* y, int64_t rows, int width,    \
-        int with_gelu                                                                                              \
+    EXPORT int int8_layers_##name(                                                                                 \
+        T::Element* x, const Int8Layer<T::Element>* layers, int count, const int32_t* starts, int sequences,       \
+        int rows, int width, int inner, int heads, int activation, float eps, T::Element* work                     \
     ) {                                                                                                            \
-        scale_rows<T>(sums, scales, bias, y, rows, width, with_gelu);                                              \
+        return int8_layers<T, attention_##name>(x, layers, count, starts, sequences, rows, width, inner, heads,    \
+                                                activation, eps, work);                                            \
     }
 
 EXPORT_FOR(Float32, float32)

@@ -1,33 +1,47 @@
-"""Products in 8-bit integers, for inference on a CPU that multiplies them in hardware (VNNI or AMX).
+"""Products with weights of 8-bit integers, for inference on a CPU that multiplies those in hardware (VNNI or AMX).
 
-    s = max |x| / 127      q = round(x / s)      [M, 1] fp32, [M, K] int8    a scale a row, anew for every x
-    t = max |W| / 127      Q = round(W / t)      [N] fp32, [N, K] int8       a scale a row, once
-    y = s (q Q^T) t + bias                       [M, N]                      sums in int32, exact
+    W / factors = scales * Q                                  [N, K]          Q int8, scales: max |.| of a row / 127
+    z = x * factors                                           [M, K]          float32
+    low, step = min z, (max z - min z) / 255                  [M, groups]     over each group of a row, anew for every x
+    q = round((z - low) / step)                               [M, K]          uint8
+    y = scales * sum over groups of (step (q Q^T) + low sum(Q)) + bias        [M, N], sums of integers in int32, exact
 
-With a scale for each row of x, not one for all, a text's vector does not depend on what shares its batch, and because
-integer sums are exact not even in its last bit. The product is torch's own for x86, `onednn::qlinear_pointwise`; what
-stands before and after it is C++ where `operators.py` has that, else a dozen operators of torch.
+`factors` move what some columns of x have too much of into the weight (SmoothQuant, arXiv:2211.10438): `balance`. With
+ranges for each row, a text's vector does not depend on what shares its batch. Three engines compute this:
+
+    C++         int8.h, by AVX512-VNNI, with activations and whole layers; groups of up to GROUP elements
+    oneDNN      torch's product for x86, where there is AMX, or VNNI without AVX-512; the row is one group
+    plain torch elsewhere, in tracing, with gradients: W as the integers say, and x not quantised
 """
 
 from __future__ import annotations
 
 import platform
+from array import array
+from collections.abc import Sequence
 from functools import cache
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
+from .._layer import LayerOptions
 from . import operators as cpp
+from .library import INT8_PANEL, NO_MEMORY, WIDTH
+from .pointers import PLAIN, address, addresses, strided_address
 
 # the instructions that multiply 8-bit integers and add them up in 32 bits, as torch.cpu.get_capabilities spells them
 INSTRUCTIONS = ("avx512_vnni", "avx_vnni", "amx_int8")
 LARGEST = 127
-# torch's product takes activations of 0 to 255; these are moved there, and their zero with them
-ZERO = 128
-# rows at once, so that what lies between the passes stays in the cache: of three passes in C++, of many by torch
-BLOCK, TORCH_BLOCK = 512, 256
-SMALLEST_SCALE = 1e-30  # of a row of zeros
+QUAD = 4  # neighbours of a row of the weight that one instruction multiplies
+GROUP = 384  # most elements of a row of x that share a range
+TORCH_BLOCK = 256  # rows at once in oneDNN's product, so that what lies between the passes stays in the cache
+SMALLEST = 1e-30  # the scale of a row of zeros; the range of a row whose elements are equal
+# Exponent of how much of the differences between the columns of x `balance` moves into the weight, and the size, in
+# parts of a column's root mean square, below which columns are taken for equal; both tried out on MiniLM (LOG.md).
+SHARE, LEAST_COLUMN = 0.35, 0.1
 
 
 @cache
@@ -44,48 +58,221 @@ def why_not() -> str | None:
     return None
 
 
+@cache
+def is_in_cpp() -> bool:
+    """Whether the C++ operators are here and this CPU has AVX512-VNNI, and no AMX, which oneDNN makes use of."""
+    return cpp.load()[0] is not None and torch.cpu._is_vnni_supported() and not torch.cpu._is_amx_tile_supported()
+
+
+def engine() -> str:
+    """Who multiplies here, in words."""
+    if is_in_cpp():
+        return "C++ by AVX512-VNNI, a layer a call"
+    return "oneDNN" if why_not() is None else f"none: {why_not()}"
+
+
+def group_of(inner: int) -> int:
+    """How many elements of a row of `inner`, a multiple of 16, share a range in C++."""
+    return next(group for group in range(min(inner, GROUP), 0, -1) if inner % group == 0 and group % WIDTH == 0)
+
+
+def balance(mean_squares: Tensor, *weights: Tensor) -> Tensor:
+    """factors [K] for the columns of x, whose mean squares these are, before products with these weights [N, K] each.
+
+    They divide by rms(x) ** SHARE / rms(W) ** (1 - SHARE) of a column, all scaled so that their geometric mean is 1.
+    """
+    of_x = (mean_squares + LEAST_COLUMN**2 * mean_squares.mean()).clamp_min(SMALLEST).sqrt()
+    squares = sum(weight.float().square().sum(0) for weight in weights) / sum(map(len, weights))
+    logs = (1 - SHARE) * squares.clamp_min(SMALLEST).sqrt().log() - SHARE * of_x.log()
+    return (logs - logs.mean()).exp()
+
+
+def fits(weight: Tensor) -> bool:
+    """Whether a weight [N, K] can be had in 8 bits: its sizes are multiples of a register's."""
+    return weight.is_cpu and weight.numel() > 0 and weight.shape[0] % WIDTH == 0 and weight.shape[1] % WIDTH == 0
+
+
 class Int8Weight:
-    """A weight [N, K] in 8 bits, laid out for oneDNN."""
+    """A weight [N, K] in 8 bits, which `fits`, with its bias [N] or None and the `factors` [K] of x, all ones by
+    default. Nothing else of the weight is kept, and nothing changes it."""
 
-    def __init__(self, weight: Tensor):
-        weight = weight.detach().float()
-        self.scales = weight.abs().amax(1).clamp_min_(SMALLEST_SCALE).div_(LARGEST)  # [N]
-        integers = weight.div(self.scales[:, None]).round_().to(torch.int8)
-        self.zeros = torch.zeros(len(weight), dtype=torch.int64, device="cpu")
-        self.blocked = torch.ops.onednn.qlinear_prepack(integers, None)
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, factors: Tensor | None = None):
+        if not fits(weight):
+            raise ValueError(f"weight must be on the CPU, of multiples of {WIDTH}, got {(*weight.shape,)}")
+        weight, (columns, inner) = weight.detach().float(), weight.shape
+        factors = torch.ones(inner, dtype=torch.float32, device="cpu") if factors is None else factors
+        weight = weight / factors
+        scales = weight.abs().amax(1).clamp_min_(SMALLEST).div_(LARGEST)
+        integers = weight.div(scales[:, None]).round_().to(torch.int8)
+        bias = torch.zeros(columns, dtype=torch.float32, device="cpu") if bias is None else bias.detach().float()
+        self._lay_out(integers, scales, bias, factors)
 
-    def linear(self, x: Tensor, bias: Tensor | None, activation: str | None = None) -> Tensor:
-        """activation(x weight^T + bias) in x's dtype; bias and activation, one that keeps the width, in float32."""
-        rows = x.reshape(-1, x.shape[-1])
-        y = x.new_empty(len(rows), len(self.scales))
-        in_cpp = cpp.takes_int8(rows, len(self.scales), bias, activation)
-        block = BLOCK if in_cpp else TORCH_BLOCK
-        for some, out in zip(rows.split(block), y.split(block), strict=True):
-            if in_cpp:
-                q, scales = cpp.quantise_rows(some, SMALLEST_SCALE)
-                cpp.scale_rows(self._product(q), scales, bias, activation, out)
-            else:
-                self._by_torch(some, bias, activation, out)
-        return y.view(*x.shape[:-1], -1)
-
-    def _by_torch(self, x: Tensor, bias: Tensor | None, activation: str | None, out: Tensor) -> None:
-        q, scales = quantise_rows(x)
-        y = self._product(q).mul_(scales)
-        if bias is not None:
-            y.add_(bias)
-        out.copy_(y if activation is None else reference.activate(y, activation))
-
-    def _product(self, q: Tensor) -> Tensor:
-        """[M, K] uint8 -> [M, N] float32, the weight's scales in it."""
-        return torch.ops.onednn.qlinear_pointwise(
-            q, 1.0, ZERO, self.blocked, self.scales, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
+    def _lay_out(self, integers: Tensor, scales: Tensor, bias: Tensor, factors: Tensor) -> None:
+        self.columns, self.inner = integers.shape
+        self.factors, self.in_cpp = factors, is_in_cpp()
+        self.group = group_of(self.inner) if self.in_cpp else self.inner
+        sums = integers.unflatten(1, (-1, self.group)).sum(2, dtype=torch.float32)  # [N, groups]
+        if not self.in_cpp:
+            self.scales, self.bias, self.sums = scales, bias, sums.squeeze(1)
+            self.zeros = torch.zeros(self.columns, dtype=torch.int64, device="cpu")
+            self.blocked = integers if why_not() else torch.ops.onednn.qlinear_prepack(integers, None)
+            return
+        missing = -self.columns % INT8_PANEL  # columns that fill up the last panel
+        self.scales, self.bias = F.pad(scales, (0, missing)), F.pad(bias, (0, missing))
+        self.sums = F.pad(sums, (0, 0, 0, missing)).unflatten(0, (-1, INT8_PANEL)).transpose(1, 2).contiguous()
+        quads = F.pad(integers, (0, 0, 0, missing)).view(-1, INT8_PANEL, self.inner // QUAD, QUAD)
+        self.panels = quads.transpose(1, 2).contiguous()  # [panels, K / QUAD, INT8_PANEL, QUAD]
+        padded = self.columns + missing
+        self.fields = array(
+            "Q",
+            (
+                address("panels", self.panels, torch.int8, padded * self.inner),
+                address("scales", self.scales, torch.float32, padded),
+                address("sums", self.sums, torch.float32, padded * self.inner // self.group),
+                address("bias", self.bias, torch.float32, padded),
+                address("factors", self.factors, torch.float32, self.inner),
+                self.group,
+            ),
         )
 
+    @property
+    def integers(self) -> Tensor:
+        """Q [N, K], int8."""
+        if self.in_cpp:
+            return self.panels.transpose(1, 2).reshape(-1, self.inner)[: self.columns]
+        return self.blocked.to_dense().T.contiguous() if self.blocked.is_mkldnn else self.blocked
 
-def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [M, K] -> round(x / s) + ZERO [M, K] uint8, s [M, 1] float32. A row with a NaN gets the scale NaN."""
-    x = x.float()
-    scales = x.abs().amax(1, keepdim=True).clamp_min_(SMALLEST_SCALE).div_(LARGEST)
-    integers = x.mul(scales.reciprocal()).round_().to(torch.int8)
-    # by way of int8, which torch converts to eight times as fast; flipping the sign bit adds 128
-    return integers.view(torch.uint8).bitwise_xor_(ZERO), scales
+    def weight(self) -> Tensor:
+        """What the integers say the weight is: [N, K] float32."""
+        return self.integers.float() * self.scales[: self.columns, None] * self.factors
+
+    @property
+    def nbytes(self) -> int:
+        """Of memory that this holds."""
+        held = (self.scales, self.bias, self.sums, self.factors)
+        return self.columns * self.inner + sum(t.nbytes for t in held)
+
+    def __getstate__(self) -> tuple[Tensor, ...]:
+        """Without a layout, which goes by the machine."""
+        return self.integers, self.scales[: self.columns], self.bias[: self.columns], self.factors
+
+    def __setstate__(self, state: tuple[Tensor, ...]) -> None:
+        self._lay_out(*state)
+
+    def linear(self, x: Tensor, activation: str | None = None) -> Tensor:
+        """activation(x W^T + bias) [..., N] of x [..., K], in x's dtype; bias and activation in float32."""
+        if not cpp.runs_now(x) or torch.is_autocast_enabled("cpu") or x.numel() == 0 or cpp.want_gradients(x):
+            return self._exact(x, activation)
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        if self.in_cpp and cpp.knows(rows) and activation in (None, *cpp.ACTIVATION_NUMBERS):
+            y = self._by_vnni(rows, activation)
+        elif self.in_cpp or why_not():
+            return self._exact(x, activation)
+        else:
+            parts = [self._by_onednn(part, activation) for part in rows.split(TORCH_BLOCK)]
+            y = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return y.view(*x.shape[:-1], -1)
+
+    def _exact(self, x: Tensor, activation: str | None) -> Tensor:
+        y = F.linear(x, self.weight().to(x.dtype), self.bias[: self.columns].to(x.dtype))
+        return y if activation is None else reference.activate(y, activation)
+
+    def _by_vnni(self, x: Tensor, activation: str | None) -> Tensor:
+        (rows, inner), dtype = x.shape, x.dtype
+        y = torch.empty(rows, self.columns, dtype=dtype, device="cpu")
+        failed = cpp.call(
+            "int8_linear", dtype, address("x", x, dtype, rows * self.inner), self.fields.buffer_info()[0],
+            strided_address("y", y, dtype, (rows, self.columns)), self.columns, rows, self.columns, inner,
+            cpp.ACTIVATION_NUMBERS.get(activation, 0),
+        )  # fmt: skip
+        if failed:
+            raise MemoryError(f"int8_linear: no memory for {rows} rows of {inner} integers")
+        return y
+
+    def _by_onednn(self, x: Tensor, activation: str | None) -> Tensor:
+        q, step, low = quantise_rows(x.float() * self.factors)
+        y = torch.ops.onednn.qlinear_pointwise(
+            q, 1.0, 0, self.blocked, self.scales, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
+        )
+        y = y.mul_(step).add_(low * (self.scales * self.sums)).add_(self.bias)
+        return (y if activation is None else reference.activate(y, activation)).to(x.dtype)
+
+
+def quantise_rows(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """z [M, K] float32 -> q [M, K] uint8, step and low [M, 1]; the low of a row that is not finite is NaN."""
+    low, most = z.aminmax(dim=1, keepdim=True)
+    step = (most - low) / 255
+    varies = most - low > SMALLEST
+    q = ((z - low) * torch.where(varies, step.reciprocal(), 0.0)).round_().nan_to_num_(0.0, 0.0, 0.0).to(torch.uint8)
+    return q, torch.where(varies, step, 0.0), low + (z * 0.0).sum(1, keepdim=True)
+
+
+# ---- layers ----------------------------------------------------------------------------------------------
+
+
+class Int8Layer(NamedTuple):
+    """A post-norm layer: weights in 8 bits, and the weights and biases of its LayerNorms. Query, key and value have the
+    same factors."""
+
+    query: Int8Weight
+    key: Int8Weight
+    value: Int8Weight
+    output: Int8Weight
+    up: Int8Weight
+    down: Int8Weight
+    norms: tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def fit_in_one_call(layer: Int8Layer) -> bool:
+    """Whether `encoder_layers` can go through this layer, as far as its weights tell."""
+    weights = layer[:-1]
+    (*square, up, down), width = weights, layer.query.inner
+    return (
+        all(weight.in_cpp for weight in weights)
+        and layer.query.factors is layer.key.factors is layer.value.factors
+        and all((weight.columns, weight.inner) == (width, width) for weight in square)
+        and (up.inner, down.columns, up.columns) == (width, width, down.inner)
+    )
+
+
+def encoder_layers(
+    x: Tensor, layers: Sequence[Int8Layer], options: LayerOptions, cu_seqlens: Tensor
+) -> Tensor | None:  # fmt: skip
+    """x [T, C] through a stack of layers that `fit_in_one_call`, of one size, which share `options` without dropout.
+    None where they have to be gone through one by one: with gradients, or of another dtype, size or activation.
+
+    Raises: ValueError where cu_seqlens does not cut T rows into sequences; MemoryError.
+    """
+    (rows, width), dtype, inner, heads = x.shape, x.dtype, layers[0].up.columns, options.heads
+    if not rows or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not cpp.knows(x):
+        return None
+    if options.activation not in cpp.ACTIVATION_NUMBERS or options.down_eps != options.out_eps:
+        return None
+    if any((layer.query.inner, layer.up.columns) != (width, inner) for layer in layers):
+        return None
+    if heads < 1 or width % heads or width // heads % WIDTH or width % (2 * WIDTH) or not x.is_contiguous():
+        return None
+    norms = addresses([t for layer in layers for t in layer.norms], dtype, [(width,)] * (4 * len(layers)))
+    if norms is None or type(cu_seqlens) not in PLAIN:
+        return None
+    fields = array("Q")
+    for number, layer in enumerate(layers):
+        for weight in layer[:-1]:
+            fields.extend(weight.fields)
+        fields.extend(norms[4 * number : 4 * number + 4])
+    y, sequences = x.clone(), cu_seqlens.numel() - 1
+    work = torch.empty(4 * x.numel(), dtype=dtype, device="cpu")
+    starts = address("cu_seqlens", cu_seqlens, torch.int32, sequences + 1)
+    each = len(fields) // len(layers) * fields.itemsize
+    step = len(layers) if x.nbytes <= cpp.FEW_BYTES else 1  # between two calls Ctrl-C is heard
+    for number in range(0, len(layers), step):
+        outcome = cpp.call(
+            "int8_layers", dtype, address("x", y, dtype, rows * width), fields.buffer_info()[0] + number * each, step,
+            starts, sequences, rows, width, inner, heads, cpp.ACTIVATION_NUMBERS[options.activation], options.out_eps,
+            address("work", work, dtype, work.numel()),
+        )  # fmt: skip
+        if outcome == NO_MEMORY:
+            raise MemoryError(f"int8_layers: no memory for {rows} rows of {inner} columns")
+        if outcome:
+            raise ValueError(f"int8_layers: cu_seqlens must rise from 0 to {rows}, got {cu_seqlens.tolist()}")
+    return y

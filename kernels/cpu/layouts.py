@@ -13,14 +13,11 @@ torch counts (`_version`) or a new storage is noticed. One through `.data` or in
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
-
-from .int8 import Int8Weight
 
 GLIMPSE = 64  # bytes
 DTYPES = (torch.float32, torch.bfloat16)
@@ -36,24 +33,20 @@ EPILOGUES = {
 
 @dataclass
 class _Marked:
-    int8: bool
     promised: bool
     state: tuple | None = None  # of the weight that was laid out
     sums: Tensor | None = None  # of the same, where nothing was promised
-    packed: Tensor | Int8Weight | None = None
+    packed: Tensor | None = None
 
 
 _marked: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-_int8_since_start = False  # whether a weight was ever marked so: asking for each one costs a microsecond
 
 
-def mark(weight: Tensor, int8: bool = False, promised: bool = True) -> None:
-    """Say that `weight` [N, K] will be multiplied from again and again, and not be trained; `int8`: in 8 bits;
-    `promised`: nobody will write to it in a way that torch does not count."""
-    global _int8_since_start
-    _int8_since_start |= int8
-    if int8 or weight not in _marked:
-        _marked[weight] = _Marked(int8, promised)
+def mark(weight: Tensor, promised: bool = True) -> None:
+    """Say that `weight` [N, K] will be multiplied from again and again, and not be trained; `promised`: nobody will
+    write to it in a way that torch does not count."""
+    if weight not in _marked:
+        _marked[weight] = _Marked(promised)
     else:
         _marked[weight].promised |= promised
 
@@ -96,23 +89,13 @@ def is_promised(weight: Tensor) -> bool:
     return marked is not None and marked.promised
 
 
-def is_int8(weight: Tensor) -> bool:
-    marked = _marked.get(weight) if _int8_since_start else None
-    return marked is not None and marked.int8
-
-
-def any_int8(weights: Iterable[Tensor]) -> bool:
-    return _int8_since_start and any(map(is_int8, weights))
-
-
 def mark_joined(joined: Tensor, parts: list[Tensor]) -> None:
     """Mark `joined`, made of `parts`, as they are; not where one of them is not."""
-    marks = [_marked.get(part) for part in parts]
-    if all(marks):
-        mark(joined, all(marked.int8 for marked in marks))
+    if all(part in _marked for part in parts):
+        mark(joined)
 
 
-def find(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | Int8Weight | None:
+def find(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     """The blocked copy of `weight` for x weight^T + bias, or None where the product has to go the ordinary way."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not _marked:
         return None
@@ -127,8 +110,7 @@ def find(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | Int8Weight 
     if not same:
         if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
             return None
-        pack = Int8Weight if marked.int8 else _blocked
-        marked.packed = pack(weight)
+        marked.packed = _blocked(weight)
         marked.state, marked.sums = state, sums
     return marked.packed
 
@@ -137,9 +119,7 @@ def _blocked(weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
 
 
-def linear(x: Tensor, packed: Tensor | Int8Weight, bias: Tensor | None, activation: str | None = None) -> Tensor:
+def linear(x: Tensor, packed: Tensor, bias: Tensor | None, activation: str | None = None) -> Tensor:
     """activation(x weight^T + bias) from what `find` gave, the activation on the float32 sums."""
-    if isinstance(packed, Int8Weight):
-        return packed.linear(x, bias, activation)
     name, algorithm = EPILOGUES[activation]
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, name, [], algorithm)

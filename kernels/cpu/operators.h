@@ -25,6 +25,22 @@ struct Layer {
     Linear<E> query, key, value, output, norm, up, down, last_norm;
 };
 
+// A weight [columns, inner] in 8-bit integers, as int8.h multiplies by it; columns filled up to whole panels.
+struct Int8Weight {
+    const int8_t* panels;   // [panels, inner / 4, columns of a panel, 4]
+    const float* scales;    // [columns], of its integers
+    const float* sums;      // [panels, groups, columns of a panel], of its integers
+    const float* bias;      // [columns]
+    const float* factors;   // [inner], of x
+    int64_t group;          // how many elements of a row of x are quantised together
+};
+
+template <class E>
+struct Int8Layer {
+    Int8Weight query, key, value, output, up, down;
+    Linear<E> norm, last_norm;
+};
+
 #define DECLARE(Element, name)                                                                                 \
     EXPORT int attention_##name(                                                                               \
         const Element* q, const Element* k, const Element* v, Element* o, float* lse, const int32_t* starts,   \
@@ -43,12 +59,13 @@ struct Layer {
         const Element* x, const Element* residual, const Element* weight, const Element* bias, Element* y,     \
         int64_t rows, int width, float eps                                                                     \
     );                                                                                                         \
-    EXPORT void quantise_rows_##name(                                                                          \
-        const Element* x, uint8_t* q, float* scales, int64_t rows, int width, float least                      \
+    EXPORT int int8_linear_##name(                                                                             \
+        const Element* x, const Int8Weight* weight, Element* y, int64_t y_stride, int rows, int columns, int inner,\
+        int activation                                                                                         \
     );                                                                                                         \
-    EXPORT void scale_rows_##name(                                                                             \
-        const float* sums, const float* scales, const Element* bias, Element* y, int64_t rows, int width,      \
-        int with_gelu                                                                                          \
+    EXPORT int int8_layers_##name(                                                                             \
+        Element* x, const Int8Layer<Element>* layers, int count, const int32_t* starts, int sequences, int rows,\
+        int width, int inner, int heads, int activation, float eps, Element* work                              \
     );                                                                                                         \
     EXPORT void row_keys_##name(                                                                               \
         uint64_t seed, uint64_t stream, const int64_t* names, uint64_t* keys, int64_t rows                     \

@@ -367,32 +367,3 @@ def encoder_layers(
         if outcome:
             raise ValueError(f"encoder_layers: cu_seqlens must rise from 0 to {len(x)}, got {cu_seqlens.tolist()}")
     return y
-
-
-def takes_int8(x: Tensor, width: int, bias: Tensor | None, activation: str | None) -> bool:
-    """Whether `quantise_rows` of x [M, K] and `scale_rows` to [M, width] can stand around a product."""
-    given = (x,) if bias is None else (x, bias)
-    fits = x.shape[-1] % WIDTH == 0 and width % WIDTH == 0 and activation in (None, "gelu")
-    return fits and all(t.is_contiguous() for t in given) and _take(*given)
-
-
-def quantise_rows(x: Tensor, least: float) -> tuple[Tensor, Tensor]:
-    """x [M, K] -> round(x / s) + 128 [M, K] uint8, s = max(|x|, least) / 127 [M] float32; NaN or infinity: s NaN."""
-    rows, width = rows_of("quantise_rows", x)
-    q = torch.empty(x.shape, dtype=torch.uint8, device="cpu")
-    scales = torch.empty(rows, dtype=torch.float32, device="cpu")
-    call(
-        "quantise_rows", x.dtype, address("x", x, x.dtype, x.numel()), address("q", q, torch.uint8, x.numel()),
-        address("scales", scales, torch.float32, rows), rows, width, least,
-    )  # fmt: skip
-    return q, scales
-
-
-def scale_rows(sums: Tensor, scales: Tensor, bias: Tensor | None, activation: str | None, y: Tensor) -> None:
-    """y = activation(sums * scales + bias): [M, N] float32, [M] float32, [N] or None -> [M, N], in y's dtype."""
-    rows, width = rows_of("scale_rows", y)
-    call(
-        "scale_rows", y.dtype, address("sums", sums, torch.float32, rows * width),
-        address("scales", scales, torch.float32, rows), address_or_none("bias", bias, y.dtype, width),
-        address("y", y, y.dtype, rows * width), rows, width, activation == "gelu",
-    )  # fmt: skip

@@ -1,0 +1,171 @@
+// Products with weights of 8-bit integers by AVX512-VNNI, which multiplies four integers at once and adds them up.
+//
+//     z = x * factors                                              [rows, inner]   in float32
+//     low, step = min z, (max z - min z) / 255                     [rows, groups]  over each group of a row
+//     q = round((z - low) / step)                                  [rows, inner]   uint8
+//     y = scales * sum over groups of (step * (q Q^T) + low * sums) + bias         sums of integers exact, in int32
+//
+// Q [columns, inner] int8 is laid out once, in panels of PANEL columns with four neighbours of a column side by side;
+// `int8.py` makes it. A row's result does not depend on the other rows.
+
+#pragma once
+
+#include <omp.h>
+
+#include "simd.h"
+
+namespace {
+
+constexpr int ROWS = BLOCK_ROWS, PANEL = BLOCK_REGISTERS * WIDTH, QUAD = 4;
+constexpr float LEAST_RANGE = 1e-30f;  // of a group; in a smaller one all elements are taken for the least
+
+// 16 elements of a row from i on are x(i), float32. Fills q [width] and ranges [groups, (step, low)]; where an element
+// of a group is not finite, its low is NaN, and so is the whole row of a product.
+template <class X>
+inline void quantise_row(const X& x, const float* factors, uint8_t* q, float* ranges, int width, int group) {
+    for (int first = 0; first < width; first += group, ranges += 2) {
+        const Floats infinite = floats(std::numeric_limits<float>::infinity());
+        Floats most = floats(0.0f) - infinite, most_negated = most, odd = floats(0.0f);
+        for (int i = first; i < first + group; i += WIDTH) {
+            const Floats z = x(i) * load(factors + i);
+            most = maximum(z, most);
+            most_negated = maximum(floats(0.0f) - z, most_negated);
+            odd = fma(z, floats(0.0f), odd);  // NaN where z is NaN or infinite, else 0
+        }
+        const float low = -maximum_of(most_negated), range = maximum_of(most) - low;
+        const bool varies = range > LEAST_RANGE;
+        ranges[0] = varies ? range / 255 : 0.0f;
+        ranges[1] = low + sum_of(odd);
+        const Floats per_step = floats(varies ? 255 / range : 0.0f);
+        for (int i = first; i < first + group; i += WIDTH) {
+            const Floats z = x(i) * load(factors + i);
+            store_bytes(q + i, to_ints((z - floats(low)) * per_step));
+        }
+    }
+}
+
+// sums [M, PANEL] = q Q^T over one group of M rows of q and one panel. A function of its own, which ends in nothing but
+// stores: within its caller the compiler has kept the sums of this loop in memory.
+template <int M>
+[[gnu::noinline, gnu::target("avx512vnni")]] void int8_tile(
+    const uint8_t* q, int64_t q_stride, const int8_t* panel, int quads, int32_t (*sums)[PANEL]
+) {
+    __m512i sum[M][BLOCK_REGISTERS];
+#pragma GCC unroll 6
+    for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+        for (int j = 0; j < BLOCK_REGISTERS; ++j) sum[i][j] = _mm512_setzero_si512();
+    for (int quad = 0; quad < quads; ++quad, q += QUAD, panel += QUAD * PANEL) {
+        __m512i of_panel[BLOCK_REGISTERS];
+#pragma GCC unroll 4
+        for (int j = 0; j < BLOCK_REGISTERS; ++j) of_panel[j] = _mm512_loadu_si512(panel + j * QUAD * WIDTH);
+#pragma GCC unroll 6
+        for (int i = 0; i < M; ++i) {
+            const __m512i of_row = (__m512i)as_ints(broadcast_lane(q + i * q_stride));
+#pragma GCC unroll 4
+            for (int j = 0; j < BLOCK_REGISTERS; ++j)
+                sum[i][j] = _mm512_dpbusd_epi32(sum[i][j], of_row, of_panel[j]);
+        }
+    }
+#pragma GCC unroll 6
+    for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+        for (int j = 0; j < BLOCK_REGISTERS; ++j) _mm512_store_si512(sums[i] + j * WIDTH, sum[i][j]);
+}
+
+// out [M, PANEL] = the sum over groups of what stands in brackets above, of M rows of q and one panel.
+template <int M>
+void int8_tile_of_groups(
+    const uint8_t* q, int64_t q_stride, const float* ranges, int groups, int quads, const int8_t* panel,
+    const float* of_panel, float (*out)[PANEL]
+) {
+    alignas(64) int32_t sums[M][PANEL];
+    for (int group = 0; group < groups; ++group, of_panel += PANEL, q += QUAD * quads, panel += QUAD * PANEL * quads) {
+        int8_tile<M>(q, q_stride, panel, quads, sums);
+        for (int i = 0; i < M; ++i) {
+            const float* range = ranges + 2 * (i * groups + group);
+            const Floats step = floats(range[0]), low = floats(range[1]);
+            for (int j = 0; j < PANEL; j += WIDTH) {
+                const Floats of_sums = _mm512_cvtepi32_ps(_mm512_load_si512(sums[i] + j));
+                const Floats z = fma(of_sums, step, low * load(of_panel + j));
+                store(out[i] + j, group ? load(out[i] + j) + z : z);
+            }
+        }
+    }
+}
+
+// put(row, column, y) takes 16 elements of y, of rows of q [rows, inner] and the panels from `first` to `end`.
+template <class Put>
+void int8_multiply(
+    const uint8_t* q, const float* ranges, int rows, int inner, const Int8Weight& weight, int columns, int first, int end,
+    const Put& put
+) {
+    const int groups = inner / weight.group, quads = weight.group / QUAD;
+    const int64_t of_panel = (int64_t)PANEL * inner;
+    for (int p = first; p < end; ++p) {
+        const int column = p * PANEL, registers = std::min(PANEL, columns - column) / WIDTH;
+        const int8_t* panel = weight.panels + p * of_panel;
+        for (int row = 0; row < rows; row += ROWS) {
+            const int n = std::min(ROWS, rows - row);
+            if (p + 1 < end)  // the next panel comes from afar, a share with each of these rows
+                for (int64_t at = of_panel * row / rows / 64 * 64; at < of_panel * (row + n) / rows; at += 64)
+                    fetch(panel + of_panel + at);
+            alignas(64) float out[ROWS][PANEL];
+            switch (n) {
+#define OF_ROWS(M)                                                                                                 \
+    case M:                                                                                                        \
+        int8_tile_of_groups<M>(q + (int64_t)row * inner, inner, ranges + 2 * (int64_t)row * groups, groups, quads, \
+                               panel, weight.sums + (int64_t)p * groups * PANEL, out);                             \
+        break;
+                OF_ROWS(6) OF_ROWS(5) OF_ROWS(4) OF_ROWS(3) OF_ROWS(2) OF_ROWS(1)
+#undef OF_ROWS
+            }
+            for (int j = 0; j < registers; ++j) {
+                const int at = column + j * WIDTH;
+                const Floats scale = load(weight.scales + at), bias = load(weight.bias + at);
+                for (int i = 0; i < n; ++i) put(row + i, at, fma(load(out[i] + j * WIDTH), scale, bias));
+            }
+        }
+    }
+}
+
+// Parabolas of |x| for what GELU lacks to max(x, 0), |x| times the normal distribution's share beyond |x|: one for each
+// of 32 intervals, through its values at Chebyshev's three points there, 2e-5 off at most. Beyond the last it is zero.
+struct GeluTable {
+    static constexpr int COUNT = 32;
+    static constexpr float PER_ONE = 6;
+    alignas(64) float coefficients[3][COUNT];
+    GeluTable() {
+        for (int interval = 0; interval < COUNT; ++interval) {
+            double x[3], f[3];
+            for (int i = 0; i < 3; ++i) {
+                x[i] = (interval + 0.5 + 0.5 * std::cos(M_PI * (2 * i + 1) / 6)) / PER_ONE;
+                f[i] = x[i] * 0.5 * std::erfc(x[i] / std::sqrt(2.0));
+            }
+            const double slope = (f[1] - f[0]) / (x[1] - x[0]);
+            const double curve = ((f[2] - f[0]) / (x[2] - x[0]) - slope) / (x[2] - x[1]);
+            coefficients[0][interval] = f[0] - slope * x[0] + curve * x[0] * x[1];
+            coefficients[1][interval] = slope - curve * (x[0] + x[1]);
+            coefficients[2][interval] = curve;
+        }
+    }
+};
+const GeluTable gelu_table;
+
+inline Floats gelu_for_8_bits(Floats x) {
+    const Floats end = floats(GeluTable::COUNT / GeluTable::PER_ONE * 0.9999f);
+    const Floats u = _mm512_min_ps(absolute(x), end);
+    const __m512i interval = _mm512_cvttps_epi32(u * floats(GeluTable::PER_ONE));
+    const auto coefficient = [&](int degree) {
+        const float* of = gelu_table.coefficients[degree];
+        return _mm512_permutex2var_ps(load(of), interval, load(of + WIDTH));
+    };
+    const Floats lack = fma(fma(coefficient(2), u, coefficient(1)), u, coefficient(0));
+    return maximum(floats(0.0f), x) - lack;
+}
+
+inline Floats activate_for_8_bits(Floats x, int activation) {
+    return activation == 1 ? gelu_for_8_bits(x) : activate(x, activation);
+}
+
+}  // namespace
