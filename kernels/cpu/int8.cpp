@@ -13,7 +13,7 @@ struct Quantised {
     uint8_t* q;
     float* ranges;
     static size_t bytes(size_t rows, int inner, int groups) {
-        return (rows * inner + 63) / 64 * 64 + (2 * sizeof(float) * rows * groups + 63) / 64 * 64;
+        return (rows * inner + 63) / 64 * 64 + (sizeof(float) * rows * (1 + groups) + 63) / 64 * 64;
     }
     Quantised(char* memory, size_t rows, int inner)
         : q((uint8_t*)memory), ranges((float*)(memory + (rows * inner + 63) / 64 * 64)) {}
@@ -26,7 +26,7 @@ inline void quantise(
 ) {
     quantise_row(
         [&](int i) { return T::load(x + i); }, weight.factors, into.q + to * inner,
-        into.ranges + 2 * to * (inner / weight.group), inner, weight.group
+        into.ranges + to * (1 + inner / weight.group), inner, weight.group
     );
 }
 
@@ -46,7 +46,7 @@ int int8_linear(
         for (int first = 0; first < rows; first += MOST_ROWS)
             for (int panel = 0; panel < panels; ++panel)
                 int8_multiply(
-                    quantised.q + (int64_t)first * inner, quantised.ranges + 2 * (int64_t)first * groups,
+                    quantised.q + (int64_t)first * inner, quantised.ranges + (int64_t)first * (1 + groups),
                     std::min(MOST_ROWS, rows - first), inner, weight, columns, panel, panel + 1,
                     [&](int row, int column, Floats z) {
                         T::store(y + (first + row) * y_stride + column, activate(z, activation));

@@ -1,9 +1,9 @@
 // Products with weights of 8-bit integers by AVX512-VNNI, which multiplies four integers at once and adds them up.
 //
-//     z = x * factors                                              [rows, inner]   in float32
-//     low, step = min z, (max z - min z) / 255                     [rows, groups]  over each group of a row
-//     q = round((z - low) / step)                                  [rows, inner]   uint8
-//     y = scales * sum over groups of (step * (q Q^T) + low * sums) + bias         sums of integers exact, in int32
+//     z = x * factors                                              [rows, inner]    in float32
+//     low = min z of a row, step = (max z of a group - low) / 255  [rows], [rows, groups]
+//     q = round((z - low) / step)                                  [rows, inner]    uint8
+//     y = sum over groups of step * scales * (q Q^T) + low * sums + bias            q Q^T exact, in int32
 //
 // Q [columns, inner] int8 is laid out once, in panels of PANEL columns with four neighbours of a column side by side;
 // `int8.py` makes it. A row's result does not depend on the other rows.
@@ -17,26 +17,33 @@
 namespace {
 
 constexpr int ROWS = BLOCK_ROWS, PANEL = BLOCK_REGISTERS * WIDTH, QUAD = 4;
-constexpr float LEAST_RANGE = 1e-30f;  // of a group; in a smaller one all elements are taken for the least
+constexpr float LEAST_EXTENT = 1e-30f;  // of a group above low; in a smaller one all elements are taken for low
 
-// 16 elements of a row from i on are x(i), float32. Fills q [width] and ranges [groups, (step, low)]; where an element
-// of a group is not finite, its low is NaN, and so is the whole row of a product.
+// 16 elements of a row from i on are x(i), float32. Fills q [width] and range [1 + groups]: low, and the step of each
+// group. Where an element is not finite, low is NaN, and with it the whole row of a product.
 template <class X>
-inline void quantise_row(const X& x, const float* factors, uint8_t* q, float* ranges, int width, int group) {
-    for (int first = 0; first < width; first += group, ranges += 2) {
-        const Floats infinite = floats(std::numeric_limits<float>::infinity());
-        Floats most = floats(0.0f) - infinite, most_negated = most, odd = floats(0.0f);
+inline void quantise_row(const X& x, const float* factors, uint8_t* q, float* range, int width, int group) {
+    const Floats infinite = floats(std::numeric_limits<float>::infinity());
+    Floats most_negated = floats(0.0f) - infinite, odd = floats(0.0f);
+    float* steps = range + 1;
+    for (int first = 0; first < width; first += group) {
+        Floats most = floats(0.0f) - infinite;
         for (int i = first; i < first + group; i += WIDTH) {
             const Floats z = x(i) * load(factors + i);
             most = maximum(z, most);
             most_negated = maximum(floats(0.0f) - z, most_negated);
             odd = fma(z, floats(0.0f), odd);  // NaN where z is NaN or infinite, else 0
         }
-        const float low = -maximum_of(most_negated), range = maximum_of(most) - low;
-        const bool varies = range > LEAST_RANGE;
-        ranges[0] = varies ? range / 255 : 0.0f;
-        ranges[1] = low + sum_of(odd);
-        const Floats per_step = floats(varies ? 255 / range : 0.0f);
+        steps[first / group] = maximum_of(most);
+    }
+    const float low = -maximum_of(most_negated);
+    range[0] = low + sum_of(odd);
+    for (int first = 0; first < width; first += group) {
+        float& step = steps[first / group];
+        const float extent = step - low;
+        const bool varies = extent > LEAST_EXTENT;
+        step = varies ? extent / 255 : 0.0f;
+        const Floats per_step = floats(varies ? 255 / extent : 0.0f);
         for (int i = first; i < first + group; i += WIDTH) {
             const Floats z = x(i) * load(factors + i);
             store_bytes(q + i, to_ints((z - floats(low)) * per_step));
@@ -44,11 +51,12 @@ inline void quantise_row(const X& x, const float* factors, uint8_t* q, float* ra
     }
 }
 
-// sums [M, PANEL] = q Q^T over one group of M rows of q and one panel. A function of its own, which ends in nothing but
-// stores: within its caller the compiler has kept the sums of this loop in memory.
-template <int M>
+// Adds to out [M, PANEL], or with FIRST puts there, what one group gives of M rows of q and one panel, without low. A
+// function of its own: within its caller the compiler has kept the sums of this loop in memory.
+template <int M, bool FIRST>
 [[gnu::noinline, gnu::target("avx512vnni")]] void int8_tile(
-    const uint8_t* q, int64_t q_stride, const int8_t* panel, int quads, int32_t (*sums)[PANEL]
+    const uint8_t* q, int64_t q_stride, const float* step, int64_t step_stride, const int8_t* panel, int quads,
+    const float* scales, float (*out)[PANEL]
 ) {
     __m512i sum[M][BLOCK_REGISTERS];
 #pragma GCC unroll 6
@@ -70,26 +78,15 @@ template <int M>
 #pragma GCC unroll 6
     for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
-        for (int j = 0; j < BLOCK_REGISTERS; ++j) _mm512_store_si512(sums[i] + j * WIDTH, sum[i][j]);
-}
-
-// out [M, PANEL] = the sum over groups of what stands in brackets above, of M rows of q and one panel.
-template <int M>
-void int8_tile_of_groups(
-    const uint8_t* q, int64_t q_stride, const float* ranges, int groups, int quads, const int8_t* panel,
-    const float* of_panel, float (*out)[PANEL]
-) {
-    alignas(64) int32_t sums[M][PANEL];
-    for (int group = 0; group < groups; ++group, of_panel += PANEL, q += QUAD * quads, panel += QUAD * PANEL * quads) {
-        int8_tile<M>(q, q_stride, panel, quads, sums);
-        for (int i = 0; i < M; ++i) {
-            const float* range = ranges + 2 * (i * groups + group);
-            const Floats step = floats(range[0]), low = floats(range[1]);
-            for (int j = 0; j < PANEL; j += WIDTH) {
-                const Floats of_sums = _mm512_cvtepi32_ps(_mm512_load_si512(sums[i] + j));
-                const Floats z = fma(of_sums, step, low * load(of_panel + j));
-                store(out[i] + j, group ? load(out[i] + j) + z : z);
-            }
+        for (int j = 0; j < BLOCK_REGISTERS; ++j) asm("" : "+v"(sum[i][j]));  // stay in registers until here
+#pragma GCC unroll 6
+    for (int i = 0; i < M; ++i) {
+        const Floats of_row = floats(step[i * step_stride]);
+#pragma GCC unroll 4
+        for (int j = 0; j < BLOCK_REGISTERS; ++j) {
+            float* to = out[i] + j * WIDTH;
+            const Floats z = _mm512_cvtepi32_ps(sum[i][j]) * load(scales + j * WIDTH);
+            store(to, FIRST ? z * of_row : fma(z, of_row, load(to)));
         }
     }
 }
@@ -101,29 +98,37 @@ void int8_multiply(
     const Put& put
 ) {
     const int groups = inner / weight.group, quads = weight.group / QUAD;
-    const int64_t of_panel = (int64_t)PANEL * inner;
+    const int64_t of_panel = (int64_t)PANEL * inner, of_group = (int64_t)PANEL * weight.group;
     for (int p = first; p < end; ++p) {
         const int column = p * PANEL, registers = std::min(PANEL, columns - column) / WIDTH;
         const int8_t* panel = weight.panels + p * of_panel;
+        const float* scales = weight.scales + (int64_t)p * groups * PANEL;
         for (int row = 0; row < rows; row += ROWS) {
             const int n = std::min(ROWS, rows - row);
             if (p + 1 < end)  // the next panel comes from afar, a share with each of these rows
                 for (int64_t at = of_panel * row / rows / 64 * 64; at < of_panel * (row + n) / rows; at += 64)
                     fetch(panel + of_panel + at);
             alignas(64) float out[ROWS][PANEL];
+            const uint8_t* of_rows = q + (int64_t)row * inner;
+            const float* range = ranges + (int64_t)row * (1 + groups);
             switch (n) {
 #define OF_ROWS(M)                                                                                                 \
     case M:                                                                                                        \
-        int8_tile_of_groups<M>(q + (int64_t)row * inner, inner, ranges + 2 * (int64_t)row * groups, groups, quads, \
-                               panel, weight.sums + (int64_t)p * groups * PANEL, out);                             \
+        int8_tile<M, true>(of_rows, inner, range + 1, 1 + groups, panel, quads, scales, out);                      \
+        for (int group = 1; group < groups; ++group)                                                               \
+            int8_tile<M, false>(of_rows + group * weight.group, inner, range + 1 + group, 1 + groups,              \
+                                panel + group * of_group, quads, scales + group * PANEL, out);                     \
         break;
                 OF_ROWS(6) OF_ROWS(5) OF_ROWS(4) OF_ROWS(3) OF_ROWS(2) OF_ROWS(1)
 #undef OF_ROWS
             }
             for (int j = 0; j < registers; ++j) {
                 const int at = column + j * WIDTH;
-                const Floats scale = load(weight.scales + at), bias = load(weight.bias + at);
-                for (int i = 0; i < n; ++i) put(row + i, at, fma(load(out[i] + j * WIDTH), scale, bias));
+                const Floats sums = load(weight.sums + at), bias = load(weight.bias + at);
+                for (int i = 0; i < n; ++i) {
+                    const Floats low = floats(range[i * (1 + groups)]);
+                    put(row + i, at, load(out[i] + j * WIDTH) + fma(low, sums, bias));
+                }
             }
         }
     }

@@ -1,13 +1,14 @@
 """Products with weights of 8-bit integers, for inference on a CPU that multiplies those in hardware (VNNI or AMX).
 
-    W / factors = scales * Q                                  [N, K]          Q int8, scales: max |.| of a row / 127
-    z = x * factors                                           [M, K]          float32
-    low, step = min z, (max z - min z) / 255                  [M, groups]     over each group of a row, anew for every x
-    q = round((z - low) / step)                               [M, K]          uint8
-    y = scales * sum over groups of (step (q Q^T) + low sum(Q)) + bias        [M, N], sums of integers in int32, exact
+    W / factors = scales * Q                                  [N, K]       Q int8; scales [N, groups]: max |.| / 127
+    z = x * factors                                           [M, K]       float32
+    low = min z of a row, step = (max z of a group - low) / 255            [M], [M, groups], anew for every x
+    q = round((z - low) / step)                               [M, K]       uint8
+    y = sum over groups of step scales (q Q^T) + low sums + bias           [M, N]; q Q^T in int32, exact
 
-`factors` move what some columns of x have too much of into the weight (SmoothQuant, arXiv:2211.10438): `balance`. With
-ranges for each row, a text's vector does not depend on what shares its batch. Three engines compute this:
+`sums` [N] are those of scales * Q. `factors` move what some columns of x have too much of into the weight (SmoothQuant,
+arXiv:2211.10438): `balance`. With ranges for each row, a text's vector does not depend on what shares its batch. Three
+engines compute this:
 
     C++         int8.h, by AVX512-VNNI, with activations and whole layers; groups of up to GROUP elements
     oneDNN      torch's product for x86, where there is AMX, or VNNI without AVX-512; the row is one group
@@ -36,9 +37,9 @@ from .pointers import PLAIN, address, addresses, strided_address
 INSTRUCTIONS = ("avx512_vnni", "avx_vnni", "amx_int8")
 LARGEST = 127
 QUAD = 4  # neighbours of a row of the weight that one instruction multiplies
-GROUP = 384  # most elements of a row of x that share a range
+GROUP = 96  # most neighbours in a row that share a scale, or a step
 TORCH_BLOCK = 256  # rows at once in oneDNN's product, so that what lies between the passes stays in the cache
-SMALLEST = 1e-30  # the scale of a row of zeros; the range of a row whose elements are equal
+SMALLEST = 1e-30  # a scale of zeros; in a group that extends less above low, all elements are taken for low
 # Exponent of how much of the differences between the columns of x `balance` moves into the weight, and the size, in
 # parts of a column's root mean square, below which columns are taken for equal; both tried out on MiniLM (LOG.md).
 SHARE, LEAST_COLUMN = 0.35, 0.1
@@ -102,24 +103,28 @@ class Int8Weight:
         weight, (columns, inner) = weight.detach().float(), weight.shape
         factors = torch.ones(inner, dtype=torch.float32, device="cpu") if factors is None else factors
         weight = weight / factors
-        scales = weight.abs().amax(1).clamp_min_(SMALLEST).div_(LARGEST)
-        integers = weight.div(scales[:, None]).round_().to(torch.int8)
+        grouped = weight.unflatten(1, (-1, group_of(inner) if is_in_cpp() else inner))  # [N, groups, group]
+        scales = grouped.abs().amax(2).clamp_min_(SMALLEST).div_(LARGEST)
+        integers = grouped.div(scales[:, :, None]).round_().to(torch.int8).flatten(1)
         bias = torch.zeros(columns, dtype=torch.float32, device="cpu") if bias is None else bias.detach().float()
         self._lay_out(integers, scales, bias, factors)
 
     def _lay_out(self, integers: Tensor, scales: Tensor, bias: Tensor, factors: Tensor) -> None:
+        """integers [N, K], scales [N, groups], bias [N], factors [K]."""
         self.columns, self.inner = integers.shape
-        self.factors, self.in_cpp = factors, is_in_cpp()
-        self.group = group_of(self.inner) if self.in_cpp else self.inner
-        sums = integers.unflatten(1, (-1, self.group)).sum(2, dtype=torch.float32)  # [N, groups]
+        self.group = self.inner // scales.shape[1]
+        self.factors, self.bias = factors, bias
+        self.sums = (integers.unflatten(1, (-1, self.group)).sum(2) * scales).sum(1)
+        self.in_cpp = is_in_cpp()
         if not self.in_cpp:
-            self.scales, self.bias, self.sums = scales, bias, sums.squeeze(1)
+            self.scales = scales
             self.zeros = torch.zeros(self.columns, dtype=torch.int64, device="cpu")
-            self.blocked = integers if why_not() else torch.ops.onednn.qlinear_prepack(integers, None)
+            self.blocked = integers if self.group < self.inner or why_not() else _prepacked(integers)
             return
         missing = -self.columns % INT8_PANEL  # columns that fill up the last panel
-        self.scales, self.bias = F.pad(scales, (0, missing)), F.pad(bias, (0, missing))
-        self.sums = F.pad(sums, (0, 0, 0, missing)).unflatten(0, (-1, INT8_PANEL)).transpose(1, 2).contiguous()
+        self.sums, self.bias = F.pad(self.sums, (0, missing)), F.pad(bias, (0, missing))
+        scales = F.pad(scales, (0, 0, 0, missing)).unflatten(0, (-1, INT8_PANEL))
+        self.scales = scales.transpose(1, 2).contiguous()  # [panels, groups, INT8_PANEL]
         quads = F.pad(integers, (0, 0, 0, missing)).view(-1, INT8_PANEL, self.inner // QUAD, QUAD)
         self.panels = quads.transpose(1, 2).contiguous()  # [panels, K / QUAD, INT8_PANEL, QUAD]
         padded = self.columns + missing
@@ -127,8 +132,8 @@ class Int8Weight:
             "Q",
             (
                 address("panels", self.panels, torch.int8, padded * self.inner),
-                address("scales", self.scales, torch.float32, padded),
-                address("sums", self.sums, torch.float32, padded * self.inner // self.group),
+                address("scales", self.scales, torch.float32, padded * self.inner // self.group),
+                address("sums", self.sums, torch.float32, padded),
                 address("bias", self.bias, torch.float32, padded),
                 address("factors", self.factors, torch.float32, self.inner),
                 self.group,
@@ -142,9 +147,15 @@ class Int8Weight:
             return self.panels.transpose(1, 2).reshape(-1, self.inner)[: self.columns]
         return self.blocked.to_dense().T.contiguous() if self.blocked.is_mkldnn else self.blocked
 
+    @property
+    def scales_of_groups(self) -> Tensor:
+        """[N, groups]."""
+        return self.scales.transpose(1, 2).flatten(0, 1)[: self.columns] if self.in_cpp else self.scales
+
     def weight(self) -> Tensor:
         """What the integers say the weight is: [N, K] float32."""
-        return self.integers.float() * self.scales[: self.columns, None] * self.factors
+        grouped = self.integers.unflatten(1, (-1, self.group)) * self.scales_of_groups[:, :, None]
+        return grouped.flatten(1) * self.factors
 
     @property
     def nbytes(self) -> int:
@@ -154,7 +165,7 @@ class Int8Weight:
 
     def __getstate__(self) -> tuple[Tensor, ...]:
         """Without a layout, which goes by the machine."""
-        return self.integers, self.scales[: self.columns], self.bias[: self.columns], self.factors
+        return self.integers, self.scales_of_groups, self.bias[: self.columns], self.factors
 
     def __setstate__(self, state: tuple[Tensor, ...]) -> None:
         self._lay_out(*state)
@@ -166,7 +177,7 @@ class Int8Weight:
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         if self.in_cpp and cpp.knows(rows) and activation in (None, *cpp.ACTIVATION_NUMBERS):
             y = self._by_vnni(rows, activation)
-        elif self.in_cpp or why_not():
+        elif self.in_cpp or not self.blocked.is_mkldnn:
             return self._exact(x, activation)
         else:
             parts = [self._by_onednn(part, activation) for part in rows.split(TORCH_BLOCK)]
@@ -192,10 +203,14 @@ class Int8Weight:
     def _by_onednn(self, x: Tensor, activation: str | None) -> Tensor:
         q, step, low = quantise_rows(x.float() * self.factors)
         y = torch.ops.onednn.qlinear_pointwise(
-            q, 1.0, 0, self.blocked, self.scales, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
+            q, 1.0, 0, self.blocked, self.scales[:, 0], self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
         )
-        y = y.mul_(step).add_(low * (self.scales * self.sums)).add_(self.bias)
+        y = y.mul_(step).add_(low * self.sums).add_(self.bias)
         return (y if activation is None else reference.activate(y, activation)).to(x.dtype)
+
+
+def _prepacked(integers: Tensor) -> Tensor:
+    return torch.ops.onednn.qlinear_prepack(integers, None)
 
 
 def quantise_rows(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -27,12 +27,12 @@ struct Layer {
 
 // A weight [columns, inner] in 8-bit integers, as int8.h multiplies by it; columns filled up to whole panels.
 struct Int8Weight {
-    const int8_t* panels;   // [panels, inner / 4, columns of a panel, 4]
-    const float* scales;    // [columns], of its integers
-    const float* sums;      // [panels, groups, columns of a panel], of its integers
-    const float* bias;      // [columns]
-    const float* factors;   // [inner], of x
-    int64_t group;          // how many elements of a row of x are quantised together
+    const int8_t* panels;  // [panels, inner / 4, columns of a panel, 4]
+    const float* scales;   // [panels, groups, columns of a panel], of its integers
+    const float* sums;     // [columns], of its integers times their scales
+    const float* bias;     // [columns]
+    const float* factors;  // [inner], of x
+    int64_t group;         // how many neighbours in a row share a scale
 };
 
 template <class E>
