@@ -14,6 +14,7 @@ from .config import BertConfig
 from .encoding import encoder
 from .encoding.modules import kinds_of
 from .functional import assembler, describe_cpp, machine
+from .inference import eight_bits
 from .inference.graphs import why_no_graphs
 from .models.bert import BertModel
 
@@ -126,6 +127,8 @@ def _engines(device: torch.device) -> list[str]:
         for name, dtype in encoder.DTYPES.items():
             by_engine.setdefault(functional.engine(op, dtype, device), []).append(name)
         rows += [(op, f"{', '.join(names)}: {engine}") for engine, names in by_engine.items()]
+    if device.type == "cpu":
+        rows.append(("products", f"int8: {eight_bits.engine()}"))
     return _table(f"who computes them on {device}", rows)
 
 

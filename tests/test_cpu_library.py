@@ -37,7 +37,7 @@ def test_signatures_are_those_of_the_header():
     header = text_of(library.HEADER)
     found = library.signatures(header)
     assert found["mean_of_sequences"] == ("i", "pppili")
-    assert found["scale_rows"] == ("v", "pppplii")
+    assert found["int8_linear"] == ("i", "pppliiii")
     opened = library.open_library(BUILT[HERE])
     for name, (result, arguments) in found.items():
         for dtype in library.DTYPES:

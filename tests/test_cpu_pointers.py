@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastbert.functional import LayerOptions
 from fastbert.kernels.cpu import attention as cpu_attention
-from fastbert.kernels.cpu import embedding, loss, pointers
+from fastbert.kernels.cpu import embedding, int8, loss, pointers
 from fastbert.kernels.cpu import operators as cpp
 
 pytestmark = pytest.mark.skipif(cpp.load()[0] is None, reason=f"no C++ operators: {cpp.load()[1]}")
@@ -36,6 +36,25 @@ def ids(high: int, count: int = T) -> Tensor:
 
 def three_norms(*args):
     return cpp.embedding_layer_norm(args[:3], args[3:], 1e-5)
+
+
+def in_8_bits(x):
+    if not int8.is_in_cpp():
+        pytest.skip("no AVX512-VNNI")
+    with torch.no_grad():
+        return int8.Int8Weight(torch.randn(2 * C, C))._by_vnni(x, None)
+
+
+def one_layer_in_8_bits(x, starts, *norms):
+    """Refused is also what `int8.encoder_layers` leaves to the layers one by one."""
+    if not int8.is_in_cpp():
+        pytest.skip("no AVX512-VNNI")
+    shapes = [(C, C)] * 4 + [(2 * C, C), (C, 2 * C)]
+    layer = int8.Int8Layer(*(int8.Int8Weight(torch.randn(shape)) for shape in shapes), norms)
+    with torch.no_grad():
+        y = int8.encoder_layers(x, [layer], LayerOptions(2, "gelu", 1e-5, 1e-5), starts)
+    if y is None:
+        raise ValueError("left to the layers")
 
 
 def one_layer(x, starts, *layer):
@@ -120,11 +139,8 @@ ENTRIES = {
         one_layer,
         lambda: [floats(T, C), starts(), *(floats(*shape) for shape in cpp.layer_shapes(C, 2 * C))],
     ),
-    "quantise_rows": (lambda x: cpp.quantise_rows(x, 1e-9), lambda: [floats(T, C)]),
-    "scale_rows": (
-        lambda sums, scales, bias, y: cpp.scale_rows(sums, scales, bias, None, y),
-        lambda: [floats(T, C), floats(T), floats(C), floats(T, C)],
-    ),
+    "int8_linear": (in_8_bits, lambda: [floats(T, C)]),
+    "int8_layers": (one_layer_in_8_bits, lambda: [floats(T, C), starts(), *(floats(C) for _ in range(4))]),
     "sum_logits": (
         lambda *t: loss.sum_logits(*t, 0),
         lambda: [floats(V, T), floats(V), ids(V).int(), *(floats(T) for _ in range(4))],
@@ -166,7 +182,7 @@ FIT_TOO = {
     ("attention_backward", 0, "every_other_column"),
     ("add_layer_norm_backward", 0, "every_other_column"),
     *(("attention_with_dropout", 4, spoiler) for spoiler in SPOILERS if not spoiler.endswith("short")),
-    *((name, 0, "a_row_short") for name in ("linear", "linears", "quantise_rows", "sum_logits")),
+    *((name, 0, "a_row_short") for name in ("linear", "linears", "int8_linear", "sum_logits")),
     *(
         (name, table, "a_row_short")
         for name in ("embedding_layer_norm", "embedding_for_training")

@@ -121,7 +121,7 @@ def test_whoever_stands_between_the_layers_is_asked(change, calls):
         torch.testing.assert_close(states[REAL], infer(plain).last_hidden_state[REAL], atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.skipif(fastbert.inference.weights.why_not_int8() is not None, reason="no 8-bit products here")
+@pytest.mark.skipif(fastbert.inference.eight_bits.why_not() is not None, reason="no 8-bit products here")
 def test_8_bit_weights_are_multiplied_as_such(calls):
     ours = fastbert.accelerate(build(), impl="native")
     int8(ours)

@@ -11,8 +11,8 @@ import torch
 
 from .. import functional as F
 from ..formats import opened
-from ..inference.graphs import why_no_graphs
 from ..inference.eight_bits import quantise
+from ..inference.graphs import why_no_graphs
 from ..models.bert import BertModel
 from .devices import INT8, expect_int8, resolve_device, resolve_dtype
 from .folder import LAST_STATE, POOLER, Output, SentenceConfig

@@ -11,6 +11,8 @@ from torch import Tensor
 from .. import functional as F
 from ..kernels.cpu import int8
 from ..kernels.cpu import operators as cpp
+from ..kernels.cpu.int8 import Int8Layer as Int8Layer
+from ..kernels.cpu.int8 import fit_in_one_call as fit_in_one_call
 
 # what may stand between up and down
 ACTIVATIONS = (*cpp.ACTIVATION_NUMBERS,)
@@ -33,7 +35,7 @@ def run(x: Tensor, tensors: list[Tensor], options: F.LayerOptions, cu_seqlens: T
 
 
 def run_in_8_bits(
-    x: Tensor, layers: Sequence[int8.Int8Layer], options: F.LayerOptions, cu_seqlens: Tensor
+    x: Tensor, layers: Sequence[Int8Layer], options: F.LayerOptions, cu_seqlens: Tensor
 ) -> Tensor | None:  # fmt: skip
-    """`run` with weights in 8 bits, of layers which `kernels.cpu.int8.fit_in_one_call`."""
+    """`run` with weights in 8 bits, of layers that fit (`fit_in_one_call`)."""
     return int8.encoder_layers(x, layers, options, cu_seqlens)

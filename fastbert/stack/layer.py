@@ -13,7 +13,6 @@ from .. import functional as F
 from ..inference import one_call
 from ..inference.eight_bits import Int8Linear
 from ..inference.weights import is_untouched
-from ..kernels.cpu.int8 import Int8Layer, fit_in_one_call
 from .description import Drops, Layer
 from .shared import Pass
 from .steps import add_norm, feed_forward, linear_without_bias, multiply, norm_and_sum, norm_only, project
@@ -161,21 +160,21 @@ def in_one(layers: Iterable[Layer | None]) -> tuple[list[Tensor], F.LayerOptions
     return (tensors, F.LayerOptions(*numbers.pop())) if len(numbers) == 1 else None
 
 
-def all_in_8_bits(layers: Iterable[Layer | None]) -> tuple[list[Int8Layer], F.LayerOptions] | None:
+def all_in_8_bits(layers: Iterable[Layer | None]) -> tuple[list[one_call.Int8Layer], F.LayerOptions] | None:
     """`in_one` of layers whose weights are all in 8 bits."""
-    found: list[Int8Layer] = []
+    found: list[one_call.Int8Layer] = []
     numbers = set()
     for layer in layers:
         if layer is None or layer.pre_norm or layer.gated or layer.activation_name not in one_call.ACTIVATIONS:
             return None
-        if (of_layer := in_8_bits(layer)) is None or not fit_in_one_call(of_layer):
+        if (of_layer := in_8_bits(layer)) is None or not one_call.fit_in_one_call(of_layer):
             return None
         found.append(of_layer)
         numbers.add(_numbers(layer, of_layer.query.columns))
     return (found, F.LayerOptions(*numbers.pop())) if len(numbers) == 1 else None
 
 
-def in_8_bits(layer: Layer) -> Int8Layer | None:
+def in_8_bits(layer: Layer) -> one_call.Int8Layer | None:
     """What `kernels.cpu.int8` takes for a layer; None where a weight is not in 8 bits, or a part is not plain."""
     linears = [part.module for part in (*layer.qkv, layer.out, layer.up, layer.down)]
     norms = (layer.out_norm, layer.down_norm)
@@ -184,7 +183,7 @@ def in_8_bits(layer: Layer) -> Int8Layer | None:
     if not all(norm.plain and norm.module.bias is not None for norm in norms):
         return None
     tensors = tuple(t for norm in norms for t in (norm.module.weight, norm.module.bias))
-    return Int8Layer(*(linear.packed for linear in linears), tensors)
+    return one_call.Int8Layer(*(linear.packed for linear in linears), tensors)
 
 
 def _numbers(layer: Layer, width: int) -> tuple[int, str, float, float]:

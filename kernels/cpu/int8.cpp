@@ -1,6 +1,10 @@
 // Products with weights of 8-bit integers, and whole encoder layers of them in one call, for inference. All else in a
 // layer is computed as in layer.cpp. `int8.py` calls both.
 
+#include "simd.h"
+
+#if defined(__AVX512F__)
+
 #include "int8.h"
 
 namespace {
@@ -177,3 +181,21 @@ int int8_layers(
 
 EXPORT_FOR(Float32, float32)
 EXPORT_FOR(BFloat16, bfloat16)
+
+#else  // `int8.py` calls these of the library by AVX-512 alone
+
+#define EXPORT_FOR(T, name)                                                                                        \
+    EXPORT int int8_linear_##name(const T::Element*, const Int8Weight*, T::Element*, int64_t, int, int, int, int) { \
+        return NO_INSTRUCTIONS;                                                                                    \
+    }                                                                                                              \
+    EXPORT int int8_layers_##name(                                                                                 \
+        T::Element*, const Int8Layer<T::Element>*, int, const int32_t*, int, int, int, int, int, int, float,       \
+        T::Element*                                                                                                \
+    ) {                                                                                                            \
+        return NO_INSTRUCTIONS;                                                                                    \
+    }
+
+EXPORT_FOR(Float32, float32)
+EXPORT_FOR(BFloat16, bfloat16)
+
+#endif

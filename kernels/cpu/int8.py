@@ -62,7 +62,13 @@ def why_not() -> str | None:
 @cache
 def is_in_cpp() -> bool:
     """Whether the C++ operators are here and this CPU has AVX512-VNNI, and no AMX, which oneDNN makes use of."""
-    return cpp.load()[0] is not None and torch.cpu._is_vnni_supported() and not torch.cpu._is_amx_tile_supported()
+    return _has(torch.float32) and torch.cpu._is_vnni_supported() and not torch.cpu._is_amx_tile_supported()
+
+
+@cache
+def _has(dtype: torch.dtype) -> bool:
+    """Whether the operators of this dtype are those by AVX-512, which alone have products of integers."""
+    return cpp.instructions(dtype) == "avx512" and cpp.load(dtype)[0] is not None
 
 
 def engine() -> str:
@@ -119,7 +125,8 @@ class Int8Weight:
         if not self.in_cpp:
             self.scales = scales
             self.zeros = torch.zeros(self.columns, dtype=torch.int64, device="cpu")
-            self.blocked = integers if self.group < self.inner or why_not() else _prepacked(integers)
+            self.in_onednn = self.group == self.inner and why_not() is None
+            self.blocked = torch.ops.onednn.qlinear_prepack(integers, None) if self.in_onednn else integers
             return
         missing = -self.columns % INT8_PANEL  # columns that fill up the last panel
         self.sums, self.bias = F.pad(self.sums, (0, missing)), F.pad(bias, (0, missing))
@@ -145,7 +152,7 @@ class Int8Weight:
         """Q [N, K], int8."""
         if self.in_cpp:
             return self.panels.transpose(1, 2).reshape(-1, self.inner)[: self.columns]
-        return self.blocked.to_dense().T.contiguous() if self.blocked.is_mkldnn else self.blocked
+        return _unpacked(self) if self.in_onednn else self.blocked
 
     @property
     def scales_of_groups(self) -> Tensor:
@@ -171,13 +178,18 @@ class Int8Weight:
         self._lay_out(*state)
 
     def linear(self, x: Tensor, activation: str | None = None) -> Tensor:
-        """activation(x W^T + bias) [..., N] of x [..., K], in x's dtype; bias and activation in float32."""
+        """activation(x W^T + bias) [..., N] of x [..., K], in x's dtype; bias and activation in float32.
+
+        Raises: ValueError where x is of another width.
+        """
+        if x.shape[-1] != self.inner:
+            raise ValueError(f"x has rows of {x.shape[-1]} elements, the weight has {self.inner}")
         if not cpp.runs_now(x) or torch.is_autocast_enabled("cpu") or x.numel() == 0 or cpp.want_gradients(x):
             return self._exact(x, activation)
         rows = x.reshape(-1, x.shape[-1]).contiguous()
-        if self.in_cpp and cpp.knows(rows) and activation in (None, *cpp.ACTIVATION_NUMBERS):
+        if self.in_cpp and cpp.knows(rows) and _has(x.dtype) and activation in (None, *cpp.ACTIVATION_NUMBERS):
             y = self._by_vnni(rows, activation)
-        elif self.in_cpp or not self.blocked.is_mkldnn:
+        elif self.in_cpp or not self.in_onednn:
             return self._exact(x, activation)
         else:
             parts = [self._by_onednn(part, activation) for part in rows.split(TORCH_BLOCK)]
@@ -209,8 +221,13 @@ class Int8Weight:
         return (y if activation is None else reference.activate(y, activation)).to(x.dtype)
 
 
-def _prepacked(integers: Tensor) -> Tensor:
-    return torch.ops.onednn.qlinear_prepack(integers, None)
+def _unpacked(weight: Int8Weight) -> Tensor:
+    return weight.blocked.to_dense().T.contiguous()
+
+
+# What `torch.compiler.disable` sets, without the second that importing torch's compiler takes: it cannot trace oneDNN's
+# layouts, so a graph is broken here.
+_unpacked._torchdynamo_disable = True
 
 
 def quantise_rows(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -259,7 +276,7 @@ def encoder_layers(
     Raises: ValueError where cu_seqlens does not cut T rows into sequences; MemoryError.
     """
     (rows, width), dtype, inner, heads = x.shape, x.dtype, layers[0].up.columns, options.heads
-    if not rows or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not cpp.knows(x):
+    if not rows or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not (cpp.knows(x) and _has(dtype)):
         return None
     if options.activation not in cpp.ACTIVATION_NUMBERS or options.down_eps != options.out_eps:
         return None

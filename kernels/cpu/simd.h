@@ -32,7 +32,7 @@ constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float MEAN_MATTERS = 1e-8f;
 
 // What an operator returns: it is done, or nothing was computed, and `operators.py` raises why.
-enum Outcome { DONE = 0, NO_MEMORY = 1, NOT_SEQUENCES = 2 };
+enum Outcome { DONE = 0, NO_MEMORY = 1, NOT_SEQUENCES = 2, NO_INSTRUCTIONS = 3 };
 
 // Are starts [sequences + 1] those of sequences that follow one another from row 0 to the last of `rows`?
 inline bool are_sequences(const int32_t* starts, int sequences, int64_t rows) {
