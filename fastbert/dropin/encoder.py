@@ -202,6 +202,8 @@ class EncoderForward(Forward):
     def is_read_first_alone(self, shared: Pass, seen: Seen) -> bool:
         """Whether nobody reads more of the last layer's output than the first token of each sequence: a known head that
         shows no states calls, and nobody listens. Then a post-norm layer need not compute the other tokens."""
+        if torch.compiler.is_compiling():  # what the head says is not to be had in a graph
+            return False
         now = reading_now()
         if now is None or not now.first or self.padding == "exact" or F.is_batch_invariant():
             return False
