@@ -15,7 +15,7 @@ from torch import nn
 
 import fastbert
 from fastbert.config import BertConfig
-from fastbert.dropin.facts import FAMILIES
+from fastbert.dropin.families import FAMILIES_OF_4
 from fastbert.inference import graphs as recordings
 from fastbert.inference.graphs import TOKENS, Graphs, bucket_of, most_tokens
 from fastbert.models.bert import BertModel
@@ -146,7 +146,7 @@ def test_a_third_of_a_bucket_at_most_is_filled_up():
 LENGTHS = [(20, 17, 9), (11, 1, 23, 2), (12, 12, 12), (5,)]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES_OF_4, "JinaEmbeddingsV3Model", "MegatronBertModel"])
 def test_batches_of_one_bucket_share_a_recording(name):
     ours, plain, graphs = pair(name)
     types = getattr(ours.config, "type_vocab_size", 0) > 1

@@ -23,7 +23,7 @@ from .layer import LayerForward
 from .once import only_once
 from .own import listeners, why_not_here
 from .padding import ABOVE, EXACT, FULL, OTHERS, WINDOW, ZEROS, Policy, Rows, only_wanted, reading_now, rows_to_compute
-from .parts import Seen, Settings, at, has, layers_of, look, settings_of
+from .parts import Seen, Settings, at, has, kind_of, layers_of, look, settings_of
 
 # arguments that say nothing about what the encoder computes
 IGNORED = {"return_dict", "output_hidden_states", "num_items_in_batch", "use_cache", "batch_size", "seq_len"}
@@ -80,6 +80,8 @@ class EncoderForward(Forward):
     def why_not_given(self, given: dict[str, Any], settings: Settings) -> str | None:
         for name, value in given.items():
             if name in INPUTS or name in IGNORED or value is None or value is False:
+                continue
+            if self.facts.called is not None and name in self.facts.called:
                 continue
             return f"{name} was given"
         if settings.decodes:
@@ -172,7 +174,7 @@ class EncoderForward(Forward):
         if self.facts.positions != "rotary":
             return None
         facts, sees = self.facts.layer, []
-        for kind in {at(layer, facts.attention_type) for _, layer in self.layers()}:
+        for kind in {kind_of(layer, facts) for _, layer in self.layers()} if not facts.rotates else ():
             if kind == "sliding_attention":
                 sees.append(self.module.config.sliding_window)
             elif not isinstance(kind, str) and min(kind) >= 0:
@@ -196,7 +198,7 @@ class EncoderForward(Forward):
             return output
         shared = self.pack(given, rows, seen)
         first_only = self.is_read_first_alone(shared, seen)
-        x, states = self.run(shared, seen, given.get("inputs_embeds"), self.wanted(given), first_only)
+        x, states = self.run(shared, seen, given, self.wanted(given), first_only)
         return self.finish(x[:, None] if first_only else shared.batch.pad(x), states, given)
 
     def is_read_first_alone(self, shared: Pass, seen: Seen) -> bool:
@@ -222,7 +224,7 @@ class EncoderForward(Forward):
         return set(range(count)) if asked is True else {i % count for i in asked if -count <= i < count}
 
     def run(
-        self, shared: Pass, seen: Seen, embeds: Tensor | None = None, wanted: set[int] | None = None,
+        self, shared: Pass, seen: Seen, given: dict[str, Any], wanted: set[int] | None = None,
         first_only: bool = False,
     ) -> tuple[Tensor, list[Tensor | None]]:  # fmt: skip
         """The embeddings and the layers: x [T, C], or with `first_only` the rows of each sequence's first token [B, C];
@@ -237,7 +239,7 @@ class EncoderForward(Forward):
             states.append(state)
             return x
 
-        x = self.embeddings(shared, seen, embeds)
+        x = self.embeddings(shared, seen, given)
         layers, to_first = list(self.layers()), None  # the number of the layer that computes first tokens alone
         if wanted is None and shared.infers:
             but_last = first_only and shared.batch.total_tokens > FEW_TOKENS
@@ -312,8 +314,9 @@ class EncoderForward(Forward):
             positions = self.count_positions(ids, embeds)
         if embeds is not None and positions is None:
             positions = torch.arange(width, dtype=torch.int64, device=embeds.device)[None]
+        types = given.get("token_type_ids") if self.facts.called is None else None
         batch = PackedBatch.from_padded(
-            ids, rows.queries, given.get("token_type_ids"), positions, shape=(height, width), lengths=rows.lengths
+            ids, rows.queries, types, positions, shape=(height, width), lengths=rows.lengths
         )
         compiling, trains = torch.compiler.is_compiling(), torch.is_grad_enabled()
         impl = F.choose_impl(self.impl, batch.positions.device)
@@ -345,7 +348,7 @@ class EncoderForward(Forward):
         """Is anything dropped? If not, nothing is drawn from torch's generator, as in the original."""
         if not any(module.training for module in seen.dropouts):
             return False
-        if probability(at(self.module, self.facts.dropout)):
+        if self.facts.dropout is not None and probability(at(self.module, self.facts.dropout)):
             return True
         return any(any(layer.__dict__["forward"].drops()) for layer in seen.layers)
 
@@ -374,10 +377,14 @@ class EncoderForward(Forward):
         columns = torch.arange(width, dtype=torch.int64, device=device)[None]
         like = torch.empty(0, dtype=torch.float32, device=device)
         facts = self.facts.layer
-        one_of = {at(layer, facts.attention_type): layer for _, layer in self.layers()}
+        one_of = {kind_of(layer, facts): layer for _, layer in self.layers()}
         half = at(next(iter(one_of.values())), facts.head_dim) // 2
-        if facts.rotary is None:
-            tables = {kind: encoder.rotary_emb(like, columns, kind) for kind in sorted(one_of)}
+        make = at(encoder, self.facts.tables_of_rotation) if facts.rotary is None else None
+        if facts.rotates:
+            tables = {kind: make(like, columns) for kind in one_of}
+            windows = dict.fromkeys(one_of)
+        elif make is not None:
+            tables = {kind: make(like, columns, kind) for kind in sorted(one_of)}
             reach = config.sliding_window
             windows = {kind: (reach, reach) if kind == "sliding_attention" else None for kind in one_of}
         else:  # a kind is its window, and minus one is no bound
@@ -389,10 +396,13 @@ class EncoderForward(Forward):
     def part(self, path: str, verdict: tuple[bool, bool]) -> Part:
         return Part(at(self.module, path), *verdict)
 
-    def embeddings(self, shared: Pass, seen: Seen, embeds: Tensor | None) -> Tensor:
+    def embeddings(self, shared: Pass, seen: Seen, given: dict[str, Any]) -> Tensor:
         """dropout(norm(word + position + segment)) [T, C], brought to the width of the layers."""
-        encoder, facts, batch = self.module, self.facts, shared.batch
-        word, norm = at(encoder, facts.word), at(encoder, facts.norm)
+        encoder, facts, batch, embeds = self.module, self.facts, shared.batch, given.get("inputs_embeds")
+        if facts.called is not None:
+            return batch.unpad(self.called_embeddings(facts.called, given))
+        word = at(encoder, facts.word)
+        norm = None if facts.norm is None else at(encoder, facts.norm)
         position = None if facts.position is None else at(encoder, facts.position)
         segment = None if facts.token_type is None else at(encoder, facts.token_type)
         types = batch.token_type_ids
@@ -413,10 +423,24 @@ class EncoderForward(Forward):
                 x = x + segment(types)
             if position is not None:
                 x = x + position(batch.positions)
-            x = nn.functional.dropout(norm_only(x, self.part(facts.norm, seen.norm), shared), p)
+            if norm is not None:
+                x = norm_only(x, self.part(facts.norm, seen.norm), shared)
+            x = nn.functional.dropout(x, p)
         if facts.project is not None and has(encoder, facts.project):
             x = multiply(self.part(facts.project, seen.project), x, shared)
         return x
+
+    def called_embeddings(self, called: dict[str, tuple[int, ...] | None], given: dict[str, Any]) -> Tensor:
+        """What the encoder's own embeddings give for these arguments: [B, S, C]."""
+        ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+        like = ids if embeds is None else embeds
+        inputs = {"input_ids": ids, "inputs_embeds": embeds}
+        for name, zeros in called.items():
+            value = given.get(name)
+            if value is None and zeros is not None:
+                value = torch.zeros((*like.shape[:2], *zeros), dtype=torch.int64, device=like.device)
+            inputs[name] = value
+        return self.module.embeddings(**inputs)
 
 
 def frozen_row(table: nn.Embedding) -> Tensor:

@@ -84,8 +84,10 @@ def _explain_encoder(report: Report, path: str, forward: EncoderForward) -> None
     )
     if (reason := forward.look().reason) is not None:
         report.left[f"{own}, as it is now"] = f"runs its own code: {reason}"
-    tables = [p for p in (family.word, family.position, family.token_type) if p is not None]
-    if family.position is not None and all(plain_table(at(encoder, p)) for p in tables):
+    tables = [at(encoder, path) for path in family.tables]
+    if family.called is not None:
+        report.left[name("embeddings")] = "called as they are, on [batch, tokens] with its padding"
+    elif family.position is not None and family.norm is not None and all(map(plain_table, tables)):
         report.replaced[name(family.word.rpartition(".")[0])] = "embedding_layer_norm"
     else:
         report.left[name(family.word.rpartition(".")[0])] = "tables are called one by one, then add_layer_norm"
@@ -94,7 +96,7 @@ def _explain_encoder(report: Report, path: str, forward: EncoderForward) -> None
     paths = {id(module): p for p, module in encoder.named_modules()}
     for layer in {id(layer): layer for _, layer in forward.layers()}.values():
         parts = (*family.layer.linears, *family.layer.norms, family.layer.activation)
-        if all(has(layer, part) for part in parts):
+        if all(has(layer, part) for part in parts if part is not None):
             _explain_layer(report, name(paths[id(layer)]), layer, family)
     _explain_calls(report, own, forward)
     for why, calls in forward.computed.items():

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch.nn as nn
 
 from . import torch_layers
-from .facts import FAMILIES, FAMILIES_OF_4, Family
+from .facts import Family
+from .families import FAMILIES, FAMILIES_OF_4
 from .forward import Forward
 from .parts import has, layers_of, why_every_call
 
@@ -26,7 +27,7 @@ def family_of(module: nn.Module) -> Family | None:
             import transformers
 
             families = FAMILIES_OF_4 if transformers.__version__.startswith("4.") else FAMILIES
-            return families[cls.__name__] if type(module).forward is cls.forward else None
+            return families.get(cls.__name__) if type(module).forward is cls.forward else None
     return None
 
 
@@ -43,13 +44,14 @@ def why_left(encoder: nn.Module, family: Family) -> str | None:
     config = encoder.config
     if getattr(config, "is_decoder", False):
         return "it is a decoder"
-    if getattr(config, "position_embedding_type", "absolute") not in ("absolute", None):
-        return f"its positions are {config.position_embedding_type}"
+    kind = getattr(config, "position_embedding_type", None) or "absolute"
+    if kind != family.position_type:
+        return f"its positions are {kind}"
     facts, own_tables = family.layer, family.layer.rotary is not None  # every layer makes those of its rotation
     if own_tables and config._attn_implementation == "flash_attention_2":
         return "its flash_attention_2 runs packed already, and rotates in its own way"
-    paths = [family.layers, family.word, family.position, family.token_type, family.norm, family.dropout]
-    paths += [family.final_norm, "rotary_emb" if family.positions == "rotary" and not own_tables else None]
+    paths = [family.layers, *family.tables, family.norm, family.dropout, family.final_norm]
+    paths += [family.tables_of_rotation if family.positions == "rotary" and not own_tables else None]
     for path in (*paths, *family.modules):
         if path is not None and not has(encoder, path):
             return f"this version of transformers has no {path} in it"

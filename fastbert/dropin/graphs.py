@@ -72,7 +72,7 @@ class GraphedEncoderForward(EncoderForward):
         def prepare(max_seqlen: int):
             tables = self.tables(max_seqlen, graphs.device)  # they depend on no batch: made once
             return lambda batch: self.run(
-                Pass(batch, None, self.impl, layers=seen.layers, **tables).scheduled(), seen
+                Pass(batch, None, self.impl, layers=seen.layers, **tables).scheduled(), seen, {}
             )[0]  # fmt: skip
 
         x = graphs.run(self.module, batch, prepare, seen.settings.longest)
@@ -103,13 +103,15 @@ class GraphedEncoderForward(EncoderForward):
         seen = self.look()
         if any(m.training for m in (encoder, *seen.layers, *seen.dropouts)):
             return "a module is in training mode"
-        rotations = [getattr(encoder, "rotary_emb", None)]
+        if facts.called is not None:
+            return "its embeddings are called as they are"
+        rotations = [at(encoder, facts.tables_of_rotation)] if facts.positions == "rotary" else []
         if facts.layer.rotary is not None:
             rotations = [at(layer, facts.layer.rotary) for _, layer in self.layers()]
         for rope in (getattr(rotation, "rope_type", "default") for rotation in rotations):
             if set(rope.values() if isinstance(rope, dict) else [rope]) != {"default"}:
                 return "its rotary tables depend on the batch"
-        paths = [path for path in (facts.word, facts.position, facts.token_type) if path is not None]
+        paths = [path for path in facts.tables if at(self.module, path) is not None]
         if not all(plain_table(at(encoder, path)) for path in paths):
             return "an embedding table is not torch's own, or has hooks"
         others = [(facts.norm, nn.LayerNorm), (facts.final_norm, nn.LayerNorm), (facts.project, nn.Linear)]

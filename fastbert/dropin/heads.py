@@ -9,6 +9,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from .families import FAMILIES
 from .forward import Forward
 from .own import Watch, listeners, why_own
 from .padding import Reading, reading, reading_now
@@ -35,7 +36,9 @@ def kind_of(head: nn.Module) -> str | None:
     cls = type(head)
     if not cls.__module__.startswith(TRANSFORMERS):
         return None
-    return next((reads for name, reads in HEADS.items() if cls.__name__.endswith(name)), None)
+    families = [name.removesuffix("Model") for name, family in FAMILIES.items() if family.heads]
+    heads = (reads for name, reads in HEADS.items() if cls.__name__.removesuffix(name) in families)
+    return next(heads, None)
 
 
 class HeadForward(Forward):

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..inference.weights import CONTAINERS, JoinedLinears
 from ..stack.description import Layer, Part
 from . import facts as table
+from .families import FAMILIES
 from .forward import Forward
 from .own import LIBRARY, Watch, listeners, of_library, why_library, why_own
 from .plain import by_token, fused_activation, why_not_plain
@@ -53,20 +54,36 @@ def verdicts(layer: nn.Module, facts: table.Layer) -> tuple[tuple[Verdict, ...],
     """Of the linear layers, of the norms, whether the activation is called whole, and the operators' name for it."""
     linears = tuple(verdict(at(layer, path), nn.Linear) for path in facts.linears)
     norms = tuple(verdict(at(layer, path), nn.LayerNorm) for path in facts.norms)
-    activation = at(layer, facts.activation)
-    return linears, norms, not by_token(activation), fused_activation(activation)
+    activation = activation_of(layer, facts)
+    name = facts.activation_name if facts.activation is None else fused_activation(activation)
+    return linears, norms, not by_token(activation), name
+
+
+def activation_of(layer: nn.Module, facts: table.Layer) -> Any:
+    """The module or function; torch's where the layer's own code calls one that computes the same."""
+    if facts.activation is None:
+        return getattr(nn.functional, facts.activation_name)
+    return at(layer, facts.activation)
 
 
 def layer_of(layer: nn.Module, facts: table.Layer, joined: JoinedLinears) -> Layer:
     """The description of a layer. joined: keeps its projections as one."""
     linears, norms, whole, name = verdicts(layer, facts)
-    *qkv, out, up, down = (Part(at(layer, p), *v) for p, v in zip(facts.linears, linears, strict=True))
+    parts = [Part(at(layer, p), *v) for p, v in zip(facts.linears, linears, strict=True)]
+    gate = parts.pop() if facts.gate is not None else None
+    *qkv, out, up, down = parts
     out_norm, down_norm = (Part(at(layer, p), *v) for p, v in zip(facts.norms, norms, strict=True))
     return Layer(
-        tuple(qkv), out, out_norm, up, Part(at(layer, facts.activation), False, whole), down, down_norm, name,
-        at(layer, facts.head_dim), joined, facts.pre_norm, facts.gated,
-        None if facts.attention_type is None else at(layer, facts.attention_type),
+        tuple(qkv), out, out_norm, up, Part(activation_of(layer, facts), False, whole), down, down_norm, name,
+        at(layer, facts.head_dim), joined, facts.pre_norm, facts.gated, kind_of(layer, facts), gate,
     )  # fmt: skip
+
+
+def kind_of(layer: nn.Module, facts: table.Layer) -> Any:
+    """Which rotation and window of the pass a layer has, or None: it rotates nothing."""
+    if facts.attention_type is not None:
+        return at(layer, facts.attention_type)
+    return "every layer's" if facts.rotates else None
 
 
 def not_plain(layer: nn.Module, facts: table.Layer) -> dict[str, str]:
@@ -77,9 +94,9 @@ def not_plain(layer: nn.Module, facts: table.Layer) -> dict[str, str]:
         for path in facts.norms
         if not isinstance(at(layer, path), nn.Identity)
     }
-    activation = at(layer, facts.activation)
-    name = fused_activation(activation)
-    if name is None or (facts.gated and name != "gelu"):
+    activation = None if facts.activation is None else at(layer, facts.activation)
+    name = facts.activation_name if activation is None else fused_activation(activation)
+    if name is None or (facts.gated and (name != "gelu" or facts.gate is not None)):
         reasons[facts.activation] = f"{type(activation).__name__} is not among the fused activations"
     return {path: reason for path, reason in reasons.items() if reason is not None}
 
@@ -187,8 +204,8 @@ def look(encoder: nn.Module, facts: table.Family, is_layer: Callable[[nn.Module]
 
 def _plain_tables(encoder: nn.Module, facts: table.Family) -> bool:
     """Are all of them, the positions' among them, torch's own, with ordinary gradients?"""
-    tables = [at(encoder, path) for path in (facts.word, facts.position, facts.token_type) if path is not None]
-    return facts.position is not None and all(map(plain_table, tables))
+    tables = [at(encoder, path) for path in facts.tables]
+    return facts.position is not None and facts.norm is not None and all(map(plain_table, tables))
 
 
 def plain_table(module: nn.Module) -> bool:
@@ -202,10 +219,14 @@ WRAPPERS = ("torch.distributed.", "torch._dynamo.", "torch.nn.parallel.")
 
 def why_every_call(encoder: nn.Module, facts: table.Family, layers: dict[str, nn.Module]) -> str | None:
     """Why every call runs the original's code: something in the encoder is not what the fused code stands in for."""
-    own = next(cls.__name__ for cls in type(encoder).__mro__ if cls.__name__ in table.FAMILIES)
+    own = next(cls.__name__ for cls in type(encoder).__mro__ if cls.__name__ in FAMILIES)
     if why := why_own(encoder, (own,), TRANSFORMERS) or _why_unaccounted(encoder, facts, layers):
         return why
-    if facts.positions == "column" and getattr(at(encoder, "embeddings"), "padding_idx", None) is not None:
+    if (
+        facts.positions == "column"
+        and facts.position is not None
+        and getattr(at(encoder, "embeddings"), "padding_idx", None) is not None
+    ):
         return "its embeddings count positions from padding_idx, where the table of known models has columns"
     for path, names in facts.modules.items():
         if why := why_own(at(encoder, path), names, TRANSFORMERS):
@@ -223,9 +244,11 @@ def why_every_call(encoder: nn.Module, facts: table.Family, layers: dict[str, nn
     for path in _dropout_paths(encoder, facts, layers):
         if why := why_not_dropout(at(encoder, path)):
             return f"{path}: {why}"
-    for path in (facts.word, facts.position, facts.token_type):
-        if path is not None and (why := _why_table(at(encoder, path))):
+    for path in facts.tables:
+        if at(encoder, path) is not None and (why := _why_table(at(encoder, path))):
             return f"{path}: {why}"
+    if facts.ignores_rest and len(at(encoder, facts.layers)) > encoder.config.num_hidden_layers:
+        return f"its config has {encoder.config.num_hidden_layers} of its {len(at(encoder, facts.layers))} layers run"
     for path, content in facts.buffers.items():
         if has(encoder, path) and not _holds(at(encoder, path), content):
             return f"{path} does not hold {content}"
@@ -234,8 +257,12 @@ def why_every_call(encoder: nn.Module, facts: table.Family, layers: dict[str, nn
 
 def _why_unaccounted(encoder: nn.Module, facts: table.Family, layers: dict[str, nn.Module]) -> str | None:
     """A parameter or buffer that the row of this family does not know would be left out in silence."""
-    around = [facts.word, facts.position, facts.token_type, facts.norm, facts.final_norm, facts.project]
-    around += ["pooler", "rotary_emb", None if facts.bias is None else f"{facts.bias}.relative_attention_bias"]
+    around = [*facts.tables, facts.norm, facts.final_norm, facts.project, facts.tables_of_rotation, *facts.unused]
+    around += [
+        "pooler",
+        "embeddings" if facts.called is not None else None,
+        None if facts.bias is None else f"{facts.bias}.relative_attention_bias",
+    ]
     inside = (*facts.layer.linears, *facts.layer.norms, facts.layer.activation, facts.layer.rotary)
     known = [*around, *(f"{path}.{part}" for path in layers for part in inside if part is not None)]
     within = tuple(f"{path}." for path in known if path is not None)
@@ -333,7 +360,7 @@ def _why_heard(encoder: nn.Module, facts: table.Family, layers: dict[str, nn.Mod
 
 def _dropout_paths(encoder: nn.Module, facts: table.Family, layers: dict[str, nn.Module]) -> list[str]:
     """Where the dropouts are that are modules."""
-    paths = [facts.dropout]
+    paths = [] if facts.dropout is None else [facts.dropout]
     for path, layer in layers.items():
         paths += [f"{path}.{part}" for part in facts.layer.dropouts if isinstance(at(layer, part), nn.Module)]
     return paths
@@ -362,7 +389,8 @@ def _whole(
             return f"{path} is a {type(at(encoder, path)).__name__}"
     for path, layer in layers.items():
         of = described[layer]
-        named = zip(facts.layer.linears, (*of.qkv, of.out, of.up, of.down), strict=True)
+        gate = () if of.gate is None else (of.gate,)
+        named = zip(facts.layer.linears, (*of.qkv, of.out, of.up, of.down, *gate), strict=True)
         for part, found in (*named, (facts.layer.out_norm, of.out_norm), (facts.layer.down_norm, of.down_norm)):
             if found.whole:
                 return f"{path}.{part} is a {type(found.module).__name__}"
@@ -374,7 +402,7 @@ def _whole(
 # under these names a config, or its class, keeps what `settings_of` reads and what attention the model asks for
 SETTINGS = (
     "is_decoder", "is_causal", "output_attentions", "_output_attentions", "output_hidden_states",
-    "_attn_implementation_internal",
+    "_attn_implementation_internal", "num_hidden_layers",
 )  # fmt: skip
 
 

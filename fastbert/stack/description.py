@@ -54,6 +54,7 @@ class Layer(NamedTuple):
         pre_norm: the LayerNorms come first in their blocks rather than last.
         gated: `up` makes two halves, act(first) * second.
         kind: with rotary positions, which rotation and window of the pass the layer has.
+        gate: of a gated block whose halves are two linear layers, the first: act(gate(x)) * up(x).
     """
 
     qkv: tuple[Part, ...]
@@ -69,6 +70,7 @@ class Layer(NamedTuple):
     pre_norm: bool = False
     gated: bool = False
     kind: Hashable = None
+    gate: Part | None = None
 
     def tensors(self) -> list[Tensor] | None:
         """What `functional.LayerWeights` holds, or None where a part is not taken apart, or has no parameters now."""

@@ -85,7 +85,7 @@ def _attention(x: Tensor, layer: Layer, drops: Drops, shared: Pass, index: int) 
 def _feed_forward(x: Tensor, layer: Layer, drops: Drops, shared: Pass, fold: bool) -> tuple[Tensor, Tensor | None]:
     return feed_forward(
         x, layer.up, layer.activation, layer.activation_name, layer.down, shared,
-        gated=layer.gated, inner_dropout=drops.inner, fold=fold,
+        gated=layer.gated, gate=layer.gate, inner_dropout=drops.inner, fold=fold,
     )  # fmt: skip
 
 

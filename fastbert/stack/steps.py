@@ -105,9 +105,13 @@ def norm_and_sum(
 
 def feed_forward(
     x: Tensor, up: Part, activation: Part, name: str | None, down: Part, shared: Pass,
-    *, gated: bool = False, inner_dropout: float = 0.0, fold: bool = False,
+    *, gated: bool = False, gate: Part | None = None, inner_dropout: float = 0.0, fold: bool = False,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """(down(dropout(act(up(x)))), the bias still to be added). name: the operators' for the activation."""
+    """(down(dropout(act(up(x)))), the bias still to be added). name: the operators' for the activation. A gated block
+    has act(first half of up(x)) * second half in place of act(up(x)), or act(gate(x)) * up(x) with a `gate`."""
+    if gate is not None:
+        h = call(activation, multiply(gate, x, shared), shared) * multiply(up, x, shared)
+        return multiply(down, nn.functional.dropout(h, inner_dropout), shared), None
     if gated:
         name = {"gelu": "geglu"}.get(name)
     if name is not None and inner_dropout == 0.0 and apart(up, down):

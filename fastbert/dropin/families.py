@@ -1,0 +1,350 @@
+"""The encoders of transformers that are known: one row each, and nothing else about any of them anywhere.
+
+A row counts only where every parameter and buffer of the encoder is accounted for by it; a model whose config adds a
+table or a layer that the row does not name is left alone, and `explain` says what was found.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from .facts import Family, Layer
+
+
+def _attention(path: str) -> dict[str, str]:
+    """What transformers' attention modules have in common, where they take their function from its interface."""
+    return {
+        "head_dim": f"{path}.attention_head_size",
+        "probs_switch": path,
+        "scale": f"{path}.scaling",
+        "causal": f"{path}.is_causal",
+    }
+
+
+def _bert_layer(name: str, **different: Any) -> Layer:
+    layer = Layer(
+        modules={
+            "": (f"{name}Layer",),
+            "attention": (f"{name}Attention",),
+            "attention.self": (f"{name}SelfAttention", f"{name}SdpaSelfAttention"),
+            "attention.output": (f"{name}SelfOutput",),
+            "intermediate": (f"{name}Intermediate",),
+            "output": (f"{name}Output",),
+        },
+        qkv=("attention.self.query", "attention.self.key", "attention.self.value"),
+        probs_dropout="attention.self.dropout",
+        **_attention("attention.self"),
+        out="attention.output.dense",
+        out_dropout="attention.output.dropout",
+        out_norm="attention.output.LayerNorm",
+        up="intermediate.dense",
+        activation="intermediate.intermediate_act_fn",
+        down="output.dense",
+        down_dropout="output.dropout",
+        down_norm="output.LayerNorm",
+    )
+    return replace(layer, **different)
+
+
+# attention that is plain products in the layer's own code: its dropout is a module that is called
+_EAGER = {"probs_switch": None, "scale": None, "causal": None}
+# attention that takes the probability from a number beside the dropout module
+_NUMBER = {"probs_dropout": "attention.self.attention_dropout"}
+
+
+_MPNET_LAYER = Layer(
+    modules={
+        "": ("MPNetLayer",),
+        "attention": ("MPNetAttention",),
+        "attention.attn": ("MPNetSelfAttention",),
+        "intermediate": ("MPNetIntermediate",),
+        "output": ("MPNetOutput",),
+    },
+    qkv=("attention.attn.q", "attention.attn.k", "attention.attn.v"),
+    head_dim="attention.attn.attention_head_size",
+    probs_dropout="attention.attn.dropout",
+    out="attention.attn.o",
+    out_dropout="attention.dropout",
+    out_norm="attention.LayerNorm",
+    up="intermediate.dense",
+    activation="intermediate.intermediate_act_fn",
+    down="output.dense",
+    down_dropout="output.dropout",
+    down_norm="output.LayerNorm",
+)
+
+_DISTILBERT_LAYER = Layer(
+    modules={
+        "": ("TransformerBlock",),
+        "attention": ("DistilBertSelfAttention", "DistilBertSdpaAttention", "MultiHeadSelfAttention"),
+        "ffn": ("FFN",),
+    },
+    qkv=("attention.q_lin", "attention.k_lin", "attention.v_lin"),
+    **_attention("attention"),
+    probs_dropout="attention.dropout",
+    out="attention.out_lin",
+    out_norm="sa_layer_norm",
+    up="ffn.lin1",
+    activation="ffn.activation",
+    down="ffn.lin2",
+    down_dropout="ffn.dropout",
+    down_norm="output_layer_norm",
+)
+
+_ALBERT_LAYER = Layer(
+    modules={"": ("AlbertLayer",), "attention": ("AlbertAttention", "AlbertSdpaAttention")},
+    qkv=("attention.query", "attention.key", "attention.value"),
+    **_attention("attention"),
+    probs_dropout="attention.attention_dropout",
+    out="attention.dense",
+    out_dropout="attention.output_dropout",
+    out_norm="attention.LayerNorm",
+    up="ffn",
+    activation="activation",
+    down="ffn_output",
+    down_norm="full_layer_layer_norm",
+)
+
+_MODERNBERT_LAYER = Layer(
+    modules={"": ("ModernBertEncoderLayer",), "attn": ("ModernBertAttention",), "mlp": ("ModernBertMLP",)},
+    qkv=("attn.Wqkv",),
+    head_dim="attn.head_dim",
+    probs_dropout="attn.attention_dropout",
+    probs_switch="attn",
+    causal="attn.is_causal",
+    reach="attn.sliding_window",
+    out="attn.Wo",
+    out_dropout="attn.out_drop",
+    out_norm="attn_norm",
+    up="mlp.Wi",
+    activation="mlp.act",
+    inner_dropout="mlp.drop",
+    down="mlp.Wo",
+    down_norm="mlp_norm",
+    pre_norm=True,
+    gated=True,
+    attention_type="attention_type",
+)
+
+
+def _rotary_layer(name: str, up: str, down: str, **different: Any) -> Layer:
+    """A post-norm layer whose q and k are rotated: Nomic BERT, GTE, Jina's third."""
+    layer = Layer(
+        modules={"": (f"{name}Layer",), "self_attn": (f"{name}Attention",), "mlp": (f"{name}MLP",)},
+        qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        head_dim="self_attn.head_dim",
+        probs_dropout="self_attn.attention_dropout",
+        probs_switch="self_attn",
+        scale="self_attn.scaling",
+        causal="self_attn.is_causal",
+        out="self_attn.o_proj",
+        out_dropout="post_attention_dropout",
+        out_norm="post_attention_layernorm",
+        up=up,
+        activation="mlp.act_fn",
+        down=down,
+        down_dropout="post_mlp_dropout",
+        down_norm="post_mlp_layernorm",
+        rotates=True,
+    )
+    return replace(layer, **different)
+
+
+_POOLED = "BaseModelOutputWithPoolingAndCrossAttentions"
+_PLAIN_POOLED = "BaseModelOutputWithPooling"
+
+
+def _around(name: str) -> dict[str, Any]:
+    """What is around the layers, in most families."""
+    return {
+        "modules": {"embeddings": (f"{name}Embeddings",), "encoder": (f"{name}Encoder",)},
+        "pooler": (f"{name}Pooler",),
+    }
+
+
+def _bert(name: str, output: str = _POOLED, layer: dict[str, Any] | None = None, **different: Any) -> Family:
+    return Family(_bert_layer(name, **(layer or {})), output=output, **(_around(name) | different))
+
+
+def _roberta(name: str, output: str = _POOLED, layer: dict[str, Any] | None = None, **different: Any) -> Family:
+    return _bert(name, output, layer, positions="after_padding_idx", **different)
+
+
+def _pre_norm(out_norm: str, down_norm: str) -> dict[str, Any]:
+    return {"out_norm": out_norm, "down_norm": down_norm, "pre_norm": True}
+
+
+def _rotary(name: str, layer: Layer, **different: Any) -> Family:
+    return Family(
+        layer,
+        output=_PLAIN_POOLED,
+        modules={"embeddings": (f"{name}Embeddings",)},
+        pooler=(f"{name}Pooler",),
+        layers="layers",
+        position=None,
+        positions="rotary",
+        ignores_rest=True,
+        heads=False,
+        **different,
+    )
+
+
+# what the embeddings of these are given beside ids and positions
+_TYPES = {"token_type_ids": None}
+
+
+def _called(name: str, output: str, called: dict[str, tuple[int, ...] | None], layer: dict[str, Any]) -> Family:
+    """Its embeddings are called as they are."""
+    return Family(
+        _bert_layer(name, **layer),
+        output=output,
+        modules={"encoder": (f"{name}Encoder",)},
+        buffers={},
+        pooler=(f"{name}Pooler",),
+        word=None,
+        position=None,
+        token_type=None,
+        norm=None,
+        dropout=None,
+        called={"position_ids": None} | called,
+        heads=False,
+    )
+
+
+# class name of the encoder -> its facts
+FAMILIES = {
+    "BertModel": _bert("Bert"),
+    "RobertaModel": _roberta("Roberta"),
+    "XLMRobertaModel": _roberta("XLMRoberta"),
+    "CamembertModel": _roberta("Camembert"),
+    "ElectraModel": Family(
+        _bert_layer("Electra"),
+        output="BaseModelOutputWithPastAndCrossAttentions",
+        **_around("Electra"),
+        project="embeddings_project",
+    ),
+    "DistilBertModel": Family(
+        _DISTILBERT_LAYER,
+        output="BaseModelOutput",
+        modules={"embeddings": ("Embeddings",), "transformer": ("Transformer",)},
+        layers="transformer.layer",
+        token_type=None,
+    ),
+    "AlbertModel": Family(
+        _ALBERT_LAYER,
+        output="BaseModelOutputWithPooling",
+        modules={"embeddings": ("AlbertEmbeddings",), "encoder": ("AlbertTransformer",)},
+        layers="encoder.albert_layer_groups",
+        groups=True,
+        project="encoder.embedding_hidden_mapping_in",
+        pooler_activation="pooler_activation",
+    ),
+    "MPNetModel": Family(
+        _MPNET_LAYER,
+        output="BaseModelOutputWithPooling",
+        **_around("MPNet"),
+        token_type=None,
+        positions="after_padding_idx",
+        bias="encoder",
+        tuple_keeps_pooler=True,
+    ),
+    "ModernBertModel": Family(
+        _MODERNBERT_LAYER,
+        output="BaseModelOutput",
+        modules={"embeddings": ("ModernBertEmbeddings",)},
+        layers="layers",
+        word="embeddings.tok_embeddings",
+        position=None,
+        token_type=None,
+        norm="embeddings.norm",
+        dropout="embeddings.drop",
+        positions="rotary",
+        final_norm="final_norm",
+    ),
+    "ErnieModel": _bert("Ernie"),  # with task ids it has a table that this row does not know
+    "Data2VecTextModel": _roberta("Data2VecText"),
+    "RemBertModel": _bert("RemBert", layer=_EAGER, project="encoder.embedding_hidden_mapping_in"),
+    "SplinterModel": _bert("Splinter", "BaseModelOutput", _NUMBER, pooler=(), heads=False),
+    "BertGenerationEncoder": _bert(
+        "BertGeneration",
+        "BaseModelOutputWithPastAndCrossAttentions",
+        modules={"embeddings": ("BertGenerationEmbeddings",), "encoder": ("BertEncoder",)},
+        pooler=(),
+        token_type=None,
+        heads=False,
+    ),
+    "ChineseCLIPTextModel": _bert("ChineseCLIPText", _PLAIN_POOLED, _NUMBER, heads=False),
+    "AlignTextModel": _bert("AlignText", _PLAIN_POOLED, _NUMBER, heads=False),
+    "ClapTextModel": _roberta("ClapText", _PLAIN_POOLED, _NUMBER, heads=False),
+    "AltRobertaModel": _roberta("AltRoberta", _PLAIN_POOLED, _NUMBER, layers="encoder.layers", heads=False),
+    "MegatronBertModel": _bert(
+        "MegatronBert",
+        layer=_EAGER | _pre_norm("attention.ln", "ln"),
+        norm=None,
+        final_norm="encoder.ln",
+    ),
+    "XLMRobertaXLModel": _roberta(
+        "XLMRobertaXL",
+        layer={"down_dropout": None} | _pre_norm("attention.self_attn_layer_norm", "LayerNorm"),
+        norm=None,
+        final_norm="encoder.LayerNorm",
+    ),
+    "RobertaPreLayerNormModel": _roberta(
+        "RobertaPreLayerNorm",
+        layer=_pre_norm("attention.LayerNorm", "intermediate.LayerNorm"),
+        final_norm="LayerNorm",
+    ),
+    "NomicBertModel": _rotary(
+        "NomicBert",
+        _rotary_layer("NomicBert", "mlp.up_proj", "mlp.down_proj", gated=True, gate="mlp.gate_proj"),
+    ),
+    "GteModel": _rotary(
+        "Gte",
+        _rotary_layer(
+            "Gte", "mlp.up_proj", "mlp.down_proj", gated=True, gate="mlp.gate_proj", inner_dropout="mlp.dropout"
+        ),
+    ),
+    "JinaEmbeddingsV3Model": _rotary(
+        "JinaEmbeddingsV3",
+        _rotary_layer("JinaEmbeddingsV3", "mlp.fc1", "mlp.fc2", activation="mlp.activation_fn"),
+    ),
+    "EsmModel": replace(
+        _called(
+            "Esm",
+            _POOLED,
+            {"attention_mask": None},
+            _EAGER
+            | _pre_norm("attention.LayerNorm", "LayerNorm")
+            | {"probs_switch": "attention.self", "activation": None, "activation_name": "gelu", "rotates": True},
+        ),
+        positions="rotary",
+        position_type="rotary",
+        tables_of_rotation="rotary_embeddings",
+        unused=("contact_head",),
+        final_norm="encoder.emb_layer_norm_after",
+    ),
+    "LayoutLMModel": _called("LayoutLM", _PLAIN_POOLED, _TYPES | {"bbox": (4,)}, _NUMBER),
+    "RoCBertModel": _called(
+        "RoCBert", _POOLED, _TYPES | {"input_shape_ids": None, "input_pronunciation_ids": None}, {}
+    ),
+    "MarkupLMModel": _called(
+        "MarkupLM", _PLAIN_POOLED, _TYPES | {"xpath_tags_seq": None, "xpath_subs_seq": None}, _NUMBER
+    ),
+    "TapasModel": _called("Tapas", _PLAIN_POOLED, {"token_type_ids": (7,)}, _EAGER),
+    "VisualBertModel": _called("VisualBert", _PLAIN_POOLED, _TYPES, _EAGER),
+}
+
+# under transformers 4: those that were compared with it, and what is different there
+_OF_4 = (
+    "BertModel", "RobertaModel", "XLMRobertaModel", "CamembertModel", "ElectraModel", "DistilBertModel", "AlbertModel",
+    "MPNetModel",
+)  # fmt: skip
+_MODERNBERT = FAMILIES["ModernBertModel"]
+FAMILIES_OF_4 = {name: FAMILIES[name] for name in _OF_4} | {
+    "ModernBertModel": replace(
+        _MODERNBERT,
+        layer=replace(_MODERNBERT.layer, attention_type="attn.local_attention", rotary="attn.rotary_emb"),
+        last_state_normed=False,
+    )
+}

@@ -1,0 +1,250 @@
+"""The encoders of transformers beyond those of test_dropin_transformers: each beside itself, float64 as truth.
+
+One row of the table of families stands for each of them. The paths are the same for all, so each family is asked the
+few things in which rows differ: values and gradients with padding on either side, what is returned, heads, dropout.
+"""
+
+import copy
+import warnings
+
+import pytest
+import torch
+
+import fastbert
+from fastbert.dropin.families import FAMILIES
+from fastbert.testing import assert_within_budget
+from tests.test_dropin_transformers import HEADS, MASKS, MODELS, SIZES, WIDTH, assert_gradients, labels_of, three
+
+transformers = pytest.importorskip("transformers", minversion="5.24", reason="these rows are of it")
+pytestmark = pytest.mark.once
+
+FROM_PAD = {"pad_token_id": 1}  # positions count from it
+ESM = FROM_PAD | {"mask_token_id": 4, "position_embedding_type": "rotary"}
+# name of the encoder's class -> (of its config's, settings beyond SIZES)
+OTHERS = {
+    "ErnieModel": ("ErnieConfig", {}),
+    "Data2VecTextModel": ("Data2VecTextConfig", FROM_PAD),
+    "RemBertModel": ("RemBertConfig", {"input_embedding_size": 24, "output_embedding_size": 24}),
+    "SplinterModel": ("SplinterConfig", {}),
+    "BertGenerationEncoder": ("BertGenerationConfig", {}),
+    "ChineseCLIPTextModel": ("ChineseCLIPTextConfig", {}),
+    "AlignTextModel": ("AlignTextConfig", {}),
+    "ClapTextModel": ("ClapTextConfig", FROM_PAD),
+    "AltRobertaModel": ("AltCLIPTextConfig", FROM_PAD | {"project_dim": 16}),
+    "MegatronBertModel": ("MegatronBertConfig", {}),
+    "XLMRobertaXLModel": ("XLMRobertaXLConfig", FROM_PAD),
+    "RobertaPreLayerNormModel": ("RobertaPreLayerNormConfig", FROM_PAD),
+    "NomicBertModel": ("NomicBertConfig", {}),
+    "GteModel": ("GteConfig", {}),
+    "JinaEmbeddingsV3Model": ("JinaEmbeddingsV3Config", {}),
+    "EsmModel": ("EsmConfig", ESM | {"token_dropout": True}),
+    "LayoutLMModel": ("LayoutLMConfig", {"max_2d_position_embeddings": 32}),
+    "RoCBertModel": (
+        "RoCBertConfig",
+        {"pronunciation_vocab_size": 60, "shape_vocab_size": 60, "pronunciation_embed_dim": 8, "shape_embed_dim": 8},
+    ),
+    "MarkupLMModel": (
+        "MarkupLMConfig",
+        FROM_PAD
+        | {"max_xpath_tag_unit_embeddings": 20, "max_xpath_subs_unit_embeddings": 20, "xpath_unit_hidden_size": 8}
+        | {"max_depth": 4, "tag_pad_id": 19, "subs_pad_id": 19},
+    ),
+    "TapasModel": ("TapasConfig", {}),
+    "VisualBertModel": ("VisualBertConfig", {"visual_embedding_dim": 20}),
+}  # fmt: skip
+# heads of those whose heads read them as BERT's do
+WITH_HEADS = ("Ernie", "Data2VecText", "RemBert", "MegatronBert", "XLMRobertaXL", "RobertaPreLayerNorm")
+
+
+def class_of(name: str) -> type:
+    if name == "AltRobertaModel":  # not exported
+        return transformers.models.altclip.modeling_altclip.AltRobertaModel
+    return getattr(transformers, name)
+
+
+def build(name: str, head: str | None = None, dropout: float = 0.0, **more) -> torch.nn.Module:
+    kind, settings = OTHERS[name]
+    config = getattr(transformers, kind)(**{**SIZES, **settings, "attn_implementation": "eager", **more})
+    config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
+    cls = class_of(name) if head is None else getattr(transformers, name.removesuffix("Model") + head)
+    torch.manual_seed(0)
+    model = cls(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.2) if p.dim() > 1 else p.add_(torch.randn_like(p) * 0.1)
+    return model
+
+
+def batch_of(name: str, model: torch.nn.Module, mask: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """With every input that the encoder's embeddings take."""
+    ids = torch.randint(5, 60, (4, WIDTH))
+    if name == "EsmModel":
+        ids[:, 1] = model.config.mask_token_id  # the embeddings of the others are scaled by how many there are
+    batch = {"input_ids": ids}
+    if mask is not None:
+        batch = {"input_ids": torch.where(mask, ids, model.config.pad_token_id), "attention_mask": mask.long()}
+    if getattr(model.config, "type_vocab_size", 0) > 1 and name not in ("BertGenerationEncoder", "EsmModel"):
+        batch["token_type_ids"] = torch.randint(0, 2, ids.shape)
+    if name == "LayoutLMModel":
+        batch["bbox"] = torch.randint(0, 8, (*ids.shape, 4)).cumsum(-1)
+    if name == "TapasModel":
+        batch["token_type_ids"] = torch.randint(0, 2, (*ids.shape, 7))
+    if name == "RoCBertModel":
+        batch |= {f"input_{of}_ids": torch.randint(0, 60, ids.shape) for of in ("shape", "pronunciation")}
+    if name == "MarkupLMModel":
+        batch |= {f"xpath_{of}_seq": torch.randint(0, 19, (*ids.shape, 4)) for of in ("tags", "subs")}
+    return batch
+
+
+def assert_fused(model: torch.nn.Module) -> None:
+    """Every call so far ran packed, and none the original's code."""
+    report = fastbert.explain(model)
+    assert report.replaced, report
+    assert not any("ran its own code" in why or "runs its own code" in why for why in report.left.values()), report
+
+
+def test_every_family_of_the_table_is_tested():
+    assert {prefix + "Model" for prefix, _, _ in MODELS.values()} | set(OTHERS) == set(FAMILIES)
+    assert {f"{name}Model" for name in WITH_HEADS} == {name for name in OTHERS if FAMILIES[name].heads}
+
+
+# a row of each kind in bfloat16
+KINDS = ("ErnieModel", "RemBertModel", "MegatronBertModel", "NomicBertModel", "GteModel", "EsmModel", "LayoutLMModel")
+RUNS = [(name, "right", torch.float32) for name in OTHERS] + [(name, "left", torch.bfloat16) for name in KINDS]
+
+
+@pytest.mark.parametrize(("name", "mask", "dtype"), RUNS, ids=lambda value: str(value).removeprefix("torch."))
+def test_values_and_gradients(name, mask, dtype):
+    """Every tensor that is returned, at padding too, and the gradient of every parameter."""
+    models = ours, plain, truth = three(build(name), dtype, padding="exact")
+    batch = batch_of(name, plain, MASKS[mask])
+    outputs = [model(**batch, output_hidden_states=True) for model in models]
+    assert type(outputs[0]) is type(outputs[1])
+    assert list(outputs[0]) == list(outputs[1])
+    for field in outputs[1]:
+        values = [output[field] for output in outputs]
+        values = values if field == "hidden_states" else [[value] for value in values]
+        for number, of_each in enumerate(zip(*values, strict=True)):
+            assert_within_budget(*of_each, name=f"{field} {number}")
+    weights = torch.randn(outputs[1].last_hidden_state.shape)
+    losses = [(o.last_hidden_state * weights.to(o.last_hidden_state.dtype)).sum() for o in outputs]
+    assert_gradients(ours, plain, truth, losses)
+    assert_fused(ours)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_without_a_mask_as_a_tuple_and_with_nothing_but_ids(name):
+    """What stands for an argument that is not given is the original's own."""
+    ours, plain, truth = three(build(name), padding="exact")
+    ids = batch_of(name, plain, None)["input_ids"]
+    with torch.no_grad():
+        outputs = [model(ids, return_dict=False) for model in (ours, plain, truth)]
+    assert [t is None for t in outputs[0]] == [t is None for t in outputs[1]]
+    for of_each in zip(*outputs, strict=True):
+        if of_each[0] is not None:
+            assert_within_budget(*of_each)
+    assert_fused(ours)
+
+
+@pytest.mark.parametrize("family", WITH_HEADS)
+def test_heads_read_no_padding(family):
+    """Losses with padding left out: each head of these families reads what BERT's of the same name reads."""
+    mask = MASKS["right"]
+    for head in (*HEADS, "ForPreTraining", "ForNextSentencePrediction"):
+        if not hasattr(transformers, family + head):
+            continue
+        models = ours, plain, truth = three(build(f"{family}Model", head), padding="auto")
+        batch = batch_of(f"{family}Model", plain, mask) | labels_of(head, mask)
+        if head == "ForPreTraining":
+            batch["next_sentence_label"] = torch.randint(0, 2, (4,))
+        if head == "ForMultipleChoice":
+            batch = {k: v if k == "labels" else v.view(2, 2, WIDTH) for k, v in batch.items()}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            # some heads clamp the positions that they are given in place
+            losses = [model(**{k: v.clone() for k, v in batch.items()}).loss for model in models]
+        for loss in losses[:2]:
+            torch.testing.assert_close(loss.double(), losses[2], rtol=1e-5, atol=1e-5, msg=head)
+        if head in ("ForTokenClassification", "ForQuestionAnswering"):
+            assert_gradients(ours, plain, truth, losses)
+        assert_fused(ours)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_dropout_is_drawn_in_training_and_only_there(name):
+    """Two passes in training differ, the mean of many is near the pass without dropout; evaluation draws nothing."""
+    model = fastbert.accelerate(build(name, dropout=0.1), impl="native", padding="exact")
+    batch = batch_of(name, model, MASKS["right"])
+    with torch.no_grad():
+        kept = model(**batch).last_hidden_state
+        state = torch.get_rng_state()
+        assert torch.equal(model(**batch).last_hidden_state, kept)
+        assert torch.equal(torch.get_rng_state(), state)
+        model.train()
+        drawn = torch.stack([model(**batch).last_hidden_state for _ in range(12)])
+    assert not torch.equal(drawn[0], drawn[1])
+    spread = drawn.std(0).mean()
+    assert spread > 0.01
+    assert (drawn.mean(0) - kept).abs().mean() < spread  # of twelve the mean's own error is 0.29 of it
+    assert_fused(model)
+
+
+@pytest.mark.parametrize("name", ["NomicBertModel", "EsmModel", "MegatronBertModel"])
+def test_copies_and_restore(name):
+    plain = build(name)
+    ours = fastbert.accelerate(copy.deepcopy(plain), impl="native", padding="exact")
+    batch = batch_of(name, plain, MASKS["right"])
+    with torch.no_grad():
+        first = ours(**batch).last_hidden_state
+        assert torch.equal(copy.deepcopy(ours)(**batch).last_hidden_state, first)
+        restored = fastbert.restore(ours)(**batch).last_hidden_state
+        assert torch.equal(restored, plain(**batch).last_hidden_state)
+
+
+# ---- what is left alone, by name -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "why"),
+    [
+        ("ErnieModel", {"use_task_id": True}, "has no embeddings.task_type_embeddings.weight"),
+        ("EsmModel", {"position_embedding_type": "absolute"}, "its positions are absolute"),
+        ("RemBertModel", {"is_decoder": True}, "it is a decoder"),
+    ],
+    ids=["ernie_with_tasks", "esm_with_a_table", "a_decoder"],
+)
+def test_what_a_row_does_not_know_is_refused(name, settings, why):
+    with pytest.warns(UserWarning, match="replaced nothing"):
+        model = fastbert.accelerate(build(name, **settings))
+    assert why in str(fastbert.explain(model))
+
+
+def test_layers_that_the_config_leaves_out_do_not_run():
+    """Nomic BERT, GTE and Jina's third run the first `num_hidden_layers` of their layers, which may be set later."""
+    ours, plain, _ = three(build("NomicBertModel"), padding="exact")
+    batch = batch_of("NomicBertModel", plain, MASKS["right"])
+    with torch.no_grad():
+        both = ours(**batch).last_hidden_state
+        ours.config.num_hidden_layers = plain.config.num_hidden_layers = 1
+        with pytest.warns(UserWarning, match="1 of its 2 layers"):
+            one = ours(**batch).last_hidden_state
+        assert torch.equal(one, plain(**batch).last_hidden_state)
+    assert not torch.allclose(one, both)
+
+
+def test_pictures_beside_text_run_the_originals_code():
+    """VisualBERT's `visual_embeds` make sequences longer than `input_ids`."""
+    ours, plain, _ = three(build("VisualBertModel"), padding="exact")
+    batch = batch_of("VisualBertModel", plain, MASKS["right"]) | {"visual_embeds": torch.randn(4, 3, 20)}
+    with torch.no_grad(), pytest.warns(UserWarning, match="visual_embeds was given"):
+        got = ours(**batch).last_hidden_state
+    assert torch.equal(got, plain(**batch).last_hidden_state)
+
+
+def test_gte_without_token_types():
+    """gte-base-en-v1.5 has no table of them, and None in its place."""
+    ours, plain, truth = three(build("GteModel", type_vocab_size=0), padding="exact")
+    batch = batch_of("GteModel", plain, MASKS["right"])
+    with torch.no_grad():
+        assert_within_budget(*(model(**batch).last_hidden_state for model in (ours, plain, truth)))
+    assert_fused(ours)
