@@ -18,7 +18,7 @@ INSTALLED := $(VENV)/.installed
 BUILT := $(VENV)/.built
 SOURCES := $(shell find kernels -name '*.cpp' -o -name '*.h')
 
-.PHONY: fuzz fuzz-asan help install demo test test-triton test-cpp test-torch ptx ptx-fast ptx-mutants verify bench compile compile-all full lint format clean
+.PHONY: families fuzz fuzz-asan help install demo test test-triton test-cpp test-torch ptx ptx-fast ptx-mutants verify bench compile compile-all full lint format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -33,6 +33,7 @@ help:
 	@echo "make verify   check every operator on this machine against the reference"
 	@echo "make bench    time everything beside the libraries people use (BENCH_ARGS="--quick")"
 	@echo "make compile  compile the kernels for NVIDIA and AMD without a GPU, and read their machine code"
+	@echo "make families every model of transformers that reads text, small, beside itself accelerated"
 	@echo "make full     all that takes hours: every kernel at every config, emulated PTX, other versions of Python and torch"
 	@echo "make lint     check code and format"
 	@echo "make format   apply both"
@@ -106,6 +107,10 @@ compile: $(INSTALLED)
 
 compile-all: $(INSTALLED)
 	$(BIN)/python -m benchmarks.inspection.compile_report
+
+# The table of docs/families.md; 1 where an accelerated model differs from itself.
+families: $(BUILT)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.families_of_transformers
 
 full:
 	@PARTS='$(PARTS)' PIP_ARGS='$(PIP_ARGS)' .ci/full

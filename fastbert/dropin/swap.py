@@ -44,10 +44,10 @@ def accelerate(
     noticed as `prepack` says.
 
     Args:
-        model: of transformers (BERT, RoBERTa, XLM-RoBERTa, CamemBERT, DistilBERT, ELECTRA, ALBERT, MPNet, ModernBERT,
-            with any head), of torch (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention), or
-            any module that contains some, as sentence-transformers' do; their `encode`, `predict` and `rank` then also
-            make batches of tokens, sorted by the texts' lengths in tokens.
+        model: of transformers (the encoders that docs/families.md lists as equal, BERT to ESM-2, with any head), of
+            torch (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention), or any module that
+            contains some, as sentence-transformers' do; their `encode`, `predict` and `rank` then also make batches of
+            tokens, sorted by the texts' lengths in tokens.
         impl: which implementation every operator uses; None lets each device choose. See `fastbert.functional`.
         cuda_graphs: of transformers' encoders on a CUDA device, record the launches of a pass once for each bucket of
             total tokens, 16 to 4,096 of them (more where the model is narrower than BERT-base), and replay them as one.
