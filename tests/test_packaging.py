@@ -48,6 +48,7 @@ def test_wheel_holds_every_module_and_no_other_top_level_name(wheel):
         for path in (ROOT / folder).rglob("*.py"):
             assert f"{installed}/{path.relative_to(ROOT / folder).as_posix()}" in names
     assert {"fastbert/py.typed", "fastbert/data/devils_dictionary.txt", "fastbert/data/README.md"} <= names
+    assert "fastbert/service/page.html" in names
     if cpp.dtypes():  # what compiled the operators here compiles them for every set of instructions
         libraries = "\n".join(name for name in names if name.endswith(".so"))
         assert all(library.name_of(instructions) in libraries for instructions in library.INSTRUCTIONS)

@@ -1,0 +1,56 @@
+"""The page of a server in a real browser. It needs Playwright and a Chromium, which FASTBERT_CHROMIUM may name."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("playwright", reason="needs a browser: pip install playwright; playwright install chromium")
+pytest.importorskip("orjson", reason="needs the serve extra")
+pytest.importorskip("prometheus_client", reason="needs the serve extra")
+pytest.importorskip("uvicorn", reason="needs the serve extra")
+from playwright.sync_api import Error, expect, sync_playwright
+
+sys.path.append(str(Path(__file__).parent))
+from service_models import Process, make_folder
+
+pytestmark = pytest.mark.once
+
+
+@pytest.fixture
+def server(tmp_path):
+    process = Process(f"texts={make_folder(tmp_path / 'texts', 'texts')}")
+    yield process
+    process.end()
+
+
+def test_the_page_finds_neighbours_and_shows_the_load(server):
+    with sync_playwright() as playwright:
+        try:
+            browser = playwright.chromium.launch(
+                executable_path=os.environ.get("FASTBERT_CHROMIUM"), args=["--no-sandbox"]
+            )
+        except Error as error:
+            pytest.skip(f"no Chromium starts here: {str(error).splitlines()[0]}")
+        page = browser.new_page()
+        errors = []
+        page.on("pageerror", errors.append)
+        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        page.goto(f"{server.url}/")
+        expect(page.locator("#model")).to_contain_text("texts of up to 64 tokens")
+        page.fill("#text", "a b c")
+        page.fill("#others", "x y z\na b c\n<b>d</b>")
+        page.click("button")
+        rows = page.locator("#neighbours tr")
+        expect(rows).to_have_count(3)
+        expect(rows.first).to_contain_text("a b c")
+        expect(rows.first).to_contain_text("1.000")
+        expect(page.locator("#neighbours")).to_contain_text("<b>d</b>")  # shown as it is, not as a part of the page
+        expect(page.locator("#said")).to_contain_text("tokens in")
+        page.wait_for_function("Number(document.getElementById('latency').textContent) > 0")
+        assert errors == []
+        page.fill("#others", "")
+        page.click("button")
+        expect(page.locator("#said")).to_contain_text("cannot be empty")
+        browser.close()
