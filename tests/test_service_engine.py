@@ -208,6 +208,46 @@ def test_stopping_ends_what_was_taken_in():
     run(test)
 
 
+def test_stopping_waits_for_what_is_being_tokenised():
+    async def test():
+        async with Rig() as rig:
+            entered, go = threading.Event(), threading.Event()
+
+            def slow():
+                entered.set()
+                assert go.wait(30)
+                return Prepared([Piece(rig.lane, 4, 10)], [10])
+
+            await rig.blocked()  # so that the thread for it tokenises
+            job = Job(rig.queue, slow, 10)
+            rig.engine.submit(job)
+            await asyncio.to_thread(entered.wait, 30)
+            stopped = asyncio.create_task(asyncio.to_thread(rig.engine.stop))
+            rig.lane.open.set()
+            while not rig.engine._stopped or rig.engine._busy:
+                await asyncio.sleep(0.001)
+            await asyncio.sleep(0.05)
+            go.set()
+            assert await job.answer == [8]
+            await stopped
+
+    run(test)
+
+
+def test_no_client_is_told_to_wait_for_a_minute():
+    async def test():
+        async with Rig(bound=50) as rig:
+            await rig.blocked()
+            await rig.settled([rig.ask(1, tokens=40)])
+            for rate, wanted in ((0.001, 59), (20.0, 2), (1e9, 1)):
+                rig.engine.rate = rate
+                with pytest.raises(ServiceError) as error:
+                    rig.ask(2, announced=41)
+                assert error.value.headers() == [(b"retry-after", b"%d" % wanted)]
+
+    run(test)
+
+
 def test_models_take_turns():
     async def test():
         lane, queues = Doubler(), [TokenQueue(10, 1000), TokenQueue(10, 1000)]

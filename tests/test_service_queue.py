@@ -78,14 +78,15 @@ def test_short_requests_keep_most_of_every_batch_while_long_ones_wait():
 
 
 def test_credit_is_not_kept_for_a_later_request():
+    """Two pieces are taken while nothing else waits, so not by their credit; the next long request begins without."""
     queue = TokenQueue(budget=100, bound=10**9)
-    for _ in range(20):
-        put(queue, 20, 20)
-        queue.next_batch()
-    put(queue, *[20] * 10)
-    for _ in range(8):
+    put(queue, 90, 90)
+    assert len(queue.next_batch()) == len(queue.next_batch()) == 1
+    long = put(queue, 90, 90)
+    for _ in range(40):
         put(queue, 25)
-    assert sum(len(request.lengths) == 1 for request, _ in queue.next_batch()) >= 3
+    batches = [queue.next_batch() for _ in range(4)]
+    assert [any(request is long for request, _ in batch) for batch in batches] == [False, False, False, True]
 
 
 def test_the_bound_holds_with_what_is_announced():

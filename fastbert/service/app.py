@@ -91,7 +91,7 @@ class Endpoint:
             service.admit(call)
             if way.method == "POST":
                 await call.read(service.settings.payload_limit)
-                if "documents" in call.body:
+                if way.name == "rerank" and "documents" in call.body:
                     form = cohere_form
             content = as_json(await way.answer(service, call))
             service.metrics.count("te_request_success", method=way.name)
