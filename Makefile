@@ -61,10 +61,11 @@ demo: $(BUILT)
 	@$(BIN)/python -m fastbert.demo
 
 # The interpreter runs one program at a time, in Python: processes help, threads of torch only get in their way.
+# With worksteal a process takes tests of one file after another, so that what a file sets up is set up once.
 test: test-triton test-cpp test-torch
 
 test-triton test-cpp test-torch: $(BUILT)
-	FASTBERT_TEST=$(@:test-%=%) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(JOBS)
+	FASTBERT_TEST=$(@:test-%=%) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(JOBS) --dist worksteal
 
 # Triton compiles for each architecture, numpy executes the PTX. What was compiled stays in Triton's cache.
 ARCHES ?= sm_80 sm_90 sm_120

@@ -6,11 +6,17 @@
     cpp      what a machine without a GPU runs as installed: the C++ operators, and no interpreter
     torch    the same where those were not built: PyTorch's own operators
 
-A test that is marked `once` computes nothing that depends on the way, and runs in the first alone. One that is marked
-`triton`, or has "triton" for its parameter `impl`, is skipped where Triton's kernels do not run.
+Nothing runs twice that computes the same, so that each way tests what the two others do not (`_ways`):
+
+    once                       computes nothing that depends on the way: runs in the first alone
+    impl="reference"           of the parameter `impl`: plain torch in every way, so it runs in the first alone
+    native, impl="native"      names that implementation: runs in `cpp` and `torch`; with a GPU in `triton` too
+    cpp                        calls the C++ operators: runs in `cpp` alone, and is skipped where they cannot be
+    triton, impl="triton"      runs the Triton kernels: in the first alone, and is skipped where they do not run
 """
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +42,10 @@ if WAY in ("cpp", "torch"):
 import pytest
 import torch
 
+from fastbert.kernels import _device
+
+if _device.INTERPRETING and _device.HAS_TRITON:
+    runpy.run_path(str(Path(__file__).with_name("interpreter.py")))["hasten"]()
 if EMULATED:
     from fastbert.emulator import emulate
 
@@ -53,7 +63,6 @@ def pytest_configure(config):
 
 
 def pytest_report_header(config):
-    from fastbert.kernels import _device
     from fastbert.kernels.cpu import operators as cpp
 
     triton = "on a GPU" if torch.cuda.is_available() else f"emulated, {EMULATED}" if EMULATED else "not run"
@@ -62,17 +71,36 @@ def pytest_report_header(config):
     return f"fastbert: FASTBERT_TEST={WAY}; Triton kernels: {triton}; C++ operators: {cpp.load()[1] or 'built'}"
 
 
-def pytest_collection_modifyitems(config, items):
-    """Leaves out what ran in another way already, and what needs Triton where that does not run."""
-    from fastbert.functional import why_not_triton
+def _impl(item) -> str | None:
+    """The parameter `impl` of a test that has one."""
+    return item.callspec.params.get("impl") if hasattr(item, "callspec") else None
 
-    if WAY != "triton":
-        once = [item for item in items if item.get_closest_marker("once")]
-        items[:] = [item for item in items if not item.get_closest_marker("once")]
-        config.hook.pytest_deselected(items=once)
+
+def _ways(item) -> tuple[str, ...]:
+    """In which ways a test computes what it computes in no other."""
+    impl = _impl(item)
+    if item.get_closest_marker("once") or item.get_closest_marker("triton") or impl in ("triton", "reference"):
+        return ("triton",)
+    if item.get_closest_marker("cpp"):
+        return ("cpp",)
+    if item.get_closest_marker("native") or impl == "native":
+        return ("triton", "cpp", "torch") if torch.cuda.is_available() else ("cpp", "torch")
+    return ("triton", "cpp", "torch")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves out what another way tests; skips what needs Triton, or the C++ operators, where those do not run."""
+    from fastbert.functional import why_not_triton
+    from fastbert.kernels.cpu import operators as cpp
+
+    elsewhere = [item for item in items if WAY not in _ways(item)]
+    if elsewhere:
+        items[:] = [item for item in items if WAY in _ways(item)]
+        config.hook.pytest_deselected(items=elsewhere)
     for item in items:
-        impl = item.callspec.params.get("impl") if hasattr(item, "callspec") else None
-        if impl == "triton" or item.get_closest_marker("triton"):
+        if item.get_closest_marker("cpp") and (reason := cpp.load()[1]):
+            item.add_marker(pytest.mark.skip(reason=f"no C++ operators: {reason}"))
+        if _impl(item) == "triton" or item.get_closest_marker("triton"):
             on_gpu = torch.cuda.is_available() and "device" in item.fixturenames
             if reason := why_not_triton(torch.device("cuda" if on_gpu else "cpu")):
                 item.add_marker(pytest.mark.skip(reason=reason))
@@ -112,8 +140,6 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def kernels_of():
     """kernels_of(f): the kernels that f() would launch, each told apart by all that it is compiled for. None runs."""
-    from fastbert.kernels import _device
-
     if _device.INTERPRETING:
         pytest.skip("the interpreter compiles no kernels")
     from fastbert.emulator.driver import offline

@@ -13,6 +13,8 @@ from fastbert.testing import assert_within_budget
 
 transformers = pytest.importorskip("transformers", reason="compared with transformers")
 
+pytestmark = pytest.mark.native
+
 SIZES = {
     "vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
     "max_position_embeddings": 40,

@@ -11,7 +11,7 @@ from fastbert.kernels.cpu import attention as cpu_attention
 from fastbert.kernels.cpu import operators as cpp
 from fastbert.testing import assert_within_budget, cu_seqlens_of
 
-pytestmark = pytest.mark.skipif(cpp.load()[0] is None, reason=f"no C++ operators: {cpp.load()[1]}")
+pytestmark = pytest.mark.cpp
 DTYPES = [
     torch.float32,
     pytest.param(

@@ -7,7 +7,7 @@ from fastbert.kernels import native, reference
 from fastbert.kernels.cpu import operators as cpp
 from fastbert.testing import assert_within_budget
 
-pytestmark = pytest.mark.skipif(cpp.load()[0] is None, reason=f"no C++ operators: {cpp.load()[1]}")
+pytestmark = pytest.mark.cpp
 DTYPES = [
     torch.float32,
     pytest.param(

@@ -18,7 +18,7 @@ from fastbert.models import bert
 from fastbert.models.bert import BertLayer
 from fastbert.testing import assert_within_budget, cu_seqlens_of
 
-pytestmark = pytest.mark.skipif(cpp.load()[0] is None, reason=f"no C++ operators: {cpp.load()[1]}")
+pytestmark = pytest.mark.cpp
 DTYPES = [
     torch.float32,
     pytest.param(

@@ -10,7 +10,8 @@ from fastbert.kernels.cpu import loss as cpu_loss
 from fastbert.kernels.cpu import operators as cpp
 from fastbert.testing import ModelShape, assert_within_budget
 
-built = pytest.mark.skipif(cpp.load()[0] is None, reason=f"no C++ operators: {cpp.load()[1]}")
+pytestmark = pytest.mark.native
+
 DTYPES = [
     torch.float32,
     pytest.param(
@@ -66,7 +67,7 @@ def check(dtype, inputs, **options):
 # ---- against float64 -----------------------------------------------------------------------------------------
 
 
-@built
+@pytest.mark.cpp
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -76,7 +77,7 @@ def test_loss_and_gradients(dtype, smoothing, reduction, calls):
     assert calls == [60]  # every fifth row has no label
 
 
-@built
+@pytest.mark.cpp
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [1, 2, 40, 41])
 def test_rows_and_no_bias(dtype, rows):
@@ -95,7 +96,7 @@ def test_dtypes_that_torch_computes(dtype, calls):
     assert calls == []
 
 
-@built
+@pytest.mark.cpp
 @pytest.mark.usefixtures("several_chunks")
 def test_words_ruled_out_and_great_logits():
     """Whole chunks of -inf, and logits of 1e4: no overflow, no NaN."""
@@ -110,7 +111,7 @@ def test_words_ruled_out_and_great_logits():
         assert testing.relative_rms(one, other) < 1e-3  # a float32 of 1e4 is off by 5e-4 itself
 
 
-@built
+@pytest.mark.cpp
 def test_nan_stays_in_its_row():
     hidden, weight, bias, labels = (t.detach() for t in tensors(12))
     hidden[3, 5] = float("nan")
@@ -160,7 +161,7 @@ def test_label_out_of_range(wrong):
 # ---- gradients -----------------------------------------------------------------------------------------------
 
 
-@built
+@pytest.mark.cpp
 @pytest.mark.parametrize("wanted", ["hidden", "weight", "bias"])
 def test_one_gradient_alone(wanted):
     """A frozen decoder, or a frozen encoder."""
@@ -171,7 +172,7 @@ def test_one_gradient_alone(wanted):
     assert torch.equal(alone[1], together[1 + names.index(wanted)])
 
 
-@built
+@pytest.mark.cpp
 def test_a_second_backward_pass_through_the_same_graph():
     *leaves, labels = tensors(35)
     loss = native.linear_cross_entropy(*leaves, labels)
@@ -179,7 +180,7 @@ def test_a_second_backward_pass_through_the_same_graph():
     assert all(torch.equal(one, other) for one, other in zip(once, twice, strict=True))
 
 
-@built
+@pytest.mark.cpp
 def test_gradients_of_gradients():
     """By torch's operators, as a penalty on the gradient asks for."""
     second = []
@@ -191,7 +192,7 @@ def test_gradients_of_gradients():
         torch.testing.assert_close(ours, theirs)
 
 
-@built
+@pytest.mark.cpp
 def test_gradients_to_differentiate_again_where_weight_made_hidden():
     """With tied weights: what is multiplied by the vocabulary's weight has been looked up in it."""
     _, weight, bias, labels = tensors(9)
@@ -203,7 +204,7 @@ def test_gradients_to_differentiate_again_where_weight_made_hidden():
     torch.testing.assert_close(found(True), found(False))
 
 
-@built
+@pytest.mark.cpp
 def test_views():
     """hidden as columns of a wider matrix, weight transposed, every other element of bias."""
     hidden, weight, bias, labels = (t.detach() for t in tensors(35))
@@ -221,7 +222,7 @@ def test_views():
 # ---- who computes --------------------------------------------------------------------------------------------
 
 
-@built
+@pytest.mark.cpp
 @pytest.mark.skipif(torch.bfloat16 not in cpp.dtypes(), reason="this CPU has no AVX512-BF16")
 def test_autocast(calls):
     """Products in autocast's dtype, the loss in float32, gradients in the parameters' dtype."""
@@ -262,7 +263,7 @@ def test_batch_invariant_rows(calls):
     assert calls == []
 
 
-@built
+@pytest.mark.cpp
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_passes_give_the_same_bits_with_any_number_of_threads(dtype):
     """The passes in C++; the products between them are the vendor library's."""

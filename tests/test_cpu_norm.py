@@ -8,8 +8,7 @@ from fastbert.kernels.cpu import norm as cpu_norm
 from fastbert.kernels.cpu import operators as cpp
 from fastbert.testing import assert_within_budget
 
-built = pytest.mark.skipif(cpp.load()[0] is None, reason=f"no C++ operators: {cpp.load()[1]}")
-pytestmark = built
+pytestmark = pytest.mark.cpp
 DTYPES = [
     torch.float32,
     pytest.param(

@@ -17,7 +17,8 @@ from fastbert.kernels.cpu import operators as cpp
 from fastbert.layers import JoinedLinears
 from fastbert.testing import assert_within_budget, cu_seqlens_of
 
-built = pytest.mark.skipif(cpp.load()[0] is None, reason=f"no C++ operators: {cpp.load()[1]}")
+pytestmark = pytest.mark.native
+
 DTYPES = [
     torch.float32,
     pytest.param(
@@ -46,7 +47,7 @@ def attend(q, k, v, lengths, dtype, scale=None):
 # ---- attention -----------------------------------------------------------------------------------------------
 
 
-@built
+@pytest.mark.cpp
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), SHAPES)
 def test_attention(dtype, heads, kv_heads, head_dim):
@@ -57,7 +58,7 @@ def test_attention(dtype, heads, kv_heads, head_dim):
     assert_within_budget(attend(*qkv, LENGTHS, dtype), plain, expected, "o")
 
 
-@built
+@pytest.mark.cpp
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_attention_of_extreme_scores(dtype):
     """Far above, far below, and all equal: nothing overflows, and the padding of a register of keys is no key."""
@@ -72,7 +73,7 @@ def test_attention_of_extreme_scores(dtype):
     torch.testing.assert_close(attend(q * 0, k, v, lengths, dtype).float(), means, rtol=1e-2, atol=1e-2)
 
 
-@built
+@pytest.mark.cpp
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_sequence_gets_the_same_bits_in_any_batch_and_any_number_of_threads(dtype):
     qkv = random_qkv(LENGTHS)
@@ -87,7 +88,7 @@ def test_a_sequence_gets_the_same_bits_in_any_batch_and_any_number_of_threads(dt
         torch.set_num_threads(threads)
 
 
-@built
+@pytest.mark.cpp
 def test_nan_stays_in_its_sequence_and_is_not_hidden():
     lengths = [20, 30, 5]
     q, k, v = random_qkv(lengths)
@@ -98,13 +99,13 @@ def test_nan_stays_in_its_sequence_and_is_not_hidden():
     assert ours.isfinite().all()
 
 
-@built
+@pytest.mark.cpp
 def test_no_tokens():
     assert attend(*random_qkv([]), [], torch.float32).shape == (0, 4, 32)
     assert attend(*random_qkv([0, 0]), [0, 0], torch.float32).shape == (0, 4, 32)
 
 
-@built
+@pytest.mark.cpp
 @pytest.mark.parametrize("why", ["head_dim", "float16", "stride", "options"])
 def test_what_it_does_not_take_goes_to_torch(why):
     lengths, options = [5, 9], {}
@@ -122,7 +123,7 @@ def test_what_it_does_not_take_goes_to_torch(why):
     torch.testing.assert_close(o.double(), expected, rtol=1e-2, atol=1e-2)
 
 
-@built
+@pytest.mark.cpp
 def test_compiled_attention_is_the_same():
     lengths = [5, 40, 3]
     q, k, v = (t.float() for t in random_qkv(lengths))
@@ -135,7 +136,7 @@ def test_compiled_attention_is_the_same():
 # ---- add + LayerNorm -----------------------------------------------------------------------------------------
 
 
-@built
+@pytest.mark.cpp
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [16, 384, 1024])
 def test_add_layer_norm(dtype, width):
@@ -149,7 +150,7 @@ def test_add_layer_norm(dtype, width):
     assert_within_budget(native.add_layer_norm(*low, 1e-12), reference.add_layer_norm(*low, 1e-12), exact, "y")
 
 
-@built
+@pytest.mark.cpp
 def test_add_layer_norm_that_goes_to_torch():
     x, residual = torch.randn(2, 5, 32)
     weight, bias = torch.randn(2, 32)
@@ -168,7 +169,7 @@ def test_add_layer_norm_that_goes_to_torch():
 # ---- products ------------------------------------------------------------------------------------------------
 
 
-@built
+@pytest.mark.cpp
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", [None, "gelu"])
 @pytest.mark.parametrize(
@@ -194,7 +195,7 @@ def test_products(dtype, activation, rows, columns, inner):
         assert_within_budget(ours, plain(lambda t: t), plain(torch.Tensor.double), "y")
 
 
-@built
+@pytest.mark.cpp
 @pytest.mark.parametrize(("rows", "fewer"), [(9, 1), (300, 151)])
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_products_of_rows_in_other_company(rows, fewer, threads):
@@ -209,7 +210,7 @@ def test_products_of_rows_in_other_company(rows, fewer, threads):
         torch.set_num_threads(before)
 
 
-@built
+@pytest.mark.cpp
 @pytest.mark.parametrize("rows", [5, 150])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_products_side_by_side(dtype, rows, monkeypatch):
@@ -224,7 +225,7 @@ def test_products_side_by_side(dtype, rows, monkeypatch):
     assert joined._weight_and_bias is None
 
 
-@built
+@pytest.mark.cpp
 def test_products_that_are_not_side_by_side():
     x, weights = torch.randn(5, 64), [torch.nn.Parameter(torch.randn(32, 64)) for _ in range(2)]
     with torch.no_grad():
@@ -233,7 +234,7 @@ def test_products_that_are_not_side_by_side():
     assert native.linears(x, weights, [None, None]).requires_grad
 
 
-@built
+@pytest.mark.cpp
 def test_subclasses_of_tensors_go_to_torch():
     class Half(torch.Tensor):
         """Says that it is larger than its memory, as a tensor that is spread over machines does."""
@@ -243,7 +244,7 @@ def test_subclasses_of_tensors_go_to_torch():
     assert cpp.takes_linear(torch.randn(4, 64), weight.as_subclass(torch.Tensor), None)
 
 
-@built
+@pytest.mark.cpp
 def test_products_within_batch_invariant(monkeypatch):
     """Rows of any company have the same bits; widths and CPUs without that product go in blocks of torch's."""
     monkeypatch.setattr(cpp, "multiplies", lambda dtype: True)
@@ -260,7 +261,7 @@ def test_products_within_batch_invariant(monkeypatch):
         assert not cpp.takes_linear(x[:5], weight, bias)
 
 
-@built
+@pytest.mark.cpp
 @pytest.mark.parametrize("rows", [5, 150])
 def test_nan_stays_in_its_row(rows):
     x, weight = torch.randn(rows, 64), torch.randn(80, 64)
@@ -271,7 +272,7 @@ def test_nan_stays_in_its_row(rows):
     assert y.isfinite().all()
 
 
-@built
+@pytest.mark.cpp
 def test_who_multiplies(linear, monkeypatch):
     """With gradients, odd widths, other activations not at all; few rows where the vendor has tiles or the width is no
     multiple of 16, and fewer yet where a weight is laid out for them."""

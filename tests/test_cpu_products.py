@@ -13,7 +13,7 @@ from fastbert.kernels.cpu import operators as cpp
 from fastbert.kernels.cpu import products
 from fastbert.testing import assert_within_budget
 
-pytestmark = pytest.mark.skipif(cpp.load()[0] is None, reason=f"no C++ operators: {cpp.load()[1]}")
+pytestmark = pytest.mark.cpp
 needs_bf16 = pytest.mark.skipif(
     torch.bfloat16 not in cpp.dtypes() or not cpp.multiplies(torch.bfloat16),
     reason="this CPU has no AVX512-BF16, or the vendor library's tiles are ahead",

@@ -19,7 +19,7 @@ SIZES = {
     "max_position_embeddings": 40, "initializer_range": 0.2, "pad_token_id": 0,
 }  # fmt: skip
 MASK = torch.arange(9) < torch.tensor([9, 4, 1])[:, None]
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.native, pytest.mark.filterwarnings("ignore")]
 
 
 def plain_model(head: str = "Model", **config) -> nn.Module:

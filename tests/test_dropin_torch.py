@@ -14,6 +14,8 @@ import fastbert
 from fastbert.kernels.cpu import operators as cpp
 from fastbert.testing import assert_within_budget, relative_rms
 
+pytestmark = pytest.mark.native
+
 WIDTH, LENGTHS = 9, torch.tensor([9, 4, 1])
 RIGHT = torch.arange(WIDTH) >= LENGTHS[:, None]  # True is padding, as torch has it
 LEFT = torch.arange(WIDTH) < WIDTH - LENGTHS[:, None]
@@ -400,7 +402,7 @@ ONE_CALL = {  # options of the layers, arguments of the call -> calls of the C++
 }
 
 
-@pytest.mark.skipif(cpp.load()[0] is None, reason=f"no C++ operators: {cpp.load()[1]}")
+@pytest.mark.cpp
 @pytest.mark.parametrize(("options", "masks", "count"), ONE_CALL.values(), ids=ONE_CALL)
 @pytest.mark.filterwarnings("ignore:.*")
 @torch.no_grad()

@@ -7,6 +7,8 @@ import pytest
 
 from fastbert.kernels import native
 
+pytestmark = pytest.mark.native
+
 spec = spec_from_file_location("fuzz", Path(__file__).with_name("fuzz.py"))
 fuzz = module_from_spec(spec)
 spec.loader.exec_module(fuzz)

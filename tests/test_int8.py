@@ -22,6 +22,8 @@ from fastbert.kernels.cpu import operators as cpp
 from fastbert.layers import quantise
 from fastbert.testing import relative_rms
 
+pytestmark = pytest.mark.native
+
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz"]
 TEXTS = [" ".join("abcdefghij"[: 1 + i % 9]) for i in range(40)]
 OPTIONS = {"impl": "native", "device": "cpu"}

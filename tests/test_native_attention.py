@@ -5,6 +5,8 @@ import torch
 
 from fastbert.testing import MODELS, assert_op, attention_inputs, attention_padded_inputs
 
+pytestmark = pytest.mark.native
+
 LENGTHS = [5, 5, 0, 17, 1, 17]  # runs of one length, an empty sequence among them, and one token
 VARIANTS = {
     "plain": {},

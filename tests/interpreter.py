@@ -1,0 +1,40 @@
+"""Triton's interpreter in half the time: what it does at every call of a device function is done once a launch.
+
+At a launch the interpreter replaces the builtins of triton.language by its own (`_patch_lang`), and takes them back
+afterwards. At every call of a device function within the launch it goes through all builtins again, though they are
+replaced already: 45% of the processor time of a small model's pass. And at every operation it makes a dictionary anew
+to find numpy's name of a dtype: 10%. So in triton 3.6.0, 3.7.1 and 3.8.0. Results are the same to the bit.
+"""
+
+import functools
+import inspect
+
+import triton.language as tl
+from triton.runtime import interpreter
+
+
+@functools.cache
+def _languages(fn) -> list:
+    """The modules of triton.language that a device function sees, whose builtins the interpreter replaces for it."""
+    return [value for value in fn.__globals__.values() if inspect.ismodule(value) and value in (tl, tl.core)]
+
+
+def hasten() -> None:
+    """From here on in this process."""
+    replace, np_dtype_of = interpreter._patch_lang, functools.cache(interpreter._get_np_dtype)
+    address = interpreter._get_np_dtype(tl.pointer_type(tl.float32))
+
+    def call(self, *args, **kwargs):
+        if any(tl.core.is_builtin(language.load) for language in _languages(self.fn)):
+            replace(self.fn)
+        try:
+            return self.rewrite()(*args, **kwargs)
+        except Exception as e:
+            raise interpreter.InterpreterError(repr(e)) from e
+
+    def np_dtype(dtype):
+        scalar = dtype.scalar  # of a block its elements'; types of blocks and of pointers have no hash
+        return address if isinstance(scalar, tl.pointer_type) else np_dtype_of(scalar)
+
+    interpreter.InterpretedFunction.__call__ = call
+    interpreter._get_np_dtype = np_dtype
