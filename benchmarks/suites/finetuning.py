@@ -4,10 +4,11 @@
 
 Both rows read the same examples as the same tokens, begin with the same weights, and have the same hyper-parameters:
 epochs, examples a step (ours: as many tokens as so many examples have on average), AdamW, warm-up and linear decay,
-clipping, dropout, bfloat16 by autocast where the machine multiplies it. transformers' Trainer pads each batch to its
-longest example, and groups examples by length, so its order is its own; in the row trainer-our-steps it takes those of
-ours together, in our order, which pads more. Each run is a process; the rows take turns, seed by seed. The model that
-is scored is that of the last epoch: nothing is chosen by the test set.
+clipping, dropout, bfloat16 by autocast where the machine multiplies it, and a heap that keeps freed memory, which saves
+either row page faults. transformers' Trainer pads each batch to its longest example, and groups examples by length, so
+its order is its own; in the row trainer-our-steps it takes those of ours together, in our order, which pads more. Each
+run is a process; the rows take turns, seed by seed. The model that is scored is that of the last epoch: nothing is
+chosen by the test set.
 
 Time is from the end of a step to the end of the next one within an epoch, so that neither checkpoints nor the start
 count, by the clock and by the processor time of the process; tokens are real ones, padding does not count.
@@ -220,6 +221,7 @@ class Steps:
 
 def run(job: Job) -> dict[str, Any]:
     """One training and its scores on the test file."""
+    keep_freed_memory()  # as the command does; for all rows, although Trainer by itself does not
     began, steps = time.perf_counter(), Steps()
     model, task = ROWS[job.row](job, STUDIES[job.study], steps)
     trained = time.perf_counter()
@@ -264,7 +266,6 @@ def with_fastbert(job: Job, study: Study, steps: Steps) -> tuple[Any, Any]:
         job.model, job.train, Path(job.out), study.spec, labels=study.labels, epochs=job.epochs, lr=job.lr,
         seed=job.seed,
     )  # fmt: skip
-    keep_freed_memory()  # as the command does
     finetune(request, note)
     answering = fastbert.pipeline(job.out)
     return answering.model, answering.task
