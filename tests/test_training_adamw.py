@@ -55,8 +55,8 @@ def trained(kind, given, steps, decay=DECAY, max_norm=None, state=None, first=0,
     return optimizer
 
 
-def assert_as_torch(ours, optimizer, plain, plain_optimizer, truth, truth_optimizer, slack=1e-7):
-    """Every parameter and moment within twice torch's own error."""
+def assert_as_torch(ours, optimizer, plain, plain_optimizer, truth, truth_optimizer, slack=4e-7):
+    """Every parameter and moment within twice torch's error, and some roundings: one number may be right by luck."""
     for name in SHAPES:
         found = [
             {"p": given[name], **by.state[given[name]]}
@@ -81,7 +81,7 @@ def test_parameters_and_moments_are_torchs(dtype, decay, max_norm):
     of_plain = trained(torch.optim.AdamW, plain, 5, decay, max_norm, fused=True)
     of_truth = trained(torch.optim.AdamW, truth, 5, decay, max_norm)
     # a budget in bfloat16 hangs on which way single elements are rounded
-    slack = 1e-7 if dtype == torch.float32 else 2e-3
+    slack = 4e-7 if dtype == torch.float32 else 2e-3
     assert_as_torch(ours, of_ours, plain, of_plain, truth, of_truth, slack)
 
 

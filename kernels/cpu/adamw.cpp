@@ -94,7 +94,7 @@ void step(const void* const* pointers, const int64_t* sizes, const Numbers* numb
     }
 }
 
-constexpr int64_t BLOCK = 4096;  // elements whose squares one thread sums, so that the order is always the same
+constexpr int64_t BLOCK = 1024;  // elements whose squares one thread sums: an order that is always the same, and short sums
 
 // The sum of the squares of all elements.
 template <class T>
