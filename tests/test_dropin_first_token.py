@@ -23,6 +23,7 @@ CLASSIFIERS = {
 }
 KEY_BIASES = ("key.bias", "k_lin.bias")  # their gradient is zero but for rounding
 MASK = torch.arange(9) < torch.tensor([9, 4, 4, 1])[:, None]
+FULL = torch.ones_like(MASK)
 
 
 def build(name: str, dropout: float = 0.0) -> torch.nn.Module:
@@ -110,6 +111,13 @@ def hook_on_the_pooler(model, batch):
     assert shapes == [(4, 9, 32)]
 
 
+def hook_on_the_encoder(model, batch):
+    shapes = []
+    model.bert.register_forward_hook(lambda module, given, output: shapes.append(output[0].shape))
+    model(**batch)
+    assert shapes == [(4, 9, 32)]
+
+
 def own_head(model, batch):
     """Somebody's own classifier may look at anything, and so may their own forward."""
 
@@ -130,10 +138,17 @@ def first_column_masked(model, batch):
     torch.testing.assert_close(model(**flipped).logits, fastbert.restore(model)(**flipped).logits, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("call", [states, hook_on_the_pooler, own_head, encoder_alone, first_column_masked])
-def test_every_token_is_computed_where_somebody_may_read_it(call, walks):
+CALLS = [states, hook_on_the_pooler, hook_on_the_encoder, own_head, encoder_alone]
+
+
+@pytest.mark.parametrize(
+    ("call", "mask"), [*((call, FULL) for call in CALLS), (states, MASK), (first_column_masked, MASK)]
+)
+def test_every_token_is_computed_where_somebody_may_read_it(call, mask, walks):
+    """Of a batch without padding, too, where nothing else tells these calls from others."""
     model = fastbert.accelerate(build("Bert"), impl="native").train()
-    call(model, batch_of(model))
+    call(model, batch_of(model, mask))
+    assert walks
     assert "run_for_first" not in walks
 
 

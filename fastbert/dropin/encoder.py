@@ -211,7 +211,7 @@ class EncoderForward(Forward):
             return False
         if not shared.is_plain() or seen.layers is None or seen.whole is not None or seen.pools is not None:
             return False
-        if self.facts.final_norm is not None or any(layer.pre_norm for layer in seen.layers.values()):
+        if self.facts.final_norm is not None:  # a pre-norm model
             return False
         return not listeners(self.module, sharded=True)
 
