@@ -114,7 +114,7 @@ families: $(BUILT)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.families_of_transformers
 
 full:
-	@PARTS='$(PARTS)' PIP_ARGS='$(PIP_ARGS)' .ci/full
+	@PARTS='$(PARTS)' WAYS='$(WAYS)' PIP_ARGS='$(PIP_ARGS)' .ci/full
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
