@@ -368,6 +368,12 @@ def test_electra_is_saved_for_transformers(tmp_path):
     torch.testing.assert_close(told, output.logits[: len(ids)], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(hidden, own, atol=1e-5, rtol=1e-5)
     assert torch.equal(output.replaced[: len(ids)], guessed & (seen != labels))
+    with torch.no_grad():
+        word = int(batch.labels[batch.labels >= 0][0])
+        model.generator_bias[word] = 1e4
+        sure = model(batch.shown, batch.labels, batch.uniform, 1, 1)
+    assert torch.equal(sure.replaced, (batch.labels >= 0) & (batch.labels != word)), "what equals the original is none"
+    assert (batch.labels == word).any()
     assert not output.replaced[batch.labels < 0].any()
 
 

@@ -99,5 +99,5 @@ def joins_of_words(text: str, offsets: Sequence[tuple[int, int]], segmenter: Seg
     starts, ends = np.array(offsets, np.int64).T
     first, last = word_of[np.minimum(starts, len(text) - 1)], word_of[ends - 1]
     whole = (first == last) & (first >= 0) & (ends > starts)
-    joins[1:] = whole[1:] & whole[:-1] & (first[1:] == first[:-1])
+    joins[1:] = whole[1:] & (first[1:] == first[:-1])
     return joins
