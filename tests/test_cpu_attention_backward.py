@@ -69,9 +69,10 @@ def test_gradients(heads, kv_heads, head_dim, dtype, p):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_each_length_by_itself(dtype):
-    """The relative error of one sequence is not lost among others. (One token has no gradient of q and k.)"""
+    """The relative error of one length is not lost among others; of three sequences, since the error of a few numbers
+    is a matter of chance. (One token has no gradient of q and k.)"""
     for length in [n for n in LENGTHS if n > 1]:
-        assert_like_the_reference(random_inputs([length]), [length], dtype, scale=0.3)
+        assert_like_the_reference(random_inputs([length] * 3), [length] * 3, dtype, scale=0.3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

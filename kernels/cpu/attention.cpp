@@ -9,39 +9,49 @@ namespace {
 constexpr int ROWS = BLOCK_ROWS;  // query rows at a time
 
 // Scores of M rows with N registers of keys: q rows apart by q_stride elements, keys [lanes, keys] -> scores [M, keys].
+// `most` gets the greatest of each row and lane. In the last register of all keys only those of `tail` are keys.
+// This and `value_tile` are functions of their own: within their caller the compiler has kept constants of the softmax in
+// registers, and the sums of these loops in memory.
 template <class T, int M, int N>
-inline void score_tile(
-    const typename T::Element* q, int64_t q_stride, const float* k, int lanes, int keys, float* scores
+[[gnu::noinline]] void score_tile(
+    const typename T::Element* q, int64_t q_stride, const float* k, int lanes, int keys, float* scores, bool is_last,
+    Mask tail, Floats (&most)[M]
 ) {
     Floats sum[M][N];
     multiply<T, M, N>(q, q_stride, k, keys, lanes, sum);
+    if (is_last)
+#pragma GCC unroll 6
+        for (int i = 0; i < M; ++i)
+            sum[i][N - 1] = choose(tail, sum[i][N - 1], floats(-std::numeric_limits<float>::infinity()));
 #pragma GCC unroll 6
     for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
-        for (int j = 0; j < N; ++j) store(scores + i * keys + j * WIDTH, sum[i][j]);
+        for (int j = 0; j < N; ++j) {
+            store(scores + i * keys + j * WIDTH, sum[i][j]);
+            most[i] = maximum(most[i], sum[i][j]);
+        }
 }
 
-// Scores of one row -> p = exp(scale * (score - maximum)) in T, zero past `length`; returns 1 / sum(p), and
-// lse = log(sum(exp(scale * score))).
-template <class T>
-inline float softmax(float* scores, typename T::Element* p, int length, int keys, float scale_log2, float& lse) {
-    const Mask tail = first_lanes(length - (keys - WIDTH));
-    const Floats nothing = floats(-std::numeric_limits<float>::infinity());
-    float* last = scores + keys - WIDTH;
-    store(last, choose(tail, load(last), nothing));
-    Floats most = nothing;
-    for (int j = 0; j < keys; j += WIDTH) most = maximum(most, load(scores + j));
-    const Floats scale = floats(scale_log2);
-    const Floats shift = floats(maximum_of(most) * scale_log2);
+// Scores of one row, the greatest of each lane `most` -> p = exp(scale * (score - maximum)) in T, zero past the keys, by
+// a polynomial of DEGREE; returns 1 / sum(p), and *lse = log(sum(exp(scale * score))) where lse is not null.
+template <class T, int DEGREE>
+inline float softmax(
+    const float* scores, Floats most, typename T::Element* p, int keys, Mask tail, float scale_log2, float* lse
+) {
+    const float greatest = maximum_of(most) * scale_log2;
+    const Floats scale = floats(scale_log2), shift = floats(greatest);
     Floats sum = floats(0.0f);
-    for (int j = 0; j < keys; j += WIDTH) {
-        Floats x = exp2_of_negative(fms(load(scores + j), scale, shift));
-        if (scores + j == last) x = keep(tail, x);  // a scale of 0 makes NaN of minus infinity
+    int j = 0;
+    for (; j < keys - WIDTH; j += WIDTH) {
+        const Floats x = exp2_of<DEGREE>(fms(load(scores + j), scale, shift));
         sum += x;
         T::store(p + j, x);
     }
-    const float total = sum_of(sum);
-    lse = std::log(total) + maximum_of(most) * scale_log2 / LOG2_E;
+    // a scale of 0 makes NaN of the minus infinity past the keys
+    const Floats last = keep(tail, exp2_of<DEGREE>(fms(load(scores + j), scale, shift)));
+    T::store(p + j, last);
+    const float total = sum_of(sum + last);
+    if (lse) *lse = std::log(total) + greatest / LOG2_E;
     return 1.0f / total;
 }
 
@@ -58,7 +68,7 @@ inline void drop(typename T::Element* p, int keys, uint64_t key, uint32_t thresh
 
 // M rows of p [M, keys] times N registers of columns of v [lanes, stride] -> o, each row times its factor.
 template <class T, int M, int N>
-inline void value_tile(
+[[gnu::noinline]] void value_tile(
     const typename T::Element* p, int keys, const float* v, int64_t stride, int lanes, const float* factor,
     typename T::Element* o, int64_t o_stride
 ) {
@@ -78,12 +88,21 @@ void rows_of_head(
     typename T::Element* p, typename T::Element* o, int64_t o_stride, float* lse
 ) {
     const int lanes = head_dim / T::PER_LANE;
+    const Mask tail = first_lanes(length - (keys - WIDTH));
+    Floats most[M];
+    for (int i = 0; i < M; ++i) most[i] = floats(-std::numeric_limits<float>::infinity());
     over_registers<BLOCK_REGISTERS>(keys, [&](auto registers, int key) {
-        score_tile<T, M, registers>(q, q_stride, k + key, lanes, keys, scores + key);
+        const bool is_last = key + registers * WIDTH == keys;
+        score_tile<T, M, registers>(q, q_stride, k + key, lanes, keys, scores + key, is_last, tail, most);
     });
     float factor[M];
     for (int i = 0; i < M; ++i) {
-        factor[i] = softmax<T>(scores + i * keys, p + i * keys, length, keys, scale_log2, lse[i]);
+        if (T::PER_LANE == 2 && !lse)  // all that leaves the sum is rounded to bfloat16
+            factor[i] = softmax<T, 3>(scores + i * keys, most[i], p + i * keys, keys, tail, scale_log2, nullptr);
+        else
+            factor[i] = softmax<T, 6>(
+                scores + i * keys, most[i], p + i * keys, keys, tail, scale_log2, lse ? lse + i : nullptr
+            );
         if (dropout) {
             drop<T>(p + i * keys, keys, row_keys[i], dropout->threshold);
             factor[i] *= dropout->scale;
@@ -142,10 +161,10 @@ int attention(
                 v_stride = head_dim;
             }
             const Element* rows = q + start * q_token + head * q_head;
-            float row_lse[ROWS];
             uint64_t row_keys[ROWS];
             for (int row = 0; row < queries; row += ROWS) {
                 const int n = std::min(ROWS, queries - row);
+                float* row_lse = lse ? lse + head * tokens + start + row : nullptr;
                 if (dropout)
                     for (int i = 0; i < n; ++i) row_keys[i] = row_key(*dropout, sequence, head, row + i);
 #define OF_ROWS(M)                                                                                                 \
@@ -156,7 +175,6 @@ int attention(
         break;
                 switch (n) { OF_ROWS(6) OF_ROWS(5) OF_ROWS(4) OF_ROWS(3) OF_ROWS(2) OF_ROWS(1) }
 #undef OF_ROWS
-                if (lse) std::copy_n(row_lse, n, lse + head * tokens + start + row);
             }
         }
     return failed ? NO_MEMORY : DONE;

@@ -127,7 +127,7 @@ void tile(
     for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 4
         for (int j = 0; j < N; ++j) {
-            Floats x = exp2_of_negative(fms(sum[i][j], scale, load(m.lse_log2 + column + j * WIDTH)));
+            Floats x = exp2_of(fms(sum[i][j], scale, load(m.lse_log2 + column + j * WIDTH)));
             if (i >= real) x = floats(0.0f);
             store(p[i] + j * WIDTH, x);
             T::store(of_p + i * QUERIES + j * WIDTH, dropout ? keep(kept[i][j], x) : x);

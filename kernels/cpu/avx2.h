@@ -43,11 +43,16 @@ inline Floats fnma(Floats a, Floats b, Floats c) { return _mm256_fnmadd_ps(a, b,
 inline Floats maximum(Floats a, Floats b) { return _mm256_max_ps(a, b); }  // b where one of them is NaN
 inline Floats square_root(Floats x) { return _mm256_sqrt_ps(x); }
 inline Floats absolute(Floats x) { return _mm256_andnot_ps(floats(-0.0f), x); }
-inline Floats nearest_whole(Floats x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline Floats floor(Floats x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+// x - floor(x), zero below any power of 2 that is a number.
+inline Floats fraction(Floats x) {
+    x = maximum(floats(-200.0f), x);
+    return x - floor(x);
+}
 inline Ints to_ints(Floats x) { return (Ints)_mm256_cvtps_epi32(x); }  // the nearest
-// x 2^whole for whole up to 127, zero below -126; NaN where either is.
-inline Floats times_power_of_2(Floats x, Floats whole) {
-    return x * as_floats((to_ints(maximum(floats(-127.0f), whole)) + 127) << 23);
+// x 2^floor(power) for powers below 128, zero for powers below -126; NaN where either is.
+inline Floats times_power_of_2(Floats x, Floats power) {
+    return x * as_floats((to_ints(floor(maximum(floats(-127.0f), power))) + 127) << 23);
 }
 inline float sum_of(Floats x) {
     __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));

@@ -39,9 +39,10 @@ inline Floats fnma(Floats a, Floats b, Floats c) { return _mm512_fnmadd_ps(a, b,
 inline Floats maximum(Floats a, Floats b) { return _mm512_max_ps(a, b); }  // b where one of them is NaN
 inline Floats absolute(Floats x) { return _mm512_abs_ps(x); }
 inline Floats square_root(Floats x) { return _mm512_sqrt_ps(x); }
-inline Floats nearest_whole(Floats x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+// x - floor(x), zero of an infinite x.
+inline Floats fraction(Floats x) { return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
 inline Ints to_ints(Floats x) { return (Ints)_mm512_cvtps_epi32(x); }  // the nearest
-inline Floats times_power_of_2(Floats x, Floats whole) { return _mm512_scalef_ps(x, whole); }  // x 2^whole
+inline Floats times_power_of_2(Floats x, Floats power) { return _mm512_scalef_ps(x, power); }  // x 2^floor(power)
 inline float sum_of(Floats x) { return _mm512_reduce_add_ps(x); }
 inline float maximum_of(Floats x) { return _mm512_reduce_max_ps(x); }
 

@@ -45,7 +45,7 @@ void sum_logits(
         for (int word = 0; word < words; ++word)
             for (int j = 0; j < PANEL; ++j) {
                 const Floats of_word = z(word, j), below = of_word - most[j];
-                sum[j] += exp2_of_negative(below * floats(LOG2_E));
+                sum[j] += exp2_of(below * floats(LOG2_E));
                 total[j] += of_word;
                 const Mask here = are_equal(label[j], ints(first + word));
                 labelled[j] = choose(here, of_word, labelled[j]);
@@ -54,7 +54,7 @@ void sum_logits(
         for (int j = 0; j < PANEL; ++j) {
             const int at = row + j * WIDTH;
             const Floats risen = (before[j] - most[j]) * floats(LOG2_E);
-            sum[j] = fma(load(sums + at), exp2_of_negative(risen), sum[j]);
+            sum[j] = fma(load(sums + at), exp2_of(risen), sum[j]);
             store(greatest + at, most[j]);
             store(sums + at, sum[j]);
             store(totals + at, load(totals + at) + total[j]);
@@ -78,7 +78,7 @@ void logit_gradients(
         for (int row = 0; row < rows; row += WIDTH) {
             const int64_t at = (int64_t)word * rows + row;
             const Floats below = T::load(logits + at) + of_bias - load(lse + row);
-            Floats p = exp2_of_negative(below * floats(LOG2_E));
+            Floats p = exp2_of(below * floats(LOG2_E));
             const Mask here = are_equal(load_ints(labels + row), number);
             p = choose(here, p - floats(1.0f - smoothing), p);
             const Floats d = (p - floats(a_word)) * load(dloss + row);
