@@ -44,11 +44,6 @@ class Translated:
             self._functions[start, masked] = Emitter(self.program, self.blocks[start], masked).translate()
         return self._functions[start, masked]
 
-    def translate_all(self) -> None:
-        """Raises UnknownInstruction for the first instruction that the emulator does not know."""
-        for start in self.blocks:
-            self.function(start, False)
-
 
 @functools.lru_cache(maxsize=512)
 def translated(text: str) -> Translated:
