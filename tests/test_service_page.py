@@ -35,7 +35,7 @@ def test_the_page_finds_neighbours_and_shows_the_load(server):
             pytest.skip(f"no Chromium starts here: {str(error).splitlines()[0]}")
         page = browser.new_page()
         errors = []
-        page.on("pageerror", errors.append)
+        page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
         page.goto(f"{server.url}/")
         expect(page.locator("#model")).to_contain_text("texts of up to 64 tokens")
