@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import reference
 from ._checks import expect_sequences
-from ._library import plain_gradients
+from ._library import by_torch, plain_gradients
 from ._random import HEAD_STREAMS, keep_mask, row_keys
 from .cpu import attention as cpu_attention
 from .cpu import operators as cpp
@@ -197,7 +197,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, do):
         q, k, v, o, lse, cu_seqlens, cu_seqlens_k = ctx.saved_tensors
-        if not torch.is_grad_enabled():
+        if not by_torch(do):
             grads = cpu_attention.attention_backward(
                 do, q, k, v, o, lse, cu_seqlens, ctx.scale, ctx.dropout, cu_seqlens_k
             )

@@ -134,17 +134,25 @@ def once(backward: Callable) -> Callable:
     return differentiated_once
 
 
+def by_torch(upstream: Tensor) -> bool:
+    """Whether a backward pass has to be made of torch's own operators: its gradients may be differentiated again, or
+    `upstream` is many gradients in one (`torch.autograd.grad(is_grads_batched=True)`), which has no memory to read."""
+    return torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(upstream)
+
+
 def plain_gradients(
     function: Callable[..., Tensor], inputs: Sequence[Tensor | None], wanted: Sequence[bool], upstream: Tensor
 ) -> list[Tensor | None]:
-    """The gradients of `function(*inputs)`, made of torch's own operators, for the backward pass of an operator whose
-    gradients may be differentiated again: they have gradients of their own. None for an input that is not `wanted`.
+    """The gradients of `function(*inputs)`, made of torch's own operators, for a backward pass where `by_torch` says
+    so: they have gradients of their own. None for an input that is not `wanted`.
 
     Inputs may be computed from one another: the residual of an add + LayerNorm is what its other input was made from.
     Each gradient is of its own input alone, so `function` is given a view of each, through which no other one passes.
     """
-    views = [None if t is None else t.view_as(t) for t in inputs]
-    leaves = [t for t, is_wanted in zip(views, wanted, strict=True) if is_wanted]
-    y = function(*views)
-    found = iter(torch.autograd.grad(y, leaves, upstream, create_graph=True, materialize_grads=True))
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        views = [None if t is None else t.view_as(t) for t in inputs]
+        leaves = [t for t, is_wanted in zip(views, wanted, strict=True) if is_wanted]
+        y = function(*views)
+    found = iter(torch.autograd.grad(y, leaves, upstream, create_graph=create_graph, materialize_grads=True))
     return [next(found) if is_wanted else None for is_wanted in wanted]

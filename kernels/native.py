@@ -150,8 +150,10 @@ def pool(x, cu_seqlens, mode="mean", normalize=False):
             sums = sums.index_add(0, sequences, x.to(sums.dtype))
             y = (sums / lengths.clamp(min=1)[:, None]).to(x.dtype)
         else:
-            index = sequences[:, None].expand_as(x)
-            y = x.new_zeros(batch, x.shape[1]).scatter_reduce(0, index, x, "amax", include_self=False)
+            # scatter_reduce's gradient counts what stood there before as a tie even where it is left out: NaN is none
+            before, index = x.new_full((batch, x.shape[1]), torch.nan), sequences[:, None].expand_as(x)
+            y = before.scatter_reduce(0, index, x, "amax", include_self=False)
+            y = torch.where((lengths > 0)[:, None], y, 0.0)
     return F.normalize(y, dim=-1) if normalize else y
 
 

@@ -399,3 +399,13 @@ def test_batch_invariant_products_do_not_take_them(linear):
     x = torch.randn(200, 48)
     with fastbert.batch_invariant():
         assert torch.equal(used(linear, x)[:3], used(linear, x[:3]))
+
+
+def test_a_maximum_of_zero_passes_its_whole_gradient_on():
+    """Pooling began from zeros, which torch's scatter_reduce leaves out of the maximum and counts among its ties all
+    the same: behind a ReLU a fourth of the gradient of three tokens was lost."""
+    x = torch.tensor([-1.0, -2.0, -3.0, 0.0, 2.0]).relu()[:, None].expand(5, 16).clone().requires_grad_()
+    y = native.pool(x, cu_seqlens_of([3, 0, 2]), "max", False)
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(y, torch.tensor([0.0, 0.0, 2.0])[:, None].expand(3, 16))
+    torch.testing.assert_close(dx[:, 0], torch.tensor([1 / 3, 1 / 3, 1 / 3, 0.0, 1.0]))

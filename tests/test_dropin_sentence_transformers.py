@@ -566,6 +566,23 @@ def test_saved_and_loaded(build, tmp_path):
     assert_same(sentence_transformers.SentenceTransformer(str(tmp_path), device="cpu").encode(TEXTS), expected)
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_features_of_a_batch_go_through_twice(build, training):
+    """Losses with several passes a batch hand in the features that the pass before has written its results into; the
+    second pass ran the original's code, as an argument `token_embeddings` was there, so its bits were others."""
+    model = fastbert.accelerate(build(pooling=("cls", "mean"))).train(training)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    features = model.preprocess(TEXTS)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        first = model(features)["sentence_embedding"]
+        assert "token_embeddings" in features
+        second = model(features)["sentence_embedding"]
+    assert torch.equal(first, second)
+
+
 def test_it_evaluates_and_can_train_afterwards(build):
     """`encode` leaves a model in evaluation mode, as it does without us; gradients still come."""
     model = fastbert.accelerate(build(), impl="native")

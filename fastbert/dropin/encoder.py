@@ -27,6 +27,12 @@ from .parts import Seen, Settings, at, has, kind_of, layers_of, look, settings_o
 
 # arguments that say nothing about what the encoder computes
 IGNORED = {"return_dict", "output_hidden_states", "num_items_in_batch", "use_cache", "batch_size", "seq_len"}
+# What sentence-transformers' modules write into the features of a batch. Losses pass the same features through a model
+# again, and all of them then reach the encoder, which reads none of these.
+FEATURES = {
+    "token_embeddings", "all_layer_embeddings", "cls_token_embeddings", "token_weights_sum", "sentence_embedding",
+    "scores",
+}  # fmt: skip
 INPUTS = {"input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds"}
 
 
@@ -79,7 +85,7 @@ class EncoderForward(Forward):
 
     def why_not_given(self, given: dict[str, Any], settings: Settings) -> str | None:
         for name, value in given.items():
-            if name in INPUTS or name in IGNORED or value is None or value is False:
+            if name in INPUTS or name in IGNORED or name in FEATURES or value is None or value is False:
                 continue
             if self.facts.called is not None and name in self.facts.called:
                 continue
@@ -425,7 +431,7 @@ class EncoderForward(Forward):
                 x = x + position(batch.positions)
             if norm is not None:
                 x = norm_only(x, self.part(facts.norm, seen.norm), shared)
-            x = nn.functional.dropout(x, p)
+            x = shared.drop(x, p, stream=0)
         if facts.project is not None and has(encoder, facts.project):
             x = multiply(self.part(facts.project, seen.project), x, shared)
         return x

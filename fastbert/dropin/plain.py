@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn as nn
 
 from ..layers import activation_name
@@ -44,7 +45,8 @@ def why_not_plain(module: Any, kind: type[nn.Module]) -> str | None:
         return "it is of several dimensions"
     # a sharded weight is an ordinary one while its module is called
     weights = (p for p in module._parameters.values() if not usable(p) and type(p).__name__ != "DTensor")
-    return next((f"its weight is a {type(p).__name__}" for p in weights), None)
+    kinds = (type(p).__name__ if p.layout is torch.strided else "sparse tensor" for p in weights)
+    return next((f"its weight is a {kind}" for kind in kinds), None)
 
 
 def by_token(module: Any) -> bool:

@@ -94,6 +94,11 @@ class Pass:
             return {}
         return {"dropout_p": p, "seed": self.seed, "stream": stream, "row_ids": self.row_ids}
 
+    def drop(self, x: Tensor, p: float, stream: int) -> Tensor:
+        """dropout(x) of x [T, C], before or behind a module that is called: the mask that an operator would draw."""
+        options = self.dropout(p, stream)
+        return F.dropout(x, **options) if options else x
+
     def dropout_of_probabilities(self, p: float, stream: int) -> dict[str, Any]:
         """The same for attention."""
         if not (options := self.dropout(p, stream)):

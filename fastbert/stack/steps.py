@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 import torch.nn as nn
 from torch import Tensor
 
@@ -20,8 +21,8 @@ def probability(dropout: nn.Module | float | None) -> float:
 
 
 def usable(weight: Tensor | None) -> bool:
-    """Is this an ordinary tensor, and no quantised or sharded one?"""
-    return weight is None or type(weight) is nn.Parameter or type(weight) is Tensor
+    """Is this an ordinary tensor, and no quantised, sharded or sparse one?"""
+    return weight is None or (type(weight) in (nn.Parameter, Tensor) and weight.layout is torch.strided)
 
 
 def call(part: Part, x: Tensor, shared: Pass) -> Tensor:
@@ -79,7 +80,7 @@ def add_norm(
             y, residual, norm.weight, norm.bias, norm.eps, x_bias=y_bias,
             impl=shared.impl, **shared.dropout(dropout_p, stream),
         )  # fmt: skip
-    return call(part, nn.functional.dropout(y if y_bias is None else y + y_bias, dropout_p) + residual, shared)
+    return call(part, shared.drop(y if y_bias is None else y + y_bias, dropout_p, stream) + residual, shared)
 
 
 def norm_only(x: Tensor, part: Part, shared: Pass) -> Tensor:
@@ -99,7 +100,7 @@ def norm_and_sum(
             y, residual, norm.weight, norm.bias, norm.eps, x_bias=y_bias,
             impl=shared.impl, **shared.dropout(dropout_p, stream),
         )  # fmt: skip
-    z = nn.functional.dropout(y if y_bias is None else y + y_bias, dropout_p) + residual
+    z = shared.drop(y if y_bias is None else y + y_bias, dropout_p, stream) + residual
     return call(part, z, shared), z
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from .._library import plain_gradients
+from .._library import by_torch, plain_gradients
 from .._random import keep_mask, keep_threshold
 from . import operators as cpp
 from .library import NORM_BLOCK
@@ -118,7 +118,7 @@ class _Embedding(torch.autograd.Function):
         *indices, word, segment, position, weight, bias, keys = ctx.saved_tensors
         (eps, padding_idx, dropout_p), wanted = ctx.options, ctx.needs_input_grad[3:8]
         tables = word, segment, position, weight, bias
-        if torch.is_grad_enabled():  # these gradients' own gradients may be wanted
+        if by_torch(dy):
 
             def function(word: Tensor, segment: Tensor, position: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
                 pairs = zip(indices[1:], (segment, position), strict=True)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from .._library import plain_gradients
+from .._library import by_torch, plain_gradients
 from . import operators as cpp
 from .library import LOSS_ROWS
 from .pointers import address
@@ -85,7 +85,7 @@ class _Losses(torch.autograd.Function):
     def backward(ctx: FunctionCtx, dloss: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, labels, lse, kept = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled():  # of a gradient that is to be differentiated again
+        if by_torch(dloss):
             grads = plain_gradients(
                 lambda *inputs: _plain(*inputs, labels, ctx.smoothing), (hidden, weight, bias), wanted, dloss
             )

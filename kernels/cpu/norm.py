@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from .._library import plain_gradients
+from .._library import by_torch, plain_gradients
 from .._random import keep_mask
 from . import operators as cpp
 from .pointers import address
@@ -51,7 +51,7 @@ class _AddLayerNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, residual, weight, bias, x_bias, keys = ctx.saved_tensors
-        if not torch.is_grad_enabled():
+        if not by_torch(dy):
             grads = cpp.add_layer_norm_backward(dy, x, residual, weight, ctx.eps, keys, ctx.dropout_p, x_bias)
             return *grads, None, None, None
 

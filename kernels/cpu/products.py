@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from .._invariance import is_batch_invariant
-from .._library import plain_gradients
+from .._library import by_torch, plain_gradients
 from ..reference import activate
 from . import operators as cpp
 from .library import WIDTH
@@ -211,7 +211,7 @@ class _Linears(torch.autograd.Function):
         count = len(parameters) // 2
         weights, width = parameters[:count], len(parameters[0])
 
-        if torch.is_grad_enabled():  # these gradients' own gradients may be wanted
+        if by_torch(dy):
 
             def function(x: Tensor, *parameters: Tensor | None) -> Tensor:
                 x, *cast = _cast(dtype, x, *parameters)
@@ -252,7 +252,7 @@ class _LinearAct(torch.autograd.Function):
     def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
         (x, weight, bias, h), dtype = ctx.saved_tensors, ctx.dtype
         wanted = ctx.needs_input_grad[2:]
-        if torch.is_grad_enabled():
+        if by_torch(dy):
 
             def function(*tensors: Tensor | None) -> Tensor:
                 return activate(F.linear(*_cast(dtype, *tensors)), ctx.activation)
@@ -287,7 +287,7 @@ class _FeedForward(torch.autograd.Function):
         (x, up, up_bias, down, down_bias, h), dtype = ctx.saved_tensors, ctx.dtype
         wanted = ctx.needs_input_grad[2:]
         want_x, want_up, want_up_bias, want_down, want_down_bias = wanted
-        if torch.is_grad_enabled():
+        if by_torch(dy):
 
             def function(*tensors: Tensor | None) -> Tensor:
                 x, up, up_bias, down, down_bias = _cast(dtype, *tensors)
