@@ -110,6 +110,8 @@ def find(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     if not same:
         if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
             return None
+        if weight.dtype is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return None  # a CPU with AVX2 alone: oneDNN has no bfloat16 there
         marked.packed = _blocked(weight)
         marked.state, marked.sums = state, sums
     return marked.packed
