@@ -21,6 +21,7 @@ from ..kernels._checks import expect_sequences as expect_sequences
 from ..kernels._invariance import is_batch_invariant as is_batch_invariant
 from ..kernels._layer import LayerOptions as LayerOptions
 from ..kernels._layer import LayerWeights as LayerWeights
+from ..kernels.cpu import adamw as adamw
 from ._attention import attention as attention
 from ._attention import attention_entries as attention_entries
 from ._attention import attention_padded as attention_padded

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..kernels.cpu import adamw as cpp
+from ..functional import adamw as cpp
 
 
 class _Resting(NamedTuple):
