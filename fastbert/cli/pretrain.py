@@ -83,7 +83,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     add_text_arguments(text)
     text.add_argument(
         "--segmenter", metavar="jieba|FILE",
-        help="mask whole Chinese words, as jieba cuts them (the extra fastbert[segmenter]) or by a list, a word a line",
+        help="mask whole Chinese words, as jieba cuts them (a package of its own) or by a list, a word a line",
     )  # fmt: skip
 
     masks = p.add_argument_group("examples and masks")

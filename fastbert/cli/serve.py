@@ -96,7 +96,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if missing := [name for name in LIBRARIES if importlib.util.find_spec(name) is None]:
-        raise UsageError(f"fastbert serve needs {', '.join(missing)}: pip install 'fastbert[serve]'")
+        raise UsageError(f"fastbert serve needs {', '.join(missing)}: pip install {' '.join(missing)}")
     import os
 
     from .. import batch_invariant

@@ -41,9 +41,7 @@ def segmenter_of(name: str) -> Segmenter:
         try:
             import jieba
         except ImportError as error:
-            raise ImportError(
-                'the segmenter jieba is not there: pip install "fastbert[segmenter]", or give a word list'
-            ) from error
+            raise ImportError("the segmenter jieba is not there: pip install jieba, or give a word list") from error
         jieba.setLogLevel("WARNING")  # else it tells standard error that it reads its dictionary
         return Segmenter(f"jieba {jieba.__version__}", jieba.Tokenizer().cut)
     path = Path(name)

@@ -76,7 +76,7 @@ def _rows(file: Path, field: str, line_bytes: int) -> Iterator[str | None]:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError as error:
-        raise ImportError(f'{file}: Parquet needs pyarrow: pip install "fastbert[parquet]"') from error
+        raise ImportError(f"{file}: Parquet needs pyarrow: pip install pyarrow") from error
     try:
         opened = parquet.ParquetFile(file)
         if field not in opened.schema_arrow.names:
