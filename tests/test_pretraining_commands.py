@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from fastbert import BertConfig, Tokenizer
+from fastbert import BertConfig, BertModel, Tokenizer
 from fastbert.cli.main import main
 from fastbert.models.heads import BertForMaskedLM
 
@@ -84,6 +85,8 @@ def test_a_model_that_others_go_on_from(files, capsys):
     assert "out has checkpoints of a run: --resume goes on with it" in capsys.readouterr().err
     assert run(*options(files, "--objective", "mlm+nsp", "--resume", "--seed", 1)) == 1
     assert "is of a run with seed 0, not 1" in capsys.readouterr().err
+    assert run(*options(files, "--objective", "mlm+nsp", "--resume", "--dropout", 0)) == 1
+    assert "is of a run with dropout 0.1, not 0.0" in capsys.readouterr().err
     (files / "text.txt").write_text(text_of(13))
     assert run(*options(files, "--objective", "mlm+nsp", "--resume")) == 1
     assert "is of a run with corpus of SHA-256" in capsys.readouterr().err
@@ -111,6 +114,7 @@ def test_electra_by_the_clock_with_a_table_at_the_end(files, capsys):
         (["--fsdp"], 2, "--fsdp needs several processes"),
         (["--segmenter", "jieba", "--no-whole-words"], 2, "--segmenter is for whole words"),
         (["--max-length", "7"], 2, "has no room for text"),
+        (["--mask-share", "0"], 2, "--mask-share 0 leaves nothing to be guessed"),
         (["--mask-share", "1.5"], 2, "expected a number from 0 to 1"),
         (["--config", "huge"], 1, "--config huge: neither one of tiny, mini, small"),
         (["--eval", "none.txt"], 1, "none.txt does not exist"),
@@ -164,3 +168,18 @@ def test_a_tokenizer_of_another_model(files, capsys):
     BertForMaskedLM(config).save_pretrained(files / "model")
     assert run(*argv, "--max-length", 64) == 1
     assert "takes 32 tokens at most, fewer than --max-length 64" in capsys.readouterr().err
+
+
+def test_a_new_head_never_predicts_rows_that_pad_the_vocabulary(files, capsys):
+    """Also where a run goes on from a model without this head: a plain BERT, or one before its ELECTRA."""
+    config = BertConfig.from_dict(json.loads((files / "small.json").read_text()), vocab_size=40)
+    BertModel(config).save_pretrained(files / "model")
+    Tokenizer.from_words(WORDS, lowercase=True).save_pretrained(files / "model")
+    for objective, name in (("mlm", "cls.predictions.bias"), ("electra", "generator_lm_head.bias")):
+        out = files / objective
+        argv = ("pretrain", files / "text.txt", "--init", files / "model", "--objective", objective, "--out", out)
+        assert run(*argv, "--max-length", 24, "--steps", 1, *CPU) == 0
+        state = load_file(out / ("generator" if objective == "electra" else "") / "model.safetensors")
+        assert state[name].shape == (40,)
+        assert (state[name][len(WORDS) :] < -9000).all()
+        assert (state[name][: len(WORDS)] > -1).all()

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 
 from fastbert import Tokenizer
 from fastbert.pretraining.chinese import joins_of_words, segmenter_of
@@ -319,6 +320,35 @@ def test_unknown_words_are_not_guessed():
     words.mask_token = "[none]"
     with pytest.raises(InputError, match=r"the tokenizer has no \[none\]"):
         Masking(words)
+
+
+def test_shares_beside_transformers_collator(corpus, examples, tmp_path):
+    """Over the same tokens, piece by piece: as many are guessed, and shown in the same three ways. Only what a random
+    word may be differs: theirs may be [CLS] or a word that is not used."""
+    transformers = pytest.importorskip("transformers", reason="needs the test extra")
+    tokenizer().save_pretrained(tmp_path)
+    collate = transformers.DataCollatorForLanguageModeling(transformers.AutoTokenizer.from_pretrained(tmp_path))
+    rows = range(min(400, len(examples)))
+    shown, labels, ids, _ = masked(Masking(tokenizer(), whole_words=False), corpus, examples, rows)
+    torch.manual_seed(0)
+    special = torch.from_numpy(ids < PIECES.index("."))
+    of_theirs = collate.torch_mask_tokens(torch.from_numpy(ids)[None].clone(), special[None])
+    found = []
+    for seen, wanted in ((shown, labels), (part[0].numpy() for part in of_theirs)):
+        guessed = wanted != IGNORED
+        assert not guessed[special.numpy()].any()
+        of_text, count = int((~special).sum()), int(guessed.sum())
+        as_mask, as_it_is = seen[guessed] == PIECES.index("[MASK]"), seen[guessed] == ids[guessed]
+        drawn = seen[guessed][~as_mask & ~as_it_is]
+        found.append((count / of_text, as_mask.mean(), as_it_is.mean(), set(drawn.tolist())))
+    (share, as_mask, as_it_is, drawn), (of_their, their_mask, their_own, their_drawn) = found
+    assert share == pytest.approx(of_their, abs=6 * (0.15 * 0.85 / of_text) ** 0.5)
+    assert as_mask == pytest.approx(their_mask, abs=6 * (0.8 * 0.2 / count) ** 0.5)
+    # ours may draw the word itself out of 21, theirs out of 66
+    assert as_it_is == pytest.approx(their_own, abs=6 * (0.1 * 0.9 / count) ** 0.5)
+    text = set(range(PIECES.index("."), len(PIECES)))
+    assert drawn <= text
+    assert their_drawn - text
 
 
 # ---- Chinese -------------------------------------------------------------------------------------------------

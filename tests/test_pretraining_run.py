@@ -42,6 +42,7 @@ def weights(run) -> dict[str, torch.Tensor]:
 # ---- gradients -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("objective", ["mlm+nsp", "electra"])
 def test_gradients_do_not_depend_on_how_a_step_is_cut(objective, tmp_path):
     """With dropout. Each loss is divided by what the whole step has of it, and masks are those of the example."""
@@ -59,6 +60,7 @@ def test_gradients_do_not_depend_on_how_a_step_is_cut(objective, tmp_path):
             assert error <= 2 * allowed + 1e-6 * truth.norm() + 1e-8, name
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("objective", ["mlm+nsp", "electra"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_a_steps_gradient_beside_the_plain_reference(objective, dtype, tmp_path):
@@ -272,6 +274,15 @@ def test_a_run_ends_when_its_time_is_up(tmp_path, monkeypatch):
 
 
 @pytest.mark.once
+def test_checkpoints_come_as_often_as_was_asked_for(tmp_path):
+    """Of a text whose epochs are of a few steps: not after each of them."""
+    run = run_of(tmp_path, "mlm", steps=8, save_every=5, keep=9)
+    run.train()
+    assert len(run.plan.steps(0)) < 7
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000005", "step-00000008"]
+
+
+@pytest.mark.once
 def test_another_run_is_not_continued(whole, tmp_path):
     shutil.copytree(whole[0] / "checkpoints", tmp_path / "checkpoints")
     with pytest.raises(TrainingError, match=r"is of a run with seed 3, not 4: go on with the same settings"):
@@ -331,52 +342,7 @@ def test_the_area_under_the_curve():
     assert math.isnan(area(scores, np.zeros(200, bool)))
 
 
-@pytest.mark.once
-def test_words_are_sampled_as_often_as_the_softmax_says():
-    logits = torch.tensor([[0.0, math.log(3.0), -1e4, math.log(4.0), -1e4]]).expand(8000, -1)
-    torch.manual_seed(0)
-    found = sample(logits, torch.rand(8000, dtype=torch.float64))
-    shares = torch.bincount(found, minlength=5) / 8000
-    assert shares.tolist() == pytest.approx([1 / 8, 3 / 8, 0, 1 / 2, 0], abs=0.02)
-    edges = sample(logits[:2], torch.tensor([0.0, 1 - 2.0**-32], dtype=torch.float64))
-    assert edges.tolist() == [0, 3]
-
-
-@pytest.mark.once
-def test_electra_is_saved_for_transformers(tmp_path):
-    """Both models, and the discriminator's encoder as a BERT."""
-    transformers = pytest.importorskip("transformers", reason="needs the test extra")
-    run = run_of(tmp_path, "electra", dropout=0.0)
-    model = run.model.eval()
-    with torch.no_grad():
-        model.generator_bias.normal_()
-    model.save_pretrained(tmp_path / "saved", model.state_dict())
-    batch = run.loader(run.plan.steps(0)[0])[0]
-    ids = batch.shown.input_ids[: batch.shown.lengths[0]]
-    labels = batch.labels[: len(ids)]
-    with torch.no_grad():
-        output = model(batch.shown, batch.labels, batch.uniform, 1, 1)
-        generator = transformers.ElectraForMaskedLM.from_pretrained(tmp_path / "saved" / "generator").eval()
-        guesses = generator(ids[None]).logits[0]
-        seen = ids.clone()
-        guessed = labels >= 0
-        seen[guessed] = sample(guesses[guessed], batch.uniform[: len(ids)][guessed])
-        discriminator = transformers.ElectraForPreTraining.from_pretrained(tmp_path / "saved" / "discriminator").eval()
-        told = discriminator(seen[None]).logits[0]
-        hidden = transformers.AutoModel.from_pretrained(tmp_path / "saved").eval()(seen[None]).last_hidden_state
-        own = discriminator.electra(seen[None]).last_hidden_state
-    torch.testing.assert_close(told, output.logits[: len(ids)], atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(hidden, own, atol=1e-5, rtol=1e-5)
-    assert torch.equal(output.replaced[: len(ids)], guessed & (seen != labels))
-    with torch.no_grad():
-        word = int(batch.labels[batch.labels >= 0][0])
-        model.generator_bias[word] = 1e4
-        sure = model(batch.shown, batch.labels, batch.uniform, 1, 1)
-    assert torch.equal(sure.replaced, (batch.labels >= 0) & (batch.labels != word)), "what equals the original is none"
-    assert (batch.labels == word).any()
-    assert not output.replaced[batch.labels < 0].any()
-
-
+@pytest.mark.native
 def test_a_documents_tokens_do_not_see_another(tmp_path):
     """An example alone has the same logits as among others: rows of different documents never attend to each other."""
     run = run_of(tmp_path, "mlm", dropout=0.0)

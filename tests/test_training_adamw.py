@@ -193,6 +193,39 @@ def test_a_gradient_scaler_finds_its_gradients_clipped():
 
 
 @here
+@pytest.mark.parametrize("then", ["zero_grad", "clip"])
+def test_a_clip_whose_step_was_left_out_is_forgotten(then):
+    """As where a gradient was not finite: the next gradients are scaled by their own norm, or not at all."""
+    moments = []
+    for kind in (AdamW, torch.optim.AdamW):
+        p = torch.nn.Parameter(torch.ones(4, 6, dtype=torch.float32, device="cpu"))
+        optimizer = kind([p], lr=1e-3)
+        p.grad = torch.full_like(p, 100.0)
+        if kind is AdamW:
+            optimizer.clip(0.5)
+        if then == "zero_grad":
+            optimizer.zero_grad()
+        p.grad = torch.arange(24.0).view(6, 4).t()  # strided, which is left to torch
+        if then == "clip":
+            optimizer.clip(1e9) if kind is AdamW else torch.nn.utils.clip_grad_norm_([p], 1e9)
+        optimizer.step()
+        moments.append(optimizer.state[p]["exp_avg"])
+    torch.testing.assert_close(*moments)
+
+
+def test_hooks_of_a_step_run_once_where_torch_takes_it():
+    p = torch.nn.Parameter(torch.ones(4, dtype=torch.float32, device="cpu"))
+    torch.optim.AdamW([p])  # from here on torch wraps the hooks of a step around its own
+    optimizer, ran = AdamW([p], lr=1e-3, amsgrad=True), []
+    optimizer.register_step_pre_hook(lambda *given: ran.append("before"))
+    optimizer.register_step_post_hook(lambda *given: ran.append("after"))
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert ran == ["before", "after"]
+    assert (p < 1).all()
+
+
+@here
 def test_the_norm_is_that_of_all_gradients():
     given = parameters()
     gradients_of(3, given)

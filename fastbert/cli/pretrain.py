@@ -178,6 +178,8 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--pad-vocab is for a new model, and --init goes on from one")
     if args.segmenter and not args.whole_words:
         raise UsageError("--segmenter is for whole words: leave --no-whole-words out")
+    if not args.mask_share:
+        raise UsageError("--mask-share 0 leaves nothing to be guessed: give a share above 0, up to 1")
     if args.max_length < 8:
         raise UsageError(f"--max-length {args.max_length} has no room for text between [CLS] and [SEP]: 8 at least")
     from ..pretraining.pretrain import pretrain

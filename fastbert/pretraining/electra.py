@@ -21,7 +21,7 @@ from .. import checkpoint
 from .. import functional as F
 from ..config import BertConfig
 from ..models.bert import BertEmbeddings, BertModel
-from ..models.head import IGNORED, at_least_float32, product, start
+from ..models.head import IGNORED, at_least_float32, product, scores, start
 from ..packing import PackedBatch
 from ..storage import make_folder, write_json
 from .sizes import HEAD_WIDTH
@@ -104,28 +104,29 @@ class Electra(nn.Module):
         num_items_in_batch, num_tokens_in_batch: what the sums of both losses are divided by.
         """
         rows = (labels != IGNORED).nonzero().squeeze(1)
-        logits = self._guesses(self.generator(batch).last_hidden_state[rows])  # [N, V] float32
+        guesses = self._guesses(self.generator(batch).last_hidden_state[rows])  # [N, V] float32
         wanted = labels[rows]
-        generated = nn.functional.cross_entropy(logits, wanted, reduction="sum") / num_items_in_batch
+        generated = nn.functional.cross_entropy(guesses, wanted, reduction="sum") / num_items_in_batch
         with torch.no_grad():
-            sampled = sample(logits, uniform[rows])
+            sampled = sample(guesses, uniform[rows])
         originals = batch.input_ids.index_copy(0, rows, wanted)
         seen = batch.input_ids.index_copy(0, rows, sampled)
         replaced = seen != originals
         hidden = self.bert(replace(batch, input_ids=seen)).last_hidden_state
-        head = self.discriminator_predictions
-        h = F.activate(product(head["dense"], hidden, self.impl), "gelu")
-        scores = at_least_float32(product(head["dense_prediction"], h, self.impl)).squeeze(1)  # [T]
-        told = nn.functional.binary_cross_entropy_with_logits(scores, replaced.to(scores.dtype), reduction="sum")
+        layers = self.discriminator_predictions
+        h = F.activate(product(layers["dense"], hidden, self.impl), "gelu")
+        # In float32: of logits of bfloat16 thousands would tie, and the area under their curve counts ties half.
+        logits = at_least_float32(scores(layers["dense_prediction"], h, self.impl)).squeeze(1)  # [T]
+        told = nn.functional.binary_cross_entropy_with_logits(logits, replaced.to(logits.dtype), reduction="sum")
         told = told / num_tokens_in_batch
         loss = generated + DISCRIMINATOR_WEIGHT * told
-        return ElectraOutput(loss, generated, told, scores.detach().clone(), replaced)
+        return ElectraOutput(loss, generated, told, logits.detach().clone(), replaced)
 
     def _guesses(self, x: Tensor) -> Tensor:
         """Logits [N, V] of rows x [N, G] of the generator. The decoder's weight is the word embedding's."""
-        head = self.generator_predictions
-        norm = head["LayerNorm"]
-        h = F.activate(product(head["dense"], x, self.impl), "gelu")
+        layers = self.generator_predictions
+        norm = layers["LayerNorm"]
+        h = F.activate(product(layers["dense"], x, self.impl), "gelu")
         h = F.add_layer_norm(h, None, norm.weight, norm.bias, norm.eps, impl=self.impl)
         table = self.bert.embeddings.word_embeddings.weight
         return at_least_float32(nn.functional.linear(h, table, self.generator_bias))

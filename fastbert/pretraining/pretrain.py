@@ -160,8 +160,8 @@ def _pretrain(request: Request, processes: Processes, report: Any) -> dict[str, 
         binding={
             "objective": request.objective, "max length": request.max_length, "masking": request.masking,
             "mask share": request.mask_share, "whole words": request.whole_words, "growing": request.growing,
-            "steps": request.steps, "corpus of SHA-256": corpus.digest, "tokenizer of SHA-256":
-            tokenizer_digest(tokenizer),
+            "dropout": request.dropout, "steps": request.steps, "corpus of SHA-256": corpus.digest,
+            "tokenizer of SHA-256": tokenizer_digest(tokenizer),
         },
     )  # fmt: skip
     done = run.resume() if request.resume else 0
@@ -243,16 +243,21 @@ def make_model(request: Request, tokenizer: Tokenizer) -> nn.Module:
     kind = {"mlm": BertForMaskedLM, "electra": BertModel}.get(request.objective, BertForPreTraining)
     torch.manual_seed(request.seed)
     if request.init is not None:
-        return _initial(request, kind, tokenizer)
-    config = config_of(request.config, tokenizer.vocab_size, request.max_length, request.pad_vocab, request.dropout)
-    if kind is BertModel:
-        model = Electra(BertModel(config, add_pooling_layer=False, impl=request.impl))
-        bias = model.generator_bias
+        model = _initial(request, kind, tokenizer)
     else:
-        model = kind(config, request.impl)
+        config = config_of(request.config, tokenizer.vocab_size, request.max_length, request.pad_vocab, request.dropout)
+        if kind is BertModel:
+            model = Electra(BertModel(config, add_pooling_layer=False, impl=request.impl))
+        else:
+            model = kind(config, request.impl)
+    if kind is BertModel:
+        bias, is_new = model.generator_bias, True
+    else:
         bias = model.cls["predictions"].bias
-    with torch.no_grad():
-        bias[tokenizer.vocab_size :] = NEVER_PREDICTED
+        is_new = request.init is None or "cls.predictions.bias" in model.initialised
+    if is_new:  # a checkpoint's own bias stays as it is
+        with torch.no_grad():
+            bias[tokenizer.vocab_size :] = NEVER_PREDICTED
     return model
 
 

@@ -38,6 +38,8 @@ class Pretraining(Loop):
         keep: saves the model, called in every process after each evaluation.
     """
 
+    SAVES_EPOCHS = False  # of a short text an epoch is a few steps
+
     model: nn.Module
     objective: MaskedWords
     examples: PretrainingPlan

@@ -34,6 +34,15 @@ class _Given(NamedTuple):
     numbers: list[cpp.Numbers]
 
 
+def _torchs_step() -> Callable[..., Any]:
+    """torch's step without the hooks that torch wraps around the step of every class that has been used: those around
+    our step have run."""
+    step = torch.optim.AdamW.step
+    while getattr(step, "hooked", False):
+        step = step.__wrapped__
+    return step
+
+
 class AdamW(torch.optim.AdamW):
     """torch's AdamW, its arguments and its state_dict: either goes on from the other's.
 
@@ -62,6 +71,7 @@ class AdamW(torch.optim.AdamW):
 
         Returns: the norm before.
         """
+        self._scale = 1.0  # a step that was clipped and then left out takes nothing with it
         parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         gradients = [p.grad for p in parameters]
         if not self._takes_all() or len({g.dtype for g in gradients}) > 1:
@@ -76,7 +86,7 @@ class AdamW(torch.optim.AdamW):
         """One step, as torch's."""
         if closure is not None or not self._takes_all():
             self._scale_gradients()
-            return super().step(closure)
+            return _torchs_step()(self, closure)
         scale, self._scale = self._scale, 1.0
         of_dtypes: dict[torch.dtype, _Given] = {}
         for group in self.param_groups:
@@ -91,6 +101,11 @@ class AdamW(torch.optim.AdamW):
                 if blocks is not None:
                     self._resting[p] = _Resting(mean, square, (mean._version, square._version), blocks)
         return None
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's; and what `clip` has left to a step that was not taken is forgotten."""
+        self._scale = 1.0
+        super().zero_grad(set_to_none)
 
     def _scale_gradients(self) -> None:
         """Does what `clip` has left to a step that torch takes after all, as under a GradScaler."""

@@ -108,6 +108,7 @@ class Loop:
     """
 
     PARTS: ClassVar[tuple[str, ...]] = ()  # the objectives whose losses are recorded beside the loss
+    SAVES_EPOCHS: ClassVar[bool] = True  # whether a checkpoint follows each epoch, whatever `save_every` says
 
     model: nn.Module
     settings: Settings
@@ -205,7 +206,8 @@ class Loop:
             self._record(record)
             done = self.progress.step
             last = number + 1 == count or self.has_ended()
-            saves = last or stop or (s.save_every and done % s.save_every == 0)
+            saves = (last and self.SAVES_EPOCHS) or self.has_ended() or stop
+            saves = saves or (s.save_every > 0 and done % s.save_every == 0)
             evaluates = self.is_due(number, count)
             if saves or evaluates:
                 self._expect_finite()
