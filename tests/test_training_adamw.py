@@ -10,7 +10,6 @@ from fastbert.kernels.cpu import operators as cpp
 from fastbert.testing import relative_rms
 from fastbert.training.adamw import AdamW
 
-here = pytest.mark.skipif(not cpp.dtypes(), reason="torch computes where there are no C++ operators")
 # a table, a matrix whose rows are no multiple of a register, vectors of one element and past a block, a scalar, nothing
 SHAPES = {"table": (70, 48), "matrix": (5, 37), "one": (1,), "long": (4099,), "scalar": (), "empty": (0,)}
 EPS, DECAY, RATE = 1e-8, 0.1, 3e-3
@@ -70,7 +69,7 @@ def assert_as_torch(ours, optimizer, plain, plain_optimizer, truth, truth_optimi
         assert found[0]["step"] == found[1]["step"] == found[2]["step"]
 
 
-@here
+@pytest.mark.cpp
 @pytest.mark.parametrize("decay", [DECAY, 0.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("max_norm", [None, 2.0, 1e6], ids=["unclipped", "clipped", "below the norm"])
@@ -85,7 +84,7 @@ def test_parameters_and_moments_are_torchs(dtype, decay, max_norm):
     assert_as_torch(ours, of_ours, plain, of_plain, truth, of_truth, slack)
 
 
-@here
+@pytest.mark.cpp
 @pytest.mark.parametrize("decay", [DECAY, 0.0])
 def test_rows_that_never_had_a_gradient_only_decay(decay):
     """A row that has had one goes on moving without one."""
@@ -104,7 +103,7 @@ def test_rows_that_never_had_a_gradient_only_decay(decay):
     assert not (table[moved] == before[moved]).all(1).any()
 
 
-@here
+@pytest.mark.cpp
 def test_moments_that_somebody_writes_count():
     """Rows are not taken to be at rest once their moments were written in place, replaced or loaded."""
     ours, plain = parameters(), parameters()
@@ -120,7 +119,7 @@ def test_moments_that_somebody_writes_count():
         torch.testing.assert_close(ours[name], plain[name], rtol=1e-4, atol=1e-6)
 
 
-@here
+@pytest.mark.cpp
 def test_each_goes_on_from_the_others_state():
     """Two steps by one and two by the other are four of either."""
     whole = parameters()
@@ -138,7 +137,7 @@ def test_each_goes_on_from_the_others_state():
                 )
 
 
-@here
+@pytest.mark.cpp
 def test_a_step_is_one_call_and_is_seen_by_autograd(monkeypatch):
     given, calls = parameters(), []
     call = cpp.call
@@ -192,7 +191,7 @@ def test_a_gradient_scaler_finds_its_gradients_clipped():
     torch.testing.assert_close(moments[0][1], moments[1][1])
 
 
-@here
+@pytest.mark.cpp
 @pytest.mark.parametrize("then", ["zero_grad", "clip"])
 def test_a_clip_whose_step_was_left_out_is_forgotten(then):
     """As where a gradient was not finite: the next gradients are scaled by their own norm, or not at all."""
@@ -225,7 +224,7 @@ def test_hooks_of_a_step_run_once_where_torch_takes_it():
     assert (p < 1).all()
 
 
-@here
+@pytest.mark.cpp
 def test_the_norm_is_that_of_all_gradients():
     given = parameters()
     gradients_of(3, given)
@@ -236,7 +235,7 @@ def test_the_norm_is_that_of_all_gradients():
     assert not optimizer.clip(1.0) >= 0.0
 
 
-@here
+@pytest.mark.cpp
 def test_wrong_sizes_are_refused():
     p, by = torch.zeros(4, 6), one_pass.numbers(1, 1e-3, (0.9, 0.999), 1e-8, 0.0, 1.0)
     with pytest.raises(ValueError, match="exp_avg must be on the CPU"):
