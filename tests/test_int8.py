@@ -181,6 +181,18 @@ def test_refused_sizes():
         eight_bits.Int8Weight(torch.randn(32, 64)).linear(torch.randn(3, 32))
 
 
+def test_refused_integers():
+    """Integers were multiplied by the weight cut off to integers, without a word."""
+    weight = torch.randn(32, 64)
+    with pytest.raises(ValueError, match="x must be of floating-point numbers, got"):
+        eight_bits.Int8Weight(weight).linear(torch.ones(3, 64, dtype=torch.int64))
+    with pytest.raises(ValueError, match="weight must be of floating-point numbers, got"):
+        eight_bits.Int8Weight(weight.long())
+    for bias in (torch.ones(32, dtype=torch.int64), torch.ones(16)):
+        with pytest.raises(ValueError, match="bias must be 32 floating-point numbers, got"):
+            eight_bits.Int8Weight(weight, bias)
+
+
 def test_columns_of_the_input_are_balanced():
     """What one column of x has too much of costs nothing once it lies in the weight; the product stays the same."""
     x, weight = torch.randn(50, 96), torch.randn(64, 96)

@@ -101,11 +101,20 @@ def fits(weight: Tensor) -> bool:
 
 class Int8Weight:
     """A weight [N, K] in 8 bits, which `fits`, with its bias [N] or None and the `factors` [K] of x, all ones by
-    default. Nothing else of the weight is kept, and nothing changes it."""
+    default. Nothing else of the weight is kept, and nothing changes it.
+
+    Raises: ValueError where the weight does not fit, or one of the two is no floating-point tensor of its shape.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, factors: Tensor | None = None):
         if not fits(weight):
             raise ValueError(f"weight must be on the CPU, of multiples of {WIDTH}, got {(*weight.shape,)}")
+        if bias is not None and not (bias.is_floating_point() and bias.shape == weight.shape[:1]):
+            raise ValueError(
+                f"bias must be {weight.shape[0]} floating-point numbers, got {(*bias.shape,)} of {bias.dtype}"
+            )
+        if not weight.is_floating_point():
+            raise ValueError(f"weight must be of floating-point numbers, got {weight.dtype}")
         weight, (columns, inner) = weight.detach().float(), weight.shape
         factors = torch.ones(inner, dtype=torch.float32, device="cpu") if factors is None else factors
         weight = weight / factors
@@ -180,10 +189,12 @@ class Int8Weight:
     def linear(self, x: Tensor, activation: str | None = None) -> Tensor:
         """activation(x W^T + bias) [..., N] of x [..., K], in x's dtype; bias and activation in float32.
 
-        Raises: ValueError where x is of another width.
+        Raises: ValueError where x is of another width, or holds no floating-point numbers.
         """
         if x.shape[-1] != self.inner:
             raise ValueError(f"x has rows of {x.shape[-1]} elements, the weight has {self.inner}")
+        if not x.is_floating_point():
+            raise ValueError(f"x must be of floating-point numbers, got {x.dtype}")
         if not cpp.runs_now(x) or torch.is_autocast_enabled("cpu") or x.numel() == 0 or cpp.want_gradients(x):
             return self._exact(x, activation)
         rows = x.reshape(-1, x.shape[-1]).contiguous()
