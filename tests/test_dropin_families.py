@@ -201,6 +201,26 @@ def test_copies_and_restore(name):
         assert torch.equal(restored, plain(**batch).last_hidden_state)
 
 
+def test_esm_takes_inputs_embeds_as_they_are():
+    """They go past its embeddings in the original: past their LayerNorm, and past their zeros at padding."""
+    models = three(build("EsmModel", emb_layer_norm_before=True), padding="exact")
+    mask = MASKS["right"].long()
+    embeds = torch.randn(*mask.shape, SIZES["hidden_size"])
+    with torch.no_grad():
+        outputs = [model(inputs_embeds=embeds.to(model.dtype), attention_mask=mask) for model in models]
+    assert_within_budget(*(output.last_hidden_state for output in outputs))
+    assert_fused(models[0])
+
+
+def test_tapas_with_other_types():
+    """Its config says how many kinds of token types there are; zeros stand for as many where none are given."""
+    ours, plain, truth = three(build("TapasModel", type_vocab_sizes=[3, 4] * 4), padding="exact")
+    ids = batch_of("TapasModel", plain, None)["input_ids"]
+    with torch.no_grad():
+        assert_within_budget(*(model(ids).last_hidden_state for model in (ours, plain, truth)))
+    assert_fused(ours)
+
+
 # ---- what is left alone, by name -------------------------------------------------------------------------
 
 

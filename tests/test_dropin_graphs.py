@@ -443,6 +443,15 @@ def test_runs_as_without_and_explain_says_why(more, change, reason):
     assert "0 calls replayed, 1 without" in report.replaced["(the model)"]
 
 
+def test_rotary_tables_that_depend_on_the_batch():
+    """A recording has its tables of one width; those of dynamic scaling are others beyond the original's maximum."""
+    scaling = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    ours, plain, graphs = pair("JinaEmbeddingsV3Model", max_position_embeddings=16, rope_parameters=scaling)
+    for width in (12, 24):
+        assert_same(ours, plain, {"input_ids": torch.randint(5, 60, (2, width))})
+    assert graphs.calls == {"its rotary tables depend on the batch": 2}
+
+
 def test_embeddings_gradients_and_training():
     ours, plain, graphs = pair(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     assert_same(ours, plain, {"inputs_embeds": torch.randn(2, 5, 32)})

@@ -703,8 +703,10 @@ def test_dropout_of_a_model_that_evaluates():
     assert not any(torch.equal(a, b) for a, b in ((outputs[0], outputs[1]), (outputs[1], outputs[2])))
 
 
-@pytest.mark.parametrize("family", ["bert", "modernbert"])
+@pytest.mark.parametrize("family", ["bert", "electra", "modernbert"])
 def test_autocast(family):
+    """The sum that goes through the layers has the dtype of what goes into them: bfloat16 behind ELECTRA's projection,
+    float32 behind a LayerNorm."""
     ours, plain, truth = three(build(family))
     batch, mask = batch_of(plain, MASKS["right"]), MASKS["right"]
     with torch.autocast("cpu", torch.bfloat16):

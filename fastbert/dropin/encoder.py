@@ -283,7 +283,7 @@ class EncoderForward(Forward):
         """transformers' output of the last hidden state [B, S, C], or its first column [B, 1, C] where nothing else is
         read, and of what went into each layer."""
         encoder, facts = self.module, self.facts
-        if torch.is_autocast_enabled(last_hidden_state.device.type) and last_hidden_state.dtype != torch.float64:
+        if last_hidden_state.is_cuda and torch.is_autocast_enabled("cuda") and last_hidden_state.dtype != torch.float64:
             last_hidden_state = last_hidden_state.float()  # what the original's last LayerNorm returns
         fields = {"last_hidden_state": last_hidden_state}
         if getattr(encoder, "pooler", None) is not None:
@@ -436,15 +436,18 @@ class EncoderForward(Forward):
             x = multiply(self.part(facts.project, seen.project), x, shared)
         return x
 
-    def called_embeddings(self, called: dict[str, tuple[int, ...] | None], given: dict[str, Any]) -> Tensor:
+    def called_embeddings(self, called: dict[str, tuple[int | str, ...] | None], given: dict[str, Any]) -> Tensor:
         """What the encoder's own embeddings give for these arguments: [B, S, C]."""
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
-        like = ids if embeds is None else embeds
-        inputs = {"input_ids": ids, "inputs_embeds": embeds}
+        if embeds is not None and "inputs_embeds" not in called:
+            return embeds
+        like, config = ids if embeds is None else embeds, self.module.config
+        inputs = {"input_ids": ids}
         for name, zeros in called.items():
             value = given.get(name)
             if value is None and zeros is not None:
-                value = torch.zeros((*like.shape[:2], *zeros), dtype=torch.int64, device=like.device)
+                sizes = (len(getattr(config, size)) if isinstance(size, str) else size for size in zeros)
+                value = torch.zeros((*like.shape[:2], *sizes), dtype=torch.int64, device=like.device)
             inputs[name] = value
         return self.module.embeddings(**inputs)
 

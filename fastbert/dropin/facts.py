@@ -96,7 +96,9 @@ class Family:
         norm, dropout: of the sum of the tables.
         called: the embeddings are called as they are, on [batch, tokens], and no table of theirs is named here: what
             their forward is given of the encoder's arguments -> the shape, after [batch, tokens], of the zeros that
-            stand for an argument that is not given; None where nothing has to. None: they are taken apart.
+            stand for an argument that is not given, where a name is how many entries the config has under it; None
+            where nothing stands for it. Without "inputs_embeds" these go into the layers past the embeddings. None:
+            they are taken apart.
         project: a linear layer from the embeddings' width to the layers'; absent where the two are equal.
         positions: "column": a token's column in the padded batch; "after_padding_idx": it counts the ids that are
             not padding, from padding_idx + 1 on; "rotary": no table, q and k are rotated.
@@ -125,7 +127,7 @@ class Family:
     token_type: str | None = "embeddings.token_type_embeddings"
     norm: str | None = "embeddings.LayerNorm"
     dropout: str | None = "embeddings.dropout"
-    called: dict[str, tuple[int, ...] | None] | None = None
+    called: dict[str, tuple[int | str, ...] | None] | None = None
     project: str | None = None
     positions: Literal["column", "after_padding_idx", "rotary"] = "column"
     position_type: str = "absolute"

@@ -194,7 +194,7 @@ def _rotary(name: str, layer: Layer, **different: Any) -> Family:
 _TYPES = {"token_type_ids": None}
 
 
-def _called(name: str, output: str, called: dict[str, tuple[int, ...] | None], layer: dict[str, Any]) -> Family:
+def _called(name: str, output: str, called: dict[str, tuple[int | str, ...] | None], layer: dict[str, Any]) -> Family:
     """Its embeddings are called as they are."""
     return Family(
         _bert_layer(name, **layer),
@@ -207,7 +207,7 @@ def _called(name: str, output: str, called: dict[str, tuple[int, ...] | None], l
         token_type=None,
         norm=None,
         dropout=None,
-        called={"position_ids": None} | called,
+        called={"position_ids": None, "inputs_embeds": None} | called,
         heads=False,
     )
 
@@ -313,11 +313,12 @@ FAMILIES = {
         _called(
             "Esm",
             _POOLED,
-            {"attention_mask": None},
+            {},
             _EAGER
             | _pre_norm("attention.LayerNorm", "LayerNorm")
             | {"probs_switch": "attention.self", "activation": None, "activation_name": "gelu", "rotates": True},
         ),
+        called={"position_ids": None, "attention_mask": None},  # inputs_embeds go past its embeddings
         positions="rotary",
         position_type="rotary",
         tables_of_rotation="rotary_embeddings",
@@ -331,7 +332,7 @@ FAMILIES = {
     "MarkupLMModel": _called(
         "MarkupLM", _PLAIN_POOLED, _TYPES | {"xpath_tags_seq": None, "xpath_subs_seq": None}, _NUMBER
     ),
-    "TapasModel": _called("Tapas", _PLAIN_POOLED, {"token_type_ids": (7,)}, _EAGER),
+    "TapasModel": _called("Tapas", _PLAIN_POOLED, {"token_type_ids": ("type_vocab_sizes",)}, _EAGER),
     "VisualBertModel": _called("VisualBert", _PLAIN_POOLED, _TYPES, _EAGER),
 }
 
