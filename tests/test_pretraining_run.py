@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from fastbert.pretraining.electra import generator_config, sample
-from fastbert.pretraining.objectives import area
+from fastbert.pretraining.objectives import Divisor, MaskedWords, area
 from fastbert.pretraining.sizes import NEVER_PREDICTED, config_of
 from fastbert.testing import allowed_factor, assert_within_budget
 from fastbert.training import loop
@@ -129,6 +129,42 @@ def test_the_losses_are_those_of_transformers_and_add_up(tmp_path):
         output.seq_relationship_logits, torch.cat([of_pairs for _, _, of_pairs in inputs])
     )
     assert pairs == pytest.approx(float(relation), rel=1e-5)
+
+
+@pytest.mark.once
+def test_expectation_with_dropout_is_that_of_transformers(tmp_path):
+    """Ours drops by a function of seed and place, theirs by torch's generator: over seeds loss and gradient have the
+    same mean. The squared distance of two means is the sum of their variances, but for chance."""
+    transformers = pytest.importorskip("transformers", reason="needs the test extra")
+    seeds = 60
+    run = run_of(tmp_path, "mlm+nsp", dropout=0.2, step_tokens=100)
+    run.model.save_pretrained(tmp_path / "saved")
+    theirs = transformers.BertForPreTraining.from_pretrained(tmp_path / "saved").train()
+    run.model.train()
+    batch = run.loader(run.plan.steps(0)[0])[0]
+    shown, divisor = batch.shown, Divisor(*batch.sizes())
+    inputs = {
+        "input_ids": shown.pad(shown.input_ids), "token_type_ids": shown.pad(shown.token_type_ids),
+        "attention_mask": shown.pad(torch.ones_like(shown.input_ids)), "labels": shown.pad(batch.labels, -100),
+        "next_sentence_label": batch.pairs,
+    }  # fmt: skip
+    names = [name for name, _ in run.model.named_parameters()]
+    means, variances = [], []
+    for model in (run.model, theirs):
+        parameters = dict(model.named_parameters())
+        drawn = []
+        for seed in range(seeds):
+            torch.manual_seed(seed)
+            loss = run.objective.losses(model, batch, divisor)[0] if model is run.model else model(**inputs).loss
+            of_seed = torch.autograd.grad(loss, [parameters[name] for name in names])
+            drawn.append(torch.cat([loss.detach()[None], *(g.flatten() for g in of_seed)]).double())
+        drawn = torch.stack(drawn)
+        means.append(drawn.mean(0))
+        variances.append(drawn.var(0) / seeds)
+    difference, expected = means[0] - means[1], variances[0] + variances[1]
+    assert abs(difference[0]) < 4 * expected[0].sqrt(), "the loss"
+    assert 0.5 < difference[1:].square().sum() / expected[1:].sum() < 2, "the gradient"
+    assert 0.7 < variances[0][1:].sum() / variances[1][1:].sum() < 1.4, "and as much chance in it"
 
 
 # ---- the same run --------------------------------------------------------------------------------------------
@@ -340,6 +376,12 @@ def test_the_area_under_the_curve():
         differences = scores[positive][:, None] - scores[~positive]
         assert area(scores, positive) == pytest.approx(((differences > 0) + 0.5 * (differences == 0)).mean())
     assert math.isnan(area(scores, np.zeros(200, bool)))
+
+
+@pytest.mark.once
+def test_nothing_guessed_is_no_loss_of_zero():
+    scores = MaskedWords().scores({"guessed": 0, "loss": 0.0, "right": 0}).values
+    assert all(math.isnan(value) for value in scores.values())
 
 
 @pytest.mark.native

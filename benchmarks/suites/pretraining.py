@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from fastbert.cli.options import positive
+from fastbert.cli.options import positive, shown
 from fastbert.pretraining.batches import Loader
 from fastbert.pretraining.corpus import build_corpus
 from fastbert.pretraining.documents import longest_segment
@@ -161,7 +161,7 @@ def expected(name: str, value: float, report: dict) -> bool:
 
 def say(record: dict, steps: int) -> None:
     if "scores" in record:
-        words = ", ".join(f"{name} {value:.4f}" for name, value in record["scores"].items())
+        words = ", ".join(f"{name} {shown(value)}" for name, value in record["scores"].items())
         print(f"step {record['step']} of {steps}: {words}", file=sys.stderr)
 
 

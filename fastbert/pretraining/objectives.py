@@ -55,12 +55,11 @@ class MaskedWords:
         }
 
     def scores(self, found: dict[str, Any]) -> Scores:
-        guessed = max(1, found["guessed"])
-        loss = found["loss"] / guessed
+        loss = _mean(found["loss"], found["guessed"])
         return Scores(
             {
                 "masked_loss": loss, "perplexity": math.exp(min(loss, 700.0)),
-                "masked_accuracy": found["right"] / guessed,
+                "masked_accuracy": _mean(found["right"], found["guessed"]),
             },
             {
                 "masked_loss": f"nats a masked token, of {found['guessed']:,}",
@@ -131,7 +130,7 @@ class ReplacedWords(MaskedWords):
         }  # fmt: skip
 
     def scores(self, found: dict[str, Any]) -> Scores:
-        loss = found["loss"] / max(1, found["guessed"])
+        loss = _mean(found["loss"], found["guessed"])
         logits, replaced = found["logits"], found["replaced"]
         told = logits > 0
         right = int((told & replaced).sum())
@@ -156,6 +155,11 @@ OBJECTIVES = {
     "mlm+sop": lambda: WordsAndPairs(SENTENCE_ORDER),
     "electra": ReplacedWords,
 }
+
+
+def _mean(total: float, count: int) -> float:
+    """nan of nothing."""
+    return total / count if count else math.nan
 
 
 def area(scores: NDArray[np.floating], positive: NDArray[np.bool_]) -> float:
