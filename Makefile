@@ -125,7 +125,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf build dist .pytest_cache .ruff_cache .benchmarks *.egg-info kernels/cpu/_operators_*
+	rm -rf build dist .pytest_cache .ruff_cache .benchmarks *.egg-info kernels/cpu/_operators*.so
 	rm -rf .venvs full_logs
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
 	test ! -e $(INSTALLED) || rm -rf $(VENV)

@@ -14,7 +14,7 @@ from fastbert.testing import assert_within_budget
 
 DTYPES = [torch.float32, torch.bfloat16]
 
-pytestmark = pytest.mark.skipif(cpp.load()[0] is None, reason=f"no C++ operators: {cpp.load()[1]}")
+pytestmark = pytest.mark.cpp
 
 
 @pytest.fixture(params=library.INSTRUCTIONS)

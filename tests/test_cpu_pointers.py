@@ -165,6 +165,7 @@ SPOILERS = {
     "no_tensor": lambda t: t.tolist(),
     "every_other_column": lambda t: t.repeat_interleave(2, -1)[..., ::2],
     "a_row_short": lambda t: t[:-1],
+    "without_rows": lambda t: t[:0],
     "a_column_short": lambda t: t[..., :-1].contiguous(),
 }
 
@@ -182,13 +183,16 @@ FIT_TOO = {
     ("attention_backward", 0, "every_other_column"),
     ("add_layer_norm_backward", 0, "every_other_column"),
     *(("attention_with_dropout", 4, spoiler) for spoiler in SPOILERS if not spoiler.endswith("short")),
-    *((name, 0, "a_row_short") for name in ("linear", "linears", "int8_linear", "sum_logits")),
     *(
-        (name, table, "a_row_short")
-        for name in ("embedding_layer_norm", "embedding_for_training")
-        for table in (3, 4, 5)
+        (name, place, fewer)
+        for name, places in {
+            **dict.fromkeys(("linear", "linears", "int8_linear", "sum_logits"), (0,)),
+            **dict.fromkeys(("embedding_layer_norm", "embedding_for_training"), (3, 4, 5)),
+            "embedding_backward": (4, 5, 6),
+        }.items()
+        for place in places
+        for fewer in ("a_row_short", "without_rows")
     ),
-    *(("embedding_backward", table, "a_row_short") for table in (4, 5, 6)),
     ("embedding_backward", 0, "every_other_column"),
 }
 

@@ -94,7 +94,8 @@ void step(const void* const* pointers, const int64_t* sizes, const Numbers* numb
     }
 }
 
-constexpr int64_t BLOCK = 1024;  // elements whose squares one thread sums: an order that is always the same, and short sums
+constexpr int64_t BLOCK = 1024;  // elements whose squares one thread sums, so that the order is always the same
+constexpr int64_t SHORT = 128;   // elements that are summed in float32: longer sums are less exact
 
 // The sum of the squares of all elements.
 template <class T>
@@ -108,12 +109,16 @@ double sum_squares(const void* const* pointers, const int64_t* sizes, int count)
 #pragma omp for schedule(static) nowait
         for (int64_t from = 0; from < sizes[tensor]; from += BLOCK) {
             const int64_t end = std::min(from + BLOCK, sizes[tensor]);
-            Floats sum = floats(0.0f);
-            for (int64_t i = from; i < end; i += WIDTH) {
-                const Floats g = load_first<T>(x + i, end - i);
-                sum = fma(g, g, sum);
+            double of_block = 0.0;
+            for (int64_t start = from; start < end; start += SHORT) {
+                Floats sum = floats(0.0f);
+                for (int64_t i = start; i < std::min(start + SHORT, end); i += WIDTH) {
+                    const Floats g = load_first<T>(x + i, end - i);
+                    sum = fma(g, g, sum);
+                }
+                of_block += sum_of(sum);
             }
-            parts[first[tensor] + from / BLOCK] = sum_of(sum);
+            parts[first[tensor] + from / BLOCK] = of_block;
         }
     }
     double total = 0.0;

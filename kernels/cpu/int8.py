@@ -56,7 +56,21 @@ def why_not() -> str | None:
         there = torch.cpu._is_vnni_supported()
     if not there:
         return f"this CPU ({platform.machine()}) has neither VNNI nor AMX"
+    if not is_in_cpp() and not _onednn_is_exact():
+        return "oneDNN multiplies without VNNI and AMX, as ONEDNN_MAX_CPU_ISA can make it, and its sums overflow"
     return None
+
+
+def _onednn_is_exact() -> bool:
+    """Whether oneDNN adds products up in 32 bits, as VNNI and AMX do; by AVX2 alone it adds two of them in 16."""
+    weight = torch.ops.onednn.qlinear_prepack(torch.full((16, 64), LARGEST, dtype=torch.int8, device="cpu"), None)
+    q = torch.full((1, 64), 255, dtype=torch.uint8, device="cpu")
+    scales = torch.ones(16, dtype=torch.float32, device="cpu")
+    zeros = torch.zeros(16, dtype=torch.int64, device="cpu")
+    y = torch.ops.onednn.qlinear_pointwise(
+        q, 1.0, 0, weight, scales, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+    return bool((y == 64 * 255 * LARGEST).all())
 
 
 @cache
@@ -305,7 +319,7 @@ def encoder_layers(
         fields.extend(norms[4 * number : 4 * number + 4])
     y, sequences = x.clone(), cu_seqlens.numel() - 1
     work = torch.empty(4 * x.numel(), dtype=dtype, device="cpu")
-    starts = address("cu_seqlens", cu_seqlens, torch.int32, sequences + 1)
+    starts = address("cu_seqlens", cu_seqlens, torch.int32, max(sequences, 0) + 1)
     each = len(fields) // len(layers) * fields.itemsize
     step = len(layers) if x.nbytes <= cpp.FEW_BYTES else 1  # between two calls Ctrl-C is heard
     for number in range(0, len(layers), step):

@@ -218,7 +218,7 @@ def takes_linear(
     if activation not in (None, "gelu") or not 0 < x.numel() <= most * x.shape[-1]:
         return False
     given = (x, weight) if bias is None else (x, weight, bias)
-    if columns % 4 or inner % (WIDTH if x.dtype == torch.float32 else 2 * WIDTH):
+    if columns < 1 or columns % 4 or inner % (WIDTH if x.dtype == torch.float32 else 2 * WIDTH):
         return False
     return all(t.is_contiguous() for t in given) and not torch.is_autocast_enabled("cpu") and _take(*given)
 
@@ -227,7 +227,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | Non
     """activation(x weight^T + bias): [..., K], [N, K], [N] or None -> [..., N]. Sums in float32. Within
     `batch_invariant()` always by the product of many rows, in which a row's bits are its own."""
     y = torch.empty(*x.shape[:-1], len(weight), dtype=x.dtype, device="cpu")
-    _multiply(x, weight, bias, y.view(-1, len(weight)), activation)
+    _multiply(x, weight, bias, y.view(math.prod(x.shape[:-1]), len(weight)), activation)
     return y
 
 
@@ -353,7 +353,7 @@ def encoder_layers(
         return None
     y = x.clone()
     work = torch.empty(4 * x.numel() + min(len(x), UP_ROWS) * inner, dtype=dtype, device="cpu")
-    starts = address("cu_seqlens", cu_seqlens, torch.int32, sequences + 1)
+    starts = address("cu_seqlens", cu_seqlens, torch.int32, max(sequences, 0) + 1)
     step = count if x.nbytes <= FEW_BYTES else 1
     for layer in range(0, count, step):
         outcome = call(
