@@ -104,6 +104,13 @@ def states(model, batch):
     assert model(**batch, output_hidden_states=True).hidden_states[-1].shape == (4, 9, 32)
 
 
+def states_by_the_encoders_config(model, batch):
+    """The head's own config, another object here, does not ask for them."""
+    model.bert.config = copy.deepcopy(model.config)
+    model.bert.config.output_hidden_states = True
+    assert model(**batch).hidden_states[-1].shape == (4, 9, 32)
+
+
 def hook_on_the_pooler(model, batch):
     shapes = []
     model.bert.pooler.register_forward_hook(lambda module, given, output: shapes.append(given[0].shape))
@@ -138,7 +145,7 @@ def first_column_masked(model, batch):
     torch.testing.assert_close(model(**flipped).logits, fastbert.restore(model)(**flipped).logits, rtol=1e-4, atol=1e-5)
 
 
-CALLS = [states, hook_on_the_pooler, hook_on_the_encoder, own_head, encoder_alone]
+CALLS = [states, states_by_the_encoders_config, hook_on_the_pooler, hook_on_the_encoder, own_head, encoder_alone]
 
 
 @pytest.mark.parametrize(

@@ -203,8 +203,9 @@ class EncoderForward(Forward):
             output["last_hidden_state"] = only_wanted(output["last_hidden_state"])
             return output
         shared = self.pack(given, rows, seen)
-        first_only = self.is_read_first_alone(shared, seen)
-        x, states = self.run(shared, seen, given, self.wanted(given), first_only)
+        wanted = self.wanted(given)
+        first_only = wanted is None and self.is_read_first_alone(shared, seen)
+        x, states = self.run(shared, seen, given, wanted, first_only)
         return self.finish(x[:, None] if first_only else shared.batch.pad(x), states, given)
 
     def is_read_first_alone(self, shared: Pass, seen: Seen) -> bool:
