@@ -91,14 +91,15 @@ class Client:
         self.thread.join()
         self.loop.close()
 
-    def start(self, method, path, body=b"", headers=None, gone=None):
-        """The request as a future of its Reply; None where it was given up. gone: the client's end."""
+    def start(self, method, path, body=b"", headers=None, gone=None, more=False):
+        """The request as a future of its Reply; None where it was given up. gone: the client's end. more: whether the
+        client leaves the server waiting for the rest of the body."""
         if not isinstance(body, bytes):
             body = json.dumps(body).encode()
-        return asyncio.run_coroutine_threadsafe(self._ask(method, path, body, headers or {}, gone), self.loop)
+        return asyncio.run_coroutine_threadsafe(self._ask(method, path, body, headers or {}, gone, more), self.loop)
 
-    async def _ask(self, method, path, body, headers, gone):
-        sent, messages = [], [{"type": "http.request", "body": body}]
+    async def _ask(self, method, path, body, headers, gone, more):
+        sent, messages = [], [{"type": "http.request", "body": body, "more_body": more}]
 
         async def receive():
             if messages:

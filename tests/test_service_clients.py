@@ -4,6 +4,7 @@ import base64
 import json
 import re
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,12 @@ def clients(tmp_path_factory):
     made = {}
     for first in loaded:
         order = [first, *(model for model in loaded if model is not first and model.name != "masks")]
-        made[first.name] = Client(application(Service(settings, Models(order))))
+        service = Service(settings, Models(order))
+        made[first.name] = Client(application(service))
+        # The servers share the models' queues: one that still warms up would take the requests of another.
+        while not service.is_warm:
+            assert service.failure is None
+            time.sleep(0.001)
     yield made
     for client in made.values():
         client.close()

@@ -136,6 +136,7 @@ def test_an_overloaded_server_says_so_at_once():
                 rig.ask(6)
             assert error.value.kind == "overloaded"
             assert 1 <= error.value.retry_after < 60
+            await rig.settled(jobs)
             assert rig.queue.tokens == 50
             rig.lane.open.set()
             assert [await job.answer for job in jobs] == [[2 * n] for n in range(1, 6)]
@@ -230,6 +231,27 @@ def test_stopping_waits_for_what_is_being_tokenised():
             go.set()
             assert await job.answer == [8]
             await stopped
+
+    run(test)
+
+
+def test_the_thread_that_tokenises_ends_whoever_wakes_first():
+    """A job comes to an idle engine that is stopped before the model's thread wakes: the other one wakes alone."""
+
+    async def test():
+        async with Rig() as rig:
+            engine = rig.engine
+            while not engine._idle:
+                await asyncio.sleep(0.001)
+            job = Job(rig.queue, lambda: Prepared([Piece(rig.lane, 5, 10)], [10]), 10)
+            with engine._lock:
+                rig.queue.announce(10)
+                engine._unprepared.append(job)
+                engine._stopped = True
+                engine._for_tokeniser.notify()
+            assert await asyncio.wait_for(job.answer, 10) == [10]
+            await asyncio.to_thread(engine._threads[-1].join, 10)
+            assert not engine._threads[-1].is_alive()
 
     run(test)
 

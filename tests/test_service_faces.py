@@ -134,6 +134,19 @@ def test_ids_of_the_vocabulary_are_taken_and_those_of_others_refused(client, enc
     assert "check_embedding_ctx_length=False" in reply.json()["error"]["message"]
 
 
+def test_ids_are_cut_and_prompted_as_texts_are(client, encoder):
+    text, ids = "a b " * 40 + "c d", [5, 6] * 40 + [7, 8]
+    for more in ({}, {"truncation_direction": "Left"}, {"prompt_name": "query"},
+                 {"prompt_name": "query", "truncation_direction": "left"}):  # fmt: skip
+        wanted = client.post("/embed", {"inputs": text, **more})
+        for given in (ids, [2, *ids, 3]):
+            found = client.post("/embed", {"inputs": given, **more})
+            assert found.headers["x-truncated-texts"] == wanted.headers["x-truncated-texts"] == "1"
+            assert close(found.json(), wanted.json())
+    found = client.post("/v1/embeddings", {"input": [5], "prompt_name": "document"}).json()
+    assert close([found["data"][0]["embedding"]], encoder.encode(["a"], prompt_name="document"))
+
+
 @pytest.mark.parametrize(
     ("body", "status", "param"),
     [
@@ -248,6 +261,25 @@ def test_rerank_has_the_form_of_who_asks(client, folders):
     assert client.post("/v2/rerank", {"query": "q", "documents": []}).json()["results"] == []
 
 
+def test_documents_are_cut_to_the_tokens_asked_for(client):
+    body = {"query": "q", "documents": ["a b c d e f", "abc d", "e", "f g"]}
+    short = client.post("/v2/rerank", {"query": "q", "documents": ["a b", "ab", "e", "f g"]})
+    found = client.post("/v2/rerank", {**body, "max_tokens_per_doc": 2, "return_documents": True, "truncate": False})
+    assert found.headers["x-truncated-texts"] == "2"
+    assert [(x["index"], x["relevance_score"]) for x in found.json()["results"]] == [
+        (x["index"], pytest.approx(x["relevance_score"], abs=1e-5)) for x in short.json()["results"]
+    ]
+    assert found.json()["results"][0]["document"]["text"] in body["documents"]
+    whole = client.post("/v2/rerank", body).json()["results"]
+    for many in (None, 0, 63, 10**9):
+        reply = client.post("/v2/rerank", {**body, "max_tokens_per_doc": many})
+        assert reply.headers["x-truncated-texts"] == "0"
+        assert [x["index"] for x in reply.json()["results"]] == [x["index"] for x in whole]
+    both = client.post("/v2/rerank", {"query": "q", "documents": ["a " * 99], "max_tokens_per_doc": 62})
+    assert both.headers["x-truncated-texts"] == "1"
+    assert client.post("/v2/rerank", {**body, "max_tokens_per_doc": -1}).status == 400
+
+
 def test_similarity_is_the_cosine(client, encoder):
     found = client.post("/similarity", {"inputs": {"source_sentence": "a", "sentences": ["b", "a"]}}).json()
     vectors = encoder.encode(["a", "b"])
@@ -263,6 +295,29 @@ def test_tokenize_and_decode(client):
     assert client.post("/decode", {"ids": ids}).json() == ["a bc"]
     assert client.post("/decode", {"ids": [ids, [5]]}).json() == ["a bc", "a"]
     assert client.post("/decode", {"ids": [10**6]}).status == 422
+
+
+def test_tokenize_stops_at_the_limit(client):
+    long = "a " * 100
+    reply = client.post("/tokenize", {"inputs": ["a", long]})
+    assert [len(tokens) for tokens in reply.json()] == [3, 64]
+    assert reply.headers["x-truncated-texts"] == "1"
+    reply = client.post("/tokenize", {"inputs": long, "add_special_tokens": False})
+    assert [token["id"] for token in reply.json()[0]] == [5] * 64
+    reply = client.post("/tokenize", {"inputs": "a " * 62, "truncate": False})
+    assert (reply.status, len(reply.json()[0]), reply.headers["x-truncated-texts"]) == (200, 64, "0")
+    assert client.post("/tokenize", {"inputs": long, "truncate": False}).status == 413
+
+
+def test_answers_have_a_bound(client, monkeypatch):
+    """One request could ask for more than the memory holds."""
+    monkeypatch.setattr("fastbert.service.work.vectors.MOST_NUMBERS", 7 * 32)
+    assert client.post("/embed_all", {"inputs": ["a b", "c"]}).status == 200
+    assert client.post("/embed_all", {"inputs": ["a b", "c d"]}).status == 413
+    monkeypatch.setattr("fastbert.service.work.masks.MOST_WORDS", 6)
+    assert client.post("/fill_mask", {"inputs": ["[MASK] [MASK]", "[MASK]"], "top_k": 2}).status == 200
+    assert client.post("/fill_mask", {"inputs": ["[MASK] [MASK]", "[MASK]"], "top_k": 3}).status == 413
+    assert client.post("/fill_mask", {"inputs": "[MASK] " * 3, "top_k": 3, "targets": ["a", "b"]}).status == 200
 
 
 def test_tei_errors_are_flat(client):
@@ -352,6 +407,24 @@ def test_filled_words(client, folders):
     assert client.post("/fill_mask", {"inputs": "a " * 99 + "[MASK]"}).status == 413
 
 
+def test_vectors_and_filled_words_share_a_trunk(client):
+    model = client.service.models.by_name["masks"]
+    trunk, filler = model.abilities["vectors"].encoder.model, model.abilities["masks"].filler.model
+    assert filler.bert is trunk
+    assert filler.cls["predictions"].decoder.weight is trunk.embeddings.word_embeddings.weight
+
+
+def test_a_models_address_may_have_slashes(folders):
+    """As ids of the hub have them."""
+    settings = Settings(**PLAIN)
+    client = Client(application(Service(settings, Models([load("someones/texts", folders["texts"], settings)]))))
+    try:
+        assert np.shape(client.post("/models/someones/texts", {"inputs": "a"}).json()) == (1, 32)
+        assert client.post("/models/texts", {"inputs": "a"}).status == 404
+    finally:
+        client.close()
+
+
 def test_a_models_address_answers_what_the_model_can(client):
     for path, name in (("/", None), ("/v1", None), ("/models/texts", "texts")):
         assert np.shape(client.post(path, {"inputs": "a"}).json()) == (1, 32), name
@@ -424,6 +497,14 @@ def test_the_key(served):
     assert client.get("/info").status == 401
 
 
+def test_a_body_that_does_not_come_is_not_waited_for(served):
+    client = served("texts")
+    reply = client.start("POST", "/embed", b'{"inp', {"x-timeout-seconds": "0.05"}, more=True).result(30)
+    assert reply.status == 504
+    assert "body" in reply.json()["error"]
+    assert client.service.open == 0
+
+
 def test_a_request_that_is_late_is_told_so_and_leaves_the_queue(served):
     client = served("texts")
     lane = client.service.models.served[0].abilities["vectors"]._plain
@@ -442,7 +523,9 @@ def test_a_request_that_is_late_is_told_so_and_leaves_the_queue(served):
         assert began.wait(30)
         reply = client.post("/embed", {"inputs": "a b"}, {"x-timeout-seconds": "0.05"})
         assert reply.status == 504
-        assert queue.tokens == 0
+        until = time.monotonic() + 60
+        while queue.tokens:  # what is being tokenised leaves when that is done
+            assert time.monotonic() < until
         event = asyncio.Event()
         second = client.start("POST", "/embed", {"inputs": "a b"}, gone=event)
         while queue.waiting != 4:

@@ -48,8 +48,9 @@ def test_short_requests_pass_long_ones_and_rooms_are_filled():
     assert [number for request, number in batch if request is long] == [5, 6, 7]
 
 
+@pytest.mark.parametrize("short", [25, 90])
 @pytest.mark.parametrize("length", [5, 25, 60, 100], ids=["within the share", "the share", "more", "a batch"])
-def test_long_requests_never_starve(length):
+def test_long_requests_never_starve(length, short):
     """Short requests come faster than they can be computed; of two long ones each piece is taken within the bound."""
     budget = 100
     queue = TokenQueue(budget, bound=10**9)
@@ -58,14 +59,23 @@ def test_long_requests_never_starve(length):
     seen = []
     while len(seen) < 40:
         for _ in range(12):
-            put(queue, 25)
+            put(queue, short)
         batches += 1
         for request, number in queue.next_batch():
             if request in long:
                 seen.append((request, number))
                 before += length
-                assert batches <= -(-SHARE * before // budget) + 1
+                assert batches <= -(-SHARE * before // budget) + 2
     assert seen == [(request, number) for request in long for number in range(20)]
+
+
+def test_long_requests_do_not_keep_out_a_text_that_fills_a_batch():
+    """What is left beside the share of long ones is never enough for it; they take turns."""
+    queue = TokenQueue(budget=100, bound=10**9)
+    put(queue, *[20] * 1000)
+    texts = [put(queue, 90) for _ in range(10)]
+    taken = [request for _ in range(20) for request, _ in queue.next_batch() if request in texts]
+    assert taken == texts
 
 
 def test_short_requests_keep_most_of_every_batch_while_long_ones_wait():

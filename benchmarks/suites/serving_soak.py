@@ -63,6 +63,7 @@ class Soak:
                 await writer.wait_closed()
 
     async def one(self) -> None:
+        """One request. What goes wrong with it is noted, also where the server closes the connection."""
         kind = self.draw.choices(("short", "list", "long", "bad", "gone"), (80, 8, 4, 4, 4))[0]
         texts, vectors = self.load.texts, self.load.vectors
         rows = [self.draw.randrange(len(texts)) for _ in range(40 if kind == "list" else 1)]
@@ -72,7 +73,11 @@ class Soak:
             body = self.draw.choice(BAD)
         elif kind == "long":
             body, wanted = {"input": LONG * 27_000}, self.long
-        status, content = await self.exchange(body, leave=kind == "gone")
+        try:
+            status, content = await self.exchange(body, leave=kind == "gone")
+        except (OSError, ValueError) as error:
+            self.wrong.append(f"{kind}: {type(error).__name__}: {error}")
+            return
         self.outcomes[kind, status] += 1
         if kind == "gone":
             return
@@ -80,7 +85,7 @@ class Soak:
             found = np.array([item["embedding"] for item in json.loads(content)["data"]], np.float32)
             if found.shape != wanted.shape or not np.abs(found - wanted).max() < FAR:
                 self.wrong.append(f"{kind}: wrong vectors")
-        elif status not in ((400,) if kind == "bad" else (429,)):
+        elif status not in ((400, 429) if kind == "bad" else (429,)):
             self.wrong.append(f"{kind}: {status} {content[:200]!r}")
 
     async def gauge(self, name: str) -> float:

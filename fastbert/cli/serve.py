@@ -32,10 +32,10 @@ Texts longer than a model's limit are cut, usage counts what is left, and the he
 texts were cut; {"truncate": false} in a request refuses to cut. A request that finds the queue full is answered 429
 at once, with Retry-After. SIGTERM stops the server after what it has accepted is answered.
 
-A key comes from the environment's API_KEY, or from a file; requests then need 'Authorization: Bearer KEY'. Of
-text-embeddings-inference's variables these are read where a flag is not given: MODEL_ID, SERVED_MODEL_NAME, PORT,
-DTYPE, POOLING, MAX_CONCURRENT_REQUESTS, MAX_BATCH_TOKENS, MAX_CLIENT_BATCH_SIZE, AUTO_TRUNCATE, DEFAULT_PROMPT_NAME,
-PAYLOAD_LIMIT, PROMETHEUS_PORT, CORS_ALLOW_ORIGIN, API_KEY."""
+A key comes from the environment's API_KEY, or from a file (--api-key-file, or the environment's API_KEY_FILE); requests
+then need 'Authorization: Bearer KEY'. Of text-embeddings-inference's variables these are read where a flag is not
+given: MODEL_ID, SERVED_MODEL_NAME, PORT, DTYPE, POOLING, MAX_CONCURRENT_REQUESTS, MAX_BATCH_TOKENS,
+MAX_CLIENT_BATCH_SIZE, AUTO_TRUNCATE, DEFAULT_PROMPT_NAME, PAYLOAD_LIMIT, PROMETHEUS_PORT, CORS_ALLOW_ORIGIN."""
 
 EXAMPLES = """\
 examples:

@@ -71,7 +71,7 @@ WAYS = (
     Way("token_classify", own.token_classify, tei_form, ("/token_classify",)),
     Way("question_answer", own.question_answer, tei_form, ("/question_answer",)),
     Way("fill_mask", own.fill_mask, tei_form, ("/fill_mask",)),
-    Way("hub", own.hub, tei_form, ("/", "/v1", "/models/{name}")),
+    Way("hub", own.hub, tei_form, ("/", "/v1", "/models/{name:path}")),
 )
 
 
@@ -90,7 +90,7 @@ class Endpoint:
         try:
             service.admit(call)
             if way.method == "POST":
-                await call.read(service.settings.payload_limit)
+                await service.read(call)
                 if way.name == "rerank" and "documents" in call.body:
                     form = cohere_form
             content = as_json(await way.answer(service, call))

@@ -216,9 +216,10 @@ class Engine:
     def _tokenise(self) -> None:
         while True:
             with self._lock:
-                # A thread of the model that is free takes the job itself.
-                while not self._unprepared or self._idle:
-                    if self._stopped and not self._unprepared:
+                # A thread of the model that is free takes the job itself, and does not wake this one afterwards. So at
+                # the end of the engine this thread does not wait for that.
+                while not self._unprepared or (self._idle and not self._stopped):
+                    if self._stopped:
                         return
                     self._for_tokeniser.wait()
                 job = self._next_unprepared()

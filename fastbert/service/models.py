@@ -96,6 +96,9 @@ def load(name: str, source: str | Path, settings: Settings) -> Served:
                 filler = MaskFiller.from_pretrained(
                     path, dtype=settings.dtype, device=settings.device, impl=settings.impl
                 )
+                # One trunk serves both, and its word embedding is the decoder of the head.
+                filler.model.bert = encoder.model
+                filler.model.tie_weights()
                 abilities["masks"] = Masks(filler, limit)
             except CheckpointError as error:  # the checkpoint was saved without that head
                 warnings.warn(f"{source} gives vectors only: {error}", stacklevel=2)

@@ -19,7 +19,7 @@ DOCUMENT = {"anyOf": [TEXT, {"type": "object", "properties": {"text": TEXT}, "re
 DOCUMENTS = {"type": "array", "items": DOCUMENT}
 RERANK = {
     "query": TEXT, "documents": DOCUMENTS, "model": NAME, "top_n": COUNT, "return_documents": FLAG, "raw_scores": FLAG,
-    **CUT,
+    "max_tokens_per_doc": COUNT, **CUT,
 }  # fmt: skip
 SEQUENCE = {"type": "array", "items": TEXT, "minItems": 1, "maxItems": 2}
 PAIR = {"type": "array", "items": TEXT, "minItems": 2, "maxItems": 2}
@@ -65,7 +65,7 @@ BODIES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
          "model": NAME, "parameters": PARAMETERS},
         ("inputs",),
     ),
-    "/tokenize": ({"inputs": TEXTS, "model": NAME, "add_special_tokens": FLAG,
+    "/tokenize": ({"inputs": TEXTS, "model": NAME, "add_special_tokens": FLAG, "truncate": FLAG,
                    "prompt_name": {"type": ["string", "null"]}}, ("inputs",)),
     "/decode": ({"ids": {"anyOf": [IDS, {"type": "array", "items": IDS}]}, "model": NAME, "skip_special_tokens": FLAG},
                 ("ids",)),
@@ -87,11 +87,16 @@ _ERRORS = {"400": "what was sent is wrong", "401": "no key", "404": "no such mod
 
 def description(version: str, ways: Sequence[Any]) -> dict[str, Any]:
     """ways: with `paths`, and `answer` whose docstring says what it does."""
-    paths = {path: {"post": _operation(path, way.answer)} for way in ways for path in way.paths}
+    paths = {_plain(path): {"post": _operation(_plain(path), way.answer)} for way in ways for path in way.paths}
     return {
         "openapi": "3.1.0", "info": {"title": "fastbert serve", "version": version}, "paths": paths,
         "components": {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
     }  # fmt: skip
+
+
+def _plain(path: str) -> str:
+    """An address as OpenAPI writes it: a parameter of starlette's may say that there are slashes in it."""
+    return path.replace(":path}", "}")
 
 
 def _operation(path: str, answer: Callable) -> dict[str, Any]:

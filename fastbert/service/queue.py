@@ -3,14 +3,15 @@
 A piece is a sequence of tokens that the model takes at once: a text, a pair of texts, or a window of a long one. A
 request is one or several pieces, and is answered when all of them are computed.
 
-Batches are bounded in tokens, never in pieces. A request of few tokens is short; all others are long:
+Batches are bounded in tokens, never in pieces. A request of few tokens, or of one piece, is short; all others are long:
 
     short requests come first, in their order; long ones have what room is left
     whenever long requests wait, every batch adds a quarter of its room to their credit, and as soon as the credit
     covers their next piece, that piece goes before the short ones
+    a short request that then finds no room goes before the long ones in the next batch
 
 So however many short requests come, a long one waits for at most `4 * tokens before it / budget` batches, rounded up,
-and one more.
+and two more; and long ones keep a short one at the head of its line out of one batch in two at most.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ class TokenQueue:
         self._short: deque[Waiting] = deque()
         self._long: deque[Waiting] = deque()
         self._credit = 0
+        self._passed = False  # whether long requests took the room of the first short one in the last batch
 
     def __len__(self) -> int:
         """Requests that wait."""
@@ -102,10 +104,12 @@ class TokenQueue:
         room = self.budget
         if self._long:
             self._credit += max(self.budget // SHARE, 1)
-            before = room
-            room = self._take(self._long, min(room, self._credit), room, batch, must=False)
-            self._credit -= before - room
+            if not self._passed:
+                room = self._take(self._long, min(room, self._credit), room, batch, must=False)
+                self._credit -= self.budget - room
+        of_long = len(batch)
         room = self._take(self._short, room, room, batch, must=not batch)
+        self._passed = bool(self._short) and 0 < of_long == len(batch)
         self._take(self._long, room, room, batch, must=not batch)
         if not self._long:
             self._credit = 0

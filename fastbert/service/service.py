@@ -151,6 +151,15 @@ class Service:
         if self.open > self.settings.max_concurrent_requests:
             raise ServiceError("overloaded", "Model is overloaded: too many requests are open", retry_after=1)
 
+    async def read(self, call: Call) -> None:
+        """Reads the body. Raises as `Call.read`, and ServiceError for one that does not come in time: a client that
+        stops in the middle of a body would be an open request for ever."""
+        timeout = self.timeout_of(call)
+        try:
+            await asyncio.wait_for(call.read(self.settings.payload_limit), timeout)
+        except asyncio.TimeoutError:
+            raise ServiceError("late", f"the request's body did not come within {timeout:g} seconds") from None
+
     def expect_count(self, texts: Sequence[Any]) -> None:
         """Raises ServiceError where a request has too many texts."""
         most = self.settings.max_client_batch_size

@@ -1,7 +1,7 @@
 """The faces of Cohere and Jina, and of Infinity and Voyage, which rerank like them: /v1/rerank, /v1/embed, /v2/embed.
 
-`max_tokens_per_doc` and `rank_fields` of rerank: pairs are cut to the model's limit whatever the former says; of
-documents that are objects the latter names the fields that are read.
+Of rerank, `max_tokens_per_doc` cuts each document before it is paired with the query; of documents that are objects
+`rank_fields` names the fields that are read.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ INPUT_TYPES = {"search_query": ("query",), "search_document": ("document", "pass
 
 
 async def rerank(service: Service, call: Call) -> dict[str, Any]:
-    """Scores of documents for a query, the best first; `top_n`, or Voyage's `top_k`, of them."""
+    """Scores of documents for a query, the best first; `top_n`, or Voyage's `top_k`, of them. `max_tokens_per_doc` of a
+    document are read, and no more than the model takes."""
     body = call.body
     of_objects = fields.take(body, "rank_fields", list, ["text"])
     documents = fields.documents(body.get("documents"), "documents", [str(name) for name in of_objects])
-    model, ranked = await scored(service, call, fields.needed(body, "query", str), documents, body)
+    query, most = fields.needed(body, "query", str), fields.count(body, "max_tokens_per_doc")
+    model, ranked = await scored(service, call, query, documents, body, most)
     ranked = ranked[: fields.count(body, "top_n", "top_k")]
     with_text = fields.take(body, "return_documents", bool, False)
     results = [

@@ -94,7 +94,8 @@ async def fill_mask(service: Service, call: Call) -> list:
 async def zero_shot(service: Service, call: Call) -> list:
     """Labels of the caller's own, by a classifier of pairs that knows "entailment"."""
     options = _parameters(call)
-    text, names = fields.needed(call.body, "inputs", str), fields.texts(options.get("candidate_labels"), "labels")
+    text = fields.needed(call.body, "inputs", str)
+    names = fields.texts(options.get("candidate_labels"), "candidate_labels")
     template = fields.take(options, "hypothesis_template", str, "This example is {}.")
     model = service.models.with_ability("labels", fields.take(call.body, "model", str))
     labels: Labels = model.abilities["labels"]

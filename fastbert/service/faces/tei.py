@@ -97,16 +97,16 @@ async def labelled(
 
 
 async def scored(
-    service: Service, call: Call, query: str, texts: Sequence[str], body: dict[str, Any]
+    service: Service, call: Call, query: str, texts: Sequence[str], body: dict[str, Any], most: int | None = None
 ) -> tuple[Served, list[tuple[int, float]]]:
-    """(the reranker, (number of a text, its score) with the best first)."""
+    """(the reranker, (number of a text, its score) with the best first). most: tokens of a text at most."""
     model = service.models.with_ability("scores", fields.take(body, "model", str))
     labels: Labels = model.abilities["scores"]
     raw, cut = fields.take(body, "raw_scores", bool, False), cutting(service, body)
     if not texts:
         return model, []
     pairs = [(query, text) for text in texts]
-    logits = await service.run(call, model, pairs, lambda: labels.prepare(pairs, **cut))
+    logits = await service.run(call, model, pairs, lambda: labels.prepare(pairs, most=most, **cut))
     scores = labels.scores(logits, raw)[:, 0].tolist()
     return model, sorted(enumerate(scores), key=lambda pair: -pair[1])
 
@@ -132,7 +132,9 @@ async def similarity(service: Service, call: Call) -> list[float]:
 
 
 async def tokenize(service: Service, call: Call) -> list[list[dict[str, Any]]]:
-    """Tokens of texts with their ids and places, not cut; start and stop are characters of the text."""
+    """Tokens of texts with their ids and places, as many as the model takes: longer texts are cut, which the header
+    x-truncated-texts says, or refused where `truncate` is false. Start and stop are characters of the text, behind its
+    prompt where one is named."""
     given = fields.texts(call.body.get("inputs"), "inputs")
     service.expect_count(given)
     special = fields.take(call.body, "add_special_tokens", bool, True)
@@ -141,8 +143,10 @@ async def tokenize(service: Service, call: Call) -> list[list[dict[str, Any]]]:
     if prompt_name is not None:
         prompt = service.models.with_ability("vectors", model.name).abilities["vectors"].prompt(prompt_name)
 
-    def made() -> list[list[dict[str, Any]]]:
-        found = model.texts.tokenizer([prompt + text for text in given], add_special_tokens=special)
+    truncate = fields.take(call.body, "truncate", bool, service.settings.auto_truncate)
+
+    def made() -> tuple[list[list[dict[str, Any]]], int]:
+        encodings, cut = model.texts.encodings([prompt + text for text in given], truncate, special)
         return [
             [
                 {"id": i, "text": token, "special": bool(is_special),
@@ -151,10 +155,12 @@ async def tokenize(service: Service, call: Call) -> list[list[dict[str, Any]]]:
                     e.ids, e.tokens, e.special_tokens_mask, e.offsets, strict=True
                 )
             ]
-            for e in found.encodings
-        ]  # fmt: skip
+            for e in encodings
+        ], cut  # fmt: skip
 
-    return await service.aside(made)
+    answer, call.cut = await service.aside(made)
+    call.report = [(b"x-truncated-texts", b"%d" % call.cut)]
+    return answer
 
 
 async def decode(service: Service, call: Call) -> list[str]:

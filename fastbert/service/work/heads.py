@@ -50,9 +50,17 @@ class Labels:
         self.regresses = config.problem_type == "regression" and not self.is_reranker
 
     def prepare(
-        self, given: Sequence[str | tuple[str, str]], *, truncate: bool = True, side: str | None = None
+        self,
+        given: Sequence[str | tuple[str, str]],
+        *,
+        truncate: bool = True,
+        side: str | None = None,
+        most: int | None = None,
     ) -> Prepared:
-        """Tokenises. The answer is [N, labels] float32, logits of each text or pair."""
+        """Tokenises. The answer is [N, labels] float32, logits of each text or pair.
+
+        most: tokens of the second text of a pair at most.
+        """
         windows: list[Window] = [None] * len(given)
         alone = [i for i, text in enumerate(given) if isinstance(text, str)]
         paired = [i for i, text in enumerate(given) if not isinstance(text, str)]
@@ -63,7 +71,7 @@ class Labels:
                 windows[i] = Window(row, [0] * len(row), i)
         if paired:
             firsts, seconds = zip(*(given[i] for i in paired), strict=True)
-            encodings, cut_pairs = self.texts.pairs(firsts, seconds, truncate, side)
+            encodings, cut_pairs = self.texts.pairs(firsts, seconds, truncate, side, most)
             cut += cut_pairs
             for i, encoding in zip(paired, encodings, strict=True):
                 windows[i] = Window(encoding.ids, encoding.type_ids, i)

@@ -12,6 +12,9 @@ from ..engine import Piece, Prepared
 from ..errors import ServiceError
 from .texts import Texts
 
+# Words in one answer: each comes with the whole text in which it is filled in.
+MOST_WORDS = 50_000
+
 
 class _Asked(NamedTuple):
     ids: list[int]
@@ -33,7 +36,8 @@ class Masks:
         Args:
             targets: words of the vocabulary; the best of these alone.
 
-        Raises: ServiceError for a text without a mask or with one where the text is cut, and an unknown target.
+        Raises: ServiceError for a text without a mask or with one where the text is cut, an unknown target, and where
+            the answer would have more than MOST_WORDS.
         """
         tokenizer = self.filler.tokenizer
         if not 1 <= top_k <= tokenizer.vocab_size:
@@ -56,6 +60,13 @@ class Masks:
                     "too_large",
                     f"text {place}: {given - kept} of {given} {mask} lie past the {self.texts.limit} tokens",
                 )
+        words = sum(of_text.count(number) for of_text in ids) * min(top_k, top_k if chosen is None else len(chosen))
+        if words > MOST_WORDS:
+            raise ServiceError(
+                "too_large",
+                f"the answer would have {words:,} words, and at most {MOST_WORDS:,} go into one: send fewer texts at "
+                "once, or a smaller top_k",
+            )
         pieces = [Piece(self, _Asked(of_text, top_k, chosen), len(of_text)) for of_text in ids]
 
         def finish(found: list[list[list[tuple[float, int]]]]) -> list[list[list[dict[str, Any]]]]:

@@ -48,12 +48,17 @@ class Texts:
             raise ServiceError("tokenizer", str(error)) from error
         return self._cut(found, truncate, side)
 
-    def of_ids(self, given: Sequence[Sequence[int]], truncate: bool) -> tuple[list[list[int]], int]:
-        """The same of ids that a client made: [CLS] and [SEP] are added where they are not there.
+    def of_ids(
+        self, given: Sequence[Sequence[int]], truncate: bool, side: str | None = None, prompt: str = ""
+    ) -> tuple[list[list[int]], int]:
+        """The same of ids that a client made: [CLS] and [SEP] are added where they are not there, and the tokens of the
+        prompt are put before them.
 
         Raises: ServiceError where an id is none of the vocabulary.
         """
         found = []
+        (of_prompt,) = self.tokenizer.input_ids([prompt])
+        before = of_prompt[: len(of_prompt) - self.tail]
         for number, ids in enumerate(given):
             if bad := next((i for i in ids if not 0 <= i < self.vocab_size), None):
                 raise ServiceError(
@@ -63,26 +68,54 @@ class Texts:
                     "check_embedding_ctx_length=False",
                     param="input",
                 )
-            ids = list(ids)
-            if ids[: self.head] != self._before:
-                ids = self._before + ids
+            inner = ids[self.head :] if ids[: self.head] == self._before else ids
+            ids = before + inner
             if self._after and ids[-len(self._after) :] != self._after:
                 ids += self._after
             found.append(ids)
-        return self._cut(found, truncate, self.side)
+        return self._cut(found, truncate, side or self.side)
 
     def pairs(
-        self, firsts: Sequence[str], seconds: Sequence[str], truncate: bool, side: str | None = None
+        self,
+        firsts: Sequence[str],
+        seconds: Sequence[str],
+        truncate: bool,
+        side: str | None = None,
+        most: int | None = None,
     ) -> tuple[list[Any], int]:
-        """(encodings of pairs, how many pairs were cut). Raises as `ids`."""
+        """(encodings of pairs, how many pairs were cut). Raises as `ids`.
+
+        most: tokens of a second text at most. Its end is cut off first, whatever `truncate` and `side` say.
+        """
+        shortened = [False] * len(seconds)
+        if most is not None and most < self.limit:
+            found, _ = self._encodings((seconds,), True, "right", add_special_tokens=False)
+            shortened = [len(encoding.ids) > most for encoding in found]
+            seconds = [
+                text[: encoding.offsets[most - 1][1]] if is_cut else text
+                for text, encoding, is_cut in zip(seconds, found, shortened, strict=True)
+            ]
+        found, cut = self._encodings((firsts, seconds), truncate, side)
+        return found, sum(map(max, cut, shortened))
+
+    def encodings(self, texts: Sequence[str], truncate: bool, special: bool) -> tuple[list[Any], int]:
+        """(encodings of texts, how many texts were cut). Raises as `ids`.
+
+        special: whether [CLS] and [SEP] are among the tokens.
+        """
+        found, cut = self._encodings((texts,), truncate, None, add_special_tokens=special)
+        return found, sum(cut)
+
+    def _encodings(
+        self, given: tuple[Sequence[str], ...], truncate: bool, side: str | None, **options: Any
+    ) -> tuple[list[Any], list[bool]]:
         try:
-            found = self._of_side[side or self.side](firsts, seconds, max_length=self.limit).encodings
+            found = self._of_side[side or self.side](*given, max_length=self.limit, **options).encodings
         except ValueError as error:
             raise ServiceError("tokenizer", str(error)) from error
-        cut = sum(bool(encoding.overflowing) for encoding in found)
-        if cut and not truncate:
-            number = next(i for i, encoding in enumerate(found) if encoding.overflowing)
-            raise self._too_long(number)
+        cut = [bool(encoding.overflowing) for encoding in found]
+        if not truncate and any(cut):
+            raise self._too_long(cut.index(True))
         return found, cut
 
     def _cut(self, found: list[list[int]], truncate: bool, side: str) -> tuple[list[list[int]], int]:

@@ -12,6 +12,8 @@ from ..engine import Piece, Prepared
 from ..errors import ServiceError
 from .texts import Texts
 
+# Numbers of tokens' vectors in one answer: as JSON they are about 350 MB, which are in memory as a whole.
+MOST_NUMBERS = 2**24
 TINY = 1e-12  # what a length is taken for at least, as torch's normalize has it
 
 
@@ -94,13 +96,23 @@ class Vectors:
     def prepare_states(
         self, given: Sequence[str], *, prompt: str = "", truncate: bool = True, side: str | None = None
     ) -> Prepared:
-        """The same of every token: the answer is a list of [tokens, C] float32."""
+        """The same of every token: the answer is a list of [tokens, C] float32.
+
+        Raises: ServiceError where the answer would have more than MOST_NUMBERS.
+        """
         ids, cut = self._ids(given, prompt, truncate, side)
+        numbers = sum(map(len, ids)) * self.encoder.token_dimension
+        if numbers > MOST_NUMBERS:
+            raise ServiceError(
+                "too_large",
+                f"the answer would have {numbers:,} numbers, and at most {MOST_NUMBERS:,} go into one: send fewer "
+                "texts at once",
+            )
         return Prepared([Piece(self._states, row, len(row)) for row in ids], list(map(len, ids)), cut)
 
     def _ids(self, given: Sequence, prompt: str, truncate: bool, side: str | None) -> tuple[list[list[int]], int]:
         if given and not isinstance(given[0], str):
-            return self.texts.of_ids(given, truncate)
+            return self.texts.of_ids(given, truncate, side, prompt)
         return self.texts.ids([prompt + text for text in given] if prompt else given, truncate, side)
 
 
