@@ -50,7 +50,8 @@ def test_every_function_is_declared_in_the_header():
     """What is not is compiled all the same, and nothing holds its definition to anything."""
     files = [path for path in library.sources(KERNELS) if path.suffix == ".cpp" and path.name != "stamp.cpp"]
     defined = [name for path in files for name in re.findall(r"EXPORT \w+ (\w+)_##name", path.read_text())]
-    assert sorted(defined) == sorted(library.signatures(text_of(library.HEADER)))
+    # int8.cpp has each of its functions twice: for compilers with the instructions, and for those without
+    assert set(defined) == set(library.signatures(text_of(library.HEADER)))
 
 
 def test_what_sizes_memory_is_the_same_in_both_languages():

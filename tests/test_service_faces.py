@@ -577,6 +577,8 @@ def test_settings_from_flags_and_the_environment(tmp_path):
     assert Settings.read({}, {}).api_key is None
     with pytest.raises(ValueError, match="PORT"):
         Settings.read({}, {"PORT": "x"})
+    with pytest.raises(ValueError, match="port must be from 1 to 65535, got 65536"):
+        Settings.read({"port": 65_536}, {})
 
 
 def test_nothing_of_a_text_is_logged(served, caplog):

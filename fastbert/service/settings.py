@@ -101,4 +101,7 @@ class Settings:
         key = Path(file).read_text(encoding="utf-8").strip() if file else environment.get("API_KEY")
         if file and not key:
             raise ValueError(f"{file} has no key in it")
+        for name in ("port", "prometheus_port"):
+            if values.get(name) is not None and values[name] > 65_535:
+                raise ValueError(f"{name} must be from 1 to 65535, got {values[name]}")
         return cls(**values, api_key=key or None)
