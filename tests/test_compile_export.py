@@ -98,7 +98,7 @@ def test_bert_model_compiles_in_training():
             output = of(**batch)
             ((output.last_hidden_state**2).sum() + (output.pooler_output**2).sum()).backward()
             grads.append([p.grad.clone() for p in model.parameters()])
-        torch.testing.assert_close(*grads, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(*grads, atol=4e-5, rtol=1e-4)
     torch.manual_seed(6)
     other = graph(**batch).last_hidden_state
     assert not torch.allclose(other, output.last_hidden_state)

@@ -658,17 +658,23 @@ def test_gradient_checkpointing_changes_nothing_but_memory(reentrant):
     checkpointed = copy.deepcopy(ours)
     checkpointed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     batch = batch_of(ours, MASKS["right"]) | {"labels": torch.randint(0, 2, (4,))}
-    runs = []
-    original = dropin_layer.run
+    runs = defaultdict(int)
 
-    def counted(*args):
-        runs.append(1)
-        return original(*args)
+    def counted(name):
+        original = getattr(dropin_layer, name)
+
+        def call(*args):
+            runs[name] += 1
+            return original(*args)
+
+        return call
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dropin_layer, "run", counted)
+        for name in ("run", "run_for_first"):
+            patch.setattr(dropin_layer, name, counted(name))
         once = losses_of(checkpointed, batch, steps=1)
-    assert len(runs) == 4  # two layers, forward and again in the backward pass
+    # forward and again in the backward pass: the first layer, and the last, of which the head reads first tokens alone
+    assert runs == {"run": 2, "run_for_first": 2}
     torch.testing.assert_close(once, losses_of(ours, batch, steps=1))
 
 
