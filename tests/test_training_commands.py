@@ -381,7 +381,7 @@ def test_a_closed_pipe_is_no_full_disk(bert, files, tmp_path, capsys, monkeypatc
     def tell(bar, record, steps):
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
-    monkeypatch.setattr(fastbert.cli.finetune._Bar, "__call__", tell)
+    monkeypatch.setattr(fastbert.cli.finetune.TrainingBar, "__call__", tell)
     assert finetune(bert, tmp_path / "out", "sentence", files["sentence"]) == 141
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from .options import (
     shown,
     whole_number,
 )  # fmt: skip
+from .progress import TrainingBar
 
 ORDER = 2
 SUMMARY = "train a BERT for a task of yours: labels for texts or pairs, entities, answers"
@@ -200,7 +200,7 @@ def run(args: argparse.Namespace) -> int:
 
     keep_freed_memory()
     request = _request(args)
-    with _Bar(args.quiet or os.environ.get("RANK", "0") != "0") as bar:
+    with TrainingBar("finetune", args.quiet) as bar:
         report = several(request, args.seeds, bar) if args.seeds > 1 else finetune(request, bar)
     if not args.quiet and os.environ.get("RANK", "0") == "0":
         _print(report, args.out)
@@ -226,38 +226,6 @@ def _request(args: argparse.Namespace) -> Any:
         device=args.device, fsdp=args.fsdp, impl=args.impl, class_weights=args.class_weights,
         checkpoint_activations=args.checkpoint_activations, tensorboard=args.tensorboard,
     )  # fmt: skip
-
-
-class _Bar:
-    """A progress bar with the loss, the learning rate and real tokens per second, and a line for each evaluation."""
-
-    def __init__(self, quiet: bool) -> None:
-        from tqdm import tqdm
-
-        self.quiet = quiet
-        # tqdm's None means: only where standard error is a terminal.
-        self.bar = tqdm(unit="step", desc="finetune", disable=quiet or None)
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.bar.close()
-
-    def __call__(self, record: dict[str, Any], steps: int) -> None:
-        if self.quiet:
-            return
-        if "scores" in record:
-            words = ", ".join(f"{name} {shown(value)}" for name, value in record["scores"].items())
-            self.bar.write(f"epoch {record['epoch'] + 1}, step {record['step']:,}: {words}", file=sys.stderr)
-            return
-        if self.bar.total != steps or record["step"] < self.bar.n:
-            self.bar.reset(total=steps)
-        self.bar.set_postfix_str(
-            f"loss {record['loss']:.4f}, lr {record['lr']:.2e}, {record['tokens_per_second']:,.0f} tokens/s",
-            refresh=False,
-        )
-        self.bar.update(record["step"] - self.bar.n)
 
 
 def _print(report: dict[str, Any], out: Path) -> None:

@@ -144,7 +144,11 @@ def _clean_up_when_terminated() -> Iterator[None]:
 
 
 def commands_found() -> list[ModuleType]:
-    names = {module.name for module in pkgutil.iter_modules(import_module(__package__).__path__)} - {"main", "options"}
+    names = {module.name for module in pkgutil.iter_modules(import_module(__package__).__path__)} - {
+        "main",
+        "options",
+        "progress",
+    }
     return sorted((import_module(f".{name}", __package__) for name in names), key=lambda command: command.ORDER)
 
 

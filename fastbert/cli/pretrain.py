@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from .options import (
     shown,
     whole_number,
 )  # fmt: skip
+from .progress import TrainingBar
 from .tokenizer import add_text_arguments, add_vocabulary_arguments
 
 ORDER = 6
@@ -186,7 +186,7 @@ def run(args: argparse.Namespace) -> int:
     from ..training.memory import keep_freed_memory
 
     keep_freed_memory()
-    with _Bar(args.quiet or os.environ.get("RANK", "0") != "0") as bar:
+    with TrainingBar("pretrain", args.quiet, epochs=False) as bar:
         report = pretrain(_request(args), bar)
     if not args.quiet and os.environ.get("RANK", "0") == "0":
         _print(report, args.out)
@@ -208,38 +208,6 @@ def _request(args: argparse.Namespace) -> Any:
         vocab_size=args.vocab_size or 30522, min_frequency=args.min_frequency or 2, pad_vocab=args.pad_vocab or 64,
         **{name: getattr(args, name) for name in same},
     )  # fmt: skip
-
-
-class _Bar:
-    """A progress bar with the loss, the learning rate and real tokens per second, and a line after each evaluation."""
-
-    def __init__(self, quiet: bool) -> None:
-        from tqdm import tqdm
-
-        self.quiet = quiet
-        # tqdm's None means: only where standard error is a terminal.
-        self.bar = tqdm(unit="step", desc="pretrain", disable=quiet or None)
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.bar.close()
-
-    def __call__(self, record: dict[str, Any], steps: int) -> None:
-        if self.quiet:
-            return
-        if "scores" in record:
-            words = ", ".join(f"{name} {shown(value)}" for name, value in record["scores"].items())
-            self.bar.write(f"step {record['step']:,}: {words}", file=sys.stderr)
-            return
-        if self.bar.total != (steps or None) or record["step"] < self.bar.n:
-            self.bar.reset(total=steps or None)
-        self.bar.set_postfix_str(
-            f"loss {record['loss']:.4f}, lr {record['lr']:.2e}, {record['tokens_per_second']:,.0f} tokens/s",
-            refresh=False,
-        )
-        self.bar.update(record["step"] - self.bar.n)
 
 
 def _print(report: dict[str, Any], out: Path) -> None:
