@@ -357,6 +357,7 @@ def test_vectors_in_each_of_coheres_types(client, encoder):
     plain = client.post("/v1/embed", {"texts": ["a b"], "input_type": "search_document"}).json()
     assert close(plain["embeddings"], encoder.encode_document(["a b"]))
     assert client.post("/v2/embed", {"texts": ["a"], "embedding_types": ["float64"]}).json()["message"]
+    assert client.post("/v2/embed", {"texts": ["a"], "embedding_types": [[]]}).status == 400
 
 
 # ---- our own, and the hub's --------------------------------------------------------------------------------

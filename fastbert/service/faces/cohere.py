@@ -68,7 +68,7 @@ async def embed_v2(service: Service, call: Call) -> dict[str, Any]:
     truncate = service.settings.auto_truncate if cut is None else cut != "none"
     types = fields.take(body, "embedding_types", list) or ["float"]
     for name in types:
-        if name not in TYPES:
+        if not isinstance(name, str) or name not in TYPES:
             raise ServiceError("invalid", f"embedding_types must be of {', '.join(TYPES)}", param="embedding_types")
     found = await service.run(
         call, model, texts,
