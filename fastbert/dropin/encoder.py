@@ -256,7 +256,7 @@ class EncoderForward(Forward):
         if first_only and layers:
             to_first = layers[-1][0]
         for index, layer in layers:
-            x = layer(shown(x), replace(shared, first_only=index == to_first), index)
+            x = layer(shown(x), replace(shared, first_only=True) if index == to_first else shared, index)
         if first_only and to_first is None:
             x = x[shared.batch.first_tokens]
         if not self.facts.last_state_normed:
