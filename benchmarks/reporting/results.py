@@ -11,6 +11,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 SCHEMA, ROOFLINE = "fastbert-bench/1", "fastbert-roofline/1"
+NOT_REPORTED = "fastbert-finetuning/1", "fastbert-serving/1"  # the README's text quotes these
 
 # suite -> its title; one that is not here follows under its own name
 TITLES = {
@@ -131,6 +132,8 @@ def load(folder: Path = RESULTS) -> list[Device]:
             continue
         result = json.loads(path.read_text(encoding="utf-8"))
         schema = result.get("schema")
+        if schema in NOT_REPORTED:
+            continue
         if schema not in (SCHEMA, ROOFLINE):
             print(f"skipped: {path.relative_to(folder)} is of neither {SCHEMA} nor {ROOFLINE}", file=sys.stderr)
             continue

@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> None:
             for job in jobs_of(name, args, folder):
                 runs.append(in_a_process(job) | {"examples": args.examples})
                 if args.json:
-                    write_json(args.json, {"runs": runs})
+                    write_json(args.json, {"schema": "fastbert-finetuning/1", "runs": runs})
                 print(line(runs[-1]), file=sys.stderr, flush=True)
     print(table(runs))
 

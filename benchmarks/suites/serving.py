@@ -231,6 +231,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     from fastbert import Encoder
     from fastbert.cli.options import default_model
+    from fastbert.storage import write_json
 
     folder = default_model()
     data = resources.files("fastbert").joinpath("data", "devils_dictionary.txt").read_text(encoding="utf-8")
@@ -248,7 +249,7 @@ def main(argv: list[str] | None = None) -> int:
         rows.append(encoder_alone(encoder, texts, args.seconds))
         rows += _side_by_side(args, folder, load)
     if args.json:
-        args.json.write_text(json.dumps([asdict(each) for each in rows], indent=1) + "\n")
+        write_json(args.json, {"schema": "fastbert-serving/1", "rows": [asdict(each) for each in rows]})
     return 0
 
 
