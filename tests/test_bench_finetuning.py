@@ -1,7 +1,6 @@
 """The benchmarks of fine-tuning, by hand: which files they make, which steps they count, what they print."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +10,6 @@ from fastbert.training.features import Window
 from fastbert.training.finetune import usual_step_tokens
 from fastbert.training.plan import Plan
 from fastbert.training.tasks import Spec
-
-sys.path.append(str(Path(__file__).parent))
 from training_models import model_of, task_of
 
 pytestmark = pytest.mark.once

@@ -2,8 +2,6 @@
 where something is wrong."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +10,6 @@ from safetensors.torch import load_file
 from fastbert import BertConfig, BertModel, Tokenizer
 from fastbert.cli.main import main
 from fastbert.models.heads import BertForMaskedLM
-
-sys.path.append(str(Path(__file__).parent))
 from pretraining_models import WORDS, text_of
 
 pytestmark = pytest.mark.once

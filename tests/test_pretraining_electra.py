@@ -3,15 +3,12 @@
 import json
 import math
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from fastbert.pretraining.electra import sample
-
-sys.path.append(str(Path(__file__).parent))
 from pretraining_models import run_of
 
 pytestmark = pytest.mark.once

@@ -22,8 +22,6 @@ from fastbert.pretraining.sizes import NEVER_PREDICTED, config_of
 from fastbert.testing import allowed_factor, assert_within_budget
 from fastbert.training import loop
 from fastbert.training.loop import TrainingError
-
-sys.path.append(str(Path(__file__).parent))
 from pretraining_models import LENGTH, WORDS, gradients, model_of, run_of
 
 PATIENCE = 300  # seconds after which a process hangs

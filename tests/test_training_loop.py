@@ -25,8 +25,6 @@ from fastbert.training.metrics import Scores
 from fastbert.training.optimizer import GroupedAdamW, depth_of, freeze, groups_of
 from fastbert.training.plan import Plan, dropout_seed, rate
 from fastbert.training.predicting import pack
-
-sys.path.append(str(Path(__file__).parent))
 from training_models import KINDS, gradients, model_of, run_of, task_of
 
 PATIENCE = 300  # seconds after which a process hangs

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -12,8 +11,6 @@ from fastbert.training.features import IGNORED
 from fastbert.training.files import DataError
 from fastbert.training.labels import class_weights
 from fastbert.training.predicting import pack
-
-sys.path.append(str(Path(__file__).parent))
 from training_models import gradients, model_of, run_of, task_of
 
 CPU = torch.device("cpu")

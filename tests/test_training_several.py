@@ -2,7 +2,6 @@
 
 import json
 import random
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +16,6 @@ from fastbert.training import metrics
 from fastbert.training.files import DataError
 from fastbert.training.labels import class_names
 from fastbert.training.tasks import Spec, make_task
-
-sys.path.append(str(Path(__file__).parent))
 from training_models import PIECES, task_of
 
 pytestmark = pytest.mark.once

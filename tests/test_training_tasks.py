@@ -1,8 +1,6 @@
 """From what a head says to what a task answers: spans over windows, tags of words, probabilities and their names."""
 
 import random
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,8 +13,6 @@ from fastbert.training.files import Answer, DataError, Question, Sentence
 from fastbert.training.labels import Text, classes_of, tags_of
 from fastbert.training.spans import best_spans
 from fastbert.training.tasks import Spec, make_task
-
-sys.path.append(str(Path(__file__).parent))
 from training_models import PIECES, task_of
 
 pytestmark = pytest.mark.once
