@@ -69,7 +69,7 @@ test-triton test-cpp test-torch: $(BUILT)
 
 # Triton compiles for each architecture, numpy executes the PTX. What was compiled stays in Triton's cache.
 ARCHES ?= sm_80 sm_90 sm_120
-OPERATORS := emulated attention batch_invariance cross_entropy embedding encoder_gradients feed_forward layer_norm pooling random
+OPERATORS := emulated attention attention_machinery attention_schedule batch_invariance cross_entropy embedding encoder_gradients feed_forward layer_norm pooling random
 EMULATED = OMP_NUM_THREADS=1 FASTBERT_TEST_ARCH=$$arch $(BIN)/python -m pytest -n $(JOBS)
 
 ptx: $(BUILT)
