@@ -49,7 +49,6 @@ def clients(tmp_path_factory):
         order = [first, *(model for model in loaded if model is not first and model.name != "masks")]
         service = Service(settings, Models(order))
         made[first.name] = Client(application(service))
-        # The servers share the models' queues: one that still warms up would take the requests of another.
         while not service.is_warm:
             assert service.failure is None
             time.sleep(0.001)
@@ -211,7 +210,7 @@ def test_every_recorded_request_is_answered_as_its_client_needs(clients, recorde
 def test_every_recorded_request_is_told_of_overload_as_its_client_needs(clients, recorded):
     """Openly: 429 or 503 with whole seconds to wait, fewer than 60; the error is where each client looks for it."""
     client = clients["texts"]
-    queue = client.application.state.service.models.served[0].queue
+    queue = client.application.state.service.queues["texts"]
     queue.announce(queue.bound)
     try:
         for path, where in (

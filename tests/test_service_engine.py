@@ -256,6 +256,45 @@ def test_the_thread_that_tokenises_ends_whoever_wakes_first():
     run(test)
 
 
+def test_a_fault_beside_the_computing_fails_its_batch_and_no_later_one():
+    """A thread that ended by it would leave every later request without an answer."""
+
+    async def test():
+        faults = [ZeroDivisionError("a secret of the machine")]
+
+        def on_batch(pieces, tokens):
+            if faults:
+                raise faults.pop()
+
+        async with Rig(on_batch=on_batch) as rig:
+            with pytest.raises(ServiceError) as error:
+                await rig.ask(1).answer
+            assert error.value.kind == "failed"
+            assert "secret" not in error.value.message
+            assert await rig.ask(2).answer == [4]
+            assert rig.engine.is_alive
+            assert rig.queue.tokens == 0
+
+    run(test)
+
+
+def test_threads_that_are_free_share_the_batches_of_one_request():
+    """Whoever takes a batch wakes the next thread while more wait, so that all of them compute at once."""
+
+    async def test():
+        async with Rig(budget=10, workers=3) as rig:
+            while rig.engine._idle < 3:
+                await asyncio.sleep(0.001)
+            rig.lane.open.clear()
+            job = rig.ask(1, 2, 3)
+            while len(rig.lane.batches) < 3:
+                await asyncio.sleep(0.001)
+            rig.lane.open.set()
+            assert await job.answer == [2, 4, 6]
+
+    run(test)
+
+
 def test_no_client_is_told_to_wait_for_a_minute():
     async def test():
         async with Rig(bound=50) as rig:

@@ -200,7 +200,9 @@ class Engine:
                 else:
                     self._busy += 1
                     alone = self._busy == 1 and not any(self.queues)
-                    if self._unprepared and not self._idle:
+                    if self._idle and any(self.queues):
+                        self._for_worker.notify()
+                    elif self._unprepared and not self._idle:
                         self._for_tokeniser.notify()
             if job is not None:
                 self._prepare(job)
@@ -209,6 +211,8 @@ class Engine:
                 use_threads(self.threads if alone else max(self.threads // (len(self._threads) - 1), 1))
             try:
                 self._compute(batch)
+            except Exception as error:  # a fault of this file, or of what counts batches; the thread lives on
+                self._finish(batch, dict.fromkeys((job for job, _ in batch), as_service_error(error)))
             finally:
                 with self._lock:
                     self._busy -= 1
@@ -224,6 +228,9 @@ class Engine:
                     self._for_tokeniser.wait()
                 job = self._next_unprepared()
             self._prepare(job)
+            with self._lock:
+                if self._idle and any(self.queues):
+                    self._for_worker.notify()
 
     def _next_unprepared(self) -> Job:
         self._preparing += 1
@@ -263,8 +270,6 @@ class Engine:
                 except Full as full:
                     error = self._refusal(job.queue, waiting.tokens, full)
             if error is None:
-                if self._idle:
-                    self._for_worker.notify()
                 return
             self._end(job)
         self._answer([(job, error)])
@@ -286,6 +291,11 @@ class Engine:
         speed = tokens / max(now - began, 1e-6)
         self.rate = speed if not self.rate else 0.9 * self.rate + 0.1 * speed
         self.on_batch(len(batch), tokens)
+        self._finish(batch, failed)
+
+    def _finish(self, batch: list[tuple[Job, int]], failed: dict[Job, ServiceError]) -> None:
+        """Answers the requests of a batch that have failed, or have all their results."""
+        now = time.perf_counter()
         over: list[tuple[Job, ServiceError | None]] = []
         with self._lock:
             for job in dict.fromkeys(job for job, _ in batch):

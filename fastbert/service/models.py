@@ -23,7 +23,6 @@ from ..training.pipeline import SPEC_FILE, Pipeline, pipeline
 from ..training.task import Spec
 from ..training.tasks import make_task
 from .errors import ServiceError
-from .queue import TokenQueue
 from .settings import Settings
 from .work.heads import Answers, Entities, Labels
 from .work.masks import Masks
@@ -50,13 +49,21 @@ class Served:
     Attributes:
         name: what requests call it.
         abilities: by the names in ABILITIES.
-        queue: of requests that wait for it.
         config, texts: of the model; how its texts become ids.
+        batch_tokens: computed at once.
     """
 
-    def __init__(self, name: str, abilities: dict[str, Any], config: BertConfig, texts: Texts, dtype: torch.dtype):
+    def __init__(
+        self,
+        name: str,
+        abilities: dict[str, Any],
+        config: BertConfig,
+        texts: Texts,
+        dtype: torch.dtype,
+        batch_tokens: int,
+    ):
         self.name, self.abilities, self.config, self.texts, self.dtype = name, abilities, config, texts, dtype
-        self.queue = TokenQueue(1, 1)
+        self.batch_tokens = batch_tokens
 
     @property
     def kind(self) -> dict[str, Any]:
@@ -76,15 +83,14 @@ def load(name: str, source: str | Path, settings: Settings) -> Served:
     """
     device = resolve_device(settings.device)
     limit = settings.max_text_tokens
+    batch_tokens = settings.max_batch_tokens or tokens_per_batch(device)
     with opened(source) as path:
         head = None if has_modules(path) else _head_of(path)
         if head is not None:
             found = _pipeline(path, head, settings)
             abilities = _abilities_of(found, limit)
-            return _queued(
-                Served(name, abilities, found.model.config, _texts_of(abilities, found, limit), found.dtype),
-                settings, device,
-            )  # fmt: skip
+            texts = _texts_of(abilities, found, limit)
+            return Served(name, abilities, found.model.config, texts, found.dtype, batch_tokens)
         encoder = Encoder.from_pretrained(
             path, dtype=settings.dtype, device=settings.device, impl=settings.impl, pooling=settings.pooling,
             prompt_name=settings.default_prompt_name,
@@ -102,13 +108,7 @@ def load(name: str, source: str | Path, settings: Settings) -> Served:
                 abilities["masks"] = Masks(filler, limit)
             except CheckpointError as error:  # the checkpoint was saved without that head
                 warnings.warn(f"{source} gives vectors only: {error}", stacklevel=2)
-    return _queued(Served(name, abilities, encoder.config, vectors.texts, encoder.dtype), settings, device)
-
-
-def _queued(served: Served, settings: Settings, device: torch.device) -> Served:
-    budget = settings.max_batch_tokens or tokens_per_batch(device)
-    served.queue = TokenQueue(budget, settings.max_queue_tokens)
-    return served
+    return Served(name, abilities, encoder.config, vectors.texts, encoder.dtype, batch_tokens)
 
 
 def _architectures(path: Path) -> list[str]:

@@ -20,6 +20,7 @@ from .engine import Engine, Job, Prepared
 from .errors import ServiceError
 from .metrics import Metrics
 from .models import Models, Served
+from .queue import TokenQueue
 from .settings import Settings
 from .work.texts import announced, length_of
 
@@ -91,6 +92,9 @@ class Service:
     def __init__(self, settings: Settings, models: Models):
         self.settings, self.models = settings, models
         self.device = resolve_device(settings.device)
+        # The service's own, though the models may be in another service of the process, too: whose thread took a
+        # request from a queue would answer it on its own event loop.
+        self.queues = {model.name: TokenQueue(model.batch_tokens, settings.max_queue_tokens) for model in models.served}
         self.engine: Engine | None = None
         self.metrics = Metrics(self._queued)
         self.open = 0  # requests, the one that asks to be admitted too
@@ -107,7 +111,7 @@ class Service:
         workers = flights_of(MANY, self.device)
         self.engine = Engine(
             asyncio.get_running_loop(),
-            [model.queue for model in self.models.served],
+            list(self.queues.values()),
             workers=workers,
             threads=torch.get_num_threads() if workers > 1 else None,
             on_batch=self.metrics.on_batch,
@@ -119,7 +123,7 @@ class Service:
             for model in self.models.served:
                 for ability, way in model.abilities.items():
                     if ability != "masks":
-                        job = Job(model.queue, lambda way=way, ability=ability: _warm(way, ability), 0)
+                        job = Job(self.queues[model.name], lambda way=way, ability=ability: _warm(way, ability), 0)
                         self.engine.submit(job)
                         await job.answer
         except ServiceError as error:
@@ -179,7 +183,7 @@ class Service:
         """
         self.expect_count(texts)
         loop, timeout = asyncio.get_running_loop(), self.timeout_of(call)
-        job = Job(model.queue, prepare, announced(texts, model.texts.limit))
+        job = Job(self.queues[model.name], prepare, announced(texts, model.texts.limit))
         self.engine.submit(job)
         late = ServiceError("late", f"there was no answer within {timeout:g} seconds")
         timer = loop.call_later(timeout - (time.perf_counter() - call.began), _fail, job, late)

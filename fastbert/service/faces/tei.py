@@ -186,7 +186,7 @@ async def info(service: Service, call: Call) -> dict[str, Any]:
         "model_id": model.name, "model_sha": None, "model_dtype": str(model.dtype).removeprefix("torch."),
         "model_type": model.kind, "served_model_name": model.name,
         "max_concurrent_requests": settings.max_concurrent_requests, "max_input_length": model.texts.limit,
-        "max_batch_tokens": model.queue.budget, "max_batch_requests": None,
+        "max_batch_tokens": model.batch_tokens, "max_batch_requests": None,
         "max_client_batch_size": settings.max_client_batch_size, "auto_truncate": settings.auto_truncate,
         "tokenization_workers": 1, "version": service.version, "sha": None, "docker_label": None,
     }  # fmt: skip
