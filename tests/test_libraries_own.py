@@ -1,0 +1,45 @@
+"""The comparison of libraries' own tests on plain and accelerated models: what counts as red, and where it goes on."""
+
+import json
+
+import pytest
+
+from tests.libraries_own import BEGAN, NEVER_ENDED, Recorder, outcomes_in, report
+
+pytestmark = pytest.mark.once
+
+PLAIN = {"a": "passed", "b": "passed", "c": "FAILED", "d": "skipped"}
+
+
+def test_a_test_that_passes_on_plain_models_alone_is_named(capsys):
+    assert report(PLAIN, {"a": "passed", "b": "FAILED AssertionError: 3 != 4"}) == 1
+    assert "2 of 4 pass on plain models, 1 of these turn red" in (said := capsys.readouterr().out)
+    assert "b: FAILED AssertionError: 3 != 4" in said
+    assert report(PLAIN, {"a": "passed", "b": "passed"}) == 0
+    assert report(PLAIN, {"a": "passed"}) == 1, "a test that did not run is red"
+
+
+def test_a_listed_test_may_turn_red_and_its_reason_is_printed(capsys):
+    name = "tests/losses/test_x.py::test_cached_loss_replays_dropout_in_the_backward_pass"
+    assert report({name: "passed"}, {name: "FAILED"}) == 0
+    assert "the products between them round differently" in capsys.readouterr().out
+
+
+@pytest.fixture
+def kept(tmp_path):
+    def write(name, *lines):
+        (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return tmp_path / name
+
+    return write
+
+
+def test_a_stopped_run_goes_on_and_gives_up_on_a_test_that_never_ends(kept):
+    file = kept("plain.jsonl", ["a", BEGAN], ["a", "passed"], ["b", BEGAN], ["c", BEGAN], ["c", BEGAN])
+    assert outcomes_in(file) == {"a": "passed", "b": BEGAN, "c": NEVER_ENDED}
+    assert Recorder(file, None).done == {"a", "c"}
+
+
+def test_accelerated_models_run_what_passes_on_plain_ones(kept, tmp_path):
+    recorder = Recorder(tmp_path / "accelerated.jsonl", kept("plain.jsonl", *PLAIN.items()))
+    assert recorder.only == {"a", "b"}
