@@ -1,10 +1,14 @@
 """The benchmarks of fine-tuning, by hand: which files they make, which steps they count, what they print."""
 
 import json
+import os
+from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
+from benchmarks.harness.turns import Turns, TurnsOver, pipes
 from benchmarks.suites import chinese_answers, finetuning
 from fastbert.training.features import Window
 from fastbert.training.finetune import usual_step_tokens
@@ -56,8 +60,8 @@ def test_the_first_step_of_an_epoch_is_not_timed():
     """Before it lie the start, an evaluation and a checkpoint."""
     steps = finetuning.Steps()
     steps.tokens = [1000, 10, 20, 2000, 30]
-    steps.epochs, steps.clock = [0, 0, 0, 1, 1], [5.0, 6.0, 8.0, 90.0, 91.0]
-    steps.processor = [0.0, 0.5, 1.5, 60.0, 60.5]
+    steps.epochs, steps.clock = [0, 0, 0, 1, 1], [5.0, 1.0, 2.0, 82.0, 1.0]
+    steps.processor = [0.5, 0.5, 1.0, 58.5, 0.5]
     figures = steps.figures()
     assert figures["tokens_per_second"] == 60 / 4
     assert figures["tokens_per_processor_second"] == 60 / 2
@@ -65,6 +69,58 @@ def test_the_first_step_of_an_epoch_is_not_timed():
     steps.epochs = [0, 1, 2, 3, 4]
     with pytest.raises(ValueError, match="each epoch is a single step"):
         steps.figures()
+
+
+def test_waiting_for_the_other_row_is_not_timed(monkeypatch):
+    """A step's time begins where its turn began; turns leave out the first step, and the first of an epoch."""
+    clock = iter([(5.0, 1.0), (20.0, 1.0), (21.0, 2.0), (23.0, 3.0), (90.0, 3.0), (91.0, 4.0), (99.0, 9.0)])
+    monkeypatch.setattr(finetuning, "now", lambda: next(clock))
+
+    class Twos:
+        steps, done = 2, 0
+
+        def after_step(self) -> bool:
+            self.done += 1
+            return self.done in (1, 3)
+
+    steps = finetuning.Steps(Twos(), tokens=[1000, 10, 20, 30, 2000])
+    for epoch in (0, 0, 0, 0, 1):
+        steps.end(epoch)
+    assert steps.clock[1:] == [1.0, 2.0, 1.0, 8.0]
+    assert steps.of_turns() == [{"clock": 30 / 3, "processor": 30 / 2}, {"clock": 30 / 1, "processor": 30 / 1}]
+    words = finetuning.pairs(
+        "sst2",
+        {"row": "fastbert", "threads": 1, "turns": [{"clock": 30, "processor": 10}, {"clock": 20, "processor": 20}]},
+        {"row": "trainer", "threads": 1, "turns": [{"clock": 10, "processor": 10}, {"clock": 20, "processor": 10}]},
+    )
+    assert "of the clock: fastbert 25, trainer 15; ratio 2.00 (1.00 - 3.00)" in words
+    assert "of the processor: fastbert 15, trainer 10; ratio 1.50 (1.00 - 2.00)" in words
+
+
+def test_two_processes_take_turns():
+    """Each makes one step, then they alternate; neither is left behind, and a partner that dies is noticed."""
+    order = []
+
+    def work(name: str, turns: Turns) -> None:
+        with suppress(TurnsOver):
+            while True:
+                order.append(name)
+                turns.after_step()
+
+    sides = [Turns(*ends, first, steps=3, count=2) for ends, first in zip(pipes(), (True, False), strict=True)]
+    threads = [Thread(target=work, args=(name, side)) for name, side in zip("ab", sides, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert sorted(order[:2]) == ["a", "b"]
+    assert "".join(order[2:]) == "aaabbbaaabbb"
+    for side in sides:
+        os.close(side.write)
+    with pytest.raises(RuntimeError, match="ended before its last turn"):
+        Turns(sides[0].read, sides[1].write, True, 3, 2).after_step()
+    for side in sides:
+        os.close(side.read)
 
 
 @pytest.mark.filterwarnings("ignore:.*weights were drawn from normal:UserWarning")
@@ -93,7 +149,11 @@ def test_trainer_takes_our_steps(tmp_path):
 
 
 def test_rows_and_tasks_that_are_none(capsys):
-    for words, message in ((["sst2", "--rows", "fastbert,other"], "no row other"), (["sst3"], "no task sst3")):
+    for words, message in (
+        (["sst2", "--rows", "fastbert,other"], "no row other"),
+        (["sst3"], "no task sst3"),
+        (["sst2", "--data", ".", "--turns", "2", "--rows", "trainer"], "--turns compares two"),
+    ):
         with pytest.raises(SystemExit):
             finetuning.main(words)
         assert message in capsys.readouterr().err

@@ -13,18 +13,26 @@ chosen by the test set.
 Time is from the end of a step to the end of the next one within an epoch, so that neither checkpoints nor the start
 count, by the clock and by the processor time of the process; tokens are real ones, padding does not count.
 With --json FILE the runs are added to those in FILE, and the table is of all of them; without a task it only prints.
+
+    python -m benchmarks.suites.finetuning sst2 --data DIR --turns 6 [--steps 50]
+
+measures speed alone, and under other work too: both rows are in training at once, and one waits while the other takes
+its 50 steps. A turn of each is a pair; printed are the median of the pairs' ratios and their range. Trainer sorts the
+examples of 50 steps at a time by length, so a turn of 50 steps has batches of all lengths.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import partial
@@ -51,6 +59,7 @@ from fastbert.training.processes import Processes
 from fastbert.training.tasks import NUMBERS, Spec, make_task
 
 from ..harness import machine
+from ..harness.turns import Turns, TurnsOver, pipes
 
 SICK = ("sick/SICK_train.txt", "sick/SICK_test_annotated.txt")
 CPU = torch.device("cpu")
@@ -98,6 +107,7 @@ class Job:
     train: str
     test: str
     out: str
+    turns: dict[str, Any] | None = None  # the arguments of harness.turns.Turns; None for a whole training
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -113,6 +123,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", default=default_model(), help="the BERT to begin with (default: all-MiniLM-L6-v2)")
     parser.add_argument("--json", type=Path, help="the file of all runs")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="leave the trained models and their curves there")
+    parser.add_argument("--turns", type=positive, metavar="N", help="speed alone: rows alternate, N turns for each")
+    parser.add_argument("--steps", type=positive, default=50, help="of a turn (default: %(default)s)")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.job is not None:
@@ -124,16 +136,22 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"no row {', '.join(unknown)}; there are {', '.join(ROWS)}")
     if args.studies and args.data is None:
         parser.error("--data is needed: the folder that the examples are in")
+    if args.turns and (args.json or args.rows.count(",") != 1):
+        parser.error("--turns compares two --rows, and writes no --json")
     runs = read_json(args.json)["runs"] if args.json and args.json.exists() else []
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.keep or Path(temporary)
         for name in args.studies:
+            if args.turns:
+                print(pairs(name, *in_turns(jobs_of(name, args, folder)[:2], args.turns, args.steps)), flush=True)
+                continue
             for job in jobs_of(name, args, folder):
                 runs.append(in_a_process(job) | {"examples": args.examples})
                 if args.json:
                     write_json(args.json, {"schema": "fastbert-finetuning/1", "runs": runs})
                 print(line(runs[-1]), file=sys.stderr, flush=True)
-    print(table(runs))
+    if not args.turns:
+        print(table(runs))
 
 
 def jobs_of(name: str, args: argparse.Namespace, folder: Path) -> list[Job]:
@@ -159,6 +177,22 @@ def in_a_process(job: Job) -> dict[str, Any]:
     command = [sys.executable, "-m", __spec__.name, "--job", json.dumps(vars(job))]
     said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     return json.loads(said.splitlines()[-1])
+
+
+def in_turns(jobs: list[Job], count: int, steps: int) -> list[dict[str, Any]]:
+    """Two rows in training at once, in alternation: what each has measured."""
+    processes = []
+    for first, job, ends in zip((True, False), jobs, pipes(), strict=True):
+        turns = {"read": ends[0], "write": ends[1], "first": first, "steps": steps, "count": count}
+        command = [sys.executable, "-m", __spec__.name, "--job", json.dumps(vars(job) | {"turns": turns})]
+        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, pass_fds=ends))
+        for end in ends:
+            os.close(end)
+    said = [process.communicate()[0] for process in processes]
+    for job, process in zip(jobs, processes, strict=True):
+        if process.returncode:
+            raise RuntimeError(f"the row {job.row} ended with {process.returncode}")
+    return [json.loads(words.splitlines()[-1]) for words in said]
 
 
 # ---- files -----------------------------------------------------------------------------------------------
@@ -191,17 +225,23 @@ def shortened(path: Path, count: int, folder: Path) -> Path:
 
 @dataclass
 class Steps:
-    """When each optimiser step ended, and its epoch and real tokens."""
+    """Of each optimiser step its epoch, its real tokens, and its time by the clock and of the processor, which begins
+    with the end of the step before it, or where the turn began."""
 
+    turns: Turns | None = None
     epochs: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     clock: list[float] = field(default_factory=list)
     processor: list[float] = field(default_factory=list)
+    begun: tuple[float, float] = (0.0, 0.0)
 
     def end(self, epoch: int) -> None:
+        clock, processor = now()
         self.epochs.append(epoch)
-        self.clock.append(time.perf_counter())
-        self.processor.append(time.process_time())
+        self.clock.append(clock - self.begun[0])
+        self.processor.append(processor - self.begun[1])
+        waited = self.turns is not None and self.turns.after_step()
+        self.begun = now() if waited else (clock, processor)
 
     def figures(self) -> dict[str, float]:
         """Of all steps but the first of each epoch. Raises: ValueError where no epoch has a second one."""
@@ -211,17 +251,40 @@ class Steps:
                 "each epoch is a single step, and the first of an epoch is not timed: train on more examples"
             )
         tokens = sum(self.tokens[n] for n in counted)
-        seconds = sum(self.clock[n] - self.clock[n - 1] for n in counted)
-        processor = sum(self.processor[n] - self.processor[n - 1] for n in counted)
+        seconds = sum(self.clock[n] for n in counted)
+        processor = sum(self.processor[n] for n in counted)
         return {
             "steps": len(self.epochs), "tokens": sum(self.tokens), "seconds": seconds, "processor_seconds": processor,
             "tokens_per_second": tokens / seconds, "tokens_per_processor_second": tokens / processor,
         }  # fmt: skip
 
+    def of_turns(self) -> list[dict[str, float]]:
+        """Tokens a second of each turn, by the clock and of the processor; the first step of an epoch is left out."""
+        found = []
+        for begin in range(1, len(self.epochs), self.turns.steps):
+            turn = range(begin, begin + self.turns.steps)
+            counted = [n for n in turn if self.epochs[n] == self.epochs[n - 1]]
+            tokens = sum(self.tokens[n] for n in counted)
+            found.append({
+                "clock": tokens / sum(self.clock[n] for n in counted),
+                "processor": tokens / sum(self.processor[n] for n in counted),
+            })  # fmt: skip
+        return found
+
+
+def now() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
+
 
 def run(job: Job) -> dict[str, Any]:
-    """One training and its scores on the test file."""
+    """One training and its scores on the test file; or its turns, by their speed."""
     keep_freed_memory()  # as the command does; for all rows, although Trainer by itself does not
+    if job.turns is not None:
+        steps = Steps(Turns(**job.turns))
+        with suppress(TurnsOver):
+            ROWS[job.row](job, STUDIES[job.study], steps)
+            raise ValueError("the training has fewer steps than its turns: more --epochs are needed")
+        return {"row": job.row, "turns": steps.of_turns(), "threads": torch.get_num_threads()}
     began, steps = time.perf_counter(), Steps()
     model, task = ROWS[job.row](job, STUDIES[job.study], steps)
     trained = time.perf_counter()
@@ -350,6 +413,19 @@ def line(one: dict[str, Any]) -> str:
         f"{one['study']}, {one['row']}, seed {one['seed']}: {scores}; {one['tokens_per_second']:,.0f} tokens/s, "
         f"{one['tokens_per_processor_second']:,.0f} a second of the processor, {one['steps']:,} steps"
     )
+
+
+def pairs(study: str, one: dict[str, Any], other: dict[str, Any]) -> str:
+    """Two rows that took turns: each one's median tokens a second, and the median and range of the pairs' ratios."""
+    lines = [f"{study}, {len(one['turns'])} turns each, threads: {one['threads']}"]
+    for clock in ("clock", "processor"):
+        ratios = [ours[clock] / theirs[clock] for ours, theirs in zip(one["turns"], other["turns"], strict=True)]
+        speeds = [statistics.median(turn[clock] for turn in row["turns"]) for row in (one, other)]
+        lines.append(
+            f"  tokens a second of the {clock}: {one['row']} {speeds[0]:,.0f}, {other['row']} {speeds[1]:,.0f}; "
+            f"ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} - {max(ratios):.2f})"
+        )
+    return "\n".join(lines)
 
 
 def table(runs: Sequence[dict[str, Any]]) -> str:
