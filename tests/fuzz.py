@@ -4,8 +4,8 @@ Each case draws an operator, sizes, a dtype, layouts of its tensors (offsets, st
 and whether gradients are wanted, computes with impl="native" and holds the results against the reference in float64,
 with twice the error of the reference in the same dtype for a budget. One case in four gets a wrong argument: that must
 raise, or give what the reference gives. A case is a function of its number alone: --first N --cases 1 runs it again.
-FASTBERT_CPP=0 takes torch's operators in place of the C++ ones; `make fuzz-asan` looks at every address that the C++
-reads or writes.
+FASTBERT_CPP=0 takes torch's operators in place of the C++ ones, ATEN_CPU_CAPABILITY=avx2 the C++ ones without AVX-512;
+`make fuzz-asan` looks at every address that either library of C++ reads or writes.
 """
 
 from __future__ import annotations
@@ -63,6 +63,9 @@ def int8_linear(x: Tensor, weight: Tensor, bias: Tensor, activation: str | None,
     """A product in 8 bits, in float32; the reference in float64 is exact, in other dtypes it has one range a row."""
     if impl == "native" and int8.fits(weight):
         return int8.Int8Weight(weight, bias).linear(x, activation).float()
+    if impl == "native":  # such a layer of a model stays what it is
+        y = torch.nn.functional.linear(x, weight, bias).float()
+        return y if activation is None else reference.activate(y, activation)
     if x.dtype == torch.float64:
         y = torch.nn.functional.linear(x, weight, bias)
     else:
@@ -371,11 +374,14 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the first case: cases of two seeds are different ones")
     parser.add_argument("--first", type=int, default=0, help="number of the first case within the seed")
     parser.add_argument("--cases", type=int, default=sys.maxsize, help="stop after so many")
-    parser.add_argument("--library", type=Path, help="of C++ operators, in place of the one that is installed")
+    parser.add_argument("--libraries", type=Path, help="folder of C++ operators, in place of those installed")
     given = parser.parse_args()
-    if given.library is not None:
-        library.find = lambda folder, instructions: given.library
-        print(f"C++ operators: {cpp.load()[1] or given.library}")
+    if given.libraries is not None:
+        installed = library.find
+        library.find = lambda folder, instructions: installed(given.libraries, instructions)
+    print(f"C++ operators: {F.describe_cpp()}", flush=True)
+    if given.libraries is not None and not cpp.dtypes():
+        return 1
     start, done, failed = time.monotonic(), 0, 0
     while done < given.cases and time.monotonic() - start < given.seconds:
         number = given.seed * 10**9 + given.first + done

@@ -119,6 +119,8 @@ def _expect_attention_options(op, q, batch, bias, mask, alibi_slopes, window, ro
     for name, t in (("bias", bias), ("mask", mask)):
         if t is not None and (t.dim() != 4 or t.shape[0] not in (1, batch) or t.shape[1] not in (1, heads)):
             raise ValueError(f"{op}: {name} must be [1 or {batch}, 1 or {heads}, Sq, Sk], got {tuple(t.shape)}")
+    if bias is not None and not bias.is_floating_point():
+        raise ValueError(f"{op}: bias must be floating-point, got {bias.dtype}")
     if mask is not None and mask.dtype != torch.bool:
         raise ValueError(f"{op}: mask must be bool, got {mask.dtype}")
     if alibi_slopes is not None and alibi_slopes.shape != (heads,):
@@ -132,6 +134,8 @@ def _expect_attention_options(op, q, batch, bias, mask, alibi_slopes, window, ro
             raise ValueError(
                 f"{op}: rotary must be (cos, sin), each [S, {head_dim // 2}], got {[tuple(t.shape) for t in rotary]}"
             )
+    cos, sin = rotary or (None, None)
+    expect_one_device(op, q=q, bias=bias, mask=mask, alibi_slopes=alibi_slopes, cos=cos, sin=sin)
 
 
 def attention_padded(

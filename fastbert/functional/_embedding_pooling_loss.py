@@ -59,7 +59,10 @@ def embedding_layer_norm(
             raise ValueError(f"{op}: {name} must be [{word.shape[1]}] like a row of word, got {tuple(t.shape)}")
     expect_integers(op, "row_ids", row_ids, input_ids.shape[0])
     expect_dropout(op, dropout_p, seed)
-    expect_one_device(op, input_ids=input_ids, positions=positions, word=word, position=position, weight=weight)
+    expect_one_device(
+        op, input_ids=input_ids, token_type_ids=token_type_ids, positions=positions, word=word, position=position,
+        token_type=token_type, weight=weight, bias=bias, row_ids=row_ids,
+    )  # fmt: skip
     if choose_impl(impl, word.device) == "triton":  # torch's own look-ups raise IndexError by themselves
         for name, ids, table in (
             ("input_ids", input_ids, word),
@@ -86,6 +89,8 @@ def pool(
         raise ValueError(f"pool: mode must be one of {POOLING_MODES}, got {mode!r}")
     if x.dim() != 2:
         raise ValueError(f"pool: x must be [T, C], got {tuple(x.shape)}")
+    if not x.is_floating_point():  # a mean in integers would be cut off
+        raise ValueError(f"pool: x must be floating-point, got {x.dtype}")
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(
             f"pool: cu_seqlens must be [B + 1] int32, got {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
@@ -121,6 +126,8 @@ def linear_cross_entropy(
     expect_linear(op, "weight", hidden.shape[1], weight, bias)
     if labels.shape != hidden.shape[:1]:
         raise ValueError(f"{op}: labels must be [{hidden.shape[0]}], got {tuple(labels.shape)}")
+    if labels.dtype != torch.int64:
+        raise ValueError(f"{op}: labels must be int64, got {labels.dtype}")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"{op}: reduction must be mean, sum or none, got {reduction!r}")
     expect_one_device(op, hidden=hidden, weight=weight, bias=bias, labels=labels)

@@ -9,6 +9,7 @@ from ..kernels import native, reference
 from ..kernels._checks import ACTIVATIONS
 from ..kernels._invariance import is_batch_invariant
 from ._choice import Impl, choose_impl, resolve
+from ._expect import expect_one_device
 
 
 def expect_linear(op: str, name: str, x_width: int, weight: Tensor, bias: Tensor | None) -> None:
@@ -39,6 +40,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: Impl 
     vendor's in blocks of one size. impl="triton" is our own GEMM.
     """
     expect_linear("linear", "weight", x.shape[-1], weight, bias)
+    # torch multiplies CPU rows by whatever memory holds where the weight is on the meta device
+    expect_one_device("linear", x=x, weight=weight, bias=bias)
     chosen = "native" if impl is None and not is_batch_invariant() else choose_impl(impl, x.device)
     if chosen == "triton":
         from ..kernels._gemm import linear as by_our_gemm
@@ -76,6 +79,7 @@ def linear_act(
     activation: gelu (exact), gelu_tanh, relu, silu, or geglu: weight [2F, C], gelu(first F) * second F.
     """
     expect_linear("linear_act", "weight", x.shape[-1], weight, bias)
+    expect_one_device("linear_act", x=x, weight=weight, bias=bias)
     _expect_activation("linear_act", activation, weight.shape[0])
     return resolve("linear_act", impl, x)(x, weight, bias, activation)
 
@@ -103,6 +107,9 @@ def feed_forward(
     expect_linear("feed_forward", "up_weight", x.shape[-1], up_weight, up_bias)
     inner = _expect_activation("feed_forward", activation, up_weight.shape[0])
     expect_linear("feed_forward", "down_weight", inner, down_weight, down_bias)
+    expect_one_device(
+        "feed_forward", x=x, up_weight=up_weight, up_bias=up_bias, down_weight=down_weight, down_bias=down_bias
+    )
     return resolve("feed_forward", impl, x)(
         x, up_weight, up_bias, down_weight, down_bias, activation, recompute=recompute
     )

@@ -109,8 +109,14 @@ def balance(mean_squares: Tensor, *weights: Tensor) -> Tensor:
 
 
 def fits(weight: Tensor) -> bool:
-    """Whether a weight [N, K] can be had in 8 bits: its sizes are multiples of a register's."""
-    return weight.is_cpu and weight.numel() > 0 and weight.shape[0] % WIDTH == 0 and weight.shape[1] % WIDTH == 0
+    """Whether a weight [N, K] can be had in 8 bits: floating-point, its sizes multiples of a register's."""
+    return (
+        weight.is_cpu
+        and weight.is_floating_point()
+        and weight.numel() > 0
+        and weight.shape[0] % WIDTH == 0
+        and weight.shape[1] % WIDTH == 0
+    )
 
 
 class Int8Weight:
@@ -121,14 +127,14 @@ class Int8Weight:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, factors: Tensor | None = None):
+        if not weight.is_floating_point():
+            raise ValueError(f"weight must be of floating-point numbers, got {weight.dtype}")
         if not fits(weight):
             raise ValueError(f"weight must be on the CPU, of multiples of {WIDTH}, got {(*weight.shape,)}")
         if bias is not None and not (bias.is_floating_point() and bias.shape == weight.shape[:1]):
             raise ValueError(
                 f"bias must be {weight.shape[0]} floating-point numbers, got {(*bias.shape,)} of {bias.dtype}"
             )
-        if not weight.is_floating_point():
-            raise ValueError(f"weight must be of floating-point numbers, got {weight.dtype}")
         weight, (columns, inner) = weight.detach().float(), weight.shape
         factors = torch.ones(inner, dtype=torch.float32, device="cpu") if factors is None else factors
         weight = weight / factors
