@@ -3,10 +3,12 @@
 import contextlib
 import json
 import signal
+import socket
 import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -57,6 +59,36 @@ def expect_own_vectors(server):
     assert all(abs(a - b) < 1e-5 for i in found for a, b in zip(found[i], wanted[i], strict=True))
 
 
+def expect_answers_to_clients_that_still_send(server):
+    """An answer that comes before the whole body was sent: the connection was closed upon it at once, and the client's
+    system dropped the answer and told of a reset instead."""
+    rest = b"x" * (1 << 20)
+    for path, length, status in ((b"/embed", 24 << 20, b"413"), (b"/nowhere", 24 << 20, b"404"),
+                                 (b"/embed", None, b"413")):  # fmt: skip
+        framing = b"content-length: %d" % length if length else b"transfer-encoding: chunked"
+        with contextlib.closing(socket.create_connection(("127.0.0.1", server.port), PATIENCE)) as connection:
+            connection.sendall(b"POST %b HTTP/1.1\r\nhost: x\r\nconnection: close\r\n%b\r\n\r\n" % (path, framing))
+            for _ in range(23):
+                connection.sendall(rest if length else b"%x\r\n%b\r\n" % (len(rest), rest))
+            reply = b"".join(everything(connection))
+        assert reply.startswith(b"HTTP/1.1 " + status)
+        assert json.loads(reply.partition(b"\r\n\r\n")[2])["error"]
+    assert server.ask("POST", "/embed", {"inputs": "a"})[0] == 200
+
+
+def expect_that_nobody_sends_without_end(server):
+    """Of a body that is refused no more than a bound is thrown away."""
+    rest = b"x" * (1 << 20)
+    with contextlib.closing(socket.create_connection(("127.0.0.1", server.port), PATIENCE)) as connection:
+        connection.sendall(b"POST /embed HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % (1 << 40))
+        sent = 0
+        with contextlib.suppress(ConnectionError):
+            while sent < 1000:
+                connection.sendall(rest)
+                sent += 1
+        assert 0 < sent < 100
+
+
 def test_a_servers_life(server):
     """A reply comes in one piece; what clients leave behind is dropped; SIGTERM ends it after what it has accepted."""
     with contextlib.closing(server.send({"inputs": ["a"]})) as connection:
@@ -67,17 +99,19 @@ def test_a_servers_life(server):
     assert (status, wrong["error_type"]) == (422, "Validation")
 
     expect_own_vectors(server)
+    expect_answers_to_clients_that_still_send(server)
+    expect_that_nobody_sends_without_end(server)
     # Clients that go away in the middle: their tokens leave the queue long before they could be computed.
     long = {"inputs": ["a b c d e f g h " * 9] * 2000}
     for connection in [server.send(long) for _ in range(3)]:
         connection.close()
     began = time.monotonic()
-    while server.waiting()[1] > 0 or server.waiting()[0] < 66:
+    while server.waiting()[1] > 0 or server.waiting()[0] < 70:
         assert time.monotonic() < began + PATIENCE
 
     connections = [server.send({"inputs": ["a b c d e f g h " * 9] * 300, "dimensions": 2}) for _ in range(6)]
     began = time.monotonic()
-    while server.waiting()[0] < 72:
+    while server.waiting()[0] < 76:
         assert time.monotonic() < began + PATIENCE
     server.process.send_signal(signal.SIGTERM)
     replies = [b"".join(everything(connection)) for connection in connections]
@@ -92,11 +126,34 @@ def test_a_servers_life(server):
         server.ask("GET", "/live")
 
 
-def test_what_goes_wrong_at_the_start_is_said_in_one_line(tmp_path, capsys):
-    assert main(["serve", str(tmp_path / "nothing")]) == 1
-    said = capsys.readouterr().err
-    assert said.startswith("fastbert: error: ")
-    assert said.count("\n") == 1
+def test_what_goes_wrong_at_the_start_is_said_in_one_line(tmp_path, capsys, monkeypatch):
+    resolve = socket.getaddrinfo
+
+    def nobody_knows_it(host, *args, **options):
+        if host == "no.such.host":
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return resolve(host, *args, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", nobody_knows_it)
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as found:
+        free = str(found.getsockname()[1])
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as taken:
+        used = str(taken.getsockname()[1])
+        texts, ranks = (str(make_folder(tmp_path / kind, kind)) for kind in ("texts", "ranks"))
+        for arguments, told in (
+            ([str(tmp_path / "nothing")], "nothing"),
+            ([texts, "--host", "no.such.host"], f"cannot listen on no.such.host, port {free}: Name or service not"),
+            ([texts, "--host", "a" * 70], "cannot listen on aaa"),
+            ([texts, "--port", used], f"cannot listen on 127.0.0.1, port {used}: Address already in use"),
+            ([texts, "--prometheus-port", used], "Address already in use"),
+            ([texts, "--max-text-tokens", "2"], "--max-text-tokens must be 3 or more, got 2: the tokenizer adds 2 "),
+            ([ranks, "--max-text-tokens", "4"], "--max-text-tokens must be 5 or more, got 4: the tokenizer adds 3 "),
+        ):  # fmt: skip
+            assert main(["serve", "--port", free, *arguments]) == 1
+            said = capsys.readouterr().err
+            assert said.startswith("fastbert: error: ")
+            assert told in said
+            assert said.count("\n") == 1
 
 
 class Transport:
@@ -132,10 +189,10 @@ class Loop:
 
 def test_one_write():
     """The head waits for the body; an early end does not lose it; what is no head passes."""
-    from fastbert.service.serving import OneWrite
+    from fastbert.service.transport import OneWrite
 
     transport, loop = Transport(), Loop()
-    one = OneWrite(transport, loop)
+    one = OneWrite(transport, loop, SimpleNamespace(cycle=None))
     one.write(b"HTTP/1.1 100 Continue\r\n\r\n")
     one.write(b"HTTP/1.1 200 OK\r\n\r\n")
     one.write(b"body")
@@ -150,10 +207,10 @@ def test_one_write():
 
 def test_a_head_without_a_body_is_sent():
     """httptools' protocol writes nothing after the head of an answer to HEAD."""
-    from fastbert.service.serving import OneWrite
+    from fastbert.service.transport import OneWrite
 
     transport, loop = Transport(), Loop()
-    one = OneWrite(transport, loop)
+    one = OneWrite(transport, loop, SimpleNamespace(cycle=None))
     one.write(b"HTTP/1.1 200 OK\r\n\r\n")
     assert transport.written == []
     loop.turn()

@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     from .. import batch_invariant
     from ..service.models import Models, load
     from ..service.service import Service
-    from ..service.serving import log_lines, serve
+    from ..service.serving import bound_to, log_lines, serve
     from ..service.settings import Settings
 
     names = {field.name for field in dataclasses.fields(Settings)} | {"api_key_file"}
@@ -110,6 +110,8 @@ def run(args: argparse.Namespace) -> int:
     if given["cors_allow_origin"] is not None:
         given["cors_allow_origin"] = tuple(given["cors_allow_origin"])
     settings = Settings.read(given)
+    sockets = bound_to(settings.host, settings.port)
+    beside = [] if settings.prometheus_port is None else bound_to(settings.host, settings.prometheus_port)
     batch_invariant(settings.batch_invariant)
     environment = os.environ
     sources = args.models or [environment.get("MODEL_ID") or f"all-MiniLM-L6-v2={default_model()}"]
@@ -118,9 +120,9 @@ def run(args: argparse.Namespace) -> int:
         named = [(environment["SERVED_MODEL_NAME"], named[0][1])]
     models = Models([load(name, source, settings) for name, source in named])
     log_lines(args.log_level)
-    where = f"http://{settings.host}:{settings.port}"
+    where = f"http://{f'[{settings.host}]' if ':' in settings.host else settings.host}:{settings.port}"
     print(f"fastbert: {', '.join(models.by_name)} on {where} ({where}/ in a browser)", file=sys.stderr, flush=True)
-    return serve(Service(settings, models))
+    return serve(Service(settings, models), sockets, beside)
 
 
 def _named(source: str) -> tuple[str, str]:

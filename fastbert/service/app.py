@@ -98,6 +98,8 @@ class Endpoint:
         except ServiceError as error:
             status, body = form(error)
             content, headers = orjson.dumps(body), error.headers()
+            if way.method == "POST" and call.has_long_rest:  # which the transport throws away, up to a bound
+                headers.append((b"connection", b"close"))
             service.metrics.count("te_request_failure", err=error.kind)
         except Gone:
             service.metrics.count("te_request_failure", err="gone")

@@ -26,6 +26,7 @@ from .work.texts import announced, length_of
 
 log = logging.getLogger("fastbert.service")
 MANY = 1_000_000  # batches: what a busy server has ahead
+SHORT_REST = 65_536  # bytes of a body that are read after its answer without a thought
 
 
 class Gone(Exception):
@@ -49,6 +50,15 @@ class Call:
         self.began = time.perf_counter()
         self.report: list[tuple[bytes, bytes]] = []
         self.texts = self.tokens = self.cut = 0
+        self.is_read = False
+
+    @property
+    def has_long_rest(self) -> bool:
+        """Whether more of the body is not read, or may not be, than goes by on a connection that is kept."""
+        if self.is_read:
+            return False
+        length = self.headers.get(b"content-length", b"0")
+        return b"transfer-encoding" in self.headers or not length.isdigit() or int(length) > SHORT_REST
 
     async def read(self, most: int) -> None:
         """Reads the body. Raises ServiceError for one of more than `most` bytes, or that is no JSON object; Gone."""
@@ -71,6 +81,7 @@ class Call:
                 if size > most:
                     raise too_large
             content = b"".join(parts)
+        self.is_read = True
         if len(content) > most:
             raise too_large
         try:

@@ -8,64 +8,21 @@ import importlib.util
 import json
 import logging
 import signal
+import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import uvicorn
 
 from .app import application, metrics_application
 from .service import Service
+from .transport import protocol
 
 # Seconds that a connection may idle: longer than the pools of clients keep theirs, or a request meets a closed one.
 KEEP_ALIVE = 75
-
-
-class OneWrite:
-    """A transport that sends the head of a reply together with its body, in one piece.
-
-    uvicorn writes them one after the other: in two pieces, of which the second may wait for an acknowledgement that
-    the client's system delays by 40 ms. A head without a body, as HEAD is answered, goes at the loop's next turn.
-    """
-
-    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop):
-        self._transport, self._loop, self._head = transport, loop, b""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
-
-    def write(self, data: bytes) -> None:
-        if self._head:
-            data, self._head = self._head + data, b""
-        elif data.startswith(b"HTTP/1.1 ") and not data.startswith(b"HTTP/1.1 100"):
-            self._head = data
-            self._loop.call_soon(self._flush)
-            return
-        self._transport.write(data)
-
-    def _flush(self) -> None:
-        if self._head:
-            self._transport.write(self._head)
-            self._head = b""
-
-    def close(self) -> None:
-        self._flush()
-        self._transport.close()
-
-
-def protocol() -> type:
-    """uvicorn's HTTP protocol, by httptools where that is installed, that writes replies in one piece."""
-    if importlib.util.find_spec("httptools") is not None:
-        from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol as Base
-    else:
-        from uvicorn.protocols.http.h11_impl import H11Protocol as Base
-
-    class Protocol(Base):
-        def connection_made(self, transport: asyncio.Transport) -> None:
-            super().connection_made(OneWrite(transport, self.loop))
-
-    return Protocol
+BACKLOG = 2048  # connections that the system accepts ahead
 
 
 class Server(uvicorn.Server):
@@ -110,31 +67,52 @@ def log_lines(level: str) -> None:
         logger.setLevel(level.upper() if name == "fastbert.service" else "WARNING")
 
 
-def serve(service: Service) -> int:
-    """Answers until a signal comes; the exit code."""
+def bound_to(host: str, port: int) -> list[socket.socket]:
+    """Sockets for all addresses of a host, which do not listen yet. Raises ValueError, in one line."""
+    found: list[socket.socket] = []
+    try:
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, kind, protocol_number, _, address in dict.fromkeys(addresses):
+            found.append(socket.socket(family, kind, protocol_number))
+            found[-1].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:  # the same port of IPv4 is another address
+                found[-1].setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            found[-1].bind(address)
+    except (OSError, UnicodeError, OverflowError) as error:
+        for made in found:
+            made.close()
+        said = getattr(error, "strerror", None) or "this is no name of a host"
+        raise ValueError(f"cannot listen on {host}, port {port}: {said}") from None
+    return found
+
+
+def serve(service: Service, sockets: Sequence[socket.socket], beside: Sequence[socket.socket] = ()) -> int:
+    """Answers on sockets until a signal comes; the exit code. beside: where /metrics is alone.
+
+    Raises: OSError where another process listens there already.
+    """
     settings = service.settings
+    for each in (*sockets, *beside):
+        each.listen(BACKLOG)
     options = {
-        "host": settings.host, "log_config": None, "access_log": False, "server_header": False, "backlog": 2048,
+        "log_config": None, "access_log": False, "server_header": False, "backlog": BACKLOG,
         "timeout_keep_alive": KEEP_ALIVE, "timeout_graceful_shutdown": int(settings.timeout) + 1,
     }  # fmt: skip
     kind = "uvloop" if importlib.util.find_spec("uvloop") is not None else "asyncio"
     server = Server(
-        uvicorn.Config(application(service), port=settings.port, http=protocol(), ws="none", loop=kind, **options),
+        uvicorn.Config(application(service), http=protocol(), ws="none", loop=kind, **options),
         service,
     )
 
     async def run() -> None:
-        beside = None
-        if settings.prometheus_port is not None:
-            config = uvicorn.Config(
-                metrics_application(service), port=settings.prometheus_port, ws="none", lifespan="off", **options
-            )
-            other = uvicorn.Server(config)
-            beside = asyncio.create_task(other._serve())
-        await server.serve()
-        if beside is not None:
-            other.should_exit = True
-            await beside
+        if not beside:
+            await server.serve(list(sockets))
+            return
+        other = uvicorn.Server(uvicorn.Config(metrics_application(service), ws="none", lifespan="off", **options))
+        running = asyncio.create_task(other._serve(list(beside)))
+        await server.serve(list(sockets))
+        other.should_exit = True
+        await running
 
     started = time.perf_counter()
     loop = (server.config.get_loop_factory() or asyncio.new_event_loop)()

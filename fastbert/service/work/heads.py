@@ -43,9 +43,10 @@ class Labels:
 
     def __init__(self, pipeline: Pipeline, limit: int | None = None):
         config, own = pipeline.model.config, pipeline.task.spec.max_length
-        self.lane, self.texts = _Head(pipeline), Texts(pipeline.task.tokenizer, min(own, limit or own))
         self.labels = [config.id2label[i] for i in range(config.num_labels)]
         self.is_reranker = len(self.labels) == 1
+        self.lane = _Head(pipeline)
+        self.texts = Texts(pipeline.task.tokenizer, min(own, limit or own), of_pairs=self.is_reranker)
         self.several = config.problem_type == "multi_label_classification"
         self.regresses = config.problem_type == "regression" and not self.is_reranker
 

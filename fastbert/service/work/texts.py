@@ -17,9 +17,12 @@ class Texts:
     Args:
         tokenizer: of the model.
         limit: tokens of a sequence at most, special ones included.
+        of_pairs: whether sequences are pairs of texts.
+
+    Raises: ValueError for a limit that leaves no token of a text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, limit: int):
+    def __init__(self, tokenizer: Tokenizer, limit: int, of_pairs: bool = False):
         self.limit = limit
         own = tokenizer.config.get("truncation_side", "right")
         other = SIDES[1 - SIDES.index(own)]
@@ -30,6 +33,14 @@ class Texts:
         self.tail = special[::-1].index(0) if 0 in special else 0
         (empty,) = tokenizer.input_ids([""])
         self._before, self._after = empty[: self.head], empty[self.head :]
+        added = tokenizer(["a"], ["a"]).special_tokens_mask[0].count(1) if of_pairs else self.head + self.tail
+        least = added + 1 + of_pairs
+        if limit < least:
+            what, own = ("pair of texts", "each text") if of_pairs else ("text", "the text")
+            raise ValueError(
+                f"--max-text-tokens must be {least} or more, got {limit}: the tokenizer adds {added} tokens to every "
+                f"{what}, and one token of {own} has to be left"
+            )
         self.vocab_size = tokenizer.vocab_size
 
     @property

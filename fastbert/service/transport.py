@@ -1,0 +1,97 @@
+"""Connections: a reply goes out in one piece, and a client that still sends when it has its answer can read it."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+from typing import Any
+
+# What is read and thrown away of a body after the answer to it: seconds and bytes at most.
+LINGER_SECONDS, LINGER_BYTES = 2.0, 2**25
+
+
+class OneWrite:
+    """A transport that sends the head of a reply together with its body, in one piece.
+
+    uvicorn writes them one after the other: in two pieces, of which the second may wait for an acknowledgement that
+    the client's system delays by 40 ms. A head without a body, as HEAD is answered, goes at the loop's next turn.
+
+    Where the protocol closes the connection before it has read the whole request, an answer that was sent would be lost
+    to a client that is still writing: its system is told of unread bytes, and drops what it has received. So the
+    transport reads on for a while, and throws away what comes (`Leftover`).
+    """
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop, protocol: Any):
+        self._transport, self._loop, self._protocol, self._head = transport, loop, protocol, b""
+        self._is_closing = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        if self._head:
+            data, self._head = self._head + data, b""
+        elif data.startswith(b"HTTP/1.1 ") and not data.startswith(b"HTTP/1.1 100"):
+            self._head = data
+            self._loop.call_soon(self._flush)
+            return
+        self._transport.write(data)
+
+    def _flush(self) -> None:
+        if self._head:
+            self._transport.write(self._head)
+            self._head = b""
+
+    def is_closing(self) -> bool:
+        return self._is_closing or self._transport.is_closing()
+
+    def close(self) -> None:
+        if self.is_closing():
+            return
+        self._is_closing = True
+        self._flush()
+        cycle = self._protocol.cycle
+        if cycle is not None and cycle.response_complete and cycle.more_body and self._transport.can_write_eof():
+            Leftover(self._transport, self._loop, self._protocol)
+        else:
+            self._transport.close()
+
+
+class Leftover(asyncio.Protocol):
+    """Reads the rest of what a client sends after its answer, until it ends, or until the bounds above."""
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop, before: asyncio.Protocol):
+        self._transport, self._before, self._bytes = transport, before, 0
+        self._timer = loop.call_later(LINGER_SECONDS, transport.close)
+        transport.set_protocol(self)
+        transport.write_eof()
+        transport.resume_reading()
+
+    def data_received(self, data: bytes) -> None:
+        self._bytes += len(data)
+        if self._bytes > LINGER_BYTES:
+            self._transport.close()
+
+    def pause_writing(self) -> None:
+        self._before.pause_writing()
+
+    def resume_writing(self) -> None:
+        self._before.resume_writing()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._timer.cancel()
+        self._before.connection_lost(error)
+
+
+def protocol() -> type:
+    """uvicorn's HTTP protocol, by httptools where that is installed, on such a transport."""
+    if importlib.util.find_spec("httptools") is not None:
+        from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol as Base
+    else:
+        from uvicorn.protocols.http.h11_impl import H11Protocol as Base
+
+    class Protocol(Base):
+        def connection_made(self, transport: asyncio.Transport) -> None:
+            super().connection_made(OneWrite(transport, self.loop, self))
+
+    return Protocol
