@@ -116,6 +116,8 @@ def _attend(
 
 def _attention_in_runs(q, k, v, runs, scale, sequence_ids=None, bias=None, mask=None, **options):
     """Self-attention, one call a run: q [T, H, D], k, v [T, Hk, D] -> [T, H, D]."""
+    if not runs:
+        return reference.attention_of_nothing(q, k, v, bias)
     outputs = []
     for start, count, length, first in runs:
         of_run = [x[start : start + count * length].unflatten(0, (count, length)) for x in (q, k, v)]
@@ -129,7 +131,7 @@ def _attention_in_runs(q, k, v, runs, scale, sequence_ids=None, bias=None, mask=
             sequence_ids=None if sequence_ids is None else sequence_ids[sequences], **options,
         )  # fmt: skip
         outputs.append(o.flatten(0, 1))
-    return torch.cat(outputs) if outputs else q.new_zeros(q.shape)
+    return torch.cat(outputs)
 
 
 def _attention_of_one_query(

@@ -123,9 +123,14 @@ def attention(
         )  # fmt: skip
         outputs.append(o)
         lses.append(lse)
-    o = torch.cat(outputs) if outputs else q.new_zeros(q.shape)
+    o = torch.cat(outputs) if outputs else attention_of_nothing(q, k, v, bias)
     lse = torch.cat(lses, dim=1) if lses else q.new_zeros(q.shape[1], 0)
     return (o, lse.to(torch.promote_types(lse.dtype, torch.float32))) if return_lse else o
+
+
+def attention_of_nothing(q, *others):
+    """q [0, H, D], as what attention gives without a token: `others`, None or tensors, have gradients, of zero."""
+    return q + sum(t[..., :0].sum() for t in others if t is not None)
 
 
 def attention_padded(q, k, v, seqlens=None, seqlens_k=None, **options):
@@ -231,14 +236,14 @@ def pool(x, cu_seqlens, mode="mean", normalize=False):
     for start, end in itertools.pairwise(starts):
         tokens = x[start:end]
         if start == end:
-            rows.append(x.new_zeros(x.shape[-1]))
+            rows.append(tokens.sum(0))  # zeros, with a gradient for x
         elif mode == "mean":
             rows.append(tokens.mean(0))
         elif mode == "cls":
             rows.append(tokens[0])
         else:
             rows.append(tokens.amax(0))
-    y = torch.stack(rows) if rows else x.new_zeros(0, x.shape[-1])
+    y = torch.stack(rows) if rows else x[:0]
     return F.normalize(y, dim=-1) if normalize else y
 
 

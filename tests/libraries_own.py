@@ -51,6 +51,9 @@ LISTED = (
     ("*::test_*_replays_dropout*", REPLAYED),
     ("*::test_disable_fastpath*", FAST_PATH),
     ("*::test_mask_check_fastpath*", FAST_PATH),
+    ("*::test_script_encoder_subclass*", SCRIPTED),
+    ("*::test_script_mha_in_proj_weight_none*", SCRIPTED),
+    ("*::test_transformerencoderlayer_subclass*", SCRIPTED),
 )
 
 

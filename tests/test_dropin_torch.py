@@ -246,6 +246,19 @@ def test_a_sequence_without_tokens_is_left_to_torch():
         ours(torch.randn(3, WIDTH, 32), src_key_padding_mask=padding)
 
 
+@pytest.mark.parametrize("shape", [(0, WIDTH, 32), (3, 0, 32)], ids=["no_sequences", "no_tokens"])
+def test_a_batch_of_nothing_gives_every_parameter_a_gradient(shape):
+    """As torch's own tests ask: zeros, where the projections of query, key and value had none."""
+    ours = fastbert.accelerate(encoder().double(), impl="native")  # float64, which no C++ takes
+    x = torch.empty(shape, dtype=torch.float64, requires_grad=True)
+    y = ours(x)
+    assert y.shape == shape
+    y.backward(torch.empty_like(y))
+    assert torch.equal(x.grad, torch.zeros_like(x))
+    for name, p in ours.named_parameters():
+        assert torch.equal(p.grad, torch.zeros_like(p)), name
+
+
 def test_a_hook_inside_is_heard():
     ours, _, _ = three(encoder().eval())
     heard = []

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import fastbert.functional as F
 from fastbert.testing import MODELS, assert_op, attention_inputs, attention_padded_inputs
 
 pytestmark = pytest.mark.native
@@ -47,3 +48,20 @@ def test_a_mask_and_a_bias_of_each_sequence(p):
     mask[3, :, 2] = False
     inputs |= {"mask": mask, "bias": torch.randn(6, 2, 17, 17, generator=torch.Generator().manual_seed(2))}
     assert_op("attention", inputs, torch.float32, impl="native")
+
+
+@pytest.mark.parametrize("impl", ["native", "reference"])
+@pytest.mark.parametrize("sequences", [0, 2])
+def test_without_a_token_every_input_has_a_gradient_of_zero(impl, sequences):
+    """Outputs without rows were made of nothing: a batch of no texts left the projections without gradients, where
+    torch's own modules have zeros, and DistributedDataParallel waits for them."""
+    q, k, v = (torch.empty(0, 2, 8, requires_grad=True) for _ in range(3))
+    bias = torch.randn(sequences, 2, 4, 4, requires_grad=True)
+    spans = torch.zeros(sequences + 1, dtype=torch.int32)
+    o = F.attention(q, k, v, spans, 4, bias=bias, impl=impl)
+    pooled = F.pool(o.flatten(1), spans, "mean", impl=impl)
+    assert o.shape == (0, 2, 8)
+    assert torch.equal(pooled, torch.zeros(sequences, 16))
+    pooled.backward(torch.randn_like(pooled))
+    for x in (q, k, v, bias):
+        assert torch.equal(x.grad, torch.zeros_like(x))
