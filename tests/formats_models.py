@@ -6,10 +6,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fastbert.convert import convert
 from fastbert.formats import open_model
 from fastbert.formats.tensorflow_bundle import read_bundle, write_bundle
 
 FIXTURES = Path(__file__).parent / "fixtures" / "formats"
+GOOGLE_FILES = ("bert_model.ckpt.index", "bert_model.ckpt.data-00000-of-00001")
 
 
 def weights() -> dict[str, torch.Tensor]:
@@ -24,6 +26,28 @@ def folder_with(tmp_path: Path, name: str, *files: str) -> Path:
     for file in files:
         shutil.copy(FIXTURES / file, folder)
     return folder
+
+
+def google_without_a_name(tmp_path: Path) -> Path:
+    """Google's layout, in a folder whose name says nothing of upper and lower case."""
+    return folder_with(tmp_path, "google_tf1", "bert_config.json", "vocab.txt").rename(tmp_path / "bert")
+
+
+def as_transformers_writes(google: Path) -> Path:
+    """The same in the layout of transformers, in a folder beside it whose name says as little."""
+    convert(google, google.parent / "hf", lower_case=False, say=lambda line: None)
+    return google.parent / "hf"
+
+
+def flip(path: Path, at: int) -> None:
+    """Another bit in the byte `at`."""
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def names_in(folder: Path, *but: str) -> set[str]:
+    return {p.name for p in folder.iterdir()} - set(but)
 
 
 def assert_same_weights(path: Path, expected: dict[str, torch.Tensor]) -> None:

@@ -1,12 +1,7 @@
 """`fastbert convert`: what it prints and writes, from folders and archives, and that it writes nothing on an error."""
 
-import io
 import json
-import re
 import shutil
-import stat
-import tarfile
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -17,31 +12,19 @@ from fastbert.checkpoint import CheckpointError
 from fastbert.cli.main import main
 from fastbert.convert import convert
 from fastbert.encoding.encoder import Encoder
-from fastbert.formats import archive, opened
 from fastbert.formats.safetensors_file import write_safetensors
 from fastbert.formats.tensorflow_bundle import read_bundle, write_bundle
 from fastbert.formats.variable import Variable
 from fastbert.models.bert import BertModel
 from fastbert.text.tokenizer import Tokenizer
+from formats_models import FIXTURES, GOOGLE_FILES, as_transformers_writes, flip, google_without_a_name, names_in
 
 pytestmark = pytest.mark.once
-
-FIXTURES = Path(__file__).parent / "fixtures" / "formats"
-GOOGLE_FILES = ("bert_model.ckpt.index", "bert_model.ckpt.data-00000-of-00001")
 
 
 @pytest.fixture
 def google(tmp_path) -> Path:
-    """Google's layout, in a folder whose name says nothing of upper and lower case."""
-    folder = tmp_path / "bert"
-    shutil.copytree(FIXTURES / "google_tf1", folder)
-    shutil.copy(FIXTURES / "bert_config.json", folder)
-    shutil.copy(FIXTURES / "vocab.txt", folder)
-    return folder
-
-
-def only(folder: Path, *but: str) -> set[str]:
-    return {p.name for p in folder.iterdir()} - set(but)
+    return google_without_a_name(tmp_path)
 
 
 # ---- the command -----------------------------------------------------------------------------------------
@@ -54,7 +37,13 @@ def test_convert_prints_what_it_did_and_writes_a_folder(google, capsys):
     assert "46 variables used, 0 skipped" in printed
     assert "46 variables have their checksums." in printed
     assert any(line.startswith('"gelu" in its config is gelu_new, computed by tanh') for line in printed)
-    assert only(out) == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt"}
+    assert names_in(out) == {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "vocab.txt",
+    }
     source, written = (BertModel.from_pretrained(path).state_dict() for path in (google, out))
     assert source.keys() == written.keys()
     assert all(torch.equal(t, written[name]) for name, t in source.items())
@@ -70,7 +59,7 @@ def test_list_prints_every_variable_and_writes_nothing(google, capsys):
     assert "bert/pooler/dense/bias/adam_m float32 [32] skipped: optimiser state" in lines
     assert "bert/pooler/dense/kernel float32 [32, 32] -> bert.pooler.dense.weight" in lines
     assert "46 variables used, 2 skipped" in lines
-    assert only(google.parent) == {"bert"}
+    assert names_in(google.parent) == {"bert"}
 
 
 def test_list_of_what_cannot_be_converted_lists_and_then_fails(google, capsys):
@@ -119,9 +108,7 @@ def test_the_same_ids_and_vectors_from_the_source_as_from_the_folder_it_becomes(
 
 @pytest.fixture
 def ours(google) -> Path:
-    """A folder as transformers writes it; its name says nothing of upper and lower case."""
-    convert(google, google.parent / "hf", lower_case=False, say=lambda line: None)
-    return google.parent / "hf"
+    return as_transformers_writes(google)
 
 
 def test_a_folder_with_only_a_vocabulary_keeps_the_case_that_was_asked_for(ours):
@@ -264,12 +251,6 @@ def test_to_tensorflow_takes_the_vocabulary_out_of_a_tokenizer_json(ours):
 # ---- whole or not at all ---------------------------------------------------------------------------------
 
 
-def flip(path: Path, at: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[at] ^= 1
-    path.write_bytes(bytes(data))
-
-
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
@@ -293,7 +274,7 @@ def test_damage_is_one_line_and_nothing_is_written(damage, google, capsys):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
-    assert only(google.parent) == {"bert"}
+    assert names_in(google.parent) == {"bert"}
 
 
 def test_what_is_there_is_not_overwritten(google):
@@ -318,7 +299,7 @@ def test_a_full_disk_is_found_before_anything_is_written(google, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(CheckpointError, match="has 1,000 free"):
         convert(google, google.parent / "out", lower_case=True, say=lambda line: None)
-    assert only(google.parent) == {"bert"}
+    assert names_in(google.parent) == {"bert"}
 
 
 def test_an_interruption_leaves_nothing(google, monkeypatch):
@@ -328,145 +309,7 @@ def test_an_interruption_leaves_nothing(google, monkeypatch):
     monkeypatch.setattr("fastbert.convert.write_safetensors", interrupted)
     with pytest.raises(KeyboardInterrupt):
         convert(google, google.parent / "out", lower_case=True, say=lambda line: None)
-    assert only(google.parent) == {"bert"}
-
-
-# ---- archives --------------------------------------------------------------------------------------------
-
-
-def zip_of(path: Path, folder: Path, inside: str) -> Path:
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
-        for member in folder.iterdir():
-            file.write(member, f"{inside}{member.name}")
-    return path
-
-
-@pytest.mark.parametrize("inside", ["", "uncased_L-2_H-32_A-2/"])
-def test_a_zip_opens_like_its_folder(google, inside):
-    """The name that says how to tokenise is the archive's, or the folder's in it."""
-    path = zip_of(google.parent / ("bert.zip" if inside else "uncased_L-2_H-32_A-2.zip"), google, inside)
-    convert(path, google.parent / "out", say=lambda line: None)
-    convert(google, google.parent / "expected", lower_case=True, say=lambda line: None)
-    for name in only(google.parent / "expected"):
-        assert (google.parent / "out" / name).read_bytes() == (google.parent / "expected" / name).read_bytes()
-    direct = BertModel.from_pretrained(path).state_dict()
-    assert all(torch.equal(t, direct[name]) for name, t in BertModel.from_pretrained(google).state_dict().items())
-
-
-def test_the_temporary_folder_is_gone_afterwards(google):
-    with opened(zip_of(google.parent / "x.zip", google, "")) as folder:
-        assert (folder / "vocab.txt").is_file()
-    assert not folder.exists()
-
-
-@pytest.mark.parametrize("name", ["/etc/evil", "../evil", "a/../../evil", "..\\evil", "C:\\evil"])
-@pytest.mark.parametrize("kind", ["zip", "tar.gz"])
-def test_members_outside_the_archive_are_refused(name, kind, tmp_path):
-    path = tmp_path / f"x.{kind}"
-    if kind == "zip":
-        with zipfile.ZipFile(path, "w") as file:
-            file.writestr(name, b"x")
-    else:
-        with tarfile.open(path, "w:gz") as file:
-            info = tarfile.TarInfo(name)
-            info.size = 1
-            file.addfile(info, io.BytesIO(b"x"))
-    with pytest.raises(CheckpointError, match="outside the archive"):
-        convert(path, tmp_path / "out", say=lambda line: None)
-    assert only(tmp_path) == {path.name}
-
-
-def test_links_are_refused(tmp_path):
-    link = zipfile.ZipInfo("vocab.txt")
-    link.external_attr = (stat.S_IFLNK | 0o777) << 16
-    with zipfile.ZipFile(tmp_path / "x.zip", "w") as file:
-        file.writestr(link, "/etc/passwd")
-    for type_ in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE):
-        with tarfile.open(tmp_path / f"{type_.decode()}.tgz", "w:gz") as file:
-            info = tarfile.TarInfo("vocab.txt")
-            info.type, info.linkname = type_, "/etc/passwd"
-            file.addfile(info)
-    for path in sorted(tmp_path.iterdir()):
-        with pytest.raises(CheckpointError, match="is a link or no file"), opened(path):
-            pass
-
-
-@pytest.mark.parametrize("name", ["x.zip", "x.tar.gz"])
-def test_a_damaged_archive_is_one_line(name, google):
-    path = google.parent / name
-    if name.endswith("zip"):
-        zip_of(path, google, "")
-    else:
-        with tarfile.open(path, "w:gz") as file:
-            file.add(google, "bert")
-    data = path.read_bytes()
-    path.write_bytes(data[: len(data) // 2])
-    with pytest.raises(CheckpointError, match="truncated or not an archive") as error, opened(path):
-        pass
-    assert "\n" not in str(error.value)
-
-
-def test_a_truncated_archive_with_an_archive_inside_is_not_taken_for_that(google):
-    """pytorch_model.bin is a zip file itself, and so is an .npz: Python finds the end of that one."""
-    whole = google.parent / "x.zip"
-    with zipfile.ZipFile(google.parent / "inner.zip", "w") as inner:
-        inner.write(google / "bert_config.json", "config.json")
-    with zipfile.ZipFile(whole, "w") as archive:
-        archive.write(google / "vocab.txt", "vocab.txt")
-        archive.write(google.parent / "inner.zip", "inner.zip")
-    whole.write_bytes(whole.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match=r"x\.zip is truncated or not an archive"):
-        convert(whole, google.parent / "out", say=lambda line: None)
-
-
-def test_what_is_wrong_inside_an_archive_is_told_of_the_archive(google, capsys):
-    """And not of the temporary folder that it is unpacked into."""
-    with zipfile.ZipFile(google.parent / "x.zip", "w") as archive:
-        for path in google.iterdir():
-            if path.name != "bert_config.json":
-                archive.write(path, path.name)
-    assert main(["convert", str(google.parent / "x.zip"), "-o", str(google.parent / "out")]) == 1
-    error = capsys.readouterr().err
-    assert f"{google.parent / 'x.zip' / 'bert_model.ckpt'}: there is no bert_config.json" in error
-
-
-def test_what_is_not_supported_in_an_archive_is_told_of_the_archive(ours):
-    modules = [{"type": f"sentence_transformers.models.{kind}", "path": path} for kind, path in
-               (("Transformer", ""), ("CNN", "1_CNN"))]  # fmt: skip
-    (ours / "modules.json").write_text(json.dumps(modules))
-    path = zip_of(ours.parent / "x.zip", ours, "")
-    with pytest.raises(ValueError, match=re.escape(f"{path / 'modules.json'}: module 'CNN' is not supported")):
-        Encoder.from_pretrained(path, device="cpu")
-
-
-def test_a_vocabulary_without_its_special_tokens_is_told_of_the_source(google):
-    (google / "vocab.txt").write_text("a\nb\n")
-    with pytest.raises(
-        CheckpointError, match=r"bert_model\.ckpt: the vocabulary is not a BERT vocabulary: it lacks \[UNK\]"
-    ):
-        convert(google, google.parent / "out", lower_case=True, say=lambda line: None)
-    assert not (google.parent / "out").exists()
-
-
-def test_a_flipped_byte_in_an_archive_is_found(google):
-    """Gzip's checksum stands behind all members, where nobody has to read to get them."""
-    paths = google.parent / "x.tar.gz", google.parent / "x.zip"
-    with tarfile.open(paths[0], "w:gz", compresslevel=0) as file:
-        file.add(google, "bert")
-    with zipfile.ZipFile(paths[1], "w", zipfile.ZIP_STORED) as file:
-        file.write(google / GOOGLE_FILES[1], GOOGLE_FILES[1])
-    for path in paths:
-        flip(path, len(path.read_bytes()) // 2)
-        with pytest.raises(CheckpointError, match="truncated or not an archive"), opened(path):
-            pass
-
-
-def test_an_archive_too_large_for_the_disk_is_refused(google, monkeypatch):
-    path = zip_of(google.parent / "x.zip", google, "")
-    usage = shutil.disk_usage(google)
-    monkeypatch.setattr(archive.shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(CheckpointError, match="has 1,000 free"), opened(path):
-        pass
+    assert names_in(google.parent) == {"bert"}
 
 
 # ---- the safetensors writer ------------------------------------------------------------------------------

@@ -428,29 +428,3 @@ def test_saving_where_a_file_stands(small, tmp_path):
     (tmp_path / "taken").write_text("")
     with pytest.raises(CheckpointError, match="it is a file, not a folder"):
         small.save_pretrained(tmp_path / "taken")
-
-
-@pytest.mark.parametrize(
-    ("files", "text", "tokens"),
-    [
-        ({"added_tokens.json": {"neu": 8, "<e>": 9}}, "a neu <e> NEU", [5, 8, 9, 8]),
-        (
-            {"added_tokens.json": {"[E1]": 8}, "special_tokens_map.json": {"additional_special_tokens": ["[E1]"]}},
-            "a [E1]b",
-            [5, 8, 6],
-        ),
-        ({"tokenizer_config.json": {"extra_special_tokens": ["[E1]", "[E2]"]}}, "[E2] a [E1]", [9, 5, 8]),
-        ({"tokenizer_config.json": {"extra_special_tokens": {"ent": "<e>"}}}, "<e>b", [8, 6]),
-        ({"tokenizer_config.json": {"tokenizer_class": None, "max_len": 128}}, "a b", [5, 6]),
-    ],
-    ids=["added", "added_special", "extra_list", "extra_dict", "old_words"],
-)
-def test_tokens_beside_a_vocab_txt(files, text, tokens, tmp_path):
-    """What people add lies in other files than vocab.txt, in the spelling of their day: these were left out in silence,
-    so that an entity marker came apart into `[`, `e1` and `]`. The ids are those of transformers."""
-    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b", "c"]) + "\n")
-    for name, content in files.items():
-        (tmp_path / name).write_text(json.dumps(content))
-    tokenizer = Tokenizer.from_pretrained(tmp_path)
-    assert tokenizer.input_ids([text]) == [[2, *tokens, 3]]
-    assert tokenizer.model_max_length == files.get("tokenizer_config.json", {}).get("max_len")

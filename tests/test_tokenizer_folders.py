@@ -406,6 +406,32 @@ def test_what_is_not_understood_is_refused_by_name(files, message, tmp_path):
     assert str(tmp_path) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("files", "text", "tokens"),
+    [
+        ({"added_tokens.json": {"neu": 8, "<e>": 9}}, "a neu <e> NEU", [5, 8, 9, 8]),
+        (
+            {"added_tokens.json": {"[E1]": 8}, "special_tokens_map.json": {"additional_special_tokens": ["[E1]"]}},
+            "a [E1]b",
+            [5, 8, 6],
+        ),
+        ({"tokenizer_config.json": {"extra_special_tokens": ["[E1]", "[E2]"]}}, "[E2] a [E1]", [9, 5, 8]),
+        ({"tokenizer_config.json": {"extra_special_tokens": {"ent": "<e>"}}}, "<e>b", [8, 6]),
+        ({"tokenizer_config.json": {"tokenizer_class": None, "max_len": 128}}, "a b", [5, 6]),
+    ],
+    ids=["added", "added_special", "extra_list", "extra_dict", "old_words"],
+)
+def test_tokens_beside_a_vocab_txt(files, text, tokens, tmp_path):
+    """What people add lies in other files than vocab.txt, in the spelling of their day: these were left out in silence,
+    so that an entity marker came apart into `[`, `e1` and `]`. The ids are those of transformers."""
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b", "c"]) + "\n")
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    tokenizer = Tokenizer.from_pretrained(tmp_path)
+    assert tokenizer.input_ids([text]) == [[2, *tokens, 3]]
+    assert tokenizer.model_max_length == files.get("tokenizer_config.json", {}).get("max_len")
+
+
 def main() -> None:
     told = {}
     with tempfile.TemporaryDirectory() as root:
