@@ -10,41 +10,12 @@ import torch
 import torch.nn as nn
 
 import fastbert
+from dropin_changes import MASK, SIZES, accelerated, assert_same, batch_of, plain_model
 
 transformers = pytest.importorskip("transformers", reason="whose models are changed here")
-modeling = transformers.models.bert.modeling_bert
-
-SIZES = {
-    "vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
-    "max_position_embeddings": 40, "initializer_range": 0.2, "pad_token_id": 0,
-}  # fmt: skip
-MASK = torch.arange(9) < torch.tensor([9, 4, 1])[:, None]
 pytestmark = [pytest.mark.native, pytest.mark.filterwarnings("ignore")]
 
-
-def plain_model(head: str = "Model", **config) -> nn.Module:
-    torch.manual_seed(0)
-    return getattr(transformers, f"Bert{head}")(transformers.BertConfig(**SIZES, **config)).eval()
-
-
-def accelerated(plain: nn.Module, padding: str = "auto") -> nn.Module:
-    return fastbert.accelerate(copy.deepcopy(plain), impl="native", padding=padding)
-
-
-def batch_of(mask: torch.Tensor = MASK) -> dict[str, torch.Tensor]:
-    torch.manual_seed(1)
-    return {"input_ids": torch.randint(1, 60, mask.shape) * mask, "attention_mask": mask.long()}
-
-
-def assert_same(ours: nn.Module, plain: nn.Module, rows: torch.Tensor = MASK, **batch) -> None:
-    batch = batch or batch_of()
-    for gradients in (True, False):  # without them all layers may run in one call, which takes them from a list
-        with torch.set_grad_enabled(gradients):
-            torch.manual_seed(2)
-            want = plain(**batch)[0]
-            torch.manual_seed(2)
-            got = ours(**batch)[0]
-        torch.testing.assert_close(got[rows], want[rows], atol=1e-5, rtol=1e-4)
+modeling = transformers.models.bert.modeling_bert
 
 
 # ---- changes inside an encoder ----------------------------------------------------------------------------
@@ -348,84 +319,6 @@ def test_as_many_tokens_as_the_position_table_holds_now():
     assert ours.forward.why_not(given, ours.forward.look()) is None
     ours.embeddings.position_embeddings.num_embeddings = 20
     assert "position table" in ours.forward.why_not(given, ours.forward.look())
-
-
-# ---- padding that is read ---------------------------------------------------------------------------------
-
-
-def test_modes_of_padding():
-    plain, rows = plain_model(), torch.ones_like(MASK)
-    truth = plain(**batch_of())[0]
-    exact, zero, auto = (accelerated(plain, mode) for mode in ("exact", "zero", "auto"))
-    assert_same(exact, plain, rows)
-    for model in (zero, auto):
-        got = model(**batch_of())[0]
-        assert not got[~MASK].any()
-        torch.testing.assert_close(got[MASK], truth[MASK], atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize("given", ["other_tokens", "embeddings"])
-def test_a_masked_position_that_holds_something_is_computed(given):
-    """Late interaction scores masked tokens; of embeddings nobody knows what stands where the mask is 0."""
-    plain = plain_model()
-    ours, batch = accelerated(plain), batch_of()
-    if given == "other_tokens":
-        batch["input_ids"] = batch["input_ids"] + 4 * ~MASK
-    else:
-        batch["inputs_embeds"] = torch.randn(*MASK.shape, 32)
-        del batch["input_ids"]
-    assert_same(ours, plain, torch.ones_like(MASK), **batch)
-
-
-def test_the_first_column_is_computed_and_an_empty_sequence_is_the_originals():
-    """Poolers read the first column of left-padded batches, and rows of no token are means of all values there."""
-    plain = plain_model()
-    ours = accelerated(plain)
-    left = batch_of(MASK.flip(1))
-    torch.testing.assert_close(ours(**left)[1], plain(**left)[1], atol=1e-5, rtol=1e-4)
-    nothing = batch_of(MASK & torch.tensor([[True], [False], [True]]))
-    assert_same(ours, plain, torch.ones_like(MASK), **nothing)
-
-
-class MeanPooler(nn.Module):
-    def forward(self, x):
-        return x.mean(1)
-
-
-HEADS = {
-    "labels_at_padding": ("ForTokenClassification", {"labels": torch.ones(3, 9, dtype=torch.long)}, None),
-    "every_token": (
-        "ForQuestionAnswering",
-        {"start_positions": torch.tensor([1, 2, 0]), "end_positions": torch.tensor([3, 3, 0])},
-        None,
-    ),
-    "shown_logits": ("ForTokenClassification", {}, None),
-    "own_pooler": (
-        "ForSequenceClassification",
-        {},
-        lambda model: setattr(model.bert, "pooler", MeanPooler()),
-    ),
-    "hook_on_the_head": (
-        "ForTokenClassification",
-        {"labels": torch.where(MASK, 1, -100)},
-        lambda model: model.dropout.register_forward_hook(lambda module, given, y: y + y.abs().mean()),
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("called", [False, True], ids=["at_first", "after_a_call"])
-@pytest.mark.parametrize("name", HEADS)
-def test_heads_get_the_rows_that_they_read(name, called):
-    head, labels, change = HEADS[name]
-    plain = plain_model(head)
-    ours, batch = accelerated(plain), batch_of() | labels
-    if called:
-        assert_same(ours, plain, ..., **batch)
-    if change is not None:
-        for model in (ours, plain):
-            torch.manual_seed(3)
-            change(model)
-    assert_same(ours, plain, ..., **batch)
 
 
 # ---- copies -----------------------------------------------------------------------------------------------

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import fastbert
+from dropin_models import HEADS, MASKS, MODELS, SIZES, WIDTH, assert_gradients, labels_of, three
 from fastbert.dropin.families import FAMILIES
 from fastbert.testing import assert_within_budget
-from tests.test_dropin_transformers import HEADS, MASKS, MODELS, SIZES, WIDTH, assert_gradients, labels_of, three
 
 transformers = pytest.importorskip("transformers", minversion="5.24", reason="these rows are of it")
 pytestmark = pytest.mark.once

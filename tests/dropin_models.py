@@ -1,0 +1,134 @@
+"""Small models of transformers' families, batches of them, and their outputs held to float64."""
+
+import copy
+
+import pytest
+import torch
+
+import fastbert
+from fastbert.testing import assert_within_budget, relative_rms
+
+transformers = pytest.importorskip("transformers", reason="what is accelerated")
+
+SIZES = {
+    "vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
+    "max_position_embeddings": 40,
+}  # fmt: skip
+WIDTH = 13
+HEADS = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering",
+         "ForMultipleChoice")  # fmt: skip
+
+# transformers 4's own ALBERT cannot run a group of two layers
+GROUP = 2 if int(transformers.__version__.split(".")[0]) >= 5 else 1
+
+# family -> (prefix of its class names, settings of its config beyond SIZES, heads beyond HEADS)
+MODELS = {
+    "bert": ("Bert", {}, ("ForPreTraining", "ForNextSentencePrediction")),
+    "roberta": ("Roberta", {"pad_token_id": 1}, ()),
+    "xlm_roberta": ("XLMRoberta", {"pad_token_id": 1}, ()),
+    "camembert": ("Camembert", {"pad_token_id": 1}, ()),
+    "electra": ("Electra", {"embedding_size": 24}, ("ForPreTraining",)),
+    "albert": ("Albert", {"embedding_size": 24, "num_hidden_groups": 2, "inner_group_num": GROUP}, ("ForPreTraining",)),
+    "mpnet": ("MPNet", {}, ()),
+    "distilbert": ("DistilBert", {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48}, ()),
+    "modernbert": (
+        "ModernBert",
+        {"num_hidden_layers": 3, "local_attention": 6, "global_attn_every_n_layers": 2, "pad_token_id": 0,
+         "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2},
+        (),
+    ),
+}  # fmt: skip
+MASKS = {
+    "right": torch.arange(WIDTH) < torch.tensor([WIDTH, 7, 2, 4])[:, None],
+    "left": torch.arange(WIDTH) >= WIDTH - torch.tensor([WIDTH, 7, 2, 4])[:, None],
+    "holes": torch.arange(WIDTH) % torch.tensor([WIDTH, 2, 3, 5])[:, None] != 1,
+    "none": None,
+}
+
+
+def config_of(family: str, **more):
+    prefix, settings, _ = MODELS[family]
+    sizes = {"vocab_size": 60, "max_position_embeddings": 40} if family == "distilbert" else SIZES
+    # ModernBERT's eager attention takes its softmax in float32 whatever the model's dtype, and is NaN in float64
+    attention = "sdpa" if family == "modernbert" else "eager"
+    settings = {**sizes, **settings, "attn_implementation": attention, **more}
+    return getattr(transformers, prefix + "Config")(**settings)
+
+
+def build(family: str, head: str = "Model", **more) -> torch.nn.Module:
+    """A small model in evaluation mode; weights larger than at the start of training, so attention is not uniform."""
+    model = getattr(transformers, MODELS[family][0] + head)(config_of(family, **more)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.2) if p.dim() > 1 else p.add_(torch.randn_like(p) * 0.1)
+    return model
+
+
+def batch_of(model: torch.nn.Module, mask: torch.Tensor | None, choices: int = 0) -> dict[str, torch.Tensor]:
+    rows = 4 if mask is None else mask.shape[0]
+    ids = torch.randint(5, 60, (rows, WIDTH))
+    batch = {"input_ids": ids}
+    if mask is not None:
+        batch = {"input_ids": torch.where(mask, ids, model.config.pad_token_id), "attention_mask": mask.long()}
+    if getattr(model.config, "type_vocab_size", 0) > 1:
+        batch["token_type_ids"] = torch.randint(0, 2, ids.shape)
+    return {name: t.view(2, 2, WIDTH) for name, t in batch.items()} if choices else batch
+
+
+def labels_of(head: str, mask: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    per_token = torch.randint(0, 2, (4, WIDTH))
+    if mask is not None:
+        per_token = torch.where(mask, per_token, -100)
+    return {
+        "ForMaskedLM": {"labels": per_token},
+        "ForTokenClassification": {"labels": per_token},
+        "ForSequenceClassification": {"labels": torch.randint(0, 2, (4,))},
+        "ForNextSentencePrediction": {"labels": torch.randint(0, 2, (4,))},
+        "ForMultipleChoice": {"labels": torch.randint(0, 2, (2,))},
+        "ForQuestionAnswering": {
+            "start_positions": torch.randint(0, 4, (4,)), "end_positions": torch.randint(0, 4, (4,))
+        },
+        "ForPreTraining": {"labels": per_token},
+    }[head]  # fmt: skip
+
+
+def assert_tensor(ours: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor, name: str) -> None:
+    """The budget; a tensor of few numbers may be right by luck, so it has twice that and some roundings more."""
+    if truth.numel() >= 64:
+        assert_within_budget(ours, plain, truth, name=name)
+    else:
+        allowed = 4 * relative_rms(plain, truth) + 8 * torch.finfo(plain.dtype).eps
+        assert relative_rms(ours, truth) <= allowed, name
+
+
+def three(
+    model: torch.nn.Module, dtype: torch.dtype = torch.float32, impl: str = "native", padding: str = "zero"
+) -> tuple:
+    """(accelerated, plain, truth) with one set of weights."""
+    rounded = model.to(dtype)
+    ours = fastbert.accelerate(copy.deepcopy(rounded), impl=impl, padding=padding)
+    return ours, rounded, copy.deepcopy(rounded).double()
+
+
+def assert_gradients(ours, plain, truth, losses) -> None:
+    """All gradients together within the budget; each alone within what luck may do to one tensor in one batch, where
+    `test_every_parameter_within_twice_the_originals_error` looks at many.
+
+    Where the true gradient is zero (softmax does not see a shift of all its scores) only its size is looked at.
+    """
+    grads = []
+    for model, loss in zip((ours, plain, truth), losses, strict=True):
+        parameters = dict(model.named_parameters())
+        of = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        grads.append(dict(zip(parameters, of, strict=True)))
+    assert [name for name, g in grads[0].items() if g is None] == [name for name, g in grads[2].items() if g is None]
+    kept = [name for name, g in grads[2].items() if g is not None]
+    joined = [torch.cat([g[name].flatten() for name in kept]) for g in grads]
+    assert_within_budget(*joined, name="all gradients")
+    assert joined[2].isfinite().all()
+    size = joined[2].norm()
+    eps = torch.finfo(joined[1].dtype).eps
+    for name in kept:
+        mine, theirs, exact = (g[name].double() for g in grads)
+        allowed = 4 * (theirs - exact).norm() + 8 * eps * exact.norm() + eps * size
+        assert (mine - exact).norm() <= allowed, name

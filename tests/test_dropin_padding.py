@@ -1,0 +1,84 @@
+"""Which positions of a padded batch an accelerated model computes: those that are read, and the rest hold zeros."""
+
+import pytest
+import torch
+import torch.nn as nn
+
+from dropin_changes import MASK, accelerated, assert_same, batch_of, plain_model
+
+pytestmark = [pytest.mark.native, pytest.mark.filterwarnings("ignore")]
+
+
+def test_modes_of_padding():
+    plain, rows = plain_model(), torch.ones_like(MASK)
+    truth = plain(**batch_of())[0]
+    exact, zero, auto = (accelerated(plain, mode) for mode in ("exact", "zero", "auto"))
+    assert_same(exact, plain, rows)
+    for model in (zero, auto):
+        got = model(**batch_of())[0]
+        assert not got[~MASK].any()
+        torch.testing.assert_close(got[MASK], truth[MASK], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("given", ["other_tokens", "embeddings"])
+def test_a_masked_position_that_holds_something_is_computed(given):
+    """Late interaction scores masked tokens; of embeddings nobody knows what stands where the mask is 0."""
+    plain = plain_model()
+    ours, batch = accelerated(plain), batch_of()
+    if given == "other_tokens":
+        batch["input_ids"] = batch["input_ids"] + 4 * ~MASK
+    else:
+        batch["inputs_embeds"] = torch.randn(*MASK.shape, 32)
+        del batch["input_ids"]
+    assert_same(ours, plain, torch.ones_like(MASK), **batch)
+
+
+def test_the_first_column_is_computed_and_an_empty_sequence_is_the_originals():
+    """Poolers read the first column of left-padded batches, and rows of no token are means of all values there."""
+    plain = plain_model()
+    ours = accelerated(plain)
+    left = batch_of(MASK.flip(1))
+    torch.testing.assert_close(ours(**left)[1], plain(**left)[1], atol=1e-5, rtol=1e-4)
+    nothing = batch_of(MASK & torch.tensor([[True], [False], [True]]))
+    assert_same(ours, plain, torch.ones_like(MASK), **nothing)
+
+
+class MeanPooler(nn.Module):
+    def forward(self, x):
+        return x.mean(1)
+
+
+HEADS = {
+    "labels_at_padding": ("ForTokenClassification", {"labels": torch.ones(3, 9, dtype=torch.long)}, None),
+    "every_token": (
+        "ForQuestionAnswering",
+        {"start_positions": torch.tensor([1, 2, 0]), "end_positions": torch.tensor([3, 3, 0])},
+        None,
+    ),
+    "shown_logits": ("ForTokenClassification", {}, None),
+    "own_pooler": (
+        "ForSequenceClassification",
+        {},
+        lambda model: setattr(model.bert, "pooler", MeanPooler()),
+    ),
+    "hook_on_the_head": (
+        "ForTokenClassification",
+        {"labels": torch.where(MASK, 1, -100)},
+        lambda model: model.dropout.register_forward_hook(lambda module, given, y: y + y.abs().mean()),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("called", [False, True], ids=["at_first", "after_a_call"])
+@pytest.mark.parametrize("name", HEADS)
+def test_heads_get_the_rows_that_they_read(name, called):
+    head, labels, change = HEADS[name]
+    plain = plain_model(head)
+    ours, batch = accelerated(plain), batch_of() | labels
+    if called:
+        assert_same(ours, plain, ..., **batch)
+    if change is not None:
+        for model in (ours, plain):
+            torch.manual_seed(3)
+            change(model)
+    assert_same(ours, plain, ..., **batch)

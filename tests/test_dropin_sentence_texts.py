@@ -1,0 +1,196 @@
+"""Which tokens accelerated models of sentence-transformers compute: batches, long texts, and the scores of pairs."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+
+import fastbert
+from accelerated_sentences import MANY, TEXTS, assert_same, by_the_library, quietly
+from fastbert.dropin import sentence
+from fastbert.text import batching
+
+pytest_plugins = ["accelerated_sentences"]  # its fixtures
+pytestmark = [pytest.mark.native, pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")]
+
+
+# ---- what runs -------------------------------------------------------------------------------------------
+
+
+def test_batches_are_of_tokens_and_sorted_by_them(build, batches, monkeypatch):
+    monkeypatch.setitem(batching.TOKENS_PER_BATCH, "cpu", 200)
+    model = fastbert.accelerate(build(), impl="native")
+    model.encode(MANY)
+    lengths = [len(row) for row in model.tokenizer(MANY, truncation=True, max_length=64)["input_ids"]]
+    widths = [width for _, width, _ in batches]
+    assert sum(rows for rows, _, _ in batches) == len(MANY)
+    assert sum(tokens for _, _, tokens in batches) == sum(lengths)
+    assert widths == sorted(widths, reverse=True)
+    assert max(tokens for _, _, tokens in batches) <= 200
+    assert len(batches) <= sum(lengths) / 200 + 3
+
+
+def test_a_small_batch_size_bounds_the_tokens(build, batches):
+    """Whoever asks for batches of two, for want of memory, gets no more tokens than two texts can have."""
+    model = fastbert.accelerate(build(), impl="native")
+    model.encode(MANY, batch_size=2)
+    assert max(tokens for _, _, tokens in batches) <= 2 * 64
+    assert len(batches) > 5
+
+
+def test_threads_change_nothing(build, two_threads, monkeypatch):
+    """Several batches at once: the same vectors, without a graph, and under the caller's autocast."""
+    monkeypatch.setitem(batching.TOKENS_PER_BATCH, "cpu", 140)
+    model = fastbert.accelerate(build(), impl="native")
+    together = model.encode(MANY, convert_to_tensor=True)
+    assert not together.requires_grad
+    assert torch.get_num_threads() == 2
+    with torch.autocast("cpu", torch.bfloat16):
+        low = model.encode(MANY, convert_to_tensor=True)
+    monkeypatch.setattr(batching, "IN_FLIGHT", 1)
+    torch.testing.assert_close(model.encode(MANY, convert_to_tensor=True), together, atol=1e-5, rtol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        alone = model.encode(MANY, convert_to_tensor=True)
+    assert (alone - together).abs().max() > 1e-4  # it did compute in bfloat16
+    torch.testing.assert_close(low, alone, atol=0.05, rtol=0.05)
+
+
+def test_callers_in_several_threads(build):
+    model = fastbert.accelerate(build(), impl="native")
+    expected = model.encode(MANY)
+    with ThreadPoolExecutor(3) as pool:
+        for found in pool.map(model.encode, [MANY] * 6):
+            np.testing.assert_array_equal(found, expected)
+
+
+def test_batch_invariant_bits(build):
+    model = fastbert.accelerate(build(), impl="native")
+    with fastbert.batch_invariant():
+        together = model.encode(TEXTS)
+        np.testing.assert_array_equal(model.encode([TEXTS[0], TEXTS[2]])[0], together[0])
+        np.testing.assert_array_equal(model.encode(TEXTS[5]), together[5])
+
+
+# ---- long texts ------------------------------------------------------------------------------------------
+
+
+LONG = [
+    "an unbelievable story, told once more; " * 60,
+    "中文字" * 200,
+    "Ünwörter [MASK] and\tnumbers 12 " * 40,
+    "no_boundary_in_here_" * 30,
+    "short",
+]
+INPUTS = {
+    "texts": LONG,
+    "pairs": [(a, b) for a in LONG for b in LONG],
+    "pairs as lists": [[a, b] for a, b in zip(LONG, LONG[::-1], strict=True)],
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"prompt": "a query ab"}], ids=["alone", "prompt"])
+@pytest.mark.parametrize("inputs", INPUTS.values(), ids=INPUTS)
+@pytest.mark.parametrize("longest", [64, 63, 20])
+def test_long_texts_are_cut_and_their_tokens_are_the_same(build, inputs, options, longest):
+    """Of an even and an odd number of tokens kept, and of few: only a beginning reaches the tokenizer."""
+    model = build()
+    model.max_seq_length = longest
+    cut = sentence.cut(model, inputs, options)
+    assert [type(text) for text in cut] == [type(text) for text in inputs]
+    if inputs is LONG:
+        assert [len(a) < len(b) for a, b in zip(cut, inputs, strict=True)] == [True, True, True, True, False]
+    else:
+        assert (cut != inputs) == (not options)  # a prompt makes the first of a pair longer, so pairs stay whole
+    before, after = by_the_library(lambda: (model.preprocess(inputs, **options), model.preprocess(cut, **options)))
+    for name in ("input_ids", "token_type_ids", "attention_mask"):
+        assert torch.equal(after[name], before[name]), name
+
+
+def test_encode_tokenises_beginnings(build, monkeypatch):
+    model = build()
+    before = model.encode(LONG)
+    fastbert.accelerate(model, impl="native")
+    characters, cls = [], type(model)
+    method = "preprocess" if hasattr(cls, "preprocess") else "tokenize"
+    of_class = getattr(cls, method)
+
+    def spied(self, texts, *args, **kwargs):
+        characters.extend(map(len, texts))
+        return of_class(self, texts, *args, **kwargs)
+
+    monkeypatch.setattr(cls, method, spied)
+    monkeypatch.setattr(sentence, "why_left", lambda model, kind: None)  # it would see the spy
+    assert_same(quietly(lambda: model.encode(LONG)), before)
+    assert sum(characters) < sum(map(len, LONG)) / 2
+    characters.clear()
+    assert_same(quietly(lambda: model.encode(LONG[0])), before[0])
+    assert characters[0] < len(LONG[0]) / 4
+
+
+OTHER_SETTINGS = {
+    "the end is kept": lambda model: setattr(model.tokenizer, "truncation_side", "left"),
+    "a chat template": lambda model: setattr(model.tokenizer, "chat_template", "{{ messages }}"),
+    "lengths by task": lambda model: setattr(model[0], "document_length", 70),
+    "settings of the tokenizer's": lambda model: setattr(
+        model[0], "processing_kwargs", {"text": {"truncation": False}}
+    ),
+    "no longest": lambda model: setattr(model, "max_seq_length", None),
+    "somebody's tokenizer": lambda model: setattr(type(model.tokenizer), "__module__", "somebodys.module"),
+}
+
+
+@pytest.mark.parametrize("change", OTHER_SETTINGS.values(), ids=OTHER_SETTINGS)
+def test_texts_stay_whole_where_other_tokens_may_be_kept(build, change, monkeypatch):
+    model = build()
+    monkeypatch.setattr(type(model.tokenizer), "__module__", type(model.tokenizer).__module__)  # and back afterwards
+    assert sentence.cut(model, LONG, {}) != LONG
+    assert sentence.cut(model, LONG, {"max_length": 70}) == LONG
+    change(model)
+    assert sentence.cut(model, LONG, {}) == LONG
+
+
+# ---- CrossEncoder ----------------------------------------------------------------------------------------
+
+
+PAIRS = [(TEXTS[n % 6], text) for n, text in enumerate(MANY)]
+PREDICT = {
+    "numpy": {},
+    "tensor": {"convert_to_tensor": True},
+    "list": {"convert_to_numpy": False},
+    "lists of two": {"inputs": [list(pair) for pair in PAIRS]},
+    "one pair": {"inputs": PAIRS[2]},
+    "no pairs": {"inputs": []},
+    "own activation": {"activation_fn": torch.nn.Tanh()},
+    "batches of one": {"batch_size": 1},
+    "progress bar": {"show_progress_bar": True},
+}
+
+
+@pytest.mark.parametrize("arguments", PREDICT.values(), ids=PREDICT)
+def test_every_argument_of_predict(build_cross, arguments):
+    model = build_cross()
+    given = dict(arguments)
+    inputs = given.pop("inputs", PAIRS)
+    before = by_the_library(lambda: model.predict(inputs, **given))
+    fastbert.accelerate(model, impl="native")
+    assert_same(quietly(lambda: model.predict(inputs, **given)), before)
+
+
+def test_predict_of_several_labels(build_cross, batches):
+    model = build_cross(num_labels=3)
+    before = model.predict(PAIRS, apply_softmax=True)
+    fastbert.accelerate(model, impl="native")
+    assert_same(quietly(lambda: model.predict(PAIRS, apply_softmax=True)), before)
+    if "predict, rank" in fastbert.explain(model).replaced:
+        assert [width for _, width, _ in batches] == sorted((width for _, width, _ in batches), reverse=True)
+        assert len(batches) <= 2  # rather than three of 32 pairs
+
+
+def test_rank(build_cross):
+    model = build_cross()
+    before = model.rank(TEXTS[0], TEXTS[1:], return_documents=True, top_k=4)
+    fastbert.accelerate(model, impl="native")
+    assert_same(quietly(lambda: model.rank(TEXTS[0], TEXTS[1:], return_documents=True, top_k=4)), before)
+    fastbert.restore(model)
+    assert not any(isinstance(value, sentence.BatchedMethod) for value in model.__dict__.values())
