@@ -1,9 +1,8 @@
 """Every kernel at every flag, compiled, its PTX executed: what `make ptx-fast` runs, architecture by architecture."""
 
-import runpy
-from pathlib import Path
-
 import pytest
+
+from emulated_subset import SUBSET
 
 pytest.importorskip("triton", reason="tests the Triton kernels")
 
@@ -13,8 +12,6 @@ pytestmark = [
     pytest.mark.triton,
     pytest.mark.skipif(_device.INTERPRETING, reason="interpreted, the tests of each operator run all of it"),
 ]
-
-SUBSET = runpy.run_path(str(Path(__file__).with_name("emulated_subset.py")))["SUBSET"]
 
 
 @pytest.mark.parametrize("name", SUBSET)

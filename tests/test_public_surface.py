@@ -5,20 +5,18 @@ A name that moved went without a word before this test, together with whatever i
 
 import ast
 import json
-import runpy
 import sys
 import warnings
 from importlib import import_module
-from pathlib import Path
 
 import pytest
 import torch
 
+import public_calls as calls
+import public_surface as surface
 from fastbert._moved import MOVED, RENAMED
 
-surface = runpy.run_path(str(Path(__file__).with_name("public_surface.py")))
-
-RECORDED = json.loads(surface["RECORD"].read_text())
+RECORDED = json.loads(surface.RECORD.read_text())
 
 
 def arguments(text: str) -> ast.arguments:
@@ -70,7 +68,7 @@ def is_in(path: str, module: str) -> bool:
 
 @pytest.mark.once
 def test_every_public_name_is_still_there_and_called_as_before():
-    now = surface["names"]()
+    now = surface.names()
     now |= {old + path.removeprefix(new): now[path] for old, new in MOVED.items() for path in now if is_in(path, new)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -129,7 +127,7 @@ def test_names_that_are_gone_are_found_gone():
 
 @pytest.mark.once
 def test_every_row_of_the_benchmark_is_still_there():
-    now = surface["rows"]()
+    now = surface.rows()
     gone = [
         f"{suite}: {name}"
         for suite, recorded in RECORDED["rows"].items()
@@ -151,8 +149,7 @@ def test_the_record_holds_what_the_front_page_names():
 
 # ---- what calls give -------------------------------------------------------------------------------------
 
-calls = runpy.run_path(str(Path(__file__).with_name("public_calls.py")))
-GIVEN = json.loads(calls["RECORD"].read_text())
+GIVEN = json.loads(calls.RECORD.read_text())
 # Of the largest number that is kept of a tensor; what is computed in other ways differs by rounding alone.
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2}
 
@@ -181,17 +178,17 @@ def differences(now, before, path="") -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("name", calls["CALLS"])
+@pytest.mark.parametrize("name", calls.CALLS)
 def test_what_a_public_call_gives(name):
     if name.startswith("transformers"):
         pytest.importorskip("transformers", reason="what is accelerated")
-    given = json.loads(json.dumps(calls["kept"](calls["CALLS"][name]())))
+    given = json.loads(json.dumps(calls.kept(calls.CALLS[name]())))
     assert not differences(given, GIVEN[name])
 
 
 @pytest.mark.once
 def test_fifty_calls_are_recorded():
-    assert {*calls["CALLS"]} == {*GIVEN}
+    assert {*calls.CALLS} == {*GIVEN}
     assert len(GIVEN) >= 50
 
 
@@ -210,5 +207,5 @@ def test_fifty_calls_are_recorded():
 )
 def test_what_differs_is_found(change, differs):
     x = torch.linspace(-1, 2, 12)
-    now, before = (calls["kept"]([t, "words"]) for t in (change(x), x))
+    now, before = (calls.kept([t, "words"]) for t in (change(x), x))
     assert bool(differences(now, before)) == differs

@@ -13,17 +13,18 @@ from torch import Tensor
 
 from .. import functional as F
 from ..packing import PackedBatch
-from ..stack.description import Layer, Part
+from ..stack.description import Layer
 from ..stack.layer import FEW_TOKENS, in_one, in_one_call, is_one_call_ahead
 from ..stack.shared import Pass
-from ..stack.steps import multiply, norm_only, probability
+from ..stack.steps import norm_only, probability
 from . import facts as table
+from .embeddings import count_positions, embeddings, part, position_tables
 from .forward import Forward, count
 from .layer import LayerForward
 from .once import only_once
 from .own import listeners, why_not_here
 from .padding import ABOVE, EXACT, FULL, OTHERS, WINDOW, ZEROS, Policy, Rows, only_wanted, reading_now, rows_to_compute
-from .parts import Seen, Settings, at, has, kind_of, layers_of, look, settings_of
+from .parts import Seen, Settings, at, kind_of, layers_of, look, settings_of
 
 # arguments that say nothing about what the encoder computes
 IGNORED = {"return_dict", "output_hidden_states", "num_items_in_batch", "use_cache", "batch_size", "seq_len"}
@@ -246,7 +247,7 @@ class EncoderForward(Forward):
             states.append(state)
             return x
 
-        x = self.embeddings(shared, seen, given)
+        x = embeddings(self.module, self.facts, shared, seen, given)
         layers, to_first = list(self.layers()), None  # the number of the layer that computes first tokens alone
         if wanted is None and shared.infers:
             but_last = first_only and shared.batch.total_tokens > FEW_TOKENS
@@ -262,7 +263,7 @@ class EncoderForward(Forward):
         if not self.facts.last_state_normed:
             x = shown(x)
         if self.facts.final_norm is not None:
-            x = norm_only(x, self.part(self.facts.final_norm, seen.final_norm), shared)
+            x = norm_only(x, part(self.module, self.facts.final_norm, seen.final_norm), shared)
         return only_once(x, self.impl), states
 
     def in_order(self, seen: Seen) -> list[Layer | None]:
@@ -318,7 +319,7 @@ class EncoderForward(Forward):
         ids, embeds, positions = given.get("input_ids"), given.get("inputs_embeds"), given.get("position_ids")
         height, width = (ids if embeds is None else embeds).shape[:2]
         if positions is None and self.facts.positions == "after_padding_idx":
-            positions = self.count_positions(ids, embeds)
+            positions = count_positions(self.module.embeddings.padding_idx, ids, embeds)
         if embeds is not None and positions is None:
             positions = torch.arange(width, dtype=torch.int64, device=embeds.device)[None]
         types = given.get("token_type_ids") if self.facts.called is None else None
@@ -339,7 +340,7 @@ class EncoderForward(Forward):
             mask=rows.real[:, None, None, :].expand(height, 1, width, width) if masked else None,
             layers=seen.layers,
             twice=trains and not compiling and impl == "native" and self.is_eager(),
-            **self.tables(width, batch.positions.device),
+            **position_tables(self.module, self.facts, width, batch.positions.device),
         )
         if rows.padding and not masked:
             shared = shared.over_keys(rows.real, rows.keys, impl)
@@ -358,107 +359,6 @@ class EncoderForward(Forward):
         if self.facts.dropout is not None and probability(at(self.module, self.facts.dropout)):
             return True
         return any(any(layer.__dict__["forward"].drops()) for layer in seen.layers)
-
-    def count_positions(self, ids: Tensor | None, embeds: Tensor | None) -> Tensor:
-        padding_idx = self.module.embeddings.padding_idx
-        if ids is None:
-            first, device = padding_idx + 1, embeds.device
-            return torch.arange(first, embeds.shape[1] + first, dtype=torch.int64, device=device)[None]
-        real = ids != padding_idx
-        return real.cumsum(1) * real + padding_idx
-
-    def tables(self, width: int, device: torch.device) -> dict[str, Any]:
-        """What attention looks up by position, as far as `width`."""
-        bias = {"bias": self.position_bias(width)}
-        return bias | (self.rotary(width, device) if self.facts.positions == "rotary" else {})
-
-    def position_bias(self, width: int) -> Tensor | None:
-        if self.facts.bias is None:
-            return None
-        holder = at(self.module, self.facts.bias)
-        like = holder.relative_attention_bias.weight.new_empty(1, width)
-        return holder.compute_position_bias(like)
-
-    def rotary(self, width: int, device: torch.device) -> dict[str, Any]:
-        encoder, config = self.module, self.module.config
-        columns = torch.arange(width, dtype=torch.int64, device=device)[None]
-        like = torch.empty(0, dtype=torch.float32, device=device)
-        facts = self.facts.layer
-        one_of = {kind_of(layer, facts): layer for _, layer in self.layers()}
-        half = at(next(iter(one_of.values())), facts.head_dim) // 2
-        make = at(encoder, self.facts.tables_of_rotation) if facts.rotary is None else None
-        if facts.rotates:
-            tables = {kind: make(like, columns) for kind in one_of}
-            windows = dict.fromkeys(one_of)
-        elif make is not None:
-            tables = {kind: make(like, columns, kind) for kind in sorted(one_of)}
-            reach = config.sliding_window
-            windows = {kind: (reach, reach) if kind == "sliding_attention" else None for kind in one_of}
-        else:  # a kind is its window, and minus one is no bound
-            tables = {kind: at(layer, facts.rotary)(like, columns) for kind, layer in one_of.items()}
-            windows = {kind: None if min(kind) < 0 else kind for kind in one_of}
-        rotary = {kind: tuple(t[0, :, :half] for t in pair) for kind, pair in tables.items()}
-        return {"rotary": rotary, "windows": windows}
-
-    def part(self, path: str, verdict: tuple[bool, bool]) -> Part:
-        return Part(at(self.module, path), *verdict)
-
-    def embeddings(self, shared: Pass, seen: Seen, given: dict[str, Any]) -> Tensor:
-        """dropout(norm(word + position + segment)) [T, C], brought to the width of the layers."""
-        encoder, facts, batch, embeds = self.module, self.facts, shared.batch, given.get("inputs_embeds")
-        if facts.called is not None:
-            return batch.unpad(self.called_embeddings(facts.called, given))
-        word = at(encoder, facts.word)
-        norm = None if facts.norm is None else at(encoder, facts.norm)
-        position = None if facts.position is None else at(encoder, facts.position)
-        segment = None if facts.token_type is None else at(encoder, facts.token_type)
-        types = batch.token_type_ids
-        if segment is not None and types is None:
-            types = torch.zeros_like(batch.positions)
-        p = probability(at(encoder, facts.dropout))
-
-        if embeds is None and seen.tables:
-            x = F.embedding_layer_norm(
-                batch.input_ids, types if segment is not None else None, batch.positions,
-                word.weight, frozen_row(position), None if segment is None else frozen_row(segment),
-                norm.weight, norm.bias, norm.eps,
-                padding_idx=word.padding_idx, impl=shared.impl, **shared.dropout(p, stream=0),
-            )  # fmt: skip
-        else:
-            x = word(batch.input_ids) if embeds is None else batch.unpad(embeds)
-            if segment is not None:
-                x = x + segment(types)
-            if position is not None:
-                x = x + position(batch.positions)
-            if norm is not None:
-                x = norm_only(x, self.part(facts.norm, seen.norm), shared)
-            x = shared.drop(x, p, stream=0)
-        if facts.project is not None and has(encoder, facts.project):
-            x = multiply(self.part(facts.project, seen.project), x, shared)
-        return x
-
-    def called_embeddings(self, called: dict[str, tuple[int | str, ...] | None], given: dict[str, Any]) -> Tensor:
-        """What the encoder's own embeddings give for these arguments: [B, S, C]."""
-        ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
-        if embeds is not None and "inputs_embeds" not in called:
-            return embeds
-        like, config = ids if embeds is None else embeds, self.module.config
-        inputs = {"input_ids": ids}
-        for name, zeros in called.items():
-            value = given.get(name)
-            if value is None and zeros is not None:
-                sizes = (len(getattr(config, size)) if isinstance(size, str) else size for size in zeros)
-                value = torch.zeros((*like.shape[:2], *sizes), dtype=torch.int64, device=like.device)
-            inputs[name] = value
-        return self.module.embeddings(**inputs)
-
-
-def frozen_row(table: nn.Embedding) -> Tensor:
-    """The weight of a table, without a gradient for the row `padding_idx`."""
-    if table.padding_idx is None or not (torch.is_grad_enabled() and table.weight.requires_grad):
-        return table.weight
-    rows = torch.arange(table.weight.shape[0], dtype=torch.int64, device=table.weight.device)
-    return torch.where((rows == table.padding_idx)[:, None], table.weight.detach(), table.weight)
 
 
 def is_layer(module: nn.Module) -> bool:

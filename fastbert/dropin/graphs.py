@@ -14,6 +14,7 @@ from ..inference.graphs import Graphs
 from ..packing import PackedBatch
 from ..stack.shared import Pass
 from . import facts as table
+from .embeddings import count_positions, position_tables
 from .encoder import EncoderForward
 from .own import why_not_here
 from .padding import Policy, rows_to_compute
@@ -70,7 +71,8 @@ class GraphedEncoderForward(EncoderForward):
         seen = self.seen
 
         def prepare(max_seqlen: int):
-            tables = self.tables(max_seqlen, graphs.device)  # they depend on no batch: made once
+            # they depend on no batch: made once
+            tables = position_tables(self.module, self.facts, max_seqlen, graphs.device)
             return lambda batch: self.run(
                 Pass(batch, None, self.impl, layers=seen.layers, **tables).scheduled(), seen, {}
             )[0]  # fmt: skip
@@ -149,7 +151,7 @@ class GraphedEncoderForward(EncoderForward):
             return flat if flat is None or indices is None else flat[indices]
 
         if positions is None and self.facts.positions == "after_padding_idx":
-            positions = self.count_positions(ids, None)
+            positions = count_positions(self.module.embeddings.padding_idx, ids, None)
         return replace(
             batch,
             input_ids=take(ids),
