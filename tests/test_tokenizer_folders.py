@@ -94,7 +94,7 @@ def token(content: str, **flags: bool) -> dict[str, Any]:
 
 
 WORDS = "\n".join(VOCAB) + "\n"
-CASED, UNCASED = {"do_lower_case": False}, {"do_lower_case": True}
+CASED = {"do_lower_case": False}
 BERT = {"tokenizer_class": "BertTokenizer"}
 FAST = {"tokenizer_class": "PreTrainedTokenizerFast"}
 ROLES = {"unk_token": "[UNK]", "sep_token": "[SEP]", "pad_token": "[PAD]", "cls_token": "[CLS]", "mask_token": "[MASK]"}
