@@ -214,7 +214,8 @@ def test_other_batches_change_the_curve_by_rounding_alone(whole, tmp_path):
 
 
 @pytest.mark.once
-def test_two_processes_train_as_one(tmp_path):
+@pytest.mark.parametrize("exchange", ["ddp", "fsdp"])
+def test_two_processes_train_as_one(exchange, tmp_path):
     """The same masks, so the same curve but for rounding; and the same scores."""
     objective, one, two = "mlm+nsp", tmp_path / "one", tmp_path / "two"
     run_of(one, objective, evaluated=True).train()
@@ -228,7 +229,7 @@ def test_two_processes_train_as_one(tmp_path):
     script = Path(__file__).parent / "pretraining_models.py"
     started = [
         subprocess.Popen(
-            [sys.executable, script, two, objective, "ddp"], env={**os.environ, **common, "RANK": str(rank)},
+            [sys.executable, script, two, objective, exchange], env={**os.environ, **common, "RANK": str(rank)},
             stderr=subprocess.PIPE, text=True,
         )
         for rank in range(2)

@@ -50,7 +50,7 @@ from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassificat
 import fastbert
 from fastbert.kernels.cpu import operators as cpp
 from fastbert.packing import PackedBatch
-from fastbert.testing import MODELS
+from fastbert.testing import MODELS, ModelShape
 from fastbert.text.tokenizer import Tokenizer
 from fastbert.training.adamw import AdamW
 from fastbert.training.memory import keep_freed_memory
@@ -188,11 +188,13 @@ def accelerated(name: str, objective: str, dtype: torch.dtype, own: bool = False
     return stepping(model, padded_loss(model), dtype, own)
 
 
-def floor(name: str, objective: str, dtype: torch.dtype) -> Step:
-    model, shape = model_of(name, objective), MODELS[name]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
+def linear_products(shape: ModelShape, dtype: torch.dtype, most: int, most_guessed: int) -> Callable[[int, int], None]:
+    """Computes, of so many tokens of which so many are guessed, the three matrix products of every
+    linear layer in a step (of the outputs, and of the gradients of inputs and weights), on random numbers; of the head
+    of masked words as well, if any is guessed. Products within attention are not among them.
+
+    most, most_guessed: of the tokens of a step, and of those that are guessed.
+    """
 
     def random(*size: int) -> Tensor:
         return torch.randn(size, dtype=torch.float32, device="cpu").to(dtype)
@@ -201,23 +203,36 @@ def floor(name: str, objective: str, dtype: torch.dtype) -> Step:
     sizes += [(shape.intermediate, shape.hidden), (shape.hidden, shape.intermediate)]
     layers = [[random(*size) for size in sizes] for _ in range(shape.layers)]
     of_words = [random(shape.hidden, shape.hidden), random(shape.vocab, shape.hidden)]
-    inputs = {width: random(2 * TOKENS, width) for size in sizes for width in size}
-    logits = random(TOKENS, shape.vocab) if objective != "classes" else None
+    inputs = {width: random(most, width) for size in sizes for width in size}
+    logits = random(most_guessed, shape.vocab)
 
     def multiply(weight: Tensor, x: Tensor, dy: Tensor) -> None:
         torch.mm(x, weight.t())
         torch.mm(dy, weight)
         torch.mm(dy.t(), x)
 
-    def step(batch: Batch) -> None:
-        of_width = {width: x[: batch.count()] for width, x in inputs.items()}
+    def compute(tokens: int, guessed: int) -> None:
+        of_width = {width: x[:tokens] for width, x in inputs.items()}
         for weight in (weight for weights in layers for weight in weights):
             multiply(weight, of_width[weight.shape[1]], of_width[weight.shape[0]])
-        if batch.words is not None:
-            n = sum(word >= 0 for row in batch.words for word in row)
-            x = inputs[shape.hidden][:n]
+        if guessed:
+            x = inputs[shape.hidden][:guessed]
             multiply(of_words[0], x, x)
-            multiply(of_words[1], x, logits[:n])
+            multiply(of_words[1], x, logits[:guessed])
+
+    return compute
+
+
+def floor(name: str, objective: str, dtype: torch.dtype) -> Step:
+    model = model_of(name, objective)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    products = linear_products(MODELS[name], dtype, 2 * TOKENS, TOKENS if objective != "classes" else 0)
+
+    def step(batch: Batch) -> None:
+        guessed = 0 if batch.words is None else sum(word >= 0 for row in batch.words for word in row)
+        products(batch.count(), guessed)
         optimizer.step()
 
     return step

@@ -55,7 +55,9 @@ def main(argv: list[str] | None = None) -> int:
     learning.add_argument("--chinese", action="store_true", help="CMRC's contexts in place of English")
     learning.add_argument("--segmenter", help="of Chinese: jieba, or a word list")
     learning.add_argument("--seeds", type=positive, default=3, help="default: 3")
-    learning.add_argument("--steps", type=positive, default=900, help="of 4,096 tokens (default: 900)")
+    learning.add_argument("--steps", type=positive, default=900, help="default: 900")
+    learning.add_argument("--batch-tokens", type=positive, default=4096, help="of a step (default: 4,096)")
+    learning.add_argument("--init", help="go on from this model, with its tokenizer")
     learning.add_argument("--lr", type=float, default=3e-3, help="default: 0.003")
     loading = actions.add_parser("loader", help="how fast data comes")
     loading.set_defaults(run=loader)
@@ -106,7 +108,7 @@ def chinese(data: Path) -> tuple[list[str], list[str]]:
          for p in article["paragraphs"]]
         for part in ("dev", "trial")
     )  # fmt: skip
-    return dev + trial[26:], trial[:26]
+    return dev + trial[64:], trial[:64]
 
 
 def write_texts(out: Path, parts: tuple[Sequence[str], Sequence[str]]) -> tuple[Path, Path]:
@@ -125,15 +127,15 @@ def write_texts(out: Path, parts: tuple[Sequence[str], Sequence[str]]) -> tuple[
 def learn(args: argparse.Namespace) -> int:
     learnt, held = write_texts(args.out, chinese(args.data) if args.chinese else english(args.data))
     tokenizer = args.out / "tokenizer"
-    if not tokenizer.exists():
+    if not args.init and not tokenizer.exists():
         train_tokenizer([learnt], 5000 if args.chinese else 4000)[0].save_pretrained(tokenizer)
     reports = []
     for seed in range(args.seeds):
         out = args.out / f"seed-{seed}"
         request = Request(
-            (str(learnt),), out, args.objective, "tiny", tokenizer=str(tokenizer), eval=(str(held),), dropout=0.0,
-            steps=args.steps, batch_tokens=4096, memory_tokens=4096, lr=args.lr, seed=seed, evaluate_every=150,
-            save_every=50, segmenter=args.segmenter, max_length=LENGTH, resume=True,
+            (str(learnt),), out, args.objective, "tiny", args.init, str(tokenizer), eval=(str(held),), dropout=0.0,
+            steps=args.steps, batch_tokens=args.batch_tokens, memory_tokens=4096, lr=args.lr, seed=seed,
+            evaluate_every=150, save_every=50, segmenter=args.segmenter, max_length=LENGTH, resume=True,
         )  # fmt: skip
         reports.append(pretrain(request, say))
     missed = []

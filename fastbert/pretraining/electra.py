@@ -158,7 +158,7 @@ class Electra(nn.Module):
 
 def sample(logits: Tensor, uniform: Tensor) -> Tensor:
     """A token of each row, as likely as its softmax says: logits [N, V], uniform [N] in [0, 1) -> [N] int64."""
-    sums = logits.double().softmax(-1).cumsum(-1)
+    sums = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
     place = uniform.double()[:, None] * sums[:, -1:]
     return torch.searchsorted(sums, place, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
 
