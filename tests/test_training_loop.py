@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -25,6 +26,7 @@ from fastbert.training.metrics import Scores
 from fastbert.training.optimizer import GroupedAdamW, depth_of, freeze, groups_of
 from fastbert.training.plan import Plan, dropout_seed, rate
 from fastbert.training.predicting import pack
+from fastbert.training.processes import Processes
 from training_models import KINDS, gradients, model_of, run_of, task_of
 
 PATIENCE = 300  # seconds after which a process hangs
@@ -373,6 +375,20 @@ def test_a_full_disk_leaves_the_last_checkpoint(moment, tmp_path, monkeypatch):
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000002", "step-00000003"]
     monkeypatch.undo()
     assert run_of(tmp_path, save_every=2).resume() == 3
+
+
+def test_a_checkpoint_that_cannot_be_written_says_why(tmp_path):
+    """By the system's limit on the size of a file. Of a large tensor torch's own error is "unexpected pos 704 vs 598",
+    there as on a full disk."""
+    model = torch.nn.Linear(200, 200, dtype=torch.float32, device="cpu")
+    kept = checkpoints.Checkpoints(tmp_path, 2, Processes(0, 1, torch.device("cpu")))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"step-00000004: File too large; there is no checkpoint yet"):
+            kept.save(model, torch.optim.AdamW(model.parameters()), 4, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_a_run_ends_when_nothing_gets_better(tmp_path):

@@ -103,10 +103,14 @@ def _alone() -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str:
-    """What is behind torch's report of all ranks, in one line."""
+    """What is behind torch's report of all ranks, in one line. Where a file could not be written, that is what the
+    system said of it: torch's own error only names the place in the file."""
     if isinstance(error, dcp.CheckpointException):
         causes = [cause[0] if isinstance(cause, tuple) else cause for cause in error.failures.values()]
         error = next(iter(causes), error)
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
+    behind: BaseException | None = error
+    while behind is not None and not isinstance(behind, OSError):
+        behind = behind.__cause__ or behind.__context__
+    if behind is not None and behind.strerror:
+        return behind.strerror
     return " ".join(str(error).split()) or type(error).__name__
