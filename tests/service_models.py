@@ -118,9 +118,12 @@ class Client:
         await self.application(scope, receive, send)
         if not sent:
             return None
-        assert [m["type"] for m in sent] == ["http.response.start", "http.response.body"]
+        assert [m["type"] for m in sent] == ["http.response.start"] + ["http.response.body"] * (len(sent) - 1)
+        assert [m.get("more_body", False) for m in sent[1:]] == [True] * (len(sent) - 2) + [False]
         found = {k.decode(): v.decode() for k, v in sent[0]["headers"]}
-        return Reply(sent[0]["status"], found, sent[1]["body"])
+        content = b"".join(m["body"] for m in sent[1:])
+        assert int(found.get("content-length", len(content))) == len(content)
+        return Reply(sent[0]["status"], found, content)
 
     def ask(self, method, path, body=b"", headers=None):
         return self.start(method, path, body, headers).result(60)

@@ -14,10 +14,12 @@ import torch
 pytest.importorskip("orjson", reason="needs the serve extra")
 pytest.importorskip("prometheus_client", reason="needs the serve extra")
 pytest.importorskip("starlette", reason="needs the serve extra")
+import orjson
+
 from fastbert import Encoder, Tokenizer, batch_invariant
 from fastbert.encoding.masks import MaskFiller
 from fastbert.models import heads
-from fastbert.service.app import application
+from fastbert.service.app import application, as_json
 from fastbert.service.engine import Engine
 from fastbert.service.models import Models, load
 from fastbert.service.service import Service
@@ -437,6 +439,21 @@ def test_a_models_address_answers_what_the_model_can(client):
     assert np.shape(client.post("/models/masks", {"inputs": "a"}).json()) == (1, 32)
     assert client.post("/models/answers", {"inputs": {"question": "a", "context": "b"}}).json()["answer"]
     assert client.post("/models/other", {"inputs": "a"}).status == 404
+
+
+def test_a_large_answer_is_made_in_parts():
+    """The same JSON as at once; none of the parts is long, however unequal the rows are."""
+    numbers = np.random.default_rng(0).standard_normal((3000, 32)).astype(np.float32)
+    tokens = [numbers[:1]] * 200 + [numbers, numbers[:5], numbers[:0]] + [numbers[:2]] * 300
+    for answer in (
+        numbers, numbers[:, :2], numbers[:7, ::3], tokens, [numbers], [[]], {"a": {}, "b": []}, [1.5] * 100_000,
+        {"data": [{"index": i, "embedding": row} for i, row in enumerate(numbers)], "usage": {"tokens": 3}},
+        {"embeddings": {"float": numbers, "int8": numbers.astype(np.int8)}, "texts": ["a, b]"] * 3000},
+    ):  # fmt: skip
+        parts = asyncio.run(as_json(answer))
+        whole = np.ascontiguousarray(answer) if isinstance(answer, np.ndarray) else answer
+        assert b"".join(parts) == orjson.dumps(whole, option=orjson.OPT_SERIALIZE_NUMPY)
+        assert max(map(len, parts)) < 2**19
 
 
 # ---- the server --------------------------------------------------------------------------------------------

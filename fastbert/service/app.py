@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from importlib import resources
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ from .service import Call, Gone, Service
 log = logging.getLogger("fastbert.service")
 Form = Callable[[ServiceError], tuple[int, dict]]
 JSON = b"application/json"
+LARGE = 32_768  # numbers, of which the JSON takes a millisecond or two
 
 
 class Way(NamedTuple):
@@ -93,11 +94,11 @@ class Endpoint:
                 await service.read(call)
                 if way.name == "rerank" and "documents" in call.body:
                     form = cohere_form
-            content = as_json(await way.answer(service, call))
+            content = await as_json(await way.answer(service, call))
             service.metrics.count("te_request_success", method=way.name)
         except ServiceError as error:
             status, body = form(error)
-            content, headers = orjson.dumps(body), error.headers()
+            content, headers = [orjson.dumps(body)], error.headers()
             if way.method == "POST" and call.has_long_rest:  # which the transport throws away, up to a bound
                 headers.append((b"connection", b"close"))
             service.metrics.count("te_request_failure", err=error.kind)
@@ -107,7 +108,7 @@ class Endpoint:
         except Exception as error:
             log_failure(error)
             status, body = form(ServiceError("failed", f"the server failed on this request ({type(error).__name__})"))
-            content = orjson.dumps(body)
+            content = [orjson.dumps(body)]
             service.metrics.count("te_request_failure", err="failed")
         finally:
             service.open -= 1
@@ -119,16 +120,53 @@ class Endpoint:
         await reply(send, status, content, JSON, [*call.report, *headers])
 
 
-async def reply(send: Callable, status: int, content: bytes, kind: bytes, headers: list[tuple[bytes, bytes]]) -> None:
-    own_headers = [(b"content-type", kind), (b"content-length", b"%d" % len(content))]
+async def reply(
+    send: Callable, status: int, parts: Sequence[bytes], kind: bytes, headers: list[tuple[bytes, bytes]]
+) -> None:
+    """parts: of the body, each of which is a message."""
+    own_headers = [(b"content-type", kind), (b"content-length", b"%d" % sum(map(len, parts)))]
     await send({"type": "http.response.start", "status": status, "headers": own_headers + headers})
-    await send({"type": "http.response.body", "body": content})
+    for part in parts[:-1]:
+        await send({"type": "http.response.body", "body": part, "more_body": True})
+    await send({"type": "http.response.body", "body": parts[-1]})
 
 
-def as_json(answer: Any) -> bytes:
+async def as_json(answer: Any) -> list[bytes]:
+    """The parts of an answer as JSON: one, or several of a large answer.
+
+    Between several the event loop goes on, so that other requests wait for one part alone. A thread would not help,
+    since orjson holds the interpreter's lock.
+    """
+    size = _size(answer)
+    if size <= LARGE:
+        if isinstance(answer, np.ndarray):
+            answer = np.ascontiguousarray(answer)
+        return [orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)]
+    parts = []
+    if isinstance(answer, dict):
+        for name, value in answer.items():
+            parts += [b",", orjson.dumps(name), b":", *await as_json(value)]
+        return [b"{", *parts[1:], b"}"]
+    step = LARGE * len(answer) // size
+    for i in range(0, len(answer), max(step, 1)):
+        # One row may be large by itself: all tokens' vectors of a long text.
+        found = await as_json(answer[i : i + step] if step else answer[i])
+        if step:  # without the brackets of the slice
+            found = [found[0][1:-1]] if len(found) == 1 else found[1:-1]
+        parts += [b",", *found]
+        await asyncio.sleep(0)
+    return [b"[", *parts[1:], b"]"]
+
+
+def _size(answer: Any) -> int:
+    """About how many numbers become JSON; of a list of like things the first one stands for all."""
     if isinstance(answer, np.ndarray):
-        answer = np.ascontiguousarray(answer)
-    return orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
+        return answer.size
+    if isinstance(answer, dict):
+        return sum(map(_size, answer.values()))
+    if not isinstance(answer, list) or not answer:
+        return 1
+    return sum(row.size for row in answer) if isinstance(answer[0], np.ndarray) else len(answer) * _size(answer[0])
 
 
 # ---- beside the faces --------------------------------------------------------------------------------------
@@ -142,7 +180,7 @@ class Plain:
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
         status, content, kind = self.answer(self.service)
-        await reply(send, status, content, kind, [(b"cache-control", b"no-store")])
+        await reply(send, status, [content], kind, [(b"cache-control", b"no-store")])
 
 
 def live(service: Service) -> tuple[int, bytes, bytes]:
