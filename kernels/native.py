@@ -209,27 +209,31 @@ def _cast_as_autocast(*tensors):
 
 # ---- who computes ----------------------------------------------------------------------------------------
 
-# operator -> its engine where the C++ operators are there and know the dtype, and its engine elsewhere
+# Operator -> the module that holds its Triton form; its engine where the C++ operators are there and know the dtype,
+# None where that depends on the CPU; its engine elsewhere. `linear` is the vendor library's beside Triton kernels too.
 ENGINES = {
-    "attention": ("C++; torch's SDPA with a mask, a bias, a window or rotary positions", "SDPA"),
-    "attention_padded": ("SDPA", "SDPA"),
-    "add_layer_norm": ("C++", "plain torch"),
-    "add_layer_norm_sum": ("plain torch", "plain torch"),
-    "add_rms_norm": ("plain torch", "plain torch"),
-    "embedding_layer_norm": ("C++; plain torch without segments", "plain torch"),
-    "linear_cross_entropy": ("C++ between the vendor library's products", "the vendor library's products"),
-    "pool": ("C++ for means without gradients; else plain torch", "plain torch"),
-}
-PRODUCTS = ("linear", "linear_act", "feed_forward")
+    "attention": ("attention", "C++; torch's SDPA with a mask, a bias, a window or rotary positions", "SDPA"),
+    "attention_padded": ("attention", "SDPA", "SDPA"),
+    "add_layer_norm": ("layer_norm", "C++", "plain torch"),
+    "add_layer_norm_sum": ("layer_norm", "plain torch", "plain torch"),
+    "add_rms_norm": ("layer_norm", "plain torch", "plain torch"),
+    "linear_act": ("feed_forward", None, "the vendor library's products"),
+    "feed_forward": ("feed_forward", None, "the vendor library's products"),
+    "embedding_layer_norm": ("embedding", "C++; plain torch without segments", "plain torch"),
+    "linear_cross_entropy": (
+        "cross_entropy", "C++ between the vendor library's products", "the vendor library's products"),
+    "pool": ("pooling", "C++ for means without gradients; else plain torch", "plain torch"),
+    "linear": (None, None, "the vendor library's products"),
+}  # fmt: skip
 
 
 def engine(op: str, dtype: torch.dtype, device: torch.device) -> str:
     """Who computes an operator of "native" in this dtype on this device, in words."""
-    in_cpp = device.type == "cpu" and dtype in cpp.dtypes()
-    if op not in PRODUCTS:
-        return ENGINES[op][not in_cpp]
-    if not in_cpp:
-        return "the vendor library's products"
+    _, by_cpp, elsewhere = ENGINES[op]
+    if device.type != "cpu" or dtype not in cpp.dtypes():
+        return elsewhere
+    if by_cpp is not None:
+        return by_cpp
     if cpp.multiplies(dtype):
         return "C++, with GELU or no activation, and ReLU with gradients; else the vendor library's products"
     return f"the vendor library's products; C++ up to {cpp.MOST_ROWS} rows without gradients"

@@ -22,10 +22,7 @@ from ..kernels._invariance import is_batch_invariant as is_batch_invariant
 from ..kernels._layer import LayerOptions as LayerOptions
 from ..kernels._layer import LayerWeights as LayerWeights
 from ..kernels.cpu import adamw as adamw
-from ._attention import attention as attention
-from ._attention import attention_entries as attention_entries
-from ._attention import attention_padded as attention_padded
-from ._attention import attention_schedule as attention_schedule
+from ._attention import *
 from ._choice import IMPLS as IMPLS
 from ._choice import OLDEST_CAPABILITY as OLDEST_CAPABILITY
 from ._choice import OPERATORS as OPERATORS
@@ -37,17 +34,7 @@ from ._choice import engine as engine
 from ._choice import machine as machine
 from ._choice import why_not_cpp as why_not_cpp
 from ._choice import why_not_triton as why_not_triton
-from ._embedding_pooling_loss import POOLING_MODES as POOLING_MODES
-from ._embedding_pooling_loss import embedding_layer_norm as embedding_layer_norm
-from ._embedding_pooling_loss import linear_cross_entropy as linear_cross_entropy
-from ._embedding_pooling_loss import pool as pool
-from ._feed_forward import activate as activate
-from ._feed_forward import feed_forward as feed_forward
-from ._feed_forward import linear as linear
-from ._feed_forward import linear_act as linear_act
-from ._feed_forward import products_beside as products_beside
-from ._layer import encoder_layer as encoder_layer
-from ._norm import add_layer_norm as add_layer_norm
-from ._norm import add_layer_norm_sum as add_layer_norm_sum
-from ._norm import add_rms_norm as add_rms_norm
-from ._norm import dropout as dropout
+from ._embedding_pooling_loss import *
+from ._feed_forward import *
+from ._layer import *
+from ._norm import *

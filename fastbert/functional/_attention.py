@@ -14,6 +14,8 @@ from . import _choice
 from ._choice import Impl, choose_impl, resolve, triton_module
 from ._expect import expect_dropout, expect_integers, expect_one_device
 
+__all__ = ["attention", "attention_entries", "attention_padded", "attention_schedule"]
+
 
 def _expect_heads(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
     if not q.dim() == k.dim() == v.dim():

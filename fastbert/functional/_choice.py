@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from importlib import import_module
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from .. import kernels
 from ..kernels import _device as machine
 from ..kernels import native, reference
 from ..kernels._invariance import is_batch_invariant
@@ -16,20 +18,9 @@ from ..kernels.cpu import operators as cpp
 Impl = Literal["triton", "native", "reference"]
 IMPLS = ("triton", "native", "reference")
 
+OPERATORS = tuple(native.ENGINES)
 # operator -> the kernel module that holds its Triton form
-TRITON_MODULES = {
-    "attention": "attention",
-    "attention_padded": "attention",
-    "add_layer_norm": "layer_norm",
-    "add_layer_norm_sum": "layer_norm",
-    "add_rms_norm": "layer_norm",
-    "linear_act": "feed_forward",
-    "feed_forward": "feed_forward",
-    "embedding_layer_norm": "embedding",
-    "linear_cross_entropy": "cross_entropy",
-    "pool": "pooling",
-}
-
+TRITON_MODULES = {op: module for op, (module, *_) in native.ENGINES.items() if module is not None}
 
 # The kernels are written for, and compiled for in tests: matrix units with bfloat16, copies to shared memory that pass
 # no registers. Triton itself builds for older cards what it can, and fails on the rest.
@@ -95,9 +86,6 @@ def choose_impl(impl: str | None, device: torch.device) -> Impl:
     return impl
 
 
-OPERATORS = (*TRITON_MODULES, "linear")
-
-
 def engine(op: str, dtype: torch.dtype, device: torch.device, impl: str | None = None) -> str:
     """Who computes an operator of `OPERATORS` in this dtype on this device, in words: "native" has several engines.
 
@@ -111,19 +99,19 @@ def engine(op: str, dtype: torch.dtype, device: torch.device, impl: str | None =
     return "our Triton kernel" if chosen == "triton" else "plain torch"
 
 
-_modules: dict[str, Any] = {}
-
-
 def triton_module(name: str) -> Any:
-    """A kernel module, imported on first use. (Statements, since torch.compile follows those and no import_module.)"""
-    if name not in _modules:
-        from ..kernels import attention, cross_entropy, embedding, encoder_layer, feed_forward, layer_norm, pooling
+    """A kernel module, imported on first use: importing one needs triton."""
+    if not hasattr(kernels, name):
+        _import(name)
+    return getattr(kernels, name)
 
-        _modules.update(
-            attention=attention, cross_entropy=cross_entropy, embedding=embedding, encoder_layer=encoder_layer,
-            feed_forward=feed_forward, layer_norm=layer_norm, pooling=pooling,
-        )  # fmt: skip
-    return _modules[name]
+
+def _import(name: str) -> None:
+    import_module(f"{kernels.__name__}.{name}")
+
+
+# While torch.compile traces, the function itself runs: it could not follow `import_module`.
+_import._dynamo_marked_constant = True
 
 
 def resolve(op: str, impl: str | None, x: Tensor) -> Any:

@@ -12,6 +12,8 @@ from ._choice import Impl, choose_impl, resolve
 from ._expect import expect_dropout, expect_integers, expect_one_device
 from ._feed_forward import expect_linear
 
+__all__ = ["POOLING_MODES", "embedding_layer_norm", "linear_cross_entropy", "pool"]
+
 POOLING_MODES = ("mean", "cls", "max")
 
 

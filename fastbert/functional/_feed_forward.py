@@ -11,6 +11,8 @@ from ..kernels._invariance import is_batch_invariant
 from ._choice import Impl, choose_impl, resolve
 from ._expect import expect_one_device
 
+__all__ = ["activate", "feed_forward", "linear", "linear_act", "products_beside"]
+
 
 def expect_linear(op: str, name: str, x_width: int, weight: Tensor, bias: Tensor | None) -> None:
     if weight.dim() != 2 or weight.shape[1] != x_width:

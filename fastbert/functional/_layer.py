@@ -12,6 +12,8 @@ from ..kernels._layer import LayerOptions, LayerWeights
 from ._choice import Impl, choose_impl, triton_module
 from ._expect import expect_dropout, expect_integers
 
+__all__ = ["encoder_layer"]
+
 
 def encoder_layer(
     x: Tensor,

@@ -8,6 +8,8 @@ from ..kernels import reference
 from ._choice import Impl, resolve
 from ._expect import expect_dropout, expect_integers, expect_one_device
 
+__all__ = ["add_layer_norm", "add_layer_norm_sum", "add_rms_norm", "dropout"]
+
 
 def _expect_norm(op, x, residual, weight, bias, x_bias, dropout_p, seed, row_ids) -> None:
     width = x.shape[-1]
