@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections import deque
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -39,9 +40,12 @@ if __name__ == "__main__":
 """
 
 
-def started(folder, *arguments: str, fault: str = "pass", more: str = "") -> subprocess.Popen:
+def started(
+    folder, *arguments: str, fault: str = "pass", more: str = "", before: Sequence[str] = ()
+) -> subprocess.Popen:
+    """before: words before the command."""
     (folder / "main.py").write_text(MAIN.format(fault=fault, more=more))
-    command = [sys.executable, str(folder / "main.py"), *arguments, "--json-lines", str(folder / "lines")]
+    command = [*before, sys.executable, str(folder / "main.py"), *arguments, "--json-lines", str(folder / "lines")]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -115,9 +119,9 @@ run._still_answers = still_answers
     assert [line["passed"] for line in found] == [True, False, True]
 
 
-def test_lines_are_written_as_they_are_known_and_processes_end_with_the_run(tmp_path):
+def test_lines_are_written_as_they_are_known_and_processes_end_with_the_run(tmp_path, hearing):
     process = started(
-        tmp_path, "--op", "pool", "--dtype", "fp32", "--jobs", "2",
+        tmp_path, "--op", "pool", "--dtype", "fp32", "--jobs", "2", before=hearing,
         fault=f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(1e6)",
     )  # fmt: skip
     try:
