@@ -6,6 +6,7 @@ import random
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from fastbert.text import cutting
 from fastbert.text.cutting import Cutter
 from fastbert.text.tokenizer import Tokenizer as OurTokenizer
 
@@ -252,3 +253,19 @@ def test_what_nanotoken_does_not_know_is_left_to_tokenizers(fast, monkeypatch):
     assert OurTokenizer(other)._fast_ids is None
     monkeypatch.setattr("fastbert.text.fast._TESTED", ("0.0.",))
     assert OurTokenizer(backend())._fast_ids is None
+
+
+def test_texts_are_searched_in_pieces(monkeypatch):
+    """Nothing is heard during a search either. What lies on the border of two pieces is not counted twice."""
+    tokenizer = OurTokenizer.from_words(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a"], lowercase=True)
+    cutter = tokenizer._cutter
+    for text in ("a a \u4e00\u4e00, a" * 40, "a " * 300, "\u4e00" * 300):
+        whole = cutter.text(text, 20)
+        exact = {match.start() for match in cutter._boundaries(text)}
+        for size in (1, 2, 3, 7, 50):
+            monkeypatch.setattr(cutting, "_SEARCHED", size)
+            found = [match.start() for match in cutter._boundaries(text)]
+            assert found == sorted({*found})
+            assert exact.issuperset(found)
+            assert cutter.text(text, 20).startswith(whole)
+        monkeypatch.undo()

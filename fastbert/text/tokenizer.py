@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from ..formats.detect import find_source
 from ..formats.sentence_folder import encoder_in
 from ..formats.source import Source
 from ..storage import CheckpointError, make_folder, write_atomically, write_json
+from .calling import encoded
 from .cutting import Cutter
 from .fast import IdsOf, fast_ids
 from .folder import SPECIAL_TOKENS, bert_backend, has_tokenizer, read_folder, read_vocab, settings_of
@@ -230,7 +231,7 @@ class Tokenizer:
                 texts, pairs = [a for a, _ in cut], [b for _, b in cut]
 
         inputs = texts if pairs is None else list(zip(texts, pairs, strict=True))
-        encodings = _encode(backend.encode_batch, inputs, add_special_tokens=add_special_tokens)
+        encodings = encoded(backend.encode_batch, inputs, add_special_tokens=add_special_tokens)
         if not overflow:
             return Encoded(encodings, list(range(len(encodings))))
         windows = [(i, window) for i, e in enumerate(encodings) for window in (e, *e.overflowing)]
@@ -248,11 +249,11 @@ class Tokenizer:
                 texts = [self._cutter.ending(text, max_length - special) for text in texts]
         is_made = "_fast_ids" in self.__dict__
         if (is_made or len(texts) >= _WORTH_FAST_IDS) and self._fast_ids is not None:
-            return _encode(self._fast_ids, texts, max_length=max_length, side=self._truncation_side)
+            return encoded(self._fast_ids, texts, max_length=max_length, side=self._truncation_side)
         backend = self._backend
         if max_length is not None:
             backend = self._backend_for(max_length, "longest_first", 0, special)
-        return [e.ids for e in _encode(backend.encode_batch_fast, texts, add_special_tokens=True)]
+        return [e.ids for e in encoded(backend.encode_batch_fast, texts, add_special_tokens=True)]
 
     @cached_property
     def _fast_ids(self) -> IdsOf | None:
@@ -260,7 +261,7 @@ class Tokenizer:
 
     def tokenize(self, text: str) -> list[str]:
         """The pieces of a text, without special tokens."""
-        (encoding,) = _encode(self._backend.encode_batch, _strings("texts", [text]), add_special_tokens=False)
+        (encoding,) = encoded(self._backend.encode_batch, _strings("texts", [text]), add_special_tokens=False)
         return encoding.tokens
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
@@ -411,24 +412,3 @@ def _expect_lengths(max_length: int, stride: int, special: int) -> None:
         raise ValueError(f"max_length must be at least {special}, the special tokens, got {max_length}")
     if not 0 <= stride < max(max_length - special, 1):
         raise ValueError(f"stride must be in [0, {max(max_length - special, 1)}), got {stride}")
-
-
-def _encode(encode_batch: Callable[..., list], inputs: list, **options: Any) -> list:
-    """encode_batch(inputs, **options) with errors that say what is wrong; it runs outside the GIL, on all cores."""
-    try:
-        return encode_batch(inputs, **options)
-    except (TypeError, UnicodeEncodeError):  # all are str, so one is a str that UTF-8 cannot hold
-        for i, item in enumerate(inputs):
-            for text in (item,) if isinstance(item, str) else item:
-                try:
-                    text.encode()
-                except UnicodeEncodeError as error:
-                    code = ord(text[error.start])
-                    raise ValueError(
-                        f"text {i} is not valid Unicode: lone surrogate U+{code:04X} at character {error.start}"
-                    ) from None
-        raise
-    except Exception as error:  # the library raises plain Exception
-        if "runcation" not in str(error):
-            raise
-        raise ValueError(f"cannot truncate: {error}") from error

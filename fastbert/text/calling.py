@@ -1,0 +1,52 @@
+"""Calls of the tokenizers library: with errors that say what is wrong, and signals that are heard meanwhile."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+# The library needs a second for a few million characters, in which the thread that calls it hears no signal.
+LONG_CALL = 1_000_000
+
+
+def encoded(encode_batch: Callable[..., list], inputs: list, **options: Any) -> list:
+    """encode_batch(inputs, **options) with errors that say what is wrong; it runs outside the GIL, on all cores."""
+    try:
+        characters = sum(len(item) if isinstance(item, str) else len(item[0]) + len(item[1]) for item in inputs)
+        if characters > LONG_CALL and threading.current_thread() is threading.main_thread():
+            return _beside(encode_batch, inputs, options)
+        return encode_batch(inputs, **options)
+    except (TypeError, UnicodeEncodeError):  # all are str, so one is a str that UTF-8 cannot hold
+        for i, item in enumerate(inputs):
+            for text in (item,) if isinstance(item, str) else item:
+                try:
+                    text.encode()
+                except UnicodeEncodeError as error:
+                    code = ord(text[error.start])
+                    raise ValueError(
+                        f"text {i} is not valid Unicode: lone surrogate U+{code:04X} at character {error.start}"
+                    ) from None
+        raise
+    except Exception as error:  # the library raises plain Exception
+        if "runcation" not in str(error):
+            raise
+        raise ValueError(f"cannot truncate: {error}") from error
+
+
+def _beside(encode_batch: Callable[..., list], inputs: list, options: dict[str, Any]) -> list:
+    """encode_batch(inputs, **options) in a thread of its own, while the main thread, which alone hears signals, waits.
+
+    Ctrl-C and SIGTERM then end the wait at once; what the call still comes to is dropped.
+    """
+    future: Future[list] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(encode_batch(inputs, **options))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True, name="tokenising a long text").start()
+    return future.result()

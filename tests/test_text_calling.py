@@ -1,0 +1,38 @@
+"""Calls of the tokenizers library that take long."""
+
+import os
+import signal
+import threading
+
+import pytest
+
+from fastbert.text import calling
+from fastbert.text.tokenizer import Tokenizer
+
+pytestmark = pytest.mark.once
+
+
+@pytest.mark.parametrize("inputs", [["c" * calling.LONG_CALL, "d"], [("c" * calling.LONG_CALL, "d")]])
+def test_a_signal_is_heard_while_a_long_text_is_tokenised(inputs):
+    """The library tokenises a text in one call: one word of 200 MB kept SIGTERM and Ctrl-C waiting for a minute."""
+    over = threading.Event()
+
+    def encode_batch(inputs):
+        assert threading.current_thread() is not threading.main_thread()
+        os.kill(os.getpid(), signal.SIGINT)
+        over.wait()
+
+    with pytest.raises(KeyboardInterrupt):
+        calling.encoded(encode_batch, inputs)
+    over.set()
+
+
+def test_a_long_call_gives_what_a_short_one_gives(monkeypatch):
+    """The result, and the library's errors in our words."""
+    tokenizer = Tokenizer.from_words(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a"], lowercase=True)
+    short = tokenizer.input_ids(["a b a"])
+    monkeypatch.setattr(calling, "LONG_CALL", 0)
+    assert tokenizer.input_ids(["a b a"]) == short
+    assert tokenizer(["a b a"]).input_ids == short
+    with pytest.raises(ValueError, match=r"text 1 is not valid Unicode: lone surrogate U\+D800 at character 1"):
+        tokenizer.input_ids(["a", "a\ud800"])
