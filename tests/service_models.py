@@ -11,9 +11,10 @@ import sys
 import threading
 import time
 
+import numpy as np
 import torch
 
-from fastbert import BertConfig, BertModel
+from fastbert import BertConfig, BertModel, Tokenizer
 from fastbert.models import heads
 
 PATIENCE = 120  # seconds after which a process hangs
@@ -27,6 +28,9 @@ CLASSES = {
     "names": heads.BertForTokenClassification, "answers": heads.BertForQuestionAnswering,
     "masks": heads.BertForMaskedLM,
 }  # fmt: skip
+
+PLAIN = {"dtype": "float32", "device": "cpu", "impl": "native"}
+TEXTS = ["a b c", "", "d e f g h", "ab", "the quick [MASK]", "x " * 200]
 
 
 def make_folder(folder, kind):
@@ -53,6 +57,21 @@ def make_folder(folder, kind):
             json.dumps({"prompts": {"query": "q q ", "document": "d "}})
         )
     return folder
+
+
+def close(found, wanted, tolerance=1e-5):
+    return np.abs(np.asarray(found, np.float32) - np.asarray(wanted, np.float32)).max() < tolerance
+
+
+def logits_of(folder, kind, texts, pairs=None):
+    model = getattr(heads, CLASSES[kind].__name__).from_pretrained(folder, dtype=torch.float32, impl="native")
+    rows = []
+    for i, text in enumerate(texts):
+        encoded = Tokenizer.from_pretrained(folder)([text], None if pairs is None else [pairs[i]], max_length=64)
+        ids, types = torch.tensor(encoded.input_ids), torch.tensor(encoded.token_type_ids)
+        with torch.no_grad():
+            rows.append(model(ids, token_type_ids=types).logits[0].double())
+    return torch.stack(rows)
 
 
 class Reply:

@@ -2,18 +2,23 @@
 
     python -m benchmarks.suites.serving                                          ours and the Encoder alone
     python -m benchmarks.suites.serving --peers /tmp/peers/bin/python            beside infinity and a plain handler
+    python -m benchmarks.suites.serving --txtai /tmp/txtai/bin/python            beside txtai
     python -m benchmarks.suites.serving --only-load http://127.0.0.1:8080        a server that runs already
 
 --peers names a Python in whose environment infinity-emb[server,torch]==0.0.78 is installed; that also has what the
-plain handler needs: sentence-transformers behind FastAPI, an `encode` a request. All serve the same folder of
-all-MiniLM-L6-v2 to the same client, one text a request, texts of the Devil's Dictionary as they come: short ones and
-some of three hundred words. Parties take turns at each number of requests in flight.
+plain handler needs: sentence-transformers behind FastAPI, an `encode` a request. --txtai names one with
+txtai[api]==9.14. All serve the same folder of all-MiniLM-L6-v2 to the same client, one text a request, texts of the
+Devil's Dictionary as they come: short ones and some of three hundred words. Parties take turns at each number of
+requests in flight.
 
 closed: so many clients, each of which sends its next text when it has its answer. open: requests come at random times,
 on average so many a second, whether or not earlier ones are answered; that is 0.7 of what ours did with 64 in flight.
 
 Every vector is compared with that of the Encoder: a wrong one, or another status than 200, ends the run. The client
 shares the machine's cores with the servers. Processor time is the server's own, by the system's count.
+
+idle: what one request of ten tokens costs beside `Encoder.encode` of the same text in the client's process, the two in
+turn: the median of the differences, which are of time on the clock, and the difference of the processor times.
 """
 
 from __future__ import annotations
@@ -57,6 +62,12 @@ def embeddings(body: Body):
     return {"data": [{"embedding": model.encode([body.input])[0].tolist()}]}
 uvicorn.run(app, port=int(sys.argv[2]), log_level="warning")
 """
+TXTAI = """
+import json, os, sys, uvicorn
+os.environ["CONFIG"] = json.dumps({"embeddings": {"path": sys.argv[1]}, "openai": True})
+uvicorn.run("txtai.api:app", port=int(sys.argv[2]), log_level="warning")
+"""
+TEN_TOKENS = "a man is eating food in the park"
 
 
 @dataclass
@@ -98,15 +109,15 @@ class Connection:
 class Load:
     """Texts as requests, and the vectors that they should come to, but for `far`.
 
-    In `bodies`, `packed` asks for vectors in base64, as OpenAI's client does; the plain handler has none.
+    In `bodies`, `packed` asks for vectors in base64, as OpenAI's client does; the plain handler and txtai have none.
     """
 
     def __init__(self, texts: list[str], vectors: np.ndarray, far: float):
         self.texts, self.vectors, self.far = texts, vectors, far
 
     def bodies(self, packed: bool) -> list[bytes]:
-        more = {"model": "minilm", "encoding_format": "base64"} if packed else {}
-        return [json.dumps({"input": text, **more}).encode() for text in self.texts]
+        more = {"encoding_format": "base64"} if packed else {}
+        return [json.dumps({"input": text, "model": "minilm", **more}).encode() for text in self.texts]
 
     def expect(self, number: int, content: bytes) -> None:
         embedding = json.loads(content)["data"][0]["embedding"]
@@ -224,6 +235,7 @@ def encoder_alone(encoder: Any, texts: list[str], seconds: float) -> Row:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", metavar="PYTHON", help="of an environment with infinity-emb[server,torch]==0.0.78")
+    parser.add_argument("--txtai", metavar="PYTHON", help="of an environment with txtai[api]==9.14")
     parser.add_argument("--only-load", metavar="URL", help="of a server that runs already")
     parser.add_argument("--dtype", default="float32", help="of ours; the others compute in float32 (default: float32)")
     parser.add_argument("--seconds", type=float, default=10.0, help="of each measurement (default: 10)")
@@ -248,16 +260,53 @@ def main(argv: list[str] | None = None) -> int:
     else:
         rows.append(encoder_alone(encoder, texts, args.seconds))
         rows += _side_by_side(args, folder, load)
+        added = _idle(args, folder, encoder)
     if args.json:
-        write_json(args.json, {"schema": "fastbert-serving/1", "rows": [asdict(each) for each in rows]})
+        made = {"schema": "fastbert-serving/1", "rows": [asdict(each) for each in rows]}
+        write_json(args.json, made if args.only_load else {**made, "idle": added})
     return 0
 
 
-def _side_by_side(args: argparse.Namespace, folder: str, load: Load) -> list[Row]:
-    def ours(port: int) -> list[str]:
-        return [sys.executable, "-m", "fastbert", "serve", f"minilm={folder}", "--port", str(port), "--dtype",
-                args.dtype, "--device", "cpu"]  # fmt: skip
+def _ours(args: argparse.Namespace, folder: str) -> Callable[[int], list[str]]:
+    return lambda port: [
+        sys.executable, "-m", "fastbert", "serve", f"minilm={folder}", "--port", str(port), "--dtype", args.dtype,
+        "--device", "cpu",
+    ]  # fmt: skip
 
+
+def _idle(args: argparse.Namespace, folder: str, encoder: Any) -> dict[str, float]:
+    """Milliseconds of one request and of `encode` alone: medians, and the processor time of each."""
+    body = json.dumps({"input": TEN_TOKENS, "model": "minilm", "encoding_format": "base64"}).encode()
+    rounds = max(int(100 * min(args.seconds, 10.0)), 20)
+
+    async def in_turn(port: int, rounds: int) -> tuple[list[float], list[float], float]:
+        connection, alone, served, own_cpu = Connection(port), [], [], 0.0
+        for _ in range(rounds):
+            began, cpu = time.perf_counter(), time.process_time()
+            encoder.encode([TEN_TOKENS])
+            alone.append(time.perf_counter() - began)
+            own_cpu += time.process_time() - cpu
+            began = time.perf_counter()
+            await connection.ask(body)
+            served.append(time.perf_counter() - began)
+        return alone, served, own_cpu
+
+    with party(_ours(args, folder)) as (port, pid):
+        asyncio.run(in_turn(port, 20))
+        before = processor_time(pid)
+        alone, served, own_cpu = asyncio.run(in_turn(port, rounds))
+        cpu = processor_time(pid) - before
+    made = {
+        "encode_ms": 1e3 * float(np.median(alone)), "served_ms": 1e3 * float(np.median(served)),
+        "added_ms": 1e3 * float(np.median(np.subtract(served, alone))), "encode_cpu_ms": 1e3 * own_cpu / rounds,
+        "served_cpu_ms": 1e3 * cpu / rounds,
+    }  # fmt: skip
+    print("idle, ten tokens: encode {encode_ms:.2f} ms, served {served_ms:.2f} ms, added {added_ms:.2f} ms; processor "
+          "time {encode_cpu_ms:.2f} and {served_cpu_ms:.2f} ms".format(**made), flush=True)  # fmt: skip
+    return made
+
+
+def _side_by_side(args: argparse.Namespace, folder: str, load: Load) -> list[Row]:
     def infinity(port: int) -> list[str]:
         return [str(Path(args.peers).parent / "infinity_emb"), "v2", "--model-id", folder, "--served-model-name",
                 "minilm", "--engine", "torch", "--device", "cpu", "--no-model-warmup", "--url-prefix", "/v1",
@@ -266,9 +315,14 @@ def _side_by_side(args: argparse.Namespace, folder: str, load: Load) -> list[Row
     def plain(port: int) -> list[str]:
         return [args.peers, "-c", PLAIN, folder, str(port)]
 
-    parties = {"fastbert serve": (ours, True)}
+    def txtai(port: int) -> list[str]:
+        return [args.txtai, "-c", TXTAI, folder, str(port)]
+
+    parties = {"fastbert serve": (_ours(args, folder), True)}
     if args.peers:
         parties |= {"infinity 0.0.78": (infinity, True), "plain FastAPI": (plain, False)}
+    if args.txtai:
+        parties["txtai 9.14"] = (txtai, False)
     rows = []
     with contextlib.ExitStack() as stack:
         offline = {"HF_HUB_OFFLINE": "1", "INFINITY_ANONYMOUS_USAGE_STATS": "0", "DO_NOT_TRACK": "1"}

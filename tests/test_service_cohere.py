@@ -1,0 +1,75 @@
+"""Ranks in the form of who asks for them, and vectors in Cohere's types."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("orjson", reason="needs the serve extra")
+pytest.importorskip("prometheus_client", reason="needs the serve extra")
+pytest.importorskip("starlette", reason="needs the serve extra")
+
+sys.path.append(str(Path(__file__).parent))
+from service_models import close, logits_of
+
+pytest_plugins = ("service_fixtures",)
+pytestmark = pytest.mark.once
+
+
+def test_rerank_has_the_form_of_who_asks(client, folders):
+    documents = ["a", "b c d", "e"]
+    raw = logits_of(folders["ranks"], "ranks", ["q"] * 3, documents)[:, 0]
+    order = raw.argsort(descending=True).tolist()
+    tei = client.post("/rerank", {"query": "q", "texts": documents, "return_text": True}).json()
+    assert [item["index"] for item in tei] == order
+    assert [item["text"] for item in tei] == [documents[i] for i in order]
+    assert close([item["score"] for item in tei], raw.sigmoid()[order])
+    assert close([x["score"] for x in client.post("/rerank", {"query": "q", "texts": documents, "raw_scores": True}
+                                                  ).json()], raw[order])  # fmt: skip
+    for path in ("/rerank", "/v1/rerank", "/v2/rerank"):
+        body = {"query": "q", "documents": [documents[0], {"text": documents[1]}, documents[2]], "top_n": 2}
+        found = client.post(path, {**body, "return_documents": True}).json()
+        assert [item["index"] for item in found["results"]] == order[:2]
+        assert close([item["relevance_score"] for item in found["results"]], raw.sigmoid()[order[:2]])
+        assert found["results"][0]["document"] == {"text": documents[order[0]]}
+        assert found["usage"]["total_tokens"] == 17  # three pairs with 3 special tokens and a query each
+    assert client.post("/v2/rerank", {"query": "q", "documents": []}).json()["results"] == []
+
+
+def test_documents_are_cut_to_the_tokens_asked_for(client):
+    body = {"query": "q", "documents": ["a b c d e f", "abc d", "e", "f g"]}
+    short = client.post("/v2/rerank", {"query": "q", "documents": ["a b", "ab", "e", "f g"]})
+    found = client.post("/v2/rerank", {**body, "max_tokens_per_doc": 2, "return_documents": True, "truncate": False})
+    assert found.headers["x-truncated-texts"] == "2"
+    assert [(x["index"], x["relevance_score"]) for x in found.json()["results"]] == [
+        (x["index"], pytest.approx(x["relevance_score"], abs=1e-5)) for x in short.json()["results"]
+    ]
+    assert found.json()["results"][0]["document"]["text"] in body["documents"]
+    whole = client.post("/v2/rerank", body).json()["results"]
+    for many in (None, 0, 63, 10**9):
+        reply = client.post("/v2/rerank", {**body, "max_tokens_per_doc": many})
+        assert reply.headers["x-truncated-texts"] == "0"
+        assert [x["index"] for x in reply.json()["results"]] == [x["index"] for x in whole]
+    both = client.post("/v2/rerank", {"query": "q", "documents": ["a " * 99], "max_tokens_per_doc": 62})
+    assert both.headers["x-truncated-texts"] == "1"
+    assert client.post("/v2/rerank", {**body, "max_tokens_per_doc": -1}).status == 400
+
+
+def test_vectors_in_each_of_coheres_types(client, encoder):
+    types = ["float", "int8", "uint8", "binary", "ubinary", "base64"]
+    body = {"texts": ["a b", "c"], "input_type": "search_query", "embedding_types": types}
+    found = client.post("/v2/embed", body).json()["embeddings"]
+    wanted = encoder.encode_query(["a b", "c"]).numpy()
+    assert close(found["float"], wanted)
+    assert found["int8"] == np.rint(wanted * 127).astype(int).tolist()
+    assert found["uint8"] == (np.rint(wanted * 127).astype(int) + 128).tolist()
+    assert (np.unpackbits(np.array(found["ubinary"], np.uint8), axis=1) == (wanted > 0)).all()
+    assert found["binary"] == (np.array(found["ubinary"]) - 128).tolist()
+    few = client.post("/v2/embed", {"texts": ["a b", "c"], "output_dimension": 3, "model": "masks"}).json()
+    raw = client.post("/embed", {"inputs": ["a b", "c"], "normalize": False, "model": "masks"}).json()
+    assert close(few["embeddings"]["float"], np.array(raw)[:, :3])
+    plain = client.post("/v1/embed", {"texts": ["a b"], "input_type": "search_document"}).json()
+    assert close(plain["embeddings"], encoder.encode_document(["a b"]))
+    assert client.post("/v2/embed", {"texts": ["a"], "embedding_types": ["float64"]}).json()["message"]
+    assert client.post("/v2/embed", {"texts": ["a"], "embedding_types": [[]]}).status == 400

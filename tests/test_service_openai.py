@@ -1,0 +1,121 @@
+"""The face of OpenAI, against what the model itself gives."""
+
+import base64
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("orjson", reason="needs the serve extra")
+pytest.importorskip("prometheus_client", reason="needs the serve extra")
+pytest.importorskip("starlette", reason="needs the serve extra")
+
+sys.path.append(str(Path(__file__).parent))
+from service_models import TEXTS, close
+
+pytest_plugins = ("service_fixtures",)
+pytestmark = pytest.mark.once
+
+
+def test_vectors_are_the_encoders_in_both_encodings_and_in_order(client, encoder):
+    wanted = encoder.encode(TEXTS).numpy()
+    reply = client.post("/v1/embeddings", {"input": TEXTS, "model": "texts"})
+    assert reply.status == 200
+    assert reply.headers["content-type"] == "application/json"
+    found = reply.json()
+    assert [item["index"] for item in found["data"]] == list(range(len(TEXTS)))
+    assert close([item["embedding"] for item in found["data"]], wanted)
+    assert found["object"] == "list"
+    assert {item["object"] for item in found["data"]} == {"embedding"}
+    packed = client.post("/embeddings", {"input": TEXTS, "encoding_format": "base64"}).json()
+    rows = [np.frombuffer(base64.b64decode(item["embedding"]), "<f4") for item in packed["data"]]
+    assert close(rows, wanted)
+
+
+def test_usage_counts_what_is_left_and_a_header_says_what_was_cut(client, encoder):
+    reply = client.post("/v1/embeddings", {"input": TEXTS})
+    kept = sum(map(len, encoder.tokenise(TEXTS)))
+    assert reply.json()["usage"] == {"prompt_tokens": kept, "total_tokens": kept}
+    assert reply.headers["x-truncated-texts"] == "1"
+    exact = client.post("/v1/embeddings", {"input": "a " * 62})  # 64 tokens, as many as the model takes
+    assert exact.headers["x-truncated-texts"] == "0"
+    assert exact.json()["usage"]["prompt_tokens"] == 64
+    longer = client.post("/v1/embeddings", {"input": "a " * 63})
+    assert longer.headers["x-truncated-texts"] == "1"
+    assert longer.json()["usage"]["prompt_tokens"] == 64
+    assert client.post("/v1/embeddings", {"input": "a " * 63, "truncate": False}).status == 413
+
+
+def test_dimensions_keep_the_length_of_one(client, encoder):
+    wanted = encoder.encode(["a b"]).numpy()[:, :8]
+    wanted /= np.linalg.norm(wanted)
+    for name in ("dimensions", "output_dimension"):
+        reply = client.post("/v1/embeddings", {"input": "a b", name: 8}).json()
+        assert close([reply["data"][0]["embedding"]], wanted)
+    for none in (0, None):
+        reply = client.post("/v1/embeddings", {"input": "a b", "dimensions": none}).json()
+        assert len(reply["data"][0]["embedding"]) == 32
+    for bad in (33, -1, "8", True, 1.5):
+        assert client.post("/v1/embeddings", {"input": "a b", "dimensions": bad}).status == 400
+
+
+def test_ids_of_the_vocabulary_are_taken_and_those_of_others_refused(client, encoder):
+    wanted = encoder.encode(["a b", "c"]).numpy()
+    inside = client.post("/v1/embeddings", {"input": [[5, 6], [7]]}).json()
+    whole = client.post("/v1/embeddings", {"input": [[2, 5, 6, 3], [2, 7, 3]]}).json()
+    for found in (inside, whole):
+        assert close([item["embedding"] for item in found["data"]], wanted)
+    one = client.post("/v1/embeddings", {"input": [5, 6]}).json()
+    assert close(one["data"][0]["embedding"], wanted[0])
+    reply = client.post("/v1/embeddings", {"input": [[5], [15339, 1917]]})
+    assert reply.status == 400
+    assert "check_embedding_ctx_length=False" in reply.json()["error"]["message"]
+
+
+def test_ids_are_cut_and_prompted_as_texts_are(client, encoder):
+    text, ids = "a b " * 40 + "c d", [5, 6] * 40 + [7, 8]
+    for more in ({}, {"truncation_direction": "Left"}, {"prompt_name": "query"},
+                 {"prompt_name": "query", "truncation_direction": "left"}):  # fmt: skip
+        wanted = client.post("/embed", {"inputs": text, **more})
+        for given in (ids, [2, *ids, 3]):
+            found = client.post("/embed", {"inputs": given, **more})
+            assert found.headers["x-truncated-texts"] == wanted.headers["x-truncated-texts"] == "1"
+            assert close(found.json(), wanted.json())
+    found = client.post("/v1/embeddings", {"input": [5], "prompt_name": "document"}).json()
+    assert close([found["data"][0]["embedding"]], encoder.encode(["a"], prompt_name="document"))
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param"),
+    [
+        ({}, 400, "input"), ({"input": []}, 400, "input"), ({"input": [1.5]}, 400, "input"),
+        ({"input": ["a", 1]}, 400, "input"), ({"input": {}}, 400, "input"), ({"input": [[]]}, 400, "input"),
+        ({"input": "a", "encoding_format": "int8"}, 400, "encoding_format"),
+        ({"input": "a", "encoding_format": 7}, 400, "encoding_format"), ({"input": "a", "model": 7}, 400, "model"),
+        ({"input": "a", "modality": "image"}, 400, "modality"),
+        ({"input": "a", "prompt_name": "x"}, 400, "prompt_name"),
+        ({"input": "a", "model": "ranks"}, 400, "model"),
+    ],
+)  # fmt: skip
+def test_openai_errors_are_nested(client, body, status, param):
+    reply = client.post("/v1/embeddings", body)
+    assert reply.status == status
+    error = reply.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["param"] == param
+    assert error["type"] == "invalid_request_error"
+
+
+def test_unknown_fields_and_names_of_models_are_taken(served):
+    client = served("texts", "ranks")
+    reply = client.post("/v1/embeddings", {"input": "a", "model": "text-embedding-3-small", "user": "u", "more": {}})
+    assert reply.status == 200
+    assert reply.json()["model"] == "texts"
+    assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["texts", "ranks"]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'"a"', b'{"input": "\\ud800"}', b"\xff"])
+def test_what_is_no_json_object_is_refused(client, content):
+    for path in ("/v1/embeddings", "/embed", "/v1/rerank", "/"):
+        assert client.post(path, content).status in (400, 422)

@@ -1,0 +1,97 @@
+"""Entities, answers and filled words, and a model's address as the hub's clients ask there."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("orjson", reason="needs the serve extra")
+pytest.importorskip("prometheus_client", reason="needs the serve extra")
+pytest.importorskip("starlette", reason="needs the serve extra")
+from fastbert.encoding.masks import MaskFiller
+from fastbert.service.app import application
+from fastbert.service.models import Models, load
+from fastbert.service.service import Service
+from fastbert.service.settings import Settings
+
+sys.path.append(str(Path(__file__).parent))
+from service_models import LABELS, PLAIN, Client, close, logits_of
+
+pytest_plugins = ("service_fixtures",)
+pytestmark = pytest.mark.once
+
+
+def test_entities(client, folders):
+    wanted = logits_of(folders["names"], "names", ["a b c"])[0].softmax(-1)[1:-1]  # of tokens
+    words = client.post("/token_classify", {"inputs": "a b c", "parameters": {
+        "aggregation_strategy": "none", "ignore_labels": []}}).json()  # fmt: skip
+    assert [word["word"] for word in words] == ["a", "b", "c"]
+    assert [(word["start"], word["end"]) for word in words] == [(0, 1), (2, 3), (4, 5)]
+    assert close([word["score"] for word in words], wanted.max(-1).values)
+    assert [word["entity"] for word in words] == [LABELS["names"][i] for i in wanted.argmax(-1).tolist()]
+    entities = client.post("/token_classify", {"inputs": ["a b c", ""]}).json()
+    assert len(entities) == 2
+    assert entities[1] == []
+    for entity in entities[0]:
+        assert entity["entity_group"] == "PER"
+        assert entity["word"] == "a b c"[entity["start"] : entity["end"]]
+
+
+def test_answers(client):
+    context = "a b c d e f g h i j k l m n o p q r s t u v w x y z " * 4  # several windows
+    body = {"inputs": {"question": "a b", "context": context}}
+    answer = client.post("/question_answer", body).json()
+    assert answer["answer"] == context[answer["start"] : answer["end"]] != ""
+    three = client.post("/question_answer", {**body, "parameters": {"top_k": 3, "max_answer_len": 2}}).json()
+    assert len(three) == 3
+    assert all(len(found["answer"].split()) <= 2 for found in three)
+    assert [found["score"] for found in three] == sorted((found["score"] for found in three), reverse=True)
+    both = client.post("/question_answer", {"inputs": [body["inputs"], body["inputs"]]}).json()
+    assert both == [answer, answer]
+    assert client.post("/question_answer", {"inputs": {"question": "a"}}).status == 422
+
+
+def test_filled_words(client, folders):
+    filler = MaskFiller.from_pretrained(folders["masks"], **PLAIN)
+    wanted = filler.fill(["a [MASK] c"], 3)[0][0]
+    found = client.post("/fill_mask", {"inputs": "a [MASK] c", "top_k": 3}).json()
+    assert [word["token_str"] for word in found] == [word.token for word in wanted]
+    assert close([word["score"] for word in found], [word.score for word in wanted])
+    assert found[0]["sequence"].split()[0::2] == ["a", "c"] or found[0]["token_str"].startswith("##")
+    two = client.post("/fill_mask", {"inputs": ["[MASK] [MASK]", "[MASK]"], "targets": ["a", "b"]}).json()
+    assert [len(masks) for masks in two] == [2, 2]
+    assert {word["token_str"] for word in two[0][1]} == {"a", "b"}
+    for bad in ({"inputs": "a"}, {"inputs": "[MASK]", "targets": ["no word"]}, {"inputs": "[MASK]", "top_k": 999}):
+        assert client.post("/fill_mask", bad).status == 422
+    assert client.post("/fill_mask", {"inputs": "a " * 99 + "[MASK]"}).status == 413
+
+
+def test_vectors_and_filled_words_share_a_trunk(client):
+    model = client.service.models.by_name["masks"]
+    trunk, filler = model.abilities["vectors"].encoder.model, model.abilities["masks"].filler.model
+    assert filler.bert is trunk
+    assert filler.cls["predictions"].decoder.weight is trunk.embeddings.word_embeddings.weight
+
+
+def test_a_models_address_may_have_slashes(folders):
+    """As ids of the hub have them."""
+    settings = Settings(**PLAIN)
+    client = Client(application(Service(settings, Models([load("someones/texts", folders["texts"], settings)]))))
+    try:
+        assert np.shape(client.post("/models/someones/texts", {"inputs": "a"}).json()) == (1, 32)
+        assert client.post("/models/texts", {"inputs": "a"}).status == 404
+    finally:
+        client.close()
+
+
+def test_a_models_address_answers_what_the_model_can(client):
+    for path, name in (("/", None), ("/v1", None), ("/models/texts", "texts")):
+        assert np.shape(client.post(path, {"inputs": "a"}).json()) == (1, 32), name
+    assert len(client.post("/models/feelings", {"inputs": "a", "parameters": {"top_k": 2}}).json()[0]) == 2
+    assert len(client.post("/models/feelings", {"inputs": "a", "parameters": {"candidate_labels": ["x", "y"]}}
+                           ).json()) == 2  # fmt: skip
+    assert client.post("/models/masks", {"inputs": "[MASK]", "parameters": {}}).json()[0]["token_str"]
+    assert np.shape(client.post("/models/masks", {"inputs": "a"}).json()) == (1, 32)
+    assert client.post("/models/answers", {"inputs": {"question": "a", "context": "b"}}).json()["answer"]
+    assert client.post("/models/other", {"inputs": "a"}).status == 404

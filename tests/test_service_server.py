@@ -1,0 +1,222 @@
+"""What is the same for all faces: readiness, counts, limits, the key, late and lost clients, large answers."""
+
+import asyncio
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("orjson", reason="needs the serve extra")
+pytest.importorskip("prometheus_client", reason="needs the serve extra")
+pytest.importorskip("starlette", reason="needs the serve extra")
+import orjson
+
+from fastbert import batch_invariant
+from fastbert.service.app import as_json
+from fastbert.service.engine import Engine
+from fastbert.service.models import Models
+from fastbert.service.settings import Settings
+
+sys.path.append(str(Path(__file__).parent))
+from service_models import TEXTS
+
+pytest_plugins = ("service_fixtures",)
+pytestmark = pytest.mark.once
+
+
+def test_a_large_answer_is_made_in_parts():
+    """The same JSON as at once; none of the parts is long, however unequal the rows are."""
+    numbers = np.random.default_rng(0).standard_normal((3000, 32)).astype(np.float32)
+    tokens = [numbers[:1]] * 200 + [numbers, numbers[:5], numbers[:0]] + [numbers[:2]] * 300
+    for answer in (
+        numbers, numbers[:, :2], numbers[:7, ::3], tokens, [numbers], [[]], {"a": {}, "b": []}, [1.5] * 100_000,
+        {"data": [{"index": i, "embedding": row} for i, row in enumerate(numbers)], "usage": {"tokens": 3}},
+        {"embeddings": {"float": numbers, "int8": numbers.astype(np.int8)}, "texts": ["a, b]"] * 3000},
+    ):  # fmt: skip
+        parts = asyncio.run(as_json(answer))
+        whole = np.ascontiguousarray(answer) if isinstance(answer, np.ndarray) else answer
+        assert b"".join(parts) == orjson.dumps(whole, option=orjson.OPT_SERIALIZE_NUMPY)
+        assert max(map(len, parts)) < 2**19
+
+
+def test_it_is_ready_once_a_first_batch_has_run(served):
+    client = served("texts")
+    assert client.get("/ready").status == client.get("/health").status == client.get("/live").status == 200
+    assert client.service.metrics.counted("te_request_count") == 0
+    client.service.is_stopping = True
+    assert client.get("/ready").status == 503
+    assert client.get("/live").status == 200
+    client.service.is_stopping = False
+    client.service.is_warm = False
+    assert client.get("/health").json()["error_type"] == "Unhealthy"
+
+
+def test_metrics_have_the_names_of_tei(served):
+    client = served("texts")
+    client.post("/embed", {"inputs": ["a", "b"]})
+    client.post("/embed", {})
+    text = client.get("/metrics").content.decode()
+    assert 'te_request_count{method="embed"} 2.0' in text
+    assert 'te_request_success{method="embed"} 1.0' in text
+    assert 'te_request_failure{err="invalid"} 1.0' in text
+    assert "te_request_inference_duration_count 1.0" in text
+    assert "te_queue_size 0.0" in text
+    assert "te_batch_next_tokens_bucket" in text
+
+
+def test_limits(served):
+    client = served(
+        "texts", max_client_batch_size=3, payload_limit=400, max_text_tokens=5, max_queue_tokens=12,
+        max_concurrent_requests=1, auto_truncate=False,
+    )  # fmt: skip
+    assert client.post("/embed", {"inputs": ["a"] * 3}).status == 200
+    assert client.post("/embed", {"inputs": ["a"] * 4}).status == 413
+    assert client.post("/v1/embeddings", {"input": ["a"] * 4}).json()["error"]["code"] == "too_large"
+    assert client.post("/embed", {"inputs": "a" * 400}).status == 413
+    assert client.post("/embed", {"inputs": "a"}, {"content-length": "401"}).status == 413
+    assert client.post("/embed", {"inputs": "a b c d"}).status == 413
+    reply = client.post("/embed", {"inputs": "a b c d", "truncate": True})
+    assert reply.headers["x-compute-tokens"] == "5"
+    assert "--max-queue-tokens" in client.post("/embed", {"inputs": ["a b c"] * 3}).json()["error"]
+    client.service.open = 1  # as while another request is on its way
+    reply = client.post("/embed", {"inputs": "a"})
+    client.service.open = 0
+    assert (reply.status, reply.headers["retry-after"]) == (429, "1")
+
+
+def test_the_key(served):
+    client = served("texts", api_key="right")
+    for given in ({}, {"authorization": "Bearer wrong"}, {"authorization": "right"}, {"authorization": "Bearer rightx"},
+                  {"authorization": "Bearer righ"}):  # fmt: skip
+        reply = client.post("/v1/embeddings", {"input": "a"}, given)
+        assert reply.status == 401
+        assert reply.json()["error"]["type"] == "authentication_error"
+    assert client.post("/v1/embeddings", {"input": "a"}, {"authorization": "Bearer right"}).status == 200
+    assert client.get("/ready").status in (200, 503)
+    assert client.get("/info").status == 401
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(served):
+    client = served("texts")
+    reply = client.start("POST", "/embed", b'{"inp', {"x-timeout-seconds": "0.05"}, more=True).result(30)
+    assert reply.status == 504
+    assert "body" in reply.json()["error"]
+    assert client.service.open == 0
+
+
+def test_a_request_that_is_late_is_told_so_and_leaves_the_queue(served):
+    client = served("texts")
+    lane = client.service.models.served[0].abilities["vectors"]._plain
+    engine, queue = client.service.engine, client.service.queues["texts"]
+    compute = lane.compute
+    began, go = threading.Event(), threading.Event()
+
+    def held(data):
+        began.set()
+        assert go.wait(30)
+        return compute(data)
+
+    lane.compute = held
+    try:
+        first = client.start("POST", "/embed", {"inputs": "a"})
+        assert began.wait(30)
+        reply = client.post("/embed", {"inputs": "a b"}, {"x-timeout-seconds": "0.05"})
+        assert reply.status == 504
+        until = time.monotonic() + 60
+        while queue.tokens:  # what is being tokenised leaves when that is done
+            assert time.monotonic() < until
+        event = asyncio.Event()
+        second = client.start("POST", "/embed", {"inputs": "a b"}, gone=event)
+        while queue.waiting != 4:
+            pass
+        client.loop.call_soon_threadsafe(event.set)
+        assert second.result(30) is None
+        assert queue.tokens == 0
+    finally:
+        go.set()
+        del lane.compute
+    assert first.result(30).status == 200
+    assert engine.is_alive
+    assert client.post("/embed", {"inputs": "a"}, {"x-timeout-seconds": "soon"}).status == 422
+
+
+def test_batch_invariance_gives_the_same_bits_alone_and_together(served):
+    client = served("texts")
+    with batch_invariant():
+        together = client.post("/embed", {"inputs": TEXTS}).json()
+        assert [client.post("/embed", {"inputs": text}).json()[0] for text in TEXTS] == together
+
+
+def test_cors_is_off_unless_asked_for(served):
+    origin = {"origin": "http://page.test"}
+    assert "access-control-allow-origin" not in served("texts").post("/embed", {"inputs": "a"}, origin).headers
+    client = served("texts", cors_allow_origin=("http://page.test",))
+    reply = client.post("/embed", {"inputs": "a"}, origin)
+    assert reply.headers["access-control-allow-origin"] == "http://page.test"
+
+
+def test_servers_of_the_same_models_answer_their_own_requests(served, monkeypatch):
+    """The threads of one that has just answered would take what waits for another one, if they shared a queue; and
+    would answer it on an event loop that nothing wakes: one recorded request in thousands was never answered."""
+    answer, prepare = Engine._answer, Engine._prepare
+
+    def answers_late(self, over):  # the thread looks for a batch when the next request waits at the other server
+        answer(self, over)
+        time.sleep(0.02)
+
+    def prepares_and_rests(self, job):
+        prepare(self, job)
+        time.sleep(0.05)
+
+    monkeypatch.setattr(Engine, "_answer", answers_late)
+    monkeypatch.setattr(Engine, "_prepare", prepares_and_rests)
+    clients = served("texts"), served("texts")
+    assert clients[0].service.models.served == clients[1].service.models.served
+    for client in clients * 3:
+        assert client.start("POST", "/embed", {"inputs": "a b"}).result(30).status == 200
+
+
+def test_names_of_models(served):
+    client = served("masks", "texts")
+    assert client.post("/embed", {"inputs": "a"}).status == 200
+    assert client.post("/embed", {"inputs": "a", "model": "texts"}).status == 200
+    reply = client.post("/v1/embeddings", {"input": "a", "model": "gpt"})
+    assert reply.status == 404
+    assert reply.json()["error"]["code"] == "model_not_found"
+    with pytest.raises(ValueError, match="same name"):
+        Models([client.service.models.served[0]] * 2)
+
+
+def test_settings_from_flags_and_the_environment(tmp_path):
+    (tmp_path / "key").write_text("of the file\n")
+    environment = {"PORT": "9", "AUTO_TRUNCATE": "false", "API_KEY": "of the environment", "MAX_BATCH_TOKENS": "77"}
+    settings = Settings.read({"port": 8, "host": None}, environment)
+    assert (settings.port, settings.host, settings.auto_truncate) == (8, "127.0.0.1", False)
+    assert (settings.api_key, settings.max_batch_tokens) == ("of the environment", 77)
+    assert Settings.read({"api_key_file": str(tmp_path / "key")}, environment).api_key == "of the file"
+    assert Settings.read({}, {}).api_key is None
+    with pytest.raises(ValueError, match="PORT"):
+        Settings.read({}, {"PORT": "x"})
+    with pytest.raises(ValueError, match="port must be from 1 to 65535, got 65536"):
+        Settings.read({"port": 65_536}, {})
+
+
+def test_nothing_of_a_text_is_logged(served, caplog):
+    client = served("texts")
+    with caplog.at_level("DEBUG"):
+        client.post("/embed", {"inputs": "secretword " * 200, "prompt_name": "secretword"})
+        client.post("/embed", {"inputs": "secretword"})
+        lane = client.service.models.served[0].abilities["vectors"]._plain
+        lane.compute = lambda data: int("secretword")
+        try:
+            reply = client.post("/embed", {"inputs": "a"})
+        finally:
+            del lane.compute
+    assert reply.status == 500
+    assert "secretword" not in reply.content.decode()
+    failure = next(record for record in caplog.records if record.levelname == "ERROR")
+    assert "test_service_server.py" in failure.trace
+    assert "secretword" not in caplog.text

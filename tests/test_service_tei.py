@@ -1,0 +1,121 @@
+"""The face of text-embeddings-inference, against what the models themselves give."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("orjson", reason="needs the serve extra")
+pytest.importorskip("prometheus_client", reason="needs the serve extra")
+pytest.importorskip("starlette", reason="needs the serve extra")
+from fastbert import Encoder
+
+sys.path.append(str(Path(__file__).parent))
+from service_models import LABELS, PLAIN, close, logits_of
+
+pytest_plugins = ("service_fixtures",)
+pytestmark = pytest.mark.once
+
+
+def test_embed_normalises_unless_told_otherwise(client, folders):
+    raw = Encoder.from_pretrained(folders["texts"], normalize=False, **PLAIN).encode(["a b", "c"]).numpy()
+    found = client.post("/embed", {"inputs": ["a b", "c"], "normalize": False}).json()
+    assert close(found, raw)
+    lengths = np.linalg.norm(client.post("/embed", {"inputs": ["a b", "c"]}).json(), axis=1)
+    assert close(lengths, [1, 1])
+    assert np.shape(client.post("/embed", {"inputs": "a b"}).json()) == (1, 32)
+
+
+def test_prompts_and_both_ways_to_cut(client, encoder):
+    found = client.post("/embed", {"inputs": ["a b"], "prompt_name": "query"}).json()
+    assert close(found, encoder.encode(["a b"], prompt_name="query"))
+    text = "a b " * 40 + "c d"
+    left = encoder.tokenizer.input_ids([text])[0]
+    left = left[:1] + left[-63:]
+    found = client.post("/embed", {"inputs": [text], "truncation_direction": "Left"})
+    assert found.headers["x-truncated-texts"] == "1"
+    assert close(found.json(), encoder.encode_ids([left], 100))
+    assert client.post("/embed", {"inputs": [text], "truncate": False}).status == 413
+    assert client.post("/embed", {"inputs": [text], "truncation_direction": "up"}).status == 422
+
+
+def test_embed_all_gives_every_token(client, encoder):
+    found = client.post("/embed_all", {"inputs": ["a b", "c"]}).json()
+    wanted = encoder.encode_tokens(["a b", "c"], special_tokens=True)
+    assert [len(rows) for rows in found] == [4, 3]
+    assert all(close(rows, parts.vectors) for rows, parts in zip(found, wanted, strict=True))
+
+
+def test_predict_gives_labels_best_first(client, folders):
+    wanted = logits_of(folders["feelings"], "feelings", ["a b", "c"]).softmax(-1).numpy()
+    single = client.post("/predict", {"inputs": "a b", "model": "feelings"}).json()
+    batch = client.post("/predict", {"inputs": [["a b"], ["c"]], "model": "feelings"}).json()
+    assert [item["label"] for item in single] == [item["label"] for item in batch[0]]
+    assert close([item["score"] for item in single], [item["score"] for item in batch[0]])
+    for found, row in zip(batch, wanted, strict=True):
+        assert [item["score"] for item in found] == sorted((item["score"] for item in found), reverse=True)
+        by_label = {item["label"]: item["score"] for item in found}
+        assert close([by_label[name] for name in LABELS["feelings"].values()], row)
+    pair = client.post("/predict", {"inputs": ["a b", "c"], "model": "feelings", "raw_scores": True}).json()
+    wanted = logits_of(folders["feelings"], "feelings", ["a b"], ["c"])[0]
+    assert close(max(item["score"] for item in pair), wanted.max())
+    assert client.post("/predict", {"inputs": ["a", "b", "c"], "model": "feelings"}).status == 422
+
+
+def test_similarity_is_the_cosine(client, encoder):
+    found = client.post("/similarity", {"inputs": {"source_sentence": "a", "sentences": ["b", "a"]}}).json()
+    vectors = encoder.encode(["a", "b"])
+    assert close(found, [float(vectors[0] @ vectors[1]), 1.0])
+
+
+def test_tokenize_and_decode(client):
+    (found,) = client.post("/tokenize", {"inputs": "a bc"}).json()
+    assert [token["text"] for token in found] == ["[CLS]", "a", "b", "##c", "[SEP]"]
+    assert found[2] == {"id": 6, "text": "b", "special": False, "start": 2, "stop": 3}
+    assert found[0] == {"id": 2, "text": "[CLS]", "special": True, "start": None, "stop": None}
+    ids = [token["id"] for token in found]
+    assert client.post("/decode", {"ids": ids}).json() == ["a bc"]
+    assert client.post("/decode", {"ids": [ids, [5]]}).json() == ["a bc", "a"]
+    assert client.post("/decode", {"ids": [10**6]}).status == 422
+
+
+def test_tokenize_stops_at_the_limit(client):
+    long = "a " * 100
+    reply = client.post("/tokenize", {"inputs": ["a", long]})
+    assert [len(tokens) for tokens in reply.json()] == [3, 64]
+    assert reply.headers["x-truncated-texts"] == "1"
+    reply = client.post("/tokenize", {"inputs": long, "add_special_tokens": False})
+    assert [token["id"] for token in reply.json()[0]] == [5] * 64
+    reply = client.post("/tokenize", {"inputs": "a " * 62, "truncate": False})
+    assert (reply.status, len(reply.json()[0]), reply.headers["x-truncated-texts"]) == (200, 64, "0")
+    assert client.post("/tokenize", {"inputs": long, "truncate": False}).status == 413
+
+
+def test_answers_have_a_bound(client, monkeypatch):
+    """One request could ask for more than the memory holds."""
+    monkeypatch.setattr("fastbert.service.work.vectors.MOST_NUMBERS", 7 * 32)
+    assert client.post("/embed_all", {"inputs": ["a b", "c"]}).status == 200
+    assert client.post("/embed_all", {"inputs": ["a b", "c d"]}).status == 413
+    monkeypatch.setattr("fastbert.service.work.masks.MOST_WORDS", 6)
+    assert client.post("/fill_mask", {"inputs": ["[MASK] [MASK]", "[MASK]"], "top_k": 2}).status == 200
+    assert client.post("/fill_mask", {"inputs": ["[MASK] [MASK]", "[MASK]"], "top_k": 3}).status == 413
+    assert client.post("/fill_mask", {"inputs": "[MASK] " * 3, "top_k": 3, "targets": ["a", "b"]}).status == 200
+
+
+def test_tei_errors_are_flat(client):
+    reply = client.post("/embed", {"inputs": []})
+    assert reply.status == 400
+    assert reply.json() == {"error": "`inputs` cannot be empty", "error_type": "Empty"}
+    assert client.post("/predict", {"inputs": "a", "model": "texts"}).json()["error_type"] == "Backend"
+    assert client.post("/nowhere", {}).status == 404
+    assert client.get("/embed").status == 405
+
+
+def test_info_has_what_clients_read(client):
+    info = client.get("/info").json()
+    wanted = "model_id sha docker_label model_sha model_dtype model_type max_concurrent_requests max_input_length "
+    wanted += "max_batch_tokens max_batch_requests max_client_batch_size auto_truncate tokenization_workers version"
+    assert set(wanted.split()) <= set(info)
+    assert info["max_input_length"] == 64
+    assert info["model_type"] == {"embedding": {"pooling": "mean"}}
