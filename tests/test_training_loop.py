@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 from collections import defaultdict
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,6 +22,7 @@ import torch
 from fastbert.checkpoint import CheckpointError
 from fastbert.testing import allowed_factor, assert_within_budget
 from fastbert.training import checkpoints
+from fastbert.training.averaging import SNAPSHOTS, WeightAverage
 from fastbert.training.loop import TrainingError, forget_after
 from fastbert.training.metrics import Scores
 from fastbert.training.optimizer import GroupedAdamW, depth_of, freeze, groups_of
@@ -248,6 +250,59 @@ def test_a_run_goes_on_to_the_same_bits(whole, step, tmp_path):
     assert losses(tmp_path) == losses(out)
     for name, p in weights(run).items():
         assert torch.equal(p, expected[name]), name
+
+
+def test_the_mean_of_the_weights_goes_on_to_the_same_bits(tmp_path):
+    """What is measured and kept are means, of which a checkpoint has all; the run itself takes the same steps."""
+    kept = {}
+
+    def keeping(name, **options):
+        run = run_of(tmp_path / name, evaluated=True, save_every=1, keep=99, **options)
+        evaluate = run.evaluate
+
+        def noting(model):
+            kept[name] = weights(run)
+            return evaluate(model)
+
+        run.evaluate = noting
+        return run
+
+    whole, plain = keeping("whole", average=0.5), keeping("plain")
+    for run in (whole, plain):
+        run.train()
+    assert losses(tmp_path / "whole") == losses(tmp_path / "plain")
+    assert all(torch.equal(p, weights(plain)[name]) for name, p in weights(whole).items())
+    assert not torch.equal(kept["whole"]["classifier.weight"], kept["plain"]["classifier.weight"])
+    name = "step-00000003"
+    shutil.copytree(tmp_path / "whole" / "checkpoints" / name, tmp_path / "again" / "checkpoints" / name)
+    again = keeping("again", average=0.5)
+    assert again.resume() == 3
+    again.train()
+    for name, p in kept["whole"].items():
+        assert torch.equal(p, kept["again"][name]), name
+    with pytest.raises(TrainingError, match=r"is of a run with average 0\.5, not 0\.0"):
+        run_of(tmp_path / "again", evaluated=True).resume()
+
+
+def test_a_running_mean_forgets_older_weights():
+    model = torch.nn.Linear(1, 1, bias=False, dtype=torch.float64, device="cpu")
+    average = WeightAverage(model, steps=160, share=0.2)
+    assert average.interval == 2
+    truth, seen = float(model.weight.detach()), []
+    for step in range(1, 81):
+        with torch.no_grad():
+            model.weight.fill_(float(step * step))
+        average.update(step)
+        if step % 2 == 0:
+            seen.append(step * step)
+            truth += (step * step - truth) / min(len(seen), SNAPSHOTS)
+            if len(seen) <= SNAPSHOTS:
+                assert truth == pytest.approx(sum(seen) / len(seen))
+        assert float(average.means["weight"]) == pytest.approx(truth)
+    with suppress(KeyError), average.applied():
+        assert float(model.weight.detach()) == pytest.approx(truth)
+        raise KeyError
+    assert float(model.weight.detach()) == 6400.0
 
 
 def test_a_run_that_goes_on_in_other_batches_is_the_same_but_for_rounding(whole, tmp_path):

@@ -144,6 +144,11 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         "--patience", metavar="N", type=positive, default=0,
         help="stop at the end of an epoch where N evaluations in a row were not better than the best one",
     )  # fmt: skip
+    p.add_argument(
+        "--average", metavar="X", type=share_of_1, default=0.0,
+        help="measure and keep the running mean of the weights over about this share of all steps, which is steadier "
+        "than the weights of one step (default: 0, the weights as they are)",
+    )  # fmt: skip
     p.add_argument("--seed", metavar="N", type=seed_number, default=0, help="of the classifier, the order and dropout")
     p.add_argument(
         "--seeds", metavar="N", type=positive, default=1,
@@ -221,8 +226,8 @@ def _request(args: argparse.Namespace) -> Any:
         memory_tokens=args.memory_tokens,
         lr=args.lr, seed=args.seed, warmup=args.warmup, weight_decay=args.weight_decay, clip=args.clip,
         layer_decay=args.layer_decay, freeze=args.freeze, bias_correction=not args.no_bias_correction,
-        evaluations=args.evaluations, patience=args.patience, save_every=args.save_every, keep=args.keep,
-        resume=args.resume, dtype=args.dtype,
+        evaluations=args.evaluations, patience=args.patience, average=args.average,
+        save_every=args.save_every, keep=args.keep, resume=args.resume, dtype=args.dtype,
         device=args.device, fsdp=args.fsdp, impl=args.impl, class_weights=args.class_weights,
         checkpoint_activations=args.checkpoint_activations, tensorboard=args.tensorboard,
     )  # fmt: skip

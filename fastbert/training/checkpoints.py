@@ -1,6 +1,7 @@
 """Checkpoints of a run, each whole or not there, through torch.distributed.checkpoint.
 
-    OUT/checkpoints/step-00000120/    model, optimiser, and progress.json: what else the run has to know
+    OUT/checkpoints/step-00000120/    model, optimiser, mean of the weights, and progress.json: what else the
+                                      run has to know
 
 A checkpoint is written into a folder of another name, and takes its own when all of it is on the disk. What a killed
 process left half written is removed by the next that saves.
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed.checkpoint as dcp
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from ..storage import CheckpointError, make_folder, read_json
@@ -40,8 +41,12 @@ class Checkpoints:
             return None
         return max((path for path in self.folder.iterdir() if _NAME.fullmatch(path.name)), default=None)
 
-    def save(self, model: nn.Module, optimizer: Any, step: int, progress: dict[str, Any]) -> Path:
+    def save(
+        self, model: nn.Module, optimizer: Any, means: dict[str, Tensor], step: int, progress: dict[str, Any]
+    ) -> Path:
         """Writes a checkpoint, with `step` in its progress; one of this step that exists is left as it is.
+
+        means: `WeightAverage.means`, empty where nothing is averaged.
 
         Raises: CheckpointError, in one line, with what remains.
         """
@@ -57,8 +62,7 @@ class Checkpoints:
                 shutil.rmtree(left)
         self.processes.wait()
         try:
-            of_model, of_optimizer = get_state_dict(model, optimizer)
-            state = {"model": of_model, "optimizer": of_optimizer}
+            state = _state(model, optimizer, means)
             with _alone():
                 dcp.save(state, checkpoint_id=temporary, no_dist=self.processes.count == 1)
             if first:
@@ -76,22 +80,29 @@ class Checkpoints:
         self.processes.wait()
         return path
 
-    def load(self, path: Path, model: nn.Module, optimizer: Any) -> dict[str, Any]:
-        """Fills model and optimiser from a checkpoint, of whatever number of processes; its progress."""
-        of_model, of_optimizer = get_state_dict(model, optimizer)
-        state = {"model": of_model, "optimizer": of_optimizer}
+    def progress(self, path: Path) -> dict[str, Any]:
+        """What a checkpoint's run had to know beside model, optimiser and means."""
+        return read_json(path / "progress.json")
+
+    def load(self, path: Path, model: nn.Module, optimizer: Any, means: dict[str, Tensor]) -> None:
+        """Fills model, optimiser and means from a checkpoint, of whatever number of processes."""
+        state = _state(model, optimizer, means)
         try:
             with _alone():
                 dcp.load(state, checkpoint_id=path, no_dist=self.processes.count == 1)
         except (OSError, dcp.CheckpointException) as error:
             raise CheckpointError(f"cannot read {path}: {_reason(error)}") from error
         set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-        return read_json(path / "progress.json")
 
     def _prune(self) -> None:
         found = sorted(path for path in self.folder.iterdir() if _NAME.fullmatch(path.name))
         for path in found[: -self.keep]:
             shutil.rmtree(path)
+
+
+def _state(model: nn.Module, optimizer: Any, means: dict[str, Tensor]) -> dict[str, Any]:
+    of_model, of_optimizer = get_state_dict(model, optimizer)
+    return {"model": of_model, "optimizer": of_optimizer} | ({"means": means} if means else {})
 
 
 @contextmanager

@@ -62,6 +62,7 @@ class Request:
     bias_correction: bool = True
     evaluations: int = 1
     patience: int = 0
+    average: float = 0.0
     save_every: int = 0
     keep: int = 2
     resume: bool = False
@@ -132,7 +133,7 @@ def _finetune(request: Request, processes: Processes, report: Any) -> dict[str, 
         seed=request.seed, warmup=request.warmup, weight_decay=request.weight_decay, clip=request.clip,
         bias_correction=request.bias_correction, layer_decay=request.layer_decay, freeze=request.freeze, dtype=dtype,
         evaluations=request.evaluations, patience=request.patience, save_every=request.save_every, keep=request.keep,
-        fsdp=request.fsdp,
+        average=request.average, fsdp=request.fsdp,
     )  # fmt: skip
     facts = {
         "model": request.model, "train": request.train, "eval": request.eval, "task": spec.task, "metric": spec.metric,
@@ -141,6 +142,7 @@ def _finetune(request: Request, processes: Processes, report: Any) -> dict[str, 
         "examples": len(train), "windows": len(lengths), "tokens an epoch": sum(lengths),
         "tokens a step": step_tokens, "products in": str(dtype).removeprefix("torch."), "processes": processes.count,
         "seed": request.seed, "epochs": request.epochs, "learning rate": request.lr,
+        "weights averaged over a share of the steps": request.average,
         "training notes": features.notes, "files": task.notes,
         "evaluation examples": None if held_out is None else len(held_out),
         "evaluation notes": None if to_score is None else to_score.notes,

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..storage import write_atomically
+from .averaging import WeightAverage
 from .checkpoints import Checkpoints
 from .features import Window
 from .metrics import Scores, is_better
@@ -53,6 +54,8 @@ class Settings:
         save_every: steps from one checkpoint to the next; 0 for one an epoch. keep: how many stay.
         seconds: of training, 0 for no limit. With a limit the learning rate falls with the time that is left, so that
             it comes to 0 when the time is up, and the run ends there; then it takes other steps each time.
+        average: what is evaluated and kept is the running mean of the weights over about this share of all steps; 0 for
+            the weights themselves. Needs a number of steps.
     """
 
     epochs: int
@@ -74,6 +77,7 @@ class Settings:
     save_every: int = 0
     keep: int = 2
     seconds: float = 0.0
+    average: float = 0.0
     fsdp: bool = False
 
     def binding(self) -> dict[str, Any]:
@@ -129,6 +133,7 @@ class Loop:
         self.optimizer = GroupedAdamW(groups, s.betas, s.eps, s.bias_correction)
         self.scaler = torch.amp.GradScaler(self.processes.device.type, enabled=s.dtype == torch.float16)
         self.checkpoints = Checkpoints(self.out, s.keep, self.processes)
+        self.average = WeightAverage(self.shared, steps, s.average) if s.average else None
         self.progress = Progress(settings=s.binding() | binding)
         self.start = time.perf_counter()  # where the run begins on the clock; see `train`
 
@@ -169,13 +174,14 @@ class Loop:
         path = self.checkpoints.last()
         if path is None:
             return 0
-        loaded = Progress(**self.checkpoints.load(path, self.shared, self.optimizer))
+        loaded = Progress(**self.checkpoints.progress(path))
         for name, value in self.progress.settings.items():
             if loaded.settings.get(name) != value:
                 raise TrainingError(
                     f"{path} is of a run with {name} {loaded.settings.get(name)}, not {value}: "
                     "go on with the same settings and data, or begin another --out"
                 )
+        self.checkpoints.load(path, self.shared, self.optimizer, self._means())
         self.progress = loaded
         self.scaler.load_state_dict(loaded.scaler)
         return loaded.step
@@ -212,7 +218,8 @@ class Loop:
             if saves or evaluates:
                 self._expect_finite()
             if evaluates:
-                self.evaluated(epoch)
+                with nullcontext() if self.average is None else self.average.applied():
+                    self.evaluated(epoch)
             if saves:
                 self._save()
             if stop:
@@ -261,6 +268,8 @@ class Loop:
         self.progress.skipped += self.scaler.get_scale() < scale
         self.optimizer.zero_grad()
         self.progress.step = done + 1
+        if self.average is not None:
+            self.average.update(done + 1)
         tokens = self.plan.tokens(step)
         return {
             "step": done + 1, "epoch": epoch, "loss": loss, **dict(zip(self.PARTS, parts, strict=True)), "lr": lr,
@@ -314,7 +323,10 @@ class Loop:
     def _save(self) -> None:
         self.progress.scaler = self.scaler.state_dict()
         progress = asdict(self.progress)
-        self.checkpoints.save(self.shared, self.optimizer, progress.pop("step"), progress)
+        self.checkpoints.save(self.shared, self.optimizer, self._means(), progress.pop("step"), progress)
+
+    def _means(self) -> dict[str, Tensor]:
+        return {} if self.average is None else self.average.means
 
     def _record(self, record: dict[str, Any]) -> None:
         if self.processes.rank:
