@@ -31,12 +31,13 @@ def embedding_layer_norm(
 ):  # fmt: skip
     """One pass in C++ where that is built; else as the specification does."""
     indices, tables = (input_ids, token_type_ids, positions), (word, token_type, position, weight, bias)
-    if cpp.fits_embedding(indices, tables) and (dropout_p or cpp.want_gradients(*tables)):
-        keys = _keys_of_rows(input_ids, **dropout) if dropout_p else None
-        return cpu_embedding.embedding_layer_norm(indices, tables, eps, padding_idx, keys, dropout_p)
-    y = cpp.embedding_layer_norm(indices, tables, eps) if cpp.takes_embedding_layer_norm(indices, tables) else None
-    if y is not None:
-        return y
+    if cpp.fits_embedding(indices, tables):
+        if dropout_p or cpp.want_gradients(*tables):
+            keys = _keys_of_rows(input_ids, **dropout) if dropout_p else None
+            return cpu_embedding.embedding_layer_norm(indices, tables, eps, padding_idx, keys, dropout_p)
+        y = cpp.embedding_layer_norm(indices, tables, eps)
+        if y is not None:
+            return y
     return reference.embedding_layer_norm(
         *indices, word, position, token_type, weight, bias, eps,
         padding_idx=padding_idx, dropout_p=dropout_p, **dropout,

@@ -268,9 +268,8 @@ def fits_embedding(indices: tuple[Tensor | None, ...], tables: tuple[Tensor | No
     return all(is_plain(t, torch.int64) for t in indices) and knows(*tables)
 
 
-def takes_embedding_layer_norm(indices: tuple[Tensor | None, ...], tables: tuple[Tensor | None, ...]) -> bool:
-    """Whether `embedding_layer_norm` computes with these."""
-    return fits_embedding(indices, tables) and not want_gradients(*tables)
+_INDICES = "indices of words", "indices of segments", "indices of positions"
+_TABLES = "words", "segments", "positions", "weight", "bias"
 
 
 def embedding_layer_norm(
@@ -281,11 +280,10 @@ def embedding_layer_norm(
     y = torch.empty(rows, width, dtype=dtype, device="cpu")
     sizes = array("q", map(len, tables[:3]))
     counts = (*(size * width for size in sizes), width, width)
-    names = "words", "segments", "positions", "weight", "bias"
     outside = call(
         "embedding_layer_norm", dtype,
-        *(address(f"indices of {name}", t, torch.int64, rows) for name, t in zip(names[:3], indices, strict=True)),
-        *(address(name, t, dtype, count) for name, t, count in zip(names, tables, counts, strict=True)),
+        *(address(name, t, torch.int64, rows) for name, t in zip(_INDICES, indices, strict=True)),
+        *(address(name, t, dtype, count) for name, t, count in zip(_TABLES, tables, counts, strict=True)),
         address("y", y, dtype, rows * width), rows, sizes.buffer_info()[0], width, eps,
     )  # fmt: skip
     return None if outside else y
