@@ -6,7 +6,9 @@
 `learn` trains on War and Peace and WikiText-2 (--chinese: CMRC 2018's contexts, whole words by --segmenter), but for
 one chapter in twenty and six articles, on which it measures. It goes on where it was interrupted, and says whether the
 loss of masked words is 0.3 nats below the entropy of single words, pairs are told above chance by two standard
-errors, and ELECTRA's detection has an area of 0.6; the exit code is 1 where one of these is missed.
+errors, and ELECTRA's detection has an area of 0.6; the exit code is 1 where one of these is missed. ELECTRA goes on
+from a model of masked words (--init; both with --no-whole-words --max-length 64 --vocab-size 1000): with random weights
+a discriminator first has to find out which places are neighbours, from one bit a token.
 
 `loader` writes a text of so many megabytes, the same paragraphs with a running number, and prints how many tokens a
 second are read, cut into examples and masked, beside those of a training step, in processor time on one thread, and how
@@ -58,6 +60,9 @@ def main(argv: list[str] | None = None) -> int:
     learning.add_argument("--steps", type=positive, default=900, help="default: 900")
     learning.add_argument("--batch-tokens", type=positive, default=4096, help="of a step (default: 4,096)")
     learning.add_argument("--init", help="go on from this model, with its tokenizer")
+    learning.add_argument("--vocab-size", type=positive, help="default: 4,000, of Chinese 5,000")
+    learning.add_argument("--max-length", type=positive, default=LENGTH, help=f"default: {LENGTH}")
+    learning.add_argument("--no-whole-words", dest="whole_words", action="store_false", help="mask pieces of words")
     learning.add_argument("--lr", type=float, default=3e-3, help="default: 0.003")
     loading = actions.add_parser("loader", help="how fast data comes")
     loading.set_defaults(run=loader)
@@ -128,14 +133,15 @@ def learn(args: argparse.Namespace) -> int:
     learnt, held = write_texts(args.out, chinese(args.data) if args.chinese else english(args.data))
     tokenizer = args.out / "tokenizer"
     if not args.init and not tokenizer.exists():
-        train_tokenizer([learnt], 5000 if args.chinese else 4000)[0].save_pretrained(tokenizer)
+        train_tokenizer([learnt], args.vocab_size or (5000 if args.chinese else 4000))[0].save_pretrained(tokenizer)
     reports = []
     for seed in range(args.seeds):
         out = args.out / f"seed-{seed}"
         request = Request(
             (str(learnt),), out, args.objective, "tiny", args.init, str(tokenizer), eval=(str(held),), dropout=0.0,
             steps=args.steps, batch_tokens=args.batch_tokens, memory_tokens=4096, lr=args.lr, seed=seed,
-            evaluate_every=150, save_every=50, segmenter=args.segmenter, max_length=LENGTH, resume=True,
+            evaluate_every=150, save_every=50, segmenter=args.segmenter, whole_words=args.whole_words,
+            max_length=args.max_length, resume=True,
         )  # fmt: skip
         reports.append(pretrain(request, say))
     missed = []
