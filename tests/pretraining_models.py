@@ -84,10 +84,9 @@ def gradients(run: Pretraining) -> dict[str, torch.Tensor]:
 
 
 if __name__ == "__main__":
-    # One of two processes, for the test of several: python pretraining_models.py OUT OBJECTIVE FSDP
+    # One of two processes, for the test of several: python pretraining_models.py OBJECTIVE DDP_OUT FSDP_OUT
     torch.set_num_threads(1)
     joined = Processes.join("cpu")
-    run_of(
-        Path(sys.argv[1]), sys.argv[2], joined, batch_tokens=80, evaluated=True, fsdp=sys.argv[3] == "fsdp", workers=1
-    ).train()  # fmt: skip
+    for out, fsdp in ((sys.argv[2], False), (sys.argv[3], True)):
+        run_of(Path(out), sys.argv[1], joined, batch_tokens=80, evaluated=True, fsdp=fsdp, workers=1).train()
     joined.leave()
