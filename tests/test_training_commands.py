@@ -300,7 +300,8 @@ def test_bad_evaluations_are_found_before_training(bert, files, tmp_path, capsys
     answer = {"id": "1", "question": "?", "answers": [{"text": "zz", "answer_start": 0}]}
     lost.write_text(json.dumps({"data": [{"paragraphs": [{"context": "a b", "qas": [answer]}]}]}))
     assert finetune(bert, tmp_path / "out", "qa", lost) == 1
-    assert "no example can be learnt from" in capsys.readouterr().err
+    expected = "no example can be learnt from (questions left out, whose answers are not in their context: 1)"
+    assert expected in capsys.readouterr().err
     assert finetune(bert, tmp_path / "out", "qa", files["silent"]) == 1
     assert "question '1' has no answer; --metric squad_v2 is for such" in capsys.readouterr().err
 

@@ -110,7 +110,8 @@ def _finetune(request: Request, processes: Processes, report: Any) -> dict[str, 
     task.settle(train, request.labels, named)
     features = task.features(train, training=True)
     if not features.windows:
-        raise DataError(f"{request.train}: no example can be learnt from")
+        why = "; ".join(f"{what}: {count:,}" for what, count in features.notes.items() if count)
+        raise DataError(f"{request.train}: no example can be learnt from" + (f" ({why})" if why else ""))
     task.weigh(request.class_weights, features.windows)
     held_out = None if request.eval is None else task.read(request.eval)
     if held_out is not None:
