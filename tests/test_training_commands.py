@@ -272,7 +272,11 @@ def test_a_classifier_goes_on_learning_by_the_names_of_its_labels(tuned, tmp_pat
         ("", (), "has no rows"),
         ("text\tlabel\na\tx\nb\tx\n", (), "the only label is 'x'; a classifier needs two or more"),
         ("text\tlabel\na\n", (), "line 2: 1 cells, but the header has 2"),
-        ("review\tlabel\na\tx\n", (), "has the columns review, label; expected text, label or sentence, label"),
+        (
+            "review\tlabel\na\tx\n",
+            (),
+            "has the columns review, label; expected text, label or sentence, label or others by --columns",
+        ),
         ("text\tlabel\na\tx\n", ("--columns", "text,stars"), "no column 'stars'"),
         ("text\tlabel\na\tx\n", ("--columns", "text"), "--columns must name 2 columns for --task sentence"),
         ("text\tlabel\na\tx\n", ("--columns", "text,text"), "--columns names 'text' twice"),

@@ -155,3 +155,12 @@ def test_tags_are_complete_and_in_order():
         tags_of([Sentence("s", ["a"], ["O"])], None)
     with pytest.raises(DataError, match="the tag 'I-y' is none of the model's: O, B-x-z"):
         tags_of(sentences, ["O", "B-x-z"])
+
+
+def test_texts_to_predict_need_no_label_and_their_columns_have_no_option(tokenizer, tmp_path):
+    task, table = make_task(Spec("sentence", "accuracy"), tokenizer), tmp_path / "texts.tsv"
+    table.write_text("sentence\nb\n", encoding="utf-8")
+    assert [example.text for example in task.read(table, gold=False)] == ["b"]
+    table.write_text("text1\ttext2\na\tb\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"has the columns text1, text2; expected text or sentence$"):
+        task.read(table, gold=False)

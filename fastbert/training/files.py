@@ -91,7 +91,7 @@ def read_table(path: str | Path, columns: list[str]) -> list[Row]:
         missing = [name for name in columns if name not in row.cells]
         if missing:
             has = ", ".join(map(repr, row.cells)) or "none"
-            raise DataError(f"{row.place}: no column {missing[0]!r}; it has {has} (--columns names them)")
+            raise DataError(f"{row.place}: no column {missing[0]!r}; it has {has}")
     return rows
 
 

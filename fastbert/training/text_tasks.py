@@ -67,8 +67,10 @@ class TextTask(Task):
         has, known = columns_of(path), PAIR_COLUMNS if n_texts == 2 else TEXT_COLUMNS
         found = next((names for names in known if set(names) <= set(has)), None)
         if found is None or (gold and "label" not in has):
-            expected = " or ".join(", ".join((*names, "label")) for names in known)
-            raise DataError(f"{path} has the columns {', '.join(has)}; expected {expected}, or --columns")
+            expected = [", ".join((*names, "label")[: n_texts + gold]) for names in known]
+            if gold:  # a model that is trained knows its columns, and `fastbert predict` has no such option
+                expected.append("others by --columns")
+            raise DataError(f"{path} has the columns {', '.join(has)}; expected {' or '.join(expected)}")
         return [*found, "label"][: n_texts + gold]
 
     def read(self, path: str | Path, gold: bool = True) -> list[Text]:
