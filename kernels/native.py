@@ -237,4 +237,4 @@ def engine(op: str, dtype: torch.dtype, device: torch.device) -> str:
         return by_cpp
     if cpp.multiplies(dtype):
         return "C++, with GELU or no activation, and ReLU with gradients; else the vendor library's products"
-    return f"the vendor library's products; C++ up to {cpp.MOST_ROWS} rows without gradients"
+    return f"the vendor library's products; C++ up to {cpp.LINEAR_ROWS} rows without gradients"

@@ -39,7 +39,7 @@ def build(family: str = "bert", **more):
 def _tiles(monkeypatch):
     """As on a CPU whose vendor library has instructions that our products have not."""
     monkeypatch.setattr(cpp, "multiplies", lambda dtype: False)
-    monkeypatch.setattr(cpp, "MOST_ROWS", cpp.MOST_ROWS_LAID_OUT)
+    monkeypatch.setattr(cpp, "LINEAR_ROWS", cpp.LINEAR_ROWS_LAID_OUT)
 
 
 def packed(model) -> int:

@@ -116,8 +116,8 @@ def test_a_classifier_learns_and_predicts_by_name(tuned, files, capsysbinary):
     assert report["definitions"].keys() == report["scores"].keys()
     assert "labels: 0 = No, 1 = Yes" in report["definitions"]["accuracy"]
     assert (report["evaluation examples"], report["max length"], report["stride"]) == (24, 40, 0)
-    rows_of = [json.loads(line) for line in (tuned / "metrics.jsonl").read_text().splitlines()]
-    scored = [row["scores"] for row in rows_of if "scores" in row]
+    records = [json.loads(line) for line in (tuned / "metrics.jsonl").read_text().splitlines()]
+    scored = [row["scores"] for row in records if "scores" in row]
     assert scored[report["best epoch"] - 1] == report["scores"]
     assert scored[report["best epoch"] - 1]["accuracy"] == max(scores["accuracy"] for scores in scored)
     found = predictions(tuned, files["sentence"], capsysbinary, "--all-scores")

@@ -15,7 +15,7 @@ from ..kernels.cpu.int8 import Int8Layer as Int8Layer
 from ..kernels.cpu.int8 import fit_in_one_call as fit_in_one_call
 
 # what may stand between up and down
-ACTIVATIONS = (*cpp.ACTIVATION_NUMBERS,)
+ACTIVATIONS_IN_CPP = (*cpp.ACTIVATION_NUMBERS,)
 
 
 def is_ahead(nbytes: int, dtype: torch.dtype) -> bool:
@@ -28,7 +28,7 @@ def run(x: Tensor, tensors: list[Tensor], options: F.LayerOptions, cu_seqlens: T
 
     Args:
         tensors: what `functional.LayerWeights` holds of each layer, one layer after another, as `is_plain` found them.
-        options: of every layer; its activation is one of `ACTIVATIONS`, and nothing is dropped.
+        options: of every layer; its activation is one of `ACTIVATIONS_IN_CPP`, and nothing is dropped.
         cu_seqlens: [B + 1] int32.
     """
     return cpp.encoder_layers(x, tensors, options, cu_seqlens)

@@ -150,7 +150,7 @@ def in_one(layers: Iterable[Layer | None]) -> tuple[list[Tensor], F.LayerOptions
     tensors: list[Tensor] = []
     numbers = set()
     for layer in layers:
-        if layer is None or layer.pre_norm or layer.gated or layer.activation_name not in one_call.ACTIVATIONS:
+        if layer is None or layer.pre_norm or layer.gated or layer.activation_name not in one_call.ACTIVATIONS_IN_CPP:
             return None
         of_layer = layer.tensors()
         if of_layer is None or any(t is None for t in of_layer):
@@ -165,7 +165,7 @@ def all_in_8_bits(layers: Iterable[Layer | None]) -> tuple[list[one_call.Int8Lay
     found: list[one_call.Int8Layer] = []
     numbers = set()
     for layer in layers:
-        if layer is None or layer.pre_norm or layer.gated or layer.activation_name not in one_call.ACTIVATIONS:
+        if layer is None or layer.pre_norm or layer.gated or layer.activation_name not in one_call.ACTIVATIONS_IN_CPP:
             return None
         if (of_layer := in_8_bits(layer)) is None or not one_call.fit_in_one_call(of_layer):
             return None

@@ -55,7 +55,7 @@ def forward(
     indices: Sequence[Tensor], tables: Sequence[Tensor], eps: float, keys: Tensor | None, dropout_p: float
 ) -> Tensor:
     """y [T, C] of `embedding_layer_norm`."""
-    rows, (_, width), dtype = indices[0].numel(), cpp.rows_of("embedding_layer_norm", tables[0]), tables[0].dtype
+    rows, (_, width), dtype = indices[0].numel(), cpp.rows_and_width("embedding_layer_norm", tables[0]), tables[0].dtype
     y = torch.empty(rows, width, dtype=dtype, device="cpu")
     sizes = array("q", map(len, tables[:3]))
     outside = cpp.call(
@@ -81,7 +81,7 @@ def backward(
 
     Raises: IndexError where an index lies outside of its table, as where it was changed since the forward pass.
     """
-    rows, (_, width), dtype = indices[0].numel(), cpp.rows_of("embedding_layer_norm", tables[0]), tables[0].dtype
+    rows, (_, width), dtype = indices[0].numel(), cpp.rows_and_width("embedding_layer_norm", tables[0]), tables[0].dtype
     dy = dy.contiguous()
     new = {"dtype": torch.float32, "device": "cpu"}
     dz = torch.empty(rows, width, **new)

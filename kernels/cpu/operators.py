@@ -28,8 +28,10 @@ from . import library
 from .library import NO_MEMORY, NORM_BLOCK, UP_ROWS, WIDTH
 from .pointers import PLAIN, address, address_or_none, addresses, strided_address
 
-MOST_ROWS = 64  # up to which `linear` is taken of odd widths, and where the vendor library has instructions it has not,
-MOST_ROWS_LAID_OUT = 16  # and where besides a weight lies ready for that
+# Most rows of which `linear` is taken, of odd widths and where the vendor library has instructions that ours has not;
+# and where besides a weight lies ready for the vendor library.
+LINEAR_ROWS = 64
+LINEAR_ROWS_LAID_OUT = 16
 FEW_BYTES = 288 << 10  # of x, up to which `encoder_layers` is taken there; above, Ctrl-C is heard after each layer
 UP = LayerWeights._fields.index("up")
 ACTIVATION_NUMBERS = {"gelu": 1, "gelu_tanh": 2, "relu": 3}  # as in simd.h; 0 is none
@@ -129,7 +131,7 @@ def expect_multiple(function: str, what: str, size: int, multiple: int = WIDTH) 
         raise ValueError(f"{function}: {what} must be a multiple of {multiple}, got {size}")
 
 
-def rows_of(function: str, x: Tensor) -> tuple[int, int]:
+def rows_and_width(function: str, x: Tensor) -> tuple[int, int]:
     """(rows, their width) of x [..., N]."""
     width = x.shape[-1] if x.dim() else 0
     expect_multiple(function, "the width of a row", width)
@@ -160,7 +162,7 @@ def add_layer_norm(
     """LayerNorm(dropout(x + x_bias) + residual): contiguous [..., N], statistics in float32, the sum never rounded; in
     residual's dtype, which is that of all but x. keys: of the rows, as `_random.row_keys` makes them, or None for no
     dropout."""
-    (rows, width), size, dtype, wide = rows_of("add_layer_norm", x), x.numel(), x.dtype, residual.dtype
+    (rows, width), size, dtype, wide = rows_and_width("add_layer_norm", x), x.numel(), x.dtype, residual.dtype
     y = torch.empty(x.shape, dtype=wide, device="cpu")
     of_x, summed = address("x", x, dtype, size), address("residual", residual, wide, size)
     scaled = address("weight", weight, wide, width), address("bias", bias, wide, width), address("y", y, wide, size)
@@ -180,7 +182,7 @@ def add_layer_norm_backward(
     dropout_p: float = 0.0, x_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """(dx, dresidual, dweight, dbias, dx_bias); without dropout and in one dtype the first two are one tensor."""
-    (rows, width), size, dtype, wide = rows_of("add_layer_norm_backward", x), x.numel(), x.dtype, residual.dtype
+    (rows, width), size, dtype, wide = rows_and_width("add_layer_norm_backward", x), x.numel(), x.dtype, residual.dtype
     dy = dy.contiguous()
     dresidual = torch.empty(x.shape, dtype=wide, device="cpu")
     as_one = keys is None and wide is dtype
@@ -214,7 +216,7 @@ def takes_linear(
     if columns % WIDTH or not multiplies(x.dtype):
         if is_batch_invariant():
             return False
-        most = MOST_ROWS_LAID_OUT if laid_out else MOST_ROWS
+        most = LINEAR_ROWS_LAID_OUT if laid_out else LINEAR_ROWS
     if activation not in (None, "gelu") or not 0 < x.numel() <= most * x.shape[-1]:
         return False
     given = (x, weight) if bias is None else (x, weight, bias)
@@ -276,7 +278,7 @@ def embedding_layer_norm(
     indices: tuple[Tensor, ...], tables: tuple[Tensor, ...], eps: float
 ) -> Tensor | None:  # fmt: skip
     """LayerNorm of the sum of three look-ups, summed in float32; None where an index lies outside its table."""
-    dtype, rows, (_, width) = tables[0].dtype, indices[0].numel(), rows_of("embedding_layer_norm", tables[0])
+    dtype, rows, (_, width) = tables[0].dtype, indices[0].numel(), rows_and_width("embedding_layer_norm", tables[0])
     y = torch.empty(rows, width, dtype=dtype, device="cpu")
     sizes = array("q", map(len, tables[:3]))
     counts = (*(size * width for size in sizes), width, width)
@@ -297,7 +299,7 @@ def takes_mean(x: Tensor, cu_seqlens: Tensor) -> bool:
 def mean_of_sequences(x: Tensor, cu_seqlens: Tensor) -> Tensor:
     """x [T, N], cu_seqlens [B + 1] -> [B, N], sums in float32. Raises ValueError where cu_seqlens does not cut T rows
     into sequences."""
-    sequences, (rows, width) = cu_seqlens.numel() - 1, rows_of("mean_of_sequences", x)
+    sequences, (rows, width) = cu_seqlens.numel() - 1, rows_and_width("mean_of_sequences", x)
     y = torch.empty(max(sequences, 0), width, dtype=x.dtype, device="cpu")
     starts = address("cu_seqlens", cu_seqlens, torch.int32, max(sequences, 0) + 1)
     if call(
