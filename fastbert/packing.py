@@ -80,31 +80,33 @@ class PackedBatch:
 
         All that a device needs, attention's list of tiles included, goes there in one copy.
         """
-        lengths = np.fromiter(map(len, input_ids), np.int64, len(input_ids))
-        total = int(lengths.sum())
-        starts = np.zeros(len(lengths) + 1, np.int32)
-        np.cumsum(lengths, out=starts[1:])
-        positions = np.arange(total) - np.repeat(starts[:-1].astype(np.int64), lengths)
+        lengths = tuple(map(len, input_ids))
+        total = sum(lengths)
+        starts = np.fromiter(itertools.accumulate(lengths, initial=0), np.int32, len(lengths) + 1)
+        positions = np.arange(total, dtype=np.int64)
+        if len(lengths) > 1:
+            positions -= np.repeat(starts[:-1], lengths)
         ids = np.fromiter(itertools.chain.from_iterable(input_ids), np.int64, total)
         types = None
         if token_type_ids is not None:
-            if [len(t) for t in token_type_ids] != lengths.tolist():
+            if tuple(map(len, token_type_ids)) != lengths:
                 raise ValueError("token_type_ids must have the lengths of input_ids")
             types = torch.from_numpy(np.fromiter(itertools.chain.from_iterable(token_type_ids), np.int64, total))
         if sequence_ids is not None and len(sequence_ids) != len(lengths):
             raise ValueError(f"sequence_ids must be {len(lengths)}, one for each sequence, got {len(sequence_ids)}")
         names = None if sequence_ids is None else torch.from_numpy(np.array(sequence_ids, np.int64))
+        device = torch.device("cpu" if device is None else device)
         batch = cls(
             input_ids=torch.from_numpy(ids),
             token_type_ids=types,
             positions=torch.from_numpy(positions),
             cu_seqlens=torch.from_numpy(starts),
-            max_seqlen=int(lengths.max(initial=0)),
-            lengths=tuple(lengths.tolist()),
+            max_seqlen=max(lengths, default=0),
+            lengths=lengths,
+            entries=F.attention_entries(lengths, device) if device.type == "cpu" else None,
             sequence_ids=names,
         )
-        device = torch.device("cpu" if device is None else device)
-        return batch._with_entries(device) if device.type == "cpu" else batch.to(device)
+        return batch if device.type == "cpu" else batch.to(device)
 
     @classmethod
     def from_padded(

@@ -63,13 +63,15 @@ OPERATORS = {
 
 
 def _model(job: Job) -> BertModel:
+    from fastbert.inference.large_pages import move_to_large_pages
     from fastbert.models.bert import BertModel
 
     def make() -> BertModel:
         config, state = job.model
-        model = BertModel(config, add_pooling_layer=False)
+        model = BertModel(config, add_pooling_layer=False).eval()
         model.load_state_dict(state)
-        return model.to(job.device, job.dtype).eval()
+        # as `Encoder.from_pretrained` does
+        return move_to_large_pages(model, job.dtype) if job.device.type == "cpu" else model.to(job.device, job.dtype)
 
     return job.once("fastbert", make)
 

@@ -42,10 +42,10 @@ def fused(shape: ModelShape, positions: int) -> Path:
 
 @functools.cache
 def quantised(shape: ModelShape, positions: int) -> Path:
-    """Weights in int8, activations to int8 as they come (`quantize_dynamic`)."""
+    """Weights in int8, a scale a column, activations to int8 as they come (`quantize_dynamic`)."""
     whole = fused(shape, positions)
     need(PEER, "onnxruntime.quantization").quantize_dynamic(
-        str(whole), str(whole.with_name("int8.onnx")),
+        str(whole), str(whole.with_name("int8.onnx")), per_channel=True,
         extra_options={"DefaultTensorType": 1},  # 1: float, where it cannot infer
     )  # fmt: skip
     return whole.with_name("int8.onnx")

@@ -11,7 +11,10 @@ from fastbert.testing import MODELS, Workload
 from ..harness.case import Case
 from .encoder import build
 
-CASES = (("base", 16, 4, True), ("minilm", 16, 5, True), ("base", 8, 45, False), ("base", 64, 46, False))
+CASES = (
+    ("base", 16, 4, True), ("minilm", 16, 5, True), ("base", 8, 45, False), ("base", 64, 46, False),
+    ("minilm", 8, 47, False),
+)  # fmt: skip
 
 
 def cases(device: torch.device, dtype: torch.dtype, quick: bool) -> Iterator[Case]:

@@ -13,6 +13,7 @@ from .. import functional as F
 from ..formats import opened
 from ..inference.eight_bits import quantise
 from ..inference.graphs import why_no_graphs
+from ..inference.large_pages import move_to_large_pages
 from ..models.bert import BertModel
 from .devices import INT8, expect_int8, resolve_device, resolve_dtype
 from .folder import LAST_STATE, POOLER, Output, SentenceConfig
@@ -162,7 +163,8 @@ def loaded_parts(
         inside = path / sentence.encoder if sentence.encoder else path
         tokenizer = Tokenizer.from_pretrained(inside)
         expect_padding_on_the_right(inside, tokenizer)
-        model = BertModel.from_pretrained(inside, dtype=dtype, device=device, impl=impl)
+        to_move = device.type == "cpu" and not int8
+        model = BertModel.from_pretrained(inside, dtype=None if to_move else dtype, device=device, impl=impl)
     modules, output = modules_of(sentence, pooling, normalize, truncate_dim)
     expect_words(id_or_path, tokenizer, model, modules)
     all_layers = sentence.output_hidden_states
@@ -177,6 +179,8 @@ def loaded_parts(
     output = keep_layers(model, layer, output, all_layers and bool(parts_of(modules, WeightedLayerPooling)))
     if int8:
         quantise(model.encoder, partial(run_on_random_words, model))
+    if to_move:
+        move_to_large_pages(model, dtype)
     if cuda_graphs or (cuda_graphs is None and why_no_graphs(model, impl) is None):
         model.use_cuda_graphs()
     max_lengths = sentence.max_lengths if max_length is None else {}

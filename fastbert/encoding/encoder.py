@@ -159,7 +159,8 @@ class Encoder:
             dtype: auto, float32, bfloat16, float16 or int8; auto is bfloat16 where the hardware multiplies it, float16
                 on a GPU that multiplies that alone (V100, T4), else float32. int8,
                 on a CPU with VNNI or AMX, multiplies 8-bit weights by 8-bit activations and does all else as auto.
-            device: auto, cpu, cuda, ...
+            device: auto, cpu, cuda, ... On a CPU the weights are copied into large pages of memory, where the system
+                has those: see `fastbert.inference.large_pages`.
             impl: see `fastbert.functional`.
             cuda_graphs: replay recorded launches for batches that would wait for them: see
                 `BertModel.use_cuda_graphs`. None does so on a CUDA device where the kernels are Triton's; it is safe
@@ -397,7 +398,11 @@ class Encoder:
         vectors = torch.empty(len(ids), self.dimension, dtype=torch.float32, device="cpu")
 
         def keep(rows: list[int], batch: PackedBatch) -> None:
-            vectors[rows] = self._vectors(batch)[: len(rows)].float().cpu()
+            found = self._vectors(batch)[: len(rows)].float().cpu()
+            if len(rows) == 1:  # a list of rows would become a tensor first, which takes longer than the copy
+                vectors[rows[0]] = found[0]
+            else:
+                vectors[rows] = found
 
         self._run(ids, budget, keep)
         return vectors

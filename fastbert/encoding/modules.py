@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -80,17 +81,21 @@ class SentenceModule(nn.Module):
 class _Rows:
     """The rows of tokens that are pooled.
 
-    `counts` [B, 1] are those of each text, `x` its rows, `places` [N] where in its text each of them stands, from 0;
-    `all` are the rows with the prompt's; `weights` [B, 1] are sums of `WordWeights`, or None.
+    `x` are the rows, `places` [N] where in its text each of them stands, from 0; `all` are the rows with the prompt's;
+    `weights` [B, 1] are sums of `WordWeights`, or None.
     """
 
     x: Tensor
     cu_seqlens: Tensor
     places: Tensor
-    counts: Tensor
     all: tuple[Tensor, Tensor]
     weights: Tensor | None
     impl: F.Impl | None
+
+    @cached_property
+    def counts(self) -> Tensor:
+        """[B, 1], how many rows each text has."""
+        return wide(self.cu_seqlens.diff()[:, None].to(self.x.dtype))
 
     def pool(self, mode: str) -> Tensor:
         return wide(F.pool(self.x, self.cu_seqlens, mode, impl=self.impl))
@@ -166,10 +171,9 @@ class Pooling(SentenceModule):
     def _rows(self, features: Features) -> _Rows:
         x, batch = features[TOKENS], features["batch"]
         skipped = 0 if self.include_prompt else features["prompt_length"]
-        lengths = batch.cu_seqlens.diff()
         cu_seqlens, places, kept = batch.cu_seqlens, batch.positions, x
         if skipped:
-            lengths = (lengths - skipped).clamp(min=0)
+            lengths = (cu_seqlens.diff() - skipped).clamp(min=0)
             cu_seqlens = torch.cat([cu_seqlens[:1], lengths.cumsum(0, dtype=torch.int32)])
             # Lengths are known on the host, so a GPU need not be waited for.
             count = sum(max(length - skipped, 0) for length in batch.lengths)
@@ -177,9 +181,8 @@ class Pooling(SentenceModule):
             places, kept = places[indices], x[indices]
         sums = features.get("token_weights_sum")
         return _Rows(
-            kept, cu_seqlens, places, wide(lengths[:, None].to(x.dtype)), (x, batch.cu_seqlens),
-            None if sums is None else sums[:, None], features["impl"],
-        )  # fmt: skip
+            kept, cu_seqlens, places, (x, batch.cu_seqlens), None if sums is None else sums[:, None], features["impl"]
+        )
 
     def check(self, sizes: Sizes) -> None:
         sizes[VECTOR] = Size("text", len(self.modes) * self._size(sizes, TOKENS, row="token").width)

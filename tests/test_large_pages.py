@@ -1,0 +1,133 @@
+"""An Encoder's weights lie in large pages of memory: the values, storages and objects that the move leaves."""
+
+from __future__ import annotations
+
+import mmap
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from fastbert import BertConfig, BertModel
+from fastbert.encoding.encoder import Encoder
+from fastbert.inference import large_pages
+from fastbert.inference.large_pages import LEAST, LINE, move_to_large_pages
+from fastbert.kernels.cpu import int8
+
+on_linux = pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="large pages are asked for on Linux alone")
+pytestmark = pytest.mark.once
+
+
+def model(width: int = 1536, dtype: torch.dtype = torch.float32) -> nn.Module:
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    layers = nn.Sequential(
+        nn.Embedding(7, width, device="cpu", dtype=dtype),
+        nn.Linear(width, width, device="cpu", dtype=dtype),
+        nn.Linear(width, 3, device="cpu", dtype=dtype),
+    )
+    for p in layers.parameters():
+        p.data.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float32, device="cpu"))
+    return layers.requires_grad_(False)
+
+
+def kept(asked: list[mmap.mmap], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keeps what memory was asked for."""
+    original = large_pages._large_pages
+
+    def noted(size: int) -> mmap.mmap | None:
+        memory = original(size)
+        asked.append(memory)
+        return memory
+
+    monkeypatch.setattr(large_pages, "_large_pages", noted)
+
+
+@on_linux
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_values_objects_and_storages(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    asked: list[mmap.mmap] = []
+    kept(asked, monkeypatch)
+    moved = model(2 * LEAST // 4 // 1536)
+    before, objects = [p.clone() for p in moved.parameters()], list(moved.parameters())
+
+    assert move_to_large_pages(moved, dtype) is moved
+
+    assert len(asked) == 1
+    assert len(asked[0]) % large_pages.LARGE == 0
+    for p, value, same in zip(moved.parameters(), before, objects, strict=True):
+        assert p is same
+        assert p.dtype is dtype
+        assert torch.equal(p, value.to(dtype))
+    weights = [moved[1].weight, moved[1].bias, moved[2].weight, moved[2].bias]
+    ends = 0
+    for p in weights:
+        assert p.untyped_storage().nbytes() == p.nbytes
+        assert p.data_ptr() % LINE == 0
+        assert p.data_ptr() >= ends  # nothing lies over another
+        ends = p.data_ptr() + p.nbytes
+    assert ends - weights[0].data_ptr() <= len(asked[0])
+
+
+@on_linux
+def test_memory_outlives_the_model():
+    """The parameters hold the memory, which goes with the last of them."""
+    weight = move_to_large_pages(model(), torch.float32)[1].weight
+    expected = model()[1].weight
+    assert torch.equal(weight, expected)
+
+
+@on_linux
+def test_an_embedding_of_the_dtype_stays():
+    moved = model()
+    where = moved[0].weight.data_ptr()
+    move_to_large_pages(moved, torch.float32)
+    assert moved[0].weight.data_ptr() == where
+
+
+@pytest.mark.parametrize("missing", [False, True], ids=["small", "no-large-pages"])
+def test_ordinary_memory(missing: bool, monkeypatch: pytest.MonkeyPatch):
+    """A small model, and any where the system refuses, is converted all the same."""
+    if missing:
+        monkeypatch.setattr(large_pages, "_large_pages", lambda size: None)
+    else:
+        monkeypatch.setattr(large_pages, "_large_pages", lambda size: pytest.fail("asked for large pages"))
+    moved = model(1536 if missing else 64)
+    expected = [p.bfloat16() for p in moved.parameters()]
+    move_to_large_pages(moved, torch.bfloat16)
+    assert all(torch.equal(p, value) for p, value in zip(moved.parameters(), expected, strict=True))
+
+
+def test_a_kernel_without_large_pages(monkeypatch: pytest.MonkeyPatch):
+    class Refusing(mmap.mmap):
+        def madvise(self, *_: object) -> None:
+            raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(mmap, "mmap", Refusing)
+    assert large_pages._large_pages(1) is None
+
+
+@on_linux
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_an_encoder_moves_its_weights(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Not of weights in 8 bits, since what these replace would stay in memory. The vectors are the same bits."""
+    if dtype == "int8" and int8.why_not() is not None:
+        pytest.skip(int8.why_not())
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "one", "two"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+    config = BertConfig(
+        vocab_size=len(words), hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=16,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(tmp_path)
+
+    def load() -> Encoder:
+        return Encoder.from_pretrained(tmp_path, dtype=dtype, device="cpu", impl="native")
+
+    asked: list[mmap.mmap] = []
+    kept(asked, monkeypatch)
+    expected = load().encode("one two")
+    assert asked == []
+    monkeypatch.setattr(large_pages, "LEAST", 1)
+    assert torch.equal(load().encode("one two"), expected)
+    assert len(asked) == (dtype != "int8")
