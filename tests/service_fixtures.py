@@ -1,8 +1,6 @@
 """Fixtures of the tests of a server's faces: small models and servers of them."""
 
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -11,8 +9,6 @@ from fastbert.service.app import application
 from fastbert.service.models import Models, load
 from fastbert.service.service import Service
 from fastbert.service.settings import Settings
-
-sys.path.append(str(Path(__file__).parent))
 from service_models import CLASSES, PLAIN, Client, make_folder
 
 

@@ -4,10 +4,8 @@ import contextlib
 import json
 import signal
 import socket
-import sys
 import threading
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,8 +16,6 @@ pytest.importorskip("starlette", reason="needs the serve extra")
 pytest.importorskip("uvicorn", reason="needs the serve extra")
 
 from fastbert.cli.main import main
-
-sys.path.append(str(Path(__file__).parent))
 from service_models import PATIENCE, Process, make_folder
 
 pytestmark = pytest.mark.once

@@ -3,9 +3,7 @@
 import base64
 import json
 import re
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -16,8 +14,6 @@ from fastbert.service.app import application
 from fastbert.service.models import Models, load
 from fastbert.service.service import Service
 from fastbert.service.settings import Settings
-
-sys.path.append(str(Path(__file__).parent))
 from service_models import CLASSES, Client, make_folder
 
 pytestmark = pytest.mark.once

@@ -1,17 +1,14 @@
 """Ranks in the form of who asks for them, and vectors in Cohere's types."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
+
+from service_models import close, logits_of
 
 pytest.importorskip("orjson", reason="needs the serve extra")
 pytest.importorskip("prometheus_client", reason="needs the serve extra")
 pytest.importorskip("starlette", reason="needs the serve extra")
 
-sys.path.append(str(Path(__file__).parent))
-from service_models import close, logits_of
 
 pytest_plugins = ("service_fixtures",)
 pytestmark = pytest.mark.once

@@ -1,8 +1,6 @@
 """Whatever JSON comes: an answer or an error in words, never a failure of the server's own, never a traceback."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -18,8 +16,6 @@ from fastbert.service.models import Models, load
 from fastbert.service.openapi import BODIES
 from fastbert.service.service import Service
 from fastbert.service.settings import Settings
-
-sys.path.append(str(Path(__file__).parent))
 from service_models import CLASSES, Client, make_folder
 
 pytestmark = pytest.mark.once

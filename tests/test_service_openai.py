@@ -1,18 +1,16 @@
 """The face of OpenAI, against what the model itself gives."""
 
 import base64
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+
+from service_models import TEXTS, close
 
 pytest.importorskip("orjson", reason="needs the serve extra")
 pytest.importorskip("prometheus_client", reason="needs the serve extra")
 pytest.importorskip("starlette", reason="needs the serve extra")
 
-sys.path.append(str(Path(__file__).parent))
-from service_models import TEXTS, close
 
 pytest_plugins = ("service_fixtures",)
 pytestmark = pytest.mark.once

@@ -1,8 +1,5 @@
 """Entities, answers and filled words, and a model's address as the hub's clients ask there."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -14,8 +11,6 @@ from fastbert.service.app import application
 from fastbert.service.models import Models, load
 from fastbert.service.service import Service
 from fastbert.service.settings import Settings
-
-sys.path.append(str(Path(__file__).parent))
 from service_models import LABELS, PLAIN, Client, close, logits_of
 
 pytest_plugins = ("service_fixtures",)

@@ -1,19 +1,16 @@
 """The page of a server in a real browser. It needs Playwright and a Chromium, which FASTBERT_CHROMIUM may name."""
 
 import os
-import sys
-from pathlib import Path
 
 import pytest
+
+from service_models import Process, make_folder
 
 pytest.importorskip("playwright", reason="needs a browser: pip install playwright; playwright install chromium")
 pytest.importorskip("orjson", reason="needs the serve extra")
 pytest.importorskip("prometheus_client", reason="needs the serve extra")
 pytest.importorskip("uvicorn", reason="needs the serve extra")
 from playwright.sync_api import Error, expect, sync_playwright
-
-sys.path.append(str(Path(__file__).parent))
-from service_models import Process, make_folder
 
 pytestmark = pytest.mark.once
 

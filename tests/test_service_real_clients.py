@@ -4,8 +4,6 @@ pip install openai langchain-openai cohere
 """
 
 import base64
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,8 +17,6 @@ import openai
 import sentence_transformers
 
 from fastbert.cli.options import HUB_ID, default_model
-
-sys.path.append(str(Path(__file__).parent))
 from service_models import Process, make_folder
 
 pytestmark = pytest.mark.once

@@ -1,10 +1,8 @@
 """What is the same for all faces: readiness, counts, limits, the key, late and lost clients, large answers."""
 
 import asyncio
-import sys
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,8 +17,6 @@ from fastbert.service.app import as_json
 from fastbert.service.engine import Engine
 from fastbert.service.models import Models
 from fastbert.service.settings import Settings
-
-sys.path.append(str(Path(__file__).parent))
 from service_models import TEXTS
 
 pytest_plugins = ("service_fixtures",)

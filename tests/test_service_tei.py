@@ -1,8 +1,5 @@
 """The face of text-embeddings-inference, against what the models themselves give."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -10,8 +7,6 @@ pytest.importorskip("orjson", reason="needs the serve extra")
 pytest.importorskip("prometheus_client", reason="needs the serve extra")
 pytest.importorskip("starlette", reason="needs the serve extra")
 from fastbert import Encoder
-
-sys.path.append(str(Path(__file__).parent))
 from service_models import LABELS, PLAIN, close, logits_of
 
 pytest_plugins = ("service_fixtures",)
