@@ -24,6 +24,8 @@ from fastbert.service.app import application
 from fastbert.service.models import Models, load
 from fastbert.service.service import Service
 from fastbert.service.settings import Settings
+
+sys.path.append(str(Path(__file__).parent))
 from service_models import CLASSES, Client, make_folder
 
 PATIENCE = 60.0  # seconds: who has no answer then never gets one

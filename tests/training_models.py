@@ -1,5 +1,6 @@
 """Small models, examples and runs for the tests of fine-tuning."""
 
+import json
 import random
 from pathlib import Path
 
@@ -102,6 +103,15 @@ def gradients(run: Run, training: bool = True) -> dict[str, torch.Tensor]:
     run.shared.train(training)
     run.loss_of_step = run._gradients(run.plan.steps(1)[0], 1)
     return {name: p.grad.clone() for name, p in run.model.named_parameters()}
+
+
+def losses(out: Path) -> list[tuple[int, float]]:
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row["loss"]) for row in rows if "loss" in row]
+
+
+def weights(run) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in run.model.named_parameters()}
 
 
 if __name__ == "__main__":
