@@ -62,6 +62,39 @@ def test_somebodys_own_output_layer_runs():
         assert torch.equal(state(ours), state(model))
 
 
+def test_a_layer_that_is_causal_runs_its_own_code():
+    """Without a mask transformers' sdpa attends to the left alone where a layer says so; with one it never does."""
+    model = plain(attn_implementation="sdpa")
+    ours = fastbert.accelerate(copy.deepcopy(model), impl="native")
+    ids = torch.arange(5, 32).view(3, 9)
+    with torch.no_grad():
+        everywhere = model(ids).last_hidden_state
+        for m in (model, ours):
+            m.encoder.layer[1].attention.self.is_causal = True
+        expected = model(ids).last_hidden_state
+        assert not torch.allclose(expected, everywhere, atol=1e-3)
+        with pytest.warns(UserWarning, match="is causal"):
+            assert torch.equal(ours(ids).last_hidden_state, expected)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tables_that_a_look_up_changes_run_their_own_code():
+    """With max_norm every look-up writes to the table; with scale_grad_by_freq a gradient counts how often an id came.
+    The fused code reads rows and adds up gradients, no more."""
+    for setting, value in {"max_norm": 0.5, "scale_grad_by_freq": True}.items():
+        model = plain()
+        ours = fastbert.accelerate(copy.deepcopy(model), impl="native", padding="exact")
+        found = []
+        for m in (ours, model):
+            table = m.embeddings.word_embeddings
+            setattr(table, setting, value)
+            m(torch.full((2, 9), 7)).last_hidden_state.square().sum().backward()
+            found.append((table.weight.detach(), table.weight.grad))
+        for one, other in zip(*found, strict=True):
+            torch.testing.assert_close(one, other)
+        assert setting in str(fastbert.explain(ours))
+
+
 def test_no_dropout_draws_nothing():
     """In training with every dropout at 0 a number was drawn from torch's generator; the original leaves it alone."""
     model = plain(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).train()

@@ -406,12 +406,16 @@ SETTINGS = (
 )  # fmt: skip
 
 
+# what an embedding has under these names says whether its rows may be looked up without calling it, and how many
+OF_TABLES = ("num_embeddings", "max_norm", "scale_grad_by_freq", "sparse")
+
+
 def _watch(encoder: nn.Module, facts: table.Family, layers: dict[str, nn.Module]) -> Watch:
     config = encoder.config
     places = [*LIBRARY, (encoder.__dict__, "config"), *((config.__dict__, name) for name in SETTINGS)]
     attributes = [(type(config), name) for name in SETTINGS]
-    if facts.position is not None:
-        places += [(m.__dict__, "num_embeddings") for m in at(encoder, facts.position).modules()]
+    tables = [at(encoder, path) for path in facts.tables if at(encoder, path) is not None]
+    places += [(m.__dict__, name) for table in tables for m in table.modules() for name in OF_TABLES]
     if facts.positions == "after_padding_idx":
         places.append((encoder.embeddings.__dict__, "padding_idx"))
     for layer in layers.values():
