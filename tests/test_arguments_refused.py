@@ -61,7 +61,8 @@ INTEGERS = (torch.int64, torch.int32, torch.uint8, torch.bool)
 
 @pytest.mark.parametrize("impl", ["native", "reference"])
 def test_integers_in_place_of_floats_are_refused(impl):
-    """A mean of integers was cut off to an integer, and a bias of uint8 read as something else by torch's attention."""
+    """A mean of integers was cut off to an integer, a bias of uint8 read as something else by torch's attention, and
+    what dropout leaves of integers was of torch's default dtype."""
     for dtype in INTEGERS:
         inputs = INPUTS["pool"](SHAPE, LENGTHS)
         with pytest.raises(ValueError, match="pool: x must be floating-point, got torch"):
@@ -69,6 +70,10 @@ def test_integers_in_place_of_floats_are_refused(impl):
         inputs = INPUTS["attention"](SHAPE, LENGTHS, bias=True)
         with pytest.raises(ValueError, match="attention: bias must be floating-point, got torch"):
             F.attention(**inputs | {"bias": inputs["bias"].to(dtype)}, impl=impl)
+        inputs = INPUTS["add_layer_norm"](SHAPE, LENGTHS, **HIDDEN_DROPOUT)
+        for op in ("add_layer_norm", "add_layer_norm_sum"):
+            with pytest.raises(ValueError, match=f"{op}: x must be floating-point, got torch"):
+                getattr(F, op)(**inputs | {"x": inputs["x"].to(dtype)}, impl=impl)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.float32])

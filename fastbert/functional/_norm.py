@@ -13,6 +13,8 @@ __all__ = ["add_layer_norm", "add_layer_norm_sum", "add_rms_norm", "dropout"]
 
 def _expect_norm(op, x, residual, weight, bias, x_bias, dropout_p, seed, row_ids) -> None:
     width = x.shape[-1]
+    if not x.is_floating_point():  # divided by what dropout keeps, integers would be in torch's default dtype
+        raise ValueError(f"{op}: x must be floating-point, got {x.dtype}")
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"{op}: x is {tuple(x.shape)}, residual is {tuple(residual.shape)}")
     for name, t in (("weight", weight), ("bias", bias), ("x_bias", x_bias)):
@@ -131,6 +133,8 @@ def dropout(
     """x [M, N] with elements dropped as in `add_layer_norm`, the others scaled by 1 / (1 - dropout_p). Plain torch."""
     if x.dim() != 2:
         raise ValueError(f"dropout: x must be [M, N], got {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"dropout: x must be floating-point, got {x.dtype}")
     expect_dropout("dropout", dropout_p, seed)
     if row_ids is not None:
         expect_integers("dropout", "row_ids", row_ids, x.shape[0])
