@@ -268,7 +268,9 @@ def spoil(op: str, inputs: dict[str, Any], rng: random.Random) -> dict[str, Any]
     if kind == 0:
         return inputs | {name: t.to("meta")}
     if kind == 1:
-        return inputs | {name: t.to(rng.choice((torch.float64, torch.float16, torch.int32, torch.int64, torch.bool)))}
+        others = (torch.float64, torch.float16, torch.int32, torch.int64, torch.bool)
+        # products in 8 bits take x in float64 too, where the reference is the exact product
+        return inputs | {name: t.to(rng.choice(others[1:] if (op, name) == ("int8_linear", "x") else others))}
     if kind == 2 and t.dim() and t.shape[-1]:
         return inputs | {name: t[..., :-1]}
     if kind == 3 and t.dim() and t.shape[0]:
