@@ -209,6 +209,30 @@ def test_stopping_ends_what_was_taken_in():
     run(test)
 
 
+def test_what_was_tokenised_meanwhile_wakes_a_thread_that_has_become_idle():
+    async def test():
+        async with Rig() as rig:
+            entered, go = threading.Event(), threading.Event()
+
+            def slow():
+                entered.set()
+                assert go.wait(30)
+                return Prepared([Piece(rig.lane, 4, 10)], [10])
+
+            first = await rig.blocked()  # so that the thread for it tokenises
+            job = Job(rig.queue, slow, 10)
+            rig.engine.submit(job)
+            await asyncio.to_thread(entered.wait, 30)
+            rig.lane.open.set()
+            assert await first.answer == [0]
+            while not rig.engine._idle:
+                await asyncio.sleep(0.001)
+            go.set()
+            assert await asyncio.wait_for(job.answer, 30) == [8]
+
+    run(test)
+
+
 def test_stopping_waits_for_what_is_being_tokenised():
     async def test():
         async with Rig() as rig:
