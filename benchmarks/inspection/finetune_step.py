@@ -48,9 +48,10 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, PreTrainedModel
 
 import fastbert
+from benchmarks.harness.steps import linear_products
 from fastbert.kernels.cpu import operators as cpp
 from fastbert.packing import PackedBatch
-from fastbert.testing import MODELS, ModelShape
+from fastbert.testing import MODELS
 from fastbert.text.tokenizer import Tokenizer
 from fastbert.training.adamw import AdamW
 from fastbert.training.memory import keep_freed_memory
@@ -186,41 +187,6 @@ def transformers(name: str, objective: str, dtype: torch.dtype) -> Step:
 def accelerated(name: str, objective: str, dtype: torch.dtype, own: bool = False) -> Step:
     model = fastbert.accelerate(model_of(name, objective), labelled_logits=objective != "classes")
     return stepping(model, padded_loss(model), dtype, own)
-
-
-def linear_products(shape: ModelShape, dtype: torch.dtype, most: int, most_guessed: int) -> Callable[[int, int], None]:
-    """Computes, of so many tokens of which so many are guessed, the three matrix products of every
-    linear layer in a step (of the outputs, and of the gradients of inputs and weights), on random numbers; of the head
-    of masked words as well, if any is guessed. Products within attention are not among them.
-
-    most, most_guessed: of the tokens of a step, and of those that are guessed.
-    """
-
-    def random(*size: int) -> Tensor:
-        return torch.randn(size, dtype=torch.float32, device="cpu").to(dtype)
-
-    sizes = [(3 * shape.hidden, shape.hidden), (shape.hidden, shape.hidden)]
-    sizes += [(shape.intermediate, shape.hidden), (shape.hidden, shape.intermediate)]
-    layers = [[random(*size) for size in sizes] for _ in range(shape.layers)]
-    of_words = [random(shape.hidden, shape.hidden), random(shape.vocab, shape.hidden)]
-    inputs = {width: random(most, width) for size in sizes for width in size}
-    logits = random(most_guessed, shape.vocab)
-
-    def multiply(weight: Tensor, x: Tensor, dy: Tensor) -> None:
-        torch.mm(x, weight.t())
-        torch.mm(dy, weight)
-        torch.mm(dy.t(), x)
-
-    def compute(tokens: int, guessed: int) -> None:
-        of_width = {width: x[:tokens] for width, x in inputs.items()}
-        for weight in (weight for weights in layers for weight in weights):
-            multiply(weight, of_width[weight.shape[1]], of_width[weight.shape[0]])
-        if guessed:
-            x = inputs[shape.hidden][:guessed]
-            multiply(of_words[0], x, x)
-            multiply(of_words[1], x, logits[:guessed])
-
-    return compute
 
 
 def floor(name: str, objective: str, dtype: torch.dtype) -> Step:

@@ -39,7 +39,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.inspection.finetune_step import linear_products
+from benchmarks.harness.steps import linear_products
 from benchmarks.suites.pretraining import english
 from fastbert.cli.options import positive
 from fastbert.config import BertConfig
