@@ -123,6 +123,16 @@ def test_sums_of_integers_are_exact(rows):
 
 
 @in_each_engine
+def test_a_weight_may_lie_as_it_likes(engine):
+    """Of a weight that lay transposed oneDNN took the integers in the order of the memory: other numbers, silently."""
+    torch.manual_seed(0)
+    transposed = torch.randn(64, 32).t()
+    x = torch.randn(5, 64)
+    expected = eight_bits.Int8Weight(transposed.contiguous()).linear(x)
+    assert torch.equal(eight_bits.Int8Weight(transposed).linear(x), expected)
+
+
+@in_each_engine
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "silu"])
 def test_activations_see_float32_sums(engine, activation):
     x, weight, bias = torch.randn(20, 64).bfloat16(), torch.randn(32, 64).bfloat16() / 8, torch.randn(32).bfloat16()

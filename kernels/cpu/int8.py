@@ -140,7 +140,7 @@ class Int8Weight:
         weight = weight / factors
         grouped = weight.unflatten(1, (-1, group_of(inner) if is_in_cpp() else inner))  # [N, groups, group]
         scales = grouped.abs().amax(2).clamp_min_(SMALLEST).div_(LARGEST)
-        integers = grouped.div(scales[:, :, None]).round_().to(torch.int8).flatten(1)
+        integers = grouped.div(scales[:, :, None]).round_().to(torch.int8).flatten(1).contiguous()
         bias = torch.zeros(columns, dtype=torch.float32, device="cpu") if bias is None else bias.detach().float()
         self._lay_out(integers, scales, bias, factors)
 
