@@ -14,6 +14,7 @@ import torch
 from benchmarks.suites import long_file as memory
 from fastbert import BertConfig, BertModel, Encoder
 from fastbert.cli.main import main
+from fastbert.text.batching import one_ahead
 from fastbert.text.files import InputError, read_chunks
 
 pytestmark = pytest.mark.once
@@ -89,7 +90,7 @@ def test_one_chunk_needs_no_thread(encoder, monkeypatch):
     def refuse(*args, **options):
         raise AssertionError("a thread was started for a single chunk")
 
-    monkeypatch.setattr("fastbert.text.batching.ThreadPoolExecutor", refuse)
+    monkeypatch.setattr(threading, "Thread", refuse)
     assert encoder.encode("a b").shape == (WIDTH,)
 
 
@@ -121,6 +122,33 @@ def test_a_stream_left_early_leaves_no_thread(encoder):
         if thread.name.startswith("ahead"):
             thread.join(timeout=600)
     assert threading.active_count() == before
+
+
+def test_whoever_stops_does_not_wait_for_the_text_that_is_tokenised():
+    """Ctrl-C and SIGTERM close the stream. One word of 200 MB in the second chunk kept them waiting for a minute, and
+    the end of the process waited for the thread once more."""
+    over, begun, ended, daemons = threading.Event(), threading.Event(), [], []
+
+    def tokenise(text):
+        daemons.append(threading.current_thread().daemon)
+        if text == "long":
+            begun.set()
+            over.wait(timeout=20)
+        ended.append(text)
+        return text
+
+    stream = one_ahead(tokenise, ["short", "long", "next"])
+    assert next(stream)() == "short"
+    assert next(stream) is not None
+    assert begun.wait(timeout=600)
+    stream.close()
+    assert ended == ["short"]
+    assert all(daemons)
+    over.set()
+    for thread in threading.enumerate():
+        if thread.name == "ahead":
+            thread.join(timeout=600)
+    assert ended == ["short", "long"], "what nobody waits for was tokenised all the same"
 
 
 def test_chunks_of_lines_end_by_number_and_by_size(tmp_path):

@@ -1,8 +1,11 @@
 """Calls of the tokenizers library that take long."""
 
+import contextlib
+import gc
 import os
 import signal
 import threading
+import weakref
 
 import pytest
 
@@ -36,3 +39,28 @@ def test_a_long_call_gives_what_a_short_one_gives(monkeypatch):
     assert tokenizer(["a b a"]).input_ids == short
     with pytest.raises(ValueError, match=r"text 1 is not valid Unicode: lone surrogate U\+D800 at character 1"):
         tokenizer.input_ids(["a", "a\ud800"])
+
+
+def test_an_error_keeps_no_texts(monkeypatch):
+    """The error held the frames that held the future that held the error, and with them the long texts."""
+
+    class Texts(list):
+        pass
+
+    def encode_batch(inputs):
+        raise OSError
+
+    monkeypatch.setattr(calling, "LONG_CALL", 0)
+    gc.disable()
+    try:
+        texts = Texts(["a"])
+        kept = weakref.ref(texts)
+        with contextlib.suppress(OSError):
+            calling.encoded(encode_batch, texts)
+        for thread in threading.enumerate():
+            if thread.name == "tokenising a long text":
+                thread.join()
+        del texts
+        assert kept() is None
+    finally:
+        gc.enable()

@@ -8,17 +8,20 @@ from __future__ import annotations
 import ctypes
 import functools
 import itertools
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
 import torch
 
 from .. import functional as F
+from .calling import settle
 
 # Tokens a batch. A CPU wants the activations of a layer to stay in its cache; a GPU wants to be full.
 TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 65536}
@@ -52,21 +55,41 @@ def chunks_of(texts: Iterable[str], size: int) -> Iterator[list[str]]:
 def one_ahead(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Callable[[], Any]]:
     """For each item what gives function(item): a thread begins with the next one while the caller has this one.
 
-    The items themselves are drawn in the caller's thread. A single one needs no thread.
+    The items themselves are drawn in the caller's thread. A single one needs no thread. Whoever stops before the end,
+    as Ctrl-C makes it, does not wait for the thread: what that is at is dropped.
     """
     items = iter(items)
     first = list(itertools.islice(items, 2))
     if len(first) < 2:
         yield from (partial(function, item) for item in first)
         return
-    with ThreadPoolExecutor(1, "ahead") as thread:
-        coming = deque(thread.submit(function, item) for item in first)
-        try:
-            while coming:
-                yield coming.popleft().result
-                coming.extend(thread.submit(function, item) for item in itertools.islice(items, 1))
-        finally:
-            thread.shutdown(wait=False, cancel_futures=True)
+    asked: SimpleQueue[tuple[Future, Any] | None] = SimpleQueue()
+
+    def ask(item: Any) -> Future:
+        future: Future = Future()
+        asked.put((future, item))
+        return future
+
+    # The threads of an executor are waited for at the end of the process, however long one text takes.
+    threading.Thread(target=_answer, args=(function, asked), daemon=True, name="ahead").start()
+    coming = deque(map(ask, first))
+    try:
+        while coming:
+            yield coming.popleft().result
+            coming.extend(map(ask, itertools.islice(items, 1)))
+    finally:
+        for future in coming:
+            future.cancel()
+        asked.put(None)
+
+
+def _answer(function: Callable[[Any], Any], asked: SimpleQueue[tuple[Future, Any] | None]) -> None:
+    """Settles one future after another, until None comes."""
+    while (task := asked.get()) is not None:
+        future, item = task
+        if future.set_running_or_notify_cancel():
+            settle(future, function, item)
+        del task, future, item  # nothing is held while waiting
 
 
 # ---- batches -----------------------------------------------------------------------------------------------

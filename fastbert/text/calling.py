@@ -16,7 +16,7 @@ def encoded(encode_batch: Callable[..., list], inputs: list, **options: Any) -> 
     try:
         characters = sum(len(item) if isinstance(item, str) else len(item[0]) + len(item[1]) for item in inputs)
         if characters > LONG_CALL and threading.current_thread() is threading.main_thread():
-            return _beside(encode_batch, inputs, options)
+            return _beside(encode_batch, inputs, options).result()
         return encode_batch(inputs, **options)
     except (TypeError, UnicodeEncodeError):  # all are str, so one is a str that UTF-8 cannot hold
         for i, item in enumerate(inputs):
@@ -35,18 +35,25 @@ def encoded(encode_batch: Callable[..., list], inputs: list, **options: Any) -> 
         raise ValueError(f"cannot truncate: {error}") from error
 
 
-def _beside(encode_batch: Callable[..., list], inputs: list, options: dict[str, Any]) -> list:
-    """encode_batch(inputs, **options) in a thread of its own, while the main thread, which alone hears signals, waits.
+def _beside(encode_batch: Callable[..., list], inputs: list, options: dict[str, Any]) -> Future[list]:
+    """encode_batch(inputs, **options) in a thread of its own: the main thread, which alone hears signals, can wait.
 
     Ctrl-C and SIGTERM then end the wait at once; what the call still comes to is dropped.
     """
     future: Future[list] = Future()
+    threading.Thread(
+        target=settle, args=(future, encode_batch, inputs), kwargs=options, daemon=True, name="tokenising a long text"
+    ).start()
+    return future
 
-    def run() -> None:
-        try:
-            future.set_result(encode_batch(inputs, **options))
-        except BaseException as error:
-            future.set_exception(error)
 
-    threading.Thread(target=run, daemon=True, name="tokenising a long text").start()
-    return future.result()
+def settle(future: Future, function: Callable[..., Any], *args: Any, **options: Any) -> None:
+    """Gives the future the result of function(*args, **options), or what that raises."""
+    try:
+        future.set_result(function(*args, **options))
+    except BaseException as error:
+        future.set_exception(error)
+    finally:
+        # The future holds the error, which holds this frame. If the frame held the future, all three and the texts
+        # would stay in memory until Python collects garbage.
+        del future
