@@ -108,6 +108,12 @@ def test_a_kernel_without_large_pages(monkeypatch: pytest.MonkeyPatch):
 
 
 @on_linux
+def test_a_limit_of_memory():
+    """Weights that are mapped from their file stay there, where a copy of them has no room (here: no addresses)."""
+    assert large_pages._large_pages(1 << 60) is None
+
+
+@on_linux
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_an_encoder_moves_its_weights(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Not of weights in 8 bits, since what these replace would stay in memory. The vectors are the same bits."""

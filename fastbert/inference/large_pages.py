@@ -42,12 +42,12 @@ def _at(memory: mmap.mmap, offset: int, t: Tensor, dtype: torch.dtype) -> Tensor
 
 
 def _large_pages(size: int) -> mmap.mmap | None:
-    """At least `size` bytes of private memory; None where there is no such thing."""
+    """At least `size` bytes of private memory; None where the system has no large pages or not as much memory."""
     if not hasattr(mmap, "MADV_HUGEPAGE"):  # not on Linux
         return None
-    memory = mmap.mmap(-1, -(-size // LARGE) * LARGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     try:
+        memory = mmap.mmap(-1, -(-size // LARGE) * LARGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         memory.madvise(mmap.MADV_HUGEPAGE)
-    except OSError:  # a kernel that was built without them
+    except OSError:  # a limit of this process's memory, or a kernel that was built without large pages
         return None
     return memory
