@@ -1,19 +1,15 @@
 """A fixed budget of the fuzz's cases; tests/fuzz.py goes on for as long as one likes."""
 
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
 
+import fuzz
 from fastbert.kernels import native
 from fastbert.kernels.cpu import library
 from fastbert.kernels.cpu import operators as cpp
 
 pytestmark = pytest.mark.native
-
-spec = spec_from_file_location("fuzz", Path(__file__).with_name("fuzz.py"))
-fuzz = module_from_spec(spec)
-spec.loader.exec_module(fuzz)
 
 CHUNKS, CASES = 12, 60
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.libraries_own import BEGAN, NEVER_ENDED, Recorder, outcomes_in, report
+from libraries_own import BEGAN, NEVER_ENDED, Recorder, outcomes_in, report
 
 pytestmark = pytest.mark.once
 
