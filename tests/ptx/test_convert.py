@@ -163,6 +163,13 @@ def test_integer_comparisons(ptx, opcode):
     assert tuple(got) == expected
 
 
+@pytest.mark.instructions("setp.lt.bf16")
+def test_bfloat16_is_compared(ptx):
+    a, b = (bits(values, "u16") for values in ([0x3F80, 0x4000, 0x7FFF, 0xBF80], [0x4000] * 4))  # 1, 2, NaN, -1; 2
+    body = "setp.lt.bf16 %p0, %in0, %in1; selp.b32 %out, 1, 0, %p0;"
+    assert tuple(ptx.each(body, a, b, out=np.uint32)) == COMPARISONS["lt"]
+
+
 def test_a_comparison_joined_with_a_predicate(ptx):
     body = "setp.eq.u32 %p0, %in0, 1; setp.lt.and.u32 %p1, %in0, 2, %p0; selp.b32 %out, 1, 0, %p1;"
     assert ptx.each(body, np.arange(4, dtype=np.uint32), out=np.uint32).tolist() == [0, 1, 0, 0]

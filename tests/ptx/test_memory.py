@@ -52,7 +52,7 @@ def test_what_the_emulator_does_not_know_is_named(ptx):
 
 LOADS = [
     f"ld.{space}.{vector}b{width}"
-    for space in ("global", "shared")
+    for space in ("global", "shared", "shared::cta")  # Triton 3.8 writes the third for the second, which means the same
     for vector, width in (
         ("", 8), ("", 16), ("", 32), ("", 64), ("v2.", 8), ("v4.", 8), ("v2.", 16), ("v4.", 16), ("v2.", 32),
         ("v4.", 32), ("v2.", 64),
