@@ -256,7 +256,8 @@ def test_what_nanotoken_does_not_know_is_left_to_tokenizers(fast, monkeypatch):
 
 
 def test_texts_are_searched_in_pieces(monkeypatch):
-    """Nothing is heard during a search either. What lies on the border of two pieces is not counted twice."""
+    """Nothing is heard during a search either. What lies on the border of two pieces is not counted twice,
+    and a space that is the last of a piece is all that is left out."""
     tokenizer = OurTokenizer.from_words(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a"], lowercase=True)
     cutter = tokenizer._cutter
     for text in ("a a \u4e00\u4e00, a" * 40, "a " * 300, "\u4e00" * 300):
@@ -267,5 +268,6 @@ def test_texts_are_searched_in_pieces(monkeypatch):
             found = [match.start() for match in cutter._boundaries(text)]
             assert found == sorted({*found})
             assert exact.issuperset(found)
+            assert all(text[n] == " " and (n + 1) % size == 0 for n in exact.difference(found))
             assert cutter.text(text, 20).startswith(whole)
         monkeypatch.undo()
