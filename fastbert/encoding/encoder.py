@@ -159,8 +159,7 @@ class Encoder:
             dtype: auto, float32, bfloat16, float16 or int8; auto is bfloat16 where the hardware multiplies it, float16
                 on a GPU that multiplies that alone (V100, T4), else float32. int8,
                 on a CPU with VNNI or AMX, multiplies 8-bit weights by 8-bit activations and does all else as auto.
-            device: auto, cpu, cuda, ... On a CPU the weights are copied into large pages of memory, where the system
-                has those: see `fastbert.inference.large_pages`.
+            device: auto, cpu, cuda, ... On a CPU weights go into large pages: see `fastbert.inference.large_pages`.
             impl: see `fastbert.functional`.
             cuda_graphs: replay recorded launches for batches that would wait for them: see
                 `BertModel.use_cuda_graphs`. None does so on a CUDA device where the kernels are Triton's; it is safe
@@ -398,11 +397,8 @@ class Encoder:
         vectors = torch.empty(len(ids), self.dimension, dtype=torch.float32, device="cpu")
 
         def keep(rows: list[int], batch: PackedBatch) -> None:
-            found = self._vectors(batch)[: len(rows)].float().cpu()
-            if len(rows) == 1:  # a list of rows would become a tensor first, which takes longer than the copy
-                vectors[rows[0]] = found[0]
-            else:
-                vectors[rows] = found
+            # one row by its number: a list of numbers would become a tensor first, which takes longer than the copy
+            vectors[rows if len(rows) > 1 else rows[0]] = self._vectors(batch)[: len(rows)].float().cpu()
 
         self._run(ids, budget, keep)
         return vectors
