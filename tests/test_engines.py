@@ -1,10 +1,13 @@
 """`impl` says who computes, and `functional.engine` which of the engines behind "native" it is."""
 
+import sys
+
 import pytest
 import torch
 
-from fastbert import batch_invariant, functional
+from fastbert import batch_invariant, functional, kernels
 from fastbert.cli.main import main
+from fastbert.functional._choice import triton_module
 from fastbert.kernels import _gemm, native
 from fastbert.kernels.cpu import operators as cpp
 from fastbert.testing import INPUTS, MODELS
@@ -87,3 +90,16 @@ def test_info_names_the_engines(capsys):
 
 def device_of_info() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.once
+def test_a_kernels_module_may_be_imported_first_while_a_graph_is_traced(tmp_path, monkeypatch):
+    """torch.compile cannot follow `import_module`: without the mark on our function a first call would break."""
+    (tmp_path / "new_operator.py").write_text("def twice(x):\n    return 2 * x\n")
+    monkeypatch.setattr(kernels, "__path__", [*kernels.__path__, str(tmp_path)])
+    whole = torch.compile(lambda x: triton_module("new_operator").twice(x), fullgraph=True, backend="eager")
+    try:
+        assert whole(torch.ones(3, dtype=torch.float32, device="cpu")).tolist() == [2.0] * 3
+    finally:
+        sys.modules.pop("fastbert.kernels.new_operator", None)
+        kernels.__dict__.pop("new_operator", None)
