@@ -190,18 +190,18 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, cu_seqlens, scale, dropout, cu_seqlens_k):
-        lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
-        o = cpu_attention.attention(q, k, v, cu_seqlens, scale, dropout, lse, cu_seqlens_k)
-        ctx.save_for_backward(q, k, v, o, lse, cu_seqlens, cu_seqlens_k)
+        stats = torch.empty(2, q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
+        o = cpu_attention.attention(q, k, v, cu_seqlens, scale, dropout, stats, cu_seqlens_k)
+        ctx.save_for_backward(q, k, v, o, stats, cu_seqlens, cu_seqlens_k)
         ctx.scale, ctx.dropout = scale, dropout
         return o
 
     @staticmethod
     def backward(ctx, do):
-        q, k, v, o, lse, cu_seqlens, cu_seqlens_k = ctx.saved_tensors
+        q, k, v, o, stats, cu_seqlens, cu_seqlens_k = ctx.saved_tensors
         if not by_torch(do):
             grads = cpu_attention.attention_backward(
-                do, q, k, v, o, lse, cu_seqlens, ctx.scale, ctx.dropout, cu_seqlens_k
+                do, q, k, v, o, stats, cu_seqlens, ctx.scale, ctx.dropout, cu_seqlens_k
             )
         else:  # these gradients' own gradients may be wanted: torch's operators have some
             options = {} if ctx.dropout is None else ctx.dropout.options
@@ -234,21 +234,21 @@ def _attention_opaque(
     stream: int = 0,
     sequence_ids: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention, plain or with dropout, as one node of a traced graph, since its loop depends on data: o and lse
-    [H, T], which is left as it is where the backward will not need it."""
+    """Attention, plain or with dropout, as one node of a traced graph, since its loop depends on data: o and
+    softmax_stats [2, H, T], which are left as they are where the backward will not need them."""
     options = _dropout_of(dropout_p, seed, stream, sequence_ids)
-    lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
+    stats = torch.empty(2, q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
     if cpu_attention.takes_attention(q, k, v, cu_seqlens, scale):
         return cpu_attention.attention(
-            q, k, v, cu_seqlens, scale, cpu_attention.Dropout(**options) if options else None, lse
-        ), lse
+            q, k, v, cu_seqlens, scale, cpu_attention.Dropout(**options) if options else None, stats
+        ), stats
     runs = attention_schedule(cu_seqlens, q.shape[0])
-    return _attention_in_runs(q, k, v, runs, scale, **options).contiguous(), lse
+    return _attention_in_runs(q, k, v, runs, scale, **options).contiguous(), stats
 
 
 @_attention_opaque.register_fake
 def _(q, k, v, cu_seqlens, scale, dropout_p=0.0, seed=None, stream=0, sequence_ids=None):
-    return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+    return q.new_empty(q.shape), q.new_empty(2, q.shape[1], q.shape[0], dtype=torch.float32)
 
 
 @torch.library.custom_op("fastbert::attention_native_backward", mutates_args=())
@@ -258,7 +258,7 @@ def _attention_opaque_backward(
     k: torch.Tensor,
     v: torch.Tensor,
     o: torch.Tensor,
-    lse: torch.Tensor,
+    stats: torch.Tensor,
     cu_seqlens: torch.Tensor,
     scale: float | None,
     dropout_p: float,
@@ -269,12 +269,12 @@ def _attention_opaque_backward(
     options = _dropout_of(dropout_p, seed, stream, sequence_ids)
     if cpu_attention.takes_attention(q, k, v, cu_seqlens, scale):
         dropout = cpu_attention.Dropout(**options) if options else None
-        return cpu_attention.attention_backward(do, q, k, v, o, lse, cu_seqlens, scale, dropout)
+        return cpu_attention.attention_backward(do, q, k, v, o, stats, cu_seqlens, scale, dropout)
     return _gradients_in_runs(do, q, k, v, attention_schedule(cu_seqlens, q.shape[0]), scale, **options)
 
 
 @_attention_opaque_backward.register_fake
-def _(do, q, k, v, o, lse, cu_seqlens, scale, dropout_p, seed, stream, sequence_ids):
+def _(do, q, k, v, o, stats, cu_seqlens, scale, dropout_p, seed, stream, sequence_ids):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 

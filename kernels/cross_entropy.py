@@ -1,8 +1,8 @@
 """Cross-entropy of a linear layer's outputs, without those outputs in memory as a whole.
 
     z    = hidden weight^T + bias                                    [N, V]
-    lse  = logsumexp(z)                                              [N]
-    loss = lse - (1 - e) z[label] - e / V * sum(z)                   [N];  0 where label is ignore_index
+    m, l = max(z), sum(exp(z - m))                                   [N]
+    loss = log(l) + m - (1 - e) z[label] - e / V * sum(z)            [N];  0 where label is ignore_index
     dz   = softmax(z) - (1 - e) onehot(label) - e / V                [N, V];  0 in ignored rows; times the row's scale
 
     dhidden = dz weight   [N, C]      dweight = dz^T hidden   [V, C]      dbias = column sums of dz   [V]
@@ -114,14 +114,19 @@ def _add_columns(
 @triton.jit
 def _store_gradient(
     z_ptr, bias_ptr, first, last, n_cols,        # in and out: dz in place of z
-    label, lse, scale, counts, smoothing,
+    label, m, l, scale, counts, smoothing,
     HAS_SMOOTHING: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """dz of columns first to last; MASKED: of those below n_cols."""
+    """dz of columns first to last; MASKED: of those below n_cols.
+
+    m and log(l) are subtracted one after the other: their sum would be rounded as the logits are, and all probabilities
+    of the row would be too large, or too small, by as much.
+    """
+    log2_l = tl.log2(l)
     for v0 in tl.range(first, last, BLOCK):
         offs = v0 + tl.arange(0, BLOCK)
         z = _load_z(z_ptr, bias_ptr, offs, n_cols, MASKED)
-        dz = tl.exp2((z - lse) * LOG2_E) - tl.where(offs == label, 1.0 - smoothing, 0.0)
+        dz = tl.exp2((z - m) * LOG2_E - log2_l) - tl.where(offs == label, 1.0 - smoothing, 0.0)
         if HAS_SMOOTHING:
             dz -= smoothing / n_cols
         dz = tl.where(counts, dz * scale, 0.0).to(z_ptr.dtype.element_ty)
@@ -154,11 +159,10 @@ def _cross_entropy_kernel(
     whole = n_cols // BLOCK_V * BLOCK_V
     m, l, z_sum = _add_columns(m, l, z_sum, z_ptr, bias_ptr, 0, whole, n_cols, HAS_SMOOTHING, BLOCK_V, False)
     m, l, z_sum = _add_columns(m, l, z_sum, z_ptr, bias_ptr, whole, n_cols, n_cols, HAS_SMOOTHING, BLOCK_V // 8, True)
-    lse = m + tl.log(l)
 
-    loss = lse - (1.0 - smoothing) * z_label
+    loss = tl.log(l) + (m - z_label)
     if HAS_SMOOTHING:
-        loss -= smoothing / n_cols * z_sum
+        loss += smoothing * (z_label - z_sum / n_cols)
     tl.store(loss_ptr + row, tl.where(counts, loss, 0.0))
 
     if HAS_GRAD:
@@ -166,11 +170,11 @@ def _cross_entropy_kernel(
         scale = tl.where(named, scale, float("nan"))
         _store_gradient(
             z_ptr, bias_ptr, 0, whole, n_cols,
-            label, lse, scale, counts, smoothing, HAS_SMOOTHING, BLOCK_V, False,
+            label, m, l, scale, counts, smoothing, HAS_SMOOTHING, BLOCK_V, False,
         )  # fmt: skip
         _store_gradient(
             z_ptr, bias_ptr, whole, n_cols, n_cols,
-            label, lse, scale, counts, smoothing, HAS_SMOOTHING, BLOCK_V // 8, True,
+            label, m, l, scale, counts, smoothing, HAS_SMOOTHING, BLOCK_V // 8, True,
         )  # fmt: skip
 
 

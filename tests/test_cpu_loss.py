@@ -263,6 +263,16 @@ def test_batch_invariant_rows(calls):
     assert calls == []
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_large_logits(smoothing):
+    """Two words whose logits are about 2,000 and exact in float32. A row's logsumexp as one number is rounded to 1e-4
+    there. Both words' dz were too large, or both too small, by as much, which a weight of 64 throughout multiplied."""
+    hidden = torch.randn(65, 64).mul(8).round().add(8) / 16
+    weight = torch.randn(2, 64).mul(4).round() / 16 + 64
+    inputs = {"hidden": hidden, "weight": weight, "bias": None, "labels": torch.arange(65) % 2}
+    check(torch.float32, inputs | {"label_smoothing": smoothing})
+
+
 @pytest.mark.cpp
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_passes_give_the_same_bits_with_any_number_of_threads(dtype):
@@ -276,7 +286,8 @@ def test_passes_give_the_same_bits_with_any_number_of_threads(dtype):
             summed = [torch.full((96,), -1e30), *torch.zeros(3, 96)]
             cpu_loss.sum_logits(logits, bias, labels, *summed, 0)
             dz, dbias = torch.empty_like(logits), torch.empty(70)
-            cpu_loss.logit_gradients(logits, bias, labels, summed[0] + summed[1].log(), dloss, dz, dbias, 0, 0.1, 70)
+            of_rows = summed[0], summed[1].log2(), dloss
+            cpu_loss.logit_gradients(logits, bias, labels, *of_rows, dz, dbias, 0, 0.1, 70)
             both.append((*summed, dz, dbias))
     finally:
         torch.set_num_threads(threads)

@@ -68,8 +68,8 @@ def one_layer(x, starts, *layer):
 # entry -> (function of its tensors, the tensors); all others of its arguments are in the function
 ENTRIES = {
     "attention": (
-        lambda q, k, v, starts, lse: cpu_attention.attention(q, k, v, starts, None, None, lse),
-        lambda: [*(floats(T, H, D) for _ in range(3)), starts(), floats(H, T)],
+        lambda q, k, v, starts, stats: cpu_attention.attention(q, k, v, starts, None, None, stats),
+        lambda: [*(floats(T, H, D) for _ in range(3)), starts(), floats(2, H, T)],
     ),
     "attention_with_dropout": (
         lambda q, k, v, starts, names: cpu_attention.attention(
@@ -79,7 +79,7 @@ ENTRIES = {
     ),
     "attention_backward": (
         lambda *t: cpu_attention.attention_backward(*t, None),
-        lambda: [*(floats(T, H, D) for _ in range(5)), floats(H, T), starts()],
+        lambda: [*(floats(T, H, D) for _ in range(5)), floats(2, H, T), starts()],
     ),
     "attention_with_other_keys": (
         lambda q, k, v, starts, of_keys: cpu_attention.attention(q, k, v, starts, None, cu_seqlens_k=of_keys),
@@ -147,7 +147,7 @@ ENTRIES = {
     ),
     "logit_gradients": (
         lambda *t: loss.logit_gradients(*t, 0, 0.1, V),
-        lambda: [floats(V, T), floats(V), ids(V).int(), floats(T), floats(T), floats(V, T), floats(V)],
+        lambda: [floats(V, T), floats(V), ids(V).int(), *(floats(T) for _ in range(3)), floats(V, T), floats(V)],
     ),
 }
 
@@ -215,6 +215,19 @@ def test_entries_refuse_what_does_not_fit(name, spoiler):
         given = tensors()
         given[place] = SPOILERS[spoiler](given[place])
         assert is_refused(function, given), f"tensor {place} was taken"
+
+
+@pytest.mark.parametrize("name", [n for n in ENTRIES if "attention" in n or "layers" in n or "mean" in n])
+def test_starts_have_one_dimension(name):
+    """cu_seqlens of shape [1, B + 1] was read as if it were [B + 1]."""
+    function, tensors = ENTRIES[name]
+    places = [n for n, t in enumerate(tensors()) if t.dtype == torch.int32]
+    assert places
+    for place in places:
+        given = tensors()
+        given[place] = given[place][None]
+        with pytest.raises(ValueError, match=r"\[B \+ 1\]"):
+            function(*given)
 
 
 @pytest.mark.parametrize("sizes", [{"heads": 3}, {"head_dim": 12}, {"scale": -1.0}, {"scale": float("nan")}])

@@ -143,6 +143,16 @@ def test_extreme_logits(device):
         assert testing.relative_rms(ours, truth) < 1e-3  # a float32 of 1e4 is off by 5e-4 itself
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_large_logits(smoothing, device):
+    """Two words whose logits are about 2,000 and exact in float32. A row's logsumexp as one number is rounded to 1e-4
+    there. Both words' dz were too large, or both too small, by as much, which a weight of 64 throughout multiplied."""
+    hidden = torch.randn(65, 64).mul(8).round().add(8) / 16
+    weight = torch.randn(2, 64).mul(4).round() / 16 + 64
+    inputs = {"hidden": hidden, "weight": weight, "bias": None, "labels": torch.arange(65) % 2}
+    assert_op("linear_cross_entropy", inputs | {"label_smoothing": smoothing}, torch.float32, device)
+
+
 def test_float16_under_a_loss_scale(device):
     """Gradients made ahead of the loss scale must not underflow: one row in 4,096 at 1 / 4096 of the gradient."""
     hidden, weight, bias, labels = tensors(35, device, torch.float16)

@@ -1,6 +1,10 @@
 // Packed attention, head by head: K of one head is transposed once (as many keys side by side as a register has lanes),
 // then six rows of queries at a time get all their scores, a softmax in place, dropout, and their product with V.
 // Everything a head needs stays in the core's own cache. `attention.py` calls it.
+//
+// softmax_stats [2, heads, tokens] is what the backward makes a row's probabilities of its scores by: the maximum of the
+// scaled scores in log2 units, and 1 / the sum of exp2(score - maximum). One number, lse, would be rounded as the scores
+// are: at scores of 10,000 every probability of a row would be 5e-4 too large, or too small.
 
 #include "attention.h"
 
@@ -33,26 +37,24 @@ template <class T, int M, int N>
 }
 
 // Scores of one row, the greatest of each lane `most` -> p = exp(scale * (score - maximum)) in T, zero past the keys, by
-// a polynomial of DEGREE; returns 1 / sum(p), and *lse = log(sum(exp(scale * score))) where lse is not null.
+// a polynomial of DEGREE. What makes p of scores again: *shift, the maximum times scale_log2; returned: 1 / sum(p).
 template <class T, int DEGREE>
 inline float softmax(
-    const float* scores, Floats most, typename T::Element* p, int keys, Mask tail, float scale_log2, float* lse
+    const float* scores, Floats most, typename T::Element* p, int keys, Mask tail, float scale_log2, float* shift
 ) {
-    const float greatest = maximum_of(most) * scale_log2;
-    const Floats scale = floats(scale_log2), shift = floats(greatest);
+    *shift = maximum_of(most) * scale_log2;
+    const Floats scale = floats(scale_log2), greatest = floats(*shift);
     Floats sum = floats(0.0f);
     int j = 0;
     for (; j < keys - WIDTH; j += WIDTH) {
-        const Floats x = exp2_of<DEGREE>(fms(load(scores + j), scale, shift));
+        const Floats x = exp2_of<DEGREE>(fms(load(scores + j), scale, greatest));
         sum += x;
         T::store(p + j, x);
     }
     // a scale of 0 makes NaN of the minus infinity past the keys
-    const Floats last = keep(tail, exp2_of<DEGREE>(fms(load(scores + j), scale, shift)));
+    const Floats last = keep(tail, exp2_of<DEGREE>(fms(load(scores + j), scale, greatest)));
     T::store(p + j, last);
-    const float total = sum_of(sum + last);
-    if (lse) *lse = std::log(total) + greatest / LOG2_E;
-    return 1.0f / total;
+    return 1.0f / sum_of(sum + last);
 }
 
 // p [keys] of the row with this key, zero where it is dropped.
@@ -85,7 +87,7 @@ template <class T, int M>
 void rows_of_head(
     const typename T::Element* q, int64_t q_stride, const float* k, const float* v, int64_t v_stride, int length,
     int keys, int head_dim, float scale_log2, const Dropout* dropout, const uint64_t* row_keys, float* scores,
-    typename T::Element* p, typename T::Element* o, int64_t o_stride, float* lse
+    typename T::Element* p, typename T::Element* o, int64_t o_stride, float* shifts, float* factors
 ) {
     const int lanes = head_dim / T::PER_LANE;
     const Mask tail = first_lanes(length - (keys - WIDTH));
@@ -97,12 +99,12 @@ void rows_of_head(
     });
     float factor[M];
     for (int i = 0; i < M; ++i) {
-        if (T::PER_LANE == 2 && !lse)  // all that leaves the sum is rounded to bfloat16
-            factor[i] = softmax<T, 3>(scores + i * keys, most[i], p + i * keys, keys, tail, scale_log2, nullptr);
+        float shift;
+        if (T::PER_LANE == 2 && !shifts)  // all that leaves the sum is rounded to bfloat16
+            factor[i] = softmax<T, 3>(scores + i * keys, most[i], p + i * keys, keys, tail, scale_log2, &shift);
         else
-            factor[i] = softmax<T, 6>(
-                scores + i * keys, most[i], p + i * keys, keys, tail, scale_log2, lse ? lse + i : nullptr
-            );
+            factor[i] = softmax<T, 6>(scores + i * keys, most[i], p + i * keys, keys, tail, scale_log2, &shift);
+        if (shifts) shifts[i] = shift, factors[i] = factor[i];
         if (dropout) {
             drop<T>(p + i * keys, keys, row_keys[i], dropout->threshold);
             factor[i] *= dropout->scale;
@@ -117,8 +119,8 @@ void rows_of_head(
 template <class T>
 int attention(
     const typename T::Element* q, const typename T::Element* k, const typename T::Element* v, typename T::Element* o,
-    float* lse, const int32_t* starts, const int32_t* starts_k, int sequences, int64_t tokens, int64_t tokens_k,
-    int heads, int kv_heads, int head_dim, int64_t q_token, int64_t q_head, int64_t k_token, int64_t k_head,
+    float* softmax_stats, const int32_t* starts, const int32_t* starts_k, int sequences, int64_t tokens,
+    int64_t tokens_k, int heads, int kv_heads, int head_dim, int64_t q_token, int64_t q_head, int64_t k_token, int64_t k_head,
     int64_t v_token, int64_t v_head, float scale, const Dropout* dropout
 ) {
     using Element = typename T::Element;
@@ -134,10 +136,7 @@ int attention(
             const int length = starts_k[sequence + 1] - starts_k[sequence];
             Element* out = o + start * o_token + (int64_t)head * head_dim;
             if (length == 0)  // nothing to attend to
-                for (int row = 0; row < queries; ++row) {
-                    std::fill_n(out + row * o_token, head_dim, Element(0));
-                    if (lse) lse[head * tokens + start + row] = -std::numeric_limits<float>::infinity();
-                }
+                for (int row = 0; row < queries; ++row) std::fill_n(out + row * o_token, head_dim, Element(0));
             if (queries == 0 || length == 0) continue;
             const int keys = round_up(length, WIDTH), kv_head = head / (heads / kv_heads);
             const size_t of_keys = (size_t)keys * head_dim / T::PER_LANE;  // floats; as many of the paired values
@@ -164,14 +163,15 @@ int attention(
             uint64_t row_keys[ROWS];
             for (int row = 0; row < queries; row += ROWS) {
                 const int n = std::min(ROWS, queries - row);
-                float* row_lse = lse ? lse + head * tokens + start + row : nullptr;
+                float* shifts = softmax_stats ? softmax_stats + head * tokens + start + row : nullptr;
+                float* factors = softmax_stats ? shifts + heads * tokens : nullptr;
                 if (dropout)
                     for (int i = 0; i < n; ++i) row_keys[i] = row_key(*dropout, sequence, head, row + i);
 #define OF_ROWS(M)                                                                                                 \
     case M:                                                                                                        \
         rows_of_head<T, M>(rows + row * q_token, q_token, keys_transposed, values, v_stride, length, keys,         \
                            head_dim, scale * LOG2_E, dropout, row_keys, scores, p, out + row * o_token, o_token,   \
-                           row_lse);                                                                               \
+                           shifts, factors);                                                                       \
         break;
                 switch (n) { OF_ROWS(6) OF_ROWS(5) OF_ROWS(4) OF_ROWS(3) OF_ROWS(2) OF_ROWS(1) }
 #undef OF_ROWS
@@ -184,14 +184,14 @@ int attention(
 
 #define EXPORT_FOR(T, name)                                                                                        \
     EXPORT int attention_##name(                                                                                   \
-        const T::Element* q, const T::Element* k, const T::Element* v, T::Element* o, float* lse,                  \
+        const T::Element* q, const T::Element* k, const T::Element* v, T::Element* o, float* softmax_stats,        \
         const int32_t* starts, const int32_t* starts_k, int sequences, int64_t tokens, int64_t tokens_k,           \
         int heads, int kv_heads, int head_dim, int64_t q_token, int64_t q_head, int64_t k_token,                   \
         int64_t k_head, int64_t v_token, int64_t v_head,                                                           \
         float scale, const Dropout* dropout                                                                        \
     ) {                                                                                                            \
-        return attention<T>(q, k, v, o, lse, starts, starts_k, sequences, tokens, tokens_k, heads, kv_heads,       \
-                            head_dim, q_token, q_head, k_token, k_head, v_token, v_head, scale, dropout);          \
+        return attention<T>(q, k, v, o, softmax_stats, starts, starts_k, sequences, tokens, tokens_k, heads,       \
+                            kv_heads, head_dim, q_token, q_head, k_token, k_head, v_token, v_head, scale, dropout);\
     }
 
 EXPORT_FOR(Float32, float32)

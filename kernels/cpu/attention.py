@@ -12,7 +12,7 @@ from .._random import keep_threshold
 from . import library
 from . import operators as cpp
 from .library import NO_MEMORY, WIDTH
-from .pointers import address, address_or_none, strided_address
+from .pointers import address, address_of_starts, address_or_none, strided_address
 
 
 class Dropout(ctypes.Structure):
@@ -52,46 +52,49 @@ def _attend(
     Raises: ValueError on shapes that do not fit, on a negative scale, and where cu_seqlens does not cut T rows, or
     cu_seqlens_k Tk rows, into sequences; MemoryError.
     """
-    (tokens, heads, head_dim), (of_keys, kv_heads), sequences = q.shape, k.shape[:2], cu_seqlens.numel() - 1
+    (tokens, heads, head_dim), (of_keys, kv_heads) = q.shape, k.shape[:2]
+    starts, sequences = address_of_starts("cu_seqlens", cu_seqlens)
     cpp.expect_multiple(function, "head_dim", head_dim)
-    if kv_heads < 1 or heads % kv_heads or sequences < 0 or (scale is not None and not scale >= 0.0):
-        raise ValueError(f"{function}: got {heads} heads over {kv_heads}, {sequences} sequences and scale {scale}")
+    if kv_heads < 1 or heads % kv_heads or (scale is not None and not scale >= 0.0):
+        raise ValueError(f"{function}: got {heads} heads over {kv_heads} and scale {scale}")
     if cu_seqlens_k is None:
         cu_seqlens_k, of_keys = cu_seqlens, tokens
+    starts_k, sequences_k = address_of_starts("cu_seqlens_k", cu_seqlens_k)
+    if sequences_k != sequences:
+        raise ValueError(f"{function}: cu_seqlens names {sequences} sequences, cu_seqlens_k {sequences_k}")
     keys = (of_keys, kv_heads, head_dim)
     outcome = cpp.call(
         function, q.dtype, *before, strided_address("q", q, q.dtype, (tokens, heads, head_dim)),
         strided_address("k", k, q.dtype, keys), strided_address("v", v, q.dtype, keys), *after,
-        address("cu_seqlens", cu_seqlens, torch.int32, sequences + 1),
-        address("cu_seqlens_k", cu_seqlens_k, torch.int32, sequences + 1), sequences, tokens, of_keys, heads, kv_heads,
-        head_dim, *strides, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
+        starts, starts_k, sequences, tokens, of_keys, heads, kv_heads, head_dim, *strides, *q.stride()[:2],
+        *k.stride()[:2], *v.stride()[:2],
         head_dim**-0.5 if scale is None else scale, None if dropout is None else dropout.address(sequences),
     )  # fmt: skip
     if outcome == NO_MEMORY:
         longest = int(cu_seqlens_k.diff().max())
         raise MemoryError(f"attention: no memory for the keys of a sequence of {longest} tokens")
     if outcome:
-        for name, starts, rows in (("cu_seqlens", cu_seqlens, tokens), ("cu_seqlens_k", cu_seqlens_k, of_keys)):
-            if starts[0] != 0 or starts[-1] != rows or (starts.diff() < 0).any():
-                raise ValueError(f"attention: {name} must rise from 0 to {rows}, got {starts.tolist()}")
+        for name, bounds, rows in (("cu_seqlens", cu_seqlens, tokens), ("cu_seqlens_k", cu_seqlens_k, of_keys)):
+            if bounds[0] != 0 or bounds[-1] != rows or (bounds.diff() < 0).any():
+                raise ValueError(f"attention: {name} must rise from 0 to {rows}, got {bounds.tolist()}")
 
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float | None,
-    dropout: Dropout | None = None, lse: Tensor | None = None, cu_seqlens_k: Tensor | None = None,
+    dropout: Dropout | None = None, softmax_stats: Tensor | None = None, cu_seqlens_k: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """q [T, H, D], k, v [Tk, Hk, D], strided over tokens and heads -> [T, H, D]; and lse [H, T]. Without cu_seqlens_k
-    [B + 1] Tk is T, and keys lie in the sequences of the queries."""
+    """q [T, H, D], k, v [Tk, Hk, D], strided over tokens and heads -> [T, H, D]; fills softmax_stats [2, H, T] float32
+    for the backward. Without cu_seqlens_k [B + 1] Tk is T, and keys lie in the sequences of the queries."""
     o = torch.empty(q.shape, dtype=q.dtype, device="cpu")
     written = address("o", o, q.dtype, q.numel())
-    of_rows = address_or_none("lse", lse, torch.float32, q.shape[0] * q.shape[1])
+    of_rows = address_or_none("softmax_stats", softmax_stats, torch.float32, 2 * q.shape[0] * q.shape[1])
     _attend("attention", (), q, k, v, (written, of_rows), (), cu_seqlens, scale, dropout, cu_seqlens_k)
     return o
 
 
 def attention_backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, cu_seqlens: Tensor, scale: float | None,
-    dropout: Dropout | None = None, cu_seqlens_k: Tensor | None = None,
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, softmax_stats: Tensor, cu_seqlens: Tensor,
+    scale: float | None, dropout: Dropout | None = None, cu_seqlens_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv of do [T, H, D] and what `attention` took and gave."""
     do = do if do.stride(-1) == 1 else do.contiguous()
@@ -99,7 +102,7 @@ def attention_backward(
     before = (strided_address("do", do, q.dtype, tuple(q.shape)),)
     after = (
         address("o", o, q.dtype, q.numel()),
-        address("lse", lse, torch.float32, q.shape[0] * q.shape[1]),
+        address("softmax_stats", softmax_stats, torch.float32, 2 * q.shape[0] * q.shape[1]),
         *(address(f"d{name}", grad, q.dtype, grad.numel()) for name, grad in zip("qkv", grads, strict=True)),
     )
     _attend("attention_backward", before, q, k, v, after, do.stride()[:2], cu_seqlens, scale, dropout, cu_seqlens_k)

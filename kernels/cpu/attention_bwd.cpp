@@ -1,8 +1,8 @@
 // The gradients of packed attention, head by head:
-//     p = exp(scale q k^T - lse)            dv = dropout(p)^T do
+//     p = exp(scale q k^T - shift) factor   dv = dropout(p)^T do,   shift and factor: softmax_stats of the forward
 //     dp = dropout'(do v^T)                 ds = p * (dp - delta),  delta = rowsum(do * o)
 //     dq = scale ds k                       dk = scale ds^T q
-// Everything is computed transposed, a row for a key and a column for a query: then lse and delta lie along a register,
+// Everything is computed transposed, a row for a key and a column for a query: then shift, factor and delta lie along a register,
 // and p^T and ds^T are the left operands of dv and dk as they come. Queries are laid out in blocks; past each go the
 // keys in blocks, and what is computed of both stays in the core's own cache. dk and dv add up in float32 over all
 // queries, and all heads that share them.
@@ -25,7 +25,7 @@ struct Memory {
     float *q, *d_o;           // of a block: transposed [lanes, QUERIES]
     float *q_pairs, *do_pairs;  // [query lanes, head_dim]
     float* dq;                // transposed [head_dim, QUERIES]
-    float *lse_log2, *delta;  // [QUERIES]
+    float *shift, *factor, *delta;  // [QUERIES], of softmax_stats
     uint32_t *low, *high;     // [QUERIES] halves of the rows' keys, for dropout
     Element *p, *ds;          // of both blocks: [KEYS, QUERIES]
     float* ds_pairs;          // [key lanes, QUERIES]
@@ -36,7 +36,7 @@ struct Memory {
         key_lanes = round_up((length + T::PER_LANE - 1) / T::PER_LANE, WIDTH);
         const size_t block = QUERIES * lanes, of_both = KEYS * QUERIES / T::PER_LANE;
         const size_t floats = 2 * keys * lanes + key_lanes * head_dim + 2 * keys * head_dim + 4 * block
-            + (size_t)head_dim * QUERIES + 4 * QUERIES + 3 * of_both;
+            + (size_t)head_dim * QUERIES + 5 * QUERIES + 3 * of_both;
         if (!scratch.reserve(sizeof(float) * floats)) return false;
         float* next = (float*)scratch.memory;
         const auto take = [&](size_t n) { return std::exchange(next, next + n); };
@@ -45,7 +45,7 @@ struct Memory {
         dk = take(keys * head_dim), dv = take(keys * head_dim);
         q = take(block), d_o = take(block), q_pairs = take(block), do_pairs = take(block);
         dq = take((size_t)head_dim * QUERIES);
-        lse_log2 = take(QUERIES), delta = take(QUERIES);
+        shift = take(QUERIES), factor = take(QUERIES), delta = take(QUERIES);
         low = (uint32_t*)take(QUERIES), high = (uint32_t*)take(QUERIES);
         p = (Element*)take(of_both), ds = (Element*)take(of_both);
         ds_pairs = T::PER_LANE == 2 ? take(of_both) : (float*)ds;
@@ -127,7 +127,8 @@ void tile(
     for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 4
         for (int j = 0; j < N; ++j) {
-            Floats x = exp2_of(fms(sum[i][j], scale, load(m.lse_log2 + column + j * WIDTH)));
+            Floats x = exp2_of(fms(sum[i][j], scale, load(m.shift + column + j * WIDTH)));
+            x = x * load(m.factor + column + j * WIDTH);
             if (i >= real) x = floats(0.0f);
             store(p[i] + j * WIDTH, x);
             T::store(of_p + i * QUERIES + j * WIDTH, dropout ? keep(kept[i][j], x) : x);
@@ -210,12 +211,12 @@ void lay_out_keys(
     std::fill_n(m.dv, (int64_t)keys * head_dim, 0.0f);
 }
 
-// One block of queries: their dq, and what they add to dk and dv. q, do, o, dq: rows of the block; lse: of its rows.
+// One block of queries: their dq, and what they add to dk and dv. q, do, o, dq: rows of the block; shifts, factors: of its rows.
 template <class T>
 void block_of_queries(
     Memory<T>& m, const typename T::Element* q, int64_t q_token, const typename T::Element* d_o, int64_t do_token,
-    const typename T::Element* o, typename T::Element* dq, int64_t o_token, const float* lse, int queries, int length,
-    int head_dim, float scale, const Dropout* dropout
+    const typename T::Element* o, typename T::Element* dq, int64_t o_token, const float* shifts, const float* factors,
+    int queries, int length, int head_dim, float scale, const Dropout* dropout
 ) {
     const int columns = round_up(queries, WIDTH), lanes = head_dim / T::PER_LANE;
     const int query_lanes = (queries + T::PER_LANE - 1) / T::PER_LANE;
@@ -228,11 +229,12 @@ void block_of_queries(
         for (int c = 0; c < head_dim; c += WIDTH)
             sum = fma(T::load(d_o + i * do_token + c), T::load(o + i * o_token + c), sum);
         m.delta[i] = sum_of(sum);
-        m.lse_log2[i] = lse[i] * LOG2_E;
+        m.shift[i] = shifts[i], m.factor[i] = factors[i];
     }
-    // past the last query p is exp(-infinity)
+    // p is exp(-infinity) past the last query
     std::fill(m.delta + queries, m.delta + columns, 0.0f);
-    std::fill(m.lse_log2 + queries, m.lse_log2 + columns, std::numeric_limits<float>::infinity());
+    std::fill(m.shift + queries, m.shift + columns, std::numeric_limits<float>::infinity());
+    std::fill(m.factor + queries, m.factor + columns, 1.0f);
     std::fill_n(m.dq, head_dim * QUERIES, 0.0f);
 
     for (int first = 0; first < length; first += KEYS) {
@@ -256,8 +258,8 @@ void block_of_queries(
 template <class T>
 int backward(
     const typename T::Element* d_o, const typename T::Element* q, const typename T::Element* k,
-    const typename T::Element* v, const typename T::Element* o, const float* lse,            // in
-    typename T::Element* dq, typename T::Element* dk, typename T::Element* dv,               // out
+    const typename T::Element* v, const typename T::Element* o, const float* softmax_stats,  // in
+    typename T::Element* dq, typename T::Element* dk, typename T::Element* dv,                         // out
     const int32_t* starts, const int32_t* starts_k, int sequences, int64_t tokens, int64_t tokens_k, int heads,
     int kv_heads, int head_dim, int64_t do_token, int64_t do_head, int64_t q_token, int64_t q_head, int64_t k_token,
     int64_t k_head, int64_t v_token, int64_t v_head, float scale, const Dropout* dropout
@@ -287,6 +289,7 @@ int backward(
                 for (int row = 0; row < rows; row += QUERIES) {
                     const int queries = std::min(QUERIES, rows - row);
                     const int64_t token = start + row, of_o = token * o_token + (int64_t)head * head_dim;
+                    const float* shifts = softmax_stats + head * tokens + token;
                     if (dropout)
                         for (int i = 0; i < queries; ++i) {
                             const uint64_t key = row_key(*dropout, sequence, head, row + i);
@@ -294,7 +297,7 @@ int backward(
                         }
                     block_of_queries(
                         m, q + token * q_token + head * q_head, q_token, d_o + token * do_token + head * do_head,
-                        do_token, o + of_o, dq + of_o, o_token, lse + head * tokens + token, queries, length, head_dim,
+                        do_token, o + of_o, dq + of_o, o_token, shifts, shifts + heads * tokens, queries, length, head_dim,
                         scale, dropout
                     );
                 }
@@ -310,14 +313,14 @@ int backward(
 #define EXPORT_FOR(T, name)                                                                                        \
     EXPORT int attention_backward_##name(                                                                          \
         const T::Element* d_o, const T::Element* q, const T::Element* k, const T::Element* v, const T::Element* o, \
-        const float* lse, T::Element* dq, T::Element* dk, T::Element* dv, const int32_t* starts,                   \
+        const float* softmax_stats, T::Element* dq, T::Element* dk, T::Element* dv, const int32_t* starts,         \
         const int32_t* starts_k, int sequences, int64_t tokens, int64_t tokens_k, int heads, int kv_heads,         \
         int head_dim, int64_t do_token, int64_t do_head, int64_t q_token, int64_t q_head, int64_t k_token,         \
         int64_t k_head, int64_t v_token, int64_t v_head, float scale, const Dropout* dropout                       \
     ) {                                                                                                            \
-        return backward<T>(d_o, q, k, v, o, lse, dq, dk, dv, starts, starts_k, sequences, tokens, tokens_k, heads, \
-                           kv_heads, head_dim, do_token, do_head, q_token, q_head, k_token, k_head, v_token,       \
-                           v_head, scale, dropout);                                                                \
+        return backward<T>(d_o, q, k, v, o, softmax_stats, dq, dk, dv, starts, starts_k, sequences, tokens,        \
+                           tokens_k, heads, kv_heads, head_dim, do_token, do_head, q_token, q_head, k_token,       \
+                           k_head, v_token, v_head, scale, dropout);                                               \
     }
 
 EXPORT_FOR(Float32, float32)

@@ -31,7 +31,7 @@ from .. import reference
 from .._layer import LayerOptions
 from . import operators as cpp
 from .library import INT8_PANEL, NO_MEMORY, WIDTH
-from .pointers import PLAIN, address, addresses, strided_address
+from .pointers import PLAIN, address, address_of_starts, addresses, strided_address
 
 # the instructions that multiply 8-bit integers and add them up in 32 bits, as torch.cpu.get_capabilities spells them
 INSTRUCTIONS = ("avx512_vnni", "avx_vnni", "amx_int8")
@@ -323,9 +323,8 @@ def encoder_layers(
         for weight in layer[:-1]:
             fields.extend(weight.fields)
         fields.extend(norms[4 * number : 4 * number + 4])
-    y, sequences = x.clone(), cu_seqlens.numel() - 1
-    work = torch.empty(4 * x.numel(), dtype=dtype, device="cpu")
-    starts = address("cu_seqlens", cu_seqlens, torch.int32, max(sequences, 0) + 1)
+    y, work = x.clone(), torch.empty(4 * x.numel(), dtype=dtype, device="cpu")
+    starts, sequences = address_of_starts("cu_seqlens", cu_seqlens)
     each = len(fields) // len(layers) * fields.itemsize
     step = len(layers) if x.nbytes <= cpp.FEW_BYTES else 1  # between two calls Ctrl-C is heard
     for number in range(0, len(layers), step):

@@ -63,12 +63,12 @@ void sum_logits(
     }
 }
 
-// dz = (exp(z - lse) - (1 - smoothing) onehot(label) - a_word) * dloss, and dbias, its sums over rows.
+// dz = (exp(z - greatest) / sum - (1 - smoothing) onehot(label) - a_word) * dloss, and dbias, its sums over rows.
 template <class T>
 void logit_gradients(
-    const typename T::Element* logits, const typename T::Element* bias, const int32_t* labels, const float* lse,
-    const float* dloss, typename T::Element* dz, float* dbias, int first, int words, int rows, float smoothing,
-    float a_word
+    const typename T::Element* logits, const typename T::Element* bias, const int32_t* labels, const float* greatest,
+    const float* log2_sums, const float* dloss, typename T::Element* dz, float* dbias, int first, int words, int rows,
+    float smoothing, float a_word
 ) {
 #pragma omp parallel for schedule(static)
     for (int word = 0; word < words; ++word) {
@@ -77,8 +77,8 @@ void logit_gradients(
         Floats sum = floats(0.0f);
         for (int row = 0; row < rows; row += WIDTH) {
             const int64_t at = (int64_t)word * rows + row;
-            const Floats below = T::load(logits + at) + of_bias - load(lse + row);
-            Floats p = exp2_of(below * floats(LOG2_E));
+            const Floats below = T::load(logits + at) + of_bias - load(greatest + row);
+            Floats p = exp2_of(fms(below, floats(LOG2_E), load(log2_sums + row)));
             const Mask here = are_equal(load_ints(labels + row), number);
             p = choose(here, p - floats(1.0f - smoothing), p);
             const Floats d = (p - floats(a_word)) * load(dloss + row);
@@ -99,10 +99,13 @@ void logit_gradients(
         sum_logits<T>(logits, bias, labels, greatest, sums, totals, of_label, first, words, rows);                    \
     }                                                                                                                 \
     EXPORT void logit_gradients_##name(                                                                               \
-        const T::Element* logits, const T::Element* bias, const int32_t* labels, const float* lse, const float* dloss, \
-        T::Element* dz, float* dbias, int first, int words, int rows, float smoothing, float a_word                   \
+        const T::Element* logits, const T::Element* bias, const int32_t* labels, const float* greatest,                \
+        const float* log2_sums, const float* dloss, T::Element* dz, float* dbias, int first, int words, int rows,     \
+        float smoothing, float a_word                                                                                 \
     ) {                                                                                                               \
-        logit_gradients<T>(logits, bias, labels, lse, dloss, dz, dbias, first, words, rows, smoothing, a_word);       \
+        logit_gradients<T>(                                                                                           \
+            logits, bias, labels, greatest, log2_sums, dloss, dz, dbias, first, words, rows, smoothing, a_word        \
+        );                                                                                                            \
     }
 
 EXPORT_FOR(Float32, float32)

@@ -1,8 +1,7 @@
 """Cross-entropy of a linear layer's outputs on a CPU: the vendor library's products, and between them passes in C++.
 
     z    = weight hidden^T + bias                                    [V, N]
-    lse  = logsumexp(z)                                              [N]
-    loss = lse - (1 - e) z[label] - e / V * sum(z)                   [N]
+    loss = log(sum(exp(z - m))) + m - (1 - e) z[label] - e / V * sum(z)      [N],  m = max(z)
     dz   = (softmax(z) - (1 - e) onehot(label) - e / V) * dloss      [V, N]
 
     dhidden = dz^T weight   [N, C]      dweight = dz hidden   [V, C]      dbias = row sums of dz   [V]
@@ -11,6 +10,9 @@ The vocabulary is taken in chunks whose z, and dz, stay in the cache until they 
 the larger factor, is read as it lies, and sums over words go lane by lane. For the backward pass z (less bias, in the
 working dtype) is kept where it is small and computed again where it is not. dz is made there, so any upstream gradient
 will do. A row's loss is summed in one order, whatever the number of threads.
+
+m and the sum stay two numbers. Their logsumexp would be rounded as the logits are, and all of a row's probabilities
+would be too large, or too small, by as much: at logits of 1,000 by 3e-5, which a weight of large mean multiplies.
 """
 
 import torch
@@ -75,15 +77,14 @@ class _Losses(torch.autograd.Function):
             torch.mm(part, hidden.t(), out=of_part)
             sum_logits(of_part, bias, narrow, greatest, sums, totals, of_label, first)
 
-        lse = greatest + sums.log()
-        ctx.save_for_backward(hidden, weight, bias, labels, lse, z if keep else None)
+        ctx.save_for_backward(hidden, weight, bias, labels, greatest, sums.log2(), z if keep else None)
         ctx.smoothing = smoothing
-        losses = lse - (1.0 - smoothing) * of_label
-        return losses - smoothing / words * totals if smoothing else losses
+        losses = sums.log() + (greatest - of_label)
+        return losses + smoothing * (of_label - totals / words) if smoothing else losses
 
     @staticmethod
     def backward(ctx: FunctionCtx, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, labels, lse, kept = ctx.saved_tensors
+        hidden, weight, bias, labels, greatest, log2_sums, kept = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
         if by_torch(dloss):
             grads = plain_gradients(
@@ -102,7 +103,7 @@ class _Losses(torch.autograd.Function):
         for first in range(0, words, chunk):
             part, dz = weight[first : first + chunk], buffer[: words - first]
             z = torch.mm(part, hidden.t(), out=dz) if kept is None else kept[first : first + chunk]
-            logit_gradients(z, bias, narrow, lse, dloss, dz, dbias, first, ctx.smoothing, words)
+            logit_gradients(z, bias, narrow, greatest, log2_sums, dloss, dz, dbias, first, ctx.smoothing, words)
             if wanted[1]:
                 torch.mm(dz, hidden, out=dweight[first : first + chunk])
             if wanted[0]:
@@ -147,16 +148,18 @@ def sum_logits(
 
 
 def logit_gradients(
-    logits: Tensor, bias: Tensor | None, labels: Tensor, lse: Tensor, dloss: Tensor, dz: Tensor, dbias: Tensor,
-    first: int, smoothing: float, vocabulary: int,
+    logits: Tensor, bias: Tensor | None, labels: Tensor, greatest: Tensor, log2_sums: Tensor, dloss: Tensor,
+    dz: Tensor, dbias: Tensor, first: int, smoothing: float, vocabulary: int,
 ) -> None:  # fmt: skip
-    """Fills dz [words, N], which may be logits, and these words of dbias [V] float32. lse, dloss: [N] float32."""
+    """Fills dz [words, N], which may be logits, and these words of dbias [V] float32. greatest, log2_sums
+    (log2 of what `sum_logits` summed), dloss: [N] float32."""
     words, rows = logits.shape
+    of_rows = {"greatest": greatest, "log2_sums": log2_sums, "dloss": dloss}
     if not 0 <= first <= first + words <= vocabulary:
         raise ValueError(f"logit_gradients: words {first} to {first + words} of a vocabulary of {vocabulary}")
     cpp.call(
         "logit_gradients", logits.dtype, *_logits("logit_gradients", logits, bias, labels, first),
-        address("lse", lse, torch.float32, rows), address("dloss", dloss, torch.float32, rows),
+        *(address(name, t, torch.float32, rows) for name, t in of_rows.items()),
         address("dz", dz, logits.dtype, words * rows), address("dbias", dbias, torch.float32, vocabulary),
         first, words, rows, smoothing, smoothing / vocabulary,
     )  # fmt: skip

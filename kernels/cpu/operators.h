@@ -43,14 +43,14 @@ struct Int8Layer {
 
 #define DECLARE(Element, name)                                                                                 \
     EXPORT int attention_##name(                                                                               \
-        const Element* q, const Element* k, const Element* v, Element* o, float* lse, const int32_t* starts,   \
-        const int32_t* starts_k, int sequences, int64_t tokens, int64_t tokens_k, int heads, int kv_heads,     \
-        int head_dim, int64_t q_token, int64_t q_head, int64_t k_token, int64_t k_head, int64_t v_token,       \
-        int64_t v_head, float scale, const Dropout* dropout                                                    \
+        const Element* q, const Element* k, const Element* v, Element* o, float* softmax_stats,                \
+        const int32_t* starts, const int32_t* starts_k, int sequences, int64_t tokens, int64_t tokens_k,       \
+        int heads, int kv_heads, int head_dim, int64_t q_token, int64_t q_head, int64_t k_token,               \
+        int64_t k_head, int64_t v_token, int64_t v_head, float scale, const Dropout* dropout                   \
     );                                                                                                         \
     EXPORT int attention_backward_##name(                                                                      \
         const Element* d_o, const Element* q, const Element* k, const Element* v, const Element* o,            \
-        const float* lse, Element* dq, Element* dk, Element* dv, const int32_t* starts,                        \
+        const float* softmax_stats, Element* dq, Element* dk, Element* dv, const int32_t* starts,              \
         const int32_t* starts_k, int sequences, int64_t tokens, int64_t tokens_k, int heads, int kv_heads,     \
         int head_dim, int64_t do_token, int64_t do_head, int64_t q_token, int64_t q_head, int64_t k_token,     \
         int64_t k_head, int64_t v_token, int64_t v_head, float scale, const Dropout* dropout                   \
@@ -107,7 +107,8 @@ struct Int8Layer {
         float* totals, float* of_label, int first, int words, int rows                                         \
     );                                                                                                         \
     EXPORT void logit_gradients_##name(                                                                        \
-        const Element* logits, const Element* bias, const int32_t* labels, const float* lse,                   \
+        const Element* logits, const Element* bias, const int32_t* labels, const float* greatest,              \
+        const float* log2_sums,                                                                                \
         const float* dloss, Element* dz, float* dbias, int first, int words, int rows, float smoothing,        \
         float a_word                                                                                           \
     );                                                                                                         \

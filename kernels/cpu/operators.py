@@ -26,7 +26,7 @@ from .._layer import LayerOptions, LayerWeights
 from .._random import keep_threshold
 from . import library
 from .library import NO_MEMORY, NORM_BLOCK, UP_ROWS, WIDTH
-from .pointers import PLAIN, address, address_or_none, addresses, strided_address
+from .pointers import PLAIN, address, address_of_starts, address_or_none, addresses, strided_address
 
 # Most rows of which `linear` is taken, of odd widths and where the vendor library has instructions that ours has not;
 # and where besides a weight lies ready for the vendor library.
@@ -299,9 +299,9 @@ def takes_mean(x: Tensor, cu_seqlens: Tensor) -> bool:
 def mean_of_sequences(x: Tensor, cu_seqlens: Tensor) -> Tensor:
     """x [T, N], cu_seqlens [B + 1] -> [B, N], sums in float32. Raises ValueError where cu_seqlens does not cut T rows
     into sequences."""
-    sequences, (rows, width) = cu_seqlens.numel() - 1, rows_and_width("mean_of_sequences", x)
-    y = torch.empty(max(sequences, 0), width, dtype=x.dtype, device="cpu")
-    starts = address("cu_seqlens", cu_seqlens, torch.int32, max(sequences, 0) + 1)
+    rows, width = rows_and_width("mean_of_sequences", x)
+    starts, sequences = address_of_starts("cu_seqlens", cu_seqlens)
+    y = torch.empty(sequences, width, dtype=x.dtype, device="cpu")
     if call(
         "mean_of_sequences", x.dtype, address("x", x, x.dtype, rows * width), starts,
         address("y", y, x.dtype, y.numel()), sequences, rows, width,
@@ -330,7 +330,7 @@ def encoder_layers(
 
     Raises: ValueError where cu_seqlens does not cut T rows into sequences; MemoryError.
     """
-    width, dtype, sequences = x.shape[-1], x.dtype, cu_seqlens.numel() - 1
+    width, dtype = x.shape[-1], x.dtype
     if not len(x) or not whole_layers(x.nbytes, dtype) or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return None
     heads, eps, inner = options.heads, options.out_eps, len(layers[UP])
@@ -353,7 +353,7 @@ def encoder_layers(
         return None
     y = x.clone()
     work = torch.empty(4 * x.numel() + min(len(x), UP_ROWS) * inner, dtype=dtype, device="cpu")
-    starts = address("cu_seqlens", cu_seqlens, torch.int32, max(sequences, 0) + 1)
+    starts, sequences = address_of_starts("cu_seqlens", cu_seqlens)
     step = count if x.nbytes <= FEW_BYTES else 1
     for layer in range(0, count, step):
         outcome = call(

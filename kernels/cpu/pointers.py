@@ -30,6 +30,14 @@ def address_or_none(name: str, t: Tensor | None, dtype: torch.dtype, count: int)
     return None if t is None else address(name, t, dtype, count)
 
 
+def address_of_starts(name: str, starts: Tensor) -> tuple[int, int]:
+    """(address, B) of cu_seqlens [B + 1] int32. Raises as `address`, and ValueError where it has other dimensions."""
+    where = address(name, starts, torch.int32, max(starts.numel(), 1))
+    if starts.dim() != 1:
+        raise _unfit(name, starts, torch.int32, "of shape [B + 1]")
+    return where, len(starts) - 1
+
+
 def strided_address(name: str, t: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
     """Of a tensor of this shape whose last dimension is contiguous, else as `address`."""
     if type(t) in PLAIN and t.dtype is dtype and t.is_cpu and t.shape == shape and t.stride(-1) == 1:
