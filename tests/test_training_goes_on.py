@@ -98,6 +98,11 @@ def test_a_running_mean_forgets_older_weights():
         assert float(model.weight.detach()) == pytest.approx(truth)
         raise KeyError
     assert float(model.weight.detach()) == 6400.0
+    few = WeightAverage(model, steps=20, share=0.2)
+    assert (few.interval, few.snapshots) == (1, 4), "four steps are a fifth of the run"
+    few.means["weight"].fill_(0.0)
+    few.update(20)
+    assert float(few.means["weight"]) == 1600.0
 
 
 def test_a_run_that_goes_on_in_other_batches_is_the_same_but_for_rounding(whole, tmp_path):

@@ -335,14 +335,17 @@ def two_processes(out: Path, kind: str, how: str) -> None:
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_two_processes_train_as_one_and_their_checkpoint_is_anybodys(how, tmp_path):
     """Tokens of a step are shared unevenly, with dropout and weights of classes; the last checkpoint is read by one
-    process."""
+    process. The mean of the weights is evaluated: the step after that was once computed with the means of what FSDP2
+    keeps gathered."""
     two_processes(tmp_path / "two", "token", how)
-    run = run_of(tmp_path / "one", "token", evaluated=True, class_weights="b-x=3,o=.5")
+    run = run_of(tmp_path / "one", "token", evaluated=True, class_weights="b-x=3,o=.5", average=0.5)
     run.train()
     expected, found = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert [step for step, _ in found] == [step for step, _ in expected]
     assert [loss for _, loss in found] == pytest.approx([loss for _, loss in expected], rel=1e-4)
-    again = run_of(tmp_path / "two", "token", evaluated=True, class_weights="b-x=3,o=.5")
+    again = run_of(tmp_path / "two", "token", evaluated=True, class_weights="b-x=3,o=.5", average=0.5)
     assert again.resume() == run.steps
     for name, p in weights(again).items():
         torch.testing.assert_close(p, dict(run.model.named_parameters())[name].detach(), atol=2e-4, rtol=1e-3)
+    for name, mean in again.average.means.items():
+        torch.testing.assert_close(mean, run.average.means[name], atol=2e-4, rtol=1e-3)

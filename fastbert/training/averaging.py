@@ -1,7 +1,7 @@
 """The running mean of a model's weights over its last steps (Polyak and Juditsky, 1992), which is steadier than any one
 step's weights.
 
-    mean += (weights - mean) / min(k, SNAPSHOTS)        after every `interval` steps, for the k-th time
+    mean += (weights - mean) / min(k, snapshots)        after every `interval` steps, for the k-th time
 
 So the mean begins as that of all weights so far, and then forgets older ones exponentially.
 """
@@ -13,8 +13,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
-SNAPSHOTS = 16  # of the weights that the mean looks back on
+SNAPSHOTS = 16  # of the weights that the mean looks back on; fewer where these are fewer steps
 
 
 class WeightAverage:
@@ -29,7 +30,9 @@ class WeightAverage:
     """
 
     def __init__(self, model: nn.Module, steps: int, share: float) -> None:
+        self.model = model
         self.interval = max(1, round(share * steps / SNAPSHOTS))
+        self.snapshots = min(SNAPSHOTS, max(1, round(share * steps)))
         # Under DDP the names begin with "module."; without this a run goes on with another number of processes.
         self.weights = {name.removeprefix("module."): p for name, p in model.named_parameters() if p.requires_grad}
         self.means = {name: p.detach().clone() for name, p in self.weights.items()}
@@ -38,7 +41,7 @@ class WeightAverage:
     def update(self, step: int) -> None:
         """Called after each step, counted from 1."""
         if step % self.interval == 0:
-            share = 1.0 / min(step // self.interval, SNAPSHOTS)
+            share = 1.0 / min(step // self.interval, self.snapshots)
             for name, mean in self.means.items():
                 mean.lerp_(self.weights[name].detach(), share)
 
@@ -54,5 +57,10 @@ class WeightAverage:
 
     @torch.no_grad()
     def _fill(self, values: dict[str, Tensor]) -> None:
+        # After a forward without a backward FSDP2 keeps the outermost module's parameters gathered, and the next
+        # forward would compute with that copy.
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
         for name, p in self.weights.items():
             p.copy_(values[name])
