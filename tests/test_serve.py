@@ -1,9 +1,11 @@
 """`fastbert serve` as a process: its sockets, its end, and clients that go away."""
 
+import asyncio
 import contextlib
 import json
 import signal
 import socket
+import struct
 import threading
 import time
 from types import SimpleNamespace
@@ -16,6 +18,9 @@ pytest.importorskip("starlette", reason="needs the serve extra")
 pytest.importorskip("uvicorn", reason="needs the serve extra")
 
 from fastbert.cli.main import main
+from fastbert.service.serving import bound_to, serve
+from fastbert.service.settings import Settings
+from fastbert.service.transport import OneWrite
 from service_models import PATIENCE, Process, make_folder
 
 pytestmark = pytest.mark.once
@@ -64,7 +69,7 @@ def expect_answers_to_clients_that_still_send(server):
         framing = b"content-length: %d" % length if length else b"transfer-encoding: chunked"
         with contextlib.closing(socket.create_connection(("127.0.0.1", server.port), PATIENCE)) as connection:
             connection.sendall(b"POST %b HTTP/1.1\r\nhost: x\r\nconnection: close\r\n%b\r\n\r\n" % (path, framing))
-            for _ in range(23):
+            for _ in range(6 if length else 23):  # more than the system keeps; and more than --payload-limit
                 connection.sendall(rest if length else b"%x\r\n%b\r\n" % (len(rest), rest))
             reply = b"".join(everything(connection))
         assert reply.startswith(b"HTTP/1.1 " + status)
@@ -152,6 +157,30 @@ def test_what_goes_wrong_at_the_start_is_said_in_one_line(tmp_path, capsys, monk
             assert said.count("\n") == 1
 
 
+def test_addresses_of_a_host(monkeypatch):
+    """One that the machine does not have is left out, as localhost has one of IPv6 where that is turned off."""
+    absent = (socket.AF_INET6, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", ("2001:db8::1", 0, 0, 0))
+    there = (socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", ("127.0.0.1", 0))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: [absent, there])
+    (found,) = bound_to("here", 0)
+    with contextlib.closing(found):
+        assert found.getsockname()[0] == "127.0.0.1"
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: [absent])
+    with pytest.raises(ValueError, match="cannot listen on here, port 0: "):
+        bound_to("here", 0)
+
+
+def test_of_two_servers_that_start_together_one_listens():
+    """Both may bind the port as long as none listens."""
+    (first,) = bound_to("127.0.0.1", 0)
+    port = first.getsockname()[1]
+    (second,) = bound_to("127.0.0.1", port)
+    with contextlib.closing(first), contextlib.closing(second):
+        first.listen()
+        with pytest.raises(ValueError, match=f"cannot listen on 127.0.0.1, port {port}: Address already in use"):
+            serve(SimpleNamespace(settings=Settings()), [second])
+
+
 class Transport:
     """What was written to it, and whether it was closed."""
 
@@ -185,8 +214,6 @@ class Loop:
 
 def test_one_write():
     """The head waits for the body; an early end does not lose it; what is no head passes."""
-    from fastbert.service.transport import OneWrite
-
     transport, loop = Transport(), Loop()
     one = OneWrite(transport, loop, SimpleNamespace(cycle=None))
     one.write(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -203,8 +230,6 @@ def test_one_write():
 
 def test_a_head_without_a_body_is_sent():
     """httptools' protocol writes nothing after the head of an answer to HEAD."""
-    from fastbert.service.transport import OneWrite
-
     transport, loop = Transport(), Loop()
     one = OneWrite(transport, loop, SimpleNamespace(cycle=None))
     one.write(b"HTTP/1.1 200 OK\r\n\r\n")
@@ -213,3 +238,33 @@ def test_a_head_without_a_body_is_sent():
     one.write(b"HTTP/1.1 404 Not Found\r\n\r\n")
     one.write(b"body")
     assert transport.written == [b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.1 404 Not Found\r\n\r\nbody"]
+
+
+def test_a_client_that_has_reset_its_connection_is_no_error():
+    """The transport closes before it is told of the reset: the system then refuses to end the sending half."""
+
+    class Half(asyncio.Protocol):
+        cycle = SimpleNamespace(response_complete=True, more_body=True)
+
+        def connection_made(self, transport):
+            self.transport = transport
+            made.set_result(self)
+
+        def connection_lost(self, error):
+            lost.set_result(error)
+
+    async def test():
+        nonlocal made, lost
+        loop = asyncio.get_running_loop()
+        made, lost = loop.create_future(), loop.create_future()
+        server = await loop.create_server(Half, "127.0.0.1", 0)
+        client = socket.create_connection(server.sockets[0].getsockname())
+        half = await made
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close() resets
+        client.close()
+        OneWrite(half.transport, loop, half).close()
+        assert isinstance(await lost, ConnectionResetError)
+        server.close()
+
+    made = lost = None
+    asyncio.run(asyncio.wait_for(test(), PATIENCE))

@@ -26,7 +26,7 @@ from .work.texts import announced, length_of
 
 log = logging.getLogger("fastbert.service")
 MANY = 1_000_000  # batches: what a busy server has ahead
-SHORT_REST = 65_536  # bytes of a body that are read after its answer without a thought
+SHORT_REST = 65_536  # bytes of a body that may follow its answer on a connection that is kept
 
 
 class Gone(Exception):
@@ -54,7 +54,7 @@ class Call:
 
     @property
     def has_long_rest(self) -> bool:
-        """Whether more of the body is not read, or may not be, than goes by on a connection that is kept."""
+        """Whether the part of the body that has not been read is, or may be, longer than SHORT_REST."""
         if self.is_read:
             return False
         length = self.headers.get(b"content-length", b"0")

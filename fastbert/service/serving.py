@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import importlib.util
 import json
 import logging
@@ -70,14 +71,19 @@ def log_lines(level: str) -> None:
 def bound_to(host: str, port: int) -> list[socket.socket]:
     """Sockets for all addresses of a host, which do not listen yet. Raises ValueError, in one line."""
     found: list[socket.socket] = []
+    absent: OSError | None = None
     try:
         addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         for family, kind, protocol_number, _, address in dict.fromkeys(addresses):
-            found.append(socket.socket(family, kind, protocol_number))
-            found[-1].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:  # the same port of IPv4 is another address
-                found[-1].setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            found[-1].bind(address)
+            try:
+                found.append(_bound(socket.socket(family, kind, protocol_number), address))
+            except OSError as error:
+                # Where IPv6 is turned off, as in many containers, localhost has an address of it all the same.
+                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    raise
+                absent = error
+        if absent is not None and not found:
+            raise absent
     except (OSError, UnicodeError, OverflowError) as error:
         for made in found:
             made.close()
@@ -86,14 +92,30 @@ def bound_to(host: str, port: int) -> list[socket.socket]:
     return found
 
 
+def _bound(made: socket.socket, address: tuple) -> socket.socket:
+    try:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if made.family == socket.AF_INET6:  # the same port of IPv4 is another address
+            made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        made.bind(address)
+    except OSError:
+        made.close()
+        raise
+    return made
+
+
 def serve(service: Service, sockets: Sequence[socket.socket], beside: Sequence[socket.socket] = ()) -> int:
     """Answers on sockets until a signal comes; the exit code. beside: where /metrics is alone.
 
-    Raises: OSError where another process listens there already.
+    Raises: ValueError, in one line, where another process listens there already.
     """
     settings = service.settings
     for each in (*sockets, *beside):
-        each.listen(BACKLOG)
+        try:
+            each.listen(BACKLOG)
+        except OSError as error:
+            host, port = each.getsockname()[:2]
+            raise ValueError(f"cannot listen on {host}, port {port}: {error.strerror}") from None
     options = {
         "log_config": None, "access_log": False, "server_header": False, "backlog": BACKLOG,
         "timeout_keep_alive": KEEP_ALIVE, "timeout_graceful_shutdown": int(settings.timeout) + 1,

@@ -104,4 +104,6 @@ class Settings:
         for name in ("port", "prometheus_port"):
             if values.get(name) is not None and values[name] > 65_535:
                 raise ValueError(f"{name} must be from 1 to 65535, got {values[name]}")
+        if values.get("prometheus_port") == values.get("port", cls.port):
+            raise ValueError(f"prometheus_port must be another one than port, which is {values['prometheus_port']}")
         return cls(**values, api_key=key or None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib.util
 from typing import Any
 
@@ -64,7 +65,8 @@ class Leftover(asyncio.Protocol):
         self._transport, self._before, self._bytes = transport, before, 0
         self._timer = loop.call_later(LINGER_SECONDS, transport.close)
         transport.set_protocol(self)
-        transport.write_eof()
+        with contextlib.suppress(OSError):  # where the client has reset the connection, the loop says so next
+            transport.write_eof()
         transport.resume_reading()
 
     def data_received(self, data: bytes) -> None:
