@@ -54,11 +54,11 @@ def gradients(model: nn.Module) -> list[Tensor]:
 
 
 def linear_products(shape: ModelShape, dtype: torch.dtype, most: int, most_guessed: int) -> Callable[[int, int], None]:
-    """Computes, of so many tokens of which so many are guessed, the three matrix products of every
-    linear layer in a step (of the outputs, and of the gradients of inputs and weights), on random numbers; of the head
-    of masked words as well, if any is guessed. Products within attention are not among them.
+    """A function of a step's number of tokens and of how many of them are guessed. It computes, on random numbers, the
+    three matrix products of every linear layer (the outputs, the gradients of inputs and those of weights), those of
+    the head of masked words too where any token is guessed. Products within attention are not among them.
 
-    most, most_guessed: of the tokens of a step, and of those that are guessed.
+    most, most_guessed: the largest of both numbers that the function will be given.
     """
 
     def random(*size: int) -> Tensor:

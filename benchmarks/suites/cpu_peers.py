@@ -34,7 +34,7 @@ from fastbert.inference.large_pages import move_to_large_pages
 SHAPES = {"minilm": (384, 6, 12, 1536), "base": (768, 12, 12, 3072)}
 PADDED_TOKENS = (256, 512)
 WORDS, LONGEST = 30528, 256
-# that the vectors of a row must have in the mean to ours in bfloat16; ONNX Runtime's int8 has 0.99
+# The mean cosine of a row's vectors to ours in bfloat16 must be above this; ONNX Runtime's int8 has 0.99.
 LEAST_COSINE = 0.95
 Ids = Sequence[Sequence[int]]
 Batches = Iterable[tuple[np.ndarray, np.ndarray]]
@@ -136,7 +136,7 @@ def save(shape: tuple[int, int, int, int], folder: Path) -> None:
 
 
 def ours(folder: Path, precision: str) -> Run:
-    class Ids:  # an encoder that is given ids asks its tokenizer for this alone
+    class NoTokenizer:  # an encoder that is given ids asks its tokenizer for this alone
         model_max_length = None
 
     in_8_bits = precision == "int8"
@@ -147,7 +147,7 @@ def ours(folder: Path, precision: str) -> Run:
         quantise(model.encoder, partial(run_on_random_words, model))
     else:
         move_to_large_pages(model, dtype)
-    encoder = Encoder(model, Ids())
+    encoder = Encoder(model, NoTokenizer())
     return lambda ids: encoder.encode_ids(ids, 2048).numpy()
 
 

@@ -18,7 +18,7 @@ Every vector is compared with that of the Encoder: a wrong one, or another statu
 shares the machine's cores with the servers. Processor time is the server's own, by the system's count.
 
 idle: what one request of ten tokens costs beside `Encoder.encode` of the same text in the client's process, the two in
-turn: the median of the differences, which are of time on the clock, and the difference of the processor times.
+turn: the median of the differences, which are of time on the clock, and the processor time of each.
 """
 
 from __future__ import annotations

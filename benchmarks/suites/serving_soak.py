@@ -123,8 +123,8 @@ class Soak:
                 watched.append(Watched(due, rate, part, memory(pid), await self.gauge("te_queue_tokens")))
                 form = "{:7.0f} s {:6.1f} requests/s, {:4.0%} refused {:7.0f} MB {:7.0f} tokens wait"
                 print(form.format(*watched[-1]), flush=True)
-                # Where nothing was refused the server can bear more than that.
-                rate = 2 * (answered - before[1]) * TIMES / seconds if part else 1.25 * rate
+                # Where nothing was refused the server can bear more than that. Some requests must come in any case.
+                rate = max(2 * (answered - before[1]) * TIMES / seconds, 1.0) if part else 1.25 * rate
         await asyncio.gather(*tasks)
         return watched
 
