@@ -338,12 +338,13 @@ def test_two_processes_train_as_one_and_their_checkpoint_is_anybodys(how, tmp_pa
     process. The mean of the weights is evaluated: the step after that was once computed with the means of what FSDP2
     keeps gathered."""
     two_processes(tmp_path / "two", "token", how)
-    run = run_of(tmp_path / "one", "token", evaluated=True, class_weights="b-x=3,o=.5", average=0.5)
+    options = {"evaluated": True, "class_weights": "b-x=3,o=.5", "average": 0.5, "evaluations": 2}
+    run = run_of(tmp_path / "one", "token", **options)
     run.train()
     expected, found = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert [step for step, _ in found] == [step for step, _ in expected]
     assert [loss for _, loss in found] == pytest.approx([loss for _, loss in expected], rel=1e-4)
-    again = run_of(tmp_path / "two", "token", evaluated=True, class_weights="b-x=3,o=.5", average=0.5)
+    again = run_of(tmp_path / "two", "token", **options)
     assert again.resume() == run.steps
     for name, p in weights(again).items():
         torch.testing.assert_close(p, dict(run.model.named_parameters())[name].detach(), atol=2e-4, rtol=1e-3)

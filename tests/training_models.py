@@ -122,6 +122,6 @@ if __name__ == "__main__":
     joined = Processes.join("cpu")
     run_of(
         Path(sys.argv[1]), sys.argv[2], joined, evaluated=True, class_weights="b-x=3,o=.5", batch_tokens=40,
-        average=0.5, fsdp=sys.argv[3] == "fsdp",
+        average=0.5, evaluations=2, fsdp=sys.argv[3] == "fsdp",
     ).train()  # fmt: skip
     joined.leave()
