@@ -9,6 +9,7 @@ from threading import Thread
 import pytest
 
 from benchmarks.harness.turns import Turns, TurnsOver, pipes
+from benchmarks.reporting.finetuning import pairs
 from benchmarks.suites import chinese_answers, finetuning
 from fastbert.training.features import Window
 from fastbert.training.finetune import usual_step_tokens
@@ -88,7 +89,7 @@ def test_waiting_for_the_other_row_is_not_timed(monkeypatch):
         steps.end(epoch)
     assert steps.clock[1:] == [1.0, 2.0, 1.0, 8.0]
     assert steps.of_turns() == [{"clock": 30 / 3, "processor": 30 / 2}, {"clock": 30 / 1, "processor": 30 / 1}]
-    words = finetuning.pairs(
+    words = pairs(
         "sst2",
         {"row": "fastbert", "threads": 1, "turns": [{"clock": 30, "processor": 10}, {"clock": 20, "processor": 20}]},
         {"row": "trainer", "threads": 1, "turns": [{"clock": 10, "processor": 10}, {"clock": 20, "processor": 10}]},
