@@ -12,8 +12,8 @@ from typing import Any
 from . import _moved
 
 try:
-    __version__ = version("fastbert")
-except PackageNotFoundError:  # run from a source tree that nobody installed
+    __version__ = version("fastbert-torch")  # the distribution: `fastbert` on the package index is another project
+except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
 # public name -> module; imported on first use, so that `fastbert --help` does not wait for torch

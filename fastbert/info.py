@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from . import functional
+from . import __version__, functional
 from .config import BertConfig
 from .encoding import encoder
 from .encoding.modules import kinds_of
@@ -44,7 +44,7 @@ def _table(title: str, rows: list[tuple[str, str]]) -> list[str]:
 
 
 def _versions() -> list[str]:
-    rows = [("fastbert", _version("fastbert")), ("python", f"{platform.python_version()} on {platform.platform()}")]
+    rows = [("fastbert", __version__), ("python", f"{platform.python_version()} on {platform.platform()}")]
     rows += [(name, _version(name)) for name in REQUIRED]
     rows += [("assembler", f"{assembler(arch)}, for {arch}") for arch in _arches() if machine.HAS_TRITON]
     rows += [(name, f"{_version(name)} (optional)") for name in OPTIONAL]

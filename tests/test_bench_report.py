@@ -189,8 +189,8 @@ def test_published_figures_are_compared_with_the_same_work_only(other):
 # ---- what is committed -----------------------------------------------------------------------------------
 
 
-def test_committed_report_and_readme_are_those_of_the_committed_files(capsys):
-    """So no number in either is typed by hand."""
+def test_every_page_with_figures_is_that_of_the_committed_files(capsys):
+    """So no number in these is typed by hand."""
     assert report.main(["--check"]) == 0, capsys.readouterr().err
 
 

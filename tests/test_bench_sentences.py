@@ -1,4 +1,4 @@
-"""The suite of `SentenceTransformer.encode`, and the table that README gets of it."""
+"""The suite of `SentenceTransformer.encode`, and the table of it in docs/drop-in.md."""
 
 import functools
 import json
@@ -13,6 +13,7 @@ from benchmarks.harness.peer import Missing
 from benchmarks.peers import fastbert as ours
 from benchmarks.peers import onnxruntime, openvino
 from benchmarks.reporting import sentences as report_sentences
+from benchmarks.reporting.cells import with_block
 from benchmarks.suites import sentences as suite_sentences
 
 pytestmark = pytest.mark.once
@@ -86,7 +87,7 @@ def test_without_the_checkpoint_there_is_no_case(monkeypatch):
     assert not list(suite_sentences.cases(CPU, torch.float32, True))
 
 
-# ---- README's table --------------------------------------------------------------------------------------
+# ---- the table in docs/drop-in.md ------------------------------------------------------------------------
 
 
 def row(way: str, peer: str, dtype: str, speed: float | None, ratio: float | None = None, **more) -> dict:
@@ -122,7 +123,7 @@ def write(tmp_path):
 
 def test_the_table_has_a_row_each_way_and_a_column_each_dtype(write):
     write("a.json", "bfloat16", 4000.0)
-    text = report_sentences.readme(write("b.json", "float32", 2000.0))
+    text = report_sentences.block(write("b.json", "float32", 2000.0))
     assert "docstrings, MiniLM-L6, 2 cores of an A CPU | bfloat16, real tokens/s | float32, real tokens/s |" in text
     assert "| **accelerated** | **4,000** | **2,000** |" in text
     assert "| as it is, batches of 32 | 1,000 (4.0x our time) | 1,000 (2.0x our time) |" in text
@@ -135,14 +136,12 @@ def test_the_newest_whole_result_of_a_dtype_counts(write):
     write("b.json", "float32", 3000.0, created="2026-01-02")
     write("c.json", "float32", 7000.0, created="2026-01-03", complete=False)
     folder = write("d.json", "float32", 8000.0, created="2026-01-03", command="fastbert bench --quick")
-    text = report_sentences.readme(folder)
+    text = report_sentences.block(folder)
     assert "**3,000**" in text
     assert not any(figure in text for figure in ("2,000", "7,000", "8,000"))
 
 
 def test_only_the_table_is_replaced(tmp_path):
     before = f"a\n{report_sentences.BEGIN}\nold\n{report_sentences.END}\nb\n"
-    after = report_sentences.with_table(before, tmp_path)
+    after = with_block(before, report_sentences.block(tmp_path))
     assert after == f"a\n{report_sentences.BEGIN}\n\nnot measured\n\n{report_sentences.END}\nb\n"
-    with pytest.raises(ValueError, match="README"):
-        report_sentences.with_table("no markers", tmp_path)

@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks.reporting import report, results
 from benchmarks.reporting import texts as report_encode
+from benchmarks.reporting.cells import with_block
 
 pytestmark = pytest.mark.once
 
@@ -76,15 +77,16 @@ def test_a_run_that_was_cut_short_says_so(result):
     assert "cut short" in report.page([device(result)])
 
 
-def test_the_readme_table_replaces_only_itself(result):
-    readme = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
-    new = report.with_table(readme, report.readme_table([device(result)]))
+def test_the_table_of_whole_models_replaces_only_itself(result):
+    page = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
+    new = with_block(page, report.whole_models([device(result)]))
     assert new.startswith("before\n")
     assert new.endswith("after\n")
     assert "old" not in new
     assert "next best: 1,000" in new
-    with pytest.raises(ValueError, match="README"):
-        report.with_table("no markers", "")
+    for incomplete in ("no markers", f"{report.BEGIN}\n", f"{report.END}\n"):
+        with pytest.raises(ValueError, match="bench: begin"):
+            with_block(incomplete, report.whole_models([device(result)]))
 
 
 def test_the_table_of_encoders(tmp_path):
@@ -102,19 +104,15 @@ def test_the_table_of_encoders(tmp_path):
     assert "| **fastbert** | **60** | **30** |" in text
     assert "| fastbert against arrival order | 6.00x | 3.00x |" in text
     assert "| fastbert against the best of the others | 1.50x | 3.00x |" in text
-    readme = f"a\n{report_encode.BEGIN}\nold\n{report_encode.END}\nb\n"
-    assert report_encode.with_table(readme, text) == f"a\n{text}\nb\n"
+    page = f"a\n{report_encode.BEGIN}\nold\n{report_encode.END}\nb\n"
+    assert with_block(page, text) == f"a\n{text}\nb\n"
     assert "not measured" in report_encode.block(tmp_path / "cpu")
 
 
 def test_a_case_that_we_did_not_measure_has_no_figure(result):
     result["rows"] = [r for r in copy.deepcopy(result["rows"]) if r["peer"] != "fastbert"]
     assert "not measured" in report.page([device(result)])
-    assert "not measured" in report.readme_table([device(result)])
-
-
-def test_readme_and_report_are_those_of_the_committed_results():
-    assert report.main(["--check"]) == 0
+    assert "not measured" in report.whole_models([device(result)])
 
 
 def test_pictures(result, tmp_path):

@@ -28,3 +28,13 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
     kept = [n for n in range(len(head)) if n == 0 or any(row[n] for row in rows)]
     lines = [head, ["---"] * len(head), *rows]
     return [*("| " + " | ".join(line[n] for n in kept) + " |" for line in lines), ""]
+
+
+def with_block(text: str, block: str) -> str:
+    """`text` with `block` in place of what stands between its first and its last line there."""
+    begin, *_, end = block.splitlines()
+    before, began, rest = text.partition(begin)
+    _, ended, after = rest.partition(end)
+    if not (began and ended):
+        raise ValueError(f"the page has no {begin} ... {end}")
+    return before + block + after

@@ -2,9 +2,9 @@
 
 Reads every benchmarks/results/*/*.json that `fastbert bench` or `python -m benchmarks.inspection.roofline` wrote, and
 writes benchmarks/REPORT.md, pictures beside the results (with matplotlib; `--no-plots` leaves them alone), and the
-table between the markers in README.md. No number in either is typed by hand. A case that several files of a device
-have is taken from a whole run rather than a --quick one, then from the newest. --check writes nothing and exits 1
-where a file is out of date.
+tables between markers in README.md, docs/benchmarks.md and docs/drop-in.md. No number in any of these is typed by hand.
+A case that several files of a device have is taken from a whole run rather than a --quick one, then from the newest.
+--check writes nothing and exits 1 where a file is out of date.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from . import anchors, sentences, texts
-from .cells import duration, mebibytes, ratio, table
+from .cells import duration, mebibytes, ratio, table, with_block
 from .results import ROOT, TITLES, Case, Device, load
 
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
@@ -205,7 +205,7 @@ def section(device: Device) -> list[str]:
     return [*lines, "<details><summary>Every row</summary>", "", *detail(timed), "</details>", ""]
 
 
-# ---- the page, and README's table ------------------------------------------------------------------------
+# ---- the page, and the tables of other pages -------------------------------------------------------------
 
 
 def page(devices: list[Device]) -> str:
@@ -234,8 +234,8 @@ def page(devices: list[Device]) -> str:
     return "\n".join(lines)
 
 
-def readme_table(devices: list[Device]) -> str:
-    """Whole models on texts of real lengths, one line a case and device."""
+def whole_models(devices: list[Device]) -> str:
+    """The block of docs/benchmarks.md: whole models on texts of real lengths, one line a case and device."""
     rows = []
     for device in devices:
         for case in device.cases:
@@ -247,14 +247,6 @@ def readme_table(devices: list[Device]) -> str:
                 ))  # fmt: skip
     head = ("whole models, real tokens/s", "machine", "fastbert", "best of the others", "their time / ours (95%)")
     return "\n".join([BEGIN, "", *(table(head, rows) if rows else ["not measured", ""]), END])
-
-
-def with_table(readme: str, new: str) -> str:
-    before, _, rest = readme.partition(BEGIN)
-    _, found, after = rest.partition(END)
-    if not found:
-        raise ValueError(f"README.md has no {BEGIN} ... {END}")
-    return before + new + after
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -272,13 +264,14 @@ def main(argv: list[str] | None = None) -> int:
 
         for device in devices:
             plots.draw(device)
-    readme = ROOT / "README.md"
-    front = with_table(readme.read_text(encoding="utf-8"), readme_table(devices))
-    front = sentences.with_table(front, ROOT / "benchmarks" / "results")
-    wanted = {
-        ROOT / "benchmarks" / "REPORT.md": page(devices),
-        readme: texts.with_table(front, texts.block(ROOT / "benchmarks" / "results")),
+    results = ROOT / "benchmarks" / "results"
+    blocks = {
+        ROOT / "README.md": texts.block(results),
+        ROOT / "docs" / "benchmarks.md": whole_models(devices),
+        ROOT / "docs" / "drop-in.md": sentences.block(results),
     }
+    wanted = {path: with_block(path.read_text(encoding="utf-8"), block) for path, block in blocks.items()}
+    wanted[ROOT / "benchmarks" / "REPORT.md"] = page(devices)
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     for path in stale:
         if args.check:

@@ -11,7 +11,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 SCHEMA, ROOFLINE = "fastbert-bench/1", "fastbert-roofline/1"
-NOT_REPORTED = "fastbert-finetuning/1", "fastbert-serving/1"  # the README's text quotes these
+NOT_REPORTED = "fastbert-finetuning/1", "fastbert-serving/1"  # quoted by the text of docs/training.md and serving.md
 
 # suite -> its title; one that is not here follows under its own name
 TITLES = {
@@ -128,7 +128,7 @@ def load(folder: Path = RESULTS) -> list[Device]:
     """A Device for each folder, its files in the order in which later ones replace earlier ones."""
     devices = []
     for path in sorted(folder.glob("*/*.json")):
-        if path.name.startswith("encode-"):  # README's first table
+        if path.name.startswith("encode-"):  # the table in README.md
             continue
         result = json.loads(path.read_text(encoding="utf-8"))
         schema = result.get("schema")

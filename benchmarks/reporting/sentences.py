@@ -1,4 +1,4 @@
-"""README's table of `SentenceTransformer.encode`, from the result files: a row each way, a column each dtype."""
+"""The table of `SentenceTransformer.encode` in docs/drop-in.md: a row each way, a column each dtype."""
 
 from __future__ import annotations
 
@@ -54,18 +54,10 @@ def table(results: list[dict[str, Any]]) -> list[str]:
     return [*("| " + " | ".join(line) + " |" for line in lines), "", f"With {used}; each column is one run."]
 
 
-def readme(folder: Path) -> str:
-    """What stands between the markers, and they."""
+def block(folder: Path) -> str:
+    """The block of docs/drop-in.md, with its markers: a table for each device."""
     devices: dict[str, list[dict[str, Any]]] = {}
     for result in newest(folder):
         devices.setdefault(result["device"]["name"], []).append(result)
     tables = [line for results in devices.values() for line in ("", *table(results))]
     return "\n".join([BEGIN, *(tables or ["", "not measured"]), "", END])
-
-
-def with_table(text: str, folder: Path) -> str:
-    before, _, rest = text.partition(BEGIN)
-    _, found, after = rest.partition(END)
-    if not found:
-        raise ValueError(f"README.md has no {BEGIN} ... {END}")
-    return before + readme(folder) + after

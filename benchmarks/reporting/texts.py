@@ -1,4 +1,4 @@
-"""README's first table, of the files encode-*.json that `python -m benchmarks.suites.texts` wrote, one a dtype."""
+"""The table in README.md, of the files encode-*.json that `python -m benchmarks.suites.texts` wrote, one a dtype."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ OURS = "fastbert"
 
 
 def block(results: Path) -> str:
-    """What stands between README's markers: a table for each device."""
+    """The block of README.md, with its markers: a table for each device."""
     tables = [line for folder in sorted(results.iterdir()) if folder.is_dir() for line in table(folder)]
     return "\n".join([BEGIN, "", *(tables or ["not measured", ""]), END])
 
@@ -47,12 +47,3 @@ def _ratio(speeds: dict[str, float], of: str) -> str:
     ours = next((speed for name, speed in speeds.items() if name.startswith(OURS)), None)
     others = [speed for name, speed in speeds.items() if not name.startswith(OURS) and of in name]
     return f"{ours / max(others):.2f}x" if ours and others else "not measured"
-
-
-def with_table(readme: str, new: str) -> str:
-    """`readme` with the block in place of the one it has."""
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"README.md has no {BEGIN} ... {END}")
-    return before + new + after

@@ -6,7 +6,7 @@ The texts are docstrings of the Python standard library (every machine has them)
 each. Every row encodes the same texts with the same weights to the same mean-pooled vectors, in the same dtype, and
 is checked against transformers in float32 before its time is printed. Runs are interleaved (A B C A B C), medians
 are of the repeats, and tokens are real tokens: padding never counts. OpenVINO takes part where it is installed.
-`python -m benchmarks.reporting.report` makes README's first table of the files encode-minilm-*.json in results/.
+`python -m benchmarks.reporting.report` makes the table in README.md of the files encode-minilm-*.json in results/.
 """
 
 from __future__ import annotations

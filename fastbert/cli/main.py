@@ -22,6 +22,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any, NoReturn
 
+from .. import __version__
 from .options import UsageError, among_ranks
 
 
@@ -159,19 +160,10 @@ def build_parser() -> Parser:
         description="BERT without padding: text in, vectors out.",
         epilog="'fastbert COMMAND --help' explains a command, with examples.",
     )
-    parser.add_argument("--version", action="version", version=f"fastbert {_version()}")
+    parser.add_argument("--version", action="version", version=f"fastbert {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for command in commands_found():
         name, summary = command.__name__.rpartition(".")[2].replace("_", "-"), command.SUMMARY
         added = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
         added.command = command
     return parser
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("fastbert")
-    except PackageNotFoundError:
-        return "(not installed)"

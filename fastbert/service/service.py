@@ -8,12 +8,12 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import orjson
 import torch
 
+from .. import __version__
 from ..encoding.devices import resolve_device
 from ..text.batching import flights_of
 from .engine import Engine, Job, Prepared
@@ -111,7 +111,7 @@ class Service:
         self.open = 0  # requests, the one that asks to be admitted too
         self.is_warm = self.is_stopping = False
         self.failure: str | None = None
-        self.version, self.created = installed_version(), int(time.time())
+        self.version, self.created = __version__, int(time.time())
         self._aside = ThreadPoolExecutor(1, "aside")
         self._key = None if settings.api_key is None else f"Bearer {settings.api_key}".encode()
 
@@ -251,13 +251,6 @@ class Service:
             (b"x-inference-time", b"%d" % (1000 * computing)),
             (b"x-truncated-texts", b"%d" % call.cut),
         ]
-
-
-def installed_version() -> str:
-    try:
-        return version("fastbert")
-    except PackageNotFoundError:
-        return "0"
 
 
 def _fail(job: Job, error: Exception) -> None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .. import __version__
 from ..functional import machine
 from ..testing import Check, ModelShape, Runs, error_and_budget, run_op
 from .cases import DTYPES, Task
@@ -45,7 +45,7 @@ def environment(device: torch.device, impl: str) -> dict[str, str]:
         compiler = triton.__version__
         assembler = "" if torch.version.hip or machine.INTERPRETING else f"ptxas {triton.knobs.nvidia.ptxas.version}"
     return {
-        "format": FORMAT, "device": name, "arch": arch, "impl": impl, "fastbert": version("fastbert"),
+        "format": FORMAT, "device": name, "arch": arch, "impl": impl, "fastbert": __version__,
         "torch": torch.__version__, "triton": compiler, "assembler": assembler,
     }  # fmt: skip
 

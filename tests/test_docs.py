@@ -1,0 +1,114 @@
+"""README.md and docs/ hold together: links lead somewhere, commands are the program's own, Python blocks run."""
+
+import importlib.util
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+import doc_pages
+from doc_pages import PAGES, ROOT
+from fastbert.cli.main import build_parser
+
+pytestmark = pytest.mark.once
+
+NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+# of pip: the name of somebody else's package on the index, and not fastbert-torch, a path, or a comment
+WRONG_INSTALL = re.compile(r"pip3? install[^\n#`|]*?[\s\"']fastbert(?![-\w/.])")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_links_lead_somewhere(page):
+    for target in doc_pages.links(page):
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), target
+        if anchor:
+            assert anchor in doc_pages.anchors(file), target
+
+
+def test_every_page_is_linked_from_the_readme():
+    linked = {(ROOT / target.partition("#")[0]).resolve() for target in doc_pages.links(ROOT / "README.md")}
+    assert set(PAGES) - linked == {ROOT / "README.md"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_commands_are_the_programs_own(page, capsys):
+    """Their arguments parse; modules and targets of make are there. What the commands do is tested elsewhere."""
+    for words in doc_pages.commands(page):
+        if words[0] == "torchrun":
+            words = words[words.index("-m") + 1 :]
+        if words[0] == "fastbert":
+            try:
+                build_parser().parse_args(words[1:])
+            except SystemExit:
+                pytest.fail(f"{' '.join(words)}: {capsys.readouterr().err}")
+        elif words[:2] == ["python", "-m"]:
+            assert importlib.util.find_spec(words[2]) is not None, words
+        elif words[0] == "make":
+            targets = [word for word in words[1:] if "=" not in word]
+            makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+            assert all(re.search(rf"^{target}(?: [\w-]+)*:", makefile, re.MULTILINE) for target in targets), words
+        elif words[0] in ("python", "bash") and words[1] != "-m":
+            assert (ROOT / words[1]).is_file(), words
+        else:
+            assert words[0] in ("pip", "curl"), words
+
+
+def test_blocks_for_a_gpu_compile():
+    found = [(page, line, text) for page in PAGES for line, text in doc_pages.blocks(page, "python gpu")]
+    assert found
+    for page, line, text in found:
+        compile("\n" * line + text, str(page), "exec")
+
+
+def test_nothing_leads_to_another_projects_package():
+    """`fastbert` on the package index belongs to a project of 2021; the distribution of this one has another name."""
+    assert WRONG_INSTALL.search("pip install -U 'fastbert[serve]'")
+    assert WRONG_INSTALL.search("`pip install torch fastbert`")
+    assert not WRONG_INSTALL.search("pip install 'fastbert-torch[serve]'")
+    assert not WRONG_INSTALL.search("pip install -e ../fastbert/src")
+    tracked = [path for path in ROOT.iterdir() if path.is_file()]
+    for folder in (".ci", "benchmarks", "docs", "examples", "fastbert", "findings", "kernels", "tests"):
+        tracked += [path for path in (ROOT / folder).rglob("*") if path.is_file()]
+    texts = [
+        path for path in tracked if path.suffix in ("", ".md", ".py", ".sh", ".toml", ".txt", ".html", ".svg", ".in")
+    ]
+    assert len(texts) > 400
+    leading = [
+        path for path in texts if path != Path(__file__) and WRONG_INSTALL.search(path.read_text(errors="replace"))
+    ]
+    assert not leading
+
+
+def test_the_version_is_looked_up_under_the_distributions_name():
+    (name,) = re.findall(r'^name = "(.*)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert name != "fastbert"
+    looked_up = re.findall(r'version\("(.*?)"\)', (ROOT / "fastbert" / "__init__.py").read_text(encoding="utf-8"))
+    assert looked_up == [name]
+
+
+def test_pictures_are_those_that_the_script_draws():
+    drawn = runpy.run_path(str(ROOT / "docs" / "draw.py"))
+    pictures = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "pictures").glob("*.svg")}
+    assert pictures == {name: str(drawn[name]()) for name in ("packing", "layer")}
+
+
+def test_rows_of_behaviour_name_tests_and_scripts_that_are_there():
+    rows = [
+        [cell.strip() for cell in line.strip("|").split(" | ")]
+        for line in (ROOT / "docs" / "behaviour.md").read_text(encoding="utf-8").splitlines()
+        if line.startswith("| ") and not line.startswith(("| who", "| ---"))
+    ]
+    assert len(rows) > 40
+    for who, behaviour, held_by in rows:
+        tests = re.findall(r"`(\w+)::(\w+)`", held_by)
+        scripts = re.findall(r"`(\w+\.sh)`", held_by)
+        assert held_by, behaviour
+        assert bool(tests) == who.startswith("fastbert"), behaviour
+        for file, test in tests:
+            source = (ROOT / "tests" / f"{file}.py").read_text(encoding="utf-8")
+            assert re.search(rf"^def {test}\(", source, re.MULTILINE), f"{file}::{test}"
+        for script in scripts:
+            assert (ROOT / "findings" / script).is_file(), script
