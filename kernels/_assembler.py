@@ -1,4 +1,5 @@
-"""Which assembler makes NVIDIA machine code for Triton: whether code for sm_90 is right has depended on it (LOG.md)."""
+"""Which assembler makes NVIDIA machine code for Triton: whether code for sm_90 is right has depended on it
+(benchmarks/log/gpu.md)."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ seven, and no second reading. Equations are in `attention.py`.
 
 The backward kernels compute scores transposed, [keys, rows], so that p and ds are left operands as they come. dq is
 then computed transposed as well, as k^T ds, with ds on the right: ds^T on the left would be the transpose of a
-product's result, which compilers for sm_90 have got wrong (LOG.md, "The assembler").
+product's result, which compilers for sm_90 have got wrong (benchmarks/log/gpu.md, "The assembler").
 """
 
 from typing import Any, NamedTuple

@@ -24,7 +24,7 @@ class batch_invariant:
     The same machine, number of threads and versions are meant. Its price on two cores of an AMD EPYC (Zen 4), MiniLM,
     64 texts of natural lengths: 1.00 to 1.01 times the plain pass, bfloat16 and float32; one text of 10 tokens 1.25 and
     1.37 times. Where products go in blocks, 1.17 to 1.30 times, and 2.6 to 2.8 for one text of 10 tokens, which fills a
-    block all the same (LOG.md). On a GPU it is not measured.
+    block all the same (benchmarks/log/cpu.md). On a GPU it is not measured.
 
     impl="reference", and "native" on a GPU, raise RuntimeError while this is on. As a plain call,
     `batch_invariant(True)` and `batch_invariant(False)` switch for good.

@@ -15,7 +15,8 @@ from importlib.resources import files
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG", "LOG")]
+PAGES += sorted((ROOT / "docs").glob("*.md"))
 WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] [unused1] a text short second one which is longer ada love ##lace wrote it ."
 CONLL = "Ada B-PER\nLovelace I-PER\nwrote O\nit O\n\na O\nshort O\ntext O\n"
 

@@ -127,8 +127,8 @@ SAMPLE, SAMPLE_LENGTH = 24, 32
 
 
 def run_on_random_words(model: BertModel) -> None:
-    """What the layers of a model see of random words is close enough to what they see of texts in its own language:
-    MiniLM's vectors then have a mean cosine of 0.99962 to float32's, by English texts 0.99962 (LOG.md)."""
+    """Runs the model on random words, which show its layers nearly the same activations as texts do: quantised by them,
+    MiniLM's vectors have a mean cosine of 0.99962 to float32's, by English texts 0.99962 (benchmarks/log/int8.md)."""
     length = min(SAMPLE_LENGTH, model.config.max_position_embeddings)
     generator = torch.Generator(device="cpu").manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (SAMPLE, length), generator=generator, dtype=torch.int64, device="cpu")

@@ -40,8 +40,9 @@ QUAD = 4  # neighbours of a row of the weight that one instruction multiplies
 GROUP = 96  # most neighbours in a row that share a scale, or a step
 TORCH_BLOCK = 256  # rows at once in oneDNN's product, so that what lies between the passes stays in the cache
 SMALLEST = 1e-30  # a scale of zeros; in a group that extends less above low, all elements are taken for low
-# Exponent of how much of the differences between the columns of x `balance` moves into the weight, and the size, in
-# parts of a column's root mean square, below which columns are taken for equal; both tried out on MiniLM (LOG.md).
+# SHARE: exponent of how much of the differences between the columns of x `balance` moves into the weight. LEAST_COLUMN:
+# this share of x's root mean square is added to each column's, so that nearly empty columns count as alike. Both were
+# chosen on MiniLM (benchmarks/log/int8.md).
 SHARE, LEAST_COLUMN = 0.35, 0.1
 
 
