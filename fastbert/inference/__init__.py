@@ -1,1 +1,4 @@
-"""The one seam for weights and whole passes at inference: laid out, joined, in 8 bits, in one call, recorded."""
+"""Weights and whole passes at inference: weights laid out, joined or in 8 bits; all layers in one C++ call; CUDA
+graphs.
+
+Besides `fastbert.functional`, this is the only place of the package that imports `fastbert.kernels`."""

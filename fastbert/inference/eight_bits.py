@@ -19,15 +19,15 @@ def why_not() -> str | None:
 
 
 def engine() -> str:
-    """Who multiplies 8-bit integers here, in words."""
+    """What multiplies 8-bit integers on this machine, in words."""
     return int8.engine()
 
 
 class Int8Linear(nn.Module):
-    """y = x W^T + bias with W in 8 bits, for inference: nothing here is trained, loaded or moved to another device.
+    """y = x W^T + bias with W in 8 bits. For inference: it cannot be trained, loaded into, or moved to another device.
 
-    Its state_dict has the weight as its integers say, in the layer's own dtype, so that what is saved can be read by
-    whoever reads the model before.
+    Its state_dict holds the dequantised weight in the dtype of the original layer, so that a saved model can be loaded
+    by any code that loads the original.
     """
 
     def __init__(self, linear: nn.Linear, factors: Tensor | None = None):
@@ -43,7 +43,7 @@ class Int8Linear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """[N, K], made anew from the integers."""
+        """[N, K], computed from the integers at each access."""
         return self.packed.weight().to(self.dtype)
 
     @property
@@ -52,7 +52,7 @@ class Int8Linear(nn.Module):
 
     @property
     def nbytes(self) -> int:
-        """Of memory that the layer holds."""
+        """Bytes of memory that the layer holds."""
         return self.packed.nbytes
 
     def extra_repr(self) -> str:
@@ -65,12 +65,12 @@ class Int8Linear(nn.Module):
 
 
 def quantise(model: nn.Module, sample: Callable[[], object] | None = None) -> nn.Module:
-    """Puts `Int8Linear` in place of the linear layers of `model` whose sizes are multiples of 16, and gives back the
-    model, or the new layer where `model` is a linear layer itself. The weights are then held in 8 bits alone.
+    """Replaces the linear layers of `model` whose sizes are multiples of 16 by `Int8Linear`. The weights are then held
+    as 8-bit integers only. Returns the model, or the new layer if `model` is a linear layer itself.
 
     Args:
-        sample: runs the model on inputs of the usual kind. What it shows of how the inputs of each layer differ from
-            column to column is moved into the weights, which halves the loss (`int8.balance`); without it nothing is.
+        sample: runs the model on typical inputs. The scales of the inputs' columns that it shows are then moved into
+            the weights, which halves the loss of precision (`int8.balance`). None moves no scales.
     """
     if type(model) is nn.Linear:
         return Int8Linear(model) if int8.fits(model.weight) else model
@@ -89,7 +89,7 @@ def quantise(model: nn.Module, sample: Callable[[], object] | None = None) -> nn
 
 
 def _groups(model: nn.Module) -> list[list[nn.Linear]]:
-    """The linear layers that can be had in 8 bits; those side by side over one input in one group."""
+    """The linear layers that can be quantised, in groups of those that share an input."""
     joined = [
         list(module.values())
         for module in model.modules()
@@ -104,7 +104,7 @@ def _can_be(module: nn.Module) -> bool:
 
 
 def _mean_squares(linears: Sequence[nn.Linear], sample: Callable[[], object]) -> dict[nn.Linear, Tensor]:
-    """linear -> mean squares [K] float32 of the columns of its inputs, of those that a run of `sample` comes by."""
+    """linear -> mean squares [K] float32 of the columns of its inputs, for the layers that a run of `sample` calls."""
     found: dict[nn.Linear, Tensor] = {}
 
     def note(linear: nn.Linear, inputs: tuple[Tensor, ...]) -> None:

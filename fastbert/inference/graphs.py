@@ -1,17 +1,17 @@
 """CUDA graphs by bucket of total tokens: the launches of a pass are recorded once and replayed as one.
 
-A short batch on a GPU waits for its launches, over sixty in a pass of BERT-base, and not for its kernels. Here a
-batch is copied into buffers of fixed size, those of the smallest bucket that holds it, and the pass recorded for that
-bucket runs over them:
+A short batch on a GPU spends its time on launches (over sixty in a pass of BERT-base), not in kernels. So a batch is
+copied into buffers of fixed size, those of the smallest bucket that holds it, and the pass that was recorded for that
+bucket runs on these buffers:
 
     tokens      T real ones, then id 0 at position 0 up to the bucket's P
     sequences   B real ones, then one of those P - T tokens, then empty ones up to the bucket's number
 
-The tokens that fill up are a sequence of their own, and no operator mixes sequences, so real tokens do not notice. What
-attention derives from the lengths is computed on the device within the recording, from cu_seqlens in its buffer, and
-its size depends on the bucket alone.
+The filler tokens are a sequence by themselves, and no operator mixes sequences, so they do not affect real tokens.
+Attention's list of tiles is computed on the device within the recording, from cu_seqlens in its buffer; the size of the
+list depends on the bucket only.
 
-A recording holds addresses. `Watched` tells whether the model is still the one that was recorded.
+A recording holds addresses. `Watched` checks whether the model still has the modules and tensors that were recorded.
 """
 
 from __future__ import annotations
@@ -35,43 +35,43 @@ from ..packing import PackedBatch
 from .snapshot import Snapshot
 from .weights import CONTAINERS, HOOKS
 
-# P of the buckets. Two an octave: at most a third of a bucket's tokens are there to fill it. The last is what `Encoder`
-# puts into a batch.
+# P of the buckets, two per power of two, so that at most a third of a bucket's tokens are filler. The largest is the
+# size of `Encoder`'s batches.
 TOKENS = (
     16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576,
     32768, 49152, 65536,
 )  # fmt: skip
 # The largest bucket of BERT-base, and of all that are wider. See `most_tokens`.
 BASE_TOKENS, BASE_WIDTH = 4096, 768
-# Recordings kept; the one that was not used for longest goes.
+# Recordings kept. The least recently used one is dropped first.
 LIMIT = 32
 
 Replay = Callable[[], None]
 
 
 class CudaRecorder:
-    """Records on a CUDA device. The recordings share one pool of memory, since no two of them run at once."""
+    """Records on a CUDA device. The recordings share one pool of memory, since only one of them runs at a time."""
 
-    impls = ("triton",)  # the other implementations read lengths on the host while they run
+    impls = ("triton",)  # the other implementations read lengths on the host, which a recording cannot repeat
 
     def __init__(self, device: torch.device):
         self.device, self.stream = device, None
         self.forget()
 
     def forget(self) -> None:
-        """After all recordings are gone: their pool is not one that can be recorded into again."""
+        """Takes a new pool of memory, after all recordings were dropped: the old pool cannot be recorded into again."""
         with torch.cuda.device(self.device):
             self.pool = torch.cuda.graph_pool_handle()
 
     def busy(self) -> bool:
-        """Is somebody recording already?"""
+        """Whether the current stream is being recorded already, for example by the caller's own graph."""
         return torch.cuda.is_current_stream_capturing()
 
     def record(self, function: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
-        """(what runs `function` again over the tensors that it reads, the tensor that it then writes)."""
+        """(a function that replays `function` on the same input tensors, the output tensor that each replay writes)."""
         side, current = torch.cuda.Stream(), torch.cuda.current_stream()
         side.wait_stream(current)
-        with torch.cuda.stream(side):  # kernels are compiled and libraries made ready before
+        with torch.cuda.stream(side):  # runs before recording, so that kernels are compiled and libraries initialised
             for _ in range(2):
                 function()
         current.wait_stream(side)
@@ -82,7 +82,8 @@ class CudaRecorder:
 
     @contextmanager
     def in_order(self):
-        """Within it one batch is copied in, replayed and copied out, after what another stream did of that before."""
+        """A block in which one batch is copied in, replayed and copied out. If the previous batch used another stream,
+        the current stream waits for it."""
         with torch.cuda.device(self.device):
             current = torch.cuda.current_stream()
             if self.stream is not None and self.stream != current:
@@ -91,25 +92,25 @@ class CudaRecorder:
             yield
 
 
-# kind of device -> what records there
+# type of device -> class that records on it
 RECORDERS: dict[str, Callable[[torch.device], Any]] = {"cuda": CudaRecorder}
 
 
 def most_tokens(width: int) -> int:
     """The size of the largest bucket for a model of this width.
 
-    A layer waits for its launches while the host takes longer for them than the device for its products, which are
-    24 C^2 FLOP a token (feed-forward four times as wide). At 0.1 ms of Python a layer and 400 TFLOP/s that ends at
-    40 GFLOP, some 3,000 tokens of width 768, four times as many of half the width: the bound grows by (768 / C)^2.
-    Wider models keep 4,096, where a replay gains little and costs nothing but memory.
+    Replaying pays as long as the host takes longer to launch a layer than the device takes for the layer's products,
+    which are 24 C^2 FLOP per token (with a feed-forward block four times as wide). At 0.1 ms of Python per layer and
+    400 TFLOP/s both are equal at 40 GFLOP: some 3,000 tokens of width 768, four times as many at half the width. So the
+    bound grows by (768 / C)^2. Wider models keep 4,096, where a replay gains little and costs only memory.
     """
     bound = BASE_TOKENS * max(1.0, (BASE_WIDTH / width) ** 2)
     return max(size for size in TOKENS if size <= bound)
 
 
 def bucket_of(tokens: int, sequences: int, most: int = BASE_TOKENS) -> tuple[int, int] | None:
-    """(tokens, sequences) of the smallest bucket, none over `most` tokens; or None: a batch that large, or that empty,
-    has none."""
+    """(tokens, sequences) of the smallest bucket that holds the batch; None if the batch is empty, or the bucket would
+    have more than `most` tokens."""
     size = next((size for size in TOKENS if size >= tokens), None)
     return None if size is None or size > most or tokens == 0 else (size, 1 << (sequences - 1).bit_length())
 
@@ -125,8 +126,8 @@ class Static:
         return buffer.split([self.tokens] * 3 + [buffer.shape[0] - 3 * self.tokens])
 
     def fill(self, batch: PackedBatch) -> None:
-        """Every element is written, so nothing of the batch before is left. One copy carries all that is known on the
-        host, and one each what lies on the device."""
+        """Copies a batch into the buffers. Every element is written, so nothing of the previous batch remains. Tensors
+        on the host go in one copy together, tensors on the device in one copy each."""
         given = (batch.input_ids, batch.token_type_ids, batch.positions, batch.cu_seqlens)
         host = torch.zeros(self.buffer.shape, dtype=torch.int64, device="cpu")
         self.parts(host)[3].fill_(self.tokens)
@@ -151,7 +152,7 @@ class Recording:
 
 
 def why_not_recorded(root: nn.Module) -> str | None:
-    """Why a pass of this module cannot be recorded: what Python code does in it would be done once."""
+    """Why a pass of this module cannot be recorded, or None. Python code such as a hook would run only at recording."""
     for module in list(root.modules())[1:]:
         if isinstance(module, CONTAINERS):
             continue
@@ -163,14 +164,14 @@ def why_not_recorded(root: nn.Module) -> str | None:
 
 
 class Watched:
-    """What a recording takes from a model: which modules, of which classes, and tensors are where, the addresses of the
-    tensors and their versions."""
+    """The state of a model that a recording depends on: its modules and their classes, its tensors, and the addresses
+    and versions of these tensors."""
 
     def __init__(self, root: nn.Module, without: str = "pooler"):
         modules = [m for path, m in root.named_modules() if path.split(".")[0] != without]
         places = [(root._modules, name) for name in root._modules if name != without]
         places += [(m.__dict__, name) for m in modules for name in ("forward", "training")]
-        # what they hold must stay, and they themselves: another dictionary may be put in place of one
+        # The dictionaries must keep their contents, and must not be replaced by other dictionaries.
         held = [(m.__dict__, name) for m in modules for name in ("_modules", "_parameters", "_buffers")]
         held += [(m.__dict__, name) for m in modules[1:] for name in HOOKS]
         tables = [own[name] for own, name in held if own[name] is not root._modules]
@@ -190,9 +191,9 @@ class Graphs:
     """The recordings of one model's pass, made when a bucket is first met.
 
     Attributes:
-        calls: what became of the calls: "replayed", or the reason why one ran without a recording -> how many.
-        recorded: how many recordings were made, the ones gone since included.
-        most: a batch of more tokens runs without.
+        calls: "replayed", or the reason why a call ran without a recording -> number of calls.
+        recorded: how many recordings were made, including those dropped since.
+        most: batches of more tokens run without a recording.
     """
 
     def __init__(self, device: torch.device, impl: F.Impl | None = None, limit: int = LIMIT, most: int = BASE_TOKENS):
@@ -208,7 +209,7 @@ class Graphs:
         self._broken: str | None = None
 
     def __reduce__(self):
-        """A copied or pickled one starts without recordings: they are of the first one's addresses."""
+        """Copies and pickles start without recordings, which hold addresses of the original's tensors."""
         return type(self), (self.device, self.impl, self.limit, self.most)
 
     def __len__(self) -> int:
@@ -223,7 +224,7 @@ class Graphs:
                 self._recorder.forget()
 
     def is_same(self) -> bool:
-        """Is the model still the one that was recorded? Where not, its recordings are dropped."""
+        """Whether there are recordings and the model is unchanged since. If it has changed, they are dropped."""
         with self._lock:
             if self._watched is not None and not self._watched.is_same():
                 self.drop()
@@ -249,17 +250,18 @@ class Graphs:
         longest: int | None = None,
         key: tuple = (),
     ) -> Tensor | None:
-        """x [T, C] of `batch` by a replay; None where recording fails, which is said in a warning and in `calls`.
+        """x [T, C] of `batch` by a replay; None if recording fails, which a warning and `calls` report.
 
         Args:
-            root: the module whose pass this is.
-            prepare: of max_seqlen, makes the function of a PackedBatch that is recorded; it must not wait for the
-                device, and what `prepare` itself computes is not recorded.
-            longest: no sequence is longer; None for no such bound.
-            key: whatever else the pass depends on.
+            root: the module that runs the pass.
+            prepare: takes max_seqlen and returns a function of a PackedBatch, which is recorded and must not wait for
+                the device. What `prepare` itself computes is not recorded.
+            longest: upper bound of the sequences' lengths; None for no bound.
+            key: anything else that the pass depends on.
         """
         tokens, sequences = bucket_of(batch.total_tokens, batch.batch_size, self.most)
-        # inference tensors could not be written again; leaving that mode turns gradients on, so in this order
+        # Tensors made in inference mode could not be written at the next replay. Leaving inference mode turns gradients
+        # on, so no_grad comes second.
         with self._lock, torch.inference_mode(False), torch.no_grad():
             if self._recorder is None:
                 self._recorder = RECORDERS[self.device.type](self.device)
@@ -285,7 +287,7 @@ class Graphs:
 
     def _record(self, root, batch, tokens, sequences, prepare, longest) -> Recording:
         below = max((size for size in TOKENS if size < tokens), default=0)
-        # the tokens that fill a bucket are one sequence too, of fewer than a step between buckets
+        # The filler tokens are one sequence too, at most as long as the step from the next smaller bucket.
         max_seqlen = tokens if longest is None else min(tokens, max(longest, tokens - below))
         static = Static(tokens, sequences, max_seqlen, self.device)
         static.fill(batch)
@@ -308,13 +310,13 @@ class Graphs:
 
 
 def precision(device: torch.device) -> tuple:
-    """The switches of torch and of this package that change what is launched."""
+    """The settings of torch and of this package that change which kernels are launched."""
     autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
     return autocast, F.is_batch_invariant(), torch.get_float32_matmul_precision()
 
 
 def why_no_graphs(module: nn.Module, impl: F.Impl | None) -> str | None:
-    """Why there can be no recordings of a module where it lies now, or None."""
+    """Why passes of a module cannot be recorded on its present device, or None."""
     devices = sorted({str(t.device) for t in itertools.chain(module.parameters(), module.buffers())})
     expected = " or ".join(RECORDERS)
     if len(devices) != 1 or torch.device(devices[0]).type not in RECORDERS:
@@ -328,7 +330,7 @@ def why_no_graphs(module: nn.Module, impl: F.Impl | None) -> str | None:
 
 
 def graphs_for(module: nn.Module, impl: F.Impl | None) -> Graphs:
-    """`Graphs` for a model where it lies now. Raises ValueError where there is nothing that records."""
+    """`Graphs` for a model on its present device. Raises ValueError if passes cannot be recorded there."""
     if reason := why_no_graphs(module, impl):
         raise ValueError(f"cuda_graphs=True: {reason}")
     device = next(itertools.chain(module.parameters(), module.buffers())).device

@@ -1,7 +1,7 @@
-"""Weights in large pages of memory, where one short text, which reads all of them once, finds them faster.
+"""Weights in large pages of memory, which speeds up a single short text: it reads every weight once.
 
-In pages of 4 KB the processor looks up an address, and begins anew to fetch ahead, after each 64 lines of its cache.
-Linux has pages of 2 MB for memory that asks for them before it is filled (madvise(2), MADV_HUGEPAGE).
+With pages of 4 KB the processor looks up an address and restarts its prefetching after every 64 cache lines. Linux
+gives pages of 2 MB to memory for which madvise(2) with MADV_HUGEPAGE is called before it is filled.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ import torch
 from torch import Tensor, nn
 
 LARGE = 2 << 20  # bytes of a large page
-LEAST = 4 * LARGE  # of all that is moved, from which on it is worth the copy
-LINE = 64  # bytes of a cache's line, where every parameter begins
+LEAST = 4 * LARGE  # least bytes of all moved parameters; below, the copy is not worth it
+LINE = 64  # bytes of a cache line; every parameter begins at a multiple
 
 
 def move_to_large_pages(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """`model.to(dtype)` of a model on the CPU that nobody else holds; its parameters end up in large pages, each in a
-    storage of its own. The Parameter objects stay. Returns the model.
+    """`model.to(dtype)` for a model on the CPU that no other code uses; its parameters end up in large pages, each in a
+    storage by itself. The Parameter objects stay the same. Returns the model.
 
-    Tables of embeddings, of which a text reads a few rows, are left where they are if they are of that dtype, since
-    they may be mapped from a file. A small model, and one on a system without such pages, is converted in ordinary
+    Embedding tables, of which a text reads only a few rows, are not moved if they have the dtype already, since they
+    may be mapped from a file. Small models, and all models on systems without large pages, are converted in ordinary
     memory.
     """
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
@@ -36,18 +36,18 @@ def move_to_large_pages(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def _at(memory: mmap.mmap, offset: int, t: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy of t in this dtype, `offset` bytes into the memory."""
+    """A copy of t in this dtype, placed at byte `offset` of the memory."""
     copy = torch.frombuffer(memory, dtype=dtype, count=t.numel(), offset=offset)
     return copy.view(t.shape).copy_(t.detach())
 
 
 def _large_pages(size: int) -> mmap.mmap | None:
-    """At least `size` bytes of private memory; None where the system has no large pages or not as much memory."""
+    """At least `size` bytes of private memory in large pages; None if the system has no such pages or too little."""
     if not hasattr(mmap, "MADV_HUGEPAGE"):  # not on Linux
         return None
     try:
         memory = mmap.mmap(-1, -(-size // LARGE) * LARGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         memory.madvise(mmap.MADV_HUGEPAGE)
-    except OSError:  # a limit of this process's memory, or a kernel that was built without large pages
+    except OSError:  # the process's memory limit, or a Linux kernel built without large pages
         return None
     return memory

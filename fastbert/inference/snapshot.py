@@ -1,4 +1,4 @@
-"""What some objects are and some dictionaries hold, to tell before each call whether all of it is still the same."""
+"""A record of objects and of the contents of dictionaries, to check before each call whether anything has changed."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from ..kernels.cpu.objects import Missing, find_same_objects, pack
 
 
 class Snapshot:
-    """Taken when it is made. A look compares a thousand things by identity, in a few microseconds where the C++
-    operators are built, and otherwise in a few dozen: in lists made beforehand.
+    """The state at construction. `is_same` compares about a thousand values by identity; this takes a few microseconds
+    in C++, and a few dozen in Python, because the lists of what is compared are made at construction.
 
     Args:
-        objects: whose class must stay.
-        places: (dictionary, key): what lies there must stay the same object, or nothing must come to lie there.
-        attributes: (class, name): what the class has under that name must stay the same object.
-        tables: dictionaries that must keep their keys and values, in order. What is no dict is passed over: a scripted
-            module's children are none, and calls of it run what was compiled, whatever becomes of them.
+        objects: objects whose class must not change.
+        places: (dictionary, key): the value must stay the same object; a missing key must stay missing.
+        attributes: (class, name): the class's attribute must stay the same object.
+        tables: dictionaries that must keep their keys and values, in order. Other mappings are ignored: a scripted
+            module's children are no dict, and calls of such a module run compiled code in any case.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class Snapshot:
         tables: Iterable[Mapping] = (),
     ):
         self.objects, self.types = list(objects), list(map(type, objects))
-        grouped: dict[int, dict[str, Mapping]] = {}  # the places of one dictionary side by side
+        grouped: dict[int, dict[str, Mapping]] = {}  # places of the same dictionary are compared one after another
         for table, key in places:
             grouped.setdefault(id(table), {})[key] = table
         pairs = [(table, key) for of_one in grouped.values() for key, table in of_one.items()]

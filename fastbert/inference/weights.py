@@ -1,4 +1,4 @@
-"""Weights as inference multiplies by them: laid out for the vendor library, several joined to one."""
+"""Weights prepared for inference: laid out for the vendor library, or several joined into one."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from .. import functional as F
 from ..kernels import native
 from ..kernels.cpu import layouts
 
-# are never called; a slice of one is in training mode, whatever it was
+# Modules that are never called. A slice of one is always in training mode, so their mode means nothing.
 CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 # where a module keeps its hooks
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 def ready(linears: Iterable[nn.Linear], promised: bool = True) -> None:
-    """Weights that are multiplied by again and again, and not trained: see `prepack`. Where it was not `promised` that
-    nobody writes to them through `.data`, each is read as a whole before a copy of it is used.
+    """Marks the weights of layers that are used for inference many times, see `prepack`. Unless the caller has
+    `promised` not to write to them through `.data`, a weight is compared as a whole with its copy before each use of
+    it.
     """
     for linear in linears:
         layouts.mark(linear.weight, promised)
 
 
 def release(weights: Iterable[Tensor]) -> None:
-    """Takes `ready` back, and the copies of these weights with it."""
+    """Undoes `ready`, and frees the copies of these weights."""
     for weight in weights:
         layouts.unmark(weight)
 
 
 class JoinedLinears:
-    """Linear layers over one input as a single product: x [..., C] -> [..., sum of their widths].
+    """Linear layers with the same input as a single product: x [..., C] -> [..., sum of their widths].
 
-    The joined weight is made anew at every call, or not at all where the parts are multiplied as they lie. Only that of
-    parts which `prepack` has readied is kept, without gradients and until a part changes: who calls those
-    promises not to write to the weights in a way that torch does not count. The layers are given at every call and not
-    held.
+    The joined weight is made at every call, or not at all where the C++ multiplies by the parts. It is kept only for
+    layers that `prepack` has marked, without gradients, and until a part changes: calling `prepack` promises not to
+    write to the weights in a way that torch does not count. The layers are passed at every call and not stored.
     """
 
     def __init__(self):
@@ -59,7 +59,7 @@ class JoinedLinears:
         parameters = [p for linear in linears for p in (linear.weight, linear.bias) if p is not None]
         if not all(layouts.is_promised(linear.weight) for linear in linears):
             return self._join(linears)
-        if any(p.is_inference() for p in parameters):  # made in inference mode: nothing tells when they change
+        if any(p.is_inference() for p in parameters):  # tensors made in inference mode do not count their changes
             return self._join(linears)
         state = tuple(map(layouts.state_of, parameters))
         if self._weight_and_bias is None or self._made_of != state:
@@ -73,13 +73,13 @@ class JoinedLinears:
         return weight, None if linears[0].bias is None else torch.cat([linear.bias for linear in linears])
 
     def __getstate__(self) -> dict:
-        """A pickled or deep-copied one leaves the joined copy behind."""
+        """Pickles and deep copies leave out the joined copy."""
         return {"_weight_and_bias": None, "_made_of": ()}
 
 
 class FusedLinears(nn.ModuleDict):
-    """`JoinedLinears` that hold their layers: each stays a module with its own weight and bias, so names, checkpoints
-    and optimisers see what they know."""
+    """`JoinedLinears` that store their layers. Each layer stays a module with its own weight and bias, so parameter
+    names, checkpoints and optimisers do not change."""
 
     def __init__(self, linears: dict[str, nn.Linear]):
         super().__init__(linears)
@@ -93,8 +93,8 @@ class FusedLinears(nn.ModuleDict):
 
 
 def is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Is it exactly of this kind, and does nobody replace its forward or listen to it, so that its parameters alone say
-    what a call of it would give? Adapters of PEFT, for one, are not."""
+    """Whether the module is exactly of this class, with its own forward and without hooks, so that its parameters alone
+    determine its output. PEFT's adapters, for example, are of other classes."""
     own, of_all = module.__dict__, nn.modules.module
     return type(module) is kind and not (
         "forward" in own
@@ -110,13 +110,14 @@ def is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def prepack(model: nn.Module) -> nn.Module:
-    """Ready the linear layers of `model` for inference; returns it. What `Encoder` does with its own.
+    """Prepares the linear layers of `model` for inference, as `Encoder` does with its model; returns the model.
 
-    Where a CPU's vendor library multiplies faster than our C++ (AMX, no AVX-512, activations other than GELU), their
-    weights are laid out for it at their first use without gradients, and then held twice. Where query, key and value
-    are one product, on a GPU always, their joined weight is kept, which is otherwise copied together in every pass.
-    Training them again, loading others or moving them is noticed; writing to a few elements of the weights or biases
-    through `.data` may not be. The call is the promise that nobody does.
+    Where a CPU's vendor library multiplies faster than our C++ (AMX, no AVX-512, activations other than GELU), a second
+    copy of each weight is laid out for that library at the first use without gradients. Where query, key and value are
+    one product, which they always are on a GPU, their joined weight is kept instead of being made in every pass.
+
+    Training, loading other weights and moving the model are noticed. Writing to a few elements of weights or biases
+    through `.data` may go unnoticed; calling `prepack` is the promise not to do that.
     """
     ready(module for module in model.modules() if isinstance(module, nn.Linear))
     return model

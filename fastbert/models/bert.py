@@ -1,7 +1,7 @@
 """BERT on one page: embeddings, a stack of layers, a pooler. Devlin et al., arXiv:1810.04805.
 
-Parameter names are transformers' own, so a `state_dict` goes both ways. Inside, there is no padding: the input is
-packed once, every layer sees [T, C], and the output is padded once again if the input was.
+Parameter names are transformers', so a `state_dict` loads in either library. The layers compute no padding: the input
+is packed once, every layer takes and gives [T, C], and the output is padded again if the input was padded.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class BertEmbeddings(nn.Module):
         word, position, segment = self.word_embeddings, self.position_embeddings, self.token_type_embeddings
         norm, batch = part_of(self.LayerNorm, nn.LayerNorm), shared.batch
         dropout = shared.dropout(self.dropout_p, stream=0) if self.training else {}
-        # without segments every token is of segment 0
+        # without token_type_ids every token belongs to segment 0
         types = torch.zeros_like(batch.positions) if batch.token_type_ids is None else batch.token_type_ids
         tables_are_plain = all(is_untouched(table, nn.Embedding) for table in (word, position, segment))
         if inputs_embeds is None and not (tables_are_plain and norm.plain):
@@ -73,7 +73,7 @@ class BertLayer(nn.Module):
             return nn.ModuleDict({"dense": nn.Linear(width_in, width), "LayerNorm": nn.LayerNorm(width, eps=eps)})
 
         self.heads = config.heads_of(index)
-        inside = self.heads * config.head_dim  # width, less what is pruned
+        inside = self.heads * config.head_dim  # smaller than width if heads are pruned
         qkv = FusedLinears({name: nn.Linear(width, inside) for name in ("query", "key", "value")})
         self.attention = nn.ModuleDict({"self": qkv, "output": block_end(inside)})
         self.intermediate = nn.ModuleDict({"dense": nn.Linear(width, inner)})
@@ -81,8 +81,9 @@ class BertLayer(nn.Module):
         self.config, self.index = config, index
 
     def described(self, impl: F.Impl | None) -> Layer:
-        """As it is now: a module that is no longer torch's own, or that somebody listens to, is called as it is."""
-        # by way of the dictionaries: nn.Module's own attributes take ten times as long
+        """The layer's present description. Modules with hooks, or of other classes than torch's, are marked to be
+        called as modules."""
+        # Modules are read from the dictionaries, because attribute access of nn.Module takes ten times as long.
         parts, attention = self._modules, self._modules["attention"]._modules
         qkv, output, last = attention["self"], attention["output"]._modules, parts["output"]._modules
         name = self.config.activation
@@ -90,7 +91,7 @@ class BertLayer(nn.Module):
             projections, joined = tuple(part_of(m, nn.Linear) for m in qkv._modules.values()), qkv.joined_linears
         else:
             projections, joined = (Part(partial(qkv, impl=impl), plain=False),), JoinedLinears()
-        # by position, which takes half the time of names
+        # Positional arguments take half the time of keywords.
         return Layer(
             projections,
             part_of(output["dense"], nn.Linear),
@@ -105,7 +106,7 @@ class BertLayer(nn.Module):
         )
 
     def tensors(self) -> list[Tensor] | None:
-        """What `functional.LayerWeights` holds; None if the layer is no longer plain."""
+        """The fields of `functional.LayerWeights`; None if a module of the layer has to be called as a module."""
         return self.described(None).tensors()
 
     def qkv(self, x: Tensor, impl: F.Impl | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -113,16 +114,17 @@ class BertLayer(nn.Module):
         return self.attention["self"](x, impl).unflatten(-1, (3, self.heads, -1)).unbind(1)
 
     def forward(self, x: Tensor, shared: Pass, first_only: bool = False) -> Tensor:
-        """x [T, C] -> [T, C]; with `first_only` the rows of each sequence's first token alone, [B, C]."""
+        """x [T, C] -> [T, C]; with `first_only` only the row of each sequence's first token, [B, C]."""
         hidden_p, probs_p = self.config.hidden_dropout_prob, self.config.attention_probs_dropout_prob
-        # a layer may be put into evaluation mode by itself
+        # A single layer may be in evaluation mode while the model is in training mode.
         drops = Drops(probs_p, hidden_p, 0.0, hidden_p) if self.training and shared.seed is not None else Drops()
         walk = run_for_first if first_only else run
         known = None if shared.layers is None else shared.layers.get(self)
         return walk(x, known or self.described(shared.impl), drops, shared, self.index, self.training)
 
     def probabilities(self, x: Tensor, shared: Pass) -> Tensor:
-        """Attention probabilities [B, H, S, S] of this layer for its input x [T, C], zero at padding. A plain path."""
+        """Attention probabilities [B, H, S, S] of this layer for its input x [T, C], zero at padding, by plain
+        torch."""
         batch = shared.batch
         q, k, _ = (batch.pad(t).transpose(1, 2) for t in self.qkv(x, shared.impl))
         real = batch.pad(torch.ones(x.shape[0], 1, dtype=torch.float32, device=x.device)).bool()  # [B, S, 1]
@@ -135,8 +137,8 @@ class BertModel(PretrainedEncoder):
     """The encoder, with transformers' signature, parameter names and outputs.
 
     Args:
-        config: the numbers.
-        add_pooling_layer: whether there is a `pooler`.
+        config: the sizes of the model.
+        add_pooling_layer: whether the model has a `pooler`.
         impl: which implementation every operator uses; None lets each device choose. See `fastbert.functional`.
     """
 
@@ -171,16 +173,16 @@ class BertModel(PretrainedEncoder):
             token_type_ids: [B, S] segments, by default 0.
             position_ids: [B, S] or [1, S]; by default the column, whatever the mask, as in transformers.
             inputs_embeds: [B, S, C] in place of input_ids; or [T, C] beside a PackedBatch without input_ids.
-            output_attentions: also the probabilities, by a plain path that costs B x H x S x S.
-            output_hidden_states: also the embeddings and each layer's output.
+            output_attentions: also return the probabilities, computed in plain torch; they take B x H x S x S numbers.
+            output_hidden_states: also return the embeddings and each layer's output.
             return_dict: False returns a tuple.
-            first_only: for who reads the pooler alone: last_hidden_state is [B, C], of each sequence's first real
-                token, and the last layer computes nothing else but keys and values.
+            first_only: for callers that read only the pooler or the first token: last_hidden_state is [B, C], of each
+                sequence's first real token, and the last layer computes only keys and values for the others.
 
         Raises: ValueError on first_only with output_attentions or output_hidden_states; on ids outside the vocabulary
-            and on lengths of a PackedBatch that do not fit (checked on CPU tensors; on a GPU, where looking waits for
-            the device, with FASTBERT_CHECK=1 in the environment); on sequences longer than the position table, and on
-            shapes that do not fit.
+            and on lengths of a PackedBatch that do not fit (checked on CPU tensors; on a GPU, where a check waits for
+            the device, only with FASTBERT_CHECK=1 in the environment); on sequences longer than the position table, and
+            on shapes that do not fit.
         """
         if first_only and (output_attentions or output_hidden_states):
             raise ValueError("first_only leaves out of the last layer what output_attentions and _hidden_states show")
@@ -229,8 +231,8 @@ class BertModel(PretrainedEncoder):
         attentions: list[Tensor] | None = None,
         first_only: bool = False,
     ) -> Tensor:
-        """x [T, C] of the last layer, of ids or of inputs_embeds [T, C]; with `first_only` [B, C], zero for a sequence
-        without a token. The lists that are given are filled, with states in the shape of the output."""
+        """x [T, C] after the last layer, from ids or from inputs_embeds [T, C]; with `first_only` [B, C], zero for a
+        sequence without tokens. The lists that are passed are filled, with states in the shape of the output."""
         layers = list(self.encoder["layer"])
         described, plain = (None, ()) if torch.compiler.is_compiling() else self._described()
         shared = Pass(batch, batch.schedule(self.impl), self.impl, layers=described)
@@ -245,8 +247,8 @@ class BertModel(PretrainedEncoder):
             return x
 
         x = self.embeddings(shared, inputs_embeds)
-        # in a graph that torch.compile makes, lengths must not be read on the host, as attention over other keys may;
-        # and which way is taken goes by the number of tokens, whose bits differ
+        # Attention of first tokens only is attention over other keys, which may read lengths on the host: torch.compile
+        # cannot trace that. Within batch_invariant() it is left out because it depends on the number of tokens.
         ends_first = first_only and not (torch.compiler.is_compiling() or F.is_batch_invariant())
         ends_first = ends_first and len(layers) > 0 and batch.total_tokens > 0
         if hidden_states is None and attentions is None and not self.training:
@@ -265,7 +267,7 @@ class BertModel(PretrainedEncoder):
         return F.pool(x, batch.cu_seqlens, "cls", impl=self.impl) if first_only else shown(x)
 
     def _through(self, layer: nn.Module, x: Tensor, *others: Any) -> Tensor:
-        """layer(x, *others), computed once more in the backward pass where activations are not kept."""
+        """layer(x, *others). With gradient checkpointing the layer is computed once more in the backward pass."""
         if self.checkpointing is None or not (self.training and torch.is_grad_enabled()):
             return layer(x, *others)
         from torch.utils.checkpoint import checkpoint
@@ -273,7 +275,8 @@ class BertModel(PretrainedEncoder):
         return checkpoint(layer, x, *others, **self.checkpointing)
 
     def _described(self) -> tuple[dict[nn.Module, Layer], list[Layer | None]]:
-        """The layers' descriptions; and, in order, None in place of one whose call does more than run the layer."""
+        """(layer -> description; the descriptions in order, with None for a layer that has hooks or another
+        forward)."""
         encoder, config = self._modules["encoder"], self.config
         return self._kept.of(encoder, self._describe, self.impl, config.activation, config.head_dim)
 
@@ -283,7 +286,7 @@ class BertModel(PretrainedEncoder):
         return described, [described[layer] if part_of(layer, BertLayer).plain else None for layer in layers]
 
     def takes_in_one_call(self, tokens: int) -> bool:
-        """Whether a pass of so many tokens without gradients needs no kernel of the vendor library's."""
+        """Whether a pass of `tokens` tokens without gradients runs in one C++ call, without the vendor library."""
         size = tokens * self.config.hidden_size * self.dtype.itemsize
         if self.training or self.device.type != "cpu" or F.choose_impl(self.impl, self.device) != "native":
             return False

@@ -1,4 +1,4 @@
-"""What the heads on top of BERT share: packing, losses with a divisor, ties between weights, loading and saving."""
+"""The base of the heads on top of BERT: packing, losses with a divisor, tied weights, loading and saving."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from .bert import BertModel
 from .loading import LeftUninitialised, initialise, load_encoder, read_model
 from .outputs import HeadOutput
 
-IGNORED = -100  # a label that does not count
+IGNORED = -100  # the label of an item that does not count in the loss
 
 
 def product(linear: nn.Module, x: Tensor, impl: F.Impl | None) -> Tensor:
-    """linear(x). Within `batch_invariant()` a plain layer is kept from the vendor library, whose bits depend on how
-    many rows x [N, C] has."""
+    """linear(x). Within `batch_invariant()` a plain layer does not use the vendor library, whose bits depend on the
+    number of rows of x [N, C]."""
     if F.is_batch_invariant() and is_untouched(linear, nn.Linear):
         return F.linear(x, linear.weight, linear.bias, impl=impl)
     return linear(x)
 
 
 def scores(linear: nn.Module, x: Tensor, impl: F.Impl | None) -> Tensor:
-    """A classifier's logits: `product`, within autocast too in the dtype of the classifier's parameters. A logit of
-    bfloat16 has 8 bits, so that scores of different texts and places tie; a classifier's product costs next to nothing.
+    """A classifier's logits, computed in the dtype of its parameters, also under autocast. In bfloat16, with 8 bits,
+    scores of different texts would tie; a classifier's product costs next to nothing.
     """
     if not torch.is_autocast_enabled(x.device.type):
         return product(linear, x, impl)
@@ -45,8 +45,8 @@ def scores(linear: nn.Module, x: Tensor, impl: F.Impl | None) -> Tensor:
 
 
 class Encoded(NamedTuple):
-    """The encoder's outputs for a head: hidden [T, C] (of the first tokens alone [B, C], for a head that reads those),
-    pooled [B, C] or None, and what was asked for beside them."""
+    """The encoder's outputs for a head: hidden [T, C] ([B, C] for a head that reads only first tokens), pooled [B, C]
+    or None, and the other outputs that were requested."""
 
     batch: PackedBatch
     packed: bool  # the caller gave a PackedBatch
@@ -55,7 +55,8 @@ class Encoded(NamedTuple):
     extras: dict[str, Any]  # hidden_states, attentions
 
     def shaped(self, x: Tensor, value: float = 0.0) -> Tensor:
-        """x [T, ...] in the form of the caller's input: as it is, or [B, S, ...] with `value` at padding."""
+        """x [T, ...] in the form of the caller's input: unchanged if that was packed, else [B, S, ...] with `value` at
+        padding."""
         return x if self.packed else self.batch.pad(x, value)
 
     def by_token(self, name: str, labels: Tensor) -> Tensor:
@@ -78,9 +79,11 @@ def at_least_float32(x: Tensor) -> Tensor:
 def cross_entropy(
     logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | float | None, weights: Tensor | None = None
 ) -> Tensor:
-    """Of rows [N, K] with labels [N], those of -100 left out: the mean, or the sum divided by num_items_in_batch.
+    """Cross-entropy of logits [N, K] and labels [N] without rows labelled -100: the mean, or the sum divided by
+    num_items_in_batch.
 
-    weights: [K], of each class: a row counts so much, in the mean's divisor too, as in torch.
+    weights: [K], one for each class: a row's loss is multiplied by its class's weight, and the mean is divided by the
+        sum of the weights, as in torch.
     """
     logits, labels = at_least_float32(logits), labels.long()
     weights = None if weights is None else weights.to(logits.dtype)
@@ -93,29 +96,29 @@ def cross_entropy(
 
 
 class BertHead(nn.Module):
-    """BERT with a head on top: what the classes in `heads` have in common. Not for use by itself.
+    """BERT with a head on top: the base of the classes in `heads`.
 
     Every `forward` takes what `BertModel.forward` takes, padded [B, S] or a `PackedBatch`, then labels, and:
 
-        num_items_in_batch: what the sum of the loss is divided by, a number or a tensor of one; by default the number
+        num_items_in_batch: divisor of the summed loss, a number or a tensor of one element; by default the number
             of labels in this batch that count (not -100), which gives the mean. For one optimiser step over several
-            micro-batches or processes give all of them the count of the whole step: then the losses and gradients
-            add up to those of one batch. transformers' Trainer counts and passes it by itself.
-        output_attentions, output_hidden_states, return_dict: None takes what the config says.
+            micro-batches or processes, pass the count of the whole step to all of them: then the losses and gradients
+            add up to those of one batch. transformers' Trainer counts and passes it.
+        output_attentions, output_hidden_states, return_dict: None takes the config's value.
 
     Dropout in training is a function of a seed, drawn with torch.randint in each pass, and of a token's sequence and
-    place in it: the same for packed and padded input. A PackedBatch may name its sequences (`sequence_ids`).
+    position: the same for packed and padded input. A PackedBatch may name its sequences (`sequence_ids`).
 
     Args:
-        config: the numbers; id2label, problem_type and classifier_dropout are the head's.
+        config: sizes of the model; id2label, problem_type and classifier_dropout are for the head.
         impl: which implementation every operator uses, as in `BertModel`.
     """
 
     base_model_prefix = "bert"
     accepts_loss_kwargs = True  # read by transformers' Trainer: it then counts labels and passes num_items_in_batch
-    POOLED: ClassVar[bool]  # whether the head reads the pooler's output
-    FIRST_ONLY: ClassVar[bool] = False  # whether it reads nothing else
-    # name -> the name of the parameter that it is, as long as config.tie_word_embeddings
+    POOLED: ClassVar[bool]  # the head reads the pooler's output
+    FIRST_ONLY: ClassVar[bool] = False  # the head reads nothing but the first token
+    # tied name -> name of the parameter that it shares while config.tie_word_embeddings is set
     _tied_weights_keys: ClassVar[dict[str, str]] = {}
 
     def __init__(self, config: BertConfig, impl: F.Impl | None = None):
@@ -168,7 +171,7 @@ class BertHead(nn.Module):
         else:
             batch = self.bert.pack(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
             inputs_embeds = None if inputs_embeds is None else batch.unpad(inputs_embeds)
-            attention_mask = token_type_ids = position_ids = None  # they are in the batch
+            attention_mask = token_type_ids = position_ids = None  # the packed batch contains them
         config = self.config
         attentions = config.output_attentions if output_attentions is None else output_attentions
         states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
@@ -199,7 +202,7 @@ class BertHead(nn.Module):
     # ---- ties ------------------------------------------------------------------------------------------
 
     def tie_weights(self) -> None:
-        """Makes tied names one parameter again, where something made them two."""
+        """Makes tied names the same parameter again, after code that made them two parameters."""
         if not self.config.tie_word_embeddings:
             return
         for alias, name in self._tied_weights_keys.items():
@@ -209,14 +212,14 @@ class BertHead(nn.Module):
                 parameters[last] = parameter
 
     def _apply(self, fn, recurse=True):
-        """`to_empty` and others put new parameters in place of each name."""
+        """`to_empty` and other methods make a new parameter for each name, so weights are tied again."""
         super()._apply(fn, recurse)
         self.tie_weights()
         return self
 
     def state_dict(self, *args, destination=None, prefix="", keep_vars=False):
-        """As torch's; without `keep_vars` a tied name has a copy of the tensor. safetensors' save_file, to which
-        transformers' Trainer hands this, refuses two names of one memory."""
+        """As torch's, but without `keep_vars` a tied name gets a copy of the tensor: transformers' Trainer passes the
+        result to safetensors' save_file, which refuses two names for the same memory."""
         state = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
         if self.config.tie_word_embeddings and not keep_vars:
             for alias in self._tied_weights_keys:
@@ -238,20 +241,21 @@ class BertHead(nn.Module):
         new_head: bool = False,
         **changes: Any,
     ) -> BertHead:
-        """Weights and config from whatever `BertModel.from_pretrained` takes; in evaluation mode.
+        """A model in evaluation mode, from anything that `BertModel.from_pretrained` takes.
 
-        What the checkpoint has not (the head of a plain BERT; the pooler of one that was saved without) is started as
-        the paper does: weights normal with standard deviation config.initializer_range, biases 0, LayerNorms 1 and 0.
-        A warning names it, and so does `model.initialised`. Heads of other tasks in the checkpoint are left alone.
+        Parameters that the checkpoint does not have (a head, or the pooler of a BERT that was saved without one) are
+        initialised as in the paper: weights normal with standard deviation config.initializer_range, biases 0,
+        LayerNorms 1 and 0. A warning names them, and `model.initialised` lists them. Heads of other tasks in the
+        checkpoint are ignored.
 
         Args:
             dtype: of the parameters; None keeps the checkpoint's.
-            seed: of the weights that are started; None draws them from torch's global generator.
-            new_head: starts the head, whatever head the checkpoint has.
-            changes: fields of the config that win over the checkpoint's: id2label, num_labels, problem_type,
+            seed: for the initialised weights; None draws them from torch's global generator.
+            new_head: initialise the head even if the checkpoint has one.
+            changes: fields of the config that override the checkpoint's: id2label, num_labels, problem_type,
                 hidden_dropout_prob, ...
 
-        Raises: CheckpointError, which names what of the encoder is missing, or what does not fit.
+        Raises: CheckpointError, which names missing parameters of the encoder, or those of a wrong shape.
         """
         config, state = read_model(id_or_path, **changes)
         with torch.device("meta"), LeftUninitialised():
@@ -265,7 +269,7 @@ class BertHead(nn.Module):
         return model.to(device=device, dtype=dtype).eval()
 
     def _start_what_is_missing(self, source: str | Path, seed: int | None) -> None:
-        """Draws the parameters that are still on the meta device, and says which."""
+        """Initialises the parameters that are still on the meta device, and warns with their names."""
         missing = [name for name, p in self.named_parameters() if p.is_meta]
         if not missing:
             return
@@ -293,7 +297,7 @@ class BertHead(nn.Module):
     def save_pretrained(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
         """Writes config.json, with this class's name and id2label, and model.safetensors, as transformers reads them.
 
-        state_dict: by default the model's own; of a sharded model, the whole one.
+        state_dict: by default the model's; for a sharded model, pass the gathered one.
         """
         config = copy.copy(self.config)
         config.architectures, config.dtype = [type(self).__name__], str(self.dtype).removeprefix("torch.")
@@ -302,7 +306,7 @@ class BertHead(nn.Module):
 
 
 def _name_ties(module: BertHead, state: dict[str, Tensor], prefix: str, *_) -> None:
-    """A file has tied weights under one of their names: give it the others."""
+    """Adds the other names of tied weights, which a file holds under one name."""
     if module.config.tie_word_embeddings:
         for alias, name in module._tied_weights_keys.items():
             for given, other in ((prefix + name, prefix + alias), (prefix + alias, prefix + name)):
@@ -311,11 +315,11 @@ def _name_ties(module: BertHead, state: dict[str, Tensor], prefix: str, *_) -> N
 
 
 def _tie_after_loading(module: BertHead, _) -> None:
-    """`load_state_dict(assign=True)` makes a parameter of each name."""
+    """Ties the weights again: `load_state_dict(assign=True)` makes a parameter for each name."""
     module.tie_weights()
 
 
 def start(module: nn.Module, config: BertConfig) -> nn.Module:
-    """A new part of a head, initialised."""
+    """Initialises a new part of a head, and returns it."""
     module.apply(lambda part: initialise(part, config.initializer_range))
     return module

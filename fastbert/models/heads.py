@@ -1,17 +1,17 @@
-"""BERT for tasks: transformers' classes, names, outputs and losses, on packed batches; those that predict words are in
+"""BERT for tasks: transformers' classes, names, outputs and losses, on packed batches. Heads that predict words are in
 `vocabulary.py`.
 
-Where these differ from transformers 5.24, and why:
+Differences from transformers 5.24, and their reasons:
 
-- Padding is never computed. Logits at padding are 0, those of answer spans the smallest number there is, so that a
-  span's softmax is over the tokens of its text alone: the loss of a text does not depend on what shares its batch.
-  transformers lets padding take part, so its loss of padded batches differs; of one text at a time they agree.
-- Labels at padding never count, nor answer positions that are no token of their text; transformers counts a negative
-  position as the first token.
-- A classifier's kind of loss is settled by the config when it is made; transformers settles it by the first labels.
-- Heads that read the first token alone compute the last layer for it alone, unless hidden states or attentions are
-  asked for.
-- The heads with a vocabulary compute, where labels are given, only what the loss needs: no logits, unless asked for.
+- Padding is never computed. Logits at padding are 0; those of answer spans are the smallest number of their dtype, so
+  that a span's softmax covers only the tokens of its text, and a text's loss does not depend on the rest of its batch.
+  transformers includes padding, so its loss of padded batches differs; for one text at a time both agree.
+- Labels at padding do not count, nor answer positions outside their text. transformers counts a negative position as
+  the first token.
+- The config decides a classifier's kind of loss at construction. In transformers the first labels decide.
+- Heads that read only the first token compute the last layer for that token only, unless hidden states or attentions
+  are requested.
+- With labels, heads that predict words compute only what the loss needs, and no logits unless these are requested.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_class
 class BertForSequenceClassification(BertHead):
     """A linear layer on the pooled first token.
 
-    `problem_type` is the config's; where that says nothing, "regression" with one label, else
+    `problem_type` is the config's; if the config has none, "regression" for one label, otherwise
     "single_label_classification".
 
-    `class_weights` is None or [num_labels], of the classes in the loss of single_label_classification: see
+    `class_weights` is None or [num_labels]: the weight of each class in the loss of single_label_classification, see
     `BertForTokenClassification`.
     """
 
@@ -76,10 +76,10 @@ class BertForSequenceClassification(BertHead):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> HeadOutput | tuple:
-        """loss and logits [B, num_labels], of padded or packed input alike.
+        """loss and logits [B, num_labels], for padded and packed input.
 
-        labels: [B] classes, -100 where one does not count; for several labels a text [B, num_labels] of 0 and 1; for
-            regression [B] or [B, num_labels] numbers. Of the latter two the items of a batch are its elements.
+        labels: [B] classes, -100 for a text that does not count; for several labels per text [B, num_labels] of 0 and
+            1; for regression [B] or [B, num_labels] numbers. For the latter two, each element is an item of the loss.
         """
         encoded = self.encode(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
@@ -133,10 +133,10 @@ class BertForMultipleChoice(BertHead):
     ) -> HeadOutput | tuple:
         """loss and logits [B, num_choices].
 
-        input_ids and the others: [B, num_choices, S]; or a PackedBatch of B * num_choices texts, the choices of each
-            example one after another.
-        labels: [B], which choice is right, -100 where an example does not count.
-        num_choices: of a PackedBatch.
+        input_ids and the other inputs: [B, num_choices, S]; or a PackedBatch of B * num_choices texts, in which the
+            choices of an example follow each other.
+        labels: [B], the number of the right choice, -100 for an example that does not count.
+        num_choices: for a PackedBatch.
         """
         if isinstance(input_ids, PackedBatch):
             if not num_choices or input_ids.batch_size % num_choices:
@@ -181,7 +181,7 @@ class BertForNextSentencePrediction(BertHead):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> HeadOutput | tuple:
-        """loss and logits [B, 2], of padded or packed input alike. labels: [B], -100 where one does not count."""
+        """loss and logits [B, 2], for padded and packed input. labels: [B], -100 for a pair that does not count."""
         encoded = self.encode(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
             output_attentions, output_hidden_states,
@@ -197,9 +197,9 @@ class BertForNextSentencePrediction(BertHead):
 class BertForTokenClassification(BertHead):
     """A linear layer on every token.
 
-    `class_weights` is None or [num_labels]: a token counts as much as the weight of its label, in the divisor of the
-    mean too, as in torch's cross_entropy. `num_items_in_batch` then is the sum of these weights over the whole step.
-    They are set by assignment, and are no part of the `state_dict`.
+    `class_weights` is None or [num_labels]: each token's loss is multiplied by the weight of its label, and the mean is
+    divided by the sum of these weights, as in torch's cross_entropy. `num_items_in_batch` then is that sum over the
+    whole step. The weights are set by assignment and are not part of the `state_dict`.
     """
 
     POOLED = False
@@ -225,7 +225,7 @@ class BertForTokenClassification(BertHead):
     ) -> HeadOutput | tuple:
         """loss and logits [B, S, num_labels], 0 at padding; of a PackedBatch [T, num_labels].
 
-        labels: [B, S], or [T] for a PackedBatch; -100 where a token does not count.
+        labels: [B, S], or [T] for a PackedBatch; -100 for a token that does not count.
         """
         encoded = self.encode(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
@@ -240,7 +240,7 @@ class BertForTokenClassification(BertHead):
 
 
 class BertForQuestionAnswering(BertHead):
-    """Where an answer begins and ends: two scores for every token."""
+    """Two scores for every token: that an answer begins there, and that it ends there."""
 
     POOLED = False
 
@@ -264,11 +264,11 @@ class BertForQuestionAnswering(BertHead):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> SpanOutput | tuple:
-        """loss, start_logits and end_logits [B, S], the smallest number there is at padding; of a PackedBatch [T].
+        """loss, start_logits and end_logits [B, S], at padding the smallest number of the dtype; [T] for a PackedBatch.
 
-        start_positions, end_positions: [B], the column in a padded batch, or the place within its text of a
-            PackedBatch. One that is no token of its text does not count. The items of a batch are its texts: the loss
-            is half of the starts' sum and half of the ends', divided by num_items_in_batch; by default the mean of two
+        start_positions, end_positions: [B], the column in a padded batch, or the position within the text in a
+            PackedBatch. A position outside its text does not count. The items of the loss are texts: the loss is half
+            of the starts' sum plus half of the ends' sum, divided by num_items_in_batch; by default the mean of the two
             means.
         """
         encoded = self.encode(
@@ -292,7 +292,7 @@ class BertForQuestionAnswering(BertHead):
 
 
 def _counting(positions: Tensor, real: Tensor) -> Tensor:
-    """Positions [B], -100 where they are no real token: real [B, S] bool."""
+    """Positions [B], replaced by -100 if there is no real token. real: [B, S] bool."""
     width = real.shape[1]
     inside = (positions >= 0) & (positions < width)
     columns = torch.where(inside, positions, 0).long()

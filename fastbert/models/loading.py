@@ -1,4 +1,4 @@
-"""What the models share when weights are loaded, or drawn where there are none."""
+"""Loading weights into the models, and initialising weights that a checkpoint does not have."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..config import BertConfig
 from ..formats import open_model, opened
 from ..formats.sentence_folder import folder_of_config
 
-# where a checkpoint's own shapes show a size: end of a name -> (its dimension, the field of the config)
+# end of a weight's name -> ((dimension, field of the config that gives its size), ...)
 SIZES_IN_WEIGHTS = {
     "embeddings.word_embeddings.weight": ((0, "vocab_size"), (1, "hidden_size")),
     "embeddings.position_embeddings.weight": ((0, "max_position_embeddings"),),
@@ -26,19 +26,19 @@ SIZES_IN_WEIGHTS = {
     "encoder.layer.0.intermediate.dense.weight": ((0, "intermediate_size"),),
 }
 
-# The weights of transformers' BERT classes that a model may have no use for.
+# Weights of heads and poolers of transformers' BERT classes, which are left out without a warning.
 _KNOWN_HEADS = re.compile(r"cls\.|classifier\.|qa_outputs\.|(bert\.)?pooler\.")
 
 
 def read_model(id_or_path: str | Path, **changes: Any) -> tuple[BertConfig, dict[str, Tensor]]:
-    """(config, weights) from a local folder or a hub id, or from another format that `fastbert convert` reads; also of
-    the BERT that sentence-transformers put into a folder of its own.
+    """(config, weights) from a local folder or a hub id, or from another format that `fastbert convert` reads. In a
+    folder of sentence-transformers the BERT may be in a subfolder.
 
-    changes: fields of the config that win over the file's.
+    changes: fields of the config that override the file's.
 
-    The prefix "module." of DataParallel is taken away.
-    Raises: CheckpointError, also where the config asks for more than the weights hold, for quantised weights, and for a
-        name that is there with that prefix and without.
+    DataParallel's prefix "module." is removed from names.
+    Raises: CheckpointError, also if the config describes a larger model than the weights hold, for quantised weights,
+        and for a name that occurs with that prefix and without.
     """
     with opened(id_or_path) as path:
         foreign = open_model(path)
@@ -59,7 +59,8 @@ def read_model(id_or_path: str | Path, **changes: Any) -> tuple[BertConfig, dict
 
 
 def _expect_sizes(config: BertConfig, state: dict[str, Tensor], source: str | Path) -> None:
-    """Refuses a config that asks for more than the weights hold, before a model of that size is built."""
+    """Raises CheckpointError if the config describes a larger model than the weights hold, before a model of that size
+    is built."""
     numbers = [re.search(r"(?:^|\.)encoder\.layer\.(\d+)\.", name) for name in state]
     held = {"num_hidden_layers": 1 + max((int(number[1]) for number in numbers if number), default=-1)}
     for name, t in state.items():
@@ -76,12 +77,12 @@ def _expect_sizes(config: BertConfig, state: dict[str, Tensor], source: str | Pa
 def load_encoder(
     model: nn.Module, state: dict[str, Tensor], source: str | Path, ignore_missing: Iterable[str] = ()
 ) -> None:
-    """Makes a checkpoint's tensors the model's own. What the model has no place for is left out, as by transformers'
-    AutoModel; a warning names it, unless it is of a head that transformers' BERT classes have.
+    """Puts a checkpoint's tensors into the model. Tensors for which the model has no parameter are left out, as by
+    transformers' AutoModel; a warning names them, unless they belong to a head of transformers' BERT classes.
 
     ignore_missing: patterns of names that the checkpoint may lack.
 
-    Raises: CheckpointError, which names what is missing, there twice, or of the wrong shape.
+    Raises: CheckpointError, which names tensors that are missing, duplicate, or of the wrong shape.
     """
     own = {name.removeprefix("bert.") for name in model.state_dict(keep_vars=True)}
     others = [name for name in state if checkpoint.current_name(name).removeprefix("bert.") not in own]
@@ -98,7 +99,8 @@ def _name_what_is_left_out(names: list[str], source: str | Path) -> None:
 
 
 class LeftUninitialised(TorchFunctionMode):
-    """torch.nn.init does nothing. On the meta device it has nothing to fill, yet would import torch's compiler."""
+    """Within this mode torch.nn.init does nothing. On the meta device there is nothing to fill, but `normal_` would
+    import torch's compiler, which takes a second."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -108,9 +110,10 @@ class LeftUninitialised(TorchFunctionMode):
 
 
 def initialise(module: nn.Module, spread: float, generator: torch.Generator | None = None) -> None:
-    """The paper's start of a module's own parameters: normal weights of standard deviation `spread`, zero biases.
+    """Initialises a module's own parameters as in the paper: normal weights of standard deviation `spread`, zero
+    biases.
 
-    LayerNorms keep torch's start, ones and zeros. generator: by default torch's global one.
+    LayerNorms keep torch's ones and zeros. generator: by default torch's global one.
     """
     if isinstance(module, (nn.Linear, nn.Embedding)):
         nn.init.normal_(module.weight, std=spread, generator=generator)

@@ -1,4 +1,5 @@
-"""What BERT and its heads return. torch.export and FSDP2 take these apart, so torch's pytrees know each of them."""
+"""The outputs of BERT and its heads, registered with torch's pytrees, so that torch.export and FSDP2 find the
+tensors."""
 
 from __future__ import annotations
 
@@ -11,14 +12,14 @@ from torch.utils._pytree import register_dataclass, register_pytree_node
 
 @dataclass
 class BertOutput:
-    """What `BertModel` returns; also indexable and unpackable like a tuple of the fields that are not None.
+    """The output of `BertModel`; it can also be indexed and unpacked like a tuple of the fields that are not None.
 
     Attributes:
         last_hidden_state: [B, S, C], zero at padding; or [T, C] for a PackedBatch.
         pooler_output: [B, C], tanh of a linear layer of each sequence's first real token; None without a pooler.
-        hidden_states: embeddings and every layer's output; None unless asked for. Of a padded batch, and of a
+        hidden_states: embeddings and every layer's output; None unless requested. For a padded batch, and for a
             PackedBatch that `from_padded` made, they are [B, S, C], and so is last_hidden_state then.
-        attentions: every layer's probabilities [B, H, S, S]; None unless asked for.
+        attentions: every layer's probabilities [B, H, S, S]; None unless requested.
     """
 
     last_hidden_state: Tensor
@@ -40,13 +41,13 @@ class BertOutput:
         return len(self.to_tuple())
 
 
-# torch.export takes and returns what it can take apart
+# torch.export needs the registration for a function's output.
 register_dataclass(BertOutput, serialized_type_name="fastbert.BertOutput")
 
 
 class HeadOutput(dict):
-    """What a head returns, as transformers' ModelOutput: a dict of what there is, in order; `output.logits` gives None
-    where there is none, `output[0]` and `output[:2]` count what there is.
+    """The output of a head, like transformers' ModelOutput: a dict of the fields that are not None, in order.
+    `output.logits` is None for a missing field; `output[0]` and `output[:2]` count the fields that are not None.
 
     Fields: loss, logits, hidden_states, attentions.
     """
@@ -80,7 +81,7 @@ class PreTrainingOutput(HeadOutput):
     NAMES = ("loss", "prediction_logits", "seq_relationship_logits", "hidden_states", "attentions")
 
 
-# FSDP2 finds in this way what its hooks on gradients hang on
+# FSDP2 uses pytrees to find the tensors on which it sets its gradient hooks.
 for _kind in (HeadOutput, SpanOutput, PreTrainingOutput):
     register_pytree_node(
         _kind,

@@ -42,14 +42,14 @@ class PretrainedEncoder(nn.Module):
         """Weights and config from a local folder or a hub id, or from another format; in evaluation mode.
 
         Args:
-            id_or_path: a folder or a hub id; or what else `fastbert convert` reads, as that command reads it. A
-                TensorFlow checkpoint is memory-mapped; matrices, which lie transposed there, are copied.
+            id_or_path: a folder, a hub id, or any checkpoint that `fastbert convert` reads. A TensorFlow checkpoint is
+                memory-mapped; its matrices, which are stored transposed, are copied.
             dtype: of the parameters; None keeps the checkpoint's.
-            add_pooling_layer: None: if the checkpoint has one.
+            add_pooling_layer: None adds a pooler if the checkpoint has one.
 
-        What is not part of the encoder is left out, as transformers' AutoModel does; a warning names it, unless it is
-        the head of one of transformers' BERT classes. The prefix "module." of DataParallel is taken away.
-        Raises: CheckpointError, which names what is missing, there twice, or of the wrong shape.
+        Weights outside the encoder are left out, as by transformers' AutoModel; a warning names them, unless they
+        belong to a head of transformers' BERT classes. DataParallel's prefix "module." is removed from names.
+        Raises: CheckpointError, which names weights that are missing, duplicate, or of the wrong shape.
         """
         config, state = read_model(id_or_path)
         if add_pooling_layer is None:
@@ -65,14 +65,15 @@ class PretrainedEncoder(nn.Module):
         checkpoint.save_state_dict(folder, self.state_dict())
 
     def use_cuda_graphs(self, on: bool = True) -> Self:
-        """From here on short batches replay recorded launches, or no longer do. Returns the model.
+        """Turns CUDA graphs for short batches on or off; returns the model.
 
-        One recording for each bucket of total tokens, made when it is first met; the largest has 4,096, and more where
-        the model is narrower than BERT-base: see `fastbert.inference.graphs.most_tokens`. In evaluation mode with
-        gradients off, of ids, without attentions and hidden states; other calls run as without. A recording is dropped
-        when a parameter changes. `self.graphs.calls` counts.
+        There is one recording for each bucket of total tokens, made when a batch first needs it. The largest bucket has
+        4,096 tokens, and more if the model is narrower than BERT-base: see `fastbert.inference.graphs.most_tokens`.
+        Recordings serve calls in evaluation mode, without gradients, with ids, and without attentions and hidden
+        states; other calls run without them. A recording is dropped when a parameter changes. `self.graphs.calls`
+        counts the calls.
 
-        Raises: ValueError where the model is not on a CUDA device.
+        Raises: ValueError if the model is not on a CUDA device.
         """
         self.graphs = graphs_for(self, self.impl) if on else None
         return self
@@ -82,8 +83,8 @@ class PretrainedEncoder(nn.Module):
         return self.checkpointing is not None
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """In training, keeps of each layer its input alone, and computes the layer once more in the backward pass: less
-        memory for one more forward pass. Dropout is drawn from a seed, so gradients stay the same to the bit.
+        """In training, keeps only each layer's input, and computes the layer once more in the backward pass. This saves
+        memory and costs one more forward pass. Dropout is drawn from a seed, so gradients are the same to the bit.
 
         gradient_checkpointing_kwargs: options of torch.utils.checkpoint.checkpoint, by default use_reentrant=False.
         """
@@ -111,7 +112,7 @@ class PretrainedEncoder(nn.Module):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
     ) -> PackedBatch:
-        """The real tokens of a padded batch; arguments and errors as in `forward`."""
+        """The packed batch of a padded batch's real tokens; arguments and errors as in `forward`."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         given = inputs_embeds if input_ids is None else input_ids
@@ -127,7 +128,7 @@ class PretrainedEncoder(nn.Module):
         return PackedBatch.from_padded(input_ids, attention_mask, token_type_ids, position_ids, shape=given.shape[:2])
 
     def _check(self, batch: PackedBatch) -> None:
-        """Lengths that fit, and table indices in range, where looking does not wait for a device."""
+        """Raises ValueError if lengths do not fit or ids are out of range; skipped where it would wait for a device."""
         F.expect_sequences("BertModel", "cu_seqlens", batch.cu_seqlens, batch.total_tokens, batch.max_seqlen)
         for name, ids, size in (
             ("token ids", batch.input_ids, self.config.vocab_size),
@@ -138,7 +139,7 @@ class PretrainedEncoder(nn.Module):
                 F.expect_indices("BertModel", name, ids, size)
 
     def _replayed(self, batch: PackedBatch) -> Tensor | None:
-        """x [T, C] by a recording, or None where there is to be none."""
+        """x [T, C] by a recording, or None if this call runs without recordings."""
         graphs = self.graphs
         if graphs is None or self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None

@@ -1,6 +1,6 @@
 """The heads that predict words: masked words, and both objectives of pre-training.
 
-`heads.py` says where they differ from transformers' own.
+The docstring of `heads.py` lists the differences from transformers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TIED_DECODER = {
 
 
 class PredictionHead(nn.Module):
-    """logits = decoder(LayerNorm(act(dense(x)))): x [N, C] -> [N, V]. The decoder is the word embedding."""
+    """logits = decoder(LayerNorm(act(dense(x)))): x [N, C] -> [N, V]. The decoder's weight is the word embedding's."""
 
     def __init__(self, config: BertConfig, impl: F.Impl | None):
         super().__init__()
@@ -44,7 +44,7 @@ class PredictionHead(nn.Module):
     def loss(
         self, x: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None, wants_logits: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """(cross-entropy of the rows of x [T, C] whose label is not -100, their logits [N, V] if wanted)."""
+        """(cross-entropy of the rows of x [T, C] whose label is not -100, their logits [N, V] or None)."""
         rows = (labels != IGNORED).nonzero().squeeze(1)
         h, labels = self.transformed(x[rows]), labels[rows]
         if wants_logits:
@@ -72,7 +72,7 @@ class _Vocabulary(BertHead):
         self, encoded: Encoded, labels: Tensor | None, num_items_in_batch: Tensor | int | None,
         output_logits: bool | None,
     ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-        """(loss, logits), each None where it is not asked for."""
+        """(loss, logits); the loss is None without labels, logits are None unless requested."""
         predictions = self.cls["predictions"]
         if labels is None:
             return None, None if output_logits is False else encoded.shaped(predictions(encoded.hidden))
@@ -82,7 +82,7 @@ class _Vocabulary(BertHead):
 
 
 class BertForMaskedLM(_Vocabulary):
-    """Which word stood at a place. The decoder's weight is the word embedding's."""
+    """Predicts masked words. The decoder's weight is the word embedding's."""
 
     POOLED = False
 
@@ -100,13 +100,13 @@ class BertForMaskedLM(_Vocabulary):
         return_dict: bool | None = None,
         output_logits: bool | None = None,
     ) -> HeadOutput | tuple:
-        """loss, and logits [B, S, V], 0 at padding; of a PackedBatch [T, V].
+        """loss, and logits [B, S, V], 0 at padding; [T, V] for a PackedBatch.
 
-        labels: [B, S], or [T] for a PackedBatch; -100 where nothing is to be predicted. With labels only the rows that
-            have one go through the head, and their logits are never in memory as a whole. On a GPU this waits once for
+        labels: [B, S], or [T] for a PackedBatch; -100 for tokens that are not predicted. With labels only the labelled
+            rows go through the head, and their logits are never in memory as a whole. On a GPU this waits once for
             the number of these rows.
-        output_logits: with labels, True also gives the logits of the rows that have one, [N, V] in reading order;
-            without labels, False leaves the head out.
+        output_logits: with labels, True also returns the logits of the labelled rows, [N, V] in reading order;
+            without labels, False skips the head.
         """
         encoded = self.encode(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
@@ -141,14 +141,14 @@ class BertForPreTraining(_Vocabulary):
         output_logits: bool | None = None,
         num_pairs_in_batch: Tensor | int | None = None,
     ) -> PreTrainingOutput | tuple:
-        """loss, prediction_logits [B, S, V] (of a PackedBatch [T, V]) and seq_relationship_logits [B, 2].
+        """loss, prediction_logits [B, S, V] ([T, V] for a PackedBatch) and seq_relationship_logits [B, 2].
 
-        labels, output_logits: as in `BertForMaskedLM`. With labels alone the head is computed and the loss left out,
-            as in transformers.
-        next_sentence_label: [B], -100 where one does not count. The loss is the sum of both objectives'.
-        num_items_in_batch: the masked words of the optimiser step. num_pairs_in_batch: its next_sentence_labels that
-            count. Who knows the first alone, as transformers' Trainer does, gets for the second objective the mean of
-            this batch, weighted by its share of the step's masked words.
+        labels, output_logits: as in `BertForMaskedLM`. With labels but without next_sentence_label there are logits and
+            no loss, as in transformers.
+        next_sentence_label: [B], -100 for a pair that does not count. The loss is the sum of both objectives' losses.
+        num_items_in_batch: masked words of the whole optimiser step. num_pairs_in_batch: its next_sentence_labels that
+            count. With num_items_in_batch only, as transformers' Trainer passes it, the second objective is the mean
+            over this batch, weighted by the batch's share of the step's masked words.
         """
         encoded = self.encode(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,

@@ -1,1 +1,1 @@
-"""Texts before they are vectors: the tokenizer, which texts go together, and files of them."""
+"""Texts on their way to the model: the tokenizer, the grouping of texts into batches, and files of texts."""

@@ -23,9 +23,9 @@ import torch
 from .. import functional as F
 from .calling import settle
 
-# Tokens a batch. A CPU wants the activations of a layer to stay in its cache; a GPU wants to be full.
+# Tokens per batch: on a CPU few enough that the activations of a layer stay in its cache, on a GPU enough to fill it.
 TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 65536}
-# Texts tokenised and sorted together, bounded in number and in characters, so memory stays flat on any file.
+# Texts tokenised and sorted together. Both limits together keep memory constant for any file.
 CHUNK_TEXTS, CHUNK_CHARACTERS = 8192, 4_000_000
 # Batches computed at once on a CPU. Threads that share one batch wait for each other at the end of every operator.
 IN_FLIGHT = 4
@@ -53,10 +53,10 @@ def chunks_of(texts: Iterable[str], size: int) -> Iterator[list[str]]:
 
 
 def one_ahead(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Callable[[], Any]]:
-    """For each item what gives function(item): a thread begins with the next one while the caller has this one.
+    """Yields for each item a function that returns function(item). A thread computes the next item meanwhile.
 
-    The items themselves are drawn in the caller's thread. A single one needs no thread. Whoever stops before the end,
-    as Ctrl-C makes it, does not wait for the thread: what that is at is dropped.
+    The items are drawn in the caller's thread. A single item needs no thread. A caller that stops early, for example at
+    Ctrl-C, does not wait for the thread; its unfinished work is dropped.
     """
     items = iter(items)
     first = list(itertools.islice(items, 2))
@@ -70,7 +70,7 @@ def one_ahead(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[
         asked.put((future, item))
         return future
 
-    # The threads of an executor are waited for at the end of the process, however long one text takes.
+    # A daemon thread, not an executor's: Python waits for an executor's threads at exit, however long one text takes.
     threading.Thread(target=_answer, args=(function, asked), daemon=True, name="ahead").start()
     coming = deque(map(ask, first))
     try:
@@ -89,7 +89,7 @@ def _answer(function: Callable[[Any], Any], asked: SimpleQueue[tuple[Future, Any
         future, item = task
         if future.set_running_or_notify_cancel():
             settle(future, function, item)
-        del task, future, item  # nothing is held while waiting
+        del task, future, item  # so that texts and results are not kept in memory while this thread waits
 
 
 # ---- batches -----------------------------------------------------------------------------------------------
@@ -108,11 +108,11 @@ def batches_within(order: list[int], lengths: list[int], budget: int) -> Iterato
 
 
 def even_batches(order: list[int], lengths: list[int], budget: int, device: torch.device) -> list[list[int]]:
-    """`batches_within`; where several are computed at once, as many for each thread and all of about the same size, so
-    that all of them end together."""
+    """`batches_within`. Where several batches are computed at once, each thread gets as many of them, all of about the
+    same size, so that the threads finish together."""
     batches = list(batches_within(order, lengths, budget))
     flights = flights_of(len(batches), device)
-    total, room = sum(lengths), budget - max(lengths, default=0)  # a cut falls at most one text late
+    total, room = sum(lengths), budget - max(lengths, default=0)  # a batch may exceed its share by one text
     if flights == 1 or 2 * room < budget:
         return batches
     count = -(-total // (room * flights)) * flights
@@ -121,10 +121,11 @@ def even_batches(order: list[int], lengths: list[int], budget: int, device: torc
 
 
 def filling(tokens: int, longest: int, device: torch.device) -> list[int]:
-    """Lengths of sequences, one or none, that bring a batch on a CPU to one of a few numbers of tokens.
+    """Length of a filler sequence, in a list of one or none, that rounds the tokens of a batch on a CPU up.
 
-    oneDNN makes a kernel for each number of rows of each product, about 0.4 ms and 0.6 MB, and keeps 1,024. Up to 16
-    rows go without it where there is AVX-512, and any number where `BertModel.takes_in_one_call`.
+    oneDNN makes a kernel for each number of rows of each product (about 0.4 ms and 0.6 MB) and keeps 1,024 of them, so
+    few different numbers of tokens are better. With AVX-512, products of up to 16 rows do not use oneDNN, and passes
+    for which `BertModel.takes_in_one_call` is true never do.
     """
     step = min(16 if tokens <= 512 else 32, longest)
     missing = -tokens % step if device.type == "cpu" and tokens > 16 else 0
@@ -134,8 +135,8 @@ def filling(tokens: int, longest: int, device: torch.device) -> list[int]:
 def run_batches(encode: Callable[[list[int]], None], batches: list[list[int]], device: torch.device) -> None:
     """Encodes all batches: on a CPU several at once, each with its share of the threads.
 
-    One after another where there is one thread, too few batches to keep all of them busy to the end, or where bits must
-    not depend on the number of threads (`batch_invariant()`).
+    They are encoded one after another where there is one thread, where there are too few batches to keep all threads
+    busy to the end, and within `batch_invariant()`, where bits must not depend on the number of threads.
     """
     threads, flights = torch.get_num_threads(), flights_of(len(batches), device)
     if flights == 1:
@@ -151,7 +152,7 @@ def run_batches(encode: Callable[[list[int]], None], batches: list[list[int]], d
 
 
 def flights_of(batches: int, device: torch.device) -> int:
-    """How many of so many batches are computed at once."""
+    """How many batches are computed at once, if there are `batches` of them."""
     flights = min(IN_FLIGHT, torch.get_num_threads())
     alone = device.type != "cpu" or batches < 3 * flights or F.is_batch_invariant() or _openmp() is None
     return 1 if alone else flights
@@ -159,7 +160,7 @@ def flights_of(batches: int, device: torch.device) -> int:
 
 @functools.cache
 def _openmp() -> ctypes.CDLL | None:
-    """torch's own library, by way of which OpenMP is reached; None where its operators run on other threads."""
+    """torch's shared library, which gives access to its OpenMP; None where torch uses other threads than OpenMP's."""
     try:
         library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
         return library if hasattr(library, "omp_set_num_threads") else None
@@ -168,12 +169,11 @@ def _openmp() -> ctypes.CDLL | None:
 
 
 def use_threads(count: int) -> None:
-    """From here on this thread computes on `count` threads, and no other thread is told.
+    """Makes torch's operators that this thread calls use `count` threads from now on; other threads are not affected.
 
-    `torch.set_num_threads` also sets the number that threads begin with which are new to torch: one that somebody
-    starts meanwhile would keep it.
+    `torch.set_num_threads` would also change the default for threads that start later.
     """
-    torch.get_num_threads()  # torch takes its own number once in each thread, now
+    torch.get_num_threads()  # torch sets its own number at its first use in a thread: let it do so before ours is set
     _openmp().omp_set_num_threads(count)
     if hasattr(_openmp(), "MKL_Set_Num_Threads_Local"):
         _openmp().MKL_Set_Num_Threads_Local(count)

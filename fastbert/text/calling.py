@@ -1,4 +1,4 @@
-"""Calls of the tokenizers library: with errors that say what is wrong, and signals that are heard meanwhile."""
+"""Calls of the tokenizers library, with readable errors, and interruptible by signals."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
-# The library needs a second for a few million characters, in which the thread that calls it hears no signal.
+# Characters from which on a call is made interruptible. The library takes a second for a few million characters, and
+# Python handles no signal in the calling thread until the library returns.
 LONG_CALL = 1_000_000
 
 
 def encoded(encode_batch: Callable[..., list], inputs: list, **options: Any) -> list:
-    """encode_batch(inputs, **options) with errors that say what is wrong; it runs outside the GIL, on all cores."""
+    """encode_batch(inputs, **options), with readable errors. It runs outside the GIL, on all cores."""
     try:
         characters = sum(len(item) if isinstance(item, str) else len(item[0]) + len(item[1]) for item in inputs)
         if characters > LONG_CALL and threading.current_thread() is threading.main_thread():
             return _beside(encode_batch, inputs, options).result()
         return encode_batch(inputs, **options)
-    except (TypeError, UnicodeEncodeError):  # all are str, so one is a str that UTF-8 cannot hold
+    except (TypeError, UnicodeEncodeError):  # all inputs are str, so one of them cannot be encoded as UTF-8
         for i, item in enumerate(inputs):
             for text in (item,) if isinstance(item, str) else item:
                 try:
@@ -36,9 +37,9 @@ def encoded(encode_batch: Callable[..., list], inputs: list, **options: Any) -> 
 
 
 def _beside(encode_batch: Callable[..., list], inputs: list, options: dict[str, Any]) -> Future[list]:
-    """encode_batch(inputs, **options) in a thread of its own: the main thread, which alone hears signals, can wait.
+    """encode_batch(inputs, **options) in another thread, while the main thread waits and handles signals.
 
-    Ctrl-C and SIGTERM then end the wait at once; what the call still comes to is dropped.
+    Ctrl-C and SIGTERM then end the wait at once; the result of the call is dropped.
     """
     future: Future[list] = Future()
     threading.Thread(

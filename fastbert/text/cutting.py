@@ -1,16 +1,17 @@
-"""Long texts cut before they are tokenised, where the tokens that are kept cannot tell.
+"""Cuts long texts before they are tokenised, without changing the tokens that are kept.
 
 The `tokenizers` library tokenises a whole text and then throws away what a maximum length cuts off. BERT's tokens are
 made of one word at a time, and a word ends at a space, and on either side of a Chinese character or a punctuation mark.
-So a text may be cut at such a place, if enough tokens lie before it. They are counted without tokenising, from below:
+So a text may be cut at such a boundary if there are enough tokens before it. A lower bound of their number is known
+without tokenising:
 
     a boundary is a space before a letter or a digit; or the place before a Chinese character or a punctuation mark
     from a boundary to the next there is one of these characters, and so at least one token
     before the boundary of number n there are at least n - 1 tokens
 
-Added tokens ("[MASK]") are looked for in the text before it is split into words. Where one of them could reach over a
-boundary, boundaries of that kind are not used; without any kind, texts are not cut. One that looks beyond its own end,
-for spaces or for a letter, may differ where it is the last before the cut: so there is one token more than is kept.
+Added tokens ("[MASK]") are searched in the text before it is split into words. A kind of boundary that an added token
+could contain is not used; where no kind is left, texts are not cut. An added token that depends on what follows it
+(spaces, or a letter) may change if it is the last before the cut, so one token more than is kept stands before the cut.
 """
 
 from __future__ import annotations
@@ -22,22 +23,22 @@ from itertools import chain, islice
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers
 
-# Letters that stay letters, whatever is lowered or stripped of accents: Latin, Greek, Cyrillic, Hebrew, Arabic,
-# Devanagari, kana and Hangul; each range without the marks and signs between the letters.
+# Characters that remain letters when a text is lower-cased or stripped of accents: Latin, Greek, Cyrillic, Hebrew,
+# Arabic, Devanagari, kana and Hangul, without the marks and signs between them.
 _LETTERS = (
     "A-Za-z\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u024f\u0391-\u03a1\u03a3-\u03c9\u0400-\u0481\u048a-\u052f\u05d0-\u05ea"
     "\u0621-\u063a\u0641-\u064a\u0904-\u0939\u3041-\u3096\u30a1-\u30fa\uac00-\ud7a3"
 )
 _SPACE = f"[ \\t\\n\\r](?=[{_LETTERS}0-9])"
-# each is a token of its own
+# Punctuation: each mark is a token by itself.
 _MARKS = "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"
-# a part of what BERT's normalizer takes for Chinese characters: the two oldest blocks
+# Two of the blocks that BERT's normalizer treats as Chinese characters.
 _CHINESE = "(?=[\u3400-\u4dbf\u4e00-\u9fff])"
-# Shorter texts than this many characters for each token wanted are not looked at: most have no more tokens anyhow.
+# Texts of fewer characters per wanted token are not searched: most of them have no surplus tokens.
 _CHARACTERS_PER_TOKEN = 8
-# What a character that is not of ASCII can become: normalisation makes at most four of it, and each can be a token.
+# Most tokens of one character outside ASCII: normalisation makes up to four characters of it, each possibly a token.
 _TOKENS_PER_CHARACTER = 4
-# Characters that are searched at once: Python hears no signal before a search is over, and this many take 30 ms.
+# Characters searched at once, which takes 30 ms: Python handles no signal during a search.
 _SEARCHED = 1_000_000
 
 
@@ -48,17 +49,17 @@ class Cutter:
         self._boundary = _boundary_of(backend)
 
     def text(self, text: str, tokens: int) -> str:
-        """The text itself, or a beginning of it that has the same first `tokens` tokens, and one more."""
+        """The text, or a beginning of it with the same first `tokens` tokens and at least one more token."""
         if self._boundary is None or len(text) <= _CHARACTERS_PER_TOKEN * (tokens + 1):
             return text
-        # the first boundary can be the start of the text; before number n + 2 there are n + 1 tokens
+        # The first boundary can be the start of the text, so n + 1 tokens stand before boundary n + 2.
         boundary = next(islice(self._boundaries(text), tokens + 1, None), None)
         return text if boundary is None else text[: boundary.start()]
 
     def ending(self, text: str, tokens: int) -> str:
-        """The text itself, or an end of it that has the same last `tokens` tokens, and one more.
+        """The text, or an end of it with the same last `tokens` tokens and at least one more token.
 
-        As of a beginning: from one boundary to the next there is a token at least.
+        As in `text`, there is at least one token from one boundary to the next.
         """
         if self._boundary is None or len(text) <= _CHARACTERS_PER_TOKEN * (tokens + 1):
             return text
@@ -72,8 +73,8 @@ class Cutter:
         return text
 
     def _boundaries(self, text: str, start: int = 0) -> Iterator[re.Match[str]]:
-        """Boundaries from `start` on, in their order. A space that is the last character of a piece that is searched at
-        once is left out: a text is then cut a little later."""
+        """Boundaries from `start` on, in order. A space at the very end of a searched piece is missed, so that a text
+        may be cut a little later than possible."""
         pieces = range(start, len(text), _SEARCHED)
         return chain.from_iterable(self._boundary.finditer(text, at, at + _SEARCHED) for at in pieces)
 
@@ -89,13 +90,13 @@ class Cutter:
             return self.text(first, tokens), second
         if strategy == "only_second":
             return first, self.text(second, tokens)
-        # longest_first takes tokens from the longer one until both have as many; where the limit is odd, the odd token
-        # goes to the one that was longer. So it must stay the longer one.
+        # longest_first takes tokens from the longer text until both have the same number. If the limit is odd, the text
+        # that was longer keeps the odd token, so the cut texts must not change which one is longer.
         short_first, short_second = self.text(first, tokens), self.text(second, tokens)
         if short_first is not first and short_second is not second:
             if tokens % 2 == 0:
                 return short_first, short_second
-            if self.text(second, _most_tokens(first)) is not second:  # then the second has more than the first
+            if self.text(second, _most_tokens(first)) is not second:  # the second text certainly has more tokens
                 return short_first, self.text(second, _most_tokens(short_first))
             if self.text(first, _most_tokens(second)) is not first:
                 return self.text(first, _most_tokens(short_second)), short_second
@@ -106,14 +107,14 @@ class Cutter:
 
 
 def _most_tokens(text: str) -> int:
-    """A text has at most so many tokens: each is of one character at least, after normalisation."""
+    """Upper bound of a text's tokens: each token has at least one character after normalisation."""
     return len(text) if text.isascii() else _TOKENS_PER_CHARACTER * len(text)
 
 
 def _boundary_of(backend: tokenizers.Tokenizer) -> re.Pattern[str] | None:
-    """Matches at boundaries that are safe for this tokenizer; None where none is."""
+    """A pattern that matches at boundaries that are safe for this tokenizer; None if no kind of boundary is safe."""
     normalizer = backend.normalizer
-    if isinstance(normalizer, normalizers.Sequence):  # a letter stays a letter where it is lowered first
+    if isinstance(normalizer, normalizers.Sequence):  # lower-casing first is harmless: letters remain letters
         normalizer, *others = [part for part in normalizer if not isinstance(part, normalizers.Lowercase)] or [None]
         normalizer = None if others else normalizer
     if not (
@@ -128,7 +129,7 @@ def _boundary_of(backend: tokenizers.Tokenizer) -> re.Pattern[str] | None:
         kinds.append(_SPACE)
     if normalizer.handle_chinese_chars and not any(re.search(_CHINESE, content) for content in added):
         kinds.append(_CHINESE)
-    # An added token that has a mark in it ("[MASK]") may be in the text: at such marks it is not cut.
+    # A punctuation mark that an added token contains ("[MASK]") is no boundary.
     if marks := [mark for mark in _MARKS if not any(mark in content for content in added)]:
         kinds.append(f"(?=[{re.escape(''.join(marks))}])")
     return re.compile("|".join(kinds)) if kinds else None

@@ -1,7 +1,7 @@
-"""Ids by the package nanotoken, where it is installed: those of `tokenizers`, in a tenth of the time or less.
+"""Token ids by the package nanotoken, if installed: the same ids as `tokenizers`, in a tenth of the time or less.
 
-It keeps the ids of words that it has met, and knows only single texts without offsets. Which releases are used is
-written here, because the property test in tests/test_text_cutting.py has run with these.
+nanotoken caches the ids of words, and handles single texts without offsets. Only releases that the property test in
+tests/test_text_cutting.py has run with are used.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from importlib import metadata
 import tokenizers
 
 _TESTED = ("0.1.",)
-# Words that each thread keeps, 30 MB for all it keeps; the package's own number is 2**20, for which it takes 350 MB.
+# Words in each thread's cache, which then takes 30 MB. nanotoken's own default is 2**20 words, which take 350 MB.
 _KEPT_WORDS = 2**16
 
-# (texts, max_length=the most tokens of each with its special ones, side=which is cut off) -> ids
+# (texts, max_length=most tokens of a text, special ones included, side=where long texts are cut) -> ids
 IdsOf = Callable[..., list[list[int]]]
 
 
 def fast_ids(backend: tokenizers.Tokenizer) -> IdsOf | None:
-    """What gives this tokenizer's ids; None where the package is not there, or does not know such a tokenizer.
+    """A function that gives this tokenizer's ids; None if nanotoken is not installed or does not support the tokenizer.
 
-    backend: neither truncates nor pads. It must not change afterwards.
+    backend: without truncation and padding. It must not change afterwards.
     """
     try:
         import nanotoken

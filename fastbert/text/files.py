@@ -1,4 +1,4 @@
-"""Texts out of a file and vectors into one, a line at a time: constant memory on either side.
+"""Reads texts from a file and writes vectors to a file, a line at a time, in constant memory.
 
 In:   plain text, one text a line, or JSON lines with the text in one field
 Out:  .npy          [N, C] float32; numpy.load(path, mmap_mode="r") opens it without reading it
@@ -17,12 +17,12 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 BOM = b"\xef\xbb\xbf"
-# A line is held in memory whole, several times over; a file without line ends would be read to its end.
+# Longest line. A line is held in memory several times; without a limit, a file without line ends would be read whole.
 LINE_BYTES = 10_000_000
 
 
 class InputError(ValueError):
-    """What is wrong with the input, with the file and the line."""
+    """An error in the input; the message names the file and the line."""
 
 
 class Line(NamedTuple):
@@ -40,9 +40,9 @@ def read_lines(stream: BinaryIO, name: str, field: str | None = None, line_bytes
             each line is the text.
         line_bytes: how long a line may be, without its end.
 
-    Raises: InputError with the line's number, where it is too long, not UTF-8, not a JSON object, or has no such text.
+    Raises: InputError with the number of a line that is too long, not UTF-8, not a JSON object, or without the field.
     """
-    empty = None  # the first of the empty lines that an object must not follow
+    empty = None  # the first empty line; an object after it is an error
     for number in itertools.count(1):
         raw = stream.readline(line_bytes + len(BOM) + len(b"\r\n") + 1)
         if not raw:
@@ -111,7 +111,7 @@ def _text_of(record: dict[str, Any], field: str, place: str) -> str:
 
 # ---- output ----------------------------------------------------------------------------------------------
 
-# A matrix's header needs its number of rows, known only at the end: room is kept for it, and it is written last.
+# Size of a matrix's header. The number of rows is known only at the end, so the header is written last.
 HEADER_BYTES = 128
 
 
@@ -130,7 +130,7 @@ def safetensors_header(rows: int, columns: int) -> bytes:
 
 
 class MatrixWriter:
-    """Rows of float32 after a header of HEADER_BYTES, which `finish` puts in place."""
+    """Writes rows of float32 after a header of HEADER_BYTES, which `finish` fills in."""
 
     def __init__(self, file: BinaryIO, columns: int, header: Callable[[int, int], bytes]):
         self.file, self.columns, self.header = file, columns, header
@@ -149,7 +149,7 @@ class MatrixWriter:
 def json_numbers(vector: np.ndarray, row: int) -> str:
     """A vector of float32 in JSON; nine significant digits give each number back exactly.
 
-    Raises: InputError where one is not finite; `row` is the number of its text.
+    Raises: InputError if a number is not finite; `row` is the number of the text, for the message.
     """
     if not np.isfinite(vector).all():
         raise InputError(f"the vector of text {row} is not finite, and JSON has no word for that")
@@ -157,7 +157,7 @@ def json_numbers(vector: np.ndarray, row: int) -> str:
 
 
 def json_object(record: dict[str, Any], name: str, value: str, row: int) -> str:
-    """A line: the object of the input, with `value`, which is JSON already, under `name` at its end."""
+    """A line of output: the object of the input, with `value` (already JSON) appended under `name`."""
     others = {key: item for key, item in record.items() if key != name}
     try:
         rest = json.dumps(others, allow_nan=False)

@@ -4,9 +4,10 @@
     tokenizer_config.json                               everything else, for BERT's classes of tokenizers
     special_tokens_map.json, added_tokens.json          what tokenizer_config.json may lack, in folders before 2023
 
-BERT's classes take from a tokenizer.json its words and, where tokenizer_config.json names none, its added tokens; the
-rest is made anew. Every other class takes it as it is. transformers 4 took it as it is for all of them: `notes` says
-where the two versions give other ids for the same folder. The ids here are those of the newer.
+BERT's classes take from tokenizer.json only the words and, if tokenizer_config.json names none, the added tokens; they
+build normalizer, pre-tokenizer and post-processor themselves. Every other class uses tokenizer.json unchanged.
+transformers 4 used it unchanged for all classes; `notes` lists where the two versions give different ids for a folder.
+The ids here are those of version 5.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ _NEEDED = ("unk_token", "cls_token", "sep_token")
 # In the order in which transformers adds them to the vocabulary.
 _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
-# transformers' classes that read a vocabulary as BERT does; others (BertJapaneseTokenizer) cut words in their own way.
+# transformers' tokenizer classes that use a vocabulary as BERT does; BertJapaneseTokenizer, for one, does not.
 _BERT_CLASSES = (
     "Bert", "ConvBert", "DistilBert", "DPRContextEncoder", "DPRQuestionEncoder", "Electra", "LayoutLM", "Lxmert",
     "MobileBert", "SqueezeBert",
@@ -50,8 +51,8 @@ _HONOURED = frozenset((
     *_NORMALIZER, "tokenizer_class", "model_max_length", "max_len", "truncation_side", "split_special_tokens",
     "added_tokens_decoder", "additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens",
 ))  # fmt: skip
-# The keys that are known, and change no id in transformers 5: where files lay, how a batch is padded, options of one
-# call that were saved, what only decoding or a chat asks for, and what only the tokenizers written in Python knew.
+# Keys that change no id in transformers 5: paths of files, padding of batches, saved options of single calls, settings
+# of decoding or chats, and settings of transformers 4's tokenizers written in Python.
 _HARMLESS = frozenset((
     "name_or_path", "vocab_file", "tokenizer_file", "full_tokenizer_file", "special_tokens_map_file", "files_loaded",
     "cache_dir", "revision", "subfolder", "token", "use_auth_token", "force_download", "resume_download", "proxies",
@@ -69,15 +70,15 @@ _PROPERTIES = frozenset(("__type", "content", "single_word", "lstrip", "rstrip",
 
 @dataclass
 class Settings:
-    """What the files of a folder say beside the words.
+    """The settings in the files of a folder, apart from the words.
 
     Attributes:
         config: the content of tokenizer_config.json.
-        named: the token of each role that a file names ("mask_token"), and special tokens with names of their own;
-            None where a file says that there is none.
+        named: role ("mask_token", or a special token's own name) -> token, for each role that a file names; None for a
+            role that a file sets to null.
         extra: further special tokens, in the order of their ids.
-        added: the tokens whose ids a file gives.
-        notes: sentences about ids that transformers 4 gives otherwise.
+        added: id -> token, for tokens whose ids a file gives.
+        notes: sentences about ids that differ in transformers 4.
     """
 
     config: dict[str, Any]
@@ -88,9 +89,9 @@ class Settings:
 
 
 def read_folder(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any], list[str]]:
-    """The tokenizer in a folder; its config, with the roles of other files; and notes, see `Settings`.
+    """The tokenizer in a folder; its config, with roles that other files name; and notes, see `Settings`.
 
-    Raises: CheckpointError that names what is not understood.
+    Raises: CheckpointError that names the file or setting that cannot be used.
     """
     words, whole = folder / _WORDS, folder / _WHOLE
     if not has_tokenizer(folder):
@@ -129,7 +130,8 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def bert_backend(vocab: dict[str, int], settings: Settings, what: str) -> tokenizers.Tokenizer:
-    """What BERT's classes make of a vocabulary. Raises CheckpointError; what: the vocabulary, for its message."""
+    """The tokenizer that BERT's classes build from a vocabulary. Raises CheckpointError, which calls the vocabulary
+    `what`."""
     named = settings.named
     if absent := [str(named[role] or role) for role in _NEEDED if str(named[role]) not in vocab]:
         raise CheckpointError(f"{what} is not a BERT vocabulary: it lacks {', '.join(absent)}")
@@ -149,14 +151,14 @@ def bert_backend(vocab: dict[str, int], settings: Settings, what: str) -> tokeni
 
 
 def read_vocab(path: Path) -> dict[str, int]:
-    """Each token's id, of a vocab.txt. Raises CheckpointError."""
+    """Token -> id of a vocab.txt. Raises CheckpointError."""
     try:
         return models.WordPiece.read_file(str(path))
     except Exception as error:  # the library raises plain Exception
         raise CheckpointError(f"cannot read {path} as a vocabulary ({error})") from error
 
 
-# ---- the files' words ------------------------------------------------------------------------------------
+# ---- settings from the files -----------------------------------------------------------------------------
 
 
 def _read_where_there(path: Path) -> dict[str, Any]:
@@ -194,8 +196,8 @@ def settings_of(
     old: tokenizers.Tokenizer | None = None,
     what: str = "the settings",
 ) -> Settings:
-    """What transformers 5 makes of the contents of tokenizer_config.json, special_tokens_map.json and
-    added_tokens.json; old: tokenizer.json's. Raises CheckpointError about `what`."""
+    """The settings that transformers 5 takes from the contents of tokenizer_config.json, special_tokens_map.json and
+    added_tokens.json. old: the tokenizer in tokenizer.json. Raises CheckpointError about `what`."""
     try:
         return _settings_of(dict(config), special_tokens_map or {}, added_tokens or {}, old)
     except (TypeError, ValueError, AttributeError) as error:
@@ -218,7 +220,7 @@ def _settings_of(
         own |= values.pop("extra_special_tokens")
     numbered_otherwise = own.keys() - only_in_5.keys() and values.get("additional_special_tokens")
 
-    if "added_tokens_decoder" in config:  # since this key, the older files repeat what is there
+    if "added_tokens_decoder" in config:  # in folders with this key, the older files only repeat it
         added = {int(index): _token(token) for index, token in config["added_tokens_decoder"].items()}
     else:
         for key, value in special_tokens_map.items():
@@ -253,12 +255,12 @@ def _settings_of(
 
 
 def _is_own(key: str) -> bool:
-    """Whether a key names a special token that is none of the usual roles."""
+    """Whether a key names a special token outside the usual roles."""
     return key.endswith("_token") and key not in _ROLES
 
 
 def _token(value: Any) -> str | AddedToken | None:
-    """A token as the files spell it: a text, or its properties, which old files mark as such."""
+    """A token from a file, where it is a text, or an object of properties (with a "__type" in old files)."""
     if isinstance(value, dict):
         if unknown := value.keys() - _PROPERTIES:
             raise TypeError(f"it has the properties {', '.join(sorted(unknown))}")
@@ -285,7 +287,10 @@ def _of_berts_class(path: Path, old: tokenizers.Tokenizer | None, settings: Sett
 
 
 def _add_tokens(backend: tokenizers.Tokenizer, settings: Settings, what: str) -> None:
-    """The tokens of known ids first, then special tokens that are none yet. Raises CheckpointError for another id."""
+    """Adds first the tokens with given ids, then special tokens that are not in the vocabulary yet.
+
+    Raises: CheckpointError if a token gets another id than the given one.
+    """
     tokens = [token for _, token in sorted(settings.added.items())]
     known = {token.content for token in (*backend.get_added_tokens_decoder().values(), *tokens)}
     names = {str(token) for token in settings.named.values()}
@@ -306,7 +311,8 @@ def _add_tokens(backend: tokenizers.Tokenizer, settings: Settings, what: str) ->
 
 
 def _unused(old: tokenizers.Tokenizer, new: tokenizers.Tokenizer) -> list[str]:
-    """The parts of a tokenizer.json for which BERT's class has something else, the three settings of case apart."""
+    """Names of the parts of tokenizer.json that BERT's class replaces by different ones. The three settings of case and
+    accents do not count."""
     kept, made = _state(old.normalizer), _state(new.normalizer)
     for _, (name, _default) in _NORMALIZER.items():
         kept.pop(name, None)
@@ -331,11 +337,11 @@ def _state(part: Any) -> dict[str, Any]:
 
 
 def _framed(backend: tokenizers.Tokenizer, words: Encoding) -> list[tuple[list[int], list[int]]]:
-    """(ids, segments) of a text and of a pair, both of these words, with the special tokens around them."""
+    """(ids, segments) with special tokens, of a text and of a pair of texts that all consist of `words`."""
     return [(e.ids, e.type_ids) for e in (backend.post_process(words), backend.post_process(words, words))]
 
 
 def _lost(before: dict[int, AddedToken], backend: tokenizers.Tokenizer) -> bool:
-    """Whether a token is not added any more, or has other properties."""
+    """Whether an added token of `before` is missing in the backend, or has other properties there."""
     now = {token.content: token.__getstate__() for token in backend.get_added_tokens_decoder().values()}
     return any(now.get(token.content) != token.__getstate__() for token in before.values())

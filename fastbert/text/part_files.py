@@ -1,4 +1,4 @@
-"""Vectors of tokens or words into a file, a text at a time.
+"""Writes vectors of tokens or words to a file, a text at a time.
 
 .jsonl        the input's objects, each with a list "tokens" of {"token", "start", "end", "embedding"}, or "words" of
               {"word", ...}
@@ -23,7 +23,7 @@ HEADER_BYTES = 512
 
 
 class Parts(Protocol):
-    """The parts of a text, their places in it, and their vectors [n, C] float32."""
+    """The n tokens or words of a text, their offsets in it, and their vectors [n, C] float32."""
 
     parts: list[str]
     offsets: list[tuple[int, int] | None]
@@ -31,7 +31,7 @@ class Parts(Protocol):
 
 
 class PartLinesWriter:
-    """An object a text."""
+    """Writes one object per text."""
 
     def __init__(self, file: BinaryIO, name: str):
         self.file, self.name = file, name
@@ -54,7 +54,7 @@ class PartLinesWriter:
 
 
 class PartMatrixWriter:
-    """Rows of float32 after a header of HEADER_BYTES, which `finish` puts in place, and the places of all of them."""
+    """Writes rows of float32 after a header of HEADER_BYTES, which `finish` fills in, and then all offsets."""
 
     def __init__(self, file: BinaryIO, columns: int):
         self.file, self.columns = file, columns
@@ -91,7 +91,7 @@ def part_writer(
 ) -> PartLinesWriter | PartMatrixWriter:  # fmt: skip
     """The writer for a file name's suffix; each has write(parts of texts, records) and finish().
 
-    words: None where the parts are tokens.
+    words: None if the parts are tokens.
     """
     if suffix == ".jsonl":
         return PartLinesWriter(file, "token" if words is None else "word")

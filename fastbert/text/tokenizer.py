@@ -31,12 +31,12 @@ TRUNCATIONS = ("longest_first", "only_first", "only_second")
 
 _NO_LIMIT = 10**9  # transformers writes 1e30 where a model has no maximum length
 _KEPT_TRUNCATIONS = 8
-# A call with so many texts makes what `fast_ids` gives: that costs as much as tokenising 2,000 short texts.
+# Texts in one call from which on `fast_ids` is set up, which costs as much as tokenising 2,000 short texts.
 _WORTH_FAST_IDS = 256
 
 
 class Encoded:
-    """A batch of token sequences, one a text (or one a window, with `overflow`). Each list is made when asked for."""
+    """A batch of token sequences, one per text (with `overflow`, one per window). Each list is made on first access."""
 
     def __init__(self, encodings: list[Encoding], text_index: list[int]) -> None:
         self.encodings = encodings
@@ -87,7 +87,7 @@ class Tokenizer:
 
     def __init__(self, backend: tokenizers.Tokenizer, config: dict[str, Any] | None = None) -> None:
         """backend: does the work; config: the content of tokenizer_config.json, kept and written back."""
-        backend.no_truncation()  # what a tokenizer.json stores of these was one job's choice
+        backend.no_truncation()  # truncation and padding in a tokenizer.json are left over from the job that saved it
         backend.no_padding()
         self.config = dict(config or {})
         backend.encode_special_tokens = self._splits_special_tokens
@@ -102,10 +102,10 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, id_or_path: str | os.PathLike) -> Tokenizer:
-        """From a model's folder or hub id, as transformers 5 reads it; see `fastbert.text.folder`. Of another format
-        that `fastbert.formats` reads, from its vocabulary.
+        """From a model's folder or hub id, read as transformers 5 reads it (see `fastbert.text.folder`), or from the
+        vocabulary of another format that `fastbert.formats` reads.
 
-        Warns in one line where transformers 4 gives other ids. Raises: CheckpointError, in one line.
+        Warns in one line if transformers 4 gives other ids. Raises: CheckpointError, in one line.
         """
         with opened(id_or_path) as path:
             source = find_source(path)
@@ -170,16 +170,16 @@ class Tokenizer:
         config = {"do_lower_case": lowercase, "strip_accents": None, "tokenize_chinese_chars": True}
         if model_max_length is not None:
             config["model_max_length"] = model_max_length
-        # of a word that comes twice the last place counts, as in a vocab.txt
+        # If a word occurs twice, its last id counts, as in a vocab.txt.
         return cls._from_vocab_and_config({word: i for i, word in enumerate(words)}, config, "the vocabulary")
 
     @classmethod
     def _from_vocab_and_config(cls, vocab: dict[str, int], config: dict[str, Any], vocab_file: Path | str) -> Tokenizer:
-        """vocab_file: what messages call the vocabulary."""
+        """vocab_file: name of the vocabulary in error messages."""
         return cls(bert_backend(vocab, settings_of(config | SPECIAL_TOKENS), str(vocab_file)), config)
 
     def __reduce__(self):
-        # made anew, since the library does not pickle whether special tokens are split
+        # Unpickling calls __init__, because the library does not pickle `encode_special_tokens`.
         return type(self), (self._backend, self.config)
 
     # ---- to ids ------------------------------------------------------------------------------------------
@@ -197,18 +197,18 @@ class Tokenizer:
     ) -> Encoded:
         """Tokens of texts, or of pairs of texts, with their segments, offsets and words.
 
-        Of a text much longer than max_length only a beginning is tokenised, unless `overflow` asks for the rest.
+        Only the beginning of a text much longer than max_length is tokenised, unless `overflow` is set.
 
         Args:
-            texts, pairs: of one length; pair i is [CLS] texts[i] [SEP] pairs[i] [SEP].
-            max_length: tokens of a sequence at most, special tokens included; None for no limit.
-            truncation: which of a pair gives up tokens; None leaves long sequences long.
-            overflow: what was cut off makes further sequences of the same text; see `Encoded.text_index`.
-            stride: tokens that a sequence repeats from the one before it, with `overflow`.
+            texts, pairs: lists of the same length; pair i becomes [CLS] texts[i] [SEP] pairs[i] [SEP].
+            max_length: most tokens of a sequence, special tokens included; None for no limit.
+            truncation: which text of a pair loses tokens; None does not truncate.
+            overflow: make further sequences of the tokens that were cut off; see `Encoded.text_index`.
+            stride: with `overflow`, tokens that a sequence repeats from the one before.
 
         Raises:
-            ValueError: where a text has a lone surrogate in what is tokenised of it, or cannot be truncated as asked.
-            TypeError: where texts is not a sequence of str.
+            ValueError: if the tokenised part of a text has a lone surrogate, or a text cannot be truncated as asked.
+            TypeError: if texts is not a sequence of str.
         """
         texts = _strings("texts", texts)
         if pairs is not None:
@@ -238,7 +238,7 @@ class Tokenizer:
         return Encoded([window for _, window in windows], [i for i, _ in windows])
 
     def input_ids(self, texts: Sequence[str], max_length: int | None = None) -> list[list[int]]:
-        """The ids that `self(texts, max_length=max_length)` gives, faster: no offsets are tracked."""
+        """The ids of `self(texts, max_length=max_length)`, faster, because no offsets are tracked."""
         texts = _strings("texts", texts)
         special = self._backend.num_special_tokens_to_add(False)
         if max_length is not None:
@@ -265,7 +265,7 @@ class Tokenizer:
         return encoding.tokens
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        """The text that ids stand for, as far as the vocabulary tells."""
+        """The text of these ids; case and spacing that the vocabulary does not hold are lost."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     @property
@@ -283,7 +283,8 @@ class Tokenizer:
         return bool(self.config.get("split_special_tokens"))
 
     def _backend_for(self, max_length: int, strategy: str, stride: int, special: int) -> tokenizers.Tokenizer:
-        """A copy of the backend that truncates so: the setting lives in the object, and threads share objects."""
+        """A copy of the backend with this truncation. A copy, because truncation is a setting of the backend object,
+        which several threads share."""
         _expect_lengths(max_length, stride, special)
         key = (max_length, strategy, stride)
         backend = self._truncating.get(key)
@@ -291,16 +292,16 @@ class Tokenizer:
             if len(self._truncating) >= _KEPT_TRUNCATIONS:
                 self._truncating.clear()
             backend = copy.deepcopy(self._backend)
-            backend.encode_special_tokens = self._splits_special_tokens  # which the library does not copy
+            backend.encode_special_tokens = self._splits_special_tokens  # the library does not copy this setting
             side = self._truncation_side
             backend.enable_truncation(max_length, stride=stride, strategy=strategy, direction=side)
             self._truncating[key] = backend
         return backend
 
     def lowercased(self) -> Tokenizer:
-        """A copy that lowers every character before anything else is done to it, but for added tokens in the text.
+        """A copy that lower-cases a text first, except for added tokens in it.
 
-        This is what sentence-transformers makes of `do_lower_case`.
+        sentence-transformers does the same for its setting `do_lower_case`.
         """
         backend = copy.deepcopy(self._backend)
         own = [] if backend.normalizer is None else [backend.normalizer]
@@ -308,14 +309,14 @@ class Tokenizer:
         return Tokenizer(backend, self.config)
 
     def truncating(self, side: Literal["left", "right"]) -> Tokenizer:
-        """A copy that cuts long texts on this side: "right" cuts off their ends, "left" their beginnings."""
+        """A copy that cuts long texts on this side: "right" removes their ends, "left" their beginnings."""
         return Tokenizer(copy.deepcopy(self._backend), self.config | {"truncation_side": side})
 
     # ---- facts -------------------------------------------------------------------------------------------
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens, added ones included: what an embedding table must hold at least."""
+        """Number of tokens, added ones included; an embedding table needs at least as many rows."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
     def get_vocab(self) -> dict[str, int]:
@@ -350,13 +351,13 @@ class Tokenizer:
 
     @property
     def special_ids(self) -> set[int]:
-        """The ids of [CLS], [SEP] and the like, as far as the vocabulary has them."""
+        """The ids of [CLS], [SEP] and the other special tokens that are in the vocabulary."""
         ids = (self._backend.token_to_id(getattr(self, role)) for role in SPECIAL_TOKENS)
         return {index for index in ids if index is not None}
 
     @property
     def model_max_length(self) -> int | None:
-        """Tokens that the model takes at most, as tokenizer_config.json says; None where it says nothing."""
+        """Most tokens that the model takes, from tokenizer_config.json; None if it does not say."""
         length = self.config.get("model_max_length", self.config.get("max_len"))
         return int(length) if isinstance(length, (int, float)) and 0 < length < _NO_LIMIT else None
 
@@ -367,7 +368,7 @@ class Tokenizer:
         folder, backend = make_folder(folder), self._backend
         roles = {role: getattr(self, role) for role in SPECIAL_TOKENS}
         config = self.config | {role: t for role, t in roles.items() if backend.token_to_id(t) is not None}
-        # BERT's classes make everything but the words anew
+        # BERT's classes read only the words from the files, and build everything else themselves.
         is_bert = (
             isinstance(backend.model, models.WordPiece)
             and isinstance(backend.normalizer, normalizers.BertNormalizer)
@@ -387,7 +388,7 @@ class Tokenizer:
             with write_atomically(folder / "tokenizer.json") as temporary:
                 backend.save(str(temporary))
             vocab = backend.get_vocab(with_added_tokens=False)
-            # vocab.txt has no place for an id that no token has
+            # A vocab.txt numbers its lines, so it cannot hold a vocabulary with gaps between its ids.
             if isinstance(backend.model, models.WordPiece) and max(vocab.values()) == len(vocab) - 1:
                 with write_atomically(folder / "vocab.txt") as temporary:
                     lines = "".join(f"{token}\n" for token in sorted(vocab, key=vocab.__getitem__))
