@@ -1,4 +1,4 @@
-"""What an Encoder is made of: the modules of a folder, with what the caller wants otherwise."""
+"""Builds the parts of an Encoder: a folder's model, tokenizer and modules, changed by the caller's arguments."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def plain_modules(pooling: str, normalize: bool) -> tuple[list[SentenceModule], 
 def modules_of(
     sentence: SentenceConfig, pooling: str | None, normalize: bool | None, truncate_dim: int | None
 ) -> tuple[list[SentenceModule], Output]:
-    """The folder's modules, with what the caller wants otherwise."""
+    """The folder's modules and BERT's output, changed by the caller's arguments; None leaves the folder's setting."""
     if sentence.modules is None:
         modules, output = plain_modules(sentence.pooling, sentence.normalize)
     else:
@@ -75,7 +75,7 @@ def modules_of(
 
 
 def expect_words(name: str | Path, tokenizer: Tokenizer, model: BertModel, modules: Sequence[SentenceModule]) -> None:
-    """Raises ValueError where the tokenizer knows words that the model, or a table of word weights, does not."""
+    """Raises ValueError if the tokenizer has more words than the model, or than a table of word weights."""
     words = [("the model", model.config.vocab_size)]
     words += [("WordWeights", module.emb_layer.num_embeddings) for module in parts_of(modules, WordWeights)]
     for of, count in words:
@@ -84,8 +84,8 @@ def expect_words(name: str | Path, tokenizer: Tokenizer, model: BertModel, modul
 
 
 def expect_padding_on_the_right(folder: Path, tokenizer: Tokenizer) -> None:
-    """Raises ValueError where a folder's tokenizer pads on the left. There transformers gives a text the positions that
-    come after its padding, so its vector depends on the longest text of its batch.
+    """Raises ValueError if a folder's tokenizer pads on the left. With such a tokenizer transformers numbers a text's
+    positions after its padding, so the text's vector depends on the longest text of its batch.
     """
     side, file = tokenizer.config.get("padding_side", "right"), folder / "tokenizer_config.json"
     if side != "right":
@@ -96,11 +96,11 @@ def expect_padding_on_the_right(folder: Path, tokenizer: Tokenizer) -> None:
 
 
 def keep_layers(model: BertModel, layer: int, output: Output, all_layers: bool) -> Output:
-    """Drops what of the model nobody would read; returns where the output is then.
+    """Removes the pooler and the layers whose outputs are not used; returns the output to read afterwards.
 
     Args:
-        layer: whose output is pooled, as an index into hidden_states; -1 leaves that to `output`.
-        all_layers: whether the output of every layer is read.
+        layer: the layer whose output is pooled, as an index into hidden_states; -1 leaves that to `output`.
+        all_layers: whether the output of every layer is used.
     """
     count = len(model.encoder["layer"])
     if not -count - 1 <= layer <= count:
@@ -122,7 +122,7 @@ def keep_layers(model: BertModel, layer: int, output: Output, all_layers: bool) 
     return output
 
 
-# Texts of random words by which int8 is calibrated, and their length.
+# Number and length of the texts of random words that calibrate int8.
 SAMPLE, SAMPLE_LENGTH = 24, 32
 
 

@@ -1,4 +1,4 @@
-"""Where an Encoder computes, in which dtype, and by which implementation of the operators."""
+"""The device, dtype and implementation of the operators that an Encoder uses."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .. import functional as F
 from ..inference.eight_bits import why_not as why_not_int8
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-INT8 = "int8"  # a way to multiply, not the dtype of a model
+INT8 = "int8"  # how products are computed; a model has no such dtype
 
 
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
@@ -22,8 +22,8 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """ "auto": what the hardware multiplies fast, of most use first: bfloat16 (AVX512-BF16 or AMX; compute capability
-    8.0 and AMD's cards), float16 (compute capability 7.0), else float32."""
+    """ "auto": the first of these that the hardware multiplies fast: bfloat16 (AVX512-BF16 or AMX; compute capability
+    8.0, AMD's cards), float16 (compute capability 7.0), float32."""
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype != "auto":
@@ -41,7 +41,7 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
 
 
 def expect_int8(device: torch.device, impl: F.Impl | None) -> None:
-    """Raises ValueError, saying why, where int8 is not to be had."""
+    """Raises ValueError with the reason if int8 is not available."""
     reason = why_not_int8()
     if device.type != "cpu":
         reason = f"it is for CPUs, and the device is {device}"

@@ -40,7 +40,7 @@ from .modules import (
 from .parts import Parts, Wanted
 from .stats import PADDED_BATCH, EncodeStats
 
-if TYPE_CHECKING:  # whoever brings ids, as the benchmarks do, does without the tokenizers library
+if TYPE_CHECKING:  # callers that pass ids, such as the benchmarks, need no tokenizers library
     from ..text.tokenizer import Tokenizer
 
 __all__ = ["DTYPES", "INT8", "PADDED_BATCH", "POOLING", "EncodeStats", "Encoder", "SentenceConfig",
@@ -55,18 +55,18 @@ class Encoder:
 
     Args:
         model: in evaluation mode, on the device and in the dtype to use.
-        tokenizer: makes its ids.
-        pooling: one vector of a text's tokens: their mean, the first (cls), the maximum, mean_sqrt_len_tokens,
-            weightedmean or lasttoken; or pooler (BERT's own: tanh of a linear layer of the first).
+        tokenizer: makes the model's ids.
+        pooling: how a text's token vectors become one: mean, cls (the first), max, mean_sqrt_len_tokens, weightedmean
+            or lasttoken; or pooler (BERT's own: tanh of a linear layer of the first).
         normalize: divide each vector by its L2 norm.
-        max_length: longest text in tokens, [CLS] and [SEP] included; the rest of a longer one is cut off.
-        lowercase: lower the text before tokenising, on top of what the tokenizer does; added tokens are found before.
-        prompt: put before every text where a call names none.
-        prompts: others, by name.
-        modules: what is computed after BERT, in place of `pooling` and `normalize`.
-        output: what of BERT's goes to `modules`.
-        output_hidden_states: whether `WeightedLayerPooling` among the modules has every layer's output to read.
-        max_lengths: of texts of some tasks, by task, in place of max_length.
+        max_length: longest text in tokens, [CLS] and [SEP] included; longer texts are cut.
+        lowercase: lower-case the text before the tokenizer's own steps; added tokens in the text are not changed.
+        prompt: put before every text, unless a call names another.
+        prompts: name -> prompt.
+        modules: steps after BERT, in place of `pooling` and `normalize`.
+        output: the output of BERT that `modules` start from.
+        output_hidden_states: whether every layer's output is passed to a `WeightedLayerPooling` among the modules.
+        max_lengths: task -> longest text, in place of max_length.
         layers, combine: see `asked`.
     """
 
@@ -110,7 +110,7 @@ class Encoder:
         prepack(model)
 
     def _read(self, layers: Sequence[int] | None, combine: str | None) -> None:
-        """Settles which layers are read, and how wide a token's row and a text's vector are then."""
+        """Sets which layers are read, and the widths of a token's row and of a text's vector."""
         if combine is not None and layers is None:
             raise ValueError(f"combine {combine!r} is for several layers: name them with layers")
         width, count = self.model.config.hidden_size, len(self.model.encoder["layer"])
@@ -149,25 +149,26 @@ class Encoder:
         layers: Sequence[int] | None = None,
         combine: str | None = None,
     ) -> Encoder:
-        """Loads a BERT folder or hub id, sentence-transformers' kind (modules.json) or a plain one, or another format.
+        """Loads a BERT from a folder or hub id, of sentence-transformers (modules.json) or plain, or from another
+        format.
 
         Args:
-            pooling, normalize, max_length: None takes what the folder says (a plain BERT: mean, not normalised). A
-                pooling given here stands in place of the folder's, where there is nothing but that and a Normalize.
-            layer: whose output is pooled: 1 is the first layer, 0 the embeddings, -1 the last, as an index into
-                hidden_states. Layers above it are not loaded.
-            dtype: auto, float32, bfloat16, float16 or int8; auto is bfloat16 where the hardware multiplies it, float16
-                on a GPU that multiplies that alone (V100, T4), else float32. int8,
-                on a CPU with VNNI or AMX, multiplies 8-bit weights by 8-bit activations and does all else as auto.
+            pooling, normalize, max_length: None takes the folder's setting (plain BERT: mean, not normalised). A
+            pooling
+                replaces the folder's, if the folder has no other modules than a Pooling and a Normalize.
+            layer: the layer whose output is pooled: 0 is the embeddings, 1 the first layer, -1 the last, as an index
+                into hidden_states. Layers above it are not loaded.
+            dtype: auto, float32, bfloat16, float16 or int8. auto is bfloat16 where the hardware multiplies it, float16
+                on GPUs that multiply only that fast (V100, T4), else float32. int8, on a CPU with VNNI or AMX,
+                multiplies 8-bit weights by 8-bit activations; everything else is computed as with auto.
             device: auto, cpu, cuda, ... On a CPU weights go into large pages: see `fastbert.inference.large_pages`.
             impl: see `fastbert.functional`.
-            cuda_graphs: replay recorded launches for batches that would wait for them: see
-                `BertModel.use_cuda_graphs`. None does so on a CUDA device where the kernels are Triton's; it is safe
-                there, since an Encoder takes no gradients, and a recording is dropped when a weight or a hook of the
-                model changes. False never does.
-            truncate_dim: how many numbers of each vector are kept, before normalize; None takes what the folder says.
-            prompt_name, task, layers, combine: of calls that name none; see `asked`. Layers above the highest of
-                `layers` are not loaded.
+            cuda_graphs: replay recorded launches for short batches: see `BertModel.use_cuda_graphs`. None does so on
+                CUDA devices with the Triton kernels. That is safe, since an Encoder takes no gradients, and a recording
+                is dropped when a weight or a hook of the model changes. False never does.
+            truncate_dim: how many numbers of each vector are kept, before normalize; None takes the folder's setting.
+            prompt_name, task, layers, combine: defaults for calls that name none; see `asked`. Layers above the highest
+                of `layers` are not loaded.
 
         Raises: CheckpointError and ValueError, with messages of one line.
         """
@@ -197,7 +198,7 @@ class Encoder:
 
     @property
     def pooling(self) -> str:
-        """The poolings of one vector, joined by +; pooler for BERT's own; empty where a Router has them."""
+        """Names of the poolings, joined by +; "pooler" for BERT's own; empty if they are on the routes of a Router."""
         return "pooler" if self.output == POOLER else modes_of(self.modules)
 
     @property
@@ -214,16 +215,16 @@ class Encoder:
         layers: Sequence[int] | None = None,
         combine: str | None = None,
     ) -> Encoder:
-        """This Encoder, or a copy that shares its model and counts, whose calls have this prompt, task and layers.
+        """An Encoder with this prompt, task and layers as defaults: a copy that shares the model and the counts, or
+        this Encoder if nothing is given.
 
         Args:
-            prompt: put before every text; wins over prompt_name.
+            prompt: put before every text; overrides prompt_name.
             prompt_name: one of `prompts`.
-            task: chooses the route of a Router, and the longest text where that goes by the task.
-            layers: those whose outputs make a token's row, in place of the last one alone. Numbers are indices into
-                hidden_states: 0 the embeddings, 1 the first layer, -1 the last.
-            combine: how: "concat" puts them side by side (the default), "sum" adds them, "mean" divides that by their
-                number.
+            task: chooses the route of a Router, and the longest text if the model has one for each task.
+            layers: the layers whose outputs make a token's row, instead of only the last one. Numbers are indices into
+                hidden_states: 0 is the embeddings, 1 the first layer, -1 the last.
+            combine: "concat" puts the layers' rows side by side (the default), "sum" adds them, "mean" averages them.
 
         Raises: ValueError for a name, a task or a layer that the model does not have.
         """
@@ -256,10 +257,10 @@ class Encoder:
         layers: Sequence[int] | None = None,
         combine: str | None = None,
     ) -> Tensor:
-        """Vectors [N, C] of N texts, in their order, float32 on the CPU (of a single str: [C]).
+        """Vectors [N, C] of N texts, in input order, float32 on the CPU ([C] for a single str).
 
         Args:
-            texts: also an iterator, which is read a chunk at a time.
+            texts: may be an iterator, which is read a chunk at a time.
             max_tokens_per_batch: bound on the tokens computed at once; by default 2,048 on a CPU, 65,536 on a GPU.
                 One text longer than that is a batch of its own.
             progress: show a bar of texts done.
@@ -285,15 +286,15 @@ class Encoder:
     def encode_query(
         self, texts: Iterable[str] | str, *, prompt: str | None = None, prompt_name: str | None = None, **options
     ) -> Tensor:
-        """`encode` of questions: of task "query", and with the prompt "query" where none is named."""
+        """`encode` for queries: with task "query", and the prompt "query" unless another is named."""
         name = self._first_prompt(prompt, prompt_name, "query")
         return self.encode(texts, prompt=prompt, prompt_name=name, task="query", **options)
 
     def encode_document(
         self, texts: Iterable[str] | str, *, prompt: str | None = None, prompt_name: str | None = None, **options
     ) -> Tensor:
-        """`encode` of what is searched: of task "document", and with the prompt "document", else "passage", else
-        "corpus" where none is named."""
+        """`encode` for documents that are searched: with task "document", and the first prompt there is of "document",
+        "passage" and "corpus", unless another is named."""
         name = self._first_prompt(prompt, prompt_name, "document", "passage", "corpus")
         return self.encode(texts, prompt=prompt, prompt_name=name, task="document", **options)
 
@@ -311,20 +312,19 @@ class Encoder:
     ) -> Iterator[Tensor]:
         """Vectors of any number of texts in constant memory: yields [n, C] float32 on the CPU, in input order.
 
-        Texts are sorted by length within chunks of `chunk_size`, so that a chunk's order, not the input's, decides
-        what is computed together. While one chunk is computed the next one is tokenised, so `texts` is read one chunk
-        ahead.
+        Texts are sorted by length within chunks of `chunk_size` before they are put into batches. While one chunk is
+        computed, the next one is tokenised, so `texts` is read one chunk ahead.
         """
         return self.encode_chunks(chunks_of(texts, chunk_size), max_tokens_per_batch=max_tokens_per_batch)
 
     def encode_chunks(
         self, chunks: Iterable[Sequence[str]], *, max_tokens_per_batch: int | None = None
     ) -> Iterator[Tensor]:
-        """`encode_stream` of texts that are cut into chunks already: yields [n, C] for each chunk of n texts."""
+        """`encode_stream` of texts that come in chunks: yields [n, C] for each chunk of n texts."""
         budget = self.token_budget(max_tokens_per_batch)
         for tokenised in one_ahead(self.tokenise, chunks):
             started = time.perf_counter()
-            ids = tokenised()  # waits for the other thread where that is behind
+            ids = tokenised()  # waits until the other thread is done
             vectors = self.encode_ids(ids, budget)
             self.stats.seconds += time.perf_counter() - started
             yield vectors
@@ -341,18 +341,18 @@ class Encoder:
         prompt: str | None = None,
         prompt_name: str | None = None,
     ) -> list[Parts] | Parts:
-        """Vectors of every token of each text (of a single str: its Parts), or of every word: rows of hidden states as
-        BERT gives them, without the pooling, normalisation or other modules that make a vector of a text.
+        """Vectors of every token or every word of each text (one Parts for a single str): BERT's hidden states, without
+        pooling, normalisation and other modules.
 
             parts, offsets, vectors = encoder.encode_tokens("Ada wrote it.", layers=[9, 10, 11, 12])
 
         Args:
             words: None for tokens; "first": a word's vector is that of its first token; "mean": the mean of its tokens.
-                Words are those of the tokenizer: BERT's ends them at white space and punctuation.
-            special_tokens: [CLS] and [SEP] too, of tokens.
-            layers, combine, prompt, prompt_name: see `asked`. Tokens that begin in a prompt have no vectors.
+                Words are the tokenizer's: BERT's end at white space and punctuation.
+            special_tokens: also [CLS] and [SEP]; only with words=None.
+            layers, combine, prompt, prompt_name: see `asked`. Tokens that begin in a prompt get no vectors.
 
-        What is cut off a long text has none either, nor has a word of which a part is cut off.
+        Tokens past the longest length get no vectors, nor do words that are partly cut off.
         """
         wanted, started = Wanted(words, special_tokens), time.perf_counter()
         encoder = self.asked(prompt=prompt, prompt_name=prompt_name, layers=layers, combine=combine)
@@ -366,14 +366,14 @@ class Encoder:
         return found[0] if single else found
 
     def token_budget(self, max_tokens_per_batch: int | None = None) -> int:
-        """The bound on the tokens computed at once: as asked for, or the device's."""
+        """The bound on the tokens computed at once: the argument, or the device's default."""
         budget = max_tokens_per_batch or tokens_per_batch(self.device)
         if budget < 1:
             raise ValueError(f"max_tokens_per_batch must be at least 1, got {budget}")
         return budget
 
     def tokenise(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of texts as the model reads them: with the prompt, lowered where asked for, cut to the limit."""
+        """The ids of texts, with the prompt, lower-cased if set, cut to the longest length."""
         texts = [self.prompt + text for text in texts] if self.prompt else texts
         return self._tokenizer.input_ids(texts, self._limit())
 
@@ -382,7 +382,8 @@ class Encoder:
         return self.max_lengths.get(self.task, self.max_length)
 
     def _prompt_length(self) -> int:
-        """How many tokens of each text are the prompt's, [CLS] included; 0 where there is none, or it is pooled."""
+        """Tokens of the prompt at the start of each text, [CLS] included; 0 without a prompt, or if it is pooled
+        too."""
         if not self.prompt or all(pooling.include_prompt for pooling in parts_of(self.modules, Pooling)):
             return 0
         (ids,) = self._tokenizer.input_ids([self.prompt], self.max_length)
@@ -397,7 +398,7 @@ class Encoder:
         vectors = torch.empty(len(ids), self.dimension, dtype=torch.float32, device="cpu")
 
         def keep(rows: list[int], batch: PackedBatch) -> None:
-            # one row by its number: a list of numbers would become a tensor first, which takes longer than the copy
+            # A single row is indexed by an int: a list would become a tensor first, which takes longer than the copy.
             vectors[rows if len(rows) > 1 else rows[0]] = self._vectors(batch)[: len(rows)].float().cpu()
 
         self._run(ids, budget, keep)
@@ -410,7 +411,7 @@ class Encoder:
         def keep(rows: list[int], batch: PackedBatch) -> None:
             found = self.model(batch, output_hidden_states=self.layers is not None)
             states = self._rows(found).float().cpu()
-            for row, of_text in zip(rows, states.split(batch.lengths), strict=False):  # the last may be for filling
+            for row, of_text in zip(rows, states.split(batch.lengths), strict=False):  # a filler sequence may follow
                 of_texts[row] = of_text
 
         self._run(ids, budget, keep)
@@ -418,12 +419,13 @@ class Encoder:
 
     @torch.inference_mode()
     def _run(self, ids: Sequence[Sequence[int]], budget: int, keep: Callable[[list[int], PackedBatch], None]) -> None:
-        """keep(rows, batch) of all texts in batches; at the end of a batch there may be one text more than rows."""
+        """Calls keep(rows, batch) for batches of all texts. A batch may end with a filler sequence that is in no
+        row."""
         lengths = [len(row) for row in ids]
         order = sorted(range(len(ids)), key=lengths.__getitem__, reverse=True)
         reads_layers = self._reads_layers or self.layers is not None
 
-        @torch.inference_mode()  # a thread's own switch
+        @torch.inference_mode()  # the mode belongs to a thread, and batches may be computed by other threads
         def encode(rows: list[int]) -> None:
             texts = [ids[row] for row in rows]
             tokens = sum(map(len, texts))
@@ -436,7 +438,7 @@ class Encoder:
         self.stats.count(lengths)
 
     def _rows(self, found: BertOutput) -> Tensor:
-        """The rows of tokens that are read, [T, C]."""
+        """[T, C]: the last layer's output, or the combined outputs of `layers`."""
         if self.layers is None:
             return found.last_hidden_state
         return combined([found.hidden_states[number] for number in self.layers], self.combine)

@@ -1,9 +1,9 @@
-"""What a folder says of the way from texts to vectors, read as sentence-transformers 6.2 reads it.
+"""Reads a sentence-transformers folder's settings, as sentence-transformers 6.2 reads them.
 
-    modules.json                        the modules, in order; without it, BERT and the mean of its tokens
-    sentence_bert_config.json           of the Transformer: the longest text, which output is pooled
+    modules.json                        the modules, in order; without this file: BERT and the mean of its tokens
+    sentence_bert_config.json           settings of the Transformer: the longest text, which output is pooled
     config_sentence_transformers.json   prompts, truncate_dim
-    1_Pooling/config.json, 2_Dense/...  of the other modules, with their weights
+    1_Pooling/config.json, 2_Dense/...  settings and weights of the other modules
 
 Every setting is honoured, or known to change no vector, or refused by name.
 """
@@ -49,10 +49,10 @@ from .modules import (
 )
 from .settings import ANY, Settings
 
-# What sentence-transformers has as prompts where a folder has none of these names.
+# sentence-transformers' prompts for these names if a folder has none.
 NO_PROMPTS = {"query": "", "document": ""}
 _OF_LIBRARY = {"__version__": ANY, "model_type": ANY, "similarity_fn_name": ANY, "requirements": ANY}
-# Where files are found, and how they are loaded: nothing that changes a number but by rounding.
+# Settings of finding and loading files, which change vectors by rounding at most.
 _OF_LOADING = {
     "cache_dir": ANY, "force_download": ANY, "local_files_only": ANY, "token": ANY, "use_auth_token": ANY,
     "trust_remote_code": ANY, "resume_download": ANY, "proxies": ANY, "revision": (None, "main"),
@@ -78,9 +78,9 @@ _OF_TRANSFORMER = {"backend": ANY, "unpad_inputs": ANY, "cache_dir": ANY, "query
 
 
 class Output(NamedTuple):
-    """Which output of BERT is handed on, and as which feature.
+    """The output of BERT that the modules start from, and the name of the feature that it becomes.
 
-    `keys` lead to it: ("last_hidden_state",), ("pooler_output",), or ("hidden_states", number).
+    `keys` name the output: ("last_hidden_state",), ("pooler_output",), or ("hidden_states", number).
     """
 
     name: str = TOKENS
@@ -92,19 +92,19 @@ LAST_STATE, POOLER = Output(), Output(VECTOR, ("pooler_output",))
 
 @dataclass(frozen=True)
 class SentenceConfig:
-    """What a folder says of the way from texts to vectors; the defaults are sentence-transformers' for a plain BERT.
+    """The settings of a folder; the defaults are sentence-transformers' for a plain BERT.
 
     Attributes:
-        pooling, normalize: how vectors are made; where there are `modules`, what those come to.
-        max_length: of a text in tokens; None where the folder leaves that to its tokenizer.
-        lowercase: lower the text before tokenising, on top of what the tokenizer does.
-        prompt: put before every text where a call names none.
-        prompts: others, by name.
+        pooling, normalize: how vectors are made; with `modules`, a summary of these.
+        max_length: longest text in tokens; None leaves that to the tokenizer.
+        lowercase: lower-case the text before the tokenizer's own steps.
+        prompt: put before every text, unless a call names another.
+        prompts: name -> prompt.
         encoder: the folder of BERT and its tokenizer, relative to the model's.
-        output: what of BERT's is handed to the modules.
-        output_hidden_states: whether the folder asks for every layer's output; None where BERT's config.json says it.
-        modules: what is computed after BERT.
-        max_lengths: of texts of some tasks, by task, in place of max_length.
+        output: the output of BERT that the modules start from.
+        output_hidden_states: whether every layer's output is needed; None leaves that to BERT's config.json.
+        modules: the steps after BERT.
+        max_lengths: task -> longest text, in place of max_length.
         truncate_dim: how many numbers of each vector are kept; None for all.
     """
 
@@ -123,7 +123,7 @@ class SentenceConfig:
 
     @classmethod
     def from_folder(cls, folder: Path) -> SentenceConfig:
-        """Reads modules.json and what it points to; of a GGUF file, its pooling type.
+        """Reads modules.json and the files that it names; for a GGUF file its pooling type.
 
         Raises: CheckpointError for files that are missing or damaged, ValueError for modules and settings that are not
             supported.
@@ -135,7 +135,8 @@ class SentenceConfig:
             return cls()
         library = folder / LIBRARY
         settings = Settings(library, read_json(library) if library.is_file() else {})
-        # sentence-transformers makes vectors of a reranker as of a plain BERT; its prompts are for reranking
+        # For a reranker's folder sentence-transformers makes vectors as for a plain BERT; its prompts are for
+        # reranking.
         if settings.values.get("model_type", "SentenceTransformer") != "SentenceTransformer":
             return cls()
         first, *modules = listed_modules(folder)
@@ -176,7 +177,7 @@ def _read_library(settings: Settings) -> dict[str, Any]:
         raise ValueError(f"{settings.file}: default_prompt_name is {default!r}, and there are prompts for {known} only")
     truncate_dim = settings.take("truncate_dim", (int, type(None)), None)
     if truncate_dim is not None:
-        Truncate(truncate_dim)  # raises where that is no number of dimensions
+        Truncate(truncate_dim)  # raises ValueError for an invalid number
     settings.drop(_OF_LIBRARY)
     settings.expect_empty()
     prompt = "" if default is None else prompts[default]
@@ -204,7 +205,7 @@ def _read_transformer(file: Path, content: dict[str, Any]) -> dict[str, Any]:
     lengths.append(of_processing := _max_length_of_processing(settings.take_part("processing_kwargs")))
 
     by_task = {task: settings.take(f"{task}_length", (int, type(None)), None) for task in ("query", "document")}
-    # as sentence-transformers has it, a max_length among processing_kwargs wins over those of tasks
+    # As in sentence-transformers, a max_length in processing_kwargs overrides the lengths of tasks.
     found["max_lengths"] = {t: n for t, n in by_task.items() if n is not None} if of_processing is None else {}
     found["max_length"] = next((length for length in reversed(lengths) if length is not None), None)
     found["output"] = _output(settings)
@@ -214,7 +215,7 @@ def _read_transformer(file: Path, content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _max_length_of_processing(settings: Settings) -> int | None:
-    """What processing_kwargs say of the longest text. Those of images and sounds, and of chats, change no text."""
+    """The longest text in processing_kwargs, or None. Settings for images, audio and chats change no text."""
     settings.drop(dict.fromkeys(("audio", "image", "video", "chat_template"), ANY))
     found = None
     for part in map(settings.take_part, ("text", "common")):  # the later one wins
@@ -225,7 +226,7 @@ def _max_length_of_processing(settings: Settings) -> int | None:
 
 
 def _output(settings: Settings) -> Output:
-    """Which output of BERT is handed on, and under which name."""
+    """The output of BERT that the modules start from."""
     name = settings.take("module_output_name", (str, type(None)), None)
     modalities = settings.take("modality_config", (dict, type(None)), None)
     if modalities is None:
@@ -252,7 +253,7 @@ def _output(settings: Settings) -> Output:
 
 
 def build_module(folder: Path, listed: Listed) -> SentenceModule | None:
-    """A module out of its folder, in float32 on the CPU; None for one that changes nothing outside training.
+    """A module from its folder, in float32 on the CPU; None for a module that only acts in training.
 
     Raises: ValueError for a kind, or a setting, that is not supported; CheckpointError for damage.
     """
@@ -288,7 +289,7 @@ _OLD_MODES = {
 
 
 def _pooling(settings: Settings, folder: Path) -> SentenceModule:
-    settings.take(_WIDTH, int, None)  # BERT's own width is what counts
+    settings.take(_WIDTH, int, None)  # not used: the width is BERT's
     old = [mode for key, mode in _OLD_MODES.items() if settings.take(key, bool, False)]
     modes = settings.take("pooling_mode", (str, list), old or ["mean"])
     include_prompt = settings.take("include_prompt", bool, True)
@@ -313,14 +314,14 @@ def _dense(settings: Settings, folder: Path) -> SentenceModule:
 
 
 def _activation(settings: Settings) -> nn.Module:
-    """One of torch.nn's activations, which are without parameters to choose."""
+    """One of torch.nn's activations that take no arguments."""
     path = settings.take("activation_function", str, "torch.nn.modules.activation.Tanh")
     cls = getattr(nn, path.rpartition(".")[2], None) if path.startswith("torch.nn.") else None
     of_torch = (nn.Tanh.__module__, nn.Identity.__module__)
     try:
         if isinstance(cls, type) and issubclass(cls, nn.Module) and cls.__module__ in of_torch:
             return cls()
-    except TypeError:  # it has arguments that must be given
+    except TypeError:  # the class needs arguments
         pass
     raise settings.refusal("activation_function", path, "it is no activation of torch.nn that takes no arguments")
 
@@ -347,7 +348,7 @@ def _weighted_layers(settings: Settings, folder: Path) -> SentenceModule:
 
 def _word_weights(settings: Settings, folder: Path) -> SentenceModule:
     words = settings.take("vocab", list)
-    settings.drop({"word_weights": ANY, "unknown_word_weight": ANY})  # the weights that were made of these are saved
+    settings.drop({"word_weights": ANY, "unknown_word_weight": ANY})  # the resulting weights are in the weights' file
     return _with_weights(WordWeights(torch.empty(len(words), 1, dtype=torch.float32, device="cpu")), folder)
 
 
@@ -371,7 +372,7 @@ def _with_weights(module: SentenceModule, folder: Path) -> SentenceModule:
 
 
 def _router(folder: Path, routes: Routes, encoder: Listed | None = None) -> SentenceModule:
-    """A Router; folder: the model's; encoder: a module that is left out, since it is computed before the Router."""
+    """A Router. folder: the model's. encoder: the BERT in front of all routes, which is computed before the Router."""
     settings = Settings(routes.file, routes.content)
     settings.drop({"types": ANY, "structure": ANY})
     parameters = settings.take_part("parameters")
@@ -393,7 +394,7 @@ def _router(folder: Path, routes: Routes, encoder: Listed | None = None) -> Sent
 
 
 def _mapped(key: str, file: Path) -> tuple[str | None, Any]:
-    """A key of route_mappings, which is written as Python writes a tuple: "('query', None)"."""
+    """(task, modality) of a key in route_mappings, which is the repr of a tuple: "('query', None)"."""
     try:
         task, modality = ast.literal_eval(key)
     except (ValueError, SyntaxError, TypeError):

@@ -1,4 +1,4 @@
-"""Features out of several layers (Devlin et al., section 5.3): which ones, and how they become one row a token."""
+"""Features from several layers (Devlin et al., section 5.3): the choice of layers, and how their rows are combined."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .modules import wide
 
-# how -> (what makes one [T, C'] of several [T, C]; whether C' is C times their number)
+# name -> (function that combines several [T, C] to [T, C']; whether C' is C times their number)
 COMBINE: dict[str, tuple[Callable[[Sequence[Tensor]], Tensor], bool]] = {
     "concat": (lambda states: torch.cat(list(states), dim=-1), True),
     "sum": (lambda states: sum(map(wide, states)), False),
@@ -18,9 +18,9 @@ COMBINE: dict[str, tuple[Callable[[Sequence[Tensor]], Tensor], bool]] = {
 
 
 def layer_numbers(layers: Sequence[int], count: int) -> tuple[int, ...]:
-    """Indices into hidden_states from 0 up: 0 the embeddings, 1 the first of `count` layers; -1 the last.
+    """Non-negative indices into hidden_states: 0 is the embeddings, 1 the first of `count` layers. -1 is the last.
 
-    Raises: ValueError where there is no such layer, one comes twice, or none is given.
+    Raises: ValueError if there is no such layer, a layer is repeated, or none is given.
     """
     if not layers:
         raise ValueError("layers must name one layer at least")
@@ -35,15 +35,16 @@ def layer_numbers(layers: Sequence[int], count: int) -> tuple[int, ...]:
 
 
 def combined(states: Sequence[Tensor], how: str) -> Tensor:
-    """One row a token out of layers' outputs [T, C] each: side by side [T, layers * C], or [T, C] in float32 at least.
+    """One row per token from layers' outputs of [T, C] each: "concat" gives [T, layers * C], "sum" and "mean" give
+    [T, C] in float32 or float64.
 
-    Raises: ValueError for another way.
+    Raises: ValueError for another name.
     """
     return _combine(how)[0](states)
 
 
 def combined_width(width: int, layers: int, how: str) -> int:
-    """How wide `combined` is."""
+    """Width of the rows of `combined`."""
     return width * layers if _combine(how)[1] else width
 
 

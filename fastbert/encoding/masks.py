@@ -1,4 +1,4 @@
-"""Words for the [MASK]s of texts, by a model with the head for masked words."""
+"""Predicts words for the [MASK]s of texts, with a model that has the head for masked words."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .devices import resolve_device, resolve_dtype
 
 
 class Word(NamedTuple):
-    """A candidate for a mask: the piece of the vocabulary, its number, and its probability."""
+    """A candidate for a mask: the token of the vocabulary, its id, and its probability."""
 
     token: str
     id: int
@@ -27,7 +27,7 @@ class Word(NamedTuple):
 
 
 class MaskError(ValueError):
-    """A text has no mask, or loses one where it is cut. `row` is its place in what was given."""
+    """A text has no mask, or a mask past the longest length. `row` is the number of the text."""
 
     def __init__(self, row: int, reason: str):
         super().__init__(reason)
@@ -63,7 +63,7 @@ class MaskFiller:
         """From whatever `BertModel.from_pretrained` takes. Raises: CheckpointError, also where the head is missing."""
         device = resolve_device(device)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of a head that is missing; it is an error here
+            warnings.simplefilter("ignore", UserWarning)  # the warning of a missing head, which is an error here
             model = BertForMaskedLM.from_pretrained(
                 id_or_path, dtype=resolve_dtype(dtype, device), device=device, impl=impl
             )
@@ -78,8 +78,8 @@ class MaskFiller:
     def fill(self, texts: Sequence[str], top_k: int = 5) -> list[list[list[Word]]]:
         """For each text, for each of its masks, the `top_k` most probable words, the best first.
 
-        Raises: MaskError, before anything is computed; ValueError where top_k is not from 1 to the vocabulary's size,
-            and where scores are not finite.
+        Raises: MaskError, before anything is computed; ValueError if top_k is not in 1 to the vocabulary's size, or if
+            scores are not finite.
         """
         if not 1 <= top_k <= self.tokenizer.vocab_size:
             raise ValueError(f"top_k must be from 1 to {self.tokenizer.vocab_size:,}, the vocabulary, got {top_k}")

@@ -1,6 +1,6 @@
-"""What sentence-transformers computes after BERT, on packed rows: poolings, Dense, LayerNorm, weighted layers, routes.
+"""sentence-transformers' modules after BERT, on packed rows: poolings, Dense, LayerNorm, weighted layers, routes.
 
-Each module is called as sentence-transformers calls its own: it takes a dict of features, reads some, and writes some.
+As in sentence-transformers, a module takes a dict of features, reads some of them and writes others.
 
     token_embeddings      [T, C], a row a token of the packed batch
     sentence_embedding    [B, C], a row a text
@@ -11,8 +11,8 @@ Each module is called as sentence-transformers calls its own: it takes a dict of
     task                  "query", "document", or another name of a route; None without
     impl                  of `fastbert.functional`
 
-Everything but a pooling of BERT's own rows is computed in float32 at least, whatever BERT is computed in. Parameters
-have the names of sentence-transformers.
+Everything except the pooling of BERT's rows is computed in float32 or float64, whatever BERT's dtype. Parameters have
+sentence-transformers' names.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ Features = dict[str, Any]
 
 
 class Size(NamedTuple):
-    """Of a feature: what each of its rows stands for, "token" or "text", and their width. (Of LAYERS: how many.)"""
+    """Size of a feature: one row for each "token" or "text", and the rows' width. (For LAYERS: the number of
+    layers.)"""
 
     row: str
     width: int
@@ -44,7 +45,7 @@ Sizes = dict[str, Size]
 
 
 def wide(x: Tensor) -> Tensor:
-    """x in float32, or in float64 if that is what it is in."""
+    """x in float32, or unchanged if it is in float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -56,9 +57,9 @@ class SentenceModule(nn.Module):
         raise NotImplementedError
 
     def check(self, sizes: Sizes) -> None:
-        """Changes the sizes of features, by name, as `forward` changes the features.
+        """Updates the sizes of the features as `forward` updates the features.
 
-        Raises: ValueError where a feature is missing or has another size than this module takes.
+        Raises: ValueError if a feature is missing or has another size than this module needs.
         """
         raise NotImplementedError
 
@@ -81,8 +82,8 @@ class SentenceModule(nn.Module):
 class _Rows:
     """The rows of tokens that are pooled.
 
-    `x` are the rows, `places` [N] where in its text each of them stands, from 0; `all` are the rows with the prompt's;
-    `weights` [B, 1] are sums of `WordWeights`, or None.
+    `x` [N, C] are the rows, `places` [N] their positions in their texts, from 0. `all` are (rows, cu_seqlens) including
+    the prompt's tokens. `weights` [B, 1] are sums of `WordWeights`, or None.
     """
 
     x: Tensor
@@ -94,14 +95,14 @@ class _Rows:
 
     @cached_property
     def counts(self) -> Tensor:
-        """[B, 1], how many rows each text has."""
+        """[B, 1]: number of rows of each text."""
         return wide(self.cu_seqlens.diff()[:, None].to(self.x.dtype))
 
     def pool(self, mode: str) -> Tensor:
         return wide(F.pool(self.x, self.cu_seqlens, mode, impl=self.impl))
 
     def divisor(self) -> Tensor:
-        """[B, 1] by which a mean divides the sum."""
+        """[B, 1]: divisor of a mean."""
         return self.counts.clamp(min=1) if self.weights is None else self.weights.clamp(min=1e-9)
 
     def sum(self, x: Tensor) -> Tensor:
@@ -149,12 +150,12 @@ POOLINGS: dict[str, Callable[[_Rows], Tensor]] = {
 
 
 class Pooling(SentenceModule):
-    """Rows of tokens to one vector a text; several modes side by side.
+    """Pools the rows of a text's tokens to one vector; the vectors of several modes are put side by side.
 
     Args:
-        modes: of POOLINGS. weightedmean weighs each token by its place in the text, from 1.
-        include_prompt: whether the tokens of a prompt are pooled too. Where they are not and a text has no others, the
-            first token is its `cls`, its maximum is -inf, and the rest is zero, as in sentence-transformers.
+        modes: names of POOLINGS. weightedmean weights each token by its position in the text, from 1.
+        include_prompt: whether a prompt's tokens are pooled too. If they are not and a text has no other tokens, then,
+            as in sentence-transformers, `cls` is its first token, `max` is -inf, and the other modes are zero.
     """
 
     def __init__(self, modes: Sequence[str] = ("mean",), include_prompt: bool = True):
@@ -175,7 +176,7 @@ class Pooling(SentenceModule):
         if skipped:
             lengths = (cu_seqlens.diff() - skipped).clamp(min=0)
             cu_seqlens = torch.cat([cu_seqlens[:1], lengths.cumsum(0, dtype=torch.int32)])
-            # Lengths are known on the host, so a GPU need not be waited for.
+            # The lengths are known on the host, so this does not wait for a GPU.
             count = sum(max(length - skipped, 0) for length in batch.lengths)
             indices = (places >= skipped).nonzero_static(size=count).squeeze(1)
             places, kept = places[indices], x[indices]
@@ -192,9 +193,8 @@ class Pooling(SentenceModule):
 
 
 class WeightedLayerPooling(SentenceModule):
-    """Rows of tokens become the weighted mean of what the layers from `layer_start` on gave (0 is the embeddings).
-
-    As in sentence-transformers nothing happens where the folder does not ask for every layer's output.
+    """Replaces the rows of tokens by the weighted mean of the outputs of the layers from `layer_start` (0 is the
+    embeddings). As in sentence-transformers, it does nothing if the folder does not request every layer's output.
     """
 
     def __init__(self, layer_start: int, layer_weights: Tensor):
@@ -222,7 +222,7 @@ class WeightedLayerPooling(SentenceModule):
 
 
 class WordWeights(SentenceModule):
-    """Rows of tokens times a weight of each word; a mean after that divides by the sum of the weights.
+    """Multiplies each token's row by the weight of its word; a mean after that divides by the sum of the weights.
 
     Args:
         weights: [words, 1].
@@ -247,11 +247,11 @@ class WordWeights(SentenceModule):
 
 
 class Dense(SentenceModule):
-    """activation(x @ weight.T + bias), and the input added to that with `use_residual`.
+    """activation(x @ weight.T + bias), plus the input with `use_residual`.
 
     Args:
-        input_name, output_name: of the feature that is read, and of the one that is written.
-        use_residual: by way of a matrix of its own where the widths differ.
+        input_name, output_name: names of the features that are read and written.
+        use_residual: add the input, multiplied by another matrix if the widths differ.
     """
 
     def __init__(
@@ -300,7 +300,7 @@ class LayerNorm(SentenceModule):
 
 
 class Normalize(SentenceModule):
-    """x divided by its L2 norm, so that the length is 1 to float32's precision whatever BERT is computed in."""
+    """x divided by its L2 norm, computed in float32 or float64 whatever BERT's dtype."""
 
     def __init__(self, input_name: str = VECTOR, output_name: str = VECTOR):
         super().__init__()
@@ -314,7 +314,7 @@ class Normalize(SentenceModule):
 
 
 class Truncate(SentenceModule):
-    """The first numbers of each vector."""
+    """Keeps the first `dimension` numbers of each vector."""
 
     def __init__(self, dimension: int):
         super().__init__()
@@ -330,15 +330,15 @@ class Truncate(SentenceModule):
         sizes[VECTOR] = found._replace(width=min(self.dimension, found.width))
 
 
-# ---- several ways ----------------------------------------------------------------------------------------
+# ---- routes ----------------------------------------------------------------------------------------------
 
 
 class Router(SentenceModule):
-    """One of several lists of modules, by the task.
+    """Several lists of modules, of which the task chooses one.
 
     Args:
         routes: name -> modules.
-        default: the route of a call without a task, or None: then such a call is an error.
+        default: the route of a call without a task; None makes such a call an error.
         mappings: (task or None for any, modality or None for any) -> name of a route. Inputs here are of modality text.
     """
 
@@ -356,7 +356,7 @@ class Router(SentenceModule):
                 raise ValueError(f"Router has no route {name!r}; it has {', '.join(self.routes)}")
 
     def route(self, task: str | None) -> str:
-        """The name of a task's route. Raises ValueError where there is none."""
+        """The name of a task's route. Raises ValueError if the task has none."""
         for key in ((task, "text"), (task, None), (None, "text"), (None, None)):
             if key in self.mappings:
                 return self.mappings[key]
@@ -386,14 +386,14 @@ class Router(SentenceModule):
 
 
 def check_modules(modules: Sequence[SentenceModule], sizes: Sizes) -> Sizes:
-    """The sizes after these modules. Raises ValueError where they do not fit each other."""
+    """The sizes after these modules. Raises ValueError if modules do not fit each other."""
     for module in modules:
         module.check(sizes)
     return sizes
 
 
 def parts_of(modules: Sequence[SentenceModule], kind: type[SentenceModule]) -> list:
-    """Modules of a kind among these, and on the routes of these."""
+    """The modules of a class among these, also on the routes of a Router."""
     return [inner for module in modules for inner in module.modules() if isinstance(inner, kind)]
 
 
@@ -406,19 +406,19 @@ def is_normalised(modules: Sequence[SentenceModule]) -> bool:
 
 
 def modes_of(modules: Sequence[SentenceModule]) -> str:
-    """The poolings of one vector, joined by +; empty where there is none, or a Router has them."""
+    """Names of the poolings, joined by +; empty if there are none outside a Router."""
     return "+".join(mode for module in modules if isinstance(module, Pooling) for mode in module.modes)
 
 
 def kinds_of(modules: Sequence[SentenceModule]) -> list[str]:
-    """The names of these modules, for people."""
+    """The class names of these modules, for messages."""
     return [type(module).__name__ for module in modules]
 
 
 def run_modules(
     modules: Sequence[SentenceModule], batch: PackedBatch, outputs: Mapping[str, Any], **others: Any
 ) -> Tensor:
-    """Vectors [B, C] of what BERT gives, `outputs` by their names among the features."""
+    """Runs the modules; returns the vectors [B, C]. outputs: BERT's outputs, by their names as features."""
     features = {**outputs, "batch": batch, **others}
     for module in modules:
         module(features)

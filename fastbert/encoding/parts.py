@@ -1,4 +1,4 @@
-"""Vectors of the tokens of a text, or of its words, out of the same pass that makes the text's own."""
+"""Vectors of the tokens of a text, or of its words."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Parts(NamedTuple):
     """The n tokens of a text, or its words, in order.
 
     Attributes:
-        parts: tokens as the vocabulary has them ("##ing"), or words as the text has them.
+        parts: tokens as in the vocabulary ("##ing"), or words as in the text.
         offsets: (start, end) of each in the text, in characters; None for [CLS] and [SEP].
         vectors: [n, C] float32 on the CPU.
     """
@@ -32,14 +32,14 @@ class Parts(NamedTuple):
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which parts of a text have vectors.
+    """The parts of a text that get vectors.
 
     Attributes:
-        words: None for every token; "first": every word by its first token; "mean": by the mean of its tokens. A word
-            of which a part is cut off has no vector.
-        special_tokens: [CLS] and [SEP] too, of tokens.
+        words: None: every token. "first": every word, by the vector of its first token. "mean": every word, by the mean
+            of its tokens. A word that is partly cut off gets no vector.
+        special_tokens: also [CLS] and [SEP]; only with words=None.
 
-    Raises: ValueError for another value, or special tokens of words.
+    Raises: ValueError for another value, or for special tokens with words.
     """
 
     words: str | None = None
@@ -55,8 +55,8 @@ class Wanted:
         """The parts of a text.
 
         Args:
-            encoding: of the prompt and the text.
-            prompt: characters of the prompt; tokens that begin there are left out.
+            encoding: the tokens of the prompt and the text.
+            prompt: length of the prompt in characters; tokens that begin in the prompt are left out.
             states: [tokens, C] float32.
         """
         special, places = encoding.special_tokens_mask, encoding.offsets
@@ -66,7 +66,7 @@ class Wanted:
             kept.sort()
             offsets = [None if special[i] else (places[i][0] - prompt, places[i][1] - prompt) for i in kept]
             return Parts([encoding.tokens[i] for i in kept], offsets, states[kept])
-        # The tokens next to those that are kept: a word that goes on there is not whole.
+        # Words that continue in the tokens that were cut off are incomplete.
         cut = set(encoding.overflowing[0].word_ids) if encoding.overflowing else set()
         by_word = groupby(own, key=encoding.word_ids.__getitem__)
         words = [list(group) for number, group in by_word if number not in cut]
@@ -74,7 +74,7 @@ class Wanted:
         return Parts([text[start:end] for start, end in offsets], offsets, self._of_words(words, states))
 
     def _of_words(self, words: Sequence[Sequence[int]], states: Tensor) -> Tensor:
-        """[words, C] of the rows of each word in states [tokens, C]."""
+        """[words, C] from states [tokens, C]; words: the rows of each word."""
         if self.words == "first":
             return states[[word[0] for word in words]]
         counts = torch.tensor([len(word) for word in words], dtype=torch.int64, device="cpu")

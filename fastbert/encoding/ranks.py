@@ -1,10 +1,10 @@
-"""One file encoded by all processes that torchrun started, on one machine or several, into one ordered result.
+"""Encodes one file with all processes that torchrun started, on one machine or several, into one ordered result.
 
-    chunk i of FILE is rank i % world's
+    rank i % world encodes chunk i of FILE
     rank > 0  --gloo-->  rank 0, which writes OUT in the order of the lines
 
-Each rank reads FILE, and only rank 0 opens OUT, so the machines need to share the one and not the other. A rank that
-fails says why and ends; torchrun then ends the others, and OUT is not written.
+Each rank reads FILE, but only rank 0 opens OUT, so the machines must share FILE and need not share OUT. A rank that
+fails prints the reason and ends; torchrun then ends the others, and OUT is not written.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .encoder import Encoder, EncodeStats
 
-# Chunks of vectors that wait for rank 0 to take them, before their rank waits too.
+# Chunks of vectors that a rank may have sent without rank 0 having received them; then the rank waits.
 CHUNKS_AHEAD = 4
 
 
@@ -38,7 +38,7 @@ class Ranks:
         return cls(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
 
     def device(self, asked: str) -> str:
-        """The device for this process: of CUDA devices its own."""
+        """The device for this process: CUDA device `local_rank`, or the CPU."""
         if asked == "cpu" or not torch.cuda.is_available():
             return asked
         if self.local_rank >= torch.cuda.device_count():
@@ -50,7 +50,10 @@ class Ranks:
 
     @contextlib.contextmanager
     def joined(self, facts: dict[str, int]) -> Iterator[None]:
-        """Meets the other ranks, for as long as the block lasts. `facts` must be the same everywhere."""
+        """A block in which the ranks are connected.
+
+        Raises: ValueError if `facts` differ between ranks.
+        """
         with self._told_apart():
             dist.init_process_group("gloo")
         try:
@@ -71,7 +74,7 @@ class Ranks:
         self, encoder: Encoder, chunks: Iterable[Sequence[str]], *, max_tokens_per_batch: int | None = None
     ) -> Iterator[Tensor]:
         """On rank 0: the vectors of every chunk in order, computed here or received."""
-        expected: deque[int] = deque()  # texts of the chunks that were drawn and not given yet
+        expected: deque[int] = deque()  # numbers of texts of the chunks that were read and not yielded yet
 
         def own() -> Iterator[Sequence[str]]:
             for number, texts in enumerate(chunks):
@@ -82,7 +85,7 @@ class Ranks:
         for vectors in encoder.encode_chunks(own(), max_tokens_per_batch=max_tokens_per_batch):
             expected.popleft()
             yield vectors
-            # What was drawn since lies between our own chunks, one of each other rank
+            # Between two chunks of rank 0 there is one chunk of each other rank.
             for rank in range(1, self.world):
                 if expected:
                     vectors = torch.empty(expected.popleft(), encoder.dimension, dtype=torch.float32, device="cpu")
@@ -94,7 +97,7 @@ class Ranks:
     def contribute(
         self, encoder: Encoder, chunks: Iterable[Sequence[str]], *, max_tokens_per_batch: int | None = None
     ) -> None:
-        """On the other ranks: computes every chunk that is this rank's, and sends it to rank 0."""
+        """On the other ranks: computes this rank's chunks, and sends them to rank 0."""
         own = (texts for number, texts in enumerate(chunks) if number % self.world == self.rank)
         under_way: deque = deque()
         for vectors in encoder.encode_chunks(own, max_tokens_per_batch=max_tokens_per_batch):
@@ -108,7 +111,8 @@ class Ranks:
         self._add_up(encoder.stats)
 
     def _add_up(self, stats: EncodeStats) -> None:
-        """Counts of all ranks, on every rank. Waits for all of them: nobody leaves before rank 0 has every vector."""
+        """Sums the counts of all ranks. This also waits for all ranks, so that none ends before rank 0 has every
+        vector."""
         everywhere: list = [None] * self.world
         with self._told_apart():
             dist.all_gather_object(everywhere, (stats.texts, stats.tokens, stats.padded_tokens))
@@ -116,7 +120,7 @@ class Ranks:
 
     @contextlib.contextmanager
     def _told_apart(self) -> Iterator[None]:
-        """The transport's words for a peer that is gone (addresses and line numbers) in a reader's."""
+        """Replaces the transport's error for a lost peer (addresses and line numbers) by a readable one."""
         try:
             yield
         except RuntimeError as error:

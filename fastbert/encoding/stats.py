@@ -1,17 +1,18 @@
-"""What an Encoder has done so far."""
+"""Running totals of an Encoder."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# What the share of avoided padding is measured against: batches of this many texts in arrival order.
+# The share of avoided padding is relative to batches of this many texts in arrival order.
 PADDED_BATCH = 32
 
 
 @dataclass
 class EncodeStats:
-    """Running totals of an Encoder. `padded_tokens` is what padded batches of 32 in arrival order would compute."""
+    """Running totals of an Encoder. `padded_tokens` is the number that padded batches of 32 texts in arrival order
+    would compute."""
 
     texts: int = 0
     tokens: int = 0
@@ -19,7 +20,7 @@ class EncodeStats:
     seconds: float = 0.0
 
     def count(self, lengths: Sequence[int]) -> None:
-        """Adds texts of so many tokens."""
+        """Adds texts with these numbers of tokens."""
         self.texts += len(lengths)
         self.tokens += sum(lengths)
         for start in range(0, len(lengths), PADDED_BATCH):
@@ -28,7 +29,7 @@ class EncodeStats:
 
     @property
     def padding_avoided(self) -> float:
-        """The share of a padded batch's tokens that are padding, 0 to 1."""
+        """The share of padding in the tokens of padded batches, 0 to 1."""
         return 1.0 - self.tokens / self.padded_tokens if self.padded_tokens else 0.0
 
     @property

@@ -3,9 +3,10 @@
     parent   chunks of texts --a pipe a worker--> vectors, put back in their order
     worker   a thread receives and tokenises; the main thread computes and sends
 
-A worker gets the next chunk when it is done with one, so a slow one holds nobody up; the chunks under way are bounded,
-and so is memory. Worth it where one process cannot use the whole machine: several NUMA nodes (each worker stays on one,
-with its own copy of the weights in that node's memory), several GPUs (each worker takes the next), dozens of cores.
+A worker gets the next chunk when it has finished one, so a slow worker does not delay the others. The number of chunks
+in progress is bounded, and so is memory. Several workers pay where one process cannot use the whole machine: several
+NUMA nodes (each worker stays on one node, with a copy of the weights in that node's memory), several GPUs (one for each
+worker), dozens of cores.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ from torch import Tensor
 
 from .encoder import Encoder, EncodeStats, resolve_device
 
-# Chunks that a worker holds: one that it computes, one that it tokenises meanwhile.
+# Chunks at a worker: one that it computes, and one that it tokenises meanwhile.
 CHUNKS_A_WORKER = 2
-# Chunks under way in all, a worker: how far the others may run ahead of the slowest.
+# Chunks in progress in all, per worker. This bounds how far the others may be ahead of the slowest worker.
 CHUNKS_AHEAD = 3
 
 
@@ -44,10 +45,10 @@ class EncoderPool:
                 for vectors in pool.encode_chunks(chunks): ...
 
     Args:
-        workers: how many; each gets its share of `torch.get_num_threads()`, one thread at least.
-        args, options: of `Encoder.from_pretrained`, each of a kind that pickle can send.
+        workers: number of processes; each gets its share of `torch.get_num_threads()`, at least one thread.
+        args, options: for `Encoder.from_pretrained`; they must be picklable.
 
-    Raises: what loading raised in a worker; RuntimeError where a worker ended unasked.
+    Raises: the error of loading in a worker; RuntimeError if a worker ends by itself.
     """
 
     def __init__(self, workers: int, *args: Any, **options: Any):
@@ -64,9 +65,9 @@ class EncoderPool:
                 ours, theirs = context.Pipe()
                 work = (theirs, index, workers, threads, args, options)
                 process = context.Process(target=_work, args=work, name=f"fastbert worker {index}", daemon=True)
-                with _deaf_to_interrupts():
+                with _without_interrupts():
                     process.start()
-                theirs.close()  # or the end of the worker would not end the pipe
+                theirs.close()  # otherwise the pipe would stay open after the worker has ended
                 self.pipes.append(ours)
                 self.processes.append(process)
             ready = [self._receive(pipe) for pipe in self.pipes]
@@ -83,9 +84,9 @@ class EncoderPool:
         self.close()
 
     def close(self) -> None:
-        """Ends the workers, whatever they are at."""
+        """Kills the workers."""
         for process in self.processes:
-            process.kill()  # SIGTERM may be ignored since this process was, and they have nothing to tidy up
+            process.kill()  # SIGTERM may be ignored, inherited from this process; workers have nothing to clean up
         for process in self.processes:
             process.join()
         for pipe in self.pipes:
@@ -94,7 +95,7 @@ class EncoderPool:
 
     @property
     def stats(self) -> EncodeStats:
-        """Sums over the workers; `seconds` are those that passed, not those that each of them took."""
+        """Sums over the workers; `seconds` is elapsed time, not the sum of the workers' times."""
         texts, tokens, padded = (
             sum(getattr(s, name) for s in self._stats) for name in ("texts", "tokens", "padded_tokens")
         )
@@ -105,7 +106,7 @@ class EncoderPool:
     ) -> Iterator[Tensor]:
         """As `Encoder.encode_chunks`: yields [n, C] float32 for each chunk of n texts, in order.
 
-        The pool is closed where this is left before its end, since work is under way then.
+        Leaving the iteration early closes the pool, since chunks are still in progress then.
         """
         if not self.pipes:
             raise RuntimeError("the pool of workers is closed")
@@ -141,7 +142,7 @@ class EncoderPool:
         try:
             pipe.send(message)
         except OSError:
-            self._receive(pipe)  # says why it does not listen
+            self._receive(pipe)  # raises the worker's own error, if there is one
             raise
 
     def _receive(self, pipe: Connection) -> Any:
@@ -159,15 +160,14 @@ class EncoderPool:
 
 
 @contextlib.contextmanager
-def _deaf_to_interrupts() -> Iterator[None]:
-    """A process started inside never sees Ctrl-C, which goes to every process of a terminal; the parent answers it.
-
-    One that comes meanwhile is kept for the end of the block.
+def _without_interrupts() -> Iterator[None]:
+    """Processes started within this block do not receive Ctrl-C, which a terminal sends to all its processes; the
+    parent handles it. A Ctrl-C during the block is delivered at its end.
     """
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    resource_tracker.ensure_running()  # it would lift the block when multiprocessing starts it
+    resource_tracker.ensure_running()  # multiprocessing unblocks the signal when it starts the tracker: start it before
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield
@@ -179,13 +179,13 @@ def _deaf_to_interrupts() -> Iterator[None]:
 
 
 def _work(pipe: Connection, index: int, workers: int, threads: int, args: tuple, options: dict[str, Any]) -> None:
-    """What a worker does: loads, says its (dimension, device type), then answers each chunk."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where a process cannot be started deaf to it
+    """The main function of a worker: loads the model, sends (dimension, device type), then answers each chunk."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # for systems on which the parent cannot block the signal
     threading.Thread(target=_end_with_the_parent, daemon=True, name="end with the parent").start()
     try:
         _stay_on_its_nodes(index, workers)
         torch.set_num_threads(threads)
-        os.environ["RAYON_NUM_THREADS"] = str(threads)  # of the tokenizer
+        os.environ["RAYON_NUM_THREADS"] = str(threads)  # threads of the tokenizers library
         encoder = Encoder.from_pretrained(*args, **{**options, "device": _device_of(index, options)})
         pipe.send((encoder.dimension, encoder.device.type))
         for number, ids, budget in _tokenised(pipe, encoder):
@@ -201,7 +201,7 @@ def _work(pipe: Connection, index: int, workers: int, threads: int, args: tuple,
 
 
 def _end_with_the_parent() -> None:
-    """A parent that is killed cannot end its workers, and a chunk at work can take minutes to compute for nobody."""
+    """Ends this process when the parent ends. A killed parent cannot end its workers, and a chunk can take minutes."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         wait([parent.sentinel])
@@ -209,7 +209,7 @@ def _end_with_the_parent() -> None:
 
 
 def _tokenised(pipe: Connection, encoder: Encoder) -> Iterator[tuple[int, list[list[int]], int | None]]:
-    """(number, ids, budget) of each chunk that arrives, tokenised by a thread while the caller computes."""
+    """(number, ids, budget) of each received chunk, tokenised by another thread while the caller computes."""
     ready: queue.SimpleQueue = queue.SimpleQueue()  # the parent sends no more than CHUNKS_A_WORKER at once
 
     def receive() -> None:
@@ -230,7 +230,7 @@ def _tokenised(pipe: Connection, encoder: Encoder) -> Iterator[tuple[int, list[l
 
 
 def _device_of(index: int, options: dict[str, Any]) -> torch.device:
-    """The worker's own GPU, where there are several and none is named."""
+    """The worker's device. If no GPU is named, worker i uses GPU i modulo their number."""
     device = resolve_device(options.get("device", "auto"))
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", index % torch.cuda.device_count())
@@ -238,7 +238,7 @@ def _device_of(index: int, options: dict[str, Any]) -> torch.device:
 
 
 def _sendable(error: Exception) -> Exception:
-    """The error itself where it survives a pickle, else its name and words."""
+    """The error itself if it can be pickled, else a RuntimeError with its name and message."""
     try:
         return error if type(pickle.loads(pickle.dumps(error))) is type(error) else _named(error)
     except Exception:
@@ -250,14 +250,14 @@ def _named(error: Exception) -> RuntimeError:
 
 
 def _stay_on_its_nodes(index: int, workers: int) -> None:
-    """Keeps this process on its share of the NUMA nodes, where there are several, so that its memory is near."""
+    """Binds this process to its share of the NUMA nodes, if there are several, so that its memory is local."""
     nodes = numa_nodes()
     if len(nodes) > 1:
         os.sched_setaffinity(0, {cpu for node in nodes[index % len(nodes) :: workers] for cpu in node})
 
 
 def numa_nodes(root: Path = Path("/sys/devices/system/node")) -> list[set[int]]:
-    """The CPUs of each NUMA node, of those that this process may use. Empty where the system does not say."""
+    """For each NUMA node the CPUs that this process may use. Empty if the system does not tell."""
     if not hasattr(os, "sched_getaffinity"):
         return []
     allowed, nodes = os.sched_getaffinity(0), []
