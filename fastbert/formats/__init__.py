@@ -1,4 +1,4 @@
-"""Other people's checkpoints under transformers' names: TensorFlow's, old PyTorch's, Keras', Paddle's and GGUF."""
+"""Checkpoints of other frameworks, read under transformers' names: TensorFlow, early PyTorch, Keras, Paddle, GGUF."""
 
 from .model import Model, open_model
 from .opening import opened

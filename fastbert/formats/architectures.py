@@ -1,7 +1,7 @@
-"""Which weights a BERT, an ALBERT or an ELECTRA has, and of which shapes, by transformers' names.
+"""The weights of a BERT, an ALBERT and an ELECTRA with their shapes, under transformers' names.
 
-A shape is written in letters that stand for numbers of the config: ("V", "C") is [vocab_size, hidden_size]. So the
-same table holds a checkpoint against a config and, where somebody's files have no config, finds its numbers.
+A shape is written in letters that stand for numbers of the config: ("V", "C") is [vocab_size, hidden_size]. The same
+table serves to compare a checkpoint with its config, and to find the numbers if there is no config.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ LETTERS = {
 }
 COUNTS = {"n": "num_hidden_layers", "g": "num_hidden_groups", "i": "inner_group_num"}
 _ATTENTION_HEADS = "num_attention_heads"
-_LABELS = "N"  # how many labels a classifier has; no two heads of one checkpoint have different ones
-_HEADS = "A"  # the width of all of a layer's attention heads: hidden_size, or less where heads are pruned
+_LABELS = "N"  # number of a classifier's labels, the same for all heads of a checkpoint
+_HEADS = "A"  # width of all of a layer's attention heads: hidden_size, or less if heads are pruned
 
 
 def _linear(name: str, to: str, of: str) -> Shapes:
@@ -67,10 +67,10 @@ class Architecture:
     """The weights of one of transformers' model types.
 
     Attributes:
-        required: the encoder's; a checkpoint lacks none of them.
-        heads: what may be there beside: the weights of each are there all or none.
-        classes: heads that are there -> transformers' class of such a model, the first that fits.
-        optional: single weights that may be there.
+        required: the encoder's weights, all of which a checkpoint must have.
+        heads: weights of heads; of each head a checkpoint has all weights or none.
+        classes: heads -> transformers' class of a model with these heads; the first match counts.
+        optional: single weights that a checkpoint may have.
     """
 
     required: Shapes
@@ -79,7 +79,7 @@ class Architecture:
     optional: Shapes = field(default_factory=dict)
 
     def shapes(self) -> Shapes:
-        """Of every weight that a checkpoint can have."""
+        """Name -> shape, of every weight that a checkpoint can have."""
         shapes = dict(self.required)
         for head in self.heads.values():
             shapes |= head
@@ -161,7 +161,7 @@ ARCHITECTURES = {"bert": BERT, "albert": ALBERT, "electra": ELECTRA}
 
 @dataclass(frozen=True)
 class Fit:
-    """What `fit` found: the config's numbers, the heads that are there, and the number of labels if one has labels."""
+    """The result of `fit`: the config's numbers, the heads of the checkpoint, and the number of labels or None."""
 
     sizes: dict[str, int]
     heads: frozenset[str]
@@ -169,13 +169,13 @@ class Fit:
 
 
 def fit(architecture: Architecture, tensors: dict[str, Variable], config: dict[str, Any]) -> Fit:
-    """Holds weights against a config, and finds the numbers that the config lacks.
+    """Compares weights with a config, and finds the numbers that the config lacks.
 
-    Raises: CheckpointError that names what is missing, what is unknown, and which shape does not fit.
+    Raises: CheckpointError that names missing weights, unknown weights, and wrong shapes.
     """
     _check_numbers(config)
     patterns = [(pattern_of(name), name, letters) for name, letters in architecture.shapes().items()]
-    numbers: dict[str, tuple[int, str]] = {}  # letter -> its number, and who said so
+    numbers: dict[str, tuple[int, str]] = {}  # letter -> (its number, the config or the weight that it is from)
     for letter, key in LETTERS.items():
         if config.get(key) is not None:
             numbers[letter] = config[key], f"the config's {key}"
@@ -244,7 +244,7 @@ def _check_shape(
 
 
 def _all_of(template: str, counts: dict[str, int]) -> list[str]:
-    """The names that a template stands for."""
+    """All names that a template with counts stands for."""
     names = [template]
     for count, number in counts.items():
         if f"{{{count}}}" in template:

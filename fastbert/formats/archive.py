@@ -1,4 +1,4 @@
-"""Archives as their owners downloaded them: .zip and .tar.gz, unpacked into a temporary folder and nowhere else."""
+"""Downloaded archives, .zip and .tar.gz, unpacked into a temporary folder and nowhere else."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def is_archive(path: Path) -> bool:
 
 @contextlib.contextmanager
 def unpacked(path: Path) -> Iterator[Path]:
-    """Yields a temporary folder with an archive's files; after the block the folder is gone.
+    """Yields a temporary folder with an archive's files, and deletes it at the end of the block.
 
-    Where all files lie in one folder of the archive, that folder is what is yielded, and its name is the name that the
-    model was given; else the folder has the archive's name. What was memory-mapped stays readable.
+    If all files are in one folder of the archive, that folder is yielded; its name is the name of the model. Otherwise
+    the folder has the archive's name. Memory-mapped files stay readable after the block.
 
-    Raises: CheckpointError, before anything is written, for a member that is a link or no file, whose path is absolute
-        or has "..", and where the disk has too little room; and for an archive that is damaged.
+    Raises: CheckpointError, before anything is written, for a member that is a link or no file or whose path is
+        absolute or has "..", and if the disk has too little space; also for a damaged archive.
     """
     with tempfile.TemporaryDirectory(prefix="fastbert-", ignore_cleanup_errors=True) as temporary:
         name = path.name
@@ -58,7 +58,7 @@ def unpacked(path: Path) -> Iterator[Path]:
 def _unpack_zip(path: Path, folder: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         members = [m for m in archive.infolist() if not m.is_dir()]
-        # Of a truncated archive Python reads the last member as the archive, where that member is a zip file itself.
+        # If a truncated archive ends in a member that is a zip file, Python would read that member as the archive.
         if members and min(m.header_offset for m in members) > 0:
             raise zipfile.BadZipFile("it does not begin with its first member")
         for m in members:
@@ -79,7 +79,7 @@ def _unpack_tar(path: Path, folder: Path) -> None:
         for m in members:
             with archive.extractfile(m) as stream:
                 _copy(stream, folder, m.name)
-        while archive.fileobj.read(_COPIED_BYTES):  # gzip holds its checksum against the bytes where they end
+        while archive.fileobj.read(_COPIED_BYTES):  # gzip verifies its checksum at the end of the bytes
             pass
 
 

@@ -1,4 +1,4 @@
-"""CRC-32C (Castagnoli) in numpy, as TensorFlow's files carry it.
+"""CRC-32C (Castagnoli) in numpy, the checksum of TensorFlow's files.
 
 A CRC register is linear over GF(2): R(s, data) = R(s, zeros) ^ R(0, data), where `zeros` are as many zero bytes as
 data has. So data is cut into lanes of equal length that numpy steps through side by side, eight bytes at a step, and
@@ -6,7 +6,7 @@ the lanes' registers are then joined in pairs:
 
     R(0, a || b) = R(R(0, a), zeros of len(b)) ^ R(0, b)
 
-Zero bytes in front of data leave R(0, data) as it is, which is how data of any length is filled up to whole lanes.
+Zero bytes in front of data do not change R(0, data), so data of any length can be filled up to whole lanes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 
 _POLYNOMIAL = 0x82F63B78  # bits reversed
 _LANE = 512  # bytes; a power of two
-_BLOCK = 4096 * _LANE  # what one pass of lanes takes: 2 MiB, so that its copy stays in the cache
+_BLOCK = 4096 * _LANE  # bytes of one pass over the lanes: 2 MiB, so that the copy stays in the cache
 _MASK_DELTA = 0xA282EAD8
 
 
@@ -27,13 +27,14 @@ def crc32c(data: bytes | memoryview | np.ndarray) -> int:
     register = np.uint32(0)
     first = len(data) % _BLOCK
     for start, stop in [(0, first)] * (first > 0) + [(i, i + _BLOCK) for i in range(first, len(data), _BLOCK)]:
-        # the block before is followed by the bytes of this one
+        # R(previous blocks || this block) = R(R(previous blocks), zeros of this block) ^ R(0, this block)
         register = _after_zeros(register, stop - start) ^ _register(data[start:stop])
     return int(~(_after_zeros(np.uint32(0xFFFFFFFF), len(data)) ^ register))
 
 
 def masked(crc: int) -> int:
-    """A CRC as TensorFlow and LevelDB store it: turned and shifted, so that the CRC of data with CRCs in it works."""
+    """A CRC as TensorFlow and LevelDB store it: rotated, plus a constant, so that data that contains CRCs has a useful
+    CRC too."""
     return (((crc >> 15) | (crc << 17)) + _MASK_DELTA) & 0xFFFFFFFF
 
 
@@ -66,15 +67,15 @@ def _after_zeros(register, count: int):
 
 
 def _apply(tables: np.ndarray, register):
-    """A linear map of registers, given by the images [4, 256] of each of a register's four bytes."""
+    """Applies a linear map of registers, given by the images of each value of a register's four bytes, [4, 256]."""
     by_byte = [tables[k][(register >> np.uint32(8 * k)) & np.uint32(0xFF)] for k in range(4)]
     return by_byte[0] ^ by_byte[1] ^ by_byte[2] ^ by_byte[3]
 
 
 @functools.cache
 def _zeros_tables(bit: int) -> np.ndarray:
-    """The map of `_apply` that stands for 2**bit zero bytes."""
-    if bit:  # twice as many zeros: the map of half as many, applied to its own images
+    """The tables of `_apply` for 2**bit zero bytes."""
+    if bit:  # the map of half as many zero bytes, applied twice
         half = _zeros_tables(bit - 1)
         return _apply(half, half)
     register = np.arange(256, dtype=np.uint32)
@@ -89,7 +90,7 @@ def _zeros_tables(bit: int) -> np.ndarray:
 
 @functools.cache
 def _step_tables() -> list[np.ndarray]:
-    """For two bytes at a time of the eight of a step: their share of the register after the step, [65536] each."""
+    """For each pair of bytes in the eight bytes of a step: the pair's share of the register after the step, [65536]."""
     low, high = np.arange(65536, dtype=np.uint32) & 0xFF, np.arange(65536, dtype=np.uint32) >> 8
     tables = []
     for word in range(4):

@@ -1,4 +1,4 @@
-"""Which format lies at a path."""
+"""Recognises the format of the checkpoint at a path."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from .source import Source
 
 
 def find_source(path: Path) -> Source | None:
-    """What lies at a path; None where it is a folder as transformers writes it, or no model.
+    """The checkpoint at a path; None for a folder of transformers, and if there is no model.
 
-    Raises: CheckpointError for a format that is not read, and where the format's reader does.
+    Raises: CheckpointError for a format that is not supported, and errors of the format's reader.
     """
     reader = find_reader(path)
     return None if reader is None else reader()
 
 
 def find_reader(path: Path) -> Callable[[], Source] | None:
-    """What reads the source at a path; before it is called, no file has been read but one that says which is meant.
+    """A function that reads the checkpoint at a path, or None. Until it is called, no file is read, except one that
+    says which of several checkpoints is meant.
 
-    Raises: CheckpointError for a format that is not read, and for several models.
+    Raises: CheckpointError for a format that is not supported, and for several models.
     """
     if path.is_dir():
         return _in_folder(path)

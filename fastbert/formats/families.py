@@ -1,4 +1,4 @@
-"""The names of each framework's variables, a `Family` each, and whose a TensorFlow checkpoint is.
+"""The variable names of each framework, one `Family` each, and which family a TensorFlow checkpoint belongs to.
 
 Our names are those of transformers' pre-training models, with the prefix "bert.", "albert." or "electra.".
 """
@@ -34,7 +34,8 @@ from .names import (
 def _bert_layers(
     theirs: str, ours: str, names: Iterable[str], to_heads: Kind, from_heads: Kind, linear: Kind, norm: Kind
 ) -> tuple[Module, ...]:
-    """The rows of a layer. names: theirs for query, key, value, the output product, its norm, up, down, their norm."""
+    """The rows of the table for a layer. names: their names of query, key, value, the output product, its norm, up,
+    down, and the norm after these."""
     query, key, value, output, output_norm, up, down, last_norm = names
     return (
         (theirs + query, ours + "attention.self.query", to_heads),
@@ -99,8 +100,8 @@ _TF2_LAYER_NAMES = (
 
 
 def _garden_heads(theirs: str) -> tuple[Module, ...]:
-    """The head of masked words, whose table of words is the encoder's: the path to that table is shorter by the head.
-    In a path a dot is written twice, and a slash within a name as ".S"."""
+    """The head of masked words. It shares the encoder's table of words, which is named by the shorter path, that of the
+    head. In a path a dot is written twice, and a slash within a name as ".S"."""
     return (
         (theirs + "masked_lm/dense", "cls.predictions.transform.dense", LINEAR),
         (theirs + "masked_lm/layer_norm", "cls.predictions.transform.LayerNorm", NORM),
@@ -109,7 +110,7 @@ def _garden_heads(theirs: str) -> tuple[Module, ...]:
     )
 
 
-# The head lies beside the encoder in a checkpoint, and in another model of the same object in TF-Hub's modules.
+# In a checkpoint the head is beside the encoder; in TF-Hub's modules it is in a second model of the same object.
 _GARDEN_HEADS = _garden_heads("") + _garden_heads("mlm/layer_with_weights-0/")
 
 # tf-models-official since 2.4: BertEncoderV2
@@ -133,8 +134,10 @@ MODEL_GARDEN = Family(
 
 
 def _of_pretraining(family: Family) -> Family:
-    """A run of pre-training pools for the next sentence with a layer of that head, and never trains the encoder's own
-    pooler; the Model Garden's export to TF-Hub puts the head's in its place."""
+    """The family for a pre-training run. Such a run pools with a layer of the next-sentence head and never trains the
+    encoder's own pooler; the Model Garden's export to TF-Hub replaces that pooler by the head's layer, and so does
+    this.
+    """
     (pooler,) = (theirs for theirs, ours, _ in family.modules if ours == "bert.pooler.dense")
     return replace(
         family,
@@ -148,7 +151,7 @@ def _of_pretraining(family: Family) -> Family:
 
 
 # BertEncoder, the only one until 2.3, numbers its parts: four for the embeddings, then the layers, then the pooler. The
-# pooler's number tells how many layers there are. Until 2.3 the attention's output product belonged to the layer.
+# pooler's number gives the number of layers. Until 2.3 the attention's output product belonged to the layer.
 _NUMBERED_LAYER_NAMES = (*_TF2_LAYER_NAMES[:3], "_attention_output_dense", *_TF2_LAYER_NAMES[4:])
 
 
@@ -159,7 +162,7 @@ def numbered_family(parts: int) -> Family:
     modules.append(("layer_with_weights-3", "bert.embeddings.LayerNorm", NORM))
     for i in range(4, parts - 1):
         theirs, ours = f"layer_with_weights-{i}/", _BERT_LAYER.format(n=i - 4)
-        # The attention's output product has its axis of heads under either name.
+        # Under both names the attention's output product has an axis of heads.
         for names in (_TF2_LAYER_NAMES, _NUMBERED_LAYER_NAMES):
             modules += _bert_layers(theirs, ours, names, LINEAR_TO_HEADS, LINEAR_FROM_HEADS, LINEAR, NORM)
     modules.append((f"layer_with_weights-{parts - 1}", "bert.pooler.dense", LINEAR))
@@ -228,7 +231,7 @@ ALBERT = Family(
     "gelu_new",
 )
 
-# What stands before the generator's names, so that both of ELECTRA's models can lie in one dict.
+# Prefix of the generator's names, so that both of ELECTRA's models fit into one dict.
 GENERATOR = "generator:"
 
 # google-research/electra: model/modeling.py, pretrain/pretrain_helpers.py. Its gelu is computed by erf.
@@ -332,7 +335,8 @@ GGUF = Family(
 
 
 def tensorflow_family(names: Iterable[str]) -> Family:
-    """Whose TensorFlow checkpoint has these names. Raises CheckpointError where it is no BERT of a known kind."""
+    """The family of a TensorFlow checkpoint with these names. Raises CheckpointError if it is no BERT of a known
+    kind."""
     names = list(names)
 
     def has(pattern: str) -> bool:

@@ -24,13 +24,13 @@ _CONFIG_KEYS = {
     "bert.attention.layer_norm_epsilon": "layer_norm_eps",
 }
 _POOLINGS = {0: None, 1: "mean", 2: "cls"}
-_PHANTOM_SPACE = "\u2581"  # begins a word there, where a word-piece vocabulary has no mark
+_PHANTOM_SPACE = "\u2581"  # marks the start of a word, which has no mark in a WordPiece vocabulary
 _Q8_BLOCK = 32  # numbers that share a scale
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "Q8_0": torch.float32}
 
 
 def read(file: Path) -> Source:
-    """Raises CheckpointError, also where the package gguf is not installed, and for other models than BERT."""
+    """Reads a file. Raises CheckpointError, also if the package gguf is missing, and for other models than BERT."""
     try:
         from gguf import GGUFReader
     except ImportError:
@@ -44,7 +44,7 @@ def read(file: Path) -> Source:
         raise CheckpointError(f"{file} holds {fields.get('general.architecture')!r}; only BERT is read")
     if reader.byte_order != "I":
         raise CheckpointError(f"{file} is of a machine with another byte order, which is not read")
-    # XLM-RoBERTa's models say "bert" above too, and differ in their tokenizer.
+    # XLM-RoBERTa's files also name "bert" as their architecture; only the tokenizer differs.
     if (tokenizer := fields.get("tokenizer.ggml.model", _TOKENIZER)) != _TOKENIZER:
         raise CheckpointError(f"{file} has a tokenizer of type {tokenizer!r}; only BERT's word pieces are read")
     config: dict[str, Any] = {}
@@ -52,7 +52,7 @@ def read(file: Path) -> Source:
         if theirs not in fields:
             raise CheckpointError(f"{file} lacks {theirs}")
         config[ours] = fields[theirs]
-    # a float32 of 1e-12 is not the double 1e-12
+    # The file holds a float32, whose nearest value to 1e-12 is not the float64 1e-12.
     config["layer_norm_eps"] = float(f"{config['layer_norm_eps']:.6g}")
     pooling = fields.get("bert.pooling_type", 0)
     if pooling not in _POOLINGS:
@@ -71,7 +71,7 @@ def read(file: Path) -> Source:
 
 
 def _words(fields: dict[str, Any]) -> list[str]:
-    """The vocabulary with its ## again: "▁word" is the start of a word, "piece" what follows one."""
+    """The vocabulary in WordPiece's spelling: "▁word" becomes "word", and "piece" becomes "##piece"."""
     words = []
     for token in fields.get("tokenizer.ggml.tokens", []):
         if token.startswith("[") and token.endswith("]"):

@@ -1,4 +1,4 @@
-"""A BERT written as google-research/bert reads it: bert_model.ckpt, bert_config.json, vocab.txt."""
+"""Writes a BERT in the format of google-research/bert: bert_model.ckpt, bert_config.json, vocab.txt."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .names import Rule, pattern_of
 from .tensorflow_bundle import write_bundle
 
 PREFIX = "bert_model.ckpt"
-# What google-research/bert's BertConfig has, and whose other values its code does not know.
+# The keys of google-research/bert's BertConfig.
 _CONFIG_KEYS = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
     "hidden_dropout_prob", "attention_probs_dropout_prob", "max_position_embeddings", "type_vocab_size",
@@ -23,10 +23,10 @@ _CONFIG_KEYS = (
 
 
 def write_google(model: Model, folder: Path, words: list[str]) -> list[str]:
-    """Writes a model into a folder; gives sentences about what Google's code will compute otherwise.
+    """Writes a model into a folder; returns sentences about differences in what Google's code will compute.
 
-    Raises: CheckpointError for what Google's code does not have: another architecture, pruned heads, another epsilon
-        or activation.
+    Raises: CheckpointError for a model that Google's code cannot compute: another architecture, pruned heads, another
+        epsilon or activation.
     """
     config, path = model.config, model.source.path
     if config["model_type"] != "bert":

@@ -1,6 +1,6 @@
 """keras-hub's presets: config.json, model.weights.h5, task.weights.h5 with a head, and the tokenizer beside them.
 
-What `save_weights` of such a model writes is read too: encoder and head in one file. Reading needs h5py.
+Also the single file of encoder and head that `save_weights` of such a model writes. Reading needs h5py.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def read(folder: Path) -> Source:
 
 
 def read_file(file: Path) -> Source:
-    """What `save_weights` wrote, with a preset's config and tokenizer if they lie beside it. Raises CheckpointError."""
+    """A file of `save_weights`, with the config and tokenizer of a preset beside it, if any. Raises CheckpointError."""
     return _source(file, _config(file.parent) if (file.parent / "config.json").is_file() else {}, [file])
 
 
@@ -74,7 +74,7 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _lower_case(folder: Path) -> bool | None:
-    """What keras-hub's own tokenizer.json says, else what the folder's name says."""
+    """Whether the model lower-cases: from keras-hub's tokenizer.json, else from the folder's name."""
     if (folder / "tokenizer.json").is_file():
         said = (read_json(folder / "tokenizer.json").get("config") or {}).get("lowercase")
         if isinstance(said, bool):
@@ -83,10 +83,10 @@ def _lower_case(folder: Path) -> bool | None:
 
 
 def _variables(path: Path) -> dict[str, Variable]:
-    """The arrays by the name of their layer, the path inside the layer, and their number there.
+    """The arrays, named by their layer's name, the path inside the layer, and their number there.
 
-    The groups of layers are numbered by class ("layers/transformer_encoder_1"); a layer's own name is the attribute
-    `name` of the group `vars` in it. Older versions of keras call the groups by that name.
+    Groups of layers are numbered by class ("layers/transformer_encoder_1"); a layer's own name is the attribute `name`
+    of its group `vars`. In older versions of keras the groups have that name.
     """
     try:
         import h5py
@@ -106,13 +106,13 @@ def _variables(path: Path) -> dict[str, Variable]:
             file.visititems(visit)
     except CheckpointError:
         raise
-    except (OSError, RuntimeError, KeyError, ValueError) as error:  # what h5py makes of HDF5's errors
+    except (OSError, RuntimeError, KeyError, ValueError) as error:  # the types that h5py raises for HDF5's errors
         raise CheckpointError(f"{path} is truncated, damaged or not an HDF5 file ({error})") from error
     return found
 
 
 def _by_layers(file: Any, dataset: str) -> str:
-    """The name of an array with the layers' own names in it."""
+    """The name of an array, with the layers' own names in its path."""
     parts, ours = dataset.split("/"), []
     for at, part in enumerate(parts):
         group = file["/".join(parts[: at + 1])]

@@ -1,4 +1,4 @@
-"""A model of any format that is read here: its config and its weights as transformers has them."""
+"""A model of any supported format, with config and weights under transformers' names."""
 
 from __future__ import annotations
 
@@ -39,15 +39,16 @@ _ALBERT_DEFAULTS = {
 
 @dataclass(frozen=True)
 class Model:
-    """A model that has been understood; its weights are read when they are asked for.
+    """A model under transformers' names; each weight is read on access.
 
     Attributes:
-        source: where it is from.
+        source: the checkpoint that it is from.
         config: the content of a config.json.
-        tensors: transformers' name -> the weight.
-        used, skipped: the source's names, and what became of them: transformers' name, or why it is not read.
-        notes: what was decided on the way, in sentences.
-        generator: ELECTRA's generator, which lies in the discriminator's checkpoint; else None.
+        tensors: transformers' name -> weight.
+        used: the source's name -> transformers' name.
+        skipped: the source's name -> why the variable is not read.
+        notes: sentences about decisions, for the user.
+        generator: ELECTRA's generator, which is in the same checkpoint as the discriminator; else None.
     """
 
     source: Source
@@ -60,33 +61,34 @@ class Model:
 
     @property
     def other_heads(self) -> list[str]:
-        """The variables that `open_model` left out, since they are neither the encoder's nor of a head it knows."""
+        """Variables that `open_model` left out, because they are of no known head."""
         return [name for name, reason in self.skipped.items() if reason == _OTHER_HEAD]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The weights, on the CPU, each contiguous; memory-mapped where the source has them as they are."""
+        """The weights, on the CPU and contiguous; memory-mapped if the file holds them in this form."""
         return {name: t.read() for name, t in self.tensors.items()}
 
 
 def open_model(path: str | os.PathLike, *, activation: str | None = None) -> Model | None:
-    """The model at a path, to be computed with; None where it is a folder as transformers writes it.
+    """The model at a path, with the weights that a model here can use; None for a folder of transformers.
 
     Args:
         path: a folder, a checkpoint's prefix, or a file.
-        activation: what the config's "gelu" is to mean, "gelu" or "gelu_new"; None takes what the framework computes.
+        activation: the meaning of the config's "gelu": "gelu" or "gelu_new"; None takes what the framework computes.
 
-    In PyTorch's files, heads that are not known are left out: see `Model.other_heads`.
-    Raises: CheckpointError, in one line: what is missing or damaged, a variable that is not known, a shape that does
-        not fit, a format that is not read.
+    In PyTorch's files unknown heads are left out: see `Model.other_heads`.
+    Raises: CheckpointError, in one line: a file that is missing or damaged, an unknown variable, a wrong shape, a
+    format
+        that is not supported.
     """
     source = find_source(Path(path))
     return None if source is None else understand(source, activation=activation, other_heads=True)
 
 
 def understand(source: Source, *, activation: str | None = None, other_heads: bool = False) -> Model:
-    """A source under transformers' names, held against its config.
+    """A source under transformers' names, compared with its config.
 
-    other_heads: leave out the heads that are not known, where the names are transformers'. Raises CheckpointError.
+    other_heads: leave out unknown heads if the names are transformers'. Raises CheckpointError.
     """
     try:
         return _understand(source, activation, other_heads)
@@ -134,7 +136,7 @@ def _leave_out_other_heads(named: Named, model_type: str) -> None:
 
 
 def _settle_dtype(named: Named, notes: list[str]) -> None:
-    """Gives all weights one dtype, the narrowest that holds each of theirs exactly, as a model computes in one."""
+    """Gives all weights the same dtype, the narrowest that holds all of them exactly, since a model has one dtype."""
     for name, t in named.tensors.items():
         if t.dtype is None or not t.dtype.is_floating_point:
             raise CheckpointError(f"{name} is of {t.kind}, which is not read")
@@ -148,7 +150,7 @@ def _settle_dtype(named: Named, notes: list[str]) -> None:
 
 
 def _config(model_type: str, config: dict[str, Any], found: Fit, named: Named, notes: list[str]) -> dict[str, Any]:
-    """The config.json: what the source says, what the shapes say, and what the framework takes for granted."""
+    """The config.json, from the source's config, the shapes of the weights, and the framework's defaults."""
     complete = _BERT_DEFAULTS | found.sizes | config | {"model_type": model_type}
     if model_type == "electra":
         complete.setdefault("embedding_size", found.sizes["embedding_size"])
@@ -198,7 +200,7 @@ def _generator(source: Source, named: Named, config: dict[str, Any]) -> Model | 
     tensors = shared | tensors  # a generator has no embeddings of its own, unless they were not tied
     known = {key: config[key] for key in ("vocab_size", "embedding_size", "max_position_embeddings", "type_vocab_size")}
     found = fit(ARCHITECTURES["electra"], tensors, known)
-    # model/modeling.py computes the generator's heads so, whatever the discriminator's are
+    # model/modeling.py computes the number of the generator's heads like this, independently of the discriminator's.
     heads = max(1, found.sizes["hidden_size"] // _HEAD_WIDTH_OF_ELECTRA)
     sizes = found.sizes | {"num_attention_heads": heads, "architectures": None}
     generator = _config("electra", {k: v for k, v in config.items() if k not in sizes} | sizes, found, named, [])

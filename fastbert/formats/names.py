@@ -1,7 +1,7 @@
-"""How variables get transformers' names: kinds of modules, families of names, and what they make of a checkpoint.
+"""Renames variables to transformers' names, by kinds of modules and families of names.
 
 A family (they are in `families`) is a table of modules, (their name, our name, kind). "{n}" in a name stands for a
-number. A kind says which variables a module of theirs has, what ours are called, and how the array must be turned:
+number. A kind lists the variables of a module, their names in transformers, and how each array is transposed:
 
     ("bert/encoder/layer_{n}/intermediate/dense", "bert.encoder.layer.{n}.intermediate.dense", LINEAR)
     .../kernel [in, out] -> ....weight [out, in];  .../bias [out] -> ....bias [out]
@@ -23,29 +23,29 @@ from .variable import Variable
 
 
 class Turn(NamedTuple):
-    """How an array of theirs becomes a matrix or a vector of ours.
+    """How an array of a checkpoint becomes transformers' matrix or vector.
 
     Attributes:
-        transposed: theirs is [in, out], ours is [out, in].
-        heads: the axis of their array that counts attention heads, where it may have one. This axis and the one
-            after it, the width of a head, are joined.
+        transposed: the checkpoint's array is [in, out], transformers' is [out, in].
+        heads: the axis of the array that may count attention heads, or None. This axis and the next one, the width of a
+            head, are joined.
     """
 
     transposed: bool = False
     heads: int | None = None
 
     def applies(self, shape: tuple[int, ...]) -> bool:
-        """Whether this array has an axis of heads that is to be joined with the next."""
+        """Whether an array of this shape has an axis of heads."""
         return self.heads is not None and len(shape) == (3 if self.transposed else 2)
 
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of ours."""
+        """The shape in transformers."""
         if self.applies(shape):
             shape = (*shape[: self.heads], shape[self.heads] * shape[self.heads + 1], *shape[self.heads + 2 :])
         return shape[::-1] if self.transposed else shape
 
     def variable(self, name: str, theirs: Variable) -> Variable:
-        """Ours, under our name, read when it is asked for."""
+        """The variable under transformers' name and in its shape, read on access."""
         if not self.transposed and not self.applies(theirs.shape):
             return replace(theirs, name=name)
         shape = self.shape(theirs.shape)
@@ -58,7 +58,7 @@ class Turn(NamedTuple):
         return replace(theirs, name=name, shape=shape, read=read)
 
 
-# A kind: their ending -> (our ending, how to turn the array)
+# A kind: ending of the checkpoint's name -> (ending of transformers' name, how to transpose the array)
 Kind = dict[str, tuple[str, Turn]]
 
 ARRAY: Kind = {"": ("", Turn())}
@@ -98,16 +98,16 @@ class Family:
     """The names of one framework.
 
     Attributes:
-        title: what messages call it.
+        title: the family's name in messages.
         model_type: transformers' name of the architecture.
-        anchor: a variable that every model of the family has. What stands before it in the file is the scope, which
-            the other names have before them too.
+        anchor: a variable that every model of the family has. The text before it in a file is the scope, which is also
+            the prefix of all other names.
         modules: the table.
-        activation: what "gelu" means there, in transformers' words.
-        ending: stands at the end of every variable's name.
-        not_weights: what the family leaves beside the weights, as in NOT_WEIGHTS.
-        differs: (the beginning of our names, a sentence) for a part that its framework computes in another way than
-            transformers does.
+        activation: what "gelu" means in this framework, in transformers' words.
+        ending: the end of every variable's name.
+        not_weights: further variables that are no weights, as in NOT_WEIGHTS.
+        differs: (prefix of transformers' names, a sentence) for parts that the framework computes in another way than
+            transformers.
     """
 
     title: str
@@ -125,7 +125,7 @@ class Family:
                 yield Rule(theirs + their_ending, ours + our_ending, turn)
 
 
-# What training leaves in a checkpoint beside the weights: (a pattern of names, why it is not read).
+# Variables of a checkpoint that are no weights: (a pattern of names, why they are not read).
 NOT_WEIGHTS = (
     (r"(^|/)(adam_[mv]|lamb_[mv]|Adam(_\d+)?|LAMB(_\d+)?|Momentum|RMSProp(_\d+)?|Adagrad)$", "optimiser state"),
     (r"(^|/)(optimizer|_optimizer)/|/\.OPTIMIZER_SLOT/", "optimiser state"),
@@ -139,19 +139,19 @@ NOT_WEIGHTS = (
 
 
 def pattern_of(template: str) -> re.Pattern[str]:
-    """Matches the names that a template stands for: {n} in it is a number, and becomes the group n."""
+    """A pattern for the names that a template stands for; {n} matches a number, in the group n."""
     parts = re.split(r"\{(\w+)\}", template)
     return re.compile("".join(f"(?P<{part}>\\d+)" if i % 2 else re.escape(part) for i, part in enumerate(parts)))
 
 
 class Named(NamedTuple):
-    """What `assign` made of a checkpoint.
+    """The result of `assign`.
 
     Attributes:
-        tensors: our name -> the variable, under our name and in our shape.
-        used: their name -> our name.
-        skipped: their name -> why it is not read.
-        heads: the numbers of attention heads that axes of heads show, each once; empty where there are no such axes.
+        tensors: transformers' name -> the variable, under this name and in transformers' shape.
+        used: the checkpoint's name -> transformers' name.
+        skipped: the checkpoint's name -> why the variable is not read.
+        heads: the different sizes of the axes of attention heads; empty if no array has such an axis.
     """
 
     tensors: dict[str, Variable]
@@ -161,7 +161,7 @@ class Named(NamedTuple):
 
 
 def assign(family: Family, variables: dict[str, Variable]) -> Named:
-    """Their variables under our names. Raises CheckpointError on a name that is not known, and on a double one."""
+    """The checkpoint's variables under transformers' names. Raises CheckpointError on unknown and duplicate names."""
     anchor = family.anchor + family.ending
     scopes = {name.removesuffix(anchor) for name in variables if name == anchor or name.endswith("/" + anchor)}
     if len(scopes) > 1:
@@ -203,8 +203,8 @@ _TIED = ("cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weig
 def assign_plain(model_type: str, variables: dict[str, Variable]) -> Named:
     """Variables that have transformers' names, or older spellings of them, as `assign` gives them.
 
-    The prefix "module." of DataParallel goes, LayerNorm.gamma and beta become weight and bias, and an encoder that
-    was saved alone gets its prefix. Raises: CheckpointError where two names become one.
+    DataParallel's prefix "module." is removed, LayerNorm.gamma and beta become weight and bias, and an encoder that
+    was saved alone gets its prefix. Raises: CheckpointError if two names become the same.
     """
     prefix = model_type + "."
     alone = not any(name.removeprefix("module.").startswith(prefix) for name in variables)
@@ -228,9 +228,9 @@ def assign_plain(model_type: str, variables: dict[str, Variable]) -> Named:
 
 
 def drop_tied(named: Named) -> None:
-    """Takes the masked words' output matrix away where it is the table of words; that a model ties them is usual.
+    """Drops the output matrix of the masked-word head if it equals the table of words, to which models tie it.
 
-    Raises: CheckpointError where it is another matrix, or its bias another vector than cls.predictions.bias.
+    Raises: CheckpointError if it is another matrix, or its bias differs from cls.predictions.bias.
     """
     for copy, original in (_TIED, ("cls.predictions.decoder.bias", "cls.predictions.bias")):
         if copy not in named.tensors or original not in named.tensors:

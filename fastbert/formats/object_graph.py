@@ -1,13 +1,13 @@
 """TensorFlow 2's graph of the objects that hold the variables: it names variables that a SavedModel only numbers.
 
-A checkpoint of TensorFlow 2 calls a variable by the shortest path of attributes that leads to it, where a dot in an
-attribute's name is written twice, and a slash as ".S". A model of Keras in a SavedModel has a list of all its variables
-too, and the path through that list is the shortest for all that lie deeper:
+A checkpoint of TensorFlow 2 names a variable by the shortest path of attributes that leads to it, where a dot in an
+attribute's name is written twice, and a slash as ".S". A Keras model in a SavedModel also has a list of all its
+variables, and for most variables the path through that list is the shortest:
 
     variables/7/.ATTRIBUTES/VARIABLE_VALUE
     layer_with_weights-0/_transformer_layers/0/_attention_layer/_query_dense/kernel/.ATTRIBUTES/VARIABLE_VALUE
 
-The graph lies beside the variables, as a string under the name _CHECKPOINTABLE_OBJECT_GRAPH. It is a protocol buffer:
+The graph is one of the checkpoint's variables, a string named _CHECKPOINTABLE_OBJECT_GRAPH. It is a protocol buffer:
 
     TrackableObjectGraph   1: nodes
     node                   1: children (1: number of the child's node, 2: its name here), 2: attributes (3: variable)
@@ -28,17 +28,17 @@ from .variable import Variable
 _GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"
 _VALUE = "/.ATTRIBUTES/VARIABLE_VALUE"
 _NUMBERED = re.compile(rf"((^|.*/)(variables|trainable_variables|non_trainable_variables)/\d+){re.escape(_VALUE)}")
-# What Keras lists beside an object's own attributes: the same objects once more.
+# Keras' lists, which repeat objects that are attributes as well.
 _LISTS = re.compile(
     r"_?(trainable_|non_trainable_)?(variables|weights)|keras_api|signatures|regularization_losses|layer-\d+"
 )
 
 
 def with_names(variables: dict[str, Variable]) -> dict[str, Variable]:
-    """The variables of a checkpoint; those that are only numbered get names by the paths in its graph of objects.
+    """The variables of a checkpoint. Those that are only numbered are named by their paths in the graph of objects.
 
-    A variable that no path leads to without a list keeps its number. Raises: CheckpointError where variables are
-    numbered, and there is no graph, or a damaged one.
+    A variable without a path outside of lists keeps its number. Raises: CheckpointError if variables are numbered and
+    the graph is missing or damaged.
     """
     numbered = [name for name in variables if _NUMBERED.fullmatch(name)]
     if not numbered:
@@ -53,7 +53,7 @@ def with_names(variables: dict[str, Variable]) -> dict[str, Variable]:
 
 
 def _paths(graph: bytes) -> dict[str, str]:
-    """A variable's name in the checkpoint -> the shortest path to it through no list."""
+    """A variable's name in the checkpoint -> the shortest path to it that does not go through a list."""
     nodes = [parse_message(node) for node in parse_message(graph).get(1, [])]
     paths: dict[str, str] = {}
     seen, waiting = {0}, deque([(0, "")])

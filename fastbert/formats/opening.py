@@ -1,4 +1,4 @@
-"""From what a user names, a path or a hub id, to a path that can be read."""
+"""Turns a path, an archive or a hub id into a path that can be read."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from .detect import find_reader
 def opened(id_or_path: str | os.PathLike) -> Iterator[Path]:
     """Yields the path of a model: a folder, a checkpoint's prefix or a file; of an archive, a temporary folder.
 
-    Inside the block the path can be opened again, so what needs several parts of an archive unpacks it once.
-    Raises: CheckpointError, in one line, where there is no model.
+    Within the block the yielded path can be passed to `opened` again, so that code which needs several parts of an
+    archive unpacks it only once.
+    Raises: CheckpointError, in one line, if there is no model.
     """
     path = Path(id_or_path).expanduser()
     if is_archive(path):
@@ -26,7 +27,7 @@ def opened(id_or_path: str | os.PathLike) -> Iterator[Path]:
             try:
                 yield folder if find_reader(folder) is not None else resolve(folder)
             except (CheckpointError, ValueError) as error:
-                # What is wrong with a file is told of the archive: nobody knows the temporary folder.
+                # Error messages name the archive, since the user does not know the temporary folder.
                 if str(folder) not in str(error):
                     raise
                 kind = CheckpointError if isinstance(error, CheckpointError) else ValueError

@@ -1,4 +1,4 @@
-"""PaddleNLP's .pdparams: a pickle of numpy arrays, read by an unpickler that can make arrays and nothing else."""
+"""PaddleNLP's .pdparams: a pickle of numpy arrays, read by an unpickler that can only make arrays."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from .variable import Variable
 
 _CONFIGS = ("config.json", "model_config.json")
 _NAME_TABLE = "StructuredToParameterName@@"  # Paddle's own names of the parameters
-_PARTED = "UnpackBigParamInfor@@"  # arrays of over 1 GB, cut by pickle protocols 2 and 3
-# What a pickle of arrays calls. numpy 2 moved the first two.
+_PARTED = "UnpackBigParamInfor@@"  # arrays of over 1 GB, which pickle protocols 2 and 3 store in parts
+# The functions that a pickle of arrays calls. numpy 2 moved the first two.
 _ALLOWED = {
     ("numpy.core.multiarray", "_reconstruct"),
     ("numpy._core.multiarray", "_reconstruct"),
@@ -31,7 +31,7 @@ _ALLOWED = {
     ("collections", "OrderedDict"),
     ("_codecs", "encode"),
 }
-_ALONE = ("embeddings.", "encoder.", "pooler.")  # what the names of an encoder that was saved alone begin with
+_ALONE = ("embeddings.", "encoder.", "pooler.")  # prefixes of names if the encoder was saved without a head
 
 
 def file_in(path: Path) -> Path | None:
@@ -59,7 +59,7 @@ def read(file: Path) -> Source:
 
 
 def _numbers(config: dict[str, Any]) -> dict[str, Any]:
-    """The encoder's numbers; older files nest them as the arguments that made the head, and these the encoder."""
+    """The encoder's config; older files nest it in the arguments of the head's and of the encoder's constructor."""
     while isinstance(config.get("init_args"), (list, tuple)) and config["init_args"]:
         first = config["init_args"][0]
         if not isinstance(first, dict):
@@ -101,7 +101,7 @@ def _variables(file: Path) -> dict[str, Variable]:
 
 
 def _variable(file: Path, name: str, array: np.ndarray) -> Variable:
-    if array.dtype == np.uint16:  # Paddle has no other way to put bfloat16 into a pickle
+    if array.dtype == np.uint16:  # numpy has no bfloat16, so Paddle stores its bits as uint16
         return Variable.of_tensor(name, torch.from_numpy(array.view(np.int16)).view(torch.bfloat16))
     if array.dtype not in (np.float16, np.float32, np.float64):
         raise CheckpointError(f"{file}: {name} is of {array.dtype}, which is not read")

@@ -1,14 +1,14 @@
-"""Protocol buffers, as far as TensorFlow's files need them: numbers of variable length, fields, nested messages."""
+"""The parts of protocol buffers that TensorFlow's files need: varints, fields, nested messages."""
 
 from __future__ import annotations
 
 
 class Malformed(Exception):
-    """Bytes that are no table, no block or no protocol buffer; callers say of which file."""
+    """Bytes that are no valid table, block or protocol buffer. Callers add the name of the file."""
 
 
 def parse_varint(data: bytes, at: int) -> tuple[int, int]:
-    """(the number, where it ends)."""
+    """(the number at `at`, the position after it)."""
     number = 0
     for shift in range(0, 64, 7):
         if at >= len(data):
@@ -21,7 +21,7 @@ def parse_varint(data: bytes, at: int) -> tuple[int, int]:
 
 
 def parse_message(data: bytes) -> dict[int, list]:
-    """A protocol buffer: field number -> its values in order, an int, or bytes of what has a length."""
+    """A protocol buffer as a dict: field number -> its values in order, each an int or bytes."""
     fields: dict[int, list] = {}
     at = 0
     while at < len(data):

@@ -1,4 +1,4 @@
-"""PyTorch's checkpoints: transformers' folders, and the archives of pytorch-pretrained-bert before it."""
+"""PyTorch's checkpoints: transformers' folders, and the archives of its predecessor pytorch-pretrained-bert."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _TOKENIZER_FILES = (
 
 
 def is_old(folder: Path) -> bool:
-    """Whether a folder is what pytorch-pretrained-bert wrote: a config under Google's name, and a pickle."""
+    """Whether pytorch-pretrained-bert wrote a folder: it has a config under Google's name, and a pickle."""
     return (folder / _OLD_CONFIG).is_file() and (folder / PICKLE).is_file() and not (folder / "config.json").is_file()
 
 
@@ -29,7 +29,7 @@ def read_old(folder: Path) -> Source:
 
 
 def read_transformers(folder: Path) -> Source:
-    """A folder as transformers writes it, of whatever age, or sentence-transformers with what it computes after BERT.
+    """A folder of any version of transformers, or of sentence-transformers with its modules.
 
     Raises: CheckpointError.
     """

@@ -13,7 +13,7 @@ import torch
 
 from .variable import Variable, bytes_of, write_bytes
 
-# in the order in which safetensors' own writer puts them into a file: the widest first
+# in the order of safetensors' own writer: the widest dtype first
 _DTYPES = {
     torch.int64: "I64",
     torch.float64: "F64",
@@ -30,7 +30,7 @@ _RANK = {dtype: rank for rank, dtype in enumerate(_DTYPES)}
 
 
 def total_size(tensors: dict[str, Variable]) -> int:
-    """What the tensors take, the header not counted."""
+    """Bytes of the tensors, without the header."""
     return sum(_size(t) for t in tensors.values())
 
 
@@ -42,7 +42,7 @@ def write_safetensors(path: Path, tensors: dict[str, Variable]) -> None:
     for name, t in tensors.items():
         if t.dtype not in _DTYPES:
             raise ValueError(f"safetensors has no type for {name}, which is {t.dtype}")
-    # So each tensor lies at a multiple of its own width.
+    # In this order each tensor begins at a multiple of its element size.
     names = sorted(tensors, key=lambda name: (_RANK[tensors[name].dtype], name))
     header: dict = {"__metadata__": {"format": "pt"}}
     offset = 0

@@ -17,12 +17,12 @@ MODULES = "modules.json"
 LIBRARY = "config_sentence_transformers.json"
 ROUTER = "router_config.json"
 ROUTERS = ("Router", "Asym")  # the name since version 5, and before
-# The first that is there, and holds something, is read. Versions before 1 named the file after the model.
+# The first of these files that exists and is not empty is read. Versions before 1 named the file after the model.
 TRANSFORMER_SETTINGS = tuple(
     f"sentence_{kind}_config.json"
     for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
-# Old versions write the module's name, later ones module and class, and the modules have moved twice.
+# Types in modules.json: old versions wrote only the class, later ones module and class; the modules moved twice.
 _OWN_TYPE = re.compile(
     r"sentence_transformers\.(?:models|sentence_transformer\.modules|base\.modules)(?:\.\w+)?\.(\w+)"
 )
@@ -30,7 +30,7 @@ _OWN_TYPE = re.compile(
 
 @dataclass(frozen=True)
 class Listed:
-    """A module in a list: its kind (the name of its class) and its folder, relative to the model's."""
+    """An entry of a list of modules: its kind (the name of its class) and its folder, relative to the model's."""
 
     kind: str
     path: PurePosixPath
@@ -41,8 +41,8 @@ def has_modules(folder: Path) -> bool:
 
 
 def listed_modules(folder: Path) -> list[Listed]:
-    """What modules.json lists, one module at least. Raises CheckpointError, in one line, also for modules of another
-    package."""
+    """The entries of modules.json, at least one. Raises CheckpointError, in one line, also for modules of other
+    packages."""
     file = folder / MODULES
     modules = parse_json(file.read_text(encoding="utf-8", errors="replace"), str(file))
     texts = ("type", "path")
@@ -59,17 +59,16 @@ def listed_modules(folder: Path) -> list[Listed]:
 
 
 def path_inside(folder: Path, path: str, file: Path) -> PurePosixPath:
-    """A module's path as a file names it. Raises CheckpointError where it leads out of the folder."""
+    """A module's path from `file`. Raises CheckpointError if it leads out of the folder."""
     if not Path(os.path.normpath(folder / path)).is_relative_to(os.path.normpath(folder)):
         raise CheckpointError(f"{file}: the path {path!r} leads out of the folder")
     return PurePosixPath(path)
 
 
 def kind_of_type(name: str, file: Path) -> str:
-    """A class of sentence-transformers -> its name without the module, where we know the module; else all of it.
+    """The class name of a type of sentence-transformers, without the module if that is a known one.
 
-    Raises: CheckpointError for a class of another package: the name at its end may be one that we know, and what it
-    computes is that package's affair.
+    Raises: CheckpointError for a class of another package, even if its name is a known one: it may compute anything.
     """
     if not name.startswith("sentence_transformers."):
         raise CheckpointError(f"{file}: the module {name!r} is not of sentence-transformers, so its code is not known")
@@ -79,9 +78,9 @@ def kind_of_type(name: str, file: Path) -> str:
 
 @dataclass(frozen=True)
 class Routes:
-    """A Router's file, what it says, and the modules of each route in order; their folders are relative to the model's.
+    """A Router's file, its content, and the modules of each route in order, with folders relative to the model's.
 
-    Raises, from all of its methods: CheckpointError, in one line.
+    All methods raise CheckpointError, in one line.
     """
 
     file: Path
@@ -90,7 +89,7 @@ class Routes:
 
     @classmethod
     def read(cls, folder: Path, router: Listed) -> Routes:
-        """folder: the model's."""
+        """Reads a Router's file. folder: the model's."""
         inside = folder / router.path
         file = inside / ROUTER if (inside / ROUTER).is_file() else inside / "config.json"
         content = read_json(file)
@@ -111,7 +110,7 @@ class Routes:
         return cls(file, content, {route: [modules[name] for name in names] for route, names in structure.items()})
 
     def encoder(self) -> Listed:
-        """The Transformer that every route begins with, and no route has after that."""
+        """The Transformer with which every route begins. No route may have another one."""
         first = {modules[0] if modules else None for modules in self.modules.values()}
         (found, *others) = first
         if others or found is None or found.kind != "Transformer":
@@ -126,8 +125,8 @@ class Routes:
 
 
 def encoder_in(folder: Path) -> Path:
-    """The folder of BERT and its tokenizer: where modules.json puts the first module, or the first of a Router's
-    routes; else the folder itself. Raises CheckpointError."""
+    """The folder of BERT and its tokenizer: that of the first module in modules.json, or of a Router's Transformer;
+    without modules.json the folder itself. Raises CheckpointError."""
     first = listed_modules(folder)[0] if has_modules(folder) else None
     if first is not None and first.kind == "Transformer":
         return folder / first.path
@@ -137,23 +136,23 @@ def encoder_in(folder: Path) -> Path:
 
 
 def folder_of_config(folder: Path) -> Path:
-    """The folder itself where it has a config.json, else that of BERT in it. Raises CheckpointError."""
+    """The folder if it has a config.json, else the folder of BERT in it. Raises CheckpointError."""
     return folder if (folder / "config.json").is_file() else encoder_in(folder)
 
 
 def home_of_encoder(folder: Path) -> str:
-    """Where BERT goes in the folder that is made of this one, relative to it: to its root, but behind a Router it stays
-    where it is."""
+    """Where a converted folder holds BERT, as a relative path: at its root, or, with a Router, in the original
+    subfolder."""
     if has_modules(folder) and listed_modules(folder)[0].kind in ROUTERS:
         return encoder_in(folder).relative_to(folder).as_posix()
     return ""
 
 
 def files_of_modules(folder: Path) -> dict[str, Path]:
-    """The files that sentence-transformers reads of all but BERT's folder, by their names in the model's; empty where
+    """The files outside BERT's folder that sentence-transformers reads: name in the model's folder -> path. Empty if
     there is no modules.json.
 
-    Raises: CheckpointError for a list that is none, for a second encoder, and for other modules at the root.
+    Raises: CheckpointError for an invalid list, for a second encoder, and for other modules at the root.
     """
     if not has_modules(folder):
         return {}
@@ -177,7 +176,7 @@ def files_of_modules(folder: Path) -> dict[str, Path]:
 
 
 def put_encoder_at_root(file: Path) -> None:
-    """Rewrites a modules.json so that its first module lies in the folder itself."""
+    """Rewrites a modules.json so that the folder of its first module is the root."""
     modules = parse_json(file.read_text(encoding="utf-8"), str(file))
     if modules and modules[0]["path"]:
         modules[0]["path"] = ""
@@ -185,7 +184,7 @@ def put_encoder_at_root(file: Path) -> None:
 
 
 def read_transformer_settings(folder: Path) -> tuple[Path, dict]:
-    """(the file, its content) of what a Transformer module says of itself; the content is empty without a file."""
+    """(file, content) of a Transformer module's settings; the content is empty if there is no file."""
     for name in TRANSFORMER_SETTINGS:
         if (folder / name).is_file() and (found := read_json(folder / name)):
             return folder / name, found

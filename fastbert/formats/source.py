@@ -1,4 +1,4 @@
-"""What the reader of a format finds at a path, before the names are understood."""
+"""A checkpoint as a format's reader returns it, before its names are translated."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from ..storage import CheckpointError, read_json
 from .names import Family
 from .variable import Variable
 
-# Whether a model lower-cases is known of these two of Google's models, though their names do not say it.
+# Two of Google's models that lower-case, although their names do not say so.
 _LOWER_CASED = ("chinese_l-12_h-768_a-12", "multilingual_l-12_h-768_a-12")
 
 
 @dataclass(frozen=True)
 class Source:
-    """Somebody's model, found.
+    """A checkpoint that a reader has found.
 
     Attributes:
-        path: what messages call it: a folder, or a file, or a prefix of files.
-        title: the format, for people.
-        activation: what "gelu" means there, in transformers' words: "gelu" (by erf) or "gelu_new" (by tanh).
-        config: its config under transformers' keys; empty where its files have none.
-        load: the variables, by their names. `variables` keeps what it gives.
-        family: how to understand the names; None where they are transformers' own. It is asked for once the
-            variables are known.
-        words: the vocabulary, in the order of the ids; empty where there is none.
-        lower_case: whether the tokenizer lower-cases; None where the source does not say.
-        files: other files of the tokenizer and the encoder: their name in transformers' folder -> where they are.
-        home: that folder, relative to the folder of sentence-transformers around it; empty where there is none.
-        beside: files of that outer folder, and of its modules: their name in it -> where they are.
-        pooling: how a text's vector is made of its tokens', "mean" or "cls"; None where the source does not say.
+        path: the folder, file, or prefix of files; its name in messages.
+        title: the format's name in messages.
+        activation: what "gelu" means in this format, in transformers' words: "gelu" (by erf) or "gelu_new" (by tanh).
+        config: the config under transformers' keys; empty if there is none.
+        load: returns the variables by their names. `variables` caches the result.
+        family: returns the table that translates the names, or None if they are transformers'. It is called after the
+            variables are loaded.
+        words: the vocabulary, in the order of the ids; empty if there is none.
+        lower_case: whether the tokenizer lower-cases; None if unknown.
+        files: other files of the tokenizer and the encoder: name in transformers' folder -> path.
+        home: that folder, relative to a sentence-transformers folder around it; empty if there is none.
+        beside: files of that outer folder and of its modules: name in it -> path.
+        pooling: how token vectors become a text's vector, "mean" or "cls"; None if unknown.
     """
 
     path: Path
@@ -57,7 +57,7 @@ class Source:
 
 
 def told_of(path: Path, error: CheckpointError) -> CheckpointError:
-    """The error with the path in front, where it does not begin with that."""
+    """The error with the path at its beginning, if it is not there yet."""
     said = str(error)
     return CheckpointError(said if said.startswith(str(path)) else f"{path}: {said}")
 
@@ -65,7 +65,7 @@ def told_of(path: Path, error: CheckpointError) -> CheckpointError:
 def read_words(path: Path) -> list[str]:
     """The tokens of a vocab.txt, one a line. Raises CheckpointError."""
     try:
-        # not splitlines: some tokens are what it takes for the end of a line
+        # Not splitlines, which would also split at characters that are tokens here.
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"cannot read {path} as a vocabulary ({error})") from error
@@ -75,7 +75,7 @@ def read_words(path: Path) -> list[str]:
 
 
 def find_words(folder: Path) -> list[str]:
-    """The vocabulary in a folder: vocab.txt, or the one file that is called so in part; empty where there is none."""
+    """The vocabulary in a folder: vocab.txt, or the only *vocab*.txt; empty if there is none."""
     found = [folder / "vocab.txt"] if (folder / "vocab.txt").is_file() else sorted(folder.glob("*vocab*.txt"))
     if len(found) > 1:
         raise CheckpointError(f"{folder} has several vocabularies: {', '.join(path.name for path in found)}")
@@ -83,7 +83,7 @@ def find_words(folder: Path) -> list[str]:
 
 
 def find_config(folder: Path, names: tuple[str, ...]) -> dict[str, Any]:
-    """The first of the files that is there, as a dict; empty where there is none."""
+    """The content of the first of these files that exists; empty if there is none."""
     for name in names:
         if (folder / name).is_file():
             return read_json(folder / name)
@@ -91,7 +91,7 @@ def find_config(folder: Path, names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def find_case(folder: Path) -> bool | None:
-    """Whether a model lower-cases: as tokenizer_config.json says, or the folder's name; None where neither does."""
+    """Whether a model lower-cases, from tokenizer_config.json or the folder's name; None if neither tells."""
     if (folder / "tokenizer_config.json").is_file():
         said = read_json(folder / "tokenizer_config.json").get("do_lower_case")
         if isinstance(said, bool):
@@ -100,7 +100,7 @@ def find_case(folder: Path) -> bool | None:
 
 
 def case_of_name(name: str) -> bool | None:
-    """What the name of a model says of lower-casing: "uncased", "cased" ("multi_cased"), or nothing."""
+    """Whether a model's name says "uncased" (True) or "cased" (False, also "multi_cased"); None if neither."""
     name = name.lower()
     if "uncased" in name or name in _LOWER_CASED:
         return True
@@ -108,7 +108,7 @@ def case_of_name(name: str) -> bool | None:
 
 
 def parse_json(text: str, what: str) -> Any:
-    """JSON out of a text. Raises CheckpointError that says what was read."""
+    """Parses JSON. Raises CheckpointError that names `what`."""
     try:
         return json.loads(text)
     except ValueError as error:

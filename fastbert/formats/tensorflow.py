@@ -16,9 +16,9 @@ _SENTENCEPIECE = "spiece.model"  # transformers' name
 
 
 def prefix_in(folder: Path) -> Path | None:
-    """The prefix of the checkpoint in a folder, or in its SavedModel; None where there is none.
+    """The prefix of the checkpoint in a folder, or in its SavedModel; None if there is none.
 
-    Of several, the file `checkpoint` says which is the latest. Raises CheckpointError where it does not.
+    If there are several, the file `checkpoint` names the latest. Raises CheckpointError if it does not.
     """
     if (folder / "variables" / "variables.index").is_file():
         return folder / "variables" / "variables"
@@ -55,7 +55,7 @@ def read(prefix: Path) -> Source:
     pieces = sorted((folder / "assets" if in_saved_model else folder).glob("*.model"))
 
     lower_case = find_case(folder)
-    for name, variable in variables.items():  # TF-Hub's modules carry the setting as a variable
+    for name, variable in variables.items():  # TF-Hub's modules store the setting of lower-casing as a variable
         if re.search(r"(^|/)do_lower_case/", name):
             lower_case = bool(variable.read())
     return Source(

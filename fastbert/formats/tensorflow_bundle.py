@@ -51,7 +51,7 @@ _NUMBER_OF = {dtype: number for number, (_, dtype) in _DTYPES.items() if dtype i
 
 
 class _NotRead(Exception):
-    """A table of a kind that is known and not read, in words that follow its name."""
+    """A table of a known kind that is not supported. The message continues the file's name."""
 
 
 # ---- reading ---------------------------------------------------------------------------------------------
@@ -218,19 +218,19 @@ def _entries_of_block(block: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _summed(data: bytes) -> bytes:
-    """What the checksum of a variable of one string is of: its bytes, with the length in 32 bits."""
+    """The bytes over which a string variable's checksum is computed: its own, with the length in 32 bits."""
     try:
         length, at = parse_varint(data, 0)
-    except Malformed:  # the bytes as they are do not have the checksum either
+    except Malformed:  # then the unchanged bytes are checked, which will not have the checksum either
         return data
     return (length & 0xFFFFFFFF).to_bytes(4, "little") + data[at:]
 
 
 def read_string(variable: Variable) -> bytes:
-    """The one string of a variable of TensorFlow's type "string". Raises CheckpointError where it is damaged.
+    """The only string of a variable of TensorFlow's type "string". Raises CheckpointError if it is damaged.
 
-    Such a variable is the length of each of its strings, the checksum of these lengths, and the strings. Its bytes are
-    held against their checksum, as those of the index are.
+    Such a variable consists of the length of each string, the checksum of these lengths, and the strings. Its bytes are
+    compared with their checksum, as those of the index are.
     """
     if variable.verify is not None:
         variable.verify()
@@ -253,7 +253,7 @@ def write_bundle(prefix: str | os.PathLike, tensors: Iterable[tuple[str, Tensor]
     Args:
         tensors: pairs of name and tensor, in any order, of a dtype that TensorFlow has.
 
-    Raises: ValueError on a name that comes twice or a dtype that TensorFlow lacks; OSError.
+    Raises: ValueError on a duplicate name or a dtype that TensorFlow lacks; OSError.
     """
     prefix = Path(prefix)
     entries: dict[str, bytes] = {"": encode_message((1, 1), (3, encode_message((1, 1))))}
@@ -286,7 +286,7 @@ def _table(items: list[tuple[bytes, bytes]]) -> bytes:
     table, handles = bytearray(), []
 
     def add(block: bytes) -> bytes:
-        """Appends a block with its trailer; its handle."""
+        """Appends a block with its trailer; returns its handle."""
         offset = len(table)
         content = block + b"\x00"  # not compressed
         table.extend(content + struct.pack("<I", masked(crc32c(content))))

@@ -1,4 +1,4 @@
-"""What every reader of a file format yields: a named array whose bytes are read when they are asked for."""
+"""A named array of a checkpoint, whose bytes are read on access; every format's reader returns these."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ _WRITTEN_AT_ONCE = 256 << 10  # bytes
 
 @dataclass(frozen=True)
 class Variable:
-    """One array of somebody's checkpoint.
+    """One array of a checkpoint.
 
     Attributes:
-        name: as the file has it.
-        shape: as the file has it, before anything is transposed.
-        kind: the file's word for its numbers: "float32", "q8_0", "string".
-        dtype: of what `read` gives; None where the variable holds no numbers that torch has.
-        read: the array on the CPU, contiguous, [*shape]; memory-mapped and private where the file allows it. Where
-            dtype is None, an error, or the bytes as the file has them, uint8 [size].
-        verify: raises CheckpointError where the bytes do not have the checksum that the file gives; None where the
-            format has no checksums.
+        name: the name in the file.
+        shape: the shape in the file, before any transposing.
+        kind: the file's name of the type: "float32", "q8_0", "string".
+        dtype: dtype of the result of `read`; None if torch has no such numbers.
+        read: returns the array on the CPU, contiguous, [*shape]; memory-mapped and private if the file allows it. If
+            dtype is None, it raises an error or returns the file's bytes, uint8 [size].
+        verify: raises CheckpointError if the bytes do not have the file's checksum; None if the format has no
+            checksums.
     """
 
     name: str
@@ -38,11 +38,11 @@ class Variable:
 
     @classmethod
     def of_tensor(cls, name: str, t: Tensor) -> Variable:
-        """A variable whose tensor is there already."""
+        """A variable for a tensor in memory."""
         return cls(name, tuple(t.shape), str(t.dtype).removeprefix("torch."), t.dtype, lambda: t)
 
     def as_dtype(self, dtype: torch.dtype) -> Variable:
-        """The same numbers in another dtype, turned into it when they are read."""
+        """The same variable in another dtype, converted when it is read."""
         if self.dtype == dtype:
             return self
         return replace(self, dtype=dtype, read=lambda: self.read().to(dtype))
@@ -61,15 +61,15 @@ def bytes_of(t: Tensor) -> np.ndarray:
 
 
 def write_bytes(file: BinaryIO, data: np.ndarray) -> None:
-    """Writes an array of uint8, in pieces. For a long write Linux looks for free memory that is as long in one piece,
-    which can take several times as long as the write itself (Linux 6.18 and ext4, 438 MB: 0.8 s in writes of 9 MB,
-    0.09 s in writes of 256 KiB)."""
+    """Writes an array of uint8 in small pieces. For a long write Linux searches a contiguous piece of free memory,
+    which can take longer than the write itself (Linux 6.18 and ext4, 438 MB: 0.8 s in writes of 9 MB, 0.09 s in writes
+    of 256 KiB)."""
     for start in range(0, data.size, _WRITTEN_AT_ONCE):
         file.write(data[start : start + _WRITTEN_AT_ONCE])
 
 
 def as_tensor(data: np.ndarray, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    """An array of uint8, seen as a tensor; copied only where it lies at an address that the dtype cannot have."""
+    """An array of uint8 as a tensor of this dtype; copied only if its address is not aligned for the dtype."""
     if data.size == 0:  # torch does not view an empty array as another dtype
         return torch.empty(shape, dtype=dtype, device="cpu")
     if data.ctypes.data % dtype.itemsize:
