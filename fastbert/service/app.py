@@ -1,4 +1,4 @@
-"""The application: which address is what, and how an answer or an error becomes one reply."""
+"""The application: the table of addresses, and how an answer or an error becomes a reply."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from .service import Call, Gone, Service
 log = logging.getLogger("fastbert.service")
 Form = Callable[[ServiceError], tuple[int, dict]]
 JSON = b"application/json"
-LARGE = 32_768  # numbers, of which the JSON takes a millisecond or two
+LARGE = 32_768  # numbers in one part of an answer; their JSON takes a millisecond or two
 
 
 class Way(NamedTuple):
-    """What is to be had at some addresses.
+    """One function of the API.
 
     Attributes:
-        name: in counts.
-        answer: gives what becomes JSON.
-        form: of its errors.
-        paths: where it is.
-        method: of HTTP.
-        is_open: whether it needs no key.
+        name: its name in metrics.
+        answer: computes the answer, which is sent as JSON.
+        form: the form of its errors.
+        paths: its addresses.
+        method: the HTTP method.
+        is_open: whether it can be called without a key.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Way(NamedTuple):
 
 
 async def _rerank(service: Service, call: Call) -> Any:
-    """Two kinds of clients ask at one address; the field with the texts tells them apart."""
+    """Two APIs share this address; the name of the field with the texts tells them apart."""
     return await (cohere if "documents" in call.body else tei).rerank(service, call)
 
 
@@ -77,7 +77,7 @@ WAYS = (
 
 
 class Endpoint:
-    """An address as an ASGI application: one message with the head, one with the body."""
+    """A function of the API as an ASGI application. It replies with one message for the head and one for the body."""
 
     def __init__(self, service: Service, way: Way):
         self.service, self.way = service, way
@@ -99,7 +99,7 @@ class Endpoint:
         except ServiceError as error:
             status, body = form(error)
             content, headers = [orjson.dumps(body)], error.headers()
-            if way.method == "POST" and call.has_long_rest:  # which the transport throws away, up to a bound
+            if way.method == "POST" and call.has_long_rest:  # the transport reads and discards the rest, up to a bound
                 headers.append((b"connection", b"close"))
             service.metrics.count("te_request_failure", err=error.kind)
         except Gone:
@@ -123,7 +123,7 @@ class Endpoint:
 async def reply(
     send: Callable, status: int, parts: Sequence[bytes], kind: bytes, headers: list[tuple[bytes, bytes]]
 ) -> None:
-    """parts: of the body, each of which is a message."""
+    """Sends a reply. parts: of the body; each is sent as one message."""
     own_headers = [(b"content-type", kind), (b"content-length", b"%d" % sum(map(len, parts)))]
     await send({"type": "http.response.start", "status": status, "headers": own_headers + headers})
     for part in parts[:-1]:
@@ -132,9 +132,9 @@ async def reply(
 
 
 async def as_json(answer: Any) -> list[bytes]:
-    """The parts of an answer as JSON: one, or several of a large answer.
+    """An answer as JSON, in one part, or in several if it is large.
 
-    Between several the event loop goes on, so that other requests wait for one part alone. A thread would not help,
+    Between the parts the event loop serves other requests, which thus wait for one part only. A thread would not help,
     since orjson holds the interpreter's lock.
     """
     size = _size(answer)
@@ -149,9 +149,9 @@ async def as_json(answer: Any) -> list[bytes]:
         return [b"{", *parts[1:], b"}"]
     step = LARGE * len(answer) // size
     for i in range(0, len(answer), max(step, 1)):
-        # One row may be large by itself: all tokens' vectors of a long text.
+        # A single row may be large too: the vectors of all tokens of a long text.
         found = await as_json(answer[i : i + step] if step else answer[i])
-        if step:  # without the brackets of the slice
+        if step:  # removes the brackets around the slice
             found = [found[0][1:-1]] if len(found) == 1 else found[1:-1]
         parts += [b",", *found]
         await asyncio.sleep(0)
@@ -159,7 +159,7 @@ async def as_json(answer: Any) -> list[bytes]:
 
 
 def _size(answer: Any) -> int:
-    """About how many numbers become JSON; of a list of like things the first one stands for all."""
+    """Estimate of the numbers in an answer; the first item of a list is taken as typical."""
     if isinstance(answer, np.ndarray):
         return answer.size
     if isinstance(answer, dict):
@@ -169,11 +169,11 @@ def _size(answer: Any) -> int:
     return sum(row.size for row in answer) if isinstance(answer[0], np.ndarray) else len(answer) * _size(answer[0])
 
 
-# ---- beside the faces --------------------------------------------------------------------------------------
+# ---- addresses of no client's API --------------------------------------------------------------------------
 
 
 class Plain:
-    """An address that is asked with GET and needs no key: (status, content, content type) of `answer(service)`."""
+    """An address for GET without a key. `answer(service)` gives (status, content, content type)."""
 
     def __init__(self, service: Service, answer: Callable[[Service], tuple[int, bytes, bytes]]):
         self.service, self.answer = service, answer
@@ -184,12 +184,12 @@ class Plain:
 
 
 def live(service: Service) -> tuple[int, bytes, bytes]:
-    """The process answers."""
+    """Replies 200 as long as the process runs."""
     return 200, b"{}", JSON
 
 
 def ready(service: Service) -> tuple[int, bytes, bytes]:
-    """A first batch of every model has run, and the server is not stopping."""
+    """Replies 200 once a first batch of every model has run, until the server is stopping."""
     if service.is_ready:
         return 200, b"{}", JSON
     why = service.failure or "the first batch has not run yet"
@@ -254,5 +254,5 @@ def application(service: Service) -> Starlette:
 
 
 def metrics_application(service: Service) -> Starlette:
-    """/metrics alone, for a port of its own."""
+    """An application with only /metrics, for a separate port."""
     return Starlette(routes=[Route("/metrics", Plain(service, metrics), methods=["GET"])])

@@ -1,10 +1,9 @@
-"""Threads that tokenise and compute, off the event loop; requests come in and answers go out by the loop.
+"""Threads that tokenise and compute; requests come from the event loop, and answers return to it.
 
-    submit (loop) -> unprepared -> tokenised by the thread that is free -> TokenQueue -> a batch -> answers (loop)
+    submit (loop) -> unprepared -> tokenised by a free thread -> TokenQueue -> a batch -> answers (loop)
 
-A thread of the model takes what is not tokenised yet itself where no batch is ready: a request that comes to an idle
-server changes threads twice, to the model's and back. While all of them compute, one more thread tokenises what comes
-meanwhile.
+A model thread without a batch tokenises requests itself. So a request to an idle server changes threads only twice,
+from the loop to the model thread and back. While all model threads compute, one more thread tokenises new requests.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ log = logging.getLogger("fastbert.service")
 
 
 class Piece(NamedTuple):
-    """A sequence of tokens for `lane` to compute. `data` is the lane's own."""
+    """A sequence of tokens that `lane` computes. Only the lane knows the type of `data`."""
 
     lane: Lane
     data: Any
@@ -34,20 +33,20 @@ class Piece(NamedTuple):
 
 
 class Lane(Protocol, Hashable):
-    """Computes pieces that may share a batch."""
+    """Computes a batch of pieces. Pieces with the same lane may share a batch."""
 
     def compute(self, data: Sequence[Any]) -> Sequence[Any]:
-        """A result of each."""
+        """One result for each piece."""
 
 
 class Prepared(NamedTuple):
     """A tokenised request.
 
     Attributes:
-        pieces: in the order in which the answer wants their results; one at least.
-        tokens: of each text, after cutting.
-        cut: how many texts were cut.
-        finish: results of the pieces -> what the face gets; None for the list of results itself.
+        pieces: in the order of the results in the answer; at least one.
+        tokens: number of tokens of each text, after cutting.
+        cut: number of texts that were cut.
+        finish: turns the pieces' results into the request's result; None returns the list of results.
     """
 
     pieces: list[Piece]
@@ -57,16 +56,16 @@ class Prepared(NamedTuple):
 
 
 class Job:
-    """A request on its way.
+    """A request in the engine.
 
     Args:
-        queue: of its model.
-        prepare: tokenises; called off the loop. It may raise ServiceError.
-        announced: tokens that the request is taken to have until it is tokenised.
+        queue: the queue of its model.
+        prepare: tokenises the request; called in another thread. It may raise ServiceError.
+        announced: estimated tokens of the request, which count until it is tokenised.
 
     Attributes:
-        answer: of `asyncio`, what `prepare`'s finish gives.
-        times: seconds of tokenisation, in the queue, of computing.
+        answer: an asyncio future of the result.
+        times: seconds of tokenising, in the queue, and of computing.
     """
 
     def __init__(self, queue: TokenQueue, prepare: Callable[[], Prepared], announced: int):
@@ -75,8 +74,8 @@ class Job:
         self.prepared: Prepared | None = None
         self.waiting: Waiting | None = None
         self.results: list[Any] = []
-        self.missing = 0  # results
-        self.is_over = False  # answered, failed or given up
+        self.missing = 0  # number of results that are not computed yet
+        self.is_over = False  # answered, failed or cancelled
         self.submitted = time.perf_counter()
         self.ready = self.started = self.ended = 0.0
         self.tokenising = 0.0
@@ -90,11 +89,11 @@ class Engine:
     """Threads for the models of a process.
 
     Args:
-        loop: on which `submit` is called and answers are given.
-        queues: one of each model; they take turns.
-        workers: threads that compute, each with its share of `threads`, or with all of them where it is alone.
-        threads: that torch computes on; None leaves the number alone.
-        on_batch: called with the pieces and tokens of each batch, in a thread that computes.
+        loop: the event loop that calls `submit` and gets the answers.
+        queues: one for each model; they take turns.
+        workers: number of model threads. Each computes on its share of `threads`; a single one uses all.
+        threads: number of torch's threads; None does not change it.
+        on_batch: called with the numbers of pieces and tokens of each batch, in a model thread.
     """
 
     def __init__(
@@ -108,12 +107,12 @@ class Engine:
     ):
         self.loop, self.queues, self.on_batch = loop, list(queues), on_batch
         self.threads = threads
-        self.rate = 0.0  # tokens a second, lately
+        self.rate = 0.0  # tokens per second, a moving mean
         self._lock = threading.Lock()
         self._for_worker, self._for_tokeniser = threading.Condition(self._lock), threading.Condition(self._lock)
         self._unprepared: deque[Job] = deque()
-        self._idle = self._busy = 0  # threads that compute: how many wait, how many do
-        self._preparing = 0  # jobs that a thread tokenises
+        self._idle = self._busy = 0  # model threads that wait, and that compute
+        self._preparing = 0  # jobs that are being tokenised
         self._turn = 0
         self._stopped = False
         names = [f"model-{i}" for i in range(workers)]
@@ -122,10 +121,10 @@ class Engine:
         for thread in self._threads:
             thread.start()
 
-    # ---- the loop's side ------------------------------------------------------------------------------------
+    # ---- called by the event loop ---------------------------------------------------------------------------
 
     def submit(self, job: Job) -> None:
-        """Takes a request in. Raises ServiceError where the queue has no room for it."""
+        """Accepts a request. Raises ServiceError if the queue has no room for it."""
         with self._lock:
             if self._stopped:
                 raise ServiceError("not_ready", "the server is stopping", retry_after=1)
@@ -137,12 +136,12 @@ class Engine:
             (self._for_worker if self._idle else self._for_tokeniser).notify()
 
     def give_up(self, job: Job) -> None:
-        """Nobody waits for the answer any more: what of it is not computed yet leaves the queue."""
+        """Cancels a request whose client is gone: its pieces that are not computed yet leave the queue."""
         with self._lock:
             self._end(job)
 
     def stop(self) -> None:
-        """Ends the threads once nothing waits any more."""
+        """Ends the threads as soon as all waiting requests are done."""
         with self._lock:
             self._stopped = True
             self._for_worker.notify_all()
@@ -152,7 +151,7 @@ class Engine:
 
     @property
     def is_alive(self) -> bool:
-        """Whether no thread has ended by an error."""
+        """Whether all threads are running, that is, none has ended by an error."""
         return all(thread.is_alive() for thread in self._threads)
 
     def tokens_waiting(self) -> int:
@@ -172,7 +171,7 @@ class Engine:
         return ServiceError("overloaded", "Model is overloaded", retry_after=wait)
 
     def _end(self, job: Job) -> bool:
-        """Marks a job as over, under the lock; whether it was not before."""
+        """Marks a job as over, under the lock. Returns False if it was over already."""
         if job.is_over:
             return False
         job.is_over = True
@@ -180,7 +179,7 @@ class Engine:
             job.queue.remove(job.waiting)
         return True
 
-    # ---- the threads' side ----------------------------------------------------------------------------------
+    # ---- run by the threads ---------------------------------------------------------------------------------
 
     def _work(self) -> None:
         while True:
@@ -211,7 +210,7 @@ class Engine:
                 use_threads(self.threads if alone else max(self.threads // (len(self._threads) - 1), 1))
             try:
                 self._compute(batch)
-            except Exception as error:  # a fault of this file, or of what counts batches; the thread lives on
+            except Exception as error:  # a bug here or in `on_batch`: the thread must survive it
                 self._finish(batch, dict.fromkeys((job for job, _ in batch), as_service_error(error)))
             finally:
                 with self._lock:
@@ -220,8 +219,8 @@ class Engine:
     def _tokenise(self) -> None:
         while True:
             with self._lock:
-                # A thread of the model that is free takes the job itself, and does not wake this one afterwards. So at
-                # the end of the engine this thread does not wait for that.
+                # An idle model thread takes the job itself and does not wake this thread afterwards. When the engine is
+                # stopping, this thread therefore must not wait for that.
                 while not self._unprepared or (self._idle and not self._stopped):
                     if self._stopped:
                         return
@@ -237,7 +236,7 @@ class Engine:
         return self._unprepared.popleft()
 
     def _next_batch(self) -> list[tuple[Job, int]]:
-        """Of the models in turn."""
+        """The next batch; models take turns."""
         for _ in self.queues:
             self._turn = (self._turn + 1) % len(self.queues)
             if batch := self.queues[self._turn].next_batch():
@@ -245,7 +244,7 @@ class Engine:
         return []
 
     def _prepare(self, job: Job) -> None:
-        """Tokenises a job and puts it into its queue; whatever goes wrong is the job's alone."""
+        """Tokenises a job and puts it into its queue; an error fails this job only."""
         error, prepared, began = None, None, time.perf_counter()
         try:
             if not job.is_over:
@@ -287,14 +286,14 @@ class Engine:
         for lane, members in by_lane.items():
             self._compute_lane(lane, members, failed)
         now = time.perf_counter()
-        # A moving mean over about ten batches; only Retry-After reads it.
+        # A moving mean over about ten batches, used for Retry-After only.
         speed = tokens / max(now - began, 1e-6)
         self.rate = speed if not self.rate else 0.9 * self.rate + 0.1 * speed
         self.on_batch(len(batch), tokens)
         self._finish(batch, failed)
 
     def _finish(self, batch: list[tuple[Job, int]], failed: dict[Job, ServiceError]) -> None:
-        """Answers the requests of a batch that have failed, or have all their results."""
+        """Answers those requests of a batch that have failed or have all their results."""
         now = time.perf_counter()
         over: list[tuple[Job, ServiceError | None]] = []
         with self._lock:
@@ -306,7 +305,8 @@ class Engine:
             self._answer(over)
 
     def _compute_lane(self, lane: Lane, members: list[tuple[Job, int]], failed: dict[Job, ServiceError]) -> None:
-        """Where computing fails, each half is tried for itself, so that the piece that is bad fails alone."""
+        """Computes the pieces of a lane. If that fails, each half is tried separately, so that only the bad piece
+        fails."""
         try:
             results = lane.compute([job.prepared.pieces[number].data for job, number in members])
         except Exception as error:
@@ -320,7 +320,7 @@ class Engine:
             return
         for (job, number), result in zip(members, results, strict=True):
             job.results[number] = result
-        with self._lock:  # pieces of one job may be in batches of several threads
+        with self._lock:  # the pieces of a job may be in batches of several threads
             for job, _ in members:
                 job.missing -= 1
 
@@ -337,7 +337,7 @@ class Engine:
             answers.append((job, answer, error))
         try:
             self.loop.call_soon_threadsafe(_give, answers)
-        except RuntimeError:  # the loop is closed, and with it all connections
+        except RuntimeError:  # the event loop is closed, and all connections with it
             log.warning("%d answers came after the end of the event loop", len(answers))
 
 
@@ -352,13 +352,13 @@ def _give(answers: list[tuple[Job, Any, ServiceError | None]]) -> None:
 
 
 def log_failure(error: Exception) -> None:
-    """Says where an error came from, without its message: that may hold a client's text."""
+    """Logs the type of an error and where it came from, but not its message, which may contain a client's text."""
     trace = "".join(traceback.format_tb(error.__traceback__))
     log.error("a request failed: %s", type(error).__name__, extra={"trace": trace})
 
 
 def as_service_error(error: Exception) -> ServiceError:
-    """What a client is told: our own words, never those of an error that nobody wrote for a client."""
+    """The error for the client: a ServiceError as it is, any other error without its message."""
     if isinstance(error, ServiceError):
         return error
     log_failure(error)

@@ -1,4 +1,4 @@
-"""What a client is told when a request is not answered. Each face puts it into its own form."""
+"""Errors for clients. Each face (API) has its own form of them."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ KINDS: dict[str, tuple[int, int, str]] = {
     "not_ready": (503, 503, "Unhealthy"),
     "late": (504, 504, "Overloaded"),
 }
-# OpenAI's names of kinds; all others are invalid_request_error.
+# kind -> OpenAI's type; all other kinds are invalid_request_error.
 OPENAI_TYPES = {"unauthorized": "authentication_error", "overloaded": "rate_limit_error", "failed": "server_error",
                 "not_ready": "server_error", "late": "server_error"}  # fmt: skip
-LONGEST_WAIT = 59  # seconds: from 60 on OpenAI's client waits for as long as it is told, with no answer in sight
+LONGEST_WAIT = 59  # most seconds of Retry-After: if told 60 or more, OpenAI's client sleeps that long without a sign
 
 
 class ServiceError(Exception):
-    """A request that is not answered.
+    """The error of a request.
 
     Args:
         kind: one of KINDS.
         message: one line for the client, without any of its texts.
-        param: the field that is meant.
-        code: a name for programs.
-        retry_after: in seconds; of "overloaded" and "not_ready".
+        param: the field with the error.
+        code: a name of the error for programs.
+        retry_after: in seconds; for "overloaded" and "not_ready".
     """
 
     def __init__(
@@ -59,18 +59,18 @@ class ServiceError(Exception):
 
 
 def openai_form(error: ServiceError) -> tuple[int, dict]:
-    """Nested under "error"; "detail" is what langchain's class for Jina shows."""
+    """OpenAI's form: an object under "error". langchain's class for Jina shows "detail"."""
     body = {"message": error.message, "type": OPENAI_TYPES.get(error.kind, "invalid_request_error"),
             "param": error.param, "code": error.code or error.kind}  # fmt: skip
     return KINDS[error.kind][0], {"error": body, "detail": error.message}
 
 
 def tei_form(error: ServiceError) -> tuple[int, dict]:
-    """Flat, with an error_type."""
+    """text-embeddings-inference's form: an object with error and error_type."""
     _, status, error_type = KINDS[error.kind]
     return status, {"error": error.message, "error_type": error_type}
 
 
 def cohere_form(error: ServiceError) -> tuple[int, dict]:
-    """Cohere's clients show "message", Jina's "detail"."""
+    """Cohere's form, whose clients show "message", and Jina's, whose clients show "detail"."""
     return KINDS[error.kind][0], {"message": error.message, "detail": error.message}

@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 
 CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
-# Of seconds: from half a millisecond by steps of two to two minutes.
+# Bounds of the histograms of seconds: powers of two times half a millisecond, up to two minutes.
 SECONDS = tuple(0.0005 * 2**n for n in range(19))
 TOKENS = tuple(2**n for n in range(3, 18))
 PIECES = tuple(2**n for n in range(0, 13))
@@ -24,9 +24,9 @@ _TIMES = {
 
 
 class Metrics:
-    """Of one server.
+    """The metrics of one server.
 
-    queued: gives (requests, tokens) that wait.
+    queued: returns the numbers of waiting (requests, tokens).
     """
 
     def __init__(self, queued: Callable[[], tuple[int, int]]):
@@ -60,7 +60,7 @@ class Metrics:
         self.batch_tokens.observe(tokens)
 
     def collect(self) -> Iterator[Metric]:
-        """For the registry. Counters are untyped: of typed ones the library makes names that end in _total."""
+        """The metrics, for the registry. Counters are untyped, because the library appends _total to typed ones."""
         with self._lock:
             counts = sorted(self._counts.items())
         by_name: dict[str, Metric] = {}

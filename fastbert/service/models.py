@@ -1,4 +1,4 @@
-"""Models of a server by their names: what a folder holds, and what it can be asked for."""
+"""The models of a server by name, and the abilities of each."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from .work.masks import Masks
 from .work.texts import Texts
 from .work.vectors import Vectors
 
-# What a model can be asked for -> what it gives, in messages.
+# ability -> what a model with this ability gives, in messages
 ABILITIES = {
     "vectors": "vectors", "labels": "labels", "scores": "scores of pairs", "entities": "entities",
     "answers": "answers", "masks": "words for masks",
@@ -44,13 +44,13 @@ _WITH_MASKS = ("BertForMaskedLM", "BertForPreTraining")
 
 
 class Served:
-    """A model with a name.
+    """A loaded model.
 
     Attributes:
-        name: what requests call it.
-        abilities: by the names in ABILITIES.
-        config, texts: of the model; how its texts become ids.
-        batch_tokens: computed at once.
+        name: the model's name in requests.
+        abilities: ability -> the object that prepares its requests; names as in ABILITIES.
+        config: the model's config. texts: turns texts into ids.
+        batch_tokens: most tokens of a batch.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Served:
 
     @property
     def kind(self) -> dict[str, Any]:
-        """As text-embeddings-inference's /info has it."""
+        """The model's type in the form of text-embeddings-inference's /info."""
         if "vectors" in self.abilities:
             return {"embedding": {"pooling": self.abilities["vectors"].encoder.pooling or "mean"}}
         labels = self.config.id2label or {}
@@ -77,7 +77,7 @@ class Served:
 
 
 def load(name: str, source: str | Path, settings: Settings) -> Served:
-    """A model from whatever folder or id `Encoder.from_pretrained` takes, or with a head.
+    """A model from anything that `Encoder.from_pretrained` takes, or a model with a head.
 
     Raises: CheckpointError and ValueError, in one line.
     """
@@ -102,7 +102,7 @@ def load(name: str, source: str | Path, settings: Settings) -> Served:
                 filler = MaskFiller.from_pretrained(
                     path, dtype=settings.dtype, device=settings.device, impl=settings.impl
                 )
-                # One trunk serves both, and its word embedding is the decoder of the head.
+                # The encoder and the head share one BERT, whose word embedding is the head's decoder.
                 filler.model.bert = encoder.model
                 filler.model.tie_weights()
                 abilities["masks"] = Masks(filler, limit)
@@ -119,7 +119,7 @@ def _architectures(path: Path) -> list[str]:
 
 
 def _head_of(path: Path) -> str | None:
-    """The head of a folder that is no encoder: SPEC_FILE where fastbert made it, else an architecture."""
+    """The head of a folder: SPEC_FILE if `fastbert finetune` made it, else its architecture; None for an encoder."""
     if (path / SPEC_FILE).is_file():
         return SPEC_FILE
     return next((name for name in _architectures(path) if name in _HEADS), None)
@@ -136,7 +136,7 @@ def _pipeline(path: Path, head: str, settings: Settings) -> Pipeline:
     spec = Spec(task, metric, max_length=longest, stride=min(stride, longest // 3))
     labels = [] if task == "qa" else [config.id2label[i] for i in range(config.num_labels)]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of a head that is missing; it is an error here
+        warnings.simplefilter("ignore", UserWarning)  # the warning of a missing head, which is an error here
         model = getattr(heads, head).from_pretrained(path, dtype=torch.float32, device=device, impl=settings.impl)
     if model.initialised:
         raise CheckpointError(f"{path} has no {', '.join(model.initialised)}")
@@ -161,9 +161,9 @@ def _texts_of(abilities: dict[str, Any], found: Pipeline, limit: int | None) -> 
 
 
 class Models:
-    """All models of a server. The first one answers where a request names none.
+    """All models of a server. The first one answers requests that name no model.
 
-    Raises: ValueError where two have one name.
+    Raises: ValueError if two models have the same name.
     """
 
     def __init__(self, served: Sequence[Served]):
@@ -173,10 +173,10 @@ class Models:
             raise ValueError("two models have the same name: give them as NAME=FOLDER")
 
     def with_ability(self, ability: str, name: str | None = None) -> Served:
-        """The model that a request means.
+        """The model for a request.
 
-        A name that no model has means the one model that has the ability, where there is one only: clients must name
-        some model, and many of them name one of OpenAI's.
+        If no model has the name and only one model has the ability, that model is taken: clients must name a model, and
+        many name one of OpenAI's.
 
         Raises: ServiceError.
         """

@@ -1,4 +1,4 @@
-"""The description of all that a server answers, in OpenAPI 3.1, from the table of addresses and the table here."""
+"""The server's description in OpenAPI 3.1, made from the table of addresses and the tables here."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ QUESTION = {
 }  # fmt: skip
 EMBED_TYPES = {"enum": ["float", "int8", "uint8", "binary", "ubinary", "base64"]}
 
-# address -> (fields, those that must be there)
+# address -> (fields, required fields)
 BODIES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "/v1/embeddings": (
         {"input": TEXTS_OR_IDS, "model": NAME, "encoding_format": {"enum": ["float", "base64", None]},
@@ -78,7 +78,7 @@ BODIES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "/fill_mask": ({"inputs": TEXTS, "model": NAME, "parameters": PARAMETERS}, ("inputs",)),
     "/": ({"inputs": {"anyOf": [*TEXTS["anyOf"], {"type": "object"}]}, "parameters": PARAMETERS}, ()),
 }  # fmt: skip
-# Addresses that take what another one takes.
+# address -> another address with the same fields
 _SAME = {"/embeddings": "/v1/embeddings", "/v2/embed": "/v1/embed", "/v1": "/", "/models/{name}": "/"}
 _ERRORS = {"400": "what was sent is wrong", "401": "no key", "404": "no such model", "413": "too much was sent",
            "422": "what was sent is wrong", "424": "the model has no such head", "429": "overloaded; see Retry-After",
@@ -86,7 +86,7 @@ _ERRORS = {"400": "what was sent is wrong", "401": "no key", "404": "no such mod
 
 
 def description(version: str, ways: Sequence[Any]) -> dict[str, Any]:
-    """ways: with `paths`, and `answer` whose docstring says what it does."""
+    """The description. ways: functions of the API; the docstring of `answer` describes each."""
     paths = {_plain(path): {"post": _operation(_plain(path), way.answer)} for way in ways for path in way.paths}
     return {
         "openapi": "3.1.0", "info": {"title": "fastbert serve", "version": version}, "paths": paths,
@@ -95,7 +95,7 @@ def description(version: str, ways: Sequence[Any]) -> dict[str, Any]:
 
 
 def _plain(path: str) -> str:
-    """An address as OpenAPI writes it: a parameter of starlette's may say that there are slashes in it."""
+    """An address in OpenAPI's spelling, without starlette's ":path" for parameters that may contain slashes."""
     return path.replace(":path}", "}")
 
 

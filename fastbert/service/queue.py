@@ -1,17 +1,17 @@
-"""The queue of one model: which pieces wait, and which of them go into the next batch. No threads, no clock.
+"""The queue of one model, which decides which waiting pieces go into the next batch. It uses no threads and no clock.
 
-A piece is a sequence of tokens that the model takes at once: a text, a pair of texts, or a window of a long one. A
-request is one or several pieces, and is answered when all of them are computed.
+A piece is a sequence of tokens for one pass: a text, a pair of texts, or a window of a long text. A request consists of
+one or more pieces, and is answered when all of them are computed.
 
 Batches are bounded in tokens, never in pieces. A request of few tokens, or of one piece, is short; all others are long:
 
-    short requests come first, in their order; long ones have what room is left
-    whenever long requests wait, every batch adds a quarter of its room to their credit, and as soon as the credit
-    covers their next piece, that piece goes before the short ones
-    a short request that then finds no room goes before the long ones in the next batch
+    short requests come first, in order; long ones get the remaining room
+    while long requests wait, every batch adds a quarter of its room to their credit; as soon as the credit covers their
+    next piece, that piece goes before the short ones
+    a short request that finds no room because of that goes before the long ones in the next batch
 
-So however many short requests come, a long one waits for at most `4 * tokens before it / budget` batches, rounded up,
-and two more; and long ones keep a short one at the head of its line out of one batch in two at most.
+So a long request waits for at most `4 * tokens before it / budget` batches, rounded up, plus two, however many short
+requests come. The first short request is delayed by long ones in at most every second batch.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-SHARE = 4  # long requests have one of so many parts of a batch for certain
+SHARE = 4  # long requests are guaranteed 1 / SHARE of each batch
 
 
 class Full(Exception):
-    """The queue has no room for so many tokens now; `never`: it would have none if it were empty."""
+    """The queue has no room for the request. `never`: not even if the queue were empty."""
 
     def __init__(self, never: bool):
         super().__init__("the queue is full")
@@ -35,16 +35,16 @@ class Waiting:
     """A request in the queue.
 
     Attributes:
-        lengths: tokens of each piece.
-        owner: whose it is; the queue does not look at it.
-        taken: how many pieces are in batches.
+        lengths: number of tokens of each piece.
+        owner: the caller's object; the queue does not use it.
+        taken: number of pieces that went into batches.
     """
 
     __slots__ = ("is_short", "lengths", "owner", "taken", "tokens")
 
     def __init__(self, lengths: Sequence[int], owner: Any = None):
         self.lengths, self.owner, self.taken = lengths, owner, 0
-        self.tokens = sum(lengths)  # of pieces that still wait
+        self.tokens = sum(lengths)  # tokens of the pieces that still wait
         self.is_short = True
 
 
@@ -52,8 +52,8 @@ class TokenQueue:
     """Requests that wait for one model.
 
     Args:
-        budget: tokens of a batch at most, but for a piece that is longer by itself.
-        bound: tokens that may wait; those of requests that are being tokenised are counted as announced.
+        budget: most tokens of a batch; only a single longer piece may exceed it.
+        bound: most tokens that may wait, including the announced tokens of requests that are being tokenised.
     """
 
     def __init__(self, budget: int, bound: int):
@@ -62,29 +62,29 @@ class TokenQueue:
         self._short: deque[Waiting] = deque()
         self._long: deque[Waiting] = deque()
         self._credit = 0
-        self._passed = False  # whether long requests took the room of the first short one in the last batch
+        self._passed = False  # the last batch left out the first short request because of long ones
 
     def __len__(self) -> int:
-        """Requests that wait."""
+        """Number of waiting requests."""
         return len(self._short) + len(self._long)
 
     @property
     def tokens(self) -> int:
-        """Tokens that wait or are announced: never more than the bound."""
+        """Waiting and announced tokens, never more than the bound."""
         return self.waiting + self.announced
 
     def announce(self, tokens: int) -> None:
-        """Keeps room for a request that is not tokenised yet. Raises Full."""
+        """Reserves room for a request that is not tokenised yet. Raises Full."""
         if self.tokens + tokens > self.bound:
             raise Full(tokens > self.bound)
         self.announced += tokens
 
     def withdraw(self, tokens: int) -> None:
-        """Gives back what `announce` kept."""
+        """Releases the room that `announce` reserved."""
         self.announced -= tokens
 
     def put(self, request: Waiting) -> None:
-        """Raises Full."""
+        """Adds a tokenised request. Raises Full."""
         if self.tokens + request.tokens > self.bound:
             raise Full(request.tokens > self.bound)
         request.is_short = request.tokens <= self.budget // SHARE or len(request.lengths) == 1
@@ -92,14 +92,14 @@ class TokenQueue:
         self.waiting += request.tokens
 
     def remove(self, request: Waiting) -> None:
-        """Takes a request's pieces out that still wait, if any do."""
+        """Removes the pieces of a request that still wait."""
         if request.tokens:
             (self._short if request.is_short else self._long).remove(request)
             self.waiting -= request.tokens
             request.tokens = 0
 
     def next_batch(self) -> list[tuple[Waiting, int]]:
-        """(request, number of its piece) of the next batch; empty where nothing waits."""
+        """The next batch as (request, number of its piece); empty if nothing waits."""
         batch: list[tuple[Waiting, int]] = []
         room = self.budget
         if self._long:

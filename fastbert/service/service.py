@@ -1,4 +1,4 @@
-"""A server's state, and the way of a request through it: limits, the engine, counts, and what a reply says of it."""
+"""A server's state, and the path of a request through it: limits, the engine, metrics, and headers of the reply."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from .settings import Settings
 from .work.texts import announced, length_of
 
 log = logging.getLogger("fastbert.service")
-MANY = 1_000_000  # batches: what a busy server has ahead
-SHORT_REST = 65_536  # bytes of a body that may follow its answer on a connection that is kept
+MANY = 1_000_000  # number of batches with which `flights_of` is asked: a busy server always has more
+SHORT_REST = 65_536  # most unread bytes of a body with which a connection is kept after the answer
 
 
 class Gone(Exception):
@@ -37,10 +37,10 @@ class Call:
     """One request.
 
     Attributes:
-        name: of what is asked for, in counts: embed, predict, ...
-        body: the JSON object that was sent.
-        timeout: seconds that are left for it from `began` on.
-        report: headers that say of the reply what it cost and what was cut.
+        name: the function's name in metrics: embed, predict, ...
+        body: the JSON object of the request.
+        timeout: seconds for the request, counted from `began`.
+        report: headers of the reply with times, tokens, and the number of cut texts.
     """
 
     def __init__(self, name: str, scope: dict, receive: Callable[[], Awaitable[dict]]):
@@ -54,14 +54,14 @@ class Call:
 
     @property
     def has_long_rest(self) -> bool:
-        """Whether the part of the body that has not been read is, or may be, longer than SHORT_REST."""
+        """Whether the unread part of the body is, or may be, longer than SHORT_REST."""
         if self.is_read:
             return False
         length = self.headers.get(b"content-length", b"0")
         return b"transfer-encoding" in self.headers or not length.isdigit() or int(length) > SHORT_REST
 
     async def read(self, most: int) -> None:
-        """Reads the body. Raises ServiceError for one of more than `most` bytes, or that is no JSON object; Gone."""
+        """Reads the body. Raises ServiceError if it has more than `most` bytes or is no JSON object; Gone."""
         too_large = ServiceError("too_large", f"the request's body is larger than {most:,} bytes (--payload-limit)")
         length = self.headers.get(b"content-length", b"")
         if length.isdigit() and int(length) > most:
@@ -93,22 +93,22 @@ class Call:
 
 
 class Service:
-    """What a process serves.
+    """The service of a process.
 
     Args:
-        settings: its limits.
-        models: loaded.
+        settings: limits of the server.
+        models: loaded models.
     """
 
     def __init__(self, settings: Settings, models: Models):
         self.settings, self.models = settings, models
         self.device = resolve_device(settings.device)
-        # The service's own, though the models may be in another service of the process, too: whose thread took a
-        # request from a queue would answer it on its own event loop.
+        # Each service has its own queues, even if another service of this process has the same models: a thread answers
+        # requests on the event loop of its own service.
         self.queues = {model.name: TokenQueue(model.batch_tokens, settings.max_queue_tokens) for model in models.served}
         self.engine: Engine | None = None
         self.metrics = Metrics(self._queued)
-        self.open = 0  # requests, the one that asks to be admitted too
+        self.open = 0  # open requests, including the one that is being admitted
         self.is_warm = self.is_stopping = False
         self.failure: str | None = None
         self.version, self.created = __version__, int(time.time())
@@ -118,7 +118,7 @@ class Service:
     # ---- beginning and end ----------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Starts the threads, on the running loop."""
+        """Starts the threads, for the running event loop."""
         workers = flights_of(MANY, self.device)
         self.engine = Engine(
             asyncio.get_running_loop(),
@@ -145,7 +145,7 @@ class Service:
             log.info("ready")
 
     async def stop(self) -> None:
-        """Ends the threads after what they have; the loop goes on meanwhile."""
+        """Ends the threads after the accepted requests, while the event loop continues."""
         self.is_stopping = True
         await asyncio.to_thread(self.engine.stop)
         self._aside.shutdown()
@@ -160,15 +160,15 @@ class Service:
     # ---- one request ----------------------------------------------------------------------------------------
 
     def admit(self, call: Call) -> None:
-        """Raises ServiceError for a request without the key, and where too many are open."""
+        """Raises ServiceError for a request without the key, and if too many requests are open."""
         if self._key is not None and not hmac.compare_digest(call.headers.get(b"authorization", b""), self._key):
             raise ServiceError("unauthorized", "the request has no valid API key: Authorization: Bearer KEY")
         if self.open > self.settings.max_concurrent_requests:
             raise ServiceError("overloaded", "Model is overloaded: too many requests are open", retry_after=1)
 
     async def read(self, call: Call) -> None:
-        """Reads the body. Raises as `Call.read`, and ServiceError for one that does not come in time: a client that
-        stops in the middle of a body would be an open request for ever."""
+        """Reads the body. Raises like `Call.read`, and ServiceError for a body that does not arrive in time: otherwise
+        a client that stops in the middle of a body would remain an open request for ever."""
         timeout = self.timeout_of(call)
         try:
             await asyncio.wait_for(call.read(self.settings.payload_limit), timeout)
@@ -176,7 +176,7 @@ class Service:
             raise ServiceError("late", f"the request's body did not come within {timeout:g} seconds") from None
 
     def expect_count(self, texts: Sequence[Any]) -> None:
-        """Raises ServiceError where a request has too many texts."""
+        """Raises ServiceError if a request has too many texts."""
         most = self.settings.max_client_batch_size
         if len(texts) > most:
             raise ServiceError(
@@ -184,13 +184,13 @@ class Service:
             )
 
     async def run(self, call: Call, model: Served, texts: Sequence[Any], prepare: Callable[[], Prepared]) -> Any:
-        """The answer of the engine to a request.
+        """The engine's answer to a request.
 
         Args:
-            texts: what is tokenised: texts, ids or pairs; for counts and for what the queue keeps free.
+            texts: texts, ids or pairs of the request; used for metrics and for the room to reserve in the queue.
             prepare: makes pieces of them, in another thread.
 
-        Raises: ServiceError; Gone where the client went away, whose pieces then leave the queue.
+        Raises: ServiceError; Gone if the client went away, in which case its pieces leave the queue.
         """
         self.expect_count(texts)
         loop, timeout = asyncio.get_running_loop(), self.timeout_of(call)
@@ -211,11 +211,11 @@ class Service:
         return answer
 
     async def aside(self, function: Callable[[], Any]) -> Any:
-        """function() in a thread of its own, for what no model computes: one at a time."""
+        """function() in another thread, one call at a time; for work without a model."""
         return await asyncio.get_running_loop().run_in_executor(self._aside, function)
 
     def timeout_of(self, call: Call) -> float:
-        """Seconds for a request: the server's, or fewer where the header x-timeout-seconds says so."""
+        """Seconds for a request: the server's limit, or less if the header x-timeout-seconds asks for less."""
         given = call.headers.get(b"x-timeout-seconds")
         if given is None:
             return self.settings.timeout
@@ -238,7 +238,7 @@ class Service:
         times["te_request_tokenization_duration"].observe(tokenising)
         times["te_request_queue_duration"].observe(queued)
         times["te_request_inference_duration"].observe(computing)
-        for length in tokens[:1]:  # of a long list one stands for all: counting each costs more than it tells
+        for length in tokens[:1]:  # only the first text of a request is counted; counting all would cost too much
             self.metrics.input_length.observe(length)
         call.report = [
             (b"x-compute-type", b"cpu" if self.device.type == "cpu" else b"gpu"),
@@ -259,7 +259,7 @@ def _fail(job: Job, error: Exception) -> None:
 
 
 async def _watch(call: Call, job: Job) -> None:
-    """Waits for the end of the connection."""
+    """Waits until the client disconnects, and then fails the job."""
     while (await call.receive())["type"] != "http.disconnect":
         pass
     _fail(job, Gone())

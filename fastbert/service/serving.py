@@ -1,4 +1,4 @@
-"""The process: uvicorn with our application, stopped by a signal after what it has accepted is answered."""
+"""The server process: uvicorn with our application. A signal stops it after all accepted requests are answered."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from .app import application, metrics_application
 from .service import Service
 from .transport import protocol
 
-# Seconds that a connection may idle: longer than the pools of clients keep theirs, or a request meets a closed one.
+# Seconds that an idle connection is kept: longer than clients keep theirs, so that no request meets a closed one.
 KEEP_ALIVE = 75
-BACKLOG = 2048  # connections that the system accepts ahead
+BACKLOG = 2048  # connections that may wait to be accepted
 
 
 class Server(uvicorn.Server):
-    """Stops on SIGTERM and SIGINT without raising the signal again: to stop so is no failure."""
+    """Stops on SIGTERM and SIGINT without raising the signal again, so that the exit code is 0."""
 
     def __init__(self, config: uvicorn.Config, service: Service):
         super().__init__(config)
@@ -43,12 +43,12 @@ class Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     def handle_exit(self, sig: int, frame: Any) -> None:
-        self.service.is_stopping = True  # readiness says so while the rest is answered
+        self.service.is_stopping = True  # /ready fails from now on, while accepted requests are answered
         super().handle_exit(sig, frame)
 
 
 class Lines(logging.Formatter):
-    """A JSON object a line."""
+    """Formats a log record as a line with a JSON object."""
 
     FIELDS = ("method", "path", "status", "texts", "tokens", "cut", "trace")
 
@@ -59,7 +59,7 @@ class Lines(logging.Formatter):
 
 
 def log_lines(level: str) -> None:
-    """Structured logs to standard error; at "debug" a line for every request, which never has a text in it."""
+    """Writes structured logs to standard error. At "debug" there is a line for every request, without its texts."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(Lines())
     for name in ("fastbert.service", "uvicorn.error"):
@@ -69,7 +69,7 @@ def log_lines(level: str) -> None:
 
 
 def bound_to(host: str, port: int) -> list[socket.socket]:
-    """Sockets for all addresses of a host, which do not listen yet. Raises ValueError, in one line."""
+    """Bound sockets for all addresses of a host, not listening yet. Raises ValueError, in one line."""
     found: list[socket.socket] = []
     absent: OSError | None = None
     try:
@@ -78,7 +78,7 @@ def bound_to(host: str, port: int) -> list[socket.socket]:
             try:
                 found.append(_bound(socket.socket(family, kind, protocol_number), address))
             except OSError as error:
-                # Where IPv6 is turned off, as in many containers, localhost has an address of it all the same.
+                # If IPv6 is turned off, as in many containers, localhost still has an IPv6 address.
                 if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
                     raise
                 absent = error
@@ -95,7 +95,7 @@ def bound_to(host: str, port: int) -> list[socket.socket]:
 def _bound(made: socket.socket, address: tuple) -> socket.socket:
     try:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if made.family == socket.AF_INET6:  # the same port of IPv4 is another address
+        if made.family == socket.AF_INET6:  # otherwise this socket would also take the port of IPv4
             made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         made.bind(address)
     except OSError:
@@ -105,9 +105,9 @@ def _bound(made: socket.socket, address: tuple) -> socket.socket:
 
 
 def serve(service: Service, sockets: Sequence[socket.socket], beside: Sequence[socket.socket] = ()) -> int:
-    """Answers on sockets until a signal comes; the exit code. beside: where /metrics is alone.
+    """Serves on the sockets until a signal comes; returns the exit code. beside: sockets that serve only /metrics.
 
-    Raises: ValueError, in one line, where another process listens there already.
+    Raises: ValueError, in one line, if another process listens there already.
     """
     settings = service.settings
     for each in (*sockets, *beside):

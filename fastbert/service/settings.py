@@ -1,5 +1,5 @@
-"""What `fastbert serve` is told: by flags, and by text-embeddings-inference's variables of the environment where they
-mean the same."""
+"""Settings of `fastbert serve`, from flags and from environment variables, which are text-embeddings-inference's where
+they mean the same."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# field -> (variables that are looked at in this order, how their text is read)
+# field -> (environment variables, of which the first one set counts; how its text is parsed)
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")
 
 
@@ -42,24 +42,24 @@ VARIABLES: dict[str, tuple[str, Any]] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """Limits and ways of a server.
+    """Settings of a server.
 
     Attributes:
-        host, port: where it listens.
-        prometheus_port: where /metrics is alone; None for the same port as all else.
-        dtype, device, impl, pooling: of every model, as `Encoder.from_pretrained` has them.
-        max_batch_tokens: tokens computed at once; None for what the device likes.
-        max_queue_tokens: tokens that may wait for each model.
-        max_concurrent_requests: requests that may be open.
-        max_client_batch_size: texts of a request.
-        max_text_tokens: of a text, which is cut to so many; None for the model's own limit.
-        payload_limit: bytes of a request's body.
-        timeout: seconds within which a request is answered, or told that it is late.
-        auto_truncate: whether texts that are too long are cut where a request does not say.
-        default_prompt_name: of requests that name none.
-        batch_invariant: whether a text's bits are the same whatever shares its batch.
-        api_key: that requests must have; None for none.
-        cors_allow_origin: origins of pages that may ask; empty for none.
+        host, port: the address to listen on.
+        prometheus_port: separate port for /metrics; None serves it on `port`.
+        dtype, device, impl, pooling: for every model, as in `Encoder.from_pretrained`.
+        max_batch_tokens: most tokens computed at once; None for the device's default.
+        max_queue_tokens: most tokens that may wait for each model.
+        max_concurrent_requests: most open requests.
+        max_client_batch_size: most texts of a request.
+        max_text_tokens: most tokens of a text, longer texts are cut; None for the model's own limit.
+        payload_limit: most bytes of a request's body.
+        timeout: seconds after which a request fails as too late.
+        auto_truncate: whether too long texts are cut if the request does not say.
+        default_prompt_name: prompt of requests that name none.
+        batch_invariant: whether a text's bits are the same in any batch.
+        api_key: key that requests must carry; None for none.
+        cors_allow_origin: origins of web pages that may send requests; empty for none.
     """
 
     host: str = "127.0.0.1"
@@ -84,7 +84,8 @@ class Settings:
 
     @classmethod
     def read(cls, given: Mapping[str, Any], environment: Mapping[str, str] = os.environ) -> Settings:
-        """given: what flags said, by the names above, None where a flag did not come; flags win over variables.
+        """Settings from flags and environment variables. given: the flags by the names above, None for a flag that was
+        not given. Flags override variables.
 
         The key is in API_KEY, or in the file that `api_key_file` or API_KEY_FILE names.
 

@@ -1,4 +1,4 @@
-"""Connections: a reply goes out in one piece, and a client that still sends when it has its answer can read it."""
+"""Connections: a reply is sent in one piece, and it reaches clients that have not finished sending their request."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import contextlib
 import importlib.util
 from typing import Any
 
-# What is read and thrown away of a body after the answer to it: seconds and bytes at most.
+# Bounds for reading and discarding the rest of a request after its answer.
 LINGER_SECONDS, LINGER_BYTES = 2.0, 2**25
 
 
 class OneWrite:
     """A transport that sends the head of a reply together with its body, in one piece.
 
-    uvicorn writes them one after the other: in two pieces, of which the second may wait for an acknowledgement that
-    the client's system delays by 40 ms. A head without a body, as HEAD is answered, goes at the loop's next turn.
+    uvicorn writes them one after the other. In two pieces, the second might wait for an acknowledgement, which the
+    client's system delays by 40 ms. A head without a body, the reply to HEAD, is sent at the loop's next iteration.
 
-    Where the protocol closes the connection before it has read the whole request, an answer that was sent would be lost
-    to a client that is still writing: its system is told of unread bytes, and drops what it has received. So the
-    transport reads on for a while, and throws away what comes (`Leftover`).
+    If the connection is closed before the whole request was read, a client that is still sending would lose the answer:
+    its system resets the connection because of the unread bytes, and drops what it has received. So the transport keeps
+    reading for a while, and discards the bytes (`Leftover`).
     """
 
     def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop, protocol: Any):
@@ -59,13 +59,13 @@ class OneWrite:
 
 
 class Leftover(asyncio.Protocol):
-    """Reads the rest of what a client sends after its answer, until it ends, or until the bounds above."""
+    """Reads and discards the rest of a request after its answer, within the bounds above."""
 
     def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop, before: asyncio.Protocol):
         self._transport, self._before, self._bytes = transport, before, 0
         self._timer = loop.call_later(LINGER_SECONDS, transport.close)
         transport.set_protocol(self)
-        with contextlib.suppress(OSError):  # where the client has reset the connection, the loop says so next
+        with contextlib.suppress(OSError):  # if the client has reset the connection, the event loop reports it next
             transport.write_eof()
         transport.resume_reading()
 
@@ -86,7 +86,7 @@ class Leftover(asyncio.Protocol):
 
 
 def protocol() -> type:
-    """uvicorn's HTTP protocol, by httptools where that is installed, on such a transport."""
+    """uvicorn's HTTP protocol (httptools' if that is installed) on a OneWrite transport."""
     if importlib.util.find_spec("httptools") is not None:
         from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol as Base
     else:

@@ -1,1 +1,1 @@
-"""The faces of the service: each speaks as the clients of one kind expect."""
+"""The faces of the service: one module for each API that clients expect."""

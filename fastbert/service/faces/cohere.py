@@ -1,7 +1,7 @@
 """The faces of Cohere and Jina, and of Infinity and Voyage, which rerank like them: /v1/rerank, /v1/embed, /v2/embed.
 
-Of rerank, `max_tokens_per_doc` cuts each document before it is paired with the query; of documents that are objects
-`rank_fields` names the fields that are read.
+In rerank, `max_tokens_per_doc` cuts each document before it is paired with the query, and `rank_fields` names the
+fields to read of documents that are objects.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from . import fields
 from .openai import encoded
 from .tei import scored
 
-# What texts are for -> names of prompts of which the first that a model has is put before them.
+# input_type -> names of prompts; the first one that the model has is put before the texts
 INPUT_TYPES = {"search_query": ("query",), "search_document": ("document", "passage", "corpus")}
 
 
 async def rerank(service: Service, call: Call) -> dict[str, Any]:
-    """Scores of documents for a query, the best first; `top_n`, or Voyage's `top_k`, of them. `max_tokens_per_doc` of a
-    document are read, and no more than the model takes."""
+    """Scores of documents for a query, the best first; only the first `top_n`, or Voyage's `top_k`. Of each document at
+    most `max_tokens_per_doc` tokens are read, and no more than the model takes."""
     body = call.body
     of_objects = fields.take(body, "rank_fields", list, ["text"])
     documents = fields.documents(body.get("documents"), "documents", [str(name) for name in of_objects])
@@ -46,7 +46,7 @@ async def rerank(service: Service, call: Call) -> dict[str, Any]:
 
 
 async def embed_v1(service: Service, call: Call) -> dict[str, Any]:
-    """As `embed_v2`; without `embedding_types` a plain list of vectors."""
+    """Like `embed_v2`, but a plain list of vectors if there are no `embedding_types`."""
     by_type = await embed_v2(service, call)
     if call.body.get("embedding_types"):
         return by_type
@@ -82,12 +82,12 @@ async def embed_v2(service: Service, call: Call) -> dict[str, Any]:
 
 
 def _int8(vectors: np.ndarray) -> np.ndarray:
-    """Numbers of a vector of length 1 times 127, rounded."""
+    """The numbers of vectors of length 1, times 127, rounded."""
     return np.clip(np.rint(vectors * 127), -128, 127).astype(np.int8)
 
 
-# The forms of vectors by name. Bits are 1 where a number is above 0, eight to a byte, the first one the highest; a
-# signed byte is 128 less.
+# The forms of vectors by name. A bit is 1 if the number is above 0; eight bits make a byte, the first one the highest.
+# In the signed form each byte is 128 less.
 TYPES = {
     "float": lambda vectors: vectors,
     "int8": _int8,

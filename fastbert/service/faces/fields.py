@@ -1,4 +1,4 @@
-"""Fields of a request's body: read, checked, and named in messages. A field that is null was not sent."""
+"""Reads and checks fields of a request's body; errors name the field. null counts as absent."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: 
 
 
 def take(body: Mapping[str, Any], name: str, kind: type, default: Any = None) -> Any:
-    """The value under a name, `default` where there is none. Raises ServiceError for another kind of value."""
+    """The value of a field, or `default`. Raises ServiceError if it has another type."""
     value = body.get(name)
     if value is None:
         return default
@@ -24,7 +24,7 @@ def take(body: Mapping[str, Any], name: str, kind: type, default: Any = None) ->
 
 
 def needed(body: Mapping[str, Any], name: str, kind: type) -> Any:
-    """As `take`, of a field that must be there."""
+    """Like `take`, for a required field."""
     value = take(body, name, kind)
     if value is None:
         raise ServiceError("invalid", f"the field {name} is missing", param=name)
@@ -32,7 +32,7 @@ def needed(body: Mapping[str, Any], name: str, kind: type) -> Any:
 
 
 def count(body: Mapping[str, Any], *names: str) -> int | None:
-    """A number from 1 up under one of these names; None where there is none, or 0."""
+    """A positive number under one of these names; None if absent or 0."""
     for name in names:
         value = take(body, name, int)
         if value is not None and value < 0:
@@ -43,7 +43,7 @@ def count(body: Mapping[str, Any], *names: str) -> int | None:
 
 
 def choice(body: Mapping[str, Any], name: str, among: Sequence[str]) -> str | None:
-    """One of some words, whatever their case; None where there is none."""
+    """One of several words, in any case; None if absent."""
     value = take(body, name, str)
     if value is None:
         return None
@@ -53,7 +53,7 @@ def choice(body: Mapping[str, Any], name: str, among: Sequence[str]) -> str | No
 
 
 def texts(value: Any, name: str) -> list[str]:
-    """A text, or a list of them, as a list. Raises ServiceError for anything else, or none at all."""
+    """A text, or a list of texts, as a list. Raises ServiceError for anything else, and for an empty list."""
     if isinstance(value, str):
         return [value]
     if value is None:
@@ -66,7 +66,7 @@ def texts(value: Any, name: str) -> list[str]:
 
 
 def texts_or_ids(value: Any, name: str) -> list[str] | list[list[int]]:
-    """A text, texts, ids, or lists of ids, as a list of texts or of lists of ids."""
+    """A text, a list of texts, a list of ids, or several lists of ids, as a list of texts or of lists of ids."""
     if isinstance(value, list) and value:
         if all(type(item) is int for item in value):
             return [value]

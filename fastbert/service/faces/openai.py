@@ -16,10 +16,10 @@ ENCODINGS = ("float", "base64")
 
 
 async def embeddings(service: Service, call: Call) -> dict[str, Any]:
-    """Vectors of texts, or of token ids of the model's own vocabulary, in their order.
+    """Vectors of texts, or of token ids of the model's vocabulary, in input order.
 
-    `dimensions` keeps so many numbers of a vector and gives it its length back; 0 and null keep all. Beyond OpenAI's
-    fields: `prompt_name`, one of the model's prompts, and `truncate`, false for an error in place of a cut.
+    `dimensions` keeps that many numbers of each vector and restores its length; 0 and null keep all. Beyond OpenAI's
+    fields: `prompt_name`, one of the model's prompts, and `truncate`; false refuses texts that would be cut.
     """
     body = call.body
     encoding = body.get("encoding_format") or "float"

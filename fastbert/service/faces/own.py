@@ -1,4 +1,5 @@
-"""Entities, answers and filled words; and what the Hugging Face hub's clients send to a model's address itself."""
+"""Entities, answers and filled words; and the requests that the Hugging Face hub's clients send to a model's
+address."""
 
 from __future__ import annotations
 
@@ -15,15 +16,15 @@ AGGREGATIONS = ("none", "simple", "first", "average", "max")
 
 
 def _parameters(call: Call) -> dict[str, Any]:
-    """Options lie under "parameters", as the hub's clients have them, or beside the inputs."""
+    """The options of a request, which are under "parameters", as the hub's clients send them, or beside the inputs."""
     return call.body | fields.take(call.body, "parameters", dict, {})
 
 
 async def token_classify(service: Service, call: Call) -> list:
     """Entities of a text, or of each of a list: entity_group, score, word, start and end in characters.
 
-    `aggregation_strategy` "none": every word with its tag as `entity`, less those whose tag is in `ignore_labels`,
-    ["O"] where nothing is said. Any other one gives entities, since fastbert tags words and not pieces of them.
+    `aggregation_strategy` "none" gives every word with its tag as `entity`, except tags in `ignore_labels` (by default
+    ["O"]). All other strategies give entities, since fastbert tags words and not pieces of words.
     """
     given, options = call.body.get("inputs"), _parameters(call)
     texts = fields.texts(given, "inputs")
@@ -55,8 +56,8 @@ def _words_of(record: dict[str, Any], ignored: list) -> list[dict[str, Any]]:
 async def question_answer(service: Service, call: Call) -> dict[str, Any] | list:
     """The answer to {"question", "context"}, or to each of a list: answer, score, start and end in characters.
 
-    `top_k` above 1 gives so many for each question. `max_answer_len` in tokens; `handle_impossible_answer` allows
-    for no answer, "".
+    `top_k` above 1 gives several answers for each question. `max_answer_len` counts tokens. `handle_impossible_answer`
+    allows the answer "".
     """
     given, options = call.body.get("inputs"), _parameters(call)
     questions = given if isinstance(given, list) else [given]
@@ -77,8 +78,8 @@ async def question_answer(service: Service, call: Call) -> dict[str, Any] | list
 
 
 async def fill_mask(service: Service, call: Call) -> list:
-    """Words for the masks of a text, or of each of a list: score, token, token_str, sequence; a list a mask where a
-    text has several. `top_k` of them, of `targets` alone where these are given."""
+    """Words for the masks of a text, or of each of a list: score, token, token_str, sequence; a list for each mask if a
+    text has several. The best `top_k` words, or those among `targets` if given."""
     given, options = call.body.get("inputs"), _parameters(call)
     texts = fields.texts(given, "inputs")
     top_k, targets = fields.count(options, "top_k") or 5, fields.take(options, "targets", list)
@@ -92,7 +93,7 @@ async def fill_mask(service: Service, call: Call) -> list:
 
 
 async def zero_shot(service: Service, call: Call) -> list:
-    """Labels of the caller's own, by a classifier of pairs that knows "entailment"."""
+    """Scores for the caller's labels, by a classifier of pairs with a label "entailment"."""
     options = _parameters(call)
     text = fields.needed(call.body, "inputs", str)
     names = fields.texts(options.get("candidate_labels"), "candidate_labels")
