@@ -1,6 +1,6 @@
-"""Batches of masked examples, made from a plan one after another or by threads ahead of who computes them.
+"""Batches of masked examples, made from a plan, in the calling thread or ahead of it by other threads.
 
-A batch is a function of its step and the seed, so that neither threads nor their number change what is learnt.
+A batch is a function of its step and the seed, so the number of threads does not change what is learnt.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from .plan import Epoch, PretrainingPlan, Step
 
 @dataclass(frozen=True)
 class MaskedBatch:
-    """Examples as a model sees them, T tokens of B examples.
+    """B masked examples of T tokens.
 
     Attributes:
-        shown: with what is shown in place of the tokens. labels: [T] int64, IGNORED where nothing is guessed.
-        pairs: [B] int64, 0 or 1, or None. uniform: [T] float64, a random number in [0, 1) of each token.
-        counts: whether the batch counts, or fills up what a process has to compute.
-        guessed: how many tokens are to be guessed.
+        shown: the packed batch with masked tokens replaced. labels: [T] int64, IGNORED for tokens that are not guessed.
+        pairs: [B] int64, 0 or 1, or None. uniform: [T] float64, a random number in [0, 1) for each token.
+        counts: False for a batch that a process only computes to take part, and whose result is ignored.
+        guessed: number of tokens to guess.
     """
 
     shown: PackedBatch
@@ -39,7 +39,7 @@ class MaskedBatch:
     guessed: int
 
     def sizes(self) -> list[int]:
-        """Guessed tokens, pairs and tokens, 0 where the batch does not count."""
+        """Numbers of guessed tokens, pairs and tokens; 0 if the batch does not count."""
         if not self.counts:
             return [0, 0, 0]
         return [self.guessed, 0 if self.pairs is None else len(self.pairs), self.shown.total_tokens]
@@ -61,7 +61,7 @@ def masked_batch(
     epoch: int,
     counts: bool = True,
 ) -> MaskedBatch:
-    """A batch of the examples of these numbers, on the CPU."""
+    """A batch of the examples with the numbers `rows`, on the CPU."""
     tokenizer = masking.tokenizer
     ids, joins, types = tokens_of(corpus, examples, rows, tokenizer.cls_token_id, tokenizer.sep_token_id)
     shown, labels, further = masking.apply(ids, joins, rows, seed, epoch)
@@ -85,7 +85,7 @@ class Loader:
     """The batches of this process for each step.
 
     Args:
-        workers: threads that make the batches of coming steps; 0 makes them when they are asked for.
+        workers: threads that make the batches of the next steps; 0 makes each batch when it is needed.
     """
 
     def __init__(self, plan: PretrainingPlan, masking: Masking, rank: int, ranks: int, workers: int) -> None:

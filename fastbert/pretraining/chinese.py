@@ -1,7 +1,7 @@
-"""Chinese words: a tokenizer makes a token of each character, and a segmenter says which of them make a word.
+"""Chinese words: the tokenizer makes a token of each character, and a segmenter joins characters into words.
 
-A word list is a plain file, a word a line. A text is cut into as few words of the list as possible, characters that
-are of no word standing alone; of two such ways, the one whose last words are longer.
+A word list is a plain file, one word a line. A text is cut into as few words of the list as possible; a character that
+is in no word counts as a word. Of several such cuts the one with the longer last words is taken.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ..text.files import InputError, read_lines
 
-# Runs of ideographs, the ranges that BERT's tokenizer takes apart into characters.
+# Runs of ideographs: the ranges that BERT's tokenizer splits into characters.
 _CHINESE = re.compile(
     "[\u4e00-\u9fff\u3400-\u4dbf\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002ceaf\U0002f800-\U0002fa1f]+"
 )
@@ -25,7 +25,8 @@ _CHINESE = re.compile(
 class Segmenter:
     """Cuts runs of ideographs into words.
 
-    cut: the words of a run, which joined give the run. name: of the segmenter with its words, for messages and digests.
+    cut: returns the words of a run; joined, they give the run. name: names segmenter and words, for messages and
+    digests.
     """
 
     def __init__(self, name: str, cut: Callable[[str], Iterable[str]]) -> None:
@@ -35,14 +36,14 @@ class Segmenter:
 def segmenter_of(name: str) -> Segmenter:
     """`jieba`, or a file with a word list.
 
-    Raises: ImportError where jieba is asked for and not there; InputError where the list has no words.
+    Raises: ImportError if jieba is not installed; InputError if the list has no words.
     """
     if name == "jieba":
         try:
             import jieba
         except ImportError as error:
             raise ImportError("the segmenter jieba is not there: pip install jieba, or give a word list") from error
-        jieba.setLogLevel("WARNING")  # else it tells standard error that it reads its dictionary
+        jieba.setLogLevel("WARNING")  # otherwise jieba prints to standard error that it loads its dictionary
         return Segmenter(f"jieba {jieba.__version__}", jieba.Tokenizer().cut)
     path = Path(name)
     with open(path, "rb") as stream:
@@ -58,7 +59,7 @@ class _FewestWords:
         self.words, self.longest = words, max(map(len, words))
 
     def __call__(self, run: str) -> list[str]:
-        # fewest[i]: of run[:i], (how many words, the length of the last one), where more words are worse
+        # fewest[i]: for run[:i], (number of words, length of the last word) of the best cut
         fewest = [(0, 0)]
         for end in range(1, len(run) + 1):
             best = (fewest[end - 1][0] + 1, 1)
@@ -76,10 +77,9 @@ class _FewestWords:
 
 
 def joins_of_words(text: str, offsets: Sequence[tuple[int, int]], segmenter: Segmenter) -> NDArray[np.uint8]:
-    """1 for each token that is of the same Chinese word as the one before it, [tokens] uint8.
+    """1 for each token that belongs to the same Chinese word as the token before it, [tokens] uint8.
 
-    Where a token lies across the edge of a word, words and tokens disagree, and its characters stand for themselves:
-    neither it nor the token behind it is joined.
+    A token that crosses the edge of a word is not joined with its neighbours.
 
     offsets: (start, end) of each token in `text`, in characters.
     """

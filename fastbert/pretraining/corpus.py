@@ -1,12 +1,12 @@
-"""Text as tokens in files, which are mapped into memory: any part of it is at hand, and none of it has to be held.
+"""Tokenised text in memory-mapped files, so that a corpus may be larger than memory.
 
     ids.bin         a token's id, uint16 or uint32
     joins.bin       1 where a token continues the word of the token before it, uint8
-    segments.bin    where each segment begins, int64; a segment is a sentence, or a part of a long one
-    documents.bin   which segment each document begins with, int64
+    segments.bin    the token at which each segment begins, int64; a segment is a sentence, or a part of a long one
+    documents.bin   the segment with which each document begins, int64
     facts.json      sizes, digest and notes; written last
 
-A line is cut into sentences behind their full stops, question and exclamation marks, so that it may be a paragraph.
+A line may be a paragraph: it is cut into sentences after full stops, question marks and exclamation marks.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Corpus:
         return self.facts["digest"]
 
     def unigram_entropy(self) -> float:
-        """Of the tokens' distribution, in nats: the loss of who knows how often each token occurs and nothing else."""
+        """Entropy of the tokens' frequencies, in nats: the loss of a model that knows nothing but these frequencies."""
         counts = np.zeros(int(self.facts["vocabulary"]), np.int64)
         for start in range(0, len(self.ids), 1 << 24):
             counts += np.bincount(self.ids[start : start + (1 << 24)], minlength=len(counts))
@@ -75,11 +75,12 @@ def build_corpus(
     folder: Path, paths: Sequence[str | Path], tokenizer: Tokenizer, longest: int, *,
     segmenter: Segmenter | None = None, field: str = "text", line_bytes: int = LINE_BYTES,
 ) -> Corpus:  # fmt: skip
-    """Reads text into `folder`, or opens what lies there where it was made of the same files and in the same way.
+    """Tokenises text into `folder`, or opens the corpus there if it was made from the same files with the same
+    settings.
 
-    longest: tokens of a segment at most; longer sentences are cut.
+    longest: most tokens of a segment; longer sentences are cut.
 
-    Raises: InputError where there is no text, or no token that the tokenizer knows.
+    Raises: InputError if there is no text, or no token that the tokenizer knows.
     """
     files = files_of(paths)
     made_of = {
@@ -108,7 +109,7 @@ def build_corpus(
 
 
 def tokenizer_digest(tokenizer: Tokenizer) -> str:
-    """Of the vocabulary with its ids, and of how text is prepared."""
+    """Digest of the vocabulary with its ids, and of the tokenizer's settings."""
     words = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     return sha256(repr((words, sorted(tokenizer.config.items(), key=str))).encode()).hexdigest()
 
@@ -181,7 +182,7 @@ class _Writer:
             stream.write(content)
 
     def _tokenised(self, texts: list[str]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint8]]]:
-        """(ids, joins) of each text."""
+        """(ids, joins) for each text."""
         if self.segmenter is None:
             for with_special in self.tokenizer.input_ids(texts):
                 ids = np.array(with_special[1:-1], np.int64)
@@ -195,9 +196,10 @@ class _Writer:
             yield ids, self.continues[ids] | within_words
 
     def _segment_starts(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Where the segments of a line begin: behind the end of a sentence, and where one would become too long."""
+        """The tokens at which segments of a line begin: after the end of a sentence, and where a segment would become
+        too long."""
         end, closer = self.is_end[ids], self.is_closer[ids]
-        # A token that closes, such as a quotation mark, belongs to the sentence before it, if that has ended.
+        # A closing token, such as a quotation mark, belongs to the sentence that has just ended.
         places = np.arange(len(ids))
         last_other = np.maximum.accumulate(np.where(closer, -1, places))
         ended = (last_other >= 0) & end[last_other]

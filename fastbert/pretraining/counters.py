@@ -1,7 +1,7 @@
-"""Random numbers that are a function of where they are used: Philox4x32-10 (Salmon et al., SC 2011), for arrays.
+"""Random numbers as a function of a counter: Philox4x32-10 (Salmon et al., SC 2011), for arrays.
 
-numpy has Philox as a stream, one object a key. Here every element has a counter of its own, so that a whole batch is
-drawn at once, and a token's numbers do not depend on what is computed with it.
+numpy's Philox is a stream, one object for each key. Here every element has its own counter, so that a whole batch is
+drawn at once, and a token's numbers do not depend on the other tokens.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ def philox(counter: tuple[Words, Words, Words, Words], key: tuple[int, int]) -> 
 
 
 def below(word: Words, bound: int | Words) -> Words:
-    """Numbers from 0 up to `bound`, less than 2^32, out of words of 32 random bits; each as likely, to 1 in 2^32."""
+    """Numbers from 0 to `bound` - 1 from words of 32 random bits, equally likely up to 1 in 2^32; bound: below 2^32."""
     return (word * np.asarray(bound, dtype=np.uint64)) >> _HALF
 
 
 def threshold(probability: float) -> np.uint64:
-    """A word of 32 random bits is below it with this probability."""
+    """The number below which a word of 32 random bits is with this probability."""
     return np.uint64(round(probability * 2**32))
 
 
 class Stream:
-    """Numbers one after another, a function of (seed, epoch, stream)."""
+    """A sequence of random numbers, a function of (seed, epoch, stream)."""
 
     def __init__(self, seed: int, epoch: int, stream: int) -> None:
-        # The stream is in the counter's third word, which no stream counts up to.
+        # The stream's number is in the counter's third word, which counting never reaches.
         self._bits = np.random.Philox(key=[seed, epoch], counter=[0, 0, stream, 0])
         self._drawn: list[int] = []
 
@@ -58,11 +58,11 @@ class Stream:
         return self._drawn.pop()
 
     def below(self, bound: int) -> int:
-        """A number from 0 up to `bound`."""
+        """A number from 0 to `bound` - 1."""
         return (self.raw() * bound) >> 64
 
     def heads(self, coins: int) -> int:
-        """How many of so many coins show heads."""
+        """Number of heads among `coins` thrown coins."""
         total = 0
         while coins > 0:
             total += (self.raw() >> (64 - min(coins, 64))).bit_count()

@@ -1,11 +1,11 @@
-"""Which tokens make an example: segments of one document, packed up to the limit, or pairs of such.
+"""Cuts documents into examples: segments of one document up to the limit, or pairs of such parts.
 
-    words alone     [CLS] segments [SEP]
-    next sentence   [CLS] A [SEP] B [SEP], where B follows A (0), or is of another document (1), half of the time each
-    order           [CLS] A [SEP] B [SEP], two neighbours as they are (0), or the second one first (1)
+    words only      [CLS] segments [SEP]
+    next sentence   [CLS] A [SEP] B [SEP]; B follows A (0), or is from another document (1), with equal probability
+    order           [CLS] A [SEP] B [SEP]; two neighbours in their order (0), or exchanged (1)
 
-All of it is a function of (corpus, seed, epoch): each epoch cuts its examples anew. One in ten is cut to a shorter
-length, drawn between two tokens and the limit, as in Google's BERT, so that a model has seen short texts as well.
+The examples are a function of (corpus, seed, epoch), so each epoch has different ones. One example in ten is cut to a
+shorter length, drawn between two tokens and the limit, as in Google's BERT, so that a model also sees short texts.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .counters import Stream
 
 NEXT_SENTENCE, SENTENCE_ORDER = "next sentence", "sentence order"
 SHORT_ONE_IN = 10
-CUTS = 1  # the stream of random numbers that examples are cut by
+CUTS = 1  # number of the random stream for cutting examples
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,11 @@ class Examples:
     """The examples of an epoch.
 
     Attributes:
-        first, second: [examples, 2] int64, begin and end of both parts in the corpus' tokens; those of `second` are
-            equal where there is none.
-        labels: [examples] int8, of pairs 0 or 1, else -1.
-        lengths: [examples] int64 tokens, with the special ones.
-        left_out: segments that no example has, since they are the only ones of their documents or what a pair left.
+        first, second: [examples, 2] int64, begin and end of both parts in the corpus' tokens; begin and end of `second`
+            are equal if the example has no second part.
+        labels: [examples] int8, 0 or 1 for pairs, else -1.
+        lengths: [examples] int64 number of tokens, special ones included.
+        left_out: number of segments in no example: the only segment of a document, or the rest after a pair.
     """
 
     first: NDArray[np.int64]
@@ -49,12 +49,12 @@ class Examples:
 
 
 def longest_segment(max_length: int) -> int:
-    """Tokens of a segment at most, so that two of them make a pair."""
+    """Most tokens of a segment, so that two segments fit into a pair."""
     return max(1, (max_length - 3) // 2)
 
 
 def check_pairs(corpus: Corpus, pairs: str | None, what: str) -> None:
-    """Raises: InputError where a corpus is too small for pairs; `what` names it."""
+    """Raises InputError if a corpus is too small for pairs; `what` names the corpus."""
     if pairs == NEXT_SENTENCE and corpus.n_documents < 2:
         raise InputError(
             f"{what} is one document, and the next-sentence objective takes its wrong pairs from other documents: put "
@@ -95,7 +95,7 @@ class _Cutter:
         return Examples(bounds[:, :2], bounds[:, 2:], labels, lengths, self.left_out)
 
     def _next(self, document: int, begin: int, end: int) -> int:
-        """Makes the example that begins with this segment; the segment after it."""
+        """Makes the example that begins with segment `begin`; returns the segment after the example."""
         target, draw = self.room, self.draw
         if draw.below(SHORT_ONE_IN) == 0:
             target = 2 + draw.below(self.room - 1)
@@ -103,11 +103,11 @@ class _Cutter:
         if self.pairs is None:
             self._add(begin, stop, 0, 0, -1)
             return stop
-        # One segment more than fits where wrong pairs are made, as in Google's BERT, and `_add` cuts what is too much.
+        # As in Google's BERT, examples for next sentences take one segment more than fits, and `_add` cuts them.
         # If right pairs ended with a sentence and wrong ones at the limit, their lengths would tell them apart.
         more = self.pairs == NEXT_SENTENCE
         stop = min(end, max(stop + more, begin + 2))
-        if end - stop == 1:  # it would be alone
+        if end - stop == 1:  # a single remaining segment could not make a pair
             stop = end
         if stop - begin < 2:
             self.left_out += 1
@@ -130,9 +130,9 @@ class _Cutter:
         return split
 
     def _last_within(self, begin: int, tokens: int) -> int:
-        """The last segment that begins at most so many tokens behind the beginning of `begin`."""
+        """The last segment that begins at most `tokens` tokens after the beginning of `begin`."""
         limit = self.segments[begin] + tokens
-        # A segment has a token at least, so that the search need not look further than this.
+        # A segment has at least one token, which bounds the search.
         near = self.segments[begin : begin + max(tokens, 0) + 2]
         return begin + int(np.searchsorted(near, limit, side="right")) - 1
 
@@ -142,7 +142,7 @@ class _Cutter:
         c, d = int(self.segments[second_begin]), int(self.segments[second_end])
         excess = b - a + d - c - self.room
         if excess > 0:
-            # The longer part gives up tokens until both are of one length, then both do; in front or behind by chance.
+            # The longer part loses tokens until both have the same length, then both do, at random ends.
             more = min(excess, abs((b - a) - (d - c)))
             both = excess - more
             from_first = both // 2 + (more if b - a > d - c else 0)
@@ -156,7 +156,7 @@ class _Cutter:
 
 
 def tokens_of(corpus: Corpus, examples: Examples, rows: Any, cls: int, sep: int) -> tuple[list[Any], ...]:
-    """(ids, joins, segments), of each row an array [tokens]: with [CLS] and [SEP], which join nothing."""
+    """(ids, joins, segments), each a list with one array [tokens] per row, including [CLS] and [SEP]."""
     all_ids, all_joins, all_types = [], [], []
     for row in rows:
         (a, b), (c, d) = examples.first[row].tolist(), examples.second[row].tolist()
@@ -164,7 +164,7 @@ def tokens_of(corpus: Corpus, examples: Examples, rows: Any, cls: int, sep: int)
         ids, joins, types = np.full(length, sep, np.int64), np.zeros(length, np.uint8), np.zeros(length, np.int64)
         middle = 1 + b - a
         ids[0], ids[1:middle], joins[1:middle] = cls, corpus.ids[a:b], corpus.joins[a:b]
-        joins[1] = 0  # the front of a word may have been cut off
+        joins[1] = 0  # the beginning of the first word may have been cut off
         if examples.labels[row] >= 0:
             ids[middle + 1 : -1], joins[middle + 1 : -1] = corpus.ids[c:d], corpus.joins[c:d]
             joins[middle + 1] = 0

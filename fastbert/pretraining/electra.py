@@ -1,11 +1,11 @@
-"""ELECTRA (Clark et al., arXiv:2003.10555): a small generator guesses masked words, and a discriminator says of every
-token whether it is the original.
+"""ELECTRA (Clark et al., arXiv:2003.10555): a small generator guesses masked words, and a discriminator predicts for
+every token whether it is the original.
 
     x_masked -> generator -> logits of the masked tokens -> sampled in their place -> discriminator -> one logit a token
     loss = cross-entropy of the generator's guesses + 50 * binary cross-entropy of the discriminator's
 
-A sampled token that equals the original counts as original. The generator's gradient does not come through what it
-sampled. Both share their embeddings; the discriminator is a BERT, and is what is kept for fine-tuning.
+A sampled token that equals the original counts as original. No gradient flows through the sampling. Both models share
+their embeddings. The discriminator is a BERT, which is kept for fine-tuning.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ DISCRIMINATOR_WEIGHT = 50.0
 
 
 class ElectraOutput(NamedTuple):
-    """loss, and its two parts, each divided by what was given; of the discriminator logits [T], detached, and whether
-    each token was replaced, [T] bool."""
+    """The loss and its two parts; the discriminator's logits [T], detached; whether each token was replaced, [T]
+    bool."""
 
     loss: Tensor
     generator_loss: Tensor
@@ -41,8 +41,8 @@ class ElectraOutput(NamedTuple):
 
 
 def generator_config(config: BertConfig) -> BertConfig:
-    """The generator's sizes by those of the discriminator: a third of BERT-base's width, else a fourth, in heads of 64;
-    as many layers (table 6 of the paper)."""
+    """The generator's sizes (table 6 of the paper): a third of BERT-base's width, a fourth of other widths, in heads of
+    64, and as many layers as the discriminator."""
     share = 3 if config.hidden_size == BertConfig().hidden_size else 4
     width = max(HEAD_WIDTH, config.hidden_size // share // HEAD_WIDTH * HEAD_WIDTH)
     return replace(
@@ -52,11 +52,11 @@ def generator_config(config: BertConfig) -> BertConfig:
 
 
 class _ProjectedEmbeddings(nn.Module):
-    """Embeddings [T, C] of another model, brought to the generator's width: [T, G]."""
+    """The discriminator's embeddings [T, C], projected to the generator's width: [T, G]."""
 
     def __init__(self, embeddings: BertEmbeddings, width: int) -> None:
         super().__init__()
-        # In a tuple, so that the discriminator's module is not one of this one's too.
+        # In a tuple, so that the discriminator's embeddings are not registered as a submodule of the generator.
         self._of_discriminator = (embeddings,)
         self.project = nn.Linear(embeddings.word_embeddings.embedding_dim, width)
 
@@ -72,7 +72,7 @@ class Electra(nn.Module):
     """Both models of pre-training.
 
     Args:
-        bert: the discriminator's encoder, without a pooler; its embeddings are the generator's too.
+        bert: the discriminator's encoder, without a pooler; the generator uses its embeddings too.
     """
 
     def __init__(self, bert: BertModel) -> None:
@@ -99,9 +99,9 @@ class Electra(nn.Module):
         self, batch: PackedBatch, labels: Tensor, uniform: Tensor, num_items_in_batch: float, num_tokens_in_batch: float
     ) -> ElectraOutput:
         """Args:
-        batch: with [MASK] in place of every token that is to be guessed. labels: [T] int64, those tokens, else IGNORED.
-        uniform: [T], a number in [0, 1) of each token, by which the generator samples.
-        num_items_in_batch, num_tokens_in_batch: what the sums of both losses are divided by.
+        batch: with [MASK] for every token to guess. labels: [T] int64, the original of these tokens, else IGNORED.
+        uniform: [T], a random number in [0, 1) for each token, with which the generator samples.
+        num_items_in_batch, num_tokens_in_batch: divisors of the generator's and the discriminator's summed loss.
         """
         rows = (labels != IGNORED).nonzero().squeeze(1)
         guesses = self._guesses(self.generator(batch).last_hidden_state[rows])  # [N, V] float32
@@ -115,7 +115,7 @@ class Electra(nn.Module):
         hidden = self.bert(replace(batch, input_ids=seen)).last_hidden_state
         layers = self.discriminator_predictions
         h = F.activate(product(layers["dense"], hidden, self.impl), "gelu")
-        # In float32: of logits of bfloat16 thousands would tie, and the area under their curve counts ties half.
+        # In float32: in bfloat16 thousands of logits would tie, and the area under the curve counts ties half.
         logits = at_least_float32(scores(layers["dense_prediction"], h, self.impl)).squeeze(1)  # [T]
         told = nn.functional.binary_cross_entropy_with_logits(logits, replaced.to(logits.dtype), reduction="sum")
         told = told / num_tokens_in_batch
@@ -132,11 +132,11 @@ class Electra(nn.Module):
         return at_least_float32(nn.functional.linear(h, table, self.generator_bias))
 
     def save_pretrained(self, folder: str | Path, state: dict[str, Tensor]) -> None:
-        """`folder` gets the discriminator's encoder as a BERT, which `fastbert finetune` and transformers' AutoModel
-        read; `folder`/discriminator and `folder`/generator what transformers' ElectraForPreTraining and
-        ElectraForMaskedLM read.
+        """Writes the discriminator's encoder as a BERT to `folder`, for `fastbert finetune` and transformers'
+        AutoModel, and to `folder`/discriminator and `folder`/generator the models for transformers'
+        ElectraForPreTraining and ElectraForMaskedLM.
 
-        state: of all parameters, whole, by their names here.
+        state: all parameters of this module, unsharded.
         """
         folder = make_folder(folder)
         encoder = {name.removeprefix("bert."): t for name, t in state.items() if name.startswith("bert.")}
@@ -157,7 +157,7 @@ class Electra(nn.Module):
 
 
 def sample(logits: Tensor, uniform: Tensor) -> Tensor:
-    """A token of each row, as likely as its softmax says: logits [N, V], uniform [N] in [0, 1) -> [N] int64."""
+    """A token for each row, drawn from the row's softmax: logits [N, V], uniform [N] in [0, 1) -> [N] int64."""
     sums = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
     place = uniform.double()[:, None] * sums[:, -1:]
     return torch.searchsorted(sums, place, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)

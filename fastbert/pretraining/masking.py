@@ -1,16 +1,16 @@
-"""Which tokens a model must guess, and what it sees in their place: a function of (seed, epoch, example, place).
+"""Chooses the tokens to guess and their replacements, as a function of (seed, epoch, example, position).
 
-Every token has random numbers of its own, whoever computes them and beside whatever else, so the masks of a run are
-the same for any number of processes, workers and micro-batches, and others in each epoch.
+The random numbers of a token depend on nothing else, so the masks of a run are the same for any number of processes,
+workers and micro-batches, and differ between epochs.
 
-    clean     each word is guessed with the same probability, whatever its length and its neighbours. Special tokens are
-              never guessed and never drawn as replacements, nor are unused words.
-    google    as create_pretraining_data.py of Google's BERT: of an example that share of its tokens, [CLS] and [SEP]
-              counted, rounded, in whole words while they fit; unknown words too are guessed, and any word of the
-              vocabulary may replace one.
+    clean     each word is guessed with the same probability, whatever its length and its neighbours. Special tokens and
+              unused words are neither guessed nor drawn as replacements.
+    google    as in create_pretraining_data.py of Google's BERT: a rounded share of an example's tokens ([CLS] and [SEP]
+              count) in whole words, taken while they fit. Unknown words are guessed too, and every word of the
+              vocabulary may be a replacement.
 
-Of ten tokens to be guessed eight are shown as [MASK], one as a random word and one as it is. Whole words: the tokens
-of a word are guessed together. A word is a run of WordPieces, or of Chinese characters that a segmenter joined.
+Of ten tokens to guess, eight are shown as [MASK], one as a random word and one unchanged. With whole words, the tokens
+of a word are guessed together; a word is a run of WordPieces, or of Chinese characters that a segmenter joined.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .counters import Words, below, philox, threshold
 IGNORED = -100
 CLEAN, GOOGLE = "clean", "google"
 _UNUSED = re.compile(r"\[unused\d+\]")
-MASKS = 2  # the stream of random numbers that tokens are masked by
+MASKS = 2  # number of the random stream for masks
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,13 @@ class Masking:
     """The rule.
 
     Args:
-        tokenizer: with a [MASK]. vocab_size: of the tokenizer, so without rows that only pad a table.
+        tokenizer: must have a [MASK]. vocab_size: the tokenizer's, without rows that only pad the embedding table.
         rule: CLEAN or GOOGLE.
-        share: of the tokens, that are guessed.
-        shown_as_mask, shown_as_random: of these, how many are shown so; the rest is shown as it is.
+        share: share of the tokens to guess.
+        shown_as_mask, shown_as_random: shares of these that are shown as [MASK] or as a random word; the others are
+            shown unchanged.
 
-    Raises: InputError where the tokenizer has no [MASK].
+    Raises: InputError if the tokenizer has no [MASK].
     """
 
     tokenizer: Tokenizer
@@ -74,13 +75,13 @@ class Masking:
     def apply(
         self, ids: Sequence[Any], joins: Sequence[Any], names: Sequence[int], seed: int, epoch: int
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], Words]:
-        """(what is shown, labels, further random words), each [tokens of all examples].
+        """(ids with replacements, labels, further random words), each [tokens of all examples].
 
         Args:
-            ids, joins: of each example, arrays [its tokens]; see `documents.tokens_of`.
+            ids, joins: one array [tokens] for each example; see `documents.tokens_of`.
             names: the number of each example in its epoch.
 
-        Returns: labels are ids, IGNORED where nothing is guessed; the random words have 32 bits each.
+        Returns: labels are ids, IGNORED for tokens that are not guessed; the random words have 32 bits each.
         """
         lengths = np.array([len(row) for row in ids], np.int64)
         flat = np.concatenate(ids)
@@ -107,7 +108,7 @@ class Masking:
     def _independent(
         self, word: NDArray, may_be: NDArray, chosen_by: Words, row: NDArray, lengths: NDArray
     ) -> NDArray[np.bool_]:
-        """Each word by itself, by the number of its first token."""
+        """Decides for each word separately, by the random number of its first token."""
         first = np.flatnonzero(np.diff(word, prepend=-1))
         chosen = np.logical_and.reduceat(may_be, first) & (chosen_by[first] < threshold(self.share))
         return chosen[word]
@@ -115,7 +116,7 @@ class Masking:
     def _budgeted(
         self, word: NDArray, may_be: NDArray, chosen_by: Words, row: NDArray, lengths: NDArray
     ) -> NDArray[np.bool_]:
-        """Words of a row in a random order, each taken if it fits into the row's number of tokens."""
+        """Takes the words of a row in random order, each if it fits into the rest of the row's budget."""
         first = np.flatnonzero(np.diff(word, prepend=-1))
         sizes = np.diff(first, append=len(word))
         candidate = np.logical_and.reduceat(may_be, first)

@@ -1,4 +1,4 @@
-"""What a model learns in pre-training: how its losses are computed, and how well it does on text that was held back."""
+"""Objectives of pre-training: their losses, and their scores on held-out text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .masking import CLEAN, Masking
 
 
 class Divisor(NamedTuple):
-    """Of a whole step: tokens that are guessed, pairs, and tokens."""
+    """Divisors of the losses of a whole step: numbers of guessed tokens, of pairs, and of tokens."""
 
     guessed: float
     pairs: float
@@ -26,22 +26,23 @@ class Divisor(NamedTuple):
 
 
 class MaskedWords:
-    """BertForMaskedLM: which word stood at a place."""
+    """Masked words, by BertForMaskedLM."""
 
     PARTS: ClassVar[tuple[str, ...]] = ("masked_loss",)
-    METRIC: ClassVar[str] = "masked_loss"  # of the scores, the one that the picture shows
+    METRIC: ClassVar[str] = "masked_loss"  # the score that curve.svg shows
     pairs: ClassVar[str | None] = None
 
     def masking(self, tokenizer: Any, rule: str = CLEAN, share: float = 0.15, whole_words: bool = True) -> Masking:
         return Masking(tokenizer, rule, share, whole_words)
 
     def losses(self, model: nn.Module, batch: MaskedBatch, divisor: Divisor) -> tuple[Tensor, ...]:
-        """The loss that is differentiated, then those of PARTS."""
+        """The loss to differentiate, followed by the losses of PARTS."""
         loss = model(batch.shown, labels=batch.labels, num_items_in_batch=divisor.guessed).loss
         return loss, loss
 
     def tally(self, model: nn.Module, batch: MaskedBatch) -> dict[str, Any]:
-        """What `scores` needs of a batch: numbers, which are added up, and arrays, which are put end to end."""
+        """The data of a batch for `scores`: numbers, which are summed over batches, and arrays, which are
+        concatenated."""
         output = model(batch.shown, labels=batch.labels, num_items_in_batch=1, output_logits=True)
         return self._words(output.logits, batch.labels)
 
@@ -70,7 +71,7 @@ class MaskedWords:
 
 
 class WordsAndPairs(MaskedWords):
-    """BertForPreTraining: masked words, and of two segments whether the second one follows, or their order."""
+    """Masked words, and whether the second segment follows or their order, by BertForPreTraining."""
 
     PARTS = ("masked_loss", "pair_loss")
 
@@ -106,13 +107,14 @@ class WordsAndPairs(MaskedWords):
 
 
 class ReplacedWords(MaskedWords):
-    """Electra: of every token whether a small generator put it there."""
+    """Whether the generator replaced each token, by Electra."""
 
     PARTS = ("generator_loss", "discriminator_loss")
     METRIC = "detection_auc"
 
     def masking(self, tokenizer: Any, rule: str = CLEAN, share: float = 0.15, whole_words: bool = True) -> Masking:
-        """Every token to be guessed is shown as [MASK]: the discriminator sees none of them."""
+        """Every token to guess is shown as [MASK]; the generator replaces all of them before the discriminator
+        reads."""
         return Masking(tokenizer, rule, share, whole_words, shown_as_mask=1.0, shown_as_random=0.0)
 
     def _through(self, model: nn.Module, batch: MaskedBatch, divisor: Divisor) -> Any:
@@ -158,13 +160,13 @@ OBJECTIVES = {
 
 
 def _mean(total: float, count: int) -> float:
-    """nan of nothing."""
+    """The mean, or nan if count is 0."""
     return total / count if count else math.nan
 
 
 def area(scores: NDArray[np.floating], positive: NDArray[np.bool_]) -> float:
-    """Under the ROC curve: how likely a positive's score is above a negative's, ties counting half; nan where all are
-    of one kind."""
+    """Area under the ROC curve: the probability that a positive's score is above a negative's, with ties counting half;
+    nan if there are only positives or only negatives."""
     _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
     ends = np.cumsum(counts)
     ranks = (ends - counts + 1 + ends) / 2  # the mean rank of each value, from 1 up
@@ -176,7 +178,7 @@ def area(scores: NDArray[np.floating], positive: NDArray[np.bool_]) -> float:
 
 
 def merged(tallies: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Numbers of batches added up, and arrays put end to end."""
+    """The tallies of several batches: numbers are summed, arrays are concatenated."""
     return {
         name: np.concatenate([tally[name] for tally in tallies])
         if isinstance(value, np.ndarray)

@@ -1,4 +1,4 @@
-"""Which examples a step of pre-training is made of: those of `training.plan`, of examples that each epoch has anew."""
+"""The examples of each step of pre-training: `training.plan`, with new examples in each epoch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .documents import Examples, examples_of
 
 
 class Step(NamedTuple):
-    """An optimiser step: its epoch, its number there, and the numbers of its examples in their epoch."""
+    """An optimiser step: its epoch, its number in the epoch, and the numbers of its examples in the epoch."""
 
     epoch: int
     number: int
@@ -22,7 +22,7 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Epoch:
-    """One epoch: its number, its examples, their plan, its steps, and how many steps were before it."""
+    """One epoch: its number, examples, their plan, its steps, and the number of steps before it."""
 
     number: int
     examples: Examples
@@ -35,11 +35,11 @@ class PretrainingPlan:
     """The steps of a run, a function of (corpus, seed).
 
     Args:
-        pairs, max_length: of examples; see `documents`.
-        step_tokens: tokens of an optimiser step. Over the first `growing` steps it grows to that from a tenth.
-        batch_tokens: that are computed at once.
+        pairs, max_length: of the examples; see `documents`.
+        step_tokens: tokens of an optimiser step. In the first `growing` steps it grows from a tenth to this number.
+        batch_tokens: most tokens computed at once.
 
-    Raises: InputError where the corpus has no example.
+    Raises: InputError if the corpus has no example.
     """
 
     def __init__(
@@ -48,14 +48,14 @@ class PretrainingPlan:
     ) -> None:  # fmt: skip
         self.corpus, self.pairs, self.max_length, self.seed = corpus, pairs, max_length, seed
         self.step_tokens, self.batch_tokens, self.growing = step_tokens, batch_tokens, growing
-        self._begun = [0]  # steps before each epoch that is known
+        self._begun = [0]  # number of steps before each epoch so far
         self._made: Epoch | None = None
         if not self.steps(0):
             raise InputError("the corpus is too small for one example")
 
     def epoch(self, number: int) -> Epoch:
-        """The steps of an epoch; the last one that was asked for is kept."""
-        while len(self._begun) <= number:  # the size of a step may depend on how many there were
+        """An epoch; the last requested one is cached."""
+        while len(self._begun) <= number:  # epochs are made in order: a step's size depends on the steps before it
             before = self.epoch(len(self._begun) - 1)
             self._begun.append(before.begun + len(before.steps))
         if self._made is None or self._made.number != number:
@@ -74,7 +74,7 @@ class PretrainingPlan:
         return self.epoch(step.epoch).plan.tokens(step.rows)
 
     def tokens_of_step(self, number: int) -> int:
-        """At most, of the `number`-th step of the run."""
+        """Most tokens of step `number` of the run."""
         share = 1.0 if number >= self.growing else 0.1 + 0.9 * number / self.growing
         return max(1, round(self.step_tokens * share))
 

@@ -37,12 +37,12 @@ from .sizes import NEVER_PREDICTED, config_of, default_rate
 from .texts import files_of
 from .vocabulary import train_tokenizer
 
-TRAIN = "train"  # what stands for a tokenizer that is made of the corpus
+TRAIN = "train"  # as the tokenizer's name: train one on the corpus
 
 
 @dataclass(frozen=True)
 class Request:
-    """What `fastbert pretrain` was asked for; names as there."""
+    """The arguments of `fastbert pretrain`, under the same names."""
 
     corpus: tuple[str, ...]
     out: Path
@@ -87,9 +87,9 @@ class Request:
 
 
 def pretrain(request: Request, report: Callable[[dict[str, Any], int], None] | None = None) -> dict[str, Any]:
-    """One run; what lies in report.json then.
+    """Runs pre-training; returns the content of report.json.
 
-    report: called in the first process with each record of metrics.jsonl and the number of all steps, 0 if unknown.
+    report: called in the first process with each record of metrics.jsonl and the number of all steps (0 if unknown).
 
     Raises: InputError, TrainingError or CheckpointError, in one line; KeyboardInterrupt after a checkpoint.
     """
@@ -171,7 +171,7 @@ def _pretrain(request: Request, processes: Processes, report: Any) -> dict[str, 
     try:
         run.train()
     except OSError as error:
-        if isinstance(error, BrokenPipeError):  # nobody reads the progress any more; no file is concerned
+        if isinstance(error, BrokenPipeError):  # the reader of the printed progress is gone; files are not affected
             raise
         what = f"cannot write into {out}: {error.strerror or error}"
         raise TrainingError(f"{what}; {run.remains()}") from error
@@ -183,7 +183,7 @@ def _pretrain(request: Request, processes: Processes, report: Any) -> dict[str, 
 
 
 def in_turn(processes: Processes, make: Callable[[], Any]) -> Any:
-    """make(), in the first process before the others, which find the files that it wrote."""
+    """make(), first in the first process, then in the others, which find the files that the first one wrote."""
     failed = None
     if processes.rank == 0:
         try:
@@ -197,10 +197,10 @@ def in_turn(processes: Processes, make: Callable[[], Any]) -> Any:
 
 
 def _tokenizer(request: Request, out: Path, makes: bool) -> Tokenizer:
-    """That of the model to begin with; a given one; or one of the corpus, which OUT/tokenizer keeps for --resume and
-    for the other processes.
+    """The tokenizer: that of the initial model, a given one, or one trained on the corpus. The latter is kept in
+    OUT/tokenizer for --resume and for the other processes.
 
-    makes: whether this process makes it where the run begins.
+    makes: whether this process trains it if the run begins.
     """
     if request.init is not None:
         return Tokenizer.from_pretrained(request.init)
@@ -221,7 +221,7 @@ def _tokenizer(request: Request, out: Path, makes: bool) -> Tokenizer:
 def _corpora(
     request: Request, out: Path, tokenizer: Tokenizer, objective: MaskedWords
 ) -> tuple[Corpus, Corpus | None]:  # fmt: skip
-    """What is trained on, and what was held back."""
+    """The corpus for training, and the held-out corpus or None."""
     segmenter = None if request.segmenter is None else segmenter_of(request.segmenter)
     made = []
     for name, paths in (("corpus", request.corpus), ("held-out", request.eval)):
@@ -236,9 +236,9 @@ def _corpora(
 
 
 def make_model(request: Request, tokenizer: Tokenizer) -> nn.Module:
-    """A new model, drawn by the seed, or a checkpoint's.
+    """A new model, initialised by the seed, or a model from a checkpoint.
 
-    Raises: CheckpointError where a checkpoint does not fit.
+    Raises: CheckpointError if a checkpoint does not fit.
     """
     kind = {"mlm": BertForMaskedLM, "electra": BertModel}.get(request.objective, BertForPreTraining)
     torch.manual_seed(request.seed)
@@ -255,7 +255,7 @@ def make_model(request: Request, tokenizer: Tokenizer) -> nn.Module:
     else:
         bias = model.cls["predictions"].bias
         is_new = request.init is None or "cls.predictions.bias" in model.initialised
-    if is_new:  # a checkpoint's own bias stays as it is
+    if is_new:  # the bias of a checkpoint is not changed
         with torch.no_grad():
             bias[tokenizer.vocab_size :] = NEVER_PREDICTED
     return model
@@ -263,7 +263,7 @@ def make_model(request: Request, tokenizer: Tokenizer) -> nn.Module:
 
 def _initial(request: Request, kind: Any, tokenizer: Tokenizer) -> nn.Module:
     with warnings.catch_warnings():
-        # A checkpoint may lack the heads of this objective, which are started then.
+        # A checkpoint may lack the heads of this objective, which are then initialised.
         warnings.filterwarnings("ignore", message=".*weights were drawn from normal.*", category=UserWarning)
         options = {"dtype": torch.float32, "impl": request.impl}
         if kind is BertModel:

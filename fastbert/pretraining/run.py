@@ -1,4 +1,4 @@
-"""Pre-training by the training loop: steps of masked batches, and evaluations on text that was held back."""
+"""Pre-training with the training loop: steps of masked batches, and evaluations on held-out text."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ class Pretraining(Loop):
     """One pre-training.
 
     Args:
-        examples: what is trained on.
-        loader: gives this process' batches of a step.
-        wanted_steps: of the run; 0 where its time is limited.
-        evaluate_every: steps from one evaluation to the next; one more follows at the end.
-        evaluate: gives the scores of the model as it is, the same in every process; None without an evaluation.
-        keep: saves the model, called in every process after each evaluation.
+        examples: the plan of the training examples.
+        loader: makes this process's batches of a step.
+        wanted_steps: steps of the run; 0 if its time is limited instead.
+        evaluate_every: steps between evaluations; one more evaluation follows at the end.
+        evaluate: returns the scores of the present model, the same in every process; None for no evaluation.
+        keep: saves the model; called in every process after each evaluation.
     """
 
-    SAVES_EPOCHS = False  # of a short text an epoch is a few steps
+    SAVES_EPOCHS = False  # an epoch of a short text is only a few steps
 
     model: nn.Module
     objective: MaskedWords
@@ -73,7 +73,7 @@ class Pretraining(Loop):
         batches = self.loader(step)
         device = self.processes.device
         sizes = torch.tensor([batch.sizes() for batch in batches], dtype=torch.float64, device=device).sum(0)
-        # A step of short examples may have nothing to guess.
+        # A step of short examples may have no token to guess.
         divisor = Divisor(*(max(1.0, size) for size in self.processes.sum(sizes).tolist()))
         return [(batch, batch.counts) for batch in batches], divisor
 
@@ -95,10 +95,10 @@ class Pretraining(Loop):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores on text that was held back, with masks that are the same each time.
+    """Scores on held-out text, with the same masks each time.
 
     Args:
-        batch_tokens: that are computed at once.
+        batch_tokens: most tokens computed at once.
     """
 
     corpus: Corpus
@@ -114,7 +114,8 @@ class Evaluation:
         plan = Plan(0, examples.lengths.tolist(), self.batch_tokens, self.batch_tokens)
         batches, processes = plan.steps(0), self.processes
         mine = batches[processes.rank :: processes.count]
-        # Sharded models need all processes for each batch: who has fewer computes one more, which does not count.
+        # Sharded models need all processes for each batch: a process with fewer batches computes one that does not
+        # count.
         rounds = -(-len(batches) // processes.count)
         model.eval()
         tallies = []

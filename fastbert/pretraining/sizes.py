@@ -16,16 +16,16 @@ SIZES = {  # layers, width
     "large": (24, 1024),
 }
 HEAD_WIDTH = 64
-NEVER_PREDICTED = -1e4  # the bias of rows that only pad a vocabulary: exp(-1e4) is 0
+NEVER_PREDICTED = -1e4  # bias of the rows that pad a vocabulary: exp(-1e4) is 0, so they are never predicted
 
 
 def config_of(name: str, vocab_size: int, max_length: int, multiple: int, dropout: float) -> BertConfig:
-    """A size by its name, or the config.json at a path, for a vocabulary padded to a multiple.
+    """The config of a named size, or of a config.json, with the vocabulary's size rounded up to a multiple.
 
-    max_length: tokens of an example, which the table of positions has at least; it has 512 or what the file says where
-        that is more.
+    max_length: tokens of an example. The table of positions has at least as many rows, and at least 512 or the file's
+        number.
 
-    Raises: CheckpointError where neither a size nor a file has this name.
+    Raises: CheckpointError if there is neither a size nor a file of this name.
     """
     changes = {
         "vocab_size": -(-vocab_size // multiple) * multiple,
@@ -50,5 +50,5 @@ def config_of(name: str, vocab_size: int, max_length: int, multiple: int, dropou
 
 
 def default_rate(config: BertConfig) -> float:
-    """A peak of the learning rate: small models bear more."""
+    """Default peak of the learning rate, higher for small models."""
     return 1e-3 if config.hidden_size <= 256 else 5e-4 if config.hidden_size <= 512 else 1e-4

@@ -1,10 +1,10 @@
-"""Text out of files, a line at a time: constant memory, however large the files are.
+"""Reads text from files, a line at a time, in constant memory.
 
-    .txt       a sentence or a paragraph a line; a blank line ends a document
-    .jsonl     an object a line, its text a document
-    .parquet   a row a document, in a column of texts
+    .txt       a sentence or a paragraph per line; a blank line ends a document
+    .jsonl     an object per line, its text is a document
+    .parquet   a document per row, in a column of texts
 
-A folder stands for all such files in it, by name.
+A folder stands for all such files in it, sorted by name.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ SUFFIXES = (".txt", ".jsonl", ".parquet")
 
 
 def files_of(paths: Sequence[str | Path]) -> list[Path]:
-    """The files that paths stand for, in their order.
+    """The files of these paths, in order.
 
-    Raises: InputError where one does not exist, is of another kind, or a folder has none.
+    Raises: InputError if a file does not exist or is of another kind, or a folder has no such file.
     """
     found: list[Path] = []
     for path in map(Path, paths):
@@ -40,13 +40,13 @@ def files_of(paths: Sequence[str | Path]) -> list[Path]:
 
 
 def lines_of(files: Sequence[Path], field: str = "text", line_bytes: int = LINE_BYTES) -> Iterator[str | None]:
-    """The lines of all files that are not blank, without their ends, and None behind each document.
+    """The non-blank lines of all files, without line ends, and None after each document.
 
     Args:
-        field: of the objects or columns, the one that holds the text.
-        line_bytes: how long a line of a file may be.
+        field: the field of objects, or the column, with the text.
+        line_bytes: most bytes of a line.
 
-    Raises: InputError with the file and the line, where it is too long, not UTF-8, or not what its file should hold.
+    Raises: InputError that names the file and the line, if a line is too long, not UTF-8, or invalid for its file.
     """
     readers = {".txt": _paragraphs, ".jsonl": _objects, ".parquet": _rows}
     return chain.from_iterable(readers[file.suffix](file, field, line_bytes) for file in files)

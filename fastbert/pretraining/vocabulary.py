@@ -1,11 +1,11 @@
-"""A WordPiece vocabulary from text: the same bytes for the same text and options, whatever runs beside it.
+"""Trains a WordPiece vocabulary. The same text and options give the same bytes, with any number of threads.
 
-Words are counted as BERT's tokenizer cuts them. A word begins as its characters, "word" as w ##o ##r ##d, and the pair
-of neighbours that occurs most often becomes one piece, again and again (Sennrich et al., arXiv:1508.07909), until the
-vocabulary is full. Of pairs that occur equally often the one whose two pieces come first as strings goes first.
+Words are counted as BERT's tokenizer splits them. A word starts as its characters, "word" as w ##o ##r ##d. Then the
+most frequent pair of neighbours becomes one piece, again and again (Sennrich et al., arXiv:1508.07909), until the
+vocabulary is full. Of equally frequent pairs, the one whose pieces are first in the order of strings is taken.
 
-The vocabulary is, in this order: special tokens, single characters by how often they occur, and pieces in the order
-in which they were made.
+The vocabulary holds, in this order: special tokens, single characters by frequency, and pieces in the order in which
+they were made.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from .texts import lines_of
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 CONTINUING = "##"
-# WordPiece takes a longer word for unknown, so nothing is learnt from one.
+# Longest word, in characters. WordPiece treats longer words as unknown, so they are not counted.
 LONGEST_WORD = 100
-# Different runs of characters between spaces that are held before they are cut into words.
+# Number of different runs between spaces that are collected before they are split into words.
 CHUNKS_HELD = 1_000_000
 
 
@@ -53,7 +53,7 @@ def train_tokenizer(
 
 
 def count_words(lines: Iterable[str | None], lowercase: bool) -> Counter[str]:
-    """How often each word occurs in `lines` (None among them is left out), as BERT's tokenizer cuts words."""
+    """Frequencies of the words in `lines`, as BERT's tokenizer splits them. None among the lines is ignored."""
     normalizer = normalizers.BertNormalizer(lowercase=lowercase)
     cutter = pre_tokenizers.BertPreTokenizer()
     words: Counter[str] = Counter()
@@ -68,7 +68,7 @@ def count_words(lines: Iterable[str | None], lowercase: bool) -> Counter[str]:
     for line in lines:
         if line is None:
             continue
-        # No rule of BERT's looks across a space, so each run between spaces is cut once, however often it occurs.
+        # BERT's rules never look across a space, so each run between spaces is split once, however often it occurs.
         chunks.update(line.split(" "))
         if len(chunks) > CHUNKS_HELD:
             fold()
@@ -79,15 +79,15 @@ def count_words(lines: Iterable[str | None], lowercase: bool) -> Counter[str]:
 def train_vocabulary(
     words: Mapping[str, int], size: int, *, alphabet: int | None = None, min_frequency: int = 2
 ) -> list[str]:
-    """The pieces of a vocabulary, at most `size` of them, in the order of their ids.
+    """The pieces of a vocabulary, at most `size`, in the order of their ids.
 
     Args:
-        words: how often each occurs.
-        alphabet: how many pieces of one character there are at most ("a" and "##a" are two); None for three quarters
-            of the vocabulary. The rarest are left out, and with them every word that has one, which is unknown then.
-        min_frequency: how often a character or a pair must occur to become a piece.
+        words: word -> frequency.
+        alphabet: most pieces of one character ("a" and "##a" are two); None for three quarters of the vocabulary. The
+            rarest characters are left out, and every word that has one is then unknown.
+        min_frequency: least frequency of a character or a pair that becomes a piece.
 
-    Raises: InputError where no character occurs so often; ValueError where `size` has no room for pieces.
+    Raises: InputError if no character is that frequent; ValueError if `size` has no room for pieces.
     """
     room = size - len(SPECIAL)
     if room < 1:
@@ -115,7 +115,7 @@ def _joined(left: str, right: str) -> str:
 
 
 def _merge(words: Mapping[str, int], characters: set[str], wanted: int, min_frequency: int) -> list[str]:
-    """Up to `wanted` pieces of more than one character, in the order in which they are made."""
+    """Up to `wanted` pieces of more than one character, in the order of merging."""
     cut: list[list[str]] = []
     counts: list[int] = []
     for word, count in words.items():
@@ -124,7 +124,7 @@ def _merge(words: Mapping[str, int], characters: set[str], wanted: int, min_freq
             cut.append(pieces)
             counts.append(count)
     pairs: Counter[tuple[str, str]] = Counter()
-    places: defaultdict[tuple[str, str], set[int]] = defaultdict(set)  # the words that have had a pair
+    places: defaultdict[tuple[str, str], set[int]] = defaultdict(set)  # pair -> words in which it has occurred
     for number, pieces in enumerate(cut):
         for pair in pairwise(pieces):
             pairs[pair] += counts[number]
@@ -135,7 +135,7 @@ def _merge(words: Mapping[str, int], characters: set[str], wanted: int, min_freq
     while queue and len(made) < wanted:
         negative, pair = heapq.heappop(queue)
         count = pairs[pair]
-        if -negative != count:  # it became rarer since it was put here
+        if -negative != count:  # an outdated entry: the pair has become rarer since
             if count:
                 heapq.heappush(queue, (-count, pair))
             continue

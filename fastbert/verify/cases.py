@@ -1,4 +1,4 @@
-"""What is verified: each operator's cases, in each dtype, at each shape."""
+"""The cases to verify: each operator's, in each dtype, at each shape."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from .. import functional
 from ..testing import INPUTS, MODELS, ModelShape
 
-# operator -> case -> options of its inputs; together they touch every branch a kernel has
+# operator -> case -> options of its inputs; together they cover every branch of a kernel
 CASES: dict[str, dict[str, dict]] = {
     "attention": {
         "plain": {},
@@ -58,27 +58,27 @@ CASES: dict[str, dict[str, dict]] = {
 }
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
-# (model, lengths): packed as they are, or padded to the longest, as the operator takes them. Small is for the
-# interpreter, which takes seconds where a GPU takes microseconds; real is BERT's, from 1 to 4,096 tokens.
+# (model, lengths): the sequences are packed, or padded to the longest, as the operator needs. Small shapes are for the
+# interpreter, which takes seconds where a GPU takes microseconds; real shapes are BERT's, from 1 to 4,096 tokens.
 SMALL = ((MODELS["tiny"], (5, 70, 0, 1, 33)),)
 REAL = (
     (MODELS["base"], (128, 512, 1, 0, 77, 300)),
     (MODELS["large"], (512, *(128,) * 8)),
     (MODELS["base"], (4096, 64)),
 )
-# The reference holds the scores of a long sequence in float64, several times: on GPUs with less, only four heads.
+# Bytes of GPU memory below which only four heads are checked: the reference holds float64 scores several times.
 ROOMY = 40 * 2**30
 NARROW = ModelShape(hidden=256, heads=4, intermediate=1024, layers=1)
-# Recorded on cards and replayed by the emulator: the real widths' tiles, in minutes.
+# Shapes for recordings that the emulator replays in minutes, with the tiles of real widths.
 MEDIUM = (*SMALL, (ModelShape(hidden=768, heads=12, intermediate=1024, layers=1, vocab=1000), (5, 150, 0, 45)))
 SHAPES = ("auto", "small", "medium", "real")
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")  # that the emulator knows
-LONG = 1024  # no additive bias for sequences beyond this: the reference would hold it in float64, several times
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")  # architectures that the emulator supports
+LONG = 1024  # longest sequence with an additive bias, which the reference holds in float64 several times
 
 
 @dataclass(frozen=True)
 class Task:
-    """One case of an operator in one dtype at one shape: what a process is given to check."""
+    """One case of an operator in one dtype at one shape."""
 
     op: str
     dtype: str
@@ -94,7 +94,7 @@ class Task:
 
     @property
     def needs(self) -> int:
-        """Bytes of the device that it may take, by measurements of the float64 reference and its gradients."""
+        """Estimate of the device memory in bytes, from measurements of the float64 reference with gradients."""
         m, tokens = self.model, sum(self.lengths)
         scores = m.heads * sum(n * n for n in self.lengths)
         if self.op.startswith("attention"):
@@ -118,7 +118,7 @@ def shapes_of(name: str, device: torch.device) -> tuple[tuple[ModelShape, tuple[
 
 
 def tasks(ops: Sequence[str], dtypes: Sequence[str], device: torch.device, shapes: str = "auto") -> list[Task]:
-    """All there is to check, dtype by dtype."""
+    """All tasks, dtype by dtype."""
     return [
         Task(op, dtype, case, model, lengths)
         for dtype in dtypes
@@ -130,7 +130,7 @@ def tasks(ops: Sequence[str], dtypes: Sequence[str], device: torch.device, shape
 
 
 def inputs_of(op: str, model: ModelShape, lengths: Sequence[int], *, cross: bool = False, **options) -> dict:
-    if cross:  # keys and values of other lengths than the queries
+    if cross:  # keys and values with other lengths than the queries
         options["lengths_k"] = lengths[::-1]
     return INPUTS[op](model, lengths, **options)
 

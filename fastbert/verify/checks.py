@@ -1,4 +1,4 @@
-"""Tasks checked here, and the rows that sum up what came of them."""
+"""Checks tasks in this process, and summarises the results in rows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .cases import CASES, DTYPES, Task, pick_device, tasks
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a task: a check a tensor, or in `message` why there are none."""
+    """The result of a task: a check for each tensor, or in `message` why there are none."""
 
     task: Task
     checks: tuple[Check, ...] = ()
@@ -28,7 +28,7 @@ class Result:
         return not self.message and all(check.passed for check in self.checks)
 
     def as_json(self) -> dict:
-        """JSON has no NaN and no infinity: null."""
+        """The result for JSON, with null for NaN and infinity."""
         t = self.task
         checks = [{**asdict(c), "passed": c.passed} for c in self.checks]
         return {
@@ -40,7 +40,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Row:
-    """The worst tensor of one operator, dtype and direction; where the operator raised, what it said."""
+    """The worst tensor of one operator, dtype and direction; or the operator's error."""
 
     op: str
     dtype: str
@@ -64,8 +64,9 @@ def verify(
 
     Args:
         ops: names in `CASES`; dtypes: names in `DTYPES`; device: by default the GPU, if there is one.
-        impl: which implementation is held to the reference; "triton" on a CPU needs TRITON_INTERPRET=1.
-        shapes: "real", BERT-base and -large, 1 to 4,096 tokens a sequence; "small"; "auto" is real on a GPU.
+        impl: the implementation to check; "triton" on a CPU needs TRITON_INTERPRET=1.
+        shapes: "real": BERT-base and -large, 1 to 4,096 tokens a sequence; "small"; "auto" is real on a GPU, else
+        small.
     """
     device = pick_device(device)
     found = [check(task, device, impl) for task in tasks(ops or tuple(CASES), dtypes or tuple(DTYPES), device, shapes)]
@@ -73,7 +74,7 @@ def verify(
 
 
 def check(task: Task, device: torch.device, impl: str) -> Result:
-    """Checks one task here."""
+    """Checks one task in this process."""
     return result_of(
         task,
         lambda: check_op(
@@ -83,12 +84,12 @@ def check(task: Task, device: torch.device, impl: str) -> Result:
 
 
 def factor_of(dtype: str, impl: str) -> float:
-    """How many times plain torch's error an implementation may make in this dtype."""
+    """The allowed error of an implementation in this dtype, as a multiple of plain torch's error."""
     return allowed_factor(DTYPES[dtype]) if impl == "triton" else 2.0
 
 
 def result_of(task: Task, checks: Callable[[], Iterable[Check]]) -> Result:
-    """What `checks()` gives. An operator that raises has failed, and that is its result."""
+    """The result of `checks()`. If the operator raises, the result is a failure with the error."""
     began, found, message = time.perf_counter(), (), ""
     try:
         found = tuple(checks())
@@ -98,7 +99,7 @@ def result_of(task: Task, checks: Callable[[], Iterable[Check]]) -> Result:
 
 
 def worst(results: Iterable[Result]) -> list[Row]:
-    """Of each operator and dtype, in the order of CASES, the rows of both directions."""
+    """The rows of both directions for each operator and dtype, in the order of CASES."""
     groups: dict[tuple[str, str], list[Result]] = {}
     for result in results:
         groups.setdefault((result.task.op, result.task.dtype), []).append(result)
@@ -107,7 +108,7 @@ def worst(results: Iterable[Result]) -> list[Row]:
 
 
 def _rows(results: Sequence[Result]) -> list[Row]:
-    """The two rows of one operator and dtype: those that raised are the worst."""
+    """The two rows of one operator and dtype. Results with an error count as the worst."""
     op, dtype = results[0].task.op, results[0].task.dtype
     raised = next((result for result in results if result.message), None)
     if raised is not None:
@@ -134,13 +135,13 @@ def without_nan(value: Any) -> Any:
 
 
 def results_of(rows: Sequence[Row]) -> dict:
-    """JSON has no NaN: an operator that raised has null for its error and budget."""
+    """The rows for JSON; an operator that raised has null for error and budget."""
     plain = [{k: without_nan(v) for k, v in asdict(row).items()} for row in rows]
     return {"passed": all(row.passed for row in rows), "rows": plain}
 
 
 def format_rows(rows: Sequence[Row]) -> str:
-    """An aligned table and a line that sums it up."""
+    """An aligned table and a summary line."""
     table = [("operator", "dtype", "direction", "worst", "error", "budget", "", "case")]
     for row in rows:
         numbers = ("-", "-") if row.message else (f"{row.error:.2e}", f"{row.budget:.2e}")

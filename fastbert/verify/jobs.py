@@ -1,8 +1,8 @@
-"""Tasks shared out among processes that may crash: `fastbert verify --jobs`.
+"""Distributes tasks to processes that may crash: `fastbert verify --jobs`.
 
-A process takes one task after another. Where it dies, or loses its GPU (an illegal access ends all that a process had
-on the device), that task has failed by that reason and a new process takes the next one. A task begins only where there
-is room for what it may take beside those that run.
+A process runs one task after another. If it dies or loses its GPU (an illegal memory access ends a process's use of the
+device), that task has failed for this reason, and a new process takes the next task. A task starts only if the running
+tasks leave enough memory for it.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-START = 120.0  # seconds that a process may take to import torch and Triton, beside the time of its first task
+START = 120.0  # seconds that a process may take to import torch and Triton, in addition to its first task's limit
 BEGUN = "begun"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a task: its answer, or in `reason` why there is none."""
+    """The outcome of a task: its answer, or in `reason` why there is none."""
 
     task: Any
     answer: Any = None
@@ -32,24 +32,24 @@ class Outcome:
 
 
 class Worker:
-    """A process that answers what it is sent, one task at a time; no longer `fit` once it or its device is lost."""
+    """A process that runs one task at a time. `fit` becomes False when the process or its device is lost."""
 
     def __init__(self, answer: Callable[[Any], Any], is_fit: Callable[[], bool]):
         spawn = multiprocessing.get_context("spawn")
         self.connection, there = spawn.Pipe()
         self.process = spawn.Process(target=work, args=(there, answer, is_fit), daemon=True)
         self.process.start()
-        there.close()  # or its end could not be told from silence
+        there.close()  # otherwise this process could not notice that the other one has ended
         self.task: Any = None
         self.began, self.fit = 0.0, True
 
     def begin(self, task: Any) -> None:
         self.task, self.began = task, time.monotonic() + START
-        with contextlib.suppress(OSError):  # it has died, which its connection will tell
+        with contextlib.suppress(OSError):  # the process has died; reading from its connection will report that
             self.connection.send(task)
 
     def heard(self) -> Outcome | None:
-        """What it has to say, or how it ended; None where it only says that it has begun."""
+        """The outcome that the process sent, or how the process ended; None for the message that it has started."""
         try:
             said = self.connection.recv()
         except (EOFError, OSError):
@@ -89,11 +89,11 @@ def share_out(
     """An outcome for each task, in the order in which they become known; tasks begin in the order given.
 
     Args:
-        jobs: processes at most. They import the functions, which are pickled by name.
-        answer: of a task, in a process.
-        seconds: a task may take; then its process is ended.
-        is_fit: asked in the process after each task; where it is not, the process takes no other.
-        needs: what a task takes of `room`, which those that run at the same time share.
+        jobs: most processes. They import the functions, which are pickled by name.
+        answer: computes the answer of a task, in a process.
+        seconds: limit for a task; a process that exceeds it is killed.
+        is_fit: called in the process after each task; if it returns False, the process gets no further task.
+        needs: share of `room` that a task needs; tasks that run at the same time share the room.
     """
     waiting: deque[Any] = deque(tasks)
     workers: list[Worker] = []
@@ -121,7 +121,7 @@ def hand_out(
     waiting: deque[Any], workers: list[Worker], jobs: int, needs: Callable[[Any], float], room: float,
     start: Callable[[], Worker],
 ) -> None:  # fmt: skip
-    """Begins what waits, first come first served, while there are processes and room; something always runs."""
+    """Starts waiting tasks in order while there are processes and room. At least one task always runs."""
     while waiting:
         taken = sum(needs(worker.task) for worker in workers if worker.task)
         if taken and taken + needs(waiting[0]) > room:
@@ -136,8 +136,8 @@ def hand_out(
 
 
 def work(connection: Connection, answer: Callable[[Any], Any], is_fit: Callable[[], bool]) -> None:
-    """In the process: answers each task, and says whether it can take another one."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one who started all
+    """The process's main function: answers each task, and reports whether it can take another one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles Ctrl-C
     with contextlib.suppress(EOFError, BrokenPipeError):
         while True:
             task = connection.recv()

@@ -1,13 +1,14 @@
-"""What a machine computed, in a file: `fastbert verify --record FILE`, held against another machine by `--replay FILE`.
+"""Records what a machine computed, for comparison with another machine: `fastbert verify --record FILE`, `--replay
+FILE`.
 
-A card's recording shows whether the emulator computes as that card does. One file of safetensors has for each case its
-inputs, upstream gradients, outputs and gradients, and in its header what they were computed with:
+A recording of a GPU shows whether the emulator computes the same as that GPU. A safetensors file holds for each case
+its inputs, upstream gradients, outputs and gradients, and in its header the versions that they were computed with:
 
-    inputs/<digest>             tensors by their contents: dtypes and cases share most of them
-    upstream/<case>/<n>         gradient of output n, where it carries one
+    inputs/<digest>             tensors, named by their contents, since dtypes and cases share most of them
+    upstream/<case>/<n>         gradient of output n, if it has one
     outputs/<case>/<name>       "out", "dx", ...
 
-Nothing but the file is needed to repeat a case: what is no tensor among its inputs is in the header.
+A case can be repeated from the file alone: inputs that are no tensors are in the header.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ FORMAT = "1"
 
 
 def environment(device: torch.device, impl: str) -> dict[str, str]:
-    """What decides the bits that come out: device, architecture, versions, assembler; empty where there is no such."""
+    """What the bits of results depend on: device, architecture, versions, assembler; empty strings if not
+    applicable."""
     name, arch, compiler, assembler = "CPU", "", "", ""
     if device.type == "cuda":
         name, arch = torch.cuda.get_device_name(device), machine.arch(device.index)
@@ -60,7 +62,7 @@ def describe(of: dict[str, str]) -> str:
 
 
 class Recorder:
-    """Collects the cases that `check` runs; `save` writes them."""
+    """Records the cases that `check` runs; `save` writes them."""
 
     def __init__(self, device: torch.device, impl: str):
         self._device, self._impl = device, impl
@@ -68,7 +70,7 @@ class Recorder:
         self._tensors: dict[str, Tensor] = {}
 
     def check(self, task: Task) -> Result:
-        """`verify.check`, remembered."""
+        """`verify.check`, and records the case."""
         return result_of(task, lambda: self._run(task))
 
     def _run(self, task: Task) -> list[Check]:
@@ -94,7 +96,7 @@ class Recorder:
         )  # fmt: skip
 
     def _encoded(self, value: Any) -> Any:
-        """JSON for one input; a tensor goes among the tensors, and is named."""
+        """JSON for one input; a tensor is stored in the file, and its name is returned."""
         if isinstance(value, Tensor):
             shape, value = value.shape, _plain(value)
             contents = value.view(torch.uint8) if value.numel() else value.to(torch.uint8)
@@ -112,7 +114,7 @@ class Recorder:
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    """On the CPU, contiguous, with at least one dimension and memory of its own: what a file can hold."""
+    """The tensor in the form that the file needs: on the CPU, contiguous, at least one dimension, its own memory."""
     return torch.atleast_1d(tensor.detach()).to("cpu", copy=True).contiguous()
 
 
@@ -130,7 +132,7 @@ class Recorded:
 
 
 class Recording:
-    """A file that `Recorder` wrote. Raises ValueError where it is none."""
+    """A file that `Recorder` wrote. Raises ValueError if it is not one."""
 
     def __init__(self, path: Path):
         self._path = path
@@ -139,7 +141,7 @@ class Recording:
                 header = file.metadata() or {}
         except (OSError, ValueError, RuntimeError) as error:
             raise ValueError(f"{path}: {error}") from None
-        except Exception as error:  # SafetensorError is derived from Exception alone
+        except Exception as error:  # SafetensorError is a direct subclass of Exception
             raise ValueError(f"{path} is no file of safetensors: {error}") from None
         if "environment" not in header or "cases" not in header:
             raise ValueError(f"{path} is no recording of fastbert verify")
@@ -149,7 +151,7 @@ class Recording:
         self._cases: list[dict] = json.loads(header["cases"])
 
     def tasks(self, ops: list[str] | None = None, dtypes: list[str] | None = None) -> list[Task]:
-        """The cases as tasks, those of some operators and dtypes only."""
+        """The recorded cases as tasks; optionally only some operators and dtypes."""
         return [
             task
             for task in map(_task_of, self._cases)
@@ -184,15 +186,15 @@ def _decoded(value: dict, file: Any) -> Any:
 
 
 class Replay:
-    """Holds this machine against a recording: a check a tensor, of the difference between the two.
+    """Compares this machine with a recording: a check for each tensor, of the difference between the two.
 
-    Either may err by the budget against the truth; here the budget is what they may differ by. A card and the emulator
-    add in other orders inside a matrix unit, and approximate exp2 and rsqrt by other means.
+    Each machine may differ from the truth by the budget; here the two machines may differ by that budget. A GPU and the
+    emulator add in different orders inside a matrix unit, and approximate exp2 and rsqrt differently.
     """
 
     def __init__(self, recording: Recording, device: torch.device, impl: str):
         self._recording, self._device, self._impl = recording, device, impl
-        self.tensors = self.same = 0  # compared so far; of these, with the very bits of the recording
+        self.tensors = self.same = 0  # number of compared tensors; number of those that are equal to the bit
 
     def check(self, task: Task) -> Result:
         return result_of(task, lambda: self._run(self._recording.read(task)))

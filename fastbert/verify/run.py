@@ -1,4 +1,4 @@
-"""What `fastbert verify` does once its arguments are read: the cases run, counted, recorded, and summed up."""
+"""Runs `fastbert verify`: the cases, their progress, recordings, and the summary."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .checks import Result, Row, check, format_rows, results_of, worst
 
 
 def run(args: argparse.Namespace) -> int:
-    """Verify and print; 0 where all passed, 1 on any failure, 2 where nothing can run."""
+    """Verifies and prints; returns 0 if all cases passed, 1 on any failure, 2 if nothing can run."""
     if refusal := _refusal(args):
         print(f"fastbert verify: {refusal}", file=sys.stderr)
         return 2
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
         try:
             device = torch.device("cpu") if args.emulate else pick_device(args.device)
             torch.empty(0, dtype=torch.float32, device=device)
-        except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        except (RuntimeError, AssertionError) as error:  # a torch built without CUDA raises AssertionError
             print(f"fastbert verify: device {args.device!r}: {str(error).splitlines()[0]}", file=sys.stderr)
             return 2
         if args.impl == "triton" and functional.why_not_triton(device):
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _refusal(args: argparse.Namespace) -> str | None:
-    """Why these arguments cannot be run at all, if so."""
+    """Why these arguments cannot be run, or None."""
     if args.impl == "triton" and not machine.HAS_TRITON:
         return "triton is not installed; --impl native checks the CPU operators"
     if args.emulate and args.impl != "triton":
@@ -53,7 +53,7 @@ def _refusal(args: argparse.Namespace) -> str | None:
         return f"--jobs must be at least 1, got {args.jobs}"
     if args.jobs is not None and (args.record or args.replay):
         return "--record and --replay take one process, without --jobs"
-    if args.record and not args.record.absolute().parent.is_dir():  # said before the work, not after it
+    if args.record and not args.record.absolute().parent.is_dir():  # checked before the work, not after it
         return f"no folder {str(args.record.parent)!r} to write {args.record.name} into"
     return None
 
@@ -70,7 +70,7 @@ def _run(args: argparse.Namespace, device: torch.device) -> int:
     ops, dtypes = args.op or tuple(CASES), args.dtype or tuple(DTYPES)
     notes, recorder, replayed = [], None, None
     if args.replay:
-        from . import recording  # safetensors need not be there for anything else
+        from . import recording  # only this needs safetensors
 
         try:
             recorded = recording.Recording(args.replay)
@@ -108,7 +108,9 @@ def _run(args: argparse.Namespace, device: torch.device) -> int:
 
 
 def _again(args: argparse.Namespace, interpreting: bool) -> int:
-    """The same in another process, whose Triton interprets kernels or compiles them: settled when it is imported."""
+    """Runs the same command in another process with or without Triton's interpreter, which is chosen at Triton's
+    import.
+    """
     same = f"-m fastbert verify --device cpu --impl {args.impl} --shapes {args.shapes}"
     command = [sys.executable, *same.split()]
     command += [word for op in args.op or () for word in ("--op", op)]
@@ -124,9 +126,9 @@ def _again(args: argparse.Namespace, interpreting: bool) -> int:
 def _run_with_progress(
     work: Sequence[Task], device: torch.device, args: argparse.Namespace, checker: Any | None
 ) -> list[Result]:
-    """The results, those before Ctrl-C where it came; each is in --json-lines at once.
+    """The results; after Ctrl-C those so far. Each is written to --json-lines at once.
 
-    checker: what has a `check(task)` of its own, a Recorder or a Replay.
+    checker: a Recorder or a Replay, whose `check(task)` is used, or None.
     """
     results = map(checker.check, work) if checker else _results_of(work, device, args)
     if sys.stderr.isatty():
@@ -135,7 +137,7 @@ def _run_with_progress(
         results = tqdm(results, total=len(work), unit="case", leave=False)
     found: list[Result] = []
     lines = contextlib.nullcontext() if args.json_lines is None else args.json_lines.open("a", encoding="utf-8")
-    # Ctrl-C, and SIGTERM as the command line takes it
+    # Ctrl-C raises KeyboardInterrupt; the command line turns SIGTERM into SystemExit.
     with contextlib.suppress(KeyboardInterrupt, SystemExit), lines as file:
         for result in results:
             found.append(result)
@@ -161,7 +163,7 @@ def _check_in_process(task: Task, device: torch.device, impl: str, emulate: str 
 
 
 def _still_answers(device: torch.device) -> bool:
-    """Whether this process still has the device, whose unused memory it gives back for the others."""
+    """Whether this process can still use the device. Also frees the process's unused device memory for others."""
     if device.type == "cuda":
         try:
             torch.cuda.synchronize(device)
@@ -172,7 +174,7 @@ def _still_answers(device: torch.device) -> bool:
 
 
 def _room(device: torch.device) -> float:
-    """Bytes of the device's memory that cases may share; what is left is for what allocators waste."""
+    """Bytes of the device's memory for all running cases together; the rest is for the allocators' overhead."""
     return 0.9 * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else float("inf")
 
 
