@@ -1,4 +1,4 @@
-"""add, mul, fma and their kin: one name for integers, floats and pairs of them; the types decide."""
+"""add, mul, fma and similar instructions, which exist for integers, floats and packed pairs: the type decides."""
 
 from __future__ import annotations
 

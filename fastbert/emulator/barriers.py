@@ -1,8 +1,8 @@
 """Barriers: bar.sync of a CTA, and mbarriers in shared memory.
 
-A thread stops at a `bar.sync` until all threads of its CTA (or as many as the instruction says) are at one of the same
-number, and at an `mbarrier.try_wait` until the phase is over. The scheduler asks `arrived` and `phase_over`; the
-instructions themselves run for the threads that may go on.
+A thread stops at a `bar.sync` until all threads of its CTA (or the number in the instruction) have reached a barrier
+with the same number, and at an `mbarrier.try_wait` until the phase is over. The scheduler calls `arrived` and
+`phase_over`; the instructions then run for the threads that may proceed.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ class MBarrier:
     """One address in the shared memory of every program; arrays are [programs]."""
 
     valid: np.ndarray  # bool
-    expected: np.ndarray  # arrivals of a phase
-    pending: np.ndarray  # arrivals that this phase still waits for
-    bytes: np.ndarray  # that this phase still waits for
-    phase: np.ndarray  # number of phases that are over
-    code: int  # in stamps, of what bulk copies that report here bring
-    maker: np.ndarray  # warp that initialised it
-    made: np.ndarray  # when
-    last_use: np.ndarray  # when, [programs, warps]
-    arriving: np.ndarray  # what is known to those that arrive in this phase, [programs, columns of the order]
-    arrived: np.ndarray  # the same of the phases that are over
+    expected: np.ndarray  # arrivals per phase
+    pending: np.ndarray  # arrivals that the current phase still waits for
+    bytes: np.ndarray  # bytes that the current phase still waits for
+    phase: np.ndarray  # number of completed phases
+    code: int  # code in the stamps of bytes from bulk copies that report here
+    maker: np.ndarray  # warp that initialised the mbarrier
+    made: np.ndarray  # time of the initialisation
+    last_use: np.ndarray  # time of each warp's last use, [programs, warps]
+    arriving: np.ndarray  # what the threads that arrived in this phase know, [programs, columns of the order]
+    arrived: np.ndarray  # the same for completed phases
 
 
 class Barriers:
@@ -44,11 +44,11 @@ class Barriers:
     # ---- bar.sync
 
     def sync(self, S: State, mask) -> None:
-        """All threads of the mask's programs have met."""
+        """bar.sync: all threads of the mask's programs have arrived."""
         S.order.meet(np.ones(S.count, bool) if mask is None else S.full(mask).any(1))
 
     def warp_sync(self, S: State, mask) -> None:
-        """The threads of the mask have met, warp by warp."""
+        """bar.warp.sync: the threads of the mask have arrived, warp by warp."""
         S.order.meet_in_warp(S.warps_of(mask))
 
     # ---- mbarriers
@@ -101,13 +101,13 @@ class Barriers:
             self._complete(barrier, programs)
 
     def transferred(self, at: int, programs: np.ndarray, size: int) -> None:
-        """`size` bytes of a bulk copy have arrived for programs (a mask)."""
+        """`size` bytes of a bulk copy have arrived for these programs (a mask)."""
         barrier = self.mbarriers[at]
         barrier.bytes[programs] -= size
         self._complete(barrier, programs)
 
     def phase_over(self, S: State, address, parity, mask) -> np.ndarray:
-        """For each thread of the mask: is the phase of this parity over?"""
+        """For each thread of the mask: whether the phase of this parity is over."""
         parity = S.full(parity).astype(i64)
         over = np.zeros(S.shape, bool)
         for at, programs, lanes in self._groups(S, address, mask):
@@ -116,7 +116,7 @@ class Barriers:
         return over
 
     def waited(self, S: State, address, mask) -> np.ndarray:
-        """The threads of the mask have seen a phase end: what came with it is there for them."""
+        """The threads of the mask have seen a phase end, so they may use the data that it signals."""
         for at, programs, lanes in self._groups(S, address, mask):
             barrier = self.mbarriers[at]
             S.order.tick()
@@ -128,7 +128,7 @@ class Barriers:
         return np.True_
 
     def used(self, S: State, at: int, programs: np.ndarray, lanes: np.ndarray) -> MBarrier:
-        """The mbarrier of these programs at an address, for threads that use it: it has to be there for them."""
+        """The mbarrier of these programs at an address. Raises if its initialisation is not visible to the threads."""
         barrier = self.mbarriers.get(at)
         if barrier is None or not barrier.valid[programs].all():
             raise BarrierMisuse(f"no mbarrier was initialised at byte {at} of shared memory")
@@ -146,7 +146,7 @@ class Barriers:
         return barrier
 
     def expect_finished(self) -> None:
-        """At the end of the programs no mbarrier waits for bytes or for the rest of its arrivals."""
+        """Raises at the end of the programs if an mbarrier still waits for bytes or arrivals."""
         for at, barrier in self.mbarriers.items():
             self._expect_finished(at, barrier, barrier.valid)
 
@@ -177,7 +177,7 @@ class Barriers:
 
     @staticmethod
     def _groups(S: State, address, mask) -> list[tuple[int, np.ndarray, np.ndarray]]:
-        """(address, programs that use it, threads that do) for each address among the threads of the mask."""
+        """(address, its programs, its threads) for each address that threads of the mask use."""
         address = S.full(address)
         active = np.ones(S.shape, bool) if mask is None else S.full(mask)
         groups = []
@@ -188,7 +188,7 @@ class Barriers:
 
 
 def _later(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """The later of two times, entry by entry; the narrower array lacks columns, which are 0."""
+    """The element-wise maximum of two arrays of times; missing columns of the narrower one count as 0."""
     columns = max(a.shape[1], b.shape[1])
     return np.maximum(*(np.pad(x, ((0, 0), (0, columns - x.shape[1]))) for x in (a, b)))
 
@@ -237,6 +237,6 @@ def _mbarrier(emit: Emitter, i: Instruction) -> None:
 
 @translates("fence", "membar", "griddepcontrol", "nanosleep")
 def _fence(emit: Emitter, i: Instruction) -> None:
-    """Among threads barriers alone order memory here; a proxy fence orders it for the asynchronous units."""
+    """Only barriers order memory between threads in this model; a proxy fence orders it for asynchronous units."""
     if i.opcode.startswith("fence.proxy.async"):
         emit.line(f"S.order.fence(S.warps_of({emit.mask}))")

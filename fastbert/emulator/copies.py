@@ -1,6 +1,6 @@
-"""Copies that run beside the threads: cp.async, and bulk copies of tensor boxes (TMA).
+"""Asynchronous copies: cp.async, and bulk copies of tensor boxes (TMA).
 
-What a copy brings is put where it belongs only when somebody has waited for it.
+The data of a copy is written to shared memory only when a thread has waited for the copy.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class AsyncCopies:
     # ---- cp.async: groups of each thread
 
     def start(self, S: State, target, source, size: int, source_size, mask) -> None:
-        """`size` bytes to shared memory; where `source_size` is 0 zeros, and the source is not read."""
+        """Starts a copy of `size` bytes to shared memory. If `source_size` is 0 it writes zeros and reads nothing."""
         if mask is not None and not np.any(mask):
             return
         place = S.shared.locate(S, target, size, mask)
@@ -83,7 +83,7 @@ class AsyncCopies:
         self._committed = self._committed + (1 if mask is None else S.full(mask).astype(i64))
 
     def wait(self, S: State, allowed: int | None, mask) -> None:
-        """All but the newest `allowed` groups of these threads are done; None: all, committed or not."""
+        """Completes all but the newest `allowed` groups of these threads; None completes all, committed or not."""
         for copy in self._copies:
             done = copy.pending if allowed is None else copy.pending & (copy.group < self._committed - allowed)
             done = done if mask is None else done & mask
@@ -97,7 +97,8 @@ class AsyncCopies:
     # ---- bulk copies
 
     def load_box(self, S: State, target, descriptor, coordinates: list, barrier, mask) -> None:
-        """A box of a tensor to shared memory for every thread of the mask. The bytes count for an mbarrier."""
+        """Starts a copy of a tensor's box to shared memory for every thread of the mask. An mbarrier counts the
+        bytes."""
         active = np.ones(S.shape, bool) if mask is None else S.full(mask)
         order = active.cumsum(1)
         for nth in range(1, int(order.max()) + 1):
@@ -157,8 +158,8 @@ class AsyncCopies:
         return swizzle(target[:, None] + np.arange(0, size, 16), span) + S.shared.base
 
     def deliver(self, S: State, barrier: int, programs: np.ndarray, phase: np.ndarray) -> np.ndarray:
-        """Phases of an mbarrier before `phase` are over for programs (a mask) that have waited; gives to which of them
-        something came."""
+        """Writes the data of copies whose phase of an mbarrier is before `phase`, for programs (a mask) that have
+        waited. Returns the programs that received data."""
         came = np.zeros(S.count, bool)
         for copy in self._bulk:
             if copy.barrier == barrier:
@@ -173,7 +174,7 @@ class AsyncCopies:
         return came
 
     def expect_none(self) -> None:
-        """At the end of the programs nothing flies: shared memory is gone then."""
+        """Raises if copies are in flight at the end of the programs, when their shared memory is gone."""
         if self._copies:
             raise MissingWait("a program ends before it has waited for its cp.async")
         if self._bulk:

@@ -1,21 +1,21 @@
-"""A Triton driver for a card that is not there: the operators run on CPU tensors through Triton's real launch path.
+"""A Triton driver without a GPU: the operators run on CPU tensors through Triton's real launch path.
 
     with offline("sm_90", on_launch=show):
         F.attention(q, k, v, cu_seqlens, max_seqlen, impl="triton")     # CPU tensors; show(launch) at every launch
 
 Triton binds the arguments, specialises on their types, sizes and alignment, looks up or compiles the kernel and packs
-the arguments as it does for a real card of that architecture. What would go to the card goes to `on_launch` instead,
-as a `Launch`; without one, nothing runs and the outputs stay as they were allocated.
+the arguments as for a real GPU of that architecture. The launch then goes to `on_launch`, as a `Launch`; without
+`on_launch` nothing runs, and the outputs keep their initial contents.
 
-    compiles=True    kernels are compiled for the card (seconds each, kept in Triton's cache): `launch.compiled` has the
+    compiles=True    kernels are compiled for the GPU (seconds each, kept in Triton's cache): `launch.compiled` has the
                      PTX and the machine code, `launch.shared` the shared memory. A kernel that needs more than the
-                     card has raises Triton's OutOfResources, as it would there.
-    compiles=False   nothing is compiled: `launch.compiled` is None. Without `on_launch` not even the arguments are
-                     looked at, and a call costs what it costs in Python.
+                     GPU has raises Triton's OutOfResources, as on the GPU.
+    compiles=False   nothing is compiled: `launch.compiled` is None. Without `on_launch` the arguments are not even
+                     inspected, so that a call costs only its Python.
 
-Triton settles at import whether it interprets kernels, so neither works where TRITON_INTERPRET is set. One driver is
-active in a process at a time. Kernels are bound anew for every architecture and either value of `compiles`, and what
-was bound stays for the next time the same pair is active.
+Triton decides at import whether it interprets kernels, so neither mode works if TRITON_INTERPRET is set. Only one
+driver is active in a process at a time. Kernels are bound separately for each architecture and value of `compiles`, and
+stay bound for the next use of the same pair.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..functional import machine
 
 KB = 1024
-# triton's backend, architecture and warp size; shared memory that one program may take
+# name -> (Triton's backend, architecture, warp size; most shared memory of a program)
 CARDS = {
     "sm_80": (GPUTarget("cuda", 80, 32), 163 * KB),
     "sm_86": (GPUTarget("cuda", 86, 32), 99 * KB),
@@ -55,12 +55,12 @@ MULTIPROCESSORS = 4  # few, so that persistent grids loop
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch, as it would go to the card.
+    """A launch, as it would be sent to the GPU.
 
     arguments: run-time argument -> (Triton type, value), in the kernel's order: ("*bf16", tensor), ("i32", number),
-        ("fp32", number), ("tensordesc<...>", descriptor with base, shape, strides, block_shape). What is a compile-time
-        constant, None and the number 1 included where Triton makes them one, is in `constexprs`.
-    attrs: what Triton assumes of run-time arguments, e.g. {"x_ptr": [["tt.divisibility", 16]]}.
+        ("fp32", number), ("tensordesc<...>", descriptor with base, shape, strides, block_shape). Compile-time constants
+        are in `constexprs`, including None and the number 1 where Triton specialises on them.
+    attrs: Triton's assumptions about run-time arguments, e.g. {"x_ptr": [["tt.divisibility", 16]]}.
     """
 
     name: str
@@ -72,8 +72,8 @@ class Launch:
     constexprs: dict[str, Any]
     attrs: dict[str, list]
     options: dict[str, Any]  # of the compiler
-    descriptors: list[dict]  # where compiled: for each tensor descriptor what the compiler says of its copies
-    source: Any = None  # what Triton compiles: with `options` it names the entry of Triton's cache
+    descriptors: list[dict]  # if compiled: the compiler's data about the copies of each tensor descriptor
+    source: Any = None  # Triton's source object; with `options` it determines the entry in Triton's cache
 
     @property
     def num_warps(self) -> int:
@@ -91,7 +91,7 @@ class Launch:
 
     @property
     def variant(self) -> tuple:
-        """Two launches with one variant run one compiled kernel."""
+        """Launches with the same variant run the same compiled kernel."""
         parts = (self.signature, self.constexprs, self.attrs, self.options)
         return (self.name, *(tuple((k, str(v)) for k, v in part.items()) for part in parts))
 
@@ -123,7 +123,7 @@ def activate(arch: str, on_launch: Callable[[Launch], None] | None = None, compi
 
 
 class OfflineDriver:
-    """What Triton asks of a driver, answered for a card that is not there."""
+    """The interface that Triton needs from a driver, for a GPU that is not there."""
 
     def __init__(self, arch: str, on_launch: Callable[[Launch], None] | None, compiles: bool):
         if arch not in CARDS:
@@ -134,14 +134,14 @@ class OfflineDriver:
         self._target, max_shared = CARDS[arch]
         number = 94 if self._target.backend == "hip" else self._target.arch  # of the MI300, as torch gives it
         self.card = machine.Card(arch, divmod(number, 10), MULTIPROCESSORS)
-        # Triton keeps what it bound by this name: never that of a real card, whose numbers count from 0
+        # Triton caches bound kernels under this key, which must differ from a real GPU's key, a number from 0.
         self._device = arch if compiles else f"{arch}, not compiled" if on_launch else f"{arch}, nothing launched"
         self.utils = _Utils(self._target, max_shared)
         self.launcher_cls = _Launcher
 
     @classmethod
     def is_active(cls) -> bool:
-        return False  # never found, only set
+        return False  # Triton must not select this driver by itself
 
     def map_python_to_cpp_type(self, ty: str) -> str:
         return ty
@@ -186,7 +186,7 @@ class _Utils:
 
 
 class _Launcher:
-    """Stands where the driver's packing of arguments in C stands: called with the grid and all bound arguments."""
+    """Replaces the driver's C function that packs arguments: called with the grid and all bound arguments."""
 
     def __init__(self, src: Any, metadata: Any):
         names, self._src = src.fn.arg_names, src
@@ -227,7 +227,7 @@ INT_BITS = {"i1": 1, "i8": 8, "i16": 16, "i32": 32, "i64": 64, "u1": 1, "u8": 8,
 
 
 def _expect_packable(kernel: str, name: str, kind: str, value: Any, attrs: Any) -> None:
-    """Raises TypeError or ValueError where a value is not what the kernel was compiled for."""
+    """Raises TypeError or ValueError if a value does not fit the type that the kernel was compiled for."""
     divisible = any(list(attr) == ["tt.divisibility", 16] for attr in attrs)
     if kind.startswith("*"):
         if not isinstance(value, Tensor):
@@ -266,7 +266,8 @@ _compile_for_a_card = JITFunction._do_compile
 
 
 def _do_compile(self, key, signature, device, constexprs, options, attrs, warmup):
-    """`JITFunction._do_compile`: under an offline driver what was bound stays with the kernel, or is all there is."""
+    """Replaces `JITFunction._do_compile`. Under an offline driver the bound data is kept beside the compiled kernel,
+    or, without compiling, in place of one."""
     active = _triton_driver.active
     if not isinstance(active, OfflineDriver):
         return _compile_for_a_card(self, key, signature, device, constexprs, options, attrs, warmup)

@@ -1,4 +1,4 @@
-"""What the emulator refuses: one class a kind of fault, each naming the kernel, the PTX line and what it met there."""
+"""The emulator's errors: a class for each kind of fault; messages name the kernel, the PTX line and the values."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from __future__ import annotations
 class EmulatorError(RuntimeError):
     """A fault of a kernel that ran on the emulator.
 
-    Whoever finds a fault says what it is; who runs the program adds where: `kernel`, `line` (of the PTX text, counted
-    from 1) and `instruction` (its text).
+    The code that finds a fault gives the message; the code that runs the program adds `kernel`, `line` (of the PTX
+    text, from 1) and `instruction` (its text).
     """
 
     def __init__(self, fault: str):
@@ -47,11 +47,11 @@ class UnwrittenShared(EmulatorError):
 
 
 class SharedRace(EmulatorError):
-    """Two threads use the same shared memory, one of them writes, and no barrier lies between."""
+    """Two threads use the same shared memory without a barrier in between, and one of them writes."""
 
 
 class StoreConflict(EmulatorError):
-    """One instruction stores different values to one address: which stays, nobody knows."""
+    """One instruction stores different values to the same address, so the result is undefined."""
 
 
 class ProgramRace(EmulatorError):
@@ -59,11 +59,11 @@ class ProgramRace(EmulatorError):
 
 
 class GlobalRace(EmulatorError):
-    """A thread uses global memory that another thread of its program wrote, and no barrier lies between."""
+    """A thread uses global memory that another thread of its program wrote, without a barrier in between."""
 
 
 class MissingWait(EmulatorError):
-    """Memory or registers are used that an asynchronous instruction still fills or reads."""
+    """A use of memory or registers that an asynchronous instruction still fills or reads."""
 
 
 class MissingFence(EmulatorError):
@@ -71,11 +71,11 @@ class MissingFence(EmulatorError):
 
 
 class UninitialisedRegister(EmulatorError):
-    """An instruction reads a register that no way through the program assigns before."""
+    """An instruction reads a register that no path through the program assigns before."""
 
 
 class LimitExceeded(EmulatorError):
-    """More threads, shared memory or the like than the architecture has."""
+    """The program needs more threads, shared memory or other resources than the architecture has."""
 
 
 class DivergentWarp(EmulatorError):

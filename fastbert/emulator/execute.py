@@ -1,7 +1,7 @@
-"""From a PTX text and its arguments to a run: programs in batches, and the order in which threads go on.
+"""Runs a PTX program with its arguments: programs in batches, and the scheduling of threads.
 
-All threads of a batch start together. Those that stand at the smallest instruction go first, so threads that took
-different ways meet again where the ways do.
+All threads of a batch start together. Threads at the smallest instruction index run first, so threads that took
+different branches meet again where the branches join.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from .ptx import Instruction, Program, parse
 from .region import Region
 from .translate import POISON, Emitter
 
-BATCH = 4096  # threads that run side by side, unless one program has more
+BATCH = 4096  # threads that are executed together, unless a single program has more
 MAX_THREADS = 1024  # of a program
-LIMIT = 50_000_000  # instructions of one batch, each counted once for all its threads
+LIMIT = 50_000_000  # most instructions of a batch; an instruction counts once for all threads that run it together
 
 
 class Translated:
-    """A program and the functions of its blocks, made when first needed."""
+    """A program and the functions of its blocks, which are translated on first use."""
 
     def __init__(self, text: str):
         self.program: Program = parse(text)
@@ -92,7 +92,8 @@ def _run_batch(code: Translated, S: Machine, P: list[np.generic], limit: int) ->
 
 
 class _Schedule:
-    """Which threads run next. `together` is where all live threads stand, or None: then `counter` says it of each."""
+    """Chooses the threads to run next. `together` is the common position of all live threads; None if they differ, then
+    `counter` has each thread's position."""
 
     def __init__(self, code: Translated, S: Machine, R: list, P: list):
         self.code, self.S, self.R, self.P = code, S, R, P
@@ -114,7 +115,7 @@ class _Schedule:
             self._go_on(start, mask, branch, condition)
 
     def _next(self) -> tuple[int | None, np.ndarray | None]:
-        """The block to run, and the threads that do (None for all)."""
+        """(the block to run, the threads that run it or None for all)."""
         S = self.S
         if self.together is not None:
             start = self.together
@@ -144,7 +145,7 @@ class _Schedule:
         self.together = None
 
     def _free(self, start: int, waiting: np.ndarray) -> np.ndarray:
-        """Those of the waiting threads that may go on."""
+        """The waiting threads that may proceed."""
         S, instruction = self.S, self.code.program.instructions[start]
         if instruction.name == "mbarrier":
             S.at = start
@@ -195,7 +196,7 @@ class _Schedule:
         self._meet()
 
     def _meet(self) -> None:
-        """Where all live threads stand at one instruction, they go on together."""
+        """Sets `together` if all live threads are at the same instruction."""
         counters = self.counter[self.S.live]
         if counters.size and (counters == counters[0]).all():
             self.together = int(counters[0])

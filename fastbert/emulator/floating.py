@@ -1,9 +1,8 @@
-"""Floating-point instructions, of one number or of the two in a packed word.
+"""Floating-point instructions, for single numbers and packed pairs.
 
-add, sub and mul round once, as IEEE says. fma rounds the float64 sum of the exact product: where that sum is inexact
-and lies just beside a tie of float32 (about one case in 2^29) the result is off by one unit. The approximate functions
-(ex2, lg2, rsqrt, rcp, sqrt, tanh, div.full, div.approx) are the CPU's, which are closer to the true value than what a
-card computes.
+add, sub and mul round once, as in IEEE 754. fma rounds the float64 sum of the exact product: if that sum is inexact and
+next to a tie of float32 (about one case in 2^29), the result is off by one unit. The approximate functions (ex2, lg2,
+rsqrt, rcp, sqrt, tanh, div.full, div.approx) are the CPU's, which are closer to the true value than a GPU's.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ def fused(a, b, c):
 
 
 def _lesser_zero(a, b, otherwise):
-    """Of equal numbers the one with a sign, which only zeros can differ in."""
+    """For equal numbers, which differ at most as -0 and +0, the one with a sign."""
     return np.where(a == b, np.where(np.signbit(a), a, b), otherwise)
 
 
 @available
 def minimum(a, b):
-    """The number where one of the two is a NaN; -0 is less than +0."""
+    """The minimum; if one of the two is a NaN, the other one. -0 is less than +0."""
     return _lesser_zero(a, b, np.fmin(a, b))
 
 
@@ -41,7 +40,7 @@ def maximum(a, b):
 
 @available
 def minimum_nan(a, b):
-    """A NaN where one of the two is."""
+    """The minimum; NaN if one of the two is a NaN."""
     return _lesser_zero(a, b, np.minimum(a, b))
 
 
@@ -75,7 +74,7 @@ def _formula(i: Instruction, values: list[str]) -> str:
         return f"fused({', '.join(values)})"
     if i.name in ("min", "max"):
         of_two = f"{i.name}imum{'_nan' if 'NaN' in i.parts else ''}({{}}, {{}})"
-        return functools.reduce(of_two.format, values)  # of two, or of three
+        return functools.reduce(of_two.format, values)  # two or three values
     return _APPROXIMATE[i.name].format(*values)
 
 
@@ -111,7 +110,7 @@ def mixed(emit: Emitter, i: Instruction) -> None:
 
 
 def packed(emit: Emitter, i: Instruction) -> None:
-    """The same of both halves of a register: f16x2, bf16x2 and f32x2."""
+    """Arithmetic on both halves of a register: f16x2, bf16x2 and f32x2."""
     kind = i.type[:-2]
     if set(i.parts) & (_ROUNDINGS | {"xorsign", "sat", "relu"}):
         refuse(i)
@@ -141,7 +140,8 @@ _COMBINE = {"and": "&", "or": "|", "xor": "^"}
 
 
 def _compared(how: str, a: str, b: str, is_float: bool) -> str:
-    """Floats: a comparison with a NaN is false, those that end in u ("unordered") are then true."""
+    """A comparison as an expression. For floats a comparison with NaN is false, or true if its name ends in u
+    ("unordered")."""
     if how in ("num", "nan"):
         return f"{'~' if how == 'num' else ''}(np.isnan({a}) | np.isnan({b}))"
     if is_float and len(how) == 3 and how[2] == "u":

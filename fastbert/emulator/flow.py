@@ -1,4 +1,4 @@
-"""The basic blocks of a program, what each reads and writes, and which registers live on after it."""
+"""The basic blocks of a program, the registers that each reads and writes, and those that are live after it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _NO_DESTINATION = ("st", "red", "bar", "barrier", "cp", "stmatrix", "fence", "me
 
 
 def waits(instruction: Instruction) -> bool:
-    """Does a thread stop here until something holds? Such an instruction starts a block."""
+    """Whether a thread may have to wait at this instruction. Such an instruction starts a block."""
     name, parts = instruction.name, instruction.parts
     if name in ("bar", "barrier"):
         return "warp" not in parts and "arrive" not in parts
@@ -61,7 +61,7 @@ def destinations(instruction: Instruction) -> list[Register]:
 
 
 def sources(instruction: Instruction) -> list[Register]:
-    """Registers that are read; a guarded instruction keeps what its destination held, so reads it."""
+    """Registers that are read. A guarded instruction also reads its destination, since it may keep the old value."""
     skip = 1 if destinations(instruction) else 0
     if instruction.guard is not None or instruction.name == "wgmma":
         skip = 0
@@ -70,7 +70,7 @@ def sources(instruction: Instruction) -> list[Register]:
 
 
 def smallest_access(program: Program, space: str) -> int:
-    """Bytes of the smallest access to a state space ("shared" or "global"); 16 without one."""
+    """Bytes of the smallest access to a state space ("shared" or "global"); 16 if there is no access."""
     sizes = [16]
     for i in program.instructions:
         spaces = [p.split("::")[0] for p in i.parts]
@@ -85,7 +85,7 @@ def smallest_access(program: Program, space: str) -> int:
 
 
 def stored_parameters(program: Program) -> set[int]:
-    """Positions of the parameters that the address of some store to global memory is computed from."""
+    """Positions of the parameters from which addresses of stores to global memory are computed."""
     code = program.instructions
     origin = [0] * len(program.widths)  # of each register: positions of parameters, as bits
     flows = [(destinations(i), sources(i)) for i in code if i.name != "ld"]
@@ -111,8 +111,8 @@ def stored_parameters(program: Program) -> set[int]:
 
 
 def expect_initialised(program: Program, blocks: dict[int, Block]) -> None:
-    """Raises UninitialisedRegister where an instruction reads what no way to it assigns."""
-    before = dict.fromkeys(blocks, 0)  # registers that some way to a block assigns, as bits
+    """Raises UninitialisedRegister if an instruction reads a register that no path to it assigns."""
+    before = dict.fromkeys(blocks, 0)  # registers that some path to a block assigns, as bits
     todo = [0]
     seen = set()
     while todo:
@@ -131,8 +131,8 @@ def expect_initialised(program: Program, blocks: dict[int, Block]) -> None:
         assigned = before[start]
         for i in program.instructions[start : blocks[start].stop]:
             written = destinations(i)
-            # what a guarded instruction leaves alone is no read, nor is an accumulator that starts at zero; compilers
-            # also fill a wide register by halves of which they need one
+            # Not counted as reads: the kept value of a guarded instruction, and an accumulator that starts at zero.
+            # Compilers also fill a wide register by halves of which they need only one.
             kept = written if i.guard is not None or i.name == "wgmma" else []
             packs = i.name == "mov" and isinstance(i.operands[1], Vector)
             for register in [] if packs else sources(i):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-if np.lib.NumpyVersion(np.__version__) < "2.0.0":  # which took the value of a scalar for its type
+if np.lib.NumpyVersion(np.__version__) < "2.0.0":  # numpy 1 derives a scalar's type from its value
     raise ImportError(f"fastbert.emulator needs numpy 2, found {np.__version__}")
 
 u8, u16, u32, u64 = np.uint8, np.uint16, np.uint32, np.uint64

@@ -1,5 +1,5 @@
-"""Integer and bit instructions. Sums and products wrap around; a shift by the width or more gives what PTX says: zeros,
-or copies of the sign. Division by zero, which PTX leaves open, gives all ones as cards do; the remainder is then the
+"""Integer and bit instructions. Sums and products wrap around. A shift by the width or more gives zeros or copies of
+the sign, as in PTX. Division by zero, which PTX leaves undefined, gives all ones as on GPUs; the remainder is then the
 dividend.
 """
 
@@ -11,7 +11,7 @@ from .formats import SIGNED, i64, u32, u64
 from .ptx import WIDTHS, Immediate, Instruction
 from .translate import Emitter, available, refuse, translates
 
-# ---- what the lines call -----------------------------------------------------------------------------------
+# ---- functions that translated code calls ------------------------------------------------------------------
 
 
 @available
@@ -31,7 +31,7 @@ def shift_right(a, count):
 
 @available
 def divide(a, b):
-    """Toward zero."""
+    """The quotient, rounded toward zero."""
     safe = np.where(b == 0, b.dtype.type(1), b)
     if a.dtype.kind == "u":
         return np.where(b == 0, ~a.dtype.type(0), a // safe)
@@ -41,7 +41,7 @@ def divide(a, b):
 
 @available
 def remainder(a, b):
-    """Of the sign of `a`."""
+    """The remainder, with the sign of `a`."""
     safe = np.where(b == 0, b.dtype.type(1), b)
     return np.where(b == 0, a, np.fmod(a, safe))
 
@@ -110,7 +110,7 @@ def permute_bytes(a, b, selector):
 
 
 def permute_bytes_by(a, b, selector: int):
-    """prmt with a selector that is known: a shift and a mask a byte."""
+    """prmt with a constant selector: a shift and a mask for each byte."""
     result = None
     for n in range(4):
         nibble = selector >> (4 * n) & 15
@@ -134,7 +134,7 @@ available(permute_bytes_by)
 
 @available
 def logic3(a, b, c, table: int):
-    """lop3: bit by bit what the table says of (a, b, c)."""
+    """lop3: bitwise, the entry of the table for the bits (a, b, c)."""
     result = u32(0)
     for n in range(8):
         if table >> n & 1:

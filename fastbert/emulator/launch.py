@@ -1,4 +1,4 @@
-"""From a launch, as the driver hands it over, to a run of its PTX on numpy."""
+"""Runs the PTX of a launch, which comes from the driver, on numpy."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _INTEGERS = {"1": u8, "8": u8, "16": u16, "32": u32, "64": u64}
 
 
 def execute(launch: Launch, ptx: str | None = None, limit: int = LIMIT) -> int:
-    """Run a compiled launch; its tensors are written in place. Gives the number of instructions that warps ran.
+    """Runs a compiled launch, which writes its tensors in place. Returns the number of instructions that warps ran.
 
-    ptx: another program than the launch's own, with the same parameters. limit: of instructions that a batch of
-    programs may run.
+    ptx: another program with the same parameters, in place of the launch's own. limit: most instructions of a batch of
+    programs.
     """
     arch = f"sm_{launch.compiled.metadata.target.arch}"
     if launch.shared > CARDS[arch][1]:
@@ -38,7 +38,7 @@ def execute(launch: Launch, ptx: str | None = None, limit: int = LIMIT) -> int:
 
 
 def extent(tensor: Tensor) -> tuple[int, int]:
-    """True addresses of the first byte of a tensor and of the first past its last element."""
+    """Real addresses of a tensor's first byte and of the first byte after its last element."""
     if tensor.numel() == 0:
         return tensor.data_ptr(), tensor.data_ptr()
     last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
@@ -46,7 +46,8 @@ def extent(tensor: Tensor) -> tuple[int, int]:
 
 
 class _Arguments:
-    """Parameters in the order of the PTX: what Triton packs for each argument, then two pointers to scratch memory."""
+    """Parameters in the order of the PTX: those that Triton packs for each argument, then two pointers to scratch
+    memory."""
 
     def __init__(self, launch: Launch):
         self.parameters: list[np.generic] = []
@@ -68,7 +69,7 @@ class _Arguments:
 
     def _descriptor(self, name: str, given: Any, meta: dict | None) -> None:
         sizes = [*given.shape], [*given.strides]
-        if meta is None:  # an architecture without bulk copies gets the parts
+        if meta is None:  # without bulk copies, the parts of a descriptor are separate parameters
             self._pointer(name, given.base)
             self.parameters += [u64(n) for n in (*sizes[0], *sizes[1])]
             self.parameters += [u8(given.padding == "nan"), u8(given.round_f32_to_tf32)]

@@ -1,4 +1,4 @@
-"""The machine that programs run on: their state, and the parts that change it."""
+"""The emulated machine: the state of programs, and the units that change it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .warpgroup import MatrixQueue
 
 
 class Machine(State):
-    """`shared_bytes`, `piece`: of shared memory, how much, and bytes of the smallest access to it; all else as
+    """shared_bytes: size of shared memory. piece: bytes of the smallest access to it. The other arguments are those of
     `State`."""
 
     def __init__(
@@ -32,7 +32,7 @@ class Machine(State):
         self.tensor = TensorMemory(self)
 
     def expect_finished(self) -> None:
-        """At the end of the programs: nothing flies, and no mbarrier waits."""
+        """Raises at the end of the programs if copies or products are in flight, or an mbarrier waits."""
         self.copies.expect_none()
         self.queue.expect_none()
         self.tensor.expect_none()

@@ -1,7 +1,7 @@
 """The matrix unit of a warp: ldmatrix, stmatrix, mma.sync.
 
-Products of 16-bit numbers are exact, their sum over the instruction's k and the accumulator is taken in float64 and
-rounded once to float32. A card sums in its own order with fewer bits, so its results differ in the last bits.
+Products of 16-bit numbers are exact; their sum over the instruction's k and the accumulator is taken in float64 and
+rounded once to float32. A GPU sums in its own order with fewer bits, so its results differ in the last bits.
 
 Fragments (g = lane / 4, t = lane % 4): the four 16-bit-pair registers of A hold rows g, g + 8, g, g + 8 and columns
 2t.., 2t.., 2t + 8.., 2t + 8..; those of B hold column g and rows 2t.., 2t + 8..; D holds row g columns 2t, 2t + 1, and

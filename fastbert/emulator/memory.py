@@ -1,7 +1,7 @@
-"""Global memory: the tensors that a launch was given, and nothing else.
+"""Global memory: the tensors of a launch, and nothing else.
 
-A pointer argument carries the number of its tensor in its upper 16 bits and the true address below, so that every
-access is held against the tensor whose pointer it was computed from, however close another one lies.
+A pointer argument has the number of its tensor in its upper 16 bits and the real address below, so that every access is
+checked against the tensor from whose pointer it was computed, even if another tensor is adjacent.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _ADDRESS = (1 << 48) - 1
 
 
 def pointer(number: int, address: int) -> np.uint64:
-    """What a kernel gets for an address in the region of a number."""
+    """The pointer argument for an address in region `number`."""
     return u64((number + 1) << 48 | address)
 
 
@@ -33,7 +33,7 @@ class GlobalMemory:
     """All tensors of a launch."""
 
     def __init__(self, regions: list[Region], stored: set[int] = frozenset(), piece: int = 1):
-        """`stored`: numbers of regions that a launch may write; `piece`: bytes of its smallest access."""
+        """stored: numbers of the regions that a launch may write. piece: bytes of its smallest access."""
         self.regions = regions
         self.ownership = Ownership(regions, stored, piece)
         self._views: dict[tuple[int, np.dtype], np.ndarray] = {}
@@ -51,8 +51,8 @@ class GlobalMemory:
         return self.regions[number].end > self.regions[number].start
 
     def locate(self, address: np.ndarray, size: int, mask: np.ndarray | None) -> list[tuple[int, np.ndarray, object]]:
-        """Of accesses of `size` bytes: (region, offsets from its origin, mask of the threads that go there) for each
-        region; offsets where the mask is off are 0. Raises OutOfBounds or Misaligned."""
+        """For accesses of `size` bytes: (region, offsets from its origin, mask of the threads that access it) for each
+        region; offsets outside the mask are 0. Raises OutOfBounds or Misaligned."""
         if mask is not None:
             active = np.flatnonzero(mask)
             if active.size == 0:
@@ -92,7 +92,7 @@ class GlobalMemory:
             raise Misaligned(f"{size} bytes at an address of {region.name} that is no multiple of {size}")
 
     def load(self, S, address, width: int, count: int, mask) -> list[np.ndarray]:
-        """`count` adjacent elements of `width` bits a thread; 0 where the mask is off."""
+        """`count` adjacent elements of `width` bits for each thread; 0 for threads outside the mask."""
         kind, bytes_ = np.dtype(RAW[width]), width // 8 * count
         found = self.locate(S.full(address), bytes_, mask if mask is None else S.full(mask))
         for number, offset, here in found:
@@ -135,7 +135,7 @@ class GlobalMemory:
                     )
 
     def atomic(self, S, operation: str, kind: str, address, value, mask, compare=None) -> np.ndarray:
-        """One thread after the other, in the order of programs and threads; gives what was there before."""
+        """An atomic operation, thread by thread in the order of programs and threads; returns the old values."""
         width = WIDTHS[kind]
         raw = np.dtype(RAW[width])
         old = np.zeros(S.shape, raw)

@@ -1,8 +1,8 @@
-"""Which program, and which thread of it, wrote and read every piece of global memory in a launch.
+"""Tracks the programs and threads that wrote and read each piece of global memory in a launch.
 
-Programs run in any order, and at once. So no two may write one address, nor may one read what another writes; within a
-program a barrier has to lie between. Only tensors whose addresses reach a store are watched, together with all tensors
-that share memory with them. Atomic operations are left out: they are made for this.
+Programs run in any order and concurrently. So two programs may not write the same address, and one may not read what
+another writes; within a program there must be a barrier in between. Only tensors whose addresses reach a store are
+tracked, and all tensors that share memory with them. Atomic operations are exempt.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from .state import State
 
 _SHIFT = 42  # of the program in stamps; below it time and thread, as in shared memory
 _STAMP = (1 << _SHIFT) - 1
-_MANY = i32(-1)  # more than one program has read this
+_MANY = i32(-1)  # more than one program has read this piece
 
 
 @dataclass(frozen=True)
 class _Span:
     origin: int  # true address
-    written: np.ndarray  # stamps, [pieces]; 0 for what nobody wrote
-    read: np.ndarray  # number of the program that read it, counted from 1, [pieces]
+    written: np.ndarray  # stamps of the writes, [pieces]; 0 for unwritten pieces
+    read: np.ndarray  # number of the program that read the piece, from 1, [pieces]
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,8 @@ class _Access:
 
 
 class Ownership:
-    """Tensors that share memory are one span of it, watched if one of them is in `stored` (numbers of regions).
-
-    `piece`: bytes of the smallest access.
+    """Tracks spans of memory. Tensors that share memory form one span, tracked if one of them is in `stored` (numbers
+    of regions). piece: bytes of the smallest access.
     """
 
     def __init__(self, regions: list[Region], stored: set[int], piece: int):
@@ -68,7 +67,7 @@ class Ownership:
             self._spans |= dict.fromkeys(members, span)
 
     def read(self, S: State, region: int, offset: np.ndarray, size: int, mask) -> None:
-        """`offset`: bytes from the region's origin, [programs, threads]."""
+        """Records a read. offset: bytes from the region's origin, [programs, threads]."""
         if region not in self._spans:
             return
         access = self._access(S, region, offset, size, mask)
@@ -81,7 +80,7 @@ class Ownership:
             read[access.index[several]] = _MANY
 
     def write(self, S: State, region: int, offset: np.ndarray, size: int, mask) -> bool:
-        """Gives whether several threads of one program write one piece at once."""
+        """Records a write; returns whether several threads of a program write the same piece at once."""
         if region not in self._spans:
             return False
         access = self._access(S, region, offset, size, mask)
@@ -106,7 +105,7 @@ class Ownership:
         return _Access(S.memory.regions[region], span, index, program, thread, program + (S.first + 1))
 
     def _expect_own(self, S: State, access: _Access, does: str) -> None:
-        """What an access uses was written by its own program, and before a barrier if by another thread."""
+        """Raises if another program wrote a piece of the access, or another thread did without a barrier in between."""
         stamps = access.span.written.take(access.index)
         self._expect_one_program(access, np.where(stamps == 0, access.number, stamps >> _SHIFT), does, "wrote")
         stamps &= _STAMP

@@ -122,14 +122,14 @@ class Program:
 
     @functools.cached_property
     def matrix_registers(self) -> frozenset[int]:
-        """Numbers of the registers that `wgmma` reads or writes while threads go on: D, and A where it is in some."""
+        """Numbers of the registers that `wgmma` uses asynchronously: D, and A if it is in registers."""
         used = (i.operands[:2] for i in self.instructions if i.opcode.startswith("wgmma.mma_async"))
         vectors = (o for operands in used for o in operands if isinstance(o, Vector))
         return frozenset(r.index for vector in vectors for r in vector.items if isinstance(r, Register))
 
 
 def parse(text: str) -> Program:
-    """The first kernel in a PTX text. Raises EmulatorError where the text has none, or names what it never declares."""
+    """The first kernel in a PTX text. Raises EmulatorError if there is none, or a name is not declared."""
     return _Parser(text).program
 
 

@@ -1,8 +1,8 @@
-"""Who last wrote and read every piece of shared memory: races, missing waits and missing fences are found here.
+"""Tracks the last write and read of each piece of shared memory, to find races, missing waits and missing fences.
 
-A piece is as large as the smallest access of the program. Reads and writes of two threads need a barrier between them
-that both know of; lanes of one warp need a `bar.warp.sync`. Copies that fly, and matrix instructions that read, hold
-their pieces until somebody has waited.
+A piece is as large as the smallest access of the program. A write and another access by different threads need a
+barrier in between; for lanes of one warp a `bar.warp.sync`. Pieces that a copy in flight writes, or a matrix
+instruction reads, may not be used until a thread has waited.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class Shadow:
     def read(
         self, place: np.ndarray, size: int, mask, who: np.ndarray | None = None, expect_written: bool = True
     ) -> None:
-        """Threads read `size` bytes at places [programs, threads]; `who`: codes, if not each thread for itself."""
+        """Threads read `size` bytes at places [programs, threads]. who: codes of the readers; by default each
+        thread."""
         index, program, who = self._pieces(place, size, mask, who)
         written = self._written.take(index)
         if expect_written and not written.all():
@@ -45,7 +46,7 @@ class Shadow:
         self._mark_read(index, program, who)
 
     def write(self, place: np.ndarray, size: int, mask, who: np.ndarray | None = None) -> bool:
-        """Gives whether two threads write one piece at once."""
+        """Threads write `size` bytes; returns whether two threads write the same piece at once."""
         index, program, who = self._pieces(place, size, mask, who)
         self._expect_free(index, program, who, "writes")
         self._written[index] = stamp(self.order.now, who)
@@ -66,14 +67,14 @@ class Shadow:
         self._read[index] = new
         back = self._read.take(index)
         differs = np.flatnonzero(back != new)
-        if differs.size:  # several threads read one piece at once
+        if differs.size:  # several threads read the same piece at once
             joined = self._joined(back[differs], who[differs])
             one_warp = (joined & ((1 << CODES) - 1)) != MANY
             self._read[index[differs[one_warp]]] = joined[one_warp]
             self._read[index[differs[~one_warp]]] = joined[~one_warp]
 
     def _joined(self, stamps, who) -> np.ndarray:
-        """Stamps of reads by those of `stamps` together with `who`, now; what flies keeps flying."""
+        """New stamps for pieces read by the previous readers and `who`; asynchronous reads in flight stay in flight."""
         code = stamps & ((1 << CODES) - 1)
         first, second = (np.where(c < BULK, c >> 5, c - SEVERAL) for c in (code, who))
         both = np.where((first == second) & (code != MANY), SEVERAL + second, MANY)
@@ -82,20 +83,20 @@ class Shadow:
     # ---- what asynchronous units do
 
     def fly(self, place: np.ndarray, size: int, mask, who: np.ndarray | None, code: np.ndarray | None = None) -> None:
-        """`who` start copies to places; `code`: who will have written, if not the same."""
+        """`who` start copies to these places. code: the writer in the stamps, if it is not `who`."""
         index, program, who = self._pieces(place, size, mask, who)
         self._expect_free(index, program, who, "starts a copy to")
         self._written[index] = stamp(FLYING, who if code is None else code)
 
     def land(self, place: np.ndarray, size: int, mask, code: np.ndarray | None = None) -> None:
-        """Copies are over, as of now."""
+        """Copies are complete."""
         index, _, who = self._pieces(place, size, mask, code)
         self._written[index] = stamp(self.order.now, who)
 
     def read_async(self, place: np.ndarray, program: np.ndarray, warps: np.ndarray, fenced: bool = True) -> np.ndarray:
-        """An asynchronous unit reads 16 bytes at each of places [operations, n]. program: [operations]; warps:
-        [operations, k], those that start it, all of which have to know what was written. fenced: and a fence has
-        to lie between. Gives the pieces, for `read_is_over`."""
+        """An asynchronous unit reads 16 bytes at each of places [operations, n]. program: [operations]. warps:
+        [operations, k], the warps that start the read; the writes must be ordered before all of them. fenced: a proxy
+        fence is needed as well. Returns the pieces, for `read_is_over`."""
         index = self._spread(place, 16).reshape(len(place), -1)
         written = self._written.take(index)
         if not written.all():
@@ -124,15 +125,15 @@ class Shadow:
             )
 
     def read_is_over(self, index: np.ndarray, code: int = MANY) -> None:
-        """code: of the mbarrier that says so, if one does."""
+        """Ends an asynchronous read. code: of the mbarrier that reports the end, if any."""
         self._read[index] = stamp(self.order.now, code)
 
     def read_goes_on(self, index: np.ndarray) -> None:
         self._read[index] = stamp(FLYING, MANY)
 
     def start_result(self, index: np.ndarray, program: np.ndarray, warp: np.ndarray, own: np.ndarray) -> None:
-        """The matrix unit starts to write pieces [operations, n] for warps [operations]. own: which pieces it wrote for
-        the same warp last, since its products come one after the other."""
+        """The matrix unit starts to write pieces [operations, n] for warps [operations]. own: the pieces that it wrote
+        last for the same warp; these need no wait, because products run one after the other."""
         who, each = SEVERAL + warp, index.shape[1]
         pieces, program, who = index.reshape(-1), program.repeat(each), who.repeat(each)
         others = ~own.reshape(-1)
@@ -150,11 +151,11 @@ class Shadow:
         self._written[index] = stamp(FLYING, SEVERAL + warp)[:, None]
 
     def end_result(self, index: np.ndarray, code: int) -> None:
-        """code: of the mbarrier that says so."""
+        """Ends a write of the matrix unit. code: of the mbarrier that reports the end."""
         self._written[index] = stamp(self.order.now, code)
 
     def hold_mbarrier(self, place: np.ndarray, programs: np.ndarray) -> None:
-        """8 bytes become an mbarrier: only its own instructions may use them."""
+        """Marks 8 bytes as an mbarrier, which only mbarrier instructions may use."""
         self._written[self._spread(place[programs], 8).reshape(-1)] = stamp(FLYING, MBARRIER)
 
     def free_mbarrier(self, place: np.ndarray, programs: np.ndarray, thread: np.ndarray) -> None:

@@ -1,4 +1,4 @@
-"""Shared memory of every program. What nobody wrote is a NaN in every format."""
+"""Shared memory of every program. Unwritten memory is NaN in every format."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class SharedMemory:
         return self._views[width]
 
     def locate(self, S: State, address, size: int, mask, alignment: int = 0) -> np.ndarray:
-        """[programs, threads] places in `bytes` of accesses of `size` bytes; where the mask is off, some place that
-        exists. Raises OutOfBounds or Misaligned."""
+        """Places in `bytes` of accesses of `size` bytes, [programs, threads]; for threads outside the mask any valid
+        place. Raises OutOfBounds or Misaligned."""
         address = S.full(address).astype(i64)
         if mask is not None:
             address = np.where(mask, address, 0)

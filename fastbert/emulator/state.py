@@ -1,4 +1,4 @@
-"""The state of many programs (CTAs) that run side by side: what every part of the emulator reads of the others."""
+"""The state of the programs (CTAs) that run together, through which the emulator's parts use each other."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ PARAMETER_SPACE = 0xFFFE << 48  # addresses of parameters, which are no addresse
 
 
 class State:
-    """`programs`: their numbers in the grid, [n, 3]. Arrays of the state are [n, threads]. `first`: number of the
-    first one, counted through the grid. `Machine` puts the parts together: memory, order, shared memory, barriers,
-    copies, the queue of matrix products, and tensor memory."""
+    """programs: positions in the grid, [n, 3]. first: number of the first program, counted through the grid. Arrays of
+    the state are [n, threads]. `Machine` adds the parts: memory, order, shared memory, barriers, copies, the queue of
+    matrix products, and tensor memory."""
 
     memory: Any
     order: Any
@@ -56,7 +56,7 @@ class State:
         return np.reshape(self.full(x), (self.count, self.warps, 32))
 
     def warps_of(self, mask) -> np.ndarray:
-        """[programs, warps]: has the mask a thread of it?"""
+        """[programs, warps]: whether the mask contains a thread of the warp."""
         return np.ones((self.count, self.warps), bool) if mask is None else self.by_warp(mask).any(-1)
 
     def special(self, name: str) -> np.ndarray:
@@ -68,7 +68,7 @@ class State:
         return u64(PARAMETER_SPACE | number)
 
     def descriptor(self, address) -> object:
-        """The tensor descriptor that lies at an address of the parameter space."""
+        """The tensor descriptor at an address of the parameter space."""
         number = int(address) - PARAMETER_SPACE
         if number not in self.descriptors:
             raise UnknownInstruction(f"no tensor descriptor at {int(address):#x}")

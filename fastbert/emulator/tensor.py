@@ -5,12 +5,14 @@ from 32 (w % 4). A product D = A B + D is started by one thread: B lies in share
 or in tensor memory, D in tensor memory. With m = 128 row r of D and of A is lane r; with m = 64 it is lane
 32 (r / 16) + r % 16. Two 16-bit elements of A share a column.
 
-Registers that a `tcgen05.ld` fills may be used at once; what it reads may not be written before `tcgen05.wait::ld`.
+Registers that a `tcgen05.ld` fills may be used at once; the memory that it reads may not be written before
+`tcgen05.wait::ld`.
 PTX ISA, 9.7.16.6.4.5: "an intra-thread ordering through true register dependency will be respected", which "does not
 imply any other form of ordering".
 
-Products run one after the other beside the threads. A thread that has waited for the mbarrier that a `tcgen05.commit`
-names may read D, and write what the products before the commit read. Sums are taken as by wgmma.
+Products run one after the other, asynchronously to the threads. A thread that has waited for the mbarrier of a
+`tcgen05.commit` may read D, and may overwrite the operands of the products before the commit. Sums are taken as by
+wgmma.
 """
 
 from __future__ import annotations
@@ -78,7 +80,7 @@ class TensorMemory:
 
     @functools.cached_property
     def _issuer(self) -> np.ndarray:
-        """Of each piece: the warp whose product wrote it last; -1 after a store."""
+        """For each piece the warp whose product wrote it last; -1 after a store."""
         return np.full(self._state.count * _STRIDE // 4, -1, np.int8)
 
     # ---- allocation
@@ -106,7 +108,7 @@ class TensorMemory:
         self._columns[programs] -= columns
 
     def expect_none(self) -> None:
-        """At the end of the programs."""
+        """Raises at the end of the programs if tensor memory is still allocated, or products are in flight."""
         if self._stores or any(product.pending.any() for product in self._products):
             raise MissingWait("a program ends before it has waited for its tensor memory")
         if self._columns.any():
@@ -114,7 +116,7 @@ class TensorMemory:
 
     @staticmethod
     def _one_warp(S: State, mask, what: str) -> tuple[np.ndarray, np.ndarray]:
-        """The programs that run this, and of each the first thread that does: one whole warp."""
+        """(programs that run this, the first thread of each). Raises unless it is one whole warp in each program."""
         expect_whole_warps(S, mask, what)
         active = np.ones(S.shape, bool) if mask is None else S.full(mask)
         if (active.sum(1) > 32).any():
@@ -124,12 +126,12 @@ class TensorMemory:
     # ---- registers
 
     def load(self, S: State, address, count: int, halves: int | None, mask) -> list[np.ndarray]:
-        """`count` columns a thread. halves: the lower half of a warp takes its lanes' columns from the address, the
-        upper half the same lanes' columns from so many further; None: every thread has its own lane."""
+        """`count` columns for each thread. halves: the lower half of a warp reads its lanes' columns from the address,
+        the upper half reads the same lanes' columns, `halves` further; None: every thread has its own lane."""
         lane, column, active = self._places(S, address, count, halves, mask, "tcgen05.ld")
         place = self._bytes(S, lane, column)
         move = self._move(place.reshape(S.count, -1), self._each(active, count))
-        # Triton loads the result of a product that it left out, and takes none of it: what nobody wrote is NaN
+        # Triton may load the result of a product that it skipped, and ignores it; unwritten memory reads as NaN.
         self._shadow.read(move.place, 4, self._each(active, count), self._who(S, count), expect_written=False)
         self._shadow.read_goes_on(move.place[move.pending] >> 2)
         self._loads.append(move)
@@ -137,7 +139,7 @@ class TensorMemory:
         return [np.ascontiguousarray(words[..., n]) for n in range(count)]
 
     def store(self, S: State, address, registers: list, halves: int | None, mask) -> None:
-        """As `load`. The values are there for others once the warp has waited."""
+        """Like `load`. The values are visible to others after the warp has waited."""
         count = len(registers)
         lane, column, active = self._places(S, address, count, halves, mask, "tcgen05.st")
         place = self._bytes(S, lane, column).reshape(S.count, -1)
@@ -170,7 +172,7 @@ class TensorMemory:
 
     @staticmethod
     def _waited(S: State, moves: list[_Move], mask) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(place, which of it) that the threads of the mask have waited for; it is pending no more."""
+        """(places, mask of the places) of moves that the threads of the mask have now waited for."""
         for move in moves:
             columns = move.place.shape[1] // S.threads
             done = move.pending if mask is None else move.pending & S.full(mask).repeat(columns, 1)
@@ -215,7 +217,7 @@ class TensorMemory:
 
     @staticmethod
     def _who(S: State, count: int) -> np.ndarray:
-        """A warp moves and waits as one: its first thread stands for all."""
+        """Codes of the accessing threads. A warp moves and waits as a whole, so its first thread stands for all."""
         return (np.arange(S.threads, dtype=i64) // 32 * 32).repeat(count)[None]
 
     # ---- products
@@ -295,7 +297,7 @@ class TensorMemory:
         return programs, active.argmax(1)[programs]
 
     def commit(self, S: State, address, mask) -> None:
-        """An mbarrier is told when all products are over that these threads have started."""
+        """An mbarrier will be signalled when all products that these threads have started are complete."""
         programs, thread = self._one_thread(S, mask, "tcgen05.commit")
         if not len(programs):
             return
@@ -306,12 +308,12 @@ class TensorMemory:
             for n in np.flatnonzero(mine & product.pending):
                 number = int(at[of[n]])
                 product.barrier[n] = number
-                if number in S.barriers.mbarriers:  # `arrive` refuses another
+                if number in S.barriers.mbarriers:  # otherwise `arrive` raises
                     product.phase[n] = S.barriers.mbarriers[number].phase[product.programs[n]]
         S.barriers.arrive(S, address, u32(1), u32(0), mask)
 
     def deliver(self, S: State, barrier: int, programs: np.ndarray, phase: np.ndarray, code: int) -> np.ndarray:
-        """As `AsyncCopies.deliver`. code: of the mbarrier in stamps."""
+        """Like `AsyncCopies.deliver`. code: the mbarrier's code in stamps."""
         came = np.zeros(S.count, bool)
         for product in self._products:
             of = product.programs
@@ -327,7 +329,7 @@ class TensorMemory:
         if not came.any():
             return came
         self._products = [product for product in self._products if product.pending.any()]
-        for product in self._products:  # what one product is done with another may still use
+        for product in self._products:  # an operand of a finished product may still be in use by another product
             self._shadow.start_result_again(product.result[product.pending], product.warp[product.pending])
             for pieces in product.shared:
                 S.shared.shadow.read_goes_on(pieces[product.pending])

@@ -1,10 +1,10 @@
 """Basic blocks become Python functions on numpy arrays.
 
-A register holds an array that broadcasts to [programs, threads]: an address step that depends on the thread alone is
-[1, threads], one that depends on the program alone [programs, 1], a constant a scalar. Within a block registers are
-local variables, and the views of one that its readers need (as float32, as the upper bfloat16) are made once. At the
-end of a block the registers that live on go back to the list R, where the block ran for a part of the threads only
-(mask M) merged with what the others hold.
+A register holds an array that broadcasts to [programs, threads]: an address step that depends only on the thread is
+[1, threads], one that depends only on the program is [programs, 1], a constant is a scalar. Within a block registers
+are local variables, and the views of a register that readers need (as float32, as the upper bfloat16) are made once. At
+the end of a block live registers are written back to the list R; if the block ran for some threads only (mask M), they
+are merged with the values of the other threads.
 
 Each family of instructions registers its translators with `translates`: functions of an `Emitter` and an
 `Instruction` that read operands (`emit.read`), write destinations (`emit.write`) and add lines (`emit.line`). Names
@@ -39,7 +39,7 @@ from .ptx import (
 TRANSLATORS: dict[str, Callable[[Emitter, Instruction], None]] = {}
 NAMES: dict[str, object] = {"np": np, "where": np.where}
 NAMES |= {name: getattr(formats, name) for name in dir(formats) if not name.startswith("_")}
-# A register that nothing wrote: a NaN as float32, bfloat16 and float16, and no address.
+# The value of an unwritten register: NaN as float32, bfloat16 and float16, and no valid address.
 POISON = {1: np.bool_(False), 16: np.uint16(0x7FFF), 32: np.uint32(0x7FFF7FFF), 64: np.uint64(0x7FFF7FFF7FFF7FFF)}
 
 
@@ -54,7 +54,7 @@ def translates(*names: str) -> Callable:
 
 
 def available(function: Callable) -> Callable:
-    """Registers a function under its name for the lines that translators emit."""
+    """Makes a function available, under its name, to the lines that translators emit."""
     NAMES[function.__name__] = function
     return function
 
@@ -64,7 +64,7 @@ def refuse(instruction: Instruction) -> None:
 
 
 class Emitter:
-    """Python lines of one block. `masked`: the block runs for a part of the threads."""
+    """Collects the Python lines of a block. masked: the block runs for some of the threads only."""
 
     def __init__(self, program: Program, block: Block, masked: bool):
         self.program, self.block, self.masked = program, block, masked
@@ -77,7 +77,7 @@ class Emitter:
         self._mask_of_guard: dict[tuple[str, bool], str] = {}
         self._made: dict[str, str] = {}
 
-    # ---- what translators use
+    # ---- for translators
 
     def line(self, text: str) -> None:
         self.lines.append(text)
@@ -90,7 +90,7 @@ class Emitter:
         return name
 
     def once(self, expression: str) -> str:
-        """A variable that holds an expression of variables, which are never assigned twice, and has no effects."""
+        """A variable for an expression without side effects, emitted once. (Variables are never reassigned.)"""
         if expression not in self._made:
             self._made[expression] = self.new(expression)
         return self._made[expression]
@@ -187,8 +187,8 @@ class Emitter:
     # ---- the block
 
     def translate(self) -> tuple[Callable, Instruction | None]:
-        """The function of (S, R, M, P), and the branch at the end of the block: where that has a guard the function
-        gives for which threads it holds."""
+        """(the block's function of (S, R, M, P), the branch at the end of the block). If the branch has a guard, the
+        function returns the threads for which the guard holds."""
         branch = None
         for index in range(self.block.start, self.block.stop):
             instruction = self.program.instructions[index]
@@ -224,7 +224,7 @@ class Emitter:
         return names["block"], branch
 
     def _guard_matrix_registers(self, instruction: Instruction, index: int) -> None:
-        """Ordinary instructions may not use registers that the matrix unit works on."""
+        """Emits the check that ordinary instructions do not use registers that the matrix unit is using."""
         shared = self.program.matrix_registers
         if not shared or instruction.name == "wgmma":
             return

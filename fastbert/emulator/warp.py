@@ -18,8 +18,8 @@ _REDUCTIONS = {
 
 
 def expect_whole_warps(S: State, mask, what: str, members=None) -> None:
-    """Raises DivergentWarp where an instruction that warps run together is run by a part of one. `members`: bits of the
-    lanes that take part, None for all of them; those that have ended need not."""
+    """Raises DivergentWarp if only a part of a warp runs an instruction that needs the whole warp. members: bits of the
+    lanes that have to take part, None for all; lanes that have ended are exempt."""
     if mask is None:
         return
     active = S.by_warp(mask)
@@ -36,7 +36,7 @@ available(expect_whole_warps)
 
 
 def expect_named_lanes(emit: Emitter, i: Instruction) -> None:
-    """The last operand names the lanes that run this together."""
+    """Emits the check that the lanes in the last operand run this instruction together."""
     if emit.mask != "None":
         members = i.operands[-1]
         whole = isinstance(members, Immediate) and members.value in (-1, 0xFFFFFFFF)
@@ -46,7 +46,7 @@ def expect_named_lanes(emit: Emitter, i: Instruction) -> None:
 
 @available
 def shuffle(S: State, how: str, a, b, c):
-    """(values, was the source lane in range); a lane out of range keeps its own value."""
+    """shfl: (values, whether the source lane is in range). A lane with a source out of range keeps its own value."""
     value = S.by_warp(a)
     b, c = np.asarray(b).astype(i64) & 31, np.asarray(c).astype(i64)
     lane = S.lane
@@ -109,7 +109,7 @@ def reduce_warp(S: State, operation: str, a, mask):
 def extreme_of_warp(S: State, operation: str, bits, mask):
     """redux.min and max of float32, as bits: NaNs are left out, and -0 is less than 0."""
     bits = S.by_warp(bits)
-    # with the lower bits of negative numbers turned round floats compare as integers do
+    # If the lower bits of negative numbers are inverted, floats compare like integers.
     ordered = bits.view(i32) ^ ((bits.view(i32) >> 31) & 0x7FFFFFFF)
     left_out = (bits & u32(0x7FFFFFFF)) > u32(0x7F800000)
     left_out = left_out if mask is None else left_out | ~S.by_warp(mask)
@@ -166,7 +166,7 @@ def _vote(emit: Emitter, i: Instruction) -> None:
 
 @available
 def elect(S: State, mask):
-    """(the lane that is chosen, is it this one): the lowest that takes part."""
+    """elect: (the elected lane, whether it is this one). The lowest participating lane is elected."""
     member = np.ones((1, 1, 32), bool) if mask is None else S.by_warp(mask)
     leader = member.argmax(-1)[..., None]
     chosen = (leader == _LANES) & member

@@ -1,4 +1,4 @@
-"""wgmma: the matrix unit of four warps, which reads shared memory itself and works beside the threads.
+"""wgmma: the matrix unit of four warps, which reads shared memory itself and runs asynchronously.
 
 D of the 128 threads, n / 2 registers each, is held as a matrix from the first product until `wgmma.wait_group`; the
 registers are a NaN in between. Products are exact; each instruction's sum over k = 16 and the accumulator is taken in
@@ -49,9 +49,9 @@ class _Read:
 
 
 class MatrixQueue:
-    """The matrix instructions in flight, by their destination registers, and what registers they may not share.
+    """The matrix instructions in flight, by their destination registers, with the rules for these registers.
 
-    Registers of D and A that other instructions use count as touched until `wgmma.fence`.
+    Registers of D and A that ordinary instructions have used need a `wgmma.fence` before the next `wgmma`.
     """
 
     def __init__(self, machine: State):
@@ -60,13 +60,13 @@ class MatrixQueue:
         self._sources: list[tuple[frozenset[int], np.ndarray, np.ndarray]] = []  # A in registers, flying, group
         self._reads: list[_Read] = []
         self._touched: dict[int, np.ndarray] = {}  # register -> [programs, warpgroups]
-        self._unfenced = np.ones(self.groups, bool)  # no fence at all yet
+        self._unfenced = np.ones(self.groups, bool)  # warpgroups without any fence so far
         self._committed = np.zeros(self.groups, i64)
 
     # ---- registers that instructions in flight use
 
     def touch(self, S: State, read: frozenset[int], written: frozenset[int], mask) -> None:
-        """An ordinary instruction reads and writes registers that some wgmma uses."""
+        """An ordinary instruction reads and writes registers that a wgmma uses."""
         here = self._parts(S, mask)
         for registers, accumulator in self.flying.items():
             if not (read | written).isdisjoint(registers) and (accumulator.flying & here).any():
@@ -150,7 +150,7 @@ class MatrixQueue:
                 S.shared.shadow.read_is_over(read.index[done[read.here]])
                 read.flying = read.flying & ~done
         self._reads = [read for read in self._reads if read.flying.any()]
-        for read in self._reads:  # what one instruction is done with another may still read
+        for read in self._reads:  # an operand of a finished instruction may still be read by another one
             S.shared.shadow.read_goes_on(read.index[read.flying[read.here]])
 
     def expect_none(self) -> None:
@@ -175,7 +175,7 @@ class MatrixQueue:
         return by_group.all(-1)
 
     def _uniform(self, S: State, value, here: np.ndarray, what: str) -> np.ndarray:
-        """A value that all threads of a warpgroup have to share, [programs, warpgroups]."""
+        """A value that must be the same in all threads of a warpgroup, [programs, warpgroups]."""
         if np.ndim(value) == 0:
             return np.full(self.groups, value)
         by_group = S.full(value).reshape(*self.groups, 128)
