@@ -7,9 +7,31 @@ vectors = encoder.encode(["text in", "vectors out"])
 
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import _moved
+
+if TYPE_CHECKING:  # for type checkers and editors; at run time `__getattr__` imports each name on first use
+    from . import functional as functional
+    from .config import BertConfig as BertConfig
+    from .dropin import accelerate as accelerate
+    from .dropin import explain as explain
+    from .dropin import register_attention as register_attention
+    from .dropin import restore as restore
+    from .encoding.encoder import Encoder as Encoder
+    from .inference.weights import prepack as prepack
+    from .kernels._invariance import batch_invariant as batch_invariant
+    from .models.bert import BertModel as BertModel
+    from .models.heads import BertForMultipleChoice as BertForMultipleChoice
+    from .models.heads import BertForNextSentencePrediction as BertForNextSentencePrediction
+    from .models.heads import BertForQuestionAnswering as BertForQuestionAnswering
+    from .models.heads import BertForSequenceClassification as BertForSequenceClassification
+    from .models.heads import BertForTokenClassification as BertForTokenClassification
+    from .models.vocabulary import BertForMaskedLM as BertForMaskedLM
+    from .models.vocabulary import BertForPreTraining as BertForPreTraining
+    from .packing import PackedBatch as PackedBatch
+    from .text.tokenizer import Tokenizer as Tokenizer
+    from .training.pipeline import pipeline as pipeline
 
 try:
     __version__ = version("fastbert-torch")  # the distribution: `fastbert` on the package index is another project

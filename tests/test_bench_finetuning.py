@@ -8,8 +8,8 @@ from threading import Thread
 
 import pytest
 
+from benchmarks.harness.finetuning_lines import pairs
 from benchmarks.harness.turns import Turns, TurnsOver, pipes
-from benchmarks.reporting.finetuning import pairs
 from benchmarks.suites import chinese_answers, finetuning
 from fastbert.training.features import Window
 from fastbert.training.finetune import usual_step_tokens

