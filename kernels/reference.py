@@ -163,6 +163,42 @@ def attention_padded(q, k, v, seqlens=None, seqlens_k=None, **options):
     return padded, lse_padded.transpose(1, 2)
 
 
+def disentangled_attention(
+    q, k, v, pk, pq, lut, cu_seqlens, max_seqlen=None, *,
+    dropout_p=0.0, seed=None, stream=0, sequence_ids=None, scale=None, schedule=None,
+):  # fmt: skip
+    """Attention of packed sequences that looks at distances; see `functional.disentangled_attention`.
+
+    q, k, v [T, H, D], pk, pq [R, H, D] or None, lut [2 S - 1] -> o [T, H, D].
+        s = scale * (q k^T + q pk[lut]^T + k pq[lut]^T),  lut over i - j
+        p = dropout(softmax(s));  o = p v
+    """
+    scale = disentangled_scale(q, pk, pq) if scale is None else scale
+    starts, outputs = cu_seqlens.tolist(), []
+    for b, (start, end) in enumerate(itertools.pairwise(starts)):
+        q_, k_, v_ = (t[start:end].transpose(0, 1) for t in (q, k, v))  # [H, S, D]
+        rows = torch.arange(end - start, dtype=torch.int64, device=q.device)
+        slots = lut[(rows[:, None] - rows + lut.shape[0] // 2)].to(torch.int64)  # [S, S]
+        s = q_ @ k_.mT
+        if pk is not None:
+            s = s + torch.einsum("hid,ijhd->hij", q_, pk[slots])
+        if pq is not None:
+            s = s + torch.einsum("hjd,ijhd->hij", k_, pq[slots])
+        p = (s * scale).softmax(-1)
+        if dropout_p > 0.0:
+            heads = torch.arange(q.shape[1], dtype=torch.int64, device=q.device)[:, None]
+            name = b if sequence_ids is None else int(sequence_ids[b])
+            keys = row_keys(seed, stream * HEAD_STREAMS + heads, (name << 32) | rows)
+            p = torch.where(keep_mask(keys, end - start, dropout_p), p / (1.0 - dropout_p), 0.0)
+        outputs.append((p @ v_).transpose(0, 1))
+    return torch.cat(outputs) if outputs else attention_of_nothing(q, k, v, pk, pq)
+
+
+def disentangled_scale(q, pk, pq):
+    """1 / sqrt(D (1 + terms)), of so many terms of distances as there are."""
+    return (q.shape[-1] * (1 + (pk is not None) + (pq is not None))) ** -0.5
+
+
 # ---- normalisation ---------------------------------------------------------------------------------------
 
 

@@ -34,7 +34,10 @@ SMALL = {
     WORDS: ("vocab_size",),
 }  # fmt: skip
 # what a config must say that its own defaults do not
-MORE = {"esm": {"pad_token_id": PADDING, "mask_token_id": 4, "vocab_size": WORDS, "position_embedding_type": "rotary"}}
+MORE = {
+    "deberta-v2": {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8},
+    "esm": {"pad_token_id": PADDING, "mask_token_id": 4, "vocab_size": WORDS, "position_embedding_type": "rotary"},
+}
 # encoders that no model type of their own names
 TOWERS = {
     "align (text)": ("AlignTextModel", "AlignTextConfig"),

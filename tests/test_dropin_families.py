@@ -22,6 +22,10 @@ FROM_PAD = {"pad_token_id": 1}  # positions count from it
 ESM = FROM_PAD | {"mask_token_id": 4, "position_embedding_type": "rotary"}
 # name of the encoder's class -> (of its config's, settings beyond SIZES)
 OTHERS = {
+    "DebertaV2Model": (
+        "DebertaV2Config",
+        {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 6, "type_vocab_size": 2},
+    ),
     "ErnieModel": ("ErnieConfig", {}),
     "Data2VecTextModel": ("Data2VecTextConfig", FROM_PAD),
     "RemBertModel": ("RemBertConfig", {"input_embedding_size": 24, "output_embedding_size": 24}),
@@ -53,7 +57,7 @@ OTHERS = {
     "VisualBertModel": ("VisualBertConfig", {"visual_embedding_dim": 20}),
 }  # fmt: skip
 # heads of those whose heads read them as BERT's do
-WITH_HEADS = ("Ernie", "Data2VecText", "RemBert", "MegatronBert", "XLMRobertaXL", "RobertaPreLayerNorm")
+WITH_HEADS = ("DebertaV2", "Ernie", "Data2VecText", "RemBert", "MegatronBert", "XLMRobertaXL", "RobertaPreLayerNorm")
 
 
 def class_of(name: str) -> type:
@@ -109,7 +113,16 @@ def test_every_family_of_the_table_is_tested():
 
 
 # a row of each kind in bfloat16
-KINDS = ("ErnieModel", "RemBertModel", "MegatronBertModel", "NomicBertModel", "GteModel", "EsmModel", "LayoutLMModel")
+KINDS = (
+    "DebertaV2Model",
+    "ErnieModel",
+    "RemBertModel",
+    "MegatronBertModel",
+    "NomicBertModel",
+    "GteModel",
+    "EsmModel",
+    "LayoutLMModel",
+)
 RUNS = [(name, "right", torch.float32) for name in OTHERS] + [(name, "left", torch.bfloat16) for name in KINDS]
 
 
@@ -164,7 +177,7 @@ def test_heads_read_no_padding(family):
             # some heads clamp the positions that they are given in place
             losses = [model(**{k: v.clone() for k, v in batch.items()}).loss for model in models]
         for loss in losses[:2]:
-            torch.testing.assert_close(loss.double(), losses[2], rtol=1e-5, atol=1e-5, msg=head)
+            torch.testing.assert_close(loss.double(), losses[2].double(), rtol=1e-5, atol=1e-5, msg=head)
         if head in ("ForTokenClassification", "ForQuestionAnswering"):
             assert_gradients(ours, plain, truth, losses)
         assert_fused(ours)

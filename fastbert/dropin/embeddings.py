@@ -12,6 +12,7 @@ from .. import functional as F
 from ..stack.description import Part
 from ..stack.shared import Pass
 from ..stack.steps import multiply, norm_only, probability
+from . import distances
 from .facts import Family
 from .parts import Seen, at, has, kind_of, layers_of
 
@@ -50,6 +51,8 @@ def embeddings(encoder: nn.Module, facts: Family, shared: Pass, seen: Seen, give
         if norm is not None:
             x = norm_only(x, part(encoder, facts.norm, seen.norm), shared)
         x = shared.drop(x, p, stream=0)
+    if facts.masks_embeddings and shared.real() is not None:
+        x = x * shared.real().flatten()[:, None]
     if facts.project is not None and has(encoder, facts.project):
         x = multiply(part(encoder, facts.project, seen.project), x, shared)
     return x
@@ -92,7 +95,10 @@ def count_positions(padding_idx: int, ids: Tensor | None, embeds: Tensor | None)
 
 def position_tables(encoder: nn.Module, facts: Family, width: int, device: torch.device) -> dict[str, Any]:
     """What attention looks up by position, as far as `width`."""
-    bias = {"bias": position_bias(encoder, facts, width)}
+    bias = {
+        "bias": position_bias(encoder, facts, width),
+        "distances": distances.table_of(encoder, facts, width, device),
+    }
     return bias | (rotary(encoder, facts, width, device) if facts.positions == "rotary" else {})
 
 

@@ -6,7 +6,40 @@ Paths are attributes from the encoder (`Family`) or from one of its layers (`Lay
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
+
+
+def at(module: Any, path: str) -> Any:
+    """The attribute of an attribute: at(layer, "attention.self.query"); of "" the module itself."""
+    for name in path.split(".") if path else ():
+        module = getattr(module, name)
+    return module
+
+
+def has(module: Any, path: str) -> bool:
+    for name in path.split("."):
+        if not hasattr(module, name):
+            return False
+        module = getattr(module, name)
+    return True
+
+
+@dataclass(frozen=True)
+class Distances:
+    """Where a layer has what makes its scores look at distances between tokens (DeBERTa): paths from the layer.
+
+    Attributes:
+        key, query: the projections of the table of distances to keys and to queries; each may be missing in a layer.
+        dropout: on the table, anew in every layer.
+        terms: which of the two terms there are: "c2p", content to position, and "p2c", position to content.
+        shares: whether the layer's own projections of key and query stand in for `key` and `query`.
+    """
+
+    key: str
+    query: str
+    dropout: str
+    terms: str
+    shares: str
 
 
 @dataclass(frozen=True)
@@ -32,6 +65,7 @@ class Layer:
         rotates: q and k are rotated by their positions, all layers in the same way.
         attention_type: with rotary positions, where it is written which rotation and window the layer has.
         rotary: the module that makes the rotation's tables, where every layer has one of its own.
+        distances: what makes the scores look at distances between tokens, by a table of the encoder.
     """
 
     modules: dict[str, tuple[str, ...]]
@@ -58,6 +92,7 @@ class Layer:
     rotates: bool = False
     attention_type: str | None = None
     rotary: str | None = None
+    distances: Distances | None = None
 
     @property
     def kind(self) -> str:
@@ -103,6 +138,8 @@ class Family:
         positions: "column": a token's column in the padded batch; "after_padding_idx": it counts the ids that are
             not padding, from padding_idx + 1 on; "rotary": no table, q and k are rotated.
         position_type: what `config.position_embedding_type` says of it, or would say where it is not written.
+        distances: the encoder that has the table of distances, which the layers' `distances` project (DeBERTa).
+        masks_embeddings: the embeddings of padding are zeros.
         bias: the encoder whose `relative_attention_bias` table gives every layer's attention bias (MPNet).
         final_norm: a LayerNorm after the last layer.
         last_state_normed: the last of the hidden states is the output, rather than what goes into `final_norm`.
@@ -132,6 +169,8 @@ class Family:
     positions: Literal["column", "after_padding_idx", "rotary"] = "column"
     position_type: str = "absolute"
     bias: str | None = None
+    distances: str | None = None
+    masks_embeddings: bool = False
     final_norm: str | None = None
     last_state_normed: bool = True
     pooler_activation: str | None = None
@@ -149,4 +188,4 @@ class Family:
     @property
     def relative(self) -> bool:
         """Does attention look at distances between tokens?"""
-        return self.bias is not None or self.positions == "rotary"
+        return self.bias is not None or self.distances is not None or self.positions == "rotary"

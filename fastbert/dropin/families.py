@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from .facts import Family, Layer
+from .facts import Distances, Family, Layer
 
 
 def _attention(path: str) -> dict[str, str]:
@@ -125,6 +125,27 @@ _MODERNBERT_LAYER = Layer(
     pre_norm=True,
     gated=True,
     attention_type="attention_type",
+)
+
+_DEBERTA_V2_LAYER = _bert_layer(
+    "DebertaV2",
+    modules={
+        "": ("DebertaV2Layer",),
+        "attention": ("DebertaV2Attention",),
+        "attention.self": ("DisentangledSelfAttention",),
+        "attention.output": ("DebertaV2SelfOutput",),
+        "intermediate": ("DebertaV2Intermediate",),
+        "output": ("DebertaV2Output",),
+    },
+    qkv=("attention.self.query_proj", "attention.self.key_proj", "attention.self.value_proj"),
+    **_EAGER,
+    distances=Distances(
+        key="attention.self.pos_key_proj",
+        query="attention.self.pos_query_proj",
+        dropout="attention.self.pos_dropout",
+        terms="attention.self.pos_att_type",
+        shares="attention.self.share_att_key",
+    ),
 )
 
 
@@ -261,6 +282,13 @@ FAMILIES = {
         dropout="embeddings.drop",
         positions="rotary",
         final_norm="final_norm",
+    ),
+    "DebertaV2Model": Family(
+        _DEBERTA_V2_LAYER,
+        output="BaseModelOutput",
+        modules={"embeddings": ("DebertaV2Embeddings",), "encoder": ("DebertaV2Encoder",)},
+        distances="encoder",
+        masks_embeddings=True,
     ),
     "ErnieModel": _bert("Ernie"),  # with task ids it has a table that this row does not know
     "Data2VecTextModel": _roberta("Data2VecText"),

@@ -66,4 +66,5 @@ class LayerForward(Forward):
             p = dropout.p if isinstance(dropout, nn.Dropout) else dropout if isinstance(dropout, (int, float)) else 0.0
             probs = p if at(layer, facts.probs_switch).training else 0.0
         paths = (facts.out_dropout, facts.inner_dropout, facts.down_dropout)
+        paths += (None if facts.distances is None else facts.distances.dropout,)
         return Drops(probs, *(0.0 if path is None else probability(at(layer, path)) for path in paths))

@@ -16,29 +16,17 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..inference.weights import CONTAINERS, JoinedLinears
-from ..stack.description import Layer, Part
+from ..stack.description import Distances, Layer, Part
+from . import distances
 from . import facts as table
+from .facts import at as at
+from .facts import has as has
 from .families import FAMILIES
 from .forward import Forward
 from .own import LIBRARY, Watch, listeners, of_library, why_library, why_own
 from .plain import by_token, fused_activation, why_not_plain
 
 TRANSFORMERS = "transformers.models."
-
-
-def at(module: Any, path: str) -> Any:
-    """The attribute of an attribute: at(layer, "attention.self.query"); of "" the module itself."""
-    for name in path.split(".") if path else ():
-        module = getattr(module, name)
-    return module
-
-
-def has(module: Any, path: str) -> bool:
-    for name in path.split("."):
-        if not hasattr(module, name):
-            return False
-        module = getattr(module, name)
-    return True
 
 
 Verdict = tuple[bool, bool]  # plain, whole
@@ -72,11 +60,23 @@ def layer_of(layer: nn.Module, facts: table.Layer, joined: JoinedLinears) -> Lay
     parts = [Part(at(layer, p), *v) for p, v in zip(facts.linears, linears, strict=True)]
     gate = parts.pop() if facts.gate is not None else None
     *qkv, out, up, down = parts
+    of_table = None
+    if facts.distances is not None:
+        found = zip(distances.paths_of(layer, facts), distance_verdicts(layer, facts), strict=True)
+        of_table = Distances(*(None if path is None else Part(at(layer, path), *v) for path, v in found))
     out_norm, down_norm = (Part(at(layer, p), *v) for p, v in zip(facts.norms, norms, strict=True))
     return Layer(
         tuple(qkv), out, out_norm, up, Part(activation_of(layer, facts), False, whole), down, down_norm, name,
         at(layer, facts.head_dim), joined, facts.pre_norm, facts.gated, kind_of(layer, facts), gate,
+        of_table,
     )  # fmt: skip
+
+
+@torch.compiler.assume_constant_result
+def distance_verdicts(layer: nn.Module, facts: table.Layer) -> tuple[Verdict | None, ...]:
+    """Of the linear layers of the table of distances; None where there is none."""
+    paths = distances.paths_of(layer, facts)
+    return tuple(None if path is None else verdict(at(layer, path), nn.Linear) for path in paths)
 
 
 def kind_of(layer: nn.Module, facts: table.Layer) -> Any:
@@ -241,6 +241,8 @@ def why_every_call(encoder: nn.Module, facts: table.Family, layers: dict[str, nn
                 return why
         if why := _why_setting(layer, facts.layer):
             return why
+    if why := distances.why_not(encoder, facts, layers.values()):
+        return why
     for path in _dropout_paths(encoder, facts, layers):
         if why := why_not_dropout(at(encoder, path)):
             return f"{path}: {why}"
@@ -265,6 +267,7 @@ def _why_unaccounted(encoder: nn.Module, facts: table.Family, layers: dict[str, 
     ]
     inside = (*facts.layer.linears, *facts.layer.norms, facts.layer.activation, facts.layer.rotary)
     known = [*around, *(f"{path}.{part}" for path in layers for part in inside if part is not None)]
+    known += distances.known(facts, layers)
     within = tuple(f"{path}." for path in known if path is not None)
     for name, _ in (*encoder.named_parameters(), *encoder.named_buffers()):
         if name not in facts.buffers and not name.startswith(within):
@@ -363,7 +366,7 @@ def _dropout_paths(encoder: nn.Module, facts: table.Family, layers: dict[str, nn
     paths = [] if facts.dropout is None else [facts.dropout]
     for path, layer in layers.items():
         paths += [f"{path}.{part}" for part in facts.layer.dropouts if isinstance(at(layer, part), nn.Module)]
-    return paths
+    return paths + distances.dropouts(layers, facts.layer)
 
 
 def _dropouts(encoder: nn.Module, facts: table.Family, layers: dict[str, nn.Module]) -> list[nn.Module]:
@@ -424,6 +427,7 @@ def _watch(encoder: nn.Module, facts: table.Family, layers: dict[str, nn.Module]
             if path is not None:
                 owner, _, name = path.rpartition(".")
                 places.append((at(layer, owner).__dict__, name))
+    places += distances.places(encoder, facts, layers.values())
     functions, name = _attention_of(encoder)
     for mapping in ("_global_mapping", "_local_mapping"):
         if isinstance(getattr(functions, mapping, None), dict):

@@ -34,6 +34,7 @@ from ._choice import engine as engine
 from ._choice import machine as machine
 from ._choice import why_not_cpp as why_not_cpp
 from ._choice import why_not_triton as why_not_triton
+from ._disentangled import *
 from ._embedding_pooling_loss import *
 from ._feed_forward import *
 from ._layer import *

@@ -26,6 +26,14 @@ class Part(NamedTuple):
     whole: bool = False
 
 
+class Distances(NamedTuple):
+    """What projects the table of distances between tokens of a layer that looks at them: to keys, which queries meet,
+    and to queries, which keys meet. None: the layer has no such term."""
+
+    key: Part | None
+    query: Part | None
+
+
 class Joined(NamedTuple):
     """The weight [3A, C] and bias [3A] of query, key and value in one, where they are no module."""
 
@@ -55,6 +63,7 @@ class Layer(NamedTuple):
         gated: `up` makes two halves, act(first) * second.
         kind: with rotary positions, which rotation and window of the pass the layer has.
         gate: of a gated block whose halves are two linear layers, the first: act(gate(x)) * up(x).
+        distances: attention looks at distances between tokens, by the table of the pass.
     """
 
     qkv: tuple[Part, ...]
@@ -71,6 +80,7 @@ class Layer(NamedTuple):
     gated: bool = False
     kind: Hashable = None
     gate: Part | None = None
+    distances: Distances | None = None
 
     def tensors(self) -> list[Tensor] | None:
         """What `functional.LayerWeights` holds, or None where a part is not taken apart, or has no parameters now."""
@@ -91,12 +101,13 @@ class Layer(NamedTuple):
 
 class Drops(NamedTuple):
     """Probabilities of a layer's dropouts at the moment: of attention's probabilities, before the first residual, after
-    the activation, and before the second residual."""
+    the activation, before the second residual, and of the table of distances."""
 
     probs: float = 0.0
     out: float = 0.0
     inner: float = 0.0
     down: float = 0.0
+    table: float = 0.0
 
 
 class Kept:

@@ -13,6 +13,7 @@ from .. import functional as F
 from ..inference import one_call
 from ..inference.eight_bits import Int8Linear
 from ..inference.weights import is_untouched
+from . import distances
 from .description import Drops, Layer
 from .shared import Pass
 from .steps import add_norm, feed_forward, linear_without_bias, multiply, norm_and_sum, norm_only, project
@@ -79,6 +80,8 @@ def _pre_norm(x: Tensor, layer: Layer, drops: Drops, shared: Pass, index: int, t
 def _attention(x: Tensor, layer: Layer, drops: Drops, shared: Pass, index: int) -> Tensor:
     """Attention of x [T, C] before its output layer: [T, A]."""
     q, k, v = project(x, layer.qkv, layer.joined, layer.head_dim, shared)
+    if layer.distances is not None:
+        return distances.attend(q, k, v, layer.distances, drops.table, drops.probs, shared, index + 1)
     return shared.attend(q, k, v, drops.probs, index + 1, layer.kind)
 
 

@@ -39,6 +39,7 @@ class Pass:
         keys: [Tk], the rows that are keys, where some rows are queries only.
         cu_seqlens_k: [B + 1] int32, the same for them as `batch.cu_seqlens` for the queries.
         spans: (first query, queries, first key, keys) of each sequence, where no kernel goes by cu_seqlens.
+        distances: the table of distances between tokens, of models that look at them.
         first_only: of the layer that gets this pass only the rows of each sequence's first token are wanted.
     """
 
@@ -58,11 +59,16 @@ class Pass:
     keys: Tensor | None = None
     cu_seqlens_k: Tensor | None = None
     spans: list[tuple[int, int, int, int]] | None = None
+    distances: Any = None
     first_only: bool = False
 
     def is_plain(self) -> bool:
         """Is it a packed batch whose tokens see all of their sequence, and nothing but its tokens?"""
-        return not self.padded and self.mask is self.bias is self.rotary is self.keys is None
+        return not self.padded and self.mask is self.bias is self.rotary is self.keys is self.distances is None
+
+    def real(self) -> Tensor | None:
+        """[B, S] bool, where tokens stand in a batch that holds its padding; None: everywhere."""
+        return None if self.mask is None else self.mask[:, 0, 0]
 
     def over_keys(self, real: Tensor, keys: list[int], impl: F.Impl) -> Pass:
         """With the rows of the tokens that are `real` [B, S] as keys, `keys` of each sequence, and all others as

@@ -36,53 +36,6 @@ template <class T, int M, int N>
         }
 }
 
-// Scores of one row, the greatest of each lane `most` -> p = exp(scale * (score - maximum)) in T, zero past the keys, by
-// a polynomial of DEGREE. What makes p of scores again: *shift, the maximum times scale_log2; returned: 1 / sum(p).
-template <class T, int DEGREE>
-inline float softmax(
-    const float* scores, Floats most, typename T::Element* p, int keys, Mask tail, float scale_log2, float* shift
-) {
-    *shift = maximum_of(most) * scale_log2;
-    const Floats scale = floats(scale_log2), greatest = floats(*shift);
-    Floats sum = floats(0.0f);
-    int j = 0;
-    for (; j < keys - WIDTH; j += WIDTH) {
-        const Floats x = exp2_of<DEGREE>(fms(load(scores + j), scale, greatest));
-        sum += x;
-        T::store(p + j, x);
-    }
-    // a scale of 0 makes NaN of the minus infinity past the keys
-    const Floats last = keep(tail, exp2_of<DEGREE>(fms(load(scores + j), scale, greatest)));
-    T::store(p + j, last);
-    return 1.0f / sum_of(sum + last);
-}
-
-// p [keys] of the row with this key, zero where it is dropped.
-template <class T>
-inline void drop(typename T::Element* p, int keys, uint64_t key, uint32_t threshold) {
-    const Ints low = ints(key), high = ints(key >> 32);
-    Ints column = lane_numbers();
-    for (int j = 0; j < keys; j += WIDTH) {
-        T::store(p + j, keep(keep_mask(low, high, column, threshold), T::load(p + j)));
-        column += WIDTH;
-    }
-}
-
-// M rows of p [M, keys] times N registers of columns of v [lanes, stride] -> o, each row times its factor.
-template <class T, int M, int N>
-[[gnu::noinline]] void value_tile(
-    const typename T::Element* p, int keys, const float* v, int64_t stride, int lanes, const float* factor,
-    typename T::Element* o, int64_t o_stride
-) {
-    Floats sum[M][N];
-    multiply<T, M, N>(p, keys, v, stride, lanes, sum);
-#pragma GCC unroll 6
-    for (int i = 0; i < M; ++i)
-#pragma GCC unroll 4
-        for (int j = 0; j < N; ++j)
-            T::store(o + i * o_stride + j * WIDTH, sum[i][j] * floats(factor[i]));
-}
-
 template <class T, int M>
 void rows_of_head(
     const typename T::Element* q, int64_t q_stride, const float* k, const float* v, int64_t v_stride, int length,

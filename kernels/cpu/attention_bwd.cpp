@@ -7,11 +7,10 @@
 // keys in blocks, and what is computed of both stays in the core's own cache. dk and dv add up in float32 over all
 // queries, and all heads that share them.
 
-#include "attention.h"
+#include "attention_gradients.h"
 
 namespace {
 
-constexpr int ROWS = BLOCK_ROWS;  // keys at a time
 constexpr int QUERIES = 64;  // of a block
 constexpr int KEYS = 96;     // of a block, a multiple of ROWS
 
@@ -52,46 +51,6 @@ struct Memory {
         return true;
     }
 };
-
-// c [M, N registers] += a [M, lanes] b [lanes, N registers]
-template <class T, int M, int N>
-inline void add_tile(
-    const typename T::Element* a, int64_t a_stride, const float* b, int64_t b_stride, int lanes, float* c,
-    int64_t c_stride
-) {
-    Floats sum[M][N];
-    multiply<T, M, N>(a, a_stride, b, b_stride, lanes, sum);
-#pragma GCC unroll 6
-    for (int i = 0; i < M; ++i)
-#pragma GCC unroll 4
-        for (int j = 0; j < N; ++j) {
-            float* to = c + i * c_stride + j * WIDTH;
-            store(to, load(to) + sum[i][j]);
-        }
-}
-
-template <class T, int M>
-inline void add_rows(
-    const typename T::Element* a, int64_t a_stride, const float* b, int64_t b_stride, int lanes, float* c,
-    int64_t c_stride, int columns
-) {
-    over_registers<BLOCK_REGISTERS>(columns, [&](auto registers, int column) {
-        add_tile<T, M, registers>(a, a_stride, b + column, b_stride, lanes, c + column, c_stride);
-    });
-}
-
-// c [rows, columns] += a [rows, lanes] b [lanes, columns]; rows are even.
-template <class T>
-void add_product(
-    const typename T::Element* a, int64_t a_stride, const float* b, int64_t b_stride, int lanes, float* c,
-    int64_t c_stride, int rows, int columns
-) {
-    int row = 0;
-    for (; row + ROWS <= rows; row += ROWS)
-        add_rows<T, ROWS>(a + row * a_stride, a_stride, b, b_stride, lanes, c + row * c_stride, c_stride, columns);
-    for (; row < rows; row += 2)
-        add_rows<T, 2>(a + row * a_stride, a_stride, b, b_stride, lanes, c + row * c_stride, c_stride, columns);
-}
 
 // Two rows of ds, to their rows and to lanes of both.
 inline void store_pair(Floats first, Floats second, uint16_t* rows, float* pairs) {
@@ -156,18 +115,7 @@ void tile(
                 store(of_ds + i * QUERIES + j * WIDTH, sum[i][j]);
 }
 
-// The sums of one head [rows, head_dim], rounded once -> rows `stride` elements apart.
-template <class T>
-void store_rows(const float* sums, int rows, int head_dim, float scale, typename T::Element* to, int64_t stride) {
-    for (int row = 0; row < rows; ++row)
-        for (int column = 0; column < head_dim; column += WIDTH)
-            T::store(
-                to + row * stride + column,
-                load(sums + row * head_dim + column) * floats(scale)
-            );
-}
-
-// The same of sums [head_dim, QUERIES].
+// The sums [head_dim, QUERIES] of one head, rounded once -> rows `stride` elements apart.
 template <class T>
 void store_columns(const float* sums, int rows, int head_dim, float scale, typename T::Element* to, int64_t stride) {
     for (int row = 0; row < rows; row += WIDTH)
@@ -180,14 +128,6 @@ void store_columns(const float* sums, int rows, int head_dim, float scale, typen
                     to + (row + i) * stride + column, as_floats(r[i]) * floats(scale)
                 );
         }
-}
-
-// Rows -> lanes of neighbouring rows, which in float32 are the rows themselves.
-inline void lay_out_rows(const uint16_t* x, int64_t stride, int length, int head_dim, float* to) {
-    pair_rows(x, stride, length, head_dim, to);
-}
-inline void lay_out_rows(const float* x, int64_t stride, int length, int head_dim, float* to) {
-    for (int row = 0; row < length; ++row) std::copy_n(x + row * stride, head_dim, to + (int64_t)row * head_dim);
 }
 
 // Keys and values of one head [length, head_dim] into memory, their gradients to zero.

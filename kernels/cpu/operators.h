@@ -55,6 +55,20 @@ struct Int8Layer {
         int head_dim, int64_t do_token, int64_t do_head, int64_t q_token, int64_t q_head, int64_t k_token,     \
         int64_t k_head, int64_t v_token, int64_t v_head, float scale, const Dropout* dropout                   \
     );                                                                                                         \
+    EXPORT int disentangled_attention_##name(                                                                  \
+        const Element* q, const Element* k, const Element* v, const Element* pk, const Element* pq,            \
+        const int32_t* lut, Element* o, float* softmax_stats, const int32_t* starts, int sequences,            \
+        int64_t tokens, int heads, int head_dim, int reach, int table_rows, int64_t q_token, int64_t q_head,   \
+        int64_t k_token, int64_t k_head, int64_t v_token, int64_t v_head, float scale, const Dropout* dropout  \
+    );                                                                                                         \
+    EXPORT int disentangled_attention_backward_##name(                                                         \
+        const Element* d_o, const Element* q, const Element* k, const Element* v, const Element* pk,           \
+        const Element* pq, const int32_t* lut, const Element* o, const float* softmax_stats, Element* dq,      \
+        Element* dk, Element* dv, Element* dpk, Element* dpq, const int32_t* starts, int sequences,            \
+        int64_t tokens, int heads, int head_dim, int reach, int table_rows, int64_t do_token,                  \
+        int64_t do_head, int64_t q_token, int64_t q_head, int64_t k_token, int64_t k_head, int64_t v_token,    \
+        int64_t v_head, float scale, const Dropout* dropout                                                    \
+    );                                                                                                         \
     EXPORT void add_layer_norm_##name(                                                                         \
         const Element* x, const Element* residual, const Element* weight, const Element* bias, Element* y,     \
         int64_t rows, int width, float eps                                                                     \

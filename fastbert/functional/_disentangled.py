@@ -1,0 +1,129 @@
+"""DeBERTa's attention, whose scores look at the distance between two tokens by a table of learned vectors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels import _disentangled_native as by_torch
+from ..kernels import reference
+from ..kernels._checks import expect_sequences
+from ._choice import Impl, choose_impl
+from ._expect import expect_dropout, expect_integers, expect_one_device
+
+__all__ = ["disentangled_attention", "disentangled_attention_padded"]
+
+
+def disentangled_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pk: Tensor | None,
+    pq: Tensor | None,
+    lut: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    stream: int = 0,
+    sequence_ids: Tensor | None = None,
+    scale: float | None = None,
+    schedule: Any = None,
+    impl: Impl | None = None,
+) -> Tensor:
+    """Disentangled attention (He et al., arXiv:2006.03654) of each packed sequence over itself.
+
+        s[i, j] = scale * (q[i] . k[j] + q[i] . pk[lut[i - j]] + k[j] . pq[lut[i - j]])
+        o = dropout(softmax(s)) v
+
+    Args:
+        q, k, v: [T, H, D], any strides with the last dimension contiguous.
+        pk, pq: [R, H, D], the vectors of distances as keys (content to position) and as queries (position to content);
+            None where the model has no such term. Differentiable, as are q, k and v.
+        lut: [2 S - 1] int32, S >= max_seqlen: entry S - 1 + i - j is the row of pk and pq for the distance i - j.
+        cu_seqlens: [B + 1] int32, starts at 0, ends at T.
+        max_seqlen: at least the longest sequence's length.
+        dropout_p, seed, stream, sequence_ids, schedule: as in `attention`.
+        scale: by default 1 / sqrt(D (1 + terms)), with one term for each of pk and pq that is there.
+        impl: "triton" stands for "native" here: there is no Triton kernel of it.
+
+    Returns: o [T, H, D] in q's dtype.
+    Raises: ValueError on shapes, dtypes or devices that do not fit, and on CPU tensors where lut has entries that are
+        no row of pk or pq.
+    """
+    op = "disentangled_attention"
+    if q.dim() != 3:
+        raise ValueError(f"{op}: q must be [T, H, D], got {tuple(q.shape)}")
+    _expect_tables(op, q, k, v, pk, pq, lut, max_seqlen)
+    expect_dropout(op, dropout_p, seed)
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"{op}: cu_seqlens must be [B + 1] int32, got {cu_seqlens.dtype}, {tuple(cu_seqlens.shape)}")
+    if schedule is None:  # else whoever made it has looked
+        expect_sequences(op, "cu_seqlens", cu_seqlens, q.shape[0], max_seqlen)
+    expect_integers(op, "sequence_ids", sequence_ids, cu_seqlens.shape[0] - 1)
+    engine = reference if choose_impl(impl, q.device) == "reference" else by_torch
+    return engine.disentangled_attention(
+        q, k, v, pk, pq, lut, cu_seqlens, max_seqlen,
+        dropout_p=dropout_p, seed=seed, stream=stream, sequence_ids=sequence_ids, scale=scale,
+    )  # fmt: skip
+
+
+def disentangled_attention_padded(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pk: Tensor | None,
+    pq: Tensor | None,
+    lut: Tensor,
+    real: Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    stream: int = 0,
+    sequence_ids: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """`disentangled_attention` of padded sequences with all their rows, as DeBERTa computes it: by plain products.
+
+    Args:
+        q, k, v: [B, S, H, D].
+        real: [B, S] bool, where tokens stand; by default everywhere. A token sees real tokens, and a row of padding
+            attends to all columns of its sequence alike, padding among them.
+        All others as in `disentangled_attention`.
+
+    Returns: o [B, S, H, D].
+    Raises: ValueError on shapes, dtypes or devices that do not fit.
+    """
+    op = "disentangled_attention_padded"
+    if q.dim() != 4:
+        raise ValueError(f"{op}: q must be [B, S, H, D], got {tuple(q.shape)}")
+    _expect_tables(op, q, k, v, pk, pq, lut, q.shape[1])
+    expect_dropout(op, dropout_p, seed)
+    if real is not None and (real.dtype != torch.bool or real.shape != q.shape[:2]):
+        raise ValueError(f"{op}: real must be {tuple(q.shape[:2])} bool, got {tuple(real.shape)} {real.dtype}")
+    expect_integers(op, "sequence_ids", sequence_ids, q.shape[0])
+    return by_torch.disentangled_attention_padded(
+        q, k, v, pk, pq, lut, real,
+        dropout_p=dropout_p, seed=seed, stream=stream, sequence_ids=sequence_ids, scale=scale,
+    )  # fmt: skip
+
+
+def _expect_tables(op: str, q, k, v, pk, pq, lut, longest: int) -> None:
+    if not q.shape == k.shape == v.shape or len({q.dtype, k.dtype, v.dtype}) != 1:
+        found = [(t.dtype, tuple(t.shape)) for t in (q, k, v)]
+        raise ValueError(f"{op}: q, k and v must be alike, got {found}")
+    tables = [t for t in (pk, pq) if t is not None]
+    if any(t.dim() != 3 or t.shape[1:] != q.shape[-2:] or t.dtype != q.dtype for t in tables):
+        found = [(t.dtype, tuple(t.shape)) for t in tables]
+        raise ValueError(f"{op}: pk and pq must be [R, {q.shape[-2]}, {q.shape[-1]}] {q.dtype}, got {found}")
+    if lut.dtype != torch.int32 or lut.dim() != 1 or lut.shape[0] % 2 == 0 or lut.shape[0] < 2 * longest - 1:
+        raise ValueError(f"{op}: lut must be [2 S - 1] int32 with S >= {longest}, got {lut.dtype} {tuple(lut.shape)}")
+    expect_one_device(op, q=q, k=k, v=v, pk=pk, pq=pq, lut=lut)
+    if tables and lut.is_cpu and not torch.compiler.is_compiling():
+        least, most = (int(t) for t in lut.aminmax())
+        rows = min(t.shape[0] for t in tables)
+        if least < 0 or most >= rows:
+            raise ValueError(f"{op}: lut must name rows of pk and pq, 0 to {rows - 1}, got {least} to {most}")

@@ -1,0 +1,183 @@
+"""Disentangled attention, DeBERTa's: every implementation beside the specification, float64 as truth."""
+
+import pytest
+import torch
+
+from fastbert import functional as F
+from fastbert.kernels import _disentangled_native, reference
+from fastbert.kernels.cpu import disentangled as cpp_disentangled
+from fastbert.testing import assert_within_budget, cu_seqlens_of
+
+# around six rows, a register, and a block of 96 rows; none; one. Batches of a few, since the reference is slow
+LENGTHS = {"short": [1, 2, 5, 0, 6, 7, 17, 33], "blocks": [97, 64], "long": [203, 12, 96]}
+TERMS = {"both": (True, True), "c2p": (True, False), "p2c": (False, True), "none": (False, False)}
+NAMES = ("o", "dq", "dk", "dv", "dpk", "dpq")
+
+
+def inputs_of(lengths, heads=2, head_dim=32, terms="both", rows=23, reach=None):
+    """(q, k, v as views of one product, pk, pq), do, a table that gives any distance any row."""
+    longest = max(1, *lengths) if reach is None else reach
+    qkv = torch.randn(sum(lengths), 3, heads, head_dim, dtype=torch.float64)
+    tables = (torch.randn(rows, heads, head_dim, dtype=torch.float64) if has else None for has in TERMS[terms])
+    lut = torch.randint(0, rows, (2 * longest - 1,), dtype=torch.int32)
+    return (*qkv.unbind(1), *tables), torch.randn_like(qkv[:, 0]), lut
+
+
+def results(attention, tensors, do, lut, lengths, dtype, **options):
+    """o and the gradients of what there is."""
+    leaves = [None if t is None else t.detach().to(dtype).requires_grad_() for t in tensors]
+    o = attention(*leaves, lut, cu_seqlens_of(lengths, "cpu"), max(lengths, default=0), **options)
+    given = [leaf for leaf in leaves if leaf is not None]
+    found = iter(torch.autograd.grad(o, given, do.to(dtype)))
+    return [o, *(None if leaf is None else next(found) for leaf in leaves)]
+
+
+def dropout_of(p, lengths):
+    if p == 0.0:
+        return {}
+    names = torch.randperm(len(lengths)) * 123_456_789
+    return {"dropout_p": p, "seed": torch.tensor(-(5**26)), "stream": 3, "sequence_ids": names}
+
+
+def assert_right(given, lengths, dtype, impl, **options):
+    ours = results(F.disentangled_attention, *given, lengths, dtype, impl=impl, **options)
+    plain = results(reference.disentangled_attention, *given, lengths, dtype, **options)
+    exact = results(reference.disentangled_attention, *given, lengths, torch.float64, **options)
+    assert ours[0].dtype == dtype
+    for name, *three in zip(NAMES, ours, plain, exact, strict=True):
+        if three[2] is not None:
+            assert_within_budget(*three, name)
+    return ours
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3], ids=["plain", "dropout"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("impl", ["native"])
+def test_values_and_gradients(impl, lengths, dtype, p):
+    lengths = LENGTHS[lengths]
+    assert_right(inputs_of(lengths), lengths, dtype, impl, **dropout_of(p, lengths))
+
+
+@pytest.mark.parametrize("terms", ["c2p", "p2c", "none"])
+@pytest.mark.parametrize("impl", ["native"])
+def test_terms_that_are_not_there(impl, terms):
+    lengths = LENGTHS["short"]
+    for dtype in (torch.float32, torch.bfloat16):
+        assert_right(inputs_of(lengths, terms=terms), lengths, dtype, impl)
+
+
+@pytest.mark.parametrize("head_dim", [16, 64, 80])
+@pytest.mark.parametrize("impl", ["native"])
+def test_other_widths_scales_and_a_table_for_longer_texts(impl, head_dim):
+    lengths = [11, 40]
+    given = inputs_of(lengths, heads=3, head_dim=head_dim, reach=70)
+    assert_right(given, lengths, torch.float32, impl, scale=0.2)
+
+
+@pytest.mark.parametrize("impl", ["native"])
+def test_a_text_has_the_same_bits_in_any_batch(impl):
+    """Alone it comes with a table for texts of 70 too: one for 9 is laid out elsewhere."""
+    tensors, _, lut = inputs_of([30, 9, 70])
+    q, k, v, pk, pq = (t.float() for t in tensors)
+    whole = F.disentangled_attention(q, k, v, pk, pq, lut, cu_seqlens_of([30, 9, 70], "cpu"), 70, impl=impl)
+    part = slice(30, 39)
+    alone = F.disentangled_attention(
+        q[part], k[part], v[part], pk, pq, lut, cu_seqlens_of([9], "cpu"), 9, impl=impl
+    )  # fmt: skip
+    assert torch.equal(whole[part], alone)
+
+
+@pytest.mark.cpp
+def test_the_cpp_computes_and_threads_change_nothing():
+    lengths = [50, 3, 121]
+    given = inputs_of(lengths, heads=4)
+    bits, before = [], torch.get_num_threads()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        bits.append(results(F.disentangled_attention, *given, lengths, torch.float32, impl="native"))
+    torch.set_num_threads(before)
+    assert type(bits[0][0].grad_fn).__name__ == "_DisentangledBackward"
+    assert all(torch.equal(a, b) for a, b in zip(*bits, strict=True))
+
+
+@pytest.mark.cpp
+def test_the_cpp_refuses_what_it_would_read_wrongly():
+    (q, k, v, pk, pq), _, lut = inputs_of([5, 8])
+    q, k, v, pk, pq = (t.float() for t in (q, k, v, pk, pq))
+    starts = cu_seqlens_of([5, 8], "cpu")
+    for wrong in (lut[:13], lut + 23):
+        with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to 13 by at most"):
+            cpp_disentangled.attention(q, k, v, pk, pq, wrong, starts, 0.1)
+    with pytest.raises(ValueError, match="pq must be on the CPU"):
+        cpp_disentangled.attention(q, k, v, pk, pq[:5], lut, starts, 0.1)
+
+
+def test_second_derivatives():
+    """Through the C++ too: its backward is then made of torch's own operators."""
+    dtype = torch.float32
+    lengths = [4, 7]
+    given, do, lut = inputs_of(lengths, heads=1, head_dim=16)
+    found = []
+    for of, kind in ((F.disentangled_attention, dtype), (reference.disentangled_attention, torch.float64)):
+        leaves = [t.detach().to(kind).requires_grad_() for t in given]
+        more = {"impl": "native"} if kind == dtype else {}
+        o = of(*leaves, lut, cu_seqlens_of(lengths, "cpu"), 7, **more)
+        first = torch.autograd.grad(o, leaves, do.to(kind), create_graph=True)
+        found.append(torch.autograd.grad(sum((g**2).sum() for g in first), leaves))
+    for name, ours, exact in zip(NAMES[1:], *found, strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_padding_attends_to_every_column_alike():
+    """A row of padding has a score of one and the same number everywhere in the original, its own padding included."""
+    tensors, _, lut = inputs_of([6, 6, 6])
+    q, k, v, pk, pq = (t if t.shape[0] == 23 else t.unflatten(0, (3, 6)) for t in tensors)
+    real = torch.arange(6) < torch.tensor([6, 4, 1])[:, None]
+    o = F.disentangled_attention_padded(q, k, v, pk, pq, lut, real)
+    torch.testing.assert_close(o[1, 5], v[1].mean(0))
+    torch.testing.assert_close(o[2, 0], v[2, 0])
+    packed = (t[real] for t in (q, k, v))
+    of_tokens = reference.disentangled_attention(*packed, pk, pq, lut, cu_seqlens_of([6, 4, 1], "cpu"))
+    torch.testing.assert_close(o[real], of_tokens)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": torch.zeros(2, 3, 4, 5)}, r"q must be \[T, H, D\]"),
+        ({"k": torch.zeros(13, 2, 16)}, "q, k and v must be alike"),
+        ({"pk": torch.zeros(23, 2, 16)}, "pk and pq must be"),
+        ({"pq": torch.zeros(23, 2, 32)}, "pk and pq must be"),
+        ({"lut": torch.zeros(15, dtype=torch.int64)}, "lut must be"),
+        ({"lut": torch.zeros(13, dtype=torch.int32)}, "S >= 8"),
+        ({"lut": torch.full((15,), 23, dtype=torch.int32)}, "0 to 22, got 23 to 23"),
+        ({"cu_seqlens": torch.tensor([0, 5, 12], dtype=torch.int32)}, "cu_seqlens"),
+        ({"dropout_p": 0.1}, "dropout needs seed"),
+        ({"impl": "fastest"}, "impl must be one of"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change, message):
+    (q, k, v, pk, pq), _, lut = inputs_of([5, 8])
+    call = {"q": q, "k": k, "v": v, "pk": pk, "pq": pq, "lut": lut, "cu_seqlens": cu_seqlens_of([5, 8], "cpu")}
+    with pytest.raises(ValueError, match=message):
+        F.disentangled_attention(**(call | {"max_seqlen": 8, "impl": "reference"} | change))
+
+
+def test_no_token_at_all():
+    given, do, lut = inputs_of([0, 0])
+    for impl in ("native", "reference"):
+        o, *grads = results(F.disentangled_attention, given, do, lut, [0, 0], torch.float32, impl=impl)
+        assert o.shape == (0, 2, 32)
+        assert not any(g.any() for g in grads)
+
+
+@pytest.mark.once
+def test_what_the_cpp_does_not_know_takes_the_other_way():
+    (q, k, v, pk, pq), _, lut = inputs_of([5, 8], head_dim=24)
+    starts = cu_seqlens_of([5, 8], "cpu")
+    q, k, v, pk, pq = (t.float() for t in (q, k, v, pk, pq))
+    assert not cpp_disentangled.takes(q, k, v, pk, pq, lut, starts, 0.1)
+    o = _disentangled_native.disentangled_attention(q, k, v, pk, pq, lut, starts, 8)
+    torch.testing.assert_close(o, reference.disentangled_attention(q, k, v, pk, pq, lut, starts), rtol=1e-4, atol=1e-5)
