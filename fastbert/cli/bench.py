@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-ORDER = 10
+ORDER = 11
 SUMMARY = "time fastbert beside the real alternatives on this machine"
 WHERE = (
     "the benchmarks are in fastbert's repository, not in the installed package: clone it, then run "

@@ -6,7 +6,7 @@ import argparse
 
 from .options import UsageError
 
-ORDER = 11
+ORDER = 12
 SUMMARY = "turn a BERT of TensorFlow, old PyTorch, Keras, Paddle or GGUF into a folder of safetensors"
 
 DESCRIPTION = """\

@@ -1,7 +1,8 @@
-"""`fastbert encode`: the lines of a file through an Encoder into another file.
+"""`fastbert encode`: the lines of a file through an Encoder into another file; with --out-dir, tables into a folder.
 
-By one process, by several that it starts (workers.py), or by several that torchrun started (ranks.py). Either way
-lines are read in chunks, vectors are written in the order of the lines as they come, and OUT is whole or not there.
+Lines go by one process, by several that it starts (workers.py), or by several that torchrun started (ranks.py). Either
+way lines are read in chunks, vectors are written in the order of the lines as they come, and OUT is whole or not there.
+Tables are the business of `fastbert.corpus`.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from .options import (
     same_file,
     summary,
 )
+from .tables import add_table_arguments, encode_tables, options_given
 
 if TYPE_CHECKING:
     from ..text.files import Line
@@ -71,7 +73,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description, parser.epilog = DESCRIPTION, EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
-        "file", metavar="FILE", help="texts, UTF-8, one a line; or a .jsonl file; or - for standard input"
+        "files",
+        metavar="FILE",
+        nargs="+",
+        help="texts, UTF-8, one a line; or a .jsonl file; or - for standard input; with --out-dir any number of tables",
     )
     parser.add_argument(
         "-o",
@@ -83,8 +88,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--field",
+        "--text-column",
         metavar="NAME",
-        help="each line is a JSON object, with its text under NAME (default for a .jsonl FILE: text)",
+        help="each line is a JSON object, with its text under NAME (default for a .jsonl FILE: text); or the column of "
+        "texts in tables (default: text)",
     )
     parts = parser.add_mutually_exclusive_group()
     parts.add_argument("--tokens", action="store_true", help="vectors of every token; .jsonl or .safetensors")
@@ -115,6 +122,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="refuse lines longer than N bytes, since a line is held in memory whole (default: 10,000,000)",
     )
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar, no summary")
+    add_table_arguments(parser)
 
 
 def _output_path(text: str) -> Path:
@@ -126,12 +134,19 @@ def _output_path(text: str) -> Path:
 
 def run(args: argparse.Namespace) -> int:
     """The command; its exit code."""
-    if args.output and args.file != "-" and same_file(args.file, args.output):
-        raise UsageError(f"input and output are the same file: {args.output}")
     if args.combine and not args.layers:
         raise UsageError("--combine is for several layers: name them with --layers")
     if args.layers and args.layer != -1:
         raise UsageError("--layer or --layers, not both")
+    if args.out_dir:
+        return _run_corpus(args)
+    if given := options_given(args):
+        raise UsageError(f"{given[0]} goes with --out-dir")
+    if len(args.files) > 1:
+        raise UsageError("several files go with --out-dir")
+    (args.file,) = args.files
+    if args.output and args.file != "-" and same_file(args.file, args.output):
+        raise UsageError(f"input and output are the same file: {args.output}")
     if args.special_tokens and not args.tokens:
         raise UsageError("--special-tokens goes with --tokens")
     if args.tokens or args.words:
@@ -142,7 +157,22 @@ def run(args: argparse.Namespace) -> int:
     with open_input(args.file) as source, open_output(args.output) as sink, _encoder(args) as encoder:
         encode_chunks = partial(encoder.encode_chunks, max_tokens_per_batch=args.max_tokens_per_batch)
         _write(args, encode_chunks, _chunks(args, source, encoder), sink, encoder.dimension, _size(source))
-    _say(args, encoder)
+    _say(args, encoder.stats)
+    return 0
+
+
+def _run_corpus(args: argparse.Namespace) -> int:
+    """Tables into a folder."""
+    if args.output or args.tokens or args.words:
+        raise UsageError("--out-dir is for vectors of texts: not with -o, --tokens or --words")
+    ranks = None
+    if among_ranks():
+        from ..encoding.ranks import Ranks
+
+        ranks = Ranks.from_environment()
+    counted = encode_tables(args, encoder_options(args), ranks)
+    if counted is not None:
+        _say(args, counted)
     return 0
 
 
@@ -169,7 +199,7 @@ def _run_parts(args: argparse.Namespace) -> int:
                 out.write(parts, [line.record for line in chunk])
                 bar.update(sum(line.n_bytes for line in chunk))
         out.finish()
-    _say(args, encoder)
+    _say(args, encoder.stats)
     return 0
 
 
@@ -194,7 +224,7 @@ def _run_among_ranks(args: argparse.Namespace) -> int:
         else:
             _write(args, partial(ranks.gather, encoder, **budget), chunks, sink, encoder.dimension, _size(source))
     if ranks.rank == 0:
-        _say(args, encoder)
+        _say(args, encoder.stats)
     return 0
 
 
@@ -249,9 +279,9 @@ def _counting(args: argparse.Namespace, out: Any) -> Iterator[None]:
         raise KeyboardInterrupt(f"interrupted after {out.rows:,} lines{lost}") from None
 
 
-def _say(args: argparse.Namespace, encoder: Any) -> None:
+def _say(args: argparse.Namespace, stats: Any) -> None:
     if not args.quiet and sys.stderr.isatty():
-        print(f"fastbert: {summary(encoder.stats)}", file=sys.stderr)
+        print(f"fastbert: {summary(stats)}", file=sys.stderr)
 
 
 # ---- files -----------------------------------------------------------------------------------------------

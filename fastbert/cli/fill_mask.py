@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ..encoding.masks import MaskFiller
     from ..text.files import Line
 
-ORDER = 4
+ORDER = 5
 SUMMARY = "guess the words under [MASK]"
 LINES = 256  # of FILE at a time
 

@@ -21,7 +21,7 @@ from .options import (
 )  # fmt: skip
 from .progress import TrainingBar
 
-ORDER = 2
+ORDER = 3
 SUMMARY = "train a BERT for a task of yours: labels for texts or pairs, entities, answers"
 
 DESCRIPTION = """\

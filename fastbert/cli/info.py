@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-ORDER = 8
+ORDER = 9
 SUMMARY = "versions, devices, and which implementation each operator would use here"
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .options import IMPLS, UsageError, positive, same_file
 
-ORDER = 3
+ORDER = 4
 SUMMARY = "let a fine-tuned model label texts, find entities or answer questions"
 
 DESCRIPTION = """\

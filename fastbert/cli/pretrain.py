@@ -21,7 +21,7 @@ from .options import (
 from .progress import TrainingBar
 from .tokenizer import add_text_arguments, add_vocabulary_arguments
 
-ORDER = 6
+ORDER = 7
 SUMMARY = "train a BERT from text, or go on from one: masked words, sentence pairs, ELECTRA"
 
 DESCRIPTION = """\

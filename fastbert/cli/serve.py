@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .options import DTYPES, IMPLS, POOLINGS, UsageError, default_model, positive
 
-ORDER = 5
+ORDER = 6
 SUMMARY = "answer requests over HTTP: vectors, scores, labels, entities, answers, filled words"
 LIBRARIES = ("starlette", "uvicorn", "orjson", "prometheus_client")
 

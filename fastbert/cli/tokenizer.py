@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .options import positive
 
-ORDER = 7
+ORDER = 8
 SUMMARY = "make a WordPiece vocabulary from text of yours"
 
 DESCRIPTION = """\

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-ORDER = 9
+ORDER = 10
 SUMMARY = "check every operator on this machine against the reference"
 
 

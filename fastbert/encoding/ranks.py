@@ -14,12 +14,15 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from .encoder import Encoder, EncodeStats
+
+T = TypeVar("T")
 
 # Chunks of vectors that a rank may have sent without rank 0 having received them; then the rank waits.
 CHUNKS_AHEAD = 4
@@ -47,6 +50,10 @@ class Ranks:
                 "give torchrun --nproc-per-node that number, or fastbert --device cpu"
             )
         return f"cuda:{self.local_rank}"
+
+    def share(self, items: Sequence[T]) -> list[T]:
+        """This process's share of the items. Every item is in the share of exactly one process."""
+        return list(items[self.rank :: self.world])
 
     @contextlib.contextmanager
     def joined(self, facts: dict[str, int]) -> Iterator[None]:

@@ -20,7 +20,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -37,47 +37,44 @@ CHUNKS_A_WORKER = 2
 CHUNKS_AHEAD = 3
 
 
-class EncoderPool:
-    """`Encoder.from_pretrained(*args, **options)` in each of several processes, with an Encoder's `encode_chunks`.
-
-        if __name__ == "__main__":  # a worker imports the program that made it
-            with EncoderPool(4, folder, dtype="bfloat16") as pool:
-                for vectors in pool.encode_chunks(chunks): ...
+class WorkerPool:
+    """Several processes that each run `work(pipe, index, *arguments)`. They end with this process, however it ends.
 
     Args:
-        workers: number of processes; each gets its share of `torch.get_num_threads()`, at least one thread.
-        args, options: for `Encoder.from_pretrained`; they must be picklable.
+        workers: number of processes; each gets its share of `torch.get_num_threads()`, at least one thread, and of the
+            NUMA nodes.
+        work: a function at the top of a module, so that it can be pickled.
+        arguments: for `work`; they must be picklable.
 
-    Raises: the error of loading in a worker; RuntimeError if a worker ends by itself.
+    Attributes:
+        ready: the first message of each worker.
+
+    Raises: the error of a worker that fails before its first message; RuntimeError if a worker ends by itself.
     """
 
-    def __init__(self, workers: int, *args: Any, **options: Any):
+    def __init__(self, workers: int, work: Callable[..., None], *arguments: Any):
         if workers < 1:
             raise ValueError(f"workers must be at least 1, got {workers}")
         context = multiprocessing.get_context("spawn")
         threads = max(1, torch.get_num_threads() // workers)
         self.pipes: list[Connection] = []
         self.processes = []
-        self._stats = [EncodeStats()] * workers
-        self._seconds = 0.0
         try:
             for index in range(workers):
                 ours, theirs = context.Pipe()
-                work = (theirs, index, workers, threads, args, options)
-                process = context.Process(target=_work, args=work, name=f"fastbert worker {index}", daemon=True)
+                given = (work, theirs, index, workers, threads, arguments)
+                process = context.Process(target=_serve, args=given, name=f"fastbert worker {index}", daemon=True)
                 with _without_interrupts():
                     process.start()
                 theirs.close()  # otherwise the pipe would stay open after the worker has ended
                 self.pipes.append(ours)
                 self.processes.append(process)
-            ready = [self._receive(pipe) for pipe in self.pipes]
+            self.ready = [self.receive(pipe) for pipe in self.pipes]
         except BaseException:
             self.close()
             raise
-        self.dimension, device_type = ready[0]
-        self.device = torch.device(device_type)
 
-    def __enter__(self) -> EncoderPool:
+    def __enter__(self):
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -92,6 +89,48 @@ class EncoderPool:
         for pipe in self.pipes:
             pipe.close()
         self.pipes = []
+
+    def send(self, pipe: Connection, message: Any) -> None:
+        try:
+            pipe.send(message)
+        except OSError:
+            self.receive(pipe)  # raises the worker's own error, if there is one
+            raise
+
+    def receive(self, pipe: Connection) -> Any:
+        try:
+            message = pipe.recv()
+        except (EOFError, OSError):
+            index = self.pipes.index(pipe)
+            self.processes[index].join(timeout=10)
+            code = self.processes[index].exitcode
+            how = f"was killed by {signal.Signals(-code).name}" if code and code < 0 else f"ended with exit code {code}"
+            raise RuntimeError(f"worker {index + 1} of {len(self.pipes)} {how} before its work was done") from None
+        if isinstance(message, BaseException):
+            raise message
+        return message
+
+
+class EncoderPool(WorkerPool):
+    """`Encoder.from_pretrained(*args, **options)` in each of several processes, with an Encoder's `encode_chunks`.
+
+        if __name__ == "__main__":  # a worker imports the program that made it
+            with EncoderPool(4, folder, dtype="bfloat16") as pool:
+                for vectors in pool.encode_chunks(chunks): ...
+
+    Args:
+        workers: number of processes; each gets its share of `torch.get_num_threads()`, at least one thread.
+        args, options: for `Encoder.from_pretrained`; they must be picklable.
+
+    Raises: the error of loading in a worker; RuntimeError if a worker ends by itself.
+    """
+
+    def __init__(self, workers: int, *args: Any, **options: Any):
+        super().__init__(workers, _work, args, options)
+        self._stats = [EncodeStats()] * workers
+        self._seconds = 0.0
+        self.dimension, device_type = self.ready[0]
+        self.device = torch.device(device_type)
 
     @property
     def stats(self) -> EncodeStats:
@@ -121,12 +160,12 @@ class EncoderPool:
                     number, texts = next(numbered, (sent, None))
                     if texts is None:
                         break
-                    self._send(idle.pop(0), (number, list(texts), max_tokens_per_batch))
+                    self.send(idle.pop(0), (number, list(texts), max_tokens_per_batch))
                     sent += 1
                 if given == sent:
                     break
                 for pipe in wait(self.pipes):
-                    number, vectors, self._stats[self.pipes.index(pipe)] = self._receive(pipe)
+                    number, vectors, self._stats[self.pipes.index(pipe)] = self.receive(pipe)
                     done[number] = torch.from_numpy(vectors)
                     idle.append(pipe)
                 while given in done:
@@ -137,26 +176,6 @@ class EncoderPool:
             raise
         finally:
             self._seconds += time.perf_counter() - started
-
-    def _send(self, pipe: Connection, message: Any) -> None:
-        try:
-            pipe.send(message)
-        except OSError:
-            self._receive(pipe)  # raises the worker's own error, if there is one
-            raise
-
-    def _receive(self, pipe: Connection) -> Any:
-        try:
-            message = pipe.recv()
-        except (EOFError, OSError):
-            index = self.pipes.index(pipe)
-            self.processes[index].join(timeout=10)
-            code = self.processes[index].exitcode
-            how = f"was killed by {signal.Signals(-code).name}" if code and code < 0 else f"ended with exit code {code}"
-            raise RuntimeError(f"worker {index + 1} of {len(self.pipes)} {how} before its work was done") from None
-        if isinstance(message, BaseException):
-            raise message
-        return message
 
 
 @contextlib.contextmanager
@@ -178,19 +197,17 @@ def _without_interrupts() -> Iterator[None]:
 # ---- in a worker -----------------------------------------------------------------------------------------
 
 
-def _work(pipe: Connection, index: int, workers: int, threads: int, args: tuple, options: dict[str, Any]) -> None:
-    """The main function of a worker: loads the model, sends (dimension, device type), then answers each chunk."""
+def _serve(
+    work: Callable[..., None], pipe: Connection, index: int, workers: int, threads: int, arguments: tuple
+) -> None:
+    """The main function of a worker: sets the process up, calls `work`, and sends the error that it raises."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # for systems on which the parent cannot block the signal
     threading.Thread(target=_end_with_the_parent, daemon=True, name="end with the parent").start()
     try:
         _stay_on_its_nodes(index, workers)
         torch.set_num_threads(threads)
         os.environ["RAYON_NUM_THREADS"] = str(threads)  # threads of the tokenizers library
-        encoder = Encoder.from_pretrained(*args, **{**options, "device": _device_of(index, options)})
-        pipe.send((encoder.dimension, encoder.device.type))
-        for number, ids, budget in _tokenised(pipe, encoder):
-            vectors = encoder.encode_ids(ids, budget)
-            pipe.send((number, vectors.numpy(), encoder.stats))
+        work(pipe, index, *arguments)
     except BrokenPipeError:  # the parent is gone
         return
     except Exception as error:
@@ -206,6 +223,15 @@ def _end_with_the_parent() -> None:
     if parent is not None:
         wait([parent.sentinel])
         os._exit(1)
+
+
+def _work(pipe: Connection, index: int, args: tuple, options: dict[str, Any]) -> None:
+    """In a worker of `EncoderPool`: loads the model, sends (dimension, device type), then answers each chunk."""
+    encoder = Encoder.from_pretrained(*args, **{**options, "device": device_of(index, options)})
+    pipe.send((encoder.dimension, encoder.device.type))
+    for number, ids, budget in _tokenised(pipe, encoder):
+        vectors = encoder.encode_ids(ids, budget)
+        pipe.send((number, vectors.numpy(), encoder.stats))
 
 
 def _tokenised(pipe: Connection, encoder: Encoder) -> Iterator[tuple[int, list[list[int]], int | None]]:
@@ -229,7 +255,7 @@ def _tokenised(pipe: Connection, encoder: Encoder) -> Iterator[tuple[int, list[l
         yield item
 
 
-def _device_of(index: int, options: dict[str, Any]) -> torch.device:
+def device_of(index: int, options: dict[str, Any]) -> torch.device:
     """The worker's device. If no GPU is named, worker i uses GPU i modulo their number."""
     device = resolve_device(options.get("device", "auto"))
     if device.type == "cuda" and device.index is None:

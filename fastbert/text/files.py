@@ -26,12 +26,14 @@ class InputError(ValueError):
 
 
 class Line(NamedTuple):
-    text: str
+    text: str | None  # None where the object says null, and that is allowed
     record: dict[str, Any]  # what a .jsonl output repeats of this line
     n_bytes: int  # of the input, for the progress bar
 
 
-def read_lines(stream: BinaryIO, name: str, field: str | None = None, line_bytes: int = LINE_BYTES) -> Iterator[Line]:
+def read_lines(
+    stream: BinaryIO, name: str, field: str | None = None, line_bytes: int = LINE_BYTES, nullable: bool = False
+) -> Iterator[Line]:
     """The texts of a UTF-8 stream, one a line. A byte order mark and CRLF line ends are dropped.
 
     Args:
@@ -39,6 +41,7 @@ def read_lines(stream: BinaryIO, name: str, field: str | None = None, line_bytes
         field: each line is a JSON object, with the text in this field, and empty lines may follow the last one; None:
             each line is the text.
         line_bytes: how long a line may be, without its end.
+        nullable: whether the field may hold null.
 
     Raises: InputError with the number of a line that is too long, not UTF-8, not a JSON object, or without the field.
     """
@@ -65,7 +68,7 @@ def read_lines(stream: BinaryIO, name: str, field: str | None = None, line_bytes
             if empty is not None:
                 raise InputError(f"{empty}: the line is empty, expected a JSON object")
             record = _parse(text, place)
-            text = _text_of(record, field, place)
+            text = None if nullable and record.get(field, "") is None else _text_of(record, field, place)
         yield Line(text, record, len(raw))
 
 

@@ -363,6 +363,10 @@ class Tokenizer:
 
     # ---- to files ----------------------------------------------------------------------------------------
 
+    def definition(self) -> str:
+        """All that decides a text's ids: the content of tokenizer.json."""
+        return self._backend.to_str()
+
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Writes tokenizer.json, tokenizer_config.json and (for WordPiece) vocab.txt, which transformers reads."""
         folder, backend = make_folder(folder), self._backend

@@ -1,0 +1,209 @@
+"""Tables into a folder of parts: memory by the number of rows, and rows a second beside `Encoder.encode` and engines.
+
+    python -m benchmarks.suites.corpus memory --texts sst2/train.tsv --rows 200000 1000000
+    python -m benchmarks.suites.corpus speed --texts sst2/train.tsv --rows 2000 --model FOLDER
+    python -m benchmarks.suites.corpus dedup --texts sst2/train.tsv wikitext-2/valid.txt
+    python -m benchmarks.suites.corpus engines --texts sst2/train.tsv --rows 40000
+
+TEXTS has one a line, or before the first tab of a line; "row 17: " before each makes as many different ones as are
+asked for. `memory` and `engines` take a BERT of one layer with random weights, so that
+what is around the model is seen: reading, tokenising, writing. Each run is a process of its own, whose peak of resident
+memory the system tells. `speed` and `engines` interleave their parties; times are of the wall, and beside them stands
+the processor time of all threads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+PLAIN = {"device": "cpu", "dtype": "float32"}
+
+
+def texts_of(files: Sequence[Path]) -> list[str]:
+    found = [line.split("\t")[0].strip() for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    return [text for text in found if text]
+
+
+def write_table(path: Path, texts: Sequence[str], rows: int) -> Path:
+    """A .parquet file of so many rows, 100,000 at a time."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    schema = pa.schema([("number", pa.int64()), ("text", pa.string())])
+    with parquet.ParquetWriter(path, schema) as writer:
+        numbered = enumerate(islice(cycle(texts), rows))
+        while chunk := list(islice(numbered, 100_000)):
+            numbers, of_rows = [n for n, _ in chunk], [f"row {n}: {text}" for n, text in chunk]
+            writer.write_table(pa.table([numbers, of_rows], schema=schema))
+    return path
+
+
+def small_model(folder: Path) -> Path:
+    """A BERT of one layer of 64, and the tokenizer of all-MiniLM-L6-v2."""
+    import torch
+
+    from fastbert import BertConfig, BertModel, Tokenizer
+    from fastbert.cli.options import default_model
+
+    tokenizer = Tokenizer.from_pretrained(default_model())
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=tokenizer.vocab_size, hidden_size=64, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=128, max_position_embeddings=128,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def run_alone(command: Sequence[object]) -> tuple[float, float, float]:
+    """(seconds, processor seconds, MB of resident memory at the peak) of a process that must end well."""
+    started = time.perf_counter()
+    process = subprocess.Popen(list(map(str, command)))
+    _, status, used = os.wait4(process.pid, 0)
+    if status:
+        raise RuntimeError(f"{' '.join(map(str, command))} ended with {os.waitstatus_to_exitcode(status)}")
+    return time.perf_counter() - started, used.ru_utime + used.ru_stime, used.ru_maxrss / 1000
+
+
+def encode_command(model: Path, table: Path, out: Path, *others: object) -> list[object]:
+    options = [word for name, value in PLAIN.items() for word in (f"--{name}", value)]
+    return [sys.executable, "-m", "fastbert", "encode", table, "--out-dir", out, "--model", model, *options, *others]
+
+
+# ---- suites ------------------------------------------------------------------------------------------------
+
+
+def memory(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
+    model, texts = small_model(folder / "model"), texts_of(args.texts)
+    for rows in args.rows:
+        table, out = write_table(folder / f"{rows}.parquet", texts, rows), folder / f"out{rows}"
+        wall, cpu, peak = run_alone(encode_command(model, table, out, "--keep", "number"))
+        yield {"rows": rows, "seconds": wall, "processor_seconds": cpu, "peak_mb": peak, "rows_a_second": rows / wall}
+        shutil.rmtree(out)
+        table.unlink()
+
+
+def speed(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
+    """Encoder.encode and a corpus of the same texts in this process, in turns."""
+    from fastbert import Encoder
+    from fastbert.corpus.job import Job
+    from fastbert.corpus.run import CorpusEncoder, expect_done
+    from fastbert.corpus.units import plan
+
+    (rows,) = args.rows
+    table = write_table(folder / "a.parquet", texts_of(args.texts), rows)
+    texts = [f"row {n}: {text}" for n, text in enumerate(islice(cycle(texts_of(args.texts)), rows))]
+    model = args.model or small_model(folder / "model")
+    encoder = Encoder.from_pretrained(model, **PLAIN)
+    encoder.encode(texts[:64])
+
+    def corpus(turn: int) -> None:
+        job, units = plan(
+            [str(table)], Job(str(folder / f"out{turn}"), {"id_or_path": model, **PLAIN}, keep=("number",))
+        )
+        expect_done(CorpusEncoder(job, encoder).encode(units))
+
+    seconds: dict[str, list[tuple[float, float]]] = {"Encoder.encode": [], "corpus": []}
+    for turn in range(args.turns):
+        for name, party in (("Encoder.encode", lambda _: encoder.encode(texts)), ("corpus", corpus)):
+            wall, cpu = time.perf_counter(), time.process_time()
+            party(turn)
+            seconds[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+    for place, kind in enumerate(("seconds", "processor_seconds")):
+        medians = {name: statistics.median(turn[place] for turn in turns) for name, turns in seconds.items()}
+        yield {"rows": rows, "of": kind, **medians, "ratio": medians["Encoder.encode"] / medians["corpus"]}
+
+
+def dedup(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
+    """What --dedup leaves out, by windows as they are read."""
+    from fastbert.text.batching import CHUNK_TEXTS, chunks_of
+
+    for file in args.texts:
+        texts = texts_of([file])
+        left = sum(len(set(chunk)) for chunk in chunks_of(texts, CHUNK_TEXTS))
+        characters = sum(len(text) for chunk in chunks_of(texts, CHUNK_TEXTS) for text in set(chunk))
+        yield {
+            "texts": file.name, "rows": len(texts), "computed": left, "saved": 1 - left / len(texts),
+            "saved_characters": 1 - characters / sum(map(len, texts)),
+        }  # fmt: skip
+
+
+def engines(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
+    """Two workers of ours, two actors of Ray and two partitions of Spark, each started before it is timed."""
+    from fastbert.corpus.job import Job
+    from fastbert.corpus.pool import CorpusPool
+    from fastbert.corpus.run import expect_done
+    from fastbert.corpus.units import plan
+
+    os.environ["OMP_NUM_THREADS"] = "1"
+    (rows,) = args.rows
+    table, model = write_table(folder / "a.parquet", texts_of(args.texts), rows), small_model(folder / "model")
+
+    def job(out: str) -> Job:
+        return Job(str(folder / out), {"id_or_path": str(model), **PLAIN}, part_rows=rows // 10)
+
+    def plain(out: str) -> None:
+        planned, units = plan([str(table)], job(out))
+        with CorpusPool(2, planned) as pool:
+            expect_done(pool.encode(units))
+
+    import ray
+    from pyspark.sql import SparkSession
+
+    from fastbert.engines import ray as by_ray
+    from fastbert.engines import spark as by_spark
+
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    session = SparkSession.builder.master("local[2]").config("spark.ui.enabled", "false").getOrCreate()
+    parties = {
+        "two processes": plain,
+        "Ray": lambda out: by_ray.encode([str(table)], job(out), actors=2),
+        "Spark": lambda out: by_spark.encode(session, [str(table)], job(out), partitions=2),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in parties}
+    for turn in range(args.turns):
+        for name, party in parties.items():
+            started = time.perf_counter()
+            party(f"{name}{turn}")
+            seconds[name].append(time.perf_counter() - started)
+    ours = statistics.median(seconds["two processes"])
+    for name, turns in seconds.items():
+        median = statistics.median(turns)
+        yield {"engine": name, "rows": rows, "seconds": median, "rows_a_second": rows / median, "ratio": ours / median}
+    session.stop()
+    ray.shutdown()
+
+
+SUITES = {"memory": memory, "speed": speed, "dedup": dedup, "engines": engines}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suite", choices=SUITES)
+    parser.add_argument("--texts", type=Path, nargs="+", required=True)
+    parser.add_argument("--rows", type=int, nargs="+", default=[2000])
+    parser.add_argument("--model", help="of speed (default: a small one)")
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--folder", type=Path, help="for temporary files")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        for row in SUITES[args.suite](args, Path(folder)):
+            print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,55 @@
+"""`fastbert search`: the rows of a corpus nearest to a question."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from .options import positive
+
+ORDER = 2
+SUMMARY = "find the rows of an encoded corpus that are nearest to a question"
+
+DESCRIPTION = """\
+Find the rows of DIR, which `fastbert encode ... --out-dir DIR` wrote, that are nearest to each QUERY.
+
+The search is exact: every row is compared, by the cosine of its vector with the question's, in blocks, so that memory
+stays constant however large DIR is. A line of JSON for each row that is found: the question, the score, the part and
+the number of the row in it from 0, and the columns that were kept. The question is encoded by the model of DIR with its
+prompt for questions, where it has one."""
+
+EXAMPLES = """\
+examples:
+  fastbert search vectors "who invented the telescope?"
+  fastbert search vectors "first question" "second question" --top-k 3 --device cuda"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("dir", metavar="DIR", help="a folder or URL of encoded tables")
+    parser.add_argument("queries", metavar="QUERY", nargs="+", help="a text")
+    parser.add_argument("-k", "--top-k", metavar="N", type=positive, default=10, help="rows for each (default: 10)")
+    parser.add_argument(
+        "--model", metavar="ID_OR_PATH", help="where the model of DIR lies now (default: where it lay then)"
+    )
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda where there is one"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """The command; its exit code."""
+    try:
+        from ..corpus.manifest import Manifest
+        from ..corpus.search import asking, search
+    except ImportError as error:
+        raise ImportError("search needs pyarrow: pip install 'fastbert[corpus]'") from error
+    manifest = Manifest(args.dir)
+    encoder = asking(manifest, model=args.model, device=args.device)
+    found = search(manifest, encoder.encode_query(args.queries).numpy(), args.top_k)
+    for query, hits in zip(args.queries, found, strict=True):
+        for hit in hits:
+            place = {"query": query, "score": round(hit.score, 6), "part": hit.part, "row": hit.row}
+            print(json.dumps(place | {"columns": hit.columns}, default=str, ensure_ascii=False))
+    return 0

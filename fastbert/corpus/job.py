@@ -1,0 +1,153 @@
+"""What is asked for, as plain data that goes to other processes and machines."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..encoding.encoder import Encoder
+
+PRECISIONS = ("float32", "float16", "int8")
+NULLS = ("null", "fill", "encode", "refuse")
+VECTOR, SCALE, VALID = "embedding", "embedding_scale", "embedding_valid"
+
+
+@dataclass(frozen=True)
+class Job:
+    """How a corpus is encoded.
+
+    Args:
+        out: the folder, or its URL, in which data/ and manifest/ are.
+        encoder: arguments of `Encoder.from_pretrained`.
+        text: the column of texts.
+        id: the column that names a row in messages and search results; it is kept, first.
+        keep: other columns that are kept, in this order.
+        precision: of the vectors in the file: float32, float16, or int8 with a scale a row.
+        nulls: a row without a text has no vector (null), zeros and false in the column `embedding_valid` (fill), the
+            vector of the empty text (encode), or ends its part with an error (refuse).
+        empty_is_null: treat texts of nothing but white space as `nulls` says; else they are texts like others.
+        dedup: compute equal texts of a window once.
+        batch_invariant: a text's bits depend on that text alone.
+        part_rows: rows of a part at most.
+        max_tokens_per_batch: see `Encoder.encode`.
+        line_bytes: how long a line of .jsonl may be.
+    """
+
+    out: str
+    encoder: Mapping[str, Any]
+    text: str = "text"
+    id: str | None = None
+    keep: tuple[str, ...] = ()
+    precision: str = "float32"
+    nulls: str = "null"
+    empty_is_null: bool = False
+    dedup: bool = False
+    batch_invariant: bool = False
+    part_rows: int = 50_000
+    max_tokens_per_batch: int | None = None
+    line_bytes: int = 10_000_000
+    types: Mapping[str, str] = field(default_factory=dict)  # of kept columns, as `plan` found them
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+        if self.nulls not in NULLS:
+            raise ValueError(f"nulls must be one of {', '.join(NULLS)}, got {self.nulls!r}")
+        for name in self.kept:
+            if name in (VECTOR, SCALE, VALID):
+                raise ValueError(f"the column {name!r} cannot be kept: the vectors take that name")
+        if len(set(self.kept)) != len(self.kept):
+            raise ValueError(f"a column is kept twice: {', '.join(self.kept)}")
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """Columns of the input that go to the output."""
+        return (*(() if self.id is None or self.id in self.keep else (self.id,)), *self.keep)
+
+    def description(self, encoder: Encoder) -> dict[str, Any]:
+        """What a part is a function of, besides its unit: what `encoder` is, how vectors are made of its texts and how
+        they are written. It is in the manifest and in each part."""
+        return {
+            "model": str(self.encoder["id_or_path"]),
+            "arguments": {name: value for name, value in self.encoder.items() if name in ARGUMENTS},
+            "revision": revision_of(str(self.encoder["id_or_path"])),
+            "weights": fingerprint(encoder),
+            "dimension": encoder.dimension,
+            "pooling": encoder.pooling,
+            "normalize": encoder.normalize,
+            "layers": self.encoder.get("layers") or self.encoder.get("layer", -1),
+            "combine": encoder.combine,
+            "prompt": encoder.prompt,
+            "task": encoder.task,
+            "max_length": encoder.max_length,
+            "dtype": self.encoder.get("dtype", "auto") if self.encoder.get("dtype") == "int8" else str(encoder.dtype),
+            "device": encoder.device.type,
+            "operators": sorted({chosen for chosen, _ in encoder.describe_operators().values()}),
+            "max_tokens_per_batch": encoder.token_budget(self.max_tokens_per_batch),
+            "batch_invariant": self.batch_invariant,
+            "text": self.text,
+            "columns": dict(self.types),
+            "precision": self.precision,
+            "nulls": self.nulls,
+            "empty_is_null": self.empty_is_null,
+            "dedup": self.dedup,
+            "part_rows": self.part_rows,
+            "versions": {name: _version(name) for name in ("fastbert", "torch", "tokenizers", "pyarrow")},
+        }
+
+
+# Arguments of `Encoder.from_pretrained` by which a question is encoded as the rows were.
+ARGUMENTS = ("pooling", "normalize", "layer", "dtype", "max_length", "impl", "truncate_dim", "layers", "combine")
+# A model may lie elsewhere in the next run, and one may spell out its defaults: it is the same one by its weights, and
+# encodes in the same way by the other settings.
+SPELLINGS = ("model", "revision", "arguments")
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], inside: str = "") -> list[str]:
+    """What two descriptions say differently, in words."""
+    found = []
+    for name in sorted({*before, *now} - set(SPELLINGS)):
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found += differences(old, new, f"{inside}{name} ")
+        elif old != new:
+            found.append(f"{inside}{name} is {old!r}, and here it is {new!r}")
+    return found
+
+
+def fingerprint(encoder: Encoder) -> str:
+    """A hash of what computes: configuration, weights in their dtype, vocabulary, and what follows BERT."""
+    import torch
+
+    digest = hashlib.sha256(repr(sorted(encoder.config.to_dict().items())).encode())
+    digest.update(encoder.tokenizer.definition().encode())
+    digest.update(f"{encoder.modules} {encoder.lowercase}".encode())
+    for module in (encoder.model, encoder.modules):
+        for name, tensor in sorted(module.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def revision_of(model: str) -> str | None:
+    """The commit of a model on the hub, as the local cache knows it. None for a folder."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if os.path.exists(os.path.expanduser(model)) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
+        return None
+    file = try_to_load_from_cache(model, "config.json")
+    found = re.search(r"snapshots/([0-9a-f]{40})/", str(file))
+    return found and found[1]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

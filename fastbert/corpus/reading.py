@@ -1,0 +1,269 @@
+"""Tables in, a few hundred rows at a time: Parquet, Arrow IPC, JSON lines and CSV, with one set of types for all.
+
+A table has `schema` (the columns asked for, canonical), `size` in bytes, `extents(rows)`, the parts that its rows are
+cut into, and `batches(first, last)`, the rows of one of them. A .parquet or .arrow file is cut between rows, at the
+ends of row groups or record batches where that can be; a .jsonl file where lines begin; a .csv file not at all, since a
+quoted value may hold line ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+from pyarrow import csv, ipc, parquet
+
+from ..text.files import InputError, read_lines
+from .job import Job
+from .places import filesystem_of, is_local
+
+# Rows read at once. Texts may be long, so these are few.
+BATCH_ROWS = 512
+# How a .jsonl file is cut: no row is counted, so bytes stand for rows.
+BYTES_A_LINE = 512
+CSV_BLOCK = 4_000_000
+# What pyarrow raises for a file that is broken: ArrowInvalid and others, and OSError for pages that cannot be unpacked.
+BROKEN = (pa.ArrowException, OSError, UnicodeError)
+
+
+# ---- types -------------------------------------------------------------------------------------------------
+
+
+def canonical(kind: pa.DataType) -> pa.DataType:
+    """The one type that stands for all that hold the same values: no dictionaries, no large or view kinds, and the
+    child of a list is called as Parquet's own documents call it."""
+    if pa.types.is_dictionary(kind) or pa.types.is_run_end_encoded(kind):
+        return canonical(kind.value_type)
+    if isinstance(kind, pa.BaseExtensionType):
+        return canonical(kind.storage_type)
+    if pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+        return pa.string()
+    if pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind):
+        return pa.binary()
+    if pa.types.is_fixed_size_list(kind):
+        return pa.list_(pa.field("element", canonical(kind.value_type)), kind.list_size)
+    if pa.types.is_map(kind):
+        return pa.map_(canonical(kind.key_type), canonical(kind.item_type))
+    if pa.types.is_nested(kind) and pa.types.is_struct(kind):
+        return pa.struct([pa.field(field.name, canonical(field.type)) for field in kind])
+    if hasattr(kind, "value_type"):  # every other kind of list
+        return pa.list_(pa.field("element", canonical(kind.value_type)))
+    return kind
+
+
+def schema_of(found: pa.Schema, job: Job, name: str) -> pa.Schema:
+    """The columns of texts, and those that are kept, with canonical types and no metadata (pandas writes some).
+
+    Raises: InputError where one is missing or there twice, or where texts are no text.
+    """
+    fields = []
+    for column in dict.fromkeys((job.text, *job.kept)):
+        places = found.get_all_field_indices(column)
+        if not places:
+            raise InputError(f"{name}: no column {column!r}; it has {', '.join(map(repr, found.names)) or 'none'}")
+        if len(places) > 1:
+            raise InputError(f"{name}: {len(places)} columns are called {column!r}")
+        fields.append(pa.field(column, canonical(found.field(places[0]).type)))
+    if not pa.types.is_string(fields[0].type):
+        raise InputError(f"{name}: the column {job.text!r} must hold text, and holds {fields[0].type}")
+    return pa.schema(fields)
+
+
+# ---- tables ------------------------------------------------------------------------------------------------
+
+
+class ParquetTable:
+    """Pages are read as they are needed: neither a row group nor a column is ever held whole."""
+
+    def __init__(self, file: BinaryIO, name: str, job: Job):
+        self.file = parquet.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True)
+        self.schema = schema_of(self.file.schema_arrow, job, name)
+        metadata = self.file.metadata
+        self.sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+
+    def extents(self, rows: int) -> list[tuple[int, int | None]]:
+        return extents_of(self.sizes, rows)
+
+    def batches(self, first: int, last: int | None) -> Iterator[pa.RecordBatch]:
+        groups, skipped = overlapping(self.sizes, first, last)
+        found = self.file.iter_batches(BATCH_ROWS, groups, self.schema.names, use_threads=False) if groups else iter(())
+        return cut(found, skipped, last - first)
+
+
+class ArrowTable:
+    """Arrow IPC: a file, whose record batches can be found, or a stream, which is read to its end."""
+
+    def __init__(self, file: BinaryIO, name: str, job: Job):
+        self.file = file
+        try:
+            self.reader = ipc.open_file(file)
+            self.sizes = [self.reader.get_batch(i).num_rows for i in range(self.reader.num_record_batches)]
+        except pa.ArrowInvalid:
+            file.seek(0)
+            self.reader, self.sizes = ipc.open_stream(file), None
+        self.schema = schema_of(self.reader.schema, job, name)
+
+    def extents(self, rows: int) -> list[tuple[int, int | None]]:
+        return [(0, None)] if self.sizes is None else extents_of(self.sizes, rows)
+
+    def batches(self, first: int, last: int | None) -> Iterator[pa.RecordBatch]:
+        if self.sizes is None:
+            found, skipped = iter(self.reader), 0
+        else:
+            numbers, skipped = overlapping(self.sizes, first, last)
+            found = map(self.reader.get_batch, numbers)
+        chosen = (batch.select(self.schema.names) for batch in found)
+        small = (batch[i : i + BATCH_ROWS] for batch in chosen for i in range(0, batch.num_rows, BATCH_ROWS))
+        return small if last is None else cut(small, skipped, last - first)
+
+
+class CsvTable:
+    """The first row names the columns, and every value is text: an empty one is the empty text, and none is null."""
+
+    def __init__(self, file: BinaryIO, name: str, job: Job):
+        self.file, self.name = file, name
+        self.schema = schema_of(pa.schema([(column, pa.string()) for column in self._reader().schema.names]), job, name)
+
+    def _reader(self, **convert: Any) -> csv.CSVStreamingReader:
+        self.file.seek(0)
+        return csv.open_csv(
+            self.file,
+            csv.ReadOptions(use_threads=False, block_size=CSV_BLOCK),
+            csv.ParseOptions(newlines_in_values=True),
+            csv.ConvertOptions(strings_can_be_null=False, quoted_strings_can_be_null=False, **convert),
+        )
+
+    def extents(self, rows: int) -> list[tuple[int, int | None]]:
+        return [(0, None)]
+
+    def batches(self, first: int, last: int | None) -> Iterator[pa.RecordBatch]:
+        names = self.schema.names
+        for batch in self._reader(include_columns=names, column_types=dict.fromkeys(names, pa.string())):
+            yield from (batch[i : i + BATCH_ROWS] for i in range(0, batch.num_rows, BATCH_ROWS))
+
+
+class JsonLinesTable:
+    """Objects, a line each. A kept value that is no text is kept as its JSON, so that every file has the same types."""
+
+    def __init__(self, file: BinaryIO, name: str, job: Job):
+        self.file, self.name, self.job = file, name, job
+        self.schema = pa.schema([(column, pa.string()) for column in dict.fromkeys((job.text, *job.kept))])
+        self.size = file.seek(0, 2)
+
+    def extents(self, rows: int) -> list[tuple[int, int | None]]:
+        starts = range(0, max(self.size, 1), rows * BYTES_A_LINE)
+        return [(start, min(start + rows * BYTES_A_LINE, self.size)) for start in starts]
+
+    def batches(self, first: int, last: int | None) -> Iterator[pa.RecordBatch]:
+        place = self.name if first == 0 else f"{self.name}, behind byte {first:,}"
+        rows: list[list[str | None]] = []
+        lines = LinesWithin(self.file, first, last)
+        for line in read_lines(lines, place, self.job.text, self.job.line_bytes, nullable=True):
+            for column in self.schema.names:
+                if column not in line.record:
+                    raise InputError(f"{place}: an object has no {column!r}: {json.dumps(line.record)[:80]}")
+            rows.append([line.text, *(_spelled(line.record[column]) for column in self.schema.names[1:])])
+            if len(rows) == BATCH_ROWS:
+                yield self._batch(rows)
+                rows = []
+        if rows:
+            yield self._batch(rows)
+
+    def _batch(self, rows: Sequence[Sequence[str | None]]) -> pa.RecordBatch:
+        columns = [pa.array(column, pa.string()) for column in zip(*rows, strict=True)]
+        return pa.RecordBatch.from_arrays(columns, schema=self.schema)
+
+
+class LinesWithin:
+    """Those lines of a file that begin in the bytes [first, last)."""
+
+    def __init__(self, file: BinaryIO, first: int, last: int):
+        self.file, self.last = file, last
+        file.seek(max(first - 1, 0))
+        if first:
+            while (piece := file.readline(1 << 20)) and not piece.endswith(b"\n"):
+                pass
+
+    def readline(self, size: int) -> bytes:
+        return b"" if self.file.tell() >= self.last else self.file.readline(size)
+
+
+def _spelled(value: Any) -> str | None:
+    return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+READERS = {
+    ".parquet": ParquetTable, ".arrow": ArrowTable, ".feather": ArrowTable, ".jsonl": JsonLinesTable, ".csv": CsvTable,
+}  # fmt: skip
+
+
+@contextlib.contextmanager
+def open_table(path: str, name: str, job: Job) -> Iterator[Any]:
+    """Raises: InputError, also for whatever goes wrong while the table is read within the block, with its name."""
+    filesystem, inside = filesystem_of(path)
+    with explained(name), contextlib.ExitStack() as stack:
+        size = filesystem.size(inside)
+        # pyarrow reads a local file by itself, without Python's lock
+        file = stack.enter_context(pa.OSFile(inside) if _reads_itself(path, filesystem) else filesystem.open(inside))
+        table = READERS[inside[inside.rindex(".") :]](file, name, job)
+        table.size = size
+        yield table
+
+
+def _reads_itself(path: str, filesystem: Any) -> bool:
+    return is_local(filesystem) and not path.endswith(".jsonl")
+
+
+@contextlib.contextmanager
+def explained(name: str) -> Iterator[None]:
+    """What a library says of a broken file, with the file's name."""
+    try:
+        yield
+    except InputError:
+        raise
+    except BROKEN as error:
+        raise InputError(f"{name}: {' '.join(str(error).split())}") from error
+
+
+# ---- cutting -----------------------------------------------------------------------------------------------
+
+
+def extents_of(sizes: Sequence[int], rows: int) -> list[tuple[int, int]]:
+    """Row groups of so many rows, in runs of at most `rows`; a larger one is cut evenly. At least one, maybe empty."""
+    starts, row, within = [0], 0, 0
+    for size in sizes:
+        if within and within + size > rows:
+            starts.append(row)
+            within = 0
+        pieces = -(-size // rows)
+        starts += [row + size * piece // pieces for piece in range(1, pieces)]
+        row += size
+        within += size
+    return list(zip(starts, [*starts[1:], row], strict=True))
+
+
+def overlapping(sizes: Sequence[int], first: int, last: int) -> tuple[list[int], int]:
+    """(which groups have rows of [first, last), rows of the first of them that come before)."""
+    found, skipped, row = [], 0, 0
+    for number, size in enumerate(sizes):
+        if row < last and row + size > first:
+            if not found:
+                skipped = first - row
+            found.append(number)
+        row += size
+    return found, skipped
+
+
+def cut(batches: Iterator[pa.RecordBatch], skipped: int, rows: int) -> Iterator[pa.RecordBatch]:
+    """`rows` rows behind the first `skipped`."""
+    for batch in batches:
+        found = batch[skipped : skipped + rows]
+        skipped = max(0, skipped - batch.num_rows)
+        rows -= found.num_rows
+        if found.num_rows:
+            yield found
+        if rows <= 0:
+            return

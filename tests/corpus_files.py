@@ -1,0 +1,81 @@
+"""Tables of short texts for the tests of corpora, and how those encode them."""
+
+import hashlib
+import random
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("pyarrow", reason="needs the corpus extra")
+
+import pyarrow as pa
+from pyarrow import parquet
+
+from fastbert.corpus.job import Job
+from fastbert.corpus.manifest import Manifest
+from fastbert.corpus.run import CorpusEncoder, Done
+from fastbert.corpus.units import plan
+
+PLAIN = {"device": "cpu", "dtype": "float32", "impl": "native"}
+WORDS = [str(word) for option, value in PLAIN.items() for word in (f"--{option}", value)]
+
+
+def texts_of(count, seed=0):
+    choose = random.Random(seed)
+    return [" ".join(choose.choices("abcdefghij", k=choose.randint(1, 12))) for _ in range(count)]
+
+
+def table_of(count, seed=0):
+    """Columns number, text, tags (lists) and facts (structs)."""
+    return pa.table(
+        {
+            "number": range(count),
+            "text": texts_of(count, seed),
+            "tags": [["x", "y"][: i % 3] for i in range(count)],
+            "facts": [{"a": i, "b": None if i % 4 else str(i)} for i in range(count)],
+        }
+    )
+
+
+def write(path, table, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(table, path, **options)
+    return path
+
+
+def job_of(folder, out, **options):
+    encoder = {"id_or_path": str(folder), **PLAIN, **options.pop("encoder", {})}
+    return Job(str(out), encoder, part_rows=options.pop("part_rows", 100), **options)
+
+
+def encode(folder, inputs, out, encoder=None, **options):
+    """The outcomes of a run over all that is missing."""
+    job, units = plan([str(path) for path in inputs], job_of(folder, out, **options))
+    return list(CorpusEncoder(job, encoder).encode(Manifest(job.out).missing(units)))
+
+
+def done(outcomes):
+    assert all(isinstance(outcome, Done) for outcome in outcomes), outcomes
+    return len(outcomes)
+
+
+def hashes(out):
+    """Of every file of the data, by its name."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted((out / "data").iterdir())}
+
+
+def read(out):
+    """All parts as one table, in the order of their names."""
+    return pa.concat_tables(parquet.ParquetFile(path).read() for path in sorted((out / "data").iterdir()))
+
+
+def vectors_of(table):
+    from fastbert.corpus.writing import numbers_of
+
+    return numbers_of(table)
+
+
+__all__ = [
+    "PLAIN", "WORDS", "done", "encode", "hashes", "job_of", "pa", "parquet", "plan", "read", "replace", "table_of",
+    "texts_of", "vectors_of", "write",
+]  # fmt: skip

@@ -1,0 +1,127 @@
+"""kill -9 of `fastbert encode --out-dir` at random moments: the next run ends with the same files, every time.
+
+    python tests/corpus_kills.py --kills 20 --seed 0 --workers 2
+
+With --workers 2 every other kill is of one worker alone. Prints a line a kill; 1 if any run ended with other files.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+PATIENCE = 300  # seconds after which a run hangs
+ROWS, GROUP = 6000, 500
+
+
+def make_input(folder):
+    """A model of one small layer and a table of some thousand rows; (model, table)."""
+    import pyarrow as pa
+    import torch
+    from pyarrow import parquet
+
+    from fastbert import BertConfig, BertModel
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz"]
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(words), hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128,
+        max_position_embeddings=64, initializer_range=0.5,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(folder / "model")
+    (folder / "model" / "vocab.txt").write_text("\n".join(words) + "\n")
+    choose = random.Random(0)
+    texts = [" ".join(choose.choices("abcdefghij", k=choose.randint(1, 60))) for _ in range(ROWS)]
+    table = pa.table({"number": range(ROWS), "text": texts})
+    parquet.write_table(table, folder / "a.parquet", row_group_size=GROUP)
+    return folder / "model", folder / "a.parquet"
+
+
+def start(model, table, out, workers):
+    command = [
+        sys.executable, "-m", "fastbert", "encode", table, "--out-dir", out, "--model", model, "--keep", "number",
+        "--device", "cpu", "--dtype", "float32", "--impl", "native", "--batch-invariant", "--part-rows", GROUP,
+        "--workers", workers, "--quiet",
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, env=environment, text=True)
+
+
+def finish(*arguments):
+    """Runs to the end. Raises: RuntimeError with what the command said where it failed."""
+    process = start(*arguments)
+    _, said = process.communicate(timeout=PATIENCE)
+    if process.returncode:
+        raise RuntimeError(said)
+
+
+def files_of(out):
+    """The hash of every file of a folder."""
+    return {
+        str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(out.rglob("*"))
+        if path.is_file()
+    }
+
+
+def workers_of(process):
+    """The processes that a process started."""
+    with contextlib.suppress(OSError):
+        found = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        return [pid for pid in map(int, found) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return []
+
+
+def kill_at(process, out, seconds, of_worker):
+    """Kills the command, or one of its workers, some seconds after it began to write; how many parts counted then."""
+    began = out / "manifest" / "corpus.json"
+    while process.poll() is None and not began.exists():
+        time.sleep(0.002)
+    time.sleep(seconds)
+    workers = workers_of(process) if of_worker else []
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(workers[-1] if workers else process.pid, signal.SIGKILL)
+    process.communicate(timeout=PATIENCE)
+    receipts = out / "manifest" / "parts"
+    return len(list(receipts.iterdir())) if receipts.exists() else 0
+
+
+def trials(folder, kills, seed, workers):
+    """Yields (seconds, parts that counted when it was killed, whether the files are equal at the end) of each kill."""
+    model, table = make_input(folder)
+    finish(model, table, folder / "whole", workers)
+    whole = files_of(folder / "whole")
+    parts = [path.stat().st_mtime for path in (folder / "whole" / "manifest").rglob("*.json")]
+    span, choose = max(parts) - min(parts) + 0.1, random.Random(seed)
+    for number in range(kills):
+        out, seconds = folder / f"killed{number}", choose.uniform(0, span)
+        counted = kill_at(start(model, table, out, workers), out, seconds, of_worker=number % 2 == 1)
+        finish(model, table, out, workers)
+        yield seconds, counted, files_of(out) == whole
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=1)
+    args = parser.parse_args()
+    wrong = 0
+    with tempfile.TemporaryDirectory() as folder:
+        for seconds, counted, equal in trials(Path(folder), args.kills, args.seed, args.workers):
+            ending = "equal" if equal else "OTHER FILES"
+            print(f"killed after {seconds:.3f} s, {counted:2} of {ROWS // GROUP} parts: {ending}", flush=True)
+            wrong += not equal
+    print(f"{args.kills - wrong} of {args.kills} ended with the same files")
+    return wrong > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,130 @@
+"""`fastbert encode --out-dir` and `fastbert search`: several processes, torchrun's shares, kill -9, URLs, and words."""
+
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+
+pytest.importorskip("pyarrow", reason="needs the corpus extra")
+
+import corpus_kills
+from corpus_files import PLAIN, WORDS, done, encode, hashes, job_of, plan, read, table_of, vectors_of, write
+from fastbert import Encoder
+from fastbert.cli.main import main
+from fastbert.corpus.pool import CorpusPool
+from fastbert.engines import torchrun
+
+pytestmark = pytest.mark.once
+
+
+def run(*argv):
+    try:
+        return main([str(word) for word in argv])
+    except SystemExit as leaving:  # argparse
+        return leaving.code
+
+
+@pytest.fixture
+def options(folder):
+    return ["--model", folder, *WORDS, "--part-rows", "100"]
+
+
+def test_the_commands(folder, options, tmp_path, capsys):
+    path, out = write(tmp_path / "in" / "a.parquet", table_of(250), row_group_size=100), tmp_path / "out"
+    words = ["encode", tmp_path / "in", "--out-dir", out, "--id-column", "number", "--keep", "text,tags", *options]
+    assert run(*words) == 0
+    whole = hashes(out)
+    assert sorted(path.name for path in out.iterdir()) == ["data", "manifest"]
+    assert run(*words) == 0
+    assert hashes(out) == whole
+    assert run(*words, "--verify") == 0
+    assert "3 parts, 250 rows, all as they were written" in capsys.readouterr().out
+    question = table_of(250).column("text")[77].as_py()
+    assert run("search", out, question, "-k", "2", "--device", "cpu") == 0
+    first, _ = map(json.loads, capsys.readouterr().out.splitlines())
+    assert first["score"] == pytest.approx(1.0, abs=1e-5)
+    assert first["columns"]["text"] == question
+    assert run(*words, "--pooling", "cls") == 1
+    assert "pooling is 'mean', and here it is 'cls'" in capsys.readouterr().err
+    next((out / "data").iterdir()).unlink()
+    assert run(*words, "--verify") == 1
+    captured = capsys.readouterr()
+    assert "it is gone" in captured.out
+    assert "1 things are wrong, of 3 parts" in captured.err
+    assert path.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["a.jsonl", "--dedup"], 2, "--dedup goes with --out-dir"),
+        (["a.jsonl", "b.jsonl"], 2, "several files go with --out-dir"),
+        (["a.jsonl", "--out-dir", "out", "-o", "o.npy"], 2, "not with -o, --tokens or --words"),
+        (["a.jsonl", "--out-dir", "out", "--keep", "embedding"], 1, "the vectors take that name"),
+        (["a.jsonl", "--out-dir", "out", "--text-column", "body"], 1, "no field 'body'; it has 'text'"),
+    ],
+)
+def test_wrong_usage(words, code, message, options, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    assert run("encode", *words, *options) == code
+    assert message in capsys.readouterr().err
+
+
+def test_the_same_bytes_by_two_workers_and_by_one(folder, tmp_path):
+    """And a worker that is killed leaves its part to the next run."""
+    path = write(tmp_path / "a.parquet", table_of(600), row_group_size=60)
+    one = {"batch_invariant": True, "dedup": True, "keep": ("number",), "part_rows": 60}
+    encode(folder, [path], tmp_path / "one", **one)
+    job, units = plan([str(path)], job_of(folder, tmp_path / "two", **one))
+    with CorpusPool(2, job) as pool:
+        outcomes = pool.encode(units)
+        first = next(outcomes)
+        os.kill(pool.processes[0].pid, signal.SIGKILL)
+        with pytest.raises(RuntimeError, match="worker 1 of 2 was killed by SIGKILL"):
+            list(outcomes)
+    assert first.unit in units
+    encode(folder, [path], tmp_path / "two", **one)
+    assert hashes(tmp_path / "two") == hashes(tmp_path / "one")
+    with CorpusPool(2, job_of(folder, tmp_path / "three", types=job.types, **one)) as pool:
+        assert done(pool.encode(units)) == 10
+        assert pool.stats.texts > 0
+    assert hashes(tmp_path / "three") == hashes(tmp_path / "one")
+
+
+def test_ranks_share_the_units(folder, tmp_path, monkeypatch):
+    path = write(tmp_path / "a.parquet", table_of(250), row_group_size=50)
+    job = job_of(folder, tmp_path / "out", part_rows=50)
+    receipts = []
+    for rank in (1, 0, 0):
+        for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2}.items():
+            monkeypatch.setenv(name, str(value))
+        receipts.append([receipt["first"] for receipt in torchrun.encode([str(path)], job)])
+    assert receipts == [[50, 150], [0, 100, 200], []]
+
+
+def test_killed_at_any_moment_the_next_run_ends_with_the_same_files(tmp_path):
+    """A short form: `python tests/corpus_kills.py` kills twenty times."""
+    outcomes = list(corpus_kills.trials(tmp_path, kills=1, seed=1, workers=1))
+    assert [equal for *_, equal in outcomes] == [True]
+
+
+def test_folders_behind_urls(folder, tmp_path):
+    import fsspec
+
+    encoder, memory = Encoder.from_pretrained(folder, **PLAIN), fsspec.filesystem("memory")
+    path = write(tmp_path / "a.parquet", table_of(120), row_group_size=50)
+    memory.pipe("/lake/in/a.parquet", path.read_bytes())
+    inputs, out = ["memory://lake/in"], "memory://lake/out"
+    assert done(encode(folder, inputs, out, encoder, part_rows=50)) == 3
+    assert encode(folder, inputs, out, encoder, part_rows=50) == []
+    parts = memory.ls("/lake/out/data", detail=False)
+    assert len(parts) == 3
+    (tmp_path / "out" / "data").mkdir(parents=True)
+    for part in parts:
+        (tmp_path / "out" / "data" / part.rsplit("/", 1)[1]).write_bytes(memory.cat(part))
+    expected = encoder.encode(table_of(120).column("text").to_pylist()).numpy()
+    np.testing.assert_allclose(vectors_of(read(tmp_path / "out"))[0], expected, atol=1e-5)
+    memory.rm("/lake", recursive=True)
