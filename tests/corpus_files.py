@@ -55,13 +55,15 @@ def encode(folder, inputs, out, encoder=None, **options):
 
 
 def done(outcomes):
+    """How many parts were made, where none failed."""
+    outcomes = list(outcomes)
     assert all(isinstance(outcome, Done) for outcome in outcomes), outcomes
     return len(outcomes)
 
 
 def hashes(out):
     """Of every file of the data, by its name."""
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted((out / "data").iterdir())}
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(out.glob("data/*"))}
 
 
 def read(out):

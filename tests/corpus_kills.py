@@ -44,14 +44,19 @@ def make_input(folder):
     return folder / "model", folder / "a.parquet"
 
 
-def start(model, table, out, workers):
-    command = [
-        sys.executable, "-m", "fastbert", "encode", table, "--out-dir", out, "--model", model, "--keep", "number",
+def words_of(model, table, out, workers):
+    """Of the command, behind `fastbert`."""
+    return [
+        "encode", table, "--out-dir", out, "--model", model, "--keep", "number",
         "--device", "cpu", "--dtype", "float32", "--impl", "native", "--batch-invariant", "--part-rows", GROUP,
         "--workers", workers, "--quiet",
     ]  # fmt: skip
+
+
+def start(*arguments):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, env=environment, text=True)
+    command = [sys.executable, "-m", "fastbert", *map(str, words_of(*arguments))]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, env=environment, text=True)
 
 
 def finish(*arguments):
@@ -93,7 +98,7 @@ def kill_at(process, out, seconds, of_worker):
     return len(list(receipts.iterdir())) if receipts.exists() else 0
 
 
-def trials(folder, kills, seed, workers):
+def trials(folder, kills, seed, workers, finish=finish):
     """Yields (seconds, parts that counted when it was killed, whether the files are equal at the end) of each kill."""
     model, table = make_input(folder)
     finish(model, table, folder / "whole", workers)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 from collections.abc import Mapping
@@ -104,9 +103,7 @@ class PartWriter:
 
     def drop(self) -> None:
         """Leaves the file as it is. pyarrow would end it whenever it forgets the writer, the file being closed then."""
-        self.file.file = None
-        with contextlib.suppress(pa.ArrowException, OSError):
-            self.writer.close()
+        self.file.file, self.writer.is_open = None, False
 
     def _write(self, table: pa.Table) -> None:
         # Equal tables make equal bytes only where their chunks are alike: each column becomes one array of its own.
