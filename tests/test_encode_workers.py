@@ -204,6 +204,6 @@ def test_each_worker_stays_on_its_nodes(nodes, workers, expected, monkeypatch):
 def test_each_worker_takes_the_next_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert [str(workers_module._device_of(i, {})) for i in range(3)] == ["cuda:0", "cuda:1", "cuda:0"]
-    assert str(workers_module._device_of(1, {"device": "cuda:0"})) == "cuda:0"
-    assert str(workers_module._device_of(1, {"device": "cpu"})) == "cpu"
+    assert [str(workers_module.device_of(i, {})) for i in range(3)] == ["cuda:0", "cuda:1", "cuda:0"]
+    assert str(workers_module.device_of(1, {"device": "cuda:0"})) == "cuda:0"
+    assert str(workers_module.device_of(1, {"device": "cpu"})) == "cpu"
