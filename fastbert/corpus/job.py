@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from .. import __version__
+
 if TYPE_CHECKING:
     from ..encoding.encoder import Encoder
 
@@ -97,10 +99,11 @@ class Job:
             "empty_is_null": self.empty_is_null,
             "dedup": self.dedup,
             "part_rows": self.part_rows,
-            "versions": {name: _version(name) for name in ("fastbert", "torch", "tokenizers", "pyarrow")},
+            "versions": {"fastbert": __version__} | {name: _version(name) for name in LIBRARIES},
         }
 
 
+LIBRARIES = ("torch", "tokenizers", "pyarrow")
 # Arguments of `Encoder.from_pretrained` by which a question is encoded as the rows were.
 ARGUMENTS = ("pooling", "normalize", "layer", "dtype", "max_length", "impl", "truncate_dim", "layers", "combine")
 # A model may lie elsewhere in the next run, and one may spell out its defaults: it is the same one by its weights, and
