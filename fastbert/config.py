@@ -50,7 +50,8 @@ class BertConfig:
 
     Fields are transformers' own. Also:
         num_labels: the width of a classifier; stands for id2label with names LABEL_0, LABEL_1, ...
-        pruned_heads: of a layer, which of its heads are gone; the layer's weights are so much smaller.
+        pruned_heads: of a layer, which of its heads are gone; the layer's weights are so much smaller. One layer may
+            have lost all of them, not every layer.
         dtype: name of the dtype of the saved weights ("bfloat16"); config.json spells it torch_dtype or dtype.
         extra: what else the config.json held; written back untouched.
 
@@ -260,16 +261,18 @@ def _default_labels(num_labels: int) -> dict[int, str]:
 
 def _checked_pruning(pruned: Any, config: BertConfig) -> dict[int, list[int]] | None:
     """pruned_heads with layers as numbers, None where no head is gone. Raises ValueError."""
-    what = f"layers of {config.num_hidden_layers} with some of their {config.num_attention_heads} heads, not all"
+    count = config.num_hidden_layers
+    what = f"layers of {count} with some of their {config.num_attention_heads} heads, not all heads of all layers"
     _expect(isinstance(pruned, dict), "pruned_heads", what, config)
     checked = {}
     for layer, heads in pruned.items():
-        known = str(layer).isdecimal() and int(layer) < config.num_hidden_layers and isinstance(heads, (list, tuple))
+        known = str(layer).isdecimal() and int(layer) < count and isinstance(heads, (list, tuple))
         _expect(known and all(_is_int(h) and 0 <= h < config.num_attention_heads for h in heads),
                 "pruned_heads", what, config)  # fmt: skip
-        _expect(len(set(heads)) < config.num_attention_heads, "pruned_heads", what, config)
         if heads:
             checked[int(layer)] = sorted(set(heads))
+    gone = sum(map(len, checked.values()))
+    _expect(not checked or gone < count * config.num_attention_heads, "pruned_heads", what, config)
     return checked or None
 
 

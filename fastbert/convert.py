@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import secrets
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -21,7 +19,7 @@ from .formats.pytorch import read_transformers
 from .formats.safetensors_file import total_size, write_safetensors
 from .formats.sentence_folder import MODULES, put_encoder_at_root
 from .formats.source import Source
-from .storage import CheckpointError, read_json, write_json
+from .storage import CheckpointError, new_folder, read_json, write_json
 from .text.tokenizer import Tokenizer
 
 TARGETS = ("safetensors", "tensorflow")
@@ -66,7 +64,7 @@ def convert(
             say(line)
         if verify:
             say(_verify(model))
-        with _new_folder(Path(os.path.abspath(Path(folder).expanduser())), _size(model)) as temporary:
+        with new_folder(Path(os.path.abspath(Path(folder).expanduser())), _size(model)) as temporary:
             if to == "tensorflow":
                 for note in write_google(model, temporary, words or _words_of_tokenizer(model.source)):
                     say(note)
@@ -173,30 +171,6 @@ def _verify(model: Model) -> str:
 def _size(model: Model) -> int:
     parts = [model] if model.generator is None else [model, model.generator]
     return sum(total_size(part.tensors) for part in parts) + _SMALL_FILES
-
-
-@contextlib.contextmanager
-def _new_folder(folder: Path, needed: int) -> Iterator[Path]:
-    """Yields a temporary folder beside `folder` that takes its place at the end, or is removed on any exception."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"{folder} exists, and is no empty folder")
-    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder.parent).free
-        if needed > free:
-            raise CheckpointError(f"{folder} needs {needed:,} bytes, and {folder.parent} has {free:,} free")
-        temporary.mkdir()
-        yield temporary
-        if folder.exists():
-            folder.rmdir()
-        temporary.rename(folder)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(f"cannot write {folder}: {error.strerror or error}") from error
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def _write_transformers(model: Model, folder: Path, words: list[str], lower_case: bool | None) -> None:

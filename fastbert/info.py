@@ -147,7 +147,7 @@ def _heads(config: BertConfig) -> str:
 def _model(name: str) -> list[str]:
     loaded = encoder.Encoder.from_pretrained(name)
     config = loaded.config
-    parameters = sum(p.numel() for p in loaded.model.parameters())
+    parameters = sum(t.numel() for t in loaded.model.state_dict().values())  # weights in 8 bits are no parameters
     rows = [
         ("layers", str(config.num_hidden_layers)),
         ("hidden width", str(config.hidden_size)),

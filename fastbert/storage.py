@@ -9,6 +9,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -144,3 +145,31 @@ def make_folder(folder: str | os.PathLike) -> Path:
     except OSError as error:
         raise CheckpointError(f"cannot save to {folder}: {error.strerror}") from error
     return folder
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path, needed: int) -> Iterator[Path]:
+    """Yields a temporary folder beside `folder` that takes its place at the end, or is removed on any exception.
+
+    needed: bytes that will be written into it.
+    Raises: CheckpointError where `folder` is there and not empty, has no room, or cannot be written.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder} exists, and is no empty folder")
+    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder.parent).free
+        if needed > free:
+            raise CheckpointError(f"{folder} needs {needed:,} bytes, and {folder.parent} has {free:,} free")
+        temporary.mkdir()
+        yield temporary
+        if folder.exists():
+            folder.rmdir()
+        temporary.rename(folder)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(f"cannot write {folder}: {error.strerror or error}") from error
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise

@@ -86,7 +86,7 @@ def int8_layer(x: Tensor, cu_seqlens: Tensor, max_seqlen: int, heads: int, *, im
         weights = [int8.Int8Weight(*part, factors) for part in parts]
         weights += [int8.Int8Weight(linears[name], biases[name]) for name in ("out", "up", "down")]
         norms = tuple(rest[name] for name in ("out_norm", "out_norm_bias", "down_norm", "down_norm_bias"))
-        layer = int8.Int8Layer(*weights, norms)
+        layer = int8.Int8Layer(*weights, norms, heads)
         if int8.fit_in_one_call(layer):
             y = int8.encoder_layers(x, [layer], F.LayerOptions(heads, rest["activation"]), cu_seqlens)
             if y is not None:

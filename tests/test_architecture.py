@@ -22,6 +22,7 @@ FLOORS = (
     ("fastbert.encoding", "fastbert.training"),
     ("fastbert.corpus", "fastbert.pretraining"),
     ("fastbert.engines",),
+    ("fastbert.compression",),
     ("fastbert.convert", "fastbert.demo", "fastbert.emulator", "fastbert.info"),
     ("fastbert.verify",),
     ("fastbert.service",),

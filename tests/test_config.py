@@ -169,7 +169,10 @@ WRONG = {
     "decoder": ({"is_decoder": True}, "is_decoder must be false.*got True"),
     "cross": ({"add_cross_attention": True}, "add_cross_attention must be false.*got True"),
     "other_model": ({"model_type": "roberta"}, "model_type must be \"bert\", got 'roberta'"),
-    "pruned_all": ({"pruned_heads": {"0": [0, 1]}, "num_attention_heads": 2}, "pruned_heads must be layers of 12"),
+    "pruned_all": (
+        {"pruned_heads": {"0": [0, 1], "1": [1, 0]}, "num_attention_heads": 2, "num_hidden_layers": 2},
+        "pruned_heads must be layers of 2 with some of their 2 heads, not all heads of all layers",
+    ),
     "pruned_no_layer": ({"pruned_heads": {"12": [1]}}, "pruned_heads must be layers of 12"),
     "pruned_no_head": ({"pruned_heads": {"0": [12]}}, "pruned_heads must be layers of 12"),
     "pruned_a_list": ({"pruned_heads": [[0]]}, "pruned_heads must be layers of 12"),

@@ -50,7 +50,7 @@ def one_layer_in_8_bits(x, starts, *norms):
     if not int8.is_in_cpp():
         pytest.skip("no AVX512-VNNI")
     shapes = [(C, C)] * 4 + [(2 * C, C), (C, 2 * C)]
-    layer = int8.Int8Layer(*(int8.Int8Weight(torch.randn(shape)) for shape in shapes), norms)
+    layer = int8.Int8Layer(*(int8.Int8Weight(torch.randn(shape)) for shape in shapes), norms, 2)
     with torch.no_grad():
         y = int8.encoder_layers(x, [layer], LayerOptions(2, "gelu", 1e-5, 1e-5), starts)
     if y is None:

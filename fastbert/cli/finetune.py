@@ -208,7 +208,7 @@ def run(args: argparse.Namespace) -> int:
     with TrainingBar("finetune", args.quiet) as bar:
         report = several(request, args.seeds, bar) if args.seeds > 1 else finetune(request, bar)
     if not args.quiet and os.environ.get("RANK", "0") == "0":
-        _print(report, args.out)
+        print_report(report, args.out)
     return 0
 
 
@@ -233,7 +233,7 @@ def _request(args: argparse.Namespace) -> Any:
     )  # fmt: skip
 
 
-def _print(report: dict[str, Any], out: Path) -> None:
+def print_report(report: dict[str, Any], out: Path) -> None:
     """The table at the end, on standard output: each score with its definition, and what was lost on the way."""
     examples, windows, epochs = report["examples"], report["windows"], report["epochs"]
     print(f"{examples:,} examples in {windows:,} windows, epochs: {epochs}, seed {report['seed']}")

@@ -149,6 +149,7 @@ def commands_found() -> list[ModuleType]:
         "main",
         "options",
         "progress",
+        "retraining",
         "tables",
     }
     return sorted((import_module(f".{name}", __package__) for name in names), key=lambda command: command.ORDER)

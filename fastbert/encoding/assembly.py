@@ -11,7 +11,7 @@ import torch
 
 from .. import functional as F
 from ..formats import opened
-from ..inference.eight_bits import quantise
+from ..inference.eight_bits import holds_integers, quantise
 from ..inference.graphs import why_no_graphs
 from ..inference.large_pages import move_to_large_pages
 from ..models.bert import BertModel
@@ -177,7 +177,7 @@ def loaded_parts(
         if output == LAST_STATE:
             layer = max(layers)
     output = keep_layers(model, layer, output, all_layers and bool(parts_of(modules, WeightedLayerPooling)))
-    if int8:
+    if int8 and not holds_integers(model):
         quantise(model.encoder, partial(run_on_random_words, model))
     if to_move:
         move_to_large_pages(model, dtype)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
+from .. import functional as F
+from ..formats.integers import Integers
 from ..kernels.cpu import int8
 from .weights import FusedLinears
 
@@ -30,11 +32,12 @@ class Int8Linear(nn.Module):
     by any code that loads the original.
     """
 
-    def __init__(self, linear: nn.Linear, factors: Tensor | None = None):
+    def __init__(self, linear: nn.Linear, factors: Tensor | None = None, packed: int8.Int8Weight | None = None):
+        """packed: in place of what is made of the layer's weight and bias."""
         super().__init__()
         self.in_features, self.out_features, self.dtype = linear.in_features, linear.out_features, linear.weight.dtype
         self.has_bias = linear.bias is not None
-        self.packed = int8.Int8Weight(linear.weight, linear.bias, factors)
+        self.packed = int8.Int8Weight(linear.weight, linear.bias, factors) if packed is None else packed
         self.training = linear.training
 
     def forward(self, x: Tensor) -> Tensor:
@@ -74,21 +77,59 @@ def quantise(model: nn.Module, sample: Callable[[], object] | None = None) -> nn
     """
     if type(model) is nn.Linear:
         return Int8Linear(model) if int8.fits(model.weight) else model
-    groups = _groups(model)
-    mean_squares = _mean_squares([group[0] for group in groups], sample) if sample is not None else {}
+    groups = groups_of(model)
+    squares = squares_of_columns([group[0] for group in groups], sample) if sample is not None else {}
     made: dict[nn.Linear, Int8Linear] = {}
     for group in groups:
-        squares = mean_squares.get(group[0])
-        factors = None if squares is None else int8.balance(squares, *(linear.weight.detach() for linear in group))
+        factors = factors_for(squares.get(group[0]), group)
         made.update((linear, Int8Linear(linear, factors)) for linear in group)
+    replace_linears(model, made)
+    return model
+
+
+def replace_linears(model: nn.Module, made: Mapping[nn.Linear, nn.Module]) -> None:
+    """Puts a module in place of each of these linear layers, wherever in the model it is."""
     for module in list(model.modules()):
         for name, child in module.named_children():
             if child in made:
                 module.add_module(name, made[child])
-    return model
 
 
-def _groups(model: nn.Module) -> list[list[nn.Linear]]:
+def put_in_integers(
+    model: nn.Module, found: Mapping[str, Integers], device: torch.device | str, impl: F.Impl | None
+) -> None:
+    """`Int8Linear` in place of the layers whose weights a checkpoint holds in 8 bits, with its very integers. Where
+    this machine, the device or the implementation has no such products the float weights stay, which are what the
+    integers say.
+
+    found: name of a layer in the checkpoint, with "bert." before it or not -> its integers.
+    device: where the model, still on the CPU, will be.
+    """
+    device = torch.device(device)
+    if not found or why_not() is not None or device.type != "cpu" or F.choose_impl(impl, device) != "native":
+        return
+    by_name = {name.removeprefix("bert."): integers for name, integers in found.items()}
+    made: dict[nn.Linear, Int8Linear] = {}
+    shared: dict[bytes, Tensor] = {}  # layers side by side over one input must have the same tensor of factors
+    for name, linear in model.named_modules():
+        integers = by_name.get(name.removeprefix("bert."))
+        if integers is None or not _can_be(linear):
+            continue
+        factors = integers.factors
+        if factors is None:
+            factors = torch.ones(linear.in_features, dtype=torch.float32, device="cpu")
+        factors = shared.setdefault(factors.numpy().tobytes(), factors)
+        packed = int8.Int8Weight.of_integers(integers.integers, integers.scales, linear.bias, factors)
+        made[linear] = Int8Linear(linear, packed=packed)
+    replace_linears(model, made)
+
+
+def holds_integers(model: nn.Module) -> bool:
+    """Whether a layer of the model has its weight in 8 bits."""
+    return any(isinstance(module, Int8Linear) for module in model.modules())
+
+
+def groups_of(model: nn.Module) -> list[list[nn.Linear]]:
     """The linear layers that can be quantised, in groups of those that share an input."""
     joined = [
         list(module.values())
@@ -103,12 +144,27 @@ def _can_be(module: nn.Module) -> bool:
     return type(module) is nn.Linear and int8.fits(module.weight)
 
 
-def _mean_squares(linears: Sequence[nn.Linear], sample: Callable[[], object]) -> dict[nn.Linear, Tensor]:
-    """linear -> mean squares [K] float32 of the columns of its inputs, for the layers that a run of `sample` calls."""
+def factors_for(squares: Tensor | None, group: Sequence[nn.Linear]) -> Tensor | None:
+    """`int8.balance` for layers over one input, whose columns have these squares [K]; None: there are none."""
+    return None if squares is None else int8.balance(squares, *(linear.weight.detach() for linear in group))
+
+
+def squares_of_columns(
+    linears: Sequence[nn.Linear], sample: Callable[[], object], percentile: float | None = None
+) -> dict[nn.Linear, Tensor]:
+    """linear -> squares [K] float32 of the sizes of the columns of its inputs, of those that a run of `sample` comes
+    by, added up over its batches.
+
+    percentile: of the magnitudes in a column, what its size is; None: their root mean square.
+    """
     found: dict[nn.Linear, Tensor] = {}
 
     def note(linear: nn.Linear, inputs: tuple[Tensor, ...]) -> None:
-        squares = inputs[0].detach().float().square().flatten(0, -2).mean(0)
+        x = inputs[0].detach().float().flatten(0, -2)
+        if percentile is None:
+            squares = x.square().mean(0)
+        else:
+            squares = x.abs().kthvalue(max(1, round(percentile / 100 * len(x))), dim=0).values.square()
         found[linear] = found.get(linear, 0.0) + squares
 
     with ExitStack() as hooks, torch.no_grad():

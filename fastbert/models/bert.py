@@ -6,6 +6,7 @@ is packed once, every layer takes and gives [T, C], and the output is padded aga
 
 from __future__ import annotations
 
+import warnings
 from functools import cache, partial
 from typing import Any
 
@@ -74,8 +75,13 @@ class BertLayer(nn.Module):
 
         self.heads = config.heads_of(index)
         inside = self.heads * config.head_dim  # smaller than width if heads are pruned
-        qkv = FusedLinears({name: nn.Linear(width, inside) for name in ("query", "key", "value")})
-        self.attention = nn.ModuleDict({"self": qkv, "output": block_end(inside)})
+        with warnings.catch_warnings():
+            # Of a layer without heads these matrices have no elements, as a checkpoint has them too.
+            warnings.filterwarnings("ignore", message="Initializing zero-element tensors", category=UserWarning)
+            qkv = FusedLinears({name: nn.Linear(width, inside) for name in ("query", "key", "value")})
+            self.attention = nn.ModuleDict({"self": qkv, "output": block_end(inside)})
+        for p in self.attention.parameters():
+            p.requires_grad_(p.numel() > 0)  # DDP waits for the gradient of every parameter that is trained
         self.intermediate = nn.ModuleDict({"dense": nn.Linear(width, inner)})
         self.output = block_end(inner)
         self.config, self.index = config, index
@@ -103,6 +109,7 @@ class BertLayer(nn.Module):
             name,
             self.config.head_dim,
             joined,
+            has_heads=self.heads > 0,
         )
 
     def tensors(self) -> list[Tensor] | None:
@@ -111,7 +118,7 @@ class BertLayer(nn.Module):
 
     def qkv(self, x: Tensor, impl: F.Impl | None) -> tuple[Tensor, Tensor, Tensor]:
         """x [T, C] -> q, k, v [T, H, D], strided views of one product."""
-        return self.attention["self"](x, impl).unflatten(-1, (3, self.heads, -1)).unbind(1)
+        return self.attention["self"](x, impl).unflatten(-1, (3, self.heads, self.config.head_dim)).unbind(1)
 
     def forward(self, x: Tensor, shared: Pass, first_only: bool = False) -> Tensor:
         """x [T, C] -> [T, C]; with `first_only` only the row of each sequence's first token, [B, C]."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import checkpoint
 from .. import functional as F
 from ..config import BertConfig
+from ..inference.eight_bits import put_in_integers
 from ..inference.weights import is_untouched
 from ..packing import PackedBatch
 from .bert import BertModel
@@ -32,11 +33,12 @@ def product(linear: nn.Module, x: Tensor, impl: F.Impl | None) -> Tensor:
 
 
 def scores(linear: nn.Module, x: Tensor, impl: F.Impl | None) -> Tensor:
-    """A classifier's logits, computed in the dtype of its parameters, also under autocast. In bfloat16, with 8 bits,
-    scores of different texts would tie; a classifier's product costs next to nothing.
+    """A classifier's logits, computed in the dtype of its parameters, also under autocast and after an encoder of
+    another dtype. In bfloat16, with 8 bits, scores of different texts would tie; a classifier's product costs next to
+    nothing.
     """
     if not torch.is_autocast_enabled(x.device.type):
-        return product(linear, x, impl)
+        return product(linear, x.to(linear.weight.dtype) if type(linear) is nn.Linear else x, impl)
     with torch.autocast(x.device.type, enabled=False):
         return product(linear, x.to(next(linear.parameters()).dtype), impl)
 
@@ -257,7 +259,8 @@ class BertHead(nn.Module):
 
         Raises: CheckpointError, which names missing parameters of the encoder, or those of a wrong shape.
         """
-        config, state = read_model(id_or_path, **changes)
+        read = read_model(id_or_path, **changes)
+        config, state = read.config, read.state
         with torch.device("meta"), LeftUninitialised():
             model = cls(config, impl)
         encoder_alone = not any(name.startswith("bert.encoder.") for name in state)
@@ -266,7 +269,8 @@ class BertHead(nn.Module):
         heads = tuple(name for name in model.state_dict(keep_vars=True) if not name.startswith("bert."))
         load_encoder(model, state, id_or_path, ignore_missing=(*heads, "bert.pooler.*"))
         model._start_what_is_missing(id_or_path, seed)
-        return model.to(device=device, dtype=dtype).eval()
+        put_in_integers(model, read.integers, device, impl)
+        return model.to(device=device, dtype=read.dtype(dtype)).eval()
 
     def _start_what_is_missing(self, source: str | Path, seed: int | None) -> None:
         """Initialises the parameters that are still on the meta device, and warns with their names."""

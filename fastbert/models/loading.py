@@ -6,7 +6,7 @@ import re
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from .. import checkpoint
 from ..config import BertConfig
 from ..formats import open_model, opened
+from ..formats.integers import Integers, expect_layout, take_out
 from ..formats.sentence_folder import folder_of_config
 
 # end of a weight's name -> ((dimension, field of the config that gives its size), ...)
@@ -30,15 +31,32 @@ SIZES_IN_WEIGHTS = {
 _KNOWN_HEADS = re.compile(r"cls\.|classifier\.|qa_outputs\.|(bert\.)?pooler\.")
 
 
-def read_model(id_or_path: str | Path, **changes: Any) -> tuple[BertConfig, dict[str, Tensor]]:
-    """(config, weights) from a local folder or a hub id, or from another format that `fastbert convert` reads. In a
-    folder of sentence-transformers the BERT may be in a subfolder.
+class Read(NamedTuple):
+    """What a model's files hold: its config, its weights as floating-point numbers, and of those that are stored in 8
+    bits the integers, by the name of their layer."""
+
+    config: BertConfig
+    state: dict[str, Tensor]
+    integers: dict[str, Integers]
+
+    def dtype(self, asked: torch.dtype | None) -> torch.dtype | None:
+        """What the model is to be in: as asked; where that is None and weights are in 8 bits, what the table of words
+        is in, for biases of such layers are float32."""
+        if asked is not None or not self.integers:
+            return asked
+        return next(t.dtype for name, t in self.state.items() if name.endswith("word_embeddings.weight"))
+
+
+def read_model(id_or_path: str | Path, **changes: Any) -> Read:
+    """From a local folder or a hub id, or from another format that `fastbert convert` reads. In a folder of
+    sentence-transformers the BERT may be in a subfolder.
 
     changes: fields of the config that override the file's.
 
-    DataParallel's prefix "module." is removed from names.
-    Raises: CheckpointError, also if the config describes a larger model than the weights hold, for quantised weights,
-        and for a name that occurs with that prefix and without.
+    DataParallel's prefix "module." is removed from names. The config does not mention 8-bit weights, since a saved copy
+    of the model has floating-point weights.
+    Raises: CheckpointError, also if the config describes a larger model than the weights hold, for weights quantised in
+        a way that `formats.integers` cannot read, and for a name that occurs with that prefix and without.
     """
     with opened(id_or_path) as path:
         foreign = open_model(path)
@@ -52,10 +70,12 @@ def read_model(id_or_path: str | Path, **changes: Any) -> tuple[BertConfig, dict
         else:
             config, state = BertConfig.from_model(foreign, **changes), foreign.state_dict()
             _name_what_is_left_out(foreign.other_heads, id_or_path)
-    if config.extra.get("quantization_config"):
-        raise checkpoint.CheckpointError(f"{id_or_path}: its weights are quantised, and are not read")
+    integers: dict[str, Integers] = {}
+    if quantised := config.extra.pop("quantization_config", None):
+        expect_layout(quantised, id_or_path)
+        state, integers = take_out(state, id_or_path)
     _expect_sizes(config, state, id_or_path)
-    return config, state
+    return Read(config, state, integers)
 
 
 def _expect_sizes(config: BertConfig, state: dict[str, Tensor], source: str | Path) -> None:

@@ -13,6 +13,7 @@ from typing_extensions import Self
 from .. import checkpoint
 from .. import functional as F
 from ..config import BertConfig
+from ..inference.eight_bits import put_in_integers
 from ..inference.graphs import Graphs, graphs_for, why_not_recorded
 from ..packing import PackedBatch
 from .loading import LeftUninitialised, load_encoder, read_model
@@ -48,16 +49,19 @@ class PretrainedEncoder(nn.Module):
             add_pooling_layer: None adds a pooler if the checkpoint has one.
 
         Weights outside the encoder are left out, as by transformers' AutoModel; a warning names them, unless they
-        belong to a head of transformers' BERT classes. DataParallel's prefix "module." is removed from names.
+        belong to a head of transformers' BERT classes. DataParallel's prefix "module." is removed from names. Layers
+        whose weights are stored in 8 bits multiply these integers if this CPU can, else they are dequantised.
         Raises: CheckpointError, which names weights that are missing, duplicate, or of the wrong shape.
         """
-        config, state = read_model(id_or_path)
+        read = read_model(id_or_path)
+        config, state = read.config, read.state
         if add_pooling_layer is None:
             add_pooling_layer = any("pooler.dense.weight" in name for name in state)
         with torch.device("meta"), LeftUninitialised():
             model = cls(config, add_pooling_layer, impl)
         load_encoder(model, state, id_or_path)
-        return model.to(device=device, dtype=dtype).eval()
+        put_in_integers(model, read.integers, device, impl)
+        return model.to(device=device, dtype=read.dtype(dtype)).eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes config.json and model.safetensors, as transformers reads them."""

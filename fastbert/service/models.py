@@ -19,7 +19,7 @@ from ..models import heads
 from ..storage import CheckpointError
 from ..text.batching import tokens_per_batch
 from ..text.tokenizer import Tokenizer
-from ..training.pipeline import SPEC_FILE, Pipeline, pipeline
+from ..training.pipeline import SPEC_FILE, Pipeline, pipeline, ready
 from ..training.task import Spec
 from ..training.tasks import make_task
 from .errors import ServiceError
@@ -140,7 +140,7 @@ def _pipeline(path: Path, head: str, settings: Settings) -> Pipeline:
         model = getattr(heads, head).from_pretrained(path, dtype=torch.float32, device=device, impl=settings.impl)
     if model.initialised:
         raise CheckpointError(f"{path} has no {', '.join(model.initialised)}")
-    return Pipeline(model, make_task(spec, tokenizer, labels), device, resolve_dtype(dtype, device))
+    return ready(model, make_task(spec, tokenizer, labels), device, resolve_dtype(dtype, device))
 
 
 def _abilities_of(found: Pipeline, limit: int | None) -> dict[str, Any]:

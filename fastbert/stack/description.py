@@ -64,6 +64,7 @@ class Layer(NamedTuple):
         kind: with rotary positions, which rotation and window of the pass the layer has.
         gate: of a gated block whose halves are two linear layers, the first: act(gate(x)) * up(x).
         distances: attention looks at distances between tokens, by the table of the pass.
+        has_heads: False where all heads were pruned: attention is then the bias of `out` alone.
     """
 
     qkv: tuple[Part, ...]
@@ -81,6 +82,7 @@ class Layer(NamedTuple):
     kind: Hashable = None
     gate: Part | None = None
     distances: Distances | None = None
+    has_heads: bool = True
 
     def tensors(self) -> list[Tensor] | None:
         """What `functional.LayerWeights` holds, or None where a part is not taken apart, or has no parameters now."""

@@ -44,6 +44,8 @@ def run_for_first(x: Tensor, layer: Layer, drops: Drops, shared: Pass, index: in
     """The rows of each sequence's first token [B, C] out of `run`, of a post-norm layer: of the other tokens keys and
     values alone are computed. A sequence without a token has a row that means nothing."""
     first = F.pool(x, shared.batch.cu_seqlens, "cls", impl=shared.impl)
+    if not layer.has_heads:
+        return _after_attention(_of_no_heads(first), first, layer, drops, shared.of_first(), index, training)
     if len(layer.qkv) == 3:
         parts_and_inputs = zip(layer.qkv, (first, x, x), strict=True)
         q, k, v = (multiply(part, t, shared).unflatten(-1, (-1, layer.head_dim)) for part, t in parts_and_inputs)
@@ -79,10 +81,17 @@ def _pre_norm(x: Tensor, layer: Layer, drops: Drops, shared: Pass, index: int, t
 
 def _attention(x: Tensor, layer: Layer, drops: Drops, shared: Pass, index: int) -> Tensor:
     """Attention of x [T, C] before its output layer: [T, A]."""
+    if not layer.has_heads:
+        return _of_no_heads(x)
     q, k, v = project(x, layer.qkv, layer.joined, layer.head_dim, shared)
     if layer.distances is not None:
         return distances.attend(q, k, v, layer.distances, drops.table, drops.probs, shared, index + 1)
     return shared.attend(q, k, v, drops.probs, index + 1, layer.kind)
+
+
+def _of_no_heads(x: Tensor) -> Tensor:
+    """What attention without a head gives for x [N, C]: [N, 0]."""
+    return x.new_empty(len(x), 0)
 
 
 def _feed_forward(x: Tensor, layer: Layer, drops: Drops, shared: Pass, fold: bool) -> tuple[Tensor, Tensor | None]:
@@ -100,8 +109,7 @@ def as_one_operator(
         return None
     if layer.activation_name is None or layer.gated or drops.inner > 0.0 or not shared.is_plain():
         return None
-    tensors = layer.tensors()
-    if tensors is None:
+    if not layer.has_heads or (tensors := layer.tensors()) is None:
         return None
     first = 2 * index + 1
     options = F.LayerOptions(
@@ -159,12 +167,12 @@ def in_one(layers: Iterable[Layer | None]) -> tuple[list[Tensor], F.LayerOptions
         if of_layer is None or any(t is None for t in of_layer):
             return None
         tensors += of_layer
-        numbers.add(_numbers(layer, of_layer[0].shape[0]))
+        numbers.add((of_layer[0].shape[0] // layer.head_dim, *_shared(layer)))
     return (tensors, F.LayerOptions(*numbers.pop())) if len(numbers) == 1 else None
 
 
 def all_in_8_bits(layers: Iterable[Layer | None]) -> tuple[list[one_call.Int8Layer], F.LayerOptions] | None:
-    """`in_one` of layers whose weights are all in 8 bits."""
+    """`in_one` of layers whose weights are all in 8 bits; of heads each may have another number."""
     found: list[one_call.Int8Layer] = []
     numbers = set()
     for layer in layers:
@@ -173,8 +181,10 @@ def all_in_8_bits(layers: Iterable[Layer | None]) -> tuple[list[one_call.Int8Lay
         if (of_layer := in_8_bits(layer)) is None or not one_call.fit_in_one_call(of_layer):
             return None
         found.append(of_layer)
-        numbers.add(_numbers(layer, of_layer.query.columns))
-    return (found, F.LayerOptions(*numbers.pop())) if len(numbers) == 1 else None
+        numbers.add((layer.head_dim, *_shared(layer)))  # each layer has its own number of heads
+    if len(numbers) != 1:
+        return None
+    return found, F.LayerOptions(found[0].heads, *numbers.pop()[1:])
 
 
 def in_8_bits(layer: Layer) -> one_call.Int8Layer | None:
@@ -186,9 +196,10 @@ def in_8_bits(layer: Layer) -> one_call.Int8Layer | None:
     if not all(norm.plain and norm.module.bias is not None for norm in norms):
         return None
     tensors = tuple(t for norm in norms for t in (norm.module.weight, norm.module.bias))
-    return one_call.Int8Layer(*(linear.packed for linear in linears), tensors)
+    heads = linears[0].out_features // layer.head_dim
+    return one_call.Int8Layer(*(linear.packed for linear in linears), tensors, heads)
 
 
-def _numbers(layer: Layer, width: int) -> tuple[int, str, float, float]:
-    """What `LayerOptions` starts with."""
-    return width // layer.head_dim, layer.activation_name, layer.out_norm.module.eps, layer.down_norm.module.eps
+def _shared(layer: Layer) -> tuple[str, float, float]:
+    """What `LayerOptions` has next to the number of heads."""
+    return layer.activation_name, layer.out_norm.module.eps, layer.down_norm.module.eps

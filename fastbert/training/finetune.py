@@ -32,6 +32,7 @@ from .metrics import Scores
 from .pipeline import SPEC_FILE
 from .predicting import outputs_of
 from .processes import Processes
+from .shaping import Shaping
 from .tasks import DEFAULT_STRIDES, Spec, make_task
 
 EXAMPLES_PER_STEP = 32  # where no number of tokens is given
@@ -79,21 +80,26 @@ def usual_step_tokens(lengths: Sequence[int]) -> int:
     return math.ceil(EXAMPLES_PER_STEP * statistics.fmean(lengths))
 
 
-def finetune(request: Request, report: Callable[[dict[str, Any], int], None] | None = None) -> dict[str, Any]:
+def finetune(
+    request: Request,
+    report: Callable[[dict[str, Any], int], None] | None = None,
+    shaping: Shaping | None = None,
+) -> dict[str, Any]:
     """One run; what lies in report.json then.
 
     report: called in the first process with each record of metrics.jsonl and the number of all steps.
+    shaping: what changes the weights beside the optimiser.
 
     Raises: DataError, TrainingError or CheckpointError, in one line; KeyboardInterrupt after a checkpoint.
     """
     processes = Processes.join(request.device)
     try:
-        return _finetune(request, processes, report)
+        return _finetune(request, processes, report, shaping or Shaping())
     finally:
         processes.leave()
 
 
-def _finetune(request: Request, processes: Processes, report: Any) -> dict[str, Any]:
+def _finetune(request: Request, processes: Processes, report: Any, shaping: Shaping) -> dict[str, Any]:
     out = make_folder(request.out)
     if not request.resume and (out / "checkpoints").exists():
         raise DataError(f"{out} has checkpoints of a run: --resume goes on with it, or give another --out")
@@ -126,6 +132,7 @@ def _finetune(request: Request, processes: Processes, report: Any) -> dict[str, 
         model.class_weights = torch.tensor(task.class_weights, dtype=torch.float32, device=processes.device)
     if request.checkpoint_activations:
         model.gradient_checkpointing_enable()
+    shaping.prepare(model, task, features.windows)
     lengths = [len(w.input_ids) for w in features.windows]
     step_tokens = request.batch_tokens or usual_step_tokens(lengths)
     dtype = resolve_dtype(request.dtype, processes.device)
@@ -150,7 +157,7 @@ def _finetune(request: Request, processes: Processes, report: Any) -> dict[str, 
     }  # fmt: skip
 
     def evaluate(model: nn.Module) -> Scores:
-        found = outputs_of(model, task, to_score.windows, request.memory_tokens, dtype, processes)
+        found = outputs_of(shaping.served(model), task, to_score.windows, request.memory_tokens, dtype, processes)
         return task.scores(held_out, task.predictions(held_out, to_score.windows, found))
 
     best: dict[str, Any] = {}
@@ -159,7 +166,7 @@ def _finetune(request: Request, processes: Processes, report: Any) -> dict[str, 
         state = whole_state(shared)
         if processes.rank == 0:
             threshold = spec.threshold if scores is None else scores.values.get("threshold", spec.threshold)
-            save_model(out, model, state, tokenizer, replace(spec, threshold=threshold))
+            save_model(out, model, state, tokenizer, replace(spec, threshold=threshold), shaping)
             best.update(scores=scores and scores.values, definitions=scores and scores.definitions)
             best["best epoch"] = None if scores is None else epochs_done(run.steps_of_epochs, run.progress.step)
             write_json(out / "report.json", _without_nan({**facts, **best}))
@@ -171,7 +178,9 @@ def _finetune(request: Request, processes: Processes, report: Any) -> dict[str, 
             "labels": task.labels, "class weights": task.class_weights, **json.loads(json.dumps(asdict(spec))),
             "training data of SHA-256": _digest(request.train),
             "evaluation data of SHA-256": None if request.eval is None else _digest(request.eval),
+            **shaping.binding(),
         },
+        shaping=shaping,
     )  # fmt: skip
     done = run.resume() if request.resume else 0
     if processes.rank == 0:
@@ -212,7 +221,7 @@ def _several(request: Request, seeds: int, processes: Processes, report: Any) ->
     reports = []
     for seed in range(request.seed, request.seed + seeds):
         out = request.out / f"seed-{seed}"
-        reports.append((_finetune(replace(request, seed=seed, out=out), processes, report), out))
+        reports.append((_finetune(replace(request, seed=seed, out=out), processes, report, Shaping()), out))
     name = _score_name(request.spec)
     values = [each["scores"][name] for each, _ in reports]
     numbers = [-math.inf if value is None else value for value in values]
@@ -281,11 +290,18 @@ def whole_state(shared: nn.Module) -> dict[str, torch.Tensor]:
     return get_model_state_dict(shared, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
-def save_model(out: Path, model: nn.Module, state: dict[str, torch.Tensor], tokenizer: Tokenizer, spec: Spec) -> None:
-    """The folder that transformers and `fastbert predict` read."""
+def save_model(
+    out: Path,
+    model: nn.Module,
+    state: dict[str, torch.Tensor],
+    tokenizer: Tokenizer,
+    spec: Spec,
+    shaping: Shaping | None = None,
+) -> None:
+    """The folder that `fastbert predict` reads, and transformers too, as far as it has what `shaping` writes."""
     tokenizer.save_pretrained(out)
     write_json(out / SPEC_FILE, asdict(spec))
-    model.save_pretrained(out, state)
+    (shaping or Shaping()).save(model, out, state)
 
 
 def _without_nan(value: Any) -> Any:

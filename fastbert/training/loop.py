@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..inference.eight_bits import holds_integers
 from ..storage import write_atomically
 from .averaging import WeightAverage
 from .checkpoints import Checkpoints
@@ -30,6 +31,7 @@ from .optimizer import GroupedAdamW, freeze, groups_of
 from .plan import Plan, dropout_seed, rate, warmup_steps
 from .predicting import autocast, pack
 from .processes import Processes
+from .shaping import Shaping
 
 
 class TrainingError(RuntimeError):
@@ -109,6 +111,7 @@ class Loop:
         plan: `steps(epoch)` are the steps of an epoch, `tokens(step)` those of a step.
         steps: of the run; 0 where only its time is limited.
         report: called in the first process with each record of metrics.jsonl.
+        shaping: what changes the weights beside the optimiser.
     """
 
     PARTS: ClassVar[tuple[str, ...]] = ()  # the objectives whose losses are recorded beside the loss
@@ -121,10 +124,13 @@ class Loop:
     report: Callable[[dict[str, Any]], None] | None
     plan: Any
     steps: int
+    shaping: Shaping = Shaping()
 
     def begin(self, plan: Any, steps: int, binding: dict[str, Any]) -> None:
         """binding: what else must be the same where the run goes on, such as its data, as JSON has it."""
         s = self.settings
+        if holds_integers(self.model):
+            raise TrainingError("the model is in 8 bits, which cannot be trained: give the one that it was made of")
         self.plan, self.steps = plan, steps
         self.warmup = warmup_steps(steps, s.warmup)
         freeze(self.model, s.freeze)
@@ -195,6 +201,7 @@ class Loop:
         begun = 0
         # Where the run began on the clock, had it never been interrupted.
         self.start = time.perf_counter() - self.progress.seconds
+        self.shaping.begin(self.model)
         with _asked_to_stop() as asked:
             for epoch, count in self.epochs():
                 if self.has_ended():
@@ -268,6 +275,7 @@ class Loop:
         self.progress.skipped += self.scaler.get_scale() < scale
         self.optimizer.zero_grad()
         self.progress.step = done + 1
+        self.shaping.after_step(self.model, done + 1, self.steps)
         if self.average is not None:
             self.average.update(done + 1)
         tokens = self.plan.tokens(step)
@@ -362,6 +370,7 @@ class Run(Loop):
     keep_best: Callable[[nn.Module, Scores | None], None] | None = None
     report: Callable[[dict[str, Any]], None] | None = None
     binding: dict[str, Any] = field(default_factory=dict)
+    shaping: Shaping = field(default_factory=Shaping)
 
     def __post_init__(self) -> None:
         s = self.settings

@@ -13,6 +13,7 @@ import torch
 from ..config import BertConfig
 from ..encoding.encoder import resolve_device, resolve_dtype
 from ..formats import opened
+from ..inference.eight_bits import holds_integers
 from ..models import heads
 from ..storage import CheckpointError, read_json
 from ..text.batching import tokens_per_batch
@@ -106,7 +107,7 @@ def pipeline(
     where = resolve_device(device)
     with opened(folder) as path:
         config, tokenizer = BertConfig.from_pretrained(path), Tokenizer.from_pretrained(path)
-        spec = _spec_in(path / SPEC_FILE)
+        spec = spec_in(path / SPEC_FILE)
         if spec is None:
             spec, labels = (
                 Spec("next-sentence", "accuracy", max_length=config.max_position_embeddings),
@@ -126,10 +127,18 @@ def pipeline(
         if spec.task == "next-sentence":
             missing = f"{SPEC_FILE}, so fastbert finetune did not make it; and no head for next sentences ({missing})"
         raise CheckpointError(f"{folder} has no {missing}")
-    return Pipeline(model, task, where, resolve_dtype(dtype, where))
+    return ready(model, task, where, resolve_dtype(dtype, where))
 
 
-def _spec_in(file: Path) -> Spec | None:
+def ready(model: Any, task: Any, device: torch.device, dtype: torch.dtype) -> Pipeline:
+    """A pipeline of a model in float32 whose products are in `dtype`. Beside weights in 8 bits all of the encoder is in
+    that, and autocast would only round what is rounded already."""
+    if holds_integers(model):
+        model.bert.to(dtype)
+    return Pipeline(model, task, device, dtype)
+
+
+def spec_in(file: Path) -> Spec | None:
     """What a model was fine-tuned for; None where the file does not exist."""
     if not file.is_file():
         return None

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..inference.eight_bits import holds_integers
 from ..packing import PackedBatch
 from ..text.batching import batches_within
 from .features import Window
@@ -24,7 +25,11 @@ def pack(windows: Sequence[Window], names: Sequence[int], device: torch.device) 
 def outputs_of(
     model: nn.Module, task: Any, windows: Sequence[Window], batch_tokens: int, dtype: torch.dtype, processes: Processes
 ) -> list[np.ndarray]:
-    """What `task.by_window` gives for each window, the same in every process. The model is left in evaluation mode."""
+    """What `task.by_window` gives for each window, the same in every process. The model is left in evaluation mode.
+
+    dtype: of products; a model with weights in 8 bits has its own.
+    """
+    dtype = torch.float32 if holds_integers(model) else dtype
     model.eval()
     lengths = [len(w.input_ids) for w in windows]
     order = sorted(range(len(windows)), key=lengths.__getitem__)

@@ -91,13 +91,14 @@ struct Rows {
         int8_multiply(quantised.q, quantised.ranges, rows, from, weight, to, 0, (to + PANEL - 1) / PANEL, put);
     }
 
+    // q, k, v [rows, inside], inside the width of all heads
     void query_key_value(
-        const Element* x, const Int8Layer<Element>& layer, Element* q, Element* k, Element* v
+        const Element* x, const Int8Layer<Element>& layer, int inside, Element* q, Element* k, Element* v
     ) const {
         read(x, layer.query, width);  // the factors of all three are the same
         for (const auto& [weight, y] : {std::pair{&layer.query, q}, {&layer.key, k}, {&layer.value, v}})
-            multiply(*weight, width, width, [&, y = y](int row, int column, Floats z) {
-                T::store(y + (int64_t)row * width + column, z);
+            multiply(*weight, width, inside, [&, y = y](int row, int column, Floats z) {
+                T::store(y + (int64_t)row * inside + column, z);
             });
     }
 
@@ -115,9 +116,9 @@ struct Rows {
         }
     }
 
-    void after_attention(const Element* o, const Int8Layer<Element>& layer, Element* x) const {
-        read(o, layer.output, width);
-        add_norm(x, layer.output, layer.norm, width);
+    void after_attention(const Element* o, const Int8Layer<Element>& layer, int inside, Element* x) const {
+        read(o, layer.output, inside);
+        add_norm(x, layer.output, layer.norm, inside);
         read(x, layer.up, width);
         multiply(layer.up, width, inner, [&](int row, int column, Floats z) {
             T::store(up + (int64_t)row * inner + column, activate_for_8_bits(z, activation));
@@ -130,13 +131,14 @@ struct Rows {
 template <class T, auto attend>
 int int8_layers(
     typename T::Element* x, const Int8Layer<typename T::Element>* layers, int count, const int32_t* starts,
-    int sequences, int rows, int width, int inner, int heads, int activation, float eps, typename T::Element* work
+    int sequences, int rows, int width, int inner, int head_dim, int activation, float eps, typename T::Element* work
 ) {
     using Element = typename T::Element;
     if (!are_sequences(starts, sequences, rows)) return NOT_SEQUENCES;
     const int64_t size = (int64_t)rows * width;
     Element *q = work, *k = q + size, *v = k + size, *o = v + size;
-    const int head_dim = width / heads, threads = omp_get_max_threads();
+    const int threads = omp_get_max_threads();
+    const auto inside = [&](int number) { return (int)layers[number].heads * head_dim; };  // at most width
     const int groups = std::max(width, inner) / WIDTH;  // more than there are
     const int most = std::max(ROWS, BLOCK_BYTES / (int)(inner * sizeof(Element)) / ROWS * ROWS);
     const int blocks = round_up((rows + most - 1) / most, threads);
@@ -151,13 +153,22 @@ int int8_layers(
                 continue;
             }
             const Rows<T> of_rows(scratch.memory, n, width, inner, groups, activation, eps);
-            const int64_t at = (int64_t)first * width;
-            if (number > 0) of_rows.after_attention(o + at, layers[number - 1], x + at);
-            if (number < count) of_rows.query_key_value(x + at, layers[number], q + at, k + at, v + at);
+            Element* of_x = x + (int64_t)first * width;
+            if (number > 0) {
+                const int from = inside(number - 1);
+                of_rows.after_attention(o + (int64_t)first * from, layers[number - 1], from, of_x);
+            }
+            if (number < count) {
+                const int to = inside(number);
+                const int64_t at = (int64_t)first * to;
+                of_rows.query_key_value(of_x, layers[number], to, q + at, k + at, v + at);
+            }
         }
-        if (number < count && !failed)
-            failed = attend(q, k, v, o, nullptr, starts, starts, sequences, rows, rows, heads, heads, head_dim, width,
-                            head_dim, width, head_dim, width, head_dim, 1 / std::sqrt((float)head_dim), nullptr);
+        if (number < count && !failed) {
+            const int heads = (int)layers[number].heads, token = inside(number);
+            failed = attend(q, k, v, o, nullptr, starts, starts, sequences, rows, rows, heads, heads, head_dim, token,
+                            head_dim, token, head_dim, token, head_dim, 1 / std::sqrt((float)head_dim), nullptr);
+        }
     }
     return failed ? NO_MEMORY : DONE;
 }
@@ -173,9 +184,9 @@ int int8_layers(
     }                                                                                                              \
     EXPORT int int8_layers_##name(                                                                                 \
         T::Element* x, const Int8Layer<T::Element>* layers, int count, const int32_t* starts, int sequences,       \
-        int rows, int width, int inner, int heads, int activation, float eps, T::Element* work                     \
+        int rows, int width, int inner, int head_dim, int activation, float eps, T::Element* work                  \
     ) {                                                                                                            \
-        return int8_layers<T, attention_##name>(x, layers, count, starts, sequences, rows, width, inner, heads,    \
+        return int8_layers<T, attention_##name>(x, layers, count, starts, sequences, rows, width, inner, head_dim, \
                                                 activation, eps, work);                                            \
     }
 

@@ -124,10 +124,19 @@ class Int8Weight:
     """A weight [N, K] in 8 bits, which `fits`, with its bias [N] or None and the `factors` [K] of x, all ones by
     default. Nothing else of the weight is kept, and nothing changes it.
 
+    group: how many neighbours of a row share a scale; None: as many as the engine multiplies most exactly. Where it is
+        the whole row, every engine multiplies by the same integers.
+
     Raises: ValueError where the weight does not fit, or one of the two is no floating-point tensor of its shape.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, factors: Tensor | None = None):
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        factors: Tensor | None = None,
+        group: int | None = None,
+    ):
         if not weight.is_floating_point():
             raise ValueError(f"weight must be of floating-point numbers, got {weight.dtype}")
         if not fits(weight):
@@ -139,11 +148,25 @@ class Int8Weight:
         weight, (columns, inner) = weight.detach().float(), weight.shape
         factors = torch.ones(inner, dtype=torch.float32, device="cpu") if factors is None else factors
         weight = weight / factors
-        grouped = weight.unflatten(1, (-1, group_of(inner) if is_in_cpp() else inner))  # [N, groups, group]
+        group = group or (group_of(inner) if is_in_cpp() else inner)
+        grouped = weight.unflatten(1, (-1, group))  # [N, groups, group]
         scales = grouped.abs().amax(2).clamp_min_(SMALLEST).div_(LARGEST)
         integers = grouped.div(scales[:, :, None]).round_().to(torch.int8).flatten(1).contiguous()
         bias = torch.zeros(columns, dtype=torch.float32, device="cpu") if bias is None else bias.detach().float()
         self._lay_out(integers, scales, bias, factors)
+
+    @classmethod
+    def of_integers(
+        cls, integers: Tensor, scales: Tensor, bias: Tensor | None = None, factors: Tensor | None = None
+    ) -> Int8Weight:
+        """From integers [N, K] int8 that are there, multiples of a register's size, and scales [N, groups] float32."""
+        columns, inner = integers.shape
+        weight = cls.__new__(cls)
+        if factors is None:
+            factors = torch.ones(inner, dtype=torch.float32, device="cpu")
+        bias = torch.zeros(columns, dtype=torch.float32, device="cpu") if bias is None else bias.detach().float()
+        weight._lay_out(integers.contiguous(), scales, bias, factors)
+        return weight
 
     def _lay_out(self, integers: Tensor, scales: Tensor, bias: Tensor, factors: Tensor) -> None:
         """integers [N, K], scales [N, groups], bias [N], factors [K]."""
@@ -273,10 +296,12 @@ def quantise_rows(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 # ---- layers ----------------------------------------------------------------------------------------------
 
+WEIGHTS = 6  # of an `Int8Layer`, which come first
+
 
 class Int8Layer(NamedTuple):
     """A post-norm layer: weights in 8 bits, and the weights and biases of its LayerNorms. Query, key and value have the
-    same factors."""
+    same factors, and `heads` heads, which together may be narrower than the layer."""
 
     query: Int8Weight
     key: Int8Weight
@@ -285,45 +310,54 @@ class Int8Layer(NamedTuple):
     up: Int8Weight
     down: Int8Weight
     norms: tuple[Tensor, Tensor, Tensor, Tensor]
+    heads: int
 
 
 def fit_in_one_call(layer: Int8Layer) -> bool:
     """Whether `encoder_layers` can go through this layer, as far as its weights tell."""
-    weights = layer[:-1]
-    (*square, up, down), width = weights, layer.query.inner
+    weights = query, *others, output, up, down = layer[:WEIGHTS]
+    width, inside = query.inner, query.columns
     return (
         all(weight.in_cpp for weight in weights)
-        and layer.query.factors is layer.key.factors is layer.value.factors
-        and all((weight.columns, weight.inner) == (width, width) for weight in square)
+        and query.factors is layer.key.factors is layer.value.factors
+        and all((weight.columns, weight.inner) == (inside, width) for weight in others)
+        and (output.columns, output.inner) == (width, inside)
         and (up.inner, down.columns, up.columns) == (width, width, down.inner)
+        and inside <= width
+        and layer.heads > 0
+        and inside % layer.heads == 0
     )
 
 
 def encoder_layers(
     x: Tensor, layers: Sequence[Int8Layer], options: LayerOptions, cu_seqlens: Tensor
 ) -> Tensor | None:  # fmt: skip
-    """x [T, C] through a stack of layers that `fit_in_one_call`, of one size, which share `options` without dropout.
-    None where they have to be gone through one by one: with gradients, or of another dtype, size or activation.
+    """x [T, C] through a stack of layers that `fit_in_one_call`, of one size and head_dim, which share `options` but
+    for the number of heads, without dropout. None where they have to be gone through one by one: with gradients, or of
+    another dtype, size or activation.
 
     Raises: ValueError where cu_seqlens does not cut T rows into sequences; MemoryError.
     """
-    (rows, width), dtype, inner, heads = x.shape, x.dtype, layers[0].up.columns, options.heads
+    (rows, width), dtype, inner = x.shape, x.dtype, layers[0].up.columns
+    head_dim = layers[0].query.columns // layers[0].heads
     if not rows or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not (cpp.knows(x) and _has(dtype)):
         return None
     if options.activation not in cpp.ACTIVATION_NUMBERS or options.down_eps != options.out_eps:
         return None
-    if any((layer.query.inner, layer.up.columns) != (width, inner) for layer in layers):
-        return None
-    if heads < 1 or width % heads or width // heads % WIDTH or width % (2 * WIDTH) or not x.is_contiguous():
+    for layer in layers:
+        if (layer.query.inner, layer.up.columns, layer.query.columns) != (width, inner, layer.heads * head_dim):
+            return None
+    if head_dim % WIDTH or width % (2 * WIDTH) or not x.is_contiguous():
         return None
     norms = addresses([t for layer in layers for t in layer.norms], dtype, [(width,)] * (4 * len(layers)))
     if norms is None or type(cu_seqlens) not in PLAIN:
         return None
     fields = array("Q")
     for number, layer in enumerate(layers):
-        for weight in layer[:-1]:
+        for weight in layer[:WEIGHTS]:
             fields.extend(weight.fields)
         fields.extend(norms[4 * number : 4 * number + 4])
+        fields.append(layer.heads)
     y, work = x.clone(), torch.empty(4 * x.numel(), dtype=dtype, device="cpu")
     starts, sequences = address_of_starts("cu_seqlens", cu_seqlens)
     each = len(fields) // len(layers) * fields.itemsize
@@ -331,8 +365,8 @@ def encoder_layers(
     for number in range(0, len(layers), step):
         outcome = cpp.call(
             "int8_layers", dtype, address("x", y, dtype, rows * width), fields.buffer_info()[0] + number * each, step,
-            starts, sequences, rows, width, inner, heads, cpp.ACTIVATION_NUMBERS[options.activation], options.out_eps,
-            address("work", work, dtype, work.numel()),
+            starts, sequences, rows, width, inner, head_dim, cpp.ACTIVATION_NUMBERS[options.activation],
+            options.out_eps, address("work", work, dtype, work.numel()),
         )  # fmt: skip
         if outcome == NO_MEMORY:
             raise MemoryError(f"int8_layers: no memory for {rows} rows of {inner} columns")

@@ -39,6 +39,7 @@ template <class E>
 struct Int8Layer {
     Int8Weight query, key, value, output, up, down;
     Linear<E> norm, last_norm;
+    int64_t heads;  // fewer than the width has room for, where some were pruned
 };
 
 #define DECLARE(Element, name)                                                                                 \
@@ -79,7 +80,7 @@ struct Int8Layer {
     );                                                                                                         \
     EXPORT int int8_layers_##name(                                                                             \
         Element* x, const Int8Layer<Element>* layers, int count, const int32_t* starts, int sequences, int rows,\
-        int width, int inner, int heads, int activation, float eps, Element* work                              \
+        int width, int inner, int head_dim, int activation, float eps, Element* work                           \
     );                                                                                                         \
     EXPORT void row_keys_##name(                                                                               \
         uint64_t seed, uint64_t stream, const int64_t* names, uint64_t* keys, int64_t rows                     \

@@ -1,0 +1,80 @@
+"""`fastbert compress-report`: scores, sizes and speed of models beside the first of them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from .options import IMPLS, UsageError, positive, seed_number
+
+ORDER = 15
+SUMMARY = "compare smaller models with the one they came from: score, size, speed"
+
+DESCRIPTION = """\
+Measure models of one task side by side: the score on FILE with its definition, bytes of the weights on disk and in
+memory, tokens per second in batches, and the time for a single text. The first model is what the others are held
+against, in one run: in each round every model runs once, and a ratio is the median over the rounds.
+
+Folders are those of 'fastbert finetune', 'distill', 'prune' and 'quantize'. A folder in 8 bits runs as it is stored;
+the others run with products in --dtype, or once in each where several are named."""
+
+EXAMPLES = """\
+examples:
+  fastbert compress-report teacher student student-int8 --data dev.tsv
+  fastbert compress-report teacher pruned int8 --data dev.tsv --dtype float32,bfloat16 --json r.json --picture r.svg"""
+
+DTYPES = ("auto", "float32", "bfloat16")
+
+
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    p.description, p.epilog = DESCRIPTION, EXAMPLES
+    p.formatter_class = argparse.RawDescriptionHelpFormatter
+    p.add_argument("models", metavar="DIR", nargs="+", help="models of one task, the one to compare with first")
+    p.add_argument("--data", required=True, metavar="FILE", help="examples with labels")
+    p.add_argument(
+        "--dtype", metavar="NAME,...", type=_dtypes, default=("float32",),
+        help="of products of models that are not in 8 bits: float32 (default), bfloat16, auto",
+    )  # fmt: skip
+    p.add_argument("--rounds", metavar="N", type=positive, default=5, help="of the timing (default: 5)")
+    p.add_argument("--texts", metavar="N", type=positive, default=256, help="examples that are timed (default: 256)")
+    p.add_argument(
+        "--batch-tokens", metavar="N", type=positive, default=2048, help="tokens computed at once (default: 2,048)"
+    )
+    p.add_argument("--seed", metavar="N", type=seed_number, default=0, help="of the examples that are timed")
+    p.add_argument("--threads", metavar="N", type=positive, help="of the CPU (default: torch's)")
+    p.add_argument("--json", metavar="OUT", type=Path, help="also write the report as JSON")
+    p.add_argument("--picture", metavar="OUT", type=Path, help="also draw score over speed, as SVG")
+    p.add_argument("--impl", choices=IMPLS, help="who computes the operators (default: the fastest)")
+    p.add_argument("-q", "--quiet", action="store_true", help="say nothing on standard error on the way")
+
+
+def _dtypes(text: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+    if not set(names) <= set(DTYPES):
+        raise argparse.ArgumentTypeError(f"expected some of {', '.join(DTYPES)} between commas, got {text!r}")
+    return names
+
+
+def run(args: argparse.Namespace) -> int:
+    for out in (args.json, args.picture):
+        if out is not None and not out.absolute().parent.is_dir():
+            raise UsageError(f"no folder {str(out.parent)!r} to write {out.name} into")
+    from ..compression.report import compare, parties, threads
+    from ..compression.report_picture import picture, table
+    from ..storage import write_atomically, write_json
+
+    def say(line: str) -> None:
+        if not args.quiet:
+            print(line, file=sys.stderr)
+
+    with threads(args.threads):
+        found = parties(args.models, args.dtype, args.impl)
+        report = compare(found, args.data, args.rounds, args.texts, args.batch_tokens, args.seed, say)
+    print("\n".join(table(report)))
+    if args.json is not None:
+        write_json(args.json, report)
+    if args.picture is not None:
+        with write_atomically(args.picture) as temporary:
+            temporary.write_text(picture(report), encoding="utf-8")
+    return 0

@@ -1,0 +1,118 @@
+"""A model's folder read for a change of its weights, and written again with all that lay beside them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..checkpoint import save_state_dict
+from ..config import BertConfig
+from ..formats import open_model, opened
+from ..formats.sentence_folder import folder_of_config, has_modules
+from ..models.loading import read_model
+from ..storage import CheckpointError, new_folder, read_json, write_json
+
+HISTORY = "compression.json"  # what was done to a model, a record a command
+# Of a folder's files those with these endings belong to the model; its config and its weights are written anew.
+_BESIDE = (".json", ".txt", ".model")
+# What fastbert writes beside a model about the run that made it, which says nothing of the model that comes of it.
+_OF_A_RUN = ("report.json", HISTORY)
+_FOLDERS_OF_OTHERS = ("checkpoints", "onnx", "openvino", "tensorboard")
+
+
+@dataclass
+class Model:
+    """A model as its folder has it.
+
+    Attributes:
+        name: what the user called it.
+        path: its folder. home: where config and weights are, in a folder of sentence-transformers perhaps further down.
+        config, state: what they hold.
+    """
+
+    name: str
+    path: Path
+    home: Path
+    config: BertConfig
+    state: dict[str, Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Of the weights."""
+        return sum(t.nbytes for t in self.state.values())
+
+    @property
+    def parameters(self) -> int:
+        return sum(t.numel() for t in self.state.values() if t.is_floating_point())
+
+
+@contextmanager
+def reading(id_or_path: str | Path) -> Iterator[Model]:
+    """The model in a folder or of a hub id. Raises: CheckpointError, in one line, also for other formats."""
+    with opened(id_or_path) as path:
+        if open_model(path) is not None:
+            raise CheckpointError(f"{id_or_path} is of another format: fastbert convert makes a folder of it")
+        config, state, integers = read_model(path)
+        if integers:
+            raise CheckpointError(f"{id_or_path} is in 8 bits already: give the model that it was made of")
+        yield Model(str(id_or_path), path, folder_of_config(path), config, state)
+
+
+def expect_free(out: Path) -> None:
+    """Raises CheckpointError where a model cannot be written into `out`, before the work is begun."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out} exists, and is no empty folder")
+
+
+def write(model: Model, out: Path, record: dict[str, Any], config: dict[str, Any] | None = None) -> None:
+    """The model as a folder, whole or not at all: config, weights, all that belongs to the model beside them, and
+    `record` in HISTORY, behind those of the commands before.
+
+    config: in place of what the model's own says.
+    Raises: CheckpointError.
+    """
+    history = steps_of(model.path)
+    with new_folder(Path(os.path.abspath(out)), model.nbytes) as folder:
+        copy_beside(model.path, folder, model.home)
+        home = folder / model.home.relative_to(model.path)
+        home.mkdir(parents=True, exist_ok=True)
+        write_json(home / "config.json", model.config.to_dict() if config is None else config)
+        save_state_dict(home, model.state)
+        write_json(folder / HISTORY, {"steps": [*history, record]})
+
+
+def add_step(model: str | Path, out: Path, record: dict[str, Any]) -> None:
+    """Writes what a training made of `model` into `out`, behind what was done to the model before."""
+    with opened(model) as path:
+        write_json(out / HISTORY, {"steps": [*steps_of(path), record]})
+
+
+def steps_of(path: Path) -> list[dict[str, Any]]:
+    """What was done to a model before, the first command first."""
+    return read_json(path / HISTORY).get("steps", []) if (path / HISTORY).is_file() else []
+
+
+def copy_beside(path: Path, folder: Path, home: Path) -> None:
+    """What belongs to a model beside its config and weights: the tokenizer, what it was fine-tuned for, and the modules
+    of sentence-transformers."""
+    for entry in sorted(path.iterdir()):
+        if entry.is_dir():
+            if has_modules(path) and entry.name not in _FOLDERS_OF_OTHERS and not entry.name.startswith("."):
+                shutil.copytree(entry, folder / entry.name, ignore=lambda at, names: _weights(at, names, home))
+        elif entry.suffix in _BESIDE and entry.name not in (*_OF_A_RUN, *_weights(path, [entry.name], home)):
+            shutil.copyfile(entry, folder / entry.name)
+
+
+def _weights(at: str | Path, names: list[str], home: Path) -> list[str]:
+    """Of the files in a folder those that are written anew."""
+    if Path(at) != home:
+        return []
+    ends = (".safetensors", ".bin", ".index.json", ".h5", ".msgpack", ".onnx")
+    return [name for name in names if name == "config.json" or name.endswith(ends)]

@@ -1,0 +1,36 @@
+"""What changes a model's weights, or how it multiplies by them, while it is fine-tuned: pruning, 8-bit integers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from .features import Window
+
+
+class Shaping:
+    """The places of a fine-tuning at which it is asked; each does nothing but what a run does without it."""
+
+    def binding(self) -> dict[str, Any]:
+        """What must be the same where the run goes on, as JSON has it."""
+        return {}
+
+    def prepare(self, model: nn.Module, task: Any, windows: Sequence[Window]) -> None:
+        """Once, before the optimiser takes the parameters; windows: those that are trained on."""
+
+    def begin(self, model: nn.Module) -> None:
+        """Before the first step, also of a run that goes on from a checkpoint."""
+
+    def after_step(self, model: nn.Module, step: int, steps: int) -> None:
+        """After an optimiser step; step: of those of the whole run, from 1 up."""
+
+    def served(self, model: nn.Module) -> nn.Module:
+        """The model that is evaluated, as whoever reads the folder will run it."""
+        return model
+
+    def save(self, model: nn.Module, out: Path, state: dict[str, Tensor]) -> None:
+        """Writes config and weights; state: the parameters, whole, on the CPU."""
+        model.save_pretrained(out, state)

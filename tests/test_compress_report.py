@@ -1,0 +1,106 @@
+"""`fastbert compress-report`: every number against what it says it is; no test asserts a time."""
+
+import json
+from dataclasses import asdict
+from xml.etree import ElementTree
+
+import pytest
+
+import fastbert
+from compression_models import table, tuned
+from fastbert.checkpoint import load_state_dict
+from fastbert.cli.main import main
+from fastbert.compression.report import compare, memory_of, parties
+from fastbert.compression.report_picture import picture
+from fastbert.compression.report_picture import table as lines_of
+from fastbert.inference.eight_bits import why_not
+from fastbert.storage import write_json
+from fastbert.training.pipeline import SPEC_FILE
+from fastbert.training.tasks import Spec
+
+pytestmark = pytest.mark.once
+
+
+def run(*argv) -> int:
+    try:
+        return main([str(word) for word in argv])
+    except SystemExit as leaving:
+        return leaving.code
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """(the first model, a pruned one, the examples)."""
+    folder = tmp_path_factory.mktemp("made")
+    first, small = tuned(folder / "first"), folder / "small"
+    assert run("prune", first, "-o", small, "--heads", "0:1,3;1:0,1,2,3", "-q") == 0
+    return first, small, table(folder / "dev.tsv", 30)
+
+
+def test_a_report(folders, tmp_path, capsys):
+    first, small, data = folders
+    out = ["--json", tmp_path / "r.json", "--picture", tmp_path / "r.svg"]
+    assert run(
+        "compress-report", first, small, "--data", data, "--rounds", 3, "--texts", 8, "--impl", "native", *out, "-q"
+    ) == 0  # fmt: skip
+    said = capsys.readouterr().out
+    report = json.loads((tmp_path / "r.json").read_text())
+    whole, cut = report["rows"]
+    assert (whole["model"], cut["model"], cut["steps"]) == (str(first), str(small), ["prune"])
+    assert (whole["heads of layers"], cut["heads of layers"]) == ([4, 4, 4], [2, 0, 4])
+    for folder, row in ((first, whole), (small, cut)):
+        ready = fastbert.pipeline(folder, device="cpu", dtype="float32", impl="native")
+        examples = ready.task.read(data)
+        labels = [record["label"] for record in ready.records(examples, False)]
+        right = sum(label == example.label for label, example in zip(labels, examples, strict=True))
+        assert row["scores"]["accuracy"] == right / 30
+        assert row["bytes on disk"] == (folder / "model.safetensors").stat().st_size
+        assert row["bytes in memory"] == sum(t.nbytes for t in load_state_dict(folder).values())
+    assert whole["times as many tokens per second"] == {"median": 1.0, "lowest": 1.0, "highest": 1.0}
+    ratio = cut["times as many tokens per second"]
+    assert ratio["lowest"] <= ratio["median"] <= ratio["highest"]
+    assert (report["rounds"], report["timed examples"], report["baseline"]) == (3, 8, f"{first} float32")
+    assert "accuracy: share of examples whose label is right" in said
+    assert said.splitlines()[1].split()[:3] == [str(first), "float32", f"{whole['scores']['accuracy']:.4f}"]
+    drawn = ElementTree.parse(tmp_path / "r.svg").getroot()
+    circles = [e for e in drawn.iter() if e.tag.endswith("circle")]
+    radii = [float(circle.get("r")) for circle in circles]
+    assert radii[0] == 16.0 > radii[1]
+    assert (float(circles[0].get("cx")) < float(circles[1].get("cx"))) == (ratio["median"] > 1.0)
+
+
+@pytest.mark.skipif(why_not() is not None, reason=f"no 8-bit products: {why_not()}")
+def test_a_folder_in_8_bits_counts_its_integers_and_is_run_once(folders, tmp_path):
+    first, _, data = folders
+    small = tmp_path / "int8"
+    assert run("quantize", first, "-o", small, "--data", data, "-q") == 0
+    found = parties([str(first), str(small)], ["float32", "bfloat16"], "native")
+    assert [party.dtype for party in found] == ["float32", "bfloat16", "int8"]
+    assert found[2].memory < 0.5 * found[0].memory == 0.5 * memory_of(found[0].ready.model)
+    report = compare(found, str(data), rounds=1, texts=4, batch_tokens=100)
+    lines = lines_of(report)
+    assert [line.split()[1] for line in lines[1:4]] == ["float32", "bfloat16", "int8"]
+    assert picture(report).count("<circle") == 3
+
+
+def test_what_cannot_be_compared(folders, tmp_path, capsys):
+    first, _small, data = folders
+    other = tuned(tmp_path / "other", id2label={0: "a", 1: "b"})
+    pairs, plain, half = tuned(tmp_path / "pairs"), tuned(tmp_path / "plain"), tuned(tmp_path / "half")
+    write_json(pairs / SPEC_FILE, asdict(Spec("pair", "accuracy", ("a", "b", "label"), 28)))
+    (plain / SPEC_FILE).unlink()
+    (half / "model.safetensors").write_bytes((half / "model.safetensors").read_bytes()[:900])
+    for folder, message in (
+        (other, "is for sentence by accuracy with the labels a, b, and"),
+        (pairs, "is for pair by accuracy"),
+        (plain, f"has no {SPEC_FILE}"),
+        (half, "is truncated"),
+        (tmp_path / "nowhere", "nowhere"),
+    ):
+        assert run("compress-report", first, folder, "--data", data, "--impl", "native", "-q") == 1
+        said = capsys.readouterr().err
+        assert message in said, said
+        assert said.count("\n") == 1
+    assert run("compress-report", first, "--data", data, "--json", tmp_path / "no" / "r.json") == 2
+    assert run("compress-report", first, "--data", data, "--dtype", "int8") == 2
+    assert "expected some of auto" in capsys.readouterr().err
