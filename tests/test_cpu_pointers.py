@@ -230,6 +230,21 @@ def test_starts_have_one_dimension(name):
             function(*given)
 
 
+@pytest.mark.parametrize("name", ["encoder_layers", "int8_layers"])
+def test_layers_take_rows_of_tokens(name):
+    """x of shape [1, T, C] gave ctypes a size too many: ctypes.ArgumentError, which no caller catches."""
+    function, tensors = ENTRIES[name]
+    x, *rest = tensors()
+    for wrong in (x[None], x.flatten()):
+        with pytest.raises(ValueError, match=r"x must be \[T, C\], got shape"):
+            function(wrong, *rest)
+
+
+def test_what_is_no_number_is_refused():
+    with pytest.raises(TypeError, match="add_layer_norm: argument"):
+        cpp.add_layer_norm(floats(T, C), floats(T, C), floats(C), floats(C), "1e-5")
+
+
 @pytest.mark.parametrize("sizes", [{"heads": 3}, {"head_dim": 12}, {"scale": -1.0}, {"scale": float("nan")}])
 def test_attention_refuses_sizes(sizes):
     heads, head_dim = sizes.get("heads", 2), sizes.get("head_dim", 16)

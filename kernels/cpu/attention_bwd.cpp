@@ -2,6 +2,8 @@
 //     p = exp(scale q k^T - shift) factor   dv = dropout(p)^T do,   shift and factor: softmax_stats of the forward
 //     dp = dropout'(do v^T)                 ds = p * (dp - delta),  delta = rowsum(do * o)
 //     dq = scale ds k                       dk = scale ds^T q
+// delta is rowsum(p * dp) too. Of few keys it is taken from that: where one has all of the probability, or nearly so, dp and
+// delta are equal, and what o was rounded by would be all that is left of ds.
 // Everything is computed transposed, a row for a key and a column for a query: then shift, factor and delta lie along a register,
 // and p^T and ds^T are the left operands of dv and dk as they come. Queries are laid out in blocks; past each go the
 // keys in blocks, and what is computed of both stays in the core's own cache. dk and dv add up in float32 over all
@@ -59,10 +61,12 @@ inline void store_pair(Floats first, Floats second, uint16_t* rows, float* pairs
     store_ints(pairs, to_pairs(first, second));
 }
 
-// p^T and ds^T of ROWS keys, of which `real` are, and N registers of queries from the block's query `column` on.
+// p^T and ds^T of ROWS keys, of which `real` are, and N registers of queries from the block's query `column` on. `whole`:
+// there are no other keys.
 template <class T, int N>
 void tile(
-    const Memory<T>& m, int key, int real, int row, int column, int lanes, float scale_log2, const Dropout* dropout
+    const Memory<T>& m, int key, int real, bool whole, int row, int column, int lanes, float scale_log2,
+    const Dropout* dropout
 ) {
     using Element = typename T::Element;
     const int head_dim = lanes * T::PER_LANE;
@@ -95,14 +99,22 @@ void tile(
 
     multiply<T, ROWS, N>(m.v + (int64_t)key * head_dim, head_dim, m.d_o + column, QUERIES, lanes, sum);
     const Floats scale_kept = floats(dropout ? dropout->scale : 1.0f);
+    if (dropout)
+#pragma GCC unroll 6
+        for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 4
+            for (int j = 0; j < N; ++j) sum[i][j] = keep(kept[i][j], sum[i][j] * scale_kept);
+    if (whole)
+        for (int j = 0; j < N; ++j) {
+            Floats delta = floats(0.0f);
+            for (int i = 0; i < ROWS; ++i) delta = fma(load(p[i] + j * WIDTH), sum[i][j], delta);
+            store(m.delta + column + j * WIDTH, delta);
+        }
 #pragma GCC unroll 6
     for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 4
-        for (int j = 0; j < N; ++j) {
-            const Floats delta = load(m.delta + column + j * WIDTH);
-            if (dropout) sum[i][j] = keep(kept[i][j], sum[i][j] * scale_kept);
-            sum[i][j] = load(p[i] + j * WIDTH) * (sum[i][j] - delta);
-        }
+        for (int j = 0; j < N; ++j)
+            sum[i][j] = load(p[i] + j * WIDTH) * (sum[i][j] - load(m.delta + column + j * WIDTH));
 #pragma GCC unroll 6
     for (int i = 0; i < ROWS; i += T::PER_LANE)
 #pragma GCC unroll 4
@@ -181,7 +193,9 @@ void block_of_queries(
         const int keys = std::min(KEYS, length - first), rows = round_up(keys, ROWS);
         for (int row = 0; row < rows; row += ROWS)
             over_registers<BLOCK_REGISTERS>(columns, [&](auto registers, int column) {
-                tile<T, registers>(m, first + row, keys - row, row, column, lanes, scale * LOG2_E, dropout);
+                tile<T, registers>(
+                    m, first + row, keys - row, length <= ROWS, row, column, lanes, scale * LOG2_E, dropout
+                );
             });
         float* dv = m.dv + (int64_t)first * head_dim;
         float* dk = m.dk + (int64_t)first * head_dim;

@@ -336,8 +336,9 @@ def encoder_layers(
     for the number of heads, without dropout. None where they have to be gone through one by one: with gradients, or of
     another dtype, size or activation.
 
-    Raises: ValueError where cu_seqlens does not cut T rows into sequences; MemoryError.
+    Raises: ValueError where x is not [T, C], or cu_seqlens does not cut T rows into sequences; MemoryError.
     """
+    cpp.expect_tokens("int8_layers", x)
     (rows, width), dtype, inner = x.shape, x.dtype, layers[0].up.columns
     head_dim = layers[0].query.columns // layers[0].heads
     if not rows or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not (cpp.knows(x) and _has(dtype)):

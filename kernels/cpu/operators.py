@@ -120,15 +120,26 @@ def _take(*tensors: Tensor) -> bool:
 
 
 def call(function: str, dtype: torch.dtype, *arguments: object) -> int | None:
-    """Runs a function of the library's. Addresses come from `pointers`, which has looked at the tensors."""
+    """Runs a function of the library's. Addresses come from `pointers`, which has looked at the tensors.
+
+    Raises: TypeError where it does not compute in `dtype`, or an argument is no number.
+    """
     if dtype not in NAMES:
         raise TypeError(f"{function} computes in {' and '.join(map(str, NAMES))}, got {dtype}")
-    return getattr(load(dtype)[0], f"{function}_{NAMES[dtype]}")(*arguments)
+    try:
+        return getattr(load(dtype)[0], f"{function}_{NAMES[dtype]}")(*arguments)
+    except ctypes.ArgumentError as error:  # a class of its own, which no caller expects
+        raise TypeError(f"{function}: {error}") from None
 
 
 def expect_multiple(function: str, what: str, size: int, multiple: int = WIDTH) -> None:
     if size % multiple or size < 1:
         raise ValueError(f"{function}: {what} must be a multiple of {multiple}, got {size}")
+
+
+def expect_tokens(function: str, x: Tensor) -> None:
+    if x.dim() != 2:
+        raise ValueError(f"{function}: x must be [T, C], got shape {(*x.shape,)}")
 
 
 def rows_and_width(function: str, x: Tensor) -> tuple[int, int]:
@@ -328,9 +339,10 @@ def encoder_layers(
     share `options` without dropout; the weights are read where they lie. None where the layers have to be gone through
     one by one: with gradients, in another dtype, of other sizes, or with an activation without a number.
 
-    Raises: ValueError where cu_seqlens does not cut T rows into sequences; MemoryError.
+    Raises: ValueError where x is not [T, C], or cu_seqlens does not cut T rows into sequences; MemoryError.
     """
-    width, dtype = x.shape[-1], x.dtype
+    expect_tokens("encoder_layers", x)
+    width, dtype = x.shape[1], x.dtype
     if not len(x) or not whole_layers(x.nbytes, dtype) or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return None
     heads, eps, inner = options.heads, options.out_eps, len(layers[UP])
