@@ -11,7 +11,8 @@ GRAPH = inspect_imports.graph()
 # From the ground up; a module may import from its own floor and from those below. A name stands for all within it.
 FLOORS = (
     ("fastbert.kernels",),
-    ("fastbert._moved", "fastbert.checkpoint", "fastbert.config", "fastbert.formats", "fastbert.storage"),
+    ("fastbert._moved", "fastbert.checkpoint", "fastbert.config", "fastbert.formats", "fastbert.parent",
+     "fastbert.storage"),
     ("fastbert.functional",),
     ("fastbert.packing",),
     ("fastbert.inference",),

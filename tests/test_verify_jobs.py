@@ -119,7 +119,9 @@ run._still_answers = still_answers
     assert [line["passed"] for line in found] == [True, False, True]
 
 
-def test_lines_are_written_as_they_are_known_and_processes_end_with_the_run(tmp_path, hearing):
+@pytest.mark.parametrize("ended_by", [signal.SIGINT, signal.SIGKILL])
+def test_lines_are_written_as_they_are_known_and_processes_end_with_the_run(tmp_path, hearing, ended_by):
+    """A process whose parent was killed went on with its case, for hours where that never ends."""
     process = started(
         tmp_path, "--op", "pool", "--dtype", "fp32", "--jobs", "2", before=hearing,
         fault=f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(1e6)",
@@ -131,11 +133,16 @@ def test_lines_are_written_as_they_are_known_and_processes_end_with_the_run(tmp_
             time.sleep(0.1)
         assert {line["case"] for line in lines(tmp_path)} == {"mean", "max"}
     finally:
-        process.send_signal(signal.SIGINT)
-        out, _ = process.communicate(timeout=60)
-    assert "Interrupted" in out
-    with pytest.raises(ProcessLookupError):
-        os.kill(int((tmp_path / "pid").read_text()), 0)
+        process.send_signal(ended_by)
+        try:
+            out, _ = process.communicate(timeout=60)  # waits for all that hold its output open, so for its process too
+        except subprocess.TimeoutExpired:
+            os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+            raise
+    if ended_by == signal.SIGINT:
+        assert "Interrupted" in out
+        with pytest.raises(ProcessLookupError):
+            os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
 def test_json_lines_have_their_fields_and_no_nan(tmp_path):

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..parent import end_with_parent
 from .encoder import Encoder, EncodeStats, resolve_device
 
 # Chunks at a worker: one that it computes, and one that it tokenises meanwhile.
@@ -202,7 +203,7 @@ def _serve(
 ) -> None:
     """The main function of a worker: sets the process up, calls `work`, and sends the error that it raises."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # for systems on which the parent cannot block the signal
-    threading.Thread(target=_end_with_the_parent, daemon=True, name="end with the parent").start()
+    end_with_parent()
     try:
         _stay_on_its_nodes(index, workers)
         torch.set_num_threads(threads)
@@ -215,14 +216,6 @@ def _serve(
             traceback.print_exc()
         with contextlib.suppress(OSError):
             pipe.send(_sendable(error))
-
-
-def _end_with_the_parent() -> None:
-    """Ends this process when the parent ends. A killed parent cannot end its workers, and a chunk can take minutes."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os._exit(1)
 
 
 def _work(pipe: Connection, index: int, args: tuple, options: dict[str, Any]) -> None:

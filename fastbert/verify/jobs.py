@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from ..parent import end_with_parent
+
 START = 120.0  # seconds that a process may take to import torch and Triton, in addition to its first task's limit
 BEGUN = "begun"
 
@@ -138,6 +140,7 @@ def hand_out(
 def work(connection: Connection, answer: Callable[[Any], Any], is_fit: Callable[[], bool]) -> None:
     """The process's main function: answers each task, and reports whether it can take another one."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles Ctrl-C
+    end_with_parent()
     with contextlib.suppress(EOFError, BrokenPipeError):
         while True:
             task = connection.recv()
