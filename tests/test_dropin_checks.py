@@ -86,6 +86,36 @@ def buffer(model):
     model.embeddings.position_ids += 3
 
 
+def buffer_through_data(model):
+    """torch counts no such change."""
+    model.embeddings.position_ids.data += 3
+
+
+def other_buffer(model):
+    model.embeddings.position_ids = model.embeddings.position_ids + 3
+
+
+def wider_heads(model):
+    """The description of a layer kept the width that a head had when the model was looked at."""
+    for layer in model.encoder.layer:
+        attention = layer.attention.self
+        attention.num_attention_heads, attention.attention_head_size, attention.scaling = 1, 32, 32**-0.5
+
+
+def function_of_an_activation(model):
+    """transformers' GELU calls whatever lies in its `act`."""
+    model.encoder.layer[1].intermediate.intermediate_act_fn.act = torch.tanh
+
+
+class Backwards(nn.ModuleList):
+    def __iter__(self):
+        return reversed([*super().__iter__()])
+
+
+def list_of_somebodys_own(model):
+    model.encoder.layer = Backwards(model.encoder.layer)
+
+
 def hook_that_edits(model):
     model.encoder.layer[0].attention.self.query.register_forward_hook(lambda module, given, y: y * 2)
 
@@ -118,7 +148,8 @@ def causal(model):
 CHANGES = [
     of_instance, other_method_of_instance, of_subclass, other_child, one_more_layer, layers_in_another_order,
     names_in_another_order, other_activation, dropout_that_stays, scale, buffer, hook_that_edits, hook_written_in,
-    hook_in_another_dictionary, children_in_another_dictionary, causal,
+    hook_in_another_dictionary, children_in_another_dictionary, causal, buffer_through_data, other_buffer, wider_heads,
+    function_of_an_activation, list_of_somebodys_own,
 ]  # fmt: skip
 
 
@@ -133,6 +164,68 @@ def test_a_changed_encoder_gives_the_changed_numbers(change, called):
     change(ours)
     assert not torch.allclose(plain(**batch_of())[0][MASK], before[MASK], atol=1e-3), "the change changes nothing"
     assert_same(ours, plain)
+
+
+@pytest.mark.parametrize("called", [False, True], ids=["at_first", "after_a_call"])
+def test_a_dropout_that_drops_everything(called):
+    """torch takes a probability of 1, whose 1 / (1 - p) the operators cannot have: ValueError in training."""
+    plain = plain_model(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    ours = accelerated(plain)
+    if called:
+        assert_same(ours, plain)
+    for model in (plain, ours):
+        model.encoder.layer[0].output.dropout.p = 1.0
+        model.train()
+    assert_same(ours, plain)
+    assert "it drops everything" in str(fastbert.explain(ours))
+
+
+def test_an_activation_that_is_changed_in_place():
+    """Its name was kept from the first look at the model, and its attribute was not watched."""
+    plain = plain_model()
+    for layer in plain.encoder.layer:
+        layer.intermediate.intermediate_act_fn = nn.GELU()
+    ours, before = accelerated(plain), plain(**batch_of())[0]
+    assert_same(ours, plain)
+    for model in (plain, ours):
+        for layer in model.encoder.layer:
+            layer.intermediate.intermediate_act_fn.approximate = "tanh"
+    assert not torch.allclose(plain(**batch_of())[0][MASK], before[MASK], atol=1e-4)
+    assert_same(ours, plain)
+
+
+class LayerDrop(nn.ModuleList):
+    """Leaves layers out at random in training, each time that somebody iterates over it, as fairseq's list does."""
+
+    def __iter__(self):
+        for layer, drawn in zip(super().__iter__(), torch.rand(len(self)), strict=True):
+            if not self.training or drawn > 0.5:
+                yield layer
+
+
+@pytest.mark.parametrize("called", [False, True], ids=["before", "after_a_call"])
+def test_layers_left_out_at_random(called):
+    """The list was iterated over more than once a call, so that other layers ran than were described, and torch's
+    generator went on further than in the original."""
+    plain = plain_model(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    ours = accelerated(plain) if called else copy.deepcopy(plain)
+    if called:
+        assert_same(ours, plain)
+    for model in (plain, ours):
+        model.encoder.layer = LayerDrop(model.encoder.layer)
+        model.train()
+    if not called:
+        fastbert.accelerate(ours, impl="native")
+    batch, seen = batch_of(), set()
+    for seed in range(8):
+        found = []
+        for model in (plain, ours):
+            torch.manual_seed(seed)
+            found += [model(**batch)[0], torch.get_rng_state()]
+        torch.testing.assert_close(found[2][MASK], found[0][MASK], atol=1e-5, rtol=1e-4)
+        assert torch.equal(found[3], found[1])
+        seen.add(round(found[0][0, 0, 0].item(), 3))
+    assert len(seen) > 2, "nothing was left out"
 
 
 def test_a_scripted_module_within_an_encoder_is_called():
@@ -273,16 +366,16 @@ def test_a_config_that_changes_after_a_call(name, value, reason, of, monkeypatch
     """What the config says is kept from the close look on, as long as nobody writes to it, or puts another in place."""
     ours = accelerated(plain_model(attn_implementation="eager"))
     given = ours.forward.named((), batch_of())
-    assert ours.forward.why_not(given, ours.forward.look()) is None
+    assert ours.forward.why_not(given)[0] is None
     if of == "another_config":
         ours.config = copy.deepcopy(ours.config)
     if of == "its_class":
         vars(ours.config).pop(name, None)
-        assert ours.forward.why_not(given, ours.forward.look()) is None
+        assert ours.forward.why_not(given)[0] is None
         monkeypatch.setattr(type(ours.config), name, value, raising=False)
     else:
         vars(ours.config)[name] = value  # transformers refuses some of these values
-    assert ours.forward.why_not(given, ours.forward.look()) == reason
+    assert ours.forward.why_not(given)[0] == reason
 
 
 class Marked(torch.Tensor):
@@ -314,11 +407,11 @@ def test_our_own_model_takes_a_subclass_of_tensor(name):
 def test_as_many_tokens_as_the_position_table_holds_now():
     ours = accelerated(plain_model())
     given = {"input_ids": torch.ones(1, 41, dtype=torch.int64)}
-    assert "position table" in ours.forward.why_not(given, ours.forward.look())
+    assert "position table" in ours.forward.why_not(given)[0]
     ours.embeddings.position_embeddings = nn.Embedding(80, 32)
-    assert ours.forward.why_not(given, ours.forward.look()) is None
+    assert ours.forward.why_not(given)[0] is None
     ours.embeddings.position_embeddings.num_embeddings = 20
-    assert "position table" in ours.forward.why_not(given, ours.forward.look())
+    assert "position table" in ours.forward.why_not(given)[0]
 
 
 # ---- copies -----------------------------------------------------------------------------------------------

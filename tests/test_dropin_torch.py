@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import prune
+from torch.nn.utils import parametrizations, prune
 
 import fastbert
 from fastbert.kernels.cpu import operators as cpp
@@ -382,6 +382,58 @@ def test_an_activation_that_torch_takes_for_another_is_left_to_torch(change):
         assert torch.equal(ours(x), plain(x))
     assert torch.equal(ours(x), with_gradients)
     assert "fast path takes its activation for" in str(fastbert.explain(ours))
+
+
+@pytest.mark.filterwarnings("ignore:.*so fastbert leaves")
+def test_spectral_norm_of_attention_takes_as_many_steps():
+    """In training each look at such a weight is a step of the power iteration, and the fused code looked twice."""
+    plain = encoder()
+    for part, name in ((plain.layers[0].self_attn, "in_proj_weight"), (plain.layers[1].self_attn.out_proj, "weight")):
+        parametrizations.spectral_norm(part, name)
+    ours, x = fastbert.accelerate(copy.deepcopy(plain), impl="native"), torch.randn(3, WIDTH, 32)
+    for _ in range(2):
+        torch.testing.assert_close(ours(x), plain(x))
+    for (name, one), (_, other) in zip(ours.named_buffers(), plain.named_buffers(), strict=True):
+        assert torch.equal(one, other), name
+
+
+class Backwards(nn.ModuleList):
+    def __iter__(self):
+        return reversed([*super().__iter__()])
+
+
+def list_of_somebodys_own(model):
+    model.layers = Backwards(model.layers)
+
+
+def activation_in_place(model):
+    for layer in model.layers:
+        layer.activation.approximate = "tanh"
+
+
+def norms_first(model):
+    for layer in model.layers:
+        layer.norm_first = True
+
+
+def more_heads(model):
+    for layer in model.layers:
+        layer.self_attn.num_heads, layer.self_attn.head_dim = 4, 8
+
+
+@pytest.mark.parametrize("change", [list_of_somebodys_own, activation_in_place, norms_first, more_heads])
+@pytest.mark.filterwarnings("ignore:.*so fastbert leaves")
+def test_what_is_changed_after_a_call_counts(change):
+    """The order of the layers was torch's own, and the name of an activation that of the first call."""
+    plain = encoder(activation=nn.GELU()).eval()
+    ours, x = fastbert.accelerate(copy.deepcopy(plain), impl="native"), torch.randn(3, WIDTH, 32)
+    before = ours(x)
+    for model in (plain, ours):
+        change(model)
+    assert not torch.allclose(plain(x), before, atol=1e-4), "the change changes nothing"
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients):
+            torch.testing.assert_close(ours(x), plain(x), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])

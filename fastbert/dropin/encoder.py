@@ -80,9 +80,12 @@ class EncoderForward(Forward):
 
     # ---- what cannot be done ----
 
-    def why_not(self, given: dict[str, Any], seen: Seen) -> str | None:
-        """Why this call goes to the original, or None."""
-        return why_not_here(given) or seen.reason or self.why_not_given(given, seen.settings)
+    def why_not(self, given: dict[str, Any]) -> tuple[str | None, Seen | None]:
+        """(why this call goes to the original, or None; what is known of the parts, where that was looked at)."""
+        if reason := why_not_here(given):  # somebody may follow operators, and `look` compares tensors by one
+            return reason, None
+        seen = self.look()
+        return seen.reason or self.why_not_given(given, seen.settings), seen
 
     def why_not_given(self, given: dict[str, Any], settings: Settings) -> str | None:
         for name, value in given.items():
@@ -191,8 +194,8 @@ class EncoderForward(Forward):
     # ---- the pass ----
 
     def __call__(self, *args, **kwargs):
-        given, seen = self.named(args, kwargs), self.look()
-        reason, rows = self.why_not(given, seen), FULL
+        given, rows = self.named(args, kwargs), FULL
+        reason, seen = self.why_not(given)
         if reason is None:
             rows = self.rows(given.get("attention_mask"), given.get("input_ids"), seen)
             reason = rows.reason

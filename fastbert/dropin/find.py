@@ -8,7 +8,7 @@ from . import torch_layers
 from .facts import Family
 from .families import FAMILIES, FAMILIES_OF_4
 from .forward import Forward
-from .parts import has, layers_of, why_every_call
+from .parts import has, layers_of, why_every_call, why_lists
 
 # torch's modules and their forwards, outermost first
 TORCH = {
@@ -55,6 +55,8 @@ def why_left(encoder: nn.Module, family: Family) -> str | None:
     for path in (*paths, *family.modules):
         if path is not None and not has(encoder, path):
             return f"this version of transformers has no {path} in it"
+    if why := why_lists(encoder, family):
+        return why
     parts = (*facts.linears, *facts.norms, *facts.dropouts, facts.activation, facts.head_dim)
     parts += (facts.attention_type, facts.rotary, facts.probs_switch, *filter(None, facts.modules))
     layers = {}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Iterable, Mapping
-from itertools import chain
+from itertools import chain, starmap
 from operator import attrgetter
 from types import CodeType, FunctionType
 from typing import Any
@@ -164,6 +164,12 @@ _version = attrgetter("_version")
 _HOOKS_ON_ALL = attrgetter(*(f"_global{name}" for name in HOOKS))
 
 
+def written_on(module: nn.Module) -> list[tuple[Mapping, str]]:
+    """The places of everything on a module that the code of its class may read, but for its mode and its weights."""
+    own = module.__dict__
+    return [(own, name) for name in own if not name.startswith("_") and name != "training"]
+
+
 class Watch:
     """Are these modules what they were? Looked at: their classes and the methods of these, the functions that they
     call, what was put on an instance in place of a method, children, hooks, and whatever else is given.
@@ -171,7 +177,7 @@ class Watch:
     Args:
         modules: whose calls the fused code stands in for, or makes.
         places, attributes: (dictionary, key) and (class, name) of what else must stay the same object.
-        buffers: tensors that must not be written to.
+        buffers: small tensors that must hold the same numbers.
     """
 
     def __init__(
@@ -194,7 +200,10 @@ class Watch:
         forward = list(chain.from_iterable(tables.values()))
         self.snapshot = Snapshot(modules, [*places, *forward], attributes, [own[name] for own, name in forward])
         self.backward = Snapshot(places=backward, tables=[own[name] for own, name in backward])
-        self.buffers = [t for t in buffers if not t.is_inference()]
+        buffers = [t for t in buffers if not t.is_meta]
+        # on a CPU their numbers are looked at: who writes to them through .data, or in inference mode, is not counted
+        self.on_host = [(t, t.clone()) for t in buffers if t.is_cpu]
+        self.buffers = [t for t in buffers if not t.is_cpu and not t.is_inference()]
         self.versions = list(map(_version, self.buffers))
 
     def is_same(self) -> bool:
@@ -202,6 +211,7 @@ class Watch:
             self.snapshot.is_same()
             and (not is_grad_enabled() or self.backward.is_same())  # without gradients nobody calls these hooks
             and list(map(_version, self.buffers)) == self.versions
+            and all(starmap(torch.equal, self.on_host))
         )
 
 

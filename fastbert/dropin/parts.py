@@ -23,7 +23,7 @@ from .facts import at as at
 from .facts import has as has
 from .families import FAMILIES
 from .forward import Forward
-from .own import LIBRARY, Watch, listeners, of_library, why_library, why_own
+from .own import LIBRARY, Watch, listeners, of_library, why_library, why_own, written_on
 from .plain import by_token, fused_activation, why_not_plain
 
 TRANSFORMERS = "transformers.models."
@@ -178,9 +178,9 @@ def layers_of(encoder: nn.Module, facts: table.Family) -> Iterator[tuple[int, nn
 def look(encoder: nn.Module, facts: table.Family, is_layer: Callable[[nn.Module], bool]) -> Seen:
     """A close look at an encoder. is_layer: does this module's `forward` stand in for a layer's?"""
     layers = {}  # of its own or in a wrapper that calls it: path -> layer
-    reason = None
+    reason = why_lists(encoder, facts)
     paths = {module: path for path, module in encoder.named_modules()}
-    for _, given in layers_of(encoder, facts):
+    for _, given in () if reason else layers_of(encoder, facts):
         layer = next((m for m in given.modules() if is_layer(m)), None)
         if layer is None or not (layer is given or type(given).__module__.startswith(WRAPPERS)):
             reason = f"a {type(given).__name__} came in place of an accelerated layer"
@@ -211,6 +211,20 @@ def _plain_tables(encoder: nn.Module, facts: table.Family) -> bool:
 def plain_table(module: nn.Module) -> bool:
     """An nn.Embedding whose gradient is an ordinary one."""
     return why_not_plain(module, nn.Embedding) is None and not module.sparse
+
+
+def why_lists(encoder: nn.Module, facts: table.Family) -> str | None:
+    """`why_list` of the encoder's lists of layers."""
+    why = why_list(layers := at(encoder, facts.layers))
+    if why or not facts.groups:
+        return why
+    return next((why for group in layers if (why := why_list(group.albert_layers))), None)
+
+
+def why_list(layers: nn.Module) -> str | None:
+    """Why nobody knows which layers of this list run, and in which order; None of a list of torch's own. A class
+    derived from that may leave some out at random whenever it is iterated over, so the fused code must not do so."""
+    return None if type(layers) is nn.ModuleList else f"a {type(layers).__name__} came in place of a ModuleList"
 
 
 # libraries whose wrappers around a layer call it with what they are given
@@ -296,7 +310,7 @@ def why_not_dropout(dropout: Any) -> str | None:
         return f"a {type(dropout).__name__} came in place of a Dropout"
     if "forward" in dropout.__dict__ or not of_library(nn.Dropout.forward):
         return "the forward of a Dropout was replaced"
-    return None
+    return "it drops everything" if dropout.p >= 1.0 else None  # which no operator does
 
 
 def _why_table(embedding: nn.Module) -> str | None:
@@ -340,7 +354,7 @@ def _past(encoder: nn.Module, facts: table.Family, layers: dict[str, nn.Module])
     """The modules that are walked past, and not called."""
     past = {at(encoder, path) for path in facts.modules}
     past |= {at(layer, path) for layer in layers.values() for path in facts.layer.modules if path}
-    past |= set(at(encoder, facts.layers)) if facts.groups else set()
+    past |= set(at(encoder, facts.layers)) if facts.groups and layers else set()
     return past | {at(encoder, path) for path in _dropout_paths(encoder, facts, layers)}
 
 
@@ -421,6 +435,10 @@ def _watch(encoder: nn.Module, facts: table.Family, layers: dict[str, nn.Module]
     places += [(m.__dict__, name) for table in tables for m in table.modules() for name in OF_TABLES]
     if facts.positions == "after_padding_idx":
         places.append((encoder.embeddings.__dict__, "padding_idx"))
+    walked = _past(encoder, facts, layers) | set(layers.values())
+    activations = (activation_of(layer, facts.layer) for layer in layers.values())
+    walked |= {activation for activation in activations if isinstance(activation, nn.Module)}
+    places += [place for module in walked for place in written_on(module)]
     for layer in layers.values():
         row = facts.layer
         for path in (row.scale, row.causal, row.reach, row.activation, row.attention_type):
@@ -432,6 +450,9 @@ def _watch(encoder: nn.Module, facts: table.Family, layers: dict[str, nn.Module]
     for mapping in ("_global_mapping", "_local_mapping"):
         if isinstance(getattr(functions, mapping, None), dict):
             places.append((getattr(functions, mapping), name))
-    buffers = [at(encoder, path) for path in facts.buffers if has(encoder, path)]
-    tensors = [t for t in buffers if isinstance(t, Tensor)]
+    buffers = [path for path in facts.buffers if has(encoder, path)]
+    for path in buffers:
+        owner, _, name = path.rpartition(".")
+        places.append((at(encoder, owner)._buffers, name))
+    tensors = [t for path in buffers if isinstance(t := at(encoder, path), Tensor)]
     return Watch([encoder, *_inner(encoder).values()], places, attributes, tensors)

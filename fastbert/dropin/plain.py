@@ -3,6 +3,7 @@ itself, or neither."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -75,6 +76,20 @@ def fused_activation(activation: Any) -> str | None:
         cls = type(activation)
         ours = cls in (nn.GELU, nn.ReLU, nn.SiLU) or cls.__module__ == "transformers.activations"
         heard = "forward" in activation.__dict__ or any(getattr(activation, name) for name in HOOKS)
-        if heard or not ours or not of_library(cls.forward):
+        if heard or not ours or not of_library(cls.forward) or not _has_own_function(activation):
             return None
     return activation_name(activation)
+
+
+def _has_own_function(activation: nn.Module) -> bool:
+    """Does an activation of transformers that keeps its function as `act` keep the one that its class gave it?"""
+    act = activation.__dict__.get("act")
+    if act is None or act is nn.functional.gelu:  # of GELUActivation alone
+        return act is None or type(activation).__name__ == "GELUActivation"
+    if isinstance(act, functools.partial):
+        return (
+            act.func is nn.functional.gelu
+            and act.keywords == {"approximate": "tanh"}
+            and (type(activation).__name__ in ("GELUTanh", "PytorchGELUTanh"))
+        )
+    return getattr(act, "__self__", None) is activation and of_library(act)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.nn.utils.parametrize import is_parametrized
 
 from .. import functional as F
 from ..layers import activation_name, attention_masks, multi_head_attention, same_where_same, torch_drops, torch_layer
@@ -18,9 +19,9 @@ from ..stack.layer import in_one_call, run
 from ..stack.shared import Pass
 from .forward import Forward, count
 from .once import only_once
-from .own import LIBRARY, Watch, listeners, why_library, why_not_here, why_own
+from .own import LIBRARY, Watch, listeners, why_library, why_not_here, why_own, written_on
 from .padding import EMPTY, ZEROS, Policy
-from .parts import verdict, why_not_dropout
+from .parts import verdict, why_list, why_not_dropout
 from .plain import by_token, fused_activation, usable
 
 TORCH_NN = "torch.nn.modules."
@@ -30,6 +31,8 @@ DROPOUTS = ("dropout", "dropout1", "dropout2")
 def why_not_attention(module: nn.MultiheadAttention) -> str | None:
     if why := why_own(module, ("MultiheadAttention",), TORCH_NN):
         return why
+    if is_parametrized(module) or is_parametrized(module.out_proj):
+        return "its weights are computed anew each time that they are read"  # at random, or by a step of an iteration
     if module.bias_k is not None or module.add_zero_attn:
         return "add_bias_kv and add_zero_attn are not among the fused operators' options"
     if not all(usable(p) for p in module.parameters()):
@@ -41,18 +44,20 @@ def why_not_layer(layer: nn.Module) -> str | None:
     if why := why_own(layer, ("TransformerEncoderLayer",), TORCH_NN):
         return why
     attention = layer.self_attn
-    if isinstance(attention, nn.MultiheadAttention) and attention.in_proj_weight is None:
+    if why := why_not_attention(attention):
+        return why
+    if attention.in_proj_weight is None:
         return "q, k and v are projected from different widths"
     # which function torch computes without gradients is settled by the class of the activation that __init__ was given
     known = {1: "relu", 2: "gelu"}.get(getattr(layer, "activation_relu_or_gelu", 0))
     if known is not None and activation_name(layer.activation) != known:
         return f"torch's fast path takes its activation for {known}"
     dropouts = (why_not_dropout(getattr(layer, name)) for name in DROPOUTS)
-    return next((why for why in dropouts if why), None) or why_not_attention(attention)
+    return next((why for why in dropouts if why), None)
 
 
 def why_not_stack(stack: nn.Module) -> str | None:
-    if why := why_own(stack, ("TransformerEncoder",), TORCH_NN):
+    if why := why_own(stack, ("TransformerEncoder",), TORCH_NN) or why_list(stack.layers):
         return why
     if reason := next((r for layer in stack.layers if (r := why_not_layer(layer))), None):
         return reason
@@ -108,8 +113,8 @@ class TorchForward(Forward):
             reason = self.why_not_replaced()
             found = (None,) if reason else self.look_closely()
             inner = list(self.module.modules())
-            activations = [(m.__dict__, "activation") for m in inner if isinstance(m, nn.TransformerEncoderLayer)]
-            seen = self.seen = Seen(Watch(inner, [*LIBRARY, *activations]), reason, *found)
+            written = [place for module in inner for place in written_on(module)]
+            seen = self.seen = Seen(Watch(inner, [*LIBRARY, *written]), reason, *found)
         return seen
 
     def look_closely(self) -> tuple:
@@ -231,10 +236,11 @@ class StackForward(TorchForward):
 
     def __call__(self, *args, **kwargs):
         given, module = self.named(args, kwargs), self.module
-        layers = [layer.__dict__.get("forward") for layer in module.layers]
-        reason = why_not_here(given) or self.look().reason
-        if reason is None and not all(isinstance(forward, TorchLayerForward) for forward in layers):
-            reason = "a layer came in place of an accelerated one"
+        reason, layers = why_not_here(given) or self.look().reason, []
+        if reason is None:
+            layers = [layer.__dict__.get("forward") for layer in module.layers]
+            if not all(isinstance(forward, TorchLayerForward) for forward in layers):
+                reason = "a layer came in place of an accelerated one"
         reason = reason or why_not_masks(given, module.layers[0].self_attn)
         reason = reason or next((why for f in layers if (why := f.why_not_now())), None)
         if reason is None:
