@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from .options import (
-    IMPLS,
     UsageError,
+    add_training_arguments,
     among_ranks,
-    at_least_0,
     default_model,
+    names_between_commas,
     positive,
-    seed_number,
-    share_of_1,
     shown,
     whole_number,
 )  # fmt: skip
@@ -72,7 +70,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--columns",
         metavar="NAME,...",
-        type=_names,
+        type=names_between_commas,
         default=(),
         help="of a table, its columns for the text or both texts and the label (default: text or sentence; sentence1 "
         "and sentence2, text1 and text2, premise and hypothesis, or question and sentence; label)",
@@ -80,7 +78,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--labels",
         metavar="NAME,...",
-        type=_names,
+        type=names_between_commas,
         default=(),
         help="the labels and their order, or the word number where labels are numbers (default: the labels of the "
         "model's own classifier, else those of the training file, sorted)",
@@ -104,30 +102,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         help="tokens that neighbouring windows of a long text share (default: token 32, qa 128, a third at most)",
     )
     p.add_argument("--max-answer", metavar="N", type=positive, default=30, help="tokens of an answer (default: 30)")
-    p.add_argument("--epochs", metavar="N", type=positive, default=3, help="default: 3")
-    p.add_argument(
-        "--batch-tokens", metavar="N", type=positive, help="tokens of an optimiser step (default: 32 average examples)"
-    )
-    p.add_argument(
-        "--memory-tokens",
-        metavar="N",
-        type=positive,
-        default=16384,
-        help="tokens computed at once; fewer take less memory and change no gradient (default: 16,384)",
-    )
-    p.add_argument(
-        "--lr", metavar="X", type=at_least_0, default=5e-5, help="the peak of the learning rate (default: 5e-5)"
-    )
-    p.add_argument(
-        "--warmup", metavar="X", type=share_of_1, default=0.1,
-        help="share of all steps in which the rate rises; then it falls to 0 (default: 0.1)",
-    )  # fmt: skip
-    p.add_argument("--weight-decay", metavar="X", type=at_least_0, default=0.01, help="default: 0.01")
-    p.add_argument("--clip", metavar="X", type=at_least_0, default=1.0, help="the gradient's largest norm (default: 1)")
-    p.add_argument(
-        "--layer-decay", metavar="X", type=at_least_0, default=1.0,
-        help="each layer's learning rate as a share of that of the layer above it (default: 1)",
-    )  # fmt: skip
+    add_training_arguments(p)
     p.add_argument(
         "--freeze", metavar="N", type=whole_number, help="do not train the embeddings and the first N layers"
     )
@@ -137,54 +112,14 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         help="AdamW as in Google's BERT, which does not correct its moments for their start at 0",
     )
     p.add_argument(
-        "--evaluations", metavar="N", type=positive, default=1,
-        help="how often to measure in each epoch, the last time at its end (default: 1)",
-    )  # fmt: skip
-    p.add_argument(
-        "--patience", metavar="N", type=positive, default=0,
-        help="stop at the end of an epoch where N evaluations in a row were not better than the best one",
-    )  # fmt: skip
-    p.add_argument(
-        "--average", metavar="X", type=share_of_1, default=0.0,
-        help="measure and keep the running mean of the weights over about this share of all steps, which is steadier "
-        "than the weights of one step (default: 0, the weights as they are)",
-    )  # fmt: skip
-    p.add_argument("--seed", metavar="N", type=seed_number, default=0, help="of the classifier, the order and dropout")
-    p.add_argument(
         "--seeds", metavar="N", type=positive, default=1,
         help="run N seeds from --seed on, each into OUT/seed-N; OUT gets the best one, and median and range",
-    )  # fmt: skip
-    p.add_argument(
-        "--save-every", metavar="N", type=positive, default=0, help="steps between checkpoints (default: one an epoch)"
-    )
-    p.add_argument(
-        "--keep", metavar="N", type=positive, default=2, help="how many of the last checkpoints stay (default: 2)"
-    )
-    p.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUT, if there is one")
-    p.add_argument(
-        "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
-        help="of matrix products; parameters stay float32 (default: what the hardware multiplies fast)",
-    )  # fmt: skip
-    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda where there is one")
-    p.add_argument("--fsdp", action="store_true", help="under torchrun: shard the parameters over the processes")
-    p.add_argument(
-        "--checkpoint-activations", action="store_true",
-        help="keep of each layer its input alone and compute the layer once more in the backward pass: less memory for "
-        "one more forward pass (about 40%% more time), the same gradients",
     )  # fmt: skip
     p.add_argument(
         "--tensorboard", action="store_true",
         help="also write what metrics.jsonl has into OUT/tensorboard (needs the package tensorboard)",
     )  # fmt: skip
-    p.add_argument("--impl", choices=IMPLS, help="who computes the operators (default: the fastest)")
     p.add_argument("-q", "--quiet", action="store_true", help="no progress bar, no table")
-
-
-def _names(text: str) -> tuple[str, ...]:
-    names = tuple(name.strip() for name in text.split(","))
-    if not all(names):
-        raise argparse.ArgumentTypeError(f"expected names between commas, got {text!r}")
-    return names
 
 
 def run(args: argparse.Namespace) -> int:

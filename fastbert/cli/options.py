@@ -92,11 +92,79 @@ def add_model_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--impl", choices=IMPLS, help="who computes the operators (default: the fastest; see fastbert info)")
 
 
+def add_training_arguments(p: argparse.ArgumentParser) -> None:
+    """How a model is trained on a task; the same in every command that does."""
+    p.add_argument("--epochs", metavar="N", type=positive, default=3, help="default: 3")
+    p.add_argument(
+        "--batch-tokens", metavar="N", type=positive, help="tokens of an optimiser step (default: 32 average examples)"
+    )
+    p.add_argument(
+        "--memory-tokens",
+        metavar="N",
+        type=positive,
+        default=16384,
+        help="tokens computed at once; fewer take less memory and change no gradient (default: 16,384)",
+    )
+    p.add_argument(
+        "--lr", metavar="X", type=at_least_0, default=5e-5, help="the peak of the learning rate (default: 5e-5)"
+    )
+    p.add_argument(
+        "--warmup", metavar="X", type=share_of_1, default=0.1,
+        help="share of all steps in which the rate rises; then it falls to 0 (default: 0.1)",
+    )  # fmt: skip
+    p.add_argument("--weight-decay", metavar="X", type=at_least_0, default=0.01, help="default: 0.01")
+    p.add_argument("--clip", metavar="X", type=at_least_0, default=1.0, help="the gradient's largest norm (default: 1)")
+    p.add_argument(
+        "--layer-decay", metavar="X", type=at_least_0, default=1.0,
+        help="each layer's learning rate as a share of that of the layer above it (default: 1)",
+    )  # fmt: skip
+    p.add_argument(
+        "--evaluations", metavar="N", type=positive, default=1,
+        help="how often to measure in each epoch, the last time at its end (default: 1)",
+    )  # fmt: skip
+    p.add_argument(
+        "--patience", metavar="N", type=positive, default=0,
+        help="stop at the end of an epoch where N evaluations in a row were not better than the best one",
+    )  # fmt: skip
+    p.add_argument(
+        "--average", metavar="X", type=share_of_1, default=0.0,
+        help="measure and keep the running mean of the weights over about this share of all steps, which is steadier "
+        "than the weights of one step (default: 0, the weights as they are)",
+    )  # fmt: skip
+    p.add_argument("--seed", metavar="N", type=seed_number, default=0, help="of the classifier, the order and dropout")
+    p.add_argument(
+        "--save-every", metavar="N", type=positive, default=0, help="steps between checkpoints (default: one an epoch)"
+    )
+    p.add_argument(
+        "--keep", metavar="N", type=positive, default=2, help="how many of the last checkpoints stay (default: 2)"
+    )
+    p.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUT, if there is one")
+    p.add_argument(
+        "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
+        help="of matrix products; parameters stay float32 (default: what the hardware multiplies fast)",
+    )  # fmt: skip
+    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda where there is one")
+    p.add_argument("--fsdp", action="store_true", help="under torchrun: shard the parameters over the processes")
+    p.add_argument(
+        "--checkpoint-activations", action="store_true",
+        help="keep of each layer its input alone and compute the layer once more in the backward pass: less memory for "
+        "one more forward pass (about 40%% more time), the same gradients",
+    )  # fmt: skip
+    p.add_argument("--impl", choices=IMPLS, help="who computes the operators (default: the fastest)")
+
+
 def layer_list(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected whole numbers between commas, got {text!r}") from None
+
+
+def names_between_commas(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(","))
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"expected names between commas, got {text!r}")
+    return names
 
 
 def positive(text: str) -> int:

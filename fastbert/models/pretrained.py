@@ -63,10 +63,13 @@ class PretrainedEncoder(nn.Module):
         put_in_integers(model, read.integers, device, impl)
         return model.to(device=device, dtype=read.dtype(dtype)).eval()
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes config.json and model.safetensors, as transformers reads them."""
+    def save_pretrained(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Writes config.json and model.safetensors, as transformers reads them.
+
+        state_dict: by default the model's own; the whole one of a sharded model.
+        """
         self.config.save_pretrained(folder)
-        checkpoint.save_state_dict(folder, self.state_dict())
+        checkpoint.save_state_dict(folder, self.state_dict() if state_dict is None else state_dict)
 
     def use_cuda_graphs(self, on: bool = True) -> Self:
         """Turns CUDA graphs for short batches on or off; returns the model.

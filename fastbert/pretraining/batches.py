@@ -39,10 +39,11 @@ class MaskedBatch:
     guessed: int
 
     def sizes(self) -> list[int]:
-        """Numbers of guessed tokens, pairs and tokens; 0 if the batch does not count."""
+        """Numbers of guessed tokens, pairs, tokens and examples; 0 if the batch does not count."""
         if not self.counts:
-            return [0, 0, 0]
-        return [self.guessed, 0 if self.pairs is None else len(self.pairs), self.shown.total_tokens]
+            return [0, 0, 0, 0]
+        pairs = 0 if self.pairs is None else len(self.pairs)
+        return [self.guessed, pairs, self.shown.total_tokens, self.shown.batch_size]
 
     def to(self, device: torch.device) -> MaskedBatch:
         if device.type == "cpu":

@@ -18,11 +18,12 @@ from .masking import CLEAN, Masking
 
 
 class Divisor(NamedTuple):
-    """Divisors of the losses of a whole step: numbers of guessed tokens, of pairs, and of tokens."""
+    """Divisors of the losses of a whole step: numbers of guessed tokens, of pairs, of tokens, and of examples."""
 
     guessed: float
     pairs: float
     tokens: float
+    examples: float
 
 
 class MaskedWords:
@@ -125,7 +126,7 @@ class ReplacedWords(MaskedWords):
         return output.loss, output.generator_loss, output.discriminator_loss
 
     def tally(self, model: nn.Module, batch: MaskedBatch) -> dict[str, Any]:
-        output = self._through(model, batch, Divisor(1, 1, 1))
+        output = self._through(model, batch, Divisor(1, 1, 1, 1))
         return {
             "guessed": batch.guessed, "loss": float(output.generator_loss),
             "logits": output.logits.cpu().numpy(), "replaced": output.replaced.cpu().numpy(),

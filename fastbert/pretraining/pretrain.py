@@ -6,7 +6,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from ..storage import CheckpointError, make_folder, write_json
 from ..text.files import InputError
 from ..text.tokenizer import Tokenizer
 from ..training.curve import draw
-from ..training.finetune import whole_state
+from ..training.finetune import state_within
 from ..training.loop import Settings, TrainingError, forget_after
 from ..training.metrics import Scores
 from ..training.processes import Processes
@@ -100,15 +100,43 @@ def pretrain(request: Request, report: Callable[[dict[str, Any], int], None] | N
         processes.leave()
 
 
+@dataclass(frozen=True)
+class Learner:
+    """Who learns, and what.
+
+    Attributes:
+        model: what is saved. trained: what the loop trains: the model, or a module that holds it.
+        facts, binding: what the report has, and what must be the same where the run goes on, beyond what every
+            pre-training has there.
+    """
+
+    objective: MaskedWords
+    model: nn.Module
+    trained: nn.Module
+    facts: dict[str, Any] = field(default_factory=dict)
+    binding: dict[str, Any] = field(default_factory=dict)
+
+
 def _pretrain(request: Request, processes: Processes, report: Any) -> dict[str, Any]:
+    return carry_out(request, processes, report, _learner)
+
+
+def _learner(request: Request, tokenizer: Tokenizer, processes: Processes) -> Learner:
+    model = make_model(request, tokenizer).to(processes.device)
+    return Learner(OBJECTIVES[request.objective](), model, model)
+
+
+def carry_out(
+    request: Request, processes: Processes, report: Any, prepare: Callable[[Request, Tokenizer, Processes], Learner]
+) -> dict[str, Any]:
+    """A run on text, from what `prepare` makes of the request to the folder; what lies in report.json then."""
     out = make_folder(request.out)
     if not request.resume and (out / "checkpoints").exists():
         raise InputError(f"{out} has checkpoints of a run: --resume goes on with it, or give another --out")
-    objective = OBJECTIVES[request.objective]()
     tokenizer = in_turn(processes, lambda: _tokenizer(request, out, makes=processes.rank == 0))
+    learner = prepare(request, tokenizer, processes)
+    objective, model = learner.objective, learner.model
     corpus, held_out = in_turn(processes, lambda: _corpora(request, out, tokenizer, objective))
-    model = make_model(request, tokenizer)
-    model.to(processes.device)
     if request.checkpoint_activations:
         model.gradient_checkpointing_enable()
     masking = objective.masking(tokenizer, request.masking, request.mask_share, request.whole_words)
@@ -141,11 +169,11 @@ def _pretrain(request: Request, processes: Processes, report: Any) -> dict[str, 
         "tokens a step": request.batch_tokens, "max length": request.max_length, "masking": request.masking,
         "learning rate": lr, "seed": request.seed, "products in": str(dtype).removeprefix("torch."),
         "processes": processes.count, "eval": list(request.eval),
-        "unigram entropy": None if held_out is None else held_out.unigram_entropy(),
+        "unigram entropy": None if held_out is None else held_out.unigram_entropy(), **learner.facts,
     }  # fmt: skip
 
     def keep(shared: nn.Module, scores: Scores | None) -> None:
-        state = whole_state(shared)
+        state = state_within(shared, learner.trained, model)
         if processes.rank == 0:
             tokenizer.save_pretrained(out)
             model.save_pretrained(out, state)
@@ -155,13 +183,13 @@ def _pretrain(request: Request, processes: Processes, report: Any) -> dict[str, 
 
     loader = Loader(plan, masking, processes.rank, processes.count, request.workers)
     run = Pretraining(
-        model, objective, plan, loader, settings, request.steps, request.evaluate_every, out, processes,
+        learner.trained, objective, plan, loader, settings, request.steps, request.evaluate_every, out, processes,
         evaluate=evaluate, keep=keep,
         binding={
             "objective": request.objective, "max length": request.max_length, "masking": request.masking,
             "mask share": request.mask_share, "whole words": request.whole_words, "growing": request.growing,
             "dropout": request.dropout, "steps": request.steps, "corpus of SHA-256": corpus.digest,
-            "tokenizer of SHA-256": tokenizer_digest(tokenizer),
+            "tokenizer of SHA-256": tokenizer_digest(tokenizer), **learner.binding,
         },
     )  # fmt: skip
     done = run.resume() if request.resume else 0

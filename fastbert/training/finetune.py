@@ -10,7 +10,7 @@ import warnings
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from itertools import accumulate
 from pathlib import Path
@@ -26,6 +26,7 @@ from ..storage import make_folder, write_atomically, write_json
 from ..text.tokenizer import Tokenizer
 from .board import Board, summary_writer
 from .curve import draw
+from .features import Features
 from .files import DataError
 from .loop import Run, Settings, TrainingError, forget_after
 from .metrics import Scores
@@ -99,41 +100,57 @@ def finetune(
         processes.leave()
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What a run on a task is made of before it begins.
+
+    Attributes:
+        examples: how many there are to train on.
+        features: their windows, and what was lost.
+        held_out, to_score: the examples to measure on, and their features; None without.
+        model: what is saved. trained: what the loop trains: the model, or a module that holds it.
+        kind: the run: `Run` or a subclass, with its further arguments bound.
+        facts, binding: what the report has, and what must be the same where the run goes on, beyond what every run on a
+            task has there.
+    """
+
+    task: Any
+    tokenizer: Tokenizer
+    examples: int
+    features: Features
+    held_out: Sequence[Any] | None
+    to_score: Features | None
+    model: nn.Module
+    trained: nn.Module
+    kind: Callable[..., Run] = Run
+    facts: dict[str, Any] = field(default_factory=dict)
+    binding: dict[str, Any] = field(default_factory=dict)
+
+
 def _finetune(request: Request, processes: Processes, report: Any, shaping: Shaping) -> dict[str, Any]:
+    return carry_out(request, processes, report, _prepared, shaping)
+
+
+def carry_out(
+    request: Request,
+    processes: Processes,
+    report: Any,
+    prepare: Callable[[Request, Processes], Prepared],
+    shaping: Shaping | None = None,
+) -> dict[str, Any]:
+    """A run on a task, from what `prepare` makes of the request to the folder; what lies in report.json then."""
+    shaping = shaping or Shaping()
     out = make_folder(request.out)
     if not request.resume and (out / "checkpoints").exists():
         raise DataError(f"{out} has checkpoints of a run: --resume goes on with it, or give another --out")
     if request.tensorboard:
         summary_writer()
-    tokenizer = Tokenizer.from_pretrained(request.model)
-    config = BertConfig.from_pretrained(request.model)
-    length = min(request.spec.max_length, config.max_position_embeddings)
-    stride = min(DEFAULT_STRIDES.get(request.spec.task, 0), length // 3) if request.stride is None else request.stride
-    spec = replace(request.spec, max_length=length, stride=stride)
-    task = make_task(spec, tokenizer, request.labels)
-    named = own_labels(config, task)
-    train = task.read(request.train)
-    task.settle(train, request.labels, named)
-    features = task.features(train, training=True)
-    if not features.windows:
-        why = "; ".join(f"{what}: {count:,}" for what, count in features.notes.items() if count)
-        raise DataError(f"{request.train}: no example can be learnt from" + (f" ({why})" if why else ""))
-    task.weigh(request.class_weights, features.windows)
-    held_out = None if request.eval is None else task.read(request.eval)
-    if held_out is not None:
-        task.check(held_out)
-    to_score = None if held_out is None else task.features(held_out, training=False)
-
-    own_head = has_own_head(config, task) and (named or []) == task.labels
-    model = _load(request, task, not own_head, processes.device)
-    if not own_head:
-        task.begin(model, features.windows)
-    if task.class_weights is not None:
-        model.class_weights = torch.tensor(task.class_weights, dtype=torch.float32, device=processes.device)
+    made = prepare(request, processes)
+    task, model, spec = made.task, made.model, made.task.spec
     if request.checkpoint_activations:
         model.gradient_checkpointing_enable()
-    shaping.prepare(model, task, features.windows)
-    lengths = [len(w.input_ids) for w in features.windows]
+    shaping.prepare(model, task, made.features.windows)
+    lengths = [len(w.input_ids) for w in made.features.windows]
     step_tokens = request.batch_tokens or usual_step_tokens(lengths)
     dtype = resolve_dtype(request.dtype, processes.device)
     settings = Settings(
@@ -147,37 +164,39 @@ def _finetune(request: Request, processes: Processes, report: Any, shaping: Shap
         "model": request.model, "train": request.train, "eval": request.eval, "task": spec.task, "metric": spec.metric,
         "labels": task.labels, "class weights": task.class_weights,
         "max length": spec.max_length, "stride": spec.stride,
-        "examples": len(train), "windows": len(lengths), "tokens an epoch": sum(lengths),
+        "examples": made.examples, "windows": len(lengths), "tokens an epoch": sum(lengths),
         "tokens a step": step_tokens, "products in": str(dtype).removeprefix("torch."), "processes": processes.count,
         "seed": request.seed, "epochs": request.epochs, "learning rate": request.lr,
         "weights averaged over a share of the steps": request.average,
-        "training notes": features.notes, "files": task.notes,
-        "evaluation examples": None if held_out is None else len(held_out),
-        "evaluation notes": None if to_score is None else to_score.notes,
+        "training notes": made.features.notes, "files": task.notes,
+        "evaluation examples": None if made.held_out is None else len(made.held_out),
+        "evaluation notes": None if made.to_score is None else made.to_score.notes, **made.facts,
     }  # fmt: skip
 
-    def evaluate(model: nn.Module) -> Scores:
-        found = outputs_of(shaping.served(model), task, to_score.windows, request.memory_tokens, dtype, processes)
-        return task.scores(held_out, task.predictions(held_out, to_score.windows, found))
+    def evaluate(trained: nn.Module) -> Scores:
+        found = outputs_of(
+            shaping.served(trained), task, made.to_score.windows, request.memory_tokens, dtype, processes
+        )  # fmt: skip
+        return task.scores(made.held_out, task.predictions(made.held_out, made.to_score.windows, found))
 
     best: dict[str, Any] = {}
 
     def keep_best(shared: nn.Module, scores: Scores | None) -> None:
-        state = whole_state(shared)
+        state = state_within(shared, made.trained, model)
         if processes.rank == 0:
             threshold = spec.threshold if scores is None else scores.values.get("threshold", spec.threshold)
-            save_model(out, model, state, tokenizer, replace(spec, threshold=threshold), shaping)
+            save_model(out, model, state, made.tokenizer, replace(spec, threshold=threshold), shaping)
             best.update(scores=scores and scores.values, definitions=scores and scores.definitions)
             best["best epoch"] = None if scores is None else epochs_done(run.steps_of_epochs, run.progress.step)
             write_json(out / "report.json", _without_nan({**facts, **best}))
 
-    run = Run(
-        model, task, features.windows, settings, out, processes,
-        metric=_score_name(spec), evaluate=evaluate if to_score else None, keep_best=keep_best,
+    run = made.kind(
+        made.trained, task, made.features.windows, settings, out, processes,
+        metric=_score_name(spec), evaluate=evaluate if made.to_score else None, keep_best=keep_best,
         binding={
             "labels": task.labels, "class weights": task.class_weights, **json.loads(json.dumps(asdict(spec))),
             "training data of SHA-256": _digest(request.train),
-            "evaluation data of SHA-256": None if request.eval is None else _digest(request.eval),
+            "evaluation data of SHA-256": None if request.eval is None else _digest(request.eval), **made.binding,
             **shaping.binding(),
         },
         shaping=shaping,
@@ -204,6 +223,56 @@ def _finetune(request: Request, processes: Processes, report: Any, shaping: Shap
     if processes.rank == 0:
         draw(out / "metrics.jsonl", out / "curve.svg", _score_name(spec))
     return json.loads((out / "report.json").read_text(encoding="utf-8"))
+
+
+def _prepared(request: Request, processes: Processes) -> Prepared:
+    """Data, labels and model of a fine-tuning."""
+    tokenizer = Tokenizer.from_pretrained(request.model)
+    config = BertConfig.from_pretrained(request.model)
+    task = make_task(settled(request, config), tokenizer, request.labels)
+    named = own_labels(config, task)
+    train = task.read(request.train)
+    task.settle(train, request.labels, named)
+    features = task.features(train, training=True)
+    expect_windows(features, request.train)
+    task.weigh(request.class_weights, features.windows)
+    held_out, to_score = read_held_out(task, request.eval)
+
+    own_head = has_own_head(config, task) and (named or []) == task.labels
+    model = load_model(request, task, processes.device, new_head=not own_head)
+    if not own_head:
+        task.begin(model, features.windows)
+    weigh_classes(model, task)
+    return Prepared(task, tokenizer, len(train), features, held_out, to_score, model, model)
+
+
+def settled(request: Request, config: BertConfig) -> Spec:
+    """The spec, with the length and the stride of windows that a model can take."""
+    length = min(request.spec.max_length, config.max_position_embeddings)
+    stride = min(DEFAULT_STRIDES.get(request.spec.task, 0), length // 3) if request.stride is None else request.stride
+    return replace(request.spec, max_length=length, stride=stride)
+
+
+def expect_windows(features: Features, path: str) -> None:
+    """Raises: DataError where a file gave nothing to train on."""
+    if not features.windows:
+        why = "; ".join(f"{what}: {count:,}" for what, count in features.notes.items() if count)
+        raise DataError(f"{path}: no example can be learnt from" + (f" ({why})" if why else ""))
+
+
+def read_held_out(task: Any, path: str | None) -> tuple[Sequence[Any] | None, Features | None]:
+    """The examples to measure on, and their features; None without a file."""
+    if path is None:
+        return None, None
+    held_out = task.read(path)
+    task.check(held_out)
+    return held_out, task.features(held_out, training=False)
+
+
+def weigh_classes(model: nn.Module, task: Any) -> None:
+    """Hands a head the weights of the classes in its loss."""
+    if task.class_weights is not None:
+        model.class_weights = torch.tensor(task.class_weights, dtype=torch.float32, device=model.device)
 
 
 def several(request: Request, seeds: int, report: Any = None) -> dict[str, Any]:
@@ -273,7 +342,7 @@ def own_labels(config: BertConfig, task: Any) -> list[str] | None:
     return None if all(name.upper() == f"LABEL_{i}" for i, name in enumerate(names)) else names
 
 
-def _load(request: Request, task: Any, new_head: bool, device: torch.device) -> nn.Module:
+def load_model(request: Request, task: Any, device: torch.device, new_head: bool) -> nn.Module:
     with warnings.catch_warnings():
         # That the head is new is what fine-tuning is for.
         warnings.filterwarnings("ignore", message=".*weights were drawn from normal.*", category=UserWarning)
@@ -288,6 +357,14 @@ def whole_state(shared: nn.Module) -> dict[str, torch.Tensor]:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     return get_model_state_dict(shared, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def state_within(shared: nn.Module, trained: nn.Module, model: nn.Module) -> dict[str, torch.Tensor]:
+    """`whole_state` of the model, which the loop trains itself, or by way of a module that holds it."""
+    prefix = next(name for name, module in trained.named_modules() if module is model)
+    prefix = f"{prefix}." if prefix else ""
+    state = whole_state(shared)
+    return {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
 
 
 def save_model(

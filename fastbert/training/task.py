@@ -73,6 +73,9 @@ class Task:
             "label2id": {label: i for i, label in enumerate(self.labels)},
         }
 
+    def expect_metric(self) -> None:
+        """Raises DataError where the metric does not fit the labels: any does."""
+
     def classes(self, window: Window) -> list[int]:
         """The classes of a window's items. Raises: DataError where the task has no classes."""
         raise DataError(f"--class-weights is for classes, and --task {self.spec.task} has none")

@@ -89,6 +89,10 @@ class TextTask(Task):
 
     def settle(self, examples: Sequence[Text], given: Sequence[str] | None, model_labels: Sequence[str] | None) -> None:
         self.labels = list(NUMBERS) if self.regresses else classes_of(examples, given, model_labels)
+        self.expect_metric()
+
+    def expect_metric(self) -> None:
+        """Raises DataError where the metric does not fit the labels."""
         if (self.spec.metric in NUMBER_METRICS) != self.regresses:
             kind = "numbers" if self.regresses else "classes; --labels number is for numbers"
             raise DataError(f"--metric {self.spec.metric} does not fit labels that are {kind}")

@@ -1,0 +1,186 @@
+"""Distilling on real data: students of a few layers that learn from a fine-tuned teacher, beside the same students
+trained on the labels alone; and how much faster they are.
+
+    python -m benchmarks.suites.distilling sst2=DIR sick=DIR --data DIR [--layers 3] [--seeds 3] [--json FILE]
+
+TASK=DIR names the teacher, a folder of `fastbert finetune`. Both rows begin with the same layers of the teacher, read
+the same examples in the same order for as many epochs, and take the same learning rate and dropout; `labels` has the
+loss of fine-tuning, `distilled` what --losses says, which may hold labels too. Nothing is chosen by the test set: the
+model after the last epoch is scored. A run's processor time is that of the whole training; the row `distilled` also
+computes the teacher.
+
+Speed is of the test file's texts in batches of 2,048 tokens, real tokens a second of processor time: teacher and
+student take turns in one process, and printed are the median of the turns' ratios and their range.
+
+With --json FILE the runs are added to those in FILE, and the table is of all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastbert
+from fastbert.cli.distill import losses_by_name
+from fastbert.cli.options import positive
+from fastbert.compression.distill import Method, distill
+from fastbert.storage import read_json, write_json
+from fastbert.training.finetune import Request
+from fastbert.training.memory import keep_freed_memory
+from fastbert.training.predicting import outputs_of
+from fastbert.training.tasks import DEFAULT_METRICS, Spec
+
+from ..harness import machine
+from .finetuning import shortened
+
+CPU = torch.device("cpu")
+BATCH_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Study:
+    """A task on its data. train, test: files below the data folder. epochs, lr, examples: of both rows."""
+
+    task: str
+    train: str
+    test: str
+    epochs: int
+    lr: float
+    examples: int | None = None
+
+
+STUDIES = {
+    "sst2": Study("sentence", "sst2/train.tsv", "sst2/dev.tsv", 2, 2e-4, 16000),
+    "sick": Study("pair", "sick/SICK_train.txt", "sick/SICK_test_annotated.txt", 4, 2e-4),
+}
+ROWS = ("distilled", "labels")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("teachers", nargs="*", metavar="TASK=DIR", help=f"of {', '.join(STUDIES)}")
+    parser.add_argument("--data", type=Path, help="the folder with sst2 and sick")
+    parser.add_argument("--rows", default=",".join(ROWS), help="default: %(default)s")
+    parser.add_argument("--losses", type=losses_by_name, default={"logits": 1.0, "hidden": 1.0}, help="of `distilled`")
+    parser.add_argument("--temperature", type=float, default=2.0, help="default: %(default)s")
+    parser.add_argument("--init", default="skip", help="as in fastbert distill (default: %(default)s)")
+    parser.add_argument("--layers", type=positive, default=3, help="of the students (default: %(default)s)")
+    parser.add_argument("--seeds", type=positive, default=3, help="how many (default: %(default)s)")
+    parser.add_argument("--first-seed", type=int, default=0, help="from which on they are counted (default: 0)")
+    parser.add_argument("--examples", type=positive, help="in place of the task's own, spread over the file")
+    parser.add_argument("--epochs", type=positive, help="in place of the task's own")
+    parser.add_argument("--lr", type=float, help="in place of the task's own")
+    parser.add_argument("--turns", type=positive, default=7, help="of the measurement of speed (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="the file of all runs")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="leave the students there")
+    args = parser.parse_args(argv)
+    teachers = dict(pair.partition("=")[::2] for pair in args.teachers)
+    if unknown := [name for name in teachers if name not in STUDIES]:
+        parser.error(f"no task {', '.join(unknown)}; there are {', '.join(STUDIES)}")
+    if teachers and args.data is None:
+        parser.error("--data is needed: the folder that the examples are in")
+    keep_freed_memory()
+    runs = read_json(args.json)["runs"] if args.json and args.json.exists() else []
+    with tempfile.TemporaryDirectory() as temporary:
+        for name, teacher in teachers.items():
+            here = (args.keep or Path(temporary)) / name
+            here.mkdir(parents=True, exist_ok=True)
+            for run in runs_of(name, teacher, here, args):
+                runs.append(run)
+                print(f"{name} {run['row']} seed {run['seed']}: {run['score']:.4f}", file=sys.stderr, flush=True)
+                if args.json:
+                    write_json(args.json, {"schema": "fastbert-distilling/1", "runs": runs})
+    print(table(runs))
+
+
+def runs_of(name: str, teacher: str, here: Path, args: argparse.Namespace) -> Any:
+    """The teacher's score, then each seed's students, the first of them beside the teacher by its speed."""
+    study = STUDIES[name]
+    train, test = args.data / study.train, args.data / study.test
+    examples = args.examples or study.examples
+    if examples:
+        train = shortened(train, examples, here)
+    common = {"study": name, "device": machine.describe(CPU), "versions": machine.versions(),
+              "commit": machine.commit(), "threads": torch.get_num_threads()}  # fmt: skip
+    yield common | {"row": "teacher", "seed": 0, "score": score_of(teacher, test)}
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
+        for row in args.rows.split(","):
+            out = here / f"{row}-{seed}"
+            losses = args.losses if row == "distilled" else {"labels": 1.0}
+            epochs, lr = args.epochs or study.epochs, args.lr or study.lr
+            spec = Spec(study.task, DEFAULT_METRICS[study.task])
+            request = Request(teacher, str(train), out, spec, epochs=epochs, lr=lr, seed=seed, device="cpu")
+            method = Method(str(args.layers), args.init, losses, args.temperature)
+            begun = time.process_time()
+            distill(request, method, {})
+            seconds = time.process_time() - begun
+            yield common | {
+                "row": row, "seed": seed, "losses": losses, "temperature": args.temperature, "init": args.init,
+                "layers": args.layers, "epochs": epochs, "lr": lr, "examples": examples,
+                "processor_seconds": seconds, "score": score_of(str(out), test),
+                "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                "speed": speed_beside(teacher, str(out), test, args.turns) if row == "distilled" else None,
+            }  # fmt: skip
+
+
+def score_of(folder: str, test: Path) -> float:
+    """A model's own metric on a file."""
+    model = fastbert.pipeline(folder, device="cpu")
+    examples = model.task.read(test)
+    windows = model.task.features(examples, training=False).windows
+    found = outputs_of(model.model, model.task, windows, BATCH_TOKENS, model.dtype, model.processes)
+    return model.task.scores(examples, model.task.predictions(examples, windows, found)).values[model.task.spec.metric]
+
+
+def speed_beside(teacher: str, student: str, test: Path, turns: int) -> dict[str, Any]:
+    """Real tokens a second of processor time of both, and the ratios of the turns, the lowest first."""
+    models = [fastbert.pipeline(folder, device="cpu") for folder in (teacher, student)]
+    windows = models[0].task.features(models[0].task.read(test), training=False).windows
+    tokens = sum(len(w.input_ids) for w in windows)
+    rates: list[list[float]] = []
+    for _ in range(turns + 1):
+        turn = []
+        for model in models:
+            begun = time.process_time()
+            outputs_of(model.model, model.task, windows, BATCH_TOKENS, model.dtype, model.processes)
+            turn.append(tokens / (time.process_time() - begun))
+        rates.append(turn)
+    rates = rates[1:]  # the first turn lays out weights
+    of_teacher, of_student = zip(*rates, strict=True)
+    return {
+        "teacher": statistics.median(of_teacher), "student": statistics.median(of_student),
+        "ratios": sorted(turn[1] / turn[0] for turn in rates),
+    }  # fmt: skip
+
+
+def table(runs: list[dict[str, Any]]) -> str:
+    """Scores of all seeds, as a share of the teacher's too, and speed."""
+    lines = ["| data | row | losses | score: by seed | least, of the teacher's | tokens a second |", "| --- " * 6 + "|"]
+    of_teacher = {run["study"]: run["score"] for run in runs if run["row"] == "teacher"}
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for run in runs:
+        key = (run["study"], run["row"], str(run.get("losses", "")), run.get("lr"), run.get("epochs"))
+        groups.setdefault(key, []).append(run)
+    for (study, row, losses, lr, epochs), some in groups.items():
+        scores = [run["score"] for run in some]
+        share = f"{min(scores) / of_teacher[study]:.1%}" if study in of_teacher else ""
+        ratios = [ratio for run in some if run.get("speed") for ratio in run["speed"]["ratios"]]
+        speed = ""
+        if ratios:
+            speed = f"{statistics.median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f})"
+        what = f"{losses}, {epochs} epochs at {lr:g}" if lr else ""
+        lines.append(f"| {study} | {row} | {what} | {', '.join(f'{s:.4f}' for s in scores)} | {share} | {speed} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,256 @@
+"""`fastbert distill`: a smaller model that learns from a larger one, and the report of what came of it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from .options import (
+    UsageError,
+    add_training_arguments,
+    among_ranks,
+    at_least_0,
+    names_between_commas,
+    positive,
+    share_of_1,
+    shown,
+    whole_number,
+)  # fmt: skip
+from .progress import TrainingBar
+
+ORDER = 12
+SUMMARY = "train a smaller BERT, the student, to answer as a larger one does, its teacher"
+
+DESCRIPTION = """\
+Train a small BERT, the student, to answer as a larger one, the teacher.
+
+The teacher is a model of 'fastbert finetune', or any BERT with a head for --task; or with --mlm one that guesses masked
+words. DATA needs no labels: what the teacher says about each text is what is learnt. The student is
+
+  N              the teacher's sizes with N layers, which begin as layers of the teacher
+  FILE.json      a config.json; or tiny, mini, small, medium, base, large: with sizes of its own
+  DIR or ID      a model that exists, with the teacher's vocabulary
+
+--losses says what is learnt: NAME=WEIGHT,... (a name alone has weight 1) of
+
+  logits         the teacher's answers: the divergence of both answers, softened by --temperature T, times T^2
+  labels         the labels of DATA, or the masked words themselves; these two alone train the classifier
+  hidden         each token's hidden states, mean squared difference         of the pairs of --layers
+  cosine         the same, by the cosine of the two                          of the pairs of --layers
+  first          each text's first token, scaled to length 1 (PKD)           of the pairs of --layers
+  embeddings     the embeddings of each token, mean squared difference
+  attention      attention's scores before the softmax (TinyBERT)            of the pairs of --layers
+  minilm         attention's distribution and values' relation (MiniLM)      of the last layers
+  minilm2        relations of queries, of keys and of values (MiniLMv2)      of the last layers; any number of heads
+
+Layers count from 0. Of a student with another width hidden states go through a linear layer, which is trained and not
+kept. Nothing is computed for padding, and each loss is divided once, by the texts or tokens of the optimiser step.
+
+The folder OUT is as that of 'fastbert finetune' (of 'fastbert pretrain' with --mlm): transformers reads it, 'fastbert
+predict', 'encode' and 'serve' run it. Ctrl-C finishes the step, saves, and --resume goes on from there."""
+
+EXAMPLES = """\
+examples:
+  fastbert distill --teacher sentiment --student 3 --task sentence --data reviews.tsv --eval dev.tsv --out small
+  fastbert distill --teacher sentiment --student 3 --task sentence --data train.tsv --eval dev.tsv --out small \\
+      --losses logits,labels=0.5,hidden --temperature 4 --epochs 4 --lr 2e-4
+  fastbert distill --teacher entities --student narrow.json --task token --data text.conll --out small
+  fastbert distill --teacher bert-base-uncased --student 6 --mlm --data text/ --steps 20000 --out distilbert \\
+      --losses logits,labels,cosine --layers 1,3,5,7,9,11
+  fastbert distill --teacher bert-base-uncased --student small --mlm --data text/ --steps 20000 --out minilm \\
+      --losses minilm2 --relation-heads 48
+
+A student that learns hidden states first, and answers then (as TinyBERT):
+  fastbert distill --teacher T --student 3 --task pair --data F --losses hidden,attention,embeddings --out first
+  fastbert distill --teacher T --student first --task pair --data F --losses logits --out second"""
+
+
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    p.description, p.epilog = DESCRIPTION, EXAMPLES
+    p.formatter_class = argparse.RawDescriptionHelpFormatter
+    p.add_argument("--teacher", required=True, metavar="DIR", help="the model to learn from")
+    p.add_argument("--student", required=True, metavar="N|CONFIG|MODEL", help="the model that learns; see above")
+    kind = p.add_mutually_exclusive_group(required=True)
+    kind.add_argument("--task", choices=("sentence", "pair", "token", "qa"), help="what the teacher does")
+    kind.add_argument("--mlm", action="store_true", help="masked words, of plain text")
+    p.add_argument(
+        "--data", required=True, nargs="+", metavar="DATA",
+        help="what to learn from: a file as for 'fastbert finetune', with or without labels; with --mlm files or "
+        "folders of text as for 'fastbert pretrain'",
+    )  # fmt: skip
+    p.add_argument(
+        "--eval", nargs="+", metavar="FILE", default=[], help="labelled examples, or with --mlm text, to measure on"
+    )
+    p.add_argument("--out", required=True, metavar="DIR", type=Path, help="a folder for all that comes of it")
+
+    method = p.add_argument_group("what is learnt")
+    method.add_argument(
+        "--losses",
+        metavar="NAME=W,...",
+        type=losses_by_name,
+        default={"logits": 1.0},
+        help="see above (default: logits)",
+    )
+    method.add_argument(
+        "--temperature", metavar="T", type=at_least_0, default=2.0,
+        help="of logits: 1 is the teacher's answer as it is, more shows how it ranks the other answers (default: 2)",
+    )  # fmt: skip
+    method.add_argument(
+        "--layers", metavar="skip|last|first|N,...|S:T,...", default="skip",
+        help="which of the teacher's layers each of the student's is compared with: evenly spread with the last one "
+        "(skip, the default), the last ones, the first ones, a number for each, or STUDENT:TEACHER for some",
+    )  # fmt: skip
+    method.add_argument(
+        "--relation-layer", metavar="N", type=whole_number,
+        help="of minilm and minilm2, the teacher's layer (default: the last)",
+    )  # fmt: skip
+    method.add_argument(
+        "--relation-heads", metavar="N", type=positive,
+        help="of minilm2, into how many heads both are cut (default: as many as the teacher has)",
+    )  # fmt: skip
+    method.add_argument(
+        "--init", metavar="skip|last|first|N,...|bottleneck|new",
+        help="what a student that is made begins with: layers of the teacher, as by --layers; the teacher's weights "
+        "brought to another width (bottleneck); or random weights (new) (default: skip of the same width, else "
+        "bottleneck)",
+    )  # fmt: skip
+
+    task = p.add_argument_group("a task (default: as the teacher was fine-tuned)")
+    task.add_argument(
+        "--columns", metavar="NAME,...", type=names_between_commas, help="of a table, its text or texts and its label"
+    )
+    task.add_argument("--metric", help="the score that decides which model is best; see 'fastbert finetune --help'")
+    task.add_argument(
+        "--max-length", metavar="N", type=positive, help="tokens of a text or window (with --mlm: default 128)"
+    )
+    task.add_argument("--stride", metavar="N", type=whole_number, help="tokens that neighbouring windows share")
+
+    words = p.add_argument_group("masked words")
+    words.add_argument("--steps", metavar="N", type=positive, help="optimiser steps; needed with --mlm")
+    words.add_argument("--mask-share", metavar="X", type=share_of_1, help="of the tokens, that are guessed (0.15)")
+    words.add_argument("--evaluate-every", metavar="N", type=positive, help="steps between evaluations (1,000)")
+
+    add_training_arguments(
+        p.add_argument_group(
+            "training", "With --mlm --lr is by default as of 'fastbert pretrain', and --epochs is not."
+        )
+    )
+    p.set_defaults(lr=None, epochs=None)
+    p.add_argument("-q", "--quiet", action="store_true", help="no progress bar, no table")
+
+
+def losses_by_name(text: str) -> dict[str, float]:
+    # distilled.LOSSES, spelled here so that --help needs no torch
+    known = ("labels", "logits", "hidden", "cosine", "first", "embeddings", "attention", "minilm", "minilm2")
+    found: dict[str, float] = {}
+    for part in text.split(","):
+        name, sign, weight = (word.strip() for word in part.partition("="))
+        if name not in known or name in found:
+            why = "comes twice" if name in found else f"is none of {', '.join(known)}"
+            raise argparse.ArgumentTypeError(f"{name!r} {why}")
+        found[name] = at_least_0(weight) if sign else 1.0
+        if not found[name]:
+            raise argparse.ArgumentTypeError(f"the weight of {name} is 0: leave it out")
+    return found
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.fsdp and not among_ranks():
+        raise UsageError("--fsdp needs several processes: torchrun --nproc-per-node N -m fastbert distill ...")
+    if args.temperature == 0.0:
+        raise UsageError("--temperature divides the logits, and must be above 0")
+    _expect_one_kind(args)
+    from ..compression.distill import distill, distill_words
+    from ..training.memory import keep_freed_memory
+
+    keep_freed_memory()
+    method = _method(args)
+    with TrainingBar("distill", args.quiet, epochs=not args.mlm) as bar:
+        if args.mlm:
+            report = distill_words(_words_request(args), method, bar)
+        else:
+            report = distill(_task_request(args), method, _changes(args), bar)
+    if not args.quiet and os.environ.get("RANK", "0") == "0":
+        _print(report, args.out)
+    return 0
+
+
+def _expect_one_kind(args: argparse.Namespace) -> None:
+    """Raises: UsageError on options of the other kind."""
+    of_words, of_tasks = ("steps", "mask_share", "evaluate_every"), ("columns", "metric", "stride", "epochs", "average")
+    given = [name for name in (of_tasks if args.mlm else of_words) if getattr(args, name)]
+    defaults = {"patience": 0, "evaluations": 1, "layer_decay": 1.0}
+    changed = [name for name, value in defaults.items() if getattr(args, name) != value]
+    if given or (args.mlm and changed):
+        name = [*given, *changed][0].replace("_", "-")
+        raise UsageError(f"--{name} is for {'--task' if args.mlm else '--mlm'}")
+    if args.mlm and not args.steps:
+        raise UsageError("--mlm needs --steps: how long to train")
+    if not args.mlm and (len(args.data) > 1 or len(args.eval) > 1):
+        raise UsageError("--task reads one file: put the examples together")
+    for name in ("patience", "evaluations"):
+        if name in changed and not args.eval:
+            raise UsageError(f"--{name} is about measuring, and needs --eval")
+    if args.columns and args.task in ("token", "qa"):
+        raise UsageError(f"--columns is for tables, and --task {args.task} reads none")
+
+
+def _method(args: argparse.Namespace) -> Any:
+    from ..compression.distill import Method
+
+    return Method(
+        args.student, args.init, args.losses, args.temperature, args.layers, args.relation_layer, args.relation_heads
+    )
+
+
+_SAME = (
+    "out", "memory_tokens", "warmup", "weight_decay", "clip", "seed", "keep", "resume", "dtype", "device", "fsdp",
+    "checkpoint_activations", "impl",
+)  # fmt: skip
+
+
+def _task_request(args: argparse.Namespace) -> Any:
+    from ..training.finetune import Request
+    from ..training.tasks import DEFAULT_METRICS, Spec
+
+    # Of a teacher without a spec of its own.
+    spec = Spec(args.task, DEFAULT_METRICS[args.task], max_length=384 if args.task == "qa" else 128)
+    own = ("batch_tokens", "layer_decay", "evaluations", "patience", "average", "save_every", "stride")
+    given = {name: getattr(args, name) for name in ("epochs", "lr") if getattr(args, name) is not None}
+    return Request(
+        model=args.teacher, train=args.data[0], spec=spec, eval=args.eval[0] if args.eval else None, **given,
+        **{name: getattr(args, name) for name in (*_SAME, *own)},
+    )  # fmt: skip
+
+
+def _changes(args: argparse.Namespace) -> dict[str, Any]:
+    given = {name: getattr(args, name) for name in ("columns", "metric", "max_length")}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _words_request(args: argparse.Namespace) -> Any:
+    from ..pretraining.pretrain import Request
+
+    given = {"max_length": args.max_length, "mask_share": args.mask_share, "evaluate_every": args.evaluate_every,
+             "save_every": args.save_every, "batch_tokens": args.batch_tokens}  # fmt: skip
+    return Request(
+        corpus=tuple(args.data), eval=tuple(args.eval), config=args.student, tokenizer=args.teacher, steps=args.steps,
+        lr=args.lr, **{name: value for name, value in given.items() if value},
+        **{name: getattr(args, name) for name in _SAME},
+    )  # fmt: skip
+
+
+def _print(report: dict[str, Any], out: Path) -> None:
+    """The table at the end, on standard output: each score with its definition, beside the teacher's."""
+    share = report["parameters"] / report["parameters of the teacher"]
+    print(
+        f"{report['layers']} layers beside the teacher's {report['layers of the teacher']}, {report['parameters']:,} "
+        f"parameters, {share:.0%} of the teacher's; seed {report['seed']}"
+    )
+    of_teacher = report.get("scores of the teacher")
+    for name, value in (report.get("scores") or {}).items():
+        beside = "" if of_teacher is None else f"   teacher {shown(of_teacher[name]):>9}"
+        print(f"  {name:<20} {shown(value):>9}{beside}   {report['definitions'][name]}")
+    print(f"the student is in {out}")

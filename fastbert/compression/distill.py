@@ -1,0 +1,312 @@
+"""Distilling from files to a folder: teacher, student and data put together, by the loops of fine-tuning and of
+pre-training."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from hashlib import sha256
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import BertConfig
+from ..encoding.encoder import resolve_dtype
+from ..formats import opened
+from ..models import heads
+from ..models.head import BertHead
+from ..packing import PackedBatch
+from ..pretraining import pretrain as pretraining
+from ..pretraining.batches import MaskedBatch
+from ..pretraining.objectives import Divisor as WordsDivisor
+from ..pretraining.objectives import MaskedWords
+from ..pretraining.texts import files_of, lines_of
+from ..storage import CheckpointError
+from ..text.files import InputError
+from ..text.tokenizer import Tokenizer
+from ..training import finetune as finetuning
+from ..training.features import Window
+from ..training.files import DataError
+from ..training.loop import Run
+from ..training.pipeline import SPEC_FILE, spec_in
+from ..training.predicting import outputs_of, pack
+from ..training.processes import Processes
+from ..training.tasks import DEFAULT_METRICS, NUMBERS, Spec, Task, make_task
+from .distilled import RELATIONS, Distilled, Divisor, Recipe, TaskDistilled, WordsDistilled
+from .layer_maps import layer_pairs
+from .logits import logits_of
+from .students import make_student
+
+TEXTS_MEASURED = 64  # that a bottleneck is measured on
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a student is made, and what it learns; names as in `fastbert distill`.
+
+    Attributes:
+        weights: of the losses, by name.
+        layers: what `layer_pairs` takes. relation_layer: the teacher's, from 0; None for its last one.
+        relation_heads: None for as many as the teacher has.
+    """
+
+    student: str
+    init: str | None = None
+    weights: dict[str, float] = field(default_factory=lambda: {"logits": 1.0})
+    temperature: float = 2.0
+    layers: str = "skip"
+    relation_layer: int | None = None
+    relation_heads: int | None = None
+
+    def recipe(self, student: BertConfig, teacher: BertConfig) -> Recipe:
+        """The numbers of a student and a teacher. Raises: InputError where they do not go together."""
+        pairs: list[tuple[int, int]] = []
+        layers = student.num_hidden_layers, teacher.num_hidden_layers
+        if any(name in self.weights for name in ("hidden", "cosine", "first", "attention")):
+            pairs = layer_pairs(self.layers, "--layers", *layers)
+        relation_layer = layers[1] - 1 if self.relation_layer is None else self.relation_layer
+        if relation_layer >= layers[1]:
+            raise InputError(
+                f"--relation-layer {relation_layer}: the teacher has the layers 0 to {layers[1] - 1}"
+            )  # fmt: skip
+        relation_heads = self.relation_heads or teacher.heads_of(relation_layer)
+        recipe = Recipe(
+            self.weights, self.temperature, tuple(pairs), (layers[0] - 1, relation_layer), relation_heads
+        )  # fmt: skip
+        recipe.expect_fit(student, teacher)
+        return recipe
+
+    def binding(self, teacher: BertHead) -> dict[str, Any]:
+        """What must be the same where a run goes on."""
+        digest = sha256()
+        for t in teacher.state_dict().values():
+            digest.update(t.cpu().contiguous().numpy())
+        return {**asdict(self), "teacher of SHA-256": digest.hexdigest()}
+
+    def facts(self, teacher: str, models: tuple[BertHead, BertHead], recipe: Recipe) -> dict[str, Any]:
+        """What the report has; models: student, teacher."""
+        compared = {"pairs of layers": [list(pair) for pair in recipe.pairs]} if recipe.pairs else {}
+        if any(name in self.weights for name in RELATIONS):
+            compared["pair of layers of relations"] = list(recipe.relation_pair)
+        counts = [sum(p.numel() for p in model.parameters()) for model in models]
+        return {
+            "teacher": teacher, "student": self.student, "init": self.init, "losses": self.weights,
+            "temperature": self.temperature, "parameters": counts[0], "parameters of the teacher": counts[1],
+            "layers": models[0].config.num_hidden_layers, "layers of the teacher": models[1].config.num_hidden_layers,
+            **compared,
+        }  # fmt: skip
+
+
+# ---- a task ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Distilling(Run):
+    """A run in which the model is a `TaskDistilled`."""
+
+    model: TaskDistilled
+
+    def __post_init__(self) -> None:
+        self.PARTS = self.model.PARTS
+        self.has_labels = "labels" in self.model.recipe.weights
+        super().__post_init__()
+
+    def share(self, step: list[int], epoch: int) -> tuple[list[tuple[list[int], bool]], Divisor]:
+        windows = [self.windows[row] for row in step]
+        labels = sum(map(self.task.weight, windows)) if self.has_labels else 1.0
+        rows = sum(map(self.model.logits.rows, windows))
+        # A step of empty texts may have no word to compare.
+        divisor = Divisor(max(1.0, labels), max(1, rows), self.plan.tokens(step), len(step))
+        return super().share(step, epoch)[0], divisor
+
+    def losses(self, batch: list[int], epoch: int, divisor: Divisor) -> tuple[Tensor, ...]:
+        chosen, device = [self.windows[row] for row in batch], self.processes.device
+        labels = self.task.arguments(chosen, device) if self.has_labels else {}
+        places = self.model.logits.places(chosen, device)
+        return self.shared(pack(chosen, batch, device), divisor=divisor, places=places, **labels)
+
+
+def distill(
+    request: finetuning.Request, method: Method, changes: dict[str, Any], report: Callable[..., None] | None = None
+) -> dict[str, Any]:  # fmt: skip
+    """One run on a task; what lies in report.json then.
+
+    request: of a fine-tuning, whose model is the teacher and whose spec says the task alone.
+    changes: fields of the spec in place of the teacher's.
+
+    Raises: as `finetune`, and InputError where teacher, student and data do not go together.
+    """
+    processes = Processes.join(request.device)
+    try:
+        prepare = partial(_task_prepared, method=method, changes=changes)
+        return finetuning.carry_out(request, processes, report, prepare)
+    finally:
+        processes.leave()
+
+
+def _task_prepared(
+    request: finetuning.Request, processes: Processes, method: Method, changes: dict[str, Any]
+) -> finetuning.Prepared:  # fmt: skip
+    tokenizer = Tokenizer.from_pretrained(request.model)
+    config = BertConfig.from_pretrained(request.model)
+    task = _task_of_teacher(_spec(request, config, changes), tokenizer, config, request.model)
+    has_labels = "labels" in method.weights
+    train = task.read(request.train, gold=has_labels)
+    if has_labels:
+        _expect_labels(task, train, request.model)
+    features = task.features(train, training=has_labels)
+    finetuning.expect_windows(features, request.train)
+    held_out, to_score = finetuning.read_held_out(task, request.eval)
+
+    teacher = finetuning.load_model(request, task, processes.device, new_head=False)
+    if teacher.initialised:
+        raise CheckpointError(f"the teacher {request.model} has no {', '.join(teacher.initialised)}")
+    texts = pack(features.windows[:TEXTS_MEASURED], range(TEXTS_MEASURED)[: len(features.windows)], processes.device)
+    student = make_student(method.student, method.init, teacher, tokenizer, texts, request.seed, request.impl)
+    if student.config.max_position_embeddings < task.spec.max_length:
+        raise InputError(
+            f"the student takes {student.config.max_position_embeddings} tokens at most: give --max-length, which is "
+            f"{task.spec.max_length}"
+        )
+    recipe = method.recipe(student.config, teacher.config)
+    trained = TaskDistilled(student, teacher, recipe, logits_of(task))
+    _expect_all_reached(recipe, processes)
+    facts = method.facts(request.model, (student, teacher), recipe)
+    if to_score is not None:
+        dtype = resolve_dtype(request.dtype, processes.device)
+        found = outputs_of(teacher, task, to_score.windows, request.memory_tokens, dtype, processes)
+        facts["scores of the teacher"] = task.scores(
+            held_out, task.predictions(held_out, to_score.windows, found)
+        ).values
+    return finetuning.Prepared(
+        task, tokenizer, len(train), features, held_out, to_score, student, trained, Distilling, facts,
+        method.binding(teacher),
+    )  # fmt: skip
+
+
+def _spec(request: finetuning.Request, config: BertConfig, changes: dict[str, Any]) -> Spec:
+    """The teacher's, with what was asked for in its place. Raises: DataError where the teacher is of another task."""
+    task = request.spec.task
+    with opened(request.model) as path:
+        found = spec_in(path / SPEC_FILE)
+    if found is not None and found.task != task:
+        raise DataError(f"the teacher {request.model} was fine-tuned for --task {found.task}, not for --task {task}")
+    stride = request.stride
+    if found is None:  # no folder of `fastbert finetune`: what the head's config says
+        several = config.problem_type == "multi_label_classification"
+        metric = "f1_micro" if several else "pearson" if _gives_numbers(task, config) else DEFAULT_METRICS[task]
+        found = replace(request.spec, metric=metric, multi_label=several)
+    elif stride is None and "max_length" not in changes:
+        stride = found.stride
+    return finetuning.settled(replace(request, spec=replace(found, **changes), stride=stride), config)
+
+
+def _gives_numbers(task: str, config: BertConfig) -> bool:
+    of_texts = task in ("sentence", "pair")
+    return of_texts and (
+        config.problem_type == "regression" or (config.problem_type is None and config.num_labels == 1)
+    )
+
+
+def _task_of_teacher(spec: Spec, tokenizer: Tokenizer, config: BertConfig, teacher: str) -> Any:
+    """The task with the labels of the teacher. Raises: DataError where it has no head for such a task."""
+    labels: Sequence[str] = [config.id2label[i] for i in sorted(config.id2label)]
+    if spec.task == "qa":
+        labels = []
+    elif _gives_numbers(spec.task, config):
+        labels = NUMBERS
+    task = make_task(spec, tokenizer, labels)
+    if not finetuning.has_own_head(config, task):
+        has = ", ".join(config.architectures or ()) or "no head"
+        raise DataError(f"the teacher {teacher} is of another task: it has {has}, and --task {spec.task} a {task.head}")
+    task.expect_metric()
+    return task
+
+
+def _expect_labels(task: Task, examples: Sequence[Any], teacher: str) -> None:
+    """Raises: DataError where an example has a label that the teacher does not know."""
+    try:
+        task.check(examples)
+    except DataError as error:
+        raise DataError(f"{error}, which are the labels of the teacher {teacher}") from None
+
+
+def _expect_all_reached(recipe: Recipe, processes: Processes) -> None:
+    """DDP waits for the gradient of every parameter. Raises: InputError."""
+    if processes.count > 1 and not {"labels", "logits"} & recipe.weights.keys():
+        raise InputError("several processes train all of a student together: --losses needs labels or logits")
+
+
+# ---- masked words ----------------------------------------------------------------------------------------
+
+
+class DistilledWords(MaskedWords):
+    """Masked words, with a teacher."""
+
+    def __init__(self, trained: Distilled) -> None:
+        self.PARTS = trained.PARTS
+
+    def losses(self, model: nn.Module, batch: MaskedBatch, divisor: WordsDivisor) -> tuple[Tensor, ...]:
+        of_step = Divisor(divisor.guessed, divisor.guessed, divisor.tokens, divisor.examples)
+        return model(batch.shown, divisor=of_step, labels=batch.labels)
+
+
+def distill_words(
+    request: pretraining.Request, method: Method, report: Callable[..., None] | None = None
+) -> dict[str, Any]:  # fmt: skip
+    """One run on text with masked words; what lies in report.json then.
+
+    request: of a pre-training, whose tokenizer is that of the teacher's folder.
+
+    Raises: as `pretrain`, and InputError where teacher, student and text do not go together.
+    """
+    processes = Processes.join(request.device)
+    try:
+        return pretraining.carry_out(request, processes, report, partial(_words_prepared, method=method))
+    finally:
+        processes.leave()
+
+
+def _words_prepared(
+    request: pretraining.Request, tokenizer: Tokenizer, processes: Processes, method: Method
+) -> pretraining.Learner:  # fmt: skip
+    source = request.tokenizer
+    with warnings.catch_warnings():
+        # A head that is missing is an error here, below.
+        warnings.filterwarnings("ignore", message=".*weights were drawn from normal.*", category=UserWarning)
+        teacher = heads.BertForMaskedLM.from_pretrained(
+            source, dtype=torch.float32, device=processes.device, impl=request.impl, seed=0
+        )  # fmt: skip
+    trains_head = bool({"labels", "logits"} & method.weights.keys())
+    if teacher.initialised and trains_head:
+        raise CheckpointError(
+            f"the teacher {source} has no {', '.join(teacher.initialised)}, and labels and logits need them; hidden "
+            "states and relations do not"
+        )
+    if request.eval and not trains_head:
+        raise InputError("--eval measures guesses of masked words, and these losses train no head for such")
+    texts = _measured(request, tokenizer, processes.device)
+    student = make_student(method.student, method.init, teacher, tokenizer, texts, request.seed, request.impl)
+    for whose, config in (("teacher", teacher.config), ("student", student.config)):
+        if config.max_position_embeddings < request.max_length:
+            most = config.max_position_embeddings
+            raise InputError(
+                f"the {whose} takes {most} tokens at most: give --max-length, which is {request.max_length}"
+            )
+    recipe = method.recipe(student.config, teacher.config)
+    trained = WordsDistilled(student, teacher, recipe)
+    _expect_all_reached(recipe, processes)
+    facts = method.facts(source, (student, teacher), recipe)
+    saved = student if trains_head else student.bert
+    return pretraining.Learner(DistilledWords(trained), saved, trained, facts, method.binding(teacher))
+
+
+def _measured(request: pretraining.Request, tokenizer: Tokenizer, device: torch.device) -> PackedBatch:
+    """The first texts of a corpus."""
+    lines = lines_of(files_of(request.corpus), request.field, request.max_line_bytes)
+    texts = [line for line, _ in zip((line for line in lines if line), range(TEXTS_MEASURED), strict=False)]
+    ids = tokenizer(texts, max_length=request.max_length).input_ids
+    return pack([Window(row, None, number) for number, row in enumerate(ids)], range(len(ids)), device)

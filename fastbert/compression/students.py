@@ -1,0 +1,176 @@
+"""Students: their sizes, and the weights that they begin with.
+
+    a number N            the teacher's sizes, with N layers
+    a .json, or a name    sizes of its own, as `fastbert pretrain --config` has them
+    a folder, a hub id    a model with weights
+
+The first two are new models, whose weights come from chosen layers of the teacher, through a bottleneck from a teacher
+that is wider, or are drawn.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import BertConfig
+from ..models.head import BertHead
+from ..packing import PackedBatch
+from ..pretraining.sizes import SIZES, config_of
+from ..storage import CheckpointError, read_json
+from ..text.files import InputError
+from ..text.tokenizer import Tokenizer
+from .bottleneck import fill_through_bottleneck
+from .layer_maps import chosen_layers
+
+NEW, BOTTLENECK = "new", "bottleneck"
+# What of a head's config says what the head is for.
+_OF_THE_TASK = ("id2label", "label2id", "problem_type")
+_LAYER = re.compile(r"(bert\.encoder\.layer\.)(\d+)(\..*)")
+_SHAPES = ("hidden_size", "intermediate_size", "num_attention_heads", "max_position_embeddings", "type_vocab_size")
+
+
+def make_student(
+    given: str, init: str | None, teacher: BertHead, tokenizer: Tokenizer, texts: PackedBatch, seed: int,
+    impl: str | None,
+) -> BertHead:  # fmt: skip
+    """A student of the teacher's class, in evaluation mode on its device.
+
+    given, init: what the command calls --student and --init; None is skip of a teacher of the same width, bottleneck of
+        a wider one, and new of a narrower one.
+    texts: some of what will be learnt from, on the teacher's device, for a bottleneck.
+
+    Raises: InputError or CheckpointError where student and teacher do not go together.
+    """
+    if not (given.isdecimal() or given in SIZES or given.endswith(".json")):
+        if init is not None:
+            raise InputError(f"--init is for a student that is made, and {given} brings its own weights")
+        return _loaded(given, teacher, tokenizer, seed, impl)
+    config = _config(given, teacher.config)
+    if init is None:
+        init = "skip" if config.hidden_size == teacher.config.hidden_size else BOTTLENECK
+        init = NEW if config.hidden_size > teacher.config.hidden_size else init
+    torch.manual_seed(seed)
+    if init == NEW:
+        return _started(type(teacher)(config, impl).to(teacher.device), teacher)
+    layers = chosen_layers(
+        "skip" if init == BOTTLENECK else init, "--init", config.num_hidden_layers, teacher.config.num_hidden_layers
+    )
+    if init == BOTTLENECK:
+        student = type(teacher)(config, impl).to(teacher.device)
+        fill_through_bottleneck(student, teacher, layers, texts)
+        return student.eval()
+    for name in _SHAPES:
+        if getattr(config, name) != getattr(teacher.config, name):
+            raise InputError(
+                f"--init {init} copies layers, and the student's {name} is {getattr(config, name)}, the teacher's "
+                f"{getattr(teacher.config, name)}: --init {BOTTLENECK} and {NEW} take other sizes"
+            )
+    pruned = teacher.config.pruned_heads or {}
+    config.pruned_heads = {new: pruned[old] for new, old in enumerate(layers) if old in pruned} or None
+    student = type(teacher)(config, impl)
+    student.load_state_dict(of_layers(teacher.state_dict(), layers))
+    return student.to(teacher.device).eval()
+
+
+def of_layers(state: dict[str, Tensor], layers: list[int]) -> dict[str, Tensor]:
+    """A state_dict with these layers alone, in this order."""
+    found = {}
+    for name, t in state.items():
+        within = _LAYER.fullmatch(name)
+        if within is None:
+            found[name] = t
+            continue
+        for new, old in enumerate(layers):
+            if int(within[2]) == old:
+                found[f"{within[1]}{new}{within[3]}"] = t
+    return found
+
+
+def _config(given: str, teacher: BertConfig) -> BertConfig:
+    """Sizes of a new student, which has the teacher's vocabulary and labels."""
+    data = teacher.to_dict()
+    if given.isdecimal():
+        if int(given) == 0:
+            raise InputError("--student 0: a student has a layer at least")
+        data |= {"num_hidden_layers": int(given), "pruned_heads": None}
+        return BertConfig.from_dict(data)
+    if given.endswith(".json"):
+        words = read_json(Path(given)).get("vocab_size", teacher.vocab_size)
+        _expect_words(given, words, teacher)
+    made = config_of(
+        given, teacher.vocab_size, teacher.max_position_embeddings, 1, teacher.hidden_dropout_prob
+    )  # fmt: skip
+    for name in (*_OF_THE_TASK, "pad_token_id"):
+        setattr(made, name, getattr(teacher, name))
+    return made
+
+
+def _expect_words(given: str, words: int, teacher: BertConfig) -> None:
+    if words != teacher.vocab_size:
+        raise InputError(
+            f"{given} has a vocabulary of {words:,}, the teacher one of {teacher.vocab_size:,}: a student has its "
+            "teacher's"
+        )
+
+
+def _loaded(given: str, teacher: BertHead, tokenizer: Tokenizer, seed: int, impl: str | None) -> BertHead:
+    """A model that is there, with a new head where it has none of the teacher's."""
+    config = BertConfig.from_pretrained(given)
+    _expect_words(given, config.vocab_size, teacher.config)
+    expect_same_words(given, Tokenizer.from_pretrained(given), tokenizer)
+    changes = _changes(teacher)
+    own = type(teacher).__name__ in (config.architectures or ())
+    if own and changes and config.id2label != teacher.config.id2label:
+        names = [", ".join(c.id2label[i] for i in sorted(c.id2label)) for c in (config, teacher.config)]
+        raise InputError(f"the student {given} has the labels {names[0]}, the teacher {names[1]}")
+    with warnings.catch_warnings():
+        # That a head is new is what distilling is for.
+        warnings.filterwarnings("ignore", message=".*weights were drawn from normal.*", category=UserWarning)
+        student = type(teacher).from_pretrained(
+            given, dtype=torch.float32, device=teacher.device, impl=impl, seed=seed,
+            new_head=bool(changes) and not own, **changes,
+        )  # fmt: skip
+    return _started(student, teacher) if student.initialised else student
+
+
+def _changes(teacher: BertHead) -> dict[str, Any]:
+    """Fields of a student's config that are the teacher's, where the head has labels."""
+    if not hasattr(teacher, "num_labels") and not hasattr(teacher, "qa_outputs"):
+        return {}
+    return {name: getattr(teacher.config, name) for name in _OF_THE_TASK}
+
+
+def _started(student: BertHead, teacher: BertHead) -> BertHead:
+    """With the biases of the teacher's last linear layer, whose number is that of the labels or words: a new head's
+    answers begin at the mean of the teacher's."""
+    with torch.no_grad():
+        for name in ("classifier.bias", "qa_outputs.bias", "cls.predictions.bias"):
+            if name in teacher.state_dict():
+                student.get_parameter(name).copy_(teacher.get_parameter(name))
+    return student.eval()
+
+
+def expect_same_words(given: str, own: Tokenizer, tokenizer: Tokenizer) -> None:
+    """Raises: InputError where two tokenizers give a text other numbers."""
+    ours, theirs = own.get_vocab(), tokenizer.get_vocab()
+    if ours != theirs:
+        other = next((word for word in theirs if ours.get(word) != theirs[word]), None)
+        what = (
+            f"{len(ours):,} words beside {len(theirs):,}" if other is None else f"the word {other!r} is another number"
+        )
+        raise InputError(f"{given} has another vocabulary than the teacher ({what}): their tokens cannot be compared")
+    probe = "Ünïcödé and UPPER CASE, don't; 北京"
+    if own.input_ids([probe]) != tokenizer.input_ids([probe]):
+        raise InputError(f"{given} prepares text in another way than the teacher, such as its letters' case")
+
+
+def expect_whole(model: BertHead, source: str, why: str) -> None:
+    """Raises: CheckpointError where a model was started in part, since its files lack weights."""
+    if model.initialised:
+        raise CheckpointError(f"{source} has no {', '.join(model.initialised)}{why}")

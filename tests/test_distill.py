@@ -1,0 +1,307 @@
+"""Distilling in the loop, students and what they begin with, and layers of a teacher in a student."""
+
+import json
+
+import pytest
+import torch
+
+from distill_models import CPU, distilled_of, divisor_of, doubled, losses_of, model_of, recipe_of
+from fastbert import BertConfig, Tokenizer
+from fastbert.compression import bottleneck
+from fastbert.compression.distill import Distilling
+from fastbert.compression.distilled import LOSSES, projections_of
+from fastbert.compression.students import make_student
+from fastbert.models.heads import BertForMaskedLM
+from fastbert.storage import CheckpointError
+from fastbert.text.files import InputError
+from fastbert.training.loop import Settings
+from fastbert.training.predicting import pack
+from training_models import ALONE, PIECES, task_of
+
+ALL = tuple(name for name in LOSSES if name != "minilm")
+
+
+def run_of(out, kind, *names, width: int = 32, dropout: float = 0.3, **options) -> Distilling:
+    trained, task, windows = distilled_of(kind, *names, width=width, dropout=dropout)
+    chosen = {"epochs": 2, "step_tokens": 60, "batch_tokens": 10**6, "lr": 1e-3, "seed": 3, **options}
+    out.mkdir(exist_ok=True)
+    return Distilling(trained, task, windows, Settings(**chosen), out, ALONE)
+
+
+def gradients(run) -> dict[str, torch.Tensor]:
+    run.shared.train()
+    run.loss_of_step = run._gradients(run.plan.steps(1)[0], 1)
+    return {name: p.grad.double() for name, p in run.model.named_parameters()}
+
+
+# ---- the loop ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["sentence", "several", "token", "qa"])
+def test_gradients_do_not_depend_on_how_a_step_is_cut(kind, tmp_path):
+    """With dropout and a projection: each loss is divided once, by what the whole step has."""
+    whole = run_of(tmp_path, kind, *ALL, width=16)
+    exact = run_of(tmp_path, kind, *ALL, width=16)
+    exact.model, exact.shared = (doubled(exact.model),) * 2
+    truth = gradients(exact)
+    allowed = gradients(whole)
+    parts = run_of(tmp_path, kind, *ALL, width=16, batch_tokens=20)
+    assert len(parts.share(parts.plan.steps(1)[0], 1)[0]) > 1
+    found = gradients(parts)
+    scale = max(g.norm() for g in truth.values())
+    for name, g in truth.items():
+        assert (found[name] - g).norm() <= 2 * (allowed[name] - g).norm() + 1e-6 * scale, name
+    torch.testing.assert_close(parts.loss_of_step, whole.loss_of_step)
+    assert len(parts.loss_of_step) == 1 + len(ALL)
+
+
+def test_texts_without_labels_teach_as_much(tmp_path):
+    """The teacher alone is asked: nothing is read of the windows' targets."""
+    run, blind = (run_of(tmp_path, "token", "logits", "hidden") for _ in range(2))
+    blind.windows = [type(w)(w.input_ids, w.token_type_ids, w.example, None, w.words) for w in blind.windows]
+    for name, g in gradients(run).items():
+        torch.testing.assert_close(gradients(blind)[name], g)
+
+
+def test_a_student_comes_nearer_to_its_teacher(tmp_path):
+    """The losses of the last steps are smaller than those of the first, and the teacher stays as it was."""
+    run = run_of(tmp_path, "sentence", *ALL, width=16, dropout=0.0, epochs=40, lr=3e-3)
+    before = {name: t.clone() for name, t in run.model.teacher.state_dict().items()}
+    assert not any(name.startswith("_beside") for name in run.model.state_dict())
+    run.train()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    for name in run.PARTS:
+        first, last = (sum(row[name] for row in some) for some in (rows[:6], rows[-6:]))
+        assert last < 0.9 * first, name
+    for name, t in run.model.teacher.state_dict().items():
+        assert torch.equal(t, before[name])
+    assert not run.model.teacher.training
+    assert {name.partition(".")[0] for name in run.model.state_dict()} == {"student", "projections"}
+
+
+@pytest.mark.parametrize("names", [("logits", "hidden"), ("attention",)], ids=["answers", "without-a-head"])
+def test_a_run_goes_on_to_the_same_bits(names, tmp_path):
+    """With its projection. Of a run that trains no head, the head is left alone."""
+    whole = run_of(tmp_path / "whole", "sentence", *names, width=16)
+    whole.train()
+    first = run_of(tmp_path / "parts", "sentence", *names, width=16, save_every=1)
+    half = whole.progress.step // 2
+
+    class Stop(Exception):
+        pass
+
+    def stop(record):
+        if record["step"] == half + 1:
+            raise Stop
+
+    first.report = stop
+    with pytest.raises(Stop):
+        first.train()
+    second = run_of(tmp_path / "parts", "sentence", *names, width=16)
+    assert second.resume() == half
+    second.train()
+    for name, p in whole.model.named_parameters():
+        assert torch.equal(p, second.model.get_parameter(name)), name
+
+
+def test_hooks_do_not_stay(tmp_path):
+    """And what they see is what the layer's own linear layers give."""
+    task, _, windows = task_of("sentence", 3)
+    model, batch = model_of(task, 2).eval(), pack(windows, range(3), CPU)
+    with projections_of(model, [1]) as found:
+        states = model(batch, output_hidden_states=True).hidden_states
+    attention = model.bert.encoder["layer"][1].attention["self"]
+    expected = torch.cat([linear(states[1]) for linear in attention.values()], -1)
+    torch.testing.assert_close(found[1], expected, atol=1e-5, rtol=1e-5)
+    assert not attention._forward_hooks
+    with pytest.raises(RuntimeError, match="on purpose"), projections_of(model, [0, 1]):
+        raise RuntimeError("on purpose")
+    assert not attention._forward_hooks
+
+
+def test_without_activations_kept_gradients_are_the_same(tmp_path):
+    run, other = (run_of(tmp_path, "sentence", *ALL, width=16) for _ in range(2))
+    other.model.student.gradient_checkpointing_enable()
+    for (name, g), found in zip(gradients(run).items(), gradients(other).values(), strict=True):
+        torch.testing.assert_close(found, g, msg=name)
+
+
+def test_half_precision_compares_in_float32(tmp_path):
+    """Within autocast: a student that is its teacher but for rounding has a loss of next to nothing."""
+    trained, task, windows = distilled_of("sentence", "logits", "hidden", "minilm2", pairs=((0, 0), (2, 2)))
+    trained._beside = (model_of(task, 3, seed=1).eval(),)
+    trained.recipe = recipe_of("logits", "hidden", "attention", pairs=((0, 0), (2, 2)))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        total, *parts = losses_of(trained, task, windows, divisor_of(trained, task, windows))
+    assert total.dtype == torch.float32
+    assert max(parts) < 1e-3
+
+
+# ---- students ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def school():
+    """(a teacher of four layers, its tokenizer, some texts)."""
+    task, _, windows = task_of("sentence", 12)
+    return model_of(task, 4, seed=5).eval(), task.tokenizer, pack(windows, range(12), CPU)
+
+
+def student_of(school, given, init=None, teacher=None):
+    own, tokenizer, texts = school
+    return make_student(str(given), init, teacher or own, tokenizer, texts, 0, "native")
+
+
+@pytest.mark.parametrize(("init", "layers"), [(None, [1, 3]), ("last", [2, 3]), ("0,2", [0, 2]), ("first", [0, 1])])
+def test_layers_of_the_teacher(school, init, layers):
+    """And its embeddings, pooler and classifier: so a student of all layers answers as the teacher does."""
+    teacher = school[0]
+    student = student_of(school, 2, init)
+    for new, old in enumerate(layers):
+        one, other = student.bert.encoder["layer"][new], teacher.bert.encoder["layer"][old]
+        for (name, p), q in zip(one.named_parameters(), other.parameters(), strict=True):
+            assert torch.equal(p, q), name
+            assert p.data_ptr() != q.data_ptr(), "a copy"
+    for part in ("bert.embeddings", "bert.pooler", "classifier"):
+        for p, q in zip(
+            student.get_submodule(part).parameters(), teacher.get_submodule(part).parameters(), strict=True
+        ):
+            assert torch.equal(p, q)
+    whole = student_of(school, 4, init="skip")
+    torch.testing.assert_close(whole(school[2]).logits, teacher(school[2]).logits)
+    assert student.config.id2label == teacher.config.id2label
+    assert student.config.num_hidden_layers == 2
+
+
+def test_heads_that_the_teacher_has_lost(school):
+    task = task_of("sentence")[0]
+    torch.manual_seed(0)
+    config = BertConfig.from_dict(school[0].config.to_dict(), pruned_heads={1: [0], 3: [1]})
+    teacher = type(school[0])(config, "native").eval()
+    student = student_of(school, 2, "0,3", teacher)
+    assert student.config.pruned_heads == {1: [1]}
+    assert student_of(school, 4, "skip", teacher)(school[2]).logits.equal(teacher(school[2]).logits)
+    assert task.labels == [student.config.id2label[i] for i in range(2)]
+
+
+def write_config(path, **sizes):
+    path.write_text(json.dumps({"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 1,
+                                "intermediate_size": 24, "max_position_embeddings": 32, **sizes}))  # fmt: skip
+    return path
+
+
+def test_a_bottleneck_brings_a_student_near_its_teacher(school, tmp_path):
+    """Its hidden states beside the teacher's, which go through the same basis: much nearer than those of random
+    weights, also on texts that nothing was measured on."""
+    teacher, _, texts = school
+    file = write_config(tmp_path / "narrow.json")
+    others = pack(task_of("sentence", 40)[2][20:], range(20), CPU)
+    narrow, new = student_of(school, file), student_of(school, file, "new")
+    layers, shown = [1, 3], bottleneck._outputs_of_norms(teacher, texts)
+    names = [
+        f"bert.encoder.layer.{layer}.{place}.LayerNorm" for layer in layers for place in ("attention.output", "output")
+    ]
+    basis = bottleneck._basis([shown[name] for name in ["bert.embeddings.LayerNorm", *names]], 16)
+
+    def unlike(student):
+        given, own = (model(others, output_hidden_states=True).hidden_states for model in (teacher, student))
+        pairs = [(own[s + 1], given[t + 1] @ basis) for s, t in enumerate(layers)]
+        return float(sum((x - y).square().sum() for x, y in pairs) / sum(y.square().sum() for _, y in pairs))
+
+    with torch.no_grad():
+        assert unlike(narrow) < 0.6 * unlike(new)
+    assert narrow(others).logits.isfinite().all()
+
+
+def test_a_bottleneck_that_leaves_nothing_out_is_the_teacher(school, tmp_path, monkeypatch):
+    """All directions, heads and columns, in a basis in which a LayerNorm is one: the same function."""
+    monkeypatch.setattr(bottleneck, "_basis", lambda states, width: torch.eye(width))
+    teacher, _, texts = school
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 40, "num_hidden_layers": 4}
+    student = student_of(school, write_config(tmp_path / "same.json", **sizes), "bottleneck")
+    torch.testing.assert_close(student(texts).logits, teacher(texts).logits, atol=2e-4, rtol=2e-4)
+    for kind in ("token", "qa"):
+        task, _, windows = task_of(kind, 6)
+        wide, batch = model_of(task, 2, seed=4).eval(), pack(windows, range(6), CPU)
+        given = write_config(tmp_path / "same.json", **sizes | {"num_hidden_layers": 2})
+        own, other = (
+            model(batch)
+            for model in (make_student(str(given), "bottleneck", wide, task.tokenizer, batch, 0, None), wide)
+        )
+        for x, y in zip(own.values(), other.values(), strict=True):
+            torch.testing.assert_close(x, y, atol=2e-4, rtol=2e-4)
+
+
+def test_a_bottleneck_of_masked_words(school, tmp_path):
+    torch.manual_seed(0)
+    config = BertConfig.from_dict(school[0].config.to_dict(), initializer_range=0.3)
+    teacher = BertForMaskedLM(config, "native").eval()
+    student = student_of(school, write_config(tmp_path / "narrow.json"), None, teacher)
+    assert student.get_output_embeddings().weight is student.get_input_embeddings().weight
+    assert student(school[2]).logits.shape == (school[2].total_tokens, len(PIECES))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "init", "says"),
+    [
+        ({"num_attention_heads": 2}, None, "keeps whole heads: the student's are 8 wide, the teacher's 16"),
+        ({"intermediate_size": 41}, None, "its intermediate_size is 41, the teacher's 40"),
+        ({}, "last", "the student's hidden_size is 16, the teacher's 32: --init bottleneck and new"),
+        ({"vocab_size": 99}, None, r"narrow.json has a vocabulary of 99, the teacher one of 25"),
+        ({"num_hidden_layers": 5}, None, "the student has 5, the teacher 4"),
+    ],
+)
+def test_sizes_that_do_not_fit(school, tmp_path, sizes, init, says):
+    with pytest.raises(InputError, match=says):
+        student_of(school, write_config(tmp_path / "narrow.json", **sizes), init)
+
+
+def save(model, folder, tokenizer):
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_a_model_that_exists(school, tmp_path):
+    """With its own head where that has the teacher's labels, else with a new one; not with other words or labels."""
+    teacher, tokenizer, _ = school
+    folder = save(model_of(task_of("sentence")[0], 1, seed=9), tmp_path / "own", tokenizer)
+    student = student_of(school, folder)
+    assert student.config.num_hidden_layers == 1
+    assert not student.initialised
+    plain = save(student.bert, tmp_path / "plain", tokenizer)
+    begun = student_of(school, plain)
+    assert begun.config.id2label == teacher.config.id2label
+    assert torch.equal(begun.classifier.bias, teacher.classifier.bias)
+    with pytest.raises(InputError, match="--init is for a student that is made"):
+        student_of(school, folder, "skip")
+    other = save(
+        model_of(task_of("sentence")[0], 1), tmp_path / "words", Tokenizer.from_words(PIECES[::-1], lowercase=True)
+    )
+    with pytest.raises(InputError, match=r"words has another vocabulary than the teacher \(the word '\[PAD\]'"):
+        student_of(school, other)
+    other = save(model_of(task_of("sentence")[0], 1), tmp_path / "case", Tokenizer.from_words(PIECES, lowercase=False))
+    with pytest.raises(InputError, match="prepares text in another way"):
+        student_of(school, other)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"id2label": {"0": "up", "1": "down"}, "label2id": {"up": 0, "down": 1}}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"has the labels up, down, the teacher early, Late"):
+        student_of(school, folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError):
+        student_of(school, folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "student", "says"),
+    [
+        ("attention", {"num_attention_heads": 4}, "the student's layer 0 has 4, the teacher's layer 1 2"),
+        ("minilm", {"num_attention_heads": 1}, "the student's layer 2 has 1, the teacher's layer 3 2"),
+        ("minilm2", {"hidden_size": 30}, "into 4 heads, and those of the student's layer 2 are 30 wide"),
+    ],
+)
+def test_heads_that_cannot_be_compared(school, name, student, says):
+    own = BertConfig.from_dict(school[0].config.to_dict(), num_hidden_layers=3, **student)
+    with pytest.raises(InputError, match=says):
+        recipe_of(name).expect_fit(own, school[0].config)

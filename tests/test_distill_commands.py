@@ -1,0 +1,265 @@
+"""`fastbert distill` from files to a folder, in transformers' hands too, and what it refuses."""
+
+import json
+
+import pytest
+import torch
+
+from distill_models import model_of
+from fastbert import BertConfig, BertModel, Encoder, Tokenizer
+from fastbert.cli.main import main
+from fastbert.models.heads import BertForMaskedLM
+from fastbert.training.finetune import save_model
+from pretraining_models import WORDS, text_of
+from training_models import KINDS, examples_of, task_of
+
+pytestmark = pytest.mark.once
+
+COMMON = ("--impl", "native", "--dtype", "float32", "--device", "cpu")
+
+
+def run(*argv) -> int:
+    try:
+        return main([str(word) for word in argv])
+    except SystemExit as leaving:  # argparse
+        return leaving.code
+
+
+def write_examples(kind: str, path, labelled: bool = True):
+    """The examples of `training_models` as a file."""
+    examples = examples_of(kind, 24)
+    if kind == "token":
+        rows = [
+            "\n".join(f"{w} {t}" if labelled else w for w, t in zip(e.words, e.tags, strict=True)) for e in examples
+        ]
+        path = path.with_suffix(".conll")
+        path.write_text("\n\n".join(rows) + "\n")
+    elif kind == "qa":
+        path = path.with_suffix(".json")
+        entries = [
+            {"context": e.context, "qas": [{"id": e.id, "question": e.question, "answers": [
+                {"text": a.text, "answer_start": a.start} for a in e.answers if labelled]}]} for e in examples
+        ]  # fmt: skip
+        path.write_text(json.dumps({"data": [{"paragraphs": entries}]}))
+    else:
+        path = path.with_suffix(".jsonl")
+        rows = []
+        for e in examples:
+            row = {"text": e.text} if kind != "pair" else {"text1": e.text, "text2": e.pair}
+            rows.append(row | ({"label": e.label} if labelled else {}))
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory):
+    """A folder for each kind, as `fastbert finetune` leaves one."""
+    home, made = tmp_path_factory.mktemp("teachers"), {}
+    for kind in KINDS:
+        task, made[kind] = task_of(kind)[0], home / kind
+        made[kind].mkdir()
+        model = model_of(task, 3, seed=2)
+        save_model(made[kind], model, model.state_dict(), task.tokenizer, task.spec)
+    return made
+
+
+def distill(teacher, kind, data, out, *others, student=2) -> int:
+    task = "sentence" if kind in ("several", "number") else kind
+    return run(
+        "distill", "--teacher", teacher, "--student", student, "--task", task, "--data", data, "--out", out, *COMMON,
+        "-q", *others,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_task_without_labels(kind, teachers, tmp_path, capsysbinary):
+    """The student answers as its teacher more often than at first, and transformers reads it."""
+    import transformers
+
+    data = write_examples(kind, tmp_path / "unlabelled", labelled=False)
+    gold, out = write_examples(kind, tmp_path / "gold"), tmp_path / "out"
+    args = ("--eval", gold, "--epochs", 2, "--lr", "1e-3", "--losses", "logits,hidden,minilm2", "--batch-tokens", 80)
+    assert distill(teachers[kind], kind, data, out, *args) == 0
+    report = json.loads((out / "report.json").read_text())
+    assert report["scores of the teacher"].keys() == report["scores"].keys()
+    assert (report["layers"], report["layers of the teacher"], report["pairs of layers"]) == (2, 3, [[0, 0], [1, 2]])
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["logits_loss"] + rows[0]["hidden_loss"] + rows[0]["minilm2_loss"] == pytest.approx(rows[0]["loss"])
+    auto = {"token": "AutoModelForTokenClassification", "qa": "AutoModelForQuestionAnswering"}
+    theirs = getattr(transformers, auto.get(kind, "AutoModelForSequenceClassification")).from_pretrained(out)
+    assert theirs.config.num_hidden_layers == 2
+    assert not any("projection" in name for name in theirs.state_dict())
+    assert theirs.config.id2label == transformers.AutoConfig.from_pretrained(teachers[kind]).id2label
+    capsysbinary.readouterr()
+    assert run("predict", out, data, *COMMON) == 0
+    assert len(capsysbinary.readouterr().out.splitlines()) == 24
+    assert Encoder.from_pretrained(out, dtype="float32").encode(["a b"]).shape == (1, 32)
+
+
+def test_a_run_that_was_interrupted_goes_on(teachers, tmp_path, monkeypatch):
+    """To the same bits; and not with another teacher, loss or temperature."""
+    from fastbert.compression.distill import Distilling
+
+    data = write_examples("sentence", tmp_path / "data")
+    args = ("--losses", "logits,labels=0.5,first", "--epochs", 2, "--batch-tokens", 60)
+    assert distill(teachers["sentence"], "sentence", data, tmp_path / "whole", *args) == 0
+    of_step, out = Distilling._step, tmp_path / "parts"
+
+    def interrupted(self, step, epoch, asked):
+        return of_step(self, step, epoch, [2] if self.progress.step == 2 else asked)
+
+    monkeypatch.setattr(Distilling, "_step", interrupted)
+    assert distill(teachers["sentence"], "sentence", data, out, *args) == 130
+    monkeypatch.undo()
+    other = (args[0], "logits,labels=0.6,first", *args[2:])
+    assert distill(teachers["sentence"], "sentence", data, out, *other, "--resume") == 1
+    assert distill(teachers["sentence"], "sentence", data, out, *args) == 1, "without --resume"
+    assert distill(teachers["sentence"], "sentence", data, out, *args, "--resume") == 0
+    assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    assert (out / "metrics.jsonl").read_text().count("logits_loss") == 2 * (
+        (tmp_path / "whole" / "metrics.jsonl").read_text().count("logits_loss") // 2
+    )
+
+
+# ---- masked words --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def guesser(tmp_path_factory):
+    """(a model of masked words, text)."""
+    folder = tmp_path_factory.mktemp("guesser")
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(WORDS), hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48,
+        max_position_embeddings=24, initializer_range=0.2,
+    )  # fmt: skip
+    BertForMaskedLM(config).save_pretrained(folder)
+    Tokenizer.from_words(WORDS, lowercase=True).save_pretrained(folder)
+    text = folder / "text.txt"
+    text.write_text(text_of())
+    return folder, text
+
+
+def words(guesser, out, *others, student=1) -> int:
+    folder, text = guesser
+    return run(
+        "distill", "--teacher", folder, "--student", student, "--mlm", "--data", text, "--out", out, "--max-length", 24,
+        "--batch-tokens", 300, *COMMON, "-q", *others,
+    )  # fmt: skip
+
+
+def test_masked_words(guesser, tmp_path):
+    """Logits over the vocabulary: the student's guesses come nearer; it goes on to the same bits."""
+    import transformers
+
+    args = ("--losses", "logits,labels=0.5,cosine,attention", "--steps", 8, "--lr", "2e-3", "--eval", guesser[1])
+    assert words(guesser, tmp_path / "whole", *args) == 0
+    rows = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    logits = [row["logits_loss"] for row in rows if "loss" in row]
+    assert len(logits) == 8
+    assert sum(logits[-3:]) < 0.9 * sum(logits[:3])
+    assert transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "whole").config.num_hidden_layers == 1
+    assert json.loads((tmp_path / "whole" / "report.json").read_text())["scores"]["masked_loss"] > 0
+
+
+def test_relations_of_an_encoder_without_a_head(guesser, tmp_path):
+    """Of another width. What is saved is a plain BERT, since nothing trained a head."""
+    plain = tmp_path / "plain"
+    BertModel.from_pretrained(guesser[0]).save_pretrained(plain)
+    Tokenizer.from_pretrained(guesser[0]).save_pretrained(plain)
+    narrow = tmp_path / "narrow.json"
+    narrow.write_text(json.dumps({"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 1,
+                                  "intermediate_size": 24, "max_position_embeddings": 24}))  # fmt: skip
+    out, args = tmp_path / "out", ("--losses", "minilm2", "--relation-heads", 4, "--steps", 3)
+    assert words((plain, guesser[1]), out, *args, student=narrow) == 0
+    assert not any(
+        name.startswith(("cls.", "bert.", "projections")) for name in BertModel.from_pretrained(out).state_dict()
+    )
+    assert Encoder.from_pretrained(out, dtype="float32").encode(["a b"]).shape == (1, 16)
+    assert words((plain, guesser[1]), out, *args, "--resume", student=narrow) == 0
+    assert words((plain, guesser[1]), tmp_path / "no", "--steps", 3) == 1, "logits need a head"
+
+
+# ---- what is refused -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("teacher", "kind", "args", "says"),
+    [
+        ("pair", "sentence", (), "was fine-tuned for --task pair, not for --task sentence"),
+        ("sentence", "sentence", ("--losses", "hidden", "--layers", "0,3"), "layers 0 to 2, and no layer 3"),
+        ("sentence", "sentence", ("--losses", "minilm", "--relation-layer", "3"), "the teacher has the layers 0 to 2"),
+        ("sentence", "sentence", ("--metric", "pearson"), "--metric pearson does not fit labels that are classes"),
+        ("several", "sentence", ("--metric", "accuracy"), "--metric of --task sentence is one of"),
+    ],
+)  # fmt: skip
+def test_a_teacher_that_does_not_fit(teacher, kind, args, says, teachers, tmp_path, capsys):
+    data = write_examples(kind, tmp_path / "data", labelled=False)
+    assert distill(teachers[teacher], kind, data, tmp_path / "out", *args) == 1
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+def test_labels_that_the_teacher_does_not_know(teachers, tmp_path, capsys):
+    data = tmp_path / "data.tsv"
+    data.write_text("text\tlabel\na b\tearly\nc d\tmiddle\n")
+    assert distill(teachers["sentence"], "sentence", data, tmp_path / "out", "--losses", "logits,labels") == 1
+    said = capsys.readouterr().err
+    assert "line 3: the label 'middle' was never seen in training: early, Late, which are the labels of the" in said
+    assert distill(teachers["sentence"], "sentence", data, tmp_path / "out", "--epochs", 1) == 0, "labels are not read"
+    assert distill(teachers["sentence"], "sentence", data, tmp_path / "other", "--eval", data) == 1
+
+
+def test_folders_that_are_half_written(teachers, tmp_path, capsys):
+    """A teacher without weights, cut weights, a head of another task; and nothing is lost of what OUT had."""
+    data, out = write_examples("sentence", tmp_path / "data", labelled=False), tmp_path / "out"
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in teachers["sentence"].iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    whole = (broken / "model.safetensors").read_bytes()
+    out.mkdir()
+    (out / "model.safetensors").write_text("of before")
+    for spoil in (whole[: len(whole) // 2], None):
+        (broken / "model.safetensors").unlink()
+        if spoil is not None:
+            (broken / "model.safetensors").write_bytes(spoil)
+        assert distill(broken, "sentence", data, out) == 1
+        assert "broken" in capsys.readouterr().err
+        assert distill(teachers["sentence"], "sentence", data, out, student=broken) == 1
+        assert "broken" in capsys.readouterr().err
+    assert (out / "model.safetensors").read_text() == "of before"
+    (teachers["sentence"] / "fastbert_task.json").rename(tmp_path / "kept.json")
+    try:
+        tags = write_examples("token", tmp_path / "tags", labelled=False)
+        assert distill(teachers["sentence"], "token", tags, out) == 1
+        assert (
+            "it has BertForSequenceClassification, and --task token a BertForTokenClassification"
+            in capsys.readouterr().err
+        )
+        assert distill(teachers["sentence"], "sentence", data, out, "--epochs", 1) == 0, "the config says enough"
+    finally:
+        (tmp_path / "kept.json").rename(teachers["sentence"] / "fastbert_task.json")
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (("--mlm",), "--mlm needs --steps"),
+        (("--mlm", "--steps", 2, "--epochs", 2), "--epochs is for --task"),
+        (("--task", "sentence", "--steps", 2), "--steps is for --mlm"),
+        (("--task", "sentence", "--losses", "logits,speed"), "'speed' is none of labels, logits"),
+        (("--task", "sentence", "--losses", "logits,logits=2"), "'logits' comes twice"),
+        (("--task", "sentence", "--losses", "logits=0"), "the weight of logits is 0"),
+        (("--task", "sentence", "--losses", "logits=x"), "expected a number from 0 up"),
+        (("--task", "sentence", "--temperature", 0), "--temperature divides"),
+        (("--task", "sentence", "--patience", 2), "--patience is about measuring"),
+        (("--task", "token", "--columns", "a,b"), "--columns is for tables"),
+        (("--task", "sentence", "--fsdp"), "--fsdp needs several processes"),
+        ((), "one of the arguments --task --mlm is required"),
+    ],
+)
+def test_arguments_that_do_not_go_together(args, says, tmp_path, capsys):
+    assert run("distill", "--teacher", "t", "--student", 1, "--data", "d", "--out", tmp_path / "out", *args) == 2
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
