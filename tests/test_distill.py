@@ -51,7 +51,7 @@ def test_gradients_do_not_depend_on_how_a_step_is_cut(kind, tmp_path):
     scale = max(g.norm() for g in truth.values())
     for name, g in truth.items():
         assert (found[name] - g).norm() <= 2 * (allowed[name] - g).norm() + 1e-6 * scale, name
-    torch.testing.assert_close(parts.loss_of_step, whole.loss_of_step)
+    torch.testing.assert_close(parts.loss_of_step, whole.loss_of_step, rtol=1e-5, atol=1e-6)
     assert len(parts.loss_of_step) == 1 + len(ALL)
 
 
@@ -59,13 +59,14 @@ def test_texts_without_labels_teach_as_much(tmp_path):
     """The teacher alone is asked: nothing is read of the windows' targets."""
     run, blind = (run_of(tmp_path, "token", "logits", "hidden") for _ in range(2))
     blind.windows = [type(w)(w.input_ids, w.token_type_ids, w.example, None, w.words) for w in blind.windows]
-    for name, g in gradients(run).items():
-        torch.testing.assert_close(gradients(blind)[name], g)
+    torch.testing.assert_close(gradients(blind), gradients(run))
 
 
 def test_a_student_comes_nearer_to_its_teacher(tmp_path):
     """The losses of the last steps are smaller than those of the first, and the teacher stays as it was."""
-    run = run_of(tmp_path, "sentence", *ALL, width=16, dropout=0.0, epochs=40, lr=3e-3)
+    names = [name for name in ALL if name != "labels"]  # which say something else
+    run = run_of(tmp_path, "sentence", *names, width=16, dropout=0.0, epochs=30, lr=5e-3)
+    run.SAVES_EPOCHS = False
     before = {name: t.clone() for name, t in run.model.teacher.state_dict().items()}
     assert not any(name.startswith("_beside") for name in run.model.state_dict())
     run.train()
@@ -106,8 +107,8 @@ def test_a_run_goes_on_to_the_same_bits(names, tmp_path):
 
 def test_hooks_do_not_stay(tmp_path):
     """And what they see is what the layer's own linear layers give."""
-    task, _, windows = task_of("sentence", 3)
-    model, batch = model_of(task, 2).eval(), pack(windows, range(3), CPU)
+    task, _, windows = task_of("sentence", 8)
+    model, batch = model_of(task, 2).eval(), pack(windows, range(8), CPU)
     with projections_of(model, [1]) as found:
         states = model(batch, output_hidden_states=True).hidden_states
     attention = model.bert.encoder["layer"][1].attention["self"]
@@ -222,7 +223,7 @@ def test_a_bottleneck_that_leaves_nothing_out_is_the_teacher(school, tmp_path, m
     torch.testing.assert_close(student(texts).logits, teacher(texts).logits, atol=2e-4, rtol=2e-4)
     for kind in ("token", "qa"):
         task, _, windows = task_of(kind, 6)
-        wide, batch = model_of(task, 2, seed=4).eval(), pack(windows, range(6), CPU)
+        wide, batch = model_of(task, 2, seed=4).eval(), pack(windows, range(len(windows)), CPU)
         given = write_config(tmp_path / "same.json", **sizes | {"num_hidden_layers": 2})
         own, other = (
             model(batch)
@@ -278,7 +279,7 @@ def test_a_model_that_exists(school, tmp_path):
     other = save(
         model_of(task_of("sentence")[0], 1), tmp_path / "words", Tokenizer.from_words(PIECES[::-1], lowercase=True)
     )
-    with pytest.raises(InputError, match=r"words has another vocabulary than the teacher \(the word '\[PAD\]'"):
+    with pytest.raises(InputError, match=r"words has another vocabulary than the teacher .the word '"):
         student_of(school, other)
     other = save(model_of(task_of("sentence")[0], 1), tmp_path / "case", Tokenizer.from_words(PIECES, lowercase=False))
     with pytest.raises(InputError, match="prepares text in another way"):
@@ -288,9 +289,9 @@ def test_a_model_that_exists(school, tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match=r"has the labels up, down, the teacher early, Late"):
         student_of(school, folder)
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError):
-        student_of(school, folder)
+    (plain / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="plain"):
+        student_of(school, plain)
 
 
 @pytest.mark.parametrize(

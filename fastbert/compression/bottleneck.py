@@ -28,7 +28,7 @@ from ..models.head import BertHead
 from ..packing import PackedBatch
 from ..text.files import InputError
 
-_NORM = re.compile(r"bert\..*LayerNorm|cls\.predictions\.transform\.LayerNorm")
+_NORM = re.compile(r"bert\..*LayerNorm")
 _LAYER = re.compile(r"(?<=\.layer\.)\d+(?=\.)")
 
 
@@ -97,7 +97,8 @@ def _basis(states: list[Tensor], width: int) -> Tensor:
 
 
 def _weights(student: BertHead, teacher: dict[str, Tensor], layers: list[int], basis: Tensor) -> dict[str, Tensor]:
-    """The student's state_dict but for its LayerNorms, which stay as they are."""
+    """The student's state_dict but for its LayerNorms, which stay as they are; that of a head for masked words, whose
+    input is no hidden state, for good."""
     own = student.state_dict()
     kept: dict[str, Tensor] = {}  # a layer's part -> which rows of its weights are kept
     for s, t in enumerate(layers):

@@ -120,7 +120,7 @@ class Distilling(Run):
         rows = sum(map(self.model.logits.rows, windows))
         # A step of empty texts may have no word to compare.
         divisor = Divisor(max(1.0, labels), max(1, rows), self.plan.tokens(step), len(step))
-        return super().share(step, epoch)[0], divisor
+        return self.own_batches(step), divisor
 
     def losses(self, batch: list[int], epoch: int, divisor: Divisor) -> tuple[Tensor, ...]:
         chosen, device = [self.windows[row] for row in batch], self.processes.device
@@ -173,7 +173,6 @@ def _task_prepared(
         )
     recipe = method.recipe(student.config, teacher.config)
     trained = TaskDistilled(student, teacher, recipe, logits_of(task))
-    _expect_all_reached(recipe, processes)
     facts = method.facts(request.model, (student, teacher), recipe)
     if to_score is not None:
         dtype = resolve_dtype(request.dtype, processes.device)
@@ -234,12 +233,6 @@ def _expect_labels(task: Task, examples: Sequence[Any], teacher: str) -> None:
         raise DataError(f"{error}, which are the labels of the teacher {teacher}") from None
 
 
-def _expect_all_reached(recipe: Recipe, processes: Processes) -> None:
-    """DDP waits for the gradient of every parameter. Raises: InputError."""
-    if processes.count > 1 and not {"labels", "logits"} & recipe.weights.keys():
-        raise InputError("several processes train all of a student together: --losses needs labels or logits")
-
-
 # ---- masked words ----------------------------------------------------------------------------------------
 
 
@@ -298,7 +291,6 @@ def _words_prepared(
             )
     recipe = method.recipe(student.config, teacher.config)
     trained = WordsDistilled(student, teacher, recipe)
-    _expect_all_reached(recipe, processes)
     facts = method.facts(source, (student, teacher), recipe)
     saved = student if trains_head else student.bert
     return pretraining.Learner(DistilledWords(trained), saved, trained, facts, method.binding(teacher))

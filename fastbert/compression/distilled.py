@@ -16,6 +16,7 @@ student has another width, one linear layer brings its hidden states to the teac
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from .logits import Classes
 BY_TOKEN = {"hidden": losses.squared, "cosine": losses.cosine}
 STATES = ("hidden", "cosine", "first", "embeddings")
 RELATIONS = ("minilm", "minilm2")
+_LAYER = re.compile(r"bert\.encoder\.layer\.(\d+)\.(.*)")
 LOSSES = ("labels", "logits", *STATES, "attention", *RELATIONS)
 
 
@@ -60,6 +62,26 @@ class Recipe:
         """The pairs of layers whose queries, keys and values are compared."""
         pairs = list(self.pairs) if "attention" in self.weights else []
         return pairs + ([self.relation_pair] if any(name in self.weights for name in RELATIONS) else [])
+
+    def reaches(self, name: str) -> bool:
+        """Whether a parameter of the student, by its name, changes any of the losses. The others are not trained: the
+        optimiser would only make them smaller."""
+        weights, layer = self.weights, _LAYER.match(name)
+        if "labels" in weights or "logits" in weights or name.startswith("bert.embeddings."):
+            return True
+        if layer is None:
+            return False
+        number, place = int(layer[1]), layer[2]
+        compared = [s for s, _ in self.pairs]
+        whole = max(compared) if any(n in weights for n in ("hidden", "cosine", "first")) else -1
+        looked_at = {"attention": (compared, ("query", "key"))}
+        looked_at |= {name: ([self.relation_pair[0]], ("query", "key", "value")) for name in RELATIONS}
+        for loss, (layers, parts) in looked_at.items():
+            if loss in weights:
+                whole = max(whole, max(layers) - 1)
+                if number in layers and place.startswith(tuple(f"attention.self.{part}." for part in parts)):
+                    return True
+        return number <= whole
 
     def expect_fit(self, student: BertConfig, teacher: BertConfig) -> None:
         """Raises: InputError where the two cannot be compared so."""
@@ -117,6 +139,8 @@ class Distilled(nn.Module):
         for name, needed_by in (("states", ("hidden", "cosine", "first")), ("embeddings", ("embeddings",))):
             if widths[0] != widths[1] and any(loss in recipe.weights for loss in needed_by):
                 self.projections[name] = nn.Linear(*widths, dtype=student.dtype, device=student.device)
+        for name, parameter in student.named_parameters():
+            parameter.requires_grad_(recipe.reaches(name))
 
     @property
     def teacher(self) -> BertHead:

@@ -165,7 +165,8 @@ def expect_same_words(given: str, own: Tokenizer, tokenizer: Tokenizer) -> None:
             f"{len(ours):,} words beside {len(theirs):,}" if other is None else f"the word {other!r} is another number"
         )
         raise InputError(f"{given} has another vocabulary than the teacher ({what}): their tokens cannot be compared")
-    probe = "Ünïcödé and UPPER CASE, don't; 北京"
+    known = [word.upper() for word in theirs if word.isalpha()]
+    probe = " ".join(["Ünïcödé, don't; 北京", *known[:99]])
     if own.input_ids([probe]) != tokenizer.input_ids([probe]):
         raise InputError(f"{given} prepares text in another way than the teacher, such as its letters' case")
 

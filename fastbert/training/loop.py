@@ -390,9 +390,12 @@ class Run(Loop):
         return 0 < self.settings.patience <= self.progress.since_best
 
     def share(self, step: list[int], epoch: int) -> tuple[list[tuple[list[int], bool]], float]:
-        items = sum(self.task.weight(self.windows[row]) for row in step)
+        return self.own_batches(step), sum(self.task.weight(self.windows[row]) for row in step)
+
+    def own_batches(self, step: list[int]) -> list[tuple[list[int], bool]]:
+        """The batches of this process, each with whether it counts."""
         batches = self.plan.batches(step, self.processes.rank, self.processes.count)
-        return [(rows or step[:1], bool(rows)) for rows in batches], items
+        return [(rows or step[:1], bool(rows)) for rows in batches]
 
     def losses(self, batch: list[int], epoch: int, divisor: float) -> tuple[Tensor]:
         chosen, device = [self.windows[row] for row in batch], self.processes.device
