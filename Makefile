@@ -37,7 +37,7 @@ help:
 	@echo "make engines  corpora by a real Ray and a real Spark (which needs Java) on this machine, and the examples of both"
 	@echo "make own-tests CHECKOUT=/transformers TESTS=tests/models/bert  a library's own tests on plain and accelerated models"
 	@echo "make full     all that takes hours: every kernel at every config, emulated PTX, other versions of Python and torch"
-	@echo "make lint     check code and format"
+	@echo "make lint     check code, format, and the types of the public modules"
 	@echo "make format   apply both"
 	@echo "make install  only make the environment, in $(VENV)"
 	@echo "make clean    remove what was built, and the environment"
@@ -136,13 +136,14 @@ full:
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf build dist .pytest_cache .ruff_cache .benchmarks *.egg-info kernels/cpu/_operators*.so
+	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .benchmarks *.egg-info kernels/cpu/_operators*.so
 	rm -rf .venvs full_logs
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
 	test ! -e $(INSTALLED) || rm -rf $(VENV)

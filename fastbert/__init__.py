@@ -15,9 +15,9 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time `__getattr__` im
     from . import functional as functional
     from .config import BertConfig as BertConfig
     from .dropin import accelerate as accelerate
-    from .dropin import explain as explain
     from .dropin import register_attention as register_attention
     from .dropin import restore as restore
+    from .dropin.explain import explain as explain
     from .encoding.encoder import Encoder as Encoder
     from .inference.weights import prepack as prepack
     from .kernels._invariance import batch_invariant as batch_invariant

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from dataclasses import InitVar, dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ._moved import renamed
 from .formats import Model, open_model, opened
@@ -85,10 +85,13 @@ class BertConfig:
     id2label: dict[int, str] | None = None
     label2id: dict[str, int] | None = None
     extra: dict[str, Any] = field(default_factory=dict)
-    num_labels: InitVar[int | None] = None
+    if TYPE_CHECKING:
+        num_labels: int = 2
+    else:  # an argument of the constructor, and a property of the object, which is set below
+        num_labels: InitVar[int | None] = None
     pruned_heads: dict[int, list[int]] | None = None
 
-    def __post_init__(self, num_labels: int | None) -> None:
+    def __post_init__(self, num_labels: int | None) -> None:  # type: ignore[override]
         if self.dtype is not None:
             self.dtype = str(self.dtype).removeprefix("torch.")
         if self.hidden_act == "gelu_tanh":
@@ -240,6 +243,7 @@ class BertConfig:
 
 
 def _get_num_labels(self: BertConfig) -> int:
+    assert self.id2label is not None  # __post_init__ sets it
     return len(self.id2label)
 
 
@@ -252,7 +256,9 @@ def _set_num_labels(self: BertConfig, num_labels: int) -> None:
 
 
 # Set here because inside the class the name already means the constructor's argument.
-BertConfig.num_labels = property(_get_num_labels, _set_num_labels, doc="Number of labels, the length of id2label.")
+BertConfig.num_labels = property(  # type: ignore[assignment]
+    _get_num_labels, _set_num_labels, doc="Number of labels, the length of id2label."
+)
 
 
 def _default_labels(num_labels: int) -> dict[int, str]:

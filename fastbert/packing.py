@@ -152,7 +152,11 @@ class PackedBatch:
             kept = [None if plane is None else plane.reshape(-1)[indices] for plane in planes]
             cu_seqlens = torch.zeros(rows + 1, dtype=torch.int32, device=device)
             torch.cumsum(counts, 0, out=cu_seqlens[1:])
-        return cls(*kept, cu_seqlens, longest, indices, (rows, width), lengths)
+        ids, types, places = kept
+        assert places is not None  # the plane of positions is always there
+        return cls(
+            ids, types, places, cu_seqlens, longest, indices, (rows, width), None if lengths is None else tuple(lengths)
+        )
 
     @property
     def total_tokens(self) -> int:
@@ -232,7 +236,7 @@ class PackedBatch:
 
     def _with(self, copies: dict[str, Tensor]) -> PackedBatch:
         """With copies of all its tensors, which belong together as these do."""
-        return replace(self, **copies, together=None)
+        return replace(self, **copies, together=None)  # type: ignore[arg-type]  # these fields hold tensors
 
     def _with_entries(self, device: torch.device) -> PackedBatch:
         """With the entries of attention's list where kernels on `device` go by them."""

@@ -118,7 +118,7 @@ def _explain_sentence(report: Report, path: str, module: nn.Module) -> None:
     if kind is None:
         return
     name = f"{path}.{sentence.PUBLIC[kind]}" if path else sentence.PUBLIC[kind]
-    method = module.__dict__.get(sentence.method_of(module, kind))
+    method = module.__dict__.get(sentence.method_of(module, kind) or "")
     if isinstance(method, sentence.BatchedMethod):
         report.replaced[name] = f"{type(module).__name__}: batches of tokens, sorted by their number"
         _explain_calls(report, name, method)

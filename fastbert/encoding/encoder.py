@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Siz
 from functools import reduce
 from operator import getitem
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
 from .. import functional as F
+from ..config import BertConfig
 from ..inference.weights import prepack
 from ..models.bert import BertModel, BertOutput
 from ..packing import PackedBatch
@@ -101,7 +102,8 @@ class Encoder:
         self.max_lengths = {task: min(length, longest) for task, length in (max_lengths or {}).items()}
         self.lowercase, self.tokenizer = lowercase, tokenizer
         self._tokenizer = tokenizer.lowercased() if lowercase else tokenizer
-        self.prompt, self.prompts, self.task = prompt, dict(NO_PROMPTS if prompts is None else prompts), None
+        self.prompt, self.prompts = prompt, dict(NO_PROMPTS if prompts is None else prompts)
+        self.task: str | None = None
         self.output = output
         self.modules = nn.ModuleList(modules).to(model.device, torch.promote_types(model.dtype, torch.float32)).eval()
         self._reads_layers = output_hidden_states and bool(parts_of(modules, WeightedLayerPooling))
@@ -113,7 +115,7 @@ class Encoder:
         """Sets which layers are read, and the widths of a token's row and of a text's vector."""
         if combine is not None and layers is None:
             raise ValueError(f"combine {combine!r} is for several layers: name them with layers")
-        width, count = self.model.config.hidden_size, len(self.model.encoder["layer"])
+        width, count = self.model.config.hidden_size, len(cast(nn.ModuleList, self.model.encoder["layer"]))
         self.layers, self.combine = None, combine or "concat"
         if layers is not None:
             if self.output != LAST_STATE or self._reads_layers:
@@ -180,7 +182,7 @@ class Encoder:
         return encoder.asked(prompt_name=prompt_name, task=task)
 
     @property
-    def config(self):
+    def config(self) -> BertConfig:
         return self.model.config
 
     @property
@@ -379,7 +381,7 @@ class Encoder:
 
     def _limit(self) -> int:
         """The longest text, in tokens."""
-        return self.max_lengths.get(self.task, self.max_length)
+        return self.max_lengths.get(self.task or "", self.max_length)
 
     def _prompt_length(self) -> int:
         """Tokens of the prompt at the start of each text, [CLS] included; 0 without a prompt, or if it is pooled
@@ -441,6 +443,7 @@ class Encoder:
         """[T, C]: the last layer's output, or the combined outputs of `layers`."""
         if self.layers is None:
             return found.last_hidden_state
+        assert found.hidden_states is not None  # they were asked for
         return combined([found.hidden_states[number] for number in self.layers], self.combine)
 
     def _vectors(self, batch: PackedBatch) -> Tensor:

@@ -75,6 +75,9 @@ class SentenceModule(nn.Module):
         return found
 
 
+Modules = Sequence[SentenceModule] | nn.ModuleList
+
+
 # ---- pooling ---------------------------------------------------------------------------------------------
 
 
@@ -385,19 +388,19 @@ class Router(SentenceModule):
         sizes.update(same)
 
 
-def check_modules(modules: Sequence[SentenceModule], sizes: Sizes) -> Sizes:
+def check_modules(modules: Modules, sizes: Sizes) -> Sizes:
     """The sizes after these modules. Raises ValueError if modules do not fit each other."""
     for module in modules:
         module.check(sizes)
     return sizes
 
 
-def parts_of(modules: Sequence[SentenceModule], kind: type[SentenceModule]) -> list:
+def parts_of(modules: Modules, kind: type[SentenceModule]) -> list:
     """The modules of a class among these, also on the routes of a Router."""
     return [inner for module in modules for inner in module.modules() if isinstance(inner, kind)]
 
 
-def is_normalised(modules: Sequence[SentenceModule]) -> bool:
+def is_normalised(modules: Modules) -> bool:
     """Whether every vector has length 1 after these modules."""
     last = modules[-1] if len(modules) else None
     if isinstance(last, Router):
@@ -405,19 +408,17 @@ def is_normalised(modules: Sequence[SentenceModule]) -> bool:
     return isinstance(last, Normalize) and last.output_name == VECTOR
 
 
-def modes_of(modules: Sequence[SentenceModule]) -> str:
+def modes_of(modules: Modules) -> str:
     """Names of the poolings, joined by +; empty if there are none outside a Router."""
     return "+".join(mode for module in modules if isinstance(module, Pooling) for mode in module.modes)
 
 
-def kinds_of(modules: Sequence[SentenceModule]) -> list[str]:
+def kinds_of(modules: Modules) -> list[str]:
     """The class names of these modules, for messages."""
     return [type(module).__name__ for module in modules]
 
 
-def run_modules(
-    modules: Sequence[SentenceModule], batch: PackedBatch, outputs: Mapping[str, Any], **others: Any
-) -> Tensor:
+def run_modules(modules: Modules, batch: PackedBatch, outputs: Mapping[str, Any], **others: Any) -> Tensor:
     """Runs the modules; returns the vectors [B, C]. outputs: BERT's outputs, by their names as features."""
     features = {**outputs, "batch": batch, **others}
     for module in modules:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from importlib import import_module
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ def _why_too_old(index: int | None) -> str | None:
 
 
 # What `torch.compiler.assume_constant_result` sets, without the second that importing torch's compiler takes.
-_why_too_old._dynamo_marked_constant = True
+_why_too_old._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _dotted(capability: tuple[int, int]) -> str:
@@ -83,7 +83,7 @@ def choose_impl(impl: str | None, device: torch.device) -> Impl:
             f'batch_invariant() needs impl "triton", or "native" on a CPU; got "{impl}" on {device.type}'
             + (f" ({reason})" if reason else "")
         )
-    return impl
+    return cast(Impl, impl)
 
 
 def engine(op: str, dtype: torch.dtype, device: torch.device, impl: str | None = None) -> str:
@@ -107,11 +107,11 @@ def triton_module(name: str) -> Any:
 
 
 def _import(name: str) -> None:
-    import_module(f"{kernels.__name__}.{name}")
+    import_module(f"{kernels.__name__}.{name}")  # type: ignore[attr-defined]
 
 
 # While torch.compile traces, the function itself runs: it could not follow `import_module`.
-_import._dynamo_marked_constant = True
+_import._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def resolve(op: str, impl: str | None, x: Tensor) -> Any:

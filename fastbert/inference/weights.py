@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -86,7 +87,7 @@ class FusedLinears(nn.ModuleDict):
         self.joined_linears = JoinedLinears()
 
     def forward(self, x: Tensor, impl: F.Impl | None = None) -> Tensor:
-        linears = list(self.values())
+        linears: list[Any] = list(self.values())
         if not all(is_untouched(linear, nn.Linear) for linear in linears):
             return torch.cat([linear(x) for linear in linears], -1)
         return self.joined_linears(x, linears, impl)

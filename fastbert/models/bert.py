@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from functools import cache, partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
@@ -49,6 +49,7 @@ class BertEmbeddings(nn.Module):
         if inputs_embeds is None and not (tables_are_plain and norm.plain):
             inputs_embeds = word(batch.input_ids)
         if inputs_embeds is None:
+            assert batch.input_ids is not None  # a batch without ids comes with embeddings
             own = self.LayerNorm
             return F.embedding_layer_norm(
                 batch.input_ids, types, batch.positions, word.weight, position.weight, segment.weight,
@@ -90,7 +91,8 @@ class BertLayer(nn.Module):
         """The layer's present description. Modules with hooks, or of other classes than torch's, are marked to be
         called as modules."""
         # Modules are read from the dictionaries, because attribute access of nn.Module takes ten times as long.
-        parts, attention = self._modules, self._modules["attention"]._modules
+        parts: dict[str, Any] = self._modules
+        attention = parts["attention"]._modules
         qkv, output, last = attention["self"], attention["output"]._modules, parts["output"]._modules
         name = self.config.activation
         if part_of(qkv, FusedLinears).plain:
@@ -194,7 +196,7 @@ class BertModel(PretrainedEncoder):
         if first_only and (output_attentions or output_hidden_states):
             raise ValueError("first_only leaves out of the last layer what output_attentions and _hidden_states show")
         packed = isinstance(input_ids, PackedBatch)
-        if not packed:
+        if not isinstance(input_ids, PackedBatch):
             batch = self.pack(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
             inputs_embeds = None if inputs_embeds is None else batch.unpad(inputs_embeds)
         elif any(t is not None for t in (attention_mask, token_type_ids, position_ids)):
@@ -207,7 +209,8 @@ class BertModel(PretrainedEncoder):
 
         plain = inputs_embeds is None and not (output_attentions or output_hidden_states)
         x = self._replayed(batch) if plain else None
-        hidden_states, attentions = [], []
+        hidden_states: list[Tensor] = []
+        attentions: list[Tensor] = []
         if x is None:
             x = self._run(
                 batch, inputs_embeds, hidden_states if output_hidden_states else None,
@@ -240,7 +243,7 @@ class BertModel(PretrainedEncoder):
     ) -> Tensor:
         """x [T, C] after the last layer, from ids or from inputs_embeds [T, C]; with `first_only` [B, C], zero for a
         sequence without tokens. The lists that are passed are filled, with states in the shape of the output."""
-        layers = list(self.encoder["layer"])
+        layers: list[Any] = list(cast(nn.ModuleList, self.encoder["layer"]))
         described, plain = (None, ()) if torch.compiler.is_compiling() else self._described()
         shared = Pass(batch, batch.schedule(self.impl), self.impl, layers=described)
         if self.training and max(self.config.hidden_dropout_prob, self.config.attention_probs_dropout_prob) > 0.0:
@@ -284,12 +287,13 @@ class BertModel(PretrainedEncoder):
     def _described(self) -> tuple[dict[nn.Module, Layer], list[Layer | None]]:
         """(layer -> description; the descriptions in order, with None for a layer that has hooks or another
         forward)."""
-        encoder, config = self._modules["encoder"], self.config
+        encoder, config = cast(nn.Module, self._modules["encoder"]), self.config
         return self._kept.of(encoder, self._describe, self.impl, config.activation, config.head_dim)
 
     def _describe(self) -> tuple[dict[nn.Module, Layer], list[Layer | None]]:
-        layers = list(self.encoder["layer"])
-        described = {layer: layer.described(self.impl) for layer in layers if isinstance(layer, BertLayer)}
+        layers = list(cast(nn.ModuleList, self.encoder["layer"]))
+        described: dict[nn.Module, Layer] = {}
+        described.update((layer, layer.described(self.impl)) for layer in layers if isinstance(layer, BertLayer))
         return described, [described[layer] if part_of(layer, BertLayer).plain else None for layer in layers]
 
     def takes_in_one_call(self, tokens: int) -> bool:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import warnings
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 import torch.nn as nn
 from torch import Tensor
+from typing_extensions import Self
 
 from .. import checkpoint
 from .. import functional as F
@@ -21,6 +22,7 @@ from .bert import BertModel
 from .loading import LeftUninitialised, initialise, load_encoder, read_model
 from .outputs import HeadOutput
 
+AnyOutput = TypeVar("AnyOutput", bound=HeadOutput)
 IGNORED = -100  # the label of an item that does not count in the loss
 
 
@@ -28,6 +30,7 @@ def product(linear: nn.Module, x: Tensor, impl: F.Impl | None) -> Tensor:
     """linear(x). Within `batch_invariant()` a plain layer does not use the vendor library, whose bits depend on the
     number of rows of x [N, C]."""
     if F.is_batch_invariant() and is_untouched(linear, nn.Linear):
+        assert isinstance(linear, nn.Linear)
         return F.linear(x, linear.weight, linear.bias, impl=impl)
     return linear(x)
 
@@ -66,7 +69,7 @@ class Encoded(NamedTuple):
         if labels.shape == (self.batch.total_tokens,):
             return labels.long()
         if tuple(labels.shape) != self.batch.padded_shape:
-            expected = f"[{self.batch.total_tokens}]" if self.packed else str(list(self.batch.padded_shape))
+            expected = f"[{self.batch.total_tokens}]" if self.packed else str(list(self.batch.padded_shape or ()))
             raise ValueError(f"{name} must be {expected}, one for each token, got {list(labels.shape)}")
         return self.batch.unpad(labels).long()
 
@@ -196,9 +199,10 @@ class BertHead(nn.Module):
 
     def pooled_dropped(self, encoded: Encoded) -> Tensor:
         """dropout of the pooler's output [B, C]."""
+        assert encoded.pooled is not None  # POOLED heads have a pooler
         return self.drop(encoded.pooled, encoded.batch.sequence_names << 32)
 
-    def returned(self, output: HeadOutput, return_dict: bool | None) -> HeadOutput | tuple:
+    def returned(self, output: AnyOutput, return_dict: bool | None) -> AnyOutput | tuple:
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     # ---- ties ------------------------------------------------------------------------------------------
@@ -242,7 +246,7 @@ class BertHead(nn.Module):
         seed: int | None = None,
         new_head: bool = False,
         **changes: Any,
-    ) -> BertHead:
+    ) -> Self:
         """A model in evaluation mode, from anything that `BertModel.from_pretrained` takes.
 
         Parameters that the checkpoint does not have (a head, or the pooler of a BERT that was saved without one) are

@@ -52,6 +52,7 @@ class BertForSequenceClassification(BertHead):
     """
 
     POOLED = FIRST_ONLY = True
+    class_weights: Tensor | None
 
     def __init__(self, config: BertConfig, impl: F.Impl | None = None):
         super().__init__(config, impl)
@@ -186,6 +187,7 @@ class BertForNextSentencePrediction(BertHead):
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
             output_attentions, output_hidden_states,
         )  # fmt: skip
+        assert encoded.pooled is not None  # POOLED
         logits = scores(self.cls["seq_relationship"], encoded.pooled, self.impl)
         loss = None if labels is None else cross_entropy(logits, labels.view(-1), num_items_in_batch)
         return self.returned(HeadOutput(loss=loss, logits=logits, **encoded.extras), return_dict)
@@ -203,6 +205,7 @@ class BertForTokenClassification(BertHead):
     """
 
     POOLED = False
+    class_weights: Tensor | None
 
     def __init__(self, config: BertConfig, impl: F.Impl | None = None):
         super().__init__(config, impl)

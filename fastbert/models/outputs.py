@@ -82,10 +82,14 @@ class PreTrainingOutput(HeadOutput):
 
 
 # FSDP2 uses pytrees to find the tensors on which it sets its gradient hooks.
-for _kind in (HeadOutput, SpanOutput, PreTrainingOutput):
+def _register(kind: type[HeadOutput]) -> None:
     register_pytree_node(
-        _kind,
+        kind,
         lambda output: (list(output.values()), tuple(output)),
-        lambda values, names, kind=_kind: kind(zip(names, values, strict=True)),
-        serialized_type_name=f"fastbert.{_kind.__name__}",
+        lambda values, names: kind(zip(names, values, strict=True)),
+        serialized_type_name=f"fastbert.{kind.__name__}",
     )
+
+
+for _kind in (HeadOutput, SpanOutput, PreTrainingOutput):
+    _register(_kind)

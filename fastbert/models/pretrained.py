@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from .loading import LeftUninitialised, load_encoder, read_model
 class PretrainedEncoder(nn.Module):
     """The base of `BertModel`. A subclass has `embeddings` and runs its layers in `_run`."""
 
-    embeddings: nn.Module
+    embeddings: Any  # a `BertEmbeddings`
+    _run: Callable[..., Tensor]
 
     def __init__(self, config: BertConfig, impl: F.Impl | None):
         super().__init__()
@@ -58,7 +60,7 @@ class PretrainedEncoder(nn.Module):
         if add_pooling_layer is None:
             add_pooling_layer = any("pooler.dense.weight" in name for name in state)
         with torch.device("meta"), LeftUninitialised():
-            model = cls(config, add_pooling_layer, impl)
+            model = cls(config, add_pooling_layer, impl)  # type: ignore[call-arg, arg-type]  # a subclass's
         load_encoder(model, state, id_or_path)
         put_in_integers(model, read.integers, device, impl)
         return model.to(device=device, dtype=read.dtype(dtype)).eval()
@@ -132,7 +134,9 @@ class PretrainedEncoder(nn.Module):
             )
         if inputs_embeds is not None and attention_mask is None and token_type_ids is None and position_ids is None:
             attention_mask = torch.ones(given.shape[:2], dtype=torch.bool, device=given.device)
-        return PackedBatch.from_padded(input_ids, attention_mask, token_type_ids, position_ids, shape=given.shape[:2])
+        return PackedBatch.from_padded(
+            input_ids, attention_mask, token_type_ids, position_ids, shape=(given.shape[0], given.shape[1])
+        )
 
     def _check(self, batch: PackedBatch) -> None:
         """Raises ValueError if lengths do not fit or ids are out of range; skipped where it would wait for a device."""

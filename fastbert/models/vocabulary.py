@@ -5,6 +5,8 @@ The docstring of `heads.py` lists the differences from transformers.
 
 from __future__ import annotations
 
+from typing import Any, Literal, cast
+
 import torch
 import torch.nn as nn
 from torch import Tensor
@@ -34,7 +36,7 @@ class PredictionHead(nn.Module):
         self.activation, self.impl = config.activation, impl
 
     def transformed(self, x: Tensor) -> Tensor:
-        norm = self.transform["LayerNorm"]
+        norm: Any = self.transform["LayerNorm"]
         h = F.activate(product(self.transform["dense"], x, self.impl), self.activation)
         return F.add_layer_norm(h, None, norm.weight, norm.bias, norm.eps, impl=self.impl)
 
@@ -50,7 +52,8 @@ class PredictionHead(nn.Module):
         if wants_logits:
             logits = product(self.decoder, h, self.impl)
             return cross_entropy(logits, labels, num_items_in_batch), logits
-        decoder, reduction = self.decoder, "mean" if num_items_in_batch is None else "sum"
+        decoder = self.decoder
+        reduction: Literal["mean", "sum"] = "mean" if num_items_in_batch is None else "sum"
         loss = F.linear_cross_entropy(h, decoder.weight, decoder.bias, labels, reduction=reduction, impl=self.impl)
         return loss if num_items_in_batch is None else loss / num_items_in_batch, None
 
@@ -66,14 +69,14 @@ class _Vocabulary(BertHead):
         self.tie_weights()
 
     def get_output_embeddings(self) -> nn.Module:
-        return self.cls["predictions"].decoder
+        return cast(PredictionHead, self.cls["predictions"]).decoder
 
     def words(
         self, encoded: Encoded, labels: Tensor | None, num_items_in_batch: Tensor | int | None,
         output_logits: bool | None,
     ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
         """(loss, logits); the loss is None without labels, logits are None unless requested."""
-        predictions = self.cls["predictions"]
+        predictions = cast(PredictionHead, self.cls["predictions"])
         if labels is None:
             return None, None if output_logits is False else encoded.shaped(predictions(encoded.hidden))
         return predictions.loss(
@@ -154,6 +157,7 @@ class BertForPreTraining(_Vocabulary):
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
             output_attentions, output_hidden_states,
         )  # fmt: skip
+        assert encoded.pooled is not None  # POOLED
         relation = scores(self.cls["seq_relationship"], encoded.pooled, self.impl)
         if labels is None or next_sentence_label is None:
             loss, logits = None, self.words(encoded, None, None, output_logits)[1]
@@ -162,7 +166,7 @@ class BertForPreTraining(_Vocabulary):
             pairs = cross_entropy(relation, next_sentence_label.view(-1), num_pairs_in_batch)
             if num_pairs_in_batch is None and num_items_in_batch is not None:
                 pairs = pairs * ((encoded.by_token("labels", labels) != IGNORED).sum() / num_items_in_batch)
-            loss = loss + pairs
+            loss = pairs if loss is None else loss + pairs
         output = PreTrainingOutput(
             loss=loss, prediction_logits=logits, seq_relationship_logits=relation, **encoded.extras
         )

@@ -85,6 +85,12 @@ class Tokenizer:
     Make one with `from_pretrained` or `from_vocab`.
     """
 
+    unk_token: str
+    sep_token: str
+    pad_token: str
+    cls_token: str
+    mask_token: str
+
     def __init__(self, backend: tokenizers.Tokenizer, config: dict[str, Any] | None = None) -> None:
         """backend: does the work; config: the content of tokenizer_config.json, kept and written back."""
         backend.no_truncation()  # truncation and padding in a tokenizer.json are left over from the job that saved it
@@ -154,7 +160,7 @@ class Tokenizer:
             strip_accents: None means the same as lowercase.
             tokenize_chinese_chars: each CJK ideograph is a word.
         """
-        config = {
+        config: dict[str, Any] = {
             "do_lower_case": lowercase,
             "strip_accents": strip_accents,
             "tokenize_chinese_chars": tokenize_chinese_chars,
@@ -167,7 +173,7 @@ class Tokenizer:
     @classmethod
     def from_words(cls, words: Sequence[str], lowercase: bool, *, model_max_length: int | None = 512) -> Tokenizer:
         """From a vocabulary in the order of the ids; else as `from_vocab`. Raises CheckpointError."""
-        config = {"do_lower_case": lowercase, "strip_accents": None, "tokenize_chinese_chars": True}
+        config: dict[str, Any] = {"do_lower_case": lowercase, "strip_accents": None, "tokenize_chinese_chars": True}
         if model_max_length is not None:
             config["model_max_length"] = model_max_length
         # If a word occurs twice, its last id counts, as in a vocab.txt.
@@ -226,7 +232,7 @@ class Tokenizer:
             kept = max_length - special
             if self._keeps_beginnings and not overflow and pairs is None:
                 texts = self._cutter.texts(texts, kept)
-            elif self._keeps_beginnings and not overflow:
+            elif self._keeps_beginnings and not overflow and pairs is not None:
                 cut = [self._cutter.pair(a, b, kept, truncation) for a, b in zip(texts, pairs, strict=True)]
                 texts, pairs = [a for a, _ in cut], [b for _, b in cut]
 
@@ -335,11 +341,11 @@ class Tokenizer:
 
     @property
     def cls_token_id(self) -> int:
-        return self._backend.token_to_id(self.cls_token)
+        return self._known_id(self.cls_token)
 
     @property
     def sep_token_id(self) -> int:
-        return self._backend.token_to_id(self.sep_token)
+        return self._known_id(self.sep_token)
 
     @property
     def mask_token_id(self) -> int | None:
@@ -347,7 +353,12 @@ class Tokenizer:
 
     @property
     def unk_token_id(self) -> int:
-        return self._backend.token_to_id(self.unk_token)
+        return self._known_id(self.unk_token)
+
+    def _known_id(self, token: str) -> int:
+        index = self._backend.token_to_id(token)
+        assert index is not None, f"{token} is in every vocabulary that __init__ accepts"
+        return index
 
     @property
     def special_ids(self) -> set[int]:

@@ -108,13 +108,12 @@ def pipeline(
     with opened(folder) as path:
         config, tokenizer = BertConfig.from_pretrained(path), Tokenizer.from_pretrained(path)
         spec = spec_in(path / SPEC_FILE)
+        labels: Sequence[str] = [label for _, label in sorted((config.id2label or {}).items())]
         if spec is None:
-            spec, labels = (
-                Spec("next-sentence", "accuracy", max_length=config.max_position_embeddings),
-                NextSentenceTask.LABELS,
-            )
-        else:
-            labels = [] if spec.task == "qa" else [config.id2label[i] for i in sorted(config.id2label)]
+            spec = Spec("next-sentence", "accuracy", max_length=config.max_position_embeddings)
+            labels = NextSentenceTask.LABELS
+        elif spec.task == "qa":
+            labels = []
         task = make_task(spec, tokenizer, labels)
         with warnings.catch_warnings():
             # A head that is missing is an error here, below.
