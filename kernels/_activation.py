@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-# In kernels these stand to the right of a tensor: to the left, the interpreter takes the tensor for a constant too.
+# In kernels these constants must be right operands: if one is the left operand, the interpreter treats the tensor as a
+# constant too.
 LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2_E)
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 INV_SQRT_2PI = tl.constexpr(0.3989422804014327)

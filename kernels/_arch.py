@@ -1,6 +1,7 @@
-"""What an architecture offers, by the name that compilers give it: matrix unit, shared memory, bulk copies.
+"""The features of an architecture by its compiler name: matrix unit, shared memory, bulk copies.
 
-The ladders ask for these, never for a name: a card newer than this file gets the tiles of the class it is of.
+The tables of launch parameters depend on these features, never on a name, so that a GPU newer than this file gets the
+tiles of its class.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ KB = 1024
 
 @dataclass(frozen=True)
 class Hardware:
-    """matrix: the matrix instructions for 16-bit types; shared: bytes of shared memory that one program may take.
+    """matrix: the matrix instructions for 16-bit types. shared: most bytes of shared memory of a program.
 
-    "mma.sync"  operands and sums in registers, synchronous: all NVIDIA cards from 8.0 on but for the next two
+    "mma.sync"  operands and sums in registers, synchronous: all NVIDIA GPUs from 8.0 on except the next two classes
     "wgmma"     operands from shared memory, sums in registers, asynchronous: 9.x (Hopper)
-    "tcgen05"   operands from shared memory, sums in a memory of their own: 10.x (data centre Blackwell), 11.x (Thor)
+    "tcgen05"   operands from shared memory, sums in tensor memory: 10.x (data centre Blackwell), 11.x (Thor)
     "mfma"      operands and sums in registers, 64 lanes a warp: AMD's CDNA
 
-    bulk_copy: has an engine that copies blocks of a tensor by its descriptor.
+    bulk_copy: whether a copy engine copies blocks of a tensor, given a descriptor.
     """
 
     matrix: str
@@ -40,13 +41,13 @@ _OF_MAJOR = {
     11: Hardware("tcgen05", 227 * KB, bulk_copy=True),
     12: Hardware("mma.sync", 99 * KB, bulk_copy=True),
 }
-_UNKNOWN = Hardware("mma.sync", 99 * KB, bulk_copy=False)  # every NVIDIA card from 8.0 on has this
+_UNKNOWN = Hardware("mma.sync", 99 * KB, bulk_copy=False)  # every NVIDIA GPU from 8.0 on has at least this
 _AMD = Hardware("mfma", 64 * KB, bulk_copy=False)
 
 
 @functools.cache
 def hardware(arch: str) -> Hardware:
-    """Of "sm_80", "sm_90a", "sm_100", "gfx942"; ValueError where it is no such name."""
+    """The features of "sm_80", "sm_90a", "sm_100", "gfx942", ... Raises ValueError for any other name."""
     if arch.startswith("gfx"):
         return _AMD
     if not (number := re.fullmatch(r"sm_(\d{2,})[af]?", arch)):

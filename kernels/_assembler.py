@@ -1,4 +1,4 @@
-"""Which assembler makes NVIDIA machine code for Triton: whether code for sm_90 is right has depended on it
+"""The assembler that makes NVIDIA machine code for Triton. Some versions made wrong code for sm_90
 (benchmarks/log/gpu.md)."""
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ import subprocess
 
 
 def assembler(arch: str) -> str:
-    """The ptxas that Triton runs for "sm_90", say: "ptxas 12.8.93 (/path/to/ptxas)". ImportError without Triton.
+    """The ptxas that Triton runs for an architecture, as "ptxas 12.8.93 (/path/to/ptxas)". ImportError without Triton.
 
-    Triton brings one for compute capability 10.0 and up and an older one for the others, and takes TRITON_PTXAS_PATH
-    or TRITON_PTXAS_BLACKWELL_PATH instead where that is set and runs.
+    Triton's wheel has one for compute capability 10.0 and newer and an older one for all others. TRITON_PTXAS_PATH or
+    TRITON_PTXAS_BLACKWELL_PATH replaces it if that file runs.
     """
     from triton.backends.nvidia.compiler import get_ptxas
 

@@ -1,7 +1,8 @@
-"""Checks of what tensors hold, where looking costs no wait: on a CPU always, on a GPU only with FASTBERT_CHECK=1.
+"""Checks of the values in tensors. CPU tensors are always checked; GPU tensors, where a check waits for the device,
+only with FASTBERT_CHECK=1.
 
-A wrong length or index is an address outside of a tensor, so nobody computes with it where it can be seen. Lengths are
-looked at once a batch: `functional.attention_schedule` does, and layers that share its schedule do not look again.
+A wrong length or index would become an address outside of a tensor. Lengths are checked once per batch:
+`functional.attention_schedule` checks them, and layers that share its schedule do not check again.
 """
 
 import operator
@@ -10,16 +11,16 @@ import os
 import torch
 from torch import Tensor
 
-# of a feed-forward layer
+# The activations of a feed-forward layer.
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "geglu")
 
-# Looking at a tensor of a GPU waits for all that runs there, so it has to be asked for.
+# Reading a GPU tensor waits for all work on that device, so checks of GPU tensors are off by default.
 CHECKS_DEVICES = os.environ.get("FASTBERT_CHECK") == "1"
 
 
 def can_look(t: Tensor) -> bool:
-    """Are the values of t to be read now: not of a tensor that is traced, transformed or without memory, nor, unless
-    FASTBERT_CHECK=1, of one on a device?"""
+    """Whether the values of t may be read now. False for tensors that are traced, transformed or without memory, and,
+    unless FASTBERT_CHECK=1, for tensors on a device."""
     if type(t) not in (Tensor, torch.nn.Parameter) or torch.compiler.is_compiling():
         return False
     if torch._C._functorch.maybe_current_level():
@@ -28,14 +29,14 @@ def can_look(t: Tensor) -> bool:
         return True
     if not CHECKS_DEVICES or t.is_meta:
         return False
-    # only CUDA records streams, and a torch without CUDA cannot even be asked
+    # Only CUDA records streams; a torch without CUDA would raise here.
     return not (t.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def expect_sequences(op: str, name: str, cu_seqlens: Tensor, rows: int, longest: int | None = None) -> list[int] | None:
     """Raises ValueError unless cu_seqlens [B + 1] rises from 0 to `rows`, and by no more than `longest` at a step.
 
-    Returns: its numbers; None where nobody looks.
+    Returns: the numbers; None if they may not be read (`can_look`).
     """
     if not can_look(cu_seqlens):
         return None

@@ -1,7 +1,8 @@
-"""What a kernel module tells the offline compiler: calls of its operators, whose launches are to be compiled.
+"""Calls of operators whose launches the offline compiler compiles; each kernel module lists its own.
 
-A call is run through the real launchers with a driver for a card that is not there, so what is compiled is what they
-launch: types, constants, what is divisible by 16, warps and stages. See `benchmarks.inspection.compile_cases`.
+The calls run through the real launchers, with a driver that needs no GPU. So the compiled kernels are those that the
+launchers use: the same types, constants, divisibility by 16, warps and stages. See
+`benchmarks.inspection.compile_cases`.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ def compile_call(
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """A tensor for a call: nobody reads what it holds. (Indices are zeros: torch may sort or look up by them.)"""
+    """A tensor for a call; its contents are not used. (Indices are zeros, since torch may sort them or look them
+    up.)"""
     make = torch.empty if dtype.is_floating_point else torch.zeros
     return make(shape, dtype=dtype, device="cpu")

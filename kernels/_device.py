@@ -1,4 +1,4 @@
-"""What the machine at hand can run, asked once."""
+"""The capabilities of this machine, determined once."""
 
 import functools
 import importlib.util
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 # Found, not imported: importing Triton costs a quarter of a second.
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-# Does Triton interpret kernels in this process? Triton itself reads the variable once, at import.
+# Whether Triton interprets kernels in this process. Triton itself reads the variable once, at import.
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
 @dataclass(frozen=True)
 class Card:
-    """A card that is not there, but that Triton launches kernels on (`stand_in`)."""
+    """A GPU that is not present, for which Triton's launches are handled by software (`stand_in`)."""
 
     arch: str
     capability: tuple[int, int]
@@ -25,9 +25,10 @@ _stand_in: Card | None = None
 
 
 def stand_in(card: Card | None) -> Card | None:
-    """From now on Triton runs kernels on CPU tensors, and this card answers below; None: no longer. Returns the last.
+    """Makes Triton kernels run on CPU tensors from now on, with this card's properties; None ends that. Returns the
+    previous card.
 
-    For the one who sets Triton's driver, which is one a process too.
+    For code that replaces Triton's driver, of which there is also one per process.
     """
     global _stand_in
     before, _stand_in = _stand_in, card
@@ -37,7 +38,7 @@ def stand_in(card: Card | None) -> Card | None:
 
 
 def triton_on_cpu() -> bool:
-    """Does Triton run kernels on CPU tensors here: by its interpreter, or for a card that is not there?"""
+    """Whether Triton runs kernels on CPU tensors, by its interpreter or with a `stand_in`."""
     return INTERPRETING or _stand_in is not None
 
 

@@ -1,4 +1,4 @@
-"""The one matrix product: C = op(A) op(B)^T with whatever follows it done before the tile leaves the chip.
+"""The Triton matrix product: C = op(A) op(B)^T, with an epilogue that is computed before a tile leaves the chip.
 
     nt   c[m, n] = sum_k a[m, k] b[n, k]     forward:          x [M, K],  weight [N, K]
     nn   c[m, n] = sum_k a[m, k] b[k, n]     input gradient:   dy [M, K], weight [K, N]
@@ -12,7 +12,7 @@ Epilogues, on the float32 accumulator:
                dbias_part = column sums of dh, a row of them per row of tiles, in float32
 
 Order of summation: K in steps of BLOCK_K, first to last, in one accumulator (no split-K, no atomics). The tile
-comes from (n, k, dtype, device), never from M, so the bits of a row of our product depend on nothing but that row.
+comes from (n, k, dtype, device), never from M, so the bits of a row of our product depend only on that row.
 
 Work and bytes, b an element: 2 M N K floating-point operations; reads A and B, writes C: (M K + K N + M N) b, and with
 an epilogue reads or writes M N b more for each further matrix (h, act, dh). No pass more than that: column sums leave
@@ -50,19 +50,19 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def matrix_of(x: Tensor) -> Tensor:
     """[..., N] as [M, N] whose rows are contiguous; a copy only where the strides force one."""
     x = x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
-    # a row stride under N is an expanded tensor: readable by pointers, not by descriptors
+    # A row stride below N means an expanded tensor, which pointers can read and descriptors cannot.
     return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
 
 
 def _aligned(x: Tensor) -> bool:
-    """Can x [R, C] be read by 16 bytes? Base and row stride in whole 16 bytes."""
+    """Whether x [R, C] can be read in units of 16 bytes: address and row stride are multiples of 16 bytes."""
     return x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
 
 
 def _operands(
     a: Tensor, b: Tensor, layout: str, config: GemmConfig
 ) -> tuple[GemmConfig, Tensor | TensorDescriptor, Tensor | TensorDescriptor]:
-    """(the config that these operands allow, a and b as the kernel takes them)."""
+    """(the config, changed if these operands do not allow it; a and b as arguments of the kernel)."""
     if a.element_size() < 4 and not (_aligned(a) and _aligned(b) and a.numel()):
         config = UNALIGNED
     if not config.bulk:
@@ -79,14 +79,14 @@ _DEFAULTS = {f.name: f.default for f in fields(TensorDescriptor) if f.default is
 
 
 def _descriptor(t: Tensor, block: list[int]) -> TensorDescriptor:
-    """`TensorDescriptor.from_tensor` without its checks: that `t` is `_aligned` and not empty is known here."""
+    """`TensorDescriptor.from_tensor` without its checks, for a tensor that is `_aligned` and not empty."""
     descriptor = object.__new__(TensorDescriptor)
     descriptor.__dict__.update(_DEFAULTS, base=t, shape=t.shape, strides=t.stride(), block_shape=block)
     return descriptor
 
 
 def _constants(config: GemmConfig, n: int, k: int, activation: str, **strides: int) -> dict:
-    """What both kernels take beside the tensors and m."""
+    """The arguments of both kernels other than the tensors and m."""
     return strides | {
         "n": n, "k": k, "ACTIVATION": activation,
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
@@ -98,7 +98,8 @@ def _constants(config: GemmConfig, n: int, k: int, activation: str, **strides: i
 def _plan(
     config: GemmConfig, n: int, k: int, layout: str, activation: str, accumulate: bool, a: int, b: int, y: int, h: int
 ) -> Plan:
-    """a, b, y, h: strides of rows. (With layout "tn" k is rows of the batch, and bound anew for every length.)"""
+    """The launch plan. a, b, y, h: row strides. (With layout "tn" k is the number of rows of the batch, so there is a
+    plan for every length.)"""
     return Plan(
         _linear_act_kernel, "a b bias_ptr y_ptr h_ptr", "m",
         _constants(config, n, k, activation, stride_a=a, stride_b=b, stride_y=y, stride_h=h)
@@ -187,7 +188,8 @@ def matmul(
     a: Tensor, b: Tensor, bias: Tensor | None = None, layout: str = "nt", invariant: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """op(A) op(B)^T + bias by whomever `gemm_config` names. `out` (without bias): [M, N], rows contiguous."""
+    """op(A) op(B)^T + bias, by our kernel or the vendor library as `gemm_config` says. `out` (without bias): [M, N],
+    rows contiguous."""
     n, k = b.shape if layout == "nt" else (b.shape[1], a.shape[1])
     config = gemm_config(n, k, a.dtype, _device.arch(a.device.index), layout, "none", invariant)
     if not config.vendor:
@@ -212,17 +214,17 @@ def accumulate_tn(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
         gemm(a, b, None, "tn", config, out=total, accumulate=not first)
     elif a.dtype == total.dtype or not a.is_cuda:
         total.addmm_(a.t().to(total.dtype), b.to(total.dtype), beta=0.0 if first else 1.0)
-    elif first:  # 16-bit operands, and the float32 sums that the vendor library makes of them: on CUDA only
+    elif first:  # only on CUDA the vendor library gives float32 sums of 16-bit operands
         torch.mm(a.t(), b, out_dtype=total.dtype, out=total)
     else:
         torch.addmm(total, a.t(), b, out_dtype=total.dtype, out=total)
 
 
-# ---- what the operators of this floor share --------------------------------------------------------------
+# ---- shared by the operators that use products -----------------------------------------------------------
 
 
 def cast_for_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The tensors in autocast's dtype where it is on, as F.linear would have them; gradients come back cast."""
+    """The tensors, cast to autocast's dtype if that is on, as F.linear does; gradients are cast back."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors
@@ -231,7 +233,7 @@ def cast_for_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:
-    """Will a backward pass come?"""
+    """Whether a backward pass may follow."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
@@ -244,7 +246,7 @@ def expect_one_dtype(op: str, **tensors: Tensor | None) -> None:
 
 
 def none_of(like: Tensor) -> Tensor:
-    """What an operator returns in place of a tensor that nobody asked for."""
+    """An empty tensor, which an operator returns for an output that was not requested."""
     return like.new_empty(0)
 
 
@@ -254,7 +256,7 @@ def column_sums(x: Tensor) -> Tensor:
 
 
 def wanted_of(wants: list[bool], gradients: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
-    """The gradients that were asked for, None for the others."""
+    """The requested gradients, None for the others."""
     return tuple(g if wanted else None for g, wanted in zip(gradients, wants, strict=True))
 
 
@@ -306,7 +308,7 @@ class _Linear(torch.autograd.Function):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear by our GEMM: the bits of a row of x [..., C] -> [..., N], and of its gradient, depend on that row alone.
+    """F.linear by our GEMM: the bits of a row of x [..., C] -> [..., N], and of its gradient, depend only on that row.
 
     weight [N, C], bias [N] or None, dtypes and autocast as in `feed_forward`.
     """

@@ -1,18 +1,18 @@
-"""How the matrix products are launched: by the vendor library or by us, and by us with which tile.
+"""Chooses for each matrix product between the vendor library and our kernel, and our kernel's tile.
 
-Both answers come from the model's shape, the dtype and the device, and not from the batch, so the bits of a row do not
-depend on what shares its batch; one exception, `FEW_ROWS`, is left out under `batch_invariant()`. `CHOICES` is a table,
-and says of every row what it rests on:
+Both choices depend on the model's shape, the dtype and the device, and not on the batch, so that the bits of a row do
+not depend on the rest of its batch. The only exception, `FEW_ROWS`, is off under `batch_invariant()`. `CHOICES` is a
+table that states the basis of every row:
 
     arch    "sm_90", "gfx942", ..., or "*": any
     dtype   "bf16", "fp16", "fp32", or "*"
     form    the product and what its epilogue does: see `FORMS`; or "*"
     n, k    the product's sizes that belong to the model: columns of the result, and the length of the sum; for "tn",
             whose sum runs over the batch, the rows of the result. 0: any
-    by      "vendor" (the vendor library, and a pointwise kernel of ours for the epilogue), "vendor epilogue" (the
-            vendor library alone, with bias and activation in its own epilogue) or "ours" (our kernel)
+    by      "vendor" (the vendor library, then a pointwise kernel of ours for the epilogue), "vendor epilogue" (only
+            the vendor library, with bias and activation in its own epilogue) or "ours" (our kernel)
     basis   "measured" or "reasoned"
-    source  of a measured row the result file in this repository, of a reasoned one the reason
+    source  for a measured row the result file in this repository, for a reasoned one the reason
 
 The first row that fits decides. `python -m benchmarks.tuning.tune` measures and prints rows for the top of the table.
 """
@@ -43,7 +43,7 @@ FORMS = {
 
 @dataclass(frozen=True)
 class Choice:
-    """Who multiplies; the columns are described above."""
+    """A row of the table; the columns are described above."""
 
     arch: str
     dtype: str
@@ -93,7 +93,8 @@ def choice(n: int, k: int, dtype: torch.dtype, arch: str, form: str) -> Choice:
 
 @dataclass(frozen=True)
 class GemmConfig:
-    """Who multiplies, and how. A `vendor` config has no tile of ours: the vendor library, then a pointwise kernel."""
+    """The launch of a product. With `vendor` the vendor library multiplies, followed by a pointwise kernel of ours, and
+    the fields of our tile mean nothing."""
 
     block_m: int = 0
     block_n: int = 0  # geglu: of each of the two halves
@@ -102,8 +103,8 @@ class GemmConfig:
     num_stages: int = 3
     slice_n: int = 32  # columns of the tile that the epilogue takes at a time
     bulk: bool = False  # operands by tensor descriptors (the bulk copy engine)
-    flatten: bool = False  # one pipeline over all tiles of a program: the next tile's loads fly during the epilogue
-    programs_per_sm: int = 0  # of the persistent grid; 0: one program a tile
+    flatten: bool = False  # one pipeline over all tiles of a program: the next tile is loaded during the epilogue
+    programs_per_sm: int = 0  # size of the persistent grid; 0: one program per tile
     group_m: int = 8
     vendor: bool = False
     vendor_epilogue: bool = False  # with `vendor`: bias and activation in the vendor's own epilogue
@@ -116,9 +117,9 @@ VENDOR_EPILOGUE = GemmConfig(vendor=True, vendor_epilogue=True)
 # so such a product is 12 programs at BERT-base's 3,072 columns on 132 multiprocessors; the vendor splits the sum.
 FEW_ROWS = 64
 
-# Activations that the vendor's epilogue has, and the dtypes in which its form is close enough. Its GELU is the tanh
-# form. For erf's GELU in bfloat16 that errs by 1.7e-3, where torch's own pass (a rounded product, then GELU) errs by
-# 2.6e-3; in float16 it would double the error of a product that is not rounded, in float32 leave the budget.
+# Activations of the vendor's epilogue, and the dtypes in which its form is accurate enough. Its GELU is the tanh form.
+# In place of GELU by erf this has an error of 1.7e-3 in bfloat16, where torch's own pass (a rounded product, then GELU)
+# has 2.6e-3. In float16 it would double the error of a product that is not rounded; in float32 it exceeds the budget.
 VENDOR_ACTIVATIONS = {
     "gelu": (torch.bfloat16,),
     "gelu_tanh": (torch.bfloat16, torch.float16),
@@ -173,7 +174,7 @@ LADDERS = {"wgmma": _WGMMA, "tcgen05": _TCGEN05, "mfma": _MFMA, "mma.sync": _MMA
 
 
 def ladder_of(arch: str) -> dict:
-    """Rungs of every epilogue there."""
+    """The rungs of every epilogue on this architecture."""
     unit = hardware(arch)
     return _MMA_SYNC_BULK if unit.matrix == "mma.sync" and unit.bulk_copy else LADDERS[unit.matrix]
 
@@ -201,7 +202,7 @@ def gemm_config(
 
 
 def own_config(n: int, k: int, dtype: torch.dtype, arch: str, epilogue: str = "none") -> GemmConfig:
-    """The tile of our kernel, whoever `CHOICES` prefers."""
+    """The tile of our kernel, even if `CHOICES` prefers the vendor library."""
     if dtype == torch.float32:
         return FLOAT32
     rungs = ladder_of(arch)[

@@ -1,4 +1,4 @@
-"""The device code of the matrix product: a persistent walk over tiles, and what follows a tile before it is stored."""
+"""The device code of the matrix product: a persistent loop over tiles, and the epilogues before a tile is stored."""
 
 import triton
 import triton.language as tl

@@ -1,17 +1,19 @@
 """The one way to launch a Triton kernel.
 
-A launcher asks for a `Plan`: a kernel with what does not change from call to call, its strides, sizes, flags and
-options. A call then brings a grid, tensors and numbers:
+A launcher makes a `Plan`: a kernel with the arguments that do not change from call to call, its strides, sizes, flags
+and options. A call then passes a grid, tensors and numbers:
 
     plan((programs,), (x, residual, y), (n_rows, stream_id))
 
-The first call for a device and dtypes goes through Triton's binder, which looks at every argument, specialises, and
-compiles; that is 15 to 60 us each time. What it found is kept, and later calls hand their arguments to the compiled
-kernel. Triton would find the same kernel for them because everything it looks at is the same: the plan's constants;
-dtypes, and which tensors are None; addresses that are divisible by 16; numbers that it does not specialise on
-(`do_not_specialize`) and that fit 32 bits. Where one of these does not hold, the call goes through the binder.
+The first call for a device and dtypes goes through Triton's binder, which inspects every argument, specialises, and
+compiles; that takes 15 to 60 us each time. The result is cached, and later calls pass their arguments directly to the
+compiled kernel. Triton would choose the same kernel for them because everything that it inspects is the same: the
+plan's constants; dtypes, and which tensors are None; addresses that are divisible by 16; numbers that it does not
+specialise on (`do_not_specialize`) and that fit 32 bits. If one of these does not hold, the call goes through the
+binder.
 
-Who launches several kernels over the same tensors may look at them once for all, and name what it saw (`known`).
+A caller that launches several kernels on the same tensors may inspect them once for all launches, and pass a key of the
+result (`known`).
 """
 
 from __future__ import annotations
@@ -49,14 +51,15 @@ class Plan:
 
     Args:
         kernel: a @triton.jit function.
-        tensors, numbers: the names, with spaces between, of the arguments that each call brings, in its order. Tensors
-            are the kernel's first arguments, and may be None. Numbers are integers that the kernel declares in
+        tensors, numbers: the names, separated by spaces, of the arguments that each call passes, in order. Tensors are
+            the kernel's first arguments, and may be None. Numbers are integers that the kernel declares in
             `do_not_specialize`.
         constants: all other arguments.
         options: num_warps, num_stages, ...
 
-    Raises: ValueError where the names are not those of the kernel's arguments, tensors do not come first, or a number
-        is specialised on.
+    Raises: ValueError if the names are not the kernel's arguments, tensors do not come first, or Triton specialises on
+    a
+        number.
     """
 
     __slots__ = ("_bound", "_constants", "_known", "_may_bind", "_names", "_options", "_places", "_rest", "kernel")
@@ -93,10 +96,9 @@ class Plan:
         """Launch.
 
         Args:
-            passed: what the kernel gets in place of `tensors`, where some of them go as tensor descriptors.
-            known: says, if not None, that the caller has looked at the tensors and numbers: in every call with this
-                value the same tensors are None, the others have the same dtypes and addresses that 16 divides, and the
-                numbers fit 32 bits.
+            passed: the kernel's arguments in place of `tensors`, if some are passed as tensor descriptors.
+            known: if not None, the caller guarantees that in all calls with this value the same tensors are None, the
+                others have the same dtypes and addresses divisible by 16, and the numbers fit 32 bits.
         """
         if not self._may_bind:
             self._through_binder(grid, passed or tensors, numbers)
@@ -122,7 +124,8 @@ class Plan:
             run(x, y, z, stream, function, packed_metadata, None, None, None, *(passed or tensors), *rest)
 
     def _bound_for(self, device, grid, tensors, numbers, passed, known) -> _Bound | None:
-        """What was kept for such arguments; None where there is nothing, or must not be: then the binder launches."""
+        """The cached kernel for these arguments. None if there is none or it must not be used; then the binder has
+        launched."""
         key, addresses = [device], 0
         for t in tensors:
             if t is None:
@@ -150,7 +153,7 @@ class Plan:
 
 
 def all_at_16_bytes(*tensors: Tensor | None) -> bool:
-    """Does 16 divide every address?"""
+    """Whether every address is divisible by 16."""
     addresses = 0
     for t in tensors:
         if t is not None:
@@ -159,12 +162,12 @@ def all_at_16_bytes(*tensors: Tensor | None) -> bool:
 
 
 def _listen(enter: Any, leave: Any) -> bool:
-    """Would anything happen if Triton called these launch hooks? (A chain of none is not worth making metadata for.)"""
+    """Whether there are launch hooks of Triton to call. (Metadata is not made for an empty chain.)"""
     return bool(
         (enter is not None and getattr(enter, "calls", True)) or (leave is not None and getattr(leave, "calls", True))
     )
 
 
 def _in_reach(tensors: Sequence[Tensor | None]) -> bool:
-    """On AMD Triton assumes more of storages within 2 GiB: may a launch be bound for all like it?"""
+    """Whether a bound kernel may be used for later tensors. On AMD, Triton specialises on storages below 2 GiB."""
     return all(t is None or t.untyped_storage().nbytes() <= WITHIN_32_BITS for t in tensors)

@@ -1,4 +1,4 @@
-"""What an encoder layer is made of. Its own file, so that reading it needs no Triton."""
+"""The tensors and numbers of an encoder layer. In its own file, so that importing it needs no Triton."""
 
 from __future__ import annotations
 

@@ -3,8 +3,8 @@
 An operator is an opaque node to torch.compile and torch.export. Its launcher runs on CUDA tensors, and on CPU tensors
 where Triton takes those (`_device.triton_on_cpu`).
 
-Called eagerly, an operator is its launcher: torch's dispatcher would cost 5 to 10 us more a call. It is gone through
-where somebody may be looking on: a compiler, a tracer, a profiler, a mode, a tensor of a class of its own.
+In eager mode an operator calls its launcher directly, because torch's dispatcher would cost 5 to 10 us more per call.
+The dispatcher is used if a compiler, tracer, profiler, mode, or tensor subclass may need to see the operator.
 """
 
 import functools
@@ -17,10 +17,10 @@ from torch.nn import Parameter
 
 from . import _device
 
-# operator -> its launcher on CPU tensors, for who goes past torch's dispatcher
+# operator -> its launcher for CPU tensors, for calls that bypass torch's dispatcher
 LAUNCHERS: dict[str, Callable] = {}
 _LIBRARY = torch.library.Library("fastbert", "DEF")
-# kinds of device whose tensors go to the launcher directly
+# types of devices whose tensors go to the launcher directly
 EAGER = {"cuda", "cpu"}
 
 
@@ -49,27 +49,27 @@ _profiler = torch.autograd._profiler_enabled
 _tracing = torch._C._get_tracing_state
 
 
-# what an operator is given where nobody looks on
+# types of arguments with which an operator may bypass the dispatcher
 PLAIN = {Tensor, Parameter, type(None), int, float, bool, str, list, tuple, torch.dtype, torch.Size}
 
 
 def _watched(args: tuple) -> bool:
-    """Would torch's dispatcher do more with these arguments than call the launcher?"""
+    """Whether torch's dispatcher would do more with these arguments than call the launcher."""
     return _followed() or _profiler() or not PLAIN.issuperset(map(type, args))
 
 
 def _followed() -> bool:
-    """Does somebody follow or change single operators: a mode, a transformation, a tracer?"""
+    """Whether a mode, a transformation or a tracer is active that sees or changes single operators."""
     return _dispatch_modes() > 0 or _function_mode() or _functorch() is not None or _tracing() is not None
 
 
 def needs_operators(x: Tensor) -> bool:
-    """Must a calculation on x be made of registered operators, rather than of their launchers?"""
+    """Whether a computation on x must call registered operators rather than their launchers."""
     return _is_compiling() or x.device.type not in EAGER or _followed() or forward_ad._current_level >= 0
 
 
 def _expect_no_tangent(name: str, args: tuple) -> None:
-    """Raises NotImplementedError for a derivative in forward mode, which torch would drop without a word."""
+    """Raises NotImplementedError for a derivative in forward mode, which torch would silently drop."""
     if any(isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in args):
         raise NotImplementedError(f'fastbert::{name} has no derivative in forward mode; impl="reference" has one')
 
@@ -78,8 +78,8 @@ def register(schema: str, launch: Callable, fake: Callable) -> Callable:
     """Define `fastbert::<schema>` and return what calls it (`.operator`: torch's own). The first argument is a tensor.
 
     `launch` allocates the outputs and launches the kernels; `fake` gives outputs of the right shape, dtype and
-    strides for tracing. An output that was not asked for is None from `launch`, and without elements from `fake` and
-    from the operator.
+    strides for tracing. For an output that was not requested `launch` gives None; `fake` and the operator give an empty
+    tensor.
     """
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema)
@@ -112,19 +112,19 @@ def register(schema: str, launch: Callable, fake: Callable) -> Callable:
 
 
 def apply(function: type[torch.autograd.Function], *args):
-    """`function.apply(*args)`; where nobody looks on, without the look for wrappers of functorch."""
+    """`function.apply(*args)`, without functorch's search for wrappers if no mode or transformation is active."""
     if _is_compiling() or _watched(args):
         return function.apply(*args)
     return apply_unwatched(function, *args)
 
 
 def apply_unwatched(function: type[torch.autograd.Function], *args):
-    """`function.apply(*args)` where it is known that no transformation of functorch is at work."""
+    """`function.apply(*args)`, for callers that know that no transformation of functorch is active."""
     return super(torch.autograd.Function, function).apply(*args)
 
 
 def once(backward: Callable) -> Callable:
-    """`torch.autograd.function.once_differentiable`, at no cost where no second derivative is recorded."""
+    """`torch.autograd.function.once_differentiable`, at no cost if no second derivative is recorded."""
     guarded = torch.autograd.function.once_differentiable(backward)
 
     @functools.wraps(backward)
@@ -135,19 +135,21 @@ def once(backward: Callable) -> Callable:
 
 
 def by_torch(upstream: Tensor) -> bool:
-    """Whether a backward pass has to be made of torch's own operators: its gradients may be differentiated again, or
-    `upstream` is many gradients in one (`torch.autograd.grad(is_grads_batched=True)`), which has no memory to read."""
+    """Whether a backward pass must use torch's own operators: because its gradients may be differentiated again, or
+    because `upstream` is a batch of gradients (`torch.autograd.grad(is_grads_batched=True)`), whose memory cannot be
+    read directly."""
     return torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(upstream)
 
 
 def plain_gradients(
     function: Callable[..., Tensor], inputs: Sequence[Tensor | None], wanted: Sequence[bool], upstream: Tensor
 ) -> list[Tensor | None]:
-    """The gradients of `function(*inputs)`, made of torch's own operators, for a backward pass where `by_torch` says
-    so: they have gradients of their own. None for an input that is not `wanted`.
+    """The gradients of `function(*inputs)` by torch's own operators, for a backward pass of which `by_torch` is true.
+    They can be differentiated again. None for an input that is not `wanted`.
 
     Inputs may be computed from one another: the residual of an add + LayerNorm is what its other input was made from.
-    Each gradient is of its own input alone, so `function` is given a view of each, through which no other one passes.
+    Each gradient must be with respect to its own input only, so `function` gets a view of each input, on which no other
+    input depends.
     """
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():

@@ -30,7 +30,7 @@ def keep_threshold(p: float) -> int:
 
 
 def _signed(value: int) -> int:
-    """A 64-bit pattern as the int64 that torch's wrapping arithmetic wants."""
+    """A 64-bit pattern as an int64, which torch's wrapping arithmetic needs."""
     value &= 2**64 - 1
     return value - 2**64 if value >= 2**63 else value
 

@@ -166,7 +166,7 @@ def _activate(h: Tensor, activation: str) -> Tensor:
 def _activate_backward(
     g: Tensor, h: Tensor, activation: str, want_a: bool, want_dbias: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """As `_gemm.gemm_dact`, of g [M, N] that is there already."""
+    """Like `_gemm.gemm_dact`, for a g [M, N] that is already computed."""
     m, n = g.shape
     blocks_m = cdiv(m, POINTWISE_M)
     dh = h.new_empty(*h.shape)
@@ -189,7 +189,7 @@ def _up_config(x: Tensor, weight: Tensor, activation: str, invariant: bool, only
 def up_projection(
     x, weight, bias, activation, save_h, invariant, inference, known=None
 ) -> tuple[Tensor, Tensor | None]:
-    """(a, h or None) of x [M, C]. inference: no backward pass follows that would have to make the same `a` again.
+    """(a, h or None) for x [M, C]. inference: no backward pass will follow, which would need to compute the same `a`.
 
     known: as in `gemm`.
     """
@@ -204,7 +204,7 @@ def up_projection(
 
 
 def _pre_activation(x, weight, bias, activation, invariant) -> Tensor:
-    """h as `up_projection` saves it, to the bit: the same tile, or the same library."""
+    """h with the same bits as `up_projection` saves it, by the same tile or the same library."""
     config = _up_config(x, weight, activation, invariant)
     if not config.vendor:
         return gemm(x, weight, bias, "nt", config)[0]

@@ -1,10 +1,10 @@
-"""The same operators from PyTorch's own fast ones: oneDNN's matrix products, fused SDPA and LayerNorm.
+"""The operators for machines without a GPU, by PyTorch's fast operators (oneDNN's products, fused SDPA, LayerNorm) and
+our C++.
 
-What a machine without a GPU runs. Ordinary torch, so autograd and torch.compile need no help, where no operator in C++
-steps in: for inference those of `cpu/operators.py`, and weights laid out beforehand (`cpu/layouts.py`); with gradients
-attention, products (`cpu/products.py`), add + LayerNorm (`cpu/norm.py`), embeddings and the loss. Where the
-specification already is a sequence of fast operators, it is used as it stands. Signatures are those of
-`fastbert.functional`: arguments are described there.
+C++ is used for inference (`cpu/operators.py`, and weights laid out beforehand, `cpu/layouts.py`) and, with gradients,
+for attention, products (`cpu/products.py`), add + LayerNorm (`cpu/norm.py`), embeddings and the loss. Everything else
+is ordinary torch, which autograd and torch.compile handle. Where the specification already is a sequence of fast
+operators, it is called directly. Signatures are those of `fastbert.functional`, which describes the arguments.
 """
 
 import torch
