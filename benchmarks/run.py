@@ -1,7 +1,7 @@
-"""Everything on the machine at hand, beside the real alternatives, in one run. `fastbert bench --help` explains.
+"""Measures fastbert beside other libraries on this machine, in one run. See `fastbert bench --help`.
 
-Cases are sorted by priority, so a run that is cut short has measured what matters most; the result file is written
-whole after every case, and says in "complete" whether all of them are in it.
+Cases are sorted by priority, so that a run that is cut short has measured the most important ones. The result file is
+written whole after every case; its "complete" says whether all cases are in it.
 """
 
 from __future__ import annotations
@@ -96,13 +96,13 @@ def _suites(text: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Peers:
-    """Which other libraries are measured: `only` these (None: all), `without` those. Floors are always."""
+    """Chooses the other libraries to measure: `only` these (None: all), `without` those. Floors are always measured."""
 
     only: frozenset[str] | None = None
     without: frozenset[str] = frozenset()
 
     def __call__(self, peer: str) -> bool:
-        if peer in ("fastbert", "floor"):  # without a floor a share of the limit could not be given
+        if peer in ("fastbert", "floor"):  # the report gives shares of the floor, so floors are always needed
             return True
         return (self.only is None or peer in self.only) and peer not in self.without
 
@@ -136,7 +136,7 @@ class Results:
 
 
 def run(args: argparse.Namespace) -> int:
-    """`fastbert bench`: the exit code. 1 where a row of ours is wrong or failed, or --compare found a regression."""
+    """Runs `fastbert bench`; returns 1 if a row of fastbert is wrong or failed, or --compare found a regression."""
     import torch
 
     from fastbert.encoding.encoder import resolve_device, resolve_dtype
@@ -181,7 +181,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _ceilings(path: Path | None) -> dict[str, Any] | None:
-    """Those that benchmarks.gpu_day.card measured, where it did."""
+    """The ceilings that benchmarks.gpu_day.card measured, or None."""
     return json.loads(path.read_text(encoding="utf-8"))["ceilings"] if path and path.is_file() else None
 
 
@@ -230,7 +230,7 @@ def _measure_all(args, device, dtype, results: Results, say: _Progress, deadline
         except Interrupted as interrupted:
             results.add(interrupted.rows)
             raise
-        except Exception as error:  # a case that breaks (memory, say) must not cost the others
+        except Exception as error:  # a case that fails, for example for lack of memory, must not end the run
             say(f"  failed: {type(error).__name__}: {error}")
             continue
         results.add(rows)
@@ -239,7 +239,7 @@ def _measure_all(args, device, dtype, results: Results, say: _Progress, deadline
 
 
 def _curves(args, device, results: Results, say: _Progress) -> list[dict]:
-    """Through the rows that were measured, however many."""
+    """The fitted curves of the rows that were measured."""
     found = []
     for name in args.suite:
         module = import_module(SUITES[name])

@@ -1,1 +1,1 @@
-"""How a case is measured: its rows, clocks, machine, processes and result file."""
+"""Measures a case: its rows, clocks, machine, processes and result file."""

@@ -1,11 +1,11 @@
-"""One case: the same work by several rows, each checked against the truth, then timed in turns.
+"""A case: the same work by several rows, each checked against the truth, then timed in turns.
 
-A row makes what it needs (`make`), and what it made is called until its outputs were compared and its times taken.
-Whatever goes wrong with one row is that row's status, in one line, and no other row notices:
+A row's `make` returns a function that does the work; it is called to compare its outputs, and then to take its times.
+An error of one row becomes that row's status, in one line, and does not affect other rows:
 
-    ok       within the budget, timed          wrong    its outputs are not; no time is shown
-    missing  not installed, or not for here    failed   it raised
-    skipped  too slow for its share of the time, or the time was up
+    ok       within the budget, timed                      wrong    outputs outside the budget; no time is shown
+    missing  not installed, or not for this machine        failed   the row raised an error
+    skipped  too slow for its share of the time, or no time was left
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from fastbert.testing import TINY, relative_rms
 from . import timing
 from .peer import FLOOR, OURS, Missing, Run, one_line, version
 
-OWN_THREADS = ("onnxruntime", "openvino")  # peers that do not use torch's
+OWN_THREADS = ("onnxruntime", "openvino")  # peers with their own threads, not torch's
 
 
 @contextlib.contextmanager
 def compiling(rows: Sequence[Row]) -> Iterator[None]:
-    """torch.compile begins anew for each case, and raises where it would go on uncompiled after too many shapes."""
+    """Resets torch.compile for each case, and makes it raise instead of running uncompiled after too many shapes."""
     if not any(row.peer == "torch.compile" for row in rows):
         yield
         return
@@ -43,7 +43,7 @@ def compiling(rows: Sequence[Row]) -> Iterator[None]:
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C within a case: `rows` is what was done of it."""
+    """Ctrl-C within a case; `rows` are the rows that were finished."""
 
     def __init__(self, rows: list[dict[str, Any]]):
         super().__init__()
@@ -52,23 +52,23 @@ class Interrupted(KeyboardInterrupt):
 
 @dataclass(frozen=True)
 class Row:
-    """One way to do a case's work. `make` gives a function that does it once; `outputs` of a result are compared."""
+    """One way to do a case's work. `make` returns a function that does it once; `outputs(result)` are compared."""
 
     row: str
     peer: str
     make: Callable[[], Run]
-    package: str | None = None  # whose version is written down
+    package: str | None = None  # the package whose version is recorded
     settings: dict[str, Any] = field(default_factory=dict)
     outputs: Callable[[Any], Sequence[Tensor]] | None = None
-    checked: bool = True  # False: a floor, whose output is nobody's
+    checked: bool = True  # False for floors, which compute no result of the case
     slow: bool = False  # left out of --quick
-    tolerance: float | None = None  # relative RMS error allowed instead of the budget: integers cannot keep it
+    tolerance: float | None = None  # allowed relative RMS error in place of the budget, for integer arithmetic
 
 
 @dataclass(frozen=True)
 class Case:
-    """What rows are compared on. `truth` gives the outputs in float64 (or float32), `plain` those of plain torch in the
-    case's dtype, which set the budget."""
+    """The work that rows are compared on. `truth` returns the outputs in float64 (or float32), `plain` those of plain
+    torch in the case's dtype, which set the budget."""
 
     suite: str
     workload: str
@@ -83,7 +83,7 @@ class Case:
     tokens: int = 0
     flops: float | None = None
     bytes: float | None = None
-    priority: int = 50  # smaller is measured first
+    priority: int = 50  # cases with smaller numbers are measured first
     quick: bool = False
     floor: str | None = None  # name of the row that is the floor
     random: bool = (
@@ -172,11 +172,11 @@ def measure(
     return list(results.values())
 
 
-FEWEST = 3  # times that a median is taken of
+FEWEST = 3  # least number of times for a median
 
 
 def _truth(case: Case, chosen: Sequence[Row]) -> tuple[list[Tensor] | None, list[float] | None]:
-    """The outputs, and how much plain torch errs on each; None where nothing is compared."""
+    """(true outputs, plain torch's error of each); None if nothing is compared."""
     if case.random or not any(row.checked for row in chosen):
         return None, None
     truth = [t.detach() for t in _as_list(case.truth())]
@@ -184,7 +184,7 @@ def _truth(case: Case, chosen: Sequence[Row]) -> tuple[list[Tensor] | None, list
 
 
 def _prepare(row: Row, result: dict, runs: dict[str, Run], truth, plain, device: torch.device) -> None:
-    """Makes the row, checks its outputs, and hands what is left to time to `runs`."""
+    """Makes the row, checks its outputs, and adds its function to `runs` for timing."""
     try:
         run = row.make()
         made = run()
@@ -204,7 +204,7 @@ def _prepare(row: Row, result: dict, runs: dict[str, Run], truth, plain, device:
                 return
     except Missing as error:
         result |= {"status": "missing", "reason": str(error)}
-    except Exception as error:  # a peer's trouble is its row's, whatever it is
+    except Exception as error:  # any error of a peer becomes its row's status
         result |= {"status": "failed", "reason": one_line(error)}
     else:
         result["status"] = "ok"
@@ -212,7 +212,8 @@ def _prepare(row: Row, result: dict, runs: dict[str, Run], truth, plain, device:
 
 
 def _warm_up(row: Row, result: dict, runs: dict[str, Run], paces: dict[str, timing.Pace], clock, effort) -> None:
-    """Learns what a call of a prepared row takes; one of another library that would outrun its share is skipped."""
+    """Measures how long a call of a prepared row takes. A row of another library that would exceed its share of the
+    time is skipped."""
     if row.row not in runs:
         return
     pace = timing.warm_up(_guarded(runs, result, row.row), clock, effort)
@@ -229,7 +230,7 @@ def _warm_up(row: Row, result: dict, runs: dict[str, Run], paces: dict[str, timi
 
 
 def _guarded(runs: dict[str, Run], result: dict, name: str) -> Run:
-    """The run; once it raised, that is its row's status, and its turns are empty."""
+    """The run, whose first error becomes its row's status; after that its turns do nothing."""
     run = runs[name]
 
     def call() -> None:
@@ -245,7 +246,7 @@ def _guarded(runs: dict[str, Run], result: dict, name: str) -> Run:
 
 
 def _compare_rows(results: dict[str, dict], case: Case) -> None:
-    """Ratios to ours and to the floor; to ours only where both have times enough for an interval."""
+    """Adds ratios to fastbert's time and to the floor; to fastbert's only if both rows have enough times."""
     timed = {name: result for name, result in results.items() if result["seconds"] is not None}
     ours = next((result for result in timed.values() if result["peer"] == OURS), None)
     floor = timed.get(case.floor or "")
@@ -282,7 +283,7 @@ def _write_pace(result: dict, pace: timing.Pace) -> None:
 
 
 def _memory_and_energy(case: Case, runs: dict[str, Run], results: dict[str, dict], device: torch.device) -> None:
-    """On a GPU: the most memory a call allocates on top of its inputs, and the energy a call of a model takes."""
+    """On a GPU: the peak memory of a call beyond its inputs, and the energy of a model's call."""
     if device.type != "cuda":
         return
     for name, run in list(runs.items()):
@@ -306,10 +307,10 @@ def _memory_and_energy(case: Case, runs: dict[str, Run], results: dict[str, dict
 
 
 def _graphs(case: Case, runs: dict[str, Run], results: dict[str, dict], paces, clock: timing.Clock, effort) -> None:
-    """On a GPU: what our operator takes as a CUDA graph, which Python only starts.
+    """On a GPU: the time of our operator as a CUDA graph, without the cost of Python.
 
-    Not of a call that waits for the GPU, which no graph may do, nor of one with dropout: a recording that fails leaves
-    torch's random numbers unusable.
+    Calls that wait for the GPU cannot be recorded. Calls with dropout are not recorded either, since a failed recording
+    leaves torch's random numbers unusable.
     """
     if clock.device.type != "cuda" or case.suite != "kernels" or case.random:
         return
@@ -320,7 +321,7 @@ def _graphs(case: Case, runs: dict[str, Run], results: dict[str, dict], paces, c
         try:
             replay = timing.graph_of(runs[row.row])
             times = [clock(replay, 1, timing.HOLD_LEAST) for _ in range(effort.least)]
-        except Exception as error:  # what cannot be recorded was timed without a graph all the same
+        except Exception as error:  # an operator that cannot be recorded still has its time without a graph
             results[row.row]["settings"] = {**results[row.row]["settings"], "graph": one_line(error)}
         else:
             results[row.row]["graph_s"] = statistics.median(times)

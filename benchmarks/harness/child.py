@@ -1,8 +1,8 @@
-"""A fresh process that does one job and says when it got where: `python -m benchmarks.harness.child < JOB`.
+"""A fresh process that does one job and reports its progress with times: `python -m benchmarks.harness.child < JOB`.
 
 The job is a line of JSON (see `main`). On standard output come lines of JSON: "imported", "loaded", "first" when the
 first result is there, "done" with figures of memory. The engine is a module
-of benchmarks/peers, which imports what it needs and nothing else, so that nobody pays for another's import.
+of benchmarks/peers, which imports only what it needs, so that no library's start includes imports of another.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def encode(job: Job) -> np.ndarray:
         vectors = run(job["ids"])
         say("first")
         return vectors
-    run([job["ids"][0][:16]])  # libraries and weights are read in when they are used first
+    run([job["ids"][0][:16]])  # loads libraries and weights that are read at first use
     return _metered(job, functools.partial(run, job["ids"]))
 
 
@@ -69,7 +69,7 @@ def train(job: Job) -> np.ndarray:
     elif job["engine"] == "torch.compile":
         changed = torch.compile(model)
     for parameter in model.parameters():
-        parameter.data.sum()  # a weight that is mapped from its file counts from here on
+        parameter.data.sum()  # reads weights that are mapped from a file, so that they count as loaded from now on
 
     def step() -> None:
         changed(**batch).loss.backward()
@@ -98,7 +98,7 @@ def loss(job: Job) -> np.ndarray:
     def run() -> list:
         return torch.autograd.grad(call(*values, labels), values)
 
-    # the same with eight words: what is imported or set up on first use is not the loss's memory
+    # First with eight words, so that imports and set-up at first use do not count as memory of the loss.
     few = [values[0], *(t[:8].detach().requires_grad_() for t in values[1:])]
     torch.autograd.grad(call(*few, labels % 8), few)
     return torch.cat([g.float().flatten() for g in _metered(job, run)]).cpu().numpy()

@@ -59,7 +59,7 @@ def main() -> None:
         seconds.append(time.perf_counter() - began)
     say("done", seconds=seconds[2:])
     np.save(job["out"], first_layer_gradient(whole))
-    # The wrapper before its group: the last to let go of the group waits, holding the GIL, for a thread that needs it
+    # Delete the wrapper before its group: deleting the group waits, with the GIL held, for a thread that needs the GIL.
     del model
     dist.destroy_process_group()
 

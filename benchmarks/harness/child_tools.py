@@ -1,4 +1,4 @@
-"""What a process that is measured says and holds, and the arrays it works on. Nothing here imports torch."""
+"""Tools of a measured process: its messages, its memory, and its arrays. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def say(event: str, **more: Any) -> None:
 
 
 class Memory:
-    """What the process, or its GPU, holds (`now`), and the most it held since `reset`. Bytes."""
+    """Bytes that the process, or its GPU, holds (`now`), and the peak since `reset`."""
 
     def __init__(self, device: str):
         self.device = device
@@ -34,7 +34,7 @@ class Memory:
         return _status("VmRSS")
 
     def reset(self) -> None:
-        """Forgets the peak so far; gives what was freed back first, or a call could use it unseen."""
+        """Resets the peak. Returns freed memory to the system first, so that a later use of it counts."""
         if self.device == "cuda":
             _cuda().synchronize()
             _cuda().empty_cache()
@@ -51,7 +51,7 @@ class Memory:
         return _status("VmHWM")
 
     def whole(self) -> int:
-        """The most that was reserved: on a GPU what its allocator took from it, on a CPU the peak itself."""
+        """Peak of reserved memory: on a GPU what torch's allocator took, on a CPU the peak itself."""
         return _cuda().max_memory_reserved() if self.device == "cuda" else self.peak()
 
 

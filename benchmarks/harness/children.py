@@ -1,4 +1,4 @@
-"""Rows that are fresh processes: the time from their start to the first result, and the most memory they take.
+"""Rows that run in fresh processes: the time from their start to the first result, and their peak memory.
 
 A run is a process of its own (child.py), in turns (A B A B); the first of each row is checked against the truth.
  Files that a library is served from (weights, an ONNX graph, OpenVINO's IR) are written beforehand.
@@ -33,13 +33,13 @@ from .jobs import Job
 from .peer import OURS, ProcessPeer, need
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 900  # seconds after which a process is given up
+PATIENCE = 900  # seconds after which a process is killed
 
-Said = dict[str, dict[str, Any]]  # event -> what a child said about it, and "at", seconds since its start
+Said = dict[str, dict[str, Any]]  # event -> the child's data about it, and "at", seconds since its start
 
 
 class Files:
-    """A model in the formats that libraries load, written once, on demand, into a folder that `close` takes away."""
+    """A model in the formats that libraries load, written once, on demand, into a folder that `close` deletes."""
 
     def __init__(self, job: Job):
         self.job = job
@@ -89,9 +89,9 @@ class Files:
 
 
 class Launch:
-    """Calling it runs the jobs, processes at the same time, and gives the result of the first; `said` keeps all events.
+    """A call runs the jobs in processes at the same time and returns the result of the first; `said` has all events.
 
-    A job is what benchmarks/harness/child.py is told, and may have an "environment".
+    A job is the input of benchmarks/harness/child.py, and may have an "environment".
     """
 
     def __init__(
@@ -110,7 +110,8 @@ class Launch:
 
 
 def run(module: str, jobs: list[dict[str, Any]]) -> list[Said]:
-    """`python -m module` for every job at the same time. Where one fails the others, who may wait for it, are ended.
+    """Runs `python -m module` for every job at the same time. If one fails, the others, which may wait for it, are
+    killed.
 
     Raises: RuntimeError with the last line of the standard error of the first that fails.
     """
@@ -135,7 +136,7 @@ def run(module: str, jobs: list[dict[str, Any]]) -> list[Said]:
 def _start(module: str, more: dict[str, str], log: Any) -> subprocess.Popen:
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PYTHONPATH": paths, **more}
-    environment.pop("TRITON_INTERPRET", None)  # a test's own, and hundreds of times slower
+    environment.pop("TRITON_INTERPRET", None)  # set by tests; the interpreter is hundreds of times slower
     return subprocess.Popen(
         [sys.executable, "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
         cwd=ROOT, env=environment,

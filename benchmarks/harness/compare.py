@@ -1,4 +1,4 @@
-"""Two result files against each other: what became slower (or larger, in memory) beyond the noise, and what faster."""
+"""Compares two result files: which rows became slower (or larger, in memory) or faster beyond the noise."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from .timing import bootstrap_ratio
 
-# A machine's own mood from one run to the next; an interval within one run cannot know it.
+# Variation of a machine between runs, which the interval of one run does not contain.
 TOLERANCE = 0.10
 KEY = ("suite", "workload", "model", "operator", "direction", "dtype", "row")
 
@@ -40,7 +40,7 @@ def _key(row: dict[str, Any]) -> tuple:
 
 
 def report(old: dict[str, Any], new: dict[str, Any], say: Callable[[str], None]) -> int:
-    """Says what changed; how many rows of fastbert became slower."""
+    """Prints the changes; returns how many rows of fastbert became slower."""
     if old["device"]["name"] != new["device"]["name"]:
         say(f"compare: the old results are of another machine ({old['device']['name']}); nothing is compared")
         return 0

@@ -1,4 +1,4 @@
-"""FLOPs and bytes of BERT's operators: what the mathematics asks for, and the least that must move.
+"""FLOPs and bytes of BERT's operators: the work of the mathematics, and the least memory traffic.
 
 FLOPs are those of matrix products on real tokens, two for a multiplication and its addition. Bytes are each input read
 once and each output written once, weights once a batch; biases, statistics and ids are left out, a few parts in a
@@ -61,7 +61,7 @@ def attention_flops(workload: Workload) -> float:
 
 
 def attention(workload: Workload, e: int) -> tuple[Work, Work]:
-    """q, k, v -> o; backward by everybody's convention q k^T again, dv, dp, dq, dk: 2.5 times the forward."""
+    """q, k, v -> o; backward, by the usual convention, q k^T again, dv, dp, dq, dk: 2.5 times the forward."""
     flops, rows = attention_flops(workload), workload.tokens * workload.model.hidden * e
     return Work(flops, 4 * rows), Work(2.5 * flops, 8 * rows)
 
@@ -156,7 +156,7 @@ def of_model(workload: Workload, dtype: torch.dtype, training: bool = False) -> 
 
 
 def of_batches(batches: Sequence[Workload], dtype: torch.dtype, training: bool = False) -> list[Cost]:
-    """The same over several batches, one after the other: weights are read anew for each."""
+    """The same over several batches, one after the other; each batch reads the weights again."""
     first, *rest = (of_model(batch, dtype, training) for batch in batches)
     for costs in rest:
         first = [replace(a, work=a.work + b.work) for a, b in zip(first, costs, strict=True)]

@@ -1,4 +1,4 @@
-"""Real texts that every machine has: docstrings of the Python standard library."""
+"""Real texts that exist on every machine: docstrings of the Python standard library."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every encoder is given: weights of a shape, and lists of ids; and how padded batches are run."""
+"""The input of every encoder: weights of a shape, and lists of ids; and how padded batches are run."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def example(
 
 @dataclass(frozen=True)
 class Job:
-    """What every encoder is given."""
+    """The input of every encoder."""
 
     workload: Workload
     dtype: torch.dtype
@@ -83,7 +83,7 @@ class Job:
 
     @property
     def exported_as(self) -> tuple[ModelShape, int]:
-        """What a graph of the model is exported for, whatever the batches: its shape, and how many positions it has."""
+        """The key of an exported graph, which does not depend on the batches: the model's shape and its positions."""
         return self.workload.model, self.model[0].max_position_embeddings
 
     @functools.cached_property
@@ -92,7 +92,7 @@ class Job:
 
     @functools.cached_property
     def shared(self) -> dict[Any, Any]:
-        """What rows of the case have in common, such as a compiled model; `close` empties it."""
+        """Objects that rows of the case share, such as a compiled model; `close` empties it."""
         return {}
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:

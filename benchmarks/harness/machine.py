@@ -1,4 +1,4 @@
-"""The machine under test: what it is, what is installed, and the ceilings it reaches in this very run."""
+"""The machine under test: its description, installed packages, and the ceilings that it reaches in this run."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def _slug(name: str, device: torch.device, cpuinfo: str | None = None) -> str:
 
 
 def _zen(family: int, model: int) -> str | None:
-    """AMD's generation: virtual machines often hide the model's name, these numbers they pass on."""
+    """AMD's generation, from numbers that virtual machines pass on even if they hide the model's name."""
     if family == 25:  # Zen 3 and Zen 4 share it
         return "zen4" if 0x10 <= model <= 0x1F or 0x60 <= model <= 0xAF else "zen3"
     return {23: "zen2" if model >= 0x30 else "zen1", 26: "zen5"}.get(family)

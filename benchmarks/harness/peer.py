@@ -1,4 +1,4 @@
-"""Rows by which a library takes part: a file in benchmarks/peers holds those of one library, in tables of these names.
+"""Defines the rows of a library: a file in benchmarks/peers holds those of one library, in tables of these names.
 
     ATTENTION   attention on a packed batch             suite kernels
     OPERATORS   operator -> rows of it                  suite kernels
@@ -7,9 +7,9 @@
     SENTENCES   texts to vectors                        suite sentences
     PROCESSES   lists of ids to vectors, a process each suites cold, memory
 
-The processes of the last table import the library's file alone, so that nobody pays for what others import. Therefore
-this file and those of the peers import nothing at their tops that takes time: torch, fastbert and the libraries
-themselves are imported by the functions that use them.
+The processes of the last table import only the library's own file, so that no library's start includes imports of
+another. Therefore this file and those of the peers import nothing at the top that takes time: torch, fastbert and the
+libraries themselves are imported by the functions that use them.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
 OURS, FLOOR = "fastbert", "floor"
 PRODUCTS = "matrix products alone"  # the row that is the floor of a whole model
-INT8 = 0.1  # relative RMS error that eight bits are allowed: no budget of a floating-point dtype could be kept
+INT8 = 0.1  # allowed relative RMS error of int8, which cannot keep the budget of a floating-point dtype
 ALL, CPU_ONLY, GPU_ONLY = ("cpu", "cuda"), ("cpu",), ("cuda",)
 Run = Callable[[], Any]
 
 
 class Missing(Exception):
-    """What a row needs is not here, and this is why."""
+    """A row cannot run here; the message says why."""
 
 
 def version(package: str) -> str | None:

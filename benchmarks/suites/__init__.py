@@ -1,1 +1,1 @@
-"""What is measured: a file a suite, and studies that have a command of their own."""
+"""The suites, one file each, and studies with a command of their own."""

@@ -1,4 +1,4 @@
-"""From the start of a cold process to its first result: imports, weights, whatever has to be compiled, one query.
+"""The time from the start of a process to its first result: imports, weights, compiling, one query.
 
 Every library loads the files that it is served from, written beforehand: safetensors, a fused ONNX graph, OpenVINO's
 IR. The disk is warm: each row ran once before, to be checked. A compiler's cache is empty where the row says so, and

@@ -1,4 +1,4 @@
-"""Whole models: lists of token ids to vectors, real lengths, beside everybody and the matrix products alone."""
+"""Whole models: lists of token ids of real lengths to vectors, beside other libraries and the matrix products alone."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ CASES = (
     *((f"{model}_{rest}", priority, False) for model, priority in (("large", 60), ("minilm", 80))
       for rest in (*(REAL_TEXTS if model == "large" else ()), *(f"{b}x{s}" for b, s in GRID))),
 )  # fmt: skip
-# What a GPU also measures: 4k and 64k tokens in a batch.
+# Cases on GPUs only: 4k and 64k tokens in a batch.
 ON_GPUS = tuple((f"{model}_natural{n}", 4, False) for n in (64, 1024) for model in ("base", "large"))
-# What a CPU measures later: the large model takes a quarter of its time.
+# Priorities on a CPU: the large model, which takes a quarter of the time, comes later.
 LATER = {"large_natural": 39}
 FLOAT32 = {"base_natural": 8, "minilm_natural": 9, "large_natural": 100}
 

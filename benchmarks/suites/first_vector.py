@@ -1,4 +1,4 @@
-"""How long until the first vector: a new process that encodes one sentence, beside what cannot be avoided.
+"""The time until the first vector: a new process that encodes one sentence, beside the unavoidable part of that.
 
     python -m benchmarks.suites.first_vector [--repeats 7] [-- ARGUMENTS OF fastbert encode]
 

@@ -1,4 +1,4 @@
-"""The operators, one by one, beside everybody's: forward, and forward and backward under a random upstream gradient.
+"""Single operators beside other libraries': forward, and forward and backward under a random upstream gradient.
 
 FLOPs and bytes are those of `costs.py`. Truth is the reference in float64; plain torch in the same dtype sets the
 budget.
@@ -59,7 +59,7 @@ CASES: tuple[tuple[str, str, str, int, bool, dict[str, Any]], ...] = (
     ("embedding_layer_norm", BOTH, "base_natural", 37, False, {}),
     ("pool", FORWARD, "base_natural", 38, True, {}),
 )
-# What a GPU also measures: every length with 12 and with 16 heads, and few and many rows.
+# Cases on GPUs only: every length with 12 and with 16 heads, and few and many rows.
 ON_GPUS: tuple[tuple[str, str, str, int, bool, dict[str, Any]], ...] = (
     *(("attention", direction, f"large_{size}", 34, False, {})
       for size in ("256x128", "64x256", "16x1024", "8x2048", "4x4096") for direction in (FORWARD, BOTH)),

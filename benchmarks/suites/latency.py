@@ -1,4 +1,4 @@
-"""One query alone: what a search box waits for."""
+"""The latency of a single query, as for a search box."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The most memory that work takes, above the loaded model and in all: encoding, a training step, the masked-word loss.
+"""Peak memory, above the loaded model and in all, of encoding, a training step, and the masked-word loss.
 
 Each figure is that of a fresh process: on a CPU its resident memory (Linux), on a GPU what torch allocated and
 reserved, so only rows that allocate through torch are measured there. "Above the loaded model" begins once weights and
