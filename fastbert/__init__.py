@@ -54,7 +54,7 @@ _PUBLIC = {
     "Tokenizer": "text.tokenizer",
     "accelerate": "dropin",
     "batch_invariant": "kernels._invariance",
-    "explain": "dropin",
+    "explain": "dropin.explain",
     "functional": "functional",
     "pipeline": "training.pipeline",
     "prepack": "inference.weights",
