@@ -4,18 +4,30 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import threading
-from multiprocessing.connection import wait
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any
 
 
-def end_with_parent() -> None:
-    """Ends this process of `multiprocessing` when the process that started it ends. A killed parent cannot end its
-    children, and what a child is computing can take minutes."""
-    threading.Thread(target=_wait_for_the_end, daemon=True, name="end with the parent").start()
+def child(function: Callable[..., Any], pipe: Connection, *arguments: Any, name: str | None = None) -> BaseProcess:
+    """A process, not started yet, that calls function(pipe, *arguments) and ends when this process ends.
+
+    It watches this process before it imports the function and what the arguments need: importing torch takes seconds,
+    and what a child computes can take minutes. All must be picklable; nothing here may import torch.
+    """
+    work = pickle.dumps((function, arguments))
+    return multiprocessing.get_context("spawn").Process(target=_run, args=(pipe, work), name=name, daemon=True)
 
 
-def _wait_for_the_end() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os._exit(1)
+def _run(pipe: Connection, work: bytes) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True, name="end with the parent").start()
+    function, arguments = pickle.loads(work)
+    function(pipe, *arguments)
+
+
+def _end_with_parent() -> None:
+    wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)

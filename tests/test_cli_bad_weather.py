@@ -252,10 +252,32 @@ if __name__ == "__main__":
 """
 
 
-def test_workers_end_with_a_parent_that_was_killed(folder, tmp_path):
-    """They used to compute what they had been sent, for 20 seconds and for nobody."""
+# A child imports for an hour what its function lies in, as torch is imported for seconds.
+IMPORTS = """
+import multiprocessing, os, time
+if multiprocessing.parent_process() is not None:
+    open(os.environ["BUSY"] + "/" + str(os.getpid()), "w").close()
+    time.sleep(3600)
+def function(pipe):
+    pass
+"""
+PARENT = """
+import multiprocessing, time
+if __name__ == "__main__":
+    from fastbert.parent import child
+    from imports import function
+    for _ in range(2):
+        child(function, multiprocessing.Pipe()[0]).start()
+    time.sleep(3600)
+"""
+
+
+@pytest.mark.parametrize("main", [SLEEPERS, PARENT], ids=["at_work", "while_they_import"])
+def test_workers_end_with_a_parent_that_was_killed(main, folder, tmp_path):
+    """They used to compute what they had been sent, for 20 seconds and for nobody, and then to import torch first."""
     program, busy = tmp_path / "program.py", tmp_path / "busy"
-    program.write_text(SLEEPERS)
+    program.write_text(main)
+    (tmp_path / "imports.py").write_text(IMPORTS)
     busy.mkdir()
     parent = subprocess.Popen([sys.executable, str(program), str(folder)], env={**os.environ, "BUSY": str(busy)})
     with parent:

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..parent import end_with_parent
+from ..parent import child
 from .encoder import Encoder, EncodeStats, resolve_device
 
 # Chunks at a worker: one that it computes, and one that it tokenises meanwhile.
@@ -56,15 +56,14 @@ class WorkerPool:
     def __init__(self, workers: int, work: Callable[..., None], *arguments: Any):
         if workers < 1:
             raise ValueError(f"workers must be at least 1, got {workers}")
-        context = multiprocessing.get_context("spawn")
         threads = max(1, torch.get_num_threads() // workers)
         self.pipes: list[Connection] = []
         self.processes = []
         try:
             for index in range(workers):
-                ours, theirs = context.Pipe()
-                given = (work, theirs, index, workers, threads, arguments)
-                process = context.Process(target=_serve, args=given, name=f"fastbert worker {index}", daemon=True)
+                ours, theirs = multiprocessing.Pipe()
+                given = (work, index, workers, threads, arguments)
+                process = child(_serve, theirs, *given, name=f"fastbert worker {index}")
                 with _without_interrupts():
                     process.start()
                 theirs.close()  # otherwise the pipe would stay open after the worker has ended
@@ -199,11 +198,10 @@ def _without_interrupts() -> Iterator[None]:
 
 
 def _serve(
-    work: Callable[..., None], pipe: Connection, index: int, workers: int, threads: int, arguments: tuple
+    pipe: Connection, work: Callable[..., None], index: int, workers: int, threads: int, arguments: tuple
 ) -> None:
     """The main function of a worker: sets the process up, calls `work`, and sends the error that it raises."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # for systems on which the parent cannot block the signal
-    end_with_parent()
     try:
         _stay_on_its_nodes(index, workers)
         torch.set_num_threads(threads)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from ..parent import end_with_parent
+from ..parent import child
 
 START = 120.0  # seconds that a process may take to import torch and Triton, in addition to its first task's limit
 BEGUN = "begun"
@@ -37,9 +37,8 @@ class Worker:
     """A process that runs one task at a time. `fit` becomes False when the process or its device is lost."""
 
     def __init__(self, answer: Callable[[Any], Any], is_fit: Callable[[], bool]):
-        spawn = multiprocessing.get_context("spawn")
-        self.connection, there = spawn.Pipe()
-        self.process = spawn.Process(target=work, args=(there, answer, is_fit), daemon=True)
+        self.connection, there = multiprocessing.Pipe()
+        self.process = child(work, there, answer, is_fit)
         self.process.start()
         there.close()  # otherwise this process could not notice that the other one has ended
         self.task: Any = None
@@ -140,7 +139,6 @@ def hand_out(
 def work(connection: Connection, answer: Callable[[Any], Any], is_fit: Callable[[], bool]) -> None:
     """The process's main function: answers each task, and reports whether it can take another one."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles Ctrl-C
-    end_with_parent()
     with contextlib.suppress(EOFError, BrokenPipeError):
         while True:
             task = connection.recv()
