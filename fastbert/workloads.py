@@ -192,6 +192,25 @@ def _attention_options(heads, dim, width, width_k, bias, mask, alibi, rotary) ->
     return options
 
 
+def disentangled_inputs(
+    model: ModelShape, lengths: Sequence[int], *, terms: Sequence[str] = ("c2p", "p2c"), dropout_p: float = 0.0,
+    **options,
+) -> dict[str, Any]:  # fmt: skip
+    """Of `disentangled_attention`; distances of 8 and more share a row of the tables."""
+    longest, shape = max(1, *lengths, 1), (sum(lengths), model.heads, model.head_dim)
+    distances = torch.arange(1 - longest, longest, dtype=torch.int32, device="cpu")
+    return {
+        **{name: _normal(*shape, seed=seed) for seed, name in enumerate("qkv", 1)},
+        "pk": _normal(16, *shape[1:], seed=4) if "c2p" in terms else None,
+        "pq": _normal(16, *shape[1:], seed=5) if "p2c" in terms else None,
+        "lut": distances.clamp(-8, 7) + 8,
+        "cu_seqlens": cu_seqlens_of(list(lengths)),
+        "max_seqlen": max(lengths, default=0),
+        **_dropout(dropout_p),
+        **options,
+    }
+
+
 def norm_inputs(
     model: ModelShape, lengths: Sequence[int], *, residual: bool = True, bias: bool = True, x_bias: bool = False,
     dropout_p: float = 0.0, **options,
@@ -300,6 +319,7 @@ def cross_entropy_inputs(model: ModelShape, lengths: Sequence[int], *, bias: boo
 INPUTS = {
     "attention": attention_inputs,
     "attention_padded": attention_padded_inputs,
+    "disentangled_attention": disentangled_inputs,
     "add_layer_norm": norm_inputs,
     "add_layer_norm_sum": norm_inputs,
     "add_rms_norm": functools.partial(norm_inputs, bias=False),

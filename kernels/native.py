@@ -14,6 +14,7 @@ from . import reference
 from ._attention_native import attention as attention
 from ._attention_native import attention_padded as attention_padded
 from ._attention_native import attention_schedule as attention_schedule
+from ._disentangled_native import disentangled_attention as disentangled_attention
 from ._invariance import is_batch_invariant
 from .cpu import embedding as cpu_embedding
 from .cpu import layouts, products
@@ -215,6 +216,7 @@ def _cast_as_autocast(*tensors):
 ENGINES = {
     "attention": ("attention", "C++; torch's SDPA with a mask, a bias, a window or rotary positions", "SDPA"),
     "attention_padded": ("attention", "SDPA", "SDPA"),
+    "disentangled_attention": ("disentangled", "C++", "the vendor library's products"),
     "add_layer_norm": ("layer_norm", "C++", "plain torch"),
     "add_layer_norm_sum": ("layer_norm", "plain torch", "plain torch"),
     "add_rms_norm": ("layer_norm", "plain torch", "plain torch"),

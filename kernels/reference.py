@@ -180,10 +180,10 @@ def disentangled_attention(
         rows = torch.arange(end - start, dtype=torch.int64, device=q.device)
         slots = lut[(rows[:, None] - rows + lut.shape[0] // 2)].to(torch.int64)  # [S, S]
         s = q_ @ k_.mT
-        if pk is not None:
-            s = s + torch.einsum("hid,ijhd->hij", q_, pk[slots])
+        if pk is not None:  # of the scores of a query with all rows of the table, those of its distances
+            s = s + (q_ @ pk.permute(1, 2, 0)).gather(-1, slots.expand(s.shape))
         if pq is not None:
-            s = s + torch.einsum("hjd,ijhd->hij", k_, pq[slots])
+            s = s + (k_ @ pq.permute(1, 2, 0)).gather(-1, slots.mT.expand(s.shape)).mT
         p = (s * scale).softmax(-1)
         if dropout_p > 0.0:
             heads = torch.arange(q.shape[1], dtype=torch.int64, device=q.device)[:, None]

@@ -21,6 +21,7 @@ WIDE = ModelShape(512, 8, 2048, 1)  # the first rung of every ladder of products
 ODD = ModelShape(41, 1, 51, 1)  # rows of 82 bytes: no bulk copies
 LENGTHS = (40, 100, 0, 200)  # one block, one tile, none, and the kernels with loops
 SHORT = (40, 0, 9)
+DISTANCES = (70, 0, 9)  # two tiles a side, and a part of one
 GROUPED = {"kv_heads": 1}
 EVERYTHING = {"bias": True, "mask": True, "alibi": True, "window": (24, 40), "rotary": True, "return_lse": True}
 IDS = {"dropout_p": 0.1, "return_lse": True}
@@ -42,6 +43,12 @@ def _attention(op: str, lengths=LENGTHS, ids: bool = False, bias_of_batch: bool 
     if bias_of_batch:
         inputs["bias"] = torch.randn(len(lengths), 1, *inputs["bias"].shape[2:])
     return run_op(op, inputs, torch.bfloat16).checks()
+
+
+def _disentangled(**options) -> list[Check]:
+    inputs = INPUTS["disentangled_attention"](TINY, DISTANCES, **options)
+    inputs["sequence_ids"] = torch.arange(len(DISTANCES)) * 3 + 2**30
+    return run_op("disentangled_attention", inputs, torch.bfloat16).checks()
 
 
 def _norm(op: str, ids: bool = False, weight: bool = True, **options) -> list[Check]:
@@ -149,6 +156,11 @@ SUBSET: dict[str, Callable[[], list[Check]]] = {
     "padded_ids": lambda: _attention("attention_padded", ids=True, **IDS),
     "padded_everything": lambda: _attention("attention_padded", ids=True, dropout_p=0.1, **EVERYTHING),
     "padded_short": lambda: _attention("attention_padded", SHORT, **EVERYTHING),
+    "disentangled_plain": lambda: _op("disentangled_attention", DISTANCES),
+    "disentangled_ids": lambda: _disentangled(dropout_p=0.1),
+    "disentangled_c2p": lambda: _op("disentangled_attention", (40,), terms=("c2p",)),
+    "disentangled_fp32": lambda: _op("disentangled_attention", (20,), dtype=torch.float32),
+    "disentangled_p2c": lambda: _op("disentangled_attention", (40,), terms=("p2c",)),
     "layer_norm_bare": lambda: _norm("add_layer_norm", weight=False, residual=False),
     "layer_norm_dropout": lambda: _norm("add_layer_norm", x_bias=True, dropout_p=0.1),
     "layer_norm_sum_ids": lambda: _norm("add_layer_norm_sum", ids=True, x_bias=True, dropout_p=0.1),

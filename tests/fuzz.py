@@ -133,7 +133,9 @@ def draw(rng: random.Random) -> tuple[str, dict[str, Any]]:
         return op, {"x": x, "weight": weight, "bias": bias, "activation": rng.choice((None, "gelu", "relu"))}
     if op == "int8_layer":
         return op, INPUTS["encoder_layer"](shape, lengths, activation=rng.choice(("gelu", "gelu_tanh", "relu")))
-    if "attention" in op:
+    if op == "disentangled_attention":
+        options = {"terms": rng.choice((("c2p", "p2c"), ("c2p",), ("p2c",))), "dropout_p": rng.choice((0.0, 0.3))}
+    elif "attention" in op:
         options = {name: rng.random() < 0.15 for name in ("bias", "mask", "alibi")}
         options["rotary"] = head_dim % 2 == 0 and rng.random() < 0.15
         options["kv_heads"] = rng.choice([n for n in range(1, heads + 1) if heads % n == 0])

@@ -67,6 +67,23 @@ def test_terms_that_are_not_there(impl, terms):
         assert_right(inputs_of(lengths, terms=terms), lengths, dtype, impl)
 
 
+# of several tiles and of one, none; a row of a tile alone
+SMALL = [33, 0, 1, 5]
+
+
+@pytest.mark.parametrize(("terms", "p"), [("both", 0.3), ("c2p", 0.0), ("p2c", 0.0), ("none", 0.0)])
+@pytest.mark.parametrize("impl", ["triton"])
+def test_kernels(impl, terms, p):
+    given = inputs_of(SMALL, heads=2 if terms == "both" else 1, head_dim=16, terms=terms, rows=5)
+    assert_right(given, SMALL, torch.float32, impl, **dropout_of(p, SMALL))
+
+
+@pytest.mark.parametrize("impl", ["triton"])
+def test_kernels_of_16_bits_and_widths_that_fill_no_block(impl):
+    """Of tiles of 32, in float16: the interpreter only emulates bfloat16."""
+    assert_right(inputs_of([40, 3], heads=1, head_dim=24, rows=5, reach=50), [40, 3], torch.float16, impl)
+
+
 @pytest.mark.parametrize("head_dim", [16, 64, 80])
 @pytest.mark.parametrize("impl", ["native"])
 def test_other_widths_scales_and_a_table_for_longer_texts(impl, head_dim):
@@ -75,7 +92,7 @@ def test_other_widths_scales_and_a_table_for_longer_texts(impl, head_dim):
     assert_right(given, lengths, torch.float32, impl, scale=0.2)
 
 
-@pytest.mark.parametrize("impl", ["native"])
+@pytest.mark.parametrize("impl", ["native", "triton"])
 def test_a_text_has_the_same_bits_in_any_batch(impl):
     """Alone it comes with a table for texts of 70 too: one for 9 is laid out elsewhere."""
     tensors, _, lut = inputs_of([30, 9, 70])

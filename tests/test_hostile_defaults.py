@@ -62,6 +62,8 @@ CASES = {
     "attention-rotary": {"rotary": True},
     "attention_padded": {},
     "attention_padded-dropout": {"dropout_p": 0.2},
+    "disentangled_attention": {},
+    "disentangled_attention-dropout": {"dropout_p": 0.2},
     "add_layer_norm": {},
     "add_layer_norm-dropout": {"dropout_p": 0.2},
     "add_layer_norm_sum": {"dropout_p": 0.2},

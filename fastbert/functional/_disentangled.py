@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels import _disentangled_native as by_torch
-from ..kernels import reference
+from ..kernels import _disentangled_native
 from ..kernels._checks import expect_sequences
-from ._choice import Impl, choose_impl
+from ._choice import Impl, resolve
 from ._expect import expect_dropout, expect_integers, expect_one_device
 
 __all__ = ["disentangled_attention", "disentangled_attention_padded"]
@@ -48,7 +47,6 @@ def disentangled_attention(
         max_seqlen: at least the longest sequence's length.
         dropout_p, seed, stream, sequence_ids, schedule: as in `attention`.
         scale: by default 1 / sqrt(D (1 + terms)), with one term for each of pk and pq that is there.
-        impl: "triton" stands for "native" here: there is no Triton kernel of it.
 
     Returns: o [T, H, D] in q's dtype.
     Raises: ValueError on shapes, dtypes or devices that do not fit, and on CPU tensors where lut has entries that are
@@ -64,10 +62,10 @@ def disentangled_attention(
     if schedule is None:  # else whoever made it has looked
         expect_sequences(op, "cu_seqlens", cu_seqlens, q.shape[0], max_seqlen)
     expect_integers(op, "sequence_ids", sequence_ids, cu_seqlens.shape[0] - 1)
-    engine = reference if choose_impl(impl, q.device) == "reference" else by_torch
-    return engine.disentangled_attention(
+    return resolve(op, impl, q)(
         q, k, v, pk, pq, lut, cu_seqlens, max_seqlen,
         dropout_p=dropout_p, seed=seed, stream=stream, sequence_ids=sequence_ids, scale=scale,
+        schedule=schedule,
     )  # fmt: skip
 
 
@@ -105,7 +103,7 @@ def disentangled_attention_padded(
     if real is not None and (real.dtype != torch.bool or real.shape != q.shape[:2]):
         raise ValueError(f"{op}: real must be {tuple(q.shape[:2])} bool, got {tuple(real.shape)} {real.dtype}")
     expect_integers(op, "sequence_ids", sequence_ids, q.shape[0])
-    return by_torch.disentangled_attention_padded(
+    return _disentangled_native.disentangled_attention_padded(
         q, k, v, pk, pq, lut, real,
         dropout_p=dropout_p, seed=seed, stream=stream, sequence_ids=sequence_ids, scale=scale,
     )  # fmt: skip

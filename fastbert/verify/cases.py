@@ -25,6 +25,12 @@ CASES: dict[str, dict[str, dict]] = {
         "plain": {},
         "dropout": {"dropout_p": 0.1, "bias": True},
     },
+    "disentangled_attention": {
+        "plain": {},
+        "dropout": {"dropout_p": 0.1},
+        "c2p": {"terms": ("c2p",)},
+        "p2c": {"terms": ("p2c",)},
+    },
     "add_layer_norm": {
         "plain": {"residual": False},
         "dropout": {"x_bias": True, "dropout_p": 0.1},
@@ -97,8 +103,9 @@ class Task:
         """Estimate of the device memory in bytes, from measurements of the float64 reference with gradients."""
         m, tokens = self.model, sum(self.lengths)
         scores = m.heads * sum(n * n for n in self.lengths)
-        if self.op.startswith("attention"):
-            elements = 4 * tokens * m.hidden + scores * (2 if "bias" in CASES[self.op][self.case] else 1)
+        if "attention" in self.op:
+            of_pairs = 3 if self.op == "disentangled_attention" else 2 if "bias" in CASES[self.op][self.case] else 1
+            elements = 4 * tokens * m.hidden + scores * of_pairs
         else:
             elements = tokens * (4 * m.hidden + 3 * m.intermediate) + m.vocab * m.hidden
             elements += tokens * m.vocab if self.op == "linear_cross_entropy" else 0
