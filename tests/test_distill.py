@@ -7,7 +7,7 @@ import torch
 
 from distill_models import CPU, distilled_of, divisor_of, doubled, losses_of, model_of, recipe_of
 from fastbert import BertConfig, Tokenizer
-from fastbert.compression import bottleneck
+from fastbert.compression import bottleneck, losses
 from fastbert.compression.distill import Distilling
 from fastbert.compression.distilled import LOSSES, projections_of
 from fastbert.compression.students import make_student
@@ -127,15 +127,20 @@ def test_without_activations_kept_gradients_are_the_same(tmp_path):
         torch.testing.assert_close(found, g, msg=name)
 
 
-def test_half_precision_compares_in_float32(tmp_path):
-    """Within autocast: a student that is its teacher but for rounding has a loss of next to nothing."""
-    trained, task, windows = distilled_of("sentence", "logits", "hidden", "minilm2", pairs=((0, 0), (2, 2)))
-    trained._beside = (model_of(task, 3, seed=1).eval(),)
-    trained.recipe = recipe_of("logits", "hidden", "attention", pairs=((0, 0), (2, 2)))
+def test_differences_are_not_taken_in_half_precision(monkeypatch):
+    """Within autocast the passes are in bfloat16, and what compares them is not."""
+    trained, task, windows = distilled_of("sentence", "logits", "attention", "minilm2", pairs=((0, 0), (2, 2)))
+    asked, of_pairs = [], losses.pairwise
+
+    def pairwise(a, *others):
+        asked.append((a.dtype, torch.is_autocast_enabled("cpu")))
+        return of_pairs(a, *others)
+
+    monkeypatch.setattr(losses, "pairwise", pairwise)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        total, *parts = losses_of(trained, task, windows, divisor_of(trained, task, windows))
-    assert total.dtype == torch.float32
-    assert max(parts) < 1e-3
+        found = losses_of(trained, task, windows, divisor_of(trained, task, windows))
+    assert asked == [(torch.bfloat16, False)] * 5
+    assert all(loss.dtype == torch.float32 for loss in found)
 
 
 # ---- students ------------------------------------------------------------------------------------------------

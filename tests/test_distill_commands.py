@@ -83,6 +83,7 @@ def test_every_task_without_labels(kind, teachers, tmp_path, capsysbinary):
     report = json.loads((out / "report.json").read_text())
     assert report["scores of the teacher"].keys() == report["scores"].keys()
     assert (report["layers"], report["layers of the teacher"], report["pairs of layers"]) == (2, 3, [[0, 0], [1, 2]])
+    assert [step["command"] for step in json.loads((out / "compression.json").read_text())["steps"]] == ["distill"]
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert rows[0]["logits_loss"] + rows[0]["hidden_loss"] + rows[0]["minilm2_loss"] == pytest.approx(rows[0]["loss"])
     auto = {"token": "AutoModelForTokenClassification", "qa": "AutoModelForQuestionAnswering"}

@@ -59,7 +59,7 @@ class Study:
 
 
 STUDIES = {
-    "sst2": Study("sentence", "sst2/train.tsv", "sst2/dev.tsv", 2, 2e-4, 16000),
+    "sst2": Study("sentence", "sst2/train.tsv", "sst2/dev.tsv", 2, 2e-4),
     "sick": Study("pair", "sick/SICK_train.txt", "sick/SICK_test_annotated.txt", 4, 2e-4),
 }
 ROWS = ("distilled", "labels")
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("teachers", nargs="*", metavar="TASK=DIR", help=f"of {', '.join(STUDIES)}")
     parser.add_argument("--data", type=Path, help="the folder with sst2 and sick")
     parser.add_argument("--rows", default=",".join(ROWS), help="default: %(default)s")
-    parser.add_argument("--losses", type=losses_by_name, default={"logits": 1.0, "hidden": 1.0}, help="of `distilled`")
+    parser.add_argument("--losses", type=losses_by_name, default={"logits": 1.0, "hidden": 3.0}, help="of `distilled`")
     parser.add_argument("--temperature", type=float, default=2.0, help="default: %(default)s")
     parser.add_argument("--init", default="skip", help="as in fastbert distill (default: %(default)s)")
     parser.add_argument("--layers", type=positive, default=3, help="of the students (default: %(default)s)")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ from ..training.predicting import outputs_of, pack
 from ..training.processes import Processes
 from ..training.tasks import DEFAULT_METRICS, NUMBERS, Spec, Task, make_task
 from .distilled import RELATIONS, Distilled, Divisor, Recipe, TaskDistilled, WordsDistilled
+from .folders import add_step
 from .layer_maps import layer_pairs
 from .logits import logits_of
 from .students import make_student
@@ -85,6 +87,11 @@ class Method:
         for t in teacher.state_dict().values():
             digest.update(t.cpu().contiguous().numpy())
         return {**asdict(self), "teacher of SHA-256": digest.hexdigest()}
+
+    def note(self, teacher: str, out: Path, processes: Processes) -> None:
+        """Adds the command to what was done to the teacher."""
+        if processes.rank == 0:
+            add_step(teacher, out, {"command": "distill", "model": teacher, **asdict(self)})
 
     def facts(self, teacher: str, models: tuple[BertHead, BertHead], recipe: Recipe) -> dict[str, Any]:
         """What the report has; models: student, teacher."""
@@ -142,7 +149,9 @@ def distill(
     processes = Processes.join(request.device)
     try:
         prepare = partial(_task_prepared, method=method, changes=changes)
-        return finetuning.carry_out(request, processes, report, prepare)
+        done = finetuning.carry_out(request, processes, report, prepare)
+        method.note(request.model, request.out, processes)
+        return done
     finally:
         processes.leave()
 
@@ -258,7 +267,9 @@ def distill_words(
     """
     processes = Processes.join(request.device)
     try:
-        return pretraining.carry_out(request, processes, report, partial(_words_prepared, method=method))
+        done = pretraining.carry_out(request, processes, report, partial(_words_prepared, method=method))
+        method.note(request.tokenizer, request.out, processes)
+        return done
     finally:
         processes.leave()
 
