@@ -1,10 +1,14 @@
 """Which positions of a padded batch an accelerated model computes: those that are read, and the rest hold zeros."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn as nn
 
+import fastbert
 from dropin_changes import MASK, accelerated, assert_same, batch_of, plain_model
+from dropin_models import build
 
 pytestmark = [pytest.mark.native, pytest.mark.filterwarnings("ignore")]
 
@@ -82,3 +86,46 @@ def test_heads_get_the_rows_that_they_read(name, called):
             torch.manual_seed(3)
             change(model)
     assert_same(ours, plain, ..., **batch)
+
+
+def counting(loss):
+    """The same loss, for which a label of -100 is one like another."""
+    return lambda *given, **named: loss(*given[:-1], given[-1].clamp(min=0), **named)
+
+
+@pytest.mark.parametrize("called", [False, True], ids=["at_first", "after_a_call"])
+@pytest.mark.parametrize(
+    ("where", "name"), [(nn.CrossEntropyLoss, "forward"), (nn.functional, "cross_entropy")], ids=["class", "function"]
+)
+def test_a_loss_that_was_replaced_reads_every_row(where, name, called, monkeypatch):
+    """Rows whose label is -100 came back as zeros from the encoder, and a loss that counts them had another value."""
+    plain = plain_model("ForTokenClassification")
+    ours, batch = accelerated(plain), batch_of() | {"labels": torch.where(MASK, 1, -100)}
+    before = plain(**batch).loss
+    if called:
+        torch.testing.assert_close(ours(**batch).loss, before, atol=1e-5, rtol=1e-4)
+    monkeypatch.setattr(where, name, counting(getattr(where, name)))
+    want = plain(**batch).loss
+    assert not torch.allclose(want, before, atol=1e-3), "the change changes nothing"
+    torch.testing.assert_close(ours(**batch).loss, want, atol=1e-5, rtol=1e-4)
+    assert "was replaced" in str(fastbert.explain(ours))
+
+
+@pytest.mark.parametrize("called", [False, True], ids=["at_first", "after_a_call"])
+def test_a_loss_function_that_a_model_is_given_reads_every_row(called):
+    """transformers' models have a property for it, which those of newer families call."""
+    model = build("modernbert", "ForMaskedLM", local_attention=32)
+    if not hasattr(type(model), "loss_function"):
+        pytest.skip("this transformers has no loss_function")
+    ours, batch = fastbert.accelerate(copy.deepcopy(model), impl="native"), batch_of()
+    batch["labels"] = torch.where(MASK, batch["input_ids"], -100)
+    before = model(**batch).loss
+    if called:
+        torch.testing.assert_close(ours(**batch).loss, before, atol=1e-5, rtol=1e-4)
+    for m in (ours, model):
+        m.loss_function = lambda logits, labels, **_: nn.functional.cross_entropy(
+            logits.flatten(0, -2), labels.flatten().clamp(min=0)
+        )
+    want = model(**batch).loss
+    assert not torch.allclose(want, before, atol=1e-3), "the change changes nothing"
+    torch.testing.assert_close(ours(**batch).loss, want, atol=1e-5, rtol=1e-4)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .families import FAMILIES
 from .forward import Forward
-from .own import Watch, listeners, why_own
+from .own import Watch, listeners, of_library, why_own
 from .padding import Reading, reading, reading_now
 from .parts import TRANSFORMERS, at
 from .plain import by_token
@@ -27,6 +27,8 @@ HEADS = {
     "ForPreTraining": LABELS,
     "ForQuestionAnswering": EVERY,  # its loss is a softmax over all columns
 }
+# what the losses of heads call
+LOSS = [(nn.functional.__dict__, "cross_entropy")]
 # heads whose loss takes the mask, so that a label at padding does not count
 BY_MASK = {"ElectraForPreTraining"}
 
@@ -70,8 +72,9 @@ class HeadForward(Forward):
             encoder = at(self.module, self.path)
             below = set(encoder.modules())
             parts = [(path, m) for path, m in self.module.named_modules() if m not in below]
-            reason = next((why for path, m in parts if (why := _why_part(path, m))), None)
-            seen = self.seen = Watch([m for _, m in parts]), reason
+            reason = _why_loss(self.module) or next((why for path, m in parts if (why := _why_part(path, m))), None)
+            own = [(self.module.__dict__, "_loss_function")]
+            seen = self.seen = Watch([m for _, m in parts], [*LOSS, *own], [(nn.CrossEntropyLoss, "forward")]), reason
         return seen[1]
 
     def reads(self, given: dict[str, Any]) -> Reading:
@@ -119,6 +122,16 @@ class HeadForward(Forward):
         places = (flat != -100).nonzero().squeeze(1)
         with reading(replace(reads, only=places)):
             return self.original(**given | {"labels": flat[places][None]})
+
+
+def _why_loss(head: nn.Module) -> str | None:
+    """Why the loss of a head may count tokens whose label is -100."""
+    if not of_library(nn.CrossEntropyLoss.forward):
+        return "torch.nn.CrossEntropyLoss.forward was replaced"
+    if why := next((f"torch.nn.functional.{name} was replaced" for f, name in LOSS if not of_library(f[name])), None):
+        return why
+    own = head.__dict__.get("_loss_function")
+    return None if own is None or of_library(own) else "its loss_function is somebody's own"
 
 
 def _is_by_token(labels: Any, given: dict[str, Any]) -> bool:
