@@ -34,8 +34,11 @@ def write_atomically(path: str | os.PathLike, within: str | os.PathLike | None =
     The temporary file has the same suffix, is synced to disk before it takes the name, and is removed on any
     exception, KeyboardInterrupt included. One that a killed process left behind is removed by the next that writes
     `path`. A symbolic link is replaced, not followed.
-    within: another folder of the same file system for the temporary file, whose name then has no suffix of `path`'s:
-    many programs read every file of a folder of data, hidden ones too.
+
+    Args:
+        within: a folder of the same file system for the temporary file, instead of the one of `path`. Its name then
+            ends in .part. This is for folders of data: many programs read every file in them, also hidden ones.
+
     Raises: OSError naming `path` where it cannot be written, or is something other than a regular file.
     """
     path = Path(path)

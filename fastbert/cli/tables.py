@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import sys
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ OPTIONS = (
 
 
 def options_given(args: argparse.Namespace) -> list[str]:
-    """Those of OPTIONS that are not at their defaults."""
+    """Those of OPTIONS that differ from their defaults."""
     defaults = argparse.ArgumentParser()
     add_table_arguments(defaults)
     names = {option: option[2:].replace("-", "_") for option in OPTIONS}
@@ -84,11 +85,11 @@ def job_of(args: argparse.Namespace, encoder: dict[str, Any]) -> Job:
 
 
 def encode_tables(args: argparse.Namespace, encoder: dict[str, Any], ranks: Ranks | None) -> EncodeStats | None:
-    """The command; what was counted, or None where nothing was to be encoded.
+    """Runs the command. Returns the counts of the encoder, or None after --verify.
 
     Args:
         encoder: arguments of `Encoder.from_pretrained`.
-        ranks: under torchrun, of which this process is one.
+        ranks: the processes of torchrun, if there are any.
     """
     try:
         from ..corpus.manifest import Manifest
@@ -123,17 +124,21 @@ def _maker(job: Job, workers: int) -> contextlib.AbstractContextManager:
 
 
 def _shown(args: argparse.Namespace, outcomes: Iterable[Any], count: int) -> Iterator[Any]:
-    """The outcomes, with a bar of parts where standard error is a terminal."""
+    """Passes outcomes on, with a progress bar of parts on a terminal. Prints the reason of each failed part."""
     from tqdm import tqdm
+
+    from ..corpus.run import Failed
 
     with tqdm(total=count, unit="part", desc="encode", disable=args.quiet or None) as bar:
         for outcome in outcomes:
-            yield outcome
             bar.update()
+            if isinstance(outcome, Failed) and not args.quiet:
+                bar.write(f"fastbert: {outcome.reason}", file=sys.stderr)
+            yield outcome
 
 
 def _verify(manifest: Any, units: list[Any]) -> None:
-    """Prints what is wrong, a line each. Raises: CheckpointError where something is."""
+    """Prints everything that is wrong, one line each. Raises: CheckpointError if anything is."""
     from ..corpus.verify import verify
 
     found = 0

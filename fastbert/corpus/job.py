@@ -1,4 +1,4 @@
-"""What is asked for, as plain data that goes to other processes and machines."""
+"""The settings of a run, as plain data that can be sent to other processes and machines."""
 
 from __future__ import annotations
 
@@ -24,20 +24,21 @@ class Job:
     """How a corpus is encoded.
 
     Args:
-        out: the folder, or its URL, in which data/ and manifest/ are.
+        out: the folder that is written, or its URL.
         encoder: arguments of `Encoder.from_pretrained`.
-        text: the column of texts.
-        id: the column that names a row in messages and search results; it is kept, first.
-        keep: other columns that are kept, in this order.
-        precision: of the vectors in the file: float32, float16, or int8 with a scale a row.
-        nulls: a row without a text has no vector (null), zeros and false in the column `embedding_valid` (fill), the
-            vector of the empty text (encode), or ends its part with an error (refuse).
-        empty_is_null: treat texts of nothing but white space as `nulls` says; else they are texts like others.
-        dedup: compute equal texts of a window once.
-        batch_invariant: a text's bits depend on that text alone.
-        part_rows: rows of a part at most.
+        text: name of the column of texts.
+        id: name of a column whose value identifies a row in messages. It is kept, as the first column.
+        keep: names of other columns to keep, in this order.
+        precision: how vectors are stored: float32, float16, or int8 with a scale for each row.
+        nulls: what a row without a text gets. "null": a null vector; "fill": zeros, and false in the column
+            `embedding_valid`; "encode": the vector of the empty text; "refuse": its part fails with an error.
+        empty_is_null: whether a text that is empty or only white space is treated as a null.
+        dedup: whether equal texts of a window are computed once.
+        batch_invariant: see `fastbert.batch_invariant`.
+        part_rows: the largest number of rows in a part.
         max_tokens_per_batch: see `Encoder.encode`.
-        line_bytes: how long a line of .jsonl may be.
+        line_bytes: the longest line in .jsonl files.
+        types: the types of the kept columns, which `plan` sets.
     """
 
     out: str
@@ -53,7 +54,7 @@ class Job:
     part_rows: int = 50_000
     max_tokens_per_batch: int | None = None
     line_bytes: int = 10_000_000
-    types: Mapping[str, str] = field(default_factory=dict)  # of kept columns, as `plan` found them
+    types: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -68,12 +69,12 @@ class Job:
 
     @property
     def kept(self) -> tuple[str, ...]:
-        """Columns of the input that go to the output."""
+        """The columns of the input that are copied to the output."""
         return (*(() if self.id is None or self.id in self.keep else (self.id,)), *self.keep)
 
     def description(self, encoder: Encoder) -> dict[str, Any]:
-        """What a part is a function of, besides its unit: what `encoder` is, how vectors are made of its texts and how
-        they are written. It is in the manifest and in each part."""
+        """Everything besides the unit that decides what is in a part: the model, the settings and the versions. It is
+        written to the manifest and into the metadata of each part."""
         return {
             "model": str(self.encoder["id_or_path"]),
             "arguments": {name: value for name, value in self.encoder.items() if name in ARGUMENTS},
@@ -89,6 +90,7 @@ class Job:
             "max_length": encoder.max_length,
             "dtype": self.encoder.get("dtype", "auto") if self.encoder.get("dtype") == "int8" else str(encoder.dtype),
             "device": encoder.device.type,
+            "instructions": _instructions(encoder) if self.batch_invariant else None,
             "operators": sorted({chosen for chosen, _ in encoder.describe_operators().values()}),
             "max_tokens_per_batch": encoder.token_budget(self.max_tokens_per_batch),
             "batch_invariant": self.batch_invariant,
@@ -104,15 +106,15 @@ class Job:
 
 
 LIBRARIES = ("torch", "tokenizers", "pyarrow")
-# Arguments of `Encoder.from_pretrained` by which a question is encoded as the rows were.
+# Arguments of `Encoder.from_pretrained` that `search` needs to encode a question as the rows were encoded.
 ARGUMENTS = ("pooling", "normalize", "layer", "dtype", "max_length", "impl", "truncate_dim", "layers", "combine")
-# A model may lie elsewhere in the next run, and one may spell out its defaults: it is the same one by its weights, and
-# encodes in the same way by the other settings.
+# These may differ when a run is resumed: the model may have moved, and defaults may be given explicitly. The hash of
+# the weights and the other settings say whether vectors are the same.
 SPELLINGS = ("model", "revision", "arguments")
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], inside: str = "") -> list[str]:
-    """What two descriptions say differently, in words."""
+    """The differences between two descriptions, in words."""
     found = []
     for name in sorted({*before, *now} - set(SPELLINGS)):
         old, new = before.get(name), now.get(name)
@@ -124,7 +126,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], inside: str =
 
 
 def fingerprint(encoder: Encoder) -> str:
-    """A hash of what computes: configuration, weights in their dtype, vocabulary, and what follows BERT."""
+    """A hash of the configuration, the weights in their dtype, the tokenizer, and the modules after BERT."""
     import torch
 
     digest = hashlib.sha256(repr(sorted(encoder.config.to_dict().items())).encode())
@@ -138,7 +140,7 @@ def fingerprint(encoder: Encoder) -> str:
 
 
 def revision_of(model: str) -> str | None:
-    """The commit of a model on the hub, as the local cache knows it. None for a folder."""
+    """The commit of a model from the hub, looked up in the local cache; None for a folder."""
     from huggingface_hub import try_to_load_from_cache
 
     if os.path.exists(os.path.expanduser(model)) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
@@ -146,6 +148,17 @@ def revision_of(model: str) -> str | None:
     file = try_to_load_from_cache(model, "config.json")
     found = re.search(r"snapshots/([0-9a-f]{40})/", str(file))
     return found and found[1]
+
+
+def _instructions(encoder: Encoder) -> str:
+    """The CPU or GPU, as far as bits depend on it."""
+    import torch
+
+    from ..functional import describe_cpp
+
+    if encoder.device.type == "cuda":
+        return torch.cuda.get_device_name(encoder.device)
+    return f"{torch.backends.cpu.get_cpu_capability()}, {describe_cpp()}"
 
 
 def _version(package: str) -> str | None:

@@ -1,11 +1,11 @@
-"""Which parts count: a receipt for each, and what all of them were made by.
+"""Which parts of a corpus count, and how they were made.
 
     DIR/data/NAME.parquet              a part
-    DIR/manifest/corpus.json           what all parts are a function of, besides the input
-    DIR/manifest/parts/NAME.json       the receipt of a part: where its rows come from, how many, hashes
+    DIR/manifest/corpus.json           the model, settings and versions of all parts: `Job.description`
+    DIR/manifest/parts/NAME.json       the receipt of a part: its unit, its number of rows, hashes
 
-A part counts once its receipt is there, which is written after it. Each receipt is a file of its own, since several
-processes and machines write them, and an object store has no file that one could add a line to.
+A part counts if its receipt exists. The receipt is written after the part. Every receipt is a separate file, because
+several processes and machines write them, and files in an object store cannot be appended to.
 """
 
 from __future__ import annotations
@@ -22,33 +22,33 @@ DESCRIPTION, RECEIPTS, DATA = "manifest/corpus.json", "manifest/parts", "data"
 
 
 class ManifestError(ValueError):
-    """A folder that this job cannot go on with, in one line."""
+    """A folder does not fit the job. The message is one line."""
 
 
 class Manifest:
-    """Of the corpus in a folder."""
+    """The manifest of the corpus in a folder."""
 
     def __init__(self, out: str):
         self.place = Place(out)
 
     def description(self) -> dict[str, Any] | None:
-        """What the parts were made by; None where nothing was begun."""
+        """The description in corpus.json; None if there is none."""
         return self._read(DESCRIPTION)
 
     def begin(self, description: Mapping[str, Any]) -> dict[str, Any]:
-        """Begins a corpus, or goes on with one: gives the description that it began with.
+        """Writes the description if the folder has none. Returns the one in the folder.
 
-        Raises: ManifestError where that differs in more than where the model lies.
+        Raises: ManifestError if the folder has another description; see `job.differences`.
         """
         with self.place.alone("corpus"):
             before = self.description()
             if before is None:
                 self.place.write(DESCRIPTION, _spelled(description))
                 return dict(description)
-        # as JSON has it: tuples are lists there
+        # through JSON, where tuples become lists
         if found := differences(before, json.loads(_spelled(description))):
             raise ManifestError(
-                f"{self.place.url} was written by another model, settings or versions: {'; '.join(found)}. Go on with "
+                f"{self.place.url} was written with another model, settings or versions: {'; '.join(found)}. Use "
                 "those, or write into another folder"
             )
         return before
@@ -60,7 +60,7 @@ class Manifest:
         self.place.write(f"{RECEIPTS}/{unit.name}.json", _spelled(receipt))
 
     def receipts(self) -> dict[str, dict[str, Any]]:
-        """Of all parts that count, by their names, in their order."""
+        """The receipts of all parts that count, by name, in the order of the names."""
         found = {}
         for name in self.place.names(RECEIPTS):
             receipt = self._read(f"{RECEIPTS}/{name}")
@@ -71,7 +71,7 @@ class Manifest:
     def missing(self, units: Sequence[Unit]) -> list[Unit]:
         """The units without a receipt.
 
-        Raises: ManifestError where the folder has a part of a file that changed since, or is not among the units.
+        Raises: ManifestError if there is a receipt for a file that has changed, or for something not among the units.
         """
         receipts, known = self.receipts(), {unit.name: unit for unit in units}
         for name, receipt in receipts.items():

@@ -1,4 +1,4 @@
-"""Folders, local ones and those behind an fsspec URL, in which a file is whole or not there."""
+"""Local folders and folders behind an fsspec URL, in which files are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ try:
 except ImportError:  # on Windows
     fcntl = None
 
-# Where local files are written before they take their place. Nobody who reads the data looks here.
+# The folder in which local files are written before they are renamed. It is outside the folder of the data.
 UNFINISHED = "unfinished"
 
 
 def filesystem_of(url: str) -> tuple[Any, str]:
-    """(the fsspec file system of a path or URL, the path in it). Local paths become absolute ones."""
+    """(fsspec file system, path in it) of a path or URL. Local paths become absolute."""
     from fsspec.core import url_to_fs
 
     return url_to_fs(os.path.expanduser(url))
@@ -32,7 +32,7 @@ def is_local(filesystem: Any) -> bool:
 
 
 class Place:
-    """A folder by its path or URL. Names in it have "/" between their parts."""
+    """A folder, given by its path or URL. Names of files in it are relative to it and use "/"."""
 
     def __init__(self, url: str):
         self.url = url
@@ -43,24 +43,20 @@ class Place:
         return f"{self.root}/{name}"
 
     def open(self, name: str) -> BinaryIO:
-        """For reading. Raises: FileNotFoundError."""
+        """Opens a file for reading. Raises: FileNotFoundError."""
         return self.filesystem.open(self.path(name), "rb")
 
     def read(self, name: str) -> bytes | None:
-        """None where there is no such file."""
+        """The content of a file; None if there is no such file."""
         try:
             with self.open(name) as file:
                 return file.read()
         except FileNotFoundError:
             return None
 
-    def exists(self, name: str) -> bool:
-        self.filesystem.invalidate_cache()  # other machines write too
-        return self.filesystem.exists(self.path(name))
-
     def names(self, folder: str) -> list[str]:
-        """Of all files in a folder of this one, without the folder, sorted. Empty where there is none."""
-        self.filesystem.invalidate_cache()
+        """Sorted names of all files below a folder, relative to it; empty if there is no such folder."""
+        self.filesystem.invalidate_cache()  # other machines may have written meanwhile
         try:
             found = self.filesystem.find(self.path(folder))
         except FileNotFoundError:
@@ -70,9 +66,9 @@ class Place:
 
     @contextlib.contextmanager
     def writing(self, name: str) -> Iterator[BinaryIO]:
-        """A new file, which is there when the block ends without an exception.
+        """A new file for writing. It appears when the block ends without an exception.
 
-        An object store shows a file when it is closed. Where the block raises, what it shows then is removed again.
+        In an object store a file appears when it is closed. If the block raises an exception, it is removed again.
         """
         path = self.path(name)
         if self.is_local:
@@ -100,7 +96,8 @@ class Place:
 
     @contextlib.contextmanager
     def alone(self, name: str) -> Iterator[None]:
-        """Waits for other processes that are at the same name. Only local folders, and not Windows, can do that."""
+        """A block that only one process at a time can be in, for each name. Others wait. There is no such lock behind
+        URLs and on Windows."""
         if not self.is_local or fcntl is None:
             yield
             return
@@ -109,7 +106,7 @@ class Place:
         while True:
             handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
             fcntl.flock(handle, fcntl.LOCK_EX)
-            # The one who held the lock may have removed the file meanwhile, and somebody made it anew.
+            # The process that held the lock may have removed the file, and another one may have made a new file.
             with contextlib.suppress(FileNotFoundError):
                 if os.stat(path).st_ino == os.fstat(handle).st_ino:
                     break
@@ -122,7 +119,7 @@ class Place:
             os.close(handle)
 
     def tidy(self) -> None:
-        """Removes the folder for unfinished files where nothing is left in it."""
+        """Removes the folder for unfinished files if it is empty."""
         if self.is_local:
             with contextlib.suppress(OSError):
                 os.rmdir(self.path(UNFINISHED))

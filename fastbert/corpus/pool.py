@@ -1,7 +1,7 @@
-"""Several processes that make parts. Each asks for a unit when it can begin with one, so a slow one holds nobody up.
+"""Several processes that make parts. A process asks for the next unit when it can start on it.
 
-parent   a unit, or None where there are no more  -->  worker
-worker   None: it asks for a unit; an outcome; at its end its counts  -->  parent
+parent --> worker   a unit; None if there are no more
+worker --> parent   None to ask for a unit; an outcome; at the end its EncodeStats
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .units import Unit
 class CorpusPool(WorkerPool):
     """`CorpusEncoder(job)` in each of several processes.
 
-    Raises: what loading raised in a worker; RuntimeError where a worker ended unasked.
+    Raises: the error of loading in a worker; RuntimeError if a worker ends by itself.
     """
 
     def __init__(self, workers: int, job: Job):
@@ -30,7 +30,7 @@ class CorpusPool(WorkerPool):
         self.stats = EncodeStats()
 
     def encode(self, units: Iterable[Unit]) -> Iterator[Done | Failed]:
-        """An outcome for each unit, as they come. Once: at the end of the units the workers are done."""
+        """Yields an outcome for each unit, in the order of completion. The pool is closed afterwards."""
         coming, working = iter(units), set(self.pipes)
         try:
             while working:
@@ -53,7 +53,7 @@ class CorpusPool(WorkerPool):
 
 def _work(pipe: Connection, index: int, job: Job) -> None:
     encoder = CorpusEncoder(replace(job, encoder={**job.encoder, "device": device_of(index, dict(job.encoder))}))
-    sending = threading.Lock()  # units are asked for by the thread that reads
+    sending = threading.Lock()  # the thread that reads asks for units, the main thread sends outcomes
 
     def send(message: Any) -> None:
         with sending:

@@ -1,9 +1,9 @@
-"""Tables in, a few hundred rows at a time: Parquet, Arrow IPC, JSON lines and CSV, with one set of types for all.
+"""Reads tables a few hundred rows at a time: Parquet, Arrow IPC, JSON lines and CSV.
 
-A table has `schema` (the columns asked for, canonical), `size` in bytes, `extents(rows)`, the parts that its rows are
-cut into, and `batches(first, last)`, the rows of one of them. A .parquet or .arrow file is cut between rows, at the
-ends of row groups or record batches where that can be; a .jsonl file where lines begin; a .csv file not at all, since a
-quoted value may hold line ends.
+A table has `schema` (the columns that are asked for, with canonical types), `size` (of the file, in bytes),
+`extents(rows)` (the ranges of rows that become parts) and `batches(first, last)` (the rows of such a range). A .parquet
+or .arrow file is cut between rows, at ends of row groups or record batches if possible; a .jsonl file at the beginnings
+of lines; a .csv file is not cut, because quoted values may contain line ends.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from ..text.files import InputError, read_lines
 from .job import Job
 from .places import filesystem_of, is_local
 
-# Rows read at once. Texts may be long, so these are few.
+# Rows read at once. They are few because texts may be long.
 BATCH_ROWS = 512
-# How a .jsonl file is cut: no row is counted, so bytes stand for rows.
+# A .jsonl file is cut by bytes, since its rows cannot be counted without reading it: bytes of a row, for `part_rows`.
 BYTES_A_LINE = 512
 CSV_BLOCK = 4_000_000
-# What pyarrow raises for a file that is broken: ArrowInvalid and others, and OSError for pages that cannot be unpacked.
+# What pyarrow raises for a broken file; OSError is for pages that cannot be decompressed.
 BROKEN = (pa.ArrowException, OSError, UnicodeError)
 
 
@@ -33,8 +33,8 @@ BROKEN = (pa.ArrowException, OSError, UnicodeError)
 
 
 def canonical(kind: pa.DataType) -> pa.DataType:
-    """The one type that stands for all that hold the same values: no dictionaries, no large or view kinds, and the
-    child of a list is called as Parquet's own documents call it."""
+    """One type for all types that hold the same values: without dictionaries, extensions, large and view types. The
+    child of a list is called "element", as in Parquet's specification."""
     if pa.types.is_dictionary(kind) or pa.types.is_run_end_encoded(kind):
         return canonical(kind.value_type)
     if isinstance(kind, pa.BaseExtensionType):
@@ -49,15 +49,15 @@ def canonical(kind: pa.DataType) -> pa.DataType:
         return pa.map_(canonical(kind.key_type), canonical(kind.item_type))
     if pa.types.is_nested(kind) and pa.types.is_struct(kind):
         return pa.struct([pa.field(field.name, canonical(field.type)) for field in kind])
-    if hasattr(kind, "value_type"):  # every other kind of list
+    if hasattr(kind, "value_type"):  # all other kinds of lists
         return pa.list_(pa.field("element", canonical(kind.value_type)))
     return kind
 
 
 def schema_of(found: pa.Schema, job: Job, name: str) -> pa.Schema:
-    """The columns of texts, and those that are kept, with canonical types and no metadata (pandas writes some).
+    """The column of texts and the kept columns, with canonical types and without metadata, such as pandas writes.
 
-    Raises: InputError where one is missing or there twice, or where texts are no text.
+    Raises: InputError if a column is missing or occurs twice, or if the column of texts does not hold text.
     """
     fields = []
     for column in dict.fromkeys((job.text, *job.kept)):
@@ -76,7 +76,7 @@ def schema_of(found: pa.Schema, job: Job, name: str) -> pa.Schema:
 
 
 class ParquetTable:
-    """Pages are read as they are needed: neither a row group nor a column is ever held whole."""
+    """Parquet. Pages are read as they are needed, so that memory does not depend on the size of row groups."""
 
     def __init__(self, file: BinaryIO, name: str, job: Job):
         self.file = parquet.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True)
@@ -94,7 +94,7 @@ class ParquetTable:
 
 
 class ArrowTable:
-    """Arrow IPC: a file, whose record batches can be found, or a stream, which is read to its end."""
+    """Arrow IPC, in the format of files or of streams. A stream is one part, since its batches cannot be found."""
 
     def __init__(self, file: BinaryIO, name: str, job: Job):
         self.file = file
@@ -121,10 +121,10 @@ class ArrowTable:
 
 
 class CsvTable:
-    """The first row names the columns, and every value is text: an empty one is the empty text, and none is null."""
+    """CSV with names of columns in the first row. Every value is text; an empty value is the empty text, not a null."""
 
     def __init__(self, file: BinaryIO, name: str, job: Job):
-        self.file, self.name = file, name
+        self.file = file
         self.schema = schema_of(pa.schema([(column, pa.string()) for column in self._reader().schema.names]), job, name)
 
     def _reader(self, **convert: Any) -> csv.CSVStreamingReader:
@@ -146,7 +146,7 @@ class CsvTable:
 
 
 class JsonLinesTable:
-    """Objects, a line each. A kept value that is no text is kept as its JSON, so that every file has the same types."""
+    """JSON lines. Kept values other than strings are kept as JSON text, so that all files have the same types."""
 
     def __init__(self, file: BinaryIO, name: str, job: Job):
         self.file, self.name, self.job = file, name, job
@@ -178,7 +178,7 @@ class JsonLinesTable:
 
 
 class LinesWithin:
-    """Those lines of a file that begin in the bytes [first, last)."""
+    """The lines of a file that begin in the bytes [first, last)."""
 
     def __init__(self, file: BinaryIO, first: int, last: int):
         self.file, self.last = file, last
@@ -202,11 +202,11 @@ READERS = {
 
 @contextlib.contextmanager
 def open_table(path: str, name: str, job: Job) -> Iterator[Any]:
-    """Raises: InputError, also for whatever goes wrong while the table is read within the block, with its name."""
+    """The table in a file, for a block that reads it. Raises: InputError, also for errors of reading in the block."""
     filesystem, inside = filesystem_of(path)
     with explained(name), contextlib.ExitStack() as stack:
         size = filesystem.size(inside)
-        # pyarrow reads a local file by itself, without Python's lock
+        # pyarrow reads local files without Python's global lock
         file = stack.enter_context(pa.OSFile(inside) if _reads_itself(path, filesystem) else filesystem.open(inside))
         table = READERS[inside[inside.rindex(".") :]](file, name, job)
         table.size = size
@@ -219,7 +219,7 @@ def _reads_itself(path: str, filesystem: Any) -> bool:
 
 @contextlib.contextmanager
 def explained(name: str) -> Iterator[None]:
-    """What a library says of a broken file, with the file's name."""
+    """Turns errors of a library about a broken file into an InputError with the file's name."""
     try:
         yield
     except InputError:
@@ -232,7 +232,8 @@ def explained(name: str) -> Iterator[None]:
 
 
 def extents_of(sizes: Sequence[int], rows: int) -> list[tuple[int, int]]:
-    """Row groups of so many rows, in runs of at most `rows`; a larger one is cut evenly. At least one, maybe empty."""
+    """Joins row groups of these sizes into ranges of at most `rows` rows. A larger row group is cut evenly. There is at
+    least one range, which may be empty."""
     starts, row, within = [0], 0, 0
     for size in sizes:
         if within and within + size > rows:
@@ -246,7 +247,7 @@ def extents_of(sizes: Sequence[int], rows: int) -> list[tuple[int, int]]:
 
 
 def overlapping(sizes: Sequence[int], first: int, last: int) -> tuple[list[int], int]:
-    """(which groups have rows of [first, last), rows of the first of them that come before)."""
+    """(numbers of the groups with rows in [first, last), number of rows in the first of them before `first`)."""
     found, skipped, row = [], 0, 0
     for number, size in enumerate(sizes):
         if row < last and row + size > first:
@@ -258,7 +259,7 @@ def overlapping(sizes: Sequence[int], first: int, last: int) -> tuple[list[int],
 
 
 def cut(batches: Iterator[pa.RecordBatch], skipped: int, rows: int) -> Iterator[pa.RecordBatch]:
-    """`rows` rows behind the first `skipped`."""
+    """The next `rows` rows after the first `skipped` ones."""
     for batch in batches:
         found = batch[skipped : skipped + rows]
         skipped = max(0, skipped - batch.num_rows)

@@ -1,11 +1,11 @@
-"""Units into parts, in flat memory, by one process.
+"""Makes parts out of units, in one process and in constant memory.
 
-    a thread    reads a window of rows and tokenises it        up to two windows ahead, of the next unit too
+    a thread    reads a window of rows and tokenises it        up to two windows ahead, also of the next unit
     the caller  computes its vectors, sorted by length
     a thread    writes them                                    up to two windows behind
 
-A unit whose rows are wrong (a page that cannot be unpacked, a vector that is not finite) fails alone: its part does not
-appear, and the others go on. What goes wrong in writing, as on a full disk, ends everything.
+If the rows of a unit are wrong (a page that cannot be decompressed, a vector that is not finite), that unit fails and
+the others continue. If writing fails, as on a full disk, the run ends.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from .reading import open_table
 from .units import Unit
 from .writing import PartWriter, schema_of_part
 
-# Windows that were computed and are not written yet.
+# The most windows that are computed and not written yet.
 WINDOWS_BEHIND = 2
 LARGEST = {"float16": float(np.finfo(np.float16).max)}
 
 
 @dataclass(frozen=True)
 class Done:
-    """A unit whose part counts now, or did before."""
+    """A unit whose part counts."""
 
     unit: Unit
     receipt: dict[str, Any]
@@ -50,19 +50,19 @@ class Done:
 
 @dataclass(frozen=True)
 class Failed:
-    """A unit that made no part, and why, in one line."""
+    """A unit that failed, with the reason in one line. There is no part of it."""
 
     unit: Unit
     reason: str
 
 
 class Part:
-    """A part that is being made: its lock and its file, until it is finished or dropped.
+    """A part that is being made. It holds a lock and an open file until it is finished or dropped.
 
     Attributes:
-        receipt: that of somebody who made the part before, or while this waited for the lock; else None.
-        schema: of the columns that are read.
-        failed: whether the rest of its windows is of no use.
+        receipt: the receipt, if another process has made the part already, perhaps while this one waited for the lock.
+        schema: the schema of the columns that are read.
+        failed: whether the part has failed, so that its other windows can be skipped.
     """
 
     def __init__(self, unit: Unit, manifest: Manifest):
@@ -75,7 +75,7 @@ class Part:
         self.receipt = manifest.receipt(unit)
 
     def write(self, window: Window, vectors: np.ndarray, job: Job, description: dict[str, Any]) -> None:
-        """vectors: [n, C] float32 of the texts of a window."""
+        """Writes the rows of a window. vectors: [n, C] float32, of the window's texts."""
         valid = window.rows >= 0
         of_rows = vectors if window.is_plain else np.zeros((len(valid), vectors.shape[1]), np.float32)
         if not window.is_plain:
@@ -83,23 +83,23 @@ class Part:
         self._open(job, description).write(window.kept, of_rows, valid)
 
     def finish(self, job: Job, description: dict[str, Any]) -> Done:
-        """Puts the part in its place, and then its receipt."""
+        """Moves the part to its place, then writes its receipt."""
         if self.receipt is None:
             told = self._open(job, description).finish()
             self._file.close()
             self.receipt = self.unit.to_dict() | told
-            del self.receipt["path"]  # the file lies elsewhere on another machine
+            del self.receipt["path"]  # another machine may have another path
             self.manifest.add(self.unit, self.receipt)
         self._lock.close()
         return Done(self.unit, self.receipt)
 
     def drop(self, reason: str) -> Failed:
-        """Removes what was written."""
+        """Removes the unfinished file."""
         if self._writer is not None:
             self._writer.drop()
         error = InputError(reason)
         with contextlib.suppress(InputError):
-            # the block of the file ends with an exception, so that it removes the file
+            # an exception in the block that writes the file makes the block remove it
             self._file.__exit__(InputError, error, None)
         self._lock.close()
         return Failed(self.unit, reason)
@@ -115,13 +115,14 @@ class Part:
 
 @dataclass
 class Window:
-    """Some hundreds or thousands of rows of a part, in order; or its end, with or without an error.
+    """Successive rows of a part that are tokenised and sorted together. Without rows it marks the end of the part.
 
     Attributes:
-        kept: the columns of the input.
-        ids: of the texts that get a vector.
-        rows: [n] int64, which of `ids` is the text of each row; -1 for a row without a vector.
-        first: the number of its first row in the unit.
+        kept: the columns that are copied.
+        ids: the ids of each text that gets a vector.
+        rows: [n] int64, the index into `ids` for each row, or -1 for a row without a vector.
+        first: the number of the first row, counted from the beginning of the unit.
+        error: why the part fails.
     """
 
     part: Part
@@ -133,21 +134,21 @@ class Window:
 
     @property
     def is_plain(self) -> bool:
-        """Whether row i has text i."""
+        """Whether the text of every row i is text i."""
         return len(self.ids) == len(self.rows) and bool((self.rows == np.arange(len(self.rows))).all())
 
 
 class CorpusEncoder:
-    """Makes parts out of units. What it writes goes into the folder of its job.
+    """Makes parts out of units, and writes them to the folder of the job.
 
         job = Job("out", {"id_or_path": "sentence-transformers/all-MiniLM-L6-v2"}, keep=("id",))
         job, units = plan(["in/*.parquet"], job)
         for outcome in CorpusEncoder(job).encode(units): ...
 
     Args:
-        encoder: the one that the job names, where it is at hand already.
+        encoder: the Encoder of the job, if it is loaded already.
 
-    Raises: ManifestError where the folder holds parts of another job.
+    Raises: ManifestError if the folder has parts of another job.
     """
 
     def __init__(self, job: Job, encoder: Encoder | None = None):
@@ -162,9 +163,9 @@ class CorpusEncoder:
         return self.encoder.stats
 
     def encode(self, units: Iterable[Unit]) -> Iterator[Done | Failed]:
-        """An outcome for each unit, in their order. `units` is drawn by a thread, one unit ahead.
+        """Yields an outcome for each unit, in order. `units` is iterated in another thread, up to one unit ahead.
 
-        Raises: OSError where a part cannot be written. Parts that were finished stay.
+        Raises: OSError if a part cannot be written. Finished parts stay.
         """
         parts: dict[Unit, Part] = {}  # that are neither finished nor dropped
         windows = self._windows(units, parts)
@@ -195,14 +196,15 @@ class CorpusEncoder:
     # ---- the caller's thread --------------------------------------------------------------------------------
 
     def _vectors(self, window: Window) -> np.ndarray | None:
-        """[n, C] float32 of the texts of a window; None of an end. One that is not finite is the window's error."""
+        """Vectors [n, C] float32 of the texts of a window, or None at the end of a part. Sets the window's error if a
+        vector is not finite."""
         if window.rows is None:
             return None
         started = time.perf_counter()
         with batch_invariant(self.job.batch_invariant or is_batch_invariant()):
             vectors = self.encoder.encode_ids(window.ids, self.budget)
         self.stats.seconds += time.perf_counter() - started
-        # False also for one that is not a number
+        # The comparison is false for NaN too
         fine = vectors.abs().amax(1) <= LARGEST.get(self.job.precision, torch.finfo(torch.float32).max)
         if not fine.all():
             row = int(np.flatnonzero(window.rows == int((~fine).nonzero()[0]))[0])
@@ -212,7 +214,7 @@ class CorpusEncoder:
         return vectors.numpy()
 
     def _place(self, window: Window, row: int) -> str:
-        """What messages call a row of a window."""
+        """The name of a row of a window in messages."""
         unit, number = window.part.unit, window.first + row + 1
         by_rows = not unit.source.endswith(".jsonl")
         place = f"{unit.source}, row {number + unit.first:,}" if by_rows else f"{unit.place}, row {number:,}"
@@ -254,7 +256,7 @@ class CorpusEncoder:
             first += len(texts)
 
     def _text(self, window: Window, row: int, text: str | None) -> str | None:
-        """The text of a row as the job wants it. Raises: InputError where there is none, and that is refused."""
+        """The text to encode for a row, or None if it gets no vector. Raises: InputError if `nulls` is "refuse"."""
         if text is not None and (text.strip() or not self.job.empty_is_null):
             return text
         if self.job.nulls == "refuse":
@@ -263,7 +265,7 @@ class CorpusEncoder:
 
 
 def windows_of(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> Iterator[pa.Table]:
-    """Rows that are tokenised and sorted together, bounded in number and in bytes of the first column, the texts."""
+    """Joins batches into windows, bounded in their number of rows and in the bytes of the first column, the texts."""
     waiting: list[pa.Table] = []
     rows = size = 0
     for batch in batches:
@@ -279,7 +281,7 @@ def windows_of(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> Iterator
 
 
 def _outcomes(waiting: deque[Future], parts: dict[Unit, Part], behind: int) -> Iterator[Done | Failed]:
-    """Of what was written: whatever is ready, and as much more as leaves `behind` at most."""
+    """Outcomes of finished writes. Waits until at most `behind` writes are left."""
     while waiting and (waiting[0].done() or len(waiting) > behind):
         outcome = waiting.popleft().result()
         if outcome is not None:
@@ -288,7 +290,7 @@ def _outcomes(waiting: deque[Future], parts: dict[Unit, Part], behind: int) -> I
 
 
 def expect_done(outcomes: Iterable[Done | Failed]) -> list[dict[str, Any]]:
-    """The receipts of all parts, once every unit had its turn. Raises: InputError with the first unit that failed."""
+    """Runs through all outcomes and returns the receipts. Raises: InputError if units failed, with the first reason."""
     receipts, failures, first = [], 0, ""
     for outcome in outcomes:
         if isinstance(outcome, Failed):

@@ -1,8 +1,8 @@
-"""The nearest rows of a corpus to some vectors: exact, by one product of matrices a block of rows, in flat memory.
+"""The nearest rows of a corpus to some vectors, exactly: one matrix product for each block of rows, in constant memory.
 
     score(query, row) = <query, row> / (|query| |row|)
 
-Rows in float16 or int8 are compared as what they stand for, in float32. Of equal scores the earlier row comes first.
+Rows stored in float16 or int8 are converted to float32 first. Of equal scores the earlier row comes first.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from .job import SCALE, VALID, VECTOR, fingerprint
 from .manifest import Manifest, ManifestError, part_path
 from .writing import numbers_of
 
-# Bytes of a block of rows as float32.
+# Bytes of a block of rows in float32.
 BLOCK_BYTES = 32_000_000
 
 
 @dataclass(frozen=True)
 class Hit:
-    """A row that was found: its score, its part, its number in that from 0, and its columns that were kept."""
+    """A row that was found: its score, its part, its number in that part (from 0), and its kept columns."""
 
     score: float
     part: str
@@ -35,12 +35,12 @@ class Hit:
 
 
 def asking(manifest: Manifest, model: str | None = None, device: str = "auto") -> Encoder:
-    """The model of a corpus, for questions.
+    """The Encoder of a corpus, for encoding questions.
 
     Args:
-        model: where it lies now; None for where it lay when the corpus was begun.
+        model: path or hub id of the model; None for the one in the manifest.
 
-    Raises: ManifestError where the folder holds no corpus, or the model is another one.
+    Raises: ManifestError if the folder has no corpus, or if its weights differ from those of the corpus.
     """
     description = _description(manifest)
     encoder = Encoder.from_pretrained(model or description["model"], device=device, **description["arguments"])
@@ -50,16 +50,16 @@ def asking(manifest: Manifest, model: str | None = None, device: str = "auto") -
 
 
 def search(manifest: Manifest, queries: np.ndarray, top_k: int) -> list[list[Hit]]:
-    """The `top_k` nearest rows to each of `queries` [Q, C] float32, the nearest first; none of those without a vector.
+    """For each of `queries` [Q, C] float32 the `top_k` nearest rows, nearest first. Rows without a vector are left out.
 
-    Raises: ManifestError where the folder holds no corpus, or its vectors have another width.
+    Raises: ManifestError if the folder has no corpus, or if its vectors have another width.
     """
     dimension = _description(manifest)["dimension"]
     if queries.shape[1] != dimension:
         raise ManifestError(f"vectors of {manifest.place.url} have {dimension} numbers, the query's {queries.shape[1]}")
     queries = unit_rows(queries)
     scores = np.full((len(queries), 0), 0.0, np.float32)
-    places = np.zeros((len(queries), 0), np.int64)  # rows counted over all parts
+    places = np.zeros((len(queries), 0), np.int64)  # numbers of rows, counted through all parts
     parts, starts, start = list(manifest.receipts()), [], 0
     for part in parts:
         starts.append(start)
@@ -87,13 +87,13 @@ def _description(manifest: Manifest) -> dict[str, Any]:
 
 
 def unit_rows(vectors: np.ndarray) -> np.ndarray:
-    """[n, C], each row divided by its length; zeros stay."""
+    """Vectors [n, C] divided by their lengths; zeros stay zeros."""
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     return vectors / np.where(lengths > 0, lengths, 1)
 
 
 def _best(scores: np.ndarray, places: np.ndarray, top_k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The `top_k` highest of each row, in order; of equal ones the first come first, since their places ascend."""
+    """The `top_k` highest scores of each query, in order. Equal scores keep their order, which is that of the rows."""
     order = np.argsort(-scores, axis=1, kind="stable")[:, :top_k]
     return np.take_along_axis(scores, order, 1), np.take_along_axis(places, order, 1)
 
@@ -112,7 +112,7 @@ def _hit(score: float, place: int, parts: list[str], starts: list[int], columns:
 
 
 def _columns(manifest: Manifest, parts: list[str], starts: list[int], places: list[int]) -> dict[int, dict[str, Any]]:
-    """Of some rows, by their place among all, the columns that were kept."""
+    """The kept columns of some rows, by their numbers counted through all parts."""
     found: dict[int, dict[str, Any]] = {}
     for number, part in enumerate(parts):
         end = starts[number + 1] if number + 1 < len(parts) else np.inf

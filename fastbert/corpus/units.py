@@ -1,4 +1,4 @@
-"""Which rows of which file make which part. The inputs alone decide that, never who computes it."""
+"""Which rows of which file make which part. The inputs and `part_rows` alone decide that."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ MAGIC = "*?["
 
 @dataclass(frozen=True)
 class Unit:
-    """Rows of one file that make one part.
+    """The rows of one file that make one part.
 
     Attributes:
-        source: the file as the user named it.
-        path: where a process opens it: an absolute path or a URL.
-        first, last: its rows are [first, last); of a .jsonl file the lines that begin in these bytes. None: all to the
-            end of the file.
-        size: of the whole file, in bytes.
+        source: the name of the file, relative if the user gave a relative path.
+        path: the absolute path or URL of the file.
+        first, last: the rows [first, last) of the file; in a .jsonl file the lines that begin in these bytes. If `last`
+            is None, all rows up to the end of the file.
+        size: the size of the whole file in bytes.
     """
 
     source: str
@@ -36,13 +36,13 @@ class Unit:
 
     @property
     def name(self) -> str:
-        """Of the part, without ".parquet": that of the file, a hash of its whole path, and the first row or byte."""
+        """The name of the part, without ".parquet": the name of the file, a hash of its path, the first row or byte."""
         stem = os.path.splitext(os.path.basename(self.source))[0][:80]
         return f"{stem}-{hashlib.sha256(self.source.encode()).hexdigest()[:8]}-{self.first:012d}"
 
     @property
     def place(self) -> str:
-        """What messages call it."""
+        """The name of the unit in messages."""
         return self.source if (self.first, self.last) == (0, None) else f"{self.source}, from {self.first:,}"
 
     def to_dict(self) -> dict[str, Any]:
@@ -50,11 +50,12 @@ class Unit:
 
 
 def files_of(inputs: Sequence[str], out: str) -> list[tuple[str, str]]:
-    """(name, path) of every file that paths, folders, patterns and URLs stand for; those of a folder or pattern sorted.
+    """(name, path) of every input file. An input is a file, a folder, a pattern, or the URL of one.
 
-    Of a folder those with a known suffix count, but for hidden ones, those in hidden folders, and what is in `out`, the
-    folder that is written.
-    Raises: InputError where there is none, where one has no known suffix, or is there twice.
+    From a folder all files with a known suffix are taken, in the order of their paths, except hidden files, files in
+    hidden folders, and files in `out`, the folder that is written. A name that begins with "_" is hidden too.
+
+    Raises: InputError if an input gives no file, if the suffix of a file is not known, or if a file is given twice.
     """
     found: dict[str, str] = {}  # path -> name
     for given in inputs:
@@ -78,7 +79,7 @@ def files_of(inputs: Sequence[str], out: str) -> list[tuple[str, str]]:
                 raise InputError(f"{match} is among the inputs twice")
             if not is_local(filesystem):
                 found[match] = filesystem.unstrip_protocol(match)
-            else:  # parts have the same names wherever a folder lies, if it was named relative to it
+            else:  # a relative path gives the same names of parts on every machine
                 found[match] = match if os.path.isabs(os.path.expanduser(given)) else os.path.relpath(match)
     return [(name, name if "://" in name else path) for path, name in found.items()]
 
@@ -89,11 +90,10 @@ def _is_data(path: str) -> bool:
 
 
 def plan(inputs: Sequence[str], job: Job) -> tuple[Job, list[Unit]]:
-    """(the job, which knows the types of its columns and says where it all lies on any process of this machine; the
-    units of all inputs, in order).
+    """(job, units): the job with the types of its columns and absolute paths, and the units of all inputs in order.
 
-    Raises: InputError where a file cannot be read, lacks a column, holds something other than text in the column of
-    texts, or has another type for a column than the first file.
+    Raises: InputError if a file cannot be read or lacks a column, if the column of texts does not hold text, or if a
+        column has another type than in the first file.
     """
     units: list[Unit] = []
     types: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""Every part read again and held against its receipt, and the receipts against the inputs."""
+"""Reads every part again, and compares it with its receipt, and the receipts with the inputs."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ BLOCK = 1 << 22
 
 
 def verify(manifest: Manifest, units: Sequence[Unit]) -> Iterator[str]:
-    """What is wrong with a corpus, a line each; nothing where it is whole.
+    """Yields a line for everything that is wrong with a corpus.
 
-    Raises: ManifestError where it holds parts of other inputs.
+    Raises: ManifestError if it has parts of other inputs.
     """
     missing = {unit.name for unit in manifest.missing(units)}
     receipts = manifest.receipts()
@@ -35,7 +35,7 @@ def verify(manifest: Manifest, units: Sequence[Unit]) -> Iterator[str]:
 
 
 def _faults(manifest: Manifest, name: str, receipt: dict) -> str | None:
-    """What is wrong with a part, in words. Values are looked at where bytes differ too: another writer makes others."""
+    """What is wrong with a part, in words. Values are compared even if bytes differ, as another writer's do."""
     try:
         with manifest.place.open(part_path(name)) as file:
             digest = hashlib.sha256()
@@ -57,7 +57,7 @@ def _faults(manifest: Manifest, name: str, receipt: dict) -> str | None:
 
 
 def _values(file) -> tuple[int, str]:
-    """(rows, hash of the values) of an open part."""
+    """(number of rows, hash of the values) of a part."""
     part = parquet.ParquetFile(file, pre_buffer=False, page_checksum_verification=True)
     found, rows = ValuesHash(), 0
     schema = part.schema_arrow.remove_metadata()

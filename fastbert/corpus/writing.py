@@ -1,4 +1,4 @@
-"""A part out: one schema for all, row groups of one size, and nothing left for the Parquet writer to choose."""
+"""Writes a part: one schema for all inputs, row groups of one size, every option of the Parquet writer fixed."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
 
-from ..text.files import InputError
 from .job import SCALE, VALID, VECTOR, Job
 
-# Bytes of a row group's vectors, as float32: what readers take at once, and what is held here until it is written.
+# Bytes of the vectors of a row group, in float32. So much is held in memory until it is written.
 GROUP_BYTES = 32_000_000
-# Every choice of the writer, so that another default of another version is no other file. Columns are added by name.
+# All options of the writer except those for single columns, so that files do not depend on its defaults.
 OPTIONS = {
     "version": "2.6", "data_page_version": "1.0", "use_byte_stream_split": False,
     "column_encoding": None, "use_compliant_nested_type": True, "write_batch_size": 1024, "data_page_size": 1 << 20,
@@ -24,14 +23,14 @@ OPTIONS = {
     "sorting_columns": None, "store_decimal_as_integer": False, "write_time_adjusted_to_utc": False,
     "use_deprecated_int96_timestamps": False, "use_content_defined_chunking": False,
 }  # fmt: skip
-PLAIN, PACKED, LEVEL = "NONE", "ZSTD", 3  # vectors hardly shrink, other columns do
+PLAIN, PACKED, LEVEL = "NONE", "ZSTD", 3  # compression makes vectors hardly smaller
 KINDS = {"float32": pa.float32(), "float16": pa.float16(), "int8": pa.int8()}
 
 
 def schema_of_part(kept: pa.Schema, job: Job, description: Mapping[str, Any], source: Mapping[str, Any]) -> pa.Schema:
-    """Kept columns, then the vectors. `description` and `source` become JSON in the file's metadata, under "fastbert".
+    """The kept columns, then those of the vectors. `description` and `source` become JSON in the metadata "fastbert".
 
-    kept: canonical types, as `reading.schema_of` gives them.
+    kept: the schema of `reading.schema_of`.
     """
     dimension, certain = description["dimension"], job.nulls != "null"
     element = pa.field("element", KINDS[job.precision], nullable=False)
@@ -46,16 +45,16 @@ def schema_of_part(kept: pa.Schema, job: Job, description: Mapping[str, Any], so
 
 
 def group_rows(dimension: int) -> int:
-    """Rows of a row group, a multiple of 1,024."""
+    """The number of rows in a row group, a multiple of 1,024."""
     return max(1024, GROUP_BYTES // (4 * dimension) // 1024 * 1024)
 
 
 class PartWriter:
-    """Rows into a Parquet file, which is complete after `finish`.
+    """Writes rows to a Parquet file, which is complete after `finish`.
 
     Args:
-        file: written from its beginning to its end, never sought.
-        schema: of `schema_of_part`.
+        file: need not be seekable.
+        schema: the schema of `schema_of_part`.
     """
 
     def __init__(self, file: BinaryIO, schema: pa.Schema, job: Job, dimension: int):
@@ -65,7 +64,7 @@ class PartWriter:
         leaves = leaves_of(schema)
         self.compression = {leaf: PACKED if of in self.packed else PLAIN for leaf, of in leaves.items()}
         self.with_statistics = [leaf for leaf, of in leaves.items() if of in self.packed]
-        # No dictionary of vectors, and none of numbers: texts repeat.
+        # Dictionaries are for columns of texts, which often repeat.
         self.with_dictionary = [leaf for leaf in self.with_statistics if pa.types.is_string(_leaf_type(schema, leaf))]
         self.writer = parquet.ParquetWriter(
             pa.PythonFile(self.file, "w"), schema, compression=self.compression,
@@ -78,7 +77,7 @@ class PartWriter:
         self.group = group_rows(dimension)
 
     def write(self, kept: pa.Table, vectors: np.ndarray, valid: np.ndarray) -> None:
-        """kept: columns in canonical types; vectors: [n, C] float32, zeros where `valid` [n] bool is not."""
+        """Adds rows. kept: the kept columns; vectors: [n, C] float32, zeros in rows where `valid` [n] is false."""
         table = pa.table([*self._kept(kept), *self._vectors(vectors, valid)], schema=self.schema)
         self.rows += len(vectors)
         self.without += int(len(valid) - valid.sum())
@@ -91,7 +90,7 @@ class PartWriter:
             self.waiting = [table.slice(whole)] if whole < table.num_rows else []
 
     def finish(self) -> dict[str, Any]:
-        """Ends the file; what its receipt says of it. Raises: RuntimeError where an option had no effect."""
+        """Ends the file, and returns facts for its receipt. Raises: RuntimeError if an option had no effect."""
         if self.waiting:
             self._write(pa.concat_tables(self.waiting))
         self.writer.close()
@@ -102,11 +101,11 @@ class PartWriter:
         }  # fmt: skip
 
     def drop(self) -> None:
-        """Leaves the file as it is. pyarrow would end it whenever it forgets the writer, the file being closed then."""
+        """Ends writing without completing the file. Otherwise pyarrow would try to when the writer is deleted."""
         self.file.file, self.writer.is_open = None, False
 
     def _write(self, table: pa.Table) -> None:
-        # Equal tables make equal bytes only where their chunks are alike: each column becomes one array of its own.
+        # Equal tables give equal bytes only if they have the same chunks, so each column becomes a single array.
         table = pa.table([pa.concat_arrays(column.chunks) for column in table.columns], schema=self.schema)
         self.values.add(table)
         self.writer.write_table(table, row_group_size=max(table.num_rows, 1))
@@ -129,43 +128,37 @@ class PartWriter:
 
 
 def stored(vectors: np.ndarray, precision: str) -> tuple[np.ndarray, np.ndarray | None]:
-    """(the numbers of vectors [n, C] float32 in the file, their scales [n] float32 where those are int8).
+    """(numbers to store for vectors [n, C] float32, their scales [n] float32 if the numbers are int8, else None).
 
-    In int8 a vector is its numbers times its scale, its largest magnitude / 127.
-    Raises: InputError where a number is too large for float16.
+    In int8 a vector is its numbers times its scale, which is its largest magnitude divided by 127.
     """
     if precision == "float32":
         return vectors, None
     if precision == "float16":
-        limit = np.finfo(np.float16).max
-        if np.abs(vectors).max(initial=0.0) > limit:
-            raise InputError(
-                f"a vector has a number over {limit:,.0f}, the largest that float16 has: --precision float32"
-            )
         return vectors.astype(np.float16), None
     scales = np.abs(vectors).max(axis=1, initial=0.0) / np.float32(127)
     return np.rint(vectors / np.where(scales > 0, scales, 1)[:, None]).astype(np.int8), scales
 
 
 def numbers_of(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
-    """(vectors [n, C] float32 of a table that was read, whether each row has one [n] bool); zeros where it has none."""
+    """(vectors [n, C] float32, whether each row has one [n] bool) of a table read from a part. Other rows are zeros."""
     column = table.column(VECTOR).combine_chunks()
     valid = column.is_valid().to_numpy(zero_copy_only=False)
     if VALID in table.column_names:
         valid &= table.column(VALID).to_numpy()
     vectors = np.zeros((len(column), column.type.list_size), dtype=np.float32)
-    flat = column.flatten().to_numpy(zero_copy_only=False)  # of those that are not null
+    flat = column.flatten().to_numpy(zero_copy_only=False)  # without those of null rows
     vectors[column.is_valid().to_numpy(zero_copy_only=False)] = flat.reshape(-1, column.type.list_size)
     if SCALE in table.column_names:
         vectors *= table.column(SCALE).fill_null(0.0).to_numpy()[:, None]
     return vectors, valid
 
 
-# ---- what the writer did -----------------------------------------------------------------------------------
+# ---- checks of the writer -----------------------------------------------------------------------------------
 
 
 def leaves_of(schema: pa.Schema) -> dict[str, str]:
-    """The path of each column of the file -> the column of the table that it is of."""
+    """Path of each column of a Parquet file -> name of the column of the table that it belongs to."""
 
     def below(field: pa.Field, path: str) -> list[str]:
         kind = field.type
@@ -181,7 +174,7 @@ def leaves_of(schema: pa.Schema) -> dict[str, str]:
 
 
 def _leaf_type(schema: pa.Schema, leaf: str) -> pa.DataType | None:
-    """Of a column without others inside, else None."""
+    """The type of a column that is not nested; null for others."""
     place = schema.get_field_index(leaf)
     return schema.field(place).type if place >= 0 else pa.null()
 
@@ -189,9 +182,9 @@ def _leaf_type(schema: pa.Schema, leaf: str) -> pa.DataType | None:
 def expect_options(
     found: parquet.FileMetaData, compression: Mapping[str, str], dictionary: list[str], statistics: list[str]
 ) -> None:
-    """pyarrow ignores the option of a column that it does not find, without a word: whether each had its effect.
+    """Checks that the options for single columns had their effect: pyarrow silently ignores names it does not find.
 
-    Raises: RuntimeError.
+    Raises: RuntimeError if one had none.
     """
     for group in range(found.num_row_groups):
         for number in range(found.num_columns):
@@ -211,7 +204,7 @@ def expect_options(
 
 
 class Hashing:
-    """A file for writing that knows the SHA-256 and the size of what went into it; to nowhere where `file` is None."""
+    """A file for writing that computes the SHA-256 and size of its content. If `file` is None, nothing is written."""
 
     closed = False
 
@@ -228,14 +221,14 @@ class Hashing:
         return self.size
 
     def flush(self) -> None:
-        """What is not written yet goes when the file is closed."""
+        """Does nothing: the file is flushed when it is closed."""
 
     def close(self) -> None:
-        """Whoever opened the file closes it."""
+        """Does nothing: the file is closed by whoever opened it."""
 
 
 class ValuesHash:
-    """A hash of a table's values, which says the same whatever file, version of pyarrow or row groups they came in."""
+    """A hash of the values of a table, independent of row groups, chunks, encodings and versions of pyarrow."""
 
     def __init__(self):
         self.digests: dict[str, Any] = {}
@@ -253,7 +246,7 @@ class ValuesHash:
         self.digests.setdefault(path, hashlib.sha256()).update(np.ascontiguousarray(content).data)
 
     def _add(self, path: str, array: pa.Array) -> None:
-        if not len(array):  # how many chunks of no rows there are says nothing of the values
+        if not len(array):  # the number of empty chunks must not matter
             return
         valid, kind = array.is_valid().to_numpy(zero_copy_only=False), array.type
         self._update(f"{path} valid", valid)
