@@ -3,6 +3,8 @@
 Spark gets the numbers of rows and gives back receipts; the parts are those that `fastbert encode --out-dir` writes.
 """
 
+import os
+import sys
 import tempfile
 from importlib.resources import files
 from pathlib import Path
@@ -19,6 +21,7 @@ TEXTS = ["A man is eating food.", "The sky is blue.", None, "Ada wrote the first
 
 
 def main() -> None:
+    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)  # otherwise workers run the first python3 on PATH
     spark = SparkSession.builder.master("local[2]").config("spark.ui.enabled", "false").getOrCreate()
     with tempfile.TemporaryDirectory() as folder:
         for number in range(3):

@@ -1,6 +1,8 @@
 """Corpora by a real Ray and a real Spark on this machine. `make engines` installs both and runs this file and the
 examples; pytest does not find the file by itself. Spark needs Java."""
 
+import os
+import sys
 from functools import partial
 from importlib import import_module
 
@@ -23,6 +25,7 @@ def ray():
 
 @pytest.fixture(scope="module")
 def spark():
+    os.environ["PYSPARK_PYTHON"] = sys.executable  # otherwise the workers run the first python3 on PATH
     sql = pytest.importorskip("pyspark.sql", reason="needs the spark extra")
     session = sql.SparkSession.builder.master("local[2]").config("spark.ui.enabled", "false").getOrCreate()
     yield session

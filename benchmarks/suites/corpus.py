@@ -5,11 +5,11 @@
     python -m benchmarks.suites.corpus dedup --texts sst2/train.tsv wikitext-2/valid.txt
     python -m benchmarks.suites.corpus engines --texts sst2/train.tsv --rows 40000
 
-TEXTS has one a line, or before the first tab of a line; "row 17: " before each makes as many different ones as are
-asked for. `memory` and `engines` take a BERT of one layer with random weights, so that
-what is around the model is seen: reading, tokenising, writing. Each run is a process of its own, whose peak of resident
-memory the system tells. `speed` and `engines` interleave their parties; times are of the wall, and beside them stands
-the processor time of all threads.
+TEXTS has one text a line, or before the first tab of a line; "row 17: " before each makes as many different ones as are
+asked for. `memory` and `engines` take a BERT of one layer with random weights, so that what is around the model is
+seen: reading, tokenising, writing. `memory` runs the command in processes of their own, which tell their peak of
+resident memory. `speed` and `engines` interleave their parties; times are of the wall, and `speed` also has the
+processor time of all threads.
 """
 
 from __future__ import annotations
@@ -68,19 +68,29 @@ def small_model(folder: Path) -> Path:
     return folder
 
 
-def run_alone(command: Sequence[object]) -> tuple[float, float, float]:
-    """(seconds, processor seconds, MB of resident memory at the peak) of a process that must end well."""
-    started = time.perf_counter()
-    process = subprocess.Popen(list(map(str, command)))
-    _, status, used = os.wait4(process.pid, 0)
-    if status:
-        raise RuntimeError(f"{' '.join(map(str, command))} ended with {os.waitstatus_to_exitcode(status)}")
-    return time.perf_counter() - started, used.ru_utime + used.ru_stime, used.ru_maxrss / 1000
+# The peak is read by the process itself: what the system tells a parent includes the parent's own memory.
+PROGRAM = """
+import sys
+from fastbert.cli.main import main
+code = main(sys.argv[1:])
+print([line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")][0])
+sys.exit(code)
+"""
 
 
-def encode_command(model: Path, table: Path, out: Path, *others: object) -> list[object]:
+def run_alone(*words: object) -> tuple[float, float, float]:
+    """(seconds, processor seconds, MB of resident memory at the peak) of a command that must end well."""
+    started, before = time.perf_counter(), os.times()
+    command = [sys.executable, "-c", PROGRAM, *map(str, words)]
+    told = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    after = os.times()
+    used = after.children_user + after.children_system - before.children_user - before.children_system
+    return time.perf_counter() - started, used, int(told) / 1000
+
+
+def encode_words(model: Path, table: Path, out: Path, *others: object) -> list[object]:
     options = [word for name, value in PLAIN.items() for word in (f"--{name}", value)]
-    return [sys.executable, "-m", "fastbert", "encode", table, "--out-dir", out, "--model", model, *options, *others]
+    return ["encode", table, "--out-dir", out, "--model", model, *options, *others]
 
 
 # ---- suites ------------------------------------------------------------------------------------------------
@@ -90,7 +100,7 @@ def memory(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
     model, texts = small_model(folder / "model"), texts_of(args.texts)
     for rows in args.rows:
         table, out = write_table(folder / f"{rows}.parquet", texts, rows), folder / f"out{rows}"
-        wall, cpu, peak = run_alone(encode_command(model, table, out, "--keep", "number"))
+        wall, cpu, peak = run_alone(*encode_words(model, table, out, "--keep", "number"))
         yield {"rows": rows, "seconds": wall, "processor_seconds": cpu, "peak_mb": peak, "rows_a_second": rows / wall}
         shutil.rmtree(out)
         table.unlink()
@@ -166,6 +176,7 @@ def engines(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
     from fastbert.engines import ray as by_ray
     from fastbert.engines import spark as by_spark
 
+    os.environ["PYSPARK_PYTHON"] = sys.executable
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     session = SparkSession.builder.master("local[2]").config("spark.ui.enabled", "false").getOrCreate()
     parties = {
