@@ -175,9 +175,9 @@ def test_equal_texts_are_computed_once(folder, encoder, tmp_path, monkeypatch):
 
 
 def test_equal_values_make_equal_bytes(folder, encoder, tmp_path, monkeypatch):
-    """Chunks, dictionaries, large strings, the name of a list's child, pandas' metadata and the rows that are read at
-    once leave no trace."""
-    table = table_of(700)
+    """Chunks, dictionaries, large strings, the name of a list's child, pandas' metadata, and how many rows are read and
+    computed at once leave no trace."""
+    table = table_of(700).append_column("long", pa.array([f"{i} " * 5000 for i in range(700)]))
     write(tmp_path / "one" / "a.parquet", table, row_group_size=300)
     other = table.set_column(1, "text", table.column("text").dictionary_encode())
     other = other.set_column(2, "tags", table.column("tags").cast(pa.large_list(pa.field("thing", pa.large_string()))))
@@ -185,12 +185,13 @@ def test_equal_values_make_equal_bytes(folder, encoder, tmp_path, monkeypatch):
     write(
         tmp_path / "two" / "a.parquet", other, row_group_size=300, compression="gzip", use_compliant_nested_type=False
     )
-    found = []
-    for name, rows in (("one", 512), ("two", 31)):
+    found, options = [], {"keep": ("tags", "facts", "text", "long"), "batch_invariant": True}
+    for name, rows, texts in (("one", 512, 8192), ("two", 31, 50)):
         monkeypatch.setattr(reading, "BATCH_ROWS", rows)
+        monkeypatch.setattr("fastbert.corpus.run.CHUNK_TEXTS", texts)
         monkeypatch.chdir(tmp_path / name)
         out = tmp_path / f"out {name}"
-        assert done(encode(folder, ["a.parquet"], out, encoder, keep=("tags", "facts", "text"), part_rows=300)) == 3
+        assert done(encode(folder, ["a.parquet"], out, encoder, part_rows=300, **options)) == 3
         found.append(hashes(out))
     assert found[0] == found[1]
 
@@ -228,6 +229,8 @@ def test_the_hash_of_values_does_not_see_how_they_were_cut():
         changed = pa.chunked_array([column.slice(1, 1).combine_chunks(), *column.slice(1).chunks])
         place = table.column_names.index(name)
         assert hash_of([table.set_column(place, name, changed)]) != whole, name
+    for values in ([1, None], ["a", None], [None, ""], [[1], None], [[], None]):
+        assert hash_of([pa.table({"a": values})]) != hash_of([pa.table({"a": values[::-1]})]), values
 
 
 # ---- going on ----------------------------------------------------------------------------------------------
@@ -408,6 +411,7 @@ def test_search_is_exact(precision, folder, encoder, tmp_path, monkeypatch):
     scores = exact @ vectors.T / np.maximum(np.linalg.norm(vectors, axis=1), 1e-30)
     scores /= np.linalg.norm(exact, axis=1, keepdims=True)
     scores[:, ~valid] = -np.inf
+    assert [len(hits) for hits in search(Manifest(str(tmp_path / "out")), queries, 1000)] == [399, 399]
     for hits, of_query in zip(found, scores, strict=True):
         np.testing.assert_allclose([hit.score for hit in hits], np.sort(of_query)[::-1][:20], atol=1e-6)
         np.testing.assert_allclose(
