@@ -12,6 +12,9 @@ from .cpu import attention as cpu_attention
 from .cpu import disentangled as cpp_disentangled
 from .cpu import operators as cpp
 
+# Heads that the Triton kernels take: wider ones spill in the gradients of the tables. All of DeBERTa's are 64 wide.
+WIDEST_IN_TRITON = 64
+
 
 def _attend(
     q, k, v, pk, pq, lut, scale, real=None, dropout_p=0.0, seed=None, stream=0, sequence_ids=None

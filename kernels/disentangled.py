@@ -30,7 +30,7 @@ from torch import Tensor
 from . import _device
 from ._arch import hardware
 from ._attention_arguments import unit_stride
-from ._attention_config import MAX_HEAD_DIM, TILE
+from ._attention_config import TILE
 from ._attention_schedule import attention_schedule
 from ._compile import CompileCall, compile_call, empty
 from ._disentangled_kernels import (
@@ -40,6 +40,7 @@ from ._disentangled_kernels import (
     _disentangled_fwd_kernel,
     _disentangled_table_sum_kernel,
 )
+from ._disentangled_native import WIDEST_IN_TRITON
 from ._launch import Plan, cdiv
 from ._library import apply, once, register
 from ._random import keep_threshold
@@ -61,14 +62,14 @@ class DisentangledConfig:
     num_stages: int = 1
 
 
-def disentangled_config(head_dim: int, dtype: torch.dtype, arch: str, direction: str) -> DisentangledConfig:
+def disentangled_config(dtype: torch.dtype, arch: str, direction: str) -> DisentangledConfig:
     """The launch of one kernel: "fwd", "bwd_dq", "bwd_dkv" or "bwd_diagonal".
 
     One stage: the rows of a table are gathered, which no asynchronous copy of a pipeline is ahead of. Registers decide
     the rest, as the compiler reports them without a GPU; none of it has been measured on one.
     """
-    if dtype == torch.float32 or head_dim > 128:
-        return DisentangledConfig(16, num_warps=4)
+    if dtype == torch.float32:
+        return DisentangledConfig(16, num_warps=8 if direction == "bwd_dq" else 4)  # in four warps it spills six
     if direction == "bwd_diagonal":
         # the products of 16 rows are none of the asynchronous ones; 32 spill without those
         block, warps = (16, 4) if hardware(arch).matrix in ("mma.sync", "mfma") else (32, 8)
@@ -109,7 +110,7 @@ def _launches(q, k, v, pk, pq, sequence_ids, dropout_p, scale):
     def of(
         kernel: Any, tensors: str, numbers: str, direction: str, of_pk: bool = False
     ) -> tuple[Plan, DisentangledConfig]:  # fmt: skip
-        config = disentangled_config(head_dim, q.dtype, arch, direction)
+        config = disentangled_config(q.dtype, arch, direction)
         plan = _plan(
             kernel, tensors, numbers, config, q.dtype, heads, head_dim, strides, pk is not None, pq is not None,
             of_pk, dropout_p, sequence_ids is not None, scale,
@@ -254,14 +255,13 @@ def disentangled_attention(
 ):  # fmt: skip
     """Arguments are those of `fastbert.functional.disentangled_attention`.
 
-    Raises: TypeError on dtypes other than float32, bfloat16, float16; ValueError on a head_dim over 256, and on a scale
-        that is not positive.
+    Raises: TypeError on dtypes other than float32, bfloat16, float16; ValueError on a head_dim over 64.
     """
     op = "disentangled_attention"
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"{op}: q, k, v must be float32, bfloat16 or float16, got {q.dtype}")
-    if q.shape[-1] > MAX_HEAD_DIM:
-        raise ValueError(f"{op}: head_dim must be at most {MAX_HEAD_DIM}, got {q.shape[-1]}")
+    if q.shape[-1] > WIDEST_IN_TRITON:
+        raise ValueError(f"{op}: head_dim must be at most {WIDEST_IN_TRITON}, got {q.shape[-1]}")
     scale = (q.shape[-1] * (1 + (pk is not None) + (pq is not None))) ** -0.5 if scale is None else scale
     if schedule is None:
         schedule = attention_schedule(cu_seqlens, q.shape[0])
@@ -280,12 +280,12 @@ def disentangled_attention(
 
 
 def compile_calls() -> list[CompileCall]:
-    """Both terms in every dtype and at the widths of the ladder; one term alone; dropout."""
+    """Both terms in every dtype; one term alone; dropout."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     return [
-        *(_call("bf16", bf16, head_dim=d, fast=d == 64) for d in (32, 64, 80, 128, 256)),
+        *(_call("bf16", bf16, head_dim=d, fast=d == 64) for d in (32, 64)),
         _call("fp16", fp16),
-        *(_call("fp32", fp32, head_dim=d) for d in (64, 128)),
+        _call("fp32", fp32),
         _call("bf16,c2p", bf16, has_pq=False),
         _call("bf16,p2c", bf16, has_pk=False),
         _call("bf16,dropout", bf16, dropout=True),

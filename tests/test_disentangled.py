@@ -84,6 +84,17 @@ def test_kernels_of_16_bits_and_widths_that_fill_no_block(impl):
     assert_right(inputs_of([40, 3], heads=1, head_dim=24, rows=5, reach=50), [40, 3], torch.float16, impl)
 
 
+@pytest.mark.triton
+def test_heads_that_are_too_wide_for_the_kernels():
+    (q, k, v, pk, pq), _, lut = inputs_of([5], heads=1, head_dim=80)
+    starts = cu_seqlens_of([5], "cpu")
+    q, k, v, pk, pq = (t.float() for t in (q, k, v, pk, pq))
+    with pytest.raises(ValueError, match="head_dim must be at most 64, got 80"):
+        F.disentangled_attention(q, k, v, pk, pq, lut, starts, 5, impl="triton")
+    o = F.disentangled_attention(q, k, v, pk, pq, lut, starts, 5)
+    torch.testing.assert_close(o, reference.disentangled_attention(q, k, v, pk, pq, lut, starts), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("head_dim", [16, 64, 80])
 @pytest.mark.parametrize("impl", ["native"])
 def test_other_widths_scales_and_a_table_for_longer_texts(impl, head_dim):

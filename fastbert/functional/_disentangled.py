@@ -47,6 +47,7 @@ def disentangled_attention(
         max_seqlen: at least the longest sequence's length.
         dropout_p, seed, stream, sequence_ids, schedule: as in `attention`.
         scale: by default 1 / sqrt(D (1 + terms)), with one term for each of pk and pq that is there.
+        impl: see the module. The Triton kernels take heads of at most 64, and None chooses "native" for wider ones.
 
     Returns: o [T, H, D] in q's dtype.
     Raises: ValueError on shapes, dtypes or devices that do not fit, and on CPU tensors where lut has entries that are
@@ -62,6 +63,8 @@ def disentangled_attention(
     if schedule is None:  # else whoever made it has looked
         expect_sequences(op, "cu_seqlens", cu_seqlens, q.shape[0], max_seqlen)
     expect_integers(op, "sequence_ids", sequence_ids, cu_seqlens.shape[0] - 1)
+    if impl is None and q.shape[-1] > _disentangled_native.WIDEST_IN_TRITON:
+        impl, schedule = "native", None  # a schedule is for the kernels
     return resolve(op, impl, q)(
         q, k, v, pk, pq, lut, cu_seqlens, max_seqlen,
         dropout_p=dropout_p, seed=seed, stream=stream, sequence_ids=sequence_ids, scale=scale,
