@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
         from ..corpus.manifest import Manifest
         from ..corpus.search import asking, search
     except ImportError as error:
-        raise ImportError("search needs pyarrow: pip install 'fastbert-torch[corpus]'") from error
+        raise ImportError("search needs pyarrow and fsspec: pip install pyarrow fsspec") from error
     manifest = Manifest(args.dir)
     encoder = asking(manifest, model=args.model, device=args.device)
     found = search(manifest, encoder.encode_query(args.queries).numpy(), args.top_k)

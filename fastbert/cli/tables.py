@@ -96,7 +96,7 @@ def encode_tables(args: argparse.Namespace, encoder: dict[str, Any], ranks: Rank
         from ..corpus.run import expect_done
         from ..corpus.units import plan
     except ImportError as error:
-        raise ImportError(f"--out-dir needs pyarrow: pip install 'fastbert-torch[corpus]' ({error})") from error
+        raise ImportError(f"--out-dir needs pyarrow and fsspec: pip install pyarrow fsspec ({error})") from error
     job, units = plan(args.files, job_of(args, encoder))
     manifest = Manifest(args.out_dir)
     if args.verify:
