@@ -43,11 +43,13 @@ def attention_schedule(cu_seqlens, total_tokens, lengths=None):
     return runs
 
 
-def _sdpa(q, k, v, scale, attn_mask=None):
+def _sdpa(q, k, v, scale, attn_mask=None, is_causal=False):
     """[n, L, H, D] views -> [n, L, H, D]; grouped heads allowed. A row that its mask leaves no key gives zeros."""
     grouped = q.shape[2] != k.shape[2]
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    o = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, scale=scale, enable_gqa=grouped)
+    o = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=attn_mask, is_causal=is_causal, scale=scale, enable_gqa=grouped
+    )
     return o.transpose(1, 2)
 
 
@@ -56,6 +58,15 @@ def _rotate(x, cos, sin):
     x1, x2 = x.chunk(2, dim=-1)
     c, s = cos[: x.shape[1], None], sin[: x.shape[1], None]
     return torch.cat((x1 * c - x2 * s, x2 * c + x1 * s), dim=-1).to(x.dtype)
+
+
+def _rotated(q, k, cu_seqlens, cos, sin):
+    """`_rotate` of q and k [T, H, D] packed: each token by its place in its sequence."""
+    tokens = torch.arange(q.shape[0], dtype=torch.int64, device=q.device)
+    starts = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff(), output_size=q.shape[0])
+    places = tokens - starts
+    cos, sin = cos[places], sin[places]
+    return _rotate(q[None], cos, sin)[0], _rotate(k[None], cos, sin)[0]
 
 
 def _probabilities_with_dropout(q, k, added, allowed, p, seed, stream, sequence_ids, scale):
@@ -90,6 +101,10 @@ def _attend(
     if rotary is not None:
         q, k = _rotate(q, *rotary), _rotate(k, *rotary)
     width_q, width_k = q.shape[1], k.shape[1]
+    # a window that leaves out the later tokens alone: SDPA then skips their part of the products
+    causal = window is not None and window[1] == 0 and window[0] >= width_q - 1 and width_q == width_k
+    if causal and bias is mask is alibi_slopes is None and dropout_p == 0.0:
+        return _sdpa(q, k, v, scale, is_causal=True)
     columns, rows = (torch.arange(width, dtype=torch.int64, device=q.device) for width in (width_k, width_q))
     distance = columns - rows[:, None]
     added = None if bias is None else bias[..., :width_q, :width_k]
@@ -189,11 +204,11 @@ class _Attention(torch.autograd.Function):
     """Attention in C++, plain or with dropout, over keys in the same sequences or in others, and its gradients."""
 
     @staticmethod
-    def forward(ctx, q, k, v, cu_seqlens, scale, dropout, cu_seqlens_k):
+    def forward(ctx, q, k, v, cu_seqlens, scale, dropout, cu_seqlens_k, window):
         stats = torch.empty(2, q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
-        o = cpu_attention.attention(q, k, v, cu_seqlens, scale, dropout, stats, cu_seqlens_k)
+        o = cpu_attention.attention(q, k, v, cu_seqlens, scale, dropout, stats, cu_seqlens_k, window)
         ctx.save_for_backward(q, k, v, o, stats, cu_seqlens, cu_seqlens_k)
-        ctx.scale, ctx.dropout = scale, dropout
+        ctx.scale, ctx.dropout, ctx.window = scale, dropout, window
         return o
 
     @staticmethod
@@ -201,7 +216,7 @@ class _Attention(torch.autograd.Function):
         q, k, v, o, stats, cu_seqlens, cu_seqlens_k = ctx.saved_tensors
         if not by_torch(do):
             grads = cpu_attention.attention_backward(
-                do, q, k, v, o, stats, cu_seqlens, ctx.scale, ctx.dropout, cu_seqlens_k
+                do, q, k, v, o, stats, cu_seqlens, ctx.scale, ctx.dropout, cu_seqlens_k, ctx.window
             )
         else:  # these gradients' own gradients may be wanted: torch's operators have some
             options = {} if ctx.dropout is None else ctx.dropout.options
@@ -215,11 +230,11 @@ class _Attention(torch.autograd.Function):
                 runs = attention_schedule(cu_seqlens, q.shape[0])
 
                 def plain(q, k, v):
-                    return _attention_in_runs(q, k, v, runs, ctx.scale, **options)
+                    return _attention_in_runs(q, k, v, runs, ctx.scale, window=ctx.window, **options)
 
             with sdpa_kernel(SDPBackend.MATH):
                 grads = plain_gradients(plain, (q, k, v), ctx.needs_input_grad[:3], do)
-        return *grads, None, None, None, None
+        return *grads, None, None, None, None, None
 
 
 @torch.library.custom_op("fastbert::attention_native", mutates_args=())
@@ -316,19 +331,25 @@ def _variant(batch, device, options):
 
 
 def attention(q, k, v, cu_seqlens, max_seqlen=None, *, scale=None, schedule=None, **options):
-    """Plain self-attention and that with dropout run in C++ where that is built, else as their variants do: on SDPA,
-    with dropout on explicit products. One query for each sequence has its own way; the rest is as the specification."""
+    """Self-attention runs in C++ where that is built, with or without a window, rotary positions and dropout, else as
+    its variants do: on SDPA, with dropout on explicit products. One query for each sequence has its own way; the rest
+    is as the specification."""
     variant = _variant(cu_seqlens.shape[0] - 1, q.device, options)
     compiling = torch.compiler.is_compiling()
     autocast = q.dtype == torch.float32 and torch.is_autocast_enabled(q.device.type)
-    other_keys = variant.get("cu_seqlens_k")
-    plain = variant.keys() <= DROPOUT | {"cu_seqlens_k", "max_seqlen_k"} and not autocast
-    if plain and cpu_attention.takes_attention(q, k, v, cu_seqlens, scale, other_keys):
+    other_keys, window = variant.get("cu_seqlens_k"), variant.get("window")
+    rotates = "rotary" in variant and other_keys is None
+    plain = variant.keys() <= DROPOUT | {"cu_seqlens_k", "max_seqlen_k", "window", *(["rotary"] if rotates else [])}
+    if plain and not autocast and cpu_attention.takes_attention(q, k, v, cu_seqlens, scale, other_keys, window):
         drops = {name: variant[name] for name in variant.keys() & DROPOUT}
         dropout = cpu_attention.Dropout(**drops) if drops else None
+        if rotates:
+            q, k = _rotated(q, k, cu_seqlens, *variant["rotary"])
         if cpp.want_gradients(q, k, v):
-            return _Attention.apply(q, k, v, cu_seqlens, scale, dropout, other_keys)
-        return cpu_attention.attention(q, k, v, cu_seqlens, scale, dropout, cu_seqlens_k=other_keys)
+            return _Attention.apply(q, k, v, cu_seqlens, scale, dropout, other_keys, window)
+        return cpu_attention.attention(
+            q, k, v, cu_seqlens, scale, dropout, cu_seqlens_k=other_keys, window=window
+        )  # fmt: skip
     one_each = "cu_seqlens_k" in variant and max_seqlen == 1 and q.shape[0] == cu_seqlens.shape[0] - 1
     if one_each and not compiling and variant.keys() <= DROPOUT | {"cu_seqlens_k", "max_seqlen_k"}:
         return _attention_of_one_query(q, k, v, scale=scale, **variant)

@@ -240,6 +240,7 @@ _VARIANTS = {
     "rotary": {"rotary": True},
     "rotary,D=80": {"rotary": True, "head_dim": 80},
     "grouped": {"groups": 4},
+    "decoder": {"window": (UNBOUNDED, 0), "rotary": True, "groups": 4},
     "ids": {"ids": True, "dropout": True},
     "padded,ids": {"padded": True, "ids": True, "dropout": True},
     "lse_grad": {"return_lse": True},

@@ -23,7 +23,6 @@ from .cpu import norm as cpu_norm
 from .cpu import operators as cpp
 
 add_layer_norm_sum = reference.add_layer_norm_sum
-add_rms_norm = reference.add_rms_norm
 
 
 def embedding_layer_norm(
@@ -62,6 +61,14 @@ def add_layer_norm(
     return reference.add_layer_norm(
         x, residual, weight, bias, eps, x_bias=x_bias, dropout_p=dropout_p, seed=seed, stream=stream, row_ids=row_ids
     )
+
+
+def add_rms_norm(x, residual, weight, eps=1e-6, *, x_bias=None, **dropout):
+    """The sum as the specification has it, and its norm in one pass in C++ where that is built."""
+    z = reference.dropout_add(x, residual, x_bias, **dropout)
+    if cpp.takes_rms_norm(z, weight):
+        return cpu_norm.rms_norm(z, weight, eps)
+    return reference.add_rms_norm(z, None, weight, eps)
 
 
 # ---- products --------------------------------------------------------------------------------------------
@@ -214,12 +221,12 @@ def _cast_as_autocast(*tensors):
 # Operator -> the module that holds its Triton form; its engine where the C++ operators are there and know the dtype,
 # None where that depends on the CPU; its engine elsewhere. `linear` is the vendor library's beside Triton kernels too.
 ENGINES = {
-    "attention": ("attention", "C++; torch's SDPA with a mask, a bias, a window or rotary positions", "SDPA"),
+    "attention": ("attention", "C++; torch's SDPA with a mask or a bias", "SDPA"),
     "attention_padded": ("attention", "SDPA", "SDPA"),
     "disentangled_attention": ("disentangled", "C++", "the vendor library's products"),
     "add_layer_norm": ("layer_norm", "C++", "plain torch"),
     "add_layer_norm_sum": ("layer_norm", "plain torch", "plain torch"),
-    "add_rms_norm": ("layer_norm", "plain torch", "plain torch"),
+    "add_rms_norm": ("layer_norm", "C++ behind a sum in plain torch", "plain torch"),
     "linear_act": ("feed_forward", None, "the vendor library's products"),
     "feed_forward": ("feed_forward", None, "the vendor library's products"),
     "embedding_layer_norm": ("embedding", "C++; plain torch without segments", "plain torch"),

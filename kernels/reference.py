@@ -202,7 +202,8 @@ def disentangled_scale(q, pk, pq):
 # ---- normalisation ---------------------------------------------------------------------------------------
 
 
-def _dropout_add(x, residual, x_bias, dropout_p, seed, stream, row_ids):
+def dropout_add(x, residual, x_bias=None, dropout_p=0.0, seed=None, stream=0, row_ids=None):
+    """dropout(x + x_bias) + residual [..., N]; see `dropout`."""
     z = x if x_bias is None else x + x_bias
     z = dropout(z.reshape(-1, z.shape[-1]), dropout_p, seed, stream, row_ids).reshape(z.shape)
     return z if residual is None else z + residual
@@ -212,7 +213,7 @@ def add_layer_norm(
     x, residual, weight, bias, eps=1e-12, *, x_bias=None, dropout_p=0.0, seed=None, stream=0, row_ids=None
 ):
     """z = dropout(x + x_bias) + residual [..., N];  y = (z - mean) / sqrt(var + eps) * weight + bias [..., N]."""
-    z = _dropout_add(x, residual, x_bias, dropout_p, seed, stream, row_ids)
+    z = dropout_add(x, residual, x_bias, dropout_p, seed, stream, row_ids)
     return F.layer_norm(z, z.shape[-1:], weight, bias, eps)
 
 
@@ -220,13 +221,13 @@ def add_layer_norm_sum(
     x, residual, weight, bias, eps=1e-12, *, x_bias=None, dropout_p=0.0, seed=None, stream=0, row_ids=None
 ):
     """The pre-norm form: (y, z) of `add_layer_norm`, z being the next residual."""
-    z = _dropout_add(x, residual, x_bias, dropout_p, seed, stream, row_ids)
+    z = dropout_add(x, residual, x_bias, dropout_p, seed, stream, row_ids)
     return F.layer_norm(z, z.shape[-1:], weight, bias, eps), z
 
 
 def add_rms_norm(x, residual, weight, eps=1e-6, *, x_bias=None, dropout_p=0.0, seed=None, stream=0, row_ids=None):
     """z as in `add_layer_norm`;  y = z / sqrt(mean(z^2) + eps) * weight [..., N]."""
-    z = _dropout_add(x, residual, x_bias, dropout_p, seed, stream, row_ids)
+    z = dropout_add(x, residual, x_bias, dropout_p, seed, stream, row_ids)
     return F.rms_norm(z, z.shape[-1:], weight, eps)
 
 

@@ -1,11 +1,14 @@
 """Small models of transformers' families, batches of them, and their outputs held to float64."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 
 import fastbert
+from fastbert.dropin.families import FAMILIES
+from fastbert.stack.description import NormKind
 from fastbert.testing import assert_within_budget, relative_rms
 
 transformers = pytest.importorskip("transformers", reason="what is accelerated")
@@ -38,6 +41,35 @@ MODELS = {
         (),
     ),
 }  # fmt: skip
+_GROUPED = {"num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}
+_DECODER = _GROUPED | {"use_cache": False, "tie_word_embeddings": False}
+_T5 = {"d_model": 32, "num_layers": 2, "num_heads": 4, "d_kv": 8, "d_ff": 48, "relative_attention_num_buckets": 8,
+       "relative_attention_max_distance": 10}  # fmt: skip
+# encoders with RMSNorm or norms of q and k: name of the class -> (of its config's, settings beyond SIZES). A window is
+# as wide as it can be without leaving padding that is read out of sight.
+RMS = {
+    "EuroBertModel": ("EuroBertConfig", _GROUPED),
+    "UltrabertModel": (
+        "UltrabertConfig", _GROUPED | {"sliding_window": 11, "layer_types": ["sliding_attention", "full_attention"]}
+    ),
+    "EsmcModel": ("EsmcConfig", {"pad_token_id": 1, "mask_token_id": 4}),
+    "Gemma3TextModel": (
+        "Gemma3TextConfig",
+        _DECODER
+        | {"use_bidirectional_attention": True, "sliding_window": 22, "query_pre_attn_scalar": 16}
+        | {"layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "Qwen3Model": (
+        "Qwen3Config", _DECODER | {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1}
+    ),
+    "Qwen2Model": ("Qwen2Config", _DECODER),
+    "MistralModel": ("MistralConfig", _DECODER | {"sliding_window": 12}),
+    "LlamaModel": ("LlamaConfig", _DECODER | {"attention_bias": True, "mlp_bias": True}),
+    "T5EncoderModel": ("T5Config", _T5),
+    "MT5EncoderModel": ("MT5Config", _T5 | {"feed_forward_proj": "gated-gelu"}),
+    "UMT5EncoderModel": ("UMT5Config", _T5 | {"feed_forward_proj": "gated-gelu"}),
+}  # fmt: skip
+T5 = ("T5EncoderModel", "MT5EncoderModel", "UMT5EncoderModel")
 MASKS = {
     "right": torch.arange(WIDTH) < torch.tensor([WIDTH, 7, 2, 4])[:, None],
     "left": torch.arange(WIDTH) >= WIDTH - torch.tensor([WIDTH, 7, 2, 4])[:, None],
@@ -107,7 +139,22 @@ def three(
     """(accelerated, plain, truth) with one set of weights."""
     rounded = model.to(dtype)
     ours = fastbert.accelerate(copy.deepcopy(rounded), impl=impl, padding=padding)
-    return ours, rounded, copy.deepcopy(rounded).double()
+    return ours, rounded, exact(copy.deepcopy(rounded).double())
+
+
+def exact(model: torch.nn.Module) -> torch.nn.Module:
+    """The same model, whose norms compute in its dtype: transformers' own of the mean square compute in float32."""
+    for module in model.modules():
+        kinds = [family.layer.norm for family in FAMILIES.values() if family.layer.norm is not None]
+        kind = next((kind for kind in kinds if kind.rms and type(module).__name__ in kind.classes), None)
+        if kind is not None:
+            module.forward = partial(_norm_of, module, kind)
+    return model
+
+
+def _norm_of(module: torch.nn.Module, kind: NormKind, x: torch.Tensor) -> torch.Tensor:
+    mean_square = x.pow(2).mean(-1, keepdim=True)
+    return x * torch.rsqrt(mean_square + getattr(module, kind.eps)) * (module.weight + kind.offset)
 
 
 def assert_gradients(ours, plain, truth, losses) -> None:

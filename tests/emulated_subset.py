@@ -14,6 +14,7 @@ import torch
 import fastbert
 from fastbert import functional as F
 from fastbert.kernels import _gemm, _gemm_config, feed_forward, reference
+from fastbert.stack.shared import UNBOUNDED
 from fastbert.testing import INPUTS, MODELS, WITHOUT_GRADIENT, Check, ModelShape, compare, run_op
 
 TINY = MODELS["tiny"]
@@ -150,6 +151,7 @@ SUBSET: dict[str, Callable[[], list[Check]]] = {
     "attention_no_dropout": lambda: _attention("attention", **EVERYTHING),
     "attention_grouped": lambda: _attention("attention", **GROUPED),
     "attention_grouped_ids": lambda: _attention("attention", ids=True, **GROUPED, **IDS),
+    "attention_decoder": lambda: _attention("attention", window=(UNBOUNDED, 0), rotary=True, **GROUPED),
     "attention_bias_of_batch": lambda: _attention("attention", bias=True, bias_of_batch=True),
     "attention_cross": lambda: _attention("attention", lengths_k=(3, 150, 70, 10)),
     "padded_plain": lambda: _attention("attention_padded"),

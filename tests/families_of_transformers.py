@@ -37,6 +37,8 @@ SMALL = {
 MORE = {
     "deberta-v2": {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8},
     "esm": {"pad_token_id": PADDING, "mask_token_id": 4, "vocab_size": WORDS, "position_embedding_type": "rotary"},
+    "gemma3_text (bidirectional)": {"use_bidirectional_attention": True, "sliding_window": 20},
+    "esmc": {"num_key_value_heads": 4},
 }
 # encoders that no model type of their own names
 TOWERS = {
@@ -44,6 +46,10 @@ TOWERS = {
     "altclip (text)": ("AltCLIPTextModel", "AltCLIPTextConfig"),
     "chinese_clip (text)": ("ChineseCLIPTextModel", "ChineseCLIPTextConfig"),
     "clap (text)": ("ClapTextModel", "ClapTextConfig"),
+    "gemma3_text (bidirectional)": ("Gemma3TextModel", "Gemma3TextConfig"),
+    "mt5 (encoder)": ("MT5EncoderModel", "MT5Config"),
+    "t5 (encoder)": ("T5EncoderModel", "T5Config"),
+    "umt5 (encoder)": ("UMT5EncoderModel", "UMT5Config"),
 }
 LARGEST = 30_000_000  # parameters: a config that the sizes above do not shrink
 SECONDS = 30  # for building one, and for running it
@@ -82,16 +88,22 @@ def limit(seconds: int):
 
 
 def build(kind: str) -> torch.nn.Module:
+    more = MORE.get(kind, {})
     if kind in TOWERS:
-        model, config = (getattr(transformers, name) for name in TOWERS[kind])
-        made = model(shrink(config()))
+        cls, of = (getattr(transformers, name) for name in TOWERS[kind])
+        config = shrink(of(**more))
     else:
-        made = transformers.AutoModel.from_config(shrink(transformers.AutoConfig.for_model(kind, **MORE.get(kind, {}))))
+        cls, config = None, shrink(transformers.AutoConfig.for_model(kind, **more))
+    for name, value in more.items():
+        setattr(config, name, value)
+    made = transformers.AutoModel.from_config(config) if cls is None else cls(config)
     if sum(p.numel() for p in made.parameters()) > LARGEST:
         raise ValueError("it stays large")
     for p in made.parameters():
         if p.is_floating_point():
             torch.nn.init.normal_(p, std=0.2)
+    if hasattr(made.config, "use_cache"):
+        made.config.use_cache = False  # a decoder that returns a cache runs its own code
     return made.eval()
 
 

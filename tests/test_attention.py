@@ -96,8 +96,8 @@ def test_scores_that_fall_from_block_to_block():
     check((8 + q / 8, sign + k / 8, v), [cu_seqlens_of([200], DEVICE), 200], {}, torch.float16)
 
 
-# the window cuts the range of blocks on both sides; wider than the sequence on one side
-@pytest.mark.parametrize("window", [(0, 0), (100, 3), (3, 1000)], ids=str)
+# the window cuts the range of blocks on both sides; wider than the sequence on one side; no later token
+@pytest.mark.parametrize("window", [(0, 0), (100, 3), (3, 1000), (1 << 29, 0)], ids=str)
 def test_window_over_many_blocks(window):
     lengths = [300]
     args = [cu_seqlens_of(lengths, DEVICE), 300]

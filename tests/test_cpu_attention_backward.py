@@ -69,6 +69,24 @@ def test_gradients(heads, kv_heads, head_dim, dtype, p):
     assert_like_the_reference(inputs, LENGTHS, dtype, **dropout_of(p, LENGTHS))
 
 
+# later tokens alone or earlier ones alone left out; itself alone; both sides, within a block of keys and across several
+@pytest.mark.parametrize("window", [(10**9, 0), (0, 10**9), (0, 0), (3, 1), (70, 40)], ids=str)
+@pytest.mark.parametrize("p", [0.0, 0.3], ids=["plain", "dropout"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_windows(window, p, dtype):
+    inputs = random_inputs(LENGTHS, 4, 2, 32)
+    assert_like_the_reference(inputs, LENGTHS, dtype, window=window, **dropout_of(p, LENGTHS))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rotary_positions(dtype):
+    """Each token is rotated by its place in its own sequence."""
+    inputs = random_inputs(LENGTHS, 4, 2, 32)
+    angles = torch.rand(max(LENGTHS), 16) * 6
+    rotary = angles.cos(), angles.sin()
+    assert_like_the_reference(inputs, LENGTHS, dtype, rotary=rotary, window=(10**9, 0))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_each_length_by_itself(dtype):
     """The relative error of one length is not lost among others; of three sequences, since the error of a few numbers

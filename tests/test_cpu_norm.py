@@ -161,3 +161,55 @@ def test_keys_of_rows_are_the_specifications(dtype):
         seed = torch.tensor([seed], dtype=torch.int64)
         assert torch.equal(cpu_norm.row_keys(seed, stream, names), _random.row_keys(seed, stream, names))
     assert len(cpu_norm.row_keys(seed, stream, names[:0])) == 0
+
+
+# ---- RMSNorm -------------------------------------------------------------------------------------------------
+
+
+def rms_results(function, x, weight, residual=None, **options):
+    y = function(x, residual, weight, 1e-6, **options)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(y.dtype)
+    return y, *torch.autograd.grad(y, [x, weight], dy)
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["one_dtype", "weight_in_float32"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 16), (64, 48), (3, 45, 384), (5, 3, 64)], ids=str)
+def test_rms_norm(shape, dtype, wide):
+    """Rows, and heads of a view of one product, whose rows do not lie one after another."""
+    heads = torch.randn(shape[0], 2 * shape[1], *shape[2:]) if shape[-1] == 64 else None
+    x = torch.randn(shape) if heads is None else heads[:, : shape[1]]
+    leaves = [x.to(dtype).requires_grad_(), torch.randn(shape[-1], dtype=torch.float32 if wide else dtype)]
+    leaves[1].requires_grad_()
+    assert cpp.takes_rms_norm(*leaves)
+    ours = rms_results(native.add_rms_norm, *leaves)
+    assert "RmsNorm" in ours[0].grad_fn.name()
+    plain = rms_results(reference.add_rms_norm, leaves[0], leaves[1].to(dtype).detach().requires_grad_())
+    truth = rms_results(reference.add_rms_norm, *(t.detach().double().requires_grad_() for t in leaves))
+    for name, *three in zip(("y", "dx", "dweight"), ours, plain, truth, strict=True):
+        assert three[0].dtype == (leaves[1].dtype if name == "dweight" else dtype)
+        assert_within_budget(*three, name)
+
+
+def test_rms_norm_behind_a_sum_with_dropout():
+    x, residual, weight, x_bias = torch.randn(45, 48), torch.randn(45, 48), torch.randn(48), torch.randn(48)
+    leaves = [x.requires_grad_(), weight.requires_grad_()]
+    drop = options(0.3, 45, named=True) | {"x_bias": x_bias}
+    ours = rms_results(native.add_rms_norm, *leaves, residual, **drop)
+    assert "RmsNorm" in ours[0].grad_fn.name()
+    plain = rms_results(reference.add_rms_norm, *leaves, residual, **drop)
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    truth = rms_results(reference.add_rms_norm, *wide, residual.double(), **drop | {"x_bias": x_bias.double()})
+    for name, *three in zip(("y", "dx", "dweight"), ours, plain, truth, strict=True):
+        assert_within_budget(*three, name)
+
+
+def test_rms_norms_second_derivative():
+    leaves = [torch.randn(5, 48).requires_grad_(), torch.randn(48).requires_grad_()]
+    found = []
+    for module in (native, reference):
+        y = module.add_rms_norm(leaves[0], None, leaves[1], 1e-6)
+        (dx,) = torch.autograd.grad(y.square().sum(), leaves[:1], create_graph=True)
+        found.append(torch.autograd.grad(dx.square().sum(), leaves))
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)

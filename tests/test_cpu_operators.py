@@ -114,7 +114,7 @@ def test_what_it_does_not_take_goes_to_torch(why):
     if why == "stride":
         q = q.transpose(1, 2).contiguous().transpose(1, 2)
     if why == "options":
-        options = {"window": (2, 2)}
+        options = {"alibi_slopes": torch.rand(4)}
     else:
         assert not cpu_attention.takes_attention(q, k, v, cu_seqlens_of(lengths, "cpu"))
     args = [cu_seqlens_of(lengths, "cpu"), 9]

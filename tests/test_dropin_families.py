@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fastbert
-from dropin_models import HEADS, MASKS, MODELS, SIZES, WIDTH, assert_gradients, labels_of, three
+from dropin_models import HEADS, MASKS, MODELS, RMS, SIZES, T5, WIDTH, assert_gradients, labels_of, three
 from fastbert.dropin.families import FAMILIES
 from fastbert.testing import assert_within_budget
 
@@ -55,9 +55,13 @@ OTHERS = {
     ),
     "TapasModel": ("TapasConfig", {}),
     "VisualBertModel": ("VisualBertConfig", {"visual_embedding_dim": 20}),
+    **RMS,
 }  # fmt: skip
-# heads of those whose heads read them as BERT's do
-WITH_HEADS = ("DebertaV2", "Ernie", "Data2VecText", "RemBert", "MegatronBert", "XLMRobertaXL", "RobertaPreLayerNorm")
+# heads of those whose heads read them as BERT's do, or take the last token
+WITH_HEADS = (
+    "DebertaV2", "Ernie", "Data2VecText", "RemBert", "MegatronBert", "XLMRobertaXL", "RobertaPreLayerNorm", "EuroBert",
+    "Ultrabert", "Esmc", "Gemma3Text", "Qwen3", "Qwen2", "Mistral", "Llama",
+)  # fmt: skip
 
 
 def class_of(name: str) -> type:
@@ -68,8 +72,11 @@ def class_of(name: str) -> type:
 
 def build(name: str, head: str | None = None, dropout: float = 0.0, **more) -> torch.nn.Module:
     kind, settings = OTHERS[name]
-    config = getattr(transformers, kind)(**{**SIZES, **settings, "attn_implementation": "eager", **more})
-    config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
+    # in eager attention those of the structure of Llama take their softmax in float32, whatever the model's dtype
+    attention = "sdpa" if name in RMS else "eager"
+    config = getattr(transformers, kind)(**{**SIZES, **settings, "attn_implementation": attention, **more})
+    for probability in ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout", "dropout_rate"):
+        setattr(config, probability, dropout)
     cls = class_of(name) if head is None else getattr(transformers, name.removesuffix("Model") + head)
     torch.manual_seed(0)
     model = cls(config).eval()
@@ -108,22 +115,21 @@ def assert_fused(model: torch.nn.Module) -> None:
 
 
 def test_every_family_of_the_table_is_tested():
-    assert {prefix + "Model" for prefix, _, _ in MODELS.values()} | set(OTHERS) == set(FAMILIES)
-    assert {f"{name}Model" for name in WITH_HEADS} == {name for name in OTHERS if FAMILIES[name].heads}
+    named = {name.replace("EncoderModel", "Stack") for name in OTHERS}
+    assert {prefix + "Model" for prefix, _, _ in MODELS.values()} | named == set(FAMILIES)
+    assert {f"{name}Model" for name in WITH_HEADS} == {
+        name for name in OTHERS if name not in T5 and FAMILIES[name].heads
+    }
 
 
 # a row of each kind in bfloat16
 KINDS = (
-    "DebertaV2Model",
-    "ErnieModel",
-    "RemBertModel",
-    "MegatronBertModel",
-    "NomicBertModel",
-    "GteModel",
-    "EsmModel",
-    "LayoutLMModel",
-)
+    "DebertaV2Model", "ErnieModel", "RemBertModel", "MegatronBertModel", "NomicBertModel", "GteModel", "EsmModel",
+    "LayoutLMModel", "EuroBertModel", "EsmcModel", "T5EncoderModel", "UMT5EncoderModel",
+)  # fmt: skip
+DECODERS = ("Gemma3TextModel", "Qwen3Model", "MistralModel")  # on the left their padding sees no token
 RUNS = [(name, "right", torch.float32) for name in OTHERS] + [(name, "left", torch.bfloat16) for name in KINDS]
+RUNS += [(name, "right", torch.bfloat16) for name in DECODERS]
 
 
 @pytest.mark.parametrize(("name", "mask", "dtype"), RUNS, ids=lambda value: str(value).removeprefix("torch."))

@@ -9,16 +9,17 @@ import torch.nn as nn
 from torch import Tensor
 
 from .. import functional as F
-from ..stack.description import Part
+from ..stack.description import NormKind, Part
 from ..stack.shared import Pass
 from ..stack.steps import multiply, norm_only, probability
 from . import distances
-from .facts import Family
-from .parts import Seen, at, has, kind_of, layers_of
+from .facts import Family, at, has
+from .kinds import kind_of, windows_of
+from .parts import Seen, bias_of, layers_of
 
 
-def part(encoder: nn.Module, path: str, verdict: tuple[bool, bool]) -> Part:
-    return Part(at(encoder, path), *verdict)
+def part(encoder: nn.Module, path: str, verdict: tuple[bool, bool], norm: NormKind | None = None) -> Part:
+    return Part(at(encoder, path), *verdict, norm)
 
 
 def embeddings(encoder: nn.Module, facts: Family, shared: Pass, seen: Seen, given: dict[str, Any]) -> Tensor:
@@ -33,7 +34,7 @@ def embeddings(encoder: nn.Module, facts: Family, shared: Pass, seen: Seen, give
     types = batch.token_type_ids
     if segment is not None and types is None:
         types = torch.zeros_like(batch.positions)
-    p = probability(at(encoder, facts.dropout))
+    p = 0.0 if facts.dropout is None else probability(at(encoder, facts.dropout))
 
     if embeds is None and seen.tables:
         x = F.embedding_layer_norm(
@@ -49,7 +50,7 @@ def embeddings(encoder: nn.Module, facts: Family, shared: Pass, seen: Seen, give
         if position is not None:
             x = x + position(batch.positions)
         if norm is not None:
-            x = norm_only(x, part(encoder, facts.norm, seen.norm), shared)
+            x = norm_only(x, part(encoder, facts.norm, seen.norm, facts.layer.norm), shared)
         x = shared.drop(x, p, stream=0)
     if facts.masks_embeddings and shared.real() is not None:
         x = x * shared.real().flatten()[:, None]
@@ -97,6 +98,7 @@ def position_tables(encoder: nn.Module, facts: Family, width: int, device: torch
     """What attention looks up by position, as far as `width`."""
     bias = {
         "bias": position_bias(encoder, facts, width),
+        "bias_width": width if facts.layer.bias is not None else None,
         "distances": distances.table_of(encoder, facts, width, device),
     }
     return bias | (rotary(encoder, facts, width, device) if facts.positions == "rotary" else {})
@@ -106,6 +108,8 @@ def position_bias(encoder: nn.Module, facts: Family, width: int) -> Tensor | Non
     if facts.bias is None:
         return None
     holder = at(encoder, facts.bias)
+    if not hasattr(holder, "compute_position_bias"):
+        return bias_of(holder, width)
     like = holder.relative_attention_bias.weight.new_empty(1, width)
     return holder.compute_position_bias(like)
 
@@ -118,14 +122,10 @@ def rotary(encoder: nn.Module, facts: Family, width: int, device: torch.device) 
     half = at(next(iter(one_of.values())), of_layer.head_dim) // 2
     make = at(encoder, facts.tables_of_rotation) if of_layer.rotary is None else None
     if of_layer.rotates:
-        tables = {kind: make(like, columns) for kind in one_of}
-        windows = dict.fromkeys(one_of)
+        tables = dict.fromkeys(one_of, make(like, columns))
     elif make is not None:
         tables = {kind: make(like, columns, kind) for kind in sorted(one_of)}
-        reach = encoder.config.sliding_window
-        windows = {kind: (reach, reach) if kind == "sliding_attention" else None for kind in one_of}
-    else:  # a kind is its window, and minus one is no bound
+    else:
         tables = {kind: at(layer, of_layer.rotary)(like, columns) for kind, layer in one_of.items()}
-        windows = {kind: None if min(kind) < 0 else kind for kind in one_of}
     rotary = {kind: tuple(t[0, :, :half] for t in pair) for kind, pair in tables.items()}
-    return {"rotary": rotary, "windows": windows}
+    return {"rotary": rotary, "windows": windows_of(encoder, facts, one_of)}

@@ -15,16 +15,31 @@ from .. import functional as F
 from ..packing import PackedBatch
 from ..stack.description import Layer
 from ..stack.layer import FEW_TOKENS, in_one, in_one_call, is_one_call_ahead
-from ..stack.shared import Pass
+from ..stack.shared import UNBOUNDED, Pass
 from ..stack.steps import norm_only, probability
 from . import facts as table
 from .embeddings import count_positions, embeddings, part, position_tables
+from .facts import at
 from .forward import Forward, count
+from .kinds import kind_of, windows_of
 from .layer import LayerForward
 from .once import only_once
 from .own import listeners, why_not_here
-from .padding import ABOVE, EXACT, FULL, OTHERS, WINDOW, ZEROS, Policy, Rows, only_wanted, reading_now, rows_to_compute
-from .parts import Seen, Settings, at, kind_of, layers_of, look, settings_of
+from .padding import (
+    ABOVE,
+    BEFORE,
+    EXACT,
+    FULL,
+    OTHERS,
+    WINDOW,
+    ZEROS,
+    Policy,
+    Rows,
+    only_wanted,
+    reading_now,
+    rows_to_compute,
+)
+from .parts import Seen, Settings, layers_of, look, settings_of
 
 # arguments that say nothing about what the encoder computes
 IGNORED = {"return_dict", "output_hidden_states", "num_items_in_batch", "use_cache", "batch_size", "seq_len"}
@@ -96,6 +111,10 @@ class EncoderForward(Forward):
             return f"{name} was given"
         if settings.decodes:
             return "the model is a decoder"
+        if self.facts.decoder and (why := self.why_not_decoded(given)):
+            return why
+        if self.facts.half_clamped and (why := self.why_not_clamped(given.get("inputs_embeds"))):
+            return why
         if settings.attentions and given.get("output_attentions") is None:
             return "the config asks for output_attentions"
         asked = given.get("output_hidden_states")
@@ -116,6 +135,24 @@ class EncoderForward(Forward):
             return f"{shape[1]} tokens may be more than the position table holds"
         return None
 
+    def why_not_decoded(self, given: dict[str, Any]) -> str | None:
+        if given.get("is_causal") is not None:
+            return "is_causal was given"
+        module = self.module
+        checkpoints = getattr(module, "gradient_checkpointing", False) and module.training and torch.is_grad_enabled()
+        if self.asked(given, "use_cache") and not checkpoints:
+            return "it returns a cache, which use_cache=False turns off"
+        return None
+
+    def why_not_clamped(self, embeds: Tensor | None) -> str | None:
+        """The original clamps in float16 what overflows, and casts between its layers' dtypes."""
+        first, facts = next(self.layers())[1], self.facts.layer
+        like = at(self.module, self.facts.word).weight if embeds is None else embeds
+        dtypes = {getattr(at(first, path), "weight", like).dtype for path in (facts.up, facts.down)} | {like.dtype}
+        if torch.float16 in dtypes:
+            return "it is in float16, where it clamps what overflows"
+        return None if len(dtypes) == 1 else "its layers are of several dtypes"
+
     def knows_single_states(self) -> bool:
         """Does this transformers return the states of a list of places, and count them as we do?"""
         from transformers.utils import output_capturing
@@ -134,10 +171,10 @@ class EncoderForward(Forward):
         if mask is None:
             return FULL
         if torch.compiler.is_compiling():
-            return Rows(mask != 0, None, None if self.reach() is None else WINDOW)
+            reach, causal = self.reach()
+            return Rows(mask != 0, None, BEFORE if causal else None if reach is None else WINDOW)
         reads, others, why = self.wants(mask, ids, seen)
-        relative = self.facts.relative
-        rows, by_others = rows_to_compute(mask, reads, others, relative, self.reach() if relative else None)
+        rows, by_others = self.rows_of(mask, reads, others)
         if rows.padding and rows.reason is None:
             count(self.computed, OTHERS if by_others else why)
         elif rows.queries is not None and self.anybody(reads):
@@ -179,17 +216,18 @@ class EncoderForward(Forward):
         if count(self.told, ZEROS) == 1:
             warnings.warn(f"{type(self.module).__name__}: {ZEROS}", stacklevel=6)
 
-    def reach(self) -> int | None:
-        """How far a token sees in the layer where it sees least; None: everywhere."""
-        if self.facts.positions != "rotary":
-            return None
-        facts, sees = self.facts.layer, []
-        for kind in {kind_of(layer, facts) for _, layer in self.layers()} if not facts.rotates else ():
-            if kind == "sliding_attention":
-                sees.append(self.module.config.sliding_window)
-            elif not isinstance(kind, str) and min(kind) >= 0:
-                sees.append(min(kind))
-        return min(sees, default=None)
+    def rows_of(self, mask: Tensor, reads: bool | Tensor, others: Tensor | None) -> tuple[Rows, bool]:
+        reach, causal = self.reach()
+        return rows_to_compute(mask, reads, others, self.facts.relative, reach, causal, self.facts.first_column)
+
+    def reach(self) -> tuple[int | None, bool]:
+        """(how far a token sees in the layer where it sees least, None: everywhere; whether it sees no later ones)."""
+        if self.facts.positions != "rotary" or (self.facts.layer.rotates and not self.facts.decoder):
+            return None, False
+        one_of = {kind_of(layer, self.facts.layer): layer for _, layer in self.layers()}
+        windows = [window for window in windows_of(self.module, self.facts, one_of).values() if window is not None]
+        reach = min((left for left, _ in windows if left < UNBOUNDED), default=None)
+        return reach, any(right == 0 for _, right in windows)
 
     # ---- the pass ----
 
@@ -266,7 +304,11 @@ class EncoderForward(Forward):
         if not self.facts.last_state_normed:
             x = shown(x)
         if self.facts.final_norm is not None:
-            x = norm_only(x, part(self.module, self.facts.final_norm, seen.final_norm), shared)
+            norm = part(self.module, self.facts.final_norm, seen.final_norm, self.facts.layer.norm)
+            x = norm_only(x, norm, shared)
+        if self.facts.final_dropout is not None:
+            p = probability(at(self.module, self.facts.final_dropout))
+            x = shared.drop(x, p, stream=2 * len(list(self.layers())) + 1)
         return only_once(x, self.impl), states
 
     def in_order(self, seen: Seen) -> list[Layer | None]:

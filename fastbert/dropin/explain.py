@@ -89,6 +89,8 @@ def _explain_encoder(report: Report, path: str, forward: EncoderForward) -> None
         report.left[name("embeddings")] = "called as they are, on [batch, tokens] with its padding"
     elif family.position is not None and family.norm is not None and all(map(plain_table, tables)):
         report.replaced[name(family.word.rpartition(".")[0])] = "embedding_layer_norm"
+    elif family.norm is None and len(family.tables) == 1:
+        report.left[name(family.word)] = "called with the tokens alone"
     else:
         report.left[name(family.word.rpartition(".")[0])] = "tables are called one by one, then add_layer_norm"
     if getattr(encoder, "pooler", None) is not None:
@@ -153,7 +155,8 @@ def _explain_layer(report: Report, path: str, layer: nn.Module, family: Family) 
     if not reasons.keys() & {facts.up, facts.down, facts.activation}:
         steps.append("feed_forward")
     if not set(facts.norms) <= reasons.keys():
-        steps.append("add_layer_norm_sum" if facts.pre_norm else "add_layer_norm")
+        rms = facts.norm is not None and facts.norm.rms
+        steps.append("add_rms_norm" if rms else "add_layer_norm_sum" if facts.pre_norm else "add_layer_norm")
     report.replaced[path] = f"{type(layer).__name__}: {', '.join(steps)}"
     for part, reason in reasons.items():
         whole = "" if by_token(at(layer, part)) else ", on [batch, tokens, width] with its padding"

@@ -8,6 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch.nn as nn
+
+from ..stack.description import NormKind
+
 
 def at(module: Any, path: str) -> Any:
     """The attribute of an attribute: at(layer, "attention.self.query"); of "" the module itself."""
@@ -53,9 +57,10 @@ class Layer:
         head_dim: where the width of a head is written.
         probs_dropout: nn.Dropout, or its probability, on the attention probabilities.
         probs_switch: the module whose training mode turns that on; None: the dropout module's own.
-        scale: where the factor of the scores is written, which must be the inverse root of the head's width.
-        causal: where it is written that a token sees no later one, which must be off.
-        reach: where a layer with a window has its own, one more than config.sliding_window.
+        scale: where the factor of the scores is written, which must be the inverse root of the head's width unless
+            `any_scale` says otherwise.
+        causal: where it is written that a token sees no later one, which must be off but in a `Family.decoder`.
+        reach: where a layer with a window has its own, one more than the tokens that it sees on a side.
         out, out_dropout, out_norm: the linear layer after attention, the dropout on it, the LayerNorm of that block.
         up, activation, inner_dropout, down, down_dropout, down_norm: the same of the feed-forward block.
         activation_name: where `activation` is None, a function in the layer's own code: the operators' name for it.
@@ -64,8 +69,14 @@ class Layer:
         gate: of a gated block whose halves are two linear layers, the first: act(gate(x)) * up(x).
         rotates: q and k are rotated by their positions, all layers in the same way.
         attention_type: with rotary positions, where it is written which rotation and window the layer has.
+        number: where the layer's number is written, by which its attention's config.layer_types says the same.
         rotary: the module that makes the rotation's tables, where every layer has one of its own.
         distances: what makes the scores look at distances between tokens, by a table of the encoder.
+        norm: what the norms are; None: torch's LayerNorm.
+        q_norm, k_norm: norms of q and k; norms_heads: of each head by itself, rather than of all heads of a token.
+        after_out, after_down: norms of what each block adds to the hidden states, of pre-norm layers.
+        divisor: where it is written what each block of a pre-norm layer divides that by.
+        bias: the module whose `compute_bias` gives the layer's own bias of the scores.
     """
 
     modules: dict[str, tuple[str, ...]]
@@ -91,8 +102,18 @@ class Layer:
     activation_name: str | None = None
     rotates: bool = False
     attention_type: str | None = None
+    number: str | None = None
     rotary: str | None = None
     distances: Distances | None = None
+    any_scale: bool = False
+    norm: NormKind | None = None
+    q_norm: str | None = None
+    k_norm: str | None = None
+    norms_heads: bool = True
+    after_out: str | None = None
+    after_down: str | None = None
+    divisor: str | None = None
+    bias: str | None = None
 
     @property
     def kind(self) -> str:
@@ -105,7 +126,8 @@ class Layer:
 
     @property
     def norms(self) -> tuple[str, ...]:
-        return (self.out_norm, self.down_norm)
+        paths = (self.out_norm, self.down_norm, self.q_norm, self.k_norm, self.after_out, self.after_down)
+        return tuple(path for path in paths if path is not None)
 
     @property
     def dropouts(self) -> tuple[str, ...]:
@@ -140,12 +162,22 @@ class Family:
         position_type: what `config.position_embedding_type` says of it, or would say where it is not written.
         distances: the encoder that has the table of distances, which the layers' `distances` project (DeBERTa).
         masks_embeddings: the embeddings of padding are zeros.
-        bias: the encoder whose `relative_attention_bias` table gives every layer's attention bias (MPNet).
-        final_norm: a LayerNorm after the last layer.
+        word_class: transformers' class of the word table, where it is no nn.Embedding and called with tokens [T].
+        bias: the module whose `relative_attention_bias` table gives every layer's attention bias (MPNet, T5).
+        final_norm: a norm after the last layer, of the kind of the layers' norms.
+        final_dropout: a dropout after that.
         last_state_normed: the last of the hidden states is the output, rather than what goes into `final_norm`.
         ignores_rest: layers after the first `config.num_hidden_layers` of the list do not run.
         tables_of_rotation: with rotary positions, the module that makes the tables of all layers.
         unused: modules that the encoder's own forward does not call.
+        decoder: its tokens may see no later ones, as the layers' `causal` and config.is_causal say, and it may return a
+            cache, which only its own code makes.
+        sees_less: how many tokens less than config.sliding_window a layer with a window sees on a side.
+        slides: all layers have that window, unless config.sliding_window is None.
+        passes: transformers' classes that call the encoder and return what it returns.
+        first_column: what is above the encoder may read the first column even where it is padding.
+        half_clamped: its layers clamp what overflows in float16, which they leave to their own code.
+        variant: (a setting of the config, the facts where that is on).
         heads: transformers' heads over this encoder read it as BERT's of the same name do.
         output: transformers' class of what the encoder returns.
         pooler_activation: the pooler is a linear layer of the first token, and this its activation.
@@ -171,7 +203,16 @@ class Family:
     bias: str | None = None
     distances: str | None = None
     masks_embeddings: bool = False
+    word_class: str | None = None
     final_norm: str | None = None
+    final_dropout: str | None = None
+    decoder: bool = False
+    sees_less: int = 0
+    slides: bool = False
+    passes: tuple[str, ...] = ()
+    first_column: bool = True
+    half_clamped: bool = False
+    variant: tuple[str, Family] | None = None
     last_state_normed: bool = True
     pooler_activation: str | None = None
     tuple_keeps_pooler: bool = False
@@ -186,6 +227,21 @@ class Family:
         return tuple(filter(None, (self.word, self.position, self.token_type)))
 
     @property
+    def around(self) -> tuple[tuple[str | None, type[nn.Module], NormKind | None], ...]:
+        """(path, torch's class, kind of norm) of what is around the layers: `norm`, `final_norm` and `project`."""
+        return (
+            (self.norm, nn.LayerNorm, self.layer.norm),
+            (self.final_norm, nn.LayerNorm, self.layer.norm),
+            (self.project, nn.Linear, None),
+        )
+
+    @property
+    def anywhere(self) -> bool:
+        """Has a text the same values in whichever column of a batch it begins?"""
+        return self.called is None and (self.position is None or self.positions != "column")
+
+    @property
     def relative(self) -> bool:
         """Does attention look at distances between tokens?"""
-        return self.bias is not None or self.distances is not None or self.positions == "rotary"
+        own = self.bias is not None or self.layer.bias is not None
+        return own or self.distances is not None or self.positions == "rotary"

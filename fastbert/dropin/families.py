@@ -1,4 +1,5 @@
-"""The encoders of transformers that are known: one row each, and nothing else about any of them anywhere.
+"""The encoders of transformers that are known: one row each, and nothing else about any of them anywhere. The rows of
+the structure of Llama and of T5 are in `families_rms.py`.
 
 A row counts only where every parameter and buffer of the encoder is accounted for by it; a model whose config adds a
 table or a layer that the row does not name is left alone, and `explain` says what was found.
@@ -10,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from .facts import Distances, Family, Layer
+from .families_rms import RMS_FAMILIES
 
 
 def _attention(path: str) -> dict[str, str]:
@@ -362,6 +364,7 @@ FAMILIES = {
     ),
     "TapasModel": _called("Tapas", _PLAIN_POOLED, {"token_type_ids": ("type_vocab_sizes",)}, _EAGER),
     "VisualBertModel": _called("VisualBert", _PLAIN_POOLED, _TYPES, _EAGER),
+    **RMS_FAMILIES,
 }
 
 # under transformers 4: those that were compared with it, and what is different there

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch.nn as nn
 
 from . import torch_layers
-from .facts import Family
+from .facts import Family, has
 from .families import FAMILIES, FAMILIES_OF_4
 from .forward import Forward
-from .parts import has, layers_of, why_every_call, why_lists
+from .kinds import TRANSFORMERS
+from .own import why_own
+from .parts import layers_of, why_every_call, why_lists
 
 # torch's modules and their forwards, outermost first
 TORCH = {
@@ -27,14 +29,20 @@ def family_of(module: nn.Module) -> Family | None:
             import transformers
 
             families = FAMILIES_OF_4 if transformers.__version__.startswith("4.") else FAMILIES
-            return families.get(cls.__name__) if type(module).forward is cls.forward else None
+            family = families.get(cls.__name__) if type(module).forward is cls.forward else None
+            if family is not None and family.variant is not None and getattr(module.config, family.variant[0]):
+                return family.variant[1]
+            return family
     return None
 
 
-def is_bare(model: nn.Module, encoder: nn.Module) -> bool:
-    """Is nothing but wrappers around an encoder in `model`, so that its caller reads what it returns?"""
+def is_bare(model: nn.Module, encoder: nn.Module, passes: tuple[str, ...] = ()) -> bool:
+    """Is nothing but wrappers around an encoder in `model`, so that its caller reads what it returns? passes: names of
+    transformers' classes that are such wrappers of this encoder."""
     above = [m for m in model.modules() if m is not encoder and any(inner is encoder for inner in m.modules())]
-    return all(type(m).__module__.startswith(WRAPPERS) for m in above)
+    return all(
+        type(m).__module__.startswith(WRAPPERS) or (passes and not why_own(m, passes, TRANSFORMERS)) for m in above
+    )
 
 
 def why_left(encoder: nn.Module, family: Family) -> str | None:
@@ -42,7 +50,7 @@ def why_left(encoder: nn.Module, family: Family) -> str | None:
     if "forward" in encoder.__dict__ and not isinstance(encoder.__dict__["forward"], Forward):
         return "its forward was replaced already"
     config = encoder.config
-    if getattr(config, "is_decoder", False):
+    if getattr(config, "is_decoder", False) and not family.decoder:
         return "it is a decoder"
     kind = getattr(config, "position_embedding_type", None) or "absolute"
     if kind != family.position_type:
@@ -50,7 +58,7 @@ def why_left(encoder: nn.Module, family: Family) -> str | None:
     facts, own_tables = family.layer, family.layer.rotary is not None  # every layer makes those of its rotation
     if own_tables and config._attn_implementation == "flash_attention_2":
         return "its flash_attention_2 runs packed already, and rotates in its own way"
-    paths = [family.layers, *family.tables, family.norm, family.dropout, family.final_norm]
+    paths = [family.layers, *family.tables, family.norm, family.dropout, family.final_norm, family.bias]
     paths += [family.tables_of_rotation if family.positions == "rotary" and not own_tables else None]
     for path in (*paths, *family.modules):
         if path is not None and not has(encoder, path):
@@ -58,7 +66,8 @@ def why_left(encoder: nn.Module, family: Family) -> str | None:
     if why := why_lists(encoder, family):
         return why
     parts = (*facts.linears, *facts.norms, *facts.dropouts, facts.activation, facts.head_dim)
-    parts += (facts.attention_type, facts.rotary, facts.probs_switch, *filter(None, facts.modules))
+    parts += (facts.attention_type, facts.number, facts.rotary, facts.probs_switch, facts.divisor, facts.bias)
+    parts += tuple(filter(None, facts.modules))
     layers = {}
     paths = {module: path for path, module in encoder.named_modules()}
     for _, layer in layers_of(encoder, family):

@@ -16,9 +16,11 @@ from ..stack.shared import Pass
 from . import facts as table
 from .embeddings import count_positions, position_tables
 from .encoder import EncoderForward
+from .facts import at, has
+from .kinds import why_not_plain_norm
 from .own import why_not_here
-from .padding import Policy, rows_to_compute
-from .parts import Seen, at, has, not_plain, plain_table
+from .padding import Policy
+from .parts import Seen, not_plain, plain_table
 from .plain import why_not_plain
 
 
@@ -116,9 +118,11 @@ class GraphedEncoderForward(EncoderForward):
         paths = [path for path in facts.tables if at(self.module, path) is not None]
         if not all(plain_table(at(encoder, path)) for path in paths):
             return "an embedding table is not torch's own, or has hooks"
-        others = [(facts.norm, nn.LayerNorm), (facts.final_norm, nn.LayerNorm), (facts.project, nn.Linear)]
-        for path, kind in others:
-            if path is not None and has(encoder, path) and (reason := why_not_plain(at(encoder, path), kind)):
+        for path, kind, norm in facts.around:
+            if path is None or not has(encoder, path):
+                continue
+            module = at(encoder, path)
+            if reason := why_not_plain(module, kind) if norm is None else why_not_plain_norm(module, norm):
                 return f"{path} is called: {reason}"
         for _, layer in self.layers():
             for path, reason in not_plain(layer, facts.layer).items():
@@ -135,8 +139,7 @@ class GraphedEncoderForward(EncoderForward):
             planes = [mask != 0, *(t for t in (reads, others) if isinstance(t, Tensor))]
             mask, *planes = torch.stack(planes).cpu().unbind()
             reads, others = (planes.pop(0) if isinstance(t, Tensor) else t for t in (reads, others))
-            relative = self.facts.relative
-            rows, _ = rows_to_compute(mask, reads, others, relative, self.reach() if relative else None)
+            rows, _ = self.rows_of(mask, reads, others)
             if rows.padding or rows.reason is not None:
                 return None
             mask, lengths = rows.real, rows.lengths

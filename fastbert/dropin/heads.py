@@ -17,6 +17,7 @@ from .parts import TRANSFORMERS, at
 from .plain import by_token
 
 FIRST, LABELS, EVERY = "the first column", "tokens whose label counts", "every token"
+LAST = "the last token"  # where the table below says the first column, over an encoder that is a decoder
 # what a head is called, after the family's name -> what it reads
 HEADS = {
     "ForSequenceClassification": FIRST,
@@ -38,9 +39,12 @@ def kind_of(head: nn.Module) -> str | None:
     cls = type(head)
     if not cls.__module__.startswith(TRANSFORMERS):
         return None
-    families = [name.removesuffix("Model") for name, family in FAMILIES.items() if family.heads]
-    heads = (reads for name, reads in HEADS.items() if cls.__name__.removesuffix(name) in families)
-    return next(heads, None)
+    families = {name.removesuffix("Model"): family for name, family in FAMILIES.items() if family.heads}
+    for name, reads in HEADS.items():
+        family = families.get(cls.__name__.removesuffix(name))
+        if family is not None:
+            return LAST if family.decoder and reads == FIRST else reads
+    return None
 
 
 class HeadForward(Forward):
@@ -91,6 +95,8 @@ class HeadForward(Forward):
         why = f"{name} returns hidden states" if states else f"{name} returns something of each token"
         if self.kind == FIRST:
             return Reading(False, bool(states) and not masked, why, first=not states)
+        if self.kind == LAST:
+            return Reading(self.last(given), bool(states) and not masked, why)
         if self.kind == LABELS and masked:
             return Reading(False, why=why)
         if self.kind == EVERY:
@@ -102,6 +108,15 @@ class HeadForward(Forward):
         if not _is_by_token(labels, given):
             return Reading(True, why="labels are not [batch, tokens]")
         return Reading(labels != -100, bool(states), why if states else f"{name} has labels at padding")
+
+    def last(self, given: dict[str, Any]) -> bool | Tensor:
+        """[B, S] bool: the rows that a head reads which takes the last token other than padding of each sequence."""
+        ids, padding = given.get("input_ids"), self.module.config.get_text_config().pad_token_id
+        if not isinstance(ids, Tensor):
+            return True
+        columns = torch.arange(ids.shape[1], dtype=torch.int64, device=ids.device)
+        last = columns[-1:] if padding is None else (columns * (ids != padding)).argmax(1, keepdim=True)
+        return columns == last
 
     def says(self) -> str:
         why = self.why_unknown()

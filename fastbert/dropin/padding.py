@@ -108,11 +108,13 @@ class Rows:
 FULL = Rows()
 EMPTY = "a sequence has no token"  # its rows are zeros here and a mean of all values there; the original knows which
 WINDOW = "padding that is read, out of sight of every token under a sliding window"
+BEFORE = 'padding that may be read, before the tokens of a causal model, sees no token (padding="zero" leaves it out)'
 
 
 def rows_to_compute(
-    mask: Tensor, reads: bool | Tensor, others: Tensor | None = None, relative: bool = False, reach: int | None = None
-) -> tuple[Rows, bool]:
+    mask: Tensor, reads: bool | Tensor, others: Tensor | None = None, relative: bool = False, reach: int | None = None,
+    causal: bool = False, first_column: bool = True,
+) -> tuple[Rows, bool]:  # fmt: skip
     """(the rows of a batch that are computed, whether `others` decided it). Waits once for the device.
 
     Args:
@@ -121,6 +123,8 @@ def rows_to_compute(
         others: [B, S] bool, where a token other than padding stands: all rows are computed if it is masked anywhere.
         relative: attention looks at distances, so that nothing may be left out between two tokens.
         reach: with relative, how far a token sees in the layer where it sees least; None: everywhere.
+        causal: a token sees no later ones.
+        first_column: it is computed where it is padding too.
     """
     real = mask != 0
     left_out = ~real
@@ -138,9 +142,11 @@ def rows_to_compute(
         return Rows(reason=EMPTY), False
     by_others = others is not None and any(more.pop())
     some = isinstance(reads, Tensor) and any(more[0])
+    before = any(first)
+    first = first if first_column else [0] * len(first)
     if reads is True or by_others or (relative and (any(holes) or any(first) or some)):
-        blind = reach is not None and width - shortest > reach
-        return Rows(real, None, WINDOW if blind else None, keys), by_others
+        blind = WINDOW if reach is not None and width - shortest > reach else BEFORE if causal and before else None
+        return Rows(real, None, blind, keys), by_others
     if not (some or any(first)):
         return Rows(real, real, None, keys, keys), False
     queries = real | reads if some else real.clone()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,24 +17,23 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..inference.weights import CONTAINERS, JoinedLinears
-from ..stack.description import Distances, Layer, Part
+from ..stack.description import Distances, Layer, NormKind, Part
 from . import distances
 from . import facts as table
 from .facts import at as at
 from .facts import has as has
 from .families import FAMILIES
 from .forward import Forward
+from .kinds import SLIDING, TRANSFORMERS, kind_of, why_not_plain_norm, why_window
 from .own import LIBRARY, Watch, listeners, of_library, why_library, why_own, written_on
 from .plain import by_token, fused_activation, why_not_plain
-
-TRANSFORMERS = "transformers.models."
-
 
 Verdict = tuple[bool, bool]  # plain, whole
 
 
-def verdict(module: Any, kind: type[nn.Module]) -> Verdict:
-    plain = why_not_plain(module, kind) is None
+def verdict(module: Any, kind: type[nn.Module], norm: NormKind | None = None) -> Verdict:
+    """norm: of a norm that is not torch's LayerNorm."""
+    plain = (why_not_plain(module, kind) if norm is None else why_not_plain_norm(module, norm)) is None
     return plain, not (plain or by_token(module))
 
 
@@ -41,7 +41,7 @@ def verdict(module: Any, kind: type[nn.Module]) -> Verdict:
 def verdicts(layer: nn.Module, facts: table.Layer) -> tuple[tuple[Verdict, ...], tuple[Verdict, ...], bool, str | None]:
     """Of the linear layers, of the norms, whether the activation is called whole, and the operators' name for it."""
     linears = tuple(verdict(at(layer, path), nn.Linear) for path in facts.linears)
-    norms = tuple(verdict(at(layer, path), nn.LayerNorm) for path in facts.norms)
+    norms = tuple(verdict(at(layer, path), nn.LayerNorm, facts.norm) for path in facts.norms)
     activation = activation_of(layer, facts)
     name = facts.activation_name if facts.activation is None else fused_activation(activation)
     return linears, norms, not by_token(activation), name
@@ -64,11 +64,15 @@ def layer_of(layer: nn.Module, facts: table.Layer, joined: JoinedLinears) -> Lay
     if facts.distances is not None:
         found = zip(distances.paths_of(layer, facts), distance_verdicts(layer, facts), strict=True)
         of_table = Distances(*(None if path is None else Part(at(layer, path), *v) for path, v in found))
-    out_norm, down_norm = (Part(at(layer, p), *v) for p, v in zip(facts.norms, norms, strict=True))
+    norm = {p: Part(at(layer, p), *v, facts.norm) for p, v in zip(facts.norms, norms, strict=True)}
     return Layer(
-        tuple(qkv), out, out_norm, up, Part(activation_of(layer, facts), False, whole), down, down_norm, name,
-        at(layer, facts.head_dim), joined, facts.pre_norm, facts.gated, kind_of(layer, facts), gate,
-        of_table,
+        tuple(qkv), out, norm[facts.out_norm], up, Part(activation_of(layer, facts), False, whole), down,
+        norm[facts.down_norm], name, at(layer, facts.head_dim), joined, facts.pre_norm, facts.gated,
+        kind_of(layer, facts), gate, of_table, norm.get(facts.q_norm), norm.get(facts.k_norm), facts.norms_heads,
+        scale=at(layer, facts.scale) if facts.any_scale else None,
+        after_out=norm.get(facts.after_out), after_down=norm.get(facts.after_down),
+        divisor=1.0 if facts.divisor is None else at(layer, facts.divisor),
+        bias=None if facts.bias is None else partial(bias_of, at(layer, facts.bias)),
     )  # fmt: skip
 
 
@@ -79,18 +83,16 @@ def distance_verdicts(layer: nn.Module, facts: table.Layer) -> tuple[Verdict | N
     return tuple(None if path is None else verdict(at(layer, path), nn.Linear) for path in paths)
 
 
-def kind_of(layer: nn.Module, facts: table.Layer) -> Any:
-    """Which rotation and window of the pass a layer has, or None: it rotates nothing."""
-    if facts.attention_type is not None:
-        return at(layer, facts.attention_type)
-    return "every layer's" if facts.rotates else None
+def bias_of(holder: nn.Module, width: int) -> Tensor:
+    """[1, H, S, S], what an attention module of T5's kind adds to its scores."""
+    return holder.compute_bias(width, width)
 
 
 def not_plain(layer: nn.Module, facts: table.Layer) -> dict[str, str]:
     """The parts that are called rather than taken apart: path -> why."""
     reasons = {path: why_not_plain(at(layer, path), nn.Linear) for path in facts.linears}
     reasons |= {
-        path: why_not_plain(at(layer, path), nn.LayerNorm)
+        path: why_not_plain_norm(at(layer, path), facts.norm)
         for path in facts.norms
         if not isinstance(at(layer, path), nn.Identity)
     }
@@ -122,7 +124,7 @@ class Settings(NamedTuple):
 
 def settings_of(encoder: nn.Module, facts: table.Family) -> Settings:
     config = encoder.config
-    decodes = getattr(config, "is_decoder", False) or getattr(config, "is_causal", False)
+    decodes = not facts.decoder and (getattr(config, "is_decoder", False) or getattr(config, "is_causal", False))
     longest = None
     if facts.position is not None:
         positions = at(encoder, facts.position)
@@ -189,8 +191,8 @@ def look(encoder: nn.Module, facts: table.Family, is_layer: Callable[[nn.Module]
     reason = reason or why_library() or why_every_call(encoder, facts, layers) or _why_heard(encoder, facts, layers)
     whole, described, tables = None, {}, False
     around = [
-        (True, False) if path is None or not has(encoder, path) else verdict(at(encoder, path), kind)
-        for path, kind in ((facts.norm, nn.LayerNorm), (facts.final_norm, nn.LayerNorm), (facts.project, nn.Linear))
+        (True, False) if path is None or not has(encoder, path) else verdict(at(encoder, path), kind, norm)
+        for path, kind, norm in facts.around
     ]
     if reason is None:
         described = {layer: layer.__dict__["forward"].described() for layer in layers.values()}
@@ -253,7 +255,7 @@ def why_every_call(encoder: nn.Module, facts: table.Family, layers: dict[str, nn
         for path, names in facts.layer.modules.items():
             if why := why_own(at(layer, path), names, TRANSFORMERS):
                 return why
-        if why := _why_setting(layer, facts.layer):
+        if why := _why_setting(encoder, layer, facts):
             return why
     if why := distances.why_not(encoder, facts, layers.values()):
         return why
@@ -261,8 +263,10 @@ def why_every_call(encoder: nn.Module, facts: table.Family, layers: dict[str, nn
         if why := why_not_dropout(at(encoder, path)):
             return f"{path}: {why}"
     for path in facts.tables:
-        if at(encoder, path) is not None and (why := _why_table(at(encoder, path))):
+        if at(encoder, path) is not None and (why := _why_table(at(encoder, path), facts)):
             return f"{path}: {why}"
+    if why := why_window(encoder, facts, layers_of(encoder, facts)):
+        return why
     if facts.ignores_rest and len(at(encoder, facts.layers)) > encoder.config.num_hidden_layers:
         return f"its config has {encoder.config.num_hidden_layers} of its {len(at(encoder, facts.layers))} layers run"
     for path, content in facts.buffers.items():
@@ -279,7 +283,8 @@ def _why_unaccounted(encoder: nn.Module, facts: table.Family, layers: dict[str, 
         "embeddings" if facts.called is not None else None,
         None if facts.bias is None else f"{facts.bias}.relative_attention_bias",
     ]
-    inside = (*facts.layer.linears, *facts.layer.norms, facts.layer.activation, facts.layer.rotary)
+    own_bias = None if facts.layer.bias is None else f"{facts.layer.bias}.relative_attention_bias"
+    inside = (*facts.layer.linears, *facts.layer.norms, facts.layer.activation, facts.layer.rotary, own_bias)
     known = [*around, *(f"{path}.{part}" for path in layers for part in inside if part is not None)]
     known += distances.known(facts, layers)
     within = tuple(f"{path}." for path in known if path is not None)
@@ -289,15 +294,16 @@ def _why_unaccounted(encoder: nn.Module, facts: table.Family, layers: dict[str, 
     return None
 
 
-def _why_setting(layer: nn.Module, facts: table.Layer) -> str | None:
+def _why_setting(encoder: nn.Module, layer: nn.Module, family: table.Family) -> str | None:
+    facts = family.layer
     scale = at(layer, facts.scale) if facts.scale is not None and has(layer, facts.scale) else None
-    if scale is not None and scale != at(layer, facts.head_dim) ** -0.5:
+    if scale is not None and not facts.any_scale and scale != at(layer, facts.head_dim) ** -0.5:
         return f"a {facts.kind} scales its scores by {scale}"
-    if facts.causal is not None and has(layer, facts.causal) and at(layer, facts.causal):
+    if not family.decoder and facts.causal is not None and has(layer, facts.causal) and at(layer, facts.causal):
         return f"a {facts.kind} is causal"
     if facts.reach is not None and has(layer, facts.reach):
-        local = at(layer, facts.attention_type) == "sliding_attention"
-        if at(layer, facts.reach) != (layer.config.sliding_window + 1 if local else None):
+        local = kind_of(layer, facts) == SLIDING
+        if at(layer, facts.reach) != (encoder.config.sliding_window - family.sees_less + 1 if local else None):
             return f"a {facts.kind} has a window of its own"
     return None
 
@@ -313,9 +319,10 @@ def why_not_dropout(dropout: Any) -> str | None:
     return "it drops everything" if dropout.p >= 1.0 else None  # which no operator does
 
 
-def _why_table(embedding: nn.Module) -> str | None:
+def _why_table(embedding: nn.Module, facts: table.Family) -> str | None:
     """Why the fused code cannot look up in this table, nor call it with other shapes of ids."""
-    if not by_token(embedding):
+    known = facts.word_class is not None and why_own(embedding, (facts.word_class,), TRANSFORMERS) is None
+    if not known and not by_token(embedding):
         return f"a {type(embedding).__name__} came in place of an Embedding"
     base = embedding if isinstance(embedding, nn.Embedding) else getattr(embedding, "base_layer", embedding)
     if getattr(base, "max_norm", None) is not None:
@@ -377,7 +384,7 @@ def _why_heard(encoder: nn.Module, facts: table.Family, layers: dict[str, nn.Mod
 
 def _dropout_paths(encoder: nn.Module, facts: table.Family, layers: dict[str, nn.Module]) -> list[str]:
     """Where the dropouts are that are modules."""
-    paths = [] if facts.dropout is None else [facts.dropout]
+    paths = [path for path in (facts.dropout, facts.final_dropout) if path is not None]
     for path, layer in layers.items():
         paths += [f"{path}.{part}" for part in facts.layer.dropouts if isinstance(at(layer, part), nn.Module)]
     return paths + distances.dropouts(layers, facts.layer)
@@ -401,14 +408,15 @@ def _pools(encoder: nn.Module, facts: table.Family) -> str | None:
 def _whole(
     encoder: nn.Module, facts: table.Family, layers: dict[str, nn.Module], described: dict[nn.Module, Layer]
 ) -> str | None:
-    for path, kind in ((facts.norm, nn.LayerNorm), (facts.final_norm, nn.LayerNorm), (facts.project, nn.Linear)):
-        if path is not None and has(encoder, path) and verdict(at(encoder, path), kind)[1]:
+    for path, kind, norm in facts.around:
+        if path is not None and has(encoder, path) and verdict(at(encoder, path), kind, norm)[1]:
             return f"{path} is a {type(at(encoder, path)).__name__}"
     for path, layer in layers.items():
         of = described[layer]
-        gate = () if of.gate is None else (of.gate,)
-        named = zip(facts.layer.linears, (*of.qkv, of.out, of.up, of.down, *gate), strict=True)
-        for part, found in (*named, (facts.layer.out_norm, of.out_norm), (facts.layer.down_norm, of.down_norm)):
+        linears = (*of.qkv, of.out, of.up, of.down, of.gate)
+        norms = (of.out_norm, of.down_norm, of.q_norm, of.k_norm, of.after_out, of.after_down)
+        named = zip((*facts.layer.linears, *facts.layer.norms), filter(None, (*linears, *norms)), strict=True)
+        for part, found in named:
             if found.whole:
                 return f"{path}.{part} is a {type(found.module).__name__}"
         if of.activation.whole:
@@ -419,7 +427,8 @@ def _whole(
 # under these names a config, or its class, keeps what `settings_of` reads and what attention the model asks for
 SETTINGS = (
     "is_decoder", "is_causal", "output_attentions", "_output_attentions", "output_hidden_states",
-    "_attn_implementation_internal", "num_hidden_layers",
+    "_attn_implementation_internal", "num_hidden_layers", "sliding_window", "layer_types",
+    "use_bidirectional_attention",
 )  # fmt: skip
 
 
@@ -441,7 +450,7 @@ def _watch(encoder: nn.Module, facts: table.Family, layers: dict[str, nn.Module]
     places += [place for module in walked for place in written_on(module)]
     for layer in layers.values():
         row = facts.layer
-        for path in (row.scale, row.causal, row.reach, row.activation, row.attention_type):
+        for path in (row.scale, row.causal, row.reach, row.activation, row.attention_type, row.number, row.divisor):
             if path is not None:
                 owner, _, name = path.rpartition(".")
                 places.append((at(layer, owner).__dict__, name))

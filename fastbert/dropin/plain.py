@@ -44,7 +44,12 @@ def why_not_plain(module: Any, kind: type[nn.Module]) -> str | None:
         return "it has hooks"
     if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) != 1:
         return "it is of several dimensions"
-    # a sharded weight is an ordinary one while its module is called
+    return why_weight(module)
+
+
+def why_weight(module: nn.Module) -> str | None:
+    """What stands in place of an ordinary parameter of a module, or None. A sharded one is ordinary while its module is
+    called."""
     weights = (p for p in module._parameters.values() if not usable(p) and type(p).__name__ != "DTensor")
     kinds = (type(p).__name__ if p.layout is torch.strided else "sparse tensor" for p in weights)
     return next((f"its weight is a {kind}" for kind in kinds), None)

@@ -245,7 +245,9 @@ class Regrouped:
             texts = cut(self.model, texts, kwargs)
         if len(texts) < 2:
             return tokenise(texts, *args, **kwargs)
-        rows, rest = Rows(getattr(self.model.tokenizer, "pad_token_id", None) or 0), {}
+        inside = (module.__dict__.get("forward") for module in self.model[0].modules())
+        anywhere = all(forward.facts.anywhere for forward in inside if isinstance(forward, EncoderForward))
+        rows, rest = Rows(getattr(self.model.tokenizer, "pad_token_id", None) or 0, anywhere), {}
         for start in range(0, len(texts), TOKENISED_TEXTS):
             rest = rows.add(dict(tokenise(texts[start : start + TOKENISED_TEXTS], *args, **kwargs)))
         return {**rest, ROWS: rows}
@@ -329,10 +331,15 @@ def _together(batches: list[list[int]], outputs: dict[int, dict[str, Tensor]], l
 
 
 class Rows:
-    """The tokens of each text, and padded batches of any of them."""
+    """The tokens of each text, and padded batches of any of them.
 
-    def __init__(self, padding: int):
-        self.padding = padding
+    Args:
+        padding: the token that fills up.
+        anywhere: texts that come padded on the left may be padded on the right instead.
+    """
+
+    def __init__(self, padding: int, anywhere: bool = False):
+        self.padding, self.anywhere = padding, anywhere
         self.lengths: list[int] = []
         self.planes: dict[str, list[np.ndarray]] = {}
 
@@ -341,7 +348,8 @@ class Rows:
         mask = features.get("attention_mask")
         if not isinstance(mask, Tensor) or mask.dim() != 2:
             raise CannotPack("there is no attention_mask [texts, tokens]")
-        if not (mask[:, 1:] <= mask[:, :-1]).all():
+        left = not (mask[:, 1:] <= mask[:, :-1]).all()
+        if left and not (self.anywhere and (mask[:, 1:] >= mask[:, :-1]).all()):
             raise CannotPack("texts are padded on the left")
         lengths = mask.sum(1).tolist()
         if min(lengths) == 0:
@@ -350,8 +358,9 @@ class Rows:
         rest = {}
         for name, value in features.items():
             if isinstance(value, Tensor) and value.shape == mask.shape:
-                rows = value.numpy()
-                self.planes.setdefault(name, []).extend(row[:length] for row, length in zip(rows, lengths, strict=True))
+                rows, width = value.numpy(), mask.shape[1]
+                spans = (slice(width - n, width) if left else slice(n) for n in lengths)
+                self.planes.setdefault(name, []).extend(row[span] for row, span in zip(rows, spans, strict=True))
             elif isinstance(value, Tensor):
                 raise CannotPack(f"{name} is not [texts, tokens]")
             else:

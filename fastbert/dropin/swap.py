@@ -44,7 +44,8 @@ def accelerate(
     noticed as `prepack` says.
 
     Args:
-        model: of transformers (the encoders that docs/families.md lists as equal, BERT to ESM-2, with any head), of
+        model: of transformers (the encoders that docs/families.md lists as equal, BERT to ESM-2, with any head, and
+            decoders that texts are embedded or reranked with, in calls that return no cache), of
             torch (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention), or any module that
             contains some, as sentence-transformers' do; their `encode`, `predict` and `rank` then also make batches of
             tokens, sorted by the texts' lengths in tokens.
@@ -62,7 +63,8 @@ def accelerate(
             so once in a warning, but computes all rows of a batch where a masked token is none of padding.
             "exact": always what the original returns.
             "zero": the caller does not look. Zeros wherever the code of a head does not look either.
-            The first column is always computed. nn.TransformerEncoder gives zeros where torch's own gives them.
+            The first column is always computed, but of decoders, whose padding on the left sees no token.
+            nn.TransformerEncoder gives zeros where torch's own gives them.
         labelled_logits: of masked language models called with labels, compute logits of the n tokens that have one
             alone, some 15% of them: `logits` is then [1, n, vocabulary], in the order of the batch, where the original
             gives [batch, tokens, vocabulary]. The loss and its gradients stay as they are. For training, where nobody
@@ -83,7 +85,7 @@ def accelerate(
     for module in list(model.modules()):
         family = family_of(module)
         if family is not None and why_left(module, family) is None:
-            _swap_encoder(module, family, impl, padding, is_bare(model, module), graphs.get(module))
+            _swap_encoder(module, family, impl, padding, is_bare(model, module, family.passes), graphs.get(module))
     for module in list(model.modules()):
         _swap_head(module, labelled_logits)
     _swap_torch(model, impl, padding, model)

@@ -12,6 +12,22 @@ from ..inference.snapshot import Snapshot
 from ..inference.weights import CONTAINERS, HOOKS, JoinedLinears, is_untouched
 
 
+class NormKind(NamedTuple):
+    """How a norm that is not torch's LayerNorm computes, and under which names its class keeps its numbers.
+
+    Attributes:
+        classes: the names that transformers' class for it may have.
+        rms: it divides by the root of the mean square alone: no mean is taken off, and there is no bias.
+        eps: the attribute with the number that is added to the variance, or to the mean square.
+        offset: what is added to the weight.
+    """
+
+    classes: tuple[str, ...]
+    rms: bool = True
+    eps: str = "eps"
+    offset: float = 0.0
+
+
 class Part(NamedTuple):
     """A module, and how it is used.
 
@@ -19,11 +35,13 @@ class Part(NamedTuple):
         module: or whatever has its weight and bias, where it is plain.
         plain: it is taken apart.
         whole: it is called on [B, S, C] with nothing left out, since it may look at more than a token.
+        norm: of a norm that is not torch's LayerNorm.
     """
 
     module: Any
     plain: bool
     whole: bool = False
+    norm: NormKind | None = None
 
 
 class Distances(NamedTuple):
@@ -51,6 +69,7 @@ class Layer(NamedTuple):
 
         post-norm:  x = norm(attention(x) + x);  x = norm(feed_forward(x) + x)
         pre-norm:   x = attention(norm(x)) + x;  x = feed_forward(norm(x)) + x
+        both sides: x = norm(attention(norm(x))) / divisor + x, and so the feed-forward block
 
     Attributes:
         qkv: the projections to query, key and value: three parts, or one that makes them together.
@@ -65,6 +84,12 @@ class Layer(NamedTuple):
         gate: of a gated block whose halves are two linear layers, the first: act(gate(x)) * up(x).
         distances: attention looks at distances between tokens, by the table of the pass.
         has_heads: False where all heads were pruned: attention is then the bias of `out` alone.
+        q_norm, k_norm: norms of q and k before they are rotated.
+        norms_heads: these look at each head by itself, rather than at all heads of a token together.
+        scale: the factor of the scores; None: the inverse root of the head's width.
+        after_out, after_down: pre-norm alone: norms of what each block adds to x.
+        divisor: pre-norm alone: what each block adds to x is divided by it.
+        bias: gives the layer's own bias of the scores, [1, H, S, S] for S tokens.
     """
 
     qkv: tuple[Part, ...]
@@ -83,6 +108,14 @@ class Layer(NamedTuple):
     gate: Part | None = None
     distances: Distances | None = None
     has_heads: bool = True
+    q_norm: Part | None = None
+    k_norm: Part | None = None
+    norms_heads: bool = True
+    scale: float | None = None
+    after_out: Part | None = None
+    after_down: Part | None = None
+    divisor: float = 1.0
+    bias: Callable[[int], Tensor] | None = None
 
     def tensors(self) -> list[Tensor] | None:
         """What `functional.LayerWeights` holds, or None where a part is not taken apart, or has no parameters now."""

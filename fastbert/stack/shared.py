@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +16,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .. import functional as F
 from ..packing import PackedBatch
 from .description import Layer
+
+# a side of an attention window that has no bound: farther than any text is long
+UNBOUNDED = 1 << 29
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Pass:
         padded: the batch still holds its padding.
         mask: [1 | B, 1 | H, S, S] bool, True where attention is allowed.
         bias: [1 | B, 1 | H, S, S] added to every layer's scores.
+        bias_width: S where every layer has a bias of its own, [1, H, S, S].
         rotary: kind of layer -> (cos, sin).
         windows: kind of layer -> (left, right), or None.
         infers: nothing of this pass is trained, so weights on a CPU may be multiplied from copies laid out for it.
@@ -51,6 +55,7 @@ class Pass:
     padded: bool = False
     mask: Tensor | None = None
     bias: Tensor | None = None
+    bias_width: int | None = None
     rotary: dict[Hashable, tuple[Tensor, Tensor]] | None = None
     windows: dict[Hashable, tuple[int, int] | None] | None = None
     infers: bool = False
@@ -64,7 +69,8 @@ class Pass:
 
     def is_plain(self) -> bool:
         """Is it a packed batch whose tokens see all of their sequence, and nothing but its tokens?"""
-        return not self.padded and self.mask is self.bias is self.rotary is self.keys is self.distances is None
+        looks_up = (self.mask, self.bias, self.bias_width, self.rotary, self.keys, self.distances)
+        return not self.padded and all(found is None for found in looks_up)
 
     def real(self) -> Tensor | None:
         """[B, S] bool, where tokens stand in a batch that holds its padding; None: everywhere."""
@@ -127,11 +133,17 @@ class Pass:
             impl=impl, **options,
         ).flatten(1)  # fmt: skip
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, stream: int, kind: Hashable = None) -> Tensor:
-        """q, k, v [T, H, D] -> [T, H * D]."""
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, stream: int, kind: Hashable = None,
+        scale: float | None = None, own_bias: Callable[[int], Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """q [T, H, D], k, v [T, Hk, D] -> [T, H * D]. own_bias: gives the layer's own, [1, H, S, S] for S tokens."""
         options = self.dropout_of_probabilities(dropout_p, stream)
-        if self.bias is not None:
-            options["bias"] = self.bias.to(q.dtype)
+        bias = self.bias if own_bias is None else own_bias(self.bias_width)
+        if bias is not None:
+            options["bias"] = bias.to(q.dtype)
+        if scale is not None:
+            options["scale"] = scale
         if self.mask is not None:
             options["mask"] = self.mask
         if kind is not None:

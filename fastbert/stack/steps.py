@@ -40,7 +40,9 @@ def readied(shared: Pass, *linears: nn.Linear) -> None:
 
 def apart(*parts: Part) -> bool:
     """Can all of them be taken apart now? A sharded module holds other weights outside of its call than within."""
-    return all(part.plain and usable(part.module.weight) and usable(part.module.bias) for part in parts)
+    return all(
+        part.plain and usable(part.module.weight) and usable(getattr(part.module, "bias", None)) for part in parts
+    )
 
 
 def multiply(part: Part, x: Tensor, shared: Pass) -> Tensor:
@@ -53,13 +55,16 @@ def multiply(part: Part, x: Tensor, shared: Pass) -> Tensor:
 
 
 def project(x: Tensor, parts: tuple[Part, ...], joined: JoinedLinears, head_dim: int, shared: Pass) -> Iterable[Tensor]:
-    """x [T, C] -> q, k, v [T, H, D], as views of one product where the linear layers allow it."""
+    """x [T, C] -> q [T, H, D], k, v [T, Hk, D], as views of one product where the linear layers allow it."""
     if len(parts) == 1:
         return multiply(parts[0], x, shared).unflatten(-1, (3, -1, head_dim)).unbind(1)
     linears = [part.module for part in parts]
     if apart(*parts) and len({linear.bias is None for linear in linears}) == 1:
         readied(shared, *linears)
-        return joined(x, linears, shared.impl).unflatten(-1, (3, -1, head_dim)).unbind(1)
+        y, widths = joined(x, linears, shared.impl), [linear.weight.shape[0] for linear in linears]
+        if widths[0] == widths[1]:
+            return y.unflatten(-1, (3, -1, head_dim)).unbind(1)
+        return [t.unflatten(-1, (-1, head_dim)) for t in y.split(widths, -1)]
     return [call(part, x, shared).unflatten(-1, (-1, head_dim)) for part in parts]
 
 
@@ -70,10 +75,23 @@ def linear_without_bias(part: Part, x: Tensor, fold: bool, shared: Pass) -> tupl
     return multiply(part, x, shared), None
 
 
+def normalise(x: Tensor, part: Part, shared: Pass) -> Tensor:
+    """norm(x) of a norm that is taken apart."""
+    module, kind = part.module, part.norm
+    if kind is None:
+        return F.add_layer_norm(x, None, module.weight, module.bias, module.eps, impl=shared.impl)
+    weight, eps = module.weight, getattr(module, kind.eps)
+    if kind.offset:
+        weight = weight.to(torch.promote_types(weight.dtype, torch.float32)) + kind.offset
+    if kind.rms:
+        return F.add_rms_norm(x, None, weight, eps, impl=shared.impl)
+    return F.add_layer_norm(x, None, weight, module.bias, eps, impl=shared.impl)
+
+
 def add_norm(
     y: Tensor, y_bias: Tensor | None, residual: Tensor, part: Part, dropout_p: float, shared: Pass, stream: int
 ) -> Tensor:
-    """norm(dropout(y + y_bias) + residual)."""
+    """norm(dropout(y + y_bias) + residual), of torch's LayerNorm where it is taken apart."""
     if apart(part):
         norm = part.module
         return F.add_layer_norm(
@@ -84,24 +102,28 @@ def add_norm(
 
 
 def norm_only(x: Tensor, part: Part, shared: Pass) -> Tensor:
-    if apart(part):
-        norm = part.module
-        return F.add_layer_norm(x, None, norm.weight, norm.bias, norm.eps, impl=shared.impl)
-    return call(part, x, shared)
+    return normalise(x, part, shared) if apart(part) else call(part, x, shared)
 
 
 def norm_and_sum(
     y: Tensor, y_bias: Tensor | None, residual: Tensor, part: Part, dropout_p: float, shared: Pass, stream: int
 ) -> tuple[Tensor, Tensor]:
     """(norm(z), z) with z = dropout(y + y_bias) + residual."""
-    if apart(part):
+    if apart(part) and part.norm is None:
         norm = part.module
         return F.add_layer_norm_sum(
             y, residual, norm.weight, norm.bias, norm.eps, x_bias=y_bias,
             impl=shared.impl, **shared.dropout(dropout_p, stream),
         )  # fmt: skip
     z = shared.drop(y if y_bias is None else y + y_bias, dropout_p, stream) + residual
-    return call(part, z, shared), z
+    return norm_only(z, part, shared), z
+
+
+def norm_of_heads(x: Tensor, part: Part, each: bool, shared: Pass) -> Tensor:
+    """norm(x) of x [T, H, D], over the width of `each` head or over all heads of a token."""
+    if each:
+        return norm_only(x, part, shared)
+    return norm_only(x.flatten(1), part, shared).unflatten(1, x.shape[1:])
 
 
 def feed_forward(

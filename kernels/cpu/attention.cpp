@@ -12,17 +12,17 @@ namespace {
 
 constexpr int ROWS = BLOCK_ROWS;  // query rows at a time
 
-// Scores of M rows with N registers of keys: q rows apart by q_stride elements, keys [lanes, keys] -> scores [M, keys].
+// Scores of M rows with N registers of keys: q rows apart by q_stride elements, k [lanes, k_stride] -> scores [M, keys].
 // `most` gets the greatest of each row and lane. In the last register of all keys only those of `tail` are keys.
 // This and `value_tile` are functions of their own: within their caller the compiler has kept constants of the softmax in
 // registers, and the sums of these loops in memory.
 template <class T, int M, int N>
 [[gnu::noinline]] void score_tile(
-    const typename T::Element* q, int64_t q_stride, const float* k, int lanes, int keys, float* scores, bool is_last,
-    Mask tail, Floats (&most)[M]
+    const typename T::Element* q, int64_t q_stride, const float* k, int64_t k_stride, int lanes, int keys,
+    float* scores, bool is_last, Mask tail, Floats (&most)[M]
 ) {
     Floats sum[M][N];
-    multiply<T, M, N>(q, q_stride, k, keys, lanes, sum);
+    multiply<T, M, N>(q, q_stride, k, k_stride, lanes, sum);
     if (is_last)
 #pragma GCC unroll 6
         for (int i = 0; i < M; ++i)
@@ -36,20 +36,42 @@ template <class T, int M, int N>
         }
 }
 
+// Minus infinity in place of the scores [keys] that this row does not see; returns the greatest of each lane. The keys
+// begin with number `first`.
+inline Floats keep_seen(float* scores, int keys, int first, int row, Window window) {
+    const Floats none = floats(-std::numeric_limits<float>::infinity());
+    Floats most = none;
+    Ints key_less_row = lane_numbers() + ints(first - row);
+    for (int j = 0; j < keys; j += WIDTH) {
+        const Floats x = choose(window.sees(key_less_row), load(scores + j), none);
+        store(scores + j, x);
+        most = maximum(most, x);
+        key_less_row += WIDTH;
+    }
+    return most;
+}
+
+// M rows from number `row` on, over `length` keys from number `first` on, which k and v begin with.
 template <class T, int M>
 void rows_of_head(
-    const typename T::Element* q, int64_t q_stride, const float* k, const float* v, int64_t v_stride, int length,
-    int keys, int head_dim, float scale_log2, const Dropout* dropout, const uint64_t* row_keys, float* scores,
-    typename T::Element* p, typename T::Element* o, int64_t o_stride, float* shifts, float* factors
+    const typename T::Element* q, int64_t q_stride, const float* k, int64_t k_stride, const float* v,
+    int64_t v_stride, int row, int first, int length, int head_dim, Window window, float scale_log2,
+    const Dropout* dropout, const uint64_t* row_keys, float* scores, typename T::Element* p, typename T::Element* o,
+    int64_t o_stride, float* shifts, float* factors
 ) {
+    const int keys = round_up(length, WIDTH);
     const int lanes = head_dim / T::PER_LANE;
     const Mask tail = first_lanes(length - (keys - WIDTH));
     Floats most[M];
     for (int i = 0; i < M; ++i) most[i] = floats(-std::numeric_limits<float>::infinity());
     over_registers<BLOCK_REGISTERS>(keys, [&](auto registers, int key) {
         const bool is_last = key + registers * WIDTH == keys;
-        score_tile<T, M, registers>(q, q_stride, k + key, lanes, keys, scores + key, is_last, tail, most);
+        score_tile<T, M, registers>(
+            q, q_stride, k + key, k_stride, lanes, keys, scores + key, is_last, tail, most
+        );
     });
+    if (window.is_bounded())
+        for (int i = 0; i < M; ++i) most[i] = keep_seen(scores + i * keys, keys, first, row + i, window);
     float factor[M];
     for (int i = 0; i < M; ++i) {
         float shift;
@@ -59,7 +81,7 @@ void rows_of_head(
             factor[i] = softmax<T, 6>(scores + i * keys, most[i], p + i * keys, keys, tail, scale_log2, &shift);
         if (shifts) shifts[i] = shift, factors[i] = factor[i];
         if (dropout) {
-            drop<T>(p + i * keys, keys, row_keys[i], dropout->threshold);
+            drop<T>(p + i * keys, keys, first, row_keys[i], dropout->threshold);
             factor[i] *= dropout->scale;
         }
     }
@@ -74,7 +96,7 @@ int attention(
     const typename T::Element* q, const typename T::Element* k, const typename T::Element* v, typename T::Element* o,
     float* softmax_stats, const int32_t* starts, const int32_t* starts_k, int sequences, int64_t tokens,
     int64_t tokens_k, int heads, int kv_heads, int head_dim, int64_t q_token, int64_t q_head, int64_t k_token, int64_t k_head,
-    int64_t v_token, int64_t v_head, float scale, const Dropout* dropout
+    int64_t v_token, int64_t v_head, Window window, float scale, const Dropout* dropout
 ) {
     using Element = typename T::Element;
     if (!are_sequences(starts, sequences, tokens) || !are_sequences(starts_k, sequences, tokens_k))
@@ -116,14 +138,18 @@ int attention(
             uint64_t row_keys[ROWS];
             for (int row = 0; row < queries; row += ROWS) {
                 const int n = std::min(ROWS, queries - row);
+                // only the keys that one of these rows sees
+                const int first = std::max(0, row - window.left) / WIDTH * WIDTH;
+                const int of_rows = std::min(length, row + n + window.right) - first;
                 float* shifts = softmax_stats ? softmax_stats + head * tokens + start + row : nullptr;
                 float* factors = softmax_stats ? shifts + heads * tokens : nullptr;
                 if (dropout)
                     for (int i = 0; i < n; ++i) row_keys[i] = row_key(*dropout, sequence, head, row + i);
 #define OF_ROWS(M)                                                                                                 \
     case M:                                                                                                        \
-        rows_of_head<T, M>(rows + row * q_token, q_token, keys_transposed, values, v_stride, length, keys,         \
-                           head_dim, scale * LOG2_E, dropout, row_keys, scores, p, out + row * o_token, o_token,   \
+        rows_of_head<T, M>(rows + row * q_token, q_token, keys_transposed + first, keys,                           \
+                           values + first / T::PER_LANE * v_stride, v_stride, row, first, of_rows, head_dim,       \
+                           window, scale * LOG2_E, dropout, row_keys, scores, p, out + row * o_token, o_token,     \
                            shifts, factors);                                                                       \
         break;
                 switch (n) { OF_ROWS(6) OF_ROWS(5) OF_ROWS(4) OF_ROWS(3) OF_ROWS(2) OF_ROWS(1) }
@@ -140,11 +166,12 @@ int attention(
         const T::Element* q, const T::Element* k, const T::Element* v, T::Element* o, float* softmax_stats,        \
         const int32_t* starts, const int32_t* starts_k, int sequences, int64_t tokens, int64_t tokens_k,           \
         int heads, int kv_heads, int head_dim, int64_t q_token, int64_t q_head, int64_t k_token,                   \
-        int64_t k_head, int64_t v_token, int64_t v_head,                                                           \
+        int64_t k_head, int64_t v_token, int64_t v_head, int left, int right,                                      \
         float scale, const Dropout* dropout                                                                        \
     ) {                                                                                                            \
         return attention<T>(q, k, v, o, softmax_stats, starts, starts_k, sequences, tokens, tokens_k, heads,       \
-                            kv_heads, head_dim, q_token, q_head, k_token, k_head, v_token, v_head, scale, dropout);\
+                            kv_heads, head_dim, q_token, q_head, k_token, k_head, v_token, v_head,                 \
+                            Window{left, right}, scale, dropout);                                                  \
     }
 
 EXPORT_FOR(Float32, float32)

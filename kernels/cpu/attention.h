@@ -39,6 +39,15 @@ inline void pair_rows(const uint16_t* x, int64_t stride, int length, int head_di
         }
 }
 
+// Row i sees the keys from i - left to i + right.
+struct Window {
+    int left, right;
+
+    bool is_bounded() const { return std::min(left, right) < UNBOUNDED; }
+    // Of a register of keys (or rows) less the row (or than the key): which of them are seen. Unsigned numbers: one comparison.
+    Mask sees(Ints key_less_row) const { return at_least(ints(left + right), key_less_row + ints(left)); }
+};
+
 inline uint64_t mix64(uint64_t z) {
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9;
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB;
@@ -85,11 +94,11 @@ inline float softmax(
     return 1.0f / sum_of(sum + last);
 }
 
-// p [keys] of the row with this key, zero where it is dropped.
+// p [keys], from number `first` on, of the row with this key, zero where it is dropped.
 template <class T>
-inline void drop(typename T::Element* p, int keys, uint64_t key, uint32_t threshold) {
+inline void drop(typename T::Element* p, int keys, int first, uint64_t key, uint32_t threshold) {
     const Ints low = ints(key), high = ints(key >> 32);
-    Ints column = lane_numbers();
+    Ints column = lane_numbers() + ints(first);
     for (int j = 0; j < keys; j += WIDTH) {
         T::store(p + j, keep(keep_mask(low, high, column, threshold), T::load(p + j)));
         column += WIDTH;

@@ -11,7 +11,7 @@ from torch import Tensor
 from .._random import keep_threshold
 from . import library
 from . import operators as cpp
-from .library import NO_MEMORY, WIDTH
+from .library import NO_MEMORY, UNBOUNDED, WIDTH
 from .pointers import address, address_of_starts, address_or_none, strided_address
 
 
@@ -35,17 +35,21 @@ class Dropout(ctypes.Structure):
 
 
 def takes_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float | None = None, cu_seqlens_k: Tensor | None = None
-) -> bool:
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float | None = None, cu_seqlens_k: Tensor | None = None,
+    window: tuple[int, int] | None = None,
+) -> bool:  # fmt: skip
     """Whether `attention` and `attention_backward` compute with these."""
     lengths = (cu_seqlens,) if cu_seqlens_k is None else (cu_seqlens, cu_seqlens_k)
     fit = all(cpp.is_plain(t, torch.int32) for t in lengths)
+    if window is not None and (cu_seqlens_k is not None or scale == 0.0):
+        return False  # a row might see no key; and zero times minus infinity is no number
     return fit and q.shape[-1] % WIDTH == 0 and (scale is None or scale >= 0.0) and cpp.knows(q, k, v)
 
 
 def _attend(
     function: str, before: tuple, q: Tensor, k: Tensor, v: Tensor, after: tuple, strides: tuple[int, ...],
     cu_seqlens: Tensor, scale: float | None, dropout: Dropout | None, cu_seqlens_k: Tensor | None,
+    window: tuple[int, int] | None,
 ) -> None:  # fmt: skip
     """Runs attention's pass `function`, whose addresses of tensors are `before`, those of q, k, v, and `after`.
 
@@ -67,7 +71,7 @@ def _attend(
         function, q.dtype, *before, strided_address("q", q, q.dtype, (tokens, heads, head_dim)),
         strided_address("k", k, q.dtype, keys), strided_address("v", v, q.dtype, keys), *after,
         starts, starts_k, sequences, tokens, of_keys, heads, kv_heads, head_dim, *strides, *q.stride()[:2],
-        *k.stride()[:2], *v.stride()[:2],
+        *k.stride()[:2], *v.stride()[:2], *(min(side, UNBOUNDED) for side in window or (UNBOUNDED, UNBOUNDED)),
         head_dim**-0.5 if scale is None else scale, None if dropout is None else dropout.address(sequences),
     )  # fmt: skip
     if outcome == NO_MEMORY:
@@ -82,19 +86,22 @@ def _attend(
 def attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float | None,
     dropout: Dropout | None = None, softmax_stats: Tensor | None = None, cu_seqlens_k: Tensor | None = None,
+    window: tuple[int, int] | None = None,
 ) -> Tensor:  # fmt: skip
     """q [T, H, D], k, v [Tk, Hk, D], strided over tokens and heads -> [T, H, D]; fills softmax_stats [2, H, T] float32
-    for the backward. Without cu_seqlens_k [B + 1] Tk is T, and keys lie in the sequences of the queries."""
+    for the backward. Without cu_seqlens_k [B + 1] Tk is T, and keys lie in the sequences of the queries. Position i
+    sees i - left to i + right of a window (left, right)."""
     o = torch.empty(q.shape, dtype=q.dtype, device="cpu")
     written = address("o", o, q.dtype, q.numel())
     of_rows = address_or_none("softmax_stats", softmax_stats, torch.float32, 2 * q.shape[0] * q.shape[1])
-    _attend("attention", (), q, k, v, (written, of_rows), (), cu_seqlens, scale, dropout, cu_seqlens_k)
+    _attend("attention", (), q, k, v, (written, of_rows), (), cu_seqlens, scale, dropout, cu_seqlens_k, window)
     return o
 
 
 def attention_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, softmax_stats: Tensor, cu_seqlens: Tensor,
     scale: float | None, dropout: Dropout | None = None, cu_seqlens_k: Tensor | None = None,
+    window: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv of do [T, H, D] and what `attention` took and gave."""
     do = do if do.stride(-1) == 1 else do.contiguous()
@@ -105,5 +112,8 @@ def attention_backward(
         address("softmax_stats", softmax_stats, torch.float32, 2 * q.shape[0] * q.shape[1]),
         *(address(f"d{name}", grad, q.dtype, grad.numel()) for name, grad in zip("qkv", grads, strict=True)),
     )
-    _attend("attention_backward", before, q, k, v, after, do.stride()[:2], cu_seqlens, scale, dropout, cu_seqlens_k)
+    strides = do.stride()[:2]
+    _attend(
+        "attention_backward", before, q, k, v, after, strides, cu_seqlens, scale, dropout, cu_seqlens_k, window
+    )  # fmt: skip
     return grads

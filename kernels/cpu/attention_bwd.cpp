@@ -61,12 +61,12 @@ inline void store_pair(Floats first, Floats second, uint16_t* rows, float* pairs
     store_ints(pairs, to_pairs(first, second));
 }
 
-// p^T and ds^T of ROWS keys, of which `real` are, and N registers of queries from the block's query `column` on. `whole`:
-// there are no other keys.
-template <class T, int N>
+// p^T and ds^T of ROWS keys, of which `real` are, and N registers of queries from the block's query `column` on, which has
+// the number `query` in its sequence. `whole`: there are no other keys.
+template <class T, int N, bool BOUNDED>
 void tile(
-    const Memory<T>& m, int key, int real, bool whole, int row, int column, int lanes, float scale_log2,
-    const Dropout* dropout
+    const Memory<T>& m, int key, int real, bool whole, int row, int column, int query, int lanes, Window window,
+    float scale_log2, const Dropout* dropout
 ) {
     using Element = typename T::Element;
     const int head_dim = lanes * T::PER_LANE;
@@ -93,6 +93,8 @@ void tile(
             Floats x = exp2_of(fms(sum[i][j], scale, load(m.shift + column + j * WIDTH)));
             x = x * load(m.factor + column + j * WIDTH);
             if (i >= real) x = floats(0.0f);
+            if constexpr (BOUNDED)
+                x = keep(window.sees(ints(key + i - query - j * WIDTH) - lane_numbers()), x);
             store(p[i] + j * WIDTH, x);
             T::store(of_p + i * QUERIES + j * WIDTH, dropout ? keep(kept[i][j], x) : x);
         }
@@ -163,12 +165,13 @@ void lay_out_keys(
     std::fill_n(m.dv, (int64_t)keys * head_dim, 0.0f);
 }
 
-// One block of queries: their dq, and what they add to dk and dv. q, do, o, dq: rows of the block; shifts, factors: of its rows.
+// One block of queries, from number `query` on: their dq, and what they add to dk and dv. q, do, o, dq: rows of the
+// block; shifts, factors: of its rows.
 template <class T>
 void block_of_queries(
     Memory<T>& m, const typename T::Element* q, int64_t q_token, const typename T::Element* d_o, int64_t do_token,
     const typename T::Element* o, typename T::Element* dq, int64_t o_token, const float* shifts, const float* factors,
-    int queries, int length, int head_dim, float scale, const Dropout* dropout
+    int queries, int query, int length, int head_dim, Window window, float scale, const Dropout* dropout
 ) {
     const int columns = round_up(queries, WIDTH), lanes = head_dim / T::PER_LANE;
     const int query_lanes = (queries + T::PER_LANE - 1) / T::PER_LANE;
@@ -189,14 +192,23 @@ void block_of_queries(
     std::fill(m.factor + queries, m.factor + columns, 1.0f);
     std::fill_n(m.dq, head_dim * QUERIES, 0.0f);
 
-    for (int first = 0; first < length; first += KEYS) {
-        const int keys = std::min(KEYS, length - first), rows = round_up(keys, ROWS);
+    // only the keys that one of these queries sees
+    const int begin = std::max(0, query - window.left) / KEYS * KEYS, end = std::min(length, query + queries + window.right);
+    const auto tiles = [&](auto bounded, int first, int keys, int rows) {
         for (int row = 0; row < rows; row += ROWS)
             over_registers<BLOCK_REGISTERS>(columns, [&](auto registers, int column) {
-                tile<T, registers>(
-                    m, first + row, keys - row, length <= ROWS, row, column, lanes, scale * LOG2_E, dropout
+                tile<T, registers, bounded>(
+                    m, first + row, keys - row, length <= ROWS, row, column, query + column, lanes, window,
+                    scale * LOG2_E, dropout
                 );
             });
+    };
+    for (int first = begin; first < end; first += KEYS) {
+        const int keys = std::min(KEYS, length - first), rows = round_up(keys, ROWS);
+        if (window.is_bounded())
+            tiles(std::true_type(), first, keys, rows);
+        else
+            tiles(std::false_type(), first, keys, rows);
         float* dv = m.dv + (int64_t)first * head_dim;
         float* dk = m.dk + (int64_t)first * head_dim;
         add_product<T>(m.p, QUERIES, m.do_pairs, head_dim, query_lanes, dv, head_dim, rows, head_dim);
@@ -216,7 +228,7 @@ int backward(
     typename T::Element* dq, typename T::Element* dk, typename T::Element* dv,                         // out
     const int32_t* starts, const int32_t* starts_k, int sequences, int64_t tokens, int64_t tokens_k, int heads,
     int kv_heads, int head_dim, int64_t do_token, int64_t do_head, int64_t q_token, int64_t q_head, int64_t k_token,
-    int64_t k_head, int64_t v_token, int64_t v_head, float scale, const Dropout* dropout
+    int64_t k_head, int64_t v_token, int64_t v_head, Window window, float scale, const Dropout* dropout
 ) {
     if (!are_sequences(starts, sequences, tokens) || !are_sequences(starts_k, sequences, tokens_k))
         return NOT_SEQUENCES;
@@ -251,8 +263,8 @@ int backward(
                         }
                     block_of_queries(
                         m, q + token * q_token + head * q_head, q_token, d_o + token * do_token + head * do_head,
-                        do_token, o + of_o, dq + of_o, o_token, shifts, shifts + heads * tokens, queries, length, head_dim,
-                        scale, dropout
+                        do_token, o + of_o, dq + of_o, o_token, shifts, shifts + heads * tokens, queries, row, length,
+                        head_dim, window, scale, dropout
                     );
                 }
             const int64_t of_k = start_k * k_row + (int64_t)kv_head * head_dim;
@@ -270,11 +282,11 @@ int backward(
         const float* softmax_stats, T::Element* dq, T::Element* dk, T::Element* dv, const int32_t* starts,         \
         const int32_t* starts_k, int sequences, int64_t tokens, int64_t tokens_k, int heads, int kv_heads,         \
         int head_dim, int64_t do_token, int64_t do_head, int64_t q_token, int64_t q_head, int64_t k_token,         \
-        int64_t k_head, int64_t v_token, int64_t v_head, float scale, const Dropout* dropout                       \
+        int64_t k_head, int64_t v_token, int64_t v_head, int left, int right, float scale, const Dropout* dropout  \
     ) {                                                                                                            \
         return backward<T>(d_o, q, k, v, o, softmax_stats, dq, dk, dv, starts, starts_k, sequences, tokens,        \
                            tokens_k, heads, kv_heads, head_dim, do_token, do_head, q_token, q_head, k_token,       \
-                           k_head, v_token, v_head, scale, dropout);                                               \
+                           k_head, v_token, v_head, Window{left, right}, scale, dropout);                          \
     }
 
 EXPORT_FOR(Float32, float32)

@@ -140,7 +140,7 @@ void rows_of_head(
             factor[i] = softmax<T, 6>(h.scores + i * keys, most[i], h.p + i * keys, keys, tail, scale_log2, &shift);
         if (shifts) shifts[i] = shift, factors[i] = factor[i];
         if (dropout) {
-            drop<T>(h.p + i * keys, keys, row_keys[i], dropout->threshold);
+            drop<T>(h.p + i * keys, keys, 0, row_keys[i], dropout->threshold);
             factor[i] *= dropout->scale;
         }
     }

@@ -167,7 +167,8 @@ int int8_layers(
         if (number < count && !failed) {
             const int heads = (int)layers[number].heads, token = inside(number);
             failed = attend(q, k, v, o, nullptr, starts, starts, sequences, rows, rows, heads, heads, head_dim, token,
-                            head_dim, token, head_dim, token, head_dim, 1 / std::sqrt((float)head_dim), nullptr);
+                            head_dim, token, head_dim, token, head_dim, UNBOUNDED, UNBOUNDED,
+                            1 / std::sqrt((float)head_dim), nullptr);
         }
     }
     return failed ? NO_MEMORY : DONE;

@@ -25,7 +25,7 @@ constexpr int UP_ROWS = 1024;  // of the widest matrix at a time, UP_ROWS in lib
             failed |= linear_##name(x, l->key.weight, l->key.bias, k, width, rows, width, width, 0, in_one_way);   \
             failed |= linear_##name(x, l->value.weight, l->value.bias, v, width, rows, width, width, 0, in_one_way); \
             failed |= attention_##name(q, k, v, o, nullptr, starts, starts, sequences, rows, rows, heads, heads, head_dim, \
-                                       width, head_dim, width, head_dim, width, head_dim,                          \
+                                       width, head_dim, width, head_dim, width, head_dim, UNBOUNDED, UNBOUNDED,    \
                                        1 / std::sqrt((float)head_dim), nullptr);                                   \
             failed |= linear_##name(o, l->output.weight, l->output.bias, y, width, rows, width, width, 0, in_one_way); \
             add_layer_norm_##name(y, x, l->norm.weight, l->norm.bias, x, rows, width, eps);                        \

@@ -34,6 +34,7 @@ REBUILD = "python setup.py build_ext --inplace"
 WIDTH = 16  # elements that a row must be a multiple of: what the widest registers hold
 NORM_BLOCK = 64  # in simd.h: rows whose gradients of weight and bias are summed into one row
 LOSS_ROWS = 32  # PANEL registers of them in loss.cpp: what its number of rows must be a multiple of
+UNBOUNDED = 1 << 29  # in operators.h: a side of attention's window that has no bound
 NO_MEMORY = 1  # in simd.h: what a function returns where it had none; 2 where cu_seqlens are no sequences
 UP_ROWS = 1024  # in layer.cpp: rows of the feed-forward network's inner matrix that are held at once
 INT8_PANEL = 64  # in int8.h, PANEL: columns of a weight in 8 bits that lie side by side
@@ -71,7 +72,7 @@ def sources_stamp(folder: Path) -> str | None:
 
 def interface_stamp() -> str:
     """What Python expects of the library, as 16 hexadecimal digits."""
-    expected = (DTYPES, DROPOUT_FIELDS, WIDTH, NORM_BLOCK, LOSS_ROWS, NO_MEMORY, UP_ROWS, INT8_PANEL)
+    expected = (DTYPES, DROPOUT_FIELDS, WIDTH, NORM_BLOCK, LOSS_ROWS, UNBOUNDED, NO_MEMORY, UP_ROWS, INT8_PANEL)
     return hashlib.sha256(repr(expected).encode()).hexdigest()[:16]
 
 

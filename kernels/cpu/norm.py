@@ -1,4 +1,5 @@
-"""LayerNorm(dropout(x + x_bias) + residual) in C++ with gradients; see norm.cpp for the equations.
+"""LayerNorm(dropout(x + x_bias) + residual) and RMSNorm(x) in C++ with gradients; see norm.cpp and rms.cpp for the
+equations.
 
 Under autocast x comes from a product in bfloat16, and residual, parameters and result are float32.
 """
@@ -65,3 +66,30 @@ class _AddLayerNorm(torch.autograd.Function):
         # these gradients' own gradients may be wanted: torch's operators have some
         inputs = (x, residual, weight, bias, x_bias)
         return *plain_gradients(function, inputs, ctx.needs_input_grad[:5], dy), None, None, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """[..., N] where `cpp.takes_rms_norm`, with or without gradients."""
+    if not cpp.want_gradients(x, weight):
+        return cpp.rms_norm(x, weight, eps)
+    return _RmsNorm.apply(x, weight, eps)
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return cpp.rms_norm(x, weight, eps)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        if not by_torch(dy):
+            return *cpp.rms_norm_backward(dy, x, weight, ctx.eps), None
+
+        def function(x: Tensor, weight: Tensor) -> Tensor:
+            return F.rms_norm(x, x.shape[-1:], weight, ctx.eps)
+
+        # these gradients' own gradients may be wanted: torch's operators have some
+        return *plain_gradients(function, (x, weight), ctx.needs_input_grad[:2], dy), None

@@ -7,6 +7,9 @@
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
+// A side of attention's window that has no bound: sums with a position stay within int.
+constexpr int UNBOUNDED = 1 << 29;
+
 // The randomness of `_random.py`, bit for bit; `operators.py` fills this in.
 struct Dropout {
     const int64_t* sequence_ids;  // [sequences]
@@ -47,14 +50,16 @@ struct Int8Layer {
         const Element* q, const Element* k, const Element* v, Element* o, float* softmax_stats,                \
         const int32_t* starts, const int32_t* starts_k, int sequences, int64_t tokens, int64_t tokens_k,       \
         int heads, int kv_heads, int head_dim, int64_t q_token, int64_t q_head, int64_t k_token,               \
-        int64_t k_head, int64_t v_token, int64_t v_head, float scale, const Dropout* dropout                   \
+        int64_t k_head, int64_t v_token, int64_t v_head, int left, int right, float scale,                     \
+        const Dropout* dropout                                                                                 \
     );                                                                                                         \
     EXPORT int attention_backward_##name(                                                                      \
         const Element* d_o, const Element* q, const Element* k, const Element* v, const Element* o,            \
         const float* softmax_stats, Element* dq, Element* dk, Element* dv, const int32_t* starts,              \
         const int32_t* starts_k, int sequences, int64_t tokens, int64_t tokens_k, int heads, int kv_heads,     \
         int head_dim, int64_t do_token, int64_t do_head, int64_t q_token, int64_t q_head, int64_t k_token,     \
-        int64_t k_head, int64_t v_token, int64_t v_head, float scale, const Dropout* dropout                   \
+        int64_t k_head, int64_t v_token, int64_t v_head, int left, int right, float scale,                     \
+        const Dropout* dropout                                                                                 \
     );                                                                                                         \
     EXPORT int disentangled_attention_##name(                                                                  \
         const Element* q, const Element* k, const Element* v, const Element* pk, const Element* pq,            \
@@ -94,6 +99,13 @@ struct Int8Layer {
         const Element* x, const void* x_bias, const void* residual, const uint64_t* keys, const void* weight,  \
         const void* dy, Element* dx, void* dresidual, float* parts, int wide, int64_t rows, int width,         \
         float eps, uint32_t threshold, float scale                                                             \
+    );                                                                                                         \
+    EXPORT void rms_norm_##name(                                                                               \
+        const Element* x, const void* weight, int wide, Element* y, int64_t rows, int width, float eps         \
+    );                                                                                                         \
+    EXPORT void rms_norm_backward_##name(                                                                      \
+        const Element* x, const void* weight, int wide, const Element* dy, Element* dx, float* parts,          \
+        int64_t rows, int width, float eps                                                                     \
     );                                                                                                         \
     EXPORT int linear_##name(                                                                                  \
         const Element* x, const Element* weight, const Element* bias, Element* y, int64_t y_stride, int rows,  \

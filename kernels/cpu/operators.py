@@ -211,6 +211,46 @@ def add_layer_norm_backward(
     return dx, dresidual, dweight, dbias, None if x_bias is None else dx_bias
 
 
+def takes_rms_norm(x: Tensor, weight: Tensor | None) -> bool:
+    """weight may be float32 where x is not."""
+    return (
+        weight is not None
+        and x.shape[-1] % WIDTH == 0
+        and x.shape[-1] == weight.shape[-1]
+        and knows(x)
+        and knows(weight)
+        and weight.dtype in (x.dtype, torch.float32)
+    )
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight: [..., N] in x's dtype, computed in float32."""
+    x = x.contiguous()
+    (rows, width), dtype = rows_and_width("rms_norm", x), x.dtype
+    y = torch.empty(x.shape, dtype=dtype, device="cpu")
+    call(
+        "rms_norm", dtype, address("x", x, dtype, x.numel()),
+        address("weight", weight.contiguous(), weight.dtype, width), is_wide("weight", weight.dtype, dtype),
+        address("y", y, dtype, y.numel()), rows, width, eps,
+    )  # fmt: skip
+    return y
+
+
+def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """dx in x's dtype, dweight in weight's."""
+    dy, x, weight = dy.contiguous(), x.contiguous(), weight.contiguous()
+    (rows, width), dtype = rows_and_width("rms_norm_backward", x), x.dtype
+    dx = torch.empty(x.shape, dtype=dtype, device="cpu")
+    parts = torch.zeros(max(1, -(-rows // NORM_BLOCK)), width, dtype=torch.float32, device="cpu")
+    call(
+        "rms_norm_backward", dtype, address("x", x, dtype, x.numel()),
+        address("weight", weight, weight.dtype, width), is_wide("weight", weight.dtype, dtype),
+        address("dy", dy, dtype, dy.numel()), address("dx", dx, dtype, dx.numel()),
+        address("parts", parts, torch.float32, parts.numel()), rows, width, eps,
+    )  # fmt: skip
+    return dx, parts[0].to(weight.dtype)
+
+
 def is_wide(name: str, dtype: torch.dtype, of_x: torch.dtype) -> bool:
     """Is `dtype` float32 where x has fewer bits? TypeError where it is neither float32 nor x's."""
     if dtype not in (of_x, torch.float32):

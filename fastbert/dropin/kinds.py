@@ -1,0 +1,80 @@
+"""What a layer and its config say: which rotation, window and norm it has, and whether its tokens see later ones."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+from typing import Any
+
+import torch.nn as nn
+
+from ..stack.description import NormKind
+from ..stack.shared import UNBOUNDED
+from . import facts as table
+from .facts import at
+from .own import HOOKS, why_own
+from .plain import why_not_plain, why_weight
+
+TRANSFORMERS = "transformers.models."
+SLIDING = "sliding_attention"
+
+
+def kind_of(layer: nn.Module, facts: table.Layer) -> Hashable:
+    """Which rotation and window of the pass a layer has, or None: it rotates nothing and sees everything."""
+    if facts.attention_type is not None:
+        return at(layer, facts.attention_type)
+    if facts.number is not None:
+        owner, _, name = facts.number.rpartition(".")
+        attention = at(layer, owner)
+        return attention.config.layer_types[getattr(attention, name)]
+    return "every layer's" if facts.rotates else None
+
+
+def is_causal(encoder: nn.Module, layer: nn.Module, facts: table.Family) -> bool:
+    """Do the tokens of this layer see no later ones? The config may turn that off."""
+    return facts.decoder and at(layer, facts.layer.causal) and getattr(encoder.config, "is_causal", None) is not False
+
+
+def windows_of(
+    encoder: nn.Module, facts: table.Family, one_of: dict[Hashable, nn.Module]
+) -> dict[Hashable, tuple[int, int] | None]:
+    """kind of layer -> (left, right), the tokens that it sees on each side, or None: all. one_of: a layer of each."""
+    if facts.layer.rotary is not None:  # a kind is its window, and minus one is no bound
+        return {kind: None if min(kind) < 0 else kind for kind in one_of}
+    sliding, windows = getattr(encoder.config, "sliding_window", None), {}
+    for kind, layer in one_of.items():
+        slides = kind == SLIDING or (facts.slides and sliding is not None)
+        left = sliding - facts.sees_less if slides else UNBOUNDED
+        right = 0 if is_causal(encoder, layer, facts) else left
+        windows[kind] = (left, right) if left < UNBOUNDED or right == 0 else None
+    return windows
+
+
+def why_window(encoder: nn.Module, facts: table.Family, layers: Iterable[tuple[int, nn.Module]]) -> str | None:
+    """Why the windows of the layers, of which `layers` has the numbers, are not what `windows_of` says, or None."""
+    causal = set()
+    for number, layer in layers:
+        if facts.layer.number is not None and at(layer, facts.layer.number) != number:
+            return f"layer {number} of its list is numbered {at(layer, facts.layer.number)}"
+        kind = kind_of(layer, facts.layer)
+        if facts.layer.number is not None and kind != encoder.config.layer_types[number]:
+            return f"layer {number} has a config of its own"
+        bidirectional = getattr(encoder.config, "use_bidirectional_attention", None)  # Gemma's masks are made by it
+        if bidirectional is not None and bool(bidirectional) == bool(at(layer, facts.layer.causal)):
+            return "its layers were made for another use_bidirectional_attention than its config has"
+        if facts.decoder:
+            causal.add(is_causal(encoder, layer, facts))
+            slides = kind == SLIDING or (facts.slides and encoder.config.sliding_window is not None)
+            if slides and not is_causal(encoder, layer, facts) and at(layer, facts.layer.causal):
+                return "its config turns causal attention off, and it has a window"
+    return "some of its layers are causal, and some are not" if len(causal) > 1 else None
+
+
+def why_not_plain_norm(module: Any, kind: NormKind | None) -> str | None:
+    """None where `module` is a norm of this kind and no more, so that its parameters say all; else what it is."""
+    if kind is None:
+        return why_not_plain(module, nn.LayerNorm)
+    if why := why_own(module, kind.classes, TRANSFORMERS):
+        return why
+    if any(getattr(module, name) for name in HOOKS):
+        return "it has hooks"
+    return why_weight(module)

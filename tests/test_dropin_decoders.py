@@ -1,0 +1,202 @@
+"""Decoders that texts are embedded and reranked with, and T5: padding on the left, windows, the last token, caches."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+
+import fastbert
+from dropin_models import MASKS, SIZES, T5, WIDTH, assert_gradients, exact, three
+from fastbert.testing import assert_within_budget
+from test_dropin_families import assert_fused, batch_of, build
+
+transformers = pytest.importorskip("transformers", minversion="5.24", reason="these rows are of it")
+pytestmark = pytest.mark.once
+
+NARROW = {  # windows that leave out what a text of thirteen tokens has
+    "UltrabertModel": {"sliding_window": 3},
+    "Gemma3TextModel": {"sliding_window": 6},
+    "Qwen3Model": {"sliding_window": 4},
+    "MistralModel": {"sliding_window": 4},
+}
+CAUSAL = ("Qwen3Model", "Qwen2Model", "MistralModel", "LlamaModel")
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", [*NARROW, "Qwen2Model", "LlamaModel"])
+def test_every_token_with_windows_and_padding_on_either_side(name, side):
+    """Padding is left out; the original's rows there, which see no token, are compared with nothing."""
+    models = ours, plain, truth = three(build(name, **NARROW.get(name, {})))
+    mask = MASKS[side]
+    batch = batch_of(name, plain, mask)
+    outputs = [model(**batch, output_hidden_states=True) for model in models]
+    for number, states in enumerate(zip(*(output.hidden_states for output in outputs), strict=True)):
+        assert_within_budget(*(state[mask] for state in states), name=f"state {number}")
+    assert not outputs[0].last_hidden_state[~mask].any() or name == "UltrabertModel"  # which computes the first column
+    weights = torch.randn(int(mask.sum()), SIZES["hidden_size"])
+    losses = [(output.last_hidden_state[mask] * weights.to(output.last_hidden_state.dtype)).sum() for output in outputs]
+    assert_gradients(ours, plain, truth, losses)
+    assert_fused(ours)
+
+
+def test_gemma_without_bidirectional_attention_is_causal():
+    models = three(build("Gemma3TextModel", use_bidirectional_attention=False, sliding_window=4))
+    mask = MASKS["left"]
+    batch = batch_of("Gemma3TextModel", models[1], mask)
+    with torch.no_grad():
+        assert_within_budget(*(model(**batch).last_hidden_state[mask] for model in models))
+    assert_fused(models[0])
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_later_tokens_change_nothing(name):
+    model = fastbert.accelerate(build(name), impl="native")
+    ids = torch.randint(5, 60, (2, WIDTH))
+    other = ids.clone()
+    other[:, 9:] = torch.randint(5, 60, (2, WIDTH - 9))
+    with torch.no_grad():
+        before, after = (model(one).last_hidden_state for one in (ids, other))
+    torch.testing.assert_close(after[:, :9], before[:, :9])
+    assert not torch.allclose(after[:, 9:], before[:, 9:])
+
+
+def test_a_config_that_turns_causal_attention_off():
+    """config.is_causal = False makes bidirectional encoders of decoders without a window."""
+    models = three(build("Qwen2Model", is_causal=False))
+    mask = MASKS["right"]
+    batch = batch_of("Qwen2Model", models[1], mask)
+    with torch.no_grad():
+        outputs = [model(**batch).last_hidden_state[mask] for model in models]
+    assert_within_budget(*outputs)
+    assert_fused(models[0])
+    causal = build("Qwen2Model")
+    with torch.no_grad():
+        assert not torch.allclose(causal(**batch).last_hidden_state[mask], outputs[1])
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [({"use_cache": True}, "it returns a cache"), ({"is_causal": False}, "is_causal was given")],
+    ids=["use_cache", "is_causal"],
+)
+def test_calls_that_a_decoders_own_code_has(given, why):
+    ours, plain, _ = three(build("Qwen2Model"))
+    ids = torch.randint(5, 60, (2, WIDTH))
+    with torch.no_grad(), pytest.warns(UserWarning, match=why):
+        got = ours(ids, **given)
+    with torch.no_grad():
+        expected = plain(ids, **given)
+    assert list(got) == list(expected)
+    assert torch.equal(got.last_hidden_state, expected.last_hidden_state)
+
+
+def test_padding_on_the_left_that_is_read_runs_the_originals_code():
+    """Its rows see no token, and what the original puts there depends on its attention."""
+    ours, plain, _ = three(build("Qwen2Model"), padding="exact")
+    batch = batch_of("Qwen2Model", plain, MASKS["left"])
+    with torch.no_grad(), pytest.warns(UserWarning, match="sees no token"):
+        got = ours(**batch).last_hidden_state
+    with torch.no_grad():
+        assert torch.equal(got, plain(**batch).last_hidden_state)
+
+
+def causal_lm(**more) -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = transformers.Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=8, pad_token_id=0, **more)
+    return transformers.Qwen3ForCausalLM(config).eval()
+
+
+def test_generate_and_its_cache_are_the_originals():
+    plain = causal_lm()
+    ours = fastbert.accelerate(copy.deepcopy(plain), impl="native")
+    ids = torch.randint(5, 60, (2, 7))
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": 1}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert torch.equal(ours.generate(ids, **options), plain.generate(ids, **options))
+        assert torch.equal(ours(ids).logits, plain(ids).logits)
+
+
+def test_a_language_model_is_trained():
+    """Without a cache its steps are packed; what is above the encoder reads all rows."""
+    models = three(causal_lm(use_cache=False), padding="auto")
+    mask = MASKS["right"]
+    ids = torch.randint(5, 60, mask.shape)
+    batch = {"input_ids": torch.where(mask, ids, 0), "attention_mask": mask.long()}
+    labels = torch.where(mask, ids, -100)
+    losses = [model.train()(**batch, labels=labels).loss for model in models]
+    assert_gradients(*models, losses)
+    assert_fused(models[0])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_reranker_reads_the_last_token(side):
+    """Nothing of padding is computed below a head that takes the last token, on whichever side padding is."""
+    models = three(build("Qwen3Model", head="ForSequenceClassification", num_labels=1), padding="auto")
+    mask = MASKS[side]
+    batch = batch_of("Qwen3Model", models[1], mask)
+    with torch.no_grad():
+        assert_within_budget(*(model(**batch).logits for model in models), name=side)
+    assert_fused(models[0])
+    assert not any("computed as the original does" in why for why in fastbert.explain(models[0]).left.values())
+
+
+def test_layers_in_another_order_are_refused():
+    """config.layer_types says by a layer's place what window it has, and the layer's own number says another."""
+    model = build("Qwen3Model")
+    model.layers = torch.nn.ModuleList([model.layers[1], model.layers[0]])
+    with pytest.warns(UserWarning, match="replaced nothing"):
+        fastbert.accelerate(model)
+    assert "layer 0 of its list is numbered 1" in str(fastbert.explain(model))
+
+
+def test_a_window_in_a_config_that_turns_causal_attention_off_is_refused():
+    with pytest.warns(UserWarning, match="replaced nothing"):
+        model = fastbert.accelerate(build("MistralModel", is_causal=False))
+    assert "turns causal attention off, and it has a window" in str(fastbert.explain(model))
+
+
+# ---- T5 ----------------------------------------------------------------------------------------------------
+
+
+def test_of_t5_the_encoder_alone_is_packed():
+    """Its decoder, which has the encoder's class, runs its own code, and generates the same tokens."""
+    torch.manual_seed(0)
+    config = transformers.T5Config(vocab_size=60, d_model=32, num_layers=2, num_heads=4, d_kv=8, d_ff=48)
+    plain = transformers.T5ForConditionalGeneration(config).eval()
+    ours = fastbert.accelerate(copy.deepcopy(plain), impl="native")
+    mask = MASKS["right"]
+    batch = {"input_ids": torch.randint(5, 60, mask.shape), "attention_mask": mask.long()}
+    labels = torch.randint(5, 60, (4, 6))
+    models = ours, plain, exact(copy.deepcopy(plain).double())
+    assert_gradients(*models, [model(**batch, labels=labels).loss for model in models])
+    options = {"max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(ours.generate(**batch, **options), plain.generate(**batch, **options))
+    report = fastbert.explain(ours)
+    assert "T5Stack: unpads once" in report.replaced["encoder"]
+    assert "decoder" not in report.replaced
+    assert_fused(ours)
+
+
+@pytest.mark.parametrize("name", T5)
+def test_t5_in_float16_clamps_what_overflows(name):
+    ours, plain, _ = three(build(name), torch.float16)
+    ids = torch.randint(5, 60, (2, WIDTH))
+    with torch.no_grad(), pytest.warns(UserWarning, match="clamps what overflows"):
+        got = ours(ids).last_hidden_state
+    with torch.no_grad():
+        assert torch.equal(got, plain(ids).last_hidden_state)
+
+
+def test_t5_with_a_layer_in_float32():
+    """transformers keeps `wo` so where a checkpoint asks for it, and casts to it and back."""
+    ours, plain, _ = three(build("T5EncoderModel"), torch.bfloat16)
+    for model in (ours, plain):
+        for block in model.encoder.block:
+            block.layer[1].DenseReluDense.wo.float()
+    ids = torch.randint(5, 60, (2, WIDTH))
+    with torch.no_grad(), pytest.warns(UserWarning, match="several dtypes"):
+        got = ours(ids).last_hidden_state
+    with torch.no_grad():
+        assert torch.equal(got, plain(ids).last_hidden_state)
