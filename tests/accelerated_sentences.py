@@ -40,6 +40,12 @@ def tiny(kind: str = "bert", **changes):
             "vocab_size": 30522, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48,
             "max_position_embeddings": 80, "initializer_range": 0.2, "pad_token_id": 0,
         }  # fmt: skip
+    if kind == "qwen3":
+        common |= {"num_key_value_heads": 2, "head_dim": 8}
+    if kind == "t5":
+        common = {"vocab_size": 30522, "d_model": 32, "num_layers": 2, "num_heads": 4, "d_kv": 8, "d_ff": 48}
+        config = transformers.T5Config(**common, **changes)
+        return transformers.T5EncoderModel(config).eval()
     config = transformers.AutoConfig.for_model(kind, **common, **changes)
     return transformers.AutoModel.from_config(config).eval()
 

@@ -31,6 +31,24 @@ def test_batches_are_of_tokens_and_sorted_by_them(build, batches, monkeypatch):
     assert len(batches) <= sum(lengths) / 200 + 3
 
 
+@pytest.mark.parametrize(("kind", "pooling"), [("qwen3", "lasttoken"), ("qwen3", "mean"), ("t5", "mean")])
+def test_texts_padded_on_the_left_where_that_changes_nothing(build, batches, kind, pooling, monkeypatch):
+    """Of models without a table of positions; their batches are padded on the right, and hold no more than the tokens."""
+    monkeypatch.setitem(batching.TOKENS_PER_BATCH, "cpu", 200)
+    model = build(kind, pooling=pooling)
+    model.tokenizer.padding_side = "left"
+    before = by_the_library(lambda: model.encode(MANY))
+    fastbert.accelerate(model, impl="native")
+    assert_same(quietly(lambda: model.encode(MANY)), before)
+    widths = [width for _, width, _ in batches]
+    assert len(widths) > 1
+    assert widths == sorted(widths, reverse=True)
+    assert not any("own code" in why for why in fastbert.explain(model).left.values())
+    with torch.no_grad():  # as the library pads them
+        one = model(dict(model.preprocess(MANY[:5])))["sentence_embedding"]
+    assert_same(one.numpy(), before[:5])
+
+
 def test_a_small_batch_size_bounds_the_tokens(build, batches):
     """Whoever asks for batches of two, for want of memory, gets no more tokens than two texts can have."""
     model = fastbert.accelerate(build(), impl="native")
