@@ -157,6 +157,18 @@ def test_a_window_in_a_config_that_turns_causal_attention_off_is_refused():
     assert "turns causal attention off, and it has a window" in str(fastbert.explain(model))
 
 
+def test_gemma_whose_config_was_changed_runs_its_own_code():
+    """It makes its masks by its config's word, where its layers keep the word that they were made with."""
+    ours, plain, _ = three(build("Gemma3TextModel"))
+    batch = batch_of("Gemma3TextModel", plain, MASKS["right"])
+    for model in (ours, plain):
+        model.config.use_bidirectional_attention = False
+    with torch.no_grad(), pytest.warns(UserWarning, match="another use_bidirectional_attention"):
+        got = ours(**batch).last_hidden_state
+    with torch.no_grad():
+        assert torch.equal(got, plain(**batch).last_hidden_state)
+
+
 # ---- T5 ----------------------------------------------------------------------------------------------------
 
 

@@ -33,7 +33,7 @@ def test_batches_are_of_tokens_and_sorted_by_them(build, batches, monkeypatch):
 
 @pytest.mark.parametrize(("kind", "pooling"), [("qwen3", "lasttoken"), ("qwen3", "mean"), ("t5", "mean")])
 def test_texts_padded_on_the_left_where_that_changes_nothing(build, batches, kind, pooling, monkeypatch):
-    """Of models without a table of positions; their batches are padded on the right, and hold no more than the tokens."""
+    """Of models without a table of positions; their batches are padded on the right, and sorted by the tokens."""
     monkeypatch.setitem(batching.TOKENS_PER_BATCH, "cpu", 200)
     model = build(kind, pooling=pooling)
     model.tokenizer.padding_side = "left"

@@ -31,7 +31,9 @@ def kind_of(layer: nn.Module, facts: table.Layer) -> Hashable:
 
 def is_causal(encoder: nn.Module, layer: nn.Module, facts: table.Family) -> bool:
     """Do the tokens of this layer see no later ones? The config may turn that off."""
-    return facts.decoder and at(layer, facts.layer.causal) and getattr(encoder.config, "is_causal", None) is not False
+    if not facts.decoder or getattr(encoder.config, "is_causal", None) is False:
+        return False
+    return bool(at(layer, facts.layer.causal))
 
 
 def windows_of(
@@ -58,14 +60,16 @@ def why_window(encoder: nn.Module, facts: table.Family, layers: Iterable[tuple[i
         kind = kind_of(layer, facts.layer)
         if facts.layer.number is not None and kind != encoder.config.layer_types[number]:
             return f"layer {number} has a config of its own"
-        bidirectional = getattr(encoder.config, "use_bidirectional_attention", None)  # Gemma's masks are made by it
-        if bidirectional is not None and bool(bidirectional) == bool(at(layer, facts.layer.causal)):
+        if not facts.decoder:
+            continue
+        made_causal, now_causal = bool(at(layer, facts.layer.causal)), is_causal(encoder, layer, facts)
+        bidirectional = getattr(encoder.config, "use_bidirectional_attention", None)  # Gemma makes its masks by it
+        if bidirectional is not None and bool(bidirectional) == made_causal:
             return "its layers were made for another use_bidirectional_attention than its config has"
-        if facts.decoder:
-            causal.add(is_causal(encoder, layer, facts))
-            slides = kind == SLIDING or (facts.slides and encoder.config.sliding_window is not None)
-            if slides and not is_causal(encoder, layer, facts) and at(layer, facts.layer.causal):
-                return "its config turns causal attention off, and it has a window"
+        slides = kind == SLIDING or (facts.slides and encoder.config.sliding_window is not None)
+        if slides and made_causal and not now_causal:
+            return "its config turns causal attention off, and it has a window"
+        causal.add(now_causal)
     return "some of its layers are causal, and some are not" if len(causal) > 1 else None
 
 
