@@ -69,8 +69,8 @@ def test_gradients(heads, kv_heads, head_dim, dtype, p):
     assert_like_the_reference(inputs, LENGTHS, dtype, **dropout_of(p, LENGTHS))
 
 
-# later tokens alone or earlier ones alone left out; itself alone; both sides, within a block of keys and across several
-@pytest.mark.parametrize("window", [(10**9, 0), (0, 10**9), (0, 0), (3, 1), (70, 40)], ids=str)
+# later tokens alone or earlier ones alone left out; both sides, within a block of keys and across several
+@pytest.mark.parametrize("window", [(10**9, 0), (0, 10**9), (2, 0), (3, 1), (70, 40)], ids=str)
 @pytest.mark.parametrize("p", [0.0, 0.3], ids=["plain", "dropout"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_windows(window, p, dtype):

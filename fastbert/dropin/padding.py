@@ -128,13 +128,13 @@ def rows_to_compute(
     """
     real = mask != 0
     left_out = ~real
-    looks = [real.sum(1), left_out[:, 0], (real[:, 1:] & left_out[:, :-1]).any(1)]
+    looks = [real.sum(1), left_out[:, 0], (real[:, 1:] & left_out[:, :-1]).sum(1)]
     if isinstance(reads, Tensor):
         looks += [(reads & left_out).sum(1), reads[:, 0] & left_out[:, 0]]
     if others is not None:
         looks.append((others & left_out).any(1))
     # of each sequence, in one copy: whatever depends on the mask is known on the host from here on
-    keys, first, holes, *more = torch.stack([look.to(torch.int64) for look in looks]).tolist()
+    keys, first, ends, *more = torch.stack([look.to(torch.int64) for look in looks]).tolist()
     shortest, width = min(keys, default=mask.shape[1]), mask.shape[1]
     if shortest == width:
         return FULL, False
@@ -142,9 +142,9 @@ def rows_to_compute(
         return Rows(reason=EMPTY), False
     by_others = others is not None and any(more.pop())
     some = isinstance(reads, Tensor) and any(more[0])
-    before = any(first)
+    before, holes = any(first), any(end > begins for end, begins in zip(ends, first, strict=True))
     first = first if first_column else [0] * len(first)
-    if reads is True or by_others or (relative and (any(holes) or any(first) or some)):
+    if reads is True or by_others or (relative and (holes or any(first) or some)):
         blind = WINDOW if reach is not None and width - shortest > reach else BEFORE if causal and before else None
         return Rows(real, None, blind, keys), by_others
     if not (some or any(first)):
