@@ -68,7 +68,8 @@ def layer_of(layer: nn.Module, facts: table.Layer, joined: JoinedLinears) -> Lay
     return Layer(
         tuple(qkv), out, norm[facts.out_norm], up, Part(activation_of(layer, facts), False, whole), down,
         norm[facts.down_norm], name, at(layer, facts.head_dim), joined, facts.pre_norm, facts.gated,
-        kind_of(layer, facts), gate, of_table, norm.get(facts.q_norm), norm.get(facts.k_norm), facts.norms_heads,
+        kind_of(layer, facts), gate, of_table,
+        q_norm=norm.get(facts.q_norm), k_norm=norm.get(facts.k_norm), norms_heads=facts.norms_heads,
         scale=at(layer, facts.scale) if facts.any_scale else None,
         after_out=norm.get(facts.after_out), after_down=norm.get(facts.after_down),
         divisor=1.0 if facts.divisor is None else at(layer, facts.divisor),
