@@ -3,6 +3,7 @@
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,6 +21,7 @@ from fastbert.inference.training_in_8_bits import TrainedInt8Linear, in_8_bits, 
 from fastbert.models.heads import BertForSequenceClassification
 from fastbert.testing import relative_rms
 from fastbert.training.loop import TrainingError
+from fastbert.training.predicting import outputs_of
 
 here = pytest.mark.skipif(why_not() is not None, reason=f"no 8-bit products: {why_not()}")
 OPTIONS = {"device": "cpu", "impl": "native"}
@@ -409,6 +411,10 @@ def test_the_kept_model_and_its_folder_to_the_bit(tmp_path, teacher):
     with torch.no_grad():
         assert torch.equal(*(run() for run in outputs))
         assert relative_rms(outputs[0](), outputs_of_task(model, task, windows)().double()) < 0.05
+    # in batches as `predict` makes them, which asks for autocast: that must not round the integers' products again
+    found = outputs_of(ready.model, task, windows, 200, torch.bfloat16, ready.processes)
+    with torch.no_grad():
+        assert relative_rms(torch.tensor(np.array(found)), outputs[1]().double()) < 1e-3
 
 
 @pytest.mark.once
