@@ -1,7 +1,7 @@
 """An encoder layer as tests and `fastbert verify` call it: by any implementation, with one gradient a tensor.
 
-`functional.encoder_layer` is there for the Triton kernels alone, and may refuse. Here the other implementations take a
-layer's operators one by one, and a refusal is an error.
+`functional.encoder_layer` may refuse. Here the Triton kernels' refusal is an error, and the other implementations then
+take a layer's operators one by one.
 """
 
 from __future__ import annotations
@@ -22,39 +22,39 @@ def encoder_layer(
         qkv, qkv_bias: [3C, C] and [3C]; one tensor: the gradient of the keys' bias alone is zero but for rounding.
         stream: of attention's dropout; the two of the hidden states have the next ones.
         fold, row_ids: as in `functional.encoder_layer`.
-        whole: False: by its operators one by one on the Triton kernels too, as under a mode of torch's dispatcher.
+        whole: False: by its operators one by one in any case, as under a mode of torch's dispatcher.
         rest: the other tensors of `functional.LayerWeights`.
 
     Raises: RuntimeError where the Triton kernels refuse the layer.
     """
     schedule = F.attention_schedule(cu_seqlens, x.shape[0], impl)
-    if impl != "triton" or not whole:
-        products = F.products_beside(impl)
-        dropout = {"dropout_p": dropout_p, "seed": seed} if dropout_p else {}
-        drop_probs, drop_out, drop_down = (
-            dropout | {"stream": stream + n} | ({"row_ids": row_ids} if n else {}) if dropout else {} for n in range(3)
+    if whole and impl != "reference":
+        query, key, value = qkv.chunk(3)
+        biases = (None,) * 3 if qkv_bias is None else qkv_bias.chunk(3)
+        projections = {"query": query, "key": key, "value": value}
+        projections |= dict(zip(("query_bias", "key_bias", "value_bias"), biases, strict=True))
+        weights = F.LayerWeights(**projections, **rest)
+        options = F.LayerOptions(
+            heads, activation, probs_p=dropout_p, out_p=dropout_p, down_p=dropout_p, probs_stream=stream,
+            out_stream=stream + 1, down_stream=stream + 2, fold=fold,
+        )  # fmt: skip
+        y = F.encoder_layer(
+            x, weights, cu_seqlens, max_seqlen, options, schedule=schedule, seed=seed, row_ids=row_ids, impl=impl
         )
-        of_heads = 3, heads, qkv.shape[0] // 3 // heads
-        q, k, v = F.linear(x, qkv, qkv_bias, impl=products).unflatten(1, of_heads).unbind(1)
-        o = F.attention(q, k, v, cu_seqlens, max_seqlen, schedule=schedule, impl=impl, **drop_probs).flatten(1)
-        z = F.linear(o, rest["out"], rest["out_bias"], impl=products)
-        x = F.add_layer_norm(z, x, rest["out_norm"], rest["out_norm_bias"], impl=impl, **drop_out)
-        feed = rest["up"], rest["up_bias"], rest["down"], rest["down_bias"]
-        z = F.feed_forward(x, *feed, activation, impl=impl)
-        return F.add_layer_norm(z, x, rest["down_norm"], rest["down_norm_bias"], impl=impl, **drop_down)
-
-    query, key, value = qkv.chunk(3)
-    biases = (None,) * 3 if qkv_bias is None else qkv_bias.chunk(3)
-    projections = {"query": query, "key": key, "value": value}
-    projections |= dict(zip(("query_bias", "key_bias", "value_bias"), biases, strict=True))
-    weights = F.LayerWeights(**projections, **rest)
-    options = F.LayerOptions(
-        heads, activation, probs_p=dropout_p, out_p=dropout_p, down_p=dropout_p, probs_stream=stream,
-        out_stream=stream + 1, down_stream=stream + 2, fold=fold,
-    )  # fmt: skip
-    y = F.encoder_layer(
-        x, weights, cu_seqlens, max_seqlen, options, schedule=schedule, seed=seed, row_ids=row_ids, impl=impl
+        if y is not None:
+            return y
+        if impl == "triton":
+            raise RuntimeError("the kernels do not take this layer as one operator")
+    products = F.products_beside(impl)
+    dropout = {"dropout_p": dropout_p, "seed": seed} if dropout_p else {}
+    drop_probs, drop_out, drop_down = (
+        dropout | {"stream": stream + n} | ({"row_ids": row_ids} if n else {}) if dropout else {} for n in range(3)
     )
-    if y is None:
-        raise RuntimeError("the kernels do not take this layer as one operator")
-    return y
+    of_heads = 3, heads, qkv.shape[0] // 3 // heads
+    q, k, v = F.linear(x, qkv, qkv_bias, impl=products).unflatten(1, of_heads).unbind(1)
+    o = F.attention(q, k, v, cu_seqlens, max_seqlen, schedule=schedule, impl=impl, **drop_probs).flatten(1)
+    z = F.linear(o, rest["out"], rest["out_bias"], impl=products)
+    x = F.add_layer_norm(z, x, rest["out_norm"], rest["out_norm_bias"], impl=impl, **drop_out)
+    feed = rest["up"], rest["up_bias"], rest["down"], rest["down_bias"]
+    z = F.feed_forward(x, *feed, activation, impl=impl)
+    return F.add_layer_norm(z, x, rest["down_norm"], rest["down_norm_bias"], impl=impl, **drop_down)

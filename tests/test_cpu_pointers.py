@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastbert.functional import LayerOptions
+from fastbert.functional import LayerOptions, LayerWeights
 from fastbert.kernels.cpu import attention as cpu_attention
-from fastbert.kernels.cpu import embedding, int8, loss, pointers
+from fastbert.kernels.cpu import embedding, encoder_layer, int8, loss, pointers
 from fastbert.kernels.cpu import operators as cpp
 
 pytestmark = pytest.mark.cpp
@@ -63,6 +63,31 @@ def one_layer(x, starts, *layer):
     if y is None:
         raise ValueError("the layers have to be gone through one by one")
     return y
+
+
+LAYER = encoder_layer.layer_shapes(C, C, 2 * C)
+LAYER_OPTIONS = LayerOptions(H, probs_p=0.1, out_p=0.1, down_p=0.1, fold=True)
+
+
+def trained_layer(x, starts, sequences, rows, *weights):
+    names = encoder_layer.Names(starts, sequences, rows)
+    return encoder_layer.forward(x, LayerWeights(*weights), names, LAYER_OPTIONS, 1, torch.float32)
+
+
+def trained_layer_backward(dy, x, starts, sequences, rows, saved, *weights):
+    names, wanted = encoder_layer.Names(starts, sequences, rows), [True] * 17
+    return encoder_layer.backward(
+        dy, x, LayerWeights(*weights), saved, names, LAYER_OPTIONS, 1, torch.float32, wanted
+    )  # fmt: skip
+
+
+def of_trained_layer() -> list[Tensor]:
+    return [floats(T, C), starts(), ids(2, 2), ids(T), *(floats(*shape) for shape in LAYER)]
+
+
+def of_trained_layer_backward() -> list[Tensor]:
+    given = of_trained_layer()
+    return [floats(T, C), *given[:4], trained_layer(*given)[1], *given[4:]]
 
 
 # entry -> (function of its tensors, the tensors); all others of its arguments are in the function
@@ -139,6 +164,8 @@ ENTRIES = {
         one_layer,
         lambda: [floats(T, C), starts(), *(floats(*shape) for shape in cpp.layer_shapes(C, 2 * C))],
     ),
+    "encoder_layer_in_training": (trained_layer, of_trained_layer),
+    "encoder_layer_backward": (trained_layer_backward, of_trained_layer_backward),
     "int8_linear": (in_8_bits, lambda: [floats(T, C)]),
     "int8_layers": (one_layer_in_8_bits, lambda: [floats(T, C), starts(), *(floats(C) for _ in range(4))]),
     "sum_logits": (
@@ -217,7 +244,9 @@ def test_entries_refuse_what_does_not_fit(name, spoiler):
         assert is_refused(function, given), f"tensor {place} was taken"
 
 
-@pytest.mark.parametrize("name", [n for n in ENTRIES if "attention" in n or "layers" in n or "mean" in n])
+@pytest.mark.parametrize(
+    "name", [n for n in ENTRIES if "attention" in n or ("layer" in n and "norm" not in n) or "mean" in n]
+)
 def test_starts_have_one_dimension(name):
     """cu_seqlens of shape [1, B + 1] was read as if it were [B + 1]."""
     function, tensors = ENTRIES[name]

@@ -218,17 +218,17 @@ def test_who_goes_another_way():
 
 def test_what_does_not_fit_is_refused():
     x, w, y, h = torch.randn(6, 32), torch.randn(48, 32), torch.empty(6, 48), torch.empty(6, 48)
-    given = {"forward": (x, w, None, y, h), "input_gradient": (y, [w], torch.empty(6, 32)), "weight_gradient": (y, x)}
+    given = {"forward": (x, w, None, y, h), "input_gradient": (y, [w], torch.empty(6, 32)), "weight_gradients": (y, x)}
     spoilers = {
         "dtype": torch.Tensor.double, "device": lambda t: t.to("meta"), "narrower": lambda t: t[:, :-1].contiguous()
     }  # fmt: skip
     for name, arguments in given.items():
         function = getattr(products, name)
-        more = {"want_bias": True} if name == "weight_gradient" else {}
+        more = {"want_weights": [True], "want_biases": [True]} if name == "weight_gradients" else {}
         function(*arguments, **more)
         for place, t in enumerate(arguments):
             for what, spoil in spoilers.items():
-                if t is None or (name, place, what) == ("weight_gradient", 0, "narrower"):  # 47 columns: see below
+                if t is None or (name, place, what) == ("weight_gradients", 0, "narrower"):  # 47 columns: see below
                     continue
                 spoilt = [*arguments]
                 spoilt[place] = [spoil(t[0])] if isinstance(t, list) else spoil(t)
@@ -236,7 +236,7 @@ def test_what_does_not_fit_is_refused():
                     function(*spoilt, **more)
     for width in (47, 8):
         with pytest.raises(ValueError, match="multiple of 16"):
-            products.weight_gradient(y[:, :width], x, False)
+            products.weight_gradients(y[:, :width], x, [True], [False])
         with pytest.raises(ValueError, match="multiple of 16"):
             products.forward(x, w[:width], None, y[:, :width].contiguous())
     with pytest.raises(ValueError, match="multiple of 16"):

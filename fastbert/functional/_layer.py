@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..kernels._layer import LayerOptions, LayerWeights
+from ..kernels.cpu import encoder_layer as cpu_encoder_layer
 from ._choice import Impl, choose_impl, triton_module
 from ._expect import expect_dropout, expect_integers
 
@@ -34,8 +35,9 @@ def encoder_layer(
         x = LayerNorm(dropout(attention(x)) + x);  x = LayerNorm(dropout(feed_forward(x)) + x)
 
     The Triton kernels have it, for plain tensors of one dtype, outside of autocast, torch.compile, tracing and whatever
-    else follows or changes single operators. The bits of x are those of the operators one by one, its gradient is as
-    close. Second derivatives are refused.
+    else follows or changes single operators, and refuse second derivatives. On a CPU the C++ operators have it for
+    training: where gradients are on, `options.fold` is and every bias is there, under autocast to bfloat16 too. The
+    bits of x are those of the operators one by one, its gradient is as close.
 
     Args:
         x: [T, C].
@@ -44,9 +46,10 @@ def encoder_layer(
         qkv: gives query, key and value joined, weight [3A, C] and bias [3A]; called where no gradient is recorded, so
             that the caller may keep them from pass to pass. By default they are joined anew.
     """
-    if choose_impl(impl, x.device) != "triton":
+    chosen = choose_impl(impl, x.device)
+    if chosen not in ("triton", "native"):
         return None
-    module = triton_module("encoder_layer")
+    module = triton_module("encoder_layer") if chosen == "triton" else cpu_encoder_layer
     taken = module.takes(x, weights, options)
     if not taken:
         return None
@@ -58,6 +61,10 @@ def encoder_layer(
     if row_ids is not None:
         expect_integers("encoder_layer", "row_ids", row_ids, x.shape[0])
     expect_integers("encoder_layer", "sequence_ids", sequence_ids, cu_seqlens.shape[0] - 1)
+    if chosen == "native":
+        return module.encoder_layer(
+            x, weights, cu_seqlens.contiguous(), options, seed=seed, row_ids=row_ids, sequence_ids=sequence_ids
+        )
     return module.encoder_layer(
         x, weights, cu_seqlens.contiguous(), max_seqlen, options,
         schedule=schedule, seed=seed, row_ids=row_ids, sequence_ids=sequence_ids, taken=taken, qkv=qkv,

@@ -127,7 +127,9 @@ def as_one_operator(
     x: Tensor, layer: Layer, drops: Drops, shared: Pass, index: int, training: bool
 ) -> Tensor | None:  # fmt: skip
     """A post-norm layer by `functional.encoder_layer`; None where that does not stand for it."""
-    if torch.compiler.is_compiling() or F.choose_impl(shared.impl, x.device) != "triton":
+    if torch.compiler.is_compiling() or (impl := F.choose_impl(shared.impl, x.device)) == "reference":
+        return None
+    if impl == "native" and not (training and torch.is_grad_enabled()):
         return None
     if layer.activation_name is None or layer.gated or drops.inner > 0.0 or not shared.is_plain():
         return None

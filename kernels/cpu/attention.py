@@ -111,6 +111,7 @@ def attention_backward(
         address("o", o, q.dtype, q.numel()),
         address("softmax_stats", softmax_stats, torch.float32, 2 * q.shape[0] * q.shape[1]),
         *(address(f"d{name}", grad, q.dtype, grad.numel()) for name, grad in zip("qkv", grads, strict=True)),
+        *(grad.shape[1] * grad.shape[2] for grad in grads[:2]),
     )
     strides = do.stride()[:2]
     _attend(

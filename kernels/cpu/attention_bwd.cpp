@@ -170,8 +170,9 @@ void lay_out_keys(
 template <class T>
 void block_of_queries(
     Memory<T>& m, const typename T::Element* q, int64_t q_token, const typename T::Element* d_o, int64_t do_token,
-    const typename T::Element* o, typename T::Element* dq, int64_t o_token, const float* shifts, const float* factors,
-    int queries, int query, int length, int head_dim, Window window, float scale, const Dropout* dropout
+    const typename T::Element* o, int64_t o_token, typename T::Element* dq, int64_t dq_token, const float* shifts,
+    const float* factors, int queries, int query, int length, int head_dim, Window window, float scale,
+    const Dropout* dropout
 ) {
     const int columns = round_up(queries, WIDTH), lanes = head_dim / T::PER_LANE;
     const int query_lanes = (queries + T::PER_LANE - 1) / T::PER_LANE;
@@ -218,7 +219,7 @@ void block_of_queries(
             QUERIES, (keys + T::PER_LANE - 1) / T::PER_LANE, m.dq, QUERIES, head_dim, columns
         );
     }
-    store_columns<T>(m.dq, queries, head_dim, scale, dq, o_token);
+    store_columns<T>(m.dq, queries, head_dim, scale, dq, dq_token);
 }
 
 template <class T>
@@ -226,13 +227,14 @@ int backward(
     const typename T::Element* d_o, const typename T::Element* q, const typename T::Element* k,
     const typename T::Element* v, const typename T::Element* o, const float* softmax_stats,  // in
     typename T::Element* dq, typename T::Element* dk, typename T::Element* dv,                         // out
-    const int32_t* starts, const int32_t* starts_k, int sequences, int64_t tokens, int64_t tokens_k, int heads,
-    int kv_heads, int head_dim, int64_t do_token, int64_t do_head, int64_t q_token, int64_t q_head, int64_t k_token,
-    int64_t k_head, int64_t v_token, int64_t v_head, Window window, float scale, const Dropout* dropout
+    int64_t dq_token, int64_t dk_token, const int32_t* starts, const int32_t* starts_k, int sequences, int64_t tokens,
+    int64_t tokens_k, int heads, int kv_heads, int head_dim, int64_t do_token, int64_t do_head, int64_t q_token,
+    int64_t q_head, int64_t k_token, int64_t k_head, int64_t v_token, int64_t v_head, Window window, float scale,
+    const Dropout* dropout
 ) {
     if (!are_sequences(starts, sequences, tokens) || !are_sequences(starts_k, sequences, tokens_k))
         return NOT_SEQUENCES;
-    const int64_t o_token = (int64_t)heads * head_dim, k_row = (int64_t)kv_heads * head_dim;
+    const int64_t o_token = (int64_t)heads * head_dim;
     const int group = heads / kv_heads;
     bool failed = false;
 #pragma omp parallel for collapse(2) schedule(dynamic)
@@ -254,7 +256,7 @@ int backward(
             for (int head = kv_head * group; head < (kv_head + 1) * group; ++head)
                 for (int row = 0; row < rows; row += QUERIES) {
                     const int queries = std::min(QUERIES, rows - row);
-                    const int64_t token = start + row, of_o = token * o_token + (int64_t)head * head_dim;
+                    const int64_t token = start + row, of_head = (int64_t)head * head_dim;
                     const float* shifts = softmax_stats + head * tokens + token;
                     if (dropout)
                         for (int i = 0; i < queries; ++i) {
@@ -263,30 +265,32 @@ int backward(
                         }
                     block_of_queries(
                         m, q + token * q_token + head * q_head, q_token, d_o + token * do_token + head * do_head,
-                        do_token, o + of_o, dq + of_o, o_token, shifts, shifts + heads * tokens, queries, row, length,
-                        head_dim, window, scale, dropout
+                        do_token, o + token * o_token + of_head, o_token, dq + token * dq_token + of_head, dq_token, shifts,
+                        shifts + heads * tokens, queries, row, length, head_dim, window, scale, dropout
                     );
                 }
-            const int64_t of_k = start_k * k_row + (int64_t)kv_head * head_dim;
-            store_rows<T>(m.dk, length, head_dim, scale, dk + of_k, k_row);
-            store_rows<T>(m.dv, length, head_dim, dropout ? dropout->scale : 1.0f, dv + of_k, k_row);
+            const int64_t of_k = start_k * dk_token + (int64_t)kv_head * head_dim;
+            store_rows<T>(m.dk, length, head_dim, scale, dk + of_k, dk_token);
+            store_rows<T>(m.dv, length, head_dim, dropout ? dropout->scale : 1.0f, dv + of_k, dk_token);
         }
     return failed ? NO_MEMORY : DONE;
 }
 
 }  // namespace
 
+// dq_token, dk_token: how far the rows of dq, and of dk and dv, lie apart.
 #define EXPORT_FOR(T, name)                                                                                        \
     EXPORT int attention_backward_##name(                                                                          \
         const T::Element* d_o, const T::Element* q, const T::Element* k, const T::Element* v, const T::Element* o, \
-        const float* softmax_stats, T::Element* dq, T::Element* dk, T::Element* dv, const int32_t* starts,         \
-        const int32_t* starts_k, int sequences, int64_t tokens, int64_t tokens_k, int heads, int kv_heads,         \
-        int head_dim, int64_t do_token, int64_t do_head, int64_t q_token, int64_t q_head, int64_t k_token,         \
-        int64_t k_head, int64_t v_token, int64_t v_head, int left, int right, float scale, const Dropout* dropout  \
+        const float* softmax_stats, T::Element* dq, T::Element* dk, T::Element* dv, int64_t dq_token,              \
+        int64_t dk_token, const int32_t* starts, const int32_t* starts_k, int sequences, int64_t tokens,           \
+        int64_t tokens_k, int heads, int kv_heads, int head_dim, int64_t do_token, int64_t do_head,                \
+        int64_t q_token, int64_t q_head, int64_t k_token, int64_t k_head, int64_t v_token, int64_t v_head,         \
+        int left, int right, float scale, const Dropout* dropout                                                   \
     ) {                                                                                                            \
-        return backward<T>(d_o, q, k, v, o, softmax_stats, dq, dk, dv, starts, starts_k, sequences, tokens,        \
-                           tokens_k, heads, kv_heads, head_dim, do_token, do_head, q_token, q_head, k_token,       \
-                           k_head, v_token, v_head, Window{left, right}, scale, dropout);                          \
+        return backward<T>(d_o, q, k, v, o, softmax_stats, dq, dk, dv, dq_token, dk_token, starts, starts_k,       \
+                           sequences, tokens, tokens_k, heads, kv_heads, head_dim, do_token, do_head, q_token,     \
+                           q_head, k_token, k_head, v_token, v_head, Window{left, right}, scale, dropout);         \
     }
 
 EXPORT_FOR(Float32, float32)

@@ -5,7 +5,7 @@ what this CPU can run is ever opened, so that no code of the others is reached: 
 own library, of which a linker would keep one for all. `setup.py` builds the libraries by this file and `operators.py`
 opens them by this file. Two stamps are compiled in, since ctypes does not notice an old build:
 
-    interface   what Python expects of the library: DTYPES, DROPOUT_FIELDS and the constants that size memory
+    interface   what Python expects of the library: DTYPES, the fields of structures and the constants that size memory
     sources     every .cpp and .h in this folder, at any depth, FLAGS and INSTRUCTIONS; compared where the sources lie
                 beside the library, as in a checkout. A wheel has none of them, so there nothing is read.
 
@@ -49,6 +49,18 @@ HEADER = "operators.h"  # declares all of them
 C_TYPES = {"int": "i", "int64_t": "l", "uint32_t": "u", "uint64_t": "U", "float": "f", "void": "v"}
 # The structure that the last argument of `attention` points to.
 DROPOUT_FIELDS = (("sequence_ids", "p"), ("seed", "U"), ("stream", "U"), ("threshold", "u"), ("scale", "f"))
+# The structure that describes a layer in training.
+LAYER_FIELDS = tuple(
+    (name, letter)
+    for letter, names in (
+        ("p", "starts sequence_ids row_ids"),
+        ("U", "seed probs_stream out_stream down_stream"),
+        ("u", "probs_threshold out_threshold down_threshold"),
+        ("f", "probs_scale out_scale down_scale out_eps down_eps attention_scale"),
+        ("i", "sequences rows width attended inner heads activation wide"),
+    )
+    for name in names.split()
+)
 
 
 class UnusableLibrary(Exception):
@@ -72,7 +84,8 @@ def sources_stamp(folder: Path) -> str | None:
 
 def interface_stamp() -> str:
     """What Python expects of the library, as 16 hexadecimal digits."""
-    expected = (DTYPES, DROPOUT_FIELDS, WIDTH, NORM_BLOCK, LOSS_ROWS, UNBOUNDED, NO_MEMORY, UP_ROWS, INT8_PANEL)
+    sizes = (WIDTH, NORM_BLOCK, LOSS_ROWS, UNBOUNDED, NO_MEMORY, UP_ROWS, INT8_PANEL)
+    expected = (DTYPES, DROPOUT_FIELDS, LAYER_FIELDS, *sizes)
     return hashlib.sha256(repr(expected).encode()).hexdigest()[:16]
 
 

@@ -47,10 +47,10 @@ int forward(
 }
 
 // dy [rows, count * columns]: side by side what belongs to each of `count` weights [columns, inner]. D: what dx is of.
-// h [rows, inner], or null where no activation is between; then a, or null, gets activation(h).
+// adds: to what dx holds. h [rows, inner], or null where no activation is between; then a, or null, gets activation(h).
 template <class T, class W, class D>
 int input_gradient(
-    const typename T::Element* dy, int64_t dy_stride, const void* const* weights, int count, D* dx,
+    const typename T::Element* dy, int64_t dy_stride, const void* const* weights, int count, D* dx, bool adds,
     const typename T::Element* h, typename T::Element* a, int rows, int columns, int inner, int activation
 ) {
     auto weight = [&](int i) { return (const W*)weights[i]; };
@@ -76,32 +76,37 @@ int input_gradient(
                 if (a) T::store(a + at, activated.y);
                 sums *= activated.slope;
             }
-            store(dx + at, sums);
+            store(dx + at, adds ? load(dx + at) + sums : sums);
         }
     );
 }
 
 constexpr int TOKEN_LANES = 512;  // that are multiplied at a time: a panel of them stays in the second cache
 
-// x [rows, inner] contiguous; dbias may be null. Every sum is one thread's, so its order is always the same.
-template <class T>
+// dy [rows, count * columns]: side by side what belongs to each of `count` weights [columns, inner], of which any dweight
+// and dbias may be null. x [rows, inner] of X, contiguous. Every sum is one thread's, so its order is always the same.
+template <class T, class X>
 int weight_gradient(
-    const typename T::Element* dy, int64_t dy_stride, const typename T::Element* x, float* dweight, float* dbias,
-    int rows, int columns, int inner
+    const typename T::Element* dy, int64_t dy_stride, const X* x, float* const* dweights, float* const* dbiases,
+    int count, int rows, int columns, int inner
 ) {
     using Element = typename T::Element;
     constexpr int TOKENS = TOKEN_LANES * T::PER_LANE;  // of a block
     const int most = std::min(TOKENS, round_up(rows, WIDTH * T::PER_LANE)) / T::PER_LANE;
     const int64_t stride = most + WIDTH;  // lanes; a power of two would put all rows into the same sets of the cache
-    if (!transposed.reserve(sizeof(float) * columns * stride)) return NO_MEMORY;
+    const int all = count * columns;
+    if (!transposed.reserve(sizeof(float) * all * stride)) return NO_MEMORY;
     float* of_columns = (float*)transposed.memory;  // dy^T of a block [columns, lanes], from any thread
     bool failed = false;
     for (int first = 0; first < rows; first += TOKENS) {
         const int tokens = std::min(TOKENS, rows - first), lanes = (tokens + T::PER_LANE - 1) / T::PER_LANE;
-        const Element *of_dy = dy + first * dy_stride, *of_x = x + (int64_t)first * inner;
+        const Element* of_dy = dy + first * dy_stride;
+        const X* of_x = x + (int64_t)first * inner;
 #pragma omp parallel for schedule(static)
-        for (int column = 0; column < columns; column += WIDTH) {
-            Floats total = first && dbias ? load(dbias + column) : floats(0.0f);
+        for (int column = 0; column < all; column += WIDTH) {
+            float* dbias = dbiases[column / columns];
+            if (dbias) dbias += column % columns;
+            Floats total = first && dbias ? load(dbias) : floats(0.0f);
             for (int lane = 0; lane < lanes; lane += WIDTH) {
                 Ints r[WIDTH];
                 Floats part = floats(0.0f);
@@ -122,26 +127,34 @@ int weight_gradient(
                 transpose(r);
                 for (int i = 0; i < WIDTH; ++i) store_ints(of_columns + (column + i) * stride + lane, r[i]);
             }
-            if (dbias) store(dbias + column, total);
+            if (dbias) store(dbias, total);
         }
-        failed |= multiply_rows<T>(
-            (const Element*)of_columns, stride * T::PER_LANE, columns, inner, lanes,
-            [&](int column, int registers, float* panel) {
-                lay_out<T>(of_x + column, inner, tokens, registers, panel);
-            },
-            [](int, int, int, int) {},
-            [&](int row, int column, Floats sums) {
-                float* to = dweight + (int64_t)row * inner + column;
-                store(to, first ? load(to) + sums : sums);
-            }
-        );
+        for (int i = 0; i < count; ) {
+            // neighbours whose weights all want a gradient go through the panels together
+            int end = i;
+            while (end < count && dweights[end]) ++end;
+            if (end > i)
+                failed |= multiply_rows<T>(
+                    (const Element*)(of_columns + (int64_t)i * columns * stride), stride * T::PER_LANE,
+                    (end - i) * columns, inner, lanes,
+                    [&](int column, int registers, float* panel) {
+                        lay_out<T>(of_x + column, inner, tokens, registers, panel);
+                    },
+                    [](int, int, int, int) {},
+                    [&](int row, int column, Floats sums) {
+                        float* to = dweights[i + row / columns] + (int64_t)(row % columns) * inner + column;
+                        store(to, first ? load(to) + sums : sums);
+                    }
+                );
+            i = end + 1;
+        }
     }
     return failed ? NO_MEMORY : DONE;
 }
 
 }  // namespace
 
-// wide: the weight and its bias are float32; wide_dx: dx is.
+// wide: the weight and its bias are float32; wide_dx, wide_x: dx or x is.
 #define EXPORT_FOR(T, name)                                                                                            \
     EXPORT int linear_forward_##name(                                                                                  \
         const T::Element* x, const void* weight, const void* bias, int wide, T::Element* y, int64_t y_stride,          \
@@ -155,21 +168,23 @@ int weight_gradient(
     }                                                                                                                  \
     EXPORT int linear_input_gradient_##name(                                                                           \
         const T::Element* dy, int64_t dy_stride, const void* const* weights, int count, int wide, void* dx,            \
-        int wide_dx, const T::Element* h, T::Element* a, int rows, int columns, int inner, int activation              \
+        int wide_dx, int adds, const T::Element* h, T::Element* a, int rows, int columns, int inner, int activation    \
     ) {                                                                                                                \
         const auto of = [&](auto like_weight, auto like_dx) {                                                          \
             return input_gradient<T, decltype(like_weight)>(                                                           \
-                dy, dy_stride, weights, count, (decltype(like_dx)*)dx, h, a, rows, columns, inner, activation          \
+                dy, dy_stride, weights, count, (decltype(like_dx)*)dx, adds, h, a, rows, columns, inner, activation    \
             );                                                                                                         \
         };                                                                                                             \
         if (wide) return wide_dx ? of(float(), float()) : of(float(), T::Element());                                   \
         return wide_dx ? of(T::Element(), float()) : of(T::Element(), T::Element());                                   \
     }                                                                                                                  \
     EXPORT int linear_weight_gradient_##name(                                                                          \
-        const T::Element* dy, int64_t dy_stride, const T::Element* x, float* dweight, float* dbias, int rows,          \
-        int columns, int inner                                                                                         \
+        const T::Element* dy, int64_t dy_stride, const void* x, int wide_x, float* const* dweights,                    \
+        float* const* dbiases, int count, int rows, int columns, int inner                                             \
     ) {                                                                                                                \
-        return weight_gradient<T>(dy, dy_stride, x, dweight, dbias, rows, columns, inner);                             \
+        if (wide_x)                                                                                                    \
+            return weight_gradient<T>(dy, dy_stride, (const float*)x, dweights, dbiases, count, rows, columns, inner); \
+        return weight_gradient<T>(dy, dy_stride, (const T::Element*)x, dweights, dbiases, count, rows, columns, inner); \
     }
 
 EXPORT_FOR(Float32, float32)

@@ -45,6 +45,17 @@ struct Int8Layer {
     int64_t heads;  // fewer than the width has room for, where some were pruned
 };
 
+// A post-norm layer in training; sizes, lengths and what is dropped. `wide`: x, y and all parameters, and the gradients of
+// x and y, are float32, whatever the products are of. `cpu/encoder_layer.py` fills this in.
+struct TrainedLayer {
+    const int32_t* starts;               // [sequences + 1]
+    const int64_t *sequence_ids, *row_ids;  // [sequences], [rows], for dropout; null where nothing is dropped
+    uint64_t seed, probs_stream, out_stream, down_stream;
+    uint32_t probs_threshold, out_threshold, down_threshold;  // 0: nothing is dropped there
+    float probs_scale, out_scale, down_scale, out_eps, down_eps, attention_scale;
+    int sequences, rows, width, attended, inner, heads, activation, wide;  // attended: heads times head_dim
+};
+
 #define DECLARE(Element, name)                                                                                 \
     EXPORT int attention_##name(                                                                               \
         const Element* q, const Element* k, const Element* v, Element* o, float* softmax_stats,                \
@@ -55,11 +66,11 @@ struct Int8Layer {
     );                                                                                                         \
     EXPORT int attention_backward_##name(                                                                      \
         const Element* d_o, const Element* q, const Element* k, const Element* v, const Element* o,            \
-        const float* softmax_stats, Element* dq, Element* dk, Element* dv, const int32_t* starts,              \
-        const int32_t* starts_k, int sequences, int64_t tokens, int64_t tokens_k, int heads, int kv_heads,     \
-        int head_dim, int64_t do_token, int64_t do_head, int64_t q_token, int64_t q_head, int64_t k_token,     \
-        int64_t k_head, int64_t v_token, int64_t v_head, int left, int right, float scale,                     \
-        const Dropout* dropout                                                                                 \
+        const float* softmax_stats, Element* dq, Element* dk, Element* dv, int64_t dq_token,                   \
+        int64_t dk_token, const int32_t* starts, const int32_t* starts_k, int sequences, int64_t tokens,       \
+        int64_t tokens_k, int heads, int kv_heads, int head_dim, int64_t do_token, int64_t do_head,            \
+        int64_t q_token, int64_t q_head, int64_t k_token, int64_t k_head, int64_t v_token, int64_t v_head,     \
+        int left, int right, float scale, const Dropout* dropout                                               \
     );                                                                                                         \
     EXPORT int disentangled_attention_##name(                                                                  \
         const Element* q, const Element* k, const Element* v, const Element* pk, const Element* pq,            \
@@ -117,11 +128,11 @@ struct Int8Layer {
     );                                                                                                         \
     EXPORT int linear_input_gradient_##name(                                                                   \
         const Element* dy, int64_t dy_stride, const void* const* weights, int count, int wide, void* dx,       \
-        int wide_dx, const Element* h, Element* a, int rows, int columns, int inner, int activation            \
+        int wide_dx, int adds, const Element* h, Element* a, int rows, int columns, int inner, int activation  \
     );                                                                                                         \
     EXPORT int linear_weight_gradient_##name(                                                                  \
-        const Element* dy, int64_t dy_stride, const Element* x, float* dweight, float* dbias, int rows,        \
-        int columns, int inner                                                                                 \
+        const Element* dy, int64_t dy_stride, const void* x, int wide_x, float* const* dweights,               \
+        float* const* dbiases, int count, int rows, int columns, int inner                                     \
     );                                                                                                         \
     EXPORT void adamw_##name(                                                                                  \
         const void* const* pointers, const int64_t* sizes, const float* numbers, int count                     \
@@ -163,6 +174,14 @@ struct Int8Layer {
     EXPORT int encoder_layers_##name(                                                                          \
         Element* x, const Layer<Element>* layers, int count, const int32_t* starts, int sequences, int rows,   \
         int width, int inner, int heads, int activation, float eps, int in_one_way, Element* work              \
+    );                                                                                                         \
+    EXPORT int64_t encoder_layer_bytes_##name(const TrainedLayer* layer, int what);                            \
+    EXPORT int encoder_layer_forward_##name(                                                                   \
+        const TrainedLayer* layer, const void* x, const void* const* weights, void* y, void* saved, void* work \
+    );                                                                                                         \
+    EXPORT int encoder_layer_backward_##name(                                                                  \
+        const TrainedLayer* layer, const void* dy, const void* x, const void* const* weights,                  \
+        const void* saved, float* const* gradients, void* dx, int want_dx, void* work                          \
     );
 
 DECLARE(float, float32)

@@ -125,25 +125,36 @@ def input_gradient(
     failed = cpp.call(
         "linear_input_gradient", dtype, strided_address("dy", dy, dtype, (rows, count * columns)), dy.stride(0),
         where.buffer_info()[0], count, cpp.is_wide("weight", of_weights, dtype), address("dx", dx, dx.dtype, size),
-        cpp.is_wide("dx", dx.dtype, dtype), address_or_none("h", h, dtype, size), address_or_none("a", a, dtype, size),
-        rows, columns, inner, cpp.ACTIVATION_NUMBERS.get(activation, 0),
+        cpp.is_wide("dx", dx.dtype, dtype), False, address_or_none("h", h, dtype, size),
+        address_or_none("a", a, dtype, size), rows, columns, inner, cpp.ACTIVATION_NUMBERS.get(activation, 0),
     )  # fmt: skip
     _ran(failed, count * columns)
 
 
-def weight_gradient(dy: Tensor, x: Tensor, want_bias: bool) -> tuple[Tensor, Tensor | None]:
-    """dy^T x [N, K] and, if wanted, the sums of dy [N], in float32: dy [M, N], whose rows may lie apart, x [M, K]."""
-    (rows, columns), inner, dtype = dy.shape, x.shape[1], dy.dtype
+def weight_gradients(
+    dy: Tensor, x: Tensor, want_weights: Sequence[bool], want_biases: Sequence[bool]
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """For each of several weights that x was multiplied with: part^T x [N, K] and the sums of part [N], in float32, of
+    its columns of dy [M, sum of N], whose rows may lie apart; None where it is not wanted. x [M, K]: of dy's dtype, or
+    float32, which is rounded to that."""
+    count, (rows, width), inner, dtype = len(want_weights), dy.shape, x.shape[1], dy.dtype
+    columns = width // count
     _expect_sizes("linear_weight_gradient", columns, inner, dtype)
-    dweight = torch.empty(columns, inner, dtype=torch.float32, device="cpu")
-    dbias = torch.empty(columns, dtype=torch.float32, device="cpu") if want_bias else None
+    dweights, dbiases = (
+        [torch.empty(shape, dtype=torch.float32, device="cpu") if wanted else None for wanted in wants]
+        for wants, shape in ((want_weights, (columns, inner)), (want_biases, (columns,)))
+    )
+    of_weights, of_biases = (
+        array("Q", [address_or_none(name, t, torch.float32, size) or 0 for t in tensors])
+        for name, tensors, size in (("dweight", dweights, columns * inner), ("dbias", dbiases, columns))
+    )
     failed = cpp.call(
-        "linear_weight_gradient", dtype, strided_address("dy", dy, dtype, (rows, columns)), dy.stride(0),
-        address("x", x, dtype, rows * inner), address("dweight", dweight, torch.float32, columns * inner),
-        address_or_none("dbias", dbias, torch.float32, columns), rows, columns, inner,
+        "linear_weight_gradient", dtype, strided_address("dy", dy, dtype, (rows, count * columns)), dy.stride(0),
+        address("x", x, x.dtype, rows * inner), cpp.is_wide("x", x.dtype, dtype), of_weights.buffer_info()[0],
+        of_biases.buffer_info()[0], count, rows, columns, inner,
     )  # fmt: skip
     _ran(failed, rows)
-    return dweight, dbias
+    return dweights, dbiases
 
 
 # ---- with gradients --------------------------------------------------------------------------------------
@@ -183,13 +194,19 @@ def _input_gradient(dy: Tensor, weights: Sequence[Tensor], x: Tensor) -> Tensor:
 
 
 def _weight_gradients(
-    dy: Tensor, x: Tensor, weight: Tensor, want_weight: bool, want_bias: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """Of weight and bias, which are of one dtype."""
-    if want_weight:
-        dweight, dbias = weight_gradient(dy, x, want_bias)
-        return dweight.to(weight.dtype), None if dbias is None else dbias.to(weight.dtype)
-    return None, dy.sum(0, dtype=torch.float32).to(weight.dtype) if want_bias else None
+    dy: Tensor, x: Tensor, dtype: torch.dtype, want_weights: Sequence[bool], want_biases: Sequence[bool]
+) -> list[Tensor | None]:
+    """Of the weights, and then of the biases, in `dtype`, which is theirs. x [..., K] as it came."""
+    if any(want_weights):
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        dweights, dbiases = weight_gradients(dy, rows, want_weights, want_biases)
+    else:
+        dweights, parts = [None] * len(want_weights), dy.chunk(len(want_biases), dim=1)
+        dbiases = [
+            part.sum(0, dtype=torch.float32) if wanted else None
+            for part, wanted in zip(parts, want_biases, strict=True)
+        ]
+    return _cast(dtype, *dweights, *dbiases)
 
 
 class _Linears(torch.autograd.Function):
@@ -209,7 +226,7 @@ class _Linears(torch.autograd.Function):
     def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
         (x, *parameters), dtype, (_, *wanted) = ctx.saved_tensors, ctx.dtype, ctx.needs_input_grad
         count = len(parameters) // 2
-        weights, width = parameters[:count], len(parameters[0])
+        weights = parameters[:count]
 
         if by_torch(dy):
 
@@ -222,17 +239,7 @@ class _Linears(torch.autograd.Function):
 
         dy = _rows_of(dy, dtype)
         dx = _input_gradient(dy, weights, x) if wanted[0] else None
-        rows = _rows_of(x, dtype) if any(wanted[1 : 1 + count]) else None
-        dweights, dbiases = zip(
-            *(
-                _weight_gradients(part, rows, weight, want_weight, want_bias)
-                for part, weight, want_weight, want_bias in zip(
-                    dy.split(width, dim=1), weights, wanted[1 : 1 + count], wanted[1 + count :], strict=True
-                )
-            ),
-            strict=True,
-        )
-        return None, dx, *dweights, *dbiases
+        return None, dx, *_weight_gradients(dy, x, weights[0].dtype, wanted[1 : 1 + count], wanted[1 + count :])
 
 
 class _LinearAct(torch.autograd.Function):
@@ -263,8 +270,7 @@ class _LinearAct(torch.autograd.Function):
             leaf = h.detach().requires_grad_()
             (dh,) = torch.autograd.grad(activate(leaf, ctx.activation), leaf, _rows_of(dy, dtype))
         dx = _input_gradient(dh, [weight], x) if wanted[0] else None
-        rows = _rows_of(x, dtype) if wanted[1] else None
-        return None, None, dx, *_weight_gradients(dh, rows, weight, *wanted[1:])
+        return None, None, dx, *_weight_gradients(dh, x, weight.dtype, wanted[1:2], wanted[2:])
 
 
 class _FeedForward(torch.autograd.Function):
@@ -298,7 +304,7 @@ class _FeedForward(torch.autograd.Function):
         dy = _rows_of(dy, dtype)
         dh, a = torch.empty_like(h), torch.empty_like(h) if want_down else None
         input_gradient(dy, [down], dh, h, a, ctx.activation)
-        ddown, ddown_bias = _weight_gradients(dy, a, down, want_down, want_down_bias)
-        dup, dup_bias = _weight_gradients(dh, _rows_of(x, dtype), up, want_up, want_up_bias)
+        ddown, ddown_bias = _weight_gradients(dy, a, down.dtype, [want_down], [want_down_bias])
+        dup, dup_bias = _weight_gradients(dh, x, up.dtype, [want_up], [want_up_bias])
         dx = _input_gradient(dh, [up], x) if want_x else None
         return None, None, dx, dup, dup_bias, ddown, ddown_bias

@@ -1,0 +1,256 @@
+"""A post-norm encoder layer for training on a CPU as one autograd node: one call of C++ forward and one backward.
+
+layer_training.cpp has the equations, and what is saved. The operators are those of `products.py`, `attention.py` and
+`norm.py`, and so are the bits in float32 and under autocast; of a model in bfloat16 the two residual gradients are
+added before they are rounded, not after. What is saved between the passes is what those operators save.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from array import array
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from .. import native
+from .._layer import LayerOptions, LayerWeights
+from .._library import apply_unwatched, by_torch, plain_gradients
+from .._random import keep_threshold
+from . import library, products
+from . import operators as cpp
+from .library import NO_MEMORY, WIDTH
+from .pointers import PLAIN, address, address_of_starts, addresses
+
+SAVED, FORWARD, BACKWARD = range(3)  # what `encoder_layer_bytes` tells the bytes of
+
+
+class Names(NamedTuple):
+    """Of a batch: cu_seqlens [B + 1] int32, and what tells its dropout masks apart, None where nothing is dropped:
+    sequence_ids [B] and row_ids [T] int64."""
+
+    cu_seqlens: Tensor
+    sequence_ids: Tensor | None
+    row_ids: Tensor | None
+
+
+class _Layer(ctypes.Structure):
+    """A layer's sizes, lengths and dropouts, as the C++ takes them."""
+
+    _fields_ = tuple((name, library.TYPES[letter]) for name, letter in library.LAYER_FIELDS)
+
+
+# ---- which layers ----------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(256)
+def _fits(width: int, shapes: tuple[torch.Size, ...], heads: int, multiple: int) -> bool:
+    """Are these the shapes of a layer whose input is `width` wide, with sizes that the products have?"""
+    of = LayerWeights(*shapes)
+    attended, inner = of.query[0], of.up[0]
+    return (
+        shapes == tuple(map(torch.Size, layer_shapes(width, attended, inner)))
+        and all(size > 0 and size % multiple == 0 for size in (width, attended, inner))
+        and attended % (heads * WIDTH) == 0
+    )
+
+
+def layer_shapes(width: int, attended: int, inner: int) -> list[tuple[int, ...]]:
+    """Of the tensors of `LayerWeights`."""
+    of_qkv, vector = [(attended, width), (attended,)] * 3, (width,)
+    return [*of_qkv, (width, attended), vector, vector, vector, (inner, width), (inner,), (width, inner), *[vector] * 3]
+
+
+def takes(x: Tensor, weights: LayerWeights, options: LayerOptions) -> bool:
+    """Whether `encoder_layer` stands for the operators: x or attention wants a gradient, all operators would be in C++,
+    and every bias is there. What follows single operators would not see these."""
+    if not options.fold or options.activation not in cpp.ACTIVATION_NUMBERS or any(t is None for t in weights):
+        return False
+    if not products.takes(x, weights[:6:2], weights[1:6:2], options.activation) or x.dtype != weights.query.dtype:
+        return False
+    if x.dim() != 2 or not x.is_contiguous():
+        return False
+    if not all(type(t) in PLAIN and t.is_cpu and t.dtype is x.dtype and t.is_contiguous() for t in weights[6:]):
+        return False
+    multiple = WIDTH * 4 // products.dtype_of(x).itemsize
+    return _fits(x.shape[1], tuple(t.shape for t in weights), options.heads, multiple)
+
+
+# ---- the calls -------------------------------------------------------------------------------------------
+
+
+def _described(
+    x: Tensor, weights: LayerWeights, names: Names, options: LayerOptions, seed: int, dtype: torch.dtype
+) -> _Layer:
+    """Raises: ValueError on sizes that the C++ does not have."""
+    attended, width = weights.query.shape
+    for what, size in (("width", width), ("width of attention", attended), ("inner width", len(weights.up))):
+        cpp.expect_multiple("encoder_layer", f"the {what}", size, WIDTH * 4 // dtype.itemsize)
+    if options.heads < 1 or attended % (options.heads * WIDTH):
+        raise ValueError(f"encoder_layer: {options.heads} heads do not fit attention of width {attended}")
+    drops, rows = (options.probs_p, options.out_p, options.down_p), len(x)
+    if max(drops) > 0.0 and (names.sequence_ids is None or names.row_ids is None):
+        raise ValueError("encoder_layer: dropout needs sequence_ids and row_ids")
+    starts, sequences = address_of_starts("cu_seqlens", names.cu_seqlens)
+    of_names = (
+        None if t is None else address(name, t, torch.int64, count)
+        for name, t, count in (("sequence_ids", names.sequence_ids, sequences), ("row_ids", names.row_ids, rows))
+    )
+    return _Layer(
+        starts, *of_names, seed, options.probs_stream, options.out_stream, options.down_stream,
+        *map(keep_threshold, drops), *(1.0 / (1.0 - p) for p in drops), options.out_eps, options.down_eps,
+        (attended // options.heads) ** -0.5, sequences, rows, width, attended, len(weights.up), options.heads,
+        cpp.ACTIVATION_NUMBERS[options.activation], cpp.is_wide("x", x.dtype, dtype),
+    )  # fmt: skip
+
+
+def _bytes(layer: _Layer, dtype: torch.dtype, what: int) -> int:
+    return cpp.call("encoder_layer_bytes", dtype, ctypes.addressof(layer), what)
+
+
+def _memory(layer: _Layer, dtype: torch.dtype, what: int) -> Tensor:
+    """Of which the C++ makes its tensors."""
+    return torch.empty(_bytes(layer, dtype, what), dtype=torch.uint8, device="cpu")
+
+
+def _addresses_of(weights: LayerWeights) -> array:
+    attended, width = weights.query.shape
+    found = addresses(weights, weights.query.dtype, layer_shapes(width, attended, len(weights.up)))
+    if found is None:
+        raise ValueError("encoder_layer: the weights must be contiguous on the CPU and have the shapes of a layer")
+    return found
+
+
+def _ran(outcome: int, rows: int, cu_seqlens: Tensor) -> None:
+    if outcome == NO_MEMORY:
+        raise MemoryError(f"encoder_layer: no memory beside {rows} rows")
+    if outcome:
+        raise ValueError(f"encoder_layer: cu_seqlens must rise from 0 to {rows}, got {cu_seqlens.tolist()}")
+
+
+def forward(
+    x: Tensor, weights: LayerWeights, names: Names, options: LayerOptions, seed: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """(y [T, C], what the backward pass needs, as bytes) of x [T, C] and weights in `dtype`, which products are of, or
+    float32.
+
+    Raises: ValueError where cu_seqlens does not cut T rows into sequences, or on shapes that do not fit; MemoryError.
+    """
+    layer, size = _described(x, weights, names, options, seed, dtype), len(x) * weights.query.shape[1]
+    y, saved, work = torch.empty_like(x), _memory(layer, dtype, SAVED), _memory(layer, dtype, FORWARD)
+    where = _addresses_of(weights)
+    outcome = cpp.call(
+        "encoder_layer_forward", dtype, ctypes.addressof(layer), address("x", x, weights.query.dtype, size),
+        where.buffer_info()[0], address("y", y, x.dtype, size),
+        *(address(name, t, torch.uint8, len(t)) for name, t in (("saved", saved), ("work", work))),
+    )  # fmt: skip
+    _ran(outcome, len(x), names.cu_seqlens)
+    return y, saved
+
+
+def backward(
+    dy: Tensor, x: Tensor, weights: LayerWeights, saved: Tensor, names: Names, options: LayerOptions, seed: int,
+    dtype: torch.dtype, wanted: Sequence[bool],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """The gradients of x and of each weight, in float32 of those; None where they are not wanted."""
+    want_x, *of_weights = wanted
+    layer, size = _described(x, weights, names, options, seed, dtype), len(x) * weights.query.shape[1]
+    dx, work, where = torch.empty_like(x), _memory(layer, dtype, BACKWARD), _addresses_of(weights)
+    gradients = [
+        torch.empty(weight.shape, dtype=torch.float32, device="cpu") if is_wanted else None
+        for weight, is_wanted in zip(weights, of_weights, strict=True)
+    ]
+    into = array("Q", [
+        0 if gradient is None else address("a gradient", gradient, torch.float32, gradient.numel())
+        for gradient in gradients
+    ])  # fmt: skip
+    outcome = cpp.call(
+        "encoder_layer_backward", dtype, ctypes.addressof(layer), address("dy", dy, x.dtype, size),
+        address("x", x, weights.query.dtype, size), where.buffer_info()[0],
+        address("saved", saved, torch.uint8, _bytes(layer, dtype, SAVED)), into.buffer_info()[0],
+        address("dx", dx, x.dtype, size), want_x, address("work", work, torch.uint8, len(work)),
+    )  # fmt: skip
+    _ran(outcome, len(x), names.cu_seqlens)
+    return dx if want_x else None, *gradients
+
+
+# ---- with gradients --------------------------------------------------------------------------------------
+
+
+def encoder_layer(
+    x: Tensor, weights: LayerWeights, cu_seqlens: Tensor, options: LayerOptions, *, seed: Tensor | None,
+    row_ids: Tensor | None, sequence_ids: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """The layer of x [T, C], where `takes` says yes."""
+    drawn, names = 0, Names(cu_seqlens, None, None)
+    if max(options.probs_p, options.out_p, options.down_p) > 0.0:
+        drawn = int(seed)
+        names = Names(cu_seqlens, _named(sequence_ids, len(cu_seqlens) - 1), _named(row_ids, len(x)))
+    return apply_unwatched(_EncoderLayer, products.dtype_of(x), options, drawn, names, x, *weights)
+
+
+def _named(ids: Tensor | None, count: int) -> Tensor:
+    """By default named by their numbers."""
+    if ids is None:
+        return torch.arange(count, dtype=torch.int64, device="cpu")
+    return ids.to(torch.int64).contiguous()
+
+
+class _EncoderLayer(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, dtype: torch.dtype, options: LayerOptions, seed: int, names: Names, x: Tensor,
+        *weights: Tensor,
+    ) -> Tensor:  # fmt: skip
+        y, saved = forward(x, LayerWeights(*weights), names, options, seed, dtype)
+        ctx.dtype, ctx.options, ctx.seed = dtype, options, seed
+        ctx.save_for_backward(*names, x, *weights, saved)
+        return y
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, saved = ctx.saved_tensors
+        count = len(Names._fields)
+        names, x, weights = Names(*tensors[:count]), tensors[count], LayerWeights(*tensors[count + 1 :])
+        wanted = ctx.needs_input_grad[4:]
+        if not by_torch(dy):
+            gradients = backward(
+                dy.contiguous(), x, weights, saved, names, ctx.options, ctx.seed, ctx.dtype, wanted
+            )  # fmt: skip
+            return None, None, None, None, *(None if g is None else g.to(x.dtype) for g in gradients)
+
+        def one_by_one(x: Tensor, *weights: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16, enabled=ctx.dtype is not x.dtype):
+                return _by_operators(x, LayerWeights(*weights), names, ctx.options, ctx.seed)
+
+        # these gradients' own gradients may be wanted: the operators have some
+        return None, None, None, None, *plain_gradients(one_by_one, (x, *weights), wanted, dy)
+
+
+def _by_operators(x: Tensor, weights: LayerWeights, names: Names, options: LayerOptions, seed: int) -> Tensor:
+    """The same layer from operators that may be differentiated twice."""
+    drawn = torch.tensor([seed], dtype=torch.int64, device="cpu")
+    cu_seqlens, sequence_ids, row_ids = names
+
+    def dropout(p: float, stream: int, **ids: Tensor) -> dict[str, object]:
+        return {"dropout_p": p, "seed": drawn, "stream": stream, **ids} if p > 0.0 else {}
+
+    q, k, v = (
+        native.linear(x, weight, bias).unflatten(1, (options.heads, -1))
+        for weight, bias in zip(weights[:6:2], weights[1:6:2], strict=True)
+    )
+    of_probs = dropout(options.probs_p, options.probs_stream, sequence_ids=sequence_ids)
+    o = native.attention(q, k, v, cu_seqlens, **of_probs).flatten(1)
+    x = native.add_layer_norm(
+        native.linear(o, weights.out), x, weights.out_norm, weights.out_norm_bias, options.out_eps,
+        x_bias=weights.out_bias, **dropout(options.out_p, options.out_stream, row_ids=row_ids),
+    )  # fmt: skip
+    z = native.feed_forward(x, weights.up, weights.up_bias, weights.down, None, options.activation)
+    return native.add_layer_norm(
+        z, x, weights.down_norm, weights.down_norm_bias, options.down_eps, x_bias=weights.down_bias,
+        **dropout(options.down_p, options.down_stream, row_ids=row_ids),
+    )  # fmt: skip
