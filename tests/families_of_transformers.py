@@ -38,7 +38,7 @@ MORE = {
     "deberta-v2": {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8},
     "esm": {"pad_token_id": PADDING, "mask_token_id": 4, "vocab_size": WORDS, "position_embedding_type": "rotary"},
     "gemma3_text (bidirectional)": {"use_bidirectional_attention": True, "sliding_window": 20},
-    "esmc": {"num_key_value_heads": 4},
+    "esmc": {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8},
 }
 # encoders that no model type of their own names
 TOWERS = {
