@@ -189,8 +189,9 @@ def test_what_changes_later_is_noticed():
         # transformers 5.24's own code then appends to a tuple
         with pytest.warns(UserWarning, match="z_steps of 2"), pytest.raises(AttributeError, match="append"):
             ours(**batch)
+        ours.z_steps = plain.z_steps = 0
+        assert torch.equal(ours(**batch).last_hidden_state, before)
         for model in (ours, plain):
-            model.z_steps = 0
             model.encoder.layer[0].attention.self.pos_att_type = ["c2p"]
         real = MASKS["right"]
         after = ours(**batch).last_hidden_state
