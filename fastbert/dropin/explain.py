@@ -89,7 +89,7 @@ def _explain_encoder(report: Report, path: str, forward: EncoderForward) -> None
         report.left[name("embeddings")] = "called as they are, on [batch, tokens] with its padding"
     elif family.position is not None and family.norm is not None and all(map(plain_table, tables)):
         report.replaced[name(family.word.rpartition(".")[0])] = "embedding_layer_norm"
-    elif family.norm is None and len(family.tables) == 1:
+    elif family.norm is None and family.word is not None and len(family.tables) == 1:
         report.left[name(family.word)] = "called with the tokens alone"
     else:
         report.left[name(family.word.rpartition(".")[0])] = "tables are called one by one, then add_layer_norm"
