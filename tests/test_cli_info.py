@@ -9,7 +9,7 @@ import torch
 
 import fastbert.cli
 from fastbert import BertConfig, info
-from fastbert.cli.main import main
+from fastbert.cli.main import commands_found, main
 
 pytestmark = pytest.mark.once
 
@@ -66,6 +66,12 @@ def test_a_command_is_a_file_that_nothing_names(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     assert "say good day" in capsys.readouterr().out
+
+
+def test_commands_have_places_of_their_own():
+    """Two with one ORDER stand in `--help` as the file system lists their files, which differs between machines."""
+    places = [command.ORDER for command in commands_found()]
+    assert places == sorted(set(places)) and len(places) >= 16
 
 
 BENCH = {  # words -> exit code, and what is said: the benchmarks' own, from wherever the command is given

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .options import IMPLS, UsageError, positive, seed_number
 
-ORDER = 15
+ORDER = 16
 SUMMARY = "compare smaller models with the one they came from: score, size, speed"
 
 DESCRIPTION = """\

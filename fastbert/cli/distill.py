@@ -20,7 +20,7 @@ from .options import (
 )  # fmt: skip
 from .progress import TrainingBar
 
-ORDER = 12
+ORDER = 13
 SUMMARY = "train a smaller BERT, the student, to answer as a larger one does, its teacher"
 
 DESCRIPTION = """\

@@ -9,7 +9,7 @@ from typing import Any
 from .options import IMPLS, UsageError, positive
 from .retraining import add_training_arguments, expect_training, training_request, whole_numbers
 
-ORDER = 13
+ORDER = 14
 SUMMARY = "cut heads, feed-forward columns or layers out of a model, or set single weights to zero"
 
 DESCRIPTION = """\

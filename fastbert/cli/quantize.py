@@ -9,7 +9,7 @@ from typing import Any
 from .options import UsageError, positive
 from .retraining import add_training_arguments, expect_training, training_request
 
-ORDER = 14
+ORDER = 15
 SUMMARY = "put a model's weights into 8-bit integers, and train it for them"
 
 DESCRIPTION = """\

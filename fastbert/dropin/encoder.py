@@ -226,7 +226,8 @@ class EncoderForward(Forward):
             return None, False
         one_of = {kind_of(layer, self.facts.layer): layer for _, layer in self.layers()}
         windows = [window for window in windows_of(self.module, self.facts, one_of).values() if window is not None]
-        reach = min((left for left, _ in windows if left < UNBOUNDED), default=None)
+        bounded = [left for left, _ in windows if left < UNBOUNDED]
+        reach = min(bounded) if bounded else None  # torch.compile knows no `default` of min
         return reach, any(right == 0 for _, right in windows)
 
     # ---- the pass ----
