@@ -71,7 +71,8 @@ def test_a_command_is_a_file_that_nothing_names(tmp_path, monkeypatch, capsys):
 def test_commands_have_places_of_their_own():
     """Two with one ORDER stand in `--help` as the file system lists their files, which differs between machines."""
     places = [command.ORDER for command in commands_found()]
-    assert places == sorted(set(places)) and len(places) >= 16
+    assert places == sorted(set(places))
+    assert len(places) >= 16
 
 
 BENCH = {  # words -> exit code, and what is said: the benchmarks' own, from wherever the command is given
