@@ -134,6 +134,41 @@ def test_precisions(precision, folder, encoder, tmp_path):
     assert np.abs(found - exact).max() > 0
 
 
+def test_kept_columns_of_types_that_parquet_lacks(folder, encoder, tmp_path):
+    """Parquet stores seconds as milliseconds and date64 as date32: `--verify` found fault with whole parts. A column of
+    nulls ended the run, and run-end encoded columns had no cast."""
+    days = [86_400_000 * i for i in range(4)]
+    table = pa.table(
+        {
+            "text": ["a", "b", "c", "d"],
+            "moment": pa.array(range(4), pa.timestamp("s", "UTC")),
+            "moments": pa.array([[i] for i in range(4)], pa.list_(pa.timestamp("s"))),
+            "time": pa.array(range(4), pa.time32("s")),
+            "day": pa.array(days, pa.date64()),
+            "nothing": pa.nulls(4),
+            "nothings": pa.array([[], None, [None], []], pa.list_(pa.null())),
+            "runs": pa.RunEndEncodedArray.from_arrays([3, 4], ["x", "y"]),
+        }
+    )
+    with pa.ipc.new_file(tmp_path / "a.arrow", table.schema) as sink:
+        sink.write_table(table)
+    outcomes = encode(folder, [tmp_path / "a.arrow"], tmp_path / "out", encoder, keep=tuple(table.column_names[1:]))
+    assert done(outcomes) == 1
+    assert list(verify(Manifest(str(tmp_path / "out")), [outcome.unit for outcome in outcomes])) == []
+    assert read(tmp_path / "out").drop_columns("embedding").to_pylist() == table.drop_columns("text").to_pylist()
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.struct([]), pa.month_day_nano_interval(), pa.list_view(pa.int8())], ids=["empty", "interval", "view"]
+)
+def test_a_column_that_cannot_be_kept_is_refused_before_anything_is(kind, folder, tmp_path):
+    table = pa.table({"text": ["a"], "odd": pa.nulls(1, kind)})
+    with pa.ipc.new_file(tmp_path / "a.arrow", table.schema) as sink:
+        sink.write_table(table)
+    with pytest.raises(InputError, match=r"a\.arrow: the column 'odd' cannot be kept: "):
+        plan([str(tmp_path / "a.arrow")], job_of(folder, tmp_path / "out", keep=("odd",)))
+
+
 @pytest.mark.parametrize("nulls", ["null", "fill", "encode", "refuse"])
 def test_rows_without_texts(nulls, folder, encoder, tmp_path):
     """Empty texts are texts, unless they are said to be none."""

@@ -13,6 +13,7 @@ import corpus_kills
 from corpus_files import PLAIN, WORDS, done, encode, hashes, job_of, plan, read, table_of, vectors_of, write
 from fastbert import Encoder
 from fastbert.cli.main import main
+from fastbert.corpus.places import UNFINISHED, Place
 from fastbert.corpus.pool import CorpusPool
 from fastbert.engines import torchrun
 
@@ -91,6 +92,22 @@ def test_the_same_bytes_by_two_workers_and_by_one(folder, tmp_path):
     assert len(by_workers) >= 1
     encode(folder, [path], tmp_path / "two", **one)
     assert hashes(tmp_path / "two") == hashes(tmp_path / "one")
+
+
+def test_a_process_that_ends_does_not_take_the_folder_of_locks_from_another(tmp_path, monkeypatch):
+    """One process removes the empty folder between another's making it and its locking a file there."""
+    place, plain = Place(str(tmp_path / "out")), os.open
+    taken = []
+
+    def open_late(*arguments):
+        if not taken:
+            taken.append(place.tidy())
+        return plain(*arguments)
+
+    monkeypatch.setattr(os, "open", open_late)
+    with place.alone("a"):
+        assert [path.name for path in (tmp_path / "out" / UNFINISHED).iterdir()] == ["a.lock"]
+    assert len(taken) == 1
 
 
 def test_ranks_share_the_units(folder, tmp_path, monkeypatch):

@@ -101,10 +101,13 @@ class Place:
         if not self.is_local or fcntl is None:
             yield
             return
-        os.makedirs(self.path(UNFINISHED), exist_ok=True)
         path = self.path(f"{UNFINISHED}/{name}.lock")
         while True:
-            handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
+            os.makedirs(self.path(UNFINISHED), exist_ok=True)
+            try:
+                handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
+            except FileNotFoundError:  # another process has ended and removed the empty folder
+                continue
             fcntl.flock(handle, fcntl.LOCK_EX)
             # The process that held the lock may have removed the file, and another one may have made a new file.
             with contextlib.suppress(FileNotFoundError):

@@ -9,6 +9,7 @@ of lines; a .csv file is not cut, because quoted values may contain line ends.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
@@ -33,8 +34,10 @@ BROKEN = (pa.ArrowException, OSError, UnicodeError)
 
 
 def canonical(kind: pa.DataType) -> pa.DataType:
-    """One type for all types that hold the same values: without dictionaries, extensions, large and view types. The
-    child of a list is called "element", as in Parquet's specification."""
+    """One type for all types that hold the same values: without dictionaries, extensions, large and view types (of text
+    and bytes). The child of a list is called "element", as in Parquet's specification. Parquet stores seconds as
+    milliseconds, and date64 as date32. Raises: NotImplementedError for list views, which pyarrow 26 casts to lists with
+    a wrong buffer."""
     if pa.types.is_dictionary(kind) or pa.types.is_run_end_encoded(kind):
         return canonical(kind.value_type)
     if isinstance(kind, pa.BaseExtensionType):
@@ -43,21 +46,30 @@ def canonical(kind: pa.DataType) -> pa.DataType:
         return pa.string()
     if pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind):
         return pa.binary()
+    if kind == pa.date64():
+        return pa.date32()
+    if pa.types.is_timestamp(kind) and kind.unit == "s":
+        return pa.timestamp("ms", kind.tz)
+    if kind == pa.time32("s"):
+        return pa.time32("ms")
     if pa.types.is_fixed_size_list(kind):
         return pa.list_(pa.field("element", canonical(kind.value_type)), kind.list_size)
     if pa.types.is_map(kind):
         return pa.map_(canonical(kind.key_type), canonical(kind.item_type))
     if pa.types.is_nested(kind) and pa.types.is_struct(kind):
         return pa.struct([pa.field(field.name, canonical(field.type)) for field in kind])
-    if hasattr(kind, "value_type"):  # all other kinds of lists
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         return pa.list_(pa.field("element", canonical(kind.value_type)))
+    if pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind):
+        raise NotImplementedError("list views are not supported; make them lists")
     return kind
 
 
 def schema_of(found: pa.Schema, job: Job, name: str) -> pa.Schema:
     """The column of texts and the kept columns, with canonical types and without metadata, such as pandas writes.
 
-    Raises: InputError if a column is missing or occurs twice, or if the column of texts does not hold text.
+    Raises: InputError if a column is missing or occurs twice, if the column of texts does not hold text, or if Parquet
+        has no type for a kept column.
     """
     fields = []
     for column in dict.fromkeys((job.text, *job.kept)):
@@ -66,7 +78,11 @@ def schema_of(found: pa.Schema, job: Job, name: str) -> pa.Schema:
             raise InputError(f"{name}: no column {column!r}; it has {', '.join(map(repr, found.names)) or 'none'}")
         if len(places) > 1:
             raise InputError(f"{name}: {len(places)} columns are called {column!r}")
-        fields.append(pa.field(column, canonical(found.field(places[0]).type)))
+        try:
+            fields.append(pa.field(column, canonical(found.field(places[0]).type)))
+            parquet.ParquetWriter(io.BytesIO(), pa.schema(fields[-1:])).close()
+        except NotImplementedError as error:  # pyarrow's error for a type that Parquet does not have is one too
+            raise InputError(f"{name}: the column {column!r} cannot be kept: {error}") from None
     if not pa.types.is_string(fields[0].type):
         raise InputError(f"{name}: the column {job.text!r} must hold text, and holds {fields[0].type}")
     return pa.schema(fields)

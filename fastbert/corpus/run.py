@@ -269,7 +269,7 @@ def windows_of(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> Iterator
     waiting: list[pa.Table] = []
     rows = size = 0
     for batch in batches:
-        table = pa.Table.from_batches([batch]).select(schema.names).cast(schema)
+        table = pa.table([_plain(batch.column(name)) for name in schema.names], schema.names).cast(schema)
         waiting.append(table)
         rows += table.num_rows
         size += pc.sum(pc.binary_length(table.column(0))).as_py() or 0
@@ -278,6 +278,11 @@ def windows_of(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> Iterator
             waiting, rows, size = [], 0, 0
     if waiting:
         yield pa.concat_tables(waiting)
+
+
+def _plain(array: pa.Array) -> pa.Array:
+    """Run-end encoded arrays have no cast to the type of their values."""
+    return pc.run_end_decode(array) if pa.types.is_run_end_encoded(array.type) else array
 
 
 def _outcomes(waiting: deque[Future], parts: dict[Unit, Part], behind: int) -> Iterator[Done | Failed]:

@@ -192,6 +192,8 @@ def expect_options(
             path = column.path_in_schema
             told = column.statistics if column.is_stats_set else None
             empty = not column.num_values or (told is not None and told.null_count == column.num_values)
+            # A column of the type null, which Parquet calls UNKNOWN, gets no statistics.
+            empty = empty or found.schema.column(number).logical_type.type == "UNKNOWN"
             seen = {
                 "compression": column.compression
                 == {PLAIN: "UNCOMPRESSED"}.get(wanted := compression.get(path), wanted),
