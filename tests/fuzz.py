@@ -230,15 +230,18 @@ def rms(t: Tensor) -> float:
 def least_size(op: str, name: str, inputs: dict[str, Any], true: Tensor) -> float:
     """What a result is taken to be at least, for its rounding.
 
-    The gradients of q and k vanish where every text has one key, as the difference of two equal numbers: what is left
-    is those numbers' rounding. Where all rows of the loss's weight are one, so are all logits of a row, and plain torch
+    The gradients of q, k, pk and pq vanish where every text has one key, as the difference of two equal numbers: what
+    is left is those numbers' rounding. Where all rows of the loss's weight are one, so are all logits of a row, and plain torch
     loses nothing, since it rounds them alike: what is left here is the rounding of large logits.
     """
     if op == "linear_cross_entropy" and not inputs["weight"].double().diff(dim=0).any():
         logits = rms(inputs["hidden"].double() @ inputs["weight"].double().T)
         factor = {"gradient of hidden": "weight", "gradient of weight": "hidden"}.get(name)
         return max(1e-3, logits * (1.0 if factor is None else rms(inputs[factor])))
-    factors = {"gradient of q": ("k", "v"), "gradient of k": ("q", "v")}.get(name)
+    factors = {
+        "gradient of q": ("k", "v"), "gradient of k": ("q", "v"),
+        "gradient of pk": ("q", "v"), "gradient of pq": ("k", "v"),
+    }.get(name)  # fmt: skip
     if factors is None or rms(true) > 1e-12:
         return 1e-3
     return max(1e-3, rms(inputs[factors[0]]) * rms(inputs[factors[1]]))
