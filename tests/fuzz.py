@@ -230,9 +230,9 @@ def rms(t: Tensor) -> float:
 def least_size(op: str, name: str, inputs: dict[str, Any], true: Tensor) -> float:
     """What a result is taken to be at least, for its rounding.
 
-    The gradients of q, k, pk and pq vanish where every text has one key, as the difference of two equal numbers: what
-    is left is those numbers' rounding. Where all rows of the loss's weight are one, so are all logits of a row, and plain torch
-    loses nothing, since it rounds them alike: what is left here is the rounding of large logits.
+    The gradients of q, k, pk and pq vanish where every text has one key, as the difference of two equal numbers:
+    what is left is those numbers' rounding. Where all rows of the loss's weight are one, so are all logits of a row,
+    and plain torch loses nothing, since it rounds them alike: what is left here is the rounding of large logits.
     """
     if op == "linear_cross_entropy" and not inputs["weight"].double().diff(dim=0).any():
         logits = rms(inputs["hidden"].double() @ inputs["weight"].double().T)
