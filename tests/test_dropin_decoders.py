@@ -155,6 +155,23 @@ def test_layers_in_another_order_are_refused():
     assert "layer 0 of its list is numbered 1" in str(fastbert.explain(model))
 
 
+@pytest.mark.parametrize("changed", [[1, 0], [1, 1]], ids=["exchanged", "all_with_a_window"])
+def test_layer_types_that_are_changed_in_place(changed):
+    """The list itself stayed the same object, so that the layers kept the windows that they had at the first look."""
+    ours, plain, _ = three(build("Qwen3Model", sliding_window=3))
+    ids = torch.randint(5, 60, (2, WIDTH))
+    with torch.no_grad():
+        before = ours(ids).last_hidden_state
+    for model in (ours, plain):
+        types = model.config.layer_types
+        types[:] = [types[number] for number in changed]
+    with torch.no_grad(), pytest.warns(UserWarning, match="window of its own"):
+        got = ours(ids).last_hidden_state
+    with torch.no_grad():
+        assert torch.equal(got, plain(ids).last_hidden_state)
+    assert not torch.allclose(got, before, atol=1e-3)
+
+
 def test_a_window_in_a_config_that_turns_causal_attention_off_is_refused():
     with pytest.warns(UserWarning, match="replaced nothing"):
         model = fastbert.accelerate(build("MistralModel", is_causal=False))

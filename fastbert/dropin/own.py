@@ -11,7 +11,7 @@ import functools
 import os
 from collections.abc import Iterable, Mapping
 from itertools import chain, starmap
-from operator import attrgetter
+from operator import attrgetter, eq
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -176,7 +176,8 @@ class Watch:
 
     Args:
         modules: whose calls the fused code stands in for, or makes.
-        places, attributes: (dictionary, key) and (class, name) of what else must stay the same object.
+        places, attributes: (dictionary, key) and (class, name) of what else must stay the same object. A list of
+            strings must also hold the same strings.
         buffers: small tensors that must hold the same numbers.
     """
 
@@ -205,6 +206,9 @@ class Watch:
         self.on_host = [(t, t.clone()) for t in buffers if t.is_cpu]
         self.buffers = [t for t in buffers if not t.is_cpu and not t.is_inference()]
         self.versions = list(map(_version, self.buffers))
+        # settings such as config.layer_types, which may be written to in place
+        values = {id(value): value for holder, key in places if isinstance(value := holder.get(key), list)}
+        self.lists = [(v, v.copy()) for v in values.values() if all(isinstance(entry, str) for entry in v)]
 
     def is_same(self) -> bool:
         return (
@@ -212,6 +216,7 @@ class Watch:
             and (not is_grad_enabled() or self.backward.is_same())  # without gradients nobody calls these hooks
             and list(map(_version, self.buffers)) == self.versions
             and all(starmap(torch.equal, self.on_host))
+            and all(starmap(eq, self.lists))
         )
 
 
