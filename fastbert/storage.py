@@ -6,6 +6,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -136,6 +137,15 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
     """Writes a JSON object as transformers does: two spaces, sorted, a final newline; whole or not at all."""
     with write_atomically(path) as temporary:
         temporary.write_text(json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def without_nan(value: Any) -> Any:
+    """A copy of what is to be JSON, which has no word for a float that is not finite: null."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def make_folder(folder: str | os.PathLike) -> Path:

@@ -9,6 +9,7 @@ import torch
 from fastbert import BertConfig, Tokenizer
 from fastbert.models import heads
 from fastbert.storage import write_json
+from fastbert.training.loop import Run
 from fastbert.training.pipeline import SPEC_FILE
 from fastbert.training.tasks import Spec, make_task
 from training_models import PIECES, examples_of
@@ -48,6 +49,14 @@ def table(path: Path, count: int) -> Path:
         writer.writerow(["text", "label"])
         writer.writerows((example.text, example.label) for example in examples_of("sentence", count))
     return path
+
+
+def stopped_after(monkeypatch, steps: int) -> None:
+    """Trainings stop after so many steps, as on Ctrl-C, until the patch is undone."""
+    of_step = Run._step
+    monkeypatch.setattr(
+        Run, "_step", lambda run, step, epoch, asked: of_step(run, step, epoch, [2] * (run.progress.step + 1 == steps))
+    )
 
 
 def task_and_windows(count: int = 24):

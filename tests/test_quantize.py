@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fastbert
-from compression_models import config_of, table, task_and_windows, tuned
+from compression_models import config_of, stopped_after, table, task_and_windows, tuned
 from fastbert import BertModel, Encoder
 from fastbert.checkpoint import CheckpointError, load_state_dict
 from fastbert.cli.main import main
@@ -417,6 +417,24 @@ def test_the_kept_model_and_its_folder_to_the_bit(tmp_path, teacher):
         assert relative_rms(torch.tensor(np.array(found)), outputs[1]().double()) < 1e-3
 
 
+@pytest.mark.native
+@here
+def test_a_training_that_was_stopped_goes_on(teacher, data, tmp_path, capsys, monkeypatch):
+    """To the same bits; not with another model, which would have other factors."""
+    command = ["quantize", teacher, "--train", data, "--epochs", "2", "--lr", "1e-3", "-q", "-o"]
+    assert run(*command, tmp_path / "whole") == 0
+    with monkeypatch.context() as patch:
+        stopped_after(patch, 3)
+        assert run(*command, tmp_path / "parts") == 130
+    assert "the same command with --resume goes on" in capsys.readouterr().err
+    other = tuned(tmp_path / "other", initializer_range=0.1)
+    assert run(command[0], other, *command[2:], tmp_path / "parts", "--resume") == 1
+    assert "is of a run with in 8 bits" in capsys.readouterr().err
+    assert run(*command, tmp_path / "parts", "--resume") == 0
+    weights = [(tmp_path / folder / "model.safetensors").read_bytes() for folder in ("whole", "parts")]
+    assert weights[0] == weights[1]
+
+
 @pytest.mark.once
 @here
 def test_a_model_in_8_bits_is_not_trained_cut_or_quantised_again(in_8, data, tmp_path, capsys):
@@ -440,6 +458,7 @@ WRONG = {
     "neither": ([], "give either --data FILE"),
     "both": (["--data", "DATA", "--train", "DATA"], "give either --data FILE"),
     "rate": (["--data", "DATA", "--lr", "1e-5"], "--lr is of training"),
+    "few_texts": (["--data", "DATA", "--texts", "8"], "--texts 8: calibration takes 16 at least"),
     "percentile": (["--data", "DATA", "--percentile", "5"], "a percentile from 50 to 100"),
     "nothing": (["--data", "nowhere.tsv"], "nowhere.tsv"),
 }

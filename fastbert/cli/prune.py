@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .options import IMPLS, UsageError, positive
-from .retraining import add_training_arguments, expect_training, training_request, whole_numbers
+from .retraining import add_training_arguments, expect_free_or_begun, expect_training, training_request, whole_numbers
 
 ORDER = 14
 SUMMARY = "cut heads, feed-forward columns or layers out of a model, or set single weights to zero"
@@ -26,7 +26,8 @@ and count layers and heads as MODEL has them. A layer may lose all of its heads,
 
 --magnitude leaves the shapes as they are: zeros in a matrix give no speed, here or in any other library of dense
 products. With --train the zeros grow in number while the rest is trained (a cubic schedule over the first two thirds of
-the steps), which loses far less than all at once.
+the steps), which loses far less than all at once; of evaluations after that the model of the best one is kept. Ctrl-C
+finishes the step, saves, and --resume goes on from there.
 
 After cutting, fine-tune what is left: 'fastbert finetune --model OUT ...'. 'predict', 'encode' and 'serve' read OUT as
 any other folder. transformers reads it too where no head is missing: its version 5 has no pruned heads any more."""
@@ -51,7 +52,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--layers", metavar="N,...", type=whole_numbers, default=(), help="layers that go")
     p.add_argument("--magnitude", metavar="SHARE", type=_share, help="of the layers' weights that become zero")
     p.add_argument(
-        "--scope", choices=("global", "layer"), default="global",
+        "--scope", choices=("global", "layer"),
         help="least magnitude of all matrices together (global, the default) or in each one (layer)",
     )  # fmt: skip
     p.add_argument("--data", metavar="FILE", help="examples with labels, by whose loss importance is measured")
@@ -75,7 +76,12 @@ def _share(text: str) -> float:
 
 
 def _heads(text: str) -> str | float:
-    return text if ":" in text else _share(text)
+    if ":" in text:
+        return text
+    try:
+        return _share(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}; heads by name are LAYER:HEAD,... such as 0:1,3;2:5") from None
 
 
 def run(args: argparse.Namespace) -> int:
@@ -83,6 +89,9 @@ def run(args: argparse.Namespace) -> int:
     if not cuts and args.magnitude is None:
         raise UsageError("nothing to prune: give --heads, --ffn, --layers or --magnitude")
     expect_training(args)
+    if args.scope and args.magnitude is None:
+        raise UsageError("--scope says where --magnitude looks for the smallest weights: give both")
+    args.scope = args.scope or "global"
     if args.data and not isinstance(args.heads, float) and args.ffn is None:
         raise UsageError("--data is what shares of heads and columns are chosen by: give --heads SHARE or --ffn SHARE")
     if args.train and (cuts or args.magnitude is None):
@@ -104,14 +113,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _gradually(args: argparse.Namespace) -> int:
-    from ..compression.folders import add_step, expect_free
+    from ..compression.folders import add_step
     from ..compression.prune_magnitude import NO_SPEED, GradualPruning
     from ..training.finetune import finetune
     from ..training.memory import keep_freed_memory
     from .finetune import print_report
     from .progress import TrainingBar
 
-    expect_free(args.out)
+    expect_free_or_begun(args)
     keep_freed_memory()
     with TrainingBar("prune", args.quiet) as bar:
         report = finetune(training_request(args, args.impl), bar, GradualPruning(args.magnitude, args.scope))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .options import UsageError, positive
-from .retraining import add_training_arguments, expect_training, training_request
+from .retraining import add_training_arguments, expect_free_or_begun, expect_training, training_request
 
 ORDER = 15
 SUMMARY = "put a model's weights into 8-bit integers, and train it for them"
@@ -23,7 +23,8 @@ LayerNorms, attention's scores and embeddings are never in 8 bits; they are in b
   --data FILE    after training: run the model on a few hundred texts, and store it. FILE is as 'fastbert predict' reads
                  it, without need of labels; for a model without a task, lines of text
   --train FILE   by training: every product is the one of inference, rounding and all, while the weights learn to live
-                 with it (quantisation-aware training). MODEL is one that fastbert finetune made
+                 with it (quantisation-aware training). MODEL is one that fastbert finetune made. Ctrl-C finishes the
+                 step, saves, and --resume goes on from there
 
 Columns of an input that are much larger than others lose the others their digits; part of the difference is moved into
 the weights (smoothing). How large a column is comes from the calibration texts: the root of its mean square, or
@@ -96,7 +97,10 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--percentile is of smoothing, which --no-smooth leaves out")
     import torch
 
-    from ..compression.quantize import Settings, quantize
+    from ..compression.quantize import FEWEST_TEXTS, Settings, quantize
+
+    if args.texts < FEWEST_TEXTS:
+        raise UsageError(f"--texts {args.texts}: calibration takes {FEWEST_TEXTS} at least, and better hundreds")
 
     settings = Settings(
         percentile=args.percentile, smooth=not args.no_smooth, error=args.error, texts=args.texts, seed=args.seed,
@@ -113,7 +117,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace, settings: Any) -> int:
-    from ..compression.folders import expect_free
     from ..compression.quantize import QuantisedTraining, expect_products
     from ..training.finetune import finetune
     from ..training.memory import keep_freed_memory
@@ -121,7 +124,7 @@ def _train(args: argparse.Namespace, settings: Any) -> int:
     from .progress import TrainingBar
 
     expect_products()
-    expect_free(args.out)
+    expect_free_or_begun(args)
     keep_freed_memory()
     shaping = QuantisedTraining(settings, args.model)
     with TrainingBar("quantize", args.quiet) as bar:

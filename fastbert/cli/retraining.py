@@ -8,7 +8,7 @@ from typing import Any
 
 from .options import UsageError, at_least_0, positive, seed_number
 
-OF_TRAINING = ("eval", "epochs", "lr", "batch_tokens")  # options that say nothing without --train
+OF_TRAINING = ("eval", "epochs", "lr", "batch_tokens", "resume")  # options that say nothing without --train
 
 
 def add_training_arguments(p: argparse.ArgumentParser, purpose: str) -> None:
@@ -21,12 +21,13 @@ def add_training_arguments(p: argparse.ArgumentParser, purpose: str) -> None:
         "--batch-tokens", metavar="N", type=positive,
         help="with --train: tokens of an optimiser step (default: 32 average examples)",
     )  # fmt: skip
+    p.add_argument("--resume", action="store_true", help="with --train: go on from the last checkpoint in OUT")
     p.add_argument("--seed", metavar="N", type=seed_number, default=0, help="of examples that are drawn, of training")
 
 
 def expect_training(args: argparse.Namespace) -> None:
     """Raises UsageError where options of training are given without --train."""
-    given = [name for name in OF_TRAINING if getattr(args, name) is not None]
+    given = [name for name in OF_TRAINING if getattr(args, name) not in (None, False)]
     if given and not args.train:
         raise UsageError(f"--{given[0].replace('_', '-')} is of training, and needs --train")
 
@@ -45,8 +46,17 @@ def training_request(args: argparse.Namespace, impl: str | None) -> Any:
     return Request(
         model=args.model, train=args.train, out=args.out, spec=spec, stride=spec.stride, eval=args.eval,
         epochs=args.epochs or 1, lr=2e-5 if args.lr is None else args.lr, batch_tokens=args.batch_tokens,
-        seed=args.seed, impl=impl,
+        seed=args.seed, resume=args.resume, impl=impl,
     )  # fmt: skip
+
+
+def expect_free_or_begun(args: argparse.Namespace) -> None:
+    """Raises CheckpointError, before anything is read, where OUT holds something other than a run. What there is to say
+    of a run that --resume could go on with, the fine-tuning says."""
+    from ..compression.folders import expect_free
+
+    if not args.resume and not (args.out / "checkpoints").exists():
+        expect_free(args.out)
 
 
 def whole_numbers(text: str) -> tuple[int, ...]:

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ from ..training.predicting import outputs_of, pack
 from ..training.processes import Processes
 from ..training.tasks import DEFAULT_METRICS, NUMBERS, Spec, Task, make_task
 from .distilled import RELATIONS, Distilled, Divisor, Recipe, TaskDistilled, WordsDistilled
-from .folders import add_step
+from .folders import add_step, digest_of
 from .layer_maps import layer_pairs
 from .logits import logits_of
 from .students import make_student
@@ -83,10 +82,7 @@ class Method:
 
     def binding(self, teacher: BertHead) -> dict[str, Any]:
         """What must be the same where a run goes on."""
-        digest = sha256()
-        for t in teacher.state_dict().values():
-            digest.update(t.cpu().contiguous().numpy())
-        return {**asdict(self), "teacher of SHA-256": digest.hexdigest()}
+        return {**asdict(self), "teacher of SHA-256": digest_of(teacher.state_dict())}
 
     def note(self, teacher: str, out: Path, processes: Processes) -> None:
         """Adds the command to what was done to the teacher."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,14 @@ def add_step(model: str | Path, out: Path, record: dict[str, Any]) -> None:
     """Writes what a training made of `model` into `out`, behind what was done to the model before."""
     with opened(model) as path:
         write_json(out / HISTORY, {"steps": [*steps_of(path), record]})
+
+
+def digest_of(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 of weights, in their order."""
+    digest = sha256()
+    for t in state.values():
+        digest.update(t.cpu().contiguous().numpy())
+    return digest.hexdigest()
 
 
 def steps_of(path: Path) -> list[dict[str, Any]]:

@@ -61,13 +61,19 @@ def sparsity(weights: Mapping[str, Tensor]) -> float:
 
 def share_at(step: int, steps: int, share: float) -> float:
     """What share is zero after so many of all steps."""
-    return share * (1.0 - (1.0 - min(1.0, step / max(1.0, RAMP * steps))) ** 3)
+    return share * (1.0 - (1.0 - min(1.0, step / steps_of_ramp(steps))) ** 3)
+
+
+def steps_of_ramp(steps: int) -> int:
+    """After how many of all steps the share of zeros is whole."""
+    return max(1, round(RAMP * steps))
 
 
 class GradualPruning(Shaping):
     """Zeros that grow in number while a model is fine-tuned, and stay.
 
-    A run that goes on from a checkpoint finds what is zero in the weights themselves.
+    A run that goes on from a checkpoint finds what is zero in the weights themselves. A model is kept only once its
+    share of zeros is whole, however good one with fewer zeros was.
     """
 
     def __init__(self, share: float, scope: str) -> None:
@@ -77,14 +83,17 @@ class GradualPruning(Shaping):
     def binding(self) -> dict[str, Any]:
         return {"share of zeros": self.share, "zeros chosen": self.scope}
 
+    def is_whole(self, step: int, steps: int) -> bool:
+        return step >= steps_of_ramp(steps)
+
     def begin(self, model: nn.Module) -> None:
         self._masks = {name: w.detach() != 0 for name, w in matrices(model.named_parameters()).items()}
 
     @torch.no_grad()
     def after_step(self, model: nn.Module, step: int, steps: int) -> None:
         weights = matrices(model.named_parameters())
-        end = round(RAMP * steps)
-        if step == steps or (step <= end and (step % EVERY == 0 or step == end)):
+        end = steps_of_ramp(steps)
+        if step <= end and (step % EVERY == 0 or step == end):
             for name, mask in self._masks.items():  # what is zero stays so, and counts as the smallest
                 weights[name].mul_(mask)
             self._masks = masks_of(weights, share_at(step, steps, self.share), self.scope)

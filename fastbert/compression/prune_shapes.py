@@ -50,14 +50,14 @@ def without_heads(config: BertConfig, state: State, heads: Heads) -> tuple[BertC
         layer: sorted({*(config.pruned_heads or {}).get(layer, ()), *heads.get(layer, ())})
         for layer in range(config.num_hidden_layers)
     }
-    return _changed(config, pruned_heads=gone), _kept(state, _HEADS, kept)
+    return replace(config, pruned_heads=gone), _kept(state, _HEADS, kept)
 
 
 def without_columns(config: BertConfig, state: State, kept: Sequence[Tensor]) -> tuple[BertConfig, State]:
     """kept: of each layer the columns that stay, rising, as many in every layer. Raises: ValueError."""
     if len(kept) != config.num_hidden_layers or len({len(columns) for columns in kept}) != 1:
         raise ValueError(f"kept must be as many columns of each of {config.num_hidden_layers} layers")
-    return _changed(config, intermediate_size=len(kept[0])), _kept(state, _COLUMNS, dict(enumerate(kept)))
+    return replace(config, intermediate_size=len(kept[0])), _kept(state, _COLUMNS, dict(enumerate(kept)))
 
 
 def without_layers(config: BertConfig, state: State, layers: Sequence[int]) -> tuple[BertConfig, State]:
@@ -69,16 +69,23 @@ def without_layers(config: BertConfig, state: State, layers: Sequence[int]) -> t
     kept = [layer for layer in range(count) if layer not in layers]
     if not kept:
         raise ValueError(f"all {count} layers would be gone")
-    numbers = {layer: number for number, layer in enumerate(kept)}
-    cut = {}
+    pruned = config.pruned_heads or {}
+    gone = {number: pruned[layer] for number, layer in enumerate(kept) if layer in pruned}
+    return replace(config, num_hidden_layers=len(kept), pruned_heads=gone), of_layers(state, kept)
+
+
+def of_layers(state: State, layers: Sequence[int]) -> State:
+    """A state with these layers alone, numbered anew in this order; one that is named twice is there twice."""
+    found = {}
     for name, t in state.items():
         match = _LAYER.fullmatch(name)
         if match is None:
-            cut[name] = t
-        elif int(match["layer"]) in numbers:
-            cut[f"{match['before']}{numbers[int(match['layer'])]}.{match['part']}"] = t
-    gone = {numbers[layer]: heads for layer, heads in (config.pruned_heads or {}).items() if layer in numbers}
-    return _changed(config, num_hidden_layers=len(kept), pruned_heads=gone), cut
+            found[name] = t
+            continue
+        for new, old in enumerate(layers):
+            if int(match["layer"]) == old:
+                found[f"{match['before']}{new}.{match['part']}"] = t
+    return found
 
 
 def most_important(importance: Sequence[Tensor], share: float, multiple: int = 16) -> list[Tensor]:
@@ -92,7 +99,3 @@ def most_important(importance: Sequence[Tensor], share: float, multiple: int = 1
     if not 0 < keep < columns:
         raise ValueError(f"a share of {share} of {columns} feed-forward columns leaves {keep}; give another share")
     return [of_layer.topk(keep).indices.sort().values for of_layer in importance]
-
-
-def _changed(config: BertConfig, **changes: object) -> BertConfig:
-    return replace(config, **changes)

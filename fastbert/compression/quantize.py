@@ -27,7 +27,7 @@ from ..training.files import DataError
 from ..training.pipeline import SPEC_FILE, spec_in
 from ..training.predicting import pack
 from ..training.shaping import Shaping
-from .folders import Model, add_step, expect_free, reading, write
+from .folders import Model, add_step, digest_of, expect_free, reading, write
 from .quantize_plan import Outputs, Plan, in_training, make_plan
 from .sampling import sample, task_model
 
@@ -189,13 +189,17 @@ class QuantisedTraining(Shaping):
         self.settings, self.name = settings, name
         self.plan: Plan | None = None
         self._model: nn.Module | None = None
+        self._digest = ""
 
     def binding(self) -> dict[str, Any]:
-        return {"in 8 bits": {name: value for name, value in asked(self.settings).items() if name != "the rest in"}}
+        chosen = {name: value for name, value in asked(self.settings).items() if name != "the rest in"}
+        # What goes into 8 bits, and by which factors, is chosen anew from the model that was begun with.
+        return {"in 8 bits": {**chosen, "model of SHA-256": self._digest}}
 
     def prepare(self, model: nn.Module, task: Any, windows: Any) -> None:
         chosen = sample(windows, self.settings.texts, self.settings.seed)
         expect_texts(len(chosen), "the training file")
+        self._digest = digest_of(model.state_dict())
         model.eval()
         s = self.settings
         self.plan = make_plan(model, outputs_of_task(model, task, chosen), s.percentile, s.smooth, s.error)

@@ -10,13 +10,11 @@ that is wider, or are drawn.
 
 from __future__ import annotations
 
-import re
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..config import BertConfig
 from ..models.head import BertHead
@@ -27,11 +25,11 @@ from ..text.files import InputError
 from ..text.tokenizer import Tokenizer
 from .bottleneck import fill_through_bottleneck
 from .layer_maps import chosen_layers
+from .prune_shapes import of_layers
 
 NEW, BOTTLENECK = "new", "bottleneck"
 # What of a head's config says what the head is for.
 _OF_THE_TASK = ("id2label", "label2id", "problem_type")
-_LAYER = re.compile(r"(bert\.encoder\.layer\.)(\d+)(\..*)")
 _SHAPES = ("hidden_size", "intermediate_size", "num_attention_heads", "max_position_embeddings", "type_vocab_size")
 
 
@@ -78,22 +76,8 @@ def make_student(
     return student.to(teacher.device).eval()
 
 
-def of_layers(state: dict[str, Tensor], layers: list[int]) -> dict[str, Tensor]:
-    """A state_dict with these layers alone, in this order."""
-    found = {}
-    for name, t in state.items():
-        within = _LAYER.fullmatch(name)
-        if within is None:
-            found[name] = t
-            continue
-        for new, old in enumerate(layers):
-            if int(within[2]) == old:
-                found[f"{within[1]}{new}{within[3]}"] = t
-    return found
-
-
 def _config(given: str, teacher: BertConfig) -> BertConfig:
-    """Sizes of a new student, which has the teacher's vocabulary and labels."""
+    """Sizes of a new student, which has the teacher's vocabulary, kinds of tokens and labels."""
     data = teacher.to_dict()
     if given.isdecimal():
         if int(given) == 0:
@@ -106,7 +90,7 @@ def _config(given: str, teacher: BertConfig) -> BertConfig:
     made = config_of(
         given, teacher.vocab_size, teacher.max_position_embeddings, 1, teacher.hidden_dropout_prob
     )  # fmt: skip
-    for name in (*_OF_THE_TASK, "pad_token_id"):
+    for name in (*_OF_THE_TASK, "pad_token_id", "type_vocab_size"):
         setattr(made, name, getattr(teacher, name))
     return made
 

@@ -22,7 +22,7 @@ from torch import nn
 from ..config import BertConfig
 from ..encoding.encoder import resolve_dtype
 from ..models import heads
-from ..storage import make_folder, write_atomically, write_json
+from ..storage import make_folder, without_nan, write_atomically, write_json
 from ..text.tokenizer import Tokenizer
 from .board import Board, summary_writer
 from .curve import draw
@@ -188,7 +188,7 @@ def carry_out(
             save_model(out, model, state, made.tokenizer, replace(spec, threshold=threshold), shaping)
             best.update(scores=scores and scores.values, definitions=scores and scores.definitions)
             best["best epoch"] = None if scores is None else epochs_done(run.steps_of_epochs, run.progress.step)
-            write_json(out / "report.json", _without_nan({**facts, **best}))
+            write_json(out / "report.json", without_nan({**facts, **best}))
 
     run = made.kind(
         made.trained, task, made.features.windows, settings, out, processes,
@@ -295,7 +295,7 @@ def _several(request: Request, seeds: int, processes: Processes, report: Any) ->
     values = [each["scores"][name] for each, _ in reports]
     numbers = [-math.inf if value is None else value for value in values]
     best, folder = reports[numbers.index(max(numbers))]
-    summary = _without_nan({
+    summary = without_nan({
         **best,
         "seeds": {
             "metric": name, "seeds": [each["seed"] for each, _ in reports], "values": values,
@@ -379,12 +379,3 @@ def save_model(
     tokenizer.save_pretrained(out)
     write_json(out / SPEC_FILE, asdict(spec))
     (shaping or Shaping()).save(model, out, state)
-
-
-def _without_nan(value: Any) -> Any:
-    """JSON has no word for nan: null."""
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -403,20 +403,21 @@ class Run(Loop):
         return (self.shared(packed, num_items_in_batch=divisor, **self.task.arguments(chosen, device)).loss,)
 
     def evaluated(self, epoch: int) -> None:
-        """Of evaluations the model of the best one is kept."""
-        scores = None
+        """Of evaluations the model of the best one is kept, once what changes its weights has changed all."""
+        scores, whole = None, self.shaping.is_whole(self.progress.step, self.steps)
         if self.evaluate is not None:
             scores = self.evaluate(self.shared)
             value = scores.values[self.metric]
-            better = is_better(value, self.progress.best)
-            self.progress.since_best = 0 if better else self.progress.since_best + 1
+            better = whole and is_better(value, self.progress.best)
+            if whole:
+                self.progress.since_best = 0 if better else self.progress.since_best + 1
             self.progress.best = value if better else self.progress.best
             values = {name: None if math.isnan(v) else v for name, v in scores.values.items()}
             self._record({"step": self.progress.step, "epoch": epoch, "scores": values, "best": better})
             # Until some epoch has a score that is a number, the last one's model is kept.
             if not better and self.progress.best is not None:
                 return
-        if self.keep_best is not None:
+        if whole and self.keep_best is not None:
             self.keep_best(self.shared, scores)
 
 

@@ -27,6 +27,11 @@ class Shaping:
     def after_step(self, model: nn.Module, step: int, steps: int) -> None:
         """After an optimiser step; step: of those of the whole run, from 1 up."""
 
+    def is_whole(self, step: int, steps: int) -> bool:
+        """Whether all of the change is made after this step, so that the model may be kept: an evaluation before that
+        is recorded, and the best model is not looked for."""
+        return True
+
     def served(self, model: nn.Module) -> nn.Module:
         """The model that is evaluated, as whoever reads the folder will run it."""
         return model
