@@ -1,6 +1,7 @@
 """`fastbert compress-report`: every number against what it says it is; no test asserts a time."""
 
 import json
+import math
 from dataclasses import asdict
 from xml.etree import ElementTree
 
@@ -10,6 +11,7 @@ import fastbert
 from compression_models import table, tuned
 from fastbert.checkpoint import load_state_dict
 from fastbert.cli.main import main
+from fastbert.compression import report as report_module
 from fastbert.compression.report import compare, memory_of, parties
 from fastbert.compression.report_picture import picture
 from fastbert.compression.report_picture import table as lines_of
@@ -67,6 +69,24 @@ def test_a_report(folders, tmp_path, capsys):
     radii = [float(circle.get("r")) for circle in circles]
     assert radii[0] == 16.0 > radii[1]
     assert (float(circles[0].get("cx")) < float(circles[1].get("cx"))) == (ratio["median"] > 1.0)
+
+
+def test_scores_that_are_undefined(folders, tmp_path, monkeypatch):
+    """A correlation with one number alone, say: null in JSON, and no circle in the picture."""
+    of_model = report_module._scored
+
+    def scored(party, *others):
+        found = of_model(party, *others)
+        return {**found, "scores": {"accuracy": math.nan}} if party.name.endswith("small") else found
+
+    monkeypatch.setattr(report_module, "_scored", scored)
+    options = ["--data", folders[2], "--rounds", 1, "--texts", 2, "--impl", "native", "-q"]
+    files = ["--json", tmp_path / "r.json", "--picture", tmp_path / "r.svg"]
+    assert run("compress-report", *folders[:2], *options, *files) == 0
+    assert json.loads((tmp_path / "r.json").read_text())["rows"][1]["scores"] == {"accuracy": None}
+    drawn = (tmp_path / "r.svg").read_text()
+    assert drawn.count("<circle") == 1
+    assert "nan" not in drawn
 
 
 @pytest.mark.skipif(why_not() is not None, reason=f"no 8-bit products: {why_not()}")

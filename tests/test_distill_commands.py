@@ -171,12 +171,13 @@ def test_relations_of_an_encoder_without_a_head(guesser, tmp_path):
     narrow = tmp_path / "narrow.json"
     narrow.write_text(json.dumps({"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 1,
                                   "intermediate_size": 24, "max_position_embeddings": 24}))  # fmt: skip
-    out, args = tmp_path / "out", ("--losses", "minilm2", "--relation-heads", 4, "--steps", 3)
+    out, args = tmp_path / "out", ("--losses", "minilm2", "--relation-heads", 4, "--steps", 3, "--mask-share", 0)
     assert words((plain, guesser[1]), out, *args, student=narrow) == 0
     assert not any(
         name.startswith(("cls.", "bert.", "projections")) for name in BertModel.from_pretrained(out).state_dict()
     )
     assert Encoder.from_pretrained(out, dtype="float32").encode(["a b"]).shape == (1, 16)
+    assert json.loads((out / "report.json").read_text())["mask share"] == 0.0
     assert words((plain, guesser[1]), out, *args, "--resume", student=narrow) == 0
     assert words((plain, guesser[1]), tmp_path / "no", "--steps", 3) == 1, "logits need a head"
 
@@ -254,6 +255,13 @@ def test_folders_that_are_half_written(teachers, tmp_path, capsys):
         (("--task", "sentence", "--losses", "logits=0"), "the weight of logits is 0"),
         (("--task", "sentence", "--losses", "logits=x"), "expected a number from 0 up"),
         (("--task", "sentence", "--temperature", 0), "--temperature divides"),
+        (("--task", "sentence", "--losses", "hidden", "--temperature", 3), "--temperature is of the losses logits"),
+        (("--task", "sentence", "--layers", "last"), "--layers is of the losses hidden, cosine, first, attention"),
+        (("--task", "sentence", "--relation-layer", 0), "--relation-layer is of the losses minilm, minilm2"),
+        (
+            ("--task", "sentence", "--losses", "minilm", "--relation-heads", 2),
+            "--relation-heads is of the losses minilm2",
+        ),
         (("--task", "sentence", "--patience", 2), "--patience is about measuring"),
         (("--task", "token", "--columns", "a,b"), "--columns is for tables"),
         (("--task", "sentence", "--fsdp"), "--fsdp needs several processes"),

@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
             raise UsageError(f"no folder {str(out.parent)!r} to write {out.name} into")
     from ..compression.report import compare, parties, threads
     from ..compression.report_picture import picture, table
-    from ..storage import write_atomically, write_json
+    from ..storage import without_nan, write_atomically, write_json
 
     def say(line: str) -> None:
         if not args.quiet:
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         report = compare(found, args.data, args.rounds, args.texts, args.batch_tokens, args.seed, say)
     print("\n".join(table(report)))
     if args.json is not None:
-        write_json(args.json, report)
+        write_json(args.json, without_nan(report))
     if args.picture is not None:
         with write_atomically(args.picture) as temporary:
             temporary.write_text(picture(report), encoding="utf-8")

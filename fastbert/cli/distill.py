@@ -162,6 +162,7 @@ def run(args: argparse.Namespace) -> int:
     if args.temperature == 0.0:
         raise UsageError("--temperature divides the logits, and must be above 0")
     _expect_one_kind(args)
+    _expect_losses(args)
     from ..compression.distill import distill, distill_words
     from ..training.memory import keep_freed_memory
 
@@ -195,6 +196,18 @@ def _expect_one_kind(args: argparse.Namespace) -> None:
             raise UsageError(f"--{name} is about measuring, and needs --eval")
     if args.columns and args.task in ("token", "qa"):
         raise UsageError(f"--columns is for tables, and --task {args.task} reads none")
+
+
+def _expect_losses(args: argparse.Namespace) -> None:
+    """Raises: UsageError on options of losses that are not computed."""
+    defaults = {"temperature": 2.0, "layers": "skip", "relation_layer": None, "relation_heads": None}
+    of = {
+        "temperature": ("logits",), "layers": ("hidden", "cosine", "first", "attention"),
+        "relation_layer": ("minilm", "minilm2"), "relation_heads": ("minilm2",),
+    }  # fmt: skip
+    for name, default in defaults.items():
+        if getattr(args, name) != default and not args.losses.keys() & {*of[name]}:
+            raise UsageError(f"--{name.replace('_', '-')} is of the losses {', '.join(of[name])}: --losses has none")
 
 
 def _method(args: argparse.Namespace) -> Any:
@@ -234,10 +247,10 @@ def _words_request(args: argparse.Namespace) -> Any:
     from ..pretraining.pretrain import Request
 
     given = {"max_length": args.max_length, "mask_share": args.mask_share, "evaluate_every": args.evaluate_every,
-             "save_every": args.save_every, "batch_tokens": args.batch_tokens}  # fmt: skip
+             "save_every": args.save_every or None, "batch_tokens": args.batch_tokens}  # fmt: skip
     return Request(
         corpus=tuple(args.data), eval=tuple(args.eval), config=args.student, tokenizer=args.teacher, steps=args.steps,
-        lr=args.lr, **{name: value for name, value in given.items() if value},
+        lr=args.lr, **{name: value for name, value in given.items() if value is not None},
         **{name: getattr(args, name) for name in _SAME},
     )  # fmt: skip
 

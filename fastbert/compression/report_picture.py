@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from html import escape
 from typing import Any
@@ -59,7 +60,8 @@ def picture(report: dict[str, Any]) -> str:
     metric, rows = score_name(report), report["rows"]
     speeds, scores = [row["tokens per second"] for row in rows], [row["scores"][metric] for row in rows]
     fastest, most = max(speeds) * 1.15, max(row["bytes on disk"] for row in rows)
-    low, high = min(scores), max(scores)
+    known = [score for score in scores if not math.isnan(score)] or [0.0]
+    low, high = min(known), max(known)
     margin = (high - low) * 0.2 or 0.01
     low, high = low - margin, high + margin
     bottom, right = HEIGHT - BOTTOM, WIDTH - RIGHT
@@ -77,6 +79,8 @@ def picture(report: dict[str, Any]) -> str:
     for value, x in ((0.0, LEFT), (fastest, right)):
         parts.append(f'<text x="{x}" y="{bottom + 16}" text-anchor="middle">{value:,.0f}</text>')
     for row, speed, score in zip(rows, speeds, scores, strict=True):
+        if math.isnan(score):  # a correlation with one number alone has no place in the picture
+            continue
         x = LEFT + (right - LEFT) * speed / fastest
         y = bottom - (bottom - TOP) * (score - low) / (high - low)
         radius = max(SMALLEST, LARGEST * (row["bytes on disk"] / most) ** 0.5)
