@@ -19,6 +19,8 @@ from fastbert.training.loop import Settings
 from fastbert.training.predicting import pack
 from training_models import ALONE, PIECES, task_of
 
+pytestmark = pytest.mark.native
+
 ALL = tuple(name for name in LOSSES if name != "minilm")
 
 
@@ -159,6 +161,7 @@ def student_of(school, given, init=None, teacher=None):
     return make_student(str(given), init, teacher or own, tokenizer, texts, 0, "native")
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(("init", "layers"), [(None, [1, 3]), ("last", [2, 3]), ("0,2", [0, 2]), ("first", [0, 1])])
 def test_layers_of_the_teacher(school, init, layers):
     """And its embeddings, pooler and classifier: so a student of all layers answers as the teacher does."""
@@ -180,6 +183,7 @@ def test_layers_of_the_teacher(school, init, layers):
     assert student.config.num_hidden_layers == 2
 
 
+@pytest.mark.once
 def test_heads_that_the_teacher_has_lost(school):
     task = task_of("sentence")[0]
     torch.manual_seed(0)
@@ -244,7 +248,7 @@ def test_a_bottleneck_that_leaves_nothing_out_is_the_teacher(school, tmp_path, m
         given = write_config(tmp_path / "same.json", **sizes | {"num_hidden_layers": 2})
         own, other = (
             model(batch)
-            for model in (make_student(str(given), "bottleneck", wide, task.tokenizer, batch, 0, None), wide)
+            for model in (make_student(str(given), "bottleneck", wide, task.tokenizer, batch, 0, "native"), wide)
         )
         for x, y in zip(own.values(), other.values(), strict=True):
             torch.testing.assert_close(x, y, atol=2e-4, rtol=2e-4)
@@ -259,6 +263,16 @@ def test_a_bottleneck_of_masked_words(school, tmp_path):
     assert student(school[2]).logits.shape == (school[2].total_tokens, len(PIECES))
 
 
+@pytest.mark.once
+def test_a_student_takes_the_kinds_of_tokens_that_its_teacher_takes(school, tmp_path):
+    """A file of sizes that does not name their number means 2, and the teacher may know one."""
+    teacher = type(school[0])(BertConfig.from_dict(school[0].config.to_dict(), type_vocab_size=1), "native").eval()
+    for init in (None, "new"):
+        student = student_of(school, write_config(tmp_path / "narrow.json"), init, teacher)
+        assert student.bert.embeddings.token_type_embeddings.weight.shape == (1, 16)
+
+
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("sizes", "init", "says"),
     [
@@ -280,6 +294,7 @@ def save(model, folder, tokenizer):
     return folder
 
 
+@pytest.mark.once
 def test_a_model_that_exists(school, tmp_path):
     """With its own head where that has the teacher's labels, else with a new one; not with other words or labels."""
     teacher, tokenizer, _ = school
@@ -311,6 +326,7 @@ def test_a_model_that_exists(school, tmp_path):
         student_of(school, plain)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("name", "student", "says"),
     [

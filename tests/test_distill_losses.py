@@ -10,6 +10,8 @@ from fastbert.compression.layer_maps import chosen_layers, layer_pairs
 from fastbert.text.files import InputError
 from training_models import KINDS
 
+pytestmark = pytest.mark.native
+
 CASES = [(kind, "logits", 32) for kind in KINDS] + [("sentence", name, width) for name in INNER for width in (32, 16)]
 
 
@@ -50,6 +52,7 @@ def test_a_teacher_with_the_same_weights_has_nothing_to_teach():
     assert found["logits"] > 1e-3, "the teacher has a layer more"
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("kind", ["scores", "relations"])
 @pytest.mark.parametrize("most", [1, 40, 10**9])
 def test_long_sequences_go_in_blocks_of_queries(kind, most, monkeypatch):
@@ -88,6 +91,7 @@ def test_long_sequences_go_in_blocks_of_queries(kind, most, monkeypatch):
     torch.testing.assert_close(b.grad, y.grad)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("rows", [1, 5, 100])
 def test_words_go_in_blocks_of_rows(rows, monkeypatch):
     """Gradients of hidden states, of the table and of the bias, with an upstream gradient."""
@@ -108,6 +112,7 @@ def test_words_go_in_blocks_of_rows(rows, monkeypatch):
     )
 
 
+@pytest.mark.once
 def test_heads_that_differ_are_not_compared():
     a, b = torch.randn(5, 2, 4), torch.randn(5, 3, 4)
     with pytest.raises(ValueError, match="the student compares 2 heads, the teacher 3"):
