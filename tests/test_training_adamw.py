@@ -246,3 +246,16 @@ def test_wrong_sizes_are_refused():
         one_pass.step([p], [p], [p], [p], [torch.zeros(3, dtype=torch.uint8)], [by])
     with pytest.raises(ValueError, match="numbers of 0"):
         one_pass.step([p], [p], [p], [p], [None], [])
+
+
+@pytest.mark.once
+def test_a_step_of_torch_counts_as_a_change():
+    """torch's fused step leaves the versions of what it writes: layers that keep integers of their weights then
+    multiplied by those of the first step to the end of a training. Here float64, which is left to torch."""
+    given = parameters(torch.float64)
+    optimizer = trained(AdamW, given, 1, fused=True)
+    gradients_of(2, given)
+    watched = [t for p in given.values() for t in (p, *(optimizer.state[p][m] for m in ("exp_avg", "exp_avg_sq")))]
+    before = [t._version for t in watched]
+    optimizer.step()
+    assert all(t._version > version for t, version in zip(watched, before, strict=True))

@@ -86,7 +86,10 @@ class AdamW(torch.optim.AdamW):
         """One step, as torch's."""
         if closure is not None or not self._takes_all():
             self._scale_gradients()
-            return _torchs_step()(self, closure)
+            loss = _torchs_step()(self, closure)
+            if not torch.compiler.is_compiling():
+                self._count_versions()
+            return loss
         scale, self._scale = self._scale, 1.0
         of_dtypes: dict[torch.dtype, _Given] = {}
         for group in self.param_groups:
@@ -101,6 +104,15 @@ class AdamW(torch.optim.AdamW):
                 if blocks is not None:
                     self._resting[p] = _Resting(mean, square, (mean._version, square._version), blocks)
         return None
+
+    def _count_versions(self) -> None:
+        """torch's fused step changes tensors and leaves their versions, by which others see that they must look again:
+        `_Resting` here, layers that keep integers of their weights in training."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    moments = (self.state[p].get(name) for name in ("exp_avg", "exp_avg_sq"))
+                    torch.autograd.graph.increment_version([p, *(t for t in moments if t is not None)])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's; and what `clip` has left to a step that was not taken is forgotten."""
