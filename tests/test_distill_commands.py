@@ -177,7 +177,8 @@ def test_relations_of_an_encoder_without_a_head(guesser, tmp_path):
         name.startswith(("cls.", "bert.", "projections")) for name in BertModel.from_pretrained(out).state_dict()
     )
     assert Encoder.from_pretrained(out, dtype="float32").encode(["a b"]).shape == (1, 16)
-    assert json.loads((out / "report.json").read_text())["mask share"] == 0.0
+    progress = json.loads((out / "checkpoints" / "step-00000003" / "progress.json").read_text())
+    assert progress["settings"]["mask share"] == 0.0
     assert words((plain, guesser[1]), out, *args, "--resume", student=narrow) == 0
     assert words((plain, guesser[1]), tmp_path / "no", "--steps", 3) == 1, "logits need a head"
 

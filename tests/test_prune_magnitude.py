@@ -86,7 +86,7 @@ def test_zeros_while_training_stopped_and_gone_on_with(teacher, data, tmp_path, 
     monkeypatch.setattr(prune_magnitude, "EVERY", 1)
     monkeypatch.setattr(loop, "is_better", lambda value, best: best is None)  # the first one is the best
     training = ("--train", data, "--eval", data, "--epochs", 3, "--lr", 1e-3)
-    command = ["prune", teacher, "--magnitude", "0.75", *training]
+    command = ["prune", teacher, "--magnitude", "0.75", "--impl", "native", *training]
     assert run(*command, "-o", tmp_path / "whole") == 0
     assert "note: zeros in a matrix" in capsys.readouterr().out
     after = load_state_dict(tmp_path / "whole")
