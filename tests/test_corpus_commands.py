@@ -49,7 +49,11 @@ def test_the_commands(folder, options, tmp_path, capsys):
     assert first["columns"]["text"] == question
     assert run(*words, "--pooling", "cls") == 1
     assert "pooling is 'mean', and here it is 'cls'" in capsys.readouterr().err
-    next((out / "data").iterdir()).unlink()
+    part = next((out / "data").iterdir())
+    part.write_bytes(b"PAR1")
+    assert run("search", out, question, "--device", "cpu") == 1
+    assert f"{part}: Parquet file size is 4 bytes" in capsys.readouterr().err
+    part.unlink()
     assert run(*words, "--verify") == 1
     captured = capsys.readouterr()
     assert "it is gone" in captured.out
@@ -92,6 +96,12 @@ def test_the_same_bytes_by_two_workers_and_by_one(folder, tmp_path):
     assert len(by_workers) >= 1
     encode(folder, [path], tmp_path / "two", **one)
     assert hashes(tmp_path / "two") == hashes(tmp_path / "one")
+
+
+def test_a_run_that_fails_leaves_no_folder_for_unfinished_files(options, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": 3}\n')
+    assert run("encode", tmp_path / "a.jsonl", "--out-dir", tmp_path / "out", *options) == 1
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["manifest"]
 
 
 def test_a_process_that_ends_does_not_take_the_folder_of_locks_from_another(tmp_path, monkeypatch):

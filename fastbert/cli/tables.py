@@ -108,8 +108,10 @@ def encode_tables(args: argparse.Namespace, encoder: dict[str, Any], ranks: Rank
         open_units, (job, own) = set(missing), share_of(ranks, job, units)
         missing = [unit for unit in own if unit in open_units]
     with _maker(job, min(args.workers, len(missing))) as maker:
-        expect_done(_shown(args, maker.encode(missing), len(missing)))
-        manifest.place.tidy()
+        try:
+            expect_done(_shown(args, maker.encode(missing), len(missing)))
+        finally:
+            manifest.place.tidy()
         return maker.stats
 
 

@@ -18,6 +18,7 @@ from pyarrow import parquet
 from ..encoding.encoder import Encoder
 from .job import SCALE, VALID, VECTOR, fingerprint
 from .manifest import Manifest, ManifestError, part_path
+from .reading import explained
 from .writing import numbers_of
 
 # Bytes of a block of rows in float32.
@@ -52,7 +53,8 @@ def asking(manifest: Manifest, model: str | None = None, device: str = "auto") -
 def search(manifest: Manifest, queries: np.ndarray, top_k: int) -> list[list[Hit]]:
     """For each of `queries` [Q, C] float32 the `top_k` nearest rows, nearest first. Rows without a vector are left out.
 
-    Raises: ManifestError if the folder has no corpus, or if its vectors have another width.
+    Raises: ManifestError if the folder has no corpus, or if its vectors have another width; InputError if a part cannot
+        be read.
     """
     dimension = _description(manifest)["dimension"]
     if queries.shape[1] != dimension:
@@ -99,7 +101,7 @@ def _best(scores: np.ndarray, places: np.ndarray, top_k: int) -> tuple[np.ndarra
 
 
 def _blocks(manifest: Manifest, part: str, columns: list[str], dimension: int) -> Iterator[pa.Table]:
-    with manifest.place.open(part_path(part)) as file:
+    with manifest.place.open(part_path(part)) as file, explained(manifest.place.path(part_path(part))):
         source = parquet.ParquetFile(file, pre_buffer=False)
         names = [name for name in columns if name in source.schema_arrow.names]
         for batch in source.iter_batches(max(1, BLOCK_BYTES // (4 * dimension)), columns=names, use_threads=False):
