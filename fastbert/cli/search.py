@@ -29,9 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("dir", metavar="DIR", help="a folder or URL of encoded tables")
     parser.add_argument("queries", metavar="QUERY", nargs="+", help="a text")
-    parser.add_argument("-k", "--top-k", metavar="N", type=positive, default=10, help="rows for each (default: 10)")
     parser.add_argument(
-        "--model", metavar="ID_OR_PATH", help="where the model of DIR lies now (default: where it lay then)"
+        "-k", "--top-k", metavar="N", type=positive, default=10, help="rows for each QUERY (default: 10)"
+    )
+    parser.add_argument(
+        "--model",
+        metavar="ID_OR_PATH",
+        help="where the model of DIR is now (default: where it was when DIR was written)",
     )
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda where there is one"

@@ -39,7 +39,11 @@ def add_table_arguments(parser: argparse.ArgumentParser) -> None:
         help="write DIR/data/*.parquet, with a column embedding; FILE may be .parquet, .arrow, .feather, .jsonl or "
         ".csv, a folder, a pattern, and like DIR a URL that fsspec knows. A second run makes what is missing",
     )
-    tables.add_argument("--id-column", metavar="NAME", help="names a row in messages and in search results; is kept")
+    tables.add_argument(
+        "--id-column",
+        metavar="NAME",
+        help="a column that identifies rows in messages and in search results; it is kept",
+    )
     tables.add_argument(
         "--keep", metavar="NAME,...", type=lambda text: tuple(text.split(",")), default=(), help="columns to keep"
     )
@@ -47,21 +51,22 @@ def add_table_arguments(parser: argparse.ArgumentParser) -> None:
         "--precision",
         choices=PRECISIONS,
         default="float32",
-        help="of the vectors in the files; int8 has a scale a row, in the column embedding_scale (default: float32)",
+        help="of the vectors in the files; with int8 each row has a scale in the column embedding_scale "
+        "(default: float32)",
     )
     tables.add_argument(
         "--nulls",
         choices=NULLS,
         default="null",
-        help="of a row without a text: no vector (null, the default); zeros, and false in a column embedding_valid "
-        "(fill); the vector of the empty text (encode); an error (refuse)",
+        help="what a row without a text gets: no vector (null, the default); zeros, and false in a column "
+        "embedding_valid (fill); the vector of the empty text (encode); an error (refuse)",
     )
     tables.add_argument(
         "--empty-is-null",
         action="store_true",
-        help="treat texts of white space alone as --nulls says (default: they have vectors as other texts have)",
+        help="treat texts that are empty or only white space as rows without a text (default: they get vectors)",
     )
-    tables.add_argument("--dedup", action="store_true", help="compute equal texts of 8,192 rows once")
+    tables.add_argument("--dedup", action="store_true", help="compute equal texts once within 8,192 rows")
     tables.add_argument(
         "--batch-invariant",
         action="store_true",
@@ -69,7 +74,12 @@ def add_table_arguments(parser: argparse.ArgumentParser) -> None:
         "number of workers",
     )
     tables.add_argument(
-        "--part-rows", metavar="N", type=positive, default=50_000, help="rows of a file at most (default: 50,000)"
+        "--part-rows",
+        metavar="N",
+        type=positive,
+        default=50_000,
+        help="the most rows in an output file; .jsonl is cut every N times 512 bytes, and .csv is not cut "
+        "(default: 50,000)",
     )
     tables.add_argument(
         "--verify", action="store_true", help="encode nothing: read every part of DIR again, and say what is wrong"

@@ -1,4 +1,4 @@
-"""Units by torchrun: of all units each process makes every so many-th, on its own GPU. Nothing passes between them.
+"""Units by torchrun: of N processes each makes every N-th unit, on its own GPU. Nothing passes between them.
 
     torchrun --nproc-per-node 2 -m fastbert encode IN... --out-dir DIR
     torchrun --nproc-per-node 2 program.py        # which calls encode(["in"], Job("out", {"id_or_path": folder}))
