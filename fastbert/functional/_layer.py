@@ -37,7 +37,8 @@ def encoder_layer(
     The Triton kernels have it, for plain tensors of one dtype, outside of autocast, torch.compile, tracing and whatever
     else follows or changes single operators, and refuse second derivatives. On a CPU the C++ operators have it for
     training: where gradients are on, `options.fold` is and every bias is there, under autocast to bfloat16 too. The
-    bits of x are those of the operators one by one, its gradient is as close.
+    bits of x are those of the operators one by one, its gradient is as close. (Where on a CPU neither x nor query, key
+    and value want a gradient, the operators one by one round their products otherwise.)
 
     Args:
         x: [T, C].

@@ -2,7 +2,9 @@
 
 layer_training.cpp has the equations, and what is saved. The operators are those of `products.py`, `attention.py` and
 `norm.py`, and so are the bits in float32 and under autocast; of a model in bfloat16 the two residual gradients are
-added before they are rounded, not after. What is saved between the passes is what those operators save.
+added before they are rounded, not after. What is saved between the passes is what those operators save. Where neither
+x nor query, key and value want a gradient, the operators would take other products, which round otherwise, and save
+less: the node saves all that it saves elsewhere, and its backward pass ends where no earlier gradient is wanted.
 """
 
 from __future__ import annotations
@@ -66,11 +68,13 @@ def layer_shapes(width: int, attended: int, inner: int) -> list[tuple[int, ...]]
 
 
 def takes(x: Tensor, weights: LayerWeights, options: LayerOptions) -> bool:
-    """Whether `encoder_layer` stands for the operators: x or attention wants a gradient, all operators would be in C++,
+    """Whether `encoder_layer` stands for the operators: x or a weight wants a gradient, all operators would be in C++,
     and every bias is there. What follows single operators would not see these."""
     if not options.fold or options.activation not in cpp.ACTIVATION_NUMBERS or any(t is None for t in weights):
         return False
-    if not products.takes(x, weights[:6:2], weights[1:6:2], options.activation) or x.dtype != weights.query.dtype:
+    if not products.takes(x, weights[:6:2], weights[1:6:2], options.activation, later=weights[6:]):
+        return False
+    if x.dtype != weights.query.dtype:
         return False
     if x.dim() != 2 or not x.is_contiguous():
         return False

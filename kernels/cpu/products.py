@@ -35,13 +35,19 @@ def dtype_of(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
 
 
-def takes(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], activation: str | None = None) -> bool:
+def takes(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], activation: str | None = None,
+    later: Sequence[Tensor] = (),
+) -> bool:  # fmt: skip
     """Whether x goes through these layers here: some gradient is wanted, and the C++ has the dtypes and sizes. Not
-    where a dispatch mode watches single operators: it would not see these."""
+    where a dispatch mode watches single operators: it would not see these.
+
+    later: weights of the same autograd node that follow these layers, of which a gradient may be wanted as well.
+    """
     if not (torch.is_grad_enabled() and cpp.runs_now(x)):
         return False
     parameters = [*weights, *(bias for bias in biases if bias is not None)]
-    if not any(t.requires_grad for t in (x, *parameters)) or torch._C._len_torch_dispatch_stack():
+    if not any(t.requires_grad for t in (x, *parameters, *later)) or torch._C._len_torch_dispatch_stack():
         return False
     dtype, of_weights = dtype_of(x), weights[0].dtype
     if dtype not in cpp.dtypes() or not cpp.multiplies(dtype) or is_batch_invariant():
