@@ -60,16 +60,16 @@ class _Disentangled(torch.autograd.Function):
     def forward(ctx, q, k, v, pk, pq, lut, cu_seqlens, scale, dropout):
         stats = torch.empty(2, q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
         o = cpp_disentangled.attention(q, k, v, pk, pq, lut, cu_seqlens, scale, dropout, stats)
-        ctx.save_for_backward(q, k, v, pk, pq, o, stats, lut, cu_seqlens)
+        ctx.save_for_backward(q, k, v, pk, pq, stats, lut, cu_seqlens)
         ctx.scale, ctx.dropout = scale, dropout
         return o
 
     @staticmethod
     def backward(ctx, do):
-        q, k, v, pk, pq, o, stats, lut, cu_seqlens = ctx.saved_tensors
+        q, k, v, pk, pq, stats, lut, cu_seqlens = ctx.saved_tensors
         if not by_torch(do):
             grads = cpp_disentangled.attention_backward(
-                do, q, k, v, pk, pq, lut, o, stats, cu_seqlens, ctx.scale, ctx.dropout
+                do, q, k, v, pk, pq, lut, stats, cu_seqlens, ctx.scale, ctx.dropout
             )
         else:  # these gradients' own gradients may be wanted: torch's operators have some
             options = {} if ctx.dropout is None else ctx.dropout.options

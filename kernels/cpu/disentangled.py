@@ -70,7 +70,7 @@ def attention(
 
 
 def attention_backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, pk: Tensor | None, pq: Tensor | None, lut: Tensor, o: Tensor,
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, pk: Tensor | None, pq: Tensor | None, lut: Tensor,
     softmax_stats: Tensor, cu_seqlens: Tensor, scale: float, dropout: Dropout | None = None,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """dq, dk, dv, dpk, dpq of do [T, H, D] and what `attention` took and gave."""
@@ -78,7 +78,6 @@ def attention_backward(
     grads = [None if t is None else torch.empty(t.shape, dtype=t.dtype, device="cpu") for t in (q, k, v, pk, pq)]
     names = ("dq", "dk", "dv", "dpk", "dpq")
     after = (
-        address("o", o, q.dtype, q.numel()),
         address("softmax_stats", softmax_stats, torch.float32, 2 * q.shape[0] * q.shape[1]),
         *(address_or_none(n, t, q.dtype, 0 if t is None else t.numel()) for n, t in zip(names, grads, strict=True)),
     )

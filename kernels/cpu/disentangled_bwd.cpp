@@ -2,6 +2,8 @@
 //     p, dp, ds as in attention_bwd.cpp, of scores with both terms of distances
 //     dq[i] = scale sum_j ds[i, j] (k[j] + pk[lut[i - j]])      dpk[r] = scale sum of ds[i, j] q[i], lut[i - j] = r
 //     dk[j] = scale sum_i ds[i, j] (q[i] + pq[lut[i - j]])      dpq[r] = scale sum of ds[i, j] k[j], lut[i - j] = r
+// delta is the mean of dp over the keys, weighted by p, from a pass before that of the gradients. It is not taken from do o:
+// where dp hardly differs from key to key, what o was rounded by would be most of ds.
 // A block of ds is held twice: a row for a key, and a row for a query. Its rows have zeros on either side, so that the
 // same memory, read with rows one element further apart, is the block by entries of a table (see disentangled.h): the
 // rest of dk is that times the entries of pq, and what dpq gains is its transpose times k. So it is of dq and dpk.
@@ -36,7 +38,7 @@ struct Memory {
     float *q, *d_o;             // of a block: transposed [lanes, BLOCK]
     float *q_pairs, *do_pairs;  // [query lanes, head_dim]
     float* dq;                  // [BLOCK, head_dim]
-    float *shift, *factor, *delta;  // [BLOCK], of softmax_stats
+    float *shift, *factor, *delta, *total;  // [BLOCK], of softmax_stats, and sums of p dp and of p
     uint32_t *low, *high;       // [BLOCK] halves of the rows' keys, for dropout
     Element* p;                 // of both blocks: [BLOCK, BLOCK], a row for a key
     Element *ds, *ds_of_queries;  // [BLOCK, DS_ROW], a row for a key, and a row for a query
@@ -48,7 +50,7 @@ struct Memory {
         const size_t keys = round_up(entries.longest, ROWS), lanes = head_dim / T::PER_LANE, width = head_dim;
         const size_t count = entries.count, square = BLOCK * BLOCK, ds_floats = (BLOCK + 1) * (size_t)DS_ROW;
         const size_t floats = 2 * (3 * count * lanes + count * width) + table_rows * width + 3 * keys * lanes + width
-            + 2 * keys * width + 5 * BLOCK * lanes + width + BLOCK * width + 5 * BLOCK + 4 * square + 3 * ds_floats
+            + 2 * keys * width + 5 * BLOCK * lanes + width + BLOCK * width + 6 * BLOCK + 4 * square + 3 * ds_floats
             + BLOCK_ROWS * BAND + 64;
         if (!scratch.reserve(sizeof(float) * floats)) return false;
         float* next = (float*)scratch.memory;
@@ -66,7 +68,7 @@ struct Memory {
         q = take(BLOCK * lanes), d_o = take(BLOCK * lanes);
         q_pairs = take(BLOCK * lanes), do_pairs = take(BLOCK * lanes);
         dq = take(BLOCK * width);
-        shift = take(BLOCK), factor = take(BLOCK), delta = take(BLOCK);
+        shift = take(BLOCK), factor = take(BLOCK), delta = take(BLOCK), total = take(BLOCK);
         low = (uint32_t*)take(BLOCK), high = (uint32_t*)take(BLOCK);
         p = (Element*)take(square), ds_pairs = take(square), turned = take(square), added = take(square);
         ds = (Element*)take(ds_floats), ds_of_queries = (Element*)take(ds_floats), sheared = take(ds_floats);
@@ -98,8 +100,9 @@ inline void store_ds(Floats first, Floats second, float* rows, float* pairs) {
 }
 
 // p^T and ds^T of ROWS keys, of which `real` are, and N registers of queries from the block's query `column` on. of_keys:
-// m.band holds k pq of these keys; of_queries: m.added holds q pk, a row for a key.
-template <class T, int N>
+// m.band holds k pq of these keys; of_queries: m.added holds q pk, a row for a key. With OF_DELTA p dp and p are added
+// to delta and total, and nothing else is stored.
+template <class T, bool OF_DELTA, int N>
 void tile(
     const Memory<T>& m, int key, int real, int row, int column, int lanes, float scale_log2, const Dropout* dropout,
     bool of_keys, bool of_queries
@@ -140,19 +143,35 @@ void tile(
             x = x * load(m.factor + column + j * WIDTH);
             if (i >= real) x = floats(0.0f);
             store(p[i] + j * WIDTH, x);
-            T::store(of_p + i * BLOCK + j * WIDTH, dropout ? keep(kept[i][j], x) : x);
+            if constexpr (!OF_DELTA) T::store(of_p + i * BLOCK + j * WIDTH, dropout ? keep(kept[i][j], x) : x);
         }
 
     multiply<T, ROWS, N>(m.v + (int64_t)key * head_dim, head_dim, m.d_o + column, BLOCK, lanes, sum);
-    const Floats scale_kept = floats(dropout ? dropout->scale : 1.0f);
+    if (dropout) {
+        const Floats scale_kept = floats(dropout->scale);
+#pragma GCC unroll 6
+        for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 4
+            for (int j = 0; j < N; ++j) sum[i][j] = keep(kept[i][j], sum[i][j] * scale_kept);
+    }
+    if constexpr (OF_DELTA) {
+#pragma GCC unroll 4
+        for (int j = 0; j < N; ++j) {
+            Floats delta = load(m.delta + column + j * WIDTH), total = load(m.total + column + j * WIDTH);
+#pragma GCC unroll 6
+            for (int i = 0; i < ROWS; ++i) {
+                const Floats x = load(p[i] + j * WIDTH);
+                delta = fma(x, sum[i][j], delta), total = total + x;
+            }
+            store(m.delta + column + j * WIDTH, delta), store(m.total + column + j * WIDTH, total);
+        }
+        return;
+    }
 #pragma GCC unroll 6
     for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 4
-        for (int j = 0; j < N; ++j) {
-            const Floats delta = load(m.delta + column + j * WIDTH);
-            if (dropout) sum[i][j] = keep(kept[i][j], sum[i][j] * scale_kept);
-            sum[i][j] = load(p[i] + j * WIDTH) * (sum[i][j] - delta);
-        }
+        for (int j = 0; j < N; ++j)
+            sum[i][j] = load(p[i] + j * WIDTH) * (sum[i][j] - load(m.delta + column + j * WIDTH));
 #pragma GCC unroll 6
     for (int i = 0; i < ROWS; i += 2)
 #pragma GCC unroll 4
@@ -261,13 +280,12 @@ void clear_after(E* ds, int rows, int columns) {
         for (int row = 0; row < rows; ++row) std::fill_n(ds + row * DS_ROW + GAP + columns, GAP, E(0));
 }
 
-// One block of queries of one sequence, from `row` on: their dq, and what they add to dk, dv and the tables. q, d_o, o, dq:
+// One block of queries of one sequence, from `row` on: their dq, and what they add to dk, dv and the tables. q, d_o, dq:
 // rows of the block; shifts, factors: of its rows.
 template <class T>
 void block_of_queries(
     Memory<T>& m, const Entries& entries, const typename T::Element* q, int64_t q_token,
-    const typename T::Element* d_o, int64_t do_token, const typename T::Element* o, typename T::Element* dq,
-    int64_t o_token, const float* shifts, const float* factors, int row, int queries, int length, int head_dim,
+    const typename T::Element* d_o, int64_t do_token, typename T::Element* dq, int64_t o_token, const float* shifts, const float* factors, int row, int queries, int length, int head_dim,
     float scale, const Dropout* dropout, bool has_pk, bool has_pq
 ) {
     using Element = typename T::Element;
@@ -278,20 +296,15 @@ void block_of_queries(
     transpose_rows<T>(d_o, do_token, queries, BLOCK, head_dim, m.d_o);
     lay_out_rows(m.q_rows, head_dim, even, head_dim, m.q_pairs);
     lay_out_rows(d_o, do_token, queries, head_dim, m.do_pairs);
-    for (int i = 0; i < queries; ++i) {
-        Floats sum = floats(0.0f);
-        for (int c = 0; c < head_dim; c += WIDTH)
-            sum = fma(T::load(d_o + i * do_token + c), T::load(o + i * o_token + c), sum);
-        m.delta[i] = sum_of(sum);
-        m.shift[i] = shifts[i], m.factor[i] = factors[i];
-    }
+    for (int i = 0; i < queries; ++i) m.shift[i] = shifts[i], m.factor[i] = factors[i];
     // p is exp(-infinity) past the last query
-    std::fill(m.delta + queries, m.delta + columns, 0.0f);
+    std::fill_n(m.delta, columns, 0.0f), std::fill_n(m.total, columns, 0.0f);
     std::fill(m.shift + queries, m.shift + columns, std::numeric_limits<float>::infinity());
     std::fill(m.factor + queries, m.factor + columns, 1.0f);
     std::fill_n(m.dq, even * head_dim, 0.0f);
 
-    for (int first = 0; first < length; first += BLOCK) {
+    const auto tiles = [&](auto is_of_delta, int first) {  // of the keys of a block, from `first` on
+        constexpr bool of_delta = is_of_delta;
         const int keys = std::min(BLOCK, length - first), rows = round_up(keys, ROWS);
         if (has_pk) {
             for (int i = 0; i < columns; i += ROWS) {
@@ -313,11 +326,17 @@ void block_of_queries(
                     columns + ROWS - 1, m.band, BAND
                 );
             over_registers<BLOCK_REGISTERS>(columns, [&](auto registers, int column) {
-                tile<T, registers>(
+                tile<T, of_delta, registers>(
                     m, first + key, keys - key, key, column, lanes, scale * LOG2_E, dropout, has_pq, has_pk
                 );
             });
         }
+    };
+    for (int first = 0; first < length; first += BLOCK) tiles(std::true_type(), first);
+    for (int i = 0; i < queries; ++i) m.delta[i] /= m.total[i];  // p adds up to 1 but for its rounding
+    for (int first = 0; first < length; first += BLOCK) {
+        const int keys = std::min(BLOCK, length - first), rows = round_up(keys, ROWS);
+        tiles(std::false_type(), first);
         clear_after(m.ds, rows, columns);
         // a row for a query, by lanes of neighbouring keys; keys past the last are zero
         const int key_lanes = rows / T::PER_LANE, all_lanes = round_up(key_lanes, WIDTH);
@@ -364,7 +383,7 @@ template <class T>
 int backward(
     const typename T::Element* d_o, const typename T::Element* q, const typename T::Element* k,
     const typename T::Element* v, const typename T::Element* pk, const typename T::Element* pq, const int32_t* lut,
-    const typename T::Element* o, const float* softmax_stats,                                       // in
+    const float* softmax_stats,                                                                     // in
     typename T::Element* dq, typename T::Element* dk, typename T::Element* dv, typename T::Element* dpk,
     typename T::Element* dpq,                                                                       // out
     const int32_t* starts, int sequences, int64_t tokens, int heads, int head_dim, int reach, int table_rows,
@@ -402,7 +421,7 @@ int backward(
                     }
                 block_of_queries(
                     m, entries, q + token * q_token + head * q_head, q_token, d_o + token * do_token + head * do_head,
-                    do_token, o + of_o, dq + of_o, o_token, shifts, shifts + heads * tokens, row, queries, length,
+                    do_token, dq + of_o, o_token, shifts, shifts + heads * tokens, row, queries, length,
                     head_dim, scale, dropout, pk != nullptr, pq != nullptr
                 );
             }
@@ -424,13 +443,13 @@ int backward(
 #define EXPORT_FOR(T, name)                                                                                        \
     EXPORT int disentangled_attention_backward_##name(                                                             \
         const T::Element* d_o, const T::Element* q, const T::Element* k, const T::Element* v, const T::Element* pk,\
-        const T::Element* pq, const int32_t* lut, const T::Element* o, const float* softmax_stats, T::Element* dq, \
+        const T::Element* pq, const int32_t* lut, const float* softmax_stats, T::Element* dq,                      \
         T::Element* dk, T::Element* dv, T::Element* dpk, T::Element* dpq, const int32_t* starts, int sequences,    \
         int64_t tokens, int heads, int head_dim, int reach, int table_rows, int64_t do_token, int64_t do_head,     \
         int64_t q_token, int64_t q_head, int64_t k_token, int64_t k_head, int64_t v_token, int64_t v_head,         \
         float scale, const Dropout* dropout                                                                        \
     ) {                                                                                                            \
-        return backward<T>(d_o, q, k, v, pk, pq, lut, o, softmax_stats, dq, dk, dv, dpk, dpq, starts, sequences,   \
+        return backward<T>(d_o, q, k, v, pk, pq, lut, softmax_stats, dq, dk, dv, dpk, dpq, starts, sequences,   \
                            tokens, heads, head_dim, reach, table_rows, do_token, do_head, q_token, q_head, k_token,\
                            k_head, v_token, v_head, scale, dropout);                                               \
     }

@@ -80,7 +80,7 @@ struct TrainedLayer {
     );                                                                                                         \
     EXPORT int disentangled_attention_backward_##name(                                                         \
         const Element* d_o, const Element* q, const Element* k, const Element* v, const Element* pk,           \
-        const Element* pq, const int32_t* lut, const Element* o, const float* softmax_stats, Element* dq,      \
+        const Element* pq, const int32_t* lut, const float* softmax_stats, Element* dq,                        \
         Element* dk, Element* dv, Element* dpk, Element* dpq, const int32_t* starts, int sequences,            \
         int64_t tokens, int heads, int head_dim, int reach, int table_rows, int64_t do_token,                  \
         int64_t do_head, int64_t q_token, int64_t q_head, int64_t k_token, int64_t k_head, int64_t v_token,    \
