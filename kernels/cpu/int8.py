@@ -169,7 +169,13 @@ class Int8Weight:
         return weight
 
     def _lay_out(self, integers: Tensor, scales: Tensor, bias: Tensor, factors: Tensor) -> None:
-        """integers [N, K], scales [N, groups], bias [N], factors [K]."""
+        """integers [N, K], scales [N, groups], bias [N], factors [K].
+
+        Raises: ValueError on a tensor that is not on the CPU. oneDNN would take a bias on meta for what memory holds.
+        """
+        for name, t in (("integers", integers), ("scales", scales), ("bias", bias), ("factors", factors)):
+            if not t.is_cpu:
+                raise ValueError(f"{name} must be on the CPU, got {t.device}")
         self.columns, self.inner = integers.shape
         self.group = self.inner // scales.shape[1]
         self.factors, self.bias = factors, bias
