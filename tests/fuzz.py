@@ -44,8 +44,8 @@ NEIGHBOURS = 32
 
 
 def encoder_layer(x: Tensor, cu_seqlens: Tensor, max_seqlen: int, heads: int, *, impl: str, **rest: Any) -> Tensor:
-    """A whole layer: in one call of C++ where that takes it, else by its operators one by one."""
-    if impl == "native" and not rest.get("dropout_p"):
+    """A whole layer: in one call of C++ each way where that takes it, else by its operators one by one."""
+    if impl == "native" and not rest.get("dropout_p") and not torch.is_grad_enabled():
         projections = dict(zip(("query", "key", "value"), rest["qkv"].chunk(3), strict=True))
         projections |= dict(zip(("query_bias", "key_bias", "value_bias"), rest["qkv_bias"].chunk(3), strict=True))
         weights = F.LayerWeights(**projections, **{n: rest[n] for n in F.LayerWeights._fields if n in rest})
@@ -53,8 +53,9 @@ def encoder_layer(x: Tensor, cu_seqlens: Tensor, max_seqlen: int, heads: int, *,
         y = cpp.encoder_layers(x, list(weights), options, cu_seqlens)
         if y is not None:
             return y
+    fold = impl == "native" and torch.is_grad_enabled()
     return whole_layer.encoder_layer(
-        x, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, heads=heads, impl=impl, **rest
+        x, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, heads=heads, impl=impl, fold=fold, **rest
     )  # fmt: skip
 
 
@@ -105,7 +106,7 @@ def int8_layer(x: Tensor, cu_seqlens: Tensor, max_seqlen: int, heads: int, *, im
 
 # what of int8_layer's arguments becomes a weight in 8 bits, or its bias
 IN_8_BITS = ("qkv", "qkv_bias", "out", "out_bias", "up", "up_bias", "down", "down_bias")
-# without gradients, and not in float64
+# without gradients but for the layer of `draw_layer`, and not in float64
 INFERENCE = {"encoder_layer": encoder_layer, "int8_linear": int8_linear, "int8_layer": int8_layer}
 
 
@@ -419,6 +420,14 @@ def at_an_offset(t: Tensor, rng: random.Random) -> Tensor:
     return flat[offset:].view(t.shape)
 
 
+def draw_layer(rng: random.Random) -> tuple[str, dict[str, Any]]:
+    """A layer of sizes that the C++ takes in training, as `draw` gives it."""
+    heads, head_dim = rng.choice((1, 2, 4)), rng.choice((16, 32, 64))
+    shape = ModelShape(heads * head_dim, heads, rng.choice((32, 64, 96)), 1, vocab=2)
+    options = {"activation": rng.choice(("gelu", "gelu_tanh", "relu")), "dropout_p": rng.choice((0.0, 0.3))}
+    return "encoder_layer", INPUTS["encoder_layer"](shape, lengths_of(rng), **options)
+
+
 def run_case(number: int) -> str | None:
     """None, or what went wrong."""
     rng = random.Random(number)
@@ -426,7 +435,8 @@ def run_case(number: int) -> str | None:
     if number % 25 == 24 and cpp.dtypes():  # no operator of `functional`
         wrong = run_adamw(rng)
         return f"case {number}: AdamW: {wrong}" if wrong else None
-    op, inputs = draw(rng)
+    trains_layer = number % 25 == 21
+    op, inputs = (draw_layer if trains_layer else draw)(rng)
     dtype = rng.choice(DTYPES)
     if op in INFERENCE and dtype == torch.float64:
         dtype = torch.float32
@@ -436,7 +446,8 @@ def run_case(number: int) -> str | None:
         if isinstance(t, Tensor) and t.is_floating_point() and name not in NUMBERS:
             inputs[name] = laid_out(t.to(dtype), rng) if rng.random() < elsewhere else t.to(dtype)
     floating = [n for n, t in inputs.items() if isinstance(t, Tensor) and t.is_floating_point() and n not in NUMBERS]
-    wanted = [n for n in floating if rng.random() < 0.8] if rng.random() < 0.5 and op not in INFERENCE else []
+    has_gradients = trains_layer or (rng.random() < 0.5 and op not in INFERENCE)
+    wanted = [n for n in floating if rng.random() < 0.8] if has_gradients else []
     what = f"case {number}: {op} in {dtype}, gradients of {wanted}"
 
     def compute(inputs: dict[str, Any]) -> Computed:
