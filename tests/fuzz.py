@@ -2,10 +2,8 @@
 
 Each case draws an operator, sizes, a dtype, layouts of its tensors (offsets, strides, expanded rows), torch's defaults
 and whether gradients are wanted, computes with impl="native" and holds the results against the reference in float64,
-with twice the error of the reference in the same dtype for a budget. Where few numbers are compared, or one row
-decides, both errors are a matter of chance: a result that is out of its budget is computed again from `NEIGHBOURS` of
-the inputs, and the errors of all of them together are compared. One case in four gets a wrong argument: that must
-raise, or give what the reference gives. A case is a function of its number alone: --first N --cases 1 runs it again.
+as `fuzz_budget` says. One case in four gets a wrong argument: that must raise, or give what the reference gives. A case
+is a function of its number alone: --first N --cases 1 runs it again.
 FASTBERT_CPP=0 takes torch's operators in place of the C++ ones, ATEN_CPU_CAPABILITY=avx2 the C++ ones without AVX-512;
 `make fuzz-asan` looks at every address that either library of C++ reads or writes.
 """
@@ -18,96 +16,21 @@ import copy
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import fastbert.functional as F
-from fastbert import whole_layer
-from fastbert.kernels import reference
-from fastbert.kernels.cpu import adamw, int8, library
+from fastbert.kernels.cpu import adamw, library
 from fastbert.kernels.cpu import operators as cpp
 from fastbert.testing import INPUTS, ModelShape
+from fuzz_budget import NUMBERS, SLACK, Compute, Computed, differences, rms
+from fuzz_operators import IN_8_BITS, INFERENCE, results
 
 DTYPES = (*(torch.float32, torch.bfloat16) * 3, torch.float16, torch.float64)
 REFUSALS = (ValueError, TypeError, IndexError, RuntimeError, AttributeError)
-NUMBERS = ("alibi_slopes", "rotary")  # stay float32
-# What float16 and bfloat16 round a result of 1 by, and float32's sums in another order.
-SLACK = {torch.float64: 1e-12, torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-NEIGHBOURS = 32
-
-
-# ---- operators without a name in `functional` -------------------------------------------------------------
-
-
-def encoder_layer(x: Tensor, cu_seqlens: Tensor, max_seqlen: int, heads: int, *, impl: str, **rest: Any) -> Tensor:
-    """A whole layer: in one call of C++ each way where that takes it, else by its operators one by one."""
-    if impl == "native" and not rest.get("dropout_p") and not torch.is_grad_enabled():
-        projections = dict(zip(("query", "key", "value"), rest["qkv"].chunk(3), strict=True))
-        projections |= dict(zip(("query_bias", "key_bias", "value_bias"), rest["qkv_bias"].chunk(3), strict=True))
-        weights = F.LayerWeights(**projections, **{n: rest[n] for n in F.LayerWeights._fields if n in rest})
-        options = F.LayerOptions(heads, rest["activation"])
-        y = cpp.encoder_layers(x, list(weights), options, cu_seqlens)
-        if y is not None:
-            return y
-    fold = impl == "native" and torch.is_grad_enabled()
-    return whole_layer.encoder_layer(
-        x, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, heads=heads, impl=impl, fold=fold, **rest
-    )  # fmt: skip
-
-
-def rounded(weight: Tensor, largest: int) -> Tensor:
-    """A weight [N, K] in float32 as integers up to `largest` say it, with one scale a row."""
-    scales = weight.float().abs().amax(1, keepdim=True).clamp_min(int8.SMALLEST) / largest
-    return (weight.float() / scales).round() * scales
-
-
-def int8_linear(x: Tensor, weight: Tensor, bias: Tensor, activation: str | None, *, impl: str) -> Tensor:
-    """A product in 8 bits, in float32; the reference in float64 is exact, in other dtypes it has one range a row."""
-    if impl == "native" and int8.fits(weight):
-        return int8.Int8Weight(weight, bias).linear(x, activation).float()
-    if impl == "native":  # such a layer of a model stays what it is
-        y = F.linear(x, weight, bias, impl="native").float()
-        return y if activation is None else reference.activate(y, activation)
-    if x.dtype == torch.float64:
-        y = torch.nn.functional.linear(x, weight, bias)
-    else:
-        q, step, low = int8.quantise_rows(x.float())
-        y = torch.nn.functional.linear(
-            q * step + low, rounded(weight, int8.LARGEST), None if bias is None else bias.float()
-        )
-    return y if activation is None else reference.activate(y, activation)
-
-
-def int8_layer(x: Tensor, cu_seqlens: Tensor, max_seqlen: int, heads: int, *, impl: str, **rest: Any) -> Tensor:
-    """A whole layer in 8 bits. The reference has weights of 6 bits in dtypes other than float64, and rounds no x."""
-    linears = {name: rest[name] for name in ("qkv", "out", "up", "down")}
-    if impl == "native" and all(map(int8.fits, linears.values())) and int8.is_in_cpp() and x.shape[0]:
-        biases = {name: rest[f"{name}_bias"] for name in linears}
-        factors = torch.ones(x.shape[1], dtype=torch.float32, device="cpu")
-        parts = zip(linears["qkv"].chunk(3), biases["qkv"].chunk(3), strict=True)
-        weights = [int8.Int8Weight(*part, factors) for part in parts]
-        weights += [int8.Int8Weight(linears[name], biases[name]) for name in ("out", "up", "down")]
-        norms = tuple(rest[name] for name in ("out_norm", "out_norm_bias", "down_norm", "down_norm_bias"))
-        layer = int8.Int8Layer(*weights, norms, heads)
-        if int8.fit_in_one_call(layer):
-            y = int8.encoder_layers(x, [layer], F.LayerOptions(heads, rest["activation"]), cu_seqlens)
-            if y is not None:
-                return y
-    if x.dtype != torch.float64:
-        rest |= {name: rounded(weight, 31).to(weight.dtype) for name, weight in linears.items()}
-    return whole_layer.encoder_layer(
-        x, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, heads=heads, impl="reference", **rest
-    )  # fmt: skip
-
-
-# what of int8_layer's arguments becomes a weight in 8 bits, or its bias
-IN_8_BITS = ("qkv", "qkv_bias", "out", "out_bias", "up", "up_bias", "down", "down_bias")
-# without gradients but for the layer of `draw_layer`, and not in float64
-INFERENCE = {"encoder_layer": encoder_layer, "int8_linear": int8_linear, "int8_layer": int8_layer}
 
 
 def lengths_of(rng: random.Random) -> list[int]:
@@ -196,144 +119,6 @@ def defaults(rng: random.Random):
             yield
         finally:
             torch.set_default_dtype(torch.float32)
-
-
-def results(op: str, inputs: dict[str, Any], impl: str, wanted: list[str]) -> dict[str, Tensor]:
-    """Outputs, and the gradients of the tensors that are wanted."""
-    given = {n: t.detach().requires_grad_() if n in wanted else t for n, t in inputs.items()}
-    with torch.set_grad_enabled(bool(wanted)):
-        y = INFERENCE.get(op, getattr(F, op, None))(**given, impl=impl)
-        outputs = y if isinstance(y, tuple) else (y,)
-        found = {f"output {n}": o.detach() for n, o in enumerate(outputs)}
-        reached = [o for o in outputs if o.requires_grad]
-        if wanted and reached:
-            upstream = []
-            for o in reached:
-                dy = torch.linspace(-1.0, 2.0, o.numel(), dtype=torch.float64, device="cpu")
-                upstream.append(dy.view(o.shape).to(o.dtype))
-            grads = torch.autograd.grad(
-                reached, [given[n] for n in wanted], upstream, allow_unused=True, materialize_grads=True
-            )
-            found |= {f"gradient of {n}": g for n, g in zip(wanted, grads, strict=True)}
-    return found
-
-
-def exact(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return tuple(map(exact, value))
-    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
-def rms(t: Tensor) -> float:
-    return t.double().square().mean().sqrt().item() if t.numel() else 0.0
-
-
-def least_size(op: str, name: str, inputs: dict[str, Any], true: Tensor) -> float:
-    """What a result is taken to be at least, for its rounding.
-
-    The gradients of q, k, pk and pq vanish where every text has one key, as the difference of two equal numbers:
-    what is left is those numbers' rounding. Where all rows of the loss's weight are one, so are all logits of a row,
-    and plain torch loses nothing, since it rounds them alike: what is left here is the rounding of large logits.
-    """
-    if op == "linear_cross_entropy" and not inputs["weight"].double().diff(dim=0).any():
-        logits = rms(inputs["hidden"].double() @ inputs["weight"].double().T)
-        factor = {"gradient of hidden": "weight", "gradient of weight": "hidden"}.get(name)
-        return max(1e-3, logits * (1.0 if factor is None else rms(inputs[factor])))
-    factors = {
-        "gradient of q": ("k", "v"), "gradient of k": ("q", "v"),
-        "gradient of pk": ("q", "v"), "gradient of pq": ("k", "v"),
-    }.get(name)  # fmt: skip
-    if factors is None or rms(true) > 1e-12:
-        return 1e-3
-    return max(1e-3, rms(inputs[factors[0]]) * rms(inputs[factors[1]]))
-
-
-def rounding_of_scores(inputs: dict[str, Any]) -> float:
-    """What a float32 logsumexp of attention's scores is rounded by, at most. The gradients of torch's SDPA, and of the
-    Triton kernels, are as much off to one side: these make probabilities of the scores and that number again."""
-    q, k, scale = inputs["q"], inputs["k"], inputs.get("scale")
-    longest = [t.double().norm(dim=-1).max().item() if t.numel() else 0.0 for t in (q, k)]
-    largest = longest[0] * longest[1] * abs(q.shape[-1] ** -0.5 if scale is None else scale)
-    return largest * torch.finfo(torch.promote_types(q.dtype, torch.float32)).eps
-
-
-class Judged(NamedTuple):
-    """One result's error against float64, that of the reference in the same dtype, and what every budget adds."""
-
-    error: float
-    plain: float
-    floor: float
-
-
-Computed = dict[str, Tensor]
-Compute = Callable[[dict[str, Any]], Computed]
-
-
-def judged(
-    op: str, inputs: dict[str, Any], dtype: torch.dtype, wanted: list[str], ours: Computed
-) -> Iterator[tuple[str, Judged | str]]:
-    """(name, errors) of each of `ours`, or (name, what is wrong) of one that is not to be compared."""
-    plain = {n: t.contiguous() if isinstance(t, Tensor) else t for n, t in inputs.items()}
-    truth = results(op, {n: exact(t) for n, t in plain.items()}, "reference", wanted)
-    same = results(op, plain, "reference", wanted)
-    rounded = [(same, 1.0)]  # results of plain torch, and which share of their errors counts
-    if any(plain[n] is not t for n, t in inputs.items()):  # torch adds up in another order where a tensor lies apart
-        rounded.append((results(op, inputs, "reference", wanted), 1.0))
-    if dtype == torch.float64:  # the truth is rounded too: by as much less than float32 as its epsilon is smaller
-        narrow = {n: t.float() if isinstance(t, Tensor) and t.dtype == dtype else t for n, t in plain.items()}
-        share = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
-        rounded.append((results(op, narrow, "reference", wanted), share))
-    for name, true in truth.items():
-        found = ours[name]
-        if found.shape != true.shape:
-            yield name, f"has shape {tuple(found.shape)}, expected {tuple(true.shape)}"
-            continue
-        keep = true.isfinite()
-        if not torch.equal(found.isfinite(), same[name].isfinite()) and not torch.equal(found.isfinite(), keep):
-            yield name, "is finite elsewhere than the reference"
-            continue
-        keep &= same[name].isfinite()
-        # the loss is documented to be float32
-        slack = SLACK[torch.float32 if op == "linear_cross_entropy" and dtype == torch.float64 else dtype]
-        if "attention" in op and name.startswith("gradient"):
-            slack = max(slack, rounding_of_scores(plain))
-        error = rms((found.double() - true)[keep])
-        of_plain = max(share * rms((of[name].double() - true)[keep]) for of, share in rounded)
-        floor = slack * max(rms(true[keep]), least_size(op, name, plain, true))
-        yield name, Judged(error, of_plain, floor)
-
-
-def together(parts: list[Judged]) -> Judged:
-    return Judged(*((sum(x * x for x in of_one) / len(parts)) ** 0.5 for of_one in zip(*parts, strict=True)))
-
-
-def neighbour(inputs: dict[str, Any], number: int) -> dict[str, Any]:
-    """The inputs, each tensor times a factor of its own, where it lay: zeros and equal rows stay, and all rounding is
-    drawn anew."""
-    rng, found = random.Random(number), dict(inputs)
-    for name, t in inputs.items():
-        if isinstance(t, Tensor) and t.is_floating_point() and name not in NUMBERS and t.is_cpu:
-            memory = torch.empty(0, dtype=t.dtype, device="cpu").set_(t.untyped_storage().clone())
-            found[name] = memory.as_strided(t.shape, t.stride(), t.storage_offset()).mul_(rng.uniform(0.8, 1.2))
-    return found
-
-
-def differences(
-    op: str, inputs: dict[str, Any], dtype: torch.dtype, wanted: list[str], compute: Compute
-) -> Iterator[str]:
-    """What is out of its budget."""
-    found = dict(judged(op, inputs, dtype, wanted, compute(inputs)))
-    yield from (f"{name} {wrong}" for name, wrong in found.items() if isinstance(wrong, str))
-    out = {n: [j] for n, j in found.items() if isinstance(j, Judged) and not j.error <= 2 * j.plain + j.floor}
-    for number in range(NEIGHBOURS if out else 0):
-        nearby = neighbour(inputs, number)
-        for name, again in judged(op, nearby, dtype, wanted, compute(nearby)):
-            if name in out and isinstance(again, Judged):
-                out[name].append(again)
-    for name, parts in out.items():
-        error, plain, floor = together(parts)
-        if not error <= (budget := 2 * plain + floor):
-            yield f"{name} is {error:.3g} off, the budget is {budget:.3g}"
 
 
 def spoil(op: str, inputs: dict[str, Any], rng: random.Random) -> dict[str, Any]:

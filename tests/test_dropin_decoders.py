@@ -215,6 +215,19 @@ def test_of_t5_the_encoder_alone_is_packed():
 
 
 @pytest.mark.parametrize("name", T5)
+def test_t5_refuses_a_cache_as_the_original(name):
+    """Only a decoder of T5 takes use_cache=True. An accelerated encoder returned its states without a word."""
+    ours, plain, _ = three(build(name))
+    ids = torch.randint(5, 60, (2, WIDTH))
+    with torch.no_grad():
+        with pytest.raises(ValueError, match="use_cache") as expected:
+            plain(ids, use_cache=True)
+        with pytest.warns(UserWarning, match="use_cache=True was given"), pytest.raises(ValueError) as got:
+            ours(ids, use_cache=True)
+    assert str(got.value) == str(expected.value)
+
+
+@pytest.mark.parametrize("name", T5)
 def test_t5_in_float16_clamps_what_overflows(name):
     ours, plain, _ = three(build(name), torch.float16)
     ids = torch.randint(5, 60, (2, WIDTH))

@@ -113,6 +113,8 @@ class EncoderForward(Forward):
             return "the model is a decoder"
         if self.facts.decoder and (why := self.why_not_decoded(given)):
             return why
+        if self.facts.refuses_cache and given.get("use_cache") is True:
+            return "use_cache=True was given"
         if self.facts.half_clamped and (why := self.why_not_clamped(given.get("inputs_embeds"))):
             return why
         if settings.attentions and given.get("output_attentions") is None:

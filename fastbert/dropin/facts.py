@@ -177,6 +177,7 @@ class Family:
         passes: transformers' classes that call the encoder and return what it returns.
         first_column: what is above the encoder may read the first column even where it is padding.
         half_clamped: its layers clamp what overflows in float16, which they leave to their own code.
+        refuses_cache: its own code raises where use_cache=True is given.
         variant: (a setting of the config, the facts where that is on).
         heads: transformers' heads over this encoder read it as BERT's of the same name do.
         output: transformers' class of what the encoder returns.
@@ -212,6 +213,7 @@ class Family:
     passes: tuple[str, ...] = ()
     first_column: bool = True
     half_clamped: bool = False
+    refuses_cache: bool = False
     variant: tuple[str, Family] | None = None
     last_state_normed: bool = True
     pooler_activation: str | None = None

@@ -119,6 +119,7 @@ def _t5(name: str, layer: dict[str, Any], **different: Any) -> Family:
             final_norm="final_layer_norm",
             final_dropout="dropout",
             half_clamped=True,
+            refuses_cache=True,
             passes=(f"{name}EncoderModel",),
             heads=False,
             **different,

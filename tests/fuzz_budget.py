@@ -1,0 +1,139 @@
+"""Whether a result of the fuzz is within its budget: twice the error of the reference in the same dtype, and rounding.
+
+Where few numbers are compared, or one row decides, both errors are a matter of chance: a result that is out of its
+budget is computed again from `NEIGHBOURS` of the inputs, and the errors of all of them together are compared.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fuzz_operators import results
+
+NUMBERS = ("alibi_slopes", "rotary")  # stay float32
+# What float16 and bfloat16 round a result of 1 by, and float32's sums in another order.
+SLACK = {torch.float64: 1e-12, torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+NEIGHBOURS = 32
+
+
+def exact(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(exact, value))
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def rms(t: Tensor) -> float:
+    return t.double().square().mean().sqrt().item() if t.numel() else 0.0
+
+
+def least_size(op: str, name: str, inputs: dict[str, Any], true: Tensor) -> float:
+    """What a result is taken to be at least, for its rounding.
+
+    The gradients of q, k, pk and pq vanish where every text has one key, as the difference of two equal numbers:
+    what is left is those numbers' rounding. Where all rows of the loss's weight are one, so are all logits of a row,
+    and plain torch loses nothing, since it rounds them alike: what is left here is the rounding of large logits.
+    """
+    if op == "linear_cross_entropy" and not inputs["weight"].double().diff(dim=0).any():
+        logits = rms(inputs["hidden"].double() @ inputs["weight"].double().T)
+        factor = {"gradient of hidden": "weight", "gradient of weight": "hidden"}.get(name)
+        return max(1e-3, logits * (1.0 if factor is None else rms(inputs[factor])))
+    factors = {
+        "gradient of q": ("k", "v"), "gradient of k": ("q", "v"),
+        "gradient of pk": ("q", "v"), "gradient of pq": ("k", "v"),
+    }.get(name)  # fmt: skip
+    if factors is None or rms(true) > 1e-12:
+        return 1e-3
+    return max(1e-3, rms(inputs[factors[0]]) * rms(inputs[factors[1]]))
+
+
+def rounding_of_scores(inputs: dict[str, Any]) -> float:
+    """What a float32 logsumexp of attention's scores is rounded by, at most. The gradients of torch's SDPA, and of the
+    Triton kernels, are as much off to one side: these make probabilities of the scores and that number again."""
+    q, k, scale = inputs["q"], inputs["k"], inputs.get("scale")
+    longest = [t.double().norm(dim=-1).max().item() if t.numel() else 0.0 for t in (q, k)]
+    largest = longest[0] * longest[1] * abs(q.shape[-1] ** -0.5 if scale is None else scale)
+    return largest * torch.finfo(torch.promote_types(q.dtype, torch.float32)).eps
+
+
+class Judged(NamedTuple):
+    """One result's error against float64, that of the reference in the same dtype, and what every budget adds."""
+
+    error: float
+    plain: float
+    floor: float
+
+
+Computed = dict[str, Tensor]
+Compute = Callable[[dict[str, Any]], Computed]
+
+
+def judged(
+    op: str, inputs: dict[str, Any], dtype: torch.dtype, wanted: list[str], ours: Computed
+) -> Iterator[tuple[str, Judged | str]]:
+    """(name, errors) of each of `ours`, or (name, what is wrong) of one that is not to be compared."""
+    plain = {n: t.contiguous() if isinstance(t, Tensor) else t for n, t in inputs.items()}
+    truth = results(op, {n: exact(t) for n, t in plain.items()}, "reference", wanted)
+    same = results(op, plain, "reference", wanted)
+    rounded = [(same, 1.0)]  # results of plain torch, and which share of their errors counts
+    if any(plain[n] is not t for n, t in inputs.items()):  # torch adds up in another order where a tensor lies apart
+        rounded.append((results(op, inputs, "reference", wanted), 1.0))
+    if dtype == torch.float64:  # the truth is rounded too: by as much less than float32 as its epsilon is smaller
+        narrow = {n: t.float() if isinstance(t, Tensor) and t.dtype == dtype else t for n, t in plain.items()}
+        share = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+        rounded.append((results(op, narrow, "reference", wanted), share))
+    for name, true in truth.items():
+        found = ours[name]
+        if found.shape != true.shape:
+            yield name, f"has shape {tuple(found.shape)}, expected {tuple(true.shape)}"
+            continue
+        keep = true.isfinite()
+        if not torch.equal(found.isfinite(), same[name].isfinite()) and not torch.equal(found.isfinite(), keep):
+            yield name, "is finite elsewhere than the reference"
+            continue
+        keep &= same[name].isfinite()
+        # the loss is documented to be float32
+        slack = SLACK[torch.float32 if op == "linear_cross_entropy" and dtype == torch.float64 else dtype]
+        if "attention" in op and name.startswith("gradient"):
+            slack = max(slack, rounding_of_scores(plain))
+        error = rms((found.double() - true)[keep])
+        of_plain = max(share * rms((of[name].double() - true)[keep]) for of, share in rounded)
+        floor = slack * max(rms(true[keep]), least_size(op, name, plain, true))
+        yield name, Judged(error, of_plain, floor)
+
+
+def together(parts: list[Judged]) -> Judged:
+    return Judged(*((sum(x * x for x in of_one) / len(parts)) ** 0.5 for of_one in zip(*parts, strict=True)))
+
+
+def neighbour(inputs: dict[str, Any], number: int) -> dict[str, Any]:
+    """The inputs, each tensor times a factor of its own, where it lay: zeros and equal rows stay, and all rounding is
+    drawn anew."""
+    rng, found = random.Random(number), dict(inputs)
+    for name, t in inputs.items():
+        if isinstance(t, Tensor) and t.is_floating_point() and name not in NUMBERS and t.is_cpu:
+            memory = torch.empty(0, dtype=t.dtype, device="cpu").set_(t.untyped_storage().clone())
+            found[name] = memory.as_strided(t.shape, t.stride(), t.storage_offset()).mul_(rng.uniform(0.8, 1.2))
+    return found
+
+
+def differences(
+    op: str, inputs: dict[str, Any], dtype: torch.dtype, wanted: list[str], compute: Compute
+) -> Iterator[str]:
+    """What is out of its budget."""
+    found = dict(judged(op, inputs, dtype, wanted, compute(inputs)))
+    yield from (f"{name} {wrong}" for name, wrong in found.items() if isinstance(wrong, str))
+    out = {n: [j] for n, j in found.items() if isinstance(j, Judged) and not j.error <= 2 * j.plain + j.floor}
+    for number in range(NEIGHBOURS if out else 0):
+        nearby = neighbour(inputs, number)
+        for name, again in judged(op, nearby, dtype, wanted, compute(nearby)):
+            if name in out and isinstance(again, Judged):
+                out[name].append(again)
+    for name, parts in out.items():
+        error, plain, floor = together(parts)
+        if not error <= (budget := 2 * plain + floor):
+            yield f"{name} is {error:.3g} off, the budget is {budget:.3g}"
