@@ -2,8 +2,9 @@
 
 Each case draws an operator, sizes, a dtype, layouts of its tensors (offsets, strides, expanded rows), torch's defaults
 and whether gradients are wanted, computes with impl="native" and holds the results against the reference in float64,
-as `fuzz_budget` says. One case in four gets a wrong argument: that must raise, or give what the reference gives. A case
-is a function of its number alone: --first N --cases 1 runs it again.
+as `fuzz_budget` says. One case in four gets a wrong argument: that must raise, or give what the reference gives. One
+in 25 is a layer in training under autocast. A case is a function of its number alone: --first N --cases 1 runs it
+again.
 FASTBERT_CPP=0 takes torch's operators in place of the C++ ones, ATEN_CPU_CAPABILITY=avx2 the C++ ones without AVX-512;
 `make fuzz-asan` looks at every address that either library of C++ reads or writes.
 """
@@ -217,12 +218,21 @@ def run_case(number: int) -> str | None:
     """None, or what went wrong."""
     rng = random.Random(number)
     torch.manual_seed(number)
-    if number % 25 == 24 and cpp.dtypes():  # no operator of `functional`
+    kind = number % 25
+    if kind == 24 and cpp.dtypes():  # no operator of `functional`
         wrong = run_adamw(rng)
         return f"case {number}: AdamW: {wrong}" if wrong else None
-    trains_layer = number % 25 == 21
-    op, inputs = (draw_layer if trains_layer else draw)(rng)
-    dtype = rng.choice(DTYPES)
+    if kind == 13:
+        with torch.autocast("cpu", torch.bfloat16):
+            return run_operator(number, rng, *draw_layer(rng), torch.float32, trains=True)
+    op, inputs = (draw_layer if kind == 21 else draw)(rng)
+    return run_operator(number, rng, op, inputs, rng.choice(DTYPES), trains=kind == 21)
+
+
+def run_operator(
+    number: int, rng: random.Random, op: str, inputs: dict[str, Any], dtype: torch.dtype, trains: bool
+) -> str | None:
+    """None, or what went wrong with these float32 arguments in `dtype`. trains: gradients are wanted in any case."""
     if op in INFERENCE and dtype == torch.float64:
         dtype = torch.float32
     # The C++ takes contiguous tensors of some sizes alone: half of all cases have no others, and few have many.
@@ -231,9 +241,11 @@ def run_case(number: int) -> str | None:
         if isinstance(t, Tensor) and t.is_floating_point() and name not in NUMBERS:
             inputs[name] = laid_out(t.to(dtype), rng) if rng.random() < elsewhere else t.to(dtype)
     floating = [n for n, t in inputs.items() if isinstance(t, Tensor) and t.is_floating_point() and n not in NUMBERS]
-    has_gradients = trains_layer or (rng.random() < 0.5 and op not in INFERENCE)
+    has_gradients = trains or (rng.random() < 0.5 and op not in INFERENCE)
     wanted = [n for n in floating if rng.random() < 0.8] if has_gradients else []
     what = f"case {number}: {op} in {dtype}, gradients of {wanted}"
+    if torch.is_autocast_enabled("cpu"):
+        what, dtype = f"{what}, under autocast", torch.get_autocast_dtype("cpu")  # whose rounding the budget has
 
     def compute(inputs: dict[str, Any]) -> Computed:
         """Under torch's defaults of this case."""

@@ -222,7 +222,10 @@ def test_t5_refuses_a_cache_as_the_original(name):
     with torch.no_grad():
         with pytest.raises(ValueError, match="use_cache") as expected:
             plain(ids, use_cache=True)
-        with pytest.warns(UserWarning, match="use_cache=True was given"), pytest.raises(ValueError) as got:
+        with (
+            pytest.warns(UserWarning, match="use_cache=True was given"),
+            pytest.raises(ValueError, match="use_cache") as got,
+        ):
             ours(ids, use_cache=True)
     assert str(got.value) == str(expected.value)
 
