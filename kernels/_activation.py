@@ -1,4 +1,4 @@
-"""Activations and their derivatives inside kernels, and tiles of matrices they are taken of."""
+"""Activations and their derivatives inside kernels, and loads and stores of the tiles they are applied to."""
 
 import triton
 import triton.language as tl
@@ -26,13 +26,14 @@ TAIL_7 = tl.constexpr(-1.6762462564656744e-06)
 def _gelu_and_grad(h, EXACT: tl.constexpr):
     """gelu(h) = h Phi(h) and its derivative Phi(h) + h phi(h).
 
-    EXACT: by erf, some 25 instructions. Else, for results that are rounded to 16 bits: by one exponential of a
-    polynomial, some 10, with an error a hundredth of that rounding, and no cancellation for large negative h.
+    EXACT: by erf, about 25 instructions. Otherwise, for results that are rounded to 16 bits: by one exponential of a
+    polynomial, about 10 instructions. Its error is a hundredth of that rounding, without cancellation at large
+    negative h.
     """
     if EXACT:
         cdf = 0.5 * (1.0 + tl.erf(h * SQRT_HALF))
     else:
-        x = tl.minimum(tl.abs(h), 16.0)  # the tail is zero by then, and the polynomial of inf NaN
+        x = tl.minimum(tl.abs(h), 16.0)  # the tail is zero at 16; at infinity the polynomial would be NaN
         p = x * TAIL_7 + TAIL_6
         p = p * x + TAIL_5
         p = p * x + TAIL_4
@@ -48,7 +49,7 @@ def _gelu_and_grad(h, EXACT: tl.constexpr):
 
 @triton.jit
 def _act_and_grad(h, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
-    """act(h) and act'(h), float32; what the caller does not use, the compiler drops."""
+    """act(h) and act'(h), float32. The compiler drops the one that a caller does not use."""
     if ACTIVATION == "none":
         return h, tl.full(h.shape, 1.0, h.dtype)
     elif ACTIVATION == "relu":

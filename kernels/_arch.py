@@ -15,7 +15,7 @@ KB = 1024
 
 @dataclass(frozen=True)
 class Hardware:
-    """matrix: the matrix instructions for 16-bit types. shared: most bytes of shared memory of a program.
+    """matrix: the matrix instructions for 16-bit types. shared: the most shared memory of a program, in bytes.
 
     "mma.sync"  operands and sums in registers, synchronous: all NVIDIA GPUs from 8.0 on except the next two classes
     "wgmma"     operands from shared memory, sums in registers, asynchronous: 9.x (Hopper)

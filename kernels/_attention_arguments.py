@@ -1,7 +1,7 @@
-"""What a call of attention says, in groups: how its operators' flat arguments travel to the kernels' flat arguments.
+"""The arguments of an attention call in groups. Both the operators and the kernels take the same arguments ungrouped.
 
-The fields are in the order of the operators' schemas (`attention.py`), and NAMES are the kernels' names for them, in
-the kernels' order (`_attention_common.py`).
+The fields are in the order of the operators' schemas (`attention.py`). NAMES are the kernels' names for them, in the
+kernels' order (`_attention_common.py`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Sequences(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """A list of tiles. parts: how many of its entries are long and medium, and a bound for the longest sequence."""
+    """A list of tiles. parts: the number of long entries, of medium entries, and a bound for the longest sequence."""
 
     entries: Tensor
     parts: tuple[int, int, int]
@@ -38,7 +38,7 @@ class Tiles(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What the forward pass returned, and the gradients of it, contiguous."""
+    """The results of the forward pass and their gradients, contiguous."""
 
     o: Tensor
     lse: Tensor
@@ -49,7 +49,7 @@ class Saved(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What else a call says."""
+    """All other arguments of a call."""
 
     bias: Tensor | None
     mask: Tensor | None
@@ -69,7 +69,7 @@ class Options(NamedTuple):
     WINDOW = "window_left window_right"
 
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """NAMES."""
+        """The tensors in the order of NAMES."""
         mask = None if self.mask is None else self.mask.view(torch.uint8)
         return self.bias, mask, self.alibi_slopes, self.cos, self.sin, self.seed, self.sequence_ids
 
@@ -86,7 +86,7 @@ class Options(NamedTuple):
 
 
 class Traits(NamedTuple):
-    """What a launch's plans depend on, beside the strides of q, k and v. One value for all batches of a model."""
+    """All that launch plans depend on, except the strides of q, k and v. The same for all batches of a model."""
 
     arch: str
     dtype: torch.dtype
@@ -104,7 +104,7 @@ class Traits(NamedTuple):
     scale: float
 
     def of_config(self) -> frozenset[str]:
-        """What `attention_config` has to know."""
+        """The `traits` argument of `attention_config`."""
         modifiers = sum(map(bool, (self.bias, self.mask, self.alibi, self.window, self.rotary)))
         has = {
             "modified": modifiers > 0, "many": modifiers > 2, "dropout": self.dropout_p > 0.0,
@@ -113,7 +113,8 @@ class Traits(NamedTuple):
         return frozenset(trait for trait, present in has.items() if present)
 
     def is_plain(self) -> bool:
-        """Whether the kernels of `_attention_short.py` take it: packed, unmodified scores, a key head a query head."""
+        """Whether the kernels of `_attention_short.py` support the call: packed, scores unmodified, one key head for
+        each query head."""
         return not self.padded and self.of_config() <= {"dropout"}
 
 
@@ -127,7 +128,7 @@ def _broadcast_strides(t: Tensor) -> tuple[int, ...]:
 
 
 def row_strides(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, ...]:
-    """Strides of sequence, token and head of each; packed tensors have no sequence stride: cu_seqlens says where."""
+    """Strides of sequence, token and head of each. The sequence stride of packed tensors is 0."""
     of_q, of_k, of_v = q.stride(), k.stride(), v.stride()
     if len(of_q) == 4:
         return *of_q[:3], *of_k[:3], *of_v[:3]
@@ -135,5 +136,5 @@ def row_strides(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, ...]:
 
 
 def unit_stride(*tensors: Tensor) -> list[Tensor]:
-    """The kernels step freely over rows and heads, but read a row's elements one after another."""
+    """The tensors, or copies where the last stride is not 1: kernels use the strides of tokens and heads only."""
     return [t if t.stride(-1) == 1 else t.contiguous() for t in tensors]

@@ -87,7 +87,7 @@ def _attention_bwd_dq_kernel(
     if HAS_DROPOUT:
         keys = _dropout_keys(Dropout(seed_ptr, stream_id, sequence_ids_ptr), h, sequence, rows, HAS_IDS)
 
-    # delta: here because o and do are at hand; the dk, dv kernel, launched after this one, reads it
+    # This kernel computes delta because it loads o and do; the dk, dv kernel, launched after it, reads delta.
     do_head = Head(do_ptr + o_origin, length_q, stride_ot)
     do = _load_rows(do_head, rows, HEAD_DIM, BLOCK_D, False, True)
     o = _load_rows(Head(o_ptr + o_origin, length_q, stride_ot), rows, HEAD_DIM, BLOCK_D, False, True)
@@ -195,7 +195,7 @@ def _attention_bwd_dkv_kernel(
             mask_ptr + (b * stride_mask_b + h * stride_mask_h) if HAS_MASK else mask_ptr, stride_mask_q, stride_mask_k,
             slope_log2, window_left, window_right,
         )  # fmt: skip
-        # rows past the end are loaded as zeros with lse = inf: no score needs a mask, one loop does for all blocks
+        # rows past the end are loaded as zeros with lse = inf, so no score needs a mask and all blocks run in one loop
         for first_row in tl.range(low, high, BLOCK_M):
             rows = first_row + tl.arange(0, BLOCK_M)
             q = _load_rows(q_head, rows, HEAD_DIM, BLOCK_D, HAS_ROTARY, True)
@@ -232,7 +232,7 @@ def _attention_bwd_dkv_kernel(
             ds = p * (dp - delta[None, :])
             dk = _dot(ds.to(q.dtype), q, dk, PRECISION)
 
-    # columns past the end hold anything; where padding is written, it is written as zero
+    # columns past the end have arbitrary values; padding must be written as zero
     exists = (cols < length_k)[:, None]
     dk = tl.where(exists, dk * scale, 0.0)
     dv = tl.where(exists, dv * keep_scale, 0.0)

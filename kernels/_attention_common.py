@@ -4,9 +4,8 @@ Equations, shapes and what is saved are in `attention.py`. All kernels take pack
 sequence's rows begin at `ptr + sequence * stride_b + start * stride_t`, where packed has stride_b = 0 and
 start = cu_seqlens[sequence], and padded has start = 0.
 
-A kernel's own arguments are flat: `do_not_specialize` does not reach into a tuple, so Triton would compile anew where a
-number in it becomes 1 or a multiple of 16. Their order is always this one, in which the groups of
-`_attention_arguments.py` hold them on the host:
+A kernel's arguments are not grouped. `do_not_specialize` has no effect on a tuple's members, so Triton would compile
+again when a number in a tuple becomes 1 or a multiple of 16. All kernels use the order of `_attention_arguments.py`:
 
     q, k, v, their spans, the schedule                            in:  `Sequences`, the entries of `Tiles`
     bias, mask, slopes, cos, sin, seed, sequence_ids              in:  `Options`
@@ -16,8 +15,8 @@ number in it becomes 1 or a multiple of 16. Their order is always this one, in w
     first_entry, sizes, scales; keep_scale, stream_id, threshold; window_left, window_right
     PADDED, GROUP; HAS_...; HEAD_DIM, BLOCK_...; TILE, SHORT; PRECISION, FENCED
 
-Its first lines put those of run time into the groups below, which are gone from the compiled code. Constants stay
-outside of groups: an assignment of a tuple makes values of run time of them.
+A kernel's first lines put run-time arguments into the groups below; the compiled code has no groups. Constants stay
+outside, because assigning a tuple would turn its constants into run-time values.
 """
 
 from typing import Any, NamedTuple
@@ -32,7 +31,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2_E), and exp2
 LN_2 = tl.constexpr(0.6931471805599453)
 # Triton's interpreter multiplies bfloat16 tiles as if their bits were integers: there they are widened first.
 WIDEN_BFLOAT16 = tl.constexpr(_device.INTERPRETING)
-# Integers that change from call to call without changing the machine code: never specialised on.
+# Integers that change from call to call without changing the machine code. Triton must not specialise on them.
 RUNTIME_INTS = ["first_entry", "width_q", "stream_id", "threshold", "window_left", "window_right"]
 
 
@@ -57,7 +56,7 @@ class Rotary(NamedTuple):
 
 
 class Modifiers(NamedTuple):
-    """What changes the scores of one sequence and head; bias_ptr and mask_ptr point at its [Sq, Sk]."""
+    """The modifiers of one sequence's and head's scores; bias_ptr and mask_ptr point at its [Sq, Sk]."""
 
     bias_ptr: Any
     stride_bias_q: Any
@@ -71,7 +70,7 @@ class Modifiers(NamedTuple):
 
 
 class Dropout(NamedTuple):
-    """Where the keys of dropout come from."""
+    """The inputs from which dropout's keys are computed."""
 
     seed_ptr: Any
     stream_id: Any
@@ -91,9 +90,9 @@ def _dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def _product_in_chunks(a, rows, b, cols, HEAD_DIM: tl.constexpr, CHUNK: tl.constexpr):
-    """a[rows] b[cols]^T of two Heads, [len(rows), len(cols)], exactly in fp32, a few columns at a time, read anew.
+    """a[rows] b[cols]^T of two Heads, [len(rows), len(cols)], exactly in fp32. Loads a few columns of both at a time.
 
-    Outside the matrix units a lane holds whole rows of both operands: at head_dim 256 they would not fit its registers.
+    Without matrix units a lane holds whole rows of both operands; at head_dim 256 its registers could not hold them.
     """
     acc = tl.zeros((rows.shape[0], cols.shape[0]), dtype=tl.float32)
     for first in tl.range(0, HEAD_DIM, CHUNK):
@@ -110,7 +109,7 @@ def _product_in_chunks(a, rows, b, cols, HEAD_DIM: tl.constexpr, CHUNK: tl.const
 def _scheduled_block(schedule_ptr, first_entry, n_heads, BLOCK: tl.constexpr, TILE: tl.constexpr):
     """This program's (sequence, first row, head) from the list of tiles; sequence is -1 for a surplus program.
 
-    A block of less than a TILE takes several programs an entry; a short sequence fits one block (TILE = BLOCK).
+    If a block is less than a TILE, an entry has several programs; a short sequence fits one block (TILE = BLOCK).
 
     Heads are innermost, so that over all heads together the longest sequences start first.
     """
@@ -135,7 +134,7 @@ def _span(spans_ptr, sequence, PADDED: tl.constexpr):
 
 @triton.jit
 def _origins(sequence, start, head, n_heads, width, HEAD_DIM: tl.constexpr, PADDED: tl.constexpr):
-    """Where a sequence and head begin in contiguous [T, H, D] and [H, T]; padded: [B, S, H, D] and [B, H, S].
+    """Offsets of a sequence and head in contiguous [T, H, D] and [H, T]; padded: [B, S, H, D] and [B, H, S].
 
     width is T or S.
     """
@@ -148,7 +147,7 @@ def _origins(sequence, start, head, n_heads, width, HEAD_DIM: tl.constexpr, PADD
 
 @triton.jit
 def _gradient_origin(sequence, start, head, width, stride_t, HEAD_DIM: tl.constexpr, PADDED: tl.constexpr):
-    """Where a sequence and head begin in dq, dk or dv [T, H, D], or [B, S, H, D], of tokens that lie stride_t apart."""
+    """Offset of a sequence and head in dq, dk or dv, [T, H, D] or [B, S, H, D], with token stride stride_t."""
     first = sequence.to(tl.int64) * width if PADDED else start
     return first * stride_t + head.to(tl.int64) * HEAD_DIM
 
@@ -208,7 +207,7 @@ def _store_columns(head, x, rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr)
 
 @triton.jit
 def _padding_end(row, length_q, length_k, n_rows, SHORT: tl.constexpr):
-    """Up to which row the program of this block writes padding past its TILE: a short sequence has one entry only."""
+    """The row up to which this block's program writes padding. A short sequence's only program writes all of it."""
     return tl.where((row == 0) & (tl.maximum(length_q, length_k) <= SHORT), n_rows, 0)
 
 
@@ -225,7 +224,7 @@ def _rotate(
     x, rotary, rows, n_rows,
     INVERSE: tl.constexpr, HAS_ROTARY: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Rotary embedding of x [len(rows), BLOCK_D] in x's dtype, or with INVERSE the way back; x where there is none."""
+    """Rotary embedding of x [len(rows), BLOCK_D] in x's dtype, with INVERSE its inverse; without rotary, x itself."""
     if HAS_ROTARY:
         return _rotated(x, rotary, rows, n_rows, INVERSE, HEAD_DIM, BLOCK_D).to(x.dtype)
     else:
@@ -253,8 +252,8 @@ def _rotated(
 
 @triton.jit
 def _dropout_keys(dropout, heads, sequence, rows, HAS_IDS: tl.constexpr):
-    """Keys for dropout of the rows of a sequence; heads: one, or one a row."""
-    # names may be of 32 bits: wide before they are moved out of the way of a row's number
+    """Keys for dropout of the rows of a sequence. heads: one head, or one for each row."""
+    # ids may be 32-bit: widened before the shift that makes room for the row's number
     name = tl.load(dropout.sequence_ids_ptr + sequence).to(tl.int64) if HAS_IDS else sequence.to(tl.int64)
     streams = tl.cast(dropout.stream_id, tl.int64) * HEAD_STREAMS + heads.to(tl.int64)
     return _row_keys(dropout.seed_ptr, streams, (name << 32) | rows.to(tl.int64))
@@ -320,7 +319,8 @@ def _load_lse_log2(lse_ptr, rows, n_rows):
 
 @triton.jit
 def _proxy_fence(x):
-    """x [rows] in fp32, unchanged. A product that needs x reads from shared memory what was copied there before x was
-    computed. (To the compiler this is arithmetic: it stays between what computes x and what uses it.)"""
+    """x [rows] in fp32, unchanged, after a proxy fence: a product that uses x then sees all data that was copied to
+    shared memory before. (The compiler treats the instruction as arithmetic on x, so it cannot move the fence before
+    the computation of x, or behind the first use.)"""
     asm: tl.constexpr = "fence.proxy.async.shared::cta; mov.b32 $0, $1;"
     return tl.inline_asm_elementwise(asm, "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)

@@ -1,7 +1,8 @@
-"""How attention's kernels are launched: a ladder over head_dim, dtype, architecture, and what a call asks for.
+"""Launch parameters of attention's kernels, chosen by head_dim, dtype, architecture and the options of a call.
 
-Each step says what it follows from: registers, shared memory and spills as the compiler reports them without a GPU
-(`python -m benchmarks.inspection.compile_report`), and arithmetic. None of it has been measured on a GPU yet.
+Comments give the reasons: registers of a lane, shared memory of a program and spilled registers, as the compiler
+reports them without a GPU (`python -m benchmarks.inspection.compile_report`), and arithmetic. Nothing has been measured
+on a GPU yet. "127 registers" means: this choice needs 127 registers a lane.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class AttentionConfig:
     block_n: int
     num_warps: int
     num_stages: int
-    max_registers: int | None = None  # a lane's; given where the compiler takes more than it needs (NVIDIA only)
+    max_registers: int | None = None  # cap for a lane, where the compiler would use more than needed (NVIDIA only)
 
     @property
     def options(self) -> dict:
@@ -36,15 +37,15 @@ class AttentionConfig:
 def attention_config(
     head_dim: int, dtype: torch.dtype, arch: str, direction: str, traits: frozenset[str] = frozenset()
 ) -> AttentionConfig | None:
-    """The launch of one kernel, or None where the kernels with loops take its sequences too.
+    """The launch parameters of one kernel, or None where the kernels with loops compute its sequences too.
 
     direction: "fwd", "bwd_dq", "bwd_dkv" and "bwd_bias" have loops and take any length; "fwd_short" and "bwd_short"
         take sequences of at most SHORT tokens, "fwd_heads" and "bwd_heads" do so for packed plain scores, and
         "fwd_tile" and "bwd_tile" take those up to TILE.
-    traits: what takes registers beside the products: "dropout"; "modified" scores (bias, mask, ALiBi, window,
-        rotary), and "many" where three or more of these modify them; "grouped" heads.
+    traits: properties of a call that need registers beside the products: "dropout"; "modified" scores (bias, mask,
+        ALiBi, window, rotary), and "many" with three or more of these; "grouped" heads.
 
-    Depends on nothing that differs between the batches of one model, so a sequence's bits do not either.
+    The result is the same for all batches of a model, so a sequence's bits do not depend on its batch.
     """
     unit = hardware(arch)
     if dtype == torch.float32:
@@ -73,8 +74,8 @@ def _config(head_dim: int, matrix: str, direction: str, traits: frozenset[str]) 
         # 125 registers and four where any variant, padding or grouped heads can come ("short")
         return AttentionConfig(SHORT, SHORT, num_warps=4 if head_dim <= 128 else 8, num_stages=1)
     if direction == "fwd_tile":
-        # keys of 128 tokens stay on chip, rows come in blocks. head_dim 64: 151 registers left alone, 128 and no
-        # spill under a cap, 56 KB: four programs where the kernel with the loop has two. head_dim 128: two, it has one
+        # the keys of 128 tokens stay on chip, rows come in blocks. head_dim 64: 151 registers without a cap, 128 with
+        # it and no spill, 56 KB: four programs fit where the kernel with the loop has two. head_dim 128: two, not one
         if head_dim > 128:
             return None  # 255 registers
         if matrix == "wgmma":
@@ -92,7 +93,7 @@ def _config(head_dim: int, matrix: str, direction: str, traits: frozenset[str]) 
         return AttentionConfig(64, 16 if is_modified else 32, num_warps=8, num_stages=1 if matrix == "tcgen05" else 2)
     if direction == "bwd_dkv":
         # two accumulators and two score tiles: 128 keys take over 200 registers at any number of warps, one program.
-        # 64 keys by 64 rows take 196 left alone, but plain scores do with 168 without a spill, and three programs fit
+        # 64 keys by 64 rows take 196 without a cap; with a cap of 168 plain scores do not spill, and three programs fit
         if head_dim <= 64 and "grouped" in traits and not is_modified:
             return AttentionConfig(64, 64, num_warps=8, num_stages=1)  # the loop over heads: 182, four warps spill
         if head_dim <= 64 and "many" in traits:
@@ -103,18 +104,18 @@ def _config(head_dim: int, matrix: str, direction: str, traits: frozenset[str]) 
         rows = 64 if head_dim <= 128 and not is_modified else 32  # 218 registers at 128, 250 at 256
         return AttentionConfig(rows, 64, num_warps=8, num_stages=2)
     if direction == "bwd_tile":
-        # keys of 128 tokens stay on chip, rows come in blocks: 216 registers and 80 KB at head_dim 64, one program,
-        # but 131 KB a head pass through memory where dq, dk and dv apart read and write 213. head_dim 128 spills
+        # the keys of 128 tokens stay on chip, rows come in blocks: 216 registers and 80 KB at head_dim 64, one program.
+        # It moves 131 KB for each head; separate kernels for dq and for dk, dv move 213 KB. head_dim 128 spills
         if head_dim > 64:
             return None
-        # One stage on wgmma: with two, Triton 3.7 copies the next rows of do over those that the product for dv, which
-        # nothing has waited for, may still be reading
+        # One stage on wgmma: with two, Triton 3.7 copies the next rows of do over rows that the product for dv may
+        # still be reading, without waiting for that product
         return AttentionConfig(64, TILE, num_warps=8, num_stages=1 if matrix == "wgmma" else 2)
     if direction == "bwd_heads":
-        # 138 registers and 40 KB at head_dim 64, three programs, as at head_dim 32: 139, under a cap of 128 ten spill;
+        # 138 registers and 40 KB at head_dim 64, three programs. head_dim 32: 139 registers, a cap of 128 spills ten.
         # head_dim 256 would spill. tcgen05 with dropout: head_dim 32 takes 246 in four warps, 64 would spill. Eight
-        # warps share lanes of tensor memory, and there Triton 3.7 lets one warp store the zeros that a product starts
-        # from over a result that another may not have loaded yet, with no barrier between
+        # warps would share lanes of tensor memory: there Triton 3.7 has no barrier between one warp's load of a result
+        # and another warp's store of the zeros from which the next product starts
         if head_dim > 128 or (matrix == "tcgen05" and "dropout" in traits and head_dim > 32):
             return None
         return AttentionConfig(SHORT, SHORT, num_warps=8 if head_dim > 64 else 4, num_stages=1)
@@ -133,7 +134,7 @@ def _config(head_dim: int, matrix: str, direction: str, traits: frozenset[str]) 
 def _mma_sync_config(head_dim: int, shared: int, direction: str, traits: frozenset[str]) -> AttentionConfig | None:
     """16-bit types on "mma.sync", plain scores: as above, but operands take registers too. Registers: sm_80, bf16.
 
-    shared: of 99 KB, which most of these cards have, two steps are short: see there.
+    shared: bytes of shared memory. Most of these cards have 99 KB, which is too little for two of the choices.
     """
     if direction == "fwd":
         if head_dim > 128:
@@ -172,7 +173,7 @@ def _mma_sync_config(head_dim: int, shared: int, direction: str, traits: frozens
 def _mma_sync_crowded_config(
     head_dim: int, shared: int, direction: str, traits: frozenset[str]
 ) -> AttentionConfig | None:
-    """The same with modified scores or grouped heads: the largest tiles found that do not spill."""
+    """`_mma_sync_config` with modified scores or grouped heads: the largest tiles found that do not spill."""
     if "modified" not in traits:  # grouped alone: only dk and dv loop over heads
         if direction.endswith(("short", "heads", "tile")) and direction.startswith("bwd"):
             return None
@@ -188,8 +189,8 @@ def _mma_sync_crowded_config(
     if direction == "fwd" and "many" in traits:
         return AttentionConfig(64, 16, num_warps=8, num_stages=1)  # sm_120: 244 registers, 32 keys spill
     if direction == "fwd":
-        # 242 registers where a lane loads bias or mask element by element (rows that do not begin at multiples of 16
-        # bytes); 128 rows would take 170 on sm_120 where it loads 16 bytes at once, but spill 11 otherwise
+        # 242 registers if a lane loads bias or mask element by element (rows that do not begin at multiples of 16
+        # bytes). 128 rows would take 170 on sm_120 if a lane loads 16 bytes at once, but spill 11 otherwise
         return AttentionConfig(64, 32 if head_dim <= 64 else 64, num_warps=8, num_stages=1)
     if direction == "bwd_bias" and "many" in traits:
         return AttentionConfig(16, 32, num_warps=8, num_stages=1)  # sm_120: 190 registers, 32 rows spill
@@ -224,7 +225,7 @@ def _mfma_config(head_dim: int, direction: str, traits: frozenset[str]) -> Atten
 
 
 def _float32_config(head_dim: int, matrix: str, direction: str, traits: frozenset[str]) -> AttentionConfig | None:
-    """Exact products run outside the matrix units with operands in registers: the smallest blocks, to fit."""
+    """Exact float32 products use no matrix units and keep operands in registers, so blocks are the smallest."""
     if direction.endswith(("short", "heads", "tile")):
         return None
     if head_dim <= 64 and "many" in traits:

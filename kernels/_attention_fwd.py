@@ -81,14 +81,14 @@ def _attention_fwd_kernel(
     m_i = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     l_i = tl.zeros((BLOCK_M,), dtype=tl.float32)
     low, high = _key_range(row, length_q, length_k, window_left, window_right, HAS_WINDOW, BLOCK_M, BLOCK_N)
-    # whole blocks need no mask; the block that crosses the end comes after, on its own. A short sequence is all end
+    # Whole blocks need no mask. The block that crosses the sequence's end comes last, with a mask; a short sequence has
+    # only that block.
     IS_SHORT: tl.constexpr = TILE == SHORT
-    # On Hopper and Blackwell a product reads shared memory through the asynchronous proxy, and needs a proxy fence
-    # after the wait for the copy that brought its operand. Triton 3.7 waits where a load stands in the program, and
-    # takes a fence between the start of a copy and its wait for one that covers the copy: see
-    # findings/triton_fence_before_wait.sh. So a loop loads its tiles before its first product; not in float32, whose
-    # tiles would take registers until then. For Blackwell (FENCED) Triton delays v's copy and wait to behind the first
-    # product of q and k all the same: there the product of p and v has a fence of its own.
+    # On Hopper and Blackwell a product reads shared memory through the asynchronous proxy, so it needs a proxy fence
+    # after the wait for its operand's copy. Triton 3.7 places the wait at the load, and omits the fence if there is one
+    # between the copy's start and the wait (findings/triton_fence_before_wait.sh). So a loop loads all its tiles before
+    # its first product; not in float32, where the tiles would occupy registers. On Blackwell (FENCED) Triton still
+    # moves v's copy and wait behind the first product of q and k; there the product of p and v has its own fence.
     LOADS_FIRST: tl.constexpr = PRECISION != "ieee"
     whole = low if IS_SHORT else tl.minimum(high + BLOCK_N - 1, length_k) // BLOCK_N * BLOCK_N
     for CROSSES_END in tl.static_range(1 if IS_SHORT else 0, 2):

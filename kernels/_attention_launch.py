@@ -1,4 +1,4 @@
-"""Which of attention's kernels is launched over which part of the list of tiles, with what arguments."""
+"""Launches attention's kernels: which kernel runs over which part of the list of tiles, with which arguments."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _STRIDES = tuple(f"stride_{name}{axis}" for name in "qkv" for axis in "bth")
 def _plan(
     kernel, tensors: str, numbers: str, config: AttentionConfig, traits: Traits, strides: tuple[int, ...], **more
 ) -> Plan:
-    """A plan with those of the constants that the kernel takes."""
+    """A plan of this kernel. Of all constants it gets those that the kernel has as arguments."""
     constants = dict(zip(_STRIDES, strides, strict=True))
     for name, steps in (("bias", traits.bias), ("mask", traits.mask)):
         constants |= dict(zip((f"stride_{name}_{axis}" for axis in "bhqk"), steps or (0,) * 4, strict=True))
@@ -51,7 +51,7 @@ def _plan(
         "HAS_DROPOUT": traits.dropout_p > 0.0, "HAS_IDS": traits.ids, "SHORT": SHORT,
         "HEAD_DIM": traits.head_dim, "BLOCK_D": max(16, triton.next_power_of_2(traits.head_dim)),
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
-        "PRECISION": "ieee" if traits.dtype == torch.float32 else "tf32",  # means nothing for 16-bit types
+        "PRECISION": "ieee" if traits.dtype == torch.float32 else "tf32",  # no effect on 16-bit types
         "FENCED": config.num_stages > 1 and hardware(traits.arch).matrix == "tcgen05",
         **more,
     }  # fmt: skip
@@ -68,7 +68,7 @@ class Forward(NamedTuple):
     """Plans of the kernel with a loop, of the one for a tile, of the one for short sequences (None: see `_parts`)."""
 
     loop: Plan
-    programs: int  # of the kernel with a loop, an entry of the schedule
+    programs: int  # programs of the kernel with a loop for each entry of the schedule
     tile: Plan | None
     short: Plan | None
     plain: bool
@@ -132,15 +132,15 @@ def run_forward(plans: Forward, sequences: Sequences, tiles: Tiles, options: Opt
 def _parts(tiles: Tiles, plans: Forward | Backward) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
     """(first entry, entries) for the kernels with loops, the kernel for a tile, and the one for short sequences.
 
-    Every entry is one kernel's: where short sequences have none of their own, the kernel for a tile takes them, and
-    where there is neither, the kernels with loops do. Nothing is launched for a part without entries, or where the
-    bound says that all of them are surplus.
+    Every entry belongs to one kernel. Without a kernel for short sequences, the kernel for a tile takes theirs; without
+    that one, the kernels with loops do. The number of entries is 0, and nothing is launched, for an empty part and for
+    a part that cannot have sequences because `longest` is too small.
     """
     n_long, n_medium, longest = tiles.parts
     first_short, end = n_long + n_medium, tiles.entries.shape[0]
     end_tile = end if plans.short is None else first_short
     end_loop = end_tile if plans.tile is None else n_long
-    # sequences that are not there need no programs: nor do the entries before those of the longest that may be there
+    # entries of sequences longer than `longest` are surplus: they come first, and are skipped
     first = 0 if longest > TILE else n_long if longest > SHORT else first_short
     first_tile = max(first, n_long)
     return (
@@ -164,7 +164,7 @@ class Backward(NamedTuple):
     """Plans of the kernels with loops, of the one for a tile, of the one for short sequences (None: see `_parts`)."""
 
     dq: Plan
-    dq_programs: int  # an entry of the schedule
+    dq_programs: int  # programs of the dq kernel for each entry of the schedule
     dkv: Plan
     dkv_programs: int
     tile: Plan | None
@@ -176,7 +176,7 @@ class Backward(NamedTuple):
 def backward_plans(
     config_of: Callable, traits: Traits, strides: tuple[int, ...], gradient_strides: tuple[int, int], has_dlse: bool
 ) -> Backward:
-    """gradient_strides: from token to token of dq, and of dk and dv."""
+    """gradient_strides: the token stride of dq, and that of dk and dv."""
     plain = traits.is_plain()
     of_dq, of_dkv, of_short, of_tile = (
         config_of(traits.head_dim, traits.dtype, traits.arch, direction, traits.of_config())
@@ -216,8 +216,8 @@ def launch_backward(
 ):  # fmt: skip
     """(dq, dk, dv, delta). The arguments are those of the operator's schema, and:
 
-    into: tensors to write to, of heads that are contiguous and tokens at any distance, the same one for dk and dv;
-        padded, sequences next to each other. By default new ones.
+    into: dq, dk and dv to write to; by default new tensors. Heads are contiguous, dk and dv have the same token stride,
+        which may be any, and padded sequences follow each other without gaps.
     """
     outputs = backward_outputs(do, dlse, o, lse, q, k, v) if into is None else into
     saved = Saved(o, lse, do.contiguous(), None if dlse is None else dlse.contiguous())
@@ -236,8 +236,8 @@ def run_backward(
     plans: Backward, outputs: tuple[Tensor, ...], saved: Saved, sequences: Sequences, tiles_q: Tiles, tiles_k: Tiles,
     options: Options, known: Hashable = None,
 ):  # fmt: skip
-    """(dq, dk, dv, delta) = outputs by these plans. tiles_k: tiles_q itself where one list serves rows and keys, as in
-    self-attention. known: as in `Plan`."""
+    """Computes (dq, dk, dv, delta) into `outputs` with these plans. tiles_k: in self-attention the same object as
+    tiles_q. known: as in `Plan`."""
     dq, dk, dv, delta = outputs
     q, k = sequences.q, sequences.k
     heads, kv_heads = q.shape[-2], k.shape[-2]

@@ -1,7 +1,7 @@
-"""Attention without Triton: in C++ on CPUs that have it (`cpu/attention.py`), else torch's SDPA or explicit products.
+"""Attention without Triton: C++ where it is available (`cpu/attention.py`), else torch's SDPA or explicit products.
 
-Work is cut into runs of neighbours of one length (`attention_schedule`), each a batched product without padding.
-`native.py` offers what is public here. Arguments are described in `fastbert.functional`.
+Without C++ a packed batch is cut into runs of adjacent sequences of one length (`attention_schedule`). Each run is one
+batched product without padding. `native.py` exports the public functions; `fastbert.functional` describes arguments.
 """
 
 import itertools
@@ -19,12 +19,12 @@ from .cpu import operators as cpp
 
 
 def attention_schedule(cu_seqlens, total_tokens, lengths=None):
-    """Runs of neighbours of one length: [(first row, count, length, first sequence)], empty sequences left out.
+    """Runs of adjacent sequences of one length: [(first row, count, length, first sequence)], without empty sequences.
 
     A run is one batched product. Texts sorted by length make few runs.
     """
     if torch.compiler.is_compiling():
-        return None  # lengths are data: the operator below reads them when it runs
+        return None  # in a trace lengths are data: `_attention_opaque` reads them when the graph runs
     starts = expect_sequences("attention", "cu_seqlens", cu_seqlens, total_tokens)
     if starts is None and lengths is None:
         starts = cu_seqlens.tolist()
@@ -44,7 +44,7 @@ def attention_schedule(cu_seqlens, total_tokens, lengths=None):
 
 
 def _sdpa(q, k, v, scale, attn_mask=None, is_causal=False):
-    """[n, L, H, D] views -> [n, L, H, D]; grouped heads allowed. A row that its mask leaves no key gives zeros."""
+    """[n, L, H, D] views -> [n, L, H, D]; grouped heads allowed. A row whose mask excludes every key gives zeros."""
     grouped = q.shape[2] != k.shape[2]
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     o = F.scaled_dot_product_attention(
@@ -61,7 +61,7 @@ def _rotate(x, cos, sin):
 
 
 def _rotated(q, k, cu_seqlens, cos, sin):
-    """`_rotate` of q and k [T, H, D] packed: each token by its place in its sequence."""
+    """`_rotate` of packed q and k [T, H, D], each token by its position in its sequence."""
     tokens = torch.arange(q.shape[0], dtype=torch.int64, device=q.device)
     starts = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff(), output_size=q.shape[0])
     places = tokens - starts
@@ -84,7 +84,7 @@ def _probabilities_with_dropout(q, k, added, allowed, p, seed, stream, sequence_
 
 
 def _keep(heads, width_q, width_k, p, seed, stream, sequence_ids):
-    """Which probabilities dropout leaves, [n, H, Sq, Sk] of n sequences by their names."""
+    """Dropout's keep mask [n, H, Sq, Sk] for n sequences with these ids."""
     heads, rows = (torch.arange(n, dtype=torch.int64, device=sequence_ids.device) for n in (heads, width_q))
     names = (sequence_ids.to(torch.int64)[:, None, None] << 32) | rows
     return keep_mask(row_keys(seed, stream * HEAD_STREAMS + heads[:, None], names), width_k, p)
@@ -96,12 +96,12 @@ def _attend(
 ):  # fmt: skip
     """Any variant over sequences of one length: q [n, Sq, H, D], k, v [n, Sk, Hk, D] views -> [n, Sq, H, D].
 
-    bias and mask are of [1 | n, 1 | H, >= Sq, >= Sk]; a row that may see no key is zero.
+    bias and mask have shape [1 | n, 1 | H, >= Sq, >= Sk]. A row that may see no key is zero.
     """
     if rotary is not None:
         q, k = _rotate(q, *rotary), _rotate(k, *rotary)
     width_q, width_k = q.shape[1], k.shape[1]
-    # a window that leaves out the later tokens alone: SDPA then skips their part of the products
+    # The window only excludes later tokens: with is_causal SDPA skips their part of the products.
     causal = window is not None and window[1] == 0 and window[0] >= width_q - 1 and width_q == width_k
     if causal and bias is mask is alibi_slopes is None and dropout_p == 0.0:
         return _sdpa(q, k, v, scale, is_causal=True)
@@ -130,7 +130,7 @@ def _attend(
 
 
 def _attention_in_runs(q, k, v, runs, scale, sequence_ids=None, bias=None, mask=None, **options):
-    """Self-attention, one call a run: q [T, H, D], k, v [T, Hk, D] -> [T, H, D]."""
+    """Self-attention with one call for each run: q [T, H, D], k, v [T, Hk, D] -> [T, H, D]."""
     if not runs:
         return reference.attention_of_nothing(q, k, v, bias)
     outputs = []
@@ -152,9 +152,9 @@ def _attention_in_runs(q, k, v, runs, scale, sequence_ids=None, bias=None, mask=
 def _attention_of_one_query(
     q, k, v, cu_seqlens_k, max_seqlen_k, scale, dropout_p=0.0, seed=None, stream=0, sequence_ids=None
 ):
-    """A query for each sequence over all of its keys: q [B, H, D], k, v [T, Hk, D] -> [B, H, D], zero for an empty one.
+    """One query for each sequence over all of its keys: q [B, H, D], k, v [T, Hk, D] -> [B, H, D], zero where empty.
 
-    Products and sums go token by token, over all sequences at once; only scores are padded, to [B, max_seqlen_k, H].
+    Products and sums are computed for all tokens at once; only scores are padded, to [B, max_seqlen_k, H].
     """
     batch, heads, width = q.shape
     groups, scale = heads // k.shape[1], width**-0.5 if scale is None else scale
@@ -172,8 +172,8 @@ def _attention_of_one_query(
 
 
 def _gradients_in_runs(do, q, k, v, runs, scale, dropout_p=0.0, sequence_ids=None, **dropout):
-    """dq, dk, dv of `_attention_in_runs`, plain or with dropout, by their formulas: autograd does not follow what runs
-    inside an operator of torch.library.
+    """dq, dk, dv of `_attention_in_runs`, with or without dropout, by explicit formulas, because autograd does not
+    record inside an operator of torch.library.
 
         p = softmax(s),  s = scale q k^T;   dv = dropout(p)^T do;   dp = dropout(do v^T);
         ds = p (dp - sum(p dp));            dq = scale ds k;        dk = scale ds^T q
@@ -201,7 +201,7 @@ def _gradients_in_runs(do, q, k, v, runs, scale, dropout_p=0.0, sequence_ids=Non
 
 
 class _Attention(torch.autograd.Function):
-    """Attention in C++, plain or with dropout, over keys in the same sequences or in others, and its gradients."""
+    """Attention in C++ with its gradients: with or without dropout, self-attention or cross-attention."""
 
     @staticmethod
     def forward(ctx, q, k, v, cu_seqlens, scale, dropout, cu_seqlens_k, window):
@@ -218,7 +218,7 @@ class _Attention(torch.autograd.Function):
             grads = cpu_attention.attention_backward(
                 do, q, k, v, o, stats, cu_seqlens, ctx.scale, ctx.dropout, cu_seqlens_k, ctx.window
             )
-        else:  # these gradients' own gradients may be wanted: torch's operators have some
+        else:  # a second derivative may be wanted, which only torch's operators have
             options = {} if ctx.dropout is None else ctx.dropout.options
             if cu_seqlens_k is not None:
 
@@ -249,8 +249,8 @@ def _attention_opaque(
     stream: int = 0,
     sequence_ids: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention, plain or with dropout, as one node of a traced graph, since its loop depends on data: o and
-    softmax_stats [2, H, T], which are left as they are where the backward will not need them."""
+    """Attention with or without dropout as one node of a traced graph, because its loop depends on data. Returns o and
+    softmax_stats [2, H, T], which are not filled where no backward pass needs them."""
     options = _dropout_of(dropout_p, seed, stream, sequence_ids)
     stats = torch.empty(2, q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
     if cpu_attention.takes_attention(q, k, v, cu_seqlens, scale):
@@ -317,7 +317,7 @@ DROPOUT = {"dropout_p", "seed", "stream", "sequence_ids"}
 
 
 def _variant(batch, device, options):
-    """The options that change anything, with names for the sequences where something is dropped."""
+    """The options that differ from their defaults, and sequence_ids where there is dropout."""
     given = {name: value for name, value in options.items() if value is not None}
     if not given.get("return_lse"):
         given.pop("return_lse", None)
@@ -331,9 +331,9 @@ def _variant(batch, device, options):
 
 
 def attention(q, k, v, cu_seqlens, max_seqlen=None, *, scale=None, schedule=None, **options):
-    """Self-attention runs in C++ where that is built, with or without a window, rotary positions and dropout, else as
-    its variants do: on SDPA, with dropout on explicit products. One query for each sequence has its own way; the rest
-    is as the specification."""
+    """Self-attention runs in C++ where that is built, also with a window, rotary positions or dropout. Otherwise, and
+    in other variants, it runs on SDPA, or with dropout as explicit products. One query for each sequence has a function
+    of its own; all else runs as the specification."""
     variant = _variant(cu_seqlens.shape[0] - 1, q.device, options)
     compiling = torch.compiler.is_compiling()
     autocast = q.dtype == torch.float32 and torch.is_autocast_enabled(q.device.type)
@@ -362,7 +362,7 @@ def attention(q, k, v, cu_seqlens, max_seqlen=None, *, scale=None, schedule=None
 
 
 def attention_padded(q, k, v, seqlens=None, seqlens_k=None, *, scale=None, schedule=None, **options):
-    """Without lengths one SDPA call, or with dropout explicit products; otherwise as the specification does."""
+    """Without lengths one SDPA call, or with dropout explicit products; otherwise the specification."""
     variant = _variant(q.shape[0], q.device, options)
     if seqlens is not None or seqlens_k is not None or k.shape[1] == 0 or "return_lse" in variant:
         return reference.attention_padded(q, k, v, seqlens, seqlens_k, scale=scale, **options)

@@ -4,12 +4,12 @@ An entry is (sequence, tile), [n, 2] int32 in all. The list has three parts, one
 part the longest sequence comes first:
 
     long     sequences of more than TILE tokens, in q or in k: an entry for each TILE rows
-    medium   other sequences of more than SHORT tokens: one entry. Padded tensors have no long part: here is an entry
-             for each TILE rows of the width, since someone has to write zeros into padding
-    short    sequences of at most SHORT tokens: one entry, empty sequences too
+    medium   other sequences of more than SHORT tokens: one entry. Padded tensors have no long part; their sequences
+             have an entry here for each TILE rows of the width, because programs write zeros into padding
+    short    sequences of at most SHORT tokens: one entry, also for an empty sequence
 
-Who knows the lengths on the host makes parts that are exactly as long as needed. Otherwise a part is as long as it can
-become for this number of sequences and tokens, and (-1, 0) fills what is left.
+If the host knows the lengths, a part has exactly as many entries as needed. Otherwise it has the most that this number
+of sequences and tokens can need, and surplus entries are (-1, 0).
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Schedule(NamedTuple):
 
     Attributes:
         entries: [n, 2] int32, contiguous, on the device of q.
-        n_long, n_medium: entries in the first two parts; all others are the third.
-        sequences, size, padded: what it was made for: B and total tokens, or, padded, B and the width.
+        n_long, n_medium: the number of entries in the first two parts; all others are in the third.
+        sequences, size, padded: the batch that it was made for: B and total tokens, or, padded, B and the width.
     """
 
     entries: Tensor
@@ -45,7 +45,7 @@ class Schedule(NamedTuple):
     padded: bool
 
     def parts(self, longest: int) -> tuple[int, int, int]:
-        """What operators and launchers take beside the entries. longest: no sequence is longer."""
+        """The `parts` argument of operators and launchers. longest: a bound for the length of every sequence."""
         return self.n_long, self.n_medium, longest
 
 
@@ -69,12 +69,12 @@ def most_parts(sequences: int, size: int, padded: bool, cross: bool) -> tuple[in
     """The most entries that each part can have. size: total tokens; padded: the width. cross: k has other lengths."""
     if padded:
         return 0, sequences * ((size + TILE - 1) // TILE), sequences
-    if cross:  # by its keys a sequence can be long, whatever its rows
+    if cross:  # a sequence with few rows can still be long because of its keys
         n_long, n_medium = sequences, sequences
     else:
         n_long, n_medium = (torch.sym_min(sequences, size // (shorter + 1)) for shorter in (TILE, SHORT))
-    # all tiles but the last of each sequence are full. Never one entry in all: on a size of one torch.compile would
-    # specialise
+    # All tiles but the last of each sequence are full. The sum is never 1, because torch.compile would specialise on a
+    # size of one.
     return size // TILE + n_long + 1, n_medium, sequences
 
 
@@ -141,7 +141,7 @@ def _attention_schedule_kernel(
     PADDED: tl.constexpr, CROSS: tl.constexpr, TILE: tl.constexpr, SHORT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The entries of BLOCK_M sequences. There is no sort: an entry's place is the number of those that come before."""
+    """The entries of BLOCK_M sequences. Nothing is sorted: an entry's index is the number of entries before it."""
     mine = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     length, long, medium, short = _entries_in_parts(
         spans_ptr, other_spans_ptr, mine, n_sequences, width_tiles, PADDED, CROSS, TILE, SHORT
@@ -178,7 +178,7 @@ def _attention_schedule_kernel(
     _fill_part(entries_ptr, end_medium + all_short, end, BLOCK_N)
 
 
-# 4,096 comparisons a program and step: 32 a lane. A thousand sequences are 32 programs of 8 steps.
+# A program makes 4,096 comparisons in a step, 32 in each lane. A thousand sequences need 32 programs of 8 steps.
 BLOCK_M, BLOCK_N = 32, 128
 
 
@@ -227,21 +227,23 @@ def attention_schedule(
     lengths: Sequence[int] | None = None,
     entries: Tensor | None = None,
 ) -> Schedule:
-    """The list of a batch, by one kernel, or with entries that the host made.
+    """The list of tiles of a batch, made by one kernel, or from entries that the host made.
 
     Args:
         spans, size: cu_seqlens [B + 1] int32 and the total of tokens, or, padded, lengths [B] int32 and the width.
-        other_spans: in cross-attention those of k, for the list over q, and the other way round.
-        lengths: of the packed sequences, where the host knows them and k has the same.
+        other_spans: in cross-attention the spans of k for the list over q, and those of q for the list over k.
+        lengths: the lengths of the packed sequences, if the host knows them and k has the same.
         entries: `attention_entries(lengths)` on the device of spans.
 
-    Raises: ValueError where lengths are not B that add up to size.
+    Raises: ValueError unless there are B lengths and their sum is size.
     """
     sequences = spans.shape[0] - (not padded)
     if lengths is None:
         parts = most_parts(sequences, size, padded, other_spans is not None)
     elif len(lengths) != sequences or sum(lengths) != size:
-        raise ValueError(f"{len(lengths)} lengths, {sum(lengths)} in all, for {sequences} sequences of {size} tokens")
+        raise ValueError(
+            f"expected {sequences} lengths with sum {size}, got {len(lengths)} lengths with sum {sum(lengths)}"
+        )
     else:
         parts = parts_of(lengths)
     if entries is None:

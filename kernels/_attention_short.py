@@ -1,13 +1,13 @@
-"""Device code of attention for short packed sequences with plain scores: everything of a head on chip, read once.
+"""Device code of attention for short packed sequences with plain scores: a head is read once and stays on chip.
 
-Up to 64 tokens one block holds rows and keys, and shorter ones share it: of a sequence of at most 32 (16) tokens a
-program takes two (four) heads, stacked along the block, with the products across heads masked away. Up to 128 tokens
-the backward pass keeps all keys and walks over the rows: five matrix products where the kernels with two loops need
-seven, and no second reading. Equations are in `attention.py`.
+Up to 64 tokens, one block holds all rows and keys of a head. Of a sequence of at most 32 (16) tokens, a program takes
+two (four) heads, stacked along the block, and masks the products across heads. Up to 128 tokens, the backward pass
+keeps all keys and loops over the rows: five matrix products where the kernels with two loops need seven, and nothing
+is read twice. Equations are in `attention.py`.
 
-The backward kernels compute scores transposed, [keys, rows], so that p and ds are left operands as they come. dq is
-then computed transposed as well, as k^T ds, with ds on the right: ds^T on the left would be the transpose of a
-product's result, which compilers for sm_90 have got wrong (benchmarks/log/gpu.md, "The assembler").
+The backward kernels compute scores transposed, [keys, rows], so that p and ds can be left operands without a
+transposition. dq is computed transposed as well, as k^T ds: ds^T on the left would be the transpose of a product's
+result, which compilers for sm_90 have compiled wrongly (benchmarks/log/gpu.md, "The assembler").
 """
 
 from typing import Any, NamedTuple
@@ -34,7 +34,7 @@ from ._random_triton import _keep_mask
 
 
 class Slots(NamedTuple):
-    """The head of each slot [BLOCK] of a block, its row within the sequence, and whether there is one."""
+    """For each slot [BLOCK] of a block: its head, its row within the sequence, and whether it holds a row."""
 
     heads: Any
     rows: Any
@@ -45,7 +45,7 @@ class Slots(NamedTuple):
 def _stacked_heads(length_q, length_k, index, BLOCK: tl.constexpr):
     """(head, row within the sequence) of each slot [BLOCK] of the program `index` of a sequence."""
     longest = tl.maximum(length_q, length_k)
-    shift = tl.where(longest <= BLOCK // 4, 2, tl.where(longest <= BLOCK // 2, 1, 0))  # log2 of the heads a block
+    shift = tl.where(longest <= BLOCK // 4, 2, tl.where(longest <= BLOCK // 2, 1, 0))  # log2(heads in a block)
     width = BLOCK >> shift
     slots = tl.arange(0, BLOCK)
     return (index << shift) + slots // width, slots % width
@@ -81,7 +81,7 @@ def _load_contiguous(ptr, start, slots, n_heads, HEAD_DIM: tl.constexpr, BLOCK_D
 
 @triton.jit
 def _store_slots(ptr, x, start, slots, stride_t, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The counterpart of `_load_slots` for [T, H, D] whose heads are contiguous and whose tokens lie stride_t apart."""
+    """The counterpart of `_load_slots` for [T, H, D] with contiguous heads and token stride stride_t."""
     offs_d = tl.arange(0, BLOCK_D)
     # a block spans less than 2^31 elements
     ptrs = ptr + start * stride_t + (slots.rows * stride_t + slots.heads * HEAD_DIM)[:, None] + offs_d[None, :]
@@ -106,7 +106,7 @@ def _store_slot_columns(ptr, x, start, slots, stride_t, HEAD_DIM: tl.constexpr, 
 def _softmax_product(
     qk, v, keys, cols, scale_log2, keep_scale, threshold, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
-    """o and lse of rows whose products with all their keys are here: qk [M, N], -inf where there is no key."""
+    """o and lse of rows from their products with all keys, qk [M, N]; -inf where there is no key."""
     m_i = tl.max(qk, 1) * scale_log2
     shift = tl.where(m_i == float("-inf"), 0.0, m_i)  # a row without a key
     p = tl.exp2(qk * scale_log2 - shift[:, None])
@@ -239,7 +239,7 @@ def _attention_bwd_heads_kernel(
     k = _load_slots(k_ptr, start_k, of_k, stride_kt, stride_kh, HEAD_DIM, BLOCK_D)
     v = _load_slots(v_ptr, start_k, of_k, stride_vt, stride_vh, HEAD_DIM, BLOCK_D)
 
-    # dv before dp, dq before dk: fewest registers
+    # dv before dp and dq before dk need the fewest registers
     qk = _dot(k, tl.trans(q), None, PRECISION)  # [BLOCK_N, BLOCK_M]
     qk = tl.where((heads[:, None] == heads[None, :]) & of_k.exists[:, None], qk, float("-inf"))
     p = tl.exp2(qk * scale_log2 - lse_log2[None, :])
@@ -316,7 +316,7 @@ def _attention_bwd_tile_kernel(
         if HAS_DROPOUT:
             dp = tl.where(keep, dp * keep_scale, 0.0)
         ds = (p * (dp - delta[None, :])).to(q.dtype)
-        # every key is here, so a row's dq is whole
+        # this block has all keys, so a row's dq is complete
         dq = _dot(tl.trans(k), ds, None, PRECISION) * scale  # [BLOCK_D, BLOCK_M]
         dk = _dot(ds, q, dk, PRECISION)
         _store_columns(Head(dq_ptr + dq_origin, length_q, stride_dq), dq, rows, HEAD_DIM, BLOCK_D)

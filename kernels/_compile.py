@@ -19,9 +19,9 @@ TRITON_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "f
 
 @dataclass(frozen=True)
 class CompileCall:
-    """`function(*args, **kwargs)` without gradients (`inference`), then with them and its backward pass.
+    """Runs `function(*args, **kwargs)` without gradients (`inference`), then with gradients and its backward pass.
 
-    A module lists its own in `compile_calls()`. Shapes need only be large enough for every kernel to be launched.
+    A module lists its calls in `compile_calls()`. Shapes need only be large enough for every kernel to be launched.
     """
 
     name: str  # of the form, e.g. "bf16,dropout,D=64"; a kernel's case is then "attention_fwd[bf16,dropout,D=64]"
@@ -31,7 +31,7 @@ class CompileCall:
     grads: Sequence[int | str] | None  # the arguments, by place or name, that get gradients; None: all float tensors
     fast: bool  # its kernels belong to the fixed subset that continuous integration compiles
     wide_loads: Sequence[Any]  # kernels that must load 128 bits a lane at once (NVIDIA)
-    inference: bool  # False: only with gradients, where the other form takes fewer registers at the same config
+    inference: bool  # False: only with gradients, if the form without needs fewer registers at the same config
 
     def run(self) -> None:
         given = {**dict(enumerate(self.args)), **self.kwargs}

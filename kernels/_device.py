@@ -5,7 +5,7 @@ import importlib.util
 import os
 from dataclasses import dataclass
 
-# Found, not imported: importing Triton costs a quarter of a second.
+# Looked up without an import, because importing Triton takes a quarter of a second.
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 # Whether Triton interprets kernels in this process. Triton itself reads the variable once, at import.
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")

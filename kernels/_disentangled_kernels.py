@@ -1,16 +1,17 @@
-"""Device code of disentangled attention. Equations are in `disentangled.py`; what is shared with plain attention, in
+"""Device code of disentangled attention. Equations are in `disentangled.py`, functions shared with plain attention in
 `_attention_common.py`.
 
-A tile of scores is BLOCK rows by BLOCK columns. The distances i - j in it are 2 BLOCK - 1 neighbours: their rows of a
-table are gathered by `lut`, one product gives the scores of all of them, and each element of the tile takes its own:
+A tile of scores has BLOCK rows and BLOCK columns, so it has 2 BLOCK - 1 successive distances i - j. Their rows of a
+table are gathered by `lut`; one product computes the scores of all these distances, and row m and column n of the tile
+read theirs at distance index w:
 
-    w = m - n + BLOCK - 1                      of row m and column n within the tile
+    w = m - n + BLOCK - 1
     q pk^T [BLOCK, 2 BLOCK] at (m, w),   pq k^T [2 BLOCK, BLOCK] at (w, n)
 
-and backward the other way round: the gradient at (m, w) is that of the score at column n = m - w + BLOCK - 1.
+The backward pass inverts this: the gradient at (m, w) is that of the score at column n = m - w + BLOCK - 1.
 
-No loop has what is the same in all its rounds computed before it (disable_licm): places within a tile, and along a
-diagonal the rows of the tables, would take the registers that the products need.
+Loops are compiled with disable_licm, so that invariants are not computed before the loop: positions within a tile, and
+along a diagonal the rows of the tables, would occupy registers that the products need.
 """
 
 import triton
@@ -58,7 +59,7 @@ def _places(BLOCK: tl.constexpr):
 
 @triton.jit
 def _products(q, k, pk, pq, HAS_PK: tl.constexpr, HAS_PQ: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
-    """q k^T and what distances add to it [BLOCK, BLOCK]; pk, pq [2 BLOCK, D] by distance."""
+    """q k^T plus the terms of the distances, [BLOCK, BLOCK]; pk, pq [2 BLOCK, D] by distance."""
     qk = _dot(q, tl.trans(k), None, PRECISION)
     if HAS_PK:
         qk += tl.gather(_dot(q, tl.trans(pk), None, PRECISION), _places(BLOCK), 1)
@@ -71,7 +72,7 @@ def _products(q, k, pk, pq, HAS_PK: tl.constexpr, HAS_PQ: tl.constexpr, BLOCK: t
 def _products_transposed(
     q, k, pk, pq, HAS_PK: tl.constexpr, HAS_PQ: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """The same, a row for a key."""
+    """The transpose of `_products`: a row for each key."""
     kq = _dot(k, tl.trans(q), None, PRECISION)
     if HAS_PK:
         kq += tl.gather(_dot(pk, tl.trans(q), None, PRECISION), tl.trans(_places(BLOCK)), 0)
@@ -82,8 +83,8 @@ def _products_transposed(
 
 @triton.jit
 def _by_distance(ds, BLOCK: tl.constexpr, OF_ROWS: tl.constexpr):
-    """ds [BLOCK, BLOCK], a row for what owns the gradient, at each distance [BLOCK, 2 BLOCK]; zero where there is no
-    column. OF_ROWS: its rows are queries, so that w falls along them, else keys."""
+    """ds [BLOCK, BLOCK] arranged by distance: [BLOCK, 2 BLOCK], zero at distances without a column. OF_ROWS: the rows
+    of ds are queries, along which w falls; otherwise keys."""
     own, w = tl.arange(0, BLOCK)[:, None], tl.arange(0, 2 * BLOCK)[None, :]
     other = own - w + (BLOCK - 1) if OF_ROWS else own + w - (BLOCK - 1)
     exists = (other >= 0) & (other < BLOCK)
@@ -92,7 +93,7 @@ def _by_distance(ds, BLOCK: tl.constexpr, OF_ROWS: tl.constexpr):
 
 @triton.jit
 def _distances_by_row(ds, BLOCK: tl.constexpr, OF_ROWS: tl.constexpr):
-    """The transpose of `_by_distance` of the transpose of ds: [2 BLOCK, BLOCK], a column for what owns the gradient."""
+    """The transpose of `_by_distance` of the transpose of ds: [2 BLOCK, BLOCK]."""
     own, w = tl.arange(0, BLOCK)[None, :], tl.arange(0, 2 * BLOCK)[:, None]
     other = own - w + (BLOCK - 1) if OF_ROWS else own + w - (BLOCK - 1)
     exists = (other >= 0) & (other < BLOCK)
@@ -176,7 +177,7 @@ def _disentangled_bwd_dq_kernel(
     HAS_PK: tl.constexpr, HAS_PQ: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_IDS: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """delta and dq of BLOCK rows of one sequence and head: from keys, and from the table's rows as keys."""
+    """delta and dq of BLOCK rows of one sequence and head. The rows of pk contribute to dq like keys."""
     sequence, row, head = _scheduled_block(schedule_ptr, first_entry, n_heads, BLOCK, TILE)
     if sequence < 0:
         return
@@ -243,7 +244,7 @@ def _disentangled_bwd_dkv_kernel(
     HAS_PK: tl.constexpr, HAS_PQ: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_IDS: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of BLOCK keys of one sequence and head: dk from queries, and from the table's rows as queries."""
+    """dk and dv of BLOCK keys of one sequence and head. The rows of pq contribute to dk like queries."""
     sequence, col, head = _scheduled_block(schedule_ptr, first_entry, n_heads, BLOCK, TILE)
     if sequence < 0:
         return
@@ -313,8 +314,9 @@ def _disentangled_bwd_diagonal_kernel(
     HAS_IDS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What the tiles of one diagonal add to the gradient of pk (OF_PK) or pq: row tile minus column tile is the same in
-    all of them, so they have the same distances. Of one head, and of every `n_parts`-th sequence."""
+    """The part of the gradient of pk (OF_PK) or pq that comes from one diagonal of tiles, one head, and every
+    `n_parts`-th sequence. On a diagonal row tile minus column tile is constant, so all its tiles have the same
+    distances."""
     pid = tl.program_id(0)
     head, place = pid % n_heads, pid // n_heads
     diagonal = place % (2 * n_tiles - 1) - (n_tiles - 1)
@@ -378,7 +380,7 @@ def _disentangled_table_sum_kernel(
     n_heads, n_parts, n_tiles, reach,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row of a table's gradient: the sum over its distances, each of which is in two diagonals, and over parts."""
+    """One row of a table's gradient: the sum over parts and over the row's distances, each from two diagonals."""
     slot, head = tl.program_id(0) // n_heads, tl.program_id(0) % n_heads
     n_diagonals = 2 * n_tiles - 1
     cols, mask_d = _columns(HEAD_DIM, BLOCK_D, False)

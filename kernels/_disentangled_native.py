@@ -12,15 +12,15 @@ from .cpu import attention as cpu_attention
 from .cpu import disentangled as cpp_disentangled
 from .cpu import operators as cpp
 
-# Heads that the Triton kernels take: wider ones spill in the gradients of the tables. All of DeBERTa's are 64 wide.
+# Widest heads of the Triton kernels: wider ones spill in the gradients of the tables. All DeBERTa models have 64.
 WIDEST_IN_TRITON = 64
 
 
 def _attend(
     q, k, v, pk, pq, lut, scale, real=None, dropout_p=0.0, seed=None, stream=0, sequence_ids=None
 ):  # fmt: skip
-    """Sequences of one width: q, k, v [n, S, H, D] views -> [n, S, H, D]. real: [n, S] bool, where tokens stand; a row
-    of padding attends to all columns alike, as in the original."""
+    """Sequences of one width: q, k, v [n, S, H, D] views -> [n, S, H, D]. real: [n, S] bool, true for tokens. A row of
+    padding attends to all columns equally, as in the original model."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     width = q.shape[2]
     rows = torch.arange(width, dtype=torch.int64, device=q.device)
@@ -42,7 +42,7 @@ def _attend(
 
 
 def _in_runs(q, k, v, pk, pq, lut, runs, scale, sequence_ids=None, **dropout):
-    """One batch of products for neighbours of one length: q, k, v [T, H, D] -> [T, H, D]."""
+    """Batched products for each run of adjacent sequences of one length: q, k, v [T, H, D] -> [T, H, D]."""
     if not runs:
         return reference.attention_of_nothing(q, k, v, pk, pq)
     outputs = []
@@ -54,7 +54,7 @@ def _in_runs(q, k, v, pk, pq, lut, runs, scale, sequence_ids=None, **dropout):
 
 
 class _Disentangled(torch.autograd.Function):
-    """The operator in C++, plain or with dropout, and its gradients: also those of pk and pq."""
+    """The operator in C++, with or without dropout, and its gradients, including those of pk and pq."""
 
     @staticmethod
     def forward(ctx, q, k, v, pk, pq, lut, cu_seqlens, scale, dropout):
@@ -71,7 +71,7 @@ class _Disentangled(torch.autograd.Function):
             grads = cpp_disentangled.attention_backward(
                 do, q, k, v, pk, pq, lut, stats, cu_seqlens, ctx.scale, ctx.dropout
             )
-        else:  # these gradients' own gradients may be wanted: torch's operators have some
+        else:  # a second derivative may be wanted, which only torch's operators have
             options = {} if ctx.dropout is None else ctx.dropout.options
             runs = attention_schedule(cu_seqlens, q.shape[0])
 
@@ -83,7 +83,7 @@ class _Disentangled(torch.autograd.Function):
 
 
 def _with_names(batch, device, dropout_p, seed, stream, sequence_ids):
-    """The dropout arguments where anything is dropped, with names for the sequences."""
+    """The dropout arguments with sequence_ids; empty without dropout."""
     if not dropout_p:
         return {}
     if sequence_ids is None:
@@ -95,7 +95,7 @@ def disentangled_attention(
     q, k, v, pk, pq, lut, cu_seqlens, max_seqlen=None, *,
     dropout_p=0.0, seed=None, stream=0, sequence_ids=None, scale=None, schedule=None,
 ):  # fmt: skip
-    """In C++ where that is built and knows the dtype, else by products over runs of sequences of one length."""
+    """In C++ where that is built and supports the dtype, else as products over runs of sequences of one length."""
     scale = reference.disentangled_scale(q, pk, pq) if scale is None else scale
     options = _with_names(cu_seqlens.shape[0] - 1, q.device, dropout_p, seed, stream, sequence_ids)
     if torch.compiler.is_compiling():
@@ -112,7 +112,7 @@ def disentangled_attention(
 def disentangled_attention_padded(
     q, k, v, pk, pq, lut, real=None, *, dropout_p=0.0, seed=None, stream=0, sequence_ids=None, scale=None
 ):
-    """By explicit products."""
+    """Padded sequences, by explicit products."""
     scale = reference.disentangled_scale(q, pk, pq) if scale is None else scale
     options = _with_names(q.shape[0], q.device, dropout_p, seed, stream, sequence_ids)
     return _attend(q, k, v, pk, pq, lut, scale, real, **options)

@@ -9,20 +9,20 @@ Epilogues, on the float32 accumulator:
     forward    h = c + bias;  y = act(h)                      [M, N];  geglu: h [M, 2N], y = gelu(h1) * h2
     accumulate y += c                                         [M, N] in float32
     backward   g = c;  a = act(h), dh = g * act'(h)           [M, N];  geglu: dh [M, 2N]
-               dbias_part = column sums of dh, a row of them per row of tiles, in float32
+               dbias_part = column sums of dh in float32, one row for each row of tiles
 
 Order of summation: K in steps of BLOCK_K, first to last, in one accumulator (no split-K, no atomics). The tile
 comes from (n, k, dtype, device), never from M, so the bits of a row of our product depend only on that row.
 
-Work and bytes, b an element: 2 M N K floating-point operations; reads A and B, writes C: (M K + K N + M N) b, and with
-an epilogue reads or writes M N b more for each further matrix (h, act, dh). No pass more than that: column sums leave
-as 4 N bytes a row of tiles. Tiles read their bands of A and B again from L2, (1 / BLOCK_M + 1 / BLOCK_N) K b an element
-of C. BERT-base's first feed-forward product (M 16,384, N 3,072, K 768, bf16, h saved) is 98 us of products at 790
-TFLOP/s beside 231 MB, 54 us at 4.3 TB/s.
+Work and bytes, with elements of b bytes: 2 M N K floating-point operations; A and B are read and C is written,
+(M K + K N + M N) b. An epilogue reads or writes M N b more for each further matrix (h, act, dh), and column sums 4 N
+bytes for each row of tiles. There is no other pass. Tiles read their bands of A and B again from L2,
+(1 / BLOCK_M + 1 / BLOCK_N) K b for each element of C. BERT-base's first feed-forward product (M 16,384, N 3,072, K 768,
+bf16, h saved) takes 98 us of products at 790 TFLOP/s, and 54 us for 231 MB at 4.3 TB/s.
 
-The grid is persistent: a fixed number of programs walk the tiles in an order that keeps a band of A and a band of
-B in L2. On Hopper and newer the operands come by tensor descriptors (the bulk copy engine), elsewhere, or where a
-row is not a multiple of 16 bytes, by pointers; both sum in the same order.
+The grid is persistent: a fixed number of programs process the tiles in an order that keeps a band of A and a band of
+B in L2. On Hopper and newer, operands are loaded through tensor descriptors (the bulk copy engine). Elsewhere, or if a
+row is not a multiple of 16 bytes, they are loaded through pointers; both sum in the same order.
 """
 
 import functools
@@ -48,7 +48,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def matrix_of(x: Tensor) -> Tensor:
-    """[..., N] as [M, N] whose rows are contiguous; a copy only where the strides force one."""
+    """x [..., N] as [M, N] with contiguous rows; a copy only where the strides require one."""
     x = x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
     # A row stride below N means an expanded tensor, which pointers can read and descriptors cannot.
     return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
@@ -98,8 +98,8 @@ def _constants(config: GemmConfig, n: int, k: int, activation: str, **strides: i
 def _plan(
     config: GemmConfig, n: int, k: int, layout: str, activation: str, accumulate: bool, a: int, b: int, y: int, h: int
 ) -> Plan:
-    """The launch plan. a, b, y, h: row strides. (With layout "tn" k is the number of rows of the batch, so there is a
-    plan for every length.)"""
+    """The launch plan. a, b, y, h: row strides. (In layout "tn" k is the number of rows of the batch, so every number
+    of rows has its own plan.)"""
     return Plan(
         _linear_act_kernel, "a b bias_ptr y_ptr h_ptr", "m",
         _constants(config, n, k, activation, stride_a=a, stride_b=b, stride_y=y, stride_h=h)
@@ -130,11 +130,12 @@ def gemm(
     activation: str = "none", save_h: bool = False, out: Tensor | None = None, accumulate: bool = False,
     known: Hashable = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """(act(c + bias), c + bias if save_h) of matrices whose rows are contiguous, by our kernel. See the layouts above.
+    """(act(c + bias), and c + bias with save_h else None) by our kernel. The matrices have contiguous rows; c by layout
+    is described above.
 
     geglu (nt): b is [2N, K], bias [2N], the saved pre-activation [M, 2N].
-    out: [M, N] with contiguous rows, of any float dtype; written, or with `accumulate` added to.
-    known: as in `Plan`, for one combination of the options.
+    out: [M, N] with contiguous rows, of any float dtype; overwritten, or with `accumulate` added to.
+    known: as in `Plan`; one value belongs to one combination of the options.
     """
     m, k = (a.shape[1], a.shape[0]) if layout == "tn" else a.shape
     width = b.shape[0] if layout == "nt" else b.shape[1]
@@ -188,8 +189,8 @@ def matmul(
     a: Tensor, b: Tensor, bias: Tensor | None = None, layout: str = "nt", invariant: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """op(A) op(B)^T + bias, by our kernel or the vendor library as `gemm_config` says. `out` (without bias): [M, N],
-    rows contiguous."""
+    """op(A) op(B)^T + bias, by our kernel or the vendor library as `gemm_config` chooses. out: [M, N] with contiguous
+    rows, only without bias."""
     n, k = b.shape if layout == "nt" else (b.shape[1], a.shape[1])
     config = gemm_config(n, k, a.dtype, _device.arch(a.device.index), layout, "none", invariant)
     if not config.vendor:
@@ -202,7 +203,7 @@ def matmul(
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, invariant: bool = False) -> Tensor:
-    """total [M, N] += A B of a [M, K], b [K, N], rows contiguous; in the product itself where the vendor multiplies."""
+    """total [M, N] += A B of a [M, K], b [K, N], rows contiguous. The vendor library adds within the product."""
     config = gemm_config(b.shape[1], a.shape[1], a.dtype, _device.arch(a.device.index), "nn", "none", invariant)
     return total.addmm_(a, b) if config.vendor else total.add_(gemm(a, b, None, "nn", config)[0])
 
@@ -214,7 +215,7 @@ def accumulate_tn(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
         gemm(a, b, None, "tn", config, out=total, accumulate=not first)
     elif a.dtype == total.dtype or not a.is_cuda:
         total.addmm_(a.t().to(total.dtype), b.to(total.dtype), beta=0.0 if first else 1.0)
-    elif first:  # only on CUDA the vendor library gives float32 sums of 16-bit operands
+    elif first:  # the vendor library returns float32 sums of 16-bit operands only on CUDA
         torch.mm(a.t(), b, out_dtype=total.dtype, out=total)
     else:
         torch.addmm(total, a.t(), b, out_dtype=total.dtype, out=total)
@@ -233,12 +234,12 @@ def cast_for_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:
-    """Whether a backward pass may follow."""
+    """Whether a gradient of one of these may be computed later."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def expect_one_dtype(op: str, **tensors: Tensor | None) -> None:
-    """Raises TypeError unless all tensors share one dtype that the kernels compute in."""
+    """Raises TypeError unless all tensors share one dtype that the kernels support."""
     dtypes = {name: t.dtype for name, t in tensors.items() if t is not None}
     kinds = set(dtypes.values())
     if len(kinds) > 1 or not kinds <= set(DTYPES):
@@ -319,12 +320,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 # ---- for the offline compiler ----------------------------------------------------------------------------
 
-# columns and length of the sum: one pair for each rung of the ladders, and one whose rows are not whole 16 bytes
+# (columns, length of the sum): one pair for each choice of tile, and one whose rows are not multiples of 16 bytes
 COMPILED_SIZES = {"wide": (3072, 768), "small": (512, 128), "unaligned": (515, 131)}
 
 
 def compile_calls() -> list[CompileCall]:
-    """The products without an epilogue at every rung, and the sum in float32; those with one are `feed_forward`'s."""
+    """The products without an epilogue with every tile, and the sum in float32. `feed_forward` lists the others."""
     calls = []
     for dtype, kind in TRITON_TYPES.items():
         for name, (n, k) in COMPILED_SIZES.items():

@@ -33,10 +33,10 @@ FORMS = {
     "nn": "dy weight: its input gradient; weight [k, n]",
     "tn": "dy^T x: its weight gradient [k, n]",
     "nt+act": "act(x weight^T + bias), and the pre-activation where a gradient follows; weight [n, k]",
-    "nt+act only": "the same in inference, by an activation that the vendor's epilogue has; weight [n, k]",
-    "nt+geglu": "the same of two halves; weight [2n, k]",
+    "nt+act only": "act(x weight^T + bias) in inference, with an activation of the vendor's epilogue; weight [n, k]",
+    "nt+geglu": "gelu(first half) * second half of x weight^T + bias; weight [2n, k]",
     "nn+dact": "(dy weight) * act'(h), act(h) and column sums; weight [k, n]",
-    "nn+dgeglu": "the same of two halves; weight [k, n]",
+    "nn+dgeglu": "the backward pass of nt+geglu; weight [k, n]",
     "tn+accumulate": "total + dz^T hidden in float32; [k, n]",
 }
 
@@ -62,10 +62,10 @@ class Choice:
         )
 
 
-# What the fused epilogue saves, per element of the result in 16 bits: forward it spares a write and a read of h (4
-# bytes; 2 where h is saved anyway), backward a write and a read of g (4 bytes). At 4.3 TB/s and 790 TFLOP/s that is
-# 0.9 ps beside 2 k / 790 = 1.9 ps of products at k = 768: our product may run at 68% of the vendor's rate and still
-# be ahead (81% where h is saved); 51% (68%) at k = 384, 74% (85%) at k = 1024.
+# What the fused epilogue saves for each element of a 16-bit result: forward a write and a read of h (4 bytes; 2 if h is
+# saved anyway), backward a write and a read of g (4 bytes). At 4.3 TB/s and 790 TFLOP/s that is 0.9 ps, where the
+# products take 2 k / 790 = 1.9 ps at k = 768. So our product is faster overall if it runs at 68% of the vendor's rate
+# or more (81% if h is saved); at k = 384 51% (68%), at k = 1024 74% (85%).
 CHOICES = (
     Choice("*", "fp32", "*", 0, 0, "vendor", "reasoned",
            "exact products run on the scalar units, where the vendor is ahead and one more pass costs little"),
@@ -84,7 +84,7 @@ CHOICES = (
 
 
 def choice(n: int, k: int, dtype: torch.dtype, arch: str, form: str) -> Choice:
-    """The row that decides for this product."""
+    """The first row of CHOICES that fits this product."""
     return next(row for row in CHOICES if row.fits(arch, TRITON_TYPES[dtype], form, n, k))
 
 
@@ -93,15 +93,15 @@ def choice(n: int, k: int, dtype: torch.dtype, arch: str, form: str) -> Choice:
 
 @dataclass(frozen=True)
 class GemmConfig:
-    """The launch of a product. With `vendor` the vendor library multiplies, followed by a pointwise kernel of ours, and
-    the fields of our tile mean nothing."""
+    """The launch of a product. With `vendor` the vendor library multiplies and a pointwise kernel of ours follows; the
+    fields of our tile then have no effect."""
 
     block_m: int = 0
-    block_n: int = 0  # geglu: of each of the two halves
+    block_n: int = 0  # with geglu the columns of each of the two halves
     block_k: int = 0
     num_warps: int = 4
     num_stages: int = 3
-    slice_n: int = 32  # columns of the tile that the epilogue takes at a time
+    slice_n: int = 32  # columns of the tile that the epilogue processes at a time
     bulk: bool = False  # operands by tensor descriptors (the bulk copy engine)
     flatten: bool = False  # one pipeline over all tiles of a program: the next tile is loaded during the epilogue
     programs_per_sm: int = 0  # size of the persistent grid; 0: one program per tile
@@ -113,29 +113,29 @@ class GemmConfig:
 VENDOR = GemmConfig(vendor=True)
 VENDOR_EPILOGUE = GemmConfig(vendor=True, vendor_epilogue=True)
 
-# Products of at most this many rows go to the vendor library outside `batch_invariant()`. A tile of ours has 128 rows,
-# so such a product is 12 programs at BERT-base's 3,072 columns on 132 multiprocessors; the vendor splits the sum.
+# Outside `batch_invariant()` the vendor library computes products of at most this many rows. Our tile has 128 rows, so
+# 3,072 columns of BERT-base would give only 12 programs for 132 multiprocessors; the vendor splits the sum.
 FEW_ROWS = 64
 
-# Activations of the vendor's epilogue, and the dtypes in which its form is accurate enough. Its GELU is the tanh form.
-# In place of GELU by erf this has an error of 1.7e-3 in bfloat16, where torch's own pass (a rounded product, then GELU)
-# has 2.6e-3. In float16 it would double the error of a product that is not rounded; in float32 it exceeds the budget.
+# Activations of the vendor's epilogue, and the dtypes in which they are accurate enough. Its GELU is the tanh form. As
+# a replacement of GELU by erf it has an error of 1.7e-3 in bfloat16, where torch's (a rounded product, then GELU) is
+# 2.6e-3. In float16 it would double the error of a product that is not rounded; in float32 it exceeds the budget.
 VENDOR_ACTIVATIONS = {
     "gelu": (torch.bfloat16,),
     "gelu_tanh": (torch.bfloat16, torch.float16),
     "relu": (torch.bfloat16, torch.float16),
 }
 
-# Exact float32 products run on the scalar units; a small tile keeps the operands of one in registers.
+# Exact float32 products run on the scalar units, with operands in registers, so the tile is small.
 FLOAT32 = GemmConfig(64, 64, 16, num_warps=4, num_stages=2, slice_n=32)
-# Rows of 16-bit elements that are not a multiple of 16 bytes: no bulk or asynchronous copies, element-wise loads that
-# pass through registers, so few of them a lane.
+# For rows of 16-bit elements that are not a multiple of 16 bytes: these have no bulk or asynchronous copies. Elements
+# are loaded one by one through registers, so a lane gets few of them.
 UNALIGNED = GemmConfig(64, 64, 32, num_warps=8, num_stages=2, slice_n=32)
 
-# (architecture, epilogue) -> rungs (least n, least k, config); the first that fits. None is measured on a GPU yet.
-# The wide tile reads 48 bytes of operands a cycle of matrix work from L2, the square one 64; the square one pays
-# where a wide one would leave processors idle (few columns) or where the epilogue weighs as much as the products
-# (small k): two programs a processor, the epilogue of one under the products of the other.
+# (architecture, epilogue) -> [(least n, least k, config)]; the first entry that fits is used. None is measured on a GPU
+# yet. For each cycle of matrix work the wide tile reads 48 bytes of operands from L2, the square tile 64. The square
+# tile is better if the wide one would leave multiprocessors idle (few columns), or if the epilogue takes as long as the
+# products (small k): then two programs share a multiprocessor, and one's epilogue runs beside the other's products.
 _WGMMA = {
     "act": (
         (2048, 512, GemmConfig(128, 256, 64, 8, 4, slice_n=64, bulk=True, flatten=True, programs_per_sm=1)),
@@ -160,7 +160,7 @@ _MMA_SYNC_BULK = {
     "geglu": ((0, 0, GemmConfig(128, 64, 32, 8, 3, slice_n=32, bulk=True, programs_per_sm=1)),),
     "dact": ((0, 0, GemmConfig(128, 128, 32, 8, 3, slice_n=32, bulk=True, programs_per_sm=1)),),
 }
-# The compiler unrolls a flattened loop three times there: 15,000 instructions for geglu, so it is left as it is.
+# No loop is flattened here: the compiler would unroll a flattened loop three times, to 15,000 instructions for geglu.
 _TCGEN05 = {
     epilogue: tuple((n, k, replace(config, flatten=False, slice_n=min(config.slice_n, 32))) for n, k, config in rungs)
     for epilogue, rungs in _WGMMA.items()
@@ -174,7 +174,7 @@ LADDERS = {"wgmma": _WGMMA, "tcgen05": _TCGEN05, "mfma": _MFMA, "mma.sync": _MMA
 
 
 def ladder_of(arch: str) -> dict:
-    """The rungs of every epilogue on this architecture."""
+    """The list of tiles of every epilogue on this architecture."""
     unit = hardware(arch)
     return _MMA_SYNC_BULK if unit.matrix == "mma.sync" and unit.bulk_copy else LADDERS[unit.matrix]
 
@@ -188,8 +188,8 @@ def gemm_config(
 
     epilogue: "none" (with or without bias), "act", "geglu" (two accumulators, n of each), "dact" and "dgeglu"
         (their backward), "accumulate" (onto a float32 matrix); "act only" (inference, see `VENDOR_ACTIVATIONS`).
-    invariant: not the vendor library, which picks its kernel by M. (layout "tn" sums over the batch in any case.)
-    few_rows: M is at most FEW_ROWS; means nothing where `invariant`.
+    invariant: excludes the vendor library, which picks its kernel by M. (Layout "tn" sums over the batch in any case.)
+    few_rows: M is at most FEW_ROWS; has no effect with `invariant`.
     """
     form = layout if epilogue == "none" else f"{layout}+{epilogue}"
     if layout == "tn" or not invariant:
@@ -213,5 +213,6 @@ def own_config(n: int, k: int, dtype: torch.dtype, arch: str, epilogue: str = "n
 
 
 def accumulating(config: GemmConfig) -> GemmConfig:
-    """The tile with thinner slices, each read in float32 as well as written, and warps to hold transposed operands."""
+    """The tile for accumulation: slices are thinner, because each is also read in float32, and there are enough warps
+    to hold transposed operands."""
     return replace(config, slice_n=16, num_warps=config.num_warps if config.bulk else 8)

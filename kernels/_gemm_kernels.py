@@ -38,7 +38,7 @@ def _load_operand(
     src, stride, row, k0, n_rows, k,
     K_FIRST: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, BULK: tl.constexpr,
 ):  # fmt: skip
-    """Block [ROWS, BLOCK_K] at (row, k0) of an operand that lies in memory as [n_rows, k]; K_FIRST: [k, n_rows]."""
+    """Block [ROWS, BLOCK_K] at (row, k0) of an operand stored as [n_rows, k]; K_FIRST: stored as [k, n_rows]."""
     if K_FIRST:
         return _load_block(src, stride, k0, row, k, n_rows, BLOCK_K, ROWS, BULK).T
     else:
@@ -59,9 +59,9 @@ def _product(
     LAYOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     BULK: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
-    """One tile on a program's way: (its row of tiles, its first column, op(A) op(B)^T there in float32).
+    """One tile: (its row of tiles, its first column, op(A) op(B)^T in float32, a second accumulator).
 
-    GATED: and the tile n columns further on; else the same shape of zeros, which nobody reads.
+    GATED: the second accumulator is the tile n columns to the right; otherwise zeros, which are not used.
     """
     pid_m, pid_n = _tile_at(tile, tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N), GROUP_M)
     m0, n0 = pid_m * BLOCK_M, pid_n * BLOCK_N
@@ -93,7 +93,7 @@ def _forward_epilogue(
     acc, acc2, bias_ptr, y_ptr, h_ptr, stride_y, stride_h, offs_m, n0, m, n,
     ACTIVATION: tl.constexpr, ACCUMULATE: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
-    """h = acc + bias;  y = act(h) [+ y], in slices of columns: only a slice needs registers beside the accumulator."""
+    """h = acc + bias;  y = act(h) [+ y], in slices of columns, so that only a slice needs additional registers."""
     width: tl.constexpr = acc.shape[1]
     GATED: tl.constexpr = ACTIVATION == "geglu"
     if width > SLICE:

@@ -1,4 +1,4 @@
-"""The one way to launch a Triton kernel.
+"""Launches Triton kernels; all launchers use this file.
 
 A launcher makes a `Plan`: a kernel with the arguments that do not change from call to call, its strides, sizes, flags
 and options. A call then passes a grid, tensors and numbers:
@@ -58,8 +58,7 @@ class Plan:
         options: num_warps, num_stages, ...
 
     Raises: ValueError if the names are not the kernel's arguments, tensors do not come first, or Triton specialises on
-    a
-        number.
+        a number.
     """
 
     __slots__ = ("_bound", "_constants", "_known", "_may_bind", "_names", "_options", "_places", "_rest", "kernel")
@@ -73,7 +72,7 @@ class Plan:
         first = len(tensors.split())
         if given[:first] != kernel.arg_names[:first]:
             raise ValueError(f"the first arguments of {kernel.__name__} are not {tensors}")
-        # what follows the tensors, and the places in it of the numbers of a call
+        # the arguments after the tensors, and the indices of a call's numbers in them
         self._rest = [constants.get(name) for name in kernel.arg_names[first:]]
         self._places = [kernel.arg_names.index(name) - first for name in numbers.split()]
         params = getattr(kernel, "params", None)  # the interpreter's functions have none
@@ -108,7 +107,7 @@ class Plan:
         bound = None if known is None else self._known.get((device, known))
         if bound is None or self.kernel.pre_run_hooks:
             bound = self._bound_for(device, grid, tensors, numbers, passed, known)
-            if bound is None:  # the binder has launched it
+            if bound is None:  # `_bound_for` has launched through the binder
                 return
         compiled, run, function, packed_metadata = bound
         rest = self._rest.copy()
@@ -162,7 +161,7 @@ def all_at_16_bytes(*tensors: Tensor | None) -> bool:
 
 
 def _listen(enter: Any, leave: Any) -> bool:
-    """Whether there are launch hooks of Triton to call. (Metadata is not made for an empty chain.)"""
+    """Whether Triton has launch hooks to call. (An empty chain of hooks does not count, so no metadata is made.)"""
     return bool(
         (enter is not None and getattr(enter, "calls", True)) or (leave is not None and getattr(leave, "calls", True))
     )

@@ -34,10 +34,10 @@ class LayerOptions(NamedTuple):
     Attributes:
         heads: H.
         activation: one of the feed-forward operator's, but not geglu.
-        out_eps, down_eps: of the LayerNorms after attention and after the feed-forward.
+        out_eps, down_eps: eps of the LayerNorms after attention and after the feed-forward.
         probs_p, out_p, down_p: dropout of attention's probabilities, before the first and before the second LayerNorm.
-        probs_stream, out_stream, down_stream: the stream of each.
-        fold: the LayerNorms add the biases of the products before them, whose gradients they then sum as well.
+        probs_stream, out_stream, down_stream: the random stream of each dropout.
+        fold: the LayerNorms add the biases of the products before them, and compute the gradients of these biases.
     """
 
     heads: int

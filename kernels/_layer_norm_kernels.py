@@ -30,9 +30,9 @@ def _load_sum(
     return z
 
 
-# N is a compile-time number: a model has one or two widths, and knowing it lets the compiler prove that a mask is
-# whole over 16 bytes (so loads stay 128 bits wide at 768 or 1,000) and drop it where N fills the block. Numbers
-# that change from call to call are not specialised on, or a second kernel would be built when one of them is 1.
+# N is a compile-time number, because a model has one or two widths. The compiler can then prove that a mask is constant
+# over 16 bytes (so loads stay 128 bits wide at 768 or 1,000), and drop the mask where N fills the block. Triton must
+# not specialise on numbers that change from call to call, or it would build a second kernel when one of them is 1.
 _VARYING = ["n_rows", "stream_id", "threshold"]
 
 
@@ -56,7 +56,7 @@ def _add_norm_fwd_kernel(
     offsets = rows[:, None] * N + cols[None, :]
     z = _load_sum(x_ptr, residual_ptr, x_bias_ptr, offsets, cols, mask, keep, keep_scale)
     if z_ptr is not None:
-        # y belongs to the z that is returned, and so agrees with the backward pass, which reads that z
+        # y is computed from the rounded z that is returned, as the backward pass, which reads that z, assumes
         z = z.to(z_ptr.dtype.element_ty).to(tl.float32)
 
     y, mean, rest, rstd = _norm_forward(z, mask, weight_ptr, bias_ptr, cols, eps, N, RMS)

@@ -75,11 +75,11 @@ def _expect_no_tangent(name: str, args: tuple) -> None:
 
 
 def register(schema: str, launch: Callable, fake: Callable) -> Callable:
-    """Define `fastbert::<schema>` and return what calls it (`.operator`: torch's own). The first argument is a tensor.
+    """Defines `fastbert::<schema>` and returns a function that calls it; its attribute `operator` is torch's operator.
 
-    `launch` allocates the outputs and launches the kernels; `fake` gives outputs of the right shape, dtype and
-    strides for tracing. For an output that was not requested `launch` gives None; `fake` and the operator give an empty
-    tensor.
+    The first argument must be a tensor. `launch` allocates the outputs and launches the kernels; `fake` returns
+    outputs of the right shape, dtype and strides for tracing. For an output that was not requested, `launch` returns
+    None, `fake` and the operator an empty tensor.
     """
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema)
@@ -135,9 +135,9 @@ def once(backward: Callable) -> Callable:
 
 
 def by_torch(upstream: Tensor) -> bool:
-    """Whether a backward pass must use torch's own operators: because its gradients may be differentiated again, or
-    because `upstream` is a batch of gradients (`torch.autograd.grad(is_grads_batched=True)`), whose memory cannot be
-    read directly."""
+    """Whether a backward pass must use torch's own operators. It must if its gradients may be differentiated again, or
+    if `upstream` is a batch of gradients (`torch.autograd.grad(is_grads_batched=True)`), whose memory cannot be read
+    directly."""
     return torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(upstream)
 
 
@@ -147,9 +147,9 @@ def plain_gradients(
     """The gradients of `function(*inputs)` by torch's own operators, for a backward pass of which `by_torch` is true.
     They can be differentiated again. None for an input that is not `wanted`.
 
-    Inputs may be computed from one another: the residual of an add + LayerNorm is what its other input was made from.
-    Each gradient must be with respect to its own input only, so `function` gets a view of each input, on which no other
-    input depends.
+    One input may have been computed from another: x of an add + LayerNorm is computed from the residual. Each gradient
+    must be with respect to its own input only, so `function` gets a view of each input, on which no other input
+    depends.
     """
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():

@@ -61,5 +61,5 @@ def keep_mask(keys: torch.Tensor, n_cols: int, p: float) -> torch.Tensor:
     x = torch.arange(n_cols, dtype=torch.int64, device=keys.device) ^ low
     x = ((x ^ (x >> 16)) * MIX32_A) & MASK32
     x = ((x ^ (x >> 15)) + high) & MASK32
-    x = (x * MIX32_B) & MASK32  # may wrap int64; its low half is right all the same
+    x = (x * MIX32_B) & MASK32  # the product may overflow int64; its low 32 bits are still correct
     return (x ^ (x >> 15)) >= keep_threshold(p)

@@ -1,4 +1,4 @@
-"""The device half of `_random.py`: the same bits, inside Triton kernels."""
+"""`_random.py` inside Triton kernels, with the same bits."""
 
 import triton
 import triton.language as tl
@@ -27,7 +27,7 @@ def _mix64(z):
 def _row_keys(seed_ptr, stream_id, rows):
     """Keys of `rows` (int64, any shape), uint64. `stream_id`: an integer, or one a row."""
     seed = tl.load(seed_ptr).to(tl.uint64)
-    # tl.cast, as an argument of value 1 may arrive as a compile-time constant, which has no .to
+    # tl.cast, because an argument of value 1 may be a compile-time constant, which has no .to
     stream_offset = (tl.full((), 1, tl.uint64) + tl.cast(stream_id, tl.uint64)) * tl.full((), GOLDEN, tl.uint64)
     return _mix64(_mix64(seed + stream_offset) ^ rows.to(tl.uint64))
 

@@ -1,14 +1,13 @@
-"""What the operators on whole rows share: LayerNorm, RMSNorm and the embeddings.
+"""Shared code of the operators on whole rows: LayerNorm, RMSNorm and the embeddings.
 
-A program takes blocks of BLOCK_M rows; a row of N elements lies in BLOCK_N lanes, the next power of two, so its
-statistics need no second look at it. Sums over all rows (gradients of weight, bias, ...) are made in two steps, without
-atomics: every program adds the rows it meets, in order, to a row of a [P, N] matrix in fp32, and `sum_parts` adds
-those P rows in order.
+A program processes blocks of BLOCK_M rows. A row of N elements is held in BLOCK_N columns, the next power of two, so
+its statistics need no second load. Sums over all rows (gradients of weight, bias, ...) take two steps, without atomics:
+each program adds its rows, in order, to its row of a [P, N] matrix in fp32, and `sum_parts` adds these P rows in order.
 
-An output that a call does not ask for (the gradient of a frozen weight, statistics that nothing will read) is a store
-that a number at run time leaves out: `want_...`, or a bit of `wanted`. Were it a pointer of None, the compiler would
-build another kernel, with other layouts and so sums in another order, and what is left would have other bits. Its
-pointer is that of an empty tensor, of the same dtype and as aligned as any.
+For an output that a call does not want (the gradient of a frozen weight, unused statistics), a run-time number
+(`want_...`, or a bit of `wanted`) suppresses the store. If the pointer were None instead, the compiler would build
+another kernel, whose layouts sum in another order, and the other outputs would have other bits. The pointer of an
+unwanted output is that of an empty tensor of the same dtype and alignment.
 """
 
 import functools
@@ -25,7 +24,7 @@ from ._random import keep_threshold
 from ._random_triton import _keep_mask, _row_keys
 
 MAX_WIDTH = 8192
-# up to here the backward kernel sums dbias and dx_bias on the way; in wider rows the registers for them would spill
+# Widest rows for which the backward kernel itself sums dbias and dx_bias; in wider rows these sums would spill.
 MAX_FUSED_WIDTH = 4096
 
 # ---- configs ---------------------------------------------------------------------------------------------
@@ -43,7 +42,7 @@ class NormConfig:
 
 @functools.cache
 def norm_fwd_config(n_cols: int) -> NormConfig:
-    """The forward tile, from the width alone, so that the bits of a row do not depend on how many rows there are.
+    """The forward tile. It depends on the width only, so that a row's bits do not depend on the number of rows.
 
     32 elements a lane: four 16-byte loads of bf16 in flight from each input. Up to 1,024 columns a row then
     belongs to one warp, whose sums need shuffles but no barrier; narrower rows share a warp, wider ones take more.
@@ -93,8 +92,7 @@ def _dropout_mask(seed_ptr, row_ids_ptr, stream_id, threshold, rows, mask_m, col
 @triton.jit
 def _moments(z, mask, eps, N: tl.constexpr, RMS: tl.constexpr):
     """(mean [M], rest [M], z - mean - rest, rstd [M]) of fp32 rows z [M, BLOCK_N], zero where mask is false; RMS: with
-    mean 0. rest is what rounding to fp32 left out of the mean: a row of nearly equal elements would have that for its
-    greatest deviation."""
+    mean 0. rest is the rounding error of mean: in a row of nearly equal elements it could exceed the deviations."""
     # zeros, not None: a jit function that is called as such cannot return None
     mean = tl.zeros((z.shape[0],), tl.float32)
     rest = mean
@@ -102,7 +100,7 @@ def _moments(z, mask, eps, N: tl.constexpr, RMS: tl.constexpr):
     if not RMS:
         mean = tl.sum(z, axis=1) / N
         centred = tl.where(mask, z - mean[:, None], 0.0)
-        # rounded to the nearest, so that a constant row is left with zeros
+        # division rounds to nearest, so that a constant row becomes zeros
         rest = tl.div_rn(tl.sum(centred, axis=1), tl.full((z.shape[0],), N, tl.float32))
         centred = tl.where(mask, centred - rest[:, None], 0.0)
     rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / N + eps)
@@ -136,9 +134,9 @@ def _norm_backward(
     else:
         mean = tl.load(mean_ptr + 2 * rows, mask=mask_m, other=0.0)
         rest = tl.load(mean_ptr + 2 * rows + 1, mask=mask_m, other=0.0)
-        # not zero past N, but everything it meets there is
+        # not zero past N, but all factors of it are zero there
         x_hat = (z - mean[:, None] - rest[:, None]) * rstd[:, None]
-    # summed here, before the reductions, so that dy is not held across them
+    # summed before the reductions, so that dy need not stay in registers during them
     if SUM_DWEIGHT:
         dweight += tl.sum(dy * x_hat, axis=0)
     if SUM_DBIAS:
@@ -146,7 +144,7 @@ def _norm_backward(
 
     g = dy
     if weight_ptr is not None:
-        # from the cache every time: held across the loop it would cost up to 16 registers a lane
+        # loaded from the cache in every iteration; kept across the loop it would take up to 16 registers a lane
         g = dy * tl.load(weight_ptr + cols[None, :], mask=(cols < N)[None, :], other=0.0).to(tl.float32)
     dz = g - x_hat * (tl.sum(g * x_hat, axis=1) / N)[:, None]
     if not RMS:
@@ -174,7 +172,7 @@ def _store_part(part_ptr, part, pid, cols, want, N: tl.constexpr):
 _OUTS = ["out0_ptr", "out1_ptr", "out2_ptr", "out3_ptr"]
 
 
-# A row of a table may lie at any address, an output that is not wanted lies at 0: one kernel for both.
+# Outputs are not specialised on alignment: a row of a table may have any address, and an unwanted output has address 0.
 @triton.jit(do_not_specialize=["n_parts", "wanted"], do_not_specialize_on_alignment=_OUTS)
 def _sum_parts_kernel(
     parts_ptr,                                  # in:  [K, P, N] fp32
@@ -209,16 +207,17 @@ def _sum_parts_kernel(
 # ---- launchers -------------------------------------------------------------------------------------------
 
 
-# Compiler options of the kernels on rows. A product must not become one instruction with the sum of what another lane
-# holds: two lanes that add the same two products would round them differently, and a row's statistics, held in every
-# lane of the row, would not be one number. It costs up to 5% more instructions, in kernels that wait for memory.
+# Compiler options of the kernels on rows. Without them the compiler fuses a product with the addition of another lane's
+# product. Two lanes that add the same two products would then round differently, and the statistics of a row, which
+# every lane of the row holds, would not be the same number. The cost is up to 5% more instructions, in kernels that
+# wait for memory.
 EXACT = {"enable_fp_fusion": False}
 
 
 def packed(t: Tensor | None) -> Tensor | None:
-    """t, or a copy where t is not contiguous, or lies at an address that 16 does not divide.
+    """t, or a copy if t is not contiguous or its address is not a multiple of 16.
 
-    With less known of an address, the compiler would build another kernel, which adds in another order.
+    For another alignment the compiler would build another kernel, which adds in another order.
     """
     if t is None or (t.is_contiguous() and not t.data_ptr() & 15):
         return t
@@ -228,7 +227,7 @@ def packed(t: Tensor | None) -> Tensor | None:
 
 @functools.lru_cache(64)
 def unwanted(device: torch.device, dtype: torch.dtype) -> Tensor:
-    """What a kernel gets for an output that a call does not ask for: its pointer is never used."""
+    """The argument for an output that a call does not want. Its pointer is never used."""
     return torch.empty(0, dtype=dtype, device=device)
 
 
@@ -241,20 +240,20 @@ def rows_of(t: Tensor | None, n_cols: int) -> Tensor | None:
 
 
 def dropout_constants(dropout_p: float) -> dict:
-    """Of a kernel's arguments for dropout those that follow from its probability."""
+    """The kernel arguments that follow from dropout's probability."""
     return {"threshold": keep_threshold(dropout_p), "keep_scale": 1.0 / (1.0 - dropout_p)}
 
 
 def dropout_tensors(
     dropout_p: float, seed: Tensor | None, row_ids: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(seed, row_ids) as kernels take them; a seed of None compiles them without dropout."""
+    """(seed, row_ids) for a kernel; a seed of None compiles it without dropout."""
     return (None, None) if dropout_p == 0.0 else (seed, packed(row_ids))
 
 
 @functools.lru_cache(256)
 def _sum_plan(n_cols: int) -> Plan:
-    # 32 columns x 64 parts a step: 128-byte rows, and enough programs to spread a few short vectors over the machine
+    # 32 columns x 64 parts in a step: rows of 128 bytes, and enough programs to use the GPU for a few short vectors
     return Plan(
         _sum_parts_kernel,
         "parts_ptr out0_ptr out1_ptr out2_ptr out3_ptr",
@@ -265,10 +264,10 @@ def _sum_plan(n_cols: int) -> Plan:
 
 
 def sum_parts(parts: Tensor, outs: list[Tensor | None], like: Sequence[Tensor], known: Hashable = None) -> None:
-    """outs[k] [N] = sum over P of parts[k], for parts [K, P, N] fp32 with K at most 4 ([P, N] for one): one launch, one
-    order.
+    """outs[k] [N] = sum over P of parts[k], for parts [K, P, N] fp32 with K at most 4 ([P, N] if K = 1), in one launch
+    and always in the same order.
 
-    An output that is None is left out; like[k] has its dtype. known: as in `Plan`.
+    outs[k] may be None: that sum is not stored, and like[k] gives its dtype. known: as in `Plan`.
     """
     wanted = 0
     tensors = [parts, None, None, None, None]

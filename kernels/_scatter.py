@@ -2,10 +2,10 @@
 
     dtable[v] = sum of dz[t] over ids[t] == v      dz [T, N], ids [T], dtable [V, N]
 
-There are no atomics. A stable sort of the ids brings the tokens of a table row together, in token order; one
-program a row then adds them in that order in fp32. Some rows are very long ([MASK] is an eighth of a pre-training
-batch), so a first kernel sums every chunk of 64 sorted tokens that lies within one row, and the row's program
-adds those sums and at most two ragged ends.
+There are no atomics. A stable sort of the ids groups the tokens of a table row in token order; one program for each
+row then adds them in that order in fp32. Some rows have very many tokens ([MASK] is an eighth of a pre-training batch).
+So a first kernel sums every chunk of 64 sorted tokens that belong to one row; the row's program then adds these sums
+and at most two incomplete chunks.
 
 Bytes moved, b an element: reads dz once, T N b, in rows of N; writes zeros to the whole table, V N b, and sums to its
 rows that occur, at most T N b. The chunks' sums add T / 64 N 4 bytes, written and read; the sort moves 16 bytes a token
@@ -27,7 +27,7 @@ from ._launch import Plan, cdiv
 
 @dataclass(frozen=True)
 class ScatterConfig:
-    """Sorted tokens a chunk, rows of dz loaded at once, columns a program, warps."""
+    """Sorted tokens in a chunk, rows of dz loaded at once, columns of a program, warps."""
 
     chunk: int
     block_m: int
@@ -37,8 +37,8 @@ class ScatterConfig:
 
 @functools.cache
 def scatter_config(n_cols: int) -> ScatterConfig:
-    """8 columns a lane (one 16-byte load of bf16) and 4 rows in flight: most table rows have fewer tokens than that,
-    and with 8 the sums take 128 registers, which halves the programs that can wait for memory side by side.
+    """8 columns a lane (one 16-byte load of bf16) and 4 rows in flight. Most table rows have fewer than 4 tokens, and
+    with 8 rows the sums would take 128 registers, which halves the number of programs on a multiprocessor.
 
     Chunks of 64: a row with n tokens is at most 2 * 63 + n / 64 additions deep in one program.
     """
@@ -95,7 +95,7 @@ def _sum_table_rows_kernel(
     N: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The program of the first sorted token of a table row sums that row; all others leave at once."""
+    """The program of the first sorted token of a table row sums that row; all others return at once."""
     start = tl.program_id(0)
     row = tl.load(sorted_ids_ptr + start).to(tl.int64)
     before = tl.load(sorted_ids_ptr + start - 1, mask=start > 0, other=-1).to(tl.int64)

@@ -3,7 +3,7 @@
 Forward, per sequence and head (q [Sq, D], k, v [Sk, D]; grouped heads share k and v):
 
     s   = scale * rot(q) rot(k)^T + bias - slope * |i - j|      [Sq, Sk], -inf where mask or window forbids
-    lse = logsumexp(s)                                          [Sq] fp32, natural log: all that is saved beside o
+    lse = logsumexp(s)                                          [Sq] fp32, natural log; saved, with o
     p   = exp(s - lse)                                          recomputed in the backward pass
     o   = (p * keep / (1 - dropout_p)) v                        [Sq, D]
 
@@ -16,8 +16,8 @@ Backward, with p~ = p * keep / (1 - dropout_p) and the gradients do, dlse:
 
 Online softmax: Milakov, Gimelshein, arXiv:1805.02867. Tiling and recomputation: Dao et al., arXiv:2205.14135.
 
-Work is a list of real tiles, longest sequence first (`attention_schedule`). Each tile belongs to one sequence
-and is reduced in a fixed order without atomics, so a sequence gets the same bits whatever shares its batch.
+Work is a list of tiles without padding, longest sequence first (`attention_schedule`). Each tile belongs to one
+sequence and is reduced in a fixed order without atomics, so a sequence's bits do not depend on its batch.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ _backward_bias_op = register(
 
 
 class _Attention(torch.autograd.Function):
-    """Saves q, k, v, o and lse, and what the call was given."""
+    """Saves q, k, v, o, lse and the other arguments of the call."""
 
     @staticmethod
     def forward(ctx, q, k, v, bias, spans_q, spans_k, entries, parts, *options):
@@ -88,7 +88,7 @@ class _Attention(torch.autograd.Function):
         options = (*tensors, ctx.window_left, ctx.window_right, ctx.dropout_p, ctx.stream, ctx.scale)
         if do is None:
             do = torch.zeros_like(o)
-        entries_k, parts_k = entries, ctx.parts  # in self-attention one list of tiles serves rows and keys
+        entries_k, parts_k = entries, ctx.parts  # in self-attention rows and keys have the same list of tiles
         if spans_k is not None:
             of_k = attention_schedule(spans_k, k.shape[-3], spans_q, k.dim() == 4)
             entries_k, parts_k = of_k.entries, of_k.parts(ctx.parts[2])
@@ -116,12 +116,11 @@ def attention(
 ):  # fmt: skip
     """Attention over packed sequences: q [Tq, H, D], k, v [Tk, Hk, D] -> o [Tq, H, D] (and lse [H, Tq] float32).
 
-    Arguments are those of `fastbert.functional.attention`. Gradients: q, k, v and bias; lse may be differentiated.
-    dbias recomputes the scores once more and needs no memory beyond itself.
+    Arguments are those of `fastbert.functional.attention`. q, k, v and bias get gradients; o and lse may have upstream
+    gradients. dbias recomputes the scores and needs no memory beyond itself.
 
-    Raises: TypeError on dtypes other than float32, bfloat16, float16; ValueError on a head_dim over 256, a bias,
-        mask or rotary table smaller than max_seqlen, or one that wants a gradient where there is none (alibi_slopes,
-        rotary).
+    Raises: TypeError on dtypes other than float32, bfloat16, float16; ValueError on a head_dim over 256, a bias, mask
+        or rotary table smaller than max_seqlen, or if alibi_slopes or rotary require a gradient.
     """
     if cu_seqlens_k is None:
         max_seqlen_k = max_seqlen
@@ -138,9 +137,9 @@ def attention_padded(
     q, k, v, seqlens=None, seqlens_k=None, *, bias=None, mask=None, alibi_slopes=None, window=None, rotary=None,
     dropout_p=0.0, seed=None, stream=0, sequence_ids=None, scale=None, return_lse=False, schedule=None,
 ):  # fmt: skip
-    """The same over q [B, Sq, H, D], k, v [B, Sk, Hk, D] in place: o like q, zero past each length.
+    """Attention over padded q [B, Sq, H, D], k, v [B, Sk, Hk, D], without packing: o like q, zero past each length.
 
-    Arguments are those of `fastbert.functional.attention_padded`; what raises is as in `attention`.
+    Arguments are those of `fastbert.functional.attention_padded`. Raises like `attention`.
     """
     batch, width_q, width_k = q.shape[0], q.shape[1], k.shape[1]
     _expect_covering("attention_padded", width_q, width_k, bias, mask, rotary)
@@ -157,7 +156,7 @@ def attention_padded(
 
 
 def _expect_covering(op, max_seqlen, max_seqlen_k, bias, mask, rotary) -> None:
-    """Tables that are indexed by position must reach as far as the sequences do."""
+    """Raises ValueError for a table that is indexed by position and has fewer positions than the longest sequence."""
     for name, t in (("bias", bias), ("mask", mask)):
         for axis, longest in ((2, max_seqlen), (3, max_seqlen_k)):
             if t is not None and longest is not None and t.shape[axis] < longest:
@@ -174,11 +173,11 @@ def _expect_supported(op: str, q: Tensor, options: Options) -> None:
         raise ValueError(f"{op}: head_dim must be at most {MAX_HEAD_DIM}, got {q.shape[-1]}")
     for name, tensors in (("alibi_slopes", [options.alibi_slopes]), ("rotary", [options.cos, options.sin])):
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-            raise ValueError(f"{op}: {name} requires a gradient, which this operator does not give")
+            raise ValueError(f"{op}: {name} requires a gradient, which this operator does not compute")
 
 
 def expect_made_for(op, schedule, q, spans_q) -> None:
-    """q: [B, S, H, D] where padded, else of T rows."""
+    """Raises TypeError or ValueError unless the schedule was made for this batch. q: [B, S, H, D] padded, or T rows."""
     padded = q.dim() == 4
     wanted = spans_q.shape[0] - (not padded), q.shape[1] if padded else q.shape[0], padded
     if not isinstance(schedule, Schedule):
@@ -193,9 +192,9 @@ def expect_made_for(op, schedule, q, spans_q) -> None:
 def _options(
     q, bias, mask, alibi_slopes, window, rotary, dropout_p, seed, stream, sequence_ids, scale
 ) -> Options:  # fmt: skip
-    """What a call of the public functions says, as the operators take it."""
+    """The arguments of a public function in the form of the operators."""
     cos, sin = (None, None) if rotary is None else unit_stride(*rotary)
-    # the kernels step freely over rows and heads of tensors and tables, but read lists one entry after another
+    # the kernels use the strides of other tensors, but read these two as contiguous
     alibi_slopes, sequence_ids = (None if t is None else t.contiguous() for t in (alibi_slopes, sequence_ids))
     left, right = (UNBOUNDED, UNBOUNDED) if window is None else (min(side, UNBOUNDED) for side in window)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -206,12 +205,12 @@ def _attend(
     op: str, q: Tensor, k: Tensor, v: Tensor, spans_q: Tensor, spans_k: Tensor | None, schedule: Schedule, longest: int,
     options: Options,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(o, lse). spans_k: None where they are those of q, in self-attention."""
+    """(o, lse). spans_k: None in self-attention, where keys have the spans of q."""
     if torch.is_autocast_enabled(q.device.type) and q.dtype == torch.float32:
         q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
     _expect_supported(op, q, options)
     expect_made_for(op, schedule, q, spans_q)
-    if not options.scale > 0.0:  # the kernels take the greatest product for the greatest score
+    if not options.scale > 0.0:  # the kernels need a positive scale: the greatest product is then the greatest score
         q, options = q * options.scale, Options(*options[:-1], scale=1.0)
     spans_q, spans_k = spans_q.contiguous(), None if spans_k is None else spans_k.contiguous()
     entries, parts, bias = schedule.entries, schedule.parts(longest), options.bias
@@ -251,7 +250,7 @@ _VARIANTS = {
 
 
 def compile_calls() -> list[CompileCall]:
-    """Every config of the ladder on plain attention, and every variant at head_dim 64."""
+    """Plain attention with every config, and every variant at head_dim 64."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     return [
         *(_call("bf16", bf16, head_dim=d, fast=d == 64) for d in (32, 64, 80, 96, 128, 256)),

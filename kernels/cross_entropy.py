@@ -1,4 +1,4 @@
-"""Cross-entropy of a linear layer's outputs, without those outputs in memory as a whole.
+"""Cross-entropy of a linear layer's outputs, of which only a chunk is in memory at a time.
 
     z    = hidden weight^T + bias                                    [N, V]
     m, l = max(z), sum(exp(z - m))                                   [N]
@@ -7,17 +7,19 @@
 
     dhidden = dz weight   [N, C]      dweight = dz^T hidden   [V, C]      dbias = column sums of dz   [V]
 
-Rows are taken in chunks of at most CHUNK_BYTES of z. For a chunk: a product makes z in the working dtype, one kernel
-reads a row of it (adding the bias), writes its loss and, where a gradient is wanted, puts dz in its place; two
-products take dz on to dhidden and dweight. One buffer of a chunk lives, whatever N is.
+Rows are processed in chunks of at most CHUNK_BYTES of z. For a chunk, a product computes z in the working dtype. One
+kernel reads the rows of z (adding the bias), writes their losses and, if a gradient is needed, overwrites z with dz.
+Two products compute dhidden and dweight from dz. There is one buffer for a chunk, whatever N is.
 
-When: "mean" and "sum" have one number as upstream gradient, so all gradients are made during the forward pass, for
-an upstream of 1 a row, and scaled in the backward pass: three products where a recomputation would need four
-(8 N V C floating-point operations less 2 N V C). "none" has one number a row, which dweight cannot be scaled by
-afterwards: there the backward pass runs the chunks again, with these numbers as row scales. The gradients made ahead
-are not divided by N, so float16 does not underflow before a loss scale arrives; dweight and dbias are kept in float32.
+With reduction "mean" or "sum" the upstream gradient is one number. So the forward pass computes all gradients for an
+upstream gradient of 1, and the backward pass scales them: three products instead of four with recomputation (6 N V C
+floating-point operations instead of 8 N V C). With "none" each row has its own upstream gradient, by which dweight
+cannot be scaled afterwards; the backward pass runs the chunks again, with these gradients as row scales. Gradients of
+the forward pass are not divided by N, so float16 does not underflow before a loss scale is applied; dweight and dbias
+are kept in float32.
 
-Bytes moved, b an element, for N V the size of z (chunks come from and go to memory; hidden, dhidden are small):
+Bytes moved, with elements of b bytes and z of N V elements (chunks are written to and read from memory; hidden and
+dhidden are small):
 
     forward    z written, read; with gradients dz written, read by two products and by dbias    (2 | 6) N V b
                weight read once a chunk for each of two products; dweight written, and read again in later chunks
@@ -26,14 +28,15 @@ Bytes moved, b an element, for N V the size of z (chunks come from and go to mem
 At 4.3 TB/s BERT's head with gradients (N 2,458, V 30,522, C 768, bf16) moves 900 MB of z, 209 us, and its products are
 346 GFLOP, 438 us at 790 TFLOP/s; the loss alone 300 MB, 70 us, beside 146 us.
 
-z is read twice by its kernel, but a row (61 KB at BERT's vocabulary in bf16) is still in L2 the second time. The pass
-for dbias is one more than a product with it in its epilogue would need. Keeping z on chip in one kernel with the
-product (an online logsumexp in its epilogue) would save the first two passes, 2 N V b of 6, and would need z once
-more for dz: a fourth product, twice the cost of those passes at BERT's C = 768 (146 us at 790 TFLOP/s beside 70 us at
-4.3 TB/s, N = 2,458).
+The kernel reads z twice, but a row (61 KB at BERT's vocabulary in bf16) is still in L2 the second time. The pass for
+dbias could be saved by a product that sums dbias in its epilogue. A kernel that keeps z on chip (with an online
+logsumexp in the product's epilogue) would save the first two passes, 2 N V b of 6. But it would have to compute z again
+for dz: a fourth product, which costs twice as much as those passes at BERT's C = 768 (146 us at 790 TFLOP/s instead of
+70 us at 4.3 TB/s, N = 2,458).
 
-A row's loss comes from that row's z alone, in one order. The products of z and dhidden are the vendor library's,
-which may choose its kernel by N; in `batch_invariant()` they are ours, and the bits of a row are its own.
+A row's loss is computed from that row's z alone, always in the same order. The products for z and dhidden are the
+vendor library's, which may choose its kernel by N; in `batch_invariant()` they are ours, so a row's bits do not depend
+on the other rows.
 """
 
 import functools
@@ -59,12 +62,13 @@ from ._launch import Plan, cdiv
 from ._library import register
 from ._rows import packed
 
-# Of z at a time. At BERT's vocabulary in bf16, 4,352 rows: products long enough to fill the machine (34 x 120 tiles),
-# and one chunk for the masked words of 29,000 tokens.
+# Size of z in one chunk: 4,352 rows of BERT's vocabulary in bf16. Such products fill the GPU (34 x 120 tiles), and the
+# masked words of 29,000 tokens fit one chunk.
 CHUNK_BYTES = 256 << 20
 
-# One row a program, 16 elements a lane a step: two 16-byte loads of bf16 in flight, and several programs a processor,
-# so that one loads while another sums. float32 has twice the warps: as many bytes a lane. (With 8, sm_100 spills two.)
+# A program has one row and processes 16 elements a lane at a time, two 16-byte loads of bf16 in flight. Some programs
+# share a multiprocessor, so that one loads while another sums. float32 has twice as many warps, for the same number of
+# bytes a lane; with 8 warps sm_100 spills two registers.
 BLOCK_V, NUM_WARPS = 4096, 8
 
 LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2_E)
@@ -73,14 +77,14 @@ LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2_E)
 # ---- device code -----------------------------------------------------------------------------------------
 
 
-# A row is read in blocks of BLOCK_V without a mask, then its rest in blocks of an eighth with one. A vocabulary is a
-# multiple of nothing, and under a mask at its end every element is an access of its own: eight instructions where 16
-# bytes take one, and in blocks of 16 elements a lane 40 registers more, for their addresses.
+# A row is read in blocks of BLOCK_V without a mask, and its rest in blocks of an eighth of that with a mask. Since the
+# size of a vocabulary is any number, a masked load takes every element alone: eight instructions instead of one for 16
+# bytes, and in blocks of 16 elements a lane 40 more registers, for the addresses.
 
 
 @triton.jit
 def _load_z(z_ptr, bias_ptr, offs, n_cols, MASKED: tl.constexpr):
-    """A block of z + bias in float32; -inf past the last column, where there may be such (MASKED)."""
+    """A block of z + bias in float32. MASKED: the block may extend past the last column, and is -inf there."""
     if MASKED:
         z = tl.load(z_ptr + offs, mask=offs < n_cols, other=float("-inf")).to(tl.float32)
         if bias_ptr is not None:
@@ -98,12 +102,12 @@ def _add_columns(
     z_ptr, bias_ptr, first, last, n_cols,
     HAS_SMOOTHING: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """(m, l, z_sum) with columns first to last; MASKED: those below n_cols of them."""
+    """(m, l, z_sum) updated with columns first to last; MASKED: only with those below n_cols."""
     for v0 in tl.range(first, last, BLOCK):
         offs = v0 + tl.arange(0, BLOCK)
         z = _load_z(z_ptr, bias_ptr, offs, n_cols, MASKED)
         m_new = tl.maximum(m, tl.max(z, axis=0))
-        base = tl.where(m_new == float("-inf"), 0.0, m_new)  # nothing finite yet: not exp(-inf + inf)
+        base = tl.where(m_new == float("-inf"), 0.0, m_new)  # as long as all z are -inf, avoids exp(-inf + inf)
         l = l * tl.exp2((m - base) * LOG2_E) + tl.sum(tl.exp2((z - base) * LOG2_E), axis=0)
         m = m_new
         if HAS_SMOOTHING:
@@ -117,10 +121,10 @@ def _store_gradient(
     label, m, l, scale, counts, smoothing,
     HAS_SMOOTHING: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """dz of columns first to last; MASKED: of those below n_cols.
+    """Stores dz of columns first to last; MASKED: only of those below n_cols.
 
-    m and log(l) are subtracted one after the other: their sum would be rounded as the logits are, and all probabilities
-    of the row would be too large, or too small, by as much.
+    m and log(l) are subtracted one after the other. Their sum would be rounded like a logit, and all probabilities of
+    the row would be wrong by the same factor.
     """
     log2_l = tl.log2(l)
     for v0 in tl.range(first, last, BLOCK):
@@ -148,8 +152,8 @@ def _cross_entropy_kernel(
     label = tl.load(labels_ptr + row).to(tl.int64)
     counts = label != ignore_index
 
-    # A label that names no column reads nothing and makes the row NaN, where torch stops the device. Every warp reads
-    # z[label], and one of them puts dz in its place: the barriers of the maxima and sums must lie between the two.
+    # A label outside of the columns loads nothing and makes the row NaN; torch would stop the device. Every warp reads
+    # z[label], and one of them later overwrites it with dz. The barriers of the maxima and sums separate the two.
     named = (label >= 0) & (label < n_cols)
     z_label = tl.load(z_ptr + label, mask=named, other=float("nan")).to(tl.float32)
     if bias_ptr is not None:
@@ -182,12 +186,12 @@ def _cross_entropy_kernel(
 
 
 def _chunk_rows(n_cols: int, dtype: torch.dtype) -> int:
-    """Rows of a chunk, a multiple of 128: from the vocabulary and the budget, not from N."""
+    """Rows of a chunk, a multiple of 128. The number depends on the vocabulary and CHUNK_BYTES, not on N."""
     return max(128, CHUNK_BYTES // (_row_elements(n_cols) * dtype.itemsize) // 128 * 128)
 
 
 def _row_elements(n_cols: int) -> int:
-    """Elements from one row of z to the next: whole 128 bytes, so rows can be read by 16 bytes and by descriptors."""
+    """The row stride of z: a multiple of 128 bytes, so that 16-byte loads and descriptors can read the rows."""
     return cdiv(n_cols, 64) * 64
 
 
@@ -212,7 +216,7 @@ def _launch(hidden, weight, bias, labels, row_scale, ignore_index, smoothing, wa
     bias = packed(bias)
     loss = hidden.new_empty(n_rows, dtype=torch.float32)
     dhidden = hidden.new_empty(n_rows, width) if want_dhidden else none_of(hidden)
-    # nothing to add up in an empty batch, so the sums start as zeros there
+    # the first chunk overwrites the sums; an empty batch has no chunk, so its sums must be zeros
     new_sum = hidden.new_empty if n_rows > 0 else hidden.new_zeros
     dweight = new_sum((n_cols, width) if want_dweight else (0,), dtype=torch.float32)
     dbias = new_sum((n_cols,) if want_dbias else (0,), dtype=torch.float32)
@@ -256,7 +260,7 @@ _losses = register(
 
 
 def _launch_scaled(x, scale, dtype):
-    # one pass, in float32: a factor with a dimension takes part in type promotion, `out` rounds at the store
+    # One pass in float32: a factor with dimensions takes part in type promotion, and `out` rounds when it is stored.
     return torch.mul(x, scale.view([1] * x.dim()), out=x.new_empty(x.shape, dtype=dtype))
 
 
@@ -320,8 +324,9 @@ def linear_cross_entropy(
 ) -> Tensor:
     """cross_entropy(hidden weight^T + bias, labels): hidden [N, C], weight [V, C], bias [V], labels [N] -> float32.
 
-    reduction: "mean" over the rows that count (a scalar; NaN where none does, with zero gradients, as in torch),
-    "sum" (a scalar), "none" ([N], 0 in ignored rows). A label outside [0, V) that is not `ignore_index` gives NaN.
+    reduction: "mean" over the rows that are not ignored (a scalar; if all are ignored NaN with zero gradients, as in
+    torch), "sum" (a scalar), "none" ([N], 0 in ignored rows). A label outside [0, V) that is not `ignore_index` gives
+    NaN.
     """
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"linear_cross_entropy: reduction must be mean, sum or none, got {reduction!r}")
@@ -337,7 +342,7 @@ def linear_cross_entropy(
     if reduction == "sum":
         return total
     count = (labels != ignore_index).sum()
-    # x / max(count, 1) has a zero gradient where nothing counts; the value there is 0 / 0, as in torch
+    # total / max(count, 1) has a zero gradient if all rows are ignored; the value is then NaN, as in torch
     return torch.where(count > 0, total / count.clamp(min=1), float("nan"))
 
 

@@ -3,18 +3,19 @@
 Forward, per sequence and head (q, k, v [S, D]; tables of distances pk, pq [R, D]; lut over i - j):
 
     s   = scale * (q k^T + q pk[lut]^T + k pq[lut]^T)           [S, S]
-    lse = logsumexp(s)                                          [S] fp32, natural log: all that is saved beside o
+    lse = logsumexp(s)                                          [S] fp32, natural log; saved, with o
     o   = (p * keep / (1 - dropout_p)) v                        [S, D],  p = exp(s - lse)
 
 Backward, with delta = rowsum(o * do) and ds as in `attention.py`:
 
-    dq[i] = scale * sum_j ds[i, j] (k[j] + pk[lut[i - j]])      by the programs of rows
-    dk[j] = scale * sum_i ds[i, j] (q[i] + pq[lut[i - j]])      by the programs of keys
-    dpk[r] = scale * sum of ds[i, j] q[i] where lut[i - j] = r, and dpq[r] of ds[i, j] k[j]
+    dq[i] = scale * sum_j ds[i, j] (k[j] + pk[lut[i - j]])      in the kernel over rows
+    dk[j] = scale * sum_i ds[i, j] (q[i] + pq[lut[i - j]])      in the kernel over keys
+    dpk[r] = scale * sum of ds[i, j] q[i] where lut[i - j] = r
+    dpq[r] = scale * sum of ds[i, j] k[j] where lut[i - j] = r
 
-All tiles on one diagonal of the scores look at the same distances. So a program of the tables owns a diagonal of some
-sequences and adds up what its tiles give to the distances; another kernel adds these up for each row of a table. There
-are no atomics: the same input gives the same bits.
+All tiles on one diagonal of the scores have the same distances. So a program for dpk or dpq processes one diagonal of
+some sequences and sums the gradient of each distance. Another kernel adds these sums for each row of a table. There are
+no atomics: the same input gives the same bits.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ from ._random import keep_threshold
 from .attention import expect_made_for
 
 LOG2_E = 1.4426950408889634
-PROGRAMS = 32  # of a head, at least, where there are sequences enough: of the gradients of the tables
+PROGRAMS = 32  # least programs of a head for the gradients of the tables, if there are enough sequences
 
 
 # ---- launches ------------------------------------------------------------------------------------------------
@@ -63,15 +64,15 @@ class DisentangledConfig:
 
 
 def disentangled_config(dtype: torch.dtype, arch: str, direction: str) -> DisentangledConfig:
-    """The launch of one kernel: "fwd", "bwd_dq", "bwd_dkv" or "bwd_diagonal".
+    """The launch parameters of one kernel: "fwd", "bwd_dq", "bwd_dkv" or "bwd_diagonal".
 
-    One stage: the rows of a table are gathered, which no asynchronous copy of a pipeline is ahead of. Registers decide
-    the rest, as the compiler reports them without a GPU; none of it has been measured on one.
+    There is one stage, because asynchronous copies cannot gather the rows of a table ahead of time. All else was chosen
+    by the registers that the compiler reports without a GPU, and has not been measured on a GPU.
     """
     if dtype == torch.float32:
         return DisentangledConfig(16, num_warps=8 if direction == "bwd_dq" else 4)  # in four warps it spills six
     if direction == "bwd_diagonal":
-        # the products of 16 rows are none of the asynchronous ones; 32 spill without those
+        # products of 16 rows cannot use asynchronous instructions; 32 rows spill on GPUs without these
         block, warps = (16, 4) if hardware(arch).matrix in ("mma.sync", "mfma") else (32, 8)
         return DisentangledConfig(block, num_warps=warps)
     return DisentangledConfig(32, num_warps=4)
@@ -102,7 +103,7 @@ _OF_DIAGONALS = "n_sequences n_parts n_tiles tokens reach stream_id"
 
 
 def _launches(q, k, v, pk, pq, sequence_ids, dropout_p, scale):
-    """What makes the plan of a kernel of this call, and its config."""
+    """A function that returns the plan and the config of a kernel for this call."""
     heads, head_dim = q.shape[-2:]
     arch = _device.arch(q.device.index)
     strides = tuple(step for t in (q, k, v) for step in t.stride()[:2])
@@ -148,7 +149,7 @@ def forward_outputs(q, *_):
 def launch_backward(
     do, o, lse, q, k, v, spans, entries, pk, pq, lut, seed, sequence_ids, longest, dropout_p, stream, scale
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """dq, dk, dv, dpk, dpq, the last two None where there is no such table."""
+    """dq, dk, dv, dpk, dpq; the last two are None without that table."""
     do = do.contiguous()
     q, k, v = unit_stride(q, k, v)
     dq, dk, dv = (q.new_empty(q.shape) for _ in range(3))
@@ -160,7 +161,7 @@ def launch_backward(
     packed, tables = (q, k, v, spans), (pk, pq, lut, seed, sequence_ids)
     reach, delta = lut.shape[0] // 2 + 1, torch.empty_like(lse)
 
-    # dq before the others: it also writes delta, which they read
+    # dq runs first because it also writes delta, which the others read
     plan, config = of(
         _disentangled_bwd_dq_kernel, f"{_PACKED} schedule_ptr {_TABLES} o_ptr lse_ptr do_ptr dq_ptr delta_ptr",
         _OF_TILES, "bwd_dq",
@@ -253,7 +254,7 @@ def disentangled_attention(
     q, k, v, pk, pq, lut, cu_seqlens, max_seqlen, *,
     dropout_p=0.0, seed=None, stream=0, sequence_ids=None, scale=None, schedule=None,
 ):  # fmt: skip
-    """Arguments are those of `fastbert.functional.disentangled_attention`.
+    """Disentangled attention; the arguments are those of `fastbert.functional.disentangled_attention`.
 
     Raises: TypeError on dtypes other than float32, bfloat16, float16; ValueError on a head_dim over 64.
     """

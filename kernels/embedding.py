@@ -12,21 +12,21 @@ Backward, with d = dy where kept, / (1 - p), x_hat = (z - mean) * rstd and g = d
     dword[v] = sum of dz[t] over input_ids[t] == v, likewise the other tables
     dweight = sum over t of d * x_hat;  dbias of d                             [N]
 
-Saved: the ids, mean, rstd; z is gathered again and the mask made again, since a saved z would cost as many bytes to
-read and more to write.
+The ids, mean and rstd are saved. The backward pass gathers z and computes the mask again, because reading a saved z
+would move as many bytes, and writing it even more.
 
-A token type table of one or two rows needs no scatter: its sums ride along in the LayerNorm backward, as those of
-weight and bias do. The other tables go to `_scatter`, which sorts and has no atomics.
+A token type table of one or two rows needs no scatter: the LayerNorm backward kernel sums its gradient, as it does for
+weight and bias. The other tables' gradients are computed by `_scatter`, which sorts and has no atomics.
 
-Bytes moved, b an element, T tokens: forward reads a row of `word` (the small tables stay in cache) and writes y:
-2 T N b. Backward reads dy and word rows and writes dz: 3 T N b, then reads dz once for each sorted table: 2 T N b,
-and writes the tables' gradients: (V + P) N b of zeros and at most T N b of sums each. Extra passes: dz, written and
-read twice, 3 T N b, which adding to the tables on the spot would spare at the price of atomics and of bits that move
-from run to run; and the zeros, since the gradients of the tables are dense. At 4.3 TB/s BERT-base (V 30,522, N 768,
-bf16) over 16,384 tokens cannot take less than 12 us forward and 46 us backward.
+Bytes moved for T tokens, with elements of b bytes: forward reads rows of `word` (the small tables stay in cache) and
+writes y: 2 T N b. Backward reads dy and word rows and writes dz: 3 T N b, then reads dz once for each sorted table:
+2 T N b, and writes the tables' gradients: (V + P) N b of zeros and at most T N b of sums each. dz, written and read
+twice, 3 T N b, could be saved by adding to the tables directly, at the price of atomics and of bits that differ from
+run to run. The zeros are needed because the gradients of the tables are dense. At 4.3 TB/s BERT-base (V 30,522, N 768,
+bf16) with 16,384 tokens takes at least 12 us forward and 46 us backward.
 
-Ids must be in range: the caller checks, where that costs no wait for the device. One that is not reads as a row of
-zeros and gets no gradient, so a wrong id cannot touch memory outside the tables.
+Ids must be in range; the caller checks them where that needs no wait for the device. An id out of range gives a row of
+zeros and no gradient, so it cannot touch memory outside the tables.
 """
 
 import functools
@@ -60,7 +60,8 @@ from ._rows import (
 )
 from ._scatter import scatter
 
-# a token type table with at most this many rows (and MAX_FUSED_WIDTH columns) is summed inside the LayerNorm backward
+# The LayerNorm backward kernel sums the gradient of a token type table with at most this many rows (and MAX_FUSED_WIDTH
+# columns).
 MAX_FUSED_TYPES = 2
 
 # ---- configs ---------------------------------------------------------------------------------------------
@@ -68,7 +69,7 @@ MAX_FUSED_TYPES = 2
 
 @functools.cache
 def embedding_bwd_config(n_cols: int) -> NormConfig:
-    """`norm_bwd_config` with half the rows: two more fp32 sums and the gathers' addresses need the registers."""
+    """`norm_bwd_config` with half the rows, because two more fp32 sums and the gathers' addresses need registers."""
     config = norm_bwd_config(n_cols)
     return replace(config, block_m=max(1, config.block_m // 2))
 
@@ -237,7 +238,7 @@ def _launch_fwd(
 
 
 def _tables_and_sizes(input_ids, token_type_ids, positions, word, position, token_type) -> tuple[tuple, tuple]:
-    """What the plans name _TABLES and _SIZES."""
+    """The arguments that the plans name _TABLES, and those that they name _SIZES."""
     n_types = 0 if token_type is None else token_type.shape[0]
     return (
         tuple(packed(t) for t in (input_ids, token_type_ids, positions, word, token_type, position)),
@@ -281,7 +282,7 @@ def _launch_bwd(
 
     config = embedding_bwd_config(n_cols)
     programs = min(config.programs_per_sm * _device.multiprocessors(dy.device.index), cdiv(n_tokens, config.block_m))
-    # a place for every sum that there can be, whichever are wanted
+    # every possible sum has a place, wanted or not
     types = [dtoken_type[n] if want_dtype else dtoken_type for n in range(n_types)] if fused else []
     sums = [dweight if weight is not None else None, dbias if bias is not None else None, *(*types, None, None)[:2]]
     parts = dy.new_empty((sum(s is not None for s in sums), programs, n_cols), dtype=torch.float32)
@@ -375,7 +376,7 @@ def embedding_layer_norm(
 ):  # fmt: skip
     """dropout(LayerNorm(word[input_ids] + token_type[token_type_ids] + position[positions])): [T] -> [T, N].
 
-    N up to 8,192, in the dtype of `word`; see `functional`. Ids out of range read as zeros and get no gradient.
+    N up to 8,192, in the dtype of `word`; see `functional`. An id out of range gives a row of zeros and no gradient.
     """
     n_cols = word.shape[1]
     if not 1 <= n_cols <= MAX_WIDTH:
@@ -404,13 +405,13 @@ def embedding_layer_norm(
 
 # ---- for the offline compiler ----------------------------------------------------------------------------
 
-# one width for every step of the ladders, and those of BERT-base, large and MiniLM
+# one width for each choice of tile, and the widths of BERT-base, large and MiniLM
 _WIDTHS = (16, 32, 64, 128, 256, 384, 512, 768, 1024, 2048, 4096, 8192)
 _TOKENS = 128  # two chunks of the scatter
 
 
 def compile_calls() -> list[CompileCall]:
-    """Every config of the ladders, with all tables, dropout and gradients: the most registers a launch can need."""
+    """Every config with all tables, dropout and gradients, which need the most registers."""
     ids = empty(_TOKENS, dtype=torch.int64)
     dropout = {"dropout_p": 0.1, "seed": empty(1, dtype=torch.int64), "row_ids": ids}
 

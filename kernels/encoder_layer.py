@@ -1,4 +1,4 @@
-"""A post-norm encoder layer as one autograd node: the kernels of its operators, and nothing between them.
+"""A post-norm encoder layer as one autograd node, which launches the kernels of its operators directly.
 
 Forward, x [T, C], H heads of width D, A = H D:
 
@@ -8,21 +8,21 @@ Forward, x [T, C], H heads of width D, A = H D:
     h   = x1 Wup^T + bup;   a = act(h)                          [T, F]
     y   = LayerNorm(dropout(a Wdown^T + bdown) + x1)            [T, C]
 
-Backward, where LayerNorm gives each of its two inputs a gradient, dr to the residual and dz to the product before it:
+Backward. A LayerNorm has two inputs: dr is the gradient of the residual, dz that of the product.
 
-    dr2, dz2 of dy;   dh, a of dz2 Wdown and h
+    dr2, dz2 from dy;   dh, a from dz2 Wdown and h
     dx1 = dr2 + dh Wup                                          summed in the product
-    dr1, dz1 of dx1;   do = dz1 Wout
-    dqkv                                                        [T, 3A], which attention's kernels write into
+    dr1, dz1 from dx1;   do = dz1 Wout
+    dqkv                                                        [T, 3A], written by attention's kernels
     dx  = dr1 + dqkv Wqkv                                       summed in the product
-    dWqkv = dqkv^T x, and so on for every weight that wants one; biases are column sums
+    dWqkv = dqkv^T x, and so on for every weight that needs a gradient; biases are column sums
 
-Equations, bytes and what is recomputed are those of `attention`, `layer_norm` and `feed_forward`. Saved: x, qkv, o,
-lse, both products before a LayerNorm, x1, h and four vectors of statistics: what those operators save by themselves.
+`attention`, `layer_norm` and `feed_forward` have the equations and bytes, and say what is recomputed. The node saves
+what these operators save: x, qkv, o, lse, both products before a LayerNorm, x1, h and four vectors of statistics.
 
-Beside their composition: seven autograd nodes fewer; dq, dk and dv are not copied into one tensor (6 T A elements read
-and written), and the two residual gradients not added in a pass of their own (6 T C). The results of the forward pass
-have the bits of the composition. In the backward pass dx1 and dx are rounded once where the composition rounds twice.
+Compared with a composition of these operators, there are seven autograd nodes fewer, dq, dk and dv are not copied into
+one tensor (6 T A elements read and written), and the two residual gradients need no pass of their own (6 T C). The
+forward pass has the same bits as the composition. In the backward pass dx1 and dx are rounded once, not twice.
 """
 
 from __future__ import annotations
@@ -60,12 +60,12 @@ from .layer_norm import launch_forward as norm_forward
 
 class _Batch(NamedTuple):
     cu_seqlens: Tensor
-    entries: Tensor  # of the schedule
+    entries: Tensor  # the schedule's entries
     parts: tuple[int, int, int]
     seed: Tensor | None
     row_ids: Tensor | None
     sequence_ids: Tensor | None
-    known: Hashable  # as in `Plan`, for all launches but where they ask for different things; None: nothing is known
+    known: Hashable  # as in `Plan`, for all launches; those whose outputs vary add to it. None: nothing is known
 
 
 # ---- which calls -----------------------------------------------------------------------------------------
@@ -73,8 +73,8 @@ class _Batch(NamedTuple):
 
 @functools.lru_cache(256)
 def _fits(width: int, shapes: tuple[tuple[int, ...] | None, ...], heads: int, activation: str) -> int:
-    """A number for which of the tensors are there. 0: these are not the shapes of a layer whose input is `width` wide,
-    or the kernels do not have its head_dim and widths."""
+    """A number that encodes which tensors are not None. 0 if these are not the shapes of a layer of this width, or if
+    the kernels do not support its head_dim or widths."""
     of = LayerWeights(*shapes)
     if None in (of.query, of.key, of.value, of.out, of.out_norm, of.up, of.down, of.down_norm):
         return 0
@@ -96,10 +96,10 @@ def _fits(width: int, shapes: tuple[tuple[int, ...] | None, ...], heads: int, ac
 
 
 def takes(x: Tensor, weights: LayerWeights, options: LayerOptions) -> int:
-    """Whether `encoder_layer` can stand for the operators, and if so a number for which of the weights there are.
+    """0 if `encoder_layer` cannot replace the single operators, otherwise a number that encodes which weights exist.
 
-    It takes plain tensors of one dtype and device, contiguous x [T, C] and weights, no autocast, and nobody who follows
-    single operators (a compiler, a tracer, a mode, a transformation).
+    It requires plain tensors of one dtype and device, contiguous x [T, C] and weights, no autocast, and no compiler,
+    tracer, mode or transformation, which would have to see single operators.
     """
     if needs_operators(x) or type(x) not in PLAIN or not PLAIN.issuperset(map(type, weights)):
         return 0
@@ -159,7 +159,7 @@ def _plans_of(q: Tensor, options: Options) -> tuple[Forward, Backward]:
 
 
 def _forward(x, weights, qkv_weight, qkv_bias, batch: _Batch, options: LayerOptions, invariant: bool, keep: bool):
-    """(y, what the backward pass needs beside the weights, or None without `keep`)."""
+    """(y, the tensors that the backward pass needs beside the weights; None without `keep`)."""
     qkv = matmul(x, qkv_weight, qkv_bias, invariant=invariant)
     q, k, v = _heads_of(qkv, options.heads)
     spans, entries, parts, seed, row_ids, _, known = batch
@@ -189,7 +189,8 @@ def _forward(x, weights, qkv_weight, qkv_bias, batch: _Batch, options: LayerOpti
 
 
 def _norm_backward(dy, z, residual, weight, bias, x_bias, mean, rstd, batch: _Batch, p, stream, wants, which):
-    """(dr, dz, dweight, dbias, dx_bias). wants: whether anything before wants a gradient, then of each parameter."""
+    """(dr, dz, dweight, dbias, dx_bias). wants: whether an earlier tensor needs a gradient, then whether each parameter
+    does."""
     want_dz, *want_params = wants
     dz, dr, *dparams = norm_backward(
         dy, None, z, residual, weight, bias, x_bias, mean, rstd, batch.seed, batch.row_ids, p, stream, False, False,
@@ -199,15 +200,16 @@ def _norm_backward(dy, z, residual, weight, bias, x_bias, mean, rstd, batch: _Ba
 
 
 def _backward(dy, weights, qkv_weight, saved, batch: _Batch, options: LayerOptions, invariant: bool, wants):
-    """The gradients of x and of the weights, None for those that are not wanted. wants: of x, then of each weight."""
+    """The gradients of x and of the weights; None for those that are not wanted. wants: for x, then for each weight."""
     x, q, k, v, o, lse, z1, mean1, rstd1, x1, h, z2, mean2, rstd2 = saved
     want_x, *of_weights = wants
     want = LayerWeights(*of_weights)
-    # whether the gradient has to be followed as far back as attention, the first LayerNorm, the feed-forward
+    # whether a gradient is wanted at or before attention, the first LayerNorm, the feed-forward
     to_attention = want_x or any(want[:6])
     to_norm = to_attention or any(want[6:10])
     to_feed_forward = to_norm or any(want[10:13])
-    fold, columns = options.fold, not options.fold  # how the biases of the products before a LayerNorm get theirs
+    # The biases of the products before a LayerNorm: their gradients come from the LayerNorm (fold) or from column sums.
+    fold, columns = options.fold, not options.fold
     d = dict.fromkeys(LayerWeights._fields)
 
     dr, dz, d["down_norm"], d["down_norm_bias"], d["down_bias"] = _norm_backward(
@@ -227,7 +229,7 @@ def _backward(dy, weights, qkv_weight, saved, batch: _Batch, options: LayerOptio
         if want.up:
             d["up"] = matmul(dh, x1, layout="tn")
     if to_norm:
-        dx1 = add_product(dr, dh, weights.up, invariant)  # into dr, which may be dz: nothing reads dz any more
+        dx1 = add_product(dr, dh, weights.up, invariant)  # overwrites dr, which may be dz, but dz is no longer needed
         dr, dz, d["out_norm"], d["out_norm_bias"], d["out_bias"] = _norm_backward(
             dx1, z1, x, weights.out_norm, weights.out_norm_bias, weights.out_bias if fold else None, mean1, rstd1,
             batch, options.out_p, options.out_stream,
@@ -251,7 +253,7 @@ def _backward(dy, weights, qkv_weight, saved, batch: _Batch, options: LayerOptio
 
 
 def _attention_backward(do, q, k, v, o, lse, batch: _Batch, options: LayerOptions) -> Tensor:
-    """dqkv [T, 3A] of do [T, A]."""
+    """dqkv [T, 3A] from do [T, A]."""
     dqkv = do.new_empty(do.shape[0], 3 * do.shape[1])
     spans, entries, parts, *_, known = batch
     of_attention = _attention_options(batch, options, q.shape[-1])
@@ -264,7 +266,7 @@ def _attention_backward(do, q, k, v, o, lse, batch: _Batch, options: LayerOption
 
 
 def _qkv_gradients(d: dict[str, Tensor | None], dqkv: Tensor, x: Tensor, want: LayerWeights) -> None:
-    """Gradients of query, key and value, as slices of one product where all of them are wanted."""
+    """Stores the gradients of query, key and value in d; they are slices of one product if all are wanted."""
     inner = dqkv.shape[1] // 3
     if want.query and want.key and want.value:
         d["query"], d["key"], d["value"] = matmul(dqkv, x, layout="tn").view(3, inner, -1).unbind()
@@ -298,7 +300,7 @@ class _EncoderLayer(torch.autograd.Function):
     def backward(ctx, dy):
         cu_seqlens, entries, seed, row_ids, sequence_ids, qkv_weight, *rest = ctx.saved_tensors
         dy = dy.contiguous()
-        # a parameter may have moved since, and whoever packs saved tensors brings others
+        # Addresses may differ from the forward pass: a parameter may have moved, or a hook has replaced a saved tensor.
         known = ctx.known if all_at_16_bytes(dy, cu_seqlens, entries, seed, row_ids, sequence_ids, *rest) else None
         batch = _Batch(cu_seqlens, entries, ctx.parts, seed, row_ids, sequence_ids, known)
         weights, saved = LayerWeights(*(None,) * 6, *rest[:10]), rest[10:]
@@ -309,10 +311,10 @@ class _EncoderLayer(torch.autograd.Function):
 
 
 def _lies_well(x, weights, cu_seqlens, entries, seed, row_ids, sequence_ids, options: LayerOptions) -> bool:
-    """Does 16 divide the address of whatever a kernel is given in this layer, and do all numbers fit 32 bits?"""
+    """Whether all addresses that this layer's kernels get are multiples of 16, and all numbers fit 32 bits."""
     return (
         all_at_16_bytes(x, *weights, cu_seqlens, entries, seed, row_ids, sequence_ids)
-        and weights.query.shape[0] * x.element_size() % 16 == 0  # how far q, k and v lie apart in a row of qkv
+        and weights.query.shape[0] * x.element_size() % 16 == 0  # the distance from q to k and from k to v in qkv
         and (row_ids is None or row_ids.is_contiguous())
         and max(options.probs_stream, options.out_stream, options.down_stream) < INT32
     )
@@ -323,9 +325,10 @@ def encoder_layer(
     seed: Tensor | None = None, row_ids: Tensor | None = None, sequence_ids: Tensor | None = None, taken: int = 0,
     qkv: Callable[[], tuple[Tensor, Tensor | None]] | None = None,
 ) -> Tensor:  # fmt: skip
-    """The layer of x [T, C], where `takes` says yes: `taken` is what it said.
+    """The layer's output for x [T, C].
 
-    qkv: gives `joined(weights)` where no gradient is recorded; the caller may keep them.
+    taken: the result of `takes`; 0 if unknown, and then each launch inspects its tensors.
+    qkv: a function that returns `joined(weights)`, for calls without gradients; the caller may cache these tensors.
     """
     if options.probs_p == options.out_p == options.down_p == 0.0:
         seed = row_ids = sequence_ids = None

@@ -13,14 +13,14 @@ Backward, dy [M, C]:
     dup   = dh^T x                        [F, C]     dup_bias = column sums of dh
     dx    = dh up                         [M, C]
 
-Saved: x and h. `a` is not saved: the product that makes dh has h at hand and writes a = act(h) beside it. With
-`recompute` h is not saved either, but made again by the same product with the same tile, hence the same bits: M F
-elements of memory less, one product in seven more (7 / 6 of the floating-point work of a training step).
+x and h are saved. `a` is not saved: the product that computes dh reads h and also writes a = act(h). With `recompute`
+h is not saved either; the same product with the same tile computes it again, with the same bits. That saves M F
+elements of memory for one more product (7 / 6 of the floating-point work of a training step).
 
 Work: forward 4 M C F floating-point operations (geglu 6), backward twice that, `recompute` 2 M C F (geglu 4) more.
-A product alone has no epilogue to fuse and goes to the vendor library; see `_gemm_config.CHOICES`.
+Products without an epilogue are computed by the vendor library; see `_gemm_config.CHOICES`.
 
-Bytes moved, b an element, weights (which stay in L2) left out:
+Bytes moved, with elements of b bytes, without the weights (which stay in L2):
 
     forward    reads x, writes a;  reads a, writes y                        M (2 C + 2 F) b
                training: writes h                                           + M F b
@@ -28,21 +28,22 @@ Bytes moved, b an element, weights (which stay in L2) left out:
                dx reads dh, writes dx  |  dup reads dh, x                   M (2 C + 2 F) b
                ddown_bias reads dy                                          M C b
 
-Passes that a perfect fusion would not make: `a` written and read once by the second product (forward and backward,
-because a program of the first product holds a slice of F, the second needs all of it), and dy read once more for
-ddown_bias (pass down_bias=None and give it to `add_layer_norm` as `x_bias`, which sums it on its own way). dup_bias
-costs no pass: its column sums leave with dh, one row for 128. The activation costs none in either direction. Where
-the vendor library multiplies (float32, few rows) the activation is one pass more: reads h, writes a, or reads g, h,
-writes dh, a; not in 16-bit inference, where its own epilogue has the activation (`_gemm_config.VENDOR_ACTIVATIONS`).
+A perfect fusion would avoid two passes. `a` is written, and read by the second product, forward and backward: a program
+of the first product has a slice of F, and the second product needs all of F. dy is read once more for ddown_bias; to
+avoid that, pass down_bias=None here and the bias as `x_bias` to `add_layer_norm`, which sums its gradient without a
+pass of its own. dup_bias needs no pass: the product that writes dh also writes its column sums, one row for each 128
+rows. The activation needs no pass either. Where the vendor library multiplies (float32, few rows) the activation is one
+more pass, which reads h and writes a, or reads g and h and writes dh and a; except in 16-bit inference, where the
+vendor's epilogue has the activation (`_gemm_config.VENDOR_ACTIVATIONS`).
 
-Adding the residual in the second product's epilogue would save no pass: the product would read it and `add_layer_norm`
-would not, and the dropout between the two would have to move into the product, the vendor library's.
+Adding the residual in the second product's epilogue would save no pass, because the product would read the residual
+instead of `add_layer_norm`; and the dropout between the two would have to move into the vendor library's product.
 
-`linear_act` alone is the first line of the forward pass; its backward reads da, h, writes dh, then takes the two
-products of dh: M (2 C + 5 F) b, of which the pass over da and h is one that only a product before it could spare.
+`linear_act` alone is the first line of the forward pass. Its backward pass reads da and h and writes dh, and two
+products read dh: M (2 C + 5 F) b. Only a fusion with the product before it could avoid the pass over da and h.
 
-At 4.3 TB/s BERT-base (C 768, F 3072, bf16, 16,384 tokens) moves 252 MB forward, 59 us, beside 196 us of products at
-790 TFLOP/s; backward 730 MB, 170 us, beside 391 us.
+BERT-base (C 768, F 3072, bf16, 16,384 tokens) moves 252 MB forward, 59 us at 4.3 TB/s, and its products take 196 us at
+790 TFLOP/s; backward 730 MB, 170 us, and 391 us.
 """
 
 from __future__ import annotations
@@ -189,7 +190,7 @@ def _up_config(x: Tensor, weight: Tensor, activation: str, invariant: bool, only
 def up_projection(
     x, weight, bias, activation, save_h, invariant, inference, known=None
 ) -> tuple[Tensor, Tensor | None]:
-    """(a, h or None) for x [M, C]. inference: no backward pass will follow, which would need to compute the same `a`.
+    """(a, h or None) for x [M, C]. inference: no backward pass follows, so nothing has to compute the same bits again.
 
     known: as in `gemm`.
     """
@@ -204,7 +205,7 @@ def up_projection(
 
 
 def _pre_activation(x, weight, bias, activation, invariant) -> Tensor:
-    """h with the same bits as `up_projection` saves it, by the same tile or the same library."""
+    """h with the bits that `up_projection` saves, from the same tile or the same library."""
     config = _up_config(x, weight, activation, invariant)
     if not config.vendor:
         return gemm(x, weight, bias, "nt", config)[0]
@@ -212,7 +213,7 @@ def _pre_activation(x, weight, bias, activation, invariant) -> Tensor:
 
 
 def down_backward(dy, weight, h, activation, want_a, want_dbias, invariant, known=None):
-    """(dh, a or None, column sums of dh or None) of dy [M, C]. known: as in `gemm`."""
+    """(dh, a or None, column sums of dh or None) from dy [M, C]. known: as in `gemm`."""
     epilogue = "dgeglu" if activation == "geglu" else "dact"
     k, n = weight.shape
     few_rows = dy.shape[0] <= FEW_ROWS
@@ -399,7 +400,7 @@ def feed_forward(
 ) -> Tensor:
     """act(x up^T + up_bias) down^T + down_bias: x [..., C], up [F, C] (geglu: [2F, C]), down [C, F] -> [..., C].
 
-    recompute: keep only x for the backward pass, and make the pre-activation again there; the same bits.
+    recompute: save only x, and compute the pre-activation again in the backward pass, with the same bits.
     Dtypes and autocast as in `linear_act`.
     """
     tensors = cast_for_autocast(x, up_weight, up_bias, down_weight, down_bias)
@@ -417,7 +418,7 @@ def feed_forward(
 
 
 def compile_calls() -> list[CompileCall]:
-    """Both operators at every rung of the ladders, every activation, with and without what may be absent."""
+    """Both operators with every tile and every activation, with and without optional arguments."""
 
     def call(function, dtype, size, activation, biases=True, fast=False, **more):
         n, k = COMPILED_SIZES[size]

@@ -5,31 +5,30 @@ Forward, x and residual [M, N], statistics in fp32:
     z = dropout(x + x_bias) + residual                      [M, N]
     y = (z - mean) * rstd * weight + bias                   [M, N];  mean, rstd = 1 / sqrt(var + eps): [M]
 
-RMSNorm is the same with mean = 0 and no bias. The variance is taken from the centred row, which is in registers,
-so it does not cancel; and the mean is two fp32 numbers, its rounded value and the mean of what is left once that is
-taken off, so that rows of nearly equal elements are centred too. Backward, with x_hat = (z - mean) * rstd and
-g = dy * weight:
+RMSNorm is the same with mean = 0 and no bias. The variance is computed from the centred row, which is in registers, so
+there is no cancellation. The mean is two fp32 numbers, its rounded value and the mean of the remainders, so that rows
+of nearly equal elements are centred too. Backward, with x_hat = (z - mean) * rstd and g = dy * weight:
 
     dz      = rstd * (g - avg(g) - x_hat * avg(g * x_hat)) + dz_out      [M, N];  RMSNorm has no avg(g)
     dx      = dz where kept, / (1 - p);   dresidual = dz                 [M, N]
     dweight = sum over rows of dy * x_hat;  dbias of dy;  dx_bias of dx  [N]
 
-Saved: x, residual, mean, rstd; z and the dropout mask are made again. Saving z in place of x and residual moves as
-many bytes (one more write forward, one less read backward) and holds as much memory (the block before keeps
-residual anyway), but rounds z, and would make the forward pass depend on whether a gradient follows. Where z is an
-output (`add_layer_norm_sum`) it is saved, and x and residual are not; y is then the norm of the rounded z.
+x, residual, mean and rstd are saved; the backward pass computes z and the dropout mask again. Saving z instead of x and
+residual would move as many bytes (one more write forward, one less read backward) and need as much memory (the block
+before keeps residual anyway). But z would be rounded, and the forward pass would depend on whether a gradient follows.
+If z is an output (`add_layer_norm_sum`), z is saved, x and residual are not, and y is the norm of the rounded z.
 
-Bytes moved, b an element: forward reads x, residual and writes y: 3 M N b (the sum form 4 M N b). Backward reads
-dy, x, residual and writes dz: 4 M N b, and with dropout dx too: 5 M N b; the sum form reads dy, dz_out, z: the
-same. Nothing is read twice. The partial sums add 8 P N bytes for each of dweight, dbias, dx_bias, P programs. At
-4.3 TB/s a BERT-base layer end over 16,384 tokens in bf16 cannot take less than 18 us forward, 23 us backward.
+Bytes moved, with elements of b bytes: forward reads x, residual and writes y: 3 M N b (with z as output 4 M N b).
+Backward reads dy, x, residual and writes dz: 4 M N b, with dropout also dx: 5 M N b. With z as output it reads dy,
+dz_out, z instead, as many bytes. Nothing is read twice. With P programs, partial sums add 8 P N bytes for each of
+dweight, dbias, dx_bias. At 4.3 TB/s the norm at the end of a BERT-base layer with 16,384 tokens in bf16 takes at least
+18 us forward and 23 us backward.
 
-No atomics: row m belongs to program (m // BLOCK_M) mod P, a program adds its rows in order, and one small kernel
-adds the P partial sums in order. (Rows wider than 4,096 leave dbias and dx_bias to torch.sum over dy and dx, one
-more read each, the only extra passes: their fp32 sums no longer fit in registers.) A row's own results depend on
-nothing but that row, and no result on what else a call wants: outputs that it does not want are computed all the same
-and not written (`_rows` says why). Inputs that are not contiguous are copied. The device code is in
-`_layer_norm_kernels.py`.
+There are no atomics: row m belongs to program (m // BLOCK_M) mod P, a program adds its rows in order, and one small
+kernel adds the P partial sums in order. (For rows wider than 4,096 dbias and dx_bias are torch.sum over dy and dx,
+because their fp32 sums do not fit in registers. These are the only extra passes.) A row's results depend on that row
+only. No result depends on which outputs a call wants: unwanted outputs are computed but not written (`_rows` says why).
+Inputs that are not contiguous are copied. The device code is in `_layer_norm_kernels.py`.
 """
 
 import functools
@@ -85,7 +84,7 @@ def _bwd_plan(config: NormConfig, n_cols: int, dropout_p: float, rms: bool, x_is
 def launch_forward(
     x, residual, weight, bias, eps, x_bias, seed, row_ids, dropout_p, stream, rms, want_sum, want_stats, known=None
 ):  # fmt: skip
-    """known: as in `Plan`, from a caller whose tensors are contiguous as well."""
+    """(y, z, mean, rstd), None where not wanted. known: as in `Plan`; then all tensors must also be contiguous."""
     if known is None:
         x, residual, weight, bias, x_bias, row_ids = map(packed, (x, residual, weight, bias, x_bias, row_ids))
     shape = x.shape
@@ -130,7 +129,7 @@ def launch_backward(
     dy, dz_out, x, residual, weight, bias, x_bias, mean, rstd, seed, row_ids,
     dropout_p, stream, rms, x_is_sum, want_dx, want_dresidual, want_params, known=None,
 ):  # fmt: skip
-    """known: as in `launch_forward`."""
+    """(dx, dresidual, dweight, dbias, dx_bias), None where not wanted. known: as in `launch_forward`."""
     if known is None:
         dy, dz_out, x, residual, weight, x_bias, row_ids = map(
             packed, (dy, dz_out, x, residual, weight, x_bias, row_ids)
@@ -139,8 +138,8 @@ def launch_backward(
     like_residual = x if residual is None else residual
     want_dweight, want_dbias, want_dx_bias = want_params
     params = weight, bias, x_bias
-    # torch makes `empty_like` of what is contiguous, or a vector, and `new_empty` of single numbers in half the time
-    # that it needs for a tuple of them
+    # The fastest calls: `empty_like` for a contiguous tensor or a vector, and `new_empty` with separate numbers, which
+    # takes half of the time of `new_empty` with a tuple.
     dx = torch.empty_like(dy) if want_dx else None
     dresidual = torch.empty_like(like_residual) if want_dresidual else None
     dweight = torch.empty_like(weight) if want_dweight else None
@@ -159,13 +158,13 @@ def launch_backward(
     fused = n_cols <= MAX_FUSED_WIDTH
     summed_dx = dx
     if want_dx_bias and not (want_dx or fused):
-        summed_dx = torch.empty_like(dy)  # only to be summed
-    # a place for every sum that there can be, whichever are wanted
+        summed_dx = torch.empty_like(dy)  # not returned, only summed for dx_bias
+    # every possible sum has a place, wanted or not
     has = weight is not None, bias is not None and fused, x_bias is not None and fused
     parts = x.new_empty(sum(has), programs, n_cols, dtype=torch.float32)
     slots = iter(parts.unbind())
     parts_of_each = [next(slots) if there else None for there in has]
-    # where z is an output a gradient of it may come, or not: one kernel for both
+    # If z is an output, it may have an upstream gradient or none; the same kernel runs in both cases.
     z_gradient = None if not x_is_sum else unwanted(x.device, x.dtype) if dz_out is None else dz_out
     _bwd_plan(config, n_cols, dropout_p, rms, x_is_sum)(
         (programs,),
@@ -306,13 +305,13 @@ def add_rms_norm(x, residual, weight, eps=1e-6, *, x_bias=None, dropout_p=0.0, s
 
 # ---- for the offline compiler ----------------------------------------------------------------------------
 
-# one width for every step of the two ladders, and those of BERT-base, large and MiniLM
+# one width for each choice of tile, and the widths of BERT-base, large and MiniLM
 _WIDTHS = (16, 32, 64, 128, 256, 384, 512, 768, 1000, 1024, 2048, 4096, 8192)
 _ROWS = 48
 
 
 def compile_calls() -> list[CompileCall]:
-    """Every config of the ladders with all inputs and dropout, the most registers a launch can need; then the forms."""
+    """Every config with all inputs and dropout, which need the most registers, then every combination of inputs."""
     dropout = {"dropout_p": 0.1, "seed": empty(1, dtype=torch.int64), "row_ids": empty(_ROWS, dtype=torch.int64)}
 
     def call(name, function, n_cols=768, dtype=torch.bfloat16, absent=(), **more):

@@ -1,10 +1,10 @@
-"""The operators for machines without a GPU, by PyTorch's fast operators (oneDNN's products, fused SDPA, LayerNorm) and
-our C++.
+"""The operators for machines without a GPU, from PyTorch's fast operators (oneDNN's products, fused SDPA, LayerNorm)
+and our C++.
 
-C++ is used for inference (`cpu/operators.py`, and weights laid out beforehand, `cpu/layouts.py`) and, with gradients,
-for attention, products (`cpu/products.py`), add + LayerNorm (`cpu/norm.py`), embeddings and the loss. Everything else
-is ordinary torch, which autograd and torch.compile handle. Where the specification already is a sequence of fast
-operators, it is called directly. Signatures are those of `fastbert.functional`, which describes the arguments.
+C++ is used for inference (`cpu/operators.py`, and weights in oneDNN's layout, `cpu/layouts.py`) and, with gradients,
+for attention, products (`cpu/products.py`), add + LayerNorm (`cpu/norm.py`), embeddings and the loss. All else is
+ordinary torch, which autograd and torch.compile handle. Where the specification is already made of fast operators, it
+is called directly. Signatures are those of `fastbert.functional`, which describes the arguments.
 """
 
 import torch
@@ -29,7 +29,7 @@ def embedding_layer_norm(
     input_ids, token_type_ids, positions, word, position, token_type, weight, bias, eps=1e-12,
     *, padding_idx=None, dropout_p=0.0, **dropout,
 ):  # fmt: skip
-    """One pass in C++ where that is built; else as the specification does."""
+    """One pass in C++ where that is built, else the specification."""
     indices, tables = (input_ids, token_type_ids, positions), (word, token_type, position, weight, bias)
     if cpp.fits_embedding(indices, tables):
         if dropout_p or cpp.want_gradients(*tables):
@@ -45,7 +45,7 @@ def embedding_layer_norm(
 
 
 def _keys_of_rows(rows, seed=None, stream=0, row_ids=None):
-    """For the dropout of as many rows as `rows` has elements, in C++; by default they are named by their numbers."""
+    """Dropout's keys for as many rows as `rows` has elements, in C++. By default the ids are 0, 1, 2, ..."""
     if row_ids is None:
         row_ids = torch.arange(rows.numel(), dtype=torch.int64, device=rows.device)
     return cpu_norm.row_keys(seed, stream, row_ids.flatten())
@@ -54,7 +54,7 @@ def _keys_of_rows(rows, seed=None, stream=0, row_ids=None):
 def add_layer_norm(
     x, residual, weight, bias, eps=1e-12, *, x_bias=None, dropout_p=0.0, seed=None, stream=0, row_ids=None
 ):
-    """One pass in C++ where that is built; else as the specification does."""
+    """One pass in C++ where that is built, else the specification."""
     if cpp.takes_add_layer_norm(x, residual, weight, bias, x_bias=x_bias):
         keys = _keys_of_rows(x[..., 0], seed, stream, row_ids) if dropout_p else None
         return cpu_norm.add_layer_norm(x, residual, weight, bias, eps, keys, dropout_p, x_bias)
@@ -64,7 +64,7 @@ def add_layer_norm(
 
 
 def add_rms_norm(x, residual, weight, eps=1e-6, *, x_bias=None, **dropout):
-    """The sum as the specification has it, and its norm in one pass in C++ where that is built."""
+    """The specification's sum, then the norm in one pass in C++ where that is built."""
     z = reference.dropout_add(x, residual, x_bias, **dropout)
     if cpp.takes_rms_norm(z, weight):
         return cpu_norm.rms_norm(z, weight, eps)
@@ -73,13 +73,13 @@ def add_rms_norm(x, residual, weight, eps=1e-6, *, x_bias=None, **dropout):
 
 # ---- products --------------------------------------------------------------------------------------------
 
-# Rows of every product within `batch_invariant()`.
+# Number of rows of every product of the vendor library within `batch_invariant()`.
 INVARIANT_ROWS = 128
 
 
 def linear(x, weight, bias=None):
-    """Our product where it is ahead, else the vendor library's. That picks its kernel by the number of rows, so within
-    `batch_invariant()` it always gets the same number: the rows are cut into blocks, the last filled up with zeros."""
+    """Our product where it is faster, else the vendor library's. That library picks its kernel by the number of rows.
+    So within `batch_invariant()` it gets blocks with a fixed number of rows, the last filled up with zeros."""
     if products.takes(x, (weight,), (bias,)):
         return products.linears(x, (weight,), (bias,))
     y = _for_inference(x, weight, bias, None)
@@ -98,7 +98,7 @@ def linear(x, weight, bias=None):
 
 
 def linears(x, weights, biases):
-    """The products of x with each weight side by side, from the weights as they lie; None where nothing does that."""
+    """The products of x with each weight, concatenated, without concatenating the weights; None where not supported."""
     if products.takes(x, weights, biases):
         return products.linears(x, weights, biases)
     if torch.compiler.is_compiling():
@@ -120,7 +120,7 @@ def linear_act(x, weight, bias=None, activation="gelu"):
 
 
 def _for_inference(x, weight, bias, activation):
-    """activation(x weight^T + bias) by the faster of what serves inference alone; None where nothing does."""
+    """activation(x weight^T + bias) by the faster of the products that only inference can use; None without one."""
     if torch.compiler.is_compiling():
         return None
     if cpp.takes_linear(x, weight, bias, activation, layouts.is_promised(weight)):
@@ -139,15 +139,15 @@ def feed_forward(x, up_weight, up_bias, down_weight, down_bias=None, activation=
 
 
 def pool(x, cu_seqlens, mode="mean", normalize=False):
-    """One vector a sequence without a loop over sequences; means in C++ where that is built."""
+    """One vector for each sequence, without a loop over sequences. Means are computed in C++ where that is built."""
     if mode == "mean" and cpp.takes_mean(x, cu_seqlens):
         y = cpp.mean_of_sequences(x, cu_seqlens)
         return F.normalize(y, dim=-1) if normalize else y
     lengths = cu_seqlens.diff()
     batch = lengths.shape[0]
     if mode == "cls":
-        # Sequences at the end may be empty, so that their start is no row. The number of rows may be data while a graph
-        # is traced, where no branch may depend on it.
+        # The last sequences may be empty; their start is then past the last row. In a trace the number of rows may be
+        # data, on which no branch may depend, so a row is always added there.
         rows = F.pad(x, (0, 0, 0, 1)) if torch.compiler.is_compiling() or not x.shape[0] else x
         first = F.embedding(cu_seqlens[:-1].clamp(max=rows.shape[0] - 1), rows)
         y = torch.where((lengths > 0)[:, None], first, 0.0)
@@ -159,19 +159,20 @@ def pool(x, cu_seqlens, mode="mean", normalize=False):
             sums = sums.index_add(0, sequences, x.to(sums.dtype))
             y = (sums / lengths.clamp(min=1)[:, None]).to(x.dtype)
         else:
-            # scatter_reduce's gradient counts what stood there before as a tie even where it is left out: NaN is none
+            # The gradient of scatter_reduce counts an equal initial value as a tie even with include_self=False. NaN is
+            # equal to nothing.
             before, index = x.new_full((batch, x.shape[1]), torch.nan), sequences[:, None].expand_as(x)
             y = before.scatter_reduce(0, index, x, "amax", include_self=False)
             y = torch.where((lengths > 0)[:, None], y, 0.0)
     return F.normalize(y, dim=-1) if normalize else y
 
 
-# rows of logits held at a time; 1,024 rows of BERT's vocabulary are 125 MB in float32
+# Rows of logits that are held at a time: 125 MB of float32 with BERT's vocabulary.
 LOGIT_ROWS = 1024
 
 
 def linear_cross_entropy(hidden, weight, bias, labels, *, ignore_index=-100, label_smoothing=0.0, reduction="mean"):
-    """Of the rows that have a label, where labels can be read at no cost; the others enter no product."""
+    """Drops rows without a label before the product, if labels can be read without waiting for a device."""
     if not cpp.runs_now(hidden):
         losses = _losses_in_chunks(hidden, weight, bias, labels, ignore_index, label_smoothing)
         return _reduced(losses, reduction, (labels != ignore_index).sum())
@@ -196,7 +197,7 @@ def _reduced(losses, reduction, count):
 
 
 def _losses_in_chunks(hidden, weight, bias, labels, ignore_index, label_smoothing):
-    """[N] losses in chunks of rows; of several chunks each one's logits are recomputed in its backward, not kept."""
+    """The losses [N] in chunks of rows. If there are several chunks, the backward pass computes their logits again."""
 
     def of_chunk(rows, targets):
         logits = linear(rows, weight, bias).float()
@@ -216,10 +217,11 @@ def _cast_as_autocast(*tensors):
     return (t.to(dtype) if t is not None and t.dtype == torch.float32 else t for t in tensors)
 
 
-# ---- who computes ----------------------------------------------------------------------------------------
+# ---- engines ---------------------------------------------------------------------------------------------
 
-# Operator -> the module that holds its Triton form; its engine where the C++ operators are there and know the dtype,
-# None where that depends on the CPU; its engine elsewhere. `linear` is the vendor library's beside Triton kernels too.
+# Operator -> the module with its Triton form; its engine if the C++ operators are available and support the dtype (None
+# if that depends on the CPU); its engine otherwise. `linear` has no Triton form: beside Triton kernels, too, models use
+# the vendor library's product.
 ENGINES = {
     "attention": ("attention", "C++; torch's SDPA with a mask or a bias", "SDPA"),
     "attention_padded": ("attention", "SDPA", "SDPA"),
@@ -238,7 +240,7 @@ ENGINES = {
 
 
 def engine(op: str, dtype: torch.dtype, device: torch.device) -> str:
-    """Who computes an operator of "native" in this dtype on this device, in words."""
+    """The engine of an operator with impl="native" in this dtype on this device, in words."""
     _, by_cpp, elsewhere = ENGINES[op]
     if device.type != "cpu" or dtype not in cpp.dtypes():
         return elsewhere

@@ -1,4 +1,4 @@
-"""One vector a packed sequence, forward and backward: mean, first token, maximum, and an optional L2 norm.
+"""One vector for each packed sequence, forward and backward: mean, first token, maximum, and an optional L2 norm.
 
 Forward, x [T, N], sequence b being tokens cu_seqlens[b] to cu_seqlens[b + 1], n of them, all sums in fp32:
 
@@ -10,22 +10,21 @@ Backward:
     dp = (dy - p (p . dy) / |p|^2) / |p|; where |p| < 1e-12, dy / 1e-12; without normalize, dy             [B, N]
     dx[t] = dp / n | dp at the first token, else 0 | dp / ties where x[t] = p, else 0                       [T, N]
 
-with ties [B, N], the number of tokens that hold the maximum: they share its gradient evenly, as torch.amax does.
-Saved: nothing but cu_seqlens for mean and cls; p in fp32 with normalize; x, p and ties for max.
+with ties [B, N], the number of tokens that hold the maximum: they share its gradient evenly, as in torch.amax. For mean
+and cls only cu_seqlens is saved, with normalize also p in fp32, for max also x, p and ties.
 
-Mean and max run in two steps, since one program could take 8,192 tokens and others five: each sequence is cut, from
-its own start, in chunks of 128 tokens, a program sums one chunk's columns, and one program a sequence adds its
-chunks' sums in order. The cut depends on nothing but the sequence, so neither do the bits.
+Mean and max take two steps, because one sequence may have 8,192 tokens and others five. Each sequence is cut, from its
+own start, into chunks of 128 tokens. A program sums the columns of one chunk, and then one program for each sequence
+adds its chunks' sums in order. The cut depends on the sequence only, so a vector's bits do too.
 
-No length is read by the host. Chunk c of sequence b has slot cu_seqlens[b] // CHUNK + b + c: slots of different
-sequences never meet, and there are at most T // CHUNK + B of them, which is the grid. A program finds its sequence
-by bisection.
+The host reads no length. Chunk c of sequence b has slot cu_seqlens[b] // CHUNK + b + c: different sequences have
+different slots, and there are at most T // CHUNK + B, which is the grid. A program finds its sequence by bisection.
 
-Bytes moved, b an element: forward reads x and writes y: (T + B) N b, plus at least 8 B N and about
-8 N (T / CHUNK + B / 2) bytes of partial sums; cls reads and writes only B N b. Backward writes dx: T N b (max
-also reads x), plus dy and p once for each chunk of 32 tokens. No pass over x is made twice; the partial sums, 1 / 32
-of x at 128 tokens a chunk in bf16, are the only extra. At 4.3 TB/s mean over 16,384 tokens of 768 in bf16 cannot take
-less than 6 us forward, 6 us backward; max 12 us backward.
+Bytes moved, with elements of b bytes: forward reads x and writes y: (T + B) N b, plus at least 8 B N and about
+8 N (T / CHUNK + B / 2) bytes of partial sums; cls reads and writes only B N b. Backward writes dx: T N b (max also
+reads x), plus dy and p once for each chunk of 32 tokens. x is read once; the partial sums, 1 / 32 of x at 128 tokens a
+chunk in bf16, are the only extra. At 4.3 TB/s mean over 16,384 tokens of 768 in bf16 takes at least 6 us forward and
+6 us backward, max 12 us backward.
 """
 
 import functools
@@ -47,7 +46,7 @@ MODES = ("mean", "cls", "max")
 
 @dataclass(frozen=True)
 class PoolConfig:
-    """Tokens a chunk, tokens loaded at once, columns a program, warps."""
+    """Tokens in a chunk, tokens loaded at once, columns of a program, warps."""
 
     chunk: int
     block_m: int
@@ -59,17 +58,17 @@ class PoolConfig:
 def pool_fwd_config(n_cols: int) -> PoolConfig:
     """Tiles of 32 tokens x 128 columns: four 16-byte loads of bf16 a lane, in rows of 256 bytes.
 
-    Narrow programs, since one sequence of 8,192 tokens and 768 columns must still fill the machine: 6 column blocks
-    x 64 chunks are 384 programs, each four tiles deep.
+    Programs are narrow because a single sequence of 8,192 tokens and 768 columns must still occupy the GPU: 6 column
+    blocks x 64 chunks are 384 programs of four tiles each.
     """
     return PoolConfig(chunk=128, block_m=32, block_n=min(128, max(16, triton.next_power_of_2(n_cols))), num_warps=4)
 
 
 @functools.cache
 def pool_row_config(n_cols: int) -> PoolConfig:
-    """Whole rows, for what needs the norm; short chunks, since here chunks only share out writes and carry no sum.
+    """Whole rows, because the norm needs them. Chunks are short because they only divide the writes and hold no sums.
 
-    8 columns a lane up to 4,096, and 32 elements a lane at most: a maximum keeps three tiles in registers.
+    8 columns a lane up to 4,096, and at most 32 elements a lane, because a maximum keeps three tiles in registers.
     """
     block_n = max(16, triton.next_power_of_2(n_cols))
     num_warps = min(16, max(1, block_n // 256))
@@ -95,9 +94,10 @@ def _nan_max_rows(acc):
 
 @triton.jit
 def _find_chunk(cu_seqlens_ptr, slot, last, n_seqs, n_tokens, CHUNK: tl.constexpr):
-    """(first token, end, sequence <= last) of the chunk in this slot; first >= end where the slot is empty.
+    """(first token, end, sequence) of the chunk in this slot, with sequence at most `last`. An empty slot has
+    first >= end.
 
-    Sequence n_seqs stands for tokens past the last sequence, if there are any.
+    Sequence n_seqs means tokens past the last sequence, if there are any.
     """
     # the last sequence whose first slot is at most this one; that of sequence 0 is 0
     low, high = slot * 0, slot * 0 + last
@@ -382,7 +382,8 @@ class _Pool(torch.autograd.Function):
 
 
 def pool(x, cu_seqlens, mode="mean", normalize=False):
-    """One vector a sequence: x [T, N], cu_seqlens [B + 1] -> [B, N] in x's dtype, N up to 8,192; see `functional`."""
+    """One vector for each sequence: x [T, N], cu_seqlens [B + 1] -> [B, N] in x's dtype, N up to 8,192; see
+    `functional`."""
     if mode not in MODES:
         raise ValueError(f"pool: mode must be one of {MODES}, got {mode!r}")
     if not 1 <= x.shape[1] <= MAX_WIDTH:
@@ -394,12 +395,12 @@ def pool(x, cu_seqlens, mode="mean", normalize=False):
 
 # ---- for the offline compiler ----------------------------------------------------------------------------
 
-# one width for every step of the two ladders, and those of BERT-base, large and MiniLM
+# one width for each choice of tile, and the widths of BERT-base, large and MiniLM
 _WIDTHS = (16, 32, 64, 128, 256, 384, 512, 768, 1024, 2048, 4096, 8192)
 
 
 def compile_calls() -> list[CompileCall]:
-    """Every config of the ladders, in the modes that need most registers; the other forms at one width."""
+    """Every config in the modes that need the most registers; the other modes at one width."""
 
     def call(mode, normalize, n_cols=768, dtype=torch.bfloat16, fast=False):
         x, cu_seqlens = empty(200, n_cols, dtype=dtype), torch.tensor([0, 150, 200], dtype=torch.int32, device="cpu")

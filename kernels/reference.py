@@ -1,8 +1,8 @@
 """The specification: every operator in plain torch, with torch's own autograd.
 
-Fused code never imports this file; tests always do. All of it runs in the dtype it is given (float64 for
-the truth, the working dtype for the error budget) and on any device. Names are those of the fused ops,
-and so are the signatures, but for what only steers a launch.
+Fused code never imports this file; tests always do. Everything runs in the dtype of its arguments (float64 for true
+values, the working dtype for error budgets) and on any device. Names and signatures are those of the fused operators,
+without arguments that only affect launches.
 """
 
 import itertools
@@ -71,7 +71,7 @@ def _attend(q, k, v, sequence, bias, mask, alibi_slopes, window, rotary, dropout
     s = s.masked_fill(~allowed, float("-inf"))
 
     lse = torch.logsumexp(s, dim=-1)
-    # a row with no key at all has lse = -inf and must give zeros, not exp(-inf + inf)
+    # a row without any key has lse = -inf and must give zeros, not exp(-inf + inf)
     p = torch.exp(s - torch.where(lse.isinf(), 0.0, lse)[..., None])
     if dropout_p > 0.0:
         heads = torch.arange(q.shape[1], dtype=torch.int64, device=q.device)[:, None]
@@ -129,12 +129,12 @@ def attention(
 
 
 def attention_of_nothing(q, *others):
-    """q [0, H, D], as what attention gives without a token: `others`, None or tensors, have gradients, of zero."""
+    """Attention's result without tokens: q [0, H, D]. `others`, tensors or None, get gradients of zero."""
     return q + sum(t[..., :0].sum() for t in others if t is not None)
 
 
 def attention_padded(q, k, v, seqlens=None, seqlens_k=None, **options):
-    """The same over q [B, Sq, H, D], k, v [B, Sk, Hk, D] whose first `seqlens[b]` rows are real.
+    """Attention over padded q [B, Sq, H, D], k, v [B, Sk, Hk, D]; the first `seqlens[b]` rows are real.
 
     Output rows past a sequence's length are zero. `return_lse` gives lse [B, H, Sq], -inf on padding.
     """
@@ -167,7 +167,7 @@ def disentangled_attention(
     q, k, v, pk, pq, lut, cu_seqlens, max_seqlen=None, *,
     dropout_p=0.0, seed=None, stream=0, sequence_ids=None, scale=None, schedule=None,
 ):  # fmt: skip
-    """Attention of packed sequences that looks at distances; see `functional.disentangled_attention`.
+    """Attention of packed sequences with terms for distances; see `functional.disentangled_attention`.
 
     q, k, v [T, H, D], pk, pq [R, H, D] or None, lut [2 S - 1] -> o [T, H, D].
         s = scale * (q k^T + q pk[lut]^T + k pq[lut]^T),  lut over i - j
@@ -180,7 +180,7 @@ def disentangled_attention(
         rows = torch.arange(end - start, dtype=torch.int64, device=q.device)
         slots = lut[(rows[:, None] - rows + lut.shape[0] // 2)].to(torch.int64)  # [S, S]
         s = q_ @ k_.mT
-        if pk is not None:  # of the scores of a query with all rows of the table, those of its distances
+        if pk is not None:  # scores of a query with all rows of the table, gathered at its distances
             s = s + (q_ @ pk.permute(1, 2, 0)).gather(-1, slots.expand(s.shape))
         if pq is not None:
             s = s + (k_ @ pq.permute(1, 2, 0)).gather(-1, slots.mT.expand(s.shape)).mT
@@ -195,7 +195,7 @@ def disentangled_attention(
 
 
 def disentangled_scale(q, pk, pq):
-    """1 / sqrt(D (1 + terms)), of so many terms of distances as there are."""
+    """1 / sqrt(D (1 + terms)), where terms is the number of tables, 0 to 2."""
     return (q.shape[-1] * (1 + (pk is not None) + (pq is not None))) ** -0.5
 
 
@@ -264,9 +264,9 @@ def embedding_layer_norm(
 
 
 def pool(x, cu_seqlens, mode="mean", normalize=False):
-    """One vector a sequence: x [T, C] -> [B, C]. An empty sequence gives zeros.
+    """One vector for each sequence: x [T, C] -> [B, C]. An empty sequence gives zeros.
 
-    mode: mean of its tokens, cls (its first token), max over its tokens. normalize: divided by max(L2 norm, 1e-12).
+    mode: "mean" or "max" of the tokens, or "cls", the first token. normalize: divides by max(L2 norm, 1e-12).
     """
     starts = cu_seqlens.tolist()
     rows = []

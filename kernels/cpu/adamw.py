@@ -1,4 +1,4 @@
-"""AdamW's step in one pass of C++ over many tensors, and the norm of gradients: see adamw.cpp for the equations."""
+"""AdamW's step in one pass of C++ over many tensors, and the norm of gradients. adamw.cpp has the equations."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import Tensor
 from . import operators as cpp
 from .pointers import PLAIN, address, address_or_none
 
-BLOCK = 4096  # elements of a tensor without rows that are updated at a time
+BLOCK = 4096  # elements that `step` updates at a time in a tensor of one dimension
 
 
 class Numbers(NamedTuple):
-    """Of one tensor at one step, in the order of adamw.cpp's structure of this name."""
+    """The scalars of one tensor's update at one step, in the order of the structure `Numbers` in adamw.cpp."""
 
     scale: float
     keep: float
@@ -32,7 +32,7 @@ class Numbers(NamedTuple):
 def numbers(
     step: float, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, scale: float
 ) -> Numbers:
-    """Of the `step`-th step, from 1 up. scale: of the gradient."""
+    """The scalars of step number `step`, which counts from 1. The gradient is multiplied by `scale`."""
     beta1, beta2 = betas
     return Numbers(
         scale, 1.0 - lr * weight_decay, 1.0 - beta1, beta2, 1.0 - beta2, lr / (1.0 - beta1**step),
@@ -41,7 +41,7 @@ def numbers(
 
 
 def takes(*tensors: Tensor) -> bool:
-    """Whether `step` reads and writes these: dense, contiguous, on the CPU, and of a dtype that it has."""
+    """Whether `step` can update these tensors: dense, contiguous, on the CPU, and of a dtype that the C++ supports."""
     known = cpp.dtypes()
     return all(
         type(t) in PLAIN and t.layout is torch.strided and t.is_cpu and t.dtype in known and t.is_contiguous()
@@ -50,12 +50,12 @@ def takes(*tensors: Tensor) -> bool:
 
 
 def block_of(p: Tensor) -> int:
-    """Elements that `step` updates at a time: a row of a matrix."""
+    """How many elements `step` updates at a time: a row where p has rows, else BLOCK elements."""
     return max(1, p.shape[-1]) if p.dim() > 1 else BLOCK
 
 
 def at_rest(p: Tensor, are_zero: bool) -> Tensor:
-    """[blocks of p] uint8 for `step`. are_zero: m and v of p are known to be zero."""
+    """A new `resting` tensor for `step`, [blocks of p] uint8. are_zero: m and v of p are known to be zero."""
     blocks = -(-p.numel() // block_of(p))
     return torch.full((blocks,), int(are_zero), dtype=torch.uint8, device="cpu")
 
@@ -64,15 +64,15 @@ def step(
     parameters: Sequence[Tensor], gradients: Sequence[Tensor], means: Sequence[Tensor], squares: Sequence[Tensor],
     resting: Sequence[Tensor | None], by: Sequence[Numbers],
 ) -> None:  # fmt: skip
-    """Writes parameters, means and squares of one dtype in place, each tuple of four of one shape.
+    """Updates parameters, means and squares in place. All have one dtype, and a parameter's four tensors one shape.
 
-    resting: of each parameter what `at_rest` gave, which is written, or None where eps is 0.
+    resting: for each parameter the tensor from `at_rest`, which is updated as well, or None where eps is 0.
     """
     if not parameters:
         return
     dtype, pointers, sizes = parameters[0].dtype, array("Q"), array("q")
     if len(by) != len(parameters):
-        raise ValueError(f"adamw: {len(parameters)} parameters, but numbers of {len(by)}")
+        raise ValueError(f"adamw: got {len(parameters)} parameters, but numbers for {len(by)}")
     for of in zip(parameters, gradients, means, squares, resting, strict=True):
         size, block = of[0].numel(), block_of(of[0])
         pointers.extend(
@@ -86,7 +86,7 @@ def step(
 
 
 def norm(gradients: Sequence[Tensor]) -> float:
-    """The square root of the sum of the squares of all elements; gradients of one dtype."""
+    """The square root of the sum of the squares of all elements. All gradients have one dtype."""
     if not gradients:
         return 0.0
     dtype, sum_of_squares = gradients[0].dtype, array("d", [0.0])

@@ -1,5 +1,5 @@
-"""Attention's calls of the C++ operators, forward and backward, plain or with dropout: attention.cpp has the method,
-`../_attention_native.py` the autograd around them."""
+"""Calls attention's C++ operators, forward and backward, with or without dropout. attention.cpp describes the method;
+`../_attention_native.py` has the autograd function."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from .pointers import address, address_of_starts, address_or_none, strided_addre
 
 
 class Dropout(ctypes.Structure):
-    """Dropout of probabilities by `_random.py`'s masks, as the C++ takes it."""
+    """Dropout of probabilities with the masks of `_random.py`, as a C structure."""
 
     _fields_ = tuple((name, library.TYPES[letter]) for name, letter in library.DROPOUT_FIELDS)
 
     def __init__(self, dropout_p: float, seed: Tensor, sequence_ids: Tensor, stream: int = 0) -> None:
         ids = sequence_ids.to(torch.int64).contiguous()
-        # what was drawn, should the caller's seed change; it also keeps the addressed memory alive
+        # The caller may change its seed later, so a copy is kept. This dictionary also keeps `ids` alive.
         self.options = {"dropout_p": dropout_p, "seed": seed.clone(), "sequence_ids": ids, "stream": stream}
         where = address("sequence_ids", ids, torch.int64, ids.numel())
         super().__init__(where, int(seed), stream, keep_threshold(dropout_p), 1.0 / (1.0 - dropout_p))
 
     def address(self, sequences: int) -> int:
-        """Of this structure. Raises ValueError where it names another number of sequences."""
+        """The address of this structure. Raises ValueError unless there is one sequence id for each sequence."""
         if (named := self.options["sequence_ids"].numel()) != sequences:
-            raise ValueError(f"attention: sequence_ids must be {sequences}, one a sequence, got {named}")
+            raise ValueError(f"attention: sequence_ids must be {sequences}, one for each sequence, got {named}")
         return ctypes.addressof(self)
 
 
@@ -38,11 +38,11 @@ def takes_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float | None = None, cu_seqlens_k: Tensor | None = None,
     window: tuple[int, int] | None = None,
 ) -> bool:  # fmt: skip
-    """Whether `attention` and `attention_backward` compute with these."""
+    """Whether `attention` and `attention_backward` support these arguments."""
     lengths = (cu_seqlens,) if cu_seqlens_k is None else (cu_seqlens, cu_seqlens_k)
     fit = all(cpp.is_plain(t, torch.int32) for t in lengths)
     if window is not None and (cu_seqlens_k is not None or scale == 0.0):
-        return False  # a row might see no key; and zero times minus infinity is no number
+        return False  # with own key lengths a row might see no key; with scale 0, 0 * -inf is NaN
     return fit and q.shape[-1] % WIDTH == 0 and (scale is None or scale >= 0.0) and cpp.knows(q, k, v)
 
 
@@ -51,10 +51,10 @@ def _attend(
     cu_seqlens: Tensor, scale: float | None, dropout: Dropout | None, cu_seqlens_k: Tensor | None,
     window: tuple[int, int] | None,
 ) -> None:  # fmt: skip
-    """Runs attention's pass `function`, whose addresses of tensors are `before`, those of q, k, v, and `after`.
+    """Calls the C++ `function`. Its tensor arguments are the addresses `before`, those of q, k, v, and `after`.
 
-    Raises: ValueError on shapes that do not fit, on a negative scale, and where cu_seqlens does not cut T rows, or
-    cu_seqlens_k Tk rows, into sequences; MemoryError.
+    Raises: ValueError where shapes do not fit, scale is negative, or cu_seqlens does not rise from 0 to T, or
+        cu_seqlens_k from 0 to Tk; MemoryError.
     """
     (tokens, heads, head_dim), (of_keys, kv_heads) = q.shape, k.shape[:2]
     starts, sequences = address_of_starts("cu_seqlens", cu_seqlens)
@@ -88,9 +88,9 @@ def attention(
     dropout: Dropout | None = None, softmax_stats: Tensor | None = None, cu_seqlens_k: Tensor | None = None,
     window: tuple[int, int] | None = None,
 ) -> Tensor:  # fmt: skip
-    """q [T, H, D], k, v [Tk, Hk, D], strided over tokens and heads -> [T, H, D]; fills softmax_stats [2, H, T] float32
-    for the backward. Without cu_seqlens_k [B + 1] Tk is T, and keys lie in the sequences of the queries. Position i
-    sees i - left to i + right of a window (left, right)."""
+    """q [T, H, D], k, v [Tk, Hk, D], strided over tokens and heads -> [T, H, D]. Fills softmax_stats [2, H, T] float32
+    for the backward pass. Without cu_seqlens_k [B + 1], Tk is T and keys have the queries' sequences. With window
+    (left, right), position i sees positions i - left to i + right."""
     o = torch.empty(q.shape, dtype=q.dtype, device="cpu")
     written = address("o", o, q.dtype, q.numel())
     of_rows = address_or_none("softmax_stats", softmax_stats, torch.float32, 2 * q.shape[0] * q.shape[1])
@@ -103,7 +103,7 @@ def attention_backward(
     scale: float | None, dropout: Dropout | None = None, cu_seqlens_k: Tensor | None = None,
     window: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk, dv of do [T, H, D] and what `attention` took and gave."""
+    """dq, dk, dv from do [T, H, D] and from the arguments and results of `attention`."""
     do = do if do.stride(-1) == 1 else do.contiguous()
     grads = tuple(torch.empty(t.shape, dtype=t.dtype, device="cpu") for t in (q, k, v))
     before = (strided_address("do", do, q.dtype, tuple(q.shape)),)

@@ -1,5 +1,5 @@
-"""Disentangled attention's calls of the C++ operators, forward and backward: disentangled.cpp has the method,
-`../_disentangled_native.py` the autograd around them."""
+"""Calls disentangled attention's C++ operators, forward and backward. disentangled.cpp describes the method;
+`../_disentangled_native.py` has the autograd function."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .pointers import address, address_of_starts, address_or_none, strided_addre
 def takes(
     q: Tensor, k: Tensor, v: Tensor, pk: Tensor | None, pq: Tensor | None, lut: Tensor, cu_seqlens: Tensor, scale: float
 ) -> bool:
-    """Whether `attention` and `attention_backward` compute with these."""
+    """Whether `attention` and `attention_backward` support these arguments."""
     tensors = [t for t in (q, k, v, pk, pq) if t is not None]
     fit = all(cpp.is_plain(t, torch.int32) for t in (lut, cu_seqlens))
     return fit and q.shape[-1] % WIDTH == 0 and scale > 0.0 and cpp.knows(*tensors)
@@ -25,10 +25,11 @@ def _attend(
     function: str, before: tuple, q: Tensor, k: Tensor, v: Tensor, pk: Tensor | None, pq: Tensor | None, lut: Tensor,
     after: tuple, strides: tuple[int, ...], cu_seqlens: Tensor, scale: float, dropout: Dropout | None,
 ) -> None:  # fmt: skip
-    """Runs the pass `function`, whose addresses of tensors are `before`, those of q, k, v, pk, pq, lut, and `after`.
+    """Calls the C++ `function`. Its tensor arguments are the addresses `before`, those of q, k, v, pk, pq, lut, and
+    `after`.
 
-    Raises: ValueError on shapes that do not fit, on a scale that is not positive, where cu_seqlens does not cut T rows
-        into sequences, and where lut does not reach over the longest; MemoryError.
+    Raises: ValueError where shapes do not fit, scale is not positive, cu_seqlens does not rise from 0 to T, or lut is
+        too short for the longest sequence; MemoryError.
     """
     tokens, heads, head_dim = shape = tuple(q.shape)
     starts, sequences = address_of_starts("cu_seqlens", cu_seqlens)
@@ -36,7 +37,7 @@ def _attend(
     if not scale > 0.0 or lut.numel() % 2 == 0:
         raise ValueError(f"{function}: got scale {scale} and a lut of {lut.numel()} entries")
     rows = next((t.shape[0] for t in (pk, pq) if t is not None), 0)
-    tables = [None if t is None else t.contiguous() for t in (pk, pq)]  # held until the call is over
+    tables = [None if t is None else t.contiguous() for t in (pk, pq)]  # this name keeps copies alive during the call
     outcome = cpp.call(
         function, q.dtype, *before,
         *(strided_address(n, t, q.dtype, shape) for n, t in zip("qkv", (q, k, v), strict=True)),
@@ -59,7 +60,7 @@ def attention(
     scale: float, dropout: Dropout | None = None, softmax_stats: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """q, k, v [T, H, D], strided over tokens and heads, pk, pq [R, H, D] or None, lut [2 S - 1] int32 -> [T, H, D];
-    fills softmax_stats [2, H, T] float32 for the backward."""
+    fills softmax_stats [2, H, T] float32 for the backward pass."""
     o = torch.empty(q.shape, dtype=q.dtype, device="cpu")
     after = (
         address("o", o, q.dtype, q.numel()),
@@ -73,7 +74,7 @@ def attention_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, pk: Tensor | None, pq: Tensor | None, lut: Tensor,
     softmax_stats: Tensor, cu_seqlens: Tensor, scale: float, dropout: Dropout | None = None,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """dq, dk, dv, dpk, dpq of do [T, H, D] and what `attention` took and gave."""
+    """dq, dk, dv, dpk, dpq from do [T, H, D] and from the arguments and results of `attention`."""
     do = do if do.stride(-1) == 1 else do.contiguous()
     grads = [None if t is None else torch.empty(t.shape, dtype=t.dtype, device="cpu") for t in (q, k, v, pk, pq)]
     names = ("dq", "dk", "dv", "dpk", "dpq")

@@ -1,6 +1,6 @@
-"""Embeddings for training on a CPU, in C++: see embedding_training.cpp for the equations.
+"""Embeddings for training on a CPU, in C++. embedding_training.cpp has the equations.
 
-Saved are the indices and the keys of dropout; the backward pass looks the rows up again.
+The forward pass saves the indices and the dropout keys; the backward pass looks the rows up again.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ def embedding_layer_norm(
     indices: Sequence[Tensor], tables: Sequence[Tensor], eps: float, padding_idx: int | None, keys: Tensor | None,
     dropout_p: float,
 ) -> Tensor:  # fmt: skip
-    """dropout(LayerNorm(sum of three look-ups)) [T, C] where `cpp.fits_embedding`.
+    """dropout(LayerNorm(sum of three look-ups)) [T, C]. The caller has checked `cpp.fits_embedding`.
 
     Args:
         indices: ids, segments and positions [T] int64.
         tables: word, segment, position [., C], and LayerNorm's weight and bias [C].
         padding_idx: the row of `word` that gets no gradient.
-        keys: [T] int64 of the rows, as `_random.row_keys` makes them, or None for no dropout.
+        keys: [T] int64 row keys of `_random.row_keys`, or None for no dropout.
 
     Raises: IndexError where an index lies outside of its table.
     """
@@ -42,7 +42,7 @@ def embedding_layer_norm(
 
 
 def _given(indices: Sequence[Tensor], tables: Sequence[Tensor], keys: Tensor | None, rows: int, width: int) -> list:
-    """The addresses of all that is looked up, of LayerNorm's parameters in `tables`, and of keys."""
+    """The addresses of the indices, of the tables, of LayerNorm's parameters, and of keys."""
     dtype, counts = tables[0].dtype, [len(table) * width for table in tables[:3]] + [width] * 2
     return [
         *(address(name, t, torch.int64, rows) for name, t in zip(INDICES, indices, strict=True)),
@@ -69,17 +69,17 @@ def forward(
 
 def _expect_inside(outside: int | None, sizes: Sequence[int]) -> None:
     if outside:
-        raise IndexError(f"index out of range: an id, segment or position is no row of tables of {[*sizes]} rows")
+        raise IndexError(f"index out of range: an id, segment or position is outside of tables of {[*sizes]} rows")
 
 
 def backward(
     dy: Tensor, indices: Sequence[Tensor], tables: Sequence[Tensor], eps: float, padding_idx: int | None,
     keys: Tensor | None, dropout_p: float, wanted: Sequence[bool],
 ) -> list[Tensor | None]:  # fmt: skip
-    """The gradients of word, segment and position, None where they are not wanted, and of LayerNorm's weight and bias,
-    all in float32. `tables` are these but for LayerNorm's bias.
+    """The gradients of word, segment and position, each None unless wanted, and of LayerNorm's weight and bias, all in
+    float32. `tables` are word, segment, position and LayerNorm's weight.
 
-    Raises: IndexError where an index lies outside of its table, as where it was changed since the forward pass.
+    Raises: IndexError where an index lies outside of its table, because it was changed after the forward pass.
     """
     rows, (_, width), dtype = indices[0].numel(), cpp.rows_and_width("embedding_layer_norm", tables[0]), tables[0].dtype
     dy = dy.contiguous()

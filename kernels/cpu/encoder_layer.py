@@ -1,10 +1,11 @@
 """A post-norm encoder layer for training on a CPU as one autograd node: one call of C++ forward and one backward.
 
-layer_training.cpp has the equations, and what is saved. The operators are those of `products.py`, `attention.py` and
-`norm.py`, and so are the bits in float32 and under autocast; of a model in bfloat16 the two residual gradients are
-added before they are rounded, not after. What is saved between the passes is what those operators save. Where neither
-x nor query, key and value want a gradient, the operators would take other products, which round otherwise, and save
-less: the node saves all that it saves elsewhere, and its backward pass ends where no earlier gradient is wanted.
+layer_training.cpp has the equations and lists the saved tensors. The node computes with the operators of
+`products.py`, `attention.py` and `norm.py` and saves what they save. In float32 and under autocast its results have
+the same bits as theirs; in a bfloat16 model the node adds the two residual gradients before rounding, the operators
+after. There is one difference where neither x nor query, key and value need a gradient: single operators would then
+save less and use other products, which round otherwise. The node saves the same tensors as always, and its backward
+pass stops where no earlier gradient is needed.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ from . import operators as cpp
 from .library import NO_MEMORY, WIDTH
 from .pointers import PLAIN, address, address_of_starts, addresses
 
-SAVED, FORWARD, BACKWARD = range(3)  # what `encoder_layer_bytes` tells the bytes of
+SAVED, FORWARD, BACKWARD = range(3)  # the three buffers whose size `encoder_layer_bytes` returns
 
 
 class Names(NamedTuple):
-    """Of a batch: cu_seqlens [B + 1] int32, and what tells its dropout masks apart, None where nothing is dropped:
-    sequence_ids [B] and row_ids [T] int64."""
+    """A batch's cu_seqlens [B + 1] int32, and the names by which its dropout masks are drawn: sequence_ids [B] and
+    row_ids [T] int64, None without dropout."""
 
     cu_seqlens: Tensor
     sequence_ids: Tensor | None
@@ -41,7 +42,7 @@ class Names(NamedTuple):
 
 
 class _Layer(ctypes.Structure):
-    """A layer's sizes, lengths and dropouts, as the C++ takes them."""
+    """A layer's sizes, lengths and dropout options, as a C structure."""
 
     _fields_ = tuple((name, library.TYPES[letter]) for name, letter in library.LAYER_FIELDS)
 
@@ -51,7 +52,7 @@ class _Layer(ctypes.Structure):
 
 @functools.lru_cache(256)
 def _fits(width: int, shapes: tuple[torch.Size, ...], heads: int, multiple: int) -> bool:
-    """Are these the shapes of a layer whose input is `width` wide, with sizes that the products have?"""
+    """Whether these are the weights' shapes of a layer of this width, and the C++ products support its sizes."""
     of = LayerWeights(*shapes)
     attended, inner = of.query[0], of.up[0]
     return (
@@ -62,14 +63,14 @@ def _fits(width: int, shapes: tuple[torch.Size, ...], heads: int, multiple: int)
 
 
 def layer_shapes(width: int, attended: int, inner: int) -> list[tuple[int, ...]]:
-    """Of the tensors of `LayerWeights`."""
+    """The shapes of the tensors of `LayerWeights`, in its order."""
     of_qkv, vector = [(attended, width), (attended,)] * 3, (width,)
     return [*of_qkv, (width, attended), vector, vector, vector, (inner, width), (inner,), (width, inner), *[vector] * 3]
 
 
 def takes(x: Tensor, weights: LayerWeights, options: LayerOptions) -> bool:
-    """Whether `encoder_layer` stands for the operators: x or a weight wants a gradient, all operators would be in C++,
-    and every bias is there. What follows single operators would not see these."""
+    """Whether `encoder_layer` can replace the single operators: x or a weight needs a gradient, every operator of the
+    layer would run in C++, no bias is missing, and no dispatch mode has to see the single operators."""
     if not options.fold or options.activation not in cpp.ACTIVATION_NUMBERS or any(t is None for t in weights):
         return False
     if not products.takes(x, weights[:6:2], weights[1:6:2], options.activation, later=weights[6:]):
@@ -90,7 +91,7 @@ def takes(x: Tensor, weights: LayerWeights, options: LayerOptions) -> bool:
 def _described(
     x: Tensor, weights: LayerWeights, names: Names, options: LayerOptions, seed: int, dtype: torch.dtype
 ) -> _Layer:
-    """Raises: ValueError on sizes that the C++ does not have."""
+    """The structure that describes this layer and batch. Raises ValueError on sizes that the C++ does not support."""
     attended, width = weights.query.shape
     for what, size in (("width", width), ("width of attention", attended), ("inner width", len(weights.up))):
         cpp.expect_multiple("encoder_layer", f"the {what}", size, WIDTH * 4 // dtype.itemsize)
@@ -117,7 +118,7 @@ def _bytes(layer: _Layer, dtype: torch.dtype, what: int) -> int:
 
 
 def _memory(layer: _Layer, dtype: torch.dtype, what: int) -> Tensor:
-    """Of which the C++ makes its tensors."""
+    """A buffer of bytes in which the C++ places its tensors; what: SAVED, FORWARD or BACKWARD."""
     return torch.empty(_bytes(layer, dtype, what), dtype=torch.uint8, device="cpu")
 
 
@@ -139,8 +140,8 @@ def _ran(outcome: int, rows: int, cu_seqlens: Tensor) -> None:
 def forward(
     x: Tensor, weights: LayerWeights, names: Names, options: LayerOptions, seed: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """(y [T, C], what the backward pass needs, as bytes) of x [T, C] and weights in `dtype`, which products are of, or
-    float32.
+    """(y [T, C], the tensors saved for the backward pass, in one uint8 buffer). Products are computed in `dtype`;
+    x [T, C] and the weights are in `dtype` or float32.
 
     Raises: ValueError where cu_seqlens does not cut T rows into sequences, or on shapes that do not fit; MemoryError.
     """
@@ -160,7 +161,7 @@ def backward(
     dy: Tensor, x: Tensor, weights: LayerWeights, saved: Tensor, names: Names, options: LayerOptions, seed: int,
     dtype: torch.dtype, wanted: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """The gradients of x and of each weight, in float32 of those; None where they are not wanted."""
+    """The gradient of x, and of each weight in float32; None for those that are not wanted."""
     want_x, *of_weights = wanted
     layer, size = _described(x, weights, names, options, seed, dtype), len(x) * weights.query.shape[1]
     dx, work, where = torch.empty_like(x), _memory(layer, dtype, BACKWARD), _addresses_of(weights)
@@ -189,7 +190,7 @@ def encoder_layer(
     x: Tensor, weights: LayerWeights, cu_seqlens: Tensor, options: LayerOptions, *, seed: Tensor | None,
     row_ids: Tensor | None, sequence_ids: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """The layer of x [T, C], where `takes` says yes."""
+    """The layer's output [T, C] for x [T, C]. The caller has checked `takes`."""
     drawn, names = 0, Names(cu_seqlens, None, None)
     if max(options.probs_p, options.out_p, options.down_p) > 0.0:
         drawn = int(seed)
@@ -198,7 +199,7 @@ def encoder_layer(
 
 
 def _named(ids: Tensor | None, count: int) -> Tensor:
-    """By default named by their numbers."""
+    """ids as contiguous int64; by default 0, 1, 2, ..."""
     if ids is None:
         return torch.arange(count, dtype=torch.int64, device="cpu")
     return ids.to(torch.int64).contiguous()
@@ -231,12 +232,12 @@ class _EncoderLayer(torch.autograd.Function):
             with torch.autocast("cpu", torch.bfloat16, enabled=ctx.dtype is not x.dtype):
                 return _by_operators(x, LayerWeights(*weights), names, ctx.options, ctx.seed)
 
-        # these gradients' own gradients may be wanted: the operators have some
+        # A second derivative may be wanted, which only the single operators have.
         return None, None, None, None, *plain_gradients(one_by_one, (x, *weights), wanted, dy)
 
 
 def _by_operators(x: Tensor, weights: LayerWeights, names: Names, options: LayerOptions, seed: int) -> Tensor:
-    """The same layer from operators that may be differentiated twice."""
+    """The same layer from single operators, which can be differentiated twice."""
     drawn = torch.tensor([seed], dtype=torch.int64, device="cpu")
     cu_seqlens, sequence_ids, row_ids = names
 

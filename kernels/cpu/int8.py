@@ -1,18 +1,18 @@
-"""Products with weights of 8-bit integers, for inference on a CPU that multiplies those in hardware (VNNI or AMX).
+"""Products with 8-bit integer weights, for inference on a CPU with instructions for them (VNNI or AMX).
 
     W / factors = scales * Q                                  [N, K]       Q int8; scales [N, groups]: max |.| / 127
     z = x * factors                                           [M, K]       float32
-    low = min z of a row, step = (max z of a group - low) / 255            [M], [M, groups], anew for every x
+    low = min z of a row, step = (max z of a group - low) / 255            [M], [M, groups], computed for every x
     q = round((z - low) / step)                               [M, K]       uint8
     y = sum over groups of step scales (q Q^T) + low sums + bias           [M, N]; q Q^T in int32, exact
 
-`sums` [N] are those of scales * Q. `factors` move what some columns of x have too much of into the weight (SmoothQuant,
-arXiv:2211.10438): `balance`. With ranges for each row, a text's vector does not depend on what shares its batch. Three
-engines compute this:
+`sums` [N] are the row sums of scales * Q. `factors` move outlier columns of x into the weight (SmoothQuant,
+arXiv:2211.10438; `balance`). Every row of x has ranges of its own, so a text's vector does not depend on its batch.
+There are three engines:
 
-    C++         int8.h, by AVX512-VNNI, with activations and whole layers; groups of up to GROUP elements
-    oneDNN      torch's product for x86, where there is AMX, or VNNI without AVX-512; the row is one group
-    plain torch elsewhere, in tracing, with gradients: W as the integers say, and x not quantised
+    C++         int8.h, with AVX512-VNNI: products, activations and whole layers; groups of up to GROUP elements
+    oneDNN      torch's product for x86, with AMX, or with VNNI where there is no AVX-512; a row is one group
+    plain torch everywhere else, when tracing, and with gradients: W from its integers, and x not quantised
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ from . import operators as cpp
 from .library import INT8_PANEL, NO_MEMORY, WIDTH
 from .pointers import PLAIN, address, address_of_starts, addresses, strided_address
 
-# the instructions that multiply 8-bit integers and add them up in 32 bits, as torch.cpu.get_capabilities spells them
+# Instructions that multiply 8-bit integers and accumulate in 32 bits, by their names in torch.cpu.get_capabilities.
 INSTRUCTIONS = ("avx512_vnni", "avx_vnni", "amx_int8")
 LARGEST = 127
-QUAD = 4  # neighbours of a row of the weight that one instruction multiplies
-GROUP = 96  # most neighbours in a row that share a scale, or a step
-TORCH_BLOCK = 256  # rows at once in oneDNN's product, so that what lies between the passes stays in the cache
-SMALLEST = 1e-30  # a scale of zeros; in a group that extends less above low, all elements are taken for low
-# SHARE: exponent of how much of the differences between the columns of x `balance` moves into the weight. LEAST_COLUMN:
-# this share of x's root mean square is added to each column's, so that nearly empty columns count as alike. Both were
-# chosen on MiniLM (benchmarks/log/int8.md).
+QUAD = 4  # adjacent elements of a weight's row that one instruction multiplies
+GROUP = 96  # the most adjacent elements of a row that share a scale, or a step
+TORCH_BLOCK = 256  # rows of one call of oneDNN's product, so that its intermediate results stay in the cache
+SMALLEST = 1e-30  # the least scale; where max z - low of a group is less, all of its elements are quantised to 0
+# SHARE: the exponent in `balance`; 0 leaves the differences between columns in x, 1 moves them into the weight.
+# LEAST_COLUMN: this share of x's root mean square is added to each column's, so that nearly empty columns have
+# nearly the same factor. Both were chosen on MiniLM (benchmarks/log/int8.md).
 SHARE, LEAST_COLUMN = 0.35, 0.1
 
 
 @cache
 def why_not() -> str | None:
-    """Why this machine has no such products; None where it has."""
+    """The reason why this machine cannot multiply in 8 bits; None where it can."""
     if not (hasattr(torch.ops.onednn, "qlinear_pointwise") and torch.backends.mkldnn.is_available()):
         return "this build of PyTorch has no oneDNN"
     if hasattr(torch.cpu, "get_capabilities"):
@@ -63,7 +63,7 @@ def why_not() -> str | None:
 
 
 def _onednn_is_exact() -> bool:
-    """Whether oneDNN adds products up in 32 bits, as VNNI and AMX do; by AVX2 alone it adds two of them in 16."""
+    """Whether oneDNN accumulates in 32 bits, as VNNI and AMX do. With AVX2 alone it adds two products in 16 bits."""
     weight = torch.ops.onednn.qlinear_prepack(torch.full((16, 64), LARGEST, dtype=torch.int8, device="cpu"), None)
     q = torch.full((1, 64), 255, dtype=torch.uint8, device="cpu")
     scales = torch.ones(16, dtype=torch.float32, device="cpu")
@@ -76,32 +76,32 @@ def _onednn_is_exact() -> bool:
 
 @cache
 def is_in_cpp() -> bool:
-    """Whether the C++ operators are here and this CPU has AVX512-VNNI, and no AMX, which oneDNN makes use of."""
+    """Whether the C++ multiplies: it is installed and the CPU has AVX512-VNNI. With AMX, oneDNN multiplies."""
     return _has(torch.float32) and torch.cpu._is_vnni_supported() and not torch.cpu._is_amx_tile_supported()
 
 
 @cache
 def _has(dtype: torch.dtype) -> bool:
-    """Whether the operators of this dtype are those by AVX-512, which alone have products of integers."""
+    """Whether this dtype's operators are the AVX-512 library's; only that library has 8-bit products."""
     return cpp.instructions(dtype) == "avx512" and cpp.load(dtype)[0] is not None
 
 
 def engine() -> str:
-    """Who multiplies here, in words."""
+    """Which engine multiplies on this machine, in words."""
     if is_in_cpp():
         return "C++ by AVX512-VNNI, a layer a call"
     return "oneDNN" if why_not() is None else f"none: {why_not()}"
 
 
 def group_of(inner: int) -> int:
-    """How many elements of a row of `inner`, a multiple of 16, share a range in C++."""
+    """How many elements of a row of `inner` elements, a multiple of 16, share a scale in C++."""
     return next(group for group in range(min(inner, GROUP), 0, -1) if inner % group == 0 and group % WIDTH == 0)
 
 
 def balance(mean_squares: Tensor, *weights: Tensor) -> Tensor:
-    """factors [K] for the columns of x, whose mean squares these are, before products with these weights [N, K] each.
+    """factors [K] for x, from the mean squares [K] of its columns and the weights [N, K] that multiply it.
 
-    They divide by rms(x) ** SHARE / rms(W) ** (1 - SHARE) of a column, all scaled so that their geometric mean is 1.
+    A column's factor is rms(W) ** (1 - SHARE) / rms(x) ** SHARE, scaled so that the geometric mean of all is 1.
     """
     of_x = (mean_squares + LEAST_COLUMN**2 * mean_squares.mean()).clamp_min(SMALLEST).sqrt()
     squares = sum(weight.float().square().sum(0) for weight in weights) / sum(map(len, weights))
@@ -110,7 +110,7 @@ def balance(mean_squares: Tensor, *weights: Tensor) -> Tensor:
 
 
 def fits(weight: Tensor) -> bool:
-    """Whether a weight [N, K] can be had in 8 bits: floating-point, its sizes multiples of a register's."""
+    """Whether a weight [N, K] can be quantised: floating-point, on the CPU, both sizes multiples of WIDTH."""
     return (
         weight.is_cpu
         and weight.is_floating_point()
@@ -121,13 +121,13 @@ def fits(weight: Tensor) -> bool:
 
 
 class Int8Weight:
-    """A weight [N, K] in 8 bits, which `fits`, with its bias [N] or None and the `factors` [K] of x, all ones by
-    default. Nothing else of the weight is kept, and nothing changes it.
+    """A weight [N, K] that `fits`, in 8 bits, with its bias [N] or None and the `factors` [K] of x, by default ones.
+    The original weight is not kept, and the object never changes.
 
-    group: how many neighbours of a row share a scale; None: as many as the engine multiplies most exactly. Where it is
-        the whole row, every engine multiplies by the same integers.
+    group: how many adjacent elements of a row share a scale; None chooses the engine's most exact group. If the group
+        is the whole row, every engine multiplies the same integers.
 
-    Raises: ValueError where the weight does not fit, or one of the two is no floating-point tensor of its shape.
+    Raises: ValueError where the weight does not fit, or weight or bias has no floating-point dtype or a wrong shape.
     """
 
     def __init__(
@@ -159,7 +159,7 @@ class Int8Weight:
     def of_integers(
         cls, integers: Tensor, scales: Tensor, bias: Tensor | None = None, factors: Tensor | None = None
     ) -> Int8Weight:
-        """From integers [N, K] int8 that are there, multiples of a register's size, and scales [N, groups] float32."""
+        """From given integers [N, K] int8, N and K multiples of WIDTH, and scales [N, groups] float32."""
         columns, inner = integers.shape
         weight = cls.__new__(cls)
         if factors is None:
@@ -169,9 +169,9 @@ class Int8Weight:
         return weight
 
     def _lay_out(self, integers: Tensor, scales: Tensor, bias: Tensor, factors: Tensor) -> None:
-        """integers [N, K], scales [N, groups], bias [N], factors [K].
+        """Stores integers [N, K], scales [N, groups], bias [N] and factors [K] in the order that the engine reads.
 
-        Raises: ValueError on a tensor that is not on the CPU. oneDNN would take a bias on meta for what memory holds.
+        Raises: ValueError for a tensor that is not on the CPU. oneDNN would read arbitrary memory for a meta tensor.
         """
         for name, t in (("integers", integers), ("scales", scales), ("bias", bias), ("factors", factors)):
             if not t.is_cpu:
@@ -219,27 +219,27 @@ class Int8Weight:
         return self.scales.transpose(1, 2).flatten(0, 1)[: self.columns] if self.in_cpp else self.scales
 
     def weight(self) -> Tensor:
-        """What the integers say the weight is: [N, K] float32."""
+        """The weight that the integers stand for: [N, K] float32."""
         grouped = self.integers.unflatten(1, (-1, self.group)) * self.scales_of_groups[:, :, None]
         return grouped.flatten(1) * self.factors
 
     @property
     def nbytes(self) -> int:
-        """Of memory that this holds."""
+        """Bytes of memory that this object holds."""
         held = (self.scales, self.bias, self.sums, self.factors)
         return self.columns * self.inner + sum(t.nbytes for t in held)
 
     def __getstate__(self) -> tuple[Tensor, ...]:
-        """Without a layout, which goes by the machine."""
+        """The pickled tensors, without the layout, because that depends on the machine."""
         return self.integers, self.scales_of_groups, self.bias[: self.columns], self.factors
 
     def __setstate__(self, state: tuple[Tensor, ...]) -> None:
         self._lay_out(*state)
 
     def linear(self, x: Tensor, activation: str | None = None) -> Tensor:
-        """activation(x W^T + bias) [..., N] of x [..., K], in x's dtype; bias and activation in float32.
+        """activation(x W^T + bias) [..., N] for x [..., K], in x's dtype; bias and activation in float32.
 
-        Raises: ValueError where x is of another width, or holds no floating-point numbers.
+        Raises: ValueError where x has another width or no floating-point dtype.
         """
         if x.shape[-1] != self.inner:
             raise ValueError(f"x has rows of {x.shape[-1]} elements, the weight has {self.inner}")
@@ -286,13 +286,13 @@ def _unpacked(weight: Int8Weight) -> Tensor:
     return weight.blocked.to_dense().T.contiguous()
 
 
-# What `torch.compiler.disable` sets, without the second that importing torch's compiler takes: it cannot trace oneDNN's
-# layouts, so a graph is broken here.
+# torch's compiler cannot trace oneDNN's layouts, so the graph breaks here. `torch.compiler.disable` sets this attribute
+# too, but takes a second to import the compiler.
 _unpacked._torchdynamo_disable = True
 
 
 def quantise_rows(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """z [M, K] float32 -> q [M, K] uint8, step and low [M, 1]; the low of a row that is not finite is NaN."""
+    """z [M, K] float32 -> q [M, K] uint8, step and low [M, 1]; low is NaN for a row that is not finite."""
     low, most = z.aminmax(dim=1, keepdim=True)
     step = (most - low) / 255
     varies = most - low > SMALLEST
@@ -302,12 +302,12 @@ def quantise_rows(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 # ---- layers ----------------------------------------------------------------------------------------------
 
-WEIGHTS = 6  # of an `Int8Layer`, which come first
+WEIGHTS = 6  # the first six fields of an `Int8Layer` are weights
 
 
 class Int8Layer(NamedTuple):
-    """A post-norm layer: weights in 8 bits, and the weights and biases of its LayerNorms. Query, key and value have the
-    same factors, and `heads` heads, which together may be narrower than the layer."""
+    """A post-norm layer: 8-bit weights, and the weights and biases of its LayerNorms. Query, key and value share their
+    factors. All heads together may be narrower than the layer, since heads can be pruned."""
 
     query: Int8Weight
     key: Int8Weight
@@ -320,7 +320,7 @@ class Int8Layer(NamedTuple):
 
 
 def fit_in_one_call(layer: Int8Layer) -> bool:
-    """Whether `encoder_layers` can go through this layer, as far as its weights tell."""
+    """Whether the weights of this layer let `encoder_layers` compute it."""
     weights = query, *others, output, up, down = layer[:WEIGHTS]
     width, inside = query.inner, query.columns
     return (
@@ -338,9 +338,9 @@ def fit_in_one_call(layer: Int8Layer) -> bool:
 def encoder_layers(
     x: Tensor, layers: Sequence[Int8Layer], options: LayerOptions, cu_seqlens: Tensor
 ) -> Tensor | None:  # fmt: skip
-    """x [T, C] through a stack of layers that `fit_in_one_call`, of one size and head_dim, which share `options` but
-    for the number of heads, without dropout. None where they have to be gone through one by one: with gradients, or of
-    another dtype, size or activation.
+    """The output [T, C] of a stack of layers that `fit_in_one_call`. They share one size, one head_dim and `options`,
+    but not the number of heads; there is no dropout. None where the caller has to compute layer by layer: with
+    gradients, or where the C++ does not support the dtype, a size or the activation.
 
     Raises: ValueError where x is not [T, C], or cu_seqlens does not cut T rows into sequences; MemoryError.
     """
@@ -368,7 +368,7 @@ def encoder_layers(
     y, work = x.clone(), torch.empty(4 * x.numel(), dtype=dtype, device="cpu")
     starts, sequences = address_of_starts("cu_seqlens", cu_seqlens)
     each = len(fields) // len(layers) * fields.itemsize
-    step = len(layers) if x.nbytes <= cpp.FEW_BYTES else 1  # between two calls Ctrl-C is heard
+    step = len(layers) if x.nbytes <= cpp.FEW_BYTES else 1  # Python handles Ctrl-C between two calls
     for number in range(0, len(layers), step):
         outcome = cpp.call(
             "int8_layers", dtype, address("x", y, dtype, rows * width), fields.buffer_info()[0] + number * each, step,

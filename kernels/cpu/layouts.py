@@ -1,13 +1,14 @@
-"""Weights in the blocked layout that oneDNN multiplies from, made once, for inference on a CPU.
+"""Copies of weights in oneDNN's blocked layout, made once, for inference on a CPU.
 
-A product with an ordinary weight lays it out anew at every call: of float32 products with 768 to 3,072 columns that is
-half the time at 16 rows and a seventh at 2,048. The owner of a model that no longer changes marks its weights; where
-`operators.linear` is not ahead, a marked one is laid out at its first use and from then on held twice. A change that
-torch counts (`_version`) or a new storage is noticed. One through `.data` or in inference mode torch does not count:
+Given an ordinary weight, oneDNN makes such a copy in every call. That takes half of the time of a float32 product with
+768 to 3,072 columns at 16 rows, and a seventh at 2,048. So the owner of a model that is not trained marks its weights.
+Where `operators.linear` is not faster, the first use of a marked weight makes the copy, which is then kept beside the
+weight. A copy is made again when the weight's `_version` or storage has changed. Writes through `.data` or in
+inference mode change neither:
 
-    promised      somebody said that there will be none (`prepack`, `quantise`, an `Encoder` of its own model). A
-                  glimpse of the weight still notices an optimiser's step or an average, which change all of it
-    not promised  the weight is read as a whole before each use: sums of its rows and columns, as integers
+    promised      the owner excludes such writes (`prepack`, `quantise`, an `Encoder` of its own model). A few bytes of
+                  the weight are still compared, which finds an optimiser's step or averaged weights
+    not promised  the whole weight is read before each use: sums of its rows and columns, as integers
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-GLIMPSE = 64  # bytes
+GLIMPSE = 64  # bytes that `_glimpse` returns
 DTYPES = (torch.float32, torch.bfloat16)
 # our activations -> oneDNN's name and algorithm
 EPILOGUES = {
@@ -34,8 +35,8 @@ EPILOGUES = {
 @dataclass
 class _Marked:
     promised: bool
-    state: tuple | None = None  # of the weight that was laid out
-    sums: Tensor | None = None  # of the same, where nothing was promised
+    state: tuple | None = None  # `state_of` the weight when it was copied
+    sums: Tensor | None = None  # `sums_of` the weight when it was copied; None where promised
     packed: Tensor | None = None
 
 
@@ -43,8 +44,8 @@ _marked: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def mark(weight: Tensor, promised: bool = True) -> None:
-    """Say that `weight` [N, K] will be multiplied from again and again, and not be trained; `promised`: nobody will
-    write to it in a way that torch does not count."""
+    """Allows a blocked copy of `weight` [N, K]: many products will use it, and it will not be trained. promised: no
+    write to it will leave its `_version` unchanged."""
     if weight not in _marked:
         _marked[weight] = _Marked(promised)
     else:
@@ -52,18 +53,18 @@ def mark(weight: Tensor, promised: bool = True) -> None:
 
 
 def unmark(weight: Tensor) -> None:
-    """Takes `mark` back, and the copy with it."""
+    """Undoes `mark` and frees the copy."""
     if weight in _marked:
         del _marked[weight]
 
 
 def state_of(weight: Tensor) -> tuple:
-    """What a copy of `weight` was made of: another one, or another state, and the copy has to be made anew."""
+    """A value that differs when `weight` has another storage, dtype or version, or other bytes in its middle."""
     return weight.data_ptr(), weight.dtype, None if weight.is_inference() else weight._version, _glimpse(weight)
 
 
 def _glimpse(weight: Tensor) -> bytes:
-    """A few bytes out of its middle: half a microsecond where an operator of torch takes several."""
+    """A few bytes from the middle of the weight. Reading them takes 0.5 us; an operator of torch takes several."""
     ordinary = type(weight) in (Tensor, torch.nn.Parameter) and weight.device.type == "cpu" and weight.is_contiguous()
     size = weight.numel() * weight.element_size() if ordinary else 0
     if size == 0:
@@ -73,9 +74,9 @@ def _glimpse(weight: Tensor) -> bytes:
 
 
 def sums_of(weight: Tensor) -> Tensor:
-    """Sums over the rows and over the columns of the bits of `weight` [N, K], as integers [some + N].
+    """Sums over the rows and over the columns of `weight` [N, K], its bits read as integers: [words in a row + N].
 
-    Any one element that changes changes both; what leaves all of them as they were is no change that a program makes.
+    A change of one element changes two sums. No ordinary change of several elements keeps all sums.
     """
     weight = weight.detach().contiguous()
     row = weight.shape[1] * weight.element_size()
@@ -84,19 +85,19 @@ def sums_of(weight: Tensor) -> Tensor:
 
 
 def is_promised(weight: Tensor) -> bool:
-    """Is it marked, and will nobody write to it in a way that torch does not count?"""
+    """Whether the weight was marked with `promised`."""
     marked = _marked.get(weight)
     return marked is not None and marked.promised
 
 
 def mark_joined(joined: Tensor, parts: list[Tensor]) -> None:
-    """Mark `joined`, made of `parts`, as they are; not where one of them is not."""
+    """Marks `joined`, a concatenation of `parts`, if all parts are marked."""
     if all(part in _marked for part in parts):
         mark(joined)
 
 
 def find(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-    """The blocked copy of `weight` for x weight^T + bias, or None where the product has to go the ordinary way."""
+    """The blocked copy of `weight` for x weight^T + bias, or None where an ordinary product has to be used."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not _marked:
         return None
     marked = _marked.get(weight)
@@ -111,7 +112,7 @@ def find(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
             return None
         if weight.dtype is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            return None  # a CPU with AVX2 alone: oneDNN has no bfloat16 there
+            return None  # oneDNN has no bfloat16 on a CPU with AVX2 only
         marked.packed = _blocked(weight)
         marked.state, marked.sums = state, sums
     return marked.packed
@@ -122,6 +123,6 @@ def _blocked(weight: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, packed: Tensor, bias: Tensor | None, activation: str | None = None) -> Tensor:
-    """activation(x weight^T + bias) from what `find` gave, the activation on the float32 sums."""
+    """activation(x weight^T + bias), with the copy from `find`. The activation is applied to the float32 sums."""
     name, algorithm = EPILOGUES[activation]
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, name, [], algorithm)

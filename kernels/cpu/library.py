@@ -1,17 +1,17 @@
-"""The libraries of the C++ operators: what they are built of, what their functions take, whether they are this code's.
+"""The libraries of the C++ operators: their sources, their functions' arguments, and a check that a build is current.
 
-The same sources are compiled once for each set of instructions in INSTRUCTIONS, each into a library of its own. Only
-what this CPU can run is ever opened, so that no code of the others is reached: not even an inlined function of C++'s
-own library, of which a linker would keep one for all. `setup.py` builds the libraries by this file and `operators.py`
-opens them by this file. Two stamps are compiled in, since ctypes does not notice an old build:
+The same sources are compiled for each instruction set in INSTRUCTIONS, into separate libraries. A process opens only
+one that its CPU can run. In one common library the linker would keep a single copy of each inlined function of C++'s
+standard library, perhaps one with instructions that the CPU does not have. `setup.py` builds and `operators.py` opens
+the libraries with this file. Two stamps are compiled in, because ctypes does not notice an old build:
 
-    interface   what Python expects of the library: DTYPES, the fields of structures and the constants that size memory
-    sources     every .cpp and .h in this folder, at any depth, FLAGS and INSTRUCTIONS; compared where the sources lie
-                beside the library, as in a checkout. A wheel has none of them, so there nothing is read.
+    interface   what Python expects of the library: DTYPES, the fields of structures, constants that set buffer sizes
+    sources     FLAGS, INSTRUCTIONS, and every .cpp and .h in this folder and below. Compared only where the sources are
+                beside the library, as in a checkout; a wheel has no sources.
 
-What its functions take is declared once, in operators.h, and compiled into the library as text (`signatures`).
+The functions' arguments are declared in operators.h alone and compiled into the library as text (`signatures`).
 
-Only the standard library is imported here: a build runs without torch.
+Only the standard library is imported here, because a build runs without torch.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ import re
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
-# The two warnings that are off are about variables of GCC 12's own immintrin.h.
+# The two disabled warnings are about variables in GCC 12's own immintrin.h.
 FLAGS = ("-O3", "-std=c++17", "-fopenmp", "-fvisibility=hidden", "-Wno-maybe-uninitialized", "-Wno-uninitialized")
-# A set of instructions -> what lets the compiler use it. `simd.h` takes the header that is written in it.
+# Instruction set -> compiler flags that allow it. `simd.h` includes the header written for the set.
 INSTRUCTIONS = {
     "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mfma"),
     "avx2": ("-mavx2", "-mfma"),
 }
 REBUILD = "python setup.py build_ext --inplace"
 
-WIDTH = 16  # elements that a row must be a multiple of: what the widest registers hold
-NORM_BLOCK = 64  # in simd.h: rows whose gradients of weight and bias are summed into one row
-LOSS_ROWS = 32  # PANEL registers of them in loss.cpp: what its number of rows must be a multiple of
-UNBOUNDED = 1 << 29  # in operators.h: a side of attention's window that has no bound
-NO_MEMORY = 1  # in simd.h: what a function returns where it had none; 2 where cu_seqlens are no sequences
-UP_ROWS = 1024  # in layer.cpp: rows of the feed-forward network's inner matrix that are held at once
-INT8_PANEL = 64  # in int8.h, PANEL: columns of a weight in 8 bits that lie side by side
+WIDTH = 16  # float32 elements in the widest register; row widths must be multiples of it
+NORM_BLOCK = 64  # in simd.h: rows whose gradients of weight and bias are summed into one partial sum
+LOSS_ROWS = 32  # in loss.cpp: the number of rows must be a multiple of this, PANEL registers
+UNBOUNDED = 1 << 29  # in operators.h: a side of attention's window without a bound
+NO_MEMORY = 1  # in simd.h: a function's result when memory ran out; 2 means invalid cu_seqlens
+UP_ROWS = 1024  # in layer.cpp: rows of the feed-forward network's inner matrix that are computed at a time
+INT8_PANEL = 64  # in int8.h, PANEL: columns of an 8-bit weight that are stored together
 
 TYPES = {
     "p": ctypes.c_void_p, "i": ctypes.c_int, "l": ctypes.c_int64, "u": ctypes.c_uint32, "U": ctypes.c_uint64,
     "f": ctypes.c_float, "v": None,
 }  # fmt: skip
-DTYPES = ("float32", "bfloat16")  # each function is there once for each of them
-HEADER = "operators.h"  # declares all of them
-# of what is no pointer
+DTYPES = ("float32", "bfloat16")  # every function exists for each of them
+HEADER = "operators.h"  # declares all functions
+# C types that are not pointers -> letters of TYPES
 C_TYPES = {"int": "i", "int64_t": "l", "uint32_t": "u", "uint64_t": "U", "float": "f", "void": "v"}
 # The structure that the last argument of `attention` points to.
 DROPOUT_FIELDS = (("sequence_ids", "p"), ("seed", "U"), ("stream", "U"), ("threshold", "u"), ("scale", "f"))
@@ -64,16 +64,16 @@ LAYER_FIELDS = tuple(
 
 
 class UnusableLibrary(Exception):
-    """Why the library there is not called."""
+    """A library was found but cannot be used; the message says why."""
 
 
 def sources(folder: Path) -> list[Path]:
-    """Every C++ file under the folder, in an order of their own; none where only the library was installed."""
+    """Every C++ file under the folder, sorted; none where only the library was installed."""
     return sorted(path for path in folder.rglob("*") if path.suffix in (".cpp", ".h"))
 
 
 def sources_stamp(folder: Path) -> str | None:
-    """Names and bytes of `sources`, FLAGS and INSTRUCTIONS, as 16 hexadecimal digits; None without sources."""
+    """A hash of FLAGS, INSTRUCTIONS and all `sources` with their names, 16 hexadecimal digits; None without sources."""
     digest = hashlib.sha256(repr((FLAGS, INSTRUCTIONS)).encode())
     found = sources(folder)
     for path in found:
@@ -83,14 +83,14 @@ def sources_stamp(folder: Path) -> str | None:
 
 
 def interface_stamp() -> str:
-    """What Python expects of the library, as 16 hexadecimal digits."""
+    """A hash of what Python expects of the library, 16 hexadecimal digits."""
     sizes = (WIDTH, NORM_BLOCK, LOSS_ROWS, UNBOUNDED, NO_MEMORY, UP_ROWS, INT8_PANEL)
     expected = (DTYPES, DROPOUT_FIELDS, LAYER_FIELDS, *sizes)
     return hashlib.sha256(repr(expected).encode()).hexdigest()[:16]
 
 
 def signatures(header: str) -> dict[str, tuple[str, str]]:
-    """Function -> its result and its arguments, as letters of TYPES, of the text of operators.h."""
+    """Function -> (result, arguments) as letters of TYPES, parsed from the text of operators.h."""
     declared = re.findall(r"EXPORT (\w+) (\w+)_##name\(([^)]*)\)", header.replace("\\\n", " "))
 
     def letter(words: str) -> str:
@@ -100,17 +100,17 @@ def signatures(header: str) -> dict[str, tuple[str, str]]:
 
 
 def as_text(found: dict[str, tuple[str, str]]) -> str:
-    """`signatures` as the library carries them."""
+    """`signatures` as the text that is compiled into the library."""
     return ";".join(f"{name} {result} {arguments}" for name, (result, arguments) in found.items())
 
 
 def name_of(instructions: str) -> str:
-    """Of the library in this set of instructions, one of INSTRUCTIONS."""
+    """The name of the library for this instruction set, one of INSTRUCTIONS."""
     return f"_operators_{instructions}"
 
 
 def find(folder: Path, instructions: str) -> Path | None:
-    """The library in these instructions for this version of Python, or None."""
+    """The library's file for this instruction set and this version of Python, or None."""
     candidates = (folder / f"{name_of(instructions)}{suffix}" for suffix in EXTENSION_SUFFIXES)
     return next((path for path in candidates if path.exists()), None)
 
@@ -118,7 +118,7 @@ def find(folder: Path, instructions: str) -> Path | None:
 def open_library(path: Path) -> ctypes.CDLL:
     """The library, with the signatures of its functions set.
 
-    Raises: UnusableLibrary where it does not load, or one of its stamps is not this code's.
+    Raises: UnusableLibrary where it does not load, or where one of its stamps differs from this code's.
     """
     try:
         library = ctypes.CDLL(str(path))
@@ -138,7 +138,7 @@ def open_library(path: Path) -> ctypes.CDLL:
 
 
 def _text_of(library: ctypes.CDLL, name: str) -> str | None:
-    """What was compiled in under this name; None in a library that is older than such texts."""
+    """The text compiled in under this name; None in a library older than these texts."""
     try:
         function = getattr(library, name)
     except AttributeError:

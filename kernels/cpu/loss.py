@@ -1,4 +1,4 @@
-"""Cross-entropy of a linear layer's outputs on a CPU: the vendor library's products, and between them passes in C++.
+"""Cross-entropy of a linear layer's outputs on a CPU: products by the vendor library, and C++ passes over the logits.
 
     z    = weight hidden^T + bias                                    [V, N]
     loss = log(sum(exp(z - m))) + m - (1 - e) z[label] - e / V * sum(z)      [N],  m = max(z)
@@ -6,13 +6,13 @@
 
     dhidden = dz^T weight   [N, C]      dweight = dz hidden   [V, C]      dbias = row sums of dz   [V]
 
-The vocabulary is taken in chunks whose z, and dz, stay in the cache until they are used. z lies word by word: weight,
-the larger factor, is read as it lies, and sums over words go lane by lane. For the backward pass z (less bias, in the
-working dtype) is kept where it is small and computed again where it is not. dz is made there, so any upstream gradient
-will do. A row's loss is summed in one order, whatever the number of threads.
+The vocabulary is processed in chunks whose z and dz stay in the cache. A row of the stored z [V, N] is a word: so
+weight, the larger factor, needs no transposition, and a SIMD lane sums over the words of one row of hidden. A small z
+(without bias, in the working dtype) is saved for the backward pass, a large one is computed again. The backward pass
+computes dz, so any upstream gradient works. A row's loss is summed in the same order with any number of threads.
 
-m and the sum stay two numbers. Their logsumexp would be rounded as the logits are, and all of a row's probabilities
-would be too large, or too small, by as much: at logits of 1,000 by 3e-5, which a weight of large mean multiplies.
+m and the sum are saved as two numbers. One logsumexp would be rounded like a logit, which changes all probabilities of
+a row by one factor: at logits of 1,000 by 3e-5, an error that grows with the mean of the weight.
 """
 
 import torch
@@ -25,38 +25,40 @@ from . import operators as cpp
 from .library import LOSS_ROWS
 from .pointers import address
 
-CHUNK_BYTES = 4 << 20  # of z at a time; of 800 rows in bfloat16 2,621 words
-LEAST_WORDS = 512  # a chunk, so that adding up dhidden stays small beside the products
-KEPT_BYTES = 128 << 20  # of z that may be kept; in bfloat16 2,200 rows of BERT's vocabulary
+CHUNK_BYTES = 4 << 20  # size of z in one chunk: 2,621 words with 800 rows in bfloat16
+LEAST_WORDS = 512  # least words of a chunk, so that adding to dhidden takes little time beside the products
+KEPT_BYTES = 128 << 20  # largest z that is saved: 2,200 rows of BERT's vocabulary in bfloat16
 
 
 def takes_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> bool:
-    """Whether `row_losses` computes with these, with or without gradients."""
+    """Whether `row_losses` supports these arguments, with or without gradients."""
     given = (hidden, weight) if bias is None else (hidden, weight, bias)
     return len(hidden) > 0 and labels.dtype == torch.int64 and cpp.knows(*given)
 
 
 def row_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, smoothing: float) -> Tensor:
-    """[N] float32 losses, N > 0, where `takes_loss`; IndexError for a label that is not in the vocabulary."""
+    """The losses [N] float32, N > 0, of arguments that `takes_loss` supports.
+
+    Raises: IndexError for a label that is not in the vocabulary.
+    """
     rows, words = len(hidden), len(weight)
     for label in (labels.min(), labels.max()):
         if not 0 <= label < words:
             raise IndexError(f"Target {int(label)} is out of bounds.")
-    filler = (
-        -rows % LOSS_ROWS
-    )  # rows of zeros, whose losses are cut off again, so that their upstream gradients are zero
+    # Rows of zeros fill up the last block. Their losses are cut off, so their upstream gradients are zero.
+    filler = -rows % LOSS_ROWS
     hidden, labels = F.pad(hidden, (0, 0, 0, filler)), F.pad(labels, (0, filler))
     return _Losses.apply(hidden, weight, bias, labels, smoothing, torch.is_grad_enabled())[:rows]
 
 
 def _plain(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, smoothing: float) -> Tensor:
-    """The same by torch's operators."""
+    """The same losses from torch's operators."""
     logits = F.linear(hidden, weight, bias).float()
     return F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
 
 
 class _Losses(torch.autograd.Function):
-    """The number of rows a multiple of LOSS_ROWS."""
+    """The losses of a number of rows that is a multiple of LOSS_ROWS."""
 
     @staticmethod
     def forward(
@@ -121,11 +123,11 @@ def _chunk_words(hidden: Tensor) -> int:
 
 
 def _logits(function: str, logits: Tensor, bias: Tensor | None, labels: Tensor, first: int) -> tuple[int | None, ...]:
-    """The addresses of logits [words, N], of bias [V] and of labels [N] int32, which both passes over logits read."""
+    """The addresses of logits [words, N], bias [V] and labels [N] int32, the inputs of both passes over logits."""
     words, rows = logits.shape
     cpp.expect_multiple(function, "the number of rows", rows, LOSS_ROWS)
     if bias is not None and not 0 <= first <= first + words <= len(bias):
-        raise ValueError(f"{function}: words {first} to {first + words} of a bias of {len(bias)}")
+        raise ValueError(f"{function}: got words {first} to {first + words}, but a bias of {len(bias)}")
     return (
         address("logits", logits, logits.dtype, words * rows),
         None if bias is None else address("bias", bias, logits.dtype, bias.numel()),
@@ -137,8 +139,11 @@ def sum_logits(
     logits: Tensor, bias: Tensor | None, labels: Tensor, greatest: Tensor, sums: Tensor, totals: Tensor,
     of_label: Tensor, first: int,
 ) -> None:  # fmt: skip
-    """Adds logits [words, N] of the words from `first` on to what was summed of z = logits + bias: greatest z, sum of
-    exp(z - greatest), sum of z, the label's z, all [N] float32. bias [V] or None, labels [N] int32."""
+    """Updates the statistics of z = logits + bias with logits [words, N], those of the words from `first` on.
+
+    greatest: max z; sums: sum of exp(z - greatest); totals: sum of z; of_label: the label's z; all [N] float32.
+    bias [V] or None, labels [N] int32.
+    """
     words, rows = logits.shape
     summed = {"greatest": greatest, "sums": sums, "totals": totals, "of_label": of_label}
     cpp.call(
@@ -151,12 +156,14 @@ def logit_gradients(
     logits: Tensor, bias: Tensor | None, labels: Tensor, greatest: Tensor, log2_sums: Tensor, dloss: Tensor,
     dz: Tensor, dbias: Tensor, first: int, smoothing: float, vocabulary: int,
 ) -> None:  # fmt: skip
-    """Fills dz [words, N], which may be logits, and these words of dbias [V] float32. greatest, log2_sums
-    (log2 of what `sum_logits` summed), dloss: [N] float32."""
+    """Fills dz [words, N], which may be the same tensor as logits, and the entries of these words in dbias [V] float32.
+
+    greatest, log2_sums (log2 of the `sums` of `sum_logits`) and dloss: [N] float32.
+    """
     words, rows = logits.shape
     of_rows = {"greatest": greatest, "log2_sums": log2_sums, "dloss": dloss}
     if not 0 <= first <= first + words <= vocabulary:
-        raise ValueError(f"logit_gradients: words {first} to {first + words} of a vocabulary of {vocabulary}")
+        raise ValueError(f"logit_gradients: got words {first} to {first + words}, but a vocabulary of {vocabulary}")
     cpp.call(
         "logit_gradients", logits.dtype, *_logits("logit_gradients", logits, bias, labels, first),
         *(address(name, t, torch.float32, rows) for name, t in of_rows.items()),

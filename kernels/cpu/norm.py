@@ -1,7 +1,7 @@
-"""LayerNorm(dropout(x + x_bias) + residual) and RMSNorm(x) in C++ with gradients; see norm.cpp and rms.cpp for the
+"""LayerNorm(dropout(x + x_bias) + residual) and RMSNorm(x) in C++ with gradients. norm.cpp and rms.cpp have the
 equations.
 
-Under autocast x comes from a product in bfloat16, and residual, parameters and result are float32.
+Under autocast x is the bfloat16 result of a product; residual, parameters and result are float32.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .pointers import address
 
 
 def row_keys(seed: Tensor, stream: int, rows: Tensor) -> Tensor:
-    """`_random.row_keys` in one pass: keys [T] int64 of rows [T], of any dtype of integers; seed: one integer."""
+    """`_random.row_keys` at once: keys [T] int64 for rows [T] of an integer dtype. seed: a tensor of one integer."""
     rows = rows.to(torch.int64).contiguous()
     count, keys = rows.numel(), torch.empty(rows.shape, dtype=torch.int64, device="cpu")
     cpp.call(
@@ -32,7 +32,8 @@ def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, keys: Tensor | None, dropout_p: float,
     x_bias: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """[..., N] where `cpp.takes_add_layer_norm`, with or without gradients. keys: of the rows, None for no dropout."""
+    """LayerNorm(dropout(x + x_bias) + residual) [..., N], with or without gradients. The caller has checked
+    `cpp.takes_add_layer_norm`. keys: the rows' keys, or None for no dropout."""
     given = [x, residual, weight, bias] if x_bias is None else [x, residual, weight, bias, x_bias]
     if not cpp.want_gradients(*given):
         return cpp.add_layer_norm(x, residual, weight, bias, eps, keys, dropout_p, x_bias)
@@ -63,13 +64,13 @@ class _AddLayerNorm(torch.autograd.Function):
                 z = torch.where(keep, z / (1.0 - ctx.dropout_p), 0.0)
             return F.layer_norm(z + residual, z.shape[-1:], weight, bias, ctx.eps)
 
-        # these gradients' own gradients may be wanted: torch's operators have some
+        # A second derivative may be wanted, which only torch's operators have.
         inputs = (x, residual, weight, bias, x_bias)
         return *plain_gradients(function, inputs, ctx.needs_input_grad[:5], dy), None, None, None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """[..., N] where `cpp.takes_rms_norm`, with or without gradients."""
+    """RMSNorm(x) [..., N], with or without gradients. The caller has checked `cpp.takes_rms_norm`."""
     if not cpp.want_gradients(x, weight):
         return cpp.rms_norm(x, weight, eps)
     return _RmsNorm.apply(x, weight, eps)
@@ -91,5 +92,5 @@ class _RmsNorm(torch.autograd.Function):
         def function(x: Tensor, weight: Tensor) -> Tensor:
             return F.rms_norm(x, x.shape[-1:], weight, ctx.eps)
 
-        # these gradients' own gradients may be wanted: torch's operators have some
+        # A second derivative may be wanted, which only torch's operators have.
         return *plain_gradients(function, (x, weight), ctx.needs_input_grad[:2], dy), None

@@ -1,10 +1,10 @@
-"""Are Python's objects still the ones that they were? By the C++ of objects.cpp, which compares their addresses.
+"""Checks that Python objects and their attributes are unchanged. The C++ of objects.cpp compares their addresses.
 
-    memory = pack(...)  # addresses alone: whoever keeps them keeps the objects alive
-    find_same_objects()(memory.buffer_info()[0])  # 1 where all is as it was when it was packed
+    memory = pack(...)  # holds addresses only: the caller has to keep the objects alive
+    find_same_objects()(memory.buffer_info()[0])  # 1 where nothing has changed since `pack`
 
-Of a model that was called before, whose weights have driven its modules out of the caches, this looks at a thousand
-things in the time in which Python looks at a hundred.
+In a model whose modules are no longer in the CPU's caches, this makes a thousand comparisons in the time in which
+Python makes a hundred.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from . import operators
 
 
 class Missing:
-    """Stands for what a dictionary or a class does not have."""
+    """The value in `Kept` for a key or an attribute that does not exist."""
 
 
 Kept = tuple[Any, Any, Any]  # a dictionary, a key and its value; or a class, a name and its attribute
@@ -33,14 +33,16 @@ def pack(
     entries: Sequence[Kept],
     empty: Sequence[dict],
 ) -> array:
-    """The addresses of all that is to stay the same, as `same_objects` of objects.cpp reads them.
+    """The addresses that `same_objects` of objects.cpp compares, in the order in which it reads them.
 
     Args:
-        objects: whose class stays.
-        places: what dictionaries have, `Missing` where nothing lies under the key; of one dictionary side by side.
-        attributes: what classes have, likewise.
-        entries: of dictionaries whose entries all stay, in order, and to which none comes; side by side.
-        empty: dictionaries that stay empty.
+        objects: objects whose class must not change.
+        places: entries of dictionaries that must not change, `Missing` for an absent key. Entries of one dictionary
+            follow each other.
+        attributes: attributes of classes that must not change, in the same form.
+        entries: all entries of dictionaries that must keep exactly these entries in this order. Entries of one
+            dictionary follow each other.
+        empty: dictionaries that must stay empty.
     """
     parts = [
         [list(kept) for _, kept in groupby(part, lambda one: id(one[0]))] for part in (places, attributes, entries)
@@ -58,10 +60,10 @@ def pack(
 
 @functools.cache
 def find_same_objects() -> Callable[[int], int] | None:
-    """The function of the library that compares what lies at an address that `pack` has filled: 1 where all is the
-    same. None where there is no library, or it was built without Python's headers."""
+    """The C++ function that takes the address of memory filled by `pack`, and returns 1 where nothing has changed. None
+    where there is no library, or the library was built without Python's headers."""
     opened, _ = operators.load()
-    # a PYFUNCTYPE keeps Python's lock while it runs, which the functions of a CDLL give back
+    # A PYFUNCTYPE function holds the GIL while it runs; the functions of a CDLL release it.
     prototype = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p)
     try:
         return None if opened is None else prototype(("same_objects", opened))

@@ -1,9 +1,9 @@
-"""The C++ operators of `*.cpp` here, for x86 CPUs with AVX-512: whether they are there, how one is called, and those of
-inference. Attention's are in `attention.py`, the loss's in `loss.py`; those with gradients are put together in
-`products.py`, `norm.py`, `embedding.py` and `loss.py`, and attention's in `../_attention_native.py`.
+"""The C++ operators of `*.cpp` in this folder, for x86 CPUs with AVX2 or AVX-512: loading, calling, and the operators
+of inference. Operators with gradients are in `products.py`, `norm.py`, `embedding.py` and `loss.py`, attention in
+`attention.py` and `../_attention_native.py`.
 
-Installing compiles them where there is a C++ compiler; without them, or on another CPU, `native.py` computes the same
-from torch's own operators. They are called through ctypes, so one build serves every version of torch.
+Installing compiles the operators where there is a C++ compiler. Without them, or on another CPU, `native.py` computes
+the same from torch's operators. They are called through ctypes, so one build works with every version of torch.
 """
 
 from __future__ import annotations
@@ -28,19 +28,21 @@ from . import library
 from .library import NO_MEMORY, NORM_BLOCK, UP_ROWS, WIDTH
 from .pointers import PLAIN, address, address_of_starts, address_or_none, addresses, strided_address
 
-# Most rows of which `linear` is taken, of odd widths and where the vendor library has instructions that ours has not;
-# and where besides a weight lies ready for the vendor library.
+# Row limits for our `linear` when the number of columns is not a multiple of WIDTH, or when oneDNN can use AMX: without
+# and with a copy of the weight in oneDNN's layout.
 LINEAR_ROWS = 64
 LINEAR_ROWS_LAID_OUT = 16
-FEW_BYTES = 288 << 10  # of x, up to which `encoder_layers` is taken there; above, Ctrl-C is heard after each layer
+# Size of x up to which `encoder_layers` runs all layers in one call; above, a call runs one layer, and Python handles
+# Ctrl-C after each. Where oneDNN can use AMX, also the limit for `encoder_layers` as a whole.
+FEW_BYTES = 288 << 10
 UP = LayerWeights._fields.index("up")
-ACTIVATION_NUMBERS = {"gelu": 1, "gelu_tanh": 2, "relu": 3}  # as in simd.h; 0 is none
+ACTIVATION_NUMBERS = {"gelu": 1, "gelu_tanh": 2, "relu": 3}  # as in simd.h; 0 is no activation
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
 def instructions(dtype: torch.dtype) -> str | None:
-    """The set of instructions, of library.INSTRUCTIONS, that the operators use here in this dtype; None where this CPU
-    has none of them. ATEN_CPU_CAPABILITY holds the operators down as it does torch's own."""
+    """The instruction set of library.INSTRUCTIONS that the operators use for this dtype on this CPU; None where the CPU
+    has neither. ATEN_CPU_CAPABILITY limits our operators as it limits torch's."""
     capability = torch.backends.cpu.get_cpu_capability()
     in_512 = dtype is not torch.bfloat16 or torch.cpu._is_avx512_bf16_supported()
     if capability.startswith("AVX512") and torch.cpu._is_avx512_supported() and in_512:
@@ -50,8 +52,8 @@ def instructions(dtype: torch.dtype) -> str | None:
 
 @functools.cache
 def load(dtype: torch.dtype = torch.float32) -> tuple[ctypes.CDLL | None, str | None]:
-    """(library for this dtype, None), or (None, why there is none). Warns where one lies there that is not this code's
-    own."""
+    """(library for this dtype, None), or (None, the reason why there is none). Warns about a library that was built
+    from other sources."""
     if os.environ.get("FASTBERT_CPP") == "0":
         return None, "FASTBERT_CPP=0 turns them off"
     chosen = instructions(dtype)
@@ -74,18 +76,18 @@ def _open(instructions: str) -> tuple[ctypes.CDLL | None, str | None]:
 
 @functools.cache
 def dtypes() -> tuple[torch.dtype, ...]:
-    """What the operators compute in here; none where there are none."""
+    """The dtypes that the operators support on this machine; empty where there are no operators."""
     return tuple(dtype for dtype in NAMES if load(dtype)[0] is not None)
 
 
 @functools.cache
 def multiplies(dtype: torch.dtype) -> bool:
-    """Whether `linear` is ahead of the vendor library with any number of rows: not of bfloat16 by AMX's tiles."""
+    """Whether `linear` is faster than the vendor library for any number of rows: always, except bfloat16 with AMX."""
     return dtype == torch.float32 or not torch.cpu._is_amx_tile_supported()
 
 
 def runs_now(x: Tensor) -> bool:
-    """Whether x's values are here to be read: on the CPU, outside of tracing and of torch's transforms."""
+    """Whether x has values to compute with now: x is on the CPU, and no tracing or torch.func transform is active."""
     return (
         not torch.compiler.is_compiling()
         and x.is_cpu
@@ -95,8 +97,8 @@ def runs_now(x: Tensor) -> bool:
 
 
 def knows(*tensors: Tensor) -> bool:
-    """Whether the operators compute with these: on the CPU, of one dtype that they know, nothing traced, and no
-    subclass, whose memory need not be what its shape says."""
+    """Whether the operators support these tensors: on the CPU, of one supported dtype, not traced, and not of a
+    subclass, whose memory need not match its shape."""
     first = tensors[0]
     return (
         runs_now(first)
@@ -106,7 +108,7 @@ def knows(*tensors: Tensor) -> bool:
 
 
 def is_plain(t: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the operators read indices or lengths from t: no subclass, of this dtype, contiguous, on the CPU."""
+    """Whether the operators can read indices or lengths from t: no subclass, this dtype, contiguous, on the CPU."""
     return type(t) in PLAIN and t.dtype is dtype and t.is_cpu and t.is_contiguous()
 
 
@@ -115,20 +117,20 @@ def want_gradients(*tensors: Tensor) -> bool:
 
 
 def _take(*tensors: Tensor) -> bool:
-    """Whether the operators compute with these, and no gradient is to be given."""
+    """Whether the operators support these tensors, and no gradient is needed."""
     return knows(*tensors) and not want_gradients(*tensors)
 
 
 def call(function: str, dtype: torch.dtype, *arguments: object) -> int | None:
-    """Runs a function of the library's. Addresses come from `pointers`, which has looked at the tensors.
+    """Calls a function of the library. Addresses must come from `pointers`, which checks the tensors.
 
-    Raises: TypeError where it does not compute in `dtype`, or an argument is no number.
+    Raises: TypeError where the library does not support `dtype`, or an argument is not a number.
     """
     if dtype not in NAMES:
         raise TypeError(f"{function} computes in {' and '.join(map(str, NAMES))}, got {dtype}")
     try:
         return getattr(load(dtype)[0], f"{function}_{NAMES[dtype]}")(*arguments)
-    except ctypes.ArgumentError as error:  # a class of its own, which no caller expects
+    except ctypes.ArgumentError as error:  # callers expect TypeError, which ctypes' class is not
         raise TypeError(f"{function}: {error}") from None
 
 
@@ -143,7 +145,7 @@ def expect_tokens(function: str, x: Tensor) -> None:
 
 
 def rows_and_width(function: str, x: Tensor) -> tuple[int, int]:
-    """(rows, their width) of x [..., N]."""
+    """(number of rows, N) of x [..., N]."""
     width = x.shape[-1] if x.dim() else 0
     expect_multiple(function, "the width of a row", width)
     return x.numel() // width, width
@@ -153,7 +155,8 @@ def rows_and_width(function: str, x: Tensor) -> tuple[int, int]:
 
 
 def takes_add_layer_norm(x: Tensor, *others: Tensor | None, x_bias: Tensor | None = None) -> bool:
-    """others: residual, weight and bias. All but x may be float32 where x is not, as under autocast."""
+    """Whether `add_layer_norm` supports these. others: residual, weight and bias. All tensors but x may be float32 when
+    x is not, as under autocast."""
     if any(t is None or t.shape[-1] != x.shape[-1] or not t.is_contiguous() for t in (x, *others)):
         return False
     given = others if x_bias is None else (*others, x_bias)
@@ -170,9 +173,8 @@ def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, keys: Tensor | None = None,
     dropout_p: float = 0.0, x_bias: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """LayerNorm(dropout(x + x_bias) + residual): contiguous [..., N], statistics in float32, the sum never rounded; in
-    residual's dtype, which is that of all but x. keys: of the rows, as `_random.row_keys` makes them, or None for no
-    dropout."""
+    """LayerNorm(dropout(x + x_bias) + residual): contiguous [..., N] in residual's dtype, which all tensors but x have.
+    Statistics are float32, and the sum is not rounded. keys: row keys of `_random.row_keys`, or None for no dropout."""
     (rows, width), size, dtype, wide = rows_and_width("add_layer_norm", x), x.numel(), x.dtype, residual.dtype
     y = torch.empty(x.shape, dtype=wide, device="cpu")
     of_x, summed = address("x", x, dtype, size), address("residual", residual, wide, size)
@@ -192,7 +194,7 @@ def add_layer_norm_backward(
     dy: Tensor, x: Tensor, residual: Tensor, weight: Tensor, eps: float, keys: Tensor | None = None,
     dropout_p: float = 0.0, x_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """(dx, dresidual, dweight, dbias, dx_bias); without dropout and in one dtype the first two are one tensor."""
+    """(dx, dresidual, dweight, dbias, dx_bias). Without dropout and in one dtype, dx and dresidual are one tensor."""
     (rows, width), size, dtype, wide = rows_and_width("add_layer_norm_backward", x), x.numel(), x.dtype, residual.dtype
     dy = dy.contiguous()
     dresidual = torch.empty(x.shape, dtype=wide, device="cpu")
@@ -212,7 +214,7 @@ def add_layer_norm_backward(
 
 
 def takes_rms_norm(x: Tensor, weight: Tensor | None) -> bool:
-    """weight may be float32 where x is not."""
+    """Whether `rms_norm` supports these. weight may be float32 when x is not."""
     return (
         weight is not None
         and x.shape[-1] % WIDTH == 0
@@ -237,7 +239,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """dx in x's dtype, dweight in weight's."""
+    """(dx in x's dtype, dweight in weight's dtype)."""
     dy, x, weight = dy.contiguous(), x.contiguous(), weight.contiguous()
     (rows, width), dtype = rows_and_width("rms_norm_backward", x), x.dtype
     dx = torch.empty(x.shape, dtype=dtype, device="cpu")
@@ -252,7 +254,7 @@ def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tupl
 
 
 def is_wide(name: str, dtype: torch.dtype, of_x: torch.dtype) -> bool:
-    """Is `dtype` float32 where x has fewer bits? TypeError where it is neither float32 nor x's."""
+    """Whether `dtype` is float32 and x's dtype `of_x` is not. Raises TypeError where it is neither."""
     if dtype not in (of_x, torch.float32):
         raise TypeError(f"{name} must be {of_x} or torch.float32, got {dtype}")
     return dtype is not of_x
@@ -261,7 +263,10 @@ def is_wide(name: str, dtype: torch.dtype, of_x: torch.dtype) -> bool:
 def takes_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None, laid_out: bool = False
 ) -> bool:
-    """Whether `linear` is the faster way to activation(x weight^T + bias)."""
+    """Whether `linear` supports these and computes activation(x weight^T + bias) faster than the vendor library.
+
+    laid_out: there is a copy of the weight in the vendor library's layout.
+    """
     columns, inner = weight.shape
     most = math.inf
     if columns % WIDTH or not multiplies(x.dtype):
@@ -277,15 +282,16 @@ def takes_linear(
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None) -> Tensor:
-    """activation(x weight^T + bias): [..., K], [N, K], [N] or None -> [..., N]. Sums in float32. Within
-    `batch_invariant()` always by the product of many rows, in which a row's bits are its own."""
+    """activation(x weight^T + bias): [..., K], [N, K], [N] or None -> [..., N], with sums in float32. Within
+    `batch_invariant()` the product for many rows computes every size, since its result for a row does not depend on
+    the others."""
     y = torch.empty(*x.shape[:-1], len(weight), dtype=x.dtype, device="cpu")
     _multiply(x, weight, bias, y.view(math.prod(x.shape[:-1]), len(weight)), activation)
     return y
 
 
 def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
-    """The products of x with each weight side by side: [..., K], [N, K] each -> [..., sum of N]."""
+    """The products of x with each weight, concatenated: [..., K], weights [N, K] -> [..., sum of N]."""
     width = sum(map(len, weights))
     y = torch.empty(*x.shape[:-1], width, dtype=x.dtype, device="cpu")
     parts = y.view(-1, width).split([len(weight) for weight in weights], dim=1)
@@ -295,7 +301,7 @@ def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None
 
 
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, activation: str | None) -> None:
-    """Fills y [M, N], whose rows may lie apart."""
+    """Fills y [M, N], whose rows may have any stride."""
     (columns, inner), dtype, rows = weight.shape, x.dtype, len(y)
     expect_multiple("linear", "the number of columns", columns, 4)
     expect_multiple("linear", "the inner size", inner, WIDTH * 4 // dtype.itemsize)
@@ -314,8 +320,10 @@ def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, activat
 
 
 def fits_embedding(indices: tuple[Tensor | None, ...], tables: tuple[Tensor | None, ...]) -> bool:
-    """Whether embeddings of these are computed here, with or without gradients. indices: ids, segments, positions [T]
-    int64; tables: word, segment, position [., N], LayerNorm's weight, bias."""
+    """Whether the C++ embeddings support these, with or without gradients.
+
+    indices: ids, segments, positions [T] int64. tables: word, segment, position [., N], LayerNorm's weight and bias.
+    """
     if any(t is None or not t.is_contiguous() for t in (*indices, *tables)) or tables[0].shape[-1] % WIDTH:
         return False
     return all(is_plain(t, torch.int64) for t in indices) and knows(*tables)
@@ -328,7 +336,7 @@ _TABLES = "words", "segments", "positions", "weight", "bias"
 def embedding_layer_norm(
     indices: tuple[Tensor, ...], tables: tuple[Tensor, ...], eps: float
 ) -> Tensor | None:  # fmt: skip
-    """LayerNorm of the sum of three look-ups, summed in float32; None where an index lies outside its table."""
+    """LayerNorm of the float32 sum of three look-ups; None where an index lies outside of its table."""
     dtype, rows, (_, width) = tables[0].dtype, indices[0].numel(), rows_and_width("embedding_layer_norm", tables[0])
     y = torch.empty(rows, width, dtype=dtype, device="cpu")
     sizes = array("q", map(len, tables[:3]))
@@ -362,22 +370,22 @@ def mean_of_sequences(x: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 def layer_shapes(width: int, inner: int) -> list[tuple[int, ...]]:
-    """Of the tensors of `LayerWeights`."""
+    """The shapes of the tensors of `LayerWeights`, in its order."""
     square, vector = [(width, width), (width,)], (width,)
     return [*square * 4, vector, vector, (inner, width), (inner,), (width, inner), vector, vector, vector]
 
 
 def whole_layers(nbytes: int, dtype: torch.dtype) -> bool:
-    """Whether `encoder_layers` is ahead of the layers one by one, with x of so many bytes."""
+    """Whether `encoder_layers` is faster than single layers for an x of this size."""
     return dtype in dtypes() and (multiplies(dtype) or (nbytes <= FEW_BYTES and not is_batch_invariant()))
 
 
 def encoder_layers(
     x: Tensor, layers: list[Tensor], options: LayerOptions, cu_seqlens: Tensor
 ) -> Tensor | None:  # fmt: skip
-    """x [T, C] through a stack of post-norm layers, `layers` the tensors of `LayerWeights` of one after another, which
-    share `options` without dropout; the weights are read where they lie. None where the layers have to be gone through
-    one by one: with gradients, in another dtype, of other sizes, or with an activation without a number.
+    """The output [T, C] of a stack of post-norm layers that share `options`, without dropout. layers: the tensors of
+    each layer's `LayerWeights`, one layer after another; no copy of them is made. None where the caller has to compute
+    layer by layer: with gradients, or where the C++ does not support the dtype, a size or the activation.
 
     Raises: ValueError where x is not [T, C], or cu_seqlens does not cut T rows into sequences; MemoryError.
     """

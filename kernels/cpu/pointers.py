@@ -1,8 +1,8 @@
-"""The address of a tensor that the C++ operators read or write, once it is what they take it for.
+"""Addresses of tensors for the C++ operators, after a check of dtype, device, layout and size.
 
-The library sees addresses and sizes, so a tensor of another dtype, device, layout or size would be read and written
-past its end. Every tensor goes to it through `address`, `strided_address` or `addresses`, and no other code of the C++
-operators asks for a `data_ptr`. A tensor must be held by a name until the call is over: its address does not hold it.
+The library gets addresses and sizes only, so a wrong tensor would make it read or write past the tensor's end. Every
+tensor is passed through `address`, `strided_address` or `addresses`; no other code around the C++ operators calls
+`data_ptr`. An address does not keep a tensor alive: the caller must hold the tensor until the call returns.
 """
 
 from __future__ import annotations
@@ -13,25 +13,25 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# A subclass's memory need not be what its shape says.
+# The memory of a subclass need not match its shape.
 PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def address(name: str, t: Tensor, dtype: torch.dtype, count: int) -> int:
-    """Of a contiguous tensor of `count` elements. Raises TypeError for what is no plain tensor or of another dtype, and
-    ValueError for another device, layout or size."""
+    """The address of a contiguous tensor of `count` elements. Raises TypeError for a subclass of Tensor or another
+    dtype, and ValueError for another device, layout or size."""
     if type(t) in PLAIN and t.dtype is dtype and t.is_cpu and t.is_contiguous() and t.numel() == count:
         return t.data_ptr()
     raise _unfit(name, t, dtype, f"contiguous, of {count} elements")
 
 
 def address_or_none(name: str, t: Tensor | None, dtype: torch.dtype, count: int) -> int | None:
-    """`address`, or None where there is no such tensor."""
+    """`address` of t, or None where t is None."""
     return None if t is None else address(name, t, dtype, count)
 
 
 def address_of_starts(name: str, starts: Tensor) -> tuple[int, int]:
-    """(address, B) of cu_seqlens [B + 1] int32. Raises as `address`, and ValueError where it has other dimensions."""
+    """(address, B) of cu_seqlens [B + 1] int32. Raises like `address`, and ValueError unless it has one dimension."""
     where = address(name, starts, torch.int32, max(starts.numel(), 1))
     if starts.dim() != 1:
         raise _unfit(name, starts, torch.int32, "of shape [B + 1]")
@@ -39,14 +39,14 @@ def address_of_starts(name: str, starts: Tensor) -> tuple[int, int]:
 
 
 def strided_address(name: str, t: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
-    """Of a tensor of this shape whose last dimension is contiguous, else as `address`."""
+    """The address of a tensor of this shape with a contiguous last dimension. Raises like `address`."""
     if type(t) in PLAIN and t.dtype is dtype and t.is_cpu and t.shape == shape and t.stride(-1) == 1:
         return t.data_ptr()
     raise _unfit(name, t, dtype, f"of shape {shape}, its last dimension contiguous")
 
 
 def addresses(tensors: Sequence[Tensor], dtype: torch.dtype, shapes: Sequence[tuple[int, ...]]) -> array | None:
-    """Of contiguous tensors of these shapes; None where there are none, or one of them is something else."""
+    """The addresses of contiguous tensors of these shapes; None where there is no tensor, or one does not fit."""
     fit = (
         [t.shape for t in tensors] == shapes
         and {*map(type, tensors)} <= {*PLAIN}

@@ -1,13 +1,13 @@
-"""Linear layers for training on a CPU: products, their activation and all their gradients in C++.
+"""Linear layers for training on a CPU: products, activations and all gradients in C++.
 
     h = x W^T + b,  y = act(h)         x [..., K], W [N, K], b [N] or None
-    dh = dy act'(h)                    in the product that makes dy, where that is one of these
-    dx = dh W                          from W as it lies
-    dW = dh^T x,  db = sums of dh      summed in float32 and, of float32 weights, never rounded
+    dh = dy act'(h)                    part of the product that computes dy, where that product is one of these
+    dx = dh W                          without transposing W
+    dW = dh^T x,  db = sums of dh      summed in float32, and for float32 weights never rounded
 
-Under autocast products are of bfloat16, and weights stay float32: each is rounded on its way into the core's cache, in
-each direction anew, so no rounded copies are made or kept. Saved are x as it came, and h: act(h) is made again in the
-backward pass.
+Under autocast products are bfloat16 and weights stay float32. Each pass rounds a weight block by block while it loads
+the block, so there is no rounded copy of the weight. x, in its own dtype, and h are saved; the backward pass computes
+act(h) again.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FLOATS = (torch.float32, torch.bfloat16)
 
 
 def dtype_of(x: Tensor) -> torch.dtype:
-    """What a product of x is computed in."""
+    """The dtype in which a product of x is computed: autocast's, or x's."""
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
 
 
@@ -39,10 +39,10 @@ def takes(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], activation: str | None = None,
     later: Sequence[Tensor] = (),
 ) -> bool:  # fmt: skip
-    """Whether x goes through these layers here: some gradient is wanted, and the C++ has the dtypes and sizes. Not
-    where a dispatch mode watches single operators: it would not see these.
+    """Whether these layers of x are computed here: a gradient is needed, and the C++ supports the dtypes and sizes.
+    False under a dispatch mode, which has to see single operators.
 
-    later: weights of the same autograd node that follow these layers, of which a gradient may be wanted as well.
+    later: further weights of the same autograd node, which may need a gradient too.
     """
     if not (torch.is_grad_enabled() and cpp.runs_now(x)):
         return False
@@ -52,7 +52,7 @@ def takes(
     dtype, of_weights = dtype_of(x), weights[0].dtype
     if dtype not in cpp.dtypes() or not cpp.multiplies(dtype) or is_batch_invariant():
         return False
-    # outside of autocast torch refuses mixed dtypes, and says so
+    # Mixed dtypes outside of autocast are left to torch, which refuses them with its own message.
     fit = FLOATS if torch.is_autocast_enabled("cpu") else (dtype,)
     return (
         type(x) in PLAIN
@@ -77,7 +77,7 @@ def _fits(weight: Tensor, inner: int, dtype: torch.dtype) -> bool:
 def takes_feed_forward(
     x: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None, activation: str
 ) -> bool:
-    """The same of two layers."""
+    """Whether `feed_forward` supports these: `takes` for up, and the same conditions for down."""
     second = [t for t in (down, down_bias) if t is not None]
     return (
         takes(x, (up,), (up_bias,), activation)
@@ -102,9 +102,9 @@ def _ran(failed: int | None, inner: int) -> None:
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, h: Tensor | None = None, activation: str | None = None
 ) -> None:
-    """Fills y [M, N], whose rows may lie apart, with activation(x weight^T + bias), and h [M, N] with its argument.
+    """Fills h [M, N] with x weight^T + bias, and y [M, N], whose rows may have any stride, with activation(h).
 
-    x [M, K] and y are of the dtype of the product, weight [N, K] and bias [N] or None of that or float32.
+    x [M, K], y and h have the product's dtype; weight [N, K] and bias [N] or None have that or float32.
     """
     (rows, inner), columns, dtype, of_weight = x.shape, len(weight), x.dtype, weight.dtype
     _expect_sizes("linear_forward", columns, inner, dtype)
@@ -122,8 +122,9 @@ def input_gradient(
     dy: Tensor, weights: Sequence[Tensor], dx: Tensor, h: Tensor | None = None, a: Tensor | None = None,
     activation: str | None = None,
 ) -> None:  # fmt: skip
-    """Fills dx [M, K] with the sum of what each of `weights` [N, K] gives of its columns of dy [M, sum of N]; with h
-    [M, K] that times activation'(h), and a [M, K] with activation(h). weights and dx: of dy's dtype or float32."""
+    """Fills dx [M, K] with dy weight, summed over `weights` [N, K], where each weight has its columns of
+    dy [M, sum of N]. With h [M, K], multiplies dx by activation'(h) and fills a [M, K] with activation(h). weights and
+    dx have dy's dtype or float32."""
     rows, count, (columns, inner), dtype = len(dy), len(weights), weights[0].shape, dy.dtype
     of_weights, size = weights[0].dtype, rows * inner
     _expect_sizes("linear_input_gradient", columns, inner, dtype)
@@ -140,9 +141,11 @@ def input_gradient(
 def weight_gradients(
     dy: Tensor, x: Tensor, want_weights: Sequence[bool], want_biases: Sequence[bool]
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """For each of several weights that x was multiplied with: part^T x [N, K] and the sums of part [N], in float32, of
-    its columns of dy [M, sum of N], whose rows may lie apart; None where it is not wanted. x [M, K]: of dy's dtype, or
-    float32, which is rounded to that."""
+    """The float32 gradients of the weights [N, K] and biases [N] that x was multiplied with: part^T x and the column
+    sums of part, where part [M, N] are a weight's columns of dy [M, sum of N]. None for one that is not wanted.
+
+    x [M, K] has dy's dtype, or is float32 and rounded to it. dy's rows may have any stride.
+    """
     count, (rows, width), inner, dtype = len(want_weights), dy.shape, x.shape[1], dy.dtype
     columns = width // count
     _expect_sizes("linear_weight_gradient", columns, inner, dtype)
@@ -167,24 +170,26 @@ def weight_gradients(
 
 
 def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
-    """The products of x [..., K] with each weight [N, K] side by side, [..., sum of N], where `takes` says yes."""
+    """The products of x [..., K] with each weight [N, K], concatenated to [..., sum of N]. The caller has checked
+    `takes`."""
     return _Linears.apply(dtype_of(x), x, *weights, *biases)
 
 
 def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """activation(x weight^T + bias) [..., N], where `takes` says yes."""
+    """activation(x weight^T + bias) [..., N]. The caller has checked `takes`."""
     return _LinearAct.apply(dtype_of(x), activation, x, weight, bias)
 
 
 def feed_forward(
     x: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None, activation: str
 ) -> Tensor:
-    """activation(x up^T + up_bias) down^T + down_bias, where `takes` says yes to both: up [F, C], down [C, F]."""
+    """activation(x up^T + up_bias) down^T + down_bias; up [F, C], down [C, F]. The caller has checked
+    `takes_feed_forward`."""
     return _FeedForward.apply(dtype_of(x), activation, x, up, up_bias, down, down_bias)
 
 
 def _rows_of(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """[M, K], contiguous and in the product's dtype."""
+    """x as [M, K], contiguous and in the product's dtype."""
     return x.reshape(-1, x.shape[-1]).to(dtype).contiguous()
 
 
@@ -193,7 +198,7 @@ def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def _input_gradient(dy: Tensor, weights: Sequence[Tensor], x: Tensor) -> Tensor:
-    """Of x, in its shape and dtype."""
+    """The gradient of x, in its shape and dtype."""
     dx = torch.empty(x.shape, dtype=x.dtype, device="cpu")
     input_gradient(dy, weights, dx.view(-1, x.shape[-1]))
     return dx
@@ -202,7 +207,7 @@ def _input_gradient(dy: Tensor, weights: Sequence[Tensor], x: Tensor) -> Tensor:
 def _weight_gradients(
     dy: Tensor, x: Tensor, dtype: torch.dtype, want_weights: Sequence[bool], want_biases: Sequence[bool]
 ) -> list[Tensor | None]:
-    """Of the weights, and then of the biases, in `dtype`, which is theirs. x [..., K] as it came."""
+    """The gradients of the weights, then of the biases, in their `dtype`. x: [..., K], not yet cast."""
     if any(want_weights):
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         dweights, dbiases = weight_gradients(dy, rows, want_weights, want_biases)
