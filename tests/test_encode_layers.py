@@ -289,7 +289,7 @@ def test_an_empty_file_has_no_rows(bert, tmp_path):
         (("--layers", "9,10"), 1, "layers must be -4 to 3 for a model of 3 layers, got 9"),
         (("--special-tokens",), 2, "--special-tokens goes with --tokens"),
         (("--tokens", "--words", "first"), 2, "not allowed with argument --tokens"),
-        (("--tokens", "-o", "out.npy"), 2, "a .npy file has no place for where texts end: .jsonl or .safetensors"),
+        (("--tokens", "-o", "out.npy"), 2, "a .npy file cannot tell where a text ends: use .jsonl or .safetensors"),
         (("--tokens", "--workers", "2"), 2, "--tokens and --words are for a single process"),
         (("--words", "first", "--normalize"), 2, "--normalize is for vectors of texts, not of tokens or words"),
         (("--tokens", "--pooling", "cls"), 2, "--pooling is for vectors of texts"),

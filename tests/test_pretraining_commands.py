@@ -105,12 +105,12 @@ def test_electra_by_the_clock_with_a_table_at_the_end(files, capsys):
 @pytest.mark.parametrize(
     ("others", "code", "message"),
     [
-        (["--init", "x"], 2, "--init brings its own sizes and tokenizer"),
-        (["--tokenizer", "x"], 2, "--vocab-size is for a vocabulary that is made, and this one is given"),
+        (["--init", "x"], 2, "the model of --init has its own sizes and tokenizer"),
+        (["--tokenizer", "x"], 2, "--vocab-size is for a new vocabulary, and this one is given"),
         (["--fsdp"], 2, "--fsdp needs several processes"),
         (["--segmenter", "jieba", "--no-whole-words"], 2, "--segmenter is for whole words"),
         (["--max-length", "7"], 2, "has no room for text"),
-        (["--mask-share", "0"], 2, "--mask-share 0 leaves nothing to be guessed"),
+        (["--mask-share", "0"], 2, "--mask-share 0 masks nothing"),
         (["--mask-share", "1.5"], 2, "expected a number from 0 to 1"),
         (["--config", "huge"], 1, "--config huge: neither one of tiny, mini, small"),
         (["--eval", "none.txt"], 1, "none.txt does not exist"),
@@ -125,7 +125,7 @@ def test_arguments_that_make_no_run(files, capsys, others, code, message):
 
 def test_how_long_must_be_said(files, capsys):
     assert run("pretrain", files / "text.txt", "--out", files / "out") == 2
-    assert "say how long to train: --steps N, or --time-budget SECONDS" in capsys.readouterr().err
+    assert "give the length of training: --steps N, or --time-budget SECONDS" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -385,12 +385,12 @@ WRONG = {
     "unknown_label": (["--heads", "0.5", "--data", "LABELS"], "never"),
     "nothing": ([], "nothing to prune"),
     "training_without_zeros": (["--layers", "0", "--train", "DATA"], "--train sets weights to zero step by step"),
-    "rate_without_training": (["--layers", "0", "--lr", "1"], "--lr is of training, and needs --train"),
-    "resume_without_training": (["--layers", "0", "--resume"], "--resume is of training, and needs --train"),
+    "rate_without_training": (["--layers", "0", "--lr", "1"], "--lr is an option of training, and needs --train"),
+    "resume_without_training": (["--layers", "0", "--resume"], "--resume is an option of training, and needs --train"),
     "share": (["--magnitude", "1"], "a share between 0 and 1, got '1'"),
     "heads_without_a_layer": (["--heads", "1,3"], r"a share between 0 and 1, got '1,3'; heads by name are LAYER:HEAD"),
     "scope_of_nothing": (["--layers", "0", "--scope", "global"], "--scope says where --magnitude looks"),
-    "data_for_nothing": (["--layers", "0", "--data", "DATA"], "--data is what shares of heads and columns"),
+    "data_for_nothing": (["--layers", "0", "--data", "DATA"], "--data is for shares of heads and columns"),
 }
 
 

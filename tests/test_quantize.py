@@ -452,13 +452,13 @@ def test_a_model_in_8_bits_is_not_trained_cut_or_quantised_again(in_8, data, tmp
 
 
 WRONG = {
-    "one_text": (["--data", "ONE"], "has 1 texts: calibration takes 16 at least"),
-    "two_texts_to_train_on": (["--train", "TWO"], "calibration takes 16 at least"),
+    "one_text": (["--data", "ONE"], "has 1 texts: calibration needs at least 16"),
+    "two_texts_to_train_on": (["--train", "TWO"], "calibration needs at least 16"),
     "another_task": (["--data", "OTHER"], "column"),
     "neither": ([], "give either --data FILE"),
     "both": (["--data", "DATA", "--train", "DATA"], "give either --data FILE"),
-    "rate": (["--data", "DATA", "--lr", "1e-5"], "--lr is of training"),
-    "few_texts": (["--data", "DATA", "--texts", "8"], "--texts 8: calibration takes 16 at least"),
+    "rate": (["--data", "DATA", "--lr", "1e-5"], "--lr is an option of training"),
+    "few_texts": (["--data", "DATA", "--texts", "8"], "--texts 8: calibration needs at least 16"),
     "percentile": (["--data", "DATA", "--percentile", "5"], "a percentile from 50 to 100"),
     "nothing": (["--data", "nowhere.tsv"], "nowhere.tsv"),
 }

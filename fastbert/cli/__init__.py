@@ -1,1 +1,1 @@
-"""The `fastbert` command: a file a command, found by main.py."""
+"""The `fastbert` command: one file for each command, found by main.py."""

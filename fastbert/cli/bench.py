@@ -1,4 +1,4 @@
-"""`fastbert bench`: the door to the benchmarks, which live in a checkout and are not part of the installed package."""
+"""`fastbert bench`: starts the benchmarks, which are in a checkout and not in the installed package."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _checkout() -> Path | None:
 
 
 def run(args: argparse.Namespace) -> NoReturn:
-    """Becomes `python -m benchmarks` with the same arguments, in place of this process."""
+    """Replaces this process by `python -m benchmarks` with the same arguments."""
     root = _checkout()
     if root is None:
         raise RuntimeError(WHERE)

@@ -1,4 +1,4 @@
-"""`fastbert compress-report`: scores, sizes and speed of models beside the first of them."""
+"""`fastbert compress-report`: compares the scores, sizes and speed of models with those of the first one."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from pathlib import Path
 from .options import IMPLS, UsageError, positive, seed_number
 
 ORDER = 16
-SUMMARY = "compare smaller models with the one they came from: score, size, speed"
+SUMMARY = "compare smaller models with the one they were made from: score, size, speed"
 
 DESCRIPTION = """\
-Measure models of one task side by side: the score on FILE with its definition, bytes of the weights on disk and in
-memory, tokens per second in batches, and the time for a single text. The first model is what the others are held
-against, in one run: in each round every model runs once, and a ratio is the median over the rounds.
+Compare models of one task: the score on the examples of --data and its definition, the size of the weights on disk and
+in memory, tokens per second in batches, and the time for a single text. All models are compared with the first one, in
+one run: in each round every model runs once, and a ratio is the median over the rounds.
 
-Folders are those of 'fastbert finetune', 'distill', 'prune' and 'quantize'. A folder in 8 bits runs as it is stored;
-the others run with products in --dtype, or once in each where several are named."""
+DIR is a folder written by 'fastbert finetune', 'distill', 'prune' or 'quantize'. A model in 8 bits runs as it is
+stored. Any other model runs with matrix products in --dtype, or several times if --dtype names several."""
 
 EXAMPLES = """\
 examples:
@@ -30,23 +30,23 @@ DTYPES = ("auto", "float32", "bfloat16")
 def add_arguments(p: argparse.ArgumentParser) -> None:
     p.description, p.epilog = DESCRIPTION, EXAMPLES
     p.formatter_class = argparse.RawDescriptionHelpFormatter
-    p.add_argument("models", metavar="DIR", nargs="+", help="models of one task, the one to compare with first")
+    p.add_argument("models", metavar="DIR", nargs="+", help="models of one task; the first is what others compare with")
     p.add_argument("--data", required=True, metavar="FILE", help="examples with labels")
     p.add_argument(
         "--dtype", metavar="NAME,...", type=_dtypes, default=("float32",),
-        help="of products of models that are not in 8 bits: float32 (default), bfloat16, auto",
+        help="dtypes of matrix products, for models that are not in 8 bits: float32 (default), bfloat16, auto",
     )  # fmt: skip
-    p.add_argument("--rounds", metavar="N", type=positive, default=5, help="of the timing (default: 5)")
-    p.add_argument("--texts", metavar="N", type=positive, default=256, help="examples that are timed (default: 256)")
+    p.add_argument("--rounds", metavar="N", type=positive, default=5, help="rounds of timing (default: 5)")
+    p.add_argument("--texts", metavar="N", type=positive, default=256, help="how many examples to time (default: 256)")
     p.add_argument(
         "--batch-tokens", metavar="N", type=positive, default=2048, help="tokens computed at once (default: 2,048)"
     )
-    p.add_argument("--seed", metavar="N", type=seed_number, default=0, help="of the examples that are timed")
-    p.add_argument("--threads", metavar="N", type=positive, help="of the CPU (default: torch's)")
+    p.add_argument("--seed", metavar="N", type=seed_number, default=0, help="which examples to time (default: 0)")
+    p.add_argument("--threads", metavar="N", type=positive, help="threads of the CPU (default: torch's choice)")
     p.add_argument("--json", metavar="OUT", type=Path, help="also write the report as JSON")
-    p.add_argument("--picture", metavar="OUT", type=Path, help="also draw score over speed, as SVG")
-    p.add_argument("--impl", choices=IMPLS, help="who computes the operators (default: the fastest)")
-    p.add_argument("-q", "--quiet", action="store_true", help="say nothing on standard error on the way")
+    p.add_argument("--picture", metavar="OUT", type=Path, help="also write a plot of score over speed as SVG")
+    p.add_argument("--impl", choices=IMPLS, help="implementation of the operators (default: the fastest)")
+    p.add_argument("-q", "--quiet", action="store_true", help="no progress on standard error")
 
 
 def _dtypes(text: str) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""`fastbert convert`: a BERT in whatever format people have it, as a folder that transformers and fastbert read."""
+"""`fastbert convert`: writes a BERT of another format as a folder that transformers and fastbert read."""
 
 from __future__ import annotations
 
@@ -13,43 +13,43 @@ DESCRIPTION = """\
 Turn a BERT of another format into a folder that transformers and fastbert read, without the framework that made it.
 
 SOURCE is a folder, the prefix of a TensorFlow checkpoint (bert_model.ckpt), a file (.gguf, .pdparams), a .zip or
-.tar.gz as you downloaded it, or a hub id. Every variable of it is used, or skipped for a reason that is printed;
-one that is not known, or does not fit the config, is an error. FOLDER appears whole or not at all."""
+.tar.gz as you downloaded it, or a hub id. Every variable is either converted, or skipped for a reason that is printed.
+A variable that is not known, or does not fit the config, is an error; then FOLDER is not written."""
 
 EXAMPLES = """\
 examples:
   fastbert convert uncased_L-12_H-768_A-12.zip -o bert-base        Google's BERT as it is downloaded
   fastbert convert my_run/model.ckpt-30000 -o fine-tuned --no-lower-case
-  fastbert convert --list model.gguf                               what is inside, nothing is written
+  fastbert convert --list model.gguf                               print the contents, write nothing
   fastbert convert bert-base-uncased.tar.gz -o bert-base           pytorch-pretrained-bert
-  fastbert convert bert-base -o for-tensorflow --to tensorflow     the way back"""
+  fastbert convert bert-base -o for-tensorflow --to tensorflow     from safetensors to TensorFlow"""
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
     p.description, p.epilog = DESCRIPTION, EXAMPLES
     p.formatter_class = argparse.RawDescriptionHelpFormatter
     p.add_argument("source", metavar="SOURCE", help="a folder, a checkpoint's prefix, a file, an archive, or a hub id")
-    p.add_argument("-o", "--output", metavar="FOLDER", help="must not exist yet, or be empty")
+    p.add_argument("-o", "--output", metavar="FOLDER", help="where to write; must not exist yet, or be empty")
     p.add_argument("--list", action="store_true", help="print every variable and what becomes of it, write nothing")
     p.add_argument(
         "--to",
         choices=("safetensors", "tensorflow"),
         default="safetensors",
-        help="safetensors: as transformers reads it (default); tensorflow: bert_model.ckpt, as Google's code reads it",
+        help="safetensors: for transformers (default); tensorflow: bert_model.ckpt, for Google's code",
     )
     p.add_argument(
         "--activation",
         choices=("gelu", "gelu_new"),
-        help='what the source computes where its config says "gelu": by erf or, gelu_new, by tanh (default: what its '
-        "framework does: tanh in Google's TensorFlow code since February 2019, the Model Garden, keras-hub and GGUF, "
-        "erf in PyTorch, Paddle and ELECTRA)",
+        help="how the model computes GELU where its config says gelu: gelu is by erf, gelu_new by tanh (default: as "
+        "the framework of SOURCE does: by tanh in Google's TensorFlow code since February 2019, the Model Garden, "
+        "keras-hub and GGUF, by erf in PyTorch, Paddle and ELECTRA)",
     )
     p.add_argument(
         "--lower-case",
         action=argparse.BooleanOptionalAction,
-        help="whether the tokenizer lower-cases, where neither the source nor its name says so",
+        help="whether the tokenizer lower-cases; needed if neither SOURCE nor its name tells",
     )
-    p.add_argument("--verify", action="store_true", help="also hold the weights against the source's checksums")
+    p.add_argument("--verify", action="store_true", help="also compare the weights with SOURCE's checksums")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""`fastbert distill`: a smaller model that learns from a larger one, and the report of what came of it."""
+"""`fastbert distill`: trains a smaller model to imitate a larger one, and reports its scores."""
 
 from __future__ import annotations
 
@@ -21,35 +21,35 @@ from .options import (
 from .progress import TrainingBar
 
 ORDER = 13
-SUMMARY = "train a smaller BERT, the student, to answer as a larger one does, its teacher"
+SUMMARY = "train a smaller BERT, the student, to imitate a larger one, the teacher"
 
 DESCRIPTION = """\
-Train a small BERT, the student, to answer as a larger one, the teacher.
+Train a small BERT, the student, to give the same answers as a larger one, the teacher.
 
-The teacher is a model of 'fastbert finetune', or any BERT with a head for --task; or with --mlm one that guesses masked
-words. DATA needs no labels: what the teacher says about each text is what is learnt. The student is
+The teacher is a model of 'fastbert finetune', or any BERT with a head for --task, or with --mlm a BERT with a head for
+masked words. DATA needs no labels, because the student learns the teacher's answers. The student is one of
 
-  N              the teacher's sizes with N layers, which begin as layers of the teacher
-  FILE.json      a config.json; or tiny, mini, small, medium, base, large: with sizes of its own
-  DIR or ID      a model that exists, with the teacher's vocabulary
+  N              a model with the teacher's sizes and N layers; it begins with the weights of N of the teacher's layers
+  FILE.json      a new model with the sizes of this config.json; or tiny, mini, small, medium, base, large
+  DIR or ID      an existing model, with the teacher's vocabulary
 
---losses says what is learnt: NAME=WEIGHT,... (a name alone has weight 1) of
+--losses names the losses to minimise and their weights: NAME=WEIGHT,... (a name alone has weight 1)
 
-  logits         the teacher's answers: the divergence of both answers, softened by --temperature T, times T^2
-  labels         the labels of DATA, or the masked words themselves; these two alone train the classifier
-  hidden         each token's hidden states, mean squared difference         of the pairs of --layers
-  cosine         the same, by the cosine of the two                          of the pairs of --layers
-  first          each text's first token, scaled to length 1 (PKD)           of the pairs of --layers
-  embeddings     the embeddings of each token, mean squared difference
-  attention      attention's scores before the softmax (TinyBERT)            of the pairs of --layers
-  minilm         attention's distribution and values' relation (MiniLM)      of the last layers
-  minilm2        relations of queries, of keys and of values (MiniLMv2)      of the last layers; any number of heads
+  logits         KL divergence of the teacher's and student's answers, both divided by --temperature T, times T^2
+  labels         cross-entropy with the labels of DATA, or with the masked words. The classifier learns from these two
+  hidden         hidden states of each token, mean squared difference        compares the pairs of --layers
+  cosine         hidden states of each token, by their cosine                compares the pairs of --layers
+  first          first token of each text, scaled to length 1 (PKD)          compares the pairs of --layers
+  embeddings     embeddings of each token, mean squared difference
+  attention      attention scores before the softmax (TinyBERT)              compares the pairs of --layers
+  minilm         attention probabilities, relations of values (MiniLM)       compares the last layers
+  minilm2        relations of queries, of keys, of values (MiniLMv2)         compares the last layers, with any heads
 
-Layers count from 0. Of a student with another width hidden states go through a linear layer, which is trained and not
-kept. Nothing is computed for padding, and each loss is divided once, by the texts or tokens of the optimiser step.
+Layers count from 0. If the student has another width, its hidden states go through a linear layer, which is trained but
+not saved. Nothing is computed for padding, and each loss is divided by the texts or tokens of the optimiser step.
 
-The folder OUT is as that of 'fastbert finetune' (of 'fastbert pretrain' with --mlm): transformers reads it, 'fastbert
-predict', 'encode' and 'serve' run it. Ctrl-C finishes the step, saves, and --resume goes on from there."""
+OUT is a folder like that of 'fastbert finetune' (with --mlm, of 'fastbert pretrain'): transformers reads it, and
+'fastbert predict', 'encode' and 'serve' run it. Ctrl-C finishes the step and saves; --resume continues from there."""
 
 EXAMPLES = """\
 examples:
@@ -62,7 +62,7 @@ examples:
   fastbert distill --teacher bert-base-uncased --student small --mlm --data text/ --steps 20000 --out minilm \\
       --losses minilm2 --relation-heads 48
 
-A student that learns hidden states first, and answers then (as TinyBERT):
+A student that learns hidden states first and answers afterwards, as TinyBERT does:
   fastbert distill --teacher T --student 3 --task pair --data F --losses hidden,attention,embeddings --out first
   fastbert distill --teacher T --student first --task pair --data F --losses logits --out second"""
 
@@ -73,17 +73,17 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--teacher", required=True, metavar="DIR", help="the model to learn from")
     p.add_argument("--student", required=True, metavar="N|CONFIG|MODEL", help="the model that learns; see above")
     kind = p.add_mutually_exclusive_group(required=True)
-    kind.add_argument("--task", choices=("sentence", "pair", "token", "qa"), help="what the teacher does")
-    kind.add_argument("--mlm", action="store_true", help="masked words, of plain text")
+    kind.add_argument("--task", choices=("sentence", "pair", "token", "qa"), help="the teacher's task")
+    kind.add_argument("--mlm", action="store_true", help="train on masked words of plain text, without a task")
     p.add_argument(
         "--data", required=True, nargs="+", metavar="DATA",
-        help="what to learn from: a file as for 'fastbert finetune', with or without labels; with --mlm files or "
-        "folders of text as for 'fastbert pretrain'",
+        help="training texts: a file as for 'fastbert finetune', with or without labels; with --mlm files or folders "
+        "of text as for 'fastbert pretrain'",
     )  # fmt: skip
     p.add_argument(
-        "--eval", nargs="+", metavar="FILE", default=[], help="labelled examples, or with --mlm text, to measure on"
+        "--eval", nargs="+", metavar="FILE", default=[], help="labelled examples, or with --mlm text, for evaluation"
     )
-    p.add_argument("--out", required=True, metavar="DIR", type=Path, help="a folder for all that comes of it")
+    p.add_argument("--out", required=True, metavar="DIR", type=Path, help="folder for the model and the reports")
 
     method = p.add_argument_group("what is learnt")
     method.add_argument(
@@ -95,31 +95,35 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     )
     method.add_argument(
         "--temperature", metavar="T", type=at_least_0, default=2.0,
-        help="of logits: 1 is the teacher's answer as it is, more shows how it ranks the other answers (default: 2)",
+        help="for the loss logits: 1 uses the teacher's probabilities unchanged; a higher temperature gives more "
+        "weight to its less probable answers (default: 2)",
     )  # fmt: skip
     method.add_argument(
         "--layers", metavar="skip|last|first|N,...|S:T,...", default="skip",
-        help="which of the teacher's layers each of the student's is compared with: evenly spread with the last one "
-        "(skip, the default), the last ones, the first ones, a number for each, or STUDENT:TEACHER for some",
+        help="which of the teacher's layers each of the student's is compared with: evenly spread and ending with the "
+        "last one (skip, the default), the last ones, the first ones, a number for each, or STUDENT:TEACHER for some",
     )  # fmt: skip
     method.add_argument(
         "--relation-layer", metavar="N", type=whole_number,
-        help="of minilm and minilm2, the teacher's layer (default: the last)",
+        help="for minilm and minilm2: the teacher's layer (default: the last)",
     )  # fmt: skip
     method.add_argument(
         "--relation-heads", metavar="N", type=positive,
-        help="of minilm2, into how many heads both are cut (default: as many as the teacher has)",
+        help="for minilm2: the number of heads into which both models are divided (default: the teacher's)",
     )  # fmt: skip
     method.add_argument(
         "--init", metavar="skip|last|first|N,...|bottleneck|new",
-        help="what a student that is made begins with: layers of the teacher, as by --layers; the teacher's weights "
-        "brought to another width (bottleneck); or random weights (new) (default: skip of the same width, else "
-        "bottleneck)",
+        help="initial weights of a new student: layers of the teacher, chosen as with --layers (skip, last, first); "
+        "the teacher's weights projected to another width (bottleneck); or random weights (new) (default: skip if the "
+        "width is the same, else bottleneck)",
     )  # fmt: skip
 
-    task = p.add_argument_group("a task (default: as the teacher was fine-tuned)")
+    task = p.add_argument_group("options of --task (default: those with which the teacher was fine-tuned)")
     task.add_argument(
-        "--columns", metavar="NAME,...", type=names_between_commas, help="of a table, its text or texts and its label"
+        "--columns",
+        metavar="NAME,...",
+        type=names_between_commas,
+        help="columns of a table: its text or texts, and its label",
     )
     task.add_argument("--metric", help="the score that decides which model is best; see 'fastbert finetune --help'")
     task.add_argument(
@@ -129,12 +133,12 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
     words = p.add_argument_group("masked words")
     words.add_argument("--steps", metavar="N", type=positive, help="optimiser steps; needed with --mlm")
-    words.add_argument("--mask-share", metavar="X", type=share_of_1, help="of the tokens, that are guessed (0.15)")
+    words.add_argument("--mask-share", metavar="X", type=share_of_1, help="share of the tokens that are masked (0.15)")
     words.add_argument("--evaluate-every", metavar="N", type=positive, help="steps between evaluations (1,000)")
 
     add_training_arguments(
         p.add_argument_group(
-            "training", "With --mlm --lr is by default as of 'fastbert pretrain', and --epochs is not."
+            "training", "With --mlm, --lr has the default of 'fastbert pretrain', and there is no --epochs."
         )
     )
     p.set_defaults(lr=None, epochs=None)
@@ -142,7 +146,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 
 def losses_by_name(text: str) -> dict[str, float]:
-    # distilled.LOSSES, spelled here so that --help needs no torch
+    # The names of distilled.LOSSES, repeated here so that --help does not import torch.
     known = ("labels", "logits", "hidden", "cosine", "first", "embeddings", "attention", "minilm", "minilm2")
     found: dict[str, float] = {}
     for part in text.split(","):
@@ -179,7 +183,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _expect_one_kind(args: argparse.Namespace) -> None:
-    """Raises: UsageError on options of the other kind."""
+    """Raises UsageError for options of --task with --mlm, and the other way round."""
     of_words, of_tasks = ("steps", "mask_share", "evaluate_every"), ("columns", "metric", "stride", "epochs", "average")
     given = [name for name in (of_tasks if args.mlm else of_words) if getattr(args, name)]
     defaults = {"patience": 0, "evaluations": 1, "layer_decay": 1.0}
@@ -188,18 +192,18 @@ def _expect_one_kind(args: argparse.Namespace) -> None:
         name = [*given, *changed][0].replace("_", "-")
         raise UsageError(f"--{name} is for {'--task' if args.mlm else '--mlm'}")
     if args.mlm and not args.steps:
-        raise UsageError("--mlm needs --steps: how long to train")
+        raise UsageError("--mlm needs --steps, the number of optimiser steps")
     if not args.mlm and (len(args.data) > 1 or len(args.eval) > 1):
-        raise UsageError("--task reads one file: put the examples together")
+        raise UsageError("--task reads one file: put all examples into it")
     for name in ("patience", "evaluations"):
         if name in changed and not args.eval:
-            raise UsageError(f"--{name} is about measuring, and needs --eval")
+            raise UsageError(f"--{name} is an option of evaluation, and needs --eval")
     if args.columns and args.task in ("token", "qa"):
         raise UsageError(f"--columns is for tables, and --task {args.task} reads none")
 
 
 def _expect_losses(args: argparse.Namespace) -> None:
-    """Raises: UsageError on options of losses that are not computed."""
+    """Raises UsageError for an option of a loss that --losses does not name."""
     defaults = {"temperature": 2.0, "layers": "skip", "relation_layer": None, "relation_heads": None}
     of = {
         "temperature": ("logits",), "layers": ("hidden", "cosine", "first", "attention"),
@@ -207,7 +211,7 @@ def _expect_losses(args: argparse.Namespace) -> None:
     }  # fmt: skip
     for name, default in defaults.items():
         if getattr(args, name) != default and not args.losses.keys() & {*of[name]}:
-            raise UsageError(f"--{name.replace('_', '-')} is of the losses {', '.join(of[name])}: --losses has none")
+            raise UsageError(f"--{name.replace('_', '-')} is for the losses {', '.join(of[name])}: --losses has none")
 
 
 def _method(args: argparse.Namespace) -> Any:
@@ -228,7 +232,7 @@ def _task_request(args: argparse.Namespace) -> Any:
     from ..training.finetune import Request
     from ..training.tasks import DEFAULT_METRICS, Spec
 
-    # Of a teacher without a spec of its own.
+    # For a teacher that has no spec of its own.
     spec = Spec(args.task, DEFAULT_METRICS[args.task], max_length=384 if args.task == "qa" else 128)
     own = ("batch_tokens", "layer_decay", "evaluations", "patience", "average", "save_every", "stride")
     given = {name: getattr(args, name) for name in ("epochs", "lr") if getattr(args, name) is not None}
@@ -256,7 +260,7 @@ def _words_request(args: argparse.Namespace) -> Any:
 
 
 def _print(report: dict[str, Any], out: Path) -> None:
-    """The table at the end, on standard output: each score with its definition, beside the teacher's."""
+    """Prints the table at the end: each score with its definition, and the teacher's score."""
     share = report["parameters"] / report["parameters of the teacher"]
     print(
         f"{report['layers']} layers beside the teacher's {report['layers of the teacher']}, {report['parameters']:,} "

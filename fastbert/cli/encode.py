@@ -1,8 +1,8 @@
-"""`fastbert encode`: the lines of a file through an Encoder into another file; with --out-dir, tables into a folder.
+"""`fastbert encode`: encodes the lines of a file into another file; with --out-dir, tables into a folder.
 
-Lines go by one process, by several that it starts (workers.py), or by several that torchrun started (ranks.py). Either
-way lines are read in chunks, vectors are written in the order of the lines as they come, and OUT is whole or not there.
-Tables are the business of `fastbert.corpus`.
+Lines are encoded by one process, by several that it starts (workers.py), or by several that torchrun started
+(ranks.py). Lines are always read in chunks, vectors are written in the order of the lines as soon as they are computed,
+and OUT either appears complete or not at all. `fastbert.corpus` encodes tables.
 """
 
 from __future__ import annotations
@@ -37,30 +37,31 @@ if TYPE_CHECKING:
 
 ORDER = 1
 SUMMARY = "turn texts into vectors"
-# Lines and bytes of them whose tokens' vectors are held at once: a token of four layers of BERT-base takes 12 KB.
+# Limits for lines whose tokens' vectors are in memory at once: with four layers of BERT-base a token takes 12 KB.
 PART_LINES, PART_BYTES = 256, 64_000
 SUFFIXES = (".npy", ".safetensors", ".jsonl")
 
 DESCRIPTION = """\
-Turn texts into vectors, one vector a line of FILE, in the order of the lines.
+Turn texts into vectors: one vector for each line of FILE, in the order of the lines.
 
-Memory stays constant however long FILE is, and OUT appears whole or not at all. Texts longer than the model's limit
-are cut to it. An empty line is an empty text and gets a vector too; an empty FILE gives an OUT with no rows.
-A byte order mark and Windows line ends are dropped.
+Memory use does not grow with FILE, and OUT appears complete or not at all. Texts longer than the model's limit are cut
+to it. An empty line is an empty text and also gets a vector; an empty FILE gives an OUT without rows. A byte order mark
+and Windows line ends are removed.
 
---tokens gives the vectors of every token in place of the text's, --words those of every word, as BERT has them: not
-pooled, not scaled. In .jsonl an object has a list "tokens" of {"token", "start", "end", "embedding"}, or "words" of
-{"word", ...}; start and end are characters of the text. In .safetensors "embeddings" [tokens of all lines, width] and
-"offsets" [tokens, 2] lie end to end, and line i has the rows "cu_seqlens"[i] to "cu_seqlens"[i + 1]. What is cut off a
-long text has no vectors, nor has a word of which a part is. Words are the tokenizer's: BERT's ends them at white space
-and punctuation.
+Instead of one vector for a text, --tokens gives one for every token, --words one for every word: BERT's output, neither
+pooled nor normalised. In .jsonl an object has a list "tokens" of {"token", "start", "end", "embedding"}, or "words" of
+{"word", ...}; start and end count characters of the text. In .safetensors all lines are concatenated in "embeddings"
+[tokens of all lines, width] and "offsets" [tokens, 2]; line i has the rows "cu_seqlens"[i] to "cu_seqlens"[i + 1].
+The part that is cut off a long text has no vectors, nor has a word that is cut in two. Words are the tokenizer's:
+BERT's tokenizer ends them at white space and punctuation.
 
-On several GPUs or machines start it with torchrun: each process takes its GPU and its share of the lines, FILE must be
-readable for all of them, and one OUT results. On CPUs set OMP_NUM_THREADS, or torchrun gives each one thread."""
+To use several GPUs or machines, start the command with torchrun: each process uses its own GPU and encodes its share of
+the lines. FILE must be readable for all processes, and one OUT is written. On CPUs also set OMP_NUM_THREADS, because
+torchrun by default gives each process one thread."""
 
 EXAMPLES = """\
 examples:
-  fastbert encode notes.txt -o notes.npy                     a vector a line, numpy.load reads it
+  fastbert encode notes.txt -o notes.npy                     a row for each line; numpy.load reads it
   fastbert encode reviews.jsonl --field body -o out.jsonl    each object with its "embedding" added
   sort -u words.txt | fastbert encode - | head -n 3          standard input to standard output
   fastbert encode notes.txt -o notes.npy --model BAAI/bge-small-en-v1.5 --dtype bfloat16
@@ -76,15 +77,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "files",
         metavar="FILE",
         nargs="+",
-        help="texts, UTF-8, one a line; or a .jsonl file; or - for standard input; with --out-dir any number of tables",
+        help="texts in UTF-8, one in each line; or a .jsonl file; or - for standard input; with --out-dir, tables",
     )
     parser.add_argument(
         "-o",
         "--output",
         metavar="OUT",
         type=_output_path,
-        help="OUT.npy and OUT.safetensors hold a float32 matrix, a row a line; OUT.jsonl an object a line: that of "
-        'the input, or {"text": ...}, with "embedding" added (default: such objects to standard output)',
+        help="OUT.npy and OUT.safetensors: a float32 matrix with a row for each line; OUT.jsonl: an object in each "
+        "line, "
+        'that of the input or {"text": ...}, with "embedding" added (default: such objects to standard output)',
     )
     parser.add_argument(
         "--field",
@@ -94,32 +96,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "texts in tables (default: text)",
     )
     parts = parser.add_mutually_exclusive_group()
-    parts.add_argument("--tokens", action="store_true", help="vectors of every token; .jsonl or .safetensors")
+    parts.add_argument("--tokens", action="store_true", help="a vector for every token; .jsonl or .safetensors")
     parts.add_argument(
-        "--words", choices=WORD_VECTORS, help="vectors of every word: of its first token, or the mean of its tokens"
+        "--words",
+        choices=WORD_VECTORS,
+        help="a vector for every word: that of its first token, or the mean of its tokens",
     )
-    parser.add_argument("--special-tokens", action="store_true", help="with --tokens: of [CLS] and [SEP] too")
+    parser.add_argument("--special-tokens", action="store_true", help="with --tokens: also for [CLS] and [SEP]")
     add_model_arguments(parser)
     parser.add_argument(
         "--max-tokens-per-batch",
         metavar="N",
         type=positive,
-        help="how many tokens go through the model at once; more takes more memory (default: by device)",
+        help="how many tokens the model computes at once; more need more memory (default: by device)",
     )
     parser.add_argument(
         "--workers",
         metavar="N",
         type=positive,
         default=1,
-        help="share the lines among N processes, each with its part of the threads, and its NUMA node or GPU where "
-        "there are several; worth it on such machines, and with dozens of cores (default: 1)",
+        help="divide the lines among N processes, each with its part of the threads, and with a NUMA node or GPU of "
+        "its own; useful with several nodes or GPUs, or dozens of cores (default: 1)",
     )
     parser.add_argument(
         "--max-line-bytes",
         metavar="N",
         type=positive,
         default=10_000_000,
-        help="refuse lines longer than N bytes, since a line is held in memory whole (default: 10,000,000)",
+        help="refuse lines longer than N bytes, because a whole line is held in memory (default: 10,000,000)",
     )
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar, no summary")
     add_table_arguments(parser)
@@ -133,7 +137,7 @@ def _output_path(text: str) -> Path:
 
 
 def run(args: argparse.Namespace) -> int:
-    """The command; its exit code."""
+    """Runs the command. Returns its exit code."""
     if args.combine and not args.layers:
         raise UsageError("--combine is for several layers: name them with --layers")
     if args.layers and args.layer != -1:
@@ -153,7 +157,7 @@ def run(args: argparse.Namespace) -> int:
         return _run_parts(args)
     if among_ranks():
         return _run_among_ranks(args)
-    # Input and output are opened first: who misspelt a folder should not wait for a model to load.
+    # Input and output are opened first, so that a wrong path is reported before the model is loaded.
     with open_input(args.file) as source, open_output(args.output) as sink, _encoder(args) as encoder:
         encode_chunks = partial(encoder.encode_chunks, max_tokens_per_batch=args.max_tokens_per_batch)
         _write(args, encode_chunks, _chunks(args, source, encoder), sink, encoder.dimension, _size(source))
@@ -164,7 +168,7 @@ def run(args: argparse.Namespace) -> int:
 def _run_corpus(args: argparse.Namespace) -> int:
     """Tables into a folder."""
     if args.output or args.tokens or args.words:
-        raise UsageError("--out-dir is for vectors of texts: not with -o, --tokens or --words")
+        raise UsageError("--out-dir is for vectors of texts, not with -o, --tokens or --words")
     ranks = None
     if among_ranks():
         from ..encoding.ranks import Ranks
@@ -179,7 +183,7 @@ def _run_corpus(args: argparse.Namespace) -> int:
 def _run_parts(args: argparse.Namespace) -> int:
     """Vectors of tokens or words."""
     if args.output and args.output.suffix == ".npy":
-        raise UsageError("a .npy file has no place for where texts end: .jsonl or .safetensors")
+        raise UsageError("a .npy file cannot tell where a text ends: use .jsonl or .safetensors")
     if args.workers != 1 or among_ranks():
         raise UsageError("--tokens and --words are for a single process")
     for name in ("pooling", "normalize", "truncate_dim"):
@@ -246,7 +250,7 @@ def _write(
 ) -> None:
     from ..text.files import writer
 
-    waiting = deque()  # chunks of lines that the encoder has taken, and given no vectors for yet
+    waiting = deque()  # chunks of lines that the encoder has received, but not returned vectors for
 
     def texts() -> Iterator[list[str]]:
         for chunk in chunks:
@@ -265,13 +269,13 @@ def _write(
 def _bar(args: argparse.Namespace, size: int | None) -> Any:
     from tqdm import tqdm
 
-    # tqdm's None means: only where standard error is a terminal.
+    # None makes tqdm show the bar only if standard error is a terminal.
     return tqdm(total=size, unit="B", unit_scale=True, desc="encode", disable=args.quiet or None)
 
 
 @contextlib.contextmanager
 def _counting(args: argparse.Namespace, out: Any) -> Iterator[None]:
-    """Says of an interruption how far it came."""
+    """Adds the number of encoded lines to an interruption's message."""
     try:
         yield
     except KeyboardInterrupt:
@@ -292,7 +296,7 @@ def _chunks(args: argparse.Namespace, source: BinaryIO, encoder: Any, **bounds: 
 
     field = args.field or ("text" if args.file.endswith(".jsonl") else None)
     name = "standard input" if args.file == "-" else args.file
-    # The bar moves once a chunk: 1,024 texts keep a CPU busy for seconds, a GPU wants more at once.
+    # The bar moves once for each chunk: a CPU needs seconds for 1,024 texts, a GPU needs larger chunks to be busy.
     lines = 1024 if encoder.device.type == "cpu" else 8192
     return read_chunks(source, name, field, **{"lines": lines, **bounds}, line_bytes=args.max_line_bytes)
 

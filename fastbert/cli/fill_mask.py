@@ -1,4 +1,4 @@
-"""`fastbert fill-mask`: the most probable words for every [MASK] of every line."""
+"""`fastbert fill-mask`: finds the most probable words for every [MASK] of every line."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ if TYPE_CHECKING:
     from ..text.files import Line
 
 ORDER = 5
-SUMMARY = "guess the words under [MASK]"
-LINES = 256  # of FILE at a time
+SUMMARY = "find the most probable words for [MASK]"
+LINES = 256  # lines of FILE that are processed at a time
 
 DESCRIPTION = """\
-The most probable words for every [MASK] of every line of FILE, one JSON object a line, in the order of the lines:
+Find the most probable words for every [MASK]. The output has one JSON object for each line of FILE, in order:
 
   {"text": "Paris is [MASK].", "masks": [[{"token": "beautiful", "id": 3376, "score": 0.12}, ...]]}
 
-"masks" has a list for each [MASK] of the text, in their order, the best word first; a score is a probability among the
-words of the vocabulary. A line without [MASK], or with one past the model's limit, is an error."""
+"masks" has a list for each [MASK] of the text, in order. Each list begins with the most probable word; a score is the
+word's probability among all words of the vocabulary. A line without [MASK], or with one past the model's limit, is an
+error."""
 
 EXAMPLES = """\
 examples:
@@ -36,15 +37,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description, parser.epilog = DESCRIPTION, EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
-        "file", metavar="FILE", help="texts, UTF-8, one a line; or a .jsonl file; or - for standard input"
+        "file", metavar="FILE", help="texts in UTF-8, one in each line; or a .jsonl file; or - for standard input"
     )
     parser.add_argument(
         "--model", metavar="ID_OR_PATH", required=True,
-        help="a folder or a Hugging Face hub id of a BERT with its head for masked words, or what convert reads",
+        help="a folder or hub id of a BERT with its head for masked words, or a checkpoint that convert reads",
     )  # fmt: skip
     parser.add_argument(
         "-o", "--output", metavar="OUT", type=Path,
-        help="a .jsonl file, written whole or not at all (default: standard output)",
+        help="a .jsonl file, which appears complete or not at all (default: standard output)",
     )  # fmt: skip
     parser.add_argument("--top-k", metavar="N", type=positive, default=5, help="words for each mask (default: 5)")
     parser.add_argument(
@@ -57,13 +58,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="precision of the model (default: auto, by device)",
     )  # fmt: skip
     parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda where there is one"
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda if there is a GPU"
     )
-    parser.add_argument("--impl", choices=IMPLS, help="who computes the operators (default: the fastest)")
+    parser.add_argument("--impl", choices=IMPLS, help="implementation of the operators (default: the fastest)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """The command; its exit code."""
+    """Runs the command. Returns its exit code."""
     if args.output and args.file != "-" and same_file(args.file, args.output):
         raise UsageError(f"input and output are the same file: {args.output}")
     with open_input(args.file) as source, open_output(args.output) as sink:
@@ -82,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _records(filler: MaskFiller, chunk: list[Line], top_k: int, name: str, done: int) -> list[dict[str, Any]]:
-    """The lines' objects, each with its masks. done: how many lines came before."""
+    """The objects of these lines with their masks. done: the number of lines before them."""
     from ..encoding.masks import MaskError
     from ..text.files import InputError
 

@@ -1,4 +1,4 @@
-"""`fastbert finetune`: a BERT trained for one task from files, and the report of what came of it."""
+"""`fastbert finetune`: trains a BERT for one task from files, and reports its scores."""
 
 from __future__ import annotations
 
@@ -20,25 +20,26 @@ from .options import (
 from .progress import TrainingBar
 
 ORDER = 3
-SUMMARY = "train a BERT for a task of yours: labels for texts or pairs, entities, answers"
+SUMMARY = "train a BERT for your task: labels for texts or pairs, entities, answers"
 
 DESCRIPTION = """\
-Train a BERT for one of four tasks, from a file of examples, and measure it on another.
+Train a BERT for one of four tasks with a file of examples, and evaluate it with another file.
 
   sentence   a label or a number for a text
   pair       a label or a number for two texts
   token      a tag for each word: entities
   qa         the part of a text that answers a question
 
-Files: tables with a header (.tsv, where a quote is a letter; .csv; .jsonl) for sentence and pair, CoNLL columns (word
-first, tag last, an empty line between sentences) for token, JSON of SQuAD 1.1 or 2.0 for qa. Labels are names.
+Files: for sentence and pair a table with a header (.csv, .jsonl, or .tsv, where quotes have no meaning); for token
+CoNLL columns (word first, tag last, an empty line between sentences); for qa JSON of SQuAD 1.1 or 2.0. Labels are
+names.
 
-The folder OUT then holds the best model, which transformers reads and 'fastbert predict' runs, and
-report.json, where every number says what it measures; metrics.jsonl, a line a step; curve.svg; and checkpoints.
-Ctrl-C finishes the step, saves, and --resume goes on from there, to the same bits on a CPU.
+OUT is a folder for the best model, which transformers reads and 'fastbert predict' runs; report.json, the scores with
+their definitions; metrics.jsonl, a line for each step; curve.svg; and checkpoints. Ctrl-C finishes the step and saves;
+--resume continues from there, on a CPU with the same bits as without the interruption.
 
-Texts are packed without padding. An optimiser step takes --batch-tokens tokens, however many processes compute it and
-in however many parts: the loss is divided once, by the examples (labelled words, questions' windows) of the step."""
+Texts are packed without padding. An optimiser step has --batch-tokens tokens. Its gradient does not depend on how many
+processes or parts compute it: the sum of losses is divided once by the step's examples (labelled words, windows)."""
 
 EXAMPLES = """\
 examples:
@@ -63,34 +64,34 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.description, p.epilog = DESCRIPTION, EXAMPLES
     p.formatter_class = argparse.RawDescriptionHelpFormatter
     p.add_argument("--task", required=True, choices=("sentence", "pair", "token", "qa"))
-    p.add_argument("--train", required=True, metavar="FILE", help="the examples to learn from")
-    p.add_argument("--eval", metavar="FILE", help="examples to measure on after each epoch; the best model is kept")
-    p.add_argument("--out", required=True, metavar="DIR", type=Path, help="a folder for all that comes of it")
-    p.add_argument("--model", metavar="ID_OR_PATH", help="the BERT to begin with (default: all-MiniLM-L6-v2)")
+    p.add_argument("--train", required=True, metavar="FILE", help="training examples")
+    p.add_argument("--eval", metavar="FILE", help="examples for an evaluation after each epoch; the best model is kept")
+    p.add_argument("--out", required=True, metavar="DIR", type=Path, help="folder for the model and the reports")
+    p.add_argument("--model", metavar="ID_OR_PATH", help="the BERT to start from (default: all-MiniLM-L6-v2)")
     p.add_argument(
         "--columns",
         metavar="NAME,...",
         type=names_between_commas,
         default=(),
-        help="of a table, its columns for the text or both texts and the label (default: text or sentence; sentence1 "
-        "and sentence2, text1 and text2, premise and hypothesis, or question and sentence; label)",
+        help="columns of a table: its text, or both texts, and its label (default: text or sentence; for pairs "
+        "sentence1 and sentence2, text1 and text2, premise and hypothesis, or question and sentence; and label)",
     )
     p.add_argument(
         "--labels",
         metavar="NAME,...",
         type=names_between_commas,
         default=(),
-        help="the labels and their order, or the word number where labels are numbers (default: the labels of the "
-        "model's own classifier, else those of the training file, sorted)",
+        help="the labels in order, or the word number if labels are numbers (default: the labels of the model's own "
+        "classifier, else those of the training file, sorted)",
     )
     p.add_argument(
         "--multi-label", action="store_true",
-        help="a text has any number of labels: names with | between them in a table, a list of names in .jsonl",
+        help="a text can have several labels or none: names separated by | in a table, a list of names in .jsonl",
     )  # fmt: skip
     p.add_argument(
         "--class-weights", metavar="none|balanced|NAME=W,...", default="none",
-        help="how much an example or word of each label counts in the loss, which stays a mean: all the same (none, "
-        "the default), each label as much as every other (balanced), or W, and 1 for labels without one",
+        help="the weight of an example or word in the loss, a weighted mean: equal for all (none, the default); by "
+        "label so that all labels have the same total (balanced); or W for the named labels, and 1 for the others",
     )  # fmt: skip
     metrics = "; ".join(f"{task}: {names}" for task, names in TASK_METRICS.items())
     p.add_argument("--metric", help=f"the score that decides which model is best. {metrics}")
@@ -99,9 +100,11 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         "--stride",
         metavar="N",
         type=whole_number,
-        help="tokens that neighbouring windows of a long text share (default: token 32, qa 128, a third at most)",
+        help="tokens that adjacent windows of a long text share (default: token 32, qa 128, at most a third)",
     )
-    p.add_argument("--max-answer", metavar="N", type=positive, default=30, help="tokens of an answer (default: 30)")
+    p.add_argument(
+        "--max-answer", metavar="N", type=positive, default=30, help="most tokens of an answer (default: 30)"
+    )
     add_training_arguments(p)
     p.add_argument(
         "--freeze", metavar="N", type=whole_number, help="do not train the embeddings and the first N layers"
@@ -109,15 +112,15 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--no-bias-correction",
         action="store_true",
-        help="AdamW as in Google's BERT, which does not correct its moments for their start at 0",
+        help="AdamW as in Google's BERT, without bias correction of the moments",
     )
     p.add_argument(
         "--seeds", metavar="N", type=positive, default=1,
-        help="run N seeds from --seed on, each into OUT/seed-N; OUT gets the best one, and median and range",
+        help="train N times, with seeds from --seed on, into OUT/seed-...; OUT gets the best model, median and range",
     )  # fmt: skip
     p.add_argument(
         "--tensorboard", action="store_true",
-        help="also write what metrics.jsonl has into OUT/tensorboard (needs the package tensorboard)",
+        help="also write the metrics into OUT/tensorboard (needs the package tensorboard)",
     )  # fmt: skip
     p.add_argument("-q", "--quiet", action="store_true", help="no progress bar, no table")
 
@@ -132,9 +135,9 @@ def run(args: argparse.Namespace) -> int:
     if args.multi_label and args.task in ("token", "qa"):
         raise UsageError(f"--multi-label is for texts and pairs, not for --task {args.task}")
     if args.patience and not args.eval:
-        raise UsageError("--patience waits for a better metric, and needs --eval")
+        raise UsageError("--patience depends on evaluations, and needs --eval")
     if args.evaluations > 1 and not args.eval:
-        raise UsageError("--evaluations says how often to measure, and needs --eval")
+        raise UsageError("--evaluations is the number of evaluations, and needs --eval")
     from ..training.finetune import finetune, several
     from ..training.memory import keep_freed_memory
 
@@ -169,7 +172,7 @@ def _request(args: argparse.Namespace) -> Any:
 
 
 def print_report(report: dict[str, Any], out: Path) -> None:
-    """The table at the end, on standard output: each score with its definition, and what was lost on the way."""
+    """Prints the table at the end: each score with its definition, and counts of examples that were dropped or cut."""
     examples, windows, epochs = report["examples"], report["windows"], report["epochs"]
     print(f"{examples:,} examples in {windows:,} windows, epochs: {epochs}, seed {report['seed']}")
     if report.get("scores"):

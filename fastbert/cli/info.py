@@ -1,4 +1,4 @@
-"""`fastbert info`: versions, devices, and who would compute each operator here."""
+"""`fastbert info`: prints versions, devices, and the implementation that each operator would use on this machine."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ SUMMARY = "versions, devices, and which implementation each operator would use h
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Versions, devices, and which implementation each operator would use here and why; with MODEL also what that "
-        "model is."
+        "Print versions, devices, and which implementation each operator would use on this machine and why; with MODEL "
+        "also a description of the model."
     )
     parser.add_argument("model", metavar="MODEL", nargs="?", help="a folder or a Hugging Face hub id")
 

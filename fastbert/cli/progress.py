@@ -13,9 +13,9 @@ class TrainingBar:
     """A progress bar with the loss, the learning rate and real tokens per second, and a line for each evaluation.
 
     Args:
-        command: its name, at the beginning of the bar.
-        quiet: show nothing. Other processes than the first never do.
-        epochs: whether an evaluation's line names the epoch.
+        command: the command's name, which begins the bar.
+        quiet: show nothing. Only the first process shows anything.
+        epochs: whether the line of an evaluation names the epoch.
     """
 
     def __init__(self, command: str, quiet: bool, epochs: bool = True) -> None:
@@ -23,7 +23,7 @@ class TrainingBar:
 
         self.quiet = quiet or os.environ.get("RANK", "0") != "0"
         self.epochs = epochs
-        # tqdm's None means: only where standard error is a terminal.
+        # None makes tqdm show the bar only if standard error is a terminal.
         self.bar = tqdm(unit="step", desc=command, disable=self.quiet or None)
 
     def __enter__(self) -> TrainingBar:
@@ -33,7 +33,7 @@ class TrainingBar:
         self.bar.close()
 
     def __call__(self, record: dict[str, Any], steps: int) -> None:
-        """A record of metrics.jsonl; steps: of the whole run, 0 if unknown."""
+        """Shows a record of metrics.jsonl. steps: the number of steps of the run, 0 if unknown."""
         if self.quiet:
             return
         if "scores" in record:

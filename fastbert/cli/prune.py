@@ -1,4 +1,4 @@
-"""`fastbert prune`: a smaller model out of a folder, by cutting out heads, feed-forward columns, layers or weights."""
+"""`fastbert prune`: removes heads, feed-forward columns, layers or weights from a model."""
 
 from __future__ import annotations
 
@@ -10,27 +10,28 @@ from .options import IMPLS, UsageError, positive
 from .retraining import add_training_arguments, expect_free_or_begun, expect_training, training_request, whole_numbers
 
 ORDER = 14
-SUMMARY = "cut heads, feed-forward columns or layers out of a model, or set single weights to zero"
+SUMMARY = "remove heads, feed-forward columns or layers of a model, or set single weights to zero"
 
 DESCRIPTION = """\
-Cut parts out of a model and write what is left as a new folder, with its tokenizer and all else beside it.
+Remove parts of a model and write the smaller model into a new folder, with the tokenizer and all other files.
 
   --heads 0:1,3;2:5   attention heads by name: heads 1 and 3 of layer 0, and head 5 of layer 2
-  --heads 0.5         half of all heads, those that matter least for the loss on --data
-  --ffn 0.5           half of the feed-forward columns of each layer, those that matter least on --data
-  --layers 1,3,5      whole layers; what is left is numbered anew
-  --magnitude 0.8     80% of the single weights set to zero, those of least magnitude
+  --heads 0.5         half of all heads, those with the least effect on the loss on --data
+  --ffn 0.5           half of the feed-forward columns of each layer, those with the least effect on --data
+  --layers 1,3,5      whole layers; the remaining ones are numbered again
+  --magnitude 0.8     80% of the single weights are set to zero, those of least magnitude
 
-The first four make every matrix truly smaller, so the model is faster and its file shorter; they can be given together,
-and count layers and heads as MODEL has them. A layer may lose all of its heads, the model not. Numbers begin with 0.
+The first four make the matrices smaller, so the model is faster and its file shorter. They can be combined, and use
+MODEL's numbers of layers and heads, which begin with 0. A layer may lose all of its heads, but not all layers may.
 
---magnitude leaves the shapes as they are: zeros in a matrix give no speed, here or in any other library of dense
-products. With --train the zeros grow in number while the rest is trained (a cubic schedule over the first two thirds of
-the steps), which loses far less than all at once; of evaluations after that the model of the best one is kept. Ctrl-C
-finishes the step, saves, and --resume goes on from there.
+--magnitude does not change shapes: zeros in a matrix give no speed, here or in any other library of dense products.
+With --train, more and more weights become zero while the others are trained (a cubic schedule over the first two thirds
+of the steps), which loses far less than setting all at once. The best model of the evaluations after that is kept.
+Ctrl-C finishes the step and saves; --resume continues from there.
 
-After cutting, fine-tune what is left: 'fastbert finetune --model OUT ...'. 'predict', 'encode' and 'serve' read OUT as
-any other folder. transformers reads it too where no head is missing: its version 5 has no pruned heads any more."""
+After removing parts, fine-tune the model again: 'fastbert finetune --model OUT ...'. 'predict', 'encode' and 'serve'
+read OUT like any other folder. transformers reads it if no head is missing; its version 5 does not support pruned
+heads."""
 
 EXAMPLES = """\
 examples:
@@ -44,24 +45,28 @@ examples:
 def add_arguments(p: argparse.ArgumentParser) -> None:
     p.description, p.epilog = DESCRIPTION, EXAMPLES
     p.formatter_class = argparse.RawDescriptionHelpFormatter
-    p.add_argument("model", metavar="MODEL", help="a folder or hub id of a BERT; for shares of heads and columns one "
-                   "that fastbert finetune made")  # fmt: skip
-    p.add_argument("-o", "--out", required=True, metavar="OUT", type=Path, help="must not exist yet, or be empty")
-    p.add_argument("--heads", metavar="LIST|SHARE", type=_heads, help="heads that go, by name or by importance")
-    p.add_argument("--ffn", metavar="SHARE", type=_share, help="of each layer's feed-forward columns, by importance")
+    p.add_argument("model", metavar="MODEL", help="a folder or hub id of a BERT; for shares of heads and columns "
+                   "a folder of fastbert finetune")  # fmt: skip
+    p.add_argument(
+        "-o", "--out", required=True, metavar="OUT", type=Path, help="where to write; must not exist yet, or be empty"
+    )
+    p.add_argument(
+        "--heads", metavar="LIST|SHARE", type=_heads, help="heads to remove: by number, or a share by importance"
+    )
+    p.add_argument("--ffn", metavar="SHARE", type=_share, help="share of each layer's feed-forward columns to remove")
     p.add_argument("--layers", metavar="N,...", type=whole_numbers, default=(), help="layers that go")
-    p.add_argument("--magnitude", metavar="SHARE", type=_share, help="of the layers' weights that become zero")
+    p.add_argument("--magnitude", metavar="SHARE", type=_share, help="share of the layers' weights to set to zero")
     p.add_argument(
         "--scope", choices=("global", "layer"),
-        help="least magnitude of all matrices together (global, the default) or in each one (layer)",
+        help="with --magnitude: the smallest weights of all matrices together (global, the default) or of each (layer)",
     )  # fmt: skip
-    p.add_argument("--data", metavar="FILE", help="examples with labels, by whose loss importance is measured")
+    p.add_argument("--data", metavar="FILE", help="labelled examples; importance is the effect on their loss")
     p.add_argument(
         "--examples", metavar="N", type=positive, default=1024,
-        help="how many of them, drawn by --seed (default: 1,024)",
+        help="how many examples of --data to use, drawn by --seed (default: 1,024)",
     )  # fmt: skip
     add_training_arguments(p, "set weights to zero step by step while training on these")
-    p.add_argument("--impl", choices=IMPLS, help="who computes the operators (default: the fastest)")
+    p.add_argument("--impl", choices=IMPLS, help="implementation of the operators (default: the fastest)")
     p.add_argument("-q", "--quiet", action="store_true", help="print nothing")
 
 
@@ -90,12 +95,12 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("nothing to prune: give --heads, --ffn, --layers or --magnitude")
     expect_training(args)
     if args.scope and args.magnitude is None:
-        raise UsageError("--scope says where --magnitude looks for the smallest weights: give both")
+        raise UsageError("--scope is an option of --magnitude: give both")
     args.scope = args.scope or "global"
     if args.data and not isinstance(args.heads, float) and args.ffn is None:
-        raise UsageError("--data is what shares of heads and columns are chosen by: give --heads SHARE or --ffn SHARE")
+        raise UsageError("--data is for shares of heads and columns: give --heads SHARE or --ffn SHARE")
     if args.train and (cuts or args.magnitude is None):
-        raise UsageError("--train sets weights to zero step by step, so it goes with --magnitude alone")
+        raise UsageError("--train sets weights to zero step by step: give it with --magnitude only")
     if args.train:
         return _gradually(args)
     from ..compression.prune import Request, prune

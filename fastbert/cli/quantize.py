@@ -1,4 +1,4 @@
-"""`fastbert quantize`: a model whose linear layers multiply 8-bit integers, after training or by training."""
+"""`fastbert quantize`: writes a model whose linear layers multiply 8-bit integers, by calibration or by training."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from .options import UsageError, positive
 from .retraining import add_training_arguments, expect_free_or_begun, expect_training, training_request
 
 ORDER = 15
-SUMMARY = "put a model's weights into 8-bit integers, and train it for them"
+SUMMARY = "store a model's weights as 8-bit integers, by calibration or by training"
 
 DESCRIPTION = """\
-Write MODEL with the weights of its linear layers as 8-bit integers: a fourth of float32's size, and on a CPU with VNNI
-or AMX products of integers. 'predict', 'encode' and 'serve' read OUT as any other folder, and compute with the very
-integers that are stored; where a machine has no such products they become floating-point numbers again.
+Write MODEL with the weights of its linear layers as 8-bit integers: a quarter of float32's size, and on a CPU with VNNI
+or AMX the products are products of integers. 'predict', 'encode' and 'serve' read OUT like any other folder and
+multiply the stored integers; on a machine without such products they convert them to floating-point numbers.
 
-Weights have a scale for each output, activations a range of their own for each token, found as they come. Residuals,
-LayerNorms, attention's scores and embeddings are never in 8 bits; they are in bfloat16 (or --dtype).
+A weight has a scale for each output; activations have a range for each token, computed at run time. Residuals,
+LayerNorms, attention's scores and embeddings are not quantised; they are in bfloat16 (or --dtype).
 
-  --data FILE    after training: run the model on a few hundred texts, and store it. FILE is as 'fastbert predict' reads
-                 it, without need of labels; for a model without a task, lines of text
-  --train FILE   by training: every product is the one of inference, rounding and all, while the weights learn to live
-                 with it (quantisation-aware training). MODEL is one that fastbert finetune made. Ctrl-C finishes the
-                 step, saves, and --resume goes on from there
+  --data FILE    calibration: run the model on a few hundred texts, and store it. FILE has the format of 'fastbert
+                 predict' and needs no labels; for a model without a task it has a text in each line
+  --train FILE   quantisation-aware training: products are rounded as in inference, and training adapts the weights to
+                 that. MODEL is a folder of fastbert finetune. Ctrl-C finishes the step and saves; --resume continues
+                 from there
 
-Columns of an input that are much larger than others lose the others their digits; part of the difference is moved into
-the weights (smoothing). How large a column is comes from the calibration texts: the root of its mean square, or
---percentile of its sizes. Each group of layers is tried alone in 8 bits, and how much the model's outputs change is
-its sensitivity. --error X keeps the most sensitive groups out of 8 bits until the outputs change by X at most (0.05:
-5%); a model with such layers is slower, since its layers no longer run in one call.
+If some columns of an input are much larger than others, the others lose precision; so part of the difference is moved
+into the weights (smoothing). The size of a column is measured on the calibration texts: the root of its mean square, or
+the --percentile of its magnitudes. The sensitivity of a group of layers is the change of the model's outputs if only
+this group is in 8 bits. --error X leaves the most sensitive groups in --dtype until the outputs change by at most X
+(0.05: 5%); such a model is slower, because its layers no longer run in one call.
 
-The layout is that of the library compressed-tensors, int-quantized. Smoothing adds factors, which other libraries do
-not know and refuse; --no-smooth leaves them out."""
+The format is int-quantized of the library compressed-tensors. Smoothing adds factors, which other libraries do not know
+and refuse; --no-smooth omits them."""
 
 EXAMPLES = """\
 examples:
@@ -48,22 +48,25 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.description, p.epilog = DESCRIPTION, EXAMPLES
     p.formatter_class = argparse.RawDescriptionHelpFormatter
     p.add_argument("model", metavar="MODEL", help="a folder or hub id of a BERT")
-    p.add_argument("-o", "--out", required=True, metavar="OUT", type=Path, help="must not exist yet, or be empty")
+    p.add_argument(
+        "-o", "--out", required=True, metavar="OUT", type=Path, help="where to write; must not exist yet, or be empty"
+    )
     p.add_argument("--data", metavar="FILE", help="texts to calibrate on")
     p.add_argument(
         "--texts", metavar="N", type=positive, default=256,
-        help="how many of them, or of the training file, drawn by --seed; 8,192 tokens at most (default: 256)",
+        help="how many texts of --data or --train to calibrate on, drawn by --seed; at most 8,192 tokens (default: "
+        "256)",
     )  # fmt: skip
     p.add_argument(
         "--percentile", metavar="P", type=_percentile,
-        help="a column's size is what P%% of its elements do not exceed (default: their root mean square)",
+        help="measure a column by the magnitude that P%% of its elements do not exceed (default: root mean square)",
     )  # fmt: skip
-    p.add_argument("--no-smooth", action="store_true", help="leave columns as they are, for other libraries to read")
+    p.add_argument("--no-smooth", action="store_true", help="no smoothing, so that other libraries can read OUT")
     p.add_argument(
-        "--error", metavar="X", type=_error, help="how much the outputs may change, as a share (default: no limit)"
+        "--error", metavar="X", type=_error, help="largest relative change of the outputs (default: no limit)"
     )
     p.add_argument(
-        "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of all else (default: bfloat16)"
+        "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="dtype of all else (default: bfloat16)"
     )
     add_training_arguments(p, "train for 8 bits on these examples")
     p.add_argument("-q", "--quiet", action="store_true", help="print nothing")
@@ -94,13 +97,13 @@ def run(args: argparse.Namespace) -> int:
     if (args.data is None) == (args.train is None):
         raise UsageError("give either --data FILE, to calibrate on, or --train FILE, to train for 8 bits")
     if args.no_smooth and args.percentile is not None:
-        raise UsageError("--percentile is of smoothing, which --no-smooth leaves out")
+        raise UsageError("--percentile is for smoothing, which --no-smooth turns off")
     import torch
 
     from ..compression.quantize import FEWEST_TEXTS, Settings, quantize
 
     if args.texts < FEWEST_TEXTS:
-        raise UsageError(f"--texts {args.texts}: calibration takes {FEWEST_TEXTS} at least, and better hundreds")
+        raise UsageError(f"--texts {args.texts}: calibration needs at least {FEWEST_TEXTS}, better hundreds")
 
     settings = Settings(
         percentile=args.percentile, smooth=not args.no_smooth, error=args.error, texts=args.texts, seed=args.seed,
@@ -136,7 +139,8 @@ def _train(args: argparse.Namespace, settings: Any) -> int:
 
 
 def print_plan(record: dict[str, Any]) -> None:
-    """What went into 8 bits, and what the outputs lost by that on the calibration texts, before any training."""
+    """Prints which layers are in 8 bits, and how much this changes the outputs on the calibration texts, before any
+    training."""
     print(f"{record['layers in 8 bits']} linear layers in 8 bits; the outputs change by {record['error']:.2%}")
     worst = list(record["sensitivities"].items())[:5]
     print("most sensitive, each alone: " + ", ".join(f"{name} {error:.2%}" for name, error in worst))

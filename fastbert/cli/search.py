@@ -1,4 +1,4 @@
-"""`fastbert search`: the rows of a corpus nearest to a question."""
+"""`fastbert search`: finds the rows of a corpus that are nearest to a question."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ SUMMARY = "find the rows of an encoded corpus that are nearest to a question"
 DESCRIPTION = """\
 Find the rows of DIR, which `fastbert encode ... --out-dir DIR` wrote, that are nearest to each QUERY.
 
-The search is exact: every row is compared, by the cosine of its vector with the question's, in blocks, so that memory
-stays constant however large DIR is. A line of JSON for each row that is found: the question, the score, the part and
-the number of the row in it from 0, and the columns that were kept. The question is encoded by the model of DIR with its
-prompt for questions, where it has one."""
+The search is exact: the question's vector is compared with that of every row, by cosine, in blocks, so memory use does
+not grow with DIR. Each found row is a line of JSON: the question, the score, the part and the row's number in it from
+0, and the kept columns. The question is encoded by the model of DIR, with its prompt for questions if it has one."""
 
 EXAMPLES = """\
 examples:
@@ -30,20 +29,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dir", metavar="DIR", help="a folder or URL of encoded tables")
     parser.add_argument("queries", metavar="QUERY", nargs="+", help="a text")
     parser.add_argument(
-        "-k", "--top-k", metavar="N", type=positive, default=10, help="rows for each QUERY (default: 10)"
+        "-k",
+        "--top-k",
+        metavar="N",
+        type=positive,
+        default=10,
+        help="how many rows to find for each QUERY (default: 10)",
     )
     parser.add_argument(
         "--model",
         metavar="ID_OR_PATH",
-        help="where the model of DIR is now (default: where it was when DIR was written)",
+        help="where the model of DIR is now (default: the same place as when DIR was written)",
     )
     parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda where there is one"
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda if there is a GPU"
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """The command; its exit code."""
+    """Runs the command. Returns its exit code."""
     try:
         from ..corpus.manifest import Manifest
         from ..corpus.search import asking, search

@@ -1,4 +1,4 @@
-"""`fastbert serve`: models over HTTP."""
+"""`fastbert serve`: serves models over HTTP."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from pathlib import Path
 from .options import DTYPES, IMPLS, POOLINGS, UsageError, default_model, positive
 
 ORDER = 6
-SUMMARY = "answer requests over HTTP: vectors, scores, labels, entities, answers, filled words"
+SUMMARY = "answer HTTP requests: vectors, scores, labels, entities, answers, masked words"
 LIBRARIES = ("starlette", "uvicorn", "orjson", "prometheus_client")
 
 DESCRIPTION = """\
-Serve one model or several over HTTP, on packed batches that contain no padding whoever asks together.
+Serve one model or several over HTTP. Requests are computed together, in packed batches without padding.
 
-A MODEL is a folder or a hub id: of an encoder; of a reranker or classifier, a tagger of words or a finder of answers,
-from transformers or 'fastbert finetune'; or of a BERT with its head for masked words. NAME=MODEL gives it a name, which
-requests put into "model". Without MODEL it is all-MiniLM-L6-v2. The first MODEL answers requests that name none.
+A MODEL is a folder or a hub id of an encoder; of a reranker or classifier, a word tagger or a question answerer, from
+transformers or 'fastbert finetune'; or of a BERT with its head for masked words. NAME=MODEL gives it a name, which
+requests use in "model". The first MODEL answers requests without a name. The default MODEL is all-MiniLM-L6-v2.
 
   OpenAI's clients           POST /v1/embeddings, GET /v1/models; base_url is http://HOST:PORT/v1
   text-embeddings-inference  POST /embed /embed_all /predict /rerank /similarity /tokenize /decode, GET /info
@@ -28,14 +28,14 @@ requests put into "model". Without MODEL it is all-MiniLM-L6-v2. The first MODEL
   entities, answers, masks   POST /token_classify /question_answer /fill_mask
   for machines               GET /live /ready /health /metrics /openapi.json; for people: GET /
 
-Texts longer than a model's limit are cut, usage counts what is left, and the header x-truncated-texts says how many
-texts were cut; {"truncate": false} in a request refuses to cut. A request that finds the queue full is answered 429
-at once, with Retry-After. SIGTERM stops the server after what it has accepted is answered.
+Texts longer than a model's limit are cut. "usage" counts the remaining tokens, and the header x-truncated-texts the cut
+texts; with {"truncate": false} in a request, a long text is an error instead. If the queue is full, a request is
+answered with 429 and Retry-After at once. On SIGTERM the server answers all accepted requests, then stops.
 
-A key comes from the environment's API_KEY, or from a file (--api-key-file, or the environment's API_KEY_FILE); requests
-then need 'Authorization: Bearer KEY'. Of text-embeddings-inference's variables these are read where a flag is not
-given: MODEL_ID, SERVED_MODEL_NAME, PORT, DTYPE, POOLING, MAX_CONCURRENT_REQUESTS, MAX_BATCH_TOKENS,
-MAX_CLIENT_BATCH_SIZE, AUTO_TRUNCATE, DEFAULT_PROMPT_NAME, PAYLOAD_LIMIT, PROMETHEUS_PORT, CORS_ALLOW_ORIGIN."""
+With a key in the environment variable API_KEY, or in a file (--api-key-file, or the variable API_KEY_FILE), requests
+need 'Authorization: Bearer KEY'. These variables of text-embeddings-inference are used if a flag is not given:
+MODEL_ID, SERVED_MODEL_NAME, PORT, DTYPE, POOLING, MAX_CONCURRENT_REQUESTS, MAX_BATCH_TOKENS, MAX_CLIENT_BATCH_SIZE,
+AUTO_TRUNCATE, DEFAULT_PROMPT_NAME, PAYLOAD_LIMIT, PROMETHEUS_PORT, CORS_ALLOW_ORIGIN."""
 
 EXAMPLES = """\
 examples:
@@ -54,13 +54,13 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--port", type=positive, metavar="N", help="default: 8080")
     p.add_argument("--prometheus-port", type=positive, metavar="N", help="serve /metrics there and not on --port")
     p.add_argument("--dtype", choices=DTYPES, help="precision of the models (default: auto, by device)")
-    p.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: cuda where there is one")
-    p.add_argument("--impl", choices=IMPLS, help="who computes the operators (default: the fastest)")
-    p.add_argument("--pooling", choices=POOLINGS, metavar="MODE", help="of encoders (default: what the model says)")
-    p.add_argument("--default-prompt-name", metavar="NAME", help="the prompt of requests that name none")
+    p.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: cuda if there is a GPU")
+    p.add_argument("--impl", choices=IMPLS, help="implementation of the operators (default: the fastest)")
+    p.add_argument("--pooling", choices=POOLINGS, metavar="MODE", help="pooling of encoders (default: the model's)")
+    p.add_argument("--default-prompt-name", metavar="NAME", help="the prompt for requests that name none")
     p.add_argument(
         "--batch-invariant", action="store_true", default=None,
-        help="the same bits for a text whatever it shares a batch with; somewhat slower",
+        help="a text's result does not depend on its batch, to the last bit; somewhat slower",
     )  # fmt: skip
     limits = p.add_argument_group("limits")
     limits.add_argument(
@@ -70,27 +70,33 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         "--max-queue-tokens", type=positive, metavar="N", help="tokens that may wait for a model (default: 524,288)"
     )
     limits.add_argument(
-        "--max-concurrent-requests", type=positive, metavar="N", help="requests open at once (default: 512)"
+        "--max-concurrent-requests", type=positive, metavar="N", help="most open requests (default: 512)"
     )
-    limits.add_argument("--max-client-batch-size", type=positive, metavar="N", help="texts a request (default: 4,096)")
-    limits.add_argument("--max-text-tokens", type=positive, metavar="N", help="tokens a text (default: the model's)")
-    limits.add_argument("--payload-limit", type=positive, metavar="BYTES", help="of a request (default: 16 MiB)")
+    limits.add_argument(
+        "--max-client-batch-size", type=positive, metavar="N", help="texts of a request (default: 4,096)"
+    )
+    limits.add_argument("--max-text-tokens", type=positive, metavar="N", help="tokens of a text (default: the model's)")
+    limits.add_argument("--payload-limit", type=positive, metavar="BYTES", help="size of a request (default: 16 MiB)")
     limits.add_argument(
         "--timeout", type=positive, metavar="SECONDS",
-        help="within which a request is answered, or told that it is late (default: 120); the header x-timeout-seconds "
-        "asks for less",
+        help="time limit of a request, after which it is answered with an error (default: 120); the header "
+        "x-timeout-seconds of a request can lower it",
     )  # fmt: skip
     limits.add_argument(
         "--auto-truncate", action=argparse.BooleanOptionalAction,
-        help="cut texts that are too long where a request does not say (default: yes)",
+        help="cut texts that are too long, if a request does not say otherwise (default: yes)",
     )  # fmt: skip
-    p.add_argument("--api-key-file", metavar="FILE", help="with the key that requests must have")
+    p.add_argument("--api-key-file", metavar="FILE", help="file with the key that requests must send")
     p.add_argument(
-        "--cors-allow-origin", metavar="ORIGIN", action="append", help="a page's origin that may ask; may be repeated"
+        "--cors-allow-origin",
+        metavar="ORIGIN",
+        action="append",
+        help="origin of web pages that may send requests; may be repeated",
     )
     p.add_argument(
         "--log-level", choices=("debug", "info", "warning", "error"), default="info",
-        help="of the JSON lines on standard error; debug: one for each request, without its texts (default: info)",
+        help="level of the JSON lines on standard error; debug: one for each request, without its texts (default: "
+        "info)",
     )  # fmt: skip
 
 
@@ -126,7 +132,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _named(source: str) -> tuple[str, str]:
-    """(name, folder or id); a folder's name is its last part."""
+    """(name, folder or hub id). By default the name is the last part of a folder's path."""
     name, equals, rest = source.partition("=")
     if equals and name and "/" not in name:
         return name, rest

@@ -1,4 +1,4 @@
-"""`fastbert encode --out-dir`: its arguments, and what it does."""
+"""`fastbert encode --out-dir`: its arguments, and the function that runs it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OPTIONS = (
 
 
 def options_given(args: argparse.Namespace) -> list[str]:
-    """Those of OPTIONS that differ from their defaults."""
+    """The names in OPTIONS whose values differ from their defaults."""
     defaults = argparse.ArgumentParser()
     add_table_arguments(defaults)
     names = {option: option[2:].replace("-", "_") for option in OPTIONS}
@@ -37,12 +37,12 @@ def add_table_arguments(parser: argparse.ArgumentParser) -> None:
         "--out-dir",
         metavar="DIR",
         help="write DIR/data/*.parquet, with a column embedding; FILE may be .parquet, .arrow, .feather, .jsonl or "
-        ".csv, a folder, a pattern, and like DIR a URL that fsspec knows. A second run makes what is missing",
+        ".csv, a folder, a pattern, and like DIR a URL that fsspec supports. Running it again writes the missing parts",
     )
     tables.add_argument(
         "--id-column",
         metavar="NAME",
-        help="a column that identifies rows in messages and in search results; it is kept",
+        help="a column that identifies rows in messages and in search results; it is copied to DIR",
     )
     tables.add_argument(
         "--keep", metavar="NAME,...", type=lambda text: tuple(text.split(",")), default=(), help="columns to keep"
@@ -51,14 +51,14 @@ def add_table_arguments(parser: argparse.ArgumentParser) -> None:
         "--precision",
         choices=PRECISIONS,
         default="float32",
-        help="of the vectors in the files; with int8 each row has a scale in the column embedding_scale "
+        help="dtype of the vectors in the files; with int8 the column embedding_scale has a scale for each row "
         "(default: float32)",
     )
     tables.add_argument(
         "--nulls",
         choices=NULLS,
         default="null",
-        help="what a row without a text gets: no vector (null, the default); zeros, and false in a column "
+        help="what to do with a row without a text: no vector (null, the default); zeros, and false in a column "
         "embedding_valid (fill); the vector of the empty text (encode); an error (refuse)",
     )
     tables.add_argument(
@@ -70,8 +70,8 @@ def add_table_arguments(parser: argparse.ArgumentParser) -> None:
     tables.add_argument(
         "--batch-invariant",
         action="store_true",
-        help="a text's vector is the same to the bit whatever shares its batch, so the files are the same on any "
-        "number of workers",
+        help="a text's vector does not depend on its batch, to the last bit, so the files are the same with any number "
+        "of workers",
     )
     tables.add_argument(
         "--part-rows",
@@ -82,7 +82,7 @@ def add_table_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: 50,000)",
     )
     tables.add_argument(
-        "--verify", action="store_true", help="encode nothing: read every part of DIR again, and say what is wrong"
+        "--verify", action="store_true", help="do not encode, but read every part of DIR and report all errors"
     )
 
 
@@ -136,7 +136,7 @@ def _maker(job: Job, workers: int) -> contextlib.AbstractContextManager:
 
 
 def _shown(args: argparse.Namespace, outcomes: Iterable[Any], count: int) -> Iterator[Any]:
-    """Passes outcomes on, with a progress bar of parts on a terminal. Prints the reason of each failed part."""
+    """Yields the outcomes, with a progress bar of parts on a terminal. Prints the reason of each failed part."""
     from tqdm import tqdm
 
     from ..corpus.run import Failed

@@ -1,4 +1,4 @@
-"""`fastbert tokenizer train`: a WordPiece vocabulary from text."""
+"""`fastbert tokenizer train`: makes a WordPiece vocabulary from text."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 from .options import positive
 
 ORDER = 8
-SUMMARY = "make a WordPiece vocabulary from text of yours"
+SUMMARY = "make a WordPiece vocabulary from your text"
 
 DESCRIPTION = """\
-Make the vocabulary of a BERT from text: plain text (.txt, a sentence or paragraph a line), .jsonl, Parquet, or folders
-of these. The same text and options give the same bytes, on any machine and with any number of threads.
+Make the vocabulary of a BERT from text: plain text (.txt, a sentence or paragraph in each line), .jsonl, Parquet, or
+folders of these. The same text and options give the same files, on any machine and with any number of threads.
 
-OUT then holds vocab.txt, tokenizer.json and tokenizer_config.json, which transformers reads, and which
-'fastbert pretrain --tokenizer OUT' trains a model with. Chinese is cut into characters, as BERT does."""
+The command writes vocab.txt, tokenizer.json and tokenizer_config.json into OUT. transformers reads OUT, and 'fastbert
+pretrain --tokenizer OUT' uses it. Chinese text is split into single characters, as in BERT."""
 
 EXAMPLES = """\
 examples:
@@ -33,19 +33,19 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--out", required=True, metavar="DIR", type=Path, help="a folder for the tokenizer")
     p.add_argument(
         "--vocab-size", metavar="N", type=positive, default=30522,
-        help="pieces at most, the five special tokens among them (default: 30,522, as BERT-base)",
+        help="most pieces, including the five special tokens (default: 30,522, as in BERT-base)",
     )  # fmt: skip
     add_vocabulary_arguments(p)
     add_text_arguments(p)
-    p.add_argument("-q", "--quiet", action="store_true", help="say nothing of what was made")
+    p.add_argument("-q", "--quiet", action="store_true", help="print no summary")
 
 
 def add_vocabulary_arguments(p: argparse.ArgumentParser) -> None:
-    """What a vocabulary is made by, but for its size; `fastbert pretrain` has these too."""
-    p.add_argument("--cased", action="store_true", help="keep upper case and accents (default: lower case without)")
+    """Adds the options for making a vocabulary, except its size; `fastbert pretrain` has them too."""
+    p.add_argument("--cased", action="store_true", help="keep upper case and accents (default: lower case, no accents)")
     p.add_argument(
         "--alphabet", metavar="N", type=positive,
-        help="pieces of one character at most; words with another character are unknown (default: three quarters of "
+        help="most pieces of a single character; words with other characters are unknown (default: three quarters of "
         "the vocabulary)",
     )  # fmt: skip
     p.add_argument(
@@ -55,13 +55,13 @@ def add_vocabulary_arguments(p: argparse.ArgumentParser) -> None:
 
 
 def add_text_arguments(p: argparse.ArgumentParser) -> None:
-    """How text is read; `fastbert pretrain` has these too."""
+    """Adds the options for reading text; `fastbert pretrain` has them too."""
     p.add_argument(
-        "--field", metavar="NAME", default="text", help="of .jsonl and Parquet, where the text is (default: text)"
+        "--field", metavar="NAME", default="text", help="field of .jsonl and Parquet that has the text (default: text)"
     )
     p.add_argument(
         "--max-line-bytes", metavar="N", type=positive, default=10_000_000,
-        help="the longest line of a file that is read (default: 10,000,000)",
+        help="refuse longer lines (default: 10,000,000)",
     )  # fmt: skip
 
 

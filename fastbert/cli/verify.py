@@ -1,4 +1,4 @@
-"""`fastbert verify`: every operator on this machine, held to the reference."""
+"""`fastbert verify`: compares every operator on this machine with the reference."""
 
 from __future__ import annotations
 
@@ -16,39 +16,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", action="append", choices=tuple(DTYPES), help="only this dtype; may be repeated")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the GPU, if there is one)")
     parser.add_argument(
-        "--impl", choices=("triton", "native"), default="triton", help="what is held to the reference (default: triton)"
+        "--impl", choices=("triton", "native"), default="triton", help="implementation to check (default: triton)"
     )
     parser.add_argument(
         "--shapes", choices=SHAPES, default="auto",
-        help="real: BERT-base and -large, 1 to 4,096 tokens a sequence; medium: base's width, 200 tokens; small; "
-        "default auto: real on a GPU, medium with --record on one",
+        help="real: BERT-base and -large, sequences of 1 to 4,096 tokens; medium: BERT-base's width, 200 tokens; "
+        "small; auto (default): real on a GPU, medium on a GPU with --record, else small",
     )  # fmt: skip
     parser.add_argument(
         "--emulate", metavar="ARCH", choices=ARCHITECTURES,
-        help="without a GPU: compile the kernels for this architecture (sm_90, ...), and execute them on the CPU",
+        help="without a GPU: compile the kernels for this architecture (sm_90, ...), and emulate them on the CPU",
     )  # fmt: skip
     files = parser.add_mutually_exclusive_group()
     files.add_argument(
-        "--record", metavar="FILE", type=Path, help="also save the inputs and outputs of every case there (safetensors)"
+        "--record", metavar="FILE", type=Path, help="also save the inputs and outputs of every case (safetensors)"
     )
     files.add_argument(
         "--replay", metavar="FILE", type=Path,
-        help="take the cases of this recording, and hold what is computed here against what was recorded",
+        help="run the cases of this recording, and compare the results with the recorded ones",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument(
-        "--json-lines", metavar="FILE", type=Path, help="append a line of JSON there for each case, once it is known"
+        "--json-lines", metavar="FILE", type=Path, help="append a line of JSON for each case as soon as it is done"
     )
     parser.add_argument(
         "--jobs", metavar="N", type=int,
-        help="share the cases among N processes; one that crashes, or loses the GPU, costs only its own case",
+        help="divide the cases among N processes; if one crashes or loses the GPU, only its current case is lost",
     )  # fmt: skip
     parser.add_argument(
         "--case-seconds",
         metavar="S",
         type=float,
         default=300.0,
-        help="with --jobs: a case that takes longer has failed, and its process is ended (default: 300)",
+        help="with --jobs: a case that takes longer counts as failed, and its process is ended (default: 300)",
     )
 
 

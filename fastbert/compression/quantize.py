@@ -116,7 +116,7 @@ def calibrating(source: Model, data: str, settings: Settings) -> tuple[nn.Module
 
 def expect_texts(count: int, data: str) -> None:
     if count < FEWEST_TEXTS:
-        raise DataError(f"{data} has {count} texts: calibration takes {FEWEST_TEXTS} at least, and better hundreds")
+        raise DataError(f"{data} has {count} texts: calibration needs at least {FEWEST_TEXTS}, better hundreds")
 
 
 def outputs_of_task(network: nn.Module, task: Any, windows: list[Any]) -> Outputs:
