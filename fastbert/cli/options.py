@@ -145,8 +145,8 @@ def add_training_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--resume", action="store_true", help="continue from the last checkpoint in OUT, if there is one")
     p.add_argument(
         "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
-        help="dtype of matrix products; parameters stay float32 (default: bfloat16 if the hardware has it, else "
-        "float32)",
+        help="dtype of matrix products; parameters stay float32 (default: a 16-bit type if the hardware multiplies "
+        "it fast)",
     )  # fmt: skip
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda if there is a GPU")
     p.add_argument("--fsdp", action="store_true", help="under torchrun: shard the parameters over the processes")
