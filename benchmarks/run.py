@@ -1,7 +1,7 @@
-"""Measures fastbert beside other libraries on this machine, in one run. See `fastbert bench --help`.
+"""Measures fastbert and other libraries on this machine, in one run. See `fastbert bench --help`.
 
-Cases are sorted by priority, so that a run that is cut short has measured the most important ones. The result file is
-written whole after every case; its "complete" says whether all cases are in it.
+Cases are sorted by priority, so that a run that ends early has measured the most important ones. The whole result file
+is written after every case; its "complete" says whether it has all cases.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fastbert.cli.main import Parser, run_command
 
 SCHEMA = "fastbert-bench/1"
 
-# suite -> its module, which has cases(device, dtype, quick) and perhaps curves(rows, device, quick)
+# suite -> its module, with cases(device, dtype, quick) and optionally curves(rows, device, quick)
 SUITES = {
     "kernels": "benchmarks.suites.kernels",
     "encoder": "benchmarks.suites.encoder",
@@ -38,51 +38,55 @@ SUITES = {
 }
 
 EPILOG = """\
-Every row's output is compared with the truth before its time is shown: one that errs more than twice as much as plain
-torch in the same dtype is "wrong", and has no time. A library that is not installed is "missing", one that raises
-"failed", with the reason; one too slow for its share of the time is "skipped", with what a pass takes. Rows run in
-turns (A B A B); times are medians, tokens are real tokens. Ctrl-C and SIGTERM keep what was done.
+The output of every row is compared with true values before its time is shown: if its error is more than
+twice that of plain torch in the same dtype, the row is "wrong" and has no time. A row whose library is not installed is
+"missing"; one that raises is "failed", with the reason; one that is too slow for its share of the time is "skipped",
+with the time of a pass. Rows run in turns (A B A B); times are medians, tokens are real tokens. After Ctrl-C and
+SIGTERM the results up to then are kept.
 
 examples:
   fastbert bench --quick                                 all suites, small; under three minutes on two cores
-  fastbert bench --suite kernels --peers none            only ours, as a share of the ceiling
-  fastbert bench --peers auto,-torch.compile             all but one, which takes long to get ready
+  fastbert bench --suite kernels --peers none            only fastbert, as a share of the ceiling
+  fastbert bench --peers auto,-torch.compile             all libraries except one, which compiles for long
   fastbert bench --suite encoder,latency --peers transformers,openvino --out mine.json
-  fastbert bench --budget-minutes 8 --out day.json       what matters most first; what was done when time runs out
-  fastbert bench --quick --compare before.json           exit code 1 where something became slower beyond the noise
+  fastbert bench --budget-minutes 8 --out day.json       the most important cases, as many as the time allows
+  fastbert bench --quick --compare before.json           exit code 1 if fastbert became slower beyond the noise
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.description = "Time fastbert beside the real alternatives on this machine, in one run."
+    parser.description = "Time fastbert and the alternatives to it on this machine, in one run."
     parser.epilog = EPILOG
     suites = ", ".join((*SUITES, "all"))
     parser.add_argument("--suite", type=_suites, default=list(SUITES), help=f"of {suites}, with commas (default all)")
     parser.add_argument("--quick", action="store_true", help="small shapes, few repeats, no slow peers")
     parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda where there is one"
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda if there is a GPU"
     )
     parser.add_argument(
         "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
-        help="of every row (default auto: bfloat16 where the hardware multiplies it)",
+        help="dtype of every row (default auto: bfloat16 if the hardware multiplies it fast)",
     )  # fmt: skip
     parser.add_argument(
         "--peers", type=_peers, default=_peers("auto"), metavar="auto|none|NAME,...",
-        help="whom to measure beside us (default auto: all; -NAME leaves one out)",
+        help="other libraries to measure (default auto: all; -NAME leaves one out)",
     )  # fmt: skip
     only = {"metavar": "NAME,...", "type": lambda text: text.split(",")}
     parser.add_argument("--workload", **only, help="only these workloads, such as base_natural")
     parser.add_argument("--operator", **only, help="only these operators, such as attention")
     parser.add_argument(
-        "--out", metavar="FILE", type=Path, help="write the results there, as benchmarks/harness/schema.json says"
+        "--out",
+        metavar="FILE",
+        type=Path,
+        help="write the results to this file, in the format of benchmarks/harness/schema.json",
     )
-    parser.add_argument("--compare", metavar="OLD", type=Path, help="then compare with the results in this file")
+    parser.add_argument("--compare", metavar="OLD", type=Path, help="at the end, compare with the results in this file")
     parser.add_argument(
         "--ceilings",
         metavar="FILE",
         type=Path,
-        help="take the ceilings from what benchmarks.gpu_day.card wrote in this run",
+        help="use the ceilings in this file of benchmarks.gpu_day.card, instead of measuring them",
     )
     parser.add_argument("--budget-minutes", metavar="N", type=float, help="start nothing after N minutes")
 

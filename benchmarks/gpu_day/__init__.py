@@ -1,1 +1,1 @@
-"""Everything worth running on a GPU in one go: benchmarks/gpu_day.sh."""
+"""All checks and measurements that need a GPU, in one run: benchmarks/gpu_day.sh."""

@@ -1,9 +1,9 @@
-"""The card at hand: what it is, what assembles for it, and its ceilings.
+"""The GPU of this machine: its properties, the assemblers that support it, and its ceilings.
 
     python -m benchmarks.gpu_day.card --json FILE
 
-The file is written as soon as the facts are known, and once more with the ceilings: the largest matrix product of each
-dtype and the largest copy, measured on random data.
+The file is written as soon as the properties are known, and again with the ceilings: the fastest matrix product of each
+dtype and the fastest copy, measured on random data.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fastbert.storage import write_atomically
 from ..harness import machine
 
 CLOCKS = "clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.draw,power.limit,temperature.gpu"
-# The smallest program that tells whether an assembler knows an architecture.
+# The smallest program that shows whether an assembler supports an architecture.
 NOTHING = ".version 8.0\n.target {target}\n.address_size 64\n.visible .entry nothing() {{ ret; }}\n"
 
 
@@ -48,7 +48,8 @@ def _clocks() -> dict[str, str]:
 
 
 def assemblers(arch: str) -> list[dict[str, Any]]:
-    """Those that come with Triton: path, version, and whether each takes the architecture. The first is its default."""
+    """The assemblers in Triton's package: path, version, and whether each supports the architecture. The first is the
+    one that Triton uses by default."""
     try:
         import triton
     except ImportError:

@@ -1,11 +1,12 @@
-"""A day with a GPU in one run: `benchmarks/gpu_day.sh`. Steps are processes, each with its time; this needs no torch.
+"""Runs all checks and measurements on a GPU: `benchmarks/gpu_day.sh`. Each step is a process with a time limit. This
+script itself does not need torch.
 
-What the run leaves is FOLDER/gpu_day.tar.gz, all results and logs, and FOLDER/summary.json, as summary.json beside
-this file describes. Both are there from the first second and are only ever replaced whole, so a run that is cut short
-by a signal, a limit or the machine leaves those of some seconds before.
+The run writes FOLDER/gpu_day.tar.gz with all results and logs, and FOLDER/summary.json, whose format is summary.json
+beside this file. Both exist from the first second and are only replaced as a whole. So after a run that was ended by a
+signal, a limit or the machine they have the state of a few seconds before.
 
-Exit code: 0 where all steps ended well, 1 where one failed or the time was up, 128 + the signal where one ended it, 2
-where this interpreter has no torch or no Triton.
+Exit code: 0 if all steps succeeded, 1 if one failed or ran out of time, 128 + the signal that ended the run, 2 if this
+interpreter has no torch or no Triton.
 """
 
 from __future__ import annotations
@@ -34,17 +35,17 @@ from benchmarks.gpu_day import summary  # noqa: E402
 from benchmarks.gpu_day.plan import Step  # noqa: E402
 
 LIMIT = 480.0  # seconds of the whole run
-LAST = 6.0  # of them for ending what still runs, and for writing
-GRACE = 3.0  # seconds between asking a step to end and ending it
-EVERY = 4.0  # seconds between two looks at what the steps have written
+LAST = 6.0  # seconds of the run that are reserved for ending steps and writing both files
+GRACE = 3.0  # seconds between SIGTERM and SIGKILL for a step
+EVERY = 4.0  # seconds between two updates of both files
 
 
 class Cut(Exception):
-    """A signal ends the run."""
+    """A signal has ended the run."""
 
 
 class Day:
-    """One run: a folder to work in, the two files that it leaves, and the steps so far."""
+    """One run: its folder, the two files that it writes, and the steps so far."""
 
     def __init__(self, out: Path, mode: str, rehearsal: bool, limit: float):
         self.out, self.ends = out, BEGAN + limit - LAST
@@ -57,7 +58,7 @@ class Day:
         self.written = 0.0
 
     def run(self, waves: list[list[Step]]) -> bool:
-        """All steps, those of a wave side by side; whether all ended well. Raises Cut on a signal."""
+        """Runs all steps, those of a wave at the same time. Returns whether all succeeded. Raises Cut on a signal."""
         self.record.steps = [summary.state_of(step) for wave in waves for step in wave]
         self.record.write()
         for wave in waves:
@@ -96,7 +97,7 @@ class Day:
             elif time.monotonic() > until:
                 del running[name]
                 _end(process, GRACE)
-                self._ended(name, "out of time", "its time was up; what it had written is kept")
+                self._ended(name, "out of time", "time limit reached; results up to then are kept")
         if time.monotonic() - self.written > EVERY:
             self.written = time.monotonic()
             self.record.write()
@@ -129,7 +130,7 @@ class Day:
         self.record.write()
 
     def close(self, cut: str | None) -> str:
-        """Writes both files for the last time; the run in some lines."""
+        """Writes both files for the last time. Returns a summary of a few lines."""
         self.record.cut = cut
         self.record.finished = True
         self.record.write()
@@ -139,7 +140,7 @@ class Day:
 
 
 def _source_tree(folder: Path) -> Path:
-    """The package put together from links, since fastbert.kernels lies in kernels/."""
+    """The package as a folder of links, because fastbert.kernels is kernels/ in a checkout."""
     (folder / "fastbert").mkdir(parents=True)
     for path in (ROOT / "fastbert").iterdir():
         (folder / "fastbert" / path.name).symlink_to(path)
@@ -150,12 +151,12 @@ def _source_tree(folder: Path) -> Path:
 
 
 def _end_with_parent() -> None:
-    """In the step's process: the kernel ends it with SIGTERM when this script is gone, however it goes."""
+    """Runs in the step's process: the operating system will send it SIGTERM when this script ends for any reason."""
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 def _end(process: subprocess.Popen, grace: float) -> None:
-    """The step and all that it started: first asked, so that it writes what it has, then ended."""
+    """Ends the step and all processes that it started: SIGTERM, so that it can write its results, then SIGKILL."""
     for number, patience in ((signal.SIGTERM, grace), (signal.SIGKILL, 1.0)):
         try:
             os.killpg(process.pid, number)
@@ -168,7 +169,7 @@ def _end(process: subprocess.Popen, grace: float) -> None:
 
 
 def why_not() -> str | None:
-    """Why no step can run by this interpreter; None where they can."""
+    """The reason why this interpreter cannot run the steps; None if it can."""
     absent = [name for name in ("torch", "triton") if importlib.util.find_spec(name) is None]
     if not absent:
         return None
@@ -182,7 +183,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("folder", nargs="?", type=Path, default=Path("gpu_day"), help="default: gpu_day")
     parser.add_argument("--tune", action="store_true", help="the second run: search for faster launches")
     parser.add_argument("--rehearse", action="store_true", help="every step on a CPU, with tiny shapes")
-    parser.add_argument("--seconds", type=float, default=LIMIT, help=f"of the whole run (default: {LIMIT:g})")
+    parser.add_argument(
+        "--seconds", type=float, default=LIMIT, help=f"time limit of the whole run (default: {LIMIT:g})"
+    )
     args = parser.parse_args(argv)
     if (reason := why_not()) is not None:
         print(f"gpu_day: {reason}", file=sys.stderr)
@@ -205,7 +208,7 @@ def main(argv: list[str] | None = None) -> int:
         code = 128 + signal.Signals[ended]
     finally:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)  # the last writing is not cut
+            signal.signal(number, signal.SIG_IGN)  # no signal interrupts the last writing
         print(day.close(ended))
     return code
 

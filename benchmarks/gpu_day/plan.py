@@ -1,4 +1,4 @@
-"""The steps of a day with a GPU, best first: what each runs, for how long at most, and its stand-in in a rehearsal."""
+"""The steps of a run on a GPU, most important first: commands, time limits, and replacements for a rehearsal."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 
 CORES = os.cpu_count() or 1
 SANITIZER = "compute-sanitizer"
-SLOWLY = 300.0  # seconds that a step of the rehearsal may take where other work has most of the machine
+SLOWLY = 300.0  # seconds that a step of the rehearsal may take on a machine busy with other work
 
 
 @dataclass(frozen=True)
 class Step:
-    """`command(results folder, seconds it has, the record so far)` is what runs; `least` seconds make it worth it."""
+    """`command(results folder, seconds, record so far)` gives the command. The step needs at least `least` seconds."""
 
     name: str
     limit: float
@@ -28,20 +28,20 @@ class Step:
     unless: Callable[[], str | None] = lambda: None
 
     def why_not(self) -> str | None:
-        """Why the step is left out here, or None."""
+        """The reason why the step cannot run here, or None."""
         if self.needs is not None and shutil.which(self.needs) is None:
             return f"{self.needs} is not installed"
         return self.unless()
 
 
 def day(python: str, rehearsal: bool) -> list[list[Step]]:
-    """Waves of steps, those of one side by side."""
+    """The waves of steps; all steps of a wave run at the same time."""
     return _rehearsal(python) if rehearsal else _day(python)
 
 
 def _verify(python: str, step: str, *arguments: str) -> Callable:
     def command(results: Path, seconds: float, record: Any) -> list[str]:
-        # the last two seconds are for the table
+        # the last two seconds are for writing the table
         lines = ["--json-lines", str(results / f"{step}.jsonl"), "--case-seconds", "60"]
         return [python, "-m", "fastbert", "verify", *arguments, *lines]
 
@@ -66,7 +66,7 @@ def _no_safetensors() -> str | None:
 
 def _bench(python: str, step: str, *arguments: str, spare: float = 8.0) -> Callable:
     def command(results: Path, seconds: float, record: Any) -> list[str]:
-        minutes = max(0.05, (seconds - spare) / 60)  # what is begun by then ends within the rest
+        minutes = max(0.05, (seconds - spare) / 60)  # a case that begins at the limit can end in the spare time
         files = ["--out", str(results / f"{step}.json"), "--ceilings", str(results / "card.json")]
         return [python, "-m", "fastbert", "bench", *arguments, "--budget-minutes", f"{minutes:.2f}", *files]
 
@@ -74,13 +74,13 @@ def _bench(python: str, step: str, *arguments: str, spare: float = 8.0) -> Calla
 
 
 def _newer_assembler(record: Any) -> dict[str, str]:
-    """The newer of those that come with Triton, where it takes the card."""
+    """The newer of Triton's assemblers, if it supports the GPU."""
     path = record.other_assembler()
     return {} if path is None else {"TRITON_PTXAS_PATH": path}
 
 
 def _better_assembler(record: Any) -> dict[str, str]:
-    """The newer one, where attention passed with it and did not with Triton's own."""
+    """The newer assembler, if attention passed with it and failed with Triton's default."""
     return _newer_assembler(record) if record.newer_is_better() else {}
 
 
@@ -110,7 +110,8 @@ def _day(python: str) -> list[list[Step]]:
             checked = _verify(python, tool, "--shapes", "small", "--dtype", "bf16", *chosen)(results, seconds, record)
             return [SANITIZER, "--tool", tool, "--error-exitcode", "9", *checked]
 
-        memory = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # or an access past a tensor stays within a larger block
+        # With torch's cache, an access past a tensor could stay within a larger block and go unnoticed.
+        memory = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         return Step(tool, limit, command, needs=SANITIZER, environment=lambda record: memory)
 
     products = ("attention", "linear_act", "feed_forward")
@@ -137,7 +138,7 @@ def _dtypes() -> list[str]:
 
 
 def _rehearsal(python: str) -> list[list[Step]]:
-    """The same steps, in name and order, on a CPU: kernels interpreted or bound, two of them compiled."""
+    """The same steps, by name and order, on a CPU: kernels are interpreted or only bound, and two are compiled."""
     module = [python, "-m"]
     interpreted = {"TRITON_INTERPRET": "1"}
 
@@ -155,7 +156,7 @@ def _rehearsal(python: str) -> list[list[Step]]:
         return Step(name, SLOWLY, command, environment=lambda record: interpreted)
 
     def timed(name: str, *arguments: str) -> Step:
-        # a budget that only a crowded machine reaches: the rehearsal is over when all is measured
+        # only a very busy machine reaches this limit; the rehearsal ends when everything is measured
         command = _bench(python, name, "--device", "cpu", "--dtype", "float32", "--quick", *arguments)
         return Step(name, SLOWLY, command)
 
@@ -185,7 +186,8 @@ TUNED = (("attention", 150), ("gemm", 150), ("layer_norm", 50), ("embedding,pool
 
 
 def tune(python: str, rehearsal: bool) -> list[list[Step]]:
-    """The card, then the searches of benchmarks.tuning.tune, one after the other; what one leaves the next may take."""
+    """The GPU's properties, then the searches of benchmarks.tuning.tune one after the other, with the remaining
+    time."""
 
     def search(kernels: str, limit: float) -> Step:
         name = f"tune-{kernels.split(',')[0]}"

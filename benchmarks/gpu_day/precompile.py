@@ -1,11 +1,11 @@
-"""Compiles every kernel that a day on a card will launch, before anything is launched.
+"""Compiles every kernel that a run on a GPU will launch, before anything is launched.
 
     python -m benchmarks.gpu_day.precompile --json-lines FILE
 
-The calls of `fastbert verify` and of the benchmark suites are run through Triton's launch path for a card that is not
-there, at their real shapes, with what torch would compute left out. What they launch is compiled into Triton's cache in
-the order of first use, each kernel in a process of its own, so that one that crashes the compiler costs only itself. A
-line of JSON for each goes to --json-lines as it is known, the last one sums up.
+The calls of `fastbert verify` and of the benchmark suites run through Triton's launch path for a GPU that is not
+present, at their real shapes; torch's own operators compute nothing. The launched kernels are compiled into Triton's
+cache in the order of first use, each in a process of its own, so that a crash of the compiler affects one kernel only.
+Each result is appended to --json-lines as a line of JSON; the last line is a summary.
 """
 
 from __future__ import annotations
@@ -31,16 +31,18 @@ from fastbert.kernels import _device, _library
 from fastbert.testing import MODELS, WITHOUT_GRADIENT, WORKLOADS, Workload, function_of
 
 CPU = torch.device("cpu")
-LARGE = 2**14  # elements from which on a tensor's numbers are left out
+LARGE = 2**14  # tensors with at least this many elements are not computed
 PATIENCE = 90.0  # seconds that one kernel may take to compile
 
 
 class WithoutNumbers(TorchDispatchMode):
-    """Large floating-point results are allocated and not computed: torch's own operators only cost their call."""
+    """Within it, torch's operators allocate large floating-point results without computing them."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func.namespace == "fastbert":  # past the dispatcher, so that the products inside are left out as well
+        if (
+            func.namespace == "fastbert"
+        ):  # called without the dispatcher, so that products inside are not computed either
             name = func._schema.name.split("::")[1]
             with self:
                 return _library.LAUNCHERS[name](*args, **kwargs)
@@ -57,7 +59,7 @@ class WithoutNumbers(TorchDispatchMode):
             return func(*args, **kwargs)  # a view
         try:
             shapes = func(*tree_map(_on_meta, args), **tree_map(_on_meta, {**kwargs, **_device_of(kwargs)}))
-        except (RuntimeError, NotImplementedError):  # what it gives depends on the numbers
+        except (RuntimeError, NotImplementedError):  # the shape of the result depends on the numbers
             return func(*args, **kwargs)
         return tree_map(_empty, shapes)
 
@@ -78,13 +80,13 @@ def _empty(value: Any) -> Any:
     return torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device="cpu")
 
 
-# ---- what is called --------------------------------------------------------------------------------------
+# ---- the calls -------------------------------------------------------------------------------------------
 
-Call = tuple[str, Callable[[], Any]]  # what it is for, and what does it
+Call = tuple[str, Callable[[], Any]]  # a description, and the function to call
 
 
 def of_verify(ops: Sequence[str], dtypes: Sequence[str], small: bool) -> Iterator[Call]:
-    """Our side of each case of `fastbert verify`."""
+    """The calls of our operators in each case of `fastbert verify`."""
     shapes = verify.SMALL if small else verify.REAL
     for dtype in dtypes:
         for op in ops:
@@ -102,7 +104,7 @@ def _forward_and_backward(task: verify.Task) -> None:
         for name, value in inputs.items()
         if isinstance(value, torch.Tensor) and value.is_floating_point() and name not in WITHOUT_GRADIENT
     }
-    # torch's dispatcher is watched here, so the kernels of a whole layer come from its operators one by one
+    # A dispatch mode is active here, so the kernels of a whole layer are launched by its single operators.
     options = {"whole": False} if task.op == "encoder_layer" else {}
     out = function_of(task.op)(**{**inputs, **leaves}, **options, impl="triton")
     outs = [o for o in (out if isinstance(out, tuple) else (out,)) if o.requires_grad]
@@ -110,7 +112,7 @@ def _forward_and_backward(task: verify.Task) -> None:
 
 
 def of_suites(dtype: torch.dtype, quick: bool) -> Iterator[Call]:
-    """Ours in each case of the suites that a card runs, in their order; of a model one layer, since all are alike."""
+    """Our row in each case of the suites that a GPU runs, in order. Of a model only one layer, since all are alike."""
     from ..suites import encoder as suite_encoder
     from ..suites import kernels as suite_kernels
     from ..suites import latency as suite_latency
@@ -179,13 +181,14 @@ class Kernel:
     """One entry of Triton's cache."""
 
     name: str
-    use: str  # the first call that launches it
+    use: str  # description of the first call that launches it
     launch: Any
     assembler: str | None  # path; None: Triton's default
 
 
 def kernels_of(calls: Sequence[Call], assembler: str | None, refused: Callable[[str, str], None]) -> list[Kernel]:
-    """What the calls launch, each once, in order; `refused` hears of a call that raised. Within `offline`."""
+    """The kernels that the calls launch, each once, in order. A call that raises is reported to `refused`. Must run
+    within `offline`."""
     from triton.runtime import driver
 
     found: dict[Any, Kernel] = {}
@@ -199,14 +202,14 @@ def kernels_of(calls: Sequence[Call], assembler: str | None, refused: Callable[[
         try:
             with WithoutNumbers():
                 call()
-        except Exception as error:  # one that the operator refuses must not hide the others
+        except Exception as error:  # a call that the operator refuses must not stop the others
             refused(use, f"{type(error).__name__}: {error}".splitlines()[0])
     driver.active.on_launch = None
     return list(found.values())
 
 
 def compile_all(kernels: Sequence[Kernel], target: Any, jobs: int, until: float, say: Callable[[dict], None]) -> int:
-    """Compiles in the order given, a process a kernel, until the clock says `until`; how many are left."""
+    """Compiles the kernels in order, each in a process, until the clock reaches `until`. Returns how many are left."""
     running: dict[int, tuple[Kernel, float]] = {}
     waiting = list(reversed(kernels))
     while running or (waiting and time.monotonic() < until):
@@ -238,7 +241,7 @@ def _line(kernel: Kernel, seconds: float, error: str = "", **more: Any) -> dict[
 
 
 def _start(kernel: Kernel, target: Any, say: Callable[[dict], None]) -> int:
-    """A process that compiles, says what came of it, and ends without tidying up what it has inherited."""
+    """Starts a process that compiles, reports the result, and exits without cleaning up inherited objects."""
     process = os.fork()
     if process:
         return process
@@ -249,7 +252,7 @@ def _start(kernel: Kernel, target: Any, say: Callable[[dict], None]) -> int:
         if kernel.assembler is not None:
             os.environ["TRITON_PTXAS_PATH"] = kernel.assembler
         began, cpu = time.monotonic(), time.process_time()
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # a failing ptxas prints it all
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # if ptxas fails, Triton prints it
             try:
                 compiled = triton.compile(kernel.launch.source, target=target, options=kernel.launch.options)
                 said = _line(kernel, time.monotonic() - began, shared=compiled.metadata.shared)
@@ -272,11 +275,13 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--json-lines", metavar="FILE", type=Path, required=True)
     parser.add_argument(
-        "--card", metavar="FILE", type=Path, help="what benchmarks.gpu_day.card wrote (default: asked here)"
+        "--card", metavar="FILE", type=Path, help="file of benchmarks.gpu_day.card (default: determined here)"
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--seconds", type=float, default=600.0, help="begin nothing after so many")
-    parser.add_argument("--both-assemblers", action="store_true", help="attention's kernels with the newer one too")
+    parser.add_argument("--seconds", type=float, default=600.0, help="begin nothing after this time")
+    parser.add_argument(
+        "--both-assemblers", action="store_true", help="compile attention with the newer assembler as well"
+    )
     parser.add_argument("--quick", action="store_true", help="tiny shapes")
     parser.add_argument("--most", type=int, metavar="N", help="compile N kernels only")
     args = parser.parse_args(argv)
@@ -287,7 +292,7 @@ def main(argv: list[str] | None = None) -> int:
     handle = os.open(args.json_lines, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)
 
     def say(line: dict) -> None:
-        os.write(handle, (json.dumps(line) + "\n").encode())  # whole lines, from whichever process
+        os.write(handle, (json.dumps(line) + "\n").encode())  # one write, so lines of several processes do not mix
 
     def refused(use: str, reason: str) -> None:
         say({"kernel": None, "use": use, "error": reason})
@@ -301,7 +306,7 @@ def main(argv: list[str] | None = None) -> int:
         for path in others:
             found += kernels_of(list(of_verify(attention, dtypes, args.quick)), path, refused)
         known = {(k.launch.kernel.fn.__module__, k.launch.variant) for k in found if k.assembler is None}
-        # last what is recorded, and what runs under the sanitizer
+        # last the calls that are recorded, or run under the sanitizer
         rest = [*of_suites(torch.bfloat16, args.quick), *of_verify(tuple(verify.CASES), dtypes[:1], True)]
         for kernel in kernels_of(rest, None, refused):
             if (kernel.launch.kernel.fn.__module__, kernel.launch.variant) not in known:

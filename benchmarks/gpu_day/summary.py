@@ -1,4 +1,4 @@
-"""What a day with a GPU leaves: summary.json and gpu_day.tar.gz, made of what its steps have written so far."""
+"""Writes summary.json and gpu_day.tar.gz from the files that the steps of a run on a GPU have written so far."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import Any
 
 SCHEMA = "fastbert-gpu-day/1"
 ROOT = Path(__file__).resolve().parents[2]
-LONGEST_LOG = 400_000  # bytes of a log that are kept: its end
-MOST_FAILED = 60  # failed cases of a verify that the summary tells of; the archive has all
+LONGEST_LOG = 400_000  # bytes of a log that are kept, from its end
+MOST_FAILED = 60  # failed cases of a verify in the summary; the archive has all
 OF_A_ROW = (
     "suite", "operator", "direction", "workload", "dtype", "row", "peer", "status", "reason", "median_s", "tflops",
     "gbs", "share_of_ceiling", "bound_by", "over_floor", "tokens_per_second", "host_bound", "host_s", "device_s",
@@ -31,7 +31,7 @@ def state_of(step: Any) -> dict[str, Any]:
 
 
 class Record:
-    """The run so far. `write` makes both files anew, each in one step."""
+    """The run so far. `write` replaces both files, each in one step."""
 
     def __init__(self, results: Path, out: Path, mode: str, rehearsal: bool, limit: float, began: float):
         self.results, self.out, self.mode, self.rehearsal = results, out, mode, rehearsal
@@ -58,7 +58,7 @@ class Record:
                     _add(archive, file, f"gpu_day/{file.relative_to(self.results)}")
 
     def summary(self) -> dict[str, Any]:
-        """As benchmarks/gpu_day/summary.json says."""
+        """The summary, in the format of benchmarks/gpu_day/summary.json."""
         card = _read(self.results / "card.json") or {}
         return {
             "schema": SCHEMA, "mode": self.mode, "rehearsal": self.rehearsal, "created": self.created,
@@ -119,15 +119,15 @@ class Record:
                 found.append({**facts, "tried": len(rows), "wrong": sum(row["status"] == "wrong" for row in rows)})
         return found
 
-    # ---- what later steps ask --------------------------------------------------------------------------
+    # ---- for later steps -------------------------------------------------------------------------------
 
     def other_assembler(self) -> str | None:
-        """Path of the second one that comes with Triton, where it takes the card."""
+        """The path of Triton's second assembler, if that supports the GPU."""
         card = _read(self.results / "card.json") or {}
         return next((a["path"] for a in card.get("assemblers", ())[1:] if a["takes"]), None)
 
     def newer_is_better(self) -> bool:
-        """Whether attention failed with the default assembler and passed all its cases with the other."""
+        """Whether attention failed with the default assembler and passed all its cases with the other one."""
         of = {
             name: [case for case in _lines(self.results / f"{name}.jsonl") if case["op"].startswith("attention")]
             for name in ("verify", "verify-newer")
@@ -137,7 +137,7 @@ class Record:
 
 
 def table(summary: dict[str, Any]) -> str:
-    """The run in some lines."""
+    """A summary of the run in a few lines."""
     lines = [
         f"{s['name']:14} {s['status']:12} {s['seconds'] or 0:6.1f} s  {s['reason'] or ''}" for s in summary["steps"]
     ]
@@ -162,7 +162,7 @@ def _replace(path: Path, write: Any) -> None:
 
 
 def _add(archive: tarfile.TarFile, file: Path, name: str) -> None:
-    """The file as it is now, though a step may still be writing: of a log its end."""
+    """Adds the file's present content, even if a step is still writing it. Of a long log only the end is added."""
     data = file.read_bytes()
     if file.suffix == ".log":
         data = data[-LONGEST_LOG:]
@@ -187,7 +187,7 @@ def _text(path: Path) -> str:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """Whole lines; a last one that is being written does not count."""
+    """The records of all complete lines; a last line without a newline is ignored."""
     return [json.loads(line) for line in _text(path).split("\n")[:-1] if line.startswith("{")]
 
 

@@ -1,1 +1,1 @@
-"""Where time, instructions and imports go: what is looked into, not compared."""
+"""Tools that inspect our own code: time, machine instructions, memory, imports. They compare no libraries."""

@@ -1,12 +1,12 @@
-"""Registers of asynchronous matrix products: does anything touch them before the product has been waited for?
+"""Finds instructions that touch registers of an asynchronous matrix product before the code has waited for it.
 
-Hopper's HGMMA returns at once. Until the wait that covers it (`WARPGROUP.DEPBAR`) its sums may not be read or written,
-and a left operand that it takes from registers may not be written. The compiler has to see to that, and released
-assemblers have not always: https://github.com/triton-lang/triton/issues/9433 and pull request 11781. So the machine
-code is followed along every path, round loops too, with the products that may be in flight.
+Hopper's HGMMA returns at once. Until the wait for it (`WARPGROUP.DEPBAR`) its sums must not be read or written, and a
+left operand in registers must not be written. The compiler must ensure that, but released assemblers have failed to:
+https://github.com/triton-lang/triton/issues/9433 and pull request 11781. So this module follows the machine code along
+every path, through loops too, and tracks the products that may be in flight.
 
-Blackwell's UTC*MMA has its operands in shared and in tensor memory, and no registers but uniform ones, which are read
-when it is issued: nothing of this applies to it.
+Blackwell's UTC*MMA is not affected: its operands are in shared and tensor memory, and its only registers are uniform
+ones, which it reads when it is issued.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from dataclasses import dataclass
 
 from .machine_code import Code, Instruction, access_bits, successors
 
-# Opcodes whose first register, where there is one, is read: nothing is written but predicates, memory or control flow.
+# Opcodes that only read their first register: they write predicates or memory, or change the control flow.
 READS_ONLY = re.compile(
     r"(I|F|D|H|U|P|C)SETP2?\b|FCHK\b|R2P\b|NANOSLEEP\b|BRX|JMX|RET\b|CALL\b|WARPSYNC|BAR\b|BRA\b|ST[SGLM]?\b|STSM\b|RED"
 )
 PREDICATE = re.compile(r"!?U?P(\d|T|R)\b")
-OLDEST = 7  # groups of products a wait can leave in flight
+OLDEST = 7  # most groups of products that a wait can leave in flight
 
 
 @dataclass(frozen=True)
 class Hazard:
-    """An instruction that touches registers of a product in flight; both as indices of instructions."""
+    """An instruction that touches registers of a product in flight. Both are indices of instructions."""
 
     product: int
     at: int
@@ -44,20 +44,20 @@ class Hazard:
 class _Product:
     """Registers of one HGMMA."""
 
-    operand: frozenset[int]  # the left operand's, none where it lies in shared memory
+    operand: frozenset[int]  # registers of the left operand; empty if that is in shared memory
     total: frozenset[int]
 
 
 def hazards(code: Code) -> list[Hazard]:
-    """All of them, in order of the code. Empty for code without HGMMA."""
+    """All hazards in the order of the code. Empty for code without HGMMA."""
     products = {n: _product(i) for n, i in enumerate(code.instructions) if i.opcode.startswith("HGMMA")}
     if not products:
         return []
     touched = [_touched(i) for i in code.instructions]
     after = successors(code)
 
-    # product -> groups committed since it was issued, its own included (0: its group is still open), at the least over
-    # all paths: a product joins a group when the group's last product, marked gsb0, is issued.
+    # Product -> number of groups committed since it was issued, including its own; 0 while its group is still open. Of
+    # several paths the least number counts. A group is committed by its last product, which is marked gsb0.
     pending: list[dict[int, int] | None] = [None] * len(code.instructions)
     pending[0] = {}
     work = [0]
@@ -83,19 +83,19 @@ def hazards(code: Code) -> list[Hazard]:
 
 
 def _step(instruction: Instruction, n: int, pending: dict[int, int]) -> dict[int, int]:
-    """What is in flight after an instruction."""
+    """The products in flight after an instruction."""
     if instruction.opcode.startswith("HGMMA"):
         pending = pending | {n: 0}
         if re.search(r"\bgsb0\b", instruction.operands):
             pending = {p: min(age + 1, OLDEST) for p, age in pending.items()}
     elif instruction.opcode.startswith("WARPGROUP.DEPBAR"):
         left = int(re.search(r"gsb0, (0x[0-9a-f]+)", instruction.operands)[1], 16)
-        pending = {p: age for p, age in pending.items() if age <= left}  # with those whose group is still open
+        pending = {p: age for p, age in pending.items() if age <= left}  # including those of an open group
     return pending
 
 
 def _conflicts(p: int, product: _Product, n: int, other: _Product | None, reads, writes) -> list[Hazard]:
-    """How instruction n conflicts with product p in flight; `other`: its registers where it is a product too."""
+    """The hazards between instruction n and product p in flight. other: the registers of n if n is a product too."""
     if other is not None and other.total == product.total:
         reads, writes = other.operand, frozenset()  # products onto the same sum run in order
     pairs = (
@@ -107,11 +107,12 @@ def _conflicts(p: int, product: _Product, n: int, other: _Product | None, reads,
 
 
 def transposed_products(ttgir: str) -> int:
-    """In Triton's IR of one kernel, products whose left operand is the transpose of an asynchronous product's result.
+    """The number of products in a kernel's Triton IR whose left operand is the transpose of an asynchronous product's
+    result.
 
-    These came out wrong on Hopper, from Triton 3.4 and ptxas 12.8 on, whether the operand goes through registers or
-    through shared memory: https://github.com/fla-org/flash-linear-attention/pull/826 and issue 984. On other
-    architectures nothing is counted. Values are followed within a loop's body, not from one iteration to the next.
+    Such products were wrong on Hopper, from Triton 3.4 and ptxas 12.8 on, with operands in registers and in shared
+    memory: https://github.com/fla-org/flash-linear-attention/pull/826 and issue 984. For other architectures the number
+    is 0. Values are followed within a loop's body, not from one iteration to the next.
     """
     layouts = "|".join(re.findall(r"^(#\w+) = #ttg\.nvidia_mma<\{versionMajor = 3\b", ttgir, re.MULTILINE))
     transposed: set[str] = set()
@@ -138,7 +139,7 @@ def _operands(instruction: Instruction) -> list[str]:
 
 
 def _register(operand: str) -> int | None:
-    """Number of the register that an operand begins with; None for RZ, uniform registers, constants, addresses."""
+    """The number of an operand's first register; None for RZ, uniform registers, constants and addresses."""
     found = re.match(r"[-~|!]*R(\d+)\b", operand)
     return int(found[1]) if found else None
 
@@ -151,7 +152,7 @@ def _product(instruction: Instruction) -> _Product:
     columns = int(re.match(r"HGMMA\.64x(\d+)x", instruction.opcode)[1])
     sixteen_bits = re.match(r"HGMMA\.\d+x\d+x\d+\.F16\b", instruction.opcode) is not None
     total, left = _operands(instruction)[:2]
-    # 64 rows over 128 lanes; of the left operand 16 bytes a lane and instruction, in every type
+    # 64 rows over 128 lanes; an instruction reads 16 bytes of the left operand in each lane, for every type
     return _Product(_range(_register(left), 4), _range(_register(total), columns // (4 if sixteen_bits else 2)))
 
 
@@ -173,7 +174,7 @@ def _touched(instruction: Instruction) -> tuple[frozenset[int], frozenset[int]]:
 
 
 def _width(instruction: Instruction) -> int:
-    """Registers of the result."""
+    """The number of registers of the result."""
     opcode = instruction.opcode
     if found := re.match(r"LDSM.*?(?:\.([24]))?$", opcode):
         return int(found[1] or 1)
@@ -187,7 +188,7 @@ def _width(instruction: Instruction) -> int:
 
 
 def _sources(instruction: Instruction, operands: list[str]) -> list[tuple[int, int]]:
-    """(first register, how many) of what is read, `operands` being those without the result."""
+    """(first register, how many) for each operand that is read. operands: all but the result."""
     opcode = instruction.opcode
     found = []
     for place, operand in enumerate(operands):

@@ -1,5 +1,5 @@
-// For call_cost.py: on tensors without data (device meta) torch's own operators cost what their dispatch costs.
-// torch gives some of them their shapes in Python, which takes longer than all that is to be measured.
+// For call_cost.py: replaces torch's operators on tensors without data (device meta), so that a call takes only the time
+// of its dispatch. torch computes the shapes of some of them in Python, which takes longer than all that is measured.
 
 #include <ATen/ATen.h>
 #include <torch/library.h>

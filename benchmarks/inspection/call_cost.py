@@ -1,14 +1,14 @@
-"""What a call costs in Python: the CPU time between launches, without a card.
+"""Measures the CPU time that a call takes in Python before and between launches; needs no GPU.
 
     python -m benchmarks.inspection.call_cost
 
 The operators run on tensors without data (device meta), forward and backward, through Triton's real launch path for a
-card that is not there, and the launch itself does nothing. So no time is spent on numbers, and what is left is
-Python's: validating, choosing, allocating, autograd, binding arguments, and the dispatch of torch's own operators,
-which `call_cost.cpp` keeps from doing more (it needs g++). On a GPU a
-pass cannot be faster than this, however small the batch. CPU time of the process, the least of several rounds.
+GPU that is not present, and a launch does nothing. So no time is spent on computation, only on Python: checks, choices,
+allocation, autograd, binding arguments, and the dispatch of torch's operators, whose computation `call_cost.cpp`
+replaces (it needs g++). On a GPU a pass cannot be faster than this, however small the batch. Printed is the process'
+CPU time, the least of several rounds.
 
---beside FOLDER measures another checkout of this project in the same run, turn about, and prints the ratios.
+--beside FOLDER also measures another checkout of this project, in turns in the same run, and prints the ratios.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve()
 ROUNDS, SECONDS = 5, 0.2  # rounds of a case in a process, and how long one lasts
-TURNS = 3  # processes a checkout
+TURNS = 3  # processes for each checkout
 
 
-# ---- in the process that measures --------------------------------------------------------------------------
+# ---- in the measuring process ------------------------------------------------------------------------------
 
 
 def _launch_nothing() -> None:
-    """Triton launches on a card that is not there, and operators take tensors without data."""
+    """Makes Triton launch on a GPU that is not present, and operators accept tensors without data."""
     _take_kernels_from(Path.cwd() / "kernels")
     from fastbert import functional
     from fastbert.kernels import _device
 
-    if not hasattr(functional, "machine"):  # a checkout from before the driver found it there
+    if not hasattr(functional, "machine"):  # a checkout older than the driver's use of this module
         functional.machine = _device
     if not hasattr(_device, "stand_in"):
         _as_before_the_driver(_device)
@@ -53,7 +53,7 @@ def _launch_nothing() -> None:
     _library.register = _registering_for_meta(_library)
     from fastbert import functional
 
-    if not hasattr(functional, "machine"):  # a checkout from before the driver asked there
+    if not hasattr(functional, "machine"):  # a checkout older than the driver's use of this module
         functional.machine = _device
     spec = importlib.util.spec_from_file_location(
         "fastbert.emulator.driver", HERE.parents[2] / "fastbert" / "emulator" / "driver.py"
@@ -66,7 +66,7 @@ def _launch_nothing() -> None:
 
 
 def _take_kernels_from(folder: Path) -> None:
-    """Where a checkout is installed to be edited, `fastbert.kernels` would come from that one in all others too."""
+    """Imports `fastbert.kernels` from this checkout; an editable install would import it from the installed one."""
     path = str(folder / "__init__.py")
     spec = importlib.util.spec_from_file_location("fastbert.kernels", path, submodule_search_locations=[str(folder)])
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
@@ -74,7 +74,7 @@ def _take_kernels_from(folder: Path) -> None:
 
 
 def _build_products() -> Path:
-    """`call_cost.cpp` as a library, built where it is not there yet."""
+    """The library of `call_cost.cpp`, which is built if it does not exist."""
     import torch
     from torch.utils.cpp_extension import include_paths
 
@@ -93,7 +93,8 @@ def _build_products() -> Path:
 
 
 def _as_before_the_driver(device_module) -> None:
-    """A checkout from before `fastbert.emulator`: it must take CPU tensors, and have what the driver asks for."""
+    """Prepares a checkout older than `fastbert.emulator`: operators accept CPU tensors, and the driver's names
+    exist."""
     device_module.INTERPRETING = True
     device_module.Card = namedtuple("Card", "arch capability multiprocessors")
     device_module.stand_in = lambda card: None
@@ -102,7 +103,7 @@ def _as_before_the_driver(device_module) -> None:
 
 
 def _registering_for_meta(library) -> Callable:
-    """`register` whose launchers, not its shape functions, run on meta tensors."""
+    """A `register` that runs launchers on meta tensors, instead of shape functions."""
     original = library.register
 
     def register(schema, launch, fake, **more):
@@ -119,10 +120,10 @@ def _registering_for_meta(library) -> Callable:
 
 
 def cases() -> dict[str, Callable[[], object]]:
-    """name -> what one call of it is."""
+    """Name of a case -> a function that makes one call."""
     import torch
 
-    # of no device that autocast knows
+    # autocast does not support the device meta
     known = torch.is_autocast_enabled
     torch.is_autocast_enabled = lambda kind=None: False if kind == "meta" else known(kind)
     from dataclasses import replace
@@ -147,7 +148,7 @@ def cases() -> dict[str, Callable[[], object]]:
     found: dict[str, Callable[[], object]] = {}
 
     def both(name: str, call: Callable, *leaves: torch.Tensor) -> None:
-        """A case forward without gradients, and one forward and backward to these leaves."""
+        """Adds a case of the forward pass without gradients, and one of forward and backward to these leaves."""
 
         def forward():
             with torch.no_grad():
@@ -203,7 +204,7 @@ def cases() -> dict[str, Callable[[], object]]:
 
 
 def measure() -> dict[str, float]:
-    """name -> microseconds of CPU time a call."""
+    """Name of a case -> microseconds of CPU time of a call."""
     _launch_nothing()
     found = {}
     for name, call in cases().items():
@@ -227,7 +228,7 @@ def measure() -> dict[str, float]:
 
 
 def _measured(folder: Path) -> dict[str, float]:
-    """Of the checkout in this folder, in a process of its own."""
+    """`measure` for the checkout in this folder, in a process of its own."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
     program = (
         f"import sys, json, importlib.util as u; sys.path.insert(0, {str(folder)!r});"
@@ -246,7 +247,7 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m benchmarks.inspection.call_cost", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--beside", type=Path, metavar="FOLDER", help="another checkout, measured in the same run")
-    parser.add_argument("--turns", type=int, default=TURNS, help="processes a checkout (default: %(default)s)")
+    parser.add_argument("--turns", type=int, default=TURNS, help="processes for each checkout (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     args = parser.parse_args(argv)
     folders = [HERE.parents[2]] if args.beside is None else [args.beside.resolve(), HERE.parents[2]]

@@ -1,14 +1,14 @@
-"""What the checks of an accelerated model cost: the same calls with and without them, in turns.
+"""Measures the cost of an accelerated model's checks: the same calls with and without checks, in turns.
 
     python -m benchmarks.inspection.check_price [--dtype float32 bfloat16] [--case query texts] [--pairs 300]
         [--threads 1] [--cpu-time]
 
-A model of MiniLM's shape (6 layers of 384) with random weights answers one query of 16 tokens, and a batch of 32 texts
-of 128 tokens, each with every check and with none: whether a module changed or has a hook, what follows the call, its
-arguments, and its lengths and indices. Pairs of a few calls each, first one way round and then the other; printed is
-the median of the pairs' ratios, so that what slows the machine down for a while slows both, and the interval that
-holds it in 95 of 100 drawings of as many pairs from these. Wanted: a query at 1.02 or less, and texts a second, with
-over without, at 0.99 or more. `--cpu-time` counts the process's own time, for a machine that others use too.
+A model of MiniLM's shape (6 layers of 384) with random weights encodes one query of 16 tokens, and a batch of 32 texts
+of 128 tokens, each with all checks and with none. Checked are: changed modules and hooks, modes and transformations,
+arguments, lengths, and indices. A pair is a few calls with checks and a few without; the order alternates. Printed are
+the median of the pairs' ratios, which a temporary slowdown of the machine hardly changes, and its 95% interval by
+resampling the pairs. The goals: a query takes at most 1.02 times as long with checks, and texts a second are at least
+0.99 of those without. `--cpu-time` measures the process' own time, for a machine with other work.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ import fastbert
 from fastbert.dropin import encoder, own
 
 SHAPE = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
-CONTENTS = ("expect_sequences", "expect_lengths", "expect_indices")  # of lengths and indices, under these names
-CALLS = 3  # in a row, of which the median counts
+CONTENTS = ("expect_sequences", "expect_lengths", "expect_indices")  # the checks of lengths and indices
+CALLS = 3  # calls in a row, of which the median counts
 CASES = {"query": (1, 16), "texts": (32, 128)}  # [B, S]
 
 
 def _passes(*args, **kwargs) -> None:
-    """A check that never finds anything."""
+    """Replaces a check; never raises."""
 
 
 def without_checks() -> ExitStack:
-    """Within it, no call is looked at."""
+    """A context in which calls are not checked."""
     stack = ExitStack()
     stack.enter_context(patch.object(own.Watch, "is_same", lambda self: True))
     stack.enter_context(patch.object(encoder, "why_not_here", _passes))
@@ -53,12 +53,12 @@ def without_checks() -> ExitStack:
 
 
 def ratios(call: Callable[[], object], pairs: int, clock: Callable[[], float]) -> list[float]:
-    """Of each pair, the time of a call with the checks over that without."""
+    """For each pair, the time of a call with checks divided by that of a call without."""
 
     def seconds(checked: bool) -> float:
         found = []
         with ExitStack() if checked else without_checks():
-            call()  # what changed is the code that runs, not the model: the first call after that is not timed
+            call()  # not timed, because other code runs than in the call before
             for _ in range(CALLS):
                 start = clock()
                 call()
@@ -73,7 +73,7 @@ def ratios(call: Callable[[], object], pairs: int, clock: Callable[[], float]) -
 
 
 def interval(found: list[float], drawings: int = 1000) -> tuple[float, float]:
-    """What holds the median in 95 of 100 drawings of as many from these."""
+    """The 95% interval of the median, by resampling."""
     draw = random.Random(0).choices
     medians = [statistics.median(draw(found, k=len(found))) for _ in range(drawings)]
     return tuple(statistics.quantiles(medians, n=40)[::38])
@@ -101,7 +101,7 @@ def main() -> None:
             pairs = args.pairs if case == "query" else max(args.pairs // 30, 2)
             call = partial(model, **given)
             with torch.inference_mode():
-                call()  # what is made once
+                call()  # makes everything that is made only once
                 call()
                 start = time.perf_counter()
                 call()

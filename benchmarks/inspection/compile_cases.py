@@ -1,4 +1,4 @@
-"""What there is to compile: the launches of a kernel module's calls, bound by Triton for a card that is not there."""
+"""The kernels to compile: the launches of a kernel module's calls, bound by Triton for a GPU that is not present."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class CompileCase:
-    """A kernel as one launch bound it. Plain values, so that a worker process can be handed one."""
+    """A kernel with the arguments of one launch. All values are plain, so that a worker process can receive a case."""
 
     name: str  # e.g. "attention_fwd[bf16,D=64]"
     kernel: str  # "module:name" of the @triton.jit function
     signature: dict[str, str]  # argument -> Triton type, e.g. "*bf16", "i32", "fp32", or "constexpr"
     constexprs: dict[str, Any]
     attrs: dict[str, list]  # argument -> what Triton assumes of it, e.g. [["tt.divisibility", 16]]
-    options: dict[str, Any]  # of the compiler
+    options: dict[str, Any]  # options of the compiler
     wide_loads: bool = False  # must load 128 bits a lane at once (NVIDIA)
     fast: bool = False  # belongs to the fixed subset that continuous integration compiles
 
@@ -27,18 +27,19 @@ class CompileCase:
 
     @property
     def bound(self) -> tuple:
-        """What Triton compiles: the same for two cases, the same machine code."""
+        """All that determines the machine code: equal for two cases with the same code."""
         parts = (self.signature, self.constexprs, self.attrs, self.options)
         return (self.kernel, *(tuple((k, str(v)) for k, v in part.items()) for part in parts))
 
     @property
     def bulk_copy(self) -> bool:
-        """Must contain bulk copies where the architecture has them: it takes tensor descriptors."""
+        """Whether the code must contain bulk copies, if the architecture has them: an argument is a tensor
+        descriptor."""
         return any(kind.startswith("tensordesc") for kind in self.signature.values())
 
 
 def case_of(launch: Any, name: str, wide_loads: bool = False, fast: bool = False) -> CompileCase:
-    """The case of an `emulator.driver.Launch`. name: of the form; the kernel's own comes before it."""
+    """The case of an `emulator.driver.Launch`. name: the call's name, which is added to the kernel's."""
     kernel = launch.kernel
     short = launch.name.removeprefix("_").removesuffix("_kernel")
     return CompileCase(
@@ -48,10 +49,11 @@ def case_of(launch: Any, name: str, wide_loads: bool = False, fast: bool = False
 
 
 def cases_of(module: str, arch: str, fast: bool = False) -> tuple[list[CompileCase], dict[str, Exception]]:
-    """Every kernel that the module's `compile_calls()` launch on `arch`, each variant once, under its first name.
+    """(kernels that the module's `compile_calls()` launch on `arch`, each variant once, under its first name; name of a
+    call -> its error, for calls that raised).
 
-    Also, by their names, the calls that raised: what Triton, or the operator, refuses here it refuses on a card.
-    fast: only the calls that are marked so, and of these only the form with gradients.
+    A call that Triton or the operator refuses here would be refused on a GPU too. fast: only the calls that are marked
+    as fast, with gradients.
     """
     from fastbert.emulator.driver import Launch, offline
 
@@ -65,7 +67,7 @@ def cases_of(module: str, arch: str, fast: bool = False) -> tuple[list[CompileCa
             seen.clear()
             try:
                 (replace(call, inference=False) if fast else call).run()
-            except Exception as error:  # one refused launch must not hide the others
+            except Exception as error:  # a refused launch must not stop the others
                 errors[f"{call.function.__name__}[{call.name}]"] = error
             for launch in seen:
                 case = case_of(launch, call.name, launch.kernel in call.wide_loads, call.fast)
@@ -74,7 +76,7 @@ def cases_of(module: str, arch: str, fast: bool = False) -> tuple[list[CompileCa
 
 
 def _with_own_names(cases: Iterable[CompileCase]) -> list[CompileCase]:
-    """Forward without and with gradients, say, are two variants under one name: the later ones are numbered."""
+    """Numbers cases with equal names, such as a forward pass without and with gradients."""
     counts: dict[str, int] = {}
     named = []
     for case in cases:

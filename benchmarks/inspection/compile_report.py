@@ -1,13 +1,13 @@
-"""What every kernel compiles to, on every architecture, without a GPU.
+"""Compiles every kernel for every architecture, without a GPU, and reports on its machine code.
 
     python -m benchmarks.inspection.compile_report
 
-Each kernel module lists calls of its operators (`compile_calls()`). They are run through the real launchers for a card
-that is not there, and what they launch is compiled to machine code, which is then read: registers, spills, shared
-memory, how many warps fit a multiprocessor, matrix instructions, bulk copies, widest global load, and the instruction
-mix of the inner loops with the cycles that each unit needs for it at least. Exit code 1 where a launch is refused, a
-kernel does not compile, spills, needs more shared memory than there is, lacks the matrix instructions or bulk
-copies it is meant to have, or touches registers of an asynchronous product too early (`async_products`).
+Each kernel module lists calls of its operators (`compile_calls()`). They run through the real launchers for a GPU that
+is not present, and the launched kernels are compiled. The report gives registers, spills, shared memory, warps that fit
+a multiprocessor, matrix instructions, bulk copies, the widest global load, and the instruction mix of the inner loops
+with the least cycles of each unit. The exit code is 1 if a launch is refused or a kernel does not compile, spills,
+needs too much shared memory, lacks expected matrix instructions or bulk copies, or touches registers of an asynchronous
+product too early (`async_products`).
 """
 
 from __future__ import annotations
@@ -40,26 +40,26 @@ KB = 1024
 
 @dataclass(frozen=True)
 class Arch:
-    """A multiprocessor and what one program (CTA, workgroup) may take of it."""
+    """The limits of a multiprocessor and of one program (CTA, workgroup)."""
 
     target: tuple[str, int | str, int]  # triton's backend, arch, warp size
     warps: int
     ctas: int
-    registers: int  # 32-bit registers a lane slot shares among its warps: of the file / warp size
+    registers: int  # 32-bit registers of a multiprocessor, divided by the warp size
     shared: int
     shared_per_cta: int
-    shared_reserved: int  # taken by the system in each CTA
+    shared_reserved: int  # bytes of each CTA that the system uses
     matrix: str  # opcodes of the matrix unit in 16-bit types
-    bulk_copy: str  # opcodes of copies to shared memory that pass no registers
-    matrix_flops: int  # a cycle, dense, 16-bit types
-    issue: int = 4  # instructions a cycle (on AMD a vector instruction keeps its SIMD for four cycles)
-    special_lanes: int = 16  # exp2 a cycle
-    shared_bytes: int = 128  # a cycle
+    bulk_copy: str  # opcodes of copies to shared memory that do not use registers
+    matrix_flops: int  # in a cycle, dense, 16-bit types
+    issue: int = 4  # instructions in a cycle (on AMD a vector instruction occupies its SIMD for four cycles)
+    special_lanes: int = 16  # exp2 in a cycle
+    shared_bytes: int = 128  # in a cycle
 
 
-# Multiprocessor limits: the CUDA programming guide's table of compute capabilities, and AMD's CDNA 3 guide. Products a
-# cycle: the vendors' peak rates over multiprocessors and clock; GeForce cards sum in float32 at half the rate given
-# for 8.6, 8.9 and 12.x, which is that of the professional cards.
+# Limits are from the CUDA programming guide's table of compute capabilities, and from AMD's CDNA 3 guide. The flops of
+# a cycle are the vendors' peak rates divided by multiprocessors and clock. For 8.6, 8.9 and 12.x they are those of the
+# professional cards; GeForce cards sum in float32 at half of that rate.
 ARCHES = {
     "sm_80": Arch(("cuda", 80, 32), 64, 32, 2048, 164 * KB, 163 * KB, KB, "HMMA", "LDGSTS", 2048),
     "sm_86": Arch(("cuda", 86, 32), 48, 16, 2048, 100 * KB, 99 * KB, KB, "HMMA", "LDGSTS", 1024),
@@ -75,21 +75,21 @@ DEFAULT_ARCHES = tuple(ARCHES)
 
 @dataclass
 class Report:
-    """What one case compiled to. Sizes in bytes; widths in bits a lane."""
+    """The result of compiling one case. Sizes are in bytes, widths in bits of a lane."""
 
     module: str
     name: str
     arch: str
     error: str = ""
     registers: int = 0
-    spills: int = 0  # spill loads and stores in the code, or bytes of stack where the code shows none
+    spills: int = 0  # spill loads and stores in the code, or bytes of stack if the code shows none
     shared: int = 0
-    warps: int = 0  # of one CTA
+    warps: int = 0  # warps of one CTA
     ctas_per_sm: int = 0
     warps_per_sm: int = 0
-    limit: str = ""  # what bounds the occupancy
+    limit: str = ""  # the resource that bounds the occupancy
     global_scratch: int = 0
-    wants_matrix: bool = False  # it multiplies tiles of 16-bit types
+    wants_matrix: bool = False  # whether it multiplies tiles of 16-bit types
     matrix: int = 0
     matrix_opcode: str = ""
     bulk_copies: int = 0
@@ -104,7 +104,7 @@ class Report:
 
 
 def kernel_modules() -> tuple[list[str], list[str]]:
-    """Modules that list calls, and those that the seam names but are not there yet."""
+    """(modules that list calls, modules that the table of operators names but that do not exist)."""
     from fastbert import functional, kernels
 
     present = sorted(m.name for m in pkgutil.iter_modules(kernels.__path__))
@@ -114,7 +114,8 @@ def kernel_modules() -> tuple[list[str], list[str]]:
 
 
 def _lists_calls(module: str) -> bool:
-    """Read from its source: importing a helper module could need what is not installed."""
+    """Whether the module has `compile_calls`. Its source is searched, because importing it might need other
+    packages."""
     origin = importlib.util.find_spec(module).origin
     if not origin.endswith(".py"):  # the C++ operators
         return False
@@ -125,21 +126,21 @@ def _lists_calls(module: str) -> bool:
 
 
 def report_one(case: CompileCase, module: str, arch: str) -> Report:
-    """Compile and read one case. An error becomes part of the report."""
+    """Compiles one case and reads its code. An error becomes part of the report."""
     report = Report(module, case.name, arch, warps=case.num_warps)
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # where ptxas fails Triton prints the whole program
+        with contextlib.redirect_stdout(io.StringIO()):  # if ptxas fails, Triton prints the whole program
             compiled = compile_case(case, arch)
         _read(report, case, compiled, ARCHES[arch])
         report.failures = judge(report, case, ARCHES[arch])
-    except Exception as error:  # whatever the compiler throws is this case's result
+    except Exception as error:  # any error of the compiler is the result of this case
         report.error = _reason(error)
         report.failures = ["does not compile"]
     return report
 
 
 def _reason(error: BaseException) -> str:
-    """The line that says what is wrong: Triton quotes the source around it, ptxas a command to repeat."""
+    """The line of the message that names the error; Triton adds source code, and ptxas a command to repeat."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = str(error).strip().splitlines() or [""]
@@ -147,7 +148,7 @@ def _reason(error: BaseException) -> str:
 
 
 def compile_case(case: CompileCase, arch: str) -> Any:
-    """The compiled kernel of a case, from Triton's cache where it has been compiled before."""
+    """The compiled kernel of a case, from Triton's cache if it has been compiled before."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -187,7 +188,7 @@ def _read(report: Report, case, compiled, arch: Arch) -> None:
         report.spills = len(code.of_kind("spill")) or used["STACK"] + used["LOCAL"]
         report.hazards = [hazard.describe(code) for hazard in async_products.hazards(code)]
         report.transposed_products = async_products.transposed_products(compiled.asm["ttgir"])
-        # Helper warps of a warp-specialised kernel come on top of num_warps.
+        # A warp-specialised kernel has helper warps in addition to num_warps.
         if threads := re.search(r"\.(?:req|max)ntid\s+(\d+)", compiled.asm["ptx"]):
             report.warps = int(threads[1]) // arch.target[2]
     else:
@@ -200,7 +201,7 @@ def _read(report: Report, case, compiled, arch: Arch) -> None:
 
     matrix = code.of_kind("matrix")
     report.matrix = len(matrix)
-    # the architecture's own where there are any: beside them a product too small for them takes older ones
+    # Prefer the architecture's own instructions: a product that is too small for them uses older ones beside them.
     own = [i.opcode for i in matrix if re.match(arch.matrix, i.opcode)] or [i.opcode for i in matrix]
     report.matrix_opcode = max(sorted(set(own)), key=own.count, default="")
     report.bulk_copies = code.count(arch.bulk_copy)
@@ -210,9 +211,9 @@ def _read(report: Report, case, compiled, arch: Arch) -> None:
 
 
 def _occupancy(report: Report, arch: Arch, tensor_memory: int) -> None:
-    """CTAs that fit one multiprocessor by each resource; the scarcest decides."""
+    """Sets how many CTAs fit one multiprocessor, limited by the scarcest resource."""
     if arch.target[0] == "cuda":
-        per_lane = -(-report.registers // 8) * 8  # registers come in units of 8 a lane, to four schedulers
+        per_lane = -(-report.registers // 8) * 8  # registers are allocated in units of 8 a lane, by four schedulers
         by_registers = arch.registers // 4 // max(per_lane, 1) * 4 // report.warps
     else:
         # four SIMDs of 512 registers a lane, at most 8 waves each
@@ -231,10 +232,10 @@ def _occupancy(report: Report, arch: Arch, tensor_memory: int) -> None:
 
 
 def _loop(loop: machine_code.Code, sometimes: machine_code.Code, warps: int, arch: Arch) -> dict[str, Any]:
-    """Mix of one inner loop (as one warp issues it), and the least cycles of one iteration of a CTA by unit.
+    """The instruction mix of one inner loop, for one warp, and the least cycles of a CTA's iteration for each unit.
 
-    An iteration is one of the machine code: the compiler may have unrolled the kernel's own loop. Cycles count
-    what every iteration runs, not what stands under a condition (`sometimes`).
+    An iteration is one of the machine code: the compiler may have unrolled the kernel's own loop. Cycles only count
+    instructions that every iteration executes, not conditional ones (`sometimes`).
     """
     mix = machine_code.instruction_mix(loop)
     flops = machine_code.matrix_flops(loop, warps)
@@ -257,17 +258,17 @@ def _loop(loop: machine_code.Code, sometimes: machine_code.Code, warps: int, arc
 
 def _shared_bits(instruction: machine_code.Instruction) -> int:
     if found := re.match(r"(?:LDSM|STSM).*\.([1248])$", instruction.opcode):
-        return 32 * int(found[1])  # 8x8 matrices of 16 bits, a register a lane each
+        return 32 * int(found[1])  # 8x8 matrices of 16 bits, one register of a lane for each
     return machine_code.access_bits(instruction)
 
 
 def wants_matrix(ttir: str) -> bool:
-    """Does the kernel multiply tiles of 16-bit types? (Exact float32 products run outside the matrix unit.)"""
+    """Whether the kernel multiplies tiles of 16-bit types. (Exact float32 products do not use the matrix unit.)"""
     return re.search(r"tt\.dot\b.*: tensor<\w+x(bf16|f16)>", ttir) is not None
 
 
 def judge(report: Report, case: CompileCase, arch: Arch) -> list[str]:
-    """Why this kernel must not ship, or nothing."""
+    """The reasons why this kernel must not be released; empty if there are none."""
     failures = []
     if report.spills:
         failures.append(f"spills ({report.spills})")
@@ -282,7 +283,7 @@ def judge(report: Report, case: CompileCase, arch: Arch) -> list[str]:
         failures.append(f"no matrix instructions ({arch.matrix}), found {report.matrix_opcode or 'none'}")
     if case.bulk_copy and arch.target[0] == "cuda" and arch.target[1] >= 90 and not report.bulk_copies:
         failures.append(f"no bulk copies ({arch.bulk_copy})")
-    # where a warp has 64 lanes, a lane has half as much to load
+    # in a warp of 64 lanes (AMD) a lane loads half as much, so the check does not apply
     if case.wide_loads and arch.target[0] == "cuda" and report.widest_load < 128:
         failures.append(f"loads of {report.widest_load} bits a lane at most")
     return failures
@@ -291,11 +292,11 @@ def judge(report: Report, case: CompileCase, arch: Arch) -> list[str]:
 # ---- all of them -----------------------------------------------------------------------------------------
 
 
-Task = tuple[CompileCase, str, str]  # with its module and architecture
+Task = tuple[CompileCase, str, str]  # case, module, architecture
 
 
 def report_all(tasks: list[Task], jobs: int, progress: bool = False) -> list[Report]:
-    """A report a task, in order. Each runs in a worker process, so a compiler that aborts costs one case."""
+    """A report for each task, in order. Tasks run in worker processes, so a crash of the compiler costs one case."""
     from tqdm import tqdm
 
     context = multiprocessing.get_context("forkserver")
@@ -349,7 +350,7 @@ def _loop_line(loop: dict[str, Any]) -> str:
 
 
 def format_reports(reports: list[Report], markdown: bool = False) -> str:
-    """A table an architecture, the inner loops under each kernel."""
+    """A table for each architecture, with the inner loops under each kernel."""
     lines = []
     for arch in dict.fromkeys(r.arch for r in reports):
         header = (arch, *COLUMNS[1:])
@@ -381,9 +382,9 @@ def main(argv: list[str] | None = None) -> int:
         "--fast", action="store_true", help="only the fixed subset that continuous integration compiles"
     )
     parser.add_argument("--kernel", default="", metavar="SUBSTRING", help="only kernels whose name contains this")
-    parser.add_argument("--module", action="append", metavar="NAME", help="take the calls of this module instead")
+    parser.add_argument("--module", action="append", metavar="NAME", help="compile the calls of this module instead")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="worker processes (default: all cores)")
-    parser.add_argument("--json", metavar="FILE", help="also write all of it as JSON (- for standard output)")
+    parser.add_argument("--json", metavar="FILE", help="also write the reports as JSON (- for standard output)")
     parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
     args = parser.parse_args(argv)
     arches = args.arch.split(",")
@@ -393,7 +394,7 @@ def main(argv: list[str] | None = None) -> int:
         print("compile_report needs triton, which is not installed here", file=sys.stderr)
         return 2
     if os.environ.get("TRITON_INTERPRET"):
-        # Under the interpreter @triton.jit makes functions that cannot be compiled, and decides so at import.
+        # With TRITON_INTERPRET set at import, @triton.jit makes functions that cannot be compiled.
         print("TRITON_INTERPRET is set: starting again without it", file=sys.stderr)
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         arguments = sys.argv[1:] if argv is None else argv
@@ -411,7 +412,7 @@ def main(argv: list[str] | None = None) -> int:
                 failed[-1].failures = ["is refused"]
             for case in cases:
                 if args.kernel in case.name and (what := (arch, *case.bound)) not in known:
-                    known.add(what)  # modules share kernels, but each variant is compiled once
+                    known.add(what)  # modules share kernels; each variant is compiled only once
                     tasks.append((case, module.rsplit(".", 1)[-1], arch))
     tasks.sort(key=lambda task: arches.index(task[2]))
     reports = failed + report_all(tasks, args.jobs, progress=sys.stderr.isatty())

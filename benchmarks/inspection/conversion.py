@@ -1,12 +1,12 @@
-"""What converting a BERT-base of TensorFlow 1 with Adam's slots costs beside copying its weights; run by hand.
+"""Compares converting a TensorFlow 1 BERT-base, with Adam's slots, with copying its weights; run by hand.
 
     python -m benchmarks.inspection.conversion [--rounds 5] [--folder DIR]
 
-Writes a checkpoint of 1.3 GB with the package's own writer, then in turn, each in a process of its own: reads the bytes
-of its weights and writes them to a file; converts it; opens it with `from_pretrained`. The clock starts when all
-modules are imported, and both writers have their bytes on the disk at the end. Memory is the most a process had, mapped
-files included, beyond what it had then. The aims: converting in at most 1.5 times the copy's time, and memory of at
-most 1.15 times the weights.
+The script writes a checkpoint of 1.3 GB with the package's own writer. Then three jobs run in turns, each in a process
+of its own: read the bytes of the weights and write them to a file; convert the checkpoint; open it with
+`from_pretrained`. The clock starts when all modules are imported, and written bytes are on the disk when it stops.
+Memory is the peak of a process, mapped files included, above its memory at the start. The goals: converting takes at
+most 1.5 times as long as copying, and memory is at most 1.15 times the weights.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _MEBIBYTE = 1 << 20
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--folder", type=Path, help="where the 2 GB go; by default the system's temporary folder")
+    parser.add_argument("--folder", type=Path, help="folder for 2 GB of files (default: the system's temporary folder)")
     parser.add_argument("--job", choices=JOBS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.job is not None:
@@ -73,7 +73,7 @@ def run(job: str, source: Path) -> dict[str, float]:
 
 
 def measured(job: Callable[[Path], object], source: Path) -> dict[str, float]:
-    """Seconds by the clock and of the processor, and bytes of memory beyond what the process had before."""
+    """Wall seconds, processor seconds, and bytes of memory beyond those that the process had before."""
     before = peak_memory()
     start, processor = time.perf_counter(), time.process_time()
     kept = job(source)
@@ -83,7 +83,7 @@ def measured(job: Callable[[Path], object], source: Path) -> dict[str, float]:
 
 
 def peak_memory() -> int:
-    """The most bytes that this process has had; getrusage counts those of the process that started it too."""
+    """This process' peak of memory in bytes. (getrusage would include the process that started this one.)"""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1])
 
@@ -92,7 +92,7 @@ def peak_memory() -> int:
 
 
 def copy(source: Path) -> None:
-    """Reads the weights' bytes and writes them, one after another."""
+    """Reads the bytes of each weight and writes them."""
     path = source.parent / "copy"
     with open(path, "wb") as file:
         for variable in open_model(source).source.variables.values():
@@ -122,7 +122,7 @@ JOBS: dict[str, Callable[[Path], object]] = {"copy": copy, "convert": convert_it
 
 
 def write_checkpoint(folder: Path) -> int:
-    """A BERT-base under Google's names, with Adam's slots; gives the bytes of the weights alone."""
+    """Writes a BERT-base under Google's names, with Adam's slots. Returns the bytes of the weights alone."""
     config = BertConfig.base()
     state = {f"bert.{name}": t for name, t in BertModel(config).state_dict().items()}
     write_bundle(folder / "bert_model.ckpt", _with_slots(state))

@@ -1,32 +1,34 @@
-"""One step of training on a CPU: beside transformers, beside its floor, and piece by piece.
+"""Measures one step of training on a CPU: compared with transformers, with its floor, and in parts.
 
     python -m benchmarks.inspection.finetune_step --tsv dev.tsv [--model base] [--dtype float32] [--pieces]
     python -m benchmarks.inspection.finetune_step --tsv dev.tsv --objective words|segments
 
-Sentences of a TSV file whose first line names its columns (SST-2's, say), in the file's order. A step is forward with
-dropout, a loss, backward, AdamW and zero_grad; bfloat16 is autocast over float32 parameters. Objectives:
+The texts are the sentences of a TSV file whose first line names its columns (such as SST-2's), in the file's order. A
+step is forward with dropout, a loss, backward, AdamW and zero_grad; bfloat16 is autocast over float32 parameters.
+Objectives:
 
     classes     two classes, 32 sentences to a batch
-    words       15% of the tokens masked and predicted, sentences until a batch has 4,096 tokens
-    segments    the same of 8 full segments of 512 tokens, as pre-training cuts them out of running text
+    words       15% of the tokens are masked and predicted; a batch has sentences of 4,096 tokens
+    segments    the same with 8 full segments of 512 tokens, which pre-training cuts out of running text
 
 Ways take turns batch by batch:
 
     transformers          its model with SDPA, padded to the longest sentence of the batch, its loss over all logits
-    accelerated           the same model under fastbert.accelerate; of `words` and `segments` with labelled_logits=True
+    accelerated           the same model under fastbert.accelerate; for `words` and `segments` with labelled_logits=True
     head                  fastbert's own head on a packed batch
-    accelerated-adamw     as above, with fastbert.training's AdamW; all others have torch's, fused
-    head-adamw            the same
-    floor                 the three products of each linear layer on the real tokens through torch, and torch's AdamW
+    accelerated-adamw     accelerated, with fastbert.training's AdamW; all other ways have torch's fused AdamW
+    head-adamw            head, with fastbert.training's AdamW
+    floor                 the three products of each linear layer on the real tokens by torch, and torch's AdamW
 
-Each way has a model of its own, with the same random weights. Memory that a step frees stays in the process, for all
-ways alike (fastbert/training/memory.py), but with --memory, whose subject that is. With OMP_NUM_THREADS=1 times are the
-process' own processor time, which other work on the machine disturbs little; with more threads they are a clock's.
-Of the word table only rows whose words occur in these batches ever have a gradient: fewer than in a whole training, in
-which `-adamw` gains less.
---pieces: in place of the ways, where the step of the first of --ways spends its processor time: by stages, and within
-them by functions of the C++ operators. --memory: the most memory of a process that runs one way alone, and so of each;
-over all logits transformers' may be several GB.
+Each way has a model of its own, with the same random weights. For all ways, memory that a step frees stays in the
+process (fastbert/training/memory.py), except with --memory. With OMP_NUM_THREADS=1 times are the process' own processor
+time, which other work on the machine disturbs little; with more threads they are wall times. Only rows of the word
+table whose words occur in these batches have a gradient. These are fewer than in a whole training, so `-adamw` gains
+less there.
+
+--pieces measures, instead of the ways, the processor time of the first of --ways by stages of a step, and within them
+by functions of the C++ operators. --memory measures the peak memory of processes that run one way each; transformers,
+which computes all logits, may need several GB.
 """
 
 from __future__ import annotations
@@ -57,17 +59,17 @@ from fastbert.training.adamw import AdamW
 from fastbert.training.memory import keep_freed_memory
 
 OBJECTIVES = ("classes", "words", "segments")
-BATCH = 32  # sentences of `classes`
-TOKENS, SEGMENT = 4096, 512  # of a batch of the others
-MASKED, MASK = 0.15, 103  # share of the tokens, and BERT's id of [MASK]
-STAGES = ("backward", "AdamW", "zero_grad")  # after the forward pass
-LONGEST = 128  # tokens of a sentence; the rest is cut
+BATCH = 32  # sentences of a batch of `classes`
+TOKENS, SEGMENT = 4096, 512  # tokens of a batch of the other objectives, and of a segment
+MASKED, MASK = 0.15, 103  # share of masked tokens, and BERT's id of [MASK]
+STAGES = ("backward", "AdamW", "zero_grad")  # stages after the forward pass
+LONGEST = 128  # most tokens of a sentence; the rest is cut
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Token ids of each text, and of each token the word that stood there, -100 where none is asked for. No words: the
-    texts are of the classes 0 and 1 in turn."""
+    """Token ids of each text, and labels: for each token the original word where it is masked, else -100. Without
+    words the texts have the classes 0 and 1 in turn."""
 
     ids: list[list[int]]
     words: list[list[int]] | None
@@ -88,7 +90,7 @@ Loss = Callable[[Batch], Tensor]
 
 
 def token_ids(path: str) -> list[list[int]]:
-    """Of every sentence. Raises: ValueError where the file has no such column."""
+    """The token ids of every sentence. Raises ValueError if the file has no column `sentence`."""
     with open(path, encoding="utf-8") as file:
         columns = file.readline().rstrip("\n").split("\t")
         if "sentence" not in columns:
@@ -99,7 +101,7 @@ def token_ids(path: str) -> list[list[int]]:
 
 
 def batches_of(rows: list[list[int]], objective: str, count: int) -> list[Batch]:
-    """Raises: ValueError where there are not sentences enough for `count` batches."""
+    """`count` batches of the objective. Raises ValueError if there are not enough sentences."""
     if objective == "segments":
         running = [token for row in rows for token in row]
         rows = [running[at : at + SEGMENT] for at in range(0, len(running) - SEGMENT + 1, SEGMENT)]
@@ -116,7 +118,7 @@ def batches_of(rows: list[list[int]], objective: str, count: int) -> list[Batch]
 
 
 def masked(rows: list[list[int]], generator: torch.Generator) -> Batch:
-    """A share of the tokens hidden, and asked for."""
+    """The texts with a share of the tokens masked, and their labels."""
     ids, words = [], []
     for row in rows:
         hidden = (torch.rand(len(row), generator=generator, dtype=torch.float32, device="cpu") < MASKED).tolist()
@@ -136,7 +138,8 @@ def model_of(name: str, objective: str) -> PreTrainedModel:
 
 
 def stepping(model: nn.Module, loss: Loss, dtype: torch.dtype, own: bool) -> Step:
-    # a rate so small that every step does the same work on almost the same weights; at 0 no weight would decay
+    # The learning rate is so small that all steps do the same work on almost the same weights. With 0 there would be no
+    # weight decay.
     optimizer = (AdamW if own else torch.optim.AdamW)(model.parameters(), lr=1e-5, fused=True)
 
     def step(batch: Batch) -> Tensor:
@@ -238,7 +241,7 @@ def measure(name: str, objective: str, dtype: torch.dtype, batches: list[Batch],
 
 
 def pieces(name: str, objective: str, dtype: torch.dtype, batches: list[Batch], way: str) -> None:
-    """Processor time by the stages of a step, and within them by functions of the C++ operators."""
+    """Prints processor time by stages of a step, and within them by functions of the C++ operators."""
     taken: dict[tuple[str, str], list[float]] = {}
     stage = "forward"
 
@@ -296,8 +299,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     instead = parser.add_mutually_exclusive_group()
-    instead.add_argument("--pieces", action="store_true", help="of the first of --ways, else of accelerated")
-    instead.add_argument("--memory", action="store_true", help="each of --ways in a process of its own")
+    instead.add_argument(
+        "--pieces", action="store_true", help="measure parts of the first of --ways (default: accelerated)"
+    )
+    instead.add_argument("--memory", action="store_true", help="measure peak memory, each of --ways in a process")
     args = parser.parse_args(argv)
     if args.batches < 1 or args.rounds < 1:
         parser.error(f"--batches and --rounds must be at least 1, got {args.batches} and {args.rounds}")

@@ -1,8 +1,7 @@
-"""Who imports whom: `python -m benchmarks.inspection.imports [PREFIX]` prints each module's imports within the project.
+"""The import graph: `python -m benchmarks.inspection.imports [PREFIX]` prints each module's imports within the project.
 
-Read from the source, so that imports inside functions and names of modules in tables count like those at the top, and
-nothing is run.
-`tests/test_architecture.py` holds the graph to the floors of the house.
+It is read from the source without running it, so imports inside functions and names of modules in tables count too.
+`tests/test_architecture.py` compares the graph with the floors of the architecture.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-# folder -> the package that it is imported as
+# folder -> name of the package that it is
 PACKAGES = {"fastbert": "fastbert", "kernels": "fastbert.kernels", "benchmarks": "benchmarks"}
 
 Graph = dict[str, set[str]]
@@ -31,8 +30,8 @@ def sources() -> dict[str, Path]:
 
 
 def imported(module: str, path: Path) -> Iterator[str]:
-    """Every name that the source of `module` may import, absolute: a module, or something in one. Imports for type
-    checkers (`if TYPE_CHECKING:`) do not count: they never run."""
+    """The absolute names of all modules, and of objects in modules, that the source of `module` may import. Imports
+    under `if TYPE_CHECKING:` do not count, because they never run."""
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
@@ -48,11 +47,11 @@ def imported(module: str, path: Path) -> Iterator[str]:
                 base = ".".join([*parts[: len(parts) - node.level + 1], *filter(None, [node.module])])
             yield from (f"{base}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and "." in node.value:
-            yield node.value  # a table of modules to import, if it is the name of one
+            yield node.value  # the string may be an entry in a table of modules to import
 
 
 def graph() -> Graph:
-    """Module -> the modules of the project that it imports. A package counts where something of its own is taken."""
+    """Module -> the modules of the project that it imports. A package counts if one of its own names is imported."""
     files = sources()
     found: Graph = {}
     for module, path in files.items():
@@ -62,7 +61,7 @@ def graph() -> Graph:
 
 
 def outside(module: str) -> set[str]:
-    """The top names of what a module imports from outside of the project and of Python's own library."""
+    """The top-level packages that a module imports, without the project and Python's standard library."""
     tree = ast.parse(sources()[module].read_text(encoding="utf-8"))
     names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
     names += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level]
@@ -99,8 +98,8 @@ def circles(edges: Graph) -> list[list[str]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Who imports whom within the project.")
-    parser.add_argument("prefix", nargs="?", default="", help="only modules whose name begins so")
+    parser = argparse.ArgumentParser(description="Prints the imports of each module within the project.")
+    parser.add_argument("prefix", nargs="?", default="", help="only modules whose name begins with this")
     prefix = parser.parse_args(argv).prefix
     edges = graph()
     for module in sorted(edges):

@@ -1,8 +1,8 @@
-"""Reading machine code: instructions, loops, and what a loop is made of.
+"""Reads machine code: instructions, loops, and the instruction mix of a loop.
 
-Takes NVIDIA SASS as `nvdisasm -c` prints it and AMD assembly as LLVM prints it. Both become a flat list of
-instructions and a table of labels; loops are the natural loops of their control-flow graph, so a wait that is
-moved out of line and jumps back is not taken for one.
+The input is NVIDIA SASS in the form of `nvdisasm -c`, or AMD assembly in LLVM's form. Both become a flat list of
+instructions and a table of labels. Loops are the natural loops of the control-flow graph, so a wait that was moved out
+of line and jumps back does not count as a loop.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import re
 from dataclasses import dataclass
 
-# What an instruction is for; the first pattern that fits its opcode decides.
+# The kind of an instruction; the first pattern that matches its opcode counts.
 SASS_KINDS = {
     "matrix": r"(HGMMA|QGMMA|IGMMA|BGMMA|HMMA|IMMA|DMMA|QMMA|OMMA|UTC[A-Z]*MMA)\b",
     "copy": r"(UTMALDG|UTMASTG|UTMAREDG|UBLKCP|UBLKRED|LDGSTS)\b",
@@ -52,10 +52,10 @@ class Instruction:
 @dataclass(frozen=True)
 class Code:
     instructions: list[Instruction]
-    labels: dict[str, int]  # label -> index of the instruction it stands before
+    labels: dict[str, int]  # label -> index of the instruction after it
 
     def count(self, pattern: str) -> int:
-        """Number of instructions whose opcode begins with the pattern."""
+        """The number of instructions whose opcode begins with the pattern."""
         return sum(re.match(pattern, i.opcode) is not None for i in self.instructions)
 
     def of_kind(self, kind: str) -> list[Instruction]:
@@ -67,7 +67,7 @@ def _kind(opcode: str, kinds: dict[str, str]) -> str:
 
 
 def parse_sass(text: str) -> Code:
-    """Code of the first kernel in the output of `nvdisasm -c`."""
+    """The code of the first kernel in the output of `nvdisasm -c`."""
     instructions, labels = [], {}
     for line in text.splitlines():
         if label := re.match(r"(\.L[\w.]+):", line):
@@ -79,7 +79,7 @@ def parse_sass(text: str) -> Code:
 
 
 def parse_amd(text: str) -> Code:
-    """Code of the kernel in LLVM's AMD assembly."""
+    """The code of the kernel in LLVM's AMD assembly."""
     instructions, labels = [], {}
     for line in text.splitlines():
         line = line.split(";", 1)[0]
@@ -94,7 +94,8 @@ def parse_amd(text: str) -> Code:
 
 
 def _successors(code: Code, index: int, joins: dict[str, str]) -> list[int]:
-    """Where control may go after instruction `index`. `joins`: convergence barrier -> label, filled on the way."""
+    """The instructions that may follow instruction `index`. joins: convergence barrier -> label, which is filled
+    here."""
     at = code.instructions[index]
     following = [index + 1] if index + 1 < len(code.instructions) else []
     if at.opcode.startswith("BSSY"):
@@ -113,7 +114,7 @@ def _successors(code: Code, index: int, joins: dict[str, str]) -> list[int]:
 
 
 def successors(code: Code) -> list[list[int]]:
-    """Where control may go after each instruction."""
+    """For each instruction, those that may follow it."""
     joins: dict[str, str] = {}
     return [_successors(code, i, joins) for i in range(len(code.instructions))]
 
@@ -123,11 +124,11 @@ class Loop:
     """A natural loop, as indices of instructions."""
 
     body: frozenset[int]
-    always: frozenset[int]  # those that every iteration passes; the others stand under a condition
+    always: frozenset[int]  # instructions that every iteration executes; the others are conditional
 
 
 def find_loops(code: Code) -> list[Loop]:
-    """The loops of a kernel, one a header."""
+    """The loops of a kernel, one for each header."""
     after = successors(code)
     # Basic blocks begin at labels, at branch targets and after branches.
     starts = {0, *code.labels.values(), *(t for i, ts in enumerate(after) if ts != [i + 1] for t in (*ts, i + 1))}
@@ -177,10 +178,11 @@ def find_loops(code: Code) -> list[Loop]:
 
 
 def inner_loops(code: Code) -> list[tuple[Code, Code]]:
-    """The innermost loops that hold matrix instructions; of a kernel without any, those that touch global memory.
+    """The innermost loops with matrix instructions; in a kernel without any, those that access global memory.
 
-    Each in two parts: what every iteration runs, and what stands under a condition (the epilogue of a persistent
-    kernel, the slow path of a wait). Where the matrix instructions themselves do, the first part is the whole.
+    Each has two parts: instructions that every iteration executes, and conditional ones (the epilogue of a persistent
+    kernel, the slow path of a wait). If the matrix instructions themselves are conditional, the first part is the whole
+    loop.
     """
 
     def part(indices: frozenset[int]) -> Code:
@@ -203,7 +205,7 @@ def inner_loops(code: Code) -> list[tuple[Code, Code]]:
 
 
 def instruction_mix(code: Code) -> dict[str, int]:
-    """Instructions of each kind that occurs, and their total."""
+    """The number of instructions of each kind that occurs, and their total."""
     counts = {kind: len(code.of_kind(kind)) for kind in KINDS}
     return {kind: n for kind, n in counts.items() if n} | {"total": len(code.instructions)}
 
@@ -212,7 +214,7 @@ def instruction_mix(code: Code) -> dict[str, int]:
 
 
 def access_bits(instruction: Instruction) -> int:
-    """Bits a lane moves in one load or store."""
+    """The bits that a lane moves in one load or store."""
     if found := re.search(r"\.(?:[US])?(8|16|64|128|256)\b", instruction.opcode):
         return int(found[1])
     if found := re.search(r"_(?:dwordx|b)(\d+)", instruction.opcode):
@@ -225,14 +227,15 @@ def access_bits(instruction: Instruction) -> int:
 
 
 def widest_global_load(code: Code) -> int:
-    """Bits a lane of the widest load from global memory, to registers or (LDGSTS) to shared memory; 0: none."""
+    """Bits of a lane in the widest load from global memory, to registers or (LDGSTS) to shared memory; 0 without
+    loads."""
     loads = [i for i in code.instructions if re.match(r"LDG\b|LDGSTS\b|(global|buffer|flat)_load", i.opcode)]
     return max(map(access_bits, loads), default=0)
 
 
 def matrix_flops(code: Code, num_warps: int) -> int:
-    """Floating point operations of the matrix instructions, all warps together; 0 where the opcode hides the shape."""
-    # opcode -> warps that issue one instruction together
+    """Floating-point operations of the matrix instructions of all warps; 0 if the opcode does not show the shape."""
+    # opcode -> number of warps that issue one instruction together
     shapes = {r"HGMMA\.(\d+)x(\d+)x(\d+)": 4, r"HMMA\.(16)(8)(16|8|4)\b": 1, r"v_mfma_\w+?_(\d+)x(\d+)x(\d+)": 1}
     flops = 0
     for instruction in code.of_kind("matrix"):

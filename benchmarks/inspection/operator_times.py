@@ -1,8 +1,8 @@
-"""Each operator of a pass timed by itself, at the shapes and in the layouts of the model, and the pass as a whole.
+"""Times each operator of a pass alone, with the model's shapes and layouts, and the pass as a whole.
 
-The first layer stands for all of them. Operators and the whole run in turns, batches one after the other, with dropout
-off. In training a forward keeps what its backward needs, and a backward runs again and again on what one forward kept;
-the loss makes its gradients in its forward, so its two directions are one.
+The first layer represents all layers. Operators and the whole pass run in turns, with all batches one after the other
+and without dropout. In training, a forward pass saves tensors for the backward pass, which then runs several times on
+the same saved tensors. The loss computes its gradients in the forward pass, so its two directions are timed as one.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Run = Callable[[], object]
 
 
 def batches_of(workload: Workload, device_type: str) -> list[Workload]:
-    """The batches that an `Encoder` would make of these texts on such a device: by length, up to its budget."""
+    """The batches that an `Encoder` on this type of device makes of these texts: sorted by length, up to its budget."""
     lengths = sorted(workload.lengths, reverse=True)
     groups = batches_within(list(range(len(lengths))), lengths, TOKENS_PER_BATCH[device_type])
     return [Workload(workload.model, tuple(lengths[n] for n in group)) for group in groups]
@@ -40,10 +40,10 @@ def batches_of(workload: Workload, device_type: str) -> list[Workload]:
 def measure(
     batches: Sequence[Workload], device: torch.device, dtype: torch.dtype, training: bool, effort: timing.Effort
 ) -> dict[Key, list[float]]:
-    """Seconds of one call of each operator over all batches, and of the whole pass; every run's time."""
+    """Operator and direction -> the times of all runs, each of one call for all batches; also for the whole pass."""
     model = _model(batches).to(device, dtype).train(training)
     if not training:
-        prepack(model)  # as an Encoder does
+        prepack(model)  # an Encoder does this too
     of_batches = [_runs(model, batch, device, dtype, training) for batch in batches]
     whole = [_whole(model, batch, device, training) for batch in batches]
     runs = {key: _one_after_another([runs[key] for runs in of_batches]) for key in of_batches[0]}
@@ -80,7 +80,7 @@ def _packed(batch: Workload, device: torch.device) -> PackedBatch:
 def _runs(
     model: BertModel, batch: Workload, device: torch.device, dtype: torch.dtype, training: bool
 ) -> dict[Key, Run]:
-    """(operator, direction) -> a call of it."""
+    """(operator, direction) -> a function that calls it."""
     made: dict[Key, Run] = {}
     packed = _packed(batch, device)
     shared = Pass(packed, packed.schedule(), None)
@@ -106,7 +106,7 @@ def _runs(
         lambda q, k, v: F.attention(q, k, v, packed.cu_seqlens, packed.max_seqlen, schedule=shared.schedule),
         q, k, v,
     )  # fmt: skip
-    # the layer hands a product's bias on to add_layer_norm where it trains
+    # in training the layer passes a product's bias to add_layer_norm
     bias, x_bias = (None, out.bias) if training else (out.bias, None)
     parameters = [out.weight] + ([] if training else [out.bias])
     add("attention out", lambda y: F.linear(y, out.weight, bias), y, parameters=parameters)
@@ -161,8 +161,8 @@ def _labels(batch: Workload, device: torch.device) -> Tensor:
 
 
 def _head(model: BertModel) -> tuple[Callable, Callable, list[Tensor]]:
-    """(hidden rows -> what the loss reads; that and labels -> loss; the first's parameters): BERT's masked-word head,
-    whose decoder is the table of words."""
+    """BERT's masked-word head, whose decoder is the word table: (function from hidden rows to the loss' input, function
+    from that and labels to the loss, parameters of the first function)."""
     table = model.embeddings.word_embeddings.weight
     width = table.shape[1]
     dense, norm = (module.to(table.device, table.dtype) for module in (nn.Linear(width, width), nn.LayerNorm(width)))

@@ -1,8 +1,9 @@
-"""Where the time of one encoder layer goes, by kernel.
+"""Prints the time of one encoder layer by kernel.
 
     python -m benchmarks.inspection.profile_layer [--workload base_natural]
 
-torch's profiler over forward and backward of one layer on packed real lengths; needs no rights and no other tool.
+torch's profiler runs over forward and backward of one layer on a packed batch of real lengths. It needs no special
+rights and no other tool.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawTextHelpFormatter,
     )
     parser.add_argument("--workload", choices=list(WORKLOADS), default="base_natural", help="default: base_natural")
-    parser.add_argument("--device", default="auto", help="default: cuda where there is one")
-    parser.add_argument("--dtype", default="auto", help="default: bfloat16 where the hardware multiplies it")
+    parser.add_argument("--device", default="auto", help="default: cuda if there is a GPU")
+    parser.add_argument("--dtype", default="auto", help="default: bfloat16 if the hardware multiplies it fast")
     parser.add_argument("--quick", action="store_true", help="a few hundred tokens")
-    parser.add_argument("--trace", metavar="FILE", help="also write a trace that chrome://tracing shows")
+    parser.add_argument("--trace", metavar="FILE", help="also write a trace for chrome://tracing")
     return parser
 
 

@@ -1,14 +1,15 @@
-"""Where a pass's time has to go, and where it goes.
+"""Compares the time of a pass with the least time that its operators need.
 
-For each operator of a workload: FLOPs and bytes (costs.py), the floor that follows from two ceilings (the largest
-matrix product, the largest copy), its share of the whole floor, and the measured time above it. Times are taken here,
-operator by operator beside the whole model, or read from a result file; for a device that is not here there are floors
-alone. On a CPU a tensor that stays in cache may beat the floor of the copy, which is that of memory.
+For each operator of a workload: FLOPs and bytes (costs.py), the floor that follows from two ceilings (the fastest
+matrix product, the fastest copy), its share of the whole floor, and the measured time above it. Times are measured
+here, for each operator and for the whole model, or read from a result file. For a device that is not present there are
+floors only. On a CPU an operator whose tensors stay in the cache may be faster than its floor, since the ceiling of
+copies is that of memory.
 
-  python -m benchmarks.inspection.roofline                                 this machine, its ceilings measured too
+  python -m benchmarks.inspection.roofline                                 this machine, with measured ceilings
   python -m benchmarks.inspection.roofline --workload large_512 --training --device h200
   python -m benchmarks.inspection.roofline --device day.json               floors at the ceilings in a result file
-  python -m benchmarks.inspection.roofline --result day.json --plot day.png    and the times that are there
+  python -m benchmarks.inspection.roofline --result day.json --plot day.png    with ceilings and times of that file
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ from ..harness import costs, machine, timing, workloads
 
 SCHEMA = "fastbert-roofline/1"
 
-# Devices that may be asked for without being here: name, TFLOP/s of a large product by dtype, GB/s of a large copy.
+# Devices that --device accepts without being present: name, TFLOP/s of a large product by dtype, GB/s of a large copy.
 GIVEN = {"h200": ("NVIDIA H200", {"bfloat16": 790.0, "float16": 790.0}, 4300.0)}
 
-# operator of a result file -> ours, where a pass has one of that shape
+# operator in a result file -> our operator, if a pass has one of that shape
 OPERATORS = {
     "attention": "attention", "add_layer_norm": "add_layer_norm", "feed_forward": "feed_forward",
     "embedding_layer_norm": "embedding", "pool": "pool",
@@ -48,7 +49,8 @@ OPERATORS = {
 
 
 def operators(batches: Sequence[Workload], dtype: torch.dtype, training: bool, ceilings: dict) -> list[dict[str, Any]]:
-    """A row an operator and direction: FLOPs, bytes, floor. The floor of several products is the sum of theirs."""
+    """A row for each operator and direction: FLOPs, bytes, floor. The floor of several products is their floors'
+    sum."""
     tflops, gbs = _ceilings_of(ceilings, dtype)
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for cost in costs.of_batches(batches, dtype, training):
@@ -83,7 +85,7 @@ def _ceilings_of(ceilings: dict, dtype: torch.dtype) -> tuple[float, float]:
 
 
 def add_times(rows: Iterable[dict], seconds: dict[tuple[str, str], list[float]]) -> None:
-    """Writes what one call of an operator took into its row, times its calls in a pass."""
+    """Adds an operator's time in a pass to its row: the time of a call, multiplied by the number of calls."""
     for row in rows:
         if times := seconds.get((row["operator"], row["direction"])):
             median = row["count"] * statistics.median(times)
@@ -94,10 +96,10 @@ def add_times(rows: Iterable[dict], seconds: dict[tuple[str, str], list[float]])
 
 
 def times_of(result: dict, name: str, dtype: str) -> tuple[Workload, dict[tuple[str, str], list[float]]]:
-    """The workload as a result file of `fastbert bench` measured it, cut to the same tokens, and its operators' times.
+    """(the workload of a result file of `fastbert bench`, with the same number of tokens; times of its operators).
 
-    A backward is what "forward+backward" took beyond "forward", medians of both. Operators that were measured on fewer
-    tokens than most (the loss, on a CPU) have no time."""
+    The time of a backward pass is the median of "forward+backward" minus that of "forward". Operators that were
+    measured on fewer tokens than most (the loss, on a CPU) have no time."""
     rows = [
         r for r in result["rows"]
         if r["suite"] == "kernels" and r["peer"] == "fastbert" and r["status"] == "ok" and r["workload"] == name
@@ -145,7 +147,7 @@ HEAD = (
 
 
 def table(found: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Its lines, the head first; the sum and the whole model last."""
+    """The lines of the table: the header first, the sum and the whole model last."""
     lines, rows = [HEAD], found["operators"]
     for row in rows:
         lines.append(_cells(row, f"{row['operator']} {row['direction']} ({row['count']})"))
@@ -179,11 +181,11 @@ def headline(found: dict[str, Any]) -> str:
 
 # ---- the picture -----------------------------------------------------------------------------------------
 
-FLOOR, ABOVE, MEMORY = "#0072b2", "#cccccc", "#e69f00"  # told apart by the colour-blind and in grey
+FLOOR, ABOVE, MEMORY = "#0072b2", "#cccccc", "#e69f00"  # distinguishable with colour blindness and in grey
 
 
 def plot(found: dict[str, Any], path: Path) -> None:
-    """Left: floor and measured time of each operator. Right: the roofline, each operator a point below it."""
+    """Draws floor and measured time of each operator on the left, and the roofline with operators on the right."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -225,14 +227,14 @@ def _bars(axis: Any, rows: list[dict]) -> None:
 
 
 def _roof(axis: Any, found: dict[str, Any]) -> None:
-    """Operators that have products, each below what its FLOPs a byte allow."""
+    """Draws the roofline, and under it the operators with products at their FLOPs per byte."""
     import numpy as np
     from matplotlib import ticker
 
     peak, copy = found["ceilings"]["gemm_tflops"][found["dtype"]], found["ceilings"]["copy_gbs"] / 1e3
     points = [row for row in found["operators"] if row["flops"]]
     x = [row["flops"] / row["bytes"] for row in points]
-    edge = peak / copy  # FLOPs a byte where the two ceilings meet
+    edge = peak / copy  # FLOPs per byte where the two ceilings meet
     span = np.geomspace(min([*x, edge]) / 4, max([*x, edge]) * 4, 200)
     axis.plot(span, np.minimum(peak, span * copy), color="black", lw=1.2)
     measured = [row for row in points if row["measured_s"]]
@@ -262,11 +264,11 @@ def _roof(axis: Any, found: dict[str, Any]) -> None:
 
 
 def analyse(args: argparse.Namespace, command: str) -> dict[str, Any]:
-    """The result: what was asked for, the ceilings, and a row an operator."""
+    """The result: the arguments, the ceilings, and a row for each operator."""
     if args.workload not in WORKLOADS:
         raise ValueError(f"no workload {args.workload!r}; there are {', '.join(WORKLOADS)}")
     read = json.loads(args.result.read_text(encoding="utf-8")) if args.result else None
-    if read is not None and read["schema"] == SCHEMA:  # one of ours: to print or draw it again
+    if read is not None and read["schema"] == SCHEMA:  # a file of this module, to print or draw it again
         return read
     here = read is None and args.device in ("auto", "cpu", "cuda")
     times, whole = {}, None
@@ -278,7 +280,7 @@ def analyse(args: argparse.Namespace, command: str) -> dict[str, Any]:
             _ceilings(args, lambda: machine.ceilings(device, [dtype], args.quick)),
         )
         workload = workloads.fit(args.workload, device, workloads.model_name(args.workload), args.quick)
-        if args.training and device.type == "cpu":  # a step costs three passes
+        if args.training and device.type == "cpu":  # a step takes as long as three passes
             workload = workloads.cut(workload, max(300, workload.tokens // 4))
     else:
         facts, ceilings = _elsewhere(args, read)
@@ -287,9 +289,9 @@ def analyse(args: argparse.Namespace, command: str) -> dict[str, Any]:
         if read is not None:
             workload, times = times_of(read, args.workload, str(dtype).removeprefix("torch."))
 
-    from . import operator_times  # imports the model, which a table of floors could do without
+    from . import operator_times  # imported here, because it imports the model, which a table of floors does not need
 
-    # operators of a result file were measured on one batch
+    # a result file has the times of one batch
     batches = [workload] if read is not None else operator_times.batches_of(workload, facts["type"])
     rows = operators(batches, dtype, args.training, ceilings)
     if here:
@@ -308,7 +310,7 @@ def analyse(args: argparse.Namespace, command: str) -> dict[str, Any]:
 
 
 def _total(rows: list[dict], seconds: list[float] | None = None) -> dict[str, Any]:
-    """All rows as one: their sums, or measured as a whole. No measured sum where a row has no time."""
+    """The sum of all rows, or the whole pass if `seconds` are given. No measured sum if a row has no time."""
     total = {name: sum(row[name] for row in rows) for name in ("flops", "bytes", "floor_s")}
     if seconds is not None:
         measured = statistics.median(seconds)
@@ -329,7 +331,7 @@ def _ceilings(args: argparse.Namespace, otherwise: Any) -> dict[str, Any]:
 
 
 def _elsewhere(args: argparse.Namespace, read: dict | None) -> tuple[dict, dict]:
-    """(device, ceilings) of a result file or of a device that is not here."""
+    """(device, ceilings) of a result file or of a device that is not present."""
     if read is None and args.device in GIVEN:
         name, gemm, copy = GIVEN[args.device]
         facts = {"type": "cuda", "name": name, "slug": args.device}
@@ -361,17 +363,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workload", default="base_natural", metavar="NAME", help="default: base_natural")
     parser.add_argument(
         "--device", default="auto", metavar="auto|cpu|cuda|h200|FILE",
-        help="here, or elsewhere with known ceilings (default: cuda where there is one)",
+        help="a device of this machine, or another one with known ceilings (default: cuda if there is a GPU)",
     )  # fmt: skip
-    parser.add_argument("--dtype", default="auto", help="default: bfloat16 where the hardware multiplies it")
+    parser.add_argument("--dtype", default="auto", help="default: bfloat16 if the hardware multiplies it fast")
     parser.add_argument("--training", action="store_true", help="forward and backward of masked-word prediction")
-    parser.add_argument("--ceilings", type=_pair, metavar="TFLOPS,GBS", help="take these instead of measured ones")
+    parser.add_argument("--ceilings", type=_pair, metavar="TFLOPS,GBS", help="use these instead of measured ones")
     parser.add_argument(
         "--result", type=Path, metavar="FILE", help="times and ceilings from a result file, or one of --json"
     )
     parser.add_argument("--quick", action="store_true", help="fewer tokens, fewer repeats")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all of it there (- for standard output)")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="write the picture there (needs matplotlib)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON (- for standard output)")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="write the plot (needs matplotlib)")
     args = parser.parse_args(argv)
     command = shlex.join(["python", "-m", "benchmarks.inspection.roofline", *(sys.argv[1:] if argv is None else argv)])
     try:

@@ -1,4 +1,4 @@
-"""Beside whom: a file a library, found here. `benchmarks/harness/peer.py` says what such a file holds."""
+"""The libraries to compare with, one file for each, found here. `benchmarks/harness/peer.py` describes such a file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def names() -> list[str]:
 
 
 def rows(table: str) -> list[Any]:
-    """What the files have in the table of this name."""
+    """The rows that all files have in the table of this name."""
     return [row for name in names() for row in getattr(import_module(f"{__name__}.{name}"), table, ())]
 
 

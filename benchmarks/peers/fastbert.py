@@ -1,4 +1,4 @@
-"""Ours."""
+"""The rows of fastbert."""
 
 from __future__ import annotations
 
@@ -70,14 +70,14 @@ def _model(job: Job) -> BertModel:
         config, state = job.model
         model = BertModel(config, add_pooling_layer=False).eval()
         model.load_state_dict(state)
-        # as `Encoder.from_pretrained` does
+        # `Encoder.from_pretrained` does this too
         return move_to_large_pages(model, job.dtype) if job.device.type == "cpu" else model.to(job.device, job.dtype)
 
     return job.once("fastbert", make)
 
 
 def encoder(job: Job) -> Encoder:
-    """Without a tokeniser, since it is given ids."""
+    """An Encoder without a tokenizer, because it gets ids."""
     from fastbert.encoding.encoder import Encoder
 
     return Encoder(_model(job), SimpleNamespace(model_max_length=None))
@@ -89,13 +89,13 @@ def encode(job: Job) -> Run:
 
 
 def _graph(job: Job) -> Run:
-    """One batch, packed beforehand, through the model's own recordings."""
+    """One batch, packed beforehand, with the model's CUDA graphs."""
     import torch
 
     from fastbert import functional as F
     from fastbert.packing import PackedBatch
 
-    model = copy.copy(_model(job)).use_cuda_graphs()  # the same weights; the other's launches are its own
+    model = copy.copy(_model(job)).use_cuda_graphs()  # shares the weights, but not the recorded graphs
     batch = PackedBatch.from_lists(job.rows, device=job.device)
 
     @torch.inference_mode()
@@ -134,9 +134,9 @@ PROCESSES = (
 
 
 def packed_masked_lm(job: Job) -> nn.Module:
-    """Our own model and operators: the mean loss of masked words of a packed batch, logits of those alone.
+    """A module of our model and operators that returns the mean loss of masked words, with logits of these only.
 
-    Called with a PackedBatch, and rows and labels [N]: which tokens are predicted, and what they are.
+    It is called with a PackedBatch, rows [N], the tokens to predict, and labels [N], their words.
     """
     from dataclasses import replace
 

@@ -35,7 +35,8 @@ def _varlen(inputs: dict[str, Any]) -> Prepared:
 
 
 def bert(size: int) -> Callable[[Job], Run]:
-    """flash-attention's own BERT, which takes the padding out after the embeddings; its fused layers where built."""
+    """flash-attention's own BERT, which removes the padding after the embeddings; with its fused layers if
+    installed."""
 
     def make(job: Job) -> Run:
         from ..harness.jobs import padded_run

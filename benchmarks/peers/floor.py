@@ -1,4 +1,4 @@
-"""The floor of whole models: their matrix products on the real tokens through the vendor's library, nothing else."""
+"""The floor of whole models: only their matrix products on the real tokens, by the vendor library."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def _forward(job: Job) -> Run:
-    """In the batches that an Encoder makes, as many at once, and on a CPU from weights laid out beforehand."""
+    """The forward pass, in the batches of an Encoder and as many at once; on a CPU with weights laid out beforehand."""
     import torch
     import torch.nn.functional as tf
 
@@ -43,7 +43,7 @@ def _forward(job: Job) -> Run:
         packed = layouts.find(x, weight, None)
         return tf.linear(x, weight) if packed is None else layouts.linear(x, packed, None)
 
-    @torch.inference_mode()  # a thread's own switch
+    @torch.inference_mode()  # each thread has to switch it on
     def multiply(batch: list[int]) -> None:
         x = inputs[batch[0]]
         for qkv, out, up, down in layers:
@@ -58,7 +58,7 @@ def _forward(job: Job) -> Run:
 
 
 def _step(job: Job) -> Run:
-    """Forward and both products of backward, and those of the labelled tokens' logits."""
+    """A training step: the products of forward and backward, and those of the labelled tokens' logits."""
     import torch
 
     from ..harness.steps import labelled

@@ -1,4 +1,4 @@
-"""ONNX Runtime on a CPU: a graph fused for BERT in float32, and that with weights in 8 bits."""
+"""ONNX Runtime on a CPU: a graph fused for BERT in float32, and the same graph with 8-bit weights."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 PEER = "onnxruntime"
 
-# ---- files: a graph is exported once a model, whatever the batches ---------------------------------------
+# ---- files: a graph is exported once for each model and serves all batches -------------------------------
 
 
 @functools.cache
 def fused(shape: ModelShape, positions: int) -> Path:
-    """Exported with dynamic sizes, then fused for BERT by the optimiser that ONNX Runtime brings along."""
+    """The graph with dynamic sizes, fused for BERT by ONNX Runtime's optimiser."""
     from ..harness.jobs import example, scratch_folder
 
     need("onnx")
@@ -42,11 +42,12 @@ def fused(shape: ModelShape, positions: int) -> Path:
 
 @functools.cache
 def quantised(shape: ModelShape, positions: int) -> Path:
-    """Weights in int8, a scale a column, activations to int8 as they come (`quantize_dynamic`)."""
+    """The graph with int8 weights, a scale for each column, and activations quantised at run time
+    (`quantize_dynamic`)."""
     whole = fused(shape, positions)
     need(PEER, "onnxruntime.quantization").quantize_dynamic(
         str(whole), str(whole.with_name("int8.onnx")), per_channel=True,
-        extra_options={"DefaultTensorType": 1},  # 1: float, where it cannot infer
+        extra_options={"DefaultTensorType": 1},  # 1: float, for tensors whose type cannot be inferred
     )  # fmt: skip
     return whole.with_name("int8.onnx")
 
@@ -67,7 +68,7 @@ def _onnx_file(bert: nn.Module, inputs: tuple[Tensor, Tensor], path: Path) -> Pa
 
 
 def _session(file: str, threads: int) -> Any:
-    """All threads to one batch, which is ONNX Runtime's default; the spinning of its idle threads too."""
+    """A session with ONNX Runtime's defaults: all threads compute one batch, and idle threads spin."""
     ort = need(PEER)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads

@@ -26,7 +26,7 @@ THROUGHPUT, LATENCY = "THROUGHPUT", "LATENCY"
 
 @functools.cache
 def graph_file(shape: ModelShape, positions: int, pooled: bool) -> Path:
-    """The plain model as OpenVINO's graph, with the mean over tokens or without; exported once a model."""
+    """The plain model as OpenVINO's graph, with or without the mean over tokens; exported once for each model."""
     from ..harness.jobs import example, scratch_folder
     from ..harness.plain_bert import PlainBert, PlainMeanBert
 
@@ -38,7 +38,8 @@ def graph_file(shape: ModelShape, positions: int, pooled: bool) -> Path:
 
 
 def compiled(graph: Any, dtype: str, threads: int, hint: str, cache: str | None = None) -> Any:
-    """`graph` is a file or a model of OpenVINO's; `hint` is what its threads are arranged for."""
+    """The compiled graph, a file or an OpenVINO model. hint: OpenVINO's performance hint, which arranges its
+    threads."""
     core = need(PEER).Core()
     if cache is not None:
         core.set_property({"CACHE_DIR": cache})
@@ -51,8 +52,8 @@ def compiled(graph: Any, dtype: str, threads: int, hint: str, cache: str | None 
 
 
 def run_queue(model: Any, requests: int, batches: Iterable[tuple[Sequence[int], Sequence[Any]]], into: np.ndarray):
-    """Pooled vectors of batches (their rows, and input_ids and attention_mask as arrays), `requests` at once (0: as
-    many as the model asks for), written to those rows of `into`."""
+    """Computes pooled vectors of batches, (rows, [input_ids, attention_mask]) each, and writes them to these rows of
+    `into`. requests: how many run at once; 0: the model's optimal number."""
     queue = need(PEER).AsyncInferQueue(model, requests)
     names = [port.get_any_name() for port in model.inputs]
     queue.set_callback(lambda request, rows: into.__setitem__(rows, request.get_output_tensor(0).data))
@@ -62,10 +63,10 @@ def run_queue(model: Any, requests: int, batches: Iterable[tuple[Sequence[int], 
 
 
 def encoder(size: int) -> Callable[[Job], Run]:
-    """Many batches: its throughput hint, which splits the threads into streams, and as many requests as it asks for.
+    """For many batches the throughput hint, which divides the threads into streams, and OpenVINO's optimal number of
+    requests. For few batches, which would leave streams idle, the latency hint: all threads compute one request.
 
-    Few batches, which could not keep the streams busy to the end: its latency hint, all threads to one request.
-    The mean over tokens is part of its graph: torch's threads beside its own would slow it down.
+    The mean over tokens is part of the graph, because torch's threads beside OpenVINO's would slow it down.
     """
 
     def make(job: Job) -> Run:

@@ -1,4 +1,4 @@
-"""sentence-transformers: its own encode, and what it does with flash attention, where each batch is one sequence."""
+"""sentence-transformers: its own encode, and its way with flash attention, where each batch is one sequence."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ PEER = "sentence-transformers"
 
 
 def unpadded(size: int, attention: str = "flash_attention_2") -> Callable[[Job], Run]:
-    """What sentence-transformers does with attn_implementation="flash_attention_2": each batch becomes one sequence.
+    """Repeats what sentence-transformers does with attn_implementation="flash_attention_2": a batch is one sequence.
 
-    Its Transformer module collates with `DataCollatorWithFlattening`, the attention is told where texts begin, and its
-    Pooling sums flat. (Its tokeniser is left out here, as everybody's.)
+    Its Transformer module collates with `DataCollatorWithFlattening`, attention gets the starts of the texts, and its
+    Pooling sums over the flat batch. (Tokenising is not measured, as for all rows.)
     """
 
     def make(job: Job) -> Run:
@@ -76,8 +76,8 @@ def as_it_is(folder: Path, texts: list[str], size: int, device: Any, dtype: Any)
 
 
 def exported(folder: Path, backend: str, packages: str) -> Path:
-    """The checkpoint with its graph for `backend`, by the library's own exporter, which may take a minute: kept in the
-    user's cache from run to run."""
+    """The folder of the checkpoint with a graph for `backend`, made by the library's own exporter. That may take a
+    minute, so the folder is kept in the user's cache."""
     versions = "-".join(str(version(name)) for name in ("transformers", *packages.split()))
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastbert-bench"
     kept = cache / f"minilm-{backend}-{versions}"

@@ -1,4 +1,4 @@
-"""torch: its attention in all backends, operators as everybody writes them, BERT in plain torch, nested tensors."""
+"""torch: its attention in all backends, the usual code of other operators, BERT in plain torch, nested tensors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def _sdpa(backend: str | None) -> Callable[[dict[str, Any]], Prepared]:
-    """scaled_dot_product_attention on the padded batch, by this backend alone or by the one that torch chooses."""
+    """scaled_dot_product_attention on the padded batch, with this backend, or with torch's choice if None."""
 
     def prepare(inputs: dict[str, Any]) -> Prepared:
         import torch
@@ -131,7 +131,7 @@ OPERATORS = {
 
 
 def plain(size: int, change: Callable[[nn.Module, Job], nn.Module] = lambda model, job: model):
-    """BERT in plain torch, which every machine has that has torch; `change` may compile it."""
+    """BERT in plain torch, which runs wherever torch is installed; `change` may compile it."""
 
     def make(job: Job) -> Run:
         from ..harness.jobs import padded_run
@@ -142,7 +142,7 @@ def plain(size: int, change: Callable[[nn.Module, Job], nn.Module] = lambda mode
 
 
 def _nested(size: int) -> Callable[[Job], Run]:
-    """torch.nn.TransformerEncoder, whose fast path drops the padding into a nested tensor."""
+    """torch.nn.TransformerEncoder, whose fast path packs the tokens into a nested tensor without padding."""
 
     def make(job: Job) -> Run:
         import torch

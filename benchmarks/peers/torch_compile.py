@@ -1,4 +1,4 @@
-"""torch.compile of what others wrote: operators in plain torch, transformers' BERT, BERT in plain torch."""
+"""torch.compile of operators in plain torch, of transformers' BERT, and of BERT in plain torch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PEER, PACKAGE = "torch.compile", "torch"
 
 
 def _flex(inputs: dict[str, Any]) -> Prepared:
-    """torch's flex_attention on the packed batch, told by a block mask which tokens share a sequence; compiled."""
+    """torch's flex_attention, compiled, on the packed batch; a block mask limits attention to a token's sequence."""
     import torch
 
     flex = need("torch", "torch.nn.attention.flex_attention")
@@ -55,9 +55,9 @@ ATTENTION = (AttentionPeer("torch flex, packed", PEER, _flex, PACKAGE, GPU_ONLY,
 def _operator(plain: Callable[..., Tensor]) -> Callable[[Any], Callable[..., Tensor]]:
     def make(device: Any) -> Callable[..., Tensor]:
         import torch
-        import torch._functorch.config  # not there before somebody asks for it
+        import torch._functorch.config  # torch does not import it by itself
 
-        # a graph is run backward many times over here, so its buffers may not be given away
+        # The backward pass of one graph runs many times here, so it must not reuse the graph's buffers.
         torch._functorch.config.donated_buffer = False
         return torch.compile(plain, mode="max-autotune-no-cudagraphs" if device.type == "cuda" else None)
 
@@ -73,7 +73,7 @@ def _compiled(mode: str) -> Callable[[nn.Module, Job], nn.Module]:
     def change(model: nn.Module, job: Job) -> nn.Module:
         import torch
 
-        # on a CPU with weights frozen, as torch's documentation advises for inference
+        # On a CPU weights are frozen, as torch's documentation advises for inference.
         options = torch._inductor.list_mode_options(mode) | {"freezing": job.device.type == "cpu"}
         return torch.compile(model, dynamic=len(job.rows) > 1, options=options)
 
@@ -104,7 +104,7 @@ ENCODERS = (
     EncoderPeer("torch.compile, transformers sdpa, sorted, batches of 32", PEER, _transformers(32), GPU_ONLY,
                 package=PACKAGE, slow=True, single=False),
     EncoderPeer("torch.compile reduce-overhead, transformers sdpa", PEER, _transformers(1, "reduce-overhead"),
-                GPU_ONLY, package=PACKAGE, slow=True, many=False),  # its CUDA graphs, beside ours
+                GPU_ONLY, package=PACKAGE, slow=True, many=False),  # with CUDA graphs, as our row has
     EncoderPeer("torch.compile max-autotune, transformers sdpa, sorted, batches of 32", PEER,
                 _transformers(32, MAX_AUTOTUNE), GPU_ONLY, package=PACKAGE, slow=True, single=False),
 )  # fmt: skip

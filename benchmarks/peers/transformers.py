@@ -1,4 +1,4 @@
-"""transformers' BERT: padded, with each of its attentions."""
+"""transformers' BERT on padded batches, with each of its attention implementations."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ def sdpa(size: int) -> Callable[[Job], Run]:
 
 
 ENCODERS = (
-    # On a CPU small batches win: little padding, and the activations stay in its cache. Which is best depends on the
-    # lengths, so several sizes are measured. 32 is what sentence-transformers takes unless told otherwise.
+    # On a CPU small batches are fastest: they have little padding, and activations stay in the cache. The best size
+    # depends on the lengths, so several are measured. 32 is the default of sentence-transformers.
     EncoderPeer("transformers sdpa", PEER, sdpa, CPU_ONLY, sizes=(2, 4, 8), fits=True),
     EncoderPeer("transformers sdpa", PEER, sdpa, GPU_ONLY, sizes=(32, 128), slow=False),
     EncoderPeer("transformers flex, sorted, batches of 32", PEER, padded("flex_attention", 32, True), GPU_ONLY),
@@ -98,7 +98,7 @@ def masked_lm(job: Job, dtype: Any, attention: str = "sdpa") -> nn.Module:
 
 
 def step(job: Job, change: Callable[[nn.Module], nn.Module] = lambda model: model, attention: str = "sdpa") -> Run:
-    """A training step of the model, changed, which has the weights of all the others."""
+    """A training step of the model, with the same weights as in all other rows. `change` may compile it."""
     from ..harness.jobs import head_of_masked_words
     from ..harness.steps import batch_of, stepping
 
@@ -113,7 +113,7 @@ TRAINING = (TrainingPeer("transformers sdpa", PEER, step),)
 
 
 def masked_folder(files: Any) -> str:
-    """The model of `masked_lm` as a folder that transformers loads."""
+    """A folder with the model of `masked_lm`, which transformers loads."""
     import torch
 
     from fastbert.checkpoint import save_state_dict
@@ -134,7 +134,7 @@ def weights(files: Any) -> dict[str, Any]:
 
 
 def caches(folder: str) -> dict[str, Any]:
-    """What a process is told, so that Triton and torch.compile keep what they compile there."""
+    """The environment of a process whose Triton and torch.compile keep compiled code in this folder."""
     return {"environment": dict.fromkeys(("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"), folder)}
 
 
@@ -153,7 +153,7 @@ def in_process(job: dict[str, Any]) -> Callable[[list[list[int]]], np.ndarray]:
 
     @torch.inference_mode()
     def encode(ids: list[list[int]]) -> np.ndarray:
-        # pooled where the model is: only vectors leave the device
+        # pooling runs on the model's device, so only vectors are copied from it
         vectors = torch.empty(len(ids), model.config.hidden_size)
         for rows, batch, mask in padded_groups(ids, job["batch"]):
             batch, mask = (torch.from_numpy(t).to(job["device"]) for t in (batch, mask))

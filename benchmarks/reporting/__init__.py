@@ -1,1 +1,1 @@
-"""From result files to pages and pictures."""
+"""Makes pages and plots from result files."""

@@ -1,6 +1,6 @@
-"""Figures that others published, for scale: of their hardware and software, never as if measured here.
+"""Figures that others published for their hardware and software, for comparison. None of them was measured here.
 
-Where a result file of an NVIDIA GPU has a row that does such work, the report gives ours and its share of theirs.
+If a result file of an NVIDIA GPU has a row with the same work, the report gives our figure and its share of theirs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Anchor:
     unit: str
     hardware: str
     source: str
-    like: Callable[[dict[str, Any]], bool] | None = None  # is this row of ours such work? None: none of ours is
+    like: Callable[[dict[str, Any]], bool] | None = None  # whether a row of ours has the same work; None: no row has
     ours: Callable[[dict[str, Any]], float] = lambda row: row["tflops"]
 
 
@@ -51,7 +51,7 @@ def _attention_anchors(source: str, direction: str, figures: dict[int, float]) -
 
 
 ANCHORS = (
-    # its lengths are SQuAD's, which none of our workloads has
+    # none of our workloads has SQuAD's lengths
     Anchor("BERT-large inference, SQuAD, 99.9% of its accuracy", 7994, "samples/s a GPU", "H200",
            "MLPerf Inference v4.1"),
     Anchor("BERT-large pre-training, packed to 512 tokens", 996, "sequences/s a GPU", "H200", "MLPerf Training v4.0",
@@ -62,7 +62,7 @@ ANCHORS = (
 
 
 def rows(measured: Iterable[tuple[str, dict[str, Any]]]) -> list[tuple[str, ...]]:
-    """Cells of the report's table. `measured`: (device, row of fastbert) of every GPU's results."""
+    """The cells of the report's table. measured: (device, row of fastbert) of every GPU's results."""
     measured = list(measured)
     found = []
     for anchor in ANCHORS:

@@ -1,4 +1,4 @@
-"""Cells and tables of a page: numbers in words, rows in Markdown."""
+"""Cells and tables of a page: formats numbers, and rows in Markdown."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def mebibytes(count: float) -> str:
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
-    """Columns that are empty in every row are left out."""
+    """The lines of a table in Markdown, without columns that are empty in every row."""
     head, rows = list(head), [list(row) for row in rows]
     kept = [n for n in range(len(head)) if n == 0 or any(row[n] for row in rows)]
     lines = [head, ["---"] * len(head), *rows]
@@ -31,7 +31,7 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
 
 
 def with_block(text: str, block: str) -> str:
-    """`text` with `block` in place of what stands between its first and its last line there."""
+    """`text` with `block` in place of the lines from the block's first line (a marker) to its last line."""
     begin, *_, end = block.splitlines()
     before, began, rest = text.partition(begin)
     _, ended, after = rest.partition(end)

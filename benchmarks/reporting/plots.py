@@ -1,6 +1,6 @@
-"""The report's pictures of a device, written beside its result files as picture-<what>.png. Needs matplotlib.
+"""The report's plots of a device, written beside its result files as picture-<what>.png. Needs matplotlib.
 
-Blue is fastbert, orange the matrix products alone; every other library keeps its colour and mark in all pictures.
+Blue is fastbert, orange the matrix products alone; every other library has the same colour and mark in all plots.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from .cells import duration, mebibytes
 from .results import Case, Device, tolerance
 
 OURS, FLOOR, OTHERS = "#0072b2", "#e69f00", "#bbbbbb"
-# Told apart by the colour-blind, and by their marks in grey.
+# The colours are distinguishable with colour blindness, and in grey by their marks.
 STYLES = {
     "fastbert": (OURS, "o"), "floor": (FLOOR, "|"), "transformers": ("#d55e00", "s"), "openvino": ("#009e73", "D"),
     "onnxruntime": ("#cc79a7", "^"), "torch": ("#555555", "v"), "torch.compile": ("#999999", "P"),
     "sentence-transformers": ("#56b4e9", "X"), "flash-attn": ("#8c564b", "<"), "xformers": ("#bcbd22", ">"),
     "transformer-engine": ("#9467bd", "p"), "liger-kernel": ("#7f0000", "h"),
 }  # fmt: skip
-MOST_BARS = 6  # cases in the picture of bars; all are in the picture of ratios
+MOST_BARS = 6  # most cases in the bar plot; the plot of ratios has all
 
 
 def draw(device: Device) -> None:
-    """Every picture that the results have something for; older ones go."""
+    """Draws every plot for which there are results, and deletes older ones."""
     for path in device.folder.glob("picture-*.png"):
         path.unlink()
     of_suite: dict[str, list[Case]] = {}
@@ -57,7 +57,7 @@ def _save(figure: Any, device: Device, name: str) -> None:
 
 
 def _stacked(heights: Sequence[float], width: float = 10.0) -> tuple[Any, Sequence[Any]]:
-    """A figure with one panel above the other, heights in bars."""
+    """A figure with panels below each other; heights are numbers of bars."""
     figure, axes = plt.subplots(
         len(heights), 1, figsize=(width, 0.27 * sum(heights) + 0.9), height_ratios=heights, squeeze=False,
         layout="constrained",
@@ -72,7 +72,7 @@ def _stacked(heights: Sequence[float], width: float = 10.0) -> tuple[Any, Sequen
 
 
 def _bars(device: Device, cases: Sequence[Case]) -> Any:
-    """Tokens per second of each library's best row."""
+    """Draws tokens per second of each library's best row."""
     figure, axes = _stacked([len(case.best_of_each) + 2.0 for case in cases])
     for axis, case in zip(axes, cases, strict=True):
         rows = case.best_of_each[::-1]
@@ -92,7 +92,7 @@ def _parts(
     device: Device, cases: Sequence[Case], parts: Callable[[dict], dict[str, float]], write: Callable[[float], str],
     label: str,
 ) -> Any:  # fmt: skip
-    """Every row as a bar of parts, in shades."""
+    """Draws every row as a bar of several parts in shades."""
     figure, axes = _stacked([len(case.measured) + 2.0 for case in cases])
     for axis, case in zip(axes, cases, strict=True):
         rows = case.measured[::-1]
@@ -107,7 +107,7 @@ def _parts(
             text = f"{write(end)} = " + " + ".join(write(value) for value in parts(row).values())
             axis.text(end + 0.01 * max(left), at, text, va="center", fontsize=8)
         axis.set_xlim(0, 1.45 * max(left))
-        axis.set_xticks([])  # the numbers stand beside the bars
+        axis.set_xticks([])  # the numbers are beside the bars
         axis.set_title(case.name, fontsize=9, loc="left")
     axes[-1].set_xlabel(label, fontsize=8)
     figure.suptitle(device.name, fontsize=10)
@@ -136,7 +136,7 @@ PARTS = {
 
 
 def _ratios(device: Device, cases: Sequence[Case]) -> Any:
-    """Each library's best row of every case, as its time over ours, with the interval."""
+    """Draws for every case the time of each library's best row divided by ours, with the interval."""
     figure, (axis,) = _stacked([len(cases) + 5.0])
     seen: dict[str, Any] = {}
     for at, case in enumerate(cases):
@@ -204,7 +204,7 @@ def _scaling(device: Device, curves: Sequence[dict]) -> Any:
 
 
 def _roofline(device: Device, cases: Sequence[Case]) -> Any:
-    """Our operators below the ceilings of their own run."""
+    """Draws our operators below the ceilings of the same run."""
     dtype = cases[0].ours["dtype"]
     cases = [case for case in cases if case.ours["dtype"] == dtype]
     ceilings = cases[0].result["ceilings"]

@@ -1,10 +1,10 @@
-"""From result files to a page that a person reads in a minute: `python -m benchmarks.reporting.report [--check]`.
+"""Makes the report from the result files: `python -m benchmarks.reporting.report [--check]`.
 
-Reads every benchmarks/results/*/*.json that `fastbert bench` or `python -m benchmarks.inspection.roofline` wrote, and
-writes benchmarks/REPORT.md, pictures beside the results (with matplotlib; `--no-plots` leaves them alone), and the
-tables between markers in README.md, docs/benchmarks.md and docs/drop-in.md. No number in any of these is typed by hand.
-A case that several files of a device have is taken from a whole run rather than a --quick one, then from the newest.
---check writes nothing and exits 1 where a file is out of date.
+Reads every benchmarks/results/*/*.json of `fastbert bench` and `python -m benchmarks.inspection.roofline`. Writes
+benchmarks/REPORT.md, plots beside the results (with matplotlib; not with `--no-plots`), and the tables between markers
+in README.md, docs/benchmarks.md and docs/drop-in.md. No number in them is typed by hand. If several files of a device
+have the same case, a complete run is preferred to a --quick one, then the newest. --check writes nothing and exits with
+1 if a file is out of date.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def files(device: Device) -> list[str]:
 
 
 def standing(cases: list[Case]) -> list[str]:
-    """In how many cases fastbert is ahead, level and behind, and where behind."""
+    """The number of cases in which fastbert is faster, equal and slower, and a table of those where it is slower."""
     timed = [case for case in cases if case.ours and case.peer and case.suite != "memory"]
     compared = [(case, r) for case in timed if (r := case.peer["ratio_to_ours"])]
     ahead = sum(r["low"] > 1 for _, r in compared)
@@ -67,7 +67,7 @@ def standing(cases: list[Case]) -> list[str]:
 
 
 def summary(cases: list[Case]) -> list[str]:
-    """One line a case: ours, the best of the others, the ratio."""
+    """A line for each case: ours, the best of the others, the ratio."""
     rows = []
     for case in cases:
         ours, peer, floor = case.ours, case.peer, case.floor
@@ -116,7 +116,7 @@ def cold(cases: list[Case]) -> list[str]:
 
 
 def scaling(curves: list[dict]) -> list[str]:
-    """Slopes: what doubling x does to the time, as a power of two."""
+    """The slopes of the curves: doubling x multiplies the time by two to the power of the slope."""
     rows = []
     for curve in curves:
         slope = "one point" if curve["slope"] is None else f"{curve['slope']:.2f}"
@@ -235,7 +235,7 @@ def page(devices: list[Device]) -> str:
 
 
 def whole_models(devices: list[Device]) -> str:
-    """The block of docs/benchmarks.md: whole models on texts of real lengths, one line a case and device."""
+    """The block of docs/benchmarks.md: whole models on texts of real lengths, a line for each case and device."""
     rows = []
     for device in devices:
         for case in device.cases:
@@ -255,8 +255,8 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a file is out of date")
-    parser.add_argument("--no-plots", action="store_true", help="leave the pictures as they are")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a file is out of date")
+    parser.add_argument("--no-plots", action="store_true", help="do not draw plots")
     args = parser.parse_args(argv)
     devices = load()
     if not args.check and not args.no_plots:

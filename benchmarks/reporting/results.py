@@ -1,4 +1,4 @@
-"""The result files of benchmarks/results: devices, and the cases that were measured on each."""
+"""Reads the result files of benchmarks/results: devices, and the cases measured on each."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 SCHEMA, ROOFLINE = "fastbert-bench/1", "fastbert-roofline/1"
 NOT_REPORTED = "fastbert-finetuning/1", "fastbert-serving/1"  # quoted by the text of docs/training.md and serving.md
 
-# suite -> its title; one that is not here follows under its own name
+# suite -> its title; other suites follow under their own names
 TITLES = {
     "encoder": "Whole models: ids to vectors",
     "training": "A training step",
@@ -28,7 +28,7 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Case:
-    """The rows of one piece of work, and the file they are from."""
+    """The rows of one case, and the file that they are from."""
 
     name: str
     suite: str
@@ -49,7 +49,7 @@ class Case:
 
     @property
     def peer(self) -> dict[str, Any] | None:
-        """The best row of the others that keeps the budget: one with a tolerance of its own (int8) does other work."""
+        """The best row of other libraries, without rows that have a tolerance of their own (int8)."""
         others = [row for row in self.measured if row["peer"] not in ("fastbert", "floor")]
         return self._best([row for row in others if tolerance(row) is None])
 
@@ -59,7 +59,7 @@ class Case:
 
     @property
     def best_of_each(self) -> list[dict[str, Any]]:
-        """The best row of each library, best first; int8 counts as one of its own."""
+        """The best row of each library, best first; int8 counts as a library of its own."""
         kinds: dict[tuple, list[dict]] = {}
         for row in self.measured:
             kinds.setdefault((row["peer"], tolerance(row)), []).append(row)
@@ -72,7 +72,7 @@ class Case:
 
 @dataclass
 class Device:
-    """Everything measured on one device."""
+    """All results of one device."""
 
     slug: str
     results: list[dict[str, Any]] = field(default_factory=list)
@@ -92,7 +92,7 @@ class Device:
 
     @property
     def cases(self) -> list[Case]:
-        """By suite, in the order measured."""
+        """The cases by suite, in the order in which they were measured."""
         found: dict[tuple, Case] = {}
         for result in self.results:
             of_file: dict[tuple, Case] = {}
@@ -100,7 +100,7 @@ class Device:
                 names = ("suite", "workload", "model", "operator", "direction", "dtype")
                 key = (*(row[name] for name in names), row["shape"].get("dropout_p", 0))
                 of_file.setdefault(key, Case(case_name(row), row["suite"], [], result)).rows.append(row)
-            # a case that the time or Ctrl-C left no row of hides none that another file has
+            # A case of which no row was measured, for lack of time, does not replace that of another file.
             found |= {key: case for key, case in of_file.items() if any(r["status"] != "skipped" for r in case.rows)}
         order = list(TITLES)
         return sorted(found.values(), key=lambda c: order.index(c.suite) if c.suite in order else len(order))
@@ -114,7 +114,7 @@ class Device:
 
 
 def tolerance(row: dict[str, Any]) -> float | None:
-    """What the row may err, where that is not the budget of its dtype."""
+    """The allowed error of a row, if that is not the budget of its dtype."""
     return row.get("settings", {}).get("tolerance")
 
 
@@ -125,7 +125,7 @@ def case_name(row: dict[str, Any]) -> str:
 
 
 def load(folder: Path = RESULTS) -> list[Device]:
-    """A Device for each folder, its files in the order in which later ones replace earlier ones."""
+    """A Device for each folder. Its files are in an order in which later ones replace earlier ones."""
     devices = []
     for path in sorted(folder.glob("*/*.json")):
         if path.name.startswith("encode-"):  # the table in README.md

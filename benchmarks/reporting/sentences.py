@@ -1,4 +1,4 @@
-"""The table of `SentenceTransformer.encode` in docs/drop-in.md: a row each way, a column each dtype."""
+"""The table of `SentenceTransformer.encode` in docs/drop-in.md: a row for each way, a column for each dtype."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SHOWN = ("torch", "transformers", "sentence-transformers", "openvino", "onnxrunt
 
 
 def newest(folder: Path) -> list[dict[str, Any]]:
-    """For each device and dtype the last whole result: its file with only those rows, bfloat16 first."""
+    """For each device and dtype the newest complete result: its file with only these rows, bfloat16 first."""
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for path in sorted(folder.glob("*/*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
@@ -37,7 +37,7 @@ def _cell(row: dict[str, Any] | None) -> str:
 
 
 def table(results: list[dict[str, Any]]) -> list[str]:
-    """Of one device: a column for each result."""
+    """The table of one device, with a column for each result."""
     ways = dict.fromkeys(row["row"] for result in results for row in result["rows"])
     columns = [{row["row"]: row for row in result["rows"]} for result in results]
     device, texts = results[0]["device"], results[0]["rows"][0]["shape"]["sequences"]

@@ -1,4 +1,4 @@
-"""The table in README.md, of the files encode-*.json that `python -m benchmarks.suites.texts` wrote, one a dtype."""
+"""The table in README.md, from the files encode-*.json of `python -m benchmarks.suites.texts`, one for each dtype."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from fastbert.encoding.encoder import DTYPES
 
 BEGIN, END = "<!-- encode: begin -->", "<!-- encode: end -->"
-BASE = "in arrival order"  # of the row that ours is compared with, besides the best of the others
+BASE = "in arrival order"  # part of the name of the row that ours is compared with, beside the best of the others
 OURS = "fastbert"
 
 
@@ -19,7 +19,7 @@ def block(results: Path) -> str:
 
 
 def table(folder: Path) -> list[str]:
-    """Of one device: a row an encoder, a column a dtype."""
+    """The table of one device: a row for each encoder, a column for each dtype."""
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("encode-*.json"))]
     if not found:
         return []

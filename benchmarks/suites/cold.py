@@ -1,8 +1,8 @@
 """The time from the start of a process to its first result: imports, weights, compiling, one query.
 
-Every library loads the files that it is served from, written beforehand: safetensors, a fused ONNX graph, OpenVINO's
-IR. The disk is warm: each row ran once before, to be checked. A compiler's cache is empty where the row says so, and
-elsewhere holds what that run left there.
+Every library loads its usual files, which are written beforehand: safetensors, a fused ONNX graph, OpenVINO's IR. The
+disk cache is warm, because each row runs once before, to be checked. A compiler's cache is empty if the row's name says
+so; otherwise it has the entries of that first run.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CASES = (("minilm", 16, 100, True), ("base", 16, 109, False))
 
 
 def finish(result: dict[str, Any], said: list[Said]) -> None:
-    """Times are those of the first result; `settings` says how they divide."""
+    """Writes the time of the first result into the row, and its parts into `settings`."""
     seconds = [events["first"]["at"] for events in said]
     result |= {"seconds": seconds, "median_s": statistics.median(seconds), "spread": timing.spread(seconds)}
     result["first_call_s"] = result["median_s"]

@@ -1,4 +1,4 @@
-"""The machine as the suites' own files describe it, in what pytest-benchmark writes."""
+"""Adds the description of the machine, as in other result files, to the files of pytest-benchmark."""
 
 from fastbert.encoding.encoder import resolve_device
 

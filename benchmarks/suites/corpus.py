@@ -1,15 +1,15 @@
-"""Tables into a folder of parts: memory by the number of rows, and rows a second beside `Encoder.encode` and engines.
+"""Measures encoding tables into a folder: memory by number of rows, rows a second, compared with `Encoder.encode`.
 
     python -m benchmarks.suites.corpus memory --texts sst2/train.tsv --rows 200000 1000000
     python -m benchmarks.suites.corpus speed --texts sst2/train.tsv --rows 2000 --model FOLDER
     python -m benchmarks.suites.corpus dedup --texts sst2/train.tsv wikitext-2/valid.txt
     python -m benchmarks.suites.corpus engines --texts sst2/train.tsv --rows 40000
 
-TEXTS has one text a line, or before the first tab of a line; "row 17: " before each makes as many different ones as are
-asked for. `memory` and `engines` take a BERT of one layer with random weights, so that what is around the model is
-seen: reading, tokenising, writing. `memory` runs the command in processes of their own, which tell their peak of
-resident memory. `speed` and `engines` interleave their parties; times are of the wall, and `speed` also has the
-processor time of all threads.
+A line of TEXTS is a text, or has one before its first tab. A prefix such as "row 17: " makes as many different texts as
+needed. `memory` and `engines` use a BERT of one layer with random weights, so that most of the time is outside of the
+model: reading, tokenising, writing. `memory` runs the command in separate processes, which report their peak resident
+memory. `speed` and `engines` run their rows in turns; times are wall times, and `speed` also has the processor time of
+all threads.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def texts_of(files: Sequence[Path]) -> list[str]:
 
 
 def write_table(path: Path, texts: Sequence[str], rows: int) -> Path:
-    """A .parquet file of so many rows, 100,000 at a time."""
+    """Writes a .parquet file with this number of rows, 100,000 at a time."""
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -51,7 +51,7 @@ def write_table(path: Path, texts: Sequence[str], rows: int) -> Path:
 
 
 def small_model(folder: Path) -> Path:
-    """A BERT of one layer of 64, and the tokenizer of all-MiniLM-L6-v2."""
+    """Writes a BERT of one layer and width 64, with the tokenizer of all-MiniLM-L6-v2."""
     import torch
 
     from fastbert import BertConfig, BertModel, Tokenizer
@@ -68,7 +68,7 @@ def small_model(folder: Path) -> Path:
     return folder
 
 
-# The peak is read by the process itself: what the system tells a parent includes the parent's own memory.
+# The process itself reads its peak: the number that the system gives to a parent includes the parent's memory.
 PROGRAM = """
 import sys
 from fastbert.cli.main import main
@@ -79,7 +79,7 @@ sys.exit(code)
 
 
 def run_alone(*words: object) -> tuple[float, float, float]:
-    """(seconds, processor seconds, MB of resident memory at the peak) of a command that must end well."""
+    """(seconds, processor seconds, peak resident memory in MB) of a command that must succeed."""
     started, before = time.perf_counter(), os.times()
     command = [sys.executable, "-c", PROGRAM, *map(str, words)]
     told = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
@@ -107,7 +107,7 @@ def memory(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def speed(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
-    """Encoder.encode and a corpus of the same texts in this process, in turns."""
+    """Times Encoder.encode and a corpus of the same texts in this process, in turns."""
     from fastbert import Encoder
     from fastbert.corpus.job import Job
     from fastbert.corpus.run import CorpusEncoder, expect_done
@@ -138,7 +138,7 @@ def speed(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def dedup(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
-    """What --dedup leaves out, by windows as they are read."""
+    """Counts the rows that --dedup does not compute, in windows as when reading."""
     from fastbert.text.batching import CHUNK_TEXTS, chunks_of
 
     for file in args.texts:
@@ -152,7 +152,7 @@ def dedup(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def engines(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
-    """Two workers of ours, two actors of Ray and two partitions of Spark, each started before it is timed."""
+    """Times two workers of ours, two Ray actors and two Spark partitions, which are started before the time counts."""
     from fastbert.corpus.job import Job
     from fastbert.corpus.pool import CorpusPool
     from fastbert.corpus.run import expect_done
@@ -206,7 +206,7 @@ def main() -> int:
     parser.add_argument("suite", choices=SUITES)
     parser.add_argument("--texts", type=Path, nargs="+", required=True)
     parser.add_argument("--rows", type=int, nargs="+", default=[2000])
-    parser.add_argument("--model", help="of speed (default: a small one)")
+    parser.add_argument("--model", help="model of speed (default: a small one)")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="for temporary files")
     args = parser.parse_args()

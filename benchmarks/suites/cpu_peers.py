@@ -1,13 +1,13 @@
-"""Encoding on a CPU beside other libraries, in turns in one process: tokens a second, from ids to vectors.
+"""Compares encoding on a CPU with other libraries, in turns in one process: tokens a second, from ids to vectors.
 
     python -m benchmarks.suites.cpu_peers --cache FOLDER [--texts 128] [--repeats 3] [--models minilm base]
         [--precisions int8 float32 bfloat16] [--json FILE]
 
-Each peer gets its best: batches of sorted texts of at most 256 or 512 padded tokens, whichever is faster; OpenVINO with
-its throughput hint, and in int8 NNCF's static quantisation for transformers; ONNX Runtime with its transformer fusions,
-in int8 with `per_channel=True`; CTranslate2 in its own int8 or float32. What they convert is kept in FOLDER. The
-model is MiniLM's or BERT-base's shape with random weights, the texts are docstrings of Python, so both lie on every
-machine. A peer that is not installed is named and left out; one whose vectors are others' stops the run.
+Each peer has its best settings: batches of sorted texts with at most 256 or 512 padded tokens, whichever is faster;
+OpenVINO with its throughput hint, and in int8 with NNCF's static quantisation for transformers; ONNX Runtime with its
+transformer fusions, in int8 with `per_channel=True`; CTranslate2 in its own int8 or in float32. Converted models are
+kept in FOLDER. The model has MiniLM's or BERT-base's shape and random weights, and the texts are Python's docstrings,
+so nothing has to be downloaded. A peer that is not installed is named and skipped. Wrong vectors of a peer end the run.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from fastbert.inference.large_pages import move_to_large_pages
 SHAPES = {"minilm": (384, 6, 12, 1536), "base": (768, 12, 12, 3072)}
 PADDED_TOKENS = (256, 512)
 WORDS, LONGEST = 30528, 256
-# The mean cosine of a row's vectors to ours in bfloat16 must be above this; ONNX Runtime's int8 has 0.99.
+# The mean cosine of a row's vectors with our bfloat16 ones must be above this; ONNX Runtime's int8 has 0.99.
 LEAST_COSINE = 0.95
 Ids = Sequence[Sequence[int]]
 Batches = Iterable[tuple[np.ndarray, np.ndarray]]
@@ -44,12 +44,12 @@ RunBatches = Callable[[Batches], list[np.ndarray]]
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.suites.cpu_peers", description=__doc__.split("\n")[0])
-    parser.add_argument("--cache", type=Path, required=True, help="a folder for converted models")
+    parser.add_argument("--cache", type=Path, required=True, help="folder for converted models")
     parser.add_argument("--texts", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--models", nargs="+", choices=tuple(SHAPES), default=[*SHAPES])
     parser.add_argument("--precisions", nargs="+", choices=tuple(PEERS), default=[*PEERS])
-    parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args(argv)
     found = []
     for name in args.models:
@@ -59,8 +59,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def compare(name: str, folder: Path, ids: Ids, repeats: int, precisions: Sequence[str]) -> list[dict[str, object]]:
-    """Prints a table, and returns its rows: median tokens a second, slowest and fastest, and the median ratio of a
-    row's time to ours in the same precision, or of ours to ours in bfloat16."""
+    """Prints a table and returns its rows: median, slowest and fastest tokens a second, and the median ratio of the
+    row's time to ours in the same precision; for our rows, to ours in bfloat16."""
     tokens = sum(map(len, ids))
     saved = folder / "model"
     if not saved.exists():
@@ -101,7 +101,7 @@ def compare(name: str, folder: Path, ids: Ids, repeats: int, precisions: Sequenc
 
 
 def expect_close(label: str, vectors: np.ndarray, expected: np.ndarray) -> None:
-    """Raises: AssertionError where these are not the vectors of the same texts by the same model."""
+    """Raises AssertionError if these vectors are not those of the same texts and model."""
     lengths = np.linalg.norm(vectors, axis=1) * np.linalg.norm(expected, axis=1)
     cosine = float(((vectors * expected).sum(1) / lengths).mean())
     assert vectors.shape == expected.shape, (label, vectors.shape, expected.shape)
@@ -109,7 +109,7 @@ def expect_close(label: str, vectors: np.ndarray, expected: np.ndarray) -> None:
 
 
 def ids_of_texts(count: int) -> list[list[int]]:
-    """Of docstrings: an id for each six letters of a word, about as many as there are word pieces."""
+    """Ids of docstrings: one for each six letters of a word, which are about as many as its word pieces."""
     texts = []
     for text in docstrings(count):
         pieces = [word[at : at + 6] for word in text.split() for at in range(0, len(word), 6)][: LONGEST - 2]
@@ -118,7 +118,7 @@ def ids_of_texts(count: int) -> list[list[int]]:
 
 
 def save(shape: tuple[int, int, int, int], folder: Path) -> None:
-    """As transformers 4 saved it, with the key that CTranslate2's converter asks for."""
+    """Writes a model in the form of transformers 4, with the key that CTranslate2's converter needs."""
     width, layers, heads, inner = shape
     torch.manual_seed(0)
     config = BertConfig(
@@ -136,7 +136,7 @@ def save(shape: tuple[int, int, int, int], folder: Path) -> None:
 
 
 def ours(folder: Path, precision: str) -> Run:
-    class NoTokenizer:  # an encoder that is given ids asks its tokenizer for this alone
+    class NoTokenizer:  # an encoder of ids only needs this of its tokenizer
         model_max_length = None
 
     in_8_bits = precision == "int8"
@@ -152,7 +152,7 @@ def ours(folder: Path, precision: str) -> Run:
 
 
 def batches(ids: Ids, most: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(ids, mask) [B, S] of sorted texts, at most so many elements, or one text."""
+    """(ids, mask) [B, S] of sorted texts, with at most `most` elements, or of one text."""
     group: list[Sequence[int]] = []
     for text in [*ids, None]:
         if text is None or (group and len(text) * (len(group) + 1) > most):
@@ -170,11 +170,11 @@ def in_batches(run: RunBatches, most: int, ids: Ids) -> np.ndarray:
     return np.concatenate(run(batches(ids, most)))
 
 
-# ---- peers: (saved model, folder for what is converted) -> a run over batches ------------------------------
+# ---- peers: (saved model, folder for the converted model) -> a run over batches ----------------------------
 
 
 class Mean(nn.Module):
-    """The mean over a text's tokens, as part of the graph."""
+    """A model with the mean over a text's tokens as part of its graph."""
 
     def __init__(self, folder: Path):
         super().__init__()
@@ -189,7 +189,7 @@ class Mean(nn.Module):
 
 
 def exported(saved: Path, folder: Path) -> Path:
-    """The model as ONNX, with sizes that vary."""
+    """The model as ONNX, with dynamic sizes."""
     file = folder / "model.onnx"
     if not file.exists():
         names, sizes = ("input_ids", "attention_mask", "vectors"), {0: "batch", 1: "length"}

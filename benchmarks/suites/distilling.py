@@ -1,18 +1,18 @@
-"""Distilling on real data: students of a few layers that learn from a fine-tuned teacher, beside the same students
-trained on the labels alone; and how much faster they are.
+"""Distils on real data: compares students that learn from a fine-tuned teacher with the same students trained on labels
+only, and measures how much faster they are than the teacher.
 
     python -m benchmarks.suites.distilling sst2=DIR sick=DIR --data DIR [--layers 3] [--seeds 3] [--json FILE]
 
 TASK=DIR names the teacher, a folder of `fastbert finetune`. Both rows begin with the same layers of the teacher, read
-the same examples in the same order for as many epochs, and take the same learning rate and dropout; `labels` has the
-loss of fine-tuning, `distilled` what --losses says, which may hold labels too. Nothing is chosen by the test set: the
-model after the last epoch is scored. A run's processor time is that of the whole training; the row `distilled` also
-computes the teacher.
+the same examples in the same order for the same number of epochs, and have the same learning rate and dropout. `labels`
+has the loss of fine-tuning, `distilled` the losses of --losses, which may include labels. Nothing is chosen by the test
+set: the model after the last epoch is scored. A run's processor time is that of the whole training, for `distilled`
+with the teacher's forward passes.
 
-Speed is of the test file's texts in batches of 2,048 tokens, real tokens a second of processor time: teacher and
-student take turns in one process, and printed are the median of the turns' ratios and their range.
+Speed is measured on the test file's texts in batches of 2,048 tokens, as real tokens per second of processor time.
+Teacher and student take turns in one process; printed are the median of the turns' ratios and their range.
 
-With --json FILE the runs are added to those in FILE, and the table is of all of them.
+With --json FILE the runs are added to those in FILE, and the table shows all of them.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ BATCH_TOKENS = 2048
 
 @dataclass(frozen=True)
 class Study:
-    """A task on its data. train, test: files below the data folder. epochs, lr, examples: of both rows."""
+    """A task and its data. train, test: files in the data folder. epochs, lr and examples are the same for both
+    rows."""
 
     task: str
     train: str
@@ -68,26 +69,26 @@ ROWS = ("distilled", "labels")
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("teachers", nargs="*", metavar="TASK=DIR", help=f"of {', '.join(STUDIES)}")
-    parser.add_argument("--data", type=Path, help="the folder with sst2 and sick")
+    parser.add_argument("--data", type=Path, help="folder with sst2 and sick")
     parser.add_argument("--rows", default=",".join(ROWS), help="default: %(default)s")
     parser.add_argument("--losses", type=losses_by_name, default={"logits": 1.0, "hidden": 3.0}, help="of `distilled`")
     parser.add_argument("--temperature", type=float, default=2.0, help="default: %(default)s")
-    parser.add_argument("--init", default="skip", help="as in fastbert distill (default: %(default)s)")
-    parser.add_argument("--layers", type=positive, default=3, help="of the students (default: %(default)s)")
-    parser.add_argument("--seeds", type=positive, default=3, help="how many (default: %(default)s)")
-    parser.add_argument("--first-seed", type=int, default=0, help="from which on they are counted (default: 0)")
-    parser.add_argument("--examples", type=positive, help="in place of the task's own, spread over the file")
-    parser.add_argument("--epochs", type=positive, help="in place of the task's own")
-    parser.add_argument("--lr", type=float, help="in place of the task's own")
-    parser.add_argument("--turns", type=positive, default=7, help="of the measurement of speed (default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="the file of all runs")
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="leave the students there")
+    parser.add_argument("--init", default="skip", help="--init of fastbert distill (default: %(default)s)")
+    parser.add_argument("--layers", type=positive, default=3, help="layers of the students (default: %(default)s)")
+    parser.add_argument("--seeds", type=positive, default=3, help="number of seeds (default: %(default)s)")
+    parser.add_argument("--first-seed", type=int, default=0, help="the first seed (default: 0)")
+    parser.add_argument("--examples", type=positive, help="number of examples, spread over the file (default: by task)")
+    parser.add_argument("--epochs", type=positive, help="default: by task")
+    parser.add_argument("--lr", type=float, help="learning rate (default: by task)")
+    parser.add_argument("--turns", type=positive, default=7, help="turns when measuring speed (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="file of all runs")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="keep the students in this folder")
     args = parser.parse_args(argv)
     teachers = dict(pair.partition("=")[::2] for pair in args.teachers)
     if unknown := [name for name in teachers if name not in STUDIES]:
         parser.error(f"no task {', '.join(unknown)}; there are {', '.join(STUDIES)}")
     if teachers and args.data is None:
-        parser.error("--data is needed: the folder that the examples are in")
+        parser.error("--data is needed: the folder with the examples")
     keep_freed_memory()
     runs = read_json(args.json)["runs"] if args.json and args.json.exists() else []
     with tempfile.TemporaryDirectory() as temporary:
@@ -103,7 +104,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def runs_of(name: str, teacher: str, here: Path, args: argparse.Namespace) -> Any:
-    """The teacher's score, then each seed's students, the first of them beside the teacher by its speed."""
+    """Yields the teacher's score, then the students of each seed; the speed of the first is compared with the
+    teacher's."""
     study = STUDIES[name]
     train, test = args.data / study.train, args.data / study.test
     examples = args.examples or study.examples
@@ -133,7 +135,7 @@ def runs_of(name: str, teacher: str, here: Path, args: argparse.Namespace) -> An
 
 
 def score_of(folder: str, test: Path) -> float:
-    """A model's own metric on a file."""
+    """The model's own metric on a file."""
     model = fastbert.pipeline(folder, device="cpu")
     examples = model.task.read(test)
     windows = model.task.features(examples, training=False).windows
@@ -142,7 +144,7 @@ def score_of(folder: str, test: Path) -> float:
 
 
 def speed_beside(teacher: str, student: str, test: Path, turns: int) -> dict[str, Any]:
-    """Real tokens a second of processor time of both, and the ratios of the turns, the lowest first."""
+    """Real tokens per second of processor time of both models, and the ratios of the turns, the lowest first."""
     models = [fastbert.pipeline(folder, device="cpu") for folder in (teacher, student)]
     windows = models[0].task.features(models[0].task.read(test), training=False).windows
     tokens = sum(len(w.input_ids) for w in windows)
@@ -154,7 +156,7 @@ def speed_beside(teacher: str, student: str, test: Path, turns: int) -> dict[str
             outputs_of(model.model, model.task, windows, BATCH_TOKENS, model.dtype, model.processes)
             turn.append(tokens / (time.process_time() - begun))
         rates.append(turn)
-    rates = rates[1:]  # the first turn lays out weights
+    rates = rates[1:]  # the first turn makes copies of weights
     of_teacher, of_student = zip(*rates, strict=True)
     return {
         "teacher": statistics.median(of_teacher), "student": statistics.median(of_student),
@@ -163,7 +165,7 @@ def speed_beside(teacher: str, student: str, test: Path, turns: int) -> dict[str
 
 
 def table(runs: list[dict[str, Any]]) -> str:
-    """Scores of all seeds, as a share of the teacher's too, and speed."""
+    """The table of all seeds' scores, their share of the teacher's, and speed."""
     lines = ["| data | row | losses | score: by seed | least, of the teacher's | tokens a second |", "| --- " * 6 + "|"]
     of_teacher = {run["study"]: run["score"] for run in runs if run["row"] == "teacher"}
     groups: dict[tuple, list[dict[str, Any]]] = {}

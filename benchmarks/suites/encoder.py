@@ -1,4 +1,4 @@
-"""Whole models: lists of token ids of real lengths to vectors, beside other libraries and the matrix products alone."""
+"""Whole models, from token ids of real lengths to vectors: fastbert, other libraries, and the matrix products alone."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from ..harness.case import Case, Row
 from ..harness.jobs import Job
 from ..harness.peer import PRODUCTS
 
-# workload, priority (smaller first), in --quick. First what people run; then each kind of real text; then the grid of
-# full batches, where there is no padding to leave out.
+# workload, priority (smaller first), in --quick. First the most common use, then each kind of real text, then a grid of
+# full batches, which have no padding.
 CASES = (
     ("base_natural", 1, True),
     ("minilm_natural", 2, True),
@@ -39,16 +39,16 @@ FLOAT32 = {"base_natural": 8, "minilm_natural": 9, "large_natural": 100}
 
 
 def _fitting(job: Job) -> list[int]:
-    """Batches of about 128 and 256 tokens: what is fastest for them on a CPU, be the texts queries or documents."""
+    """Sizes of batches with about 128 and 256 tokens, which are the fastest for other libraries on a CPU."""
     mean_length = job.workload.tokens / len(job.rows)
     return sorted({max(1, 2 ** round(math.log2(tokens / mean_length))) for tokens in (128, 256)})
 
 
 def rows(job: Job, every: bool) -> list[Row]:
-    """The rows of a case of this workload, the slow ones too where `every` says so.
+    """The rows of a case of this workload. every: include the slow ones.
 
-    One query leaves out those that only differ in how they batch; where not every size is measured, those are that fit
-    the lengths.
+    For one query, rows that only differ in their batches are left out. If not every size is measured, those that fit
+    the lengths are.
     """
     single = len(job.rows) == 1
     entered = [
@@ -72,7 +72,7 @@ def rows(job: Job, every: bool) -> list[Row]:
 def build(
     suite: str, name: str, workload: Workload, priority: int, quick: bool, *, device: torch.device, dtype: torch.dtype
 ) -> Case:
-    """A case of one batch of ids. Truth is plain torch in float64 for float32 rows, in float32 for lower ones."""
+    """A case of one batch of ids. The true values are plain torch's, in float64 for float32 rows, else in float32."""
     job = Job(workload, dtype, device)
     exact = torch.float64 if dtype == torch.float32 else torch.float32
     return Case(
@@ -85,7 +85,8 @@ def build(
 
 
 def cases(device: torch.device, dtype: torch.dtype, quick: bool) -> Iterator[Case]:
-    """A CPU leaves out sequences longer than it has tokens for, and also measures real lengths in float32."""
+    """The cases of this device. On a CPU sequences longer than its limit of tokens are left out, and real lengths are
+    also measured in float32."""
     for name, priority, in_quick in (*CASES, *(ON_GPUS if device.type == "cuda" else ())):
         if quick and not in_quick:
             continue

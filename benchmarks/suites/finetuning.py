@@ -1,24 +1,24 @@
-"""Fine-tuning on real data, fastbert's loop beside transformers' Trainer: quality over seeds, real tokens a second.
+"""Compares fine-tuning with transformers' Trainer on real data: scores over several seeds, real tokens a second.
 
     python -m benchmarks.suites.finetuning sick-entailment wnut17 --data DIR [--seeds 3] [--json FILE]
 
 Both rows read the same examples as the same tokens, begin with the same weights, and have the same hyper-parameters:
-epochs, examples a step (ours: as many tokens as so many examples have on average), AdamW, warm-up and linear decay,
-clipping, dropout, bfloat16 by autocast where the machine multiplies it, and a heap that keeps freed memory, which saves
-either row page faults. transformers' Trainer pads each batch to its longest example, and groups examples by length, so
-its order is its own; in the row trainer-our-steps it takes those of ours together, in our order, which pads more. Each
-run is a process; the rows take turns, seed by seed. The model that is scored is that of the last epoch: nothing is
-chosen by the test set.
+epochs, examples of a step (for ours, the tokens that this number of examples has on average), AdamW, warm-up and linear
+decay, clipping, dropout, bfloat16 by autocast if the machine multiplies it fast, and a heap that keeps freed memory,
+which avoids page faults in both. transformers' Trainer pads each batch to its longest example and groups examples by
+length, so its order differs from ours. In the row trainer-our-steps Trainer takes the examples of our steps in our
+order, which needs more padding. Each run is a process; the rows take turns, seed by seed. The model of the last epoch
+is scored, so nothing is chosen by the test set.
 
-Time is from the end of a step to the end of the next one within an epoch, so that neither checkpoints nor the start
-count, by the clock and by the processor time of the process; tokens are real ones, padding does not count.
-With --json FILE the runs are added to those in FILE, and the table is of all of them; without a task it only prints.
+The time of a step is from the end of the step before it in the same epoch, so checkpoints and the start do not count;
+both wall and processor time are recorded. Tokens are real tokens, without padding. With --json FILE the runs are added
+to those in FILE, and the table shows all of them; without a task the command only prints it.
 
     python -m benchmarks.suites.finetuning sst2 --data DIR --turns 6 [--steps 50]
 
-measures speed alone, and under other work too: both rows are in training at once, and one waits while the other takes
-its 50 steps. A turn of each is a pair; printed are the median of the pairs' ratios and their range. Trainer sorts the
-examples of 50 steps at a time by length, so a turn of 50 steps has batches of all lengths.
+measures speed only, also on a machine with other work: both trainings exist at the same time, and one waits while the
+other does its 50 steps. A turn of each is a pair; printed are the median of the pairs' ratios and their range. Trainer
+sorts the examples of 50 steps at a time by length, so a turn of 50 steps has batches of all lengths.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Study:
-    """A task on its data. train, test: files below the data folder; one file for both is divided by article."""
+    """A task and its data. train, test: files in the data folder; if they are the same file, it is divided by
+    article."""
 
     spec: Spec
     train: str
@@ -95,7 +96,7 @@ STUDIES = {
 
 @dataclass(frozen=True)
 class Job:
-    """What one process does."""
+    """The work of one process."""
 
     study: str
     row: str
@@ -112,18 +113,18 @@ class Job:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("studies", nargs="*", metavar="TASK", help=f"of {', '.join(STUDIES)}")
-    parser.add_argument("--data", type=Path, help="the folder with sst2, sick, wnut17 and xquad")
-    parser.add_argument("--rows", default="fastbert,trainer", help=f"of {', '.join(ROWS)} (default: %(default)s)")
-    parser.add_argument("--seeds", type=positive, default=3, help="how many (default: 3)")
-    parser.add_argument("--first-seed", type=int, default=0, help="from which on they are counted (default: 0)")
-    parser.add_argument("--examples", type=positive, help="train on so many examples, spread over the file")
-    parser.add_argument("--epochs", type=positive, help="in place of the task's own")
-    parser.add_argument("--lr", type=float, help="in place of the task's own")
-    parser.add_argument("--model", default=default_model(), help="the BERT to begin with (default: all-MiniLM-L6-v2)")
-    parser.add_argument("--json", type=Path, help="the file of all runs")
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="leave the trained models and their curves there")
-    parser.add_argument("--turns", type=positive, metavar="N", help="speed alone: rows alternate, N turns for each")
-    parser.add_argument("--steps", type=positive, default=50, help="of a turn (default: %(default)s)")
+    parser.add_argument("--data", type=Path, help="folder with sst2, sick, wnut17 and xquad")
+    parser.add_argument("--rows", default="fastbert,trainer", help=f"any of {', '.join(ROWS)} (default: %(default)s)")
+    parser.add_argument("--seeds", type=positive, default=3, help="number of seeds (default: 3)")
+    parser.add_argument("--first-seed", type=int, default=0, help="the first seed (default: 0)")
+    parser.add_argument("--examples", type=positive, help="number of examples, spread over the file (default: by task)")
+    parser.add_argument("--epochs", type=positive, help="default: by task")
+    parser.add_argument("--lr", type=float, help="learning rate (default: by task)")
+    parser.add_argument("--model", default=default_model(), help="the BERT to start from (default: all-MiniLM-L6-v2)")
+    parser.add_argument("--json", type=Path, help="file of all runs")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="keep the trained models and curves in this folder")
+    parser.add_argument("--turns", type=positive, metavar="N", help="measure speed only: rows alternate, N turns each")
+    parser.add_argument("--steps", type=positive, default=50, help="steps of a turn (default: %(default)s)")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.job is not None:
@@ -134,7 +135,7 @@ def main(argv: list[str] | None = None) -> None:
     if unknown := [name for name in args.rows.split(",") if name not in ROWS]:
         parser.error(f"no row {', '.join(unknown)}; there are {', '.join(ROWS)}")
     if args.studies and args.data is None:
-        parser.error("--data is needed: the folder that the examples are in")
+        parser.error("--data is needed: the folder with the examples")
     if args.turns and (args.json or args.rows.count(",") != 1):
         parser.error("--turns compares two --rows, and writes no --json")
     if args.turns and args.steps < 2:
@@ -156,7 +157,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def jobs_of(name: str, args: argparse.Namespace, folder: Path) -> list[Job]:
-    """The runs of a task, seed by seed; their files are written."""
+    """The runs of a task, seed by seed. Writes their files."""
     study = STUDIES[name]
     here = folder / name
     here.mkdir(parents=True, exist_ok=True)
@@ -181,7 +182,7 @@ def in_a_process(job: Job) -> dict[str, Any]:
 
 
 def in_turns(jobs: list[Job], count: int, steps: int) -> list[dict[str, Any]]:
-    """Two rows in training at once, in alternation: what each has measured."""
+    """Trains two rows in alternation. Returns the measurements of each."""
     processes = []
     for first, job, ends in zip((True, False), jobs, pipes(), strict=True):
         turns = {"read": ends[0], "write": ends[1], "first": first, "steps": steps, "count": count}
@@ -200,7 +201,7 @@ def in_turns(jobs: list[Job], count: int, steps: int) -> list[dict[str, Any]]:
 
 
 def halves(path: Path, folder: Path) -> tuple[Path, Path]:
-    """The articles of a SQuAD file at even and at odd places, as two files."""
+    """Writes the articles of a SQuAD file with even and with odd numbers into two files."""
     whole = read_json(path)
     parts = folder / "even.json", folder / "odd.json"
     for odd, part in enumerate(parts):
@@ -209,10 +210,12 @@ def halves(path: Path, folder: Path) -> tuple[Path, Path]:
 
 
 def shortened(path: Path, count: int, folder: Path) -> Path:
-    """A table with `count` of its lines, spread evenly."""
+    """Writes a table with `count` of the lines, spread evenly."""
     if path.suffix not in (".tsv", ".txt"):
         raise ValueError(f"--examples shortens tables, not {path.name}")
-    head, *rows = read_text(path).removesuffix("\n").split("\n")  # str.splitlines also splits at what texts have
+    head, *rows = (
+        read_text(path).removesuffix("\n").split("\n")
+    )  # str.splitlines also splits at characters within texts
     if not 0 < count <= len(rows):
         raise ValueError(f"{path} has {len(rows):,} examples, not {count:,}")
     chosen = [rows[place * len(rows) // count] for place in range(count)]
@@ -226,8 +229,8 @@ def shortened(path: Path, count: int, folder: Path) -> Path:
 
 @dataclass
 class Steps:
-    """Of each optimiser step its epoch, its real tokens, and its time by the clock and of the processor, which begins
-    with the end of the step before it, or where the turn began."""
+    """Records each optimiser step's epoch, real tokens, wall time and processor time. The time of a step begins with
+    the end of the step before it, or with its turn."""
 
     turns: Turns | None = None
     epochs: list[int] = field(default_factory=list)
@@ -245,7 +248,7 @@ class Steps:
         self.begun = now() if waited else (clock, processor)
 
     def figures(self) -> dict[str, float]:
-        """Of all steps but the first of each epoch. Raises: ValueError where no epoch has a second one."""
+        """The figures of all steps except the first of each epoch. Raises ValueError if no epoch has a second step."""
         counted = [n for n in range(1, len(self.epochs)) if self.epochs[n] == self.epochs[n - 1]]
         if not counted:
             raise ValueError(
@@ -260,7 +263,7 @@ class Steps:
         }  # fmt: skip
 
     def of_turns(self) -> list[dict[str, float]]:
-        """Tokens a second of each turn, by the clock and of the processor; the first step of an epoch is left out."""
+        """Tokens per second of wall and processor time for each turn, without the first step of an epoch."""
         found = []
         for begin in range(1, len(self.epochs), self.turns.steps):
             turn = range(begin, begin + self.turns.steps)
@@ -278,8 +281,8 @@ def now() -> tuple[float, float]:
 
 
 def run(job: Job) -> dict[str, Any]:
-    """One training and its scores on the test file; or its turns, by their speed."""
-    keep_freed_memory()  # as the command does; for all rows, although Trainer by itself does not
+    """One training and its scores on the test file, or with turns the speed of each turn."""
+    keep_freed_memory()  # for all rows, as `fastbert finetune` does; Trainer by itself does not
     if job.turns is not None:
         steps = Steps(Turns(**job.turns))
         with suppress(TurnsOver):
@@ -301,7 +304,7 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def notes_of(task: Any) -> dict[str, int]:
-    """What was noticed in the files, by their names without folders."""
+    """The notes about the files, by their names without folders."""
     found = {}
     for key, count in task.notes.items():
         path, what = key.split(": ", 1)
@@ -311,7 +314,7 @@ def notes_of(task: Any) -> dict[str, int]:
 
 
 def scores_of(model: Any, task: Any, test: str) -> Scores:
-    """The scores of our head with the trained weights, whoever trained them."""
+    """The scores of our head with trained weights, from either training."""
     examples = task.read(test)
     task.check(examples)
     windows = task.features(examples, training=False).windows
@@ -320,7 +323,7 @@ def scores_of(model: Any, task: Any, test: str) -> Scores:
 
 
 def with_fastbert(job: Job, study: Study, steps: Steps) -> tuple[Any, Any]:
-    """`fastbert finetune`, without an evaluation on the way."""
+    """Trains with `fastbert finetune`, without evaluations."""
 
     def note(record: dict[str, Any], all_steps: int) -> None:
         steps.tokens.append(record["tokens"])
@@ -336,9 +339,9 @@ def with_fastbert(job: Job, study: Study, steps: Steps) -> tuple[Any, Any]:
 
 
 def with_trainer(job: Job, study: Study, steps: Steps, our_steps: bool = False) -> tuple[Any, Any]:
-    """transformers' Trainer with its own BERT, which begins with the weights that ours begins with.
+    """Trains with transformers' Trainer and BERT, from the same initial weights as ours.
 
-    our_steps: it takes the examples of each of our steps together, in our order; all epochs are one to it then.
+    our_steps: each step has the examples of one of our steps, in our order; to Trainer all epochs are then one.
     """
     import transformers
 
@@ -398,7 +401,7 @@ ROWS = {"fastbert": with_fastbert, "trainer": with_trainer, "trainer-our-steps":
 
 
 def row_of(window: Any, task: str) -> dict[str, Any]:
-    """A window as transformers' collators take it."""
+    """A window in the form of transformers' collators."""
     row = {"input_ids": window.input_ids, "token_type_ids": window.token_type_ids or [0] * len(window.input_ids)}
     if task == "qa":
         return {**row, "start_positions": window.target[0], "end_positions": window.target[1]}

@@ -1,9 +1,9 @@
-"""The time until the first vector: a new process that encodes one sentence, beside the unavoidable part of that.
+"""Measures the time until the first vector: a new process that encodes one sentence, compared with a floor.
 
     python -m benchmarks.suites.first_vector [--repeats 7] [-- ARGUMENTS OF fastbert encode]
 
-The floor is a process that imports torch and reads the weights, as safetensors gives them. Processes run in turns
-(A B C A B C), each from a warm file cache; the first turn is not counted.
+The floor is a process that imports torch and reads the weights with safetensors. Processes run in turns (A B C A B C)
+with a warm file cache; the first turn does not count.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
         prog="python -m benchmarks.suites.first_vector", description="Time to the first vector."
     )
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("encode", nargs="*", help="after --: further arguments of fastbert encode")
+    parser.add_argument("encode", nargs="*", help="after --: more arguments of fastbert encode")
     args = parser.parse_args(argv)
     model = build_parser().parse_args(["encode", "-", *args.encode]).model or default_model()
     with tempfile.TemporaryDirectory() as folder:

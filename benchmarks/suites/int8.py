@@ -1,11 +1,11 @@
-"""What products in 8-bit integers cost in accuracy and gain in speed on this CPU: float32, bfloat16 and int8 in turns.
+"""Compares accuracy and speed of float32, bfloat16 and int8 products on this CPU, in turns.
 
     python -m benchmarks.suites.int8 --sick SICK_test_annotated.txt --sst2 FOLDER [--model ID_OR_PATH] [--repeats 5]
 
 Similarity: Spearman's correlation of the cosine of two sentences' vectors with SICK's gold relatedness (test split).
-Sentiment: the accuracy on SST-2's dev.tsv of one logistic regression on vectors, fitted once, to float32 vectors of
-every seventh line of train.tsv, so that only the vectors differ between rows. Cosine: of each SICK sentence's vector to
-its float32 one. Speed: real tokens a second over the SICK sentences, median of the repeats, tokenising included.
+Sentiment: accuracy of a logistic regression on the vectors of SST-2's dev.tsv. It is fitted once, to float32 vectors of
+every seventh line of train.tsv, so rows only differ in their vectors. Cosine: that of each SICK sentence's vector with
+its float32 vector. Speed: real tokens a second for the SICK sentences with tokenising, median of the repeats.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     encoders = {dtype: Encoder.from_pretrained(args.model, dtype=dtype, normalize=True) for dtype in DTYPES}
     speeds = {dtype: [] for dtype in DTYPES}
     vectors = {}
-    for _ in range(args.repeats + 1):  # the first round, which lays out weights and makes kernels, does not count
+    for _ in range(args.repeats + 1):  # the first round, which copies weights and makes kernels, does not count
         for dtype, encoder in encoders.items():
             encoder.stats = EncodeStats()
             vectors[dtype] = encoder.encode(sentences)
@@ -64,7 +64,7 @@ def table(path: Path) -> list[dict[str, str]]:
 
 
 def similarity(pairs: list[dict[str, str]], sentences: list[str], vectors: Tensor) -> float:
-    """Spearman's correlation of cosine and gold, the vectors being of length 1."""
+    """Spearman's correlation of cosine and gold. The vectors have length 1."""
     place = {sentence: i for i, sentence in enumerate(sentences)}
     a, b = (vectors[[place[row[side]] for row in pairs]] for side in ("sentence_A", "sentence_B"))
     gold = np.array([float(row["relatedness_score"]) for row in pairs])
@@ -72,7 +72,7 @@ def similarity(pairs: list[dict[str, str]], sentences: list[str], vectors: Tenso
 
 
 def ranks(values: np.ndarray) -> np.ndarray:
-    """From 1 up; equal values share their mean rank."""
+    """The ranks of the values, from 1 on; equal values have their mean rank."""
     _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     return ((last - counts + 1 + last) / 2)[which]
@@ -87,7 +87,7 @@ def with_one(vectors: Tensor) -> Tensor:
 
 
 def logistic_regression(vectors: Tensor, wanted: Tensor) -> Tensor:
-    """Weights [C + 1] that minimise the mean log loss plus 1e-4 |w|^2."""
+    """The weights [C + 1] that minimise the mean log loss plus 1e-4 |w|^2."""
     x, w = with_one(vectors), torch.zeros(vectors.shape[1] + 1, requires_grad=True)
     optimizer = torch.optim.LBFGS([w], max_iter=300, line_search_fn="strong_wolfe")
 

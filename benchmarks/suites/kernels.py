@@ -1,7 +1,7 @@
-"""Single operators beside other libraries': forward, and forward and backward under a random upstream gradient.
+"""Single operators of fastbert and other libraries: forward, and forward and backward with a random upstream gradient.
 
-FLOPs and bytes are those of `costs.py`. Truth is the reference in float64; plain torch in the same dtype sets the
-budget.
+FLOPs and bytes are those of `costs.py`. The true values are the reference's in float64; plain torch in the same dtype
+sets the budget.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from ..harness.case import Case, Row
 from ..harness.costs import BOTH, FORWARD
 from ..harness.peer import AttentionPeer, OperatorPeer
 
-# operator, direction, workload, priority (smaller first), in --quick, options. The order of the goals on a GPU:
-# attention where BERT lives, then the rest of a layer, then the long and the odd.
+# operator, direction, workload, priority (smaller first), in --quick, options. The order on a GPU: attention at BERT's
+# sizes, then the other operators of a layer, then long and unusual shapes.
 CASES: tuple[tuple[str, str, str, int, bool, dict[str, Any]], ...] = (
     ("attention", FORWARD, "base_512", 10, False, {}),
     ("attention", FORWARD, "base_natural", 11, True, {}),
@@ -92,12 +92,12 @@ def _leaves(inputs: dict[str, Any], backward: bool) -> dict[str, Tensor]:
 
 
 def _bound(function: Callable[..., Tensor], inputs: dict[str, Any]) -> Callable[..., Tensor]:
-    """`function` of the tensors that have gradients, the rest of `inputs` filled in."""
+    """A function of the tensors with gradients only, with all other `inputs` bound to `function`."""
     return lambda **leaves: function(**{**inputs, **leaves})
 
 
 def _runner(call: Callable[..., Tensor], leaves: dict[str, Tensor], upstream: Tensor, direction: str):
-    """What is timed: the output alone, or the output and every leaf's gradient."""
+    """The function to time: it computes the output, or the output and every leaf's gradient."""
     values = list(leaves.values())
 
     def forward() -> list[Tensor]:
@@ -116,8 +116,8 @@ def build(
     device: torch.device, dtype: torch.dtype, small: bool = False, workload: Workload | None = None,
     extra: tuple[OperatorPeer, ...] = (),
 ) -> Case:  # fmt: skip
-    """One case. Inputs are made when its first row is, and shared by all rows; `extra` rows are for tests."""
-    # the loss costs some 30 times what another operator does for a token
+    """One case. Inputs are made with its first row and shared by all rows; `extra` rows are for tests."""
+    # the loss takes about 30 times as long for a token as another operator
     w = workload or workloads.fit(name, device, "loss" if op == "linear_cross_entropy" else "kernels", small)
 
     @functools.lru_cache(maxsize=1)
@@ -128,7 +128,7 @@ def build(
 
     @functools.lru_cache(maxsize=1)
     def upstream() -> Tensor:
-        """Random, in the layout and dtype of the operator's output."""
+        """A random gradient in the layout and dtype of the operator's output."""
         with torch.no_grad():
             out = getattr(F, op)(**inputs())
         generator = torch.Generator().manual_seed(1)

@@ -1,4 +1,4 @@
-"""The latency of a single query, as for a search box."""
+"""The latency of a single short query, such as that of a search box."""
 
 from __future__ import annotations
 

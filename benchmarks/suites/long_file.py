@@ -1,12 +1,12 @@
-"""Resident memory of `fastbert encode` along a long file (Linux).
+"""Measures the resident memory of `fastbert encode` while it encodes a long file (Linux).
 
     python -m benchmarks.suites.long_file [--lines 200000] [--texts FILE] [--samples 20] [-- ENCODE_ARGUMENTS]
 
-The lines of FILE (by default the sentences of the dictionary that the package carries), over and over until there are
-as many as asked for, go through `fastbert encode` in a process of its own, whose memory, with that of its children, is
-read from /proc while its output grows. Anonymous memory is what the process allocated itself; resident adds the pages
-of the files that it has mapped, which the system takes back when it needs them. The last line says what happened after
-the first fifth: the range, and the slope of a straight line through all samples.
+The lines of FILE (by default sentences of the package's dictionary) are repeated until there are enough, and encoded by
+`fastbert encode` in a process of its own. The memory of that process and its children is read from /proc while its
+output grows. Anonymous memory was allocated by the process; resident memory also has the pages of mapped files, which
+the system frees when it needs them. The last line describes the time after the first fifth: the range, and the slope of
+a straight line through all samples.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import numpy as np
 from fastbert.demo import entries
 from fastbert.text.files import HEADER_BYTES
 
-WARM_UP = 0.2  # the share of the lines after which nothing should grow
+WARM_UP = 0.2  # after this share of the lines memory should not grow
 SECONDS_A_LOOK = 0.25
 
 
@@ -34,9 +34,11 @@ def main(argv: list[str] | None = None) -> None:
         prog="python -m benchmarks.suites.long_file", description="Memory of a long encode."
     )
     parser.add_argument("--lines", type=int, default=200_000)
-    parser.add_argument("--texts", type=Path, help="a text a line (default: sentences of the package's dictionary)")
-    parser.add_argument("--samples", type=int, default=20, help="how many to print")
-    parser.add_argument("encode", nargs="*", help="after --: further arguments of fastbert encode")
+    parser.add_argument(
+        "--texts", type=Path, help="a text in each line (default: sentences of the package's dictionary)"
+    )
+    parser.add_argument("--samples", type=int, default=20, help="number of samples to print")
+    parser.add_argument("encode", nargs="*", help="after --: more arguments of fastbert encode")
     args = parser.parse_args(argv)
     lines = args.texts.read_text(encoding="utf-8").splitlines() if args.texts else dictionary_sentences()
     with tempfile.TemporaryDirectory() as folder:
@@ -53,7 +55,7 @@ def dictionary_sentences() -> list[str]:
 
 
 def watch(source: Path, out: Path, arguments: list[str]) -> np.ndarray:
-    """Rows of (lines written, seconds, MB resident, MB anonymous), several a second."""
+    """Samples (lines written, seconds, MB resident, MB anonymous), several in a second."""
     command = [sys.executable, "-m", "fastbert", "encode", str(source), "-o", str(out), *arguments]
     started = time.perf_counter()
     process = subprocess.Popen(command)
@@ -63,7 +65,7 @@ def watch(source: Path, out: Path, arguments: list[str]) -> np.ndarray:
         try:
             growing = next(path for path in out.parent.iterdir() if path != source)
             samples.append((growing.stat().st_size, time.perf_counter() - started, *memory(process.pid)))
-        except (StopIteration, FileNotFoundError, KeyError):  # not begun, or done between two looks
+        except (StopIteration, FileNotFoundError, KeyError):  # the process has not begun, or has just ended
             continue
     if process.returncode:
         raise SystemExit(process.returncode)

@@ -1,8 +1,8 @@
-"""Peak memory, above the loaded model and in all, of encoding, a training step, and the masked-word loss.
+"""Peak memory of encoding, a training step, and the masked-word loss: in total, and above the loaded model.
 
-Each figure is that of a fresh process: on a CPU its resident memory (Linux), on a GPU what torch allocated and
-reserved, so only rows that allocate through torch are measured there. "Above the loaded model" begins once weights and
-libraries are in memory: after one short text, or after the weights were read where a step is trained.
+Each figure is measured in a fresh process: on a CPU its resident memory (Linux), on a GPU the memory that torch
+allocated and reserved, so only rows that allocate with torch are measured there. "Above the loaded model" counts from
+the time when weights and libraries are in memory: after one short text, or in training after the weights were read.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ TRAIN = (("minilm_natural", 103, True), ("base_natural", 108, False))
 # model, tokens with a label (quick, full), priority
 LOSS = (("base", (2048, 4096), 104),)
 
-# Tokens of a training batch at most, on a CPU: (quick, full). One step, so more than the training suite times.
+# Most tokens of a training batch on a CPU: (quick, full). There is only one step, so more than in the training suite.
 TRAIN_TOKENS = {"minilm": (700, 4000), "base": (500, 1500)}
 
 
 def finish(result: dict[str, Any], said: list[Said]) -> None:
-    """`peak_memory_bytes` is above the loaded model; `settings` has what the process held before, and in all."""
+    """Writes the peak above the loaded model as `peak_memory_bytes`; the memory before and in total as `settings`."""
     done = [events["done"] for events in said]
     for name, key in (("peak", "peak_memory_bytes"), ("loaded", "loaded_bytes"), ("whole", "process_bytes")):
         value = int(statistics.median(events[name] for events in done))
@@ -64,7 +64,7 @@ def _case(name: str, job: Job, files: Files, rows: list[Row], truth, priority: i
 
 
 def _encode(name: str, job: Job, priority: int, quick: bool) -> Case:
-    files, batch = Files(job), 2 if job.device.type == "cpu" else 32  # what is fast for them, see the peers' files
+    files, batch = Files(job), 2 if job.device.type == "cpu" else 32  # fast sizes for the others, see the peers' files
     rows = list(encoders(files, "memory", peers.rows("PROCESSES"), batch))
     return _case(name, job, files, rows, job.truth, priority, quick, model=workloads.model_name(name))
 
@@ -73,7 +73,7 @@ def _encode(name: str, job: Job, priority: int, quick: bool) -> Case:
 
 
 def _train(name: str, job: Job, priority: int, quick: bool) -> Case:
-    """The batch of the training suite, the weights of its model."""
+    """A case with the batch and the weights of the training suite."""
     files = Files(job)
 
     def truth(dtype: torch.dtype) -> list[Tensor]:
@@ -104,7 +104,7 @@ def _train(name: str, job: Job, priority: int, quick: bool) -> Case:
 
 
 def _loss(shape: ModelShape, name: str, tokens: int, priority: int, job: Job) -> Case:
-    """Forward and backward at every token; gradients of hidden states, table and bias in one vector."""
+    """A case of forward and backward for every token; the gradients of hidden states, table and bias are compared."""
     files = Files(job)
 
     def truth(dtype: torch.dtype) -> list[Tensor]:

@@ -1,18 +1,19 @@
-"""Pre-training on real text: what a tiny BERT learns, how fast its data comes, and how much memory that takes.
+"""Pre-trains a tiny BERT on real text and checks its scores; measures the speed and memory of the data loader.
 
     python -m benchmarks.suites.pretraining learn --data DIR --out DIR [--objective mlm+nsp] [--seeds 3] [--steps 900]
     python -m benchmarks.suites.pretraining loader --data DIR [--megabytes 1000]
 
-`learn` trains on War and Peace and WikiText-2 (--chinese: CMRC 2018's contexts, whole words by --segmenter), but for
-one chapter in twenty and six articles, on which it measures. It goes on where it was interrupted, and says whether the
-loss of masked words is 0.3 nats below the entropy of single words, pairs are told above chance by two standard
-errors, and ELECTRA's detection has an area of 0.6; the exit code is 1 where one of these is missed. ELECTRA goes on
-from a model of masked words (--init; both with --no-whole-words --max-length 64 --vocab-size 1000): with random weights
-a discriminator first has to find out which places are neighbours, from one bit a token.
+`learn` trains on War and Peace and WikiText-2 (with --chinese on CMRC 2018's contexts, whole words by --segmenter).
+One chapter in twenty and six articles are held out for evaluation. An interrupted run continues. Three goals are
+checked, and the exit code is 1 if one is missed: the loss of masked words is 0.3 nats below the entropy of single
+words, pairs are classified better than chance by two standard errors, and ELECTRA's detection has an area under the
+curve of 0.6. ELECTRA starts from a model trained on masked words (--init; both with --no-whole-words --max-length 64
+--vocab-size 1000), because from random weights a discriminator would first have to learn which positions are adjacent,
+with one bit for each token.
 
-`loader` writes a text of so many megabytes, the same paragraphs with a running number, and prints how many tokens a
-second are read, cut into examples and masked, beside those of a training step, in processor time on one thread, and how
-much the memory of the process grew over the whole text.
+`loader` writes a text of this size, the same paragraphs with running numbers. It prints how many tokens a second are
+read, cut into examples and masked, compared with those of a training step, in processor time on one thread, and the
+growth of the process' memory over the whole text.
 """
 
 from __future__ import annotations
@@ -44,29 +45,29 @@ from fastbert.training.memory import keep_freed_memory
 from fastbert.training.processes import Processes
 
 LENGTH = 128
-MARGIN, AREA = 0.3, 0.6  # nats below the entropy of single words; of ELECTRA's detection
+MARGIN, AREA = 0.3, 0.6  # nats below the entropy of single words; area under the curve of ELECTRA's detection
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     actions = parser.add_subparsers(required=True, metavar="learn|loader")
-    learning = actions.add_parser("learn", help="what a tiny BERT learns")
+    learning = actions.add_parser("learn", help="train a tiny BERT and check its scores")
     learning.set_defaults(run=learn)
-    learning.add_argument("--out", type=Path, required=True, help="a folder a seed is made there")
+    learning.add_argument("--out", type=Path, required=True, help="folder for the runs, one for each seed")
     learning.add_argument("--objective", choices=tuple(OBJECTIVES), default="mlm+nsp", help="default: mlm+nsp")
-    learning.add_argument("--chinese", action="store_true", help="CMRC's contexts in place of English")
-    learning.add_argument("--segmenter", help="of Chinese: jieba, or a word list")
+    learning.add_argument("--chinese", action="store_true", help="use CMRC's contexts instead of English")
+    learning.add_argument("--segmenter", help="segmenter of Chinese words: jieba, or a word list")
     learning.add_argument("--seeds", type=positive, default=3, help="default: 3")
     learning.add_argument("--steps", type=positive, default=900, help="default: 900")
-    learning.add_argument("--batch-tokens", type=positive, default=4096, help="of a step (default: 4,096)")
-    learning.add_argument("--init", help="go on from this model, with its tokenizer")
-    learning.add_argument("--vocab-size", type=positive, help="default: 4,000, of Chinese 5,000")
+    learning.add_argument("--batch-tokens", type=positive, default=4096, help="tokens of a step (default: 4,096)")
+    learning.add_argument("--init", help="start from this model, with its tokenizer")
+    learning.add_argument("--vocab-size", type=positive, help="default: 4,000, for Chinese 5,000")
     learning.add_argument("--max-length", type=positive, default=LENGTH, help=f"default: {LENGTH}")
     learning.add_argument("--no-whole-words", dest="whole_words", action="store_false", help="mask pieces of words")
     learning.add_argument("--lr", type=float, default=3e-3, help="default: 0.003")
-    loading = actions.add_parser("loader", help="how fast data comes")
+    loading = actions.add_parser("loader", help="measure the data loader")
     loading.set_defaults(run=loader)
-    loading.add_argument("--megabytes", type=positive, default=1000, help="of text (default: 1,000)")
+    loading.add_argument("--megabytes", type=positive, default=1000, help="size of the text (default: 1,000)")
     for action in (learning, loading):
         action.add_argument("--data", type=Path, required=True, help="with gutenberg/, wikitext-2/ and cmrc2018/")
     args = parser.parse_args(argv)
@@ -78,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def english(data: Path) -> tuple[list[str], list[str]]:
-    """(documents to learn from, documents to measure on): chapters of the book, and articles."""
+    """(training documents, evaluation documents): chapters of the book, and articles."""
     (book,) = (data / "gutenberg").glob("*.txt")
     text = book.read_text(encoding="utf-8-sig")
     text = text[text.index("\n", text.index("*** START OF")) : text.index("*** END OF")]
@@ -107,7 +108,7 @@ def english(data: Path) -> tuple[list[str], list[str]]:
 
 
 def chinese(data: Path) -> tuple[list[str], list[str]]:
-    """(contexts to learn from, contexts to measure on), each a document."""
+    """(training documents, evaluation documents), one for each context."""
     dev, trial = (
         [p["context"] for article in read_json(data / "cmrc2018" / f"cmrc2018_{part}.json")["data"]
          for p in article["paragraphs"]]
@@ -117,7 +118,7 @@ def chinese(data: Path) -> tuple[list[str], list[str]]:
 
 
 def write_texts(out: Path, parts: tuple[Sequence[str], Sequence[str]]) -> tuple[Path, Path]:
-    """learn.txt and held-out.txt, written where they are not there: a run that goes on expects the same files."""
+    """learn.txt and held-out.txt. Existing files are not replaced, because a continued run expects the same files."""
     files = out / "learn.txt", out / "held-out.txt"
     out.mkdir(parents=True, exist_ok=True)
     for file, documents in zip(files, parts, strict=True):
@@ -158,7 +159,7 @@ def learn(args: argparse.Namespace) -> int:
 
 
 def expected(name: str, value: float, report: dict) -> bool:
-    """Whether a score is as good as it must be; those of which nothing is expected are."""
+    """Whether a score reaches its goal; true for a score without a goal."""
     if name == "masked_loss":
         return value <= report["unigram entropy"] - MARGIN
     if name in ("next_sentence_accuracy", "order_accuracy"):
@@ -173,7 +174,7 @@ def say(record: dict, steps: int) -> None:
         print(f"step {record['step']} of {steps}: {words}", file=sys.stderr)
 
 
-# ---- how fast data comes -------------------------------------------------------------------------------------
+# ---- the data loader -----------------------------------------------------------------------------------------
 
 
 def loader(args: argparse.Namespace) -> int:
@@ -204,7 +205,7 @@ def repeat(file: Path, documents: Sequence[str], size: int) -> None:
 
 
 def compare(name: str, corpus, tokenizer, folder: Path) -> None:
-    """Prints tokens a second of the loader and of a step, with the time of cutting an epoch's examples beside."""
+    """Prints tokens a second of the loader and of a training step, and the time of cutting an epoch's examples."""
     objective = OBJECTIVES[name]()
     masking = objective.masking(tokenizer)
     before, began = peak_memory(), time.process_time()

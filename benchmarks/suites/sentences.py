@@ -1,8 +1,8 @@
-"""Texts to vectors through `SentenceTransformer.encode`: as it is, accelerated, and on its other backends.
+"""Texts to vectors with `SentenceTransformer.encode`: unchanged, accelerated, and with its other backends.
 
-MiniLM-L6 of the demo extra and docstrings of the Python standard library, from str to vectors: tokenising, sorting,
-padding or packing, pooling and normalising are all in the time. The library sorts by characters and takes batches of 32
-unless told otherwise; small ones suit a CPU better, so each of its backends is also given those.
+The model is MiniLM-L6 of the demo extra, the texts are docstrings of the Python standard library. The time includes
+tokenising, sorting, padding or packing, pooling and normalising. The library sorts by characters and by default has
+batches of 32. On a CPU small batches are faster, so each backend is also measured with those.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from ..harness.docstrings import docstrings
 from ..harness.peer import OURS, Missing, need
 from ..peers.sentence_transformers import as_it_is
 
-TEXTS = {True: 32, False: 256}  # --quick or not
-LONGEST = 256  # tokens: what the checkpoint's folder says
+TEXTS = {True: 32, False: 256}  # with --quick, without
+LONGEST = 256  # tokens, the checkpoint's own limit
 SHARE = 60.0  # seconds that three passes of a backend may take
 
 
 @dataclass(frozen=True)
 class TextsCase(Case):
-    """A pass over all texts takes seconds, which is longer than other rows get."""
+    """A case with a higher time limit, because a pass over all texts takes seconds."""
 
     def measured(self, device: torch.device, effort: timing.Effort, *args: Any, **options: Any) -> list[dict[str, Any]]:
         return measure(self, device, replace(effort, share=max(effort.share, SHARE)), *args, **options)
@@ -60,7 +60,7 @@ def rows(texts: list[str], device: torch.device, dtype: torch.dtype) -> list[Row
 def cases(device: torch.device, dtype: torch.dtype, quick: bool) -> Iterator[Case]:
     try:
         tokenizer = fastbert.Tokenizer.from_pretrained(_folder())
-    except Missing:  # no checkpoint, no case
+    except Missing:  # there is no case without the checkpoint
         return
     texts = docstrings(TEXTS[quick])
     workload = Workload(MODELS["minilm"], tuple(map(len, tokenizer.input_ids(texts, LONGEST))))

@@ -1,24 +1,24 @@
-"""Servers side by side: texts a second, times of answers, and processor time, at 1, 8 and 64 requests in flight.
+"""Compares servers: texts a second, latency, and processor time, with 1, 8 and 64 requests in flight.
 
-    python -m benchmarks.suites.serving                                          ours and the Encoder alone
-    python -m benchmarks.suites.serving --peers /tmp/peers/bin/python            beside infinity and a plain handler
-    python -m benchmarks.suites.serving --txtai /tmp/txtai/bin/python            beside txtai
+    python -m benchmarks.suites.serving                                          our server, and the Encoder without one
+    python -m benchmarks.suites.serving --peers /tmp/peers/bin/python            also infinity and a plain handler
+    python -m benchmarks.suites.serving --txtai /tmp/txtai/bin/python            also txtai
     python -m benchmarks.suites.serving --only-load http://127.0.0.1:8080        a server that runs already
 
---peers names a Python in whose environment infinity-emb[server,torch]==0.0.78 is installed; that also has what the
-plain handler needs: sentence-transformers behind FastAPI, an `encode` a request. --txtai names one with
-txtai[api]==9.14. All serve the same folder of all-MiniLM-L6-v2 to the same client, one text a request, texts of the
-Devil's Dictionary as they come: short ones and some of three hundred words. Parties take turns at each number of
-requests in flight.
+--peers names the Python of an environment with infinity-emb[server,torch]==0.0.78. It also has the packages of the
+plain handler, which is sentence-transformers behind FastAPI with one `encode` for each request. --txtai names the
+Python of an environment with txtai[api]==9.14. All servers have the same folder of all-MiniLM-L6-v2 and the same
+client. A request has one text of the Devil's Dictionary, in the dictionary's order: most are short, some have three
+hundred words. Servers take turns for each number of requests in flight.
 
-closed: so many clients, each of which sends its next text when it has its answer. open: requests come at random times,
-on average so many a second, whether or not earlier ones are answered; that is 0.7 of what ours did with 64 in flight.
+closed: this number of clients, each of which sends its next text after its answer. open: requests come at random times
+with a fixed mean rate, whether or not earlier ones are answered; the rate is 0.7 of ours with 64 in flight.
 
-Every vector is compared with that of the Encoder: a wrong one, or another status than 200, ends the run. The client
-shares the machine's cores with the servers. Processor time is the server's own, by the system's count.
+Every vector is compared with that of the Encoder: a wrong vector, or a status other than 200, ends the run. The client
+shares the machine's cores with the servers. Processor time is that of the server, counted by the system.
 
-idle: what one request of ten tokens costs beside `Encoder.encode` of the same text in the client's process, the two in
-turn: the median of the differences, which are of time on the clock, and the processor time of each.
+idle: a request of ten tokens compared with `Encoder.encode` of the same text in the client's process, in turns: the
+median difference of wall times, and the processor time of each.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ from typing import Any
 import numpy as np
 
 FLIGHTS = (1, 8, 64)
-# How far numbers of a vector of length 1 may be from the Encoder's: ours in float32, and in bfloat16, where the batch
-# decides the rounding; others, which may compute in another dtype.
+# Allowed difference of a vector's elements from the Encoder's: our server in float32, and in bfloat16, where rounding
+# depends on the batch; other servers, which may compute in another dtype. Vectors have length 1.
 FAR, FAR_IN_BFLOAT16, FAR_OF_OTHERS = 1e-4, 0.02, 0.05
 PLAIN = """
 import sys
@@ -72,7 +72,7 @@ TEN_TOKENS = "a man is eating food in the park"
 
 @dataclass
 class Row:
-    """What a party did: latencies in milliseconds, processor time in milliseconds a text."""
+    """The figures of a server: latencies in milliseconds, processor time in milliseconds for a text."""
 
     party: str
     loop: str
@@ -86,7 +86,7 @@ class Row:
 
 
 class Connection:
-    """A connection that is kept, for one request at a time."""
+    """A persistent connection for one request at a time."""
 
     def __init__(self, port: int):
         self.port, self.streams = port, None
@@ -107,9 +107,10 @@ class Connection:
 
 
 class Load:
-    """Texts as requests, and the vectors that they should come to, but for `far`.
+    """Texts as requests, and their expected vectors. far: the allowed difference.
 
-    In `bodies`, `packed` asks for vectors in base64, as OpenAI's client does; the plain handler and txtai have none.
+    In `bodies`, `packed` requests ask for vectors in base64, as OpenAI's client does; the plain handler and txtai do
+    not support that.
     """
 
     def __init__(self, texts: list[str], vectors: np.ndarray, far: float):
@@ -129,7 +130,7 @@ class Load:
 
 
 async def closed(port: int, load: Load, in_flight: int, seconds: float, packed: bool) -> tuple[list[float], float]:
-    """(latency of each request, seconds in all)."""
+    """(latency of each request, total seconds) with a fixed number of clients."""
     bodies, times, answers = load.bodies(packed), [], []
     began = time.perf_counter()
     numbers = iter(range(10**9))
@@ -151,7 +152,8 @@ async def closed(port: int, load: Load, in_flight: int, seconds: float, packed: 
 
 
 async def opened(port: int, load: Load, rate: float, seconds: float, packed: bool) -> tuple[list[float], float]:
-    """The same of requests that come at random, `rate` a second; a latency begins when a request should have begun."""
+    """(latency of each request, total seconds) of requests at random times, `rate` in a second. A latency begins at the
+    time for which the request was planned."""
     bodies, times, free, draw = load.bodies(packed), [], [], random.Random(0)
     tasks, began, due = [], time.perf_counter(), 0.0
 
@@ -175,7 +177,7 @@ async def opened(port: int, load: Load, rate: float, seconds: float, packed: boo
 
 @contextlib.contextmanager
 def party(command: Callable[[int], list[str]], **environment: str) -> Iterator[tuple[int, int]]:
-    """(port, process id) of a server that answers."""
+    """(port, process id) of a server that is ready."""
     with contextlib.closing(socket.socket()) as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
@@ -202,7 +204,7 @@ def party(command: Callable[[int], list[str]], **environment: str) -> Iterator[t
 
 
 def processor_time(pid: int) -> float:
-    """Seconds of a process and its threads."""
+    """Processor seconds of a process and its threads."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
@@ -219,7 +221,7 @@ def row(name: str, loop: str, in_flight: int, found: tuple[list[float], float], 
 
 
 def encoder_alone(encoder: Any, texts: list[str], seconds: float) -> Row:
-    """`Encoder.encode` of all texts at once, again and again: what a server at its best would need."""
+    """`Encoder.encode` of all texts at once, repeated: a bound for what a server can reach."""
     encoder.encode(texts)
     began, cpu, passes = time.perf_counter(), time.process_time(), 0
     while time.perf_counter() < began + seconds:
@@ -234,12 +236,14 @@ def encoder_alone(encoder: Any, texts: list[str], seconds: float) -> Row:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peers", metavar="PYTHON", help="of an environment with infinity-emb[server,torch]==0.0.78")
-    parser.add_argument("--txtai", metavar="PYTHON", help="of an environment with txtai[api]==9.14")
-    parser.add_argument("--only-load", metavar="URL", help="of a server that runs already")
-    parser.add_argument("--dtype", default="float32", help="of ours; the others compute in float32 (default: float32)")
-    parser.add_argument("--seconds", type=float, default=10.0, help="of each measurement (default: 10)")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="where the rows go")
+    parser.add_argument("--peers", metavar="PYTHON", help="Python with infinity-emb[server,torch]==0.0.78")
+    parser.add_argument("--txtai", metavar="PYTHON", help="Python with txtai[api]==9.14")
+    parser.add_argument("--only-load", metavar="URL", help="only measure the server at this URL")
+    parser.add_argument(
+        "--dtype", default="float32", help="dtype of our server; others have float32 (default: float32)"
+    )
+    parser.add_argument("--seconds", type=float, default=10.0, help="length of each measurement (default: 10)")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="also write the rows to this file")
     args = parser.parse_args(argv)
     from fastbert import Encoder
     from fastbert.cli.options import default_model
@@ -275,7 +279,7 @@ def _ours(args: argparse.Namespace, folder: str) -> Callable[[int], list[str]]:
 
 
 def _idle(args: argparse.Namespace, folder: str, encoder: Any) -> dict[str, float]:
-    """Milliseconds of one request and of `encode` alone: medians, and the processor time of each."""
+    """Milliseconds of one request and of `encode` alone: median wall time, and processor time."""
     body = json.dumps({"input": TEN_TOKENS, "model": "minilm", "encoding_format": "base64"}).encode()
     rounds = max(int(100 * min(args.seconds, 10.0)), 20)
 

@@ -1,14 +1,14 @@
-"""A server under twice the load that it can bear, for half an hour, with clients that misbehave.
+"""Runs a server for half an hour under twice the load that it can answer, with clients that misbehave.
 
     python -m benchmarks.suites.serving_soak                    30 minutes
-    python -m benchmarks.suites.serving_soak --seconds 60       a look
+    python -m benchmarks.suites.serving_soak --seconds 60       a short run
 
-Requests come at random times, twice as many a second as the server answers: at first as it did with 64 in flight, and
-from then on as in the last sixtieth of the run, since other work on the machine changes what it can bear. Of a hundred,
-80 are short texts, 8 are lists of 40, 4 are texts of a megabyte, 4 are wrong and 4 are of clients that close their
-connection at once. Every vector is compared. Watched are the memory of the process and the tokens in its queue; at the
-end one request must be answered within a second of the last one. Whatever is not as it should be ends the run with exit
-code 1.
+Requests come at random times, twice as many as the server answers. The rate is at first that with 64 requests in
+flight, then that of the last sixtieth of the run, because other work on the machine changes what the server can answer.
+Of a hundred requests, 80 are short texts, 8 are lists of 40, 4 are texts of a megabyte, 4 are invalid, and 4 are from
+clients that close their connection at once. Every vector is compared. The memory of the process and the tokens in its
+queue are recorded, and at the end one request must be answered within a second after the last one. Any deviation ends
+the run with exit code 1.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import numpy as np
 from .serving import Load, closed, party
 
 QUEUE_TOKENS = 8_000
-TIMEOUT = 600  # seconds: what is answered late on a machine that is busy with other work is no fault of the server
+TIMEOUT = 600  # seconds; long, because other work on the machine may delay answers
 TIMES = 60
 FAR = 1e-4
 BAD: tuple[object, ...] = (
@@ -41,7 +41,7 @@ LONG = "a long text that is cut at the limit "
 
 
 class Watched(NamedTuple):
-    """A look at the server; `refused` is the part of the requests since the last look that were answered 429."""
+    """One observation of the server. refused: the share of requests since the last one that were answered with 429."""
 
     seconds: float
     rate: float
@@ -51,14 +51,14 @@ class Watched(NamedTuple):
 
 
 class Soak:
-    """Requests of all kinds to one port, and what became of them."""
+    """Sends requests of all kinds to one port and counts their outcomes."""
 
     def __init__(self, port: int, load: Load, long: np.ndarray, seed: int):
         self.port, self.load, self.long = port, load, long
         self.draw, self.outcomes, self.wrong = random.Random(seed), Counter(), []
 
     async def exchange(self, body: object, path: str = "/v1/embeddings", leave: bool = False) -> tuple[int, bytes]:
-        """(status, content) of one request; (0, b"") where the client goes away."""
+        """(status, content) of one request; (0, b"") if the client closes the connection."""
         content = json.dumps(body).encode() if path != "/metrics" else b""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port, limit=1 << 24)
         try:
@@ -78,7 +78,7 @@ class Soak:
                 await writer.wait_closed()
 
     async def one(self) -> None:
-        """One request. What goes wrong with it is noted, also where the server closes the connection."""
+        """Sends one request. An error is recorded, including a connection that the server closes."""
         kind = self.draw.choices(("short", "list", "long", "bad", "gone"), (80, 8, 4, 4, 4))[0]
         texts, vectors = self.load.texts, self.load.vectors
         rows = [self.draw.randrange(len(texts)) for _ in range(40 if kind == "list" else 1)]
@@ -108,7 +108,7 @@ class Soak:
         return next(float(line.rsplit(" ", 1)[1]) for line in text.decode().splitlines() if line.startswith(name + " "))
 
     async def run(self, rate: float, seconds: float, pid: int) -> list[Watched]:
-        """What was seen sixty times."""
+        """Runs the load. Returns sixty observations."""
         tasks: set[asyncio.Task] = set()
         watched, began, due, refused, answered = [], time.perf_counter(), 0.0, 0, 0
         while due < seconds and not self.wrong:
@@ -123,19 +123,19 @@ class Soak:
                 watched.append(Watched(due, rate, part, memory(pid), await self.gauge("te_queue_tokens")))
                 form = "{:7.0f} s {:6.1f} requests/s, {:4.0%} refused {:7.0f} MB {:7.0f} tokens wait"
                 print(form.format(*watched[-1]), flush=True)
-                # Where nothing was refused the server can bear more than that. Some requests must come in any case.
+                # If nothing was refused, the server can answer more. The rate never falls to zero.
                 rate = max(2 * (answered - before[1]) * TIMES / seconds, 1.0) if part else 1.25 * rate
         await asyncio.gather(*tasks)
         return watched
 
     def counts(self) -> tuple[int, int]:
-        """Requests that found no room so far, and those that did not."""
+        """(requests answered with 429 so far, requests answered so far)."""
         refused = sum(number for (_, status), number in self.outcomes.items() if status == 429)
         return refused, sum(self.outcomes.values()) - refused
 
 
 def memory(pid: int) -> float:
-    """Resident MB of a process."""
+    """Resident memory of a process in MB."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) / 1024
 
@@ -144,7 +144,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=1800.0, help="default: 1800")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", metavar="FILE", type=Path, help="where the outcome goes")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="also write the outcome to this file")
     args = parser.parse_args(argv)
     from fastbert import Encoder
     from fastbert.cli.options import default_model

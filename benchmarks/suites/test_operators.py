@@ -1,7 +1,7 @@
-"""The kernels suite through pytest-benchmark: `python -m pytest benchmarks/ [-k attention] [--benchmark-json FILE]`.
+"""The kernels suite with pytest-benchmark: `python -m pytest benchmarks/ [-k attention] [--benchmark-json FILE]`.
 
 Every row of every quick case is a test: its outputs are checked, then it is timed by a clock that waits for the device.
-FLOPs and bytes go into the file beside the times, the machine into its head.
+The file has FLOPs and bytes beside the times, and a description of the machine.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ROWS = [(case, row) for case in CASES for row in case.rows if not row.slow]
 
 
 def synchronised() -> float:
-    """Seconds, when all that was launched is done."""
+    """The time in seconds after waiting for the device."""
     timing.synchronise(DEVICE)
     return time.perf_counter()
 

@@ -1,12 +1,12 @@
-"""Real texts of real lengths through fastbert and through what people use, in one run.
+"""Compares fastbert with other libraries on texts of real lengths, in one run.
 
     python -m benchmarks.suites.texts [--texts 256] [--dtype bfloat16] [--repeats 3] [--json FILE]
 
-The texts are docstrings of the Python standard library (every machine has them), in the order found, at most 512 tokens
-each. Every row encodes the same texts with the same weights to the same mean-pooled vectors, in the same dtype, and
-is checked against transformers in float32 before its time is printed. Runs are interleaved (A B C A B C), medians
-are of the repeats, and tokens are real tokens: padding never counts. OpenVINO takes part where it is installed.
-`python -m benchmarks.reporting.report` makes the table in README.md of the files encode-minilm-*.json in results/.
+The texts are docstrings of the Python standard library, which are available everywhere, with at most 512 tokens each.
+Every row encodes the same texts with the same weights to mean-pooled vectors, in the same dtype. Its vectors are
+compared with transformers' in float32 before its time is printed. Runs are interleaved (A B C A B C), figures are
+medians of the repeats, and tokens are real tokens without padding. OpenVINO is measured if it is installed.
+`python -m benchmarks.reporting.report` makes the table in README.md from the files encode-minilm-*.json in results/.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ MAX_LENGTH = 512
 
 
 def transformers_encoder(folder, dtype: torch.dtype, batch_size: int, by_length: bool):
-    """transformers with SDPA attention and mean pooling, padded to the longest of each batch."""
+    """transformers with SDPA attention and mean pooling; each batch is padded to its longest text."""
     from transformers import AutoModel, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -63,7 +63,7 @@ def transformers_encoder(folder, dtype: torch.dtype, batch_size: int, by_length:
 
 
 def openvino_encoder(folder, dtype: torch.dtype, batch_size: int):
-    """OpenVINO with its throughput hint and as many requests at once as it asks for, sorted by length, mean pooling."""
+    """OpenVINO with its throughput hint and its optimal number of requests; texts sorted by length, mean pooling."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -101,9 +101,11 @@ def fastbert_encoder(folder, dtype: torch.dtype):
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--texts", type=int, default=256, help="how many docstrings (default 256)")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16", help="of all rows (default bfloat16)")
+    parser.add_argument(
+        "--dtype", choices=sorted(DTYPES), default="bfloat16", help="dtype of all rows (default bfloat16)"
+    )
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each row (default 3)")
-    parser.add_argument("--model", help="a BERT folder; default: the all-MiniLM-L6-v2 of the demo extra")
+    parser.add_argument("--model", help="folder of a BERT (default: all-MiniLM-L6-v2 of the demo extra)")
     parser.add_argument("--json", help="also write the figures to this file")
     args = parser.parse_args(argv)
 

@@ -1,7 +1,7 @@
-"""One step of masked-word training: forward, loss at 15% of the tokens, backward, AdamW; a padded batch.
+"""One step of masked-word training on one batch: forward, loss at 15% of the tokens, backward, AdamW.
 
-The learning rate is zero, so that every step does the same work on the same weights, and dropout is off, so that the
-gradients can be compared. (Not the loss: in bfloat16 torch sums it in bfloat16, where its last bits are chance.)
+The learning rate is zero, so that every step does the same work on the same weights, and there is no dropout, so that
+gradients can be compared. (The loss is not compared: torch sums it in bfloat16, whose rounding is arbitrary.)
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CASES = (
     ("base_32x512", 46, False),
 )
 LATER = {"large_natural": 70}  # on a CPU
-# Padded they are eight times as many, and the truth keeps activations of all in float32: some 50 GB.
+# Padding makes eight times as many, and the true values need activations of all in float32, about 50 GB.
 GPU_TOKENS = {"base": 4096, "minilm": 8192, "large": 2048}
 
 
@@ -38,7 +38,7 @@ def cases(device: torch.device, dtype: torch.dtype, quick: bool) -> Iterator[Cas
             continue
         model = workloads.model_name(name)
         workload = workloads.fit(name, device, model, quick)
-        if device.type == "cpu":  # a step costs three passes, and the masked words' logits
+        if device.type == "cpu":  # a step takes as long as three passes and the masked words' logits
             priority = LATER.get(name, priority)
             workload = workloads.cut(workload, max(300, workload.tokens // 4))
         elif name.endswith("_natural"):

@@ -1,1 +1,1 @@
-"""Which launch of a kernel is fastest."""
+"""Searches for the fastest launch parameters of kernels."""

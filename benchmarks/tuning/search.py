@@ -1,4 +1,5 @@
-"""The search for a kernel's fastest launch: neighbours of the best so far, checked, then timed beside the ladder's."""
+"""Searches for a kernel's fastest config: configs next to the best so far are checked, then timed in turns with the
+ladder's config. A ladder is the list of conditions by which a kernel's launcher chooses its config."""
 
 from __future__ import annotations
 
@@ -23,13 +24,13 @@ from . import tunables
 from .tunables import Config, Kernel, Shape, written
 
 GROUP = 6  # configs that take turns with the ladder's
-CLEARLY = 0.99  # a config is better where its time over the ladder's lies below this with 95%
+CLEARLY = 0.99  # a config is better if the 95% interval of its time over the ladder's is below this
 
 Stop = Callable[[], bool]
 
 
 def label(config: Config, beside: Config = None) -> str:
-    """A config as its table shows it: all of it, or where it differs from another one."""
+    """A config in the form of its table: all fields, or those that differ from another config."""
     if config is None:
         return "none: other kernels take its part"
     if getattr(config, "vendor", False):
@@ -39,11 +40,12 @@ def label(config: Config, beside: Config = None) -> str:
     return ", ".join(f"{n}={v}" for n, v in shown.items() if n != "vendor" and (known or v is not None))
 
 
-# ---- the compiler's word ---------------------------------------------------------------------------------
+# ---- facts from the compiler -----------------------------------------------------------------------------
 
 
 def compiled(name: str, config: Config, shape: Shape) -> dict[str, Any] | None:
-    """The worst of what the offline compiler says of a config, or None where nobody asks it. In a worker process."""
+    """The worst report of the offline compiler for a config, or None if nothing is compiled. Runs in a worker
+    process."""
     from ..inspection import compile_report
 
     with contextlib.redirect_stdout(io.StringIO()):
@@ -64,7 +66,7 @@ Facts = dict[str, Any] | None
 
 
 class Compiler:
-    """Asks `compiled` in worker processes, which do not run under the interpreter. Without workers knows nothing."""
+    """Runs `compiled` in worker processes, without the interpreter. With 0 workers it has no facts."""
 
     def __init__(self, jobs: int):
         self.jobs = jobs
@@ -72,7 +74,7 @@ class Compiler:
 
     @staticmethod
     def _start(jobs: int) -> ProcessPoolExecutor:
-        # a process inherits the environment it is started in, and Triton reads the variable once, at import
+        # A process inherits the environment, and Triton reads this variable once, at import.
         interpret = os.environ.pop("TRITON_INTERPRET", None)
         try:
             pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
@@ -100,7 +102,7 @@ class Compiler:
     def _answer(self, coming: Future, question: tuple[str, Config, Shape]) -> Facts:
         try:
             return coming.result()
-        except BrokenProcessPool:  # by this question or by another one: once more, alone
+        except BrokenProcessPool:  # this config or another one crashed the compiler: try again, alone
             with self._start(1) as alone:
                 try:
                     return alone.submit(compiled, *question).result()
@@ -114,7 +116,8 @@ class Compiler:
 
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """New tensors are NaN inside: an element nobody writes must not show what another config left in its memory."""
+    """A context in which new tensors are NaN, so that an element that is not written is noticed, whatever another
+    config has left in its memory."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     filled = torch.utils.deterministic.fill_uninitialized_memory
     with warnings.catch_warnings():
@@ -132,21 +135,21 @@ def poisoned_memory() -> Iterator[None]:
 
 
 class Sweep:
-    """One kernel at one shape: what was tried, and the best of it. `found` is its part of the result file."""
+    """The search for one kernel at one shape. `found` is its part of the result file."""
 
     def __init__(
         self, kernel: Kernel, shape: Shape, effort: timing.Effort, compiler: Compiler, ceilings: dict, source: str = ""
     ):  # fmt: skip
         self.kernel, self.shape, self.effort, self.compiler, self.ceilings = kernel, shape, effort, compiler, ceilings
-        self.source = source  # of the times: what a row of a table of choices names
+        self.source = source  # the source of the times, which a row of the table of choices names
         self.job = kernel.job(shape)
         self.truth, self.plain = (functools.lru_cache(maxsize=1)(f) for f in (self.job.truth, self.job.plain))
         self.current = kernel.current(shape)
         in_grid = self.current is not None and self.current not in kernel.others
-        # time over the ladder's, config: where the search stands, and the best of all
+        # (time over the ladder's, config): the present centre of the search, and the best of all
         self.centre = (1.0, self.current) if in_grid else (float("inf"), kernel.start(shape))
         self.best = (1.0, self.current)
-        self.bar = 1.0  # what a config's time over the ladder's must lie below, to be better
+        self.bar = 1.0  # a config is better if its time over the ladder's is below this
         self.tried = {self.current}
         self.facts: dict[Config, Facts] = {}  # what the compiler said
         self.found: dict[str, Any] = {
@@ -156,13 +159,14 @@ class Sweep:
         }  # fmt: skip
 
     def run(self, whole_grid: bool, most: int | None, stop: Stop, save: Callable[[], None]) -> None:
-        """Searches until nothing is better, `most` configs were tried or `stop` says so; `save` after each group."""
+        """Searches until nothing is better, `most` configs were tried, or `stop` returns True. Calls `save` after each
+        group."""
         self.found["complete"] = self._search(whole_grid, most, stop, save)
         self._confirm()
         save()
 
     def _search(self, whole_grid: bool, most: int | None, stop: Stop, save: Callable[[], None]) -> bool:
-        """Whether all there was to try was tried."""
+        """Runs the search. Returns whether it was completed."""
         while True:
             begin = self.centre[1]
             around = self.kernel.everything(begin) if whole_grid else self.kernel.neighbours(begin)
@@ -181,7 +185,7 @@ class Sweep:
                 return True
 
     def _untried(self, configs: Iterable[Config]) -> list[Config]:
-        """Those that are new and may run."""
+        """The configs that were not tried before and can run."""
         fresh = []
         for config in configs:
             may_run = config in self.kernel.others or self.kernel.allowed(config, self.shape)
@@ -191,7 +195,7 @@ class Sweep:
         return fresh
 
     def _facts(self, said: dict[Config, Callable[[], Facts]], configs: Sequence[Config]) -> None:
-        """Waits for what the compiler says of these."""
+        """Waits for the compiler's facts about these configs."""
         self.facts |= {config: said[config]() for config in configs if config in said and config not in self.facts}
 
     def _try(self, group: Sequence[Config]) -> None:
@@ -202,7 +206,7 @@ class Sweep:
                 if config == self.current:
                     self._dethrone()
                 continue
-            # where the ladder's own has no time, seconds take the place of ratios
+            # without a time of the ladder's config, seconds are compared instead of ratios
             ratio = row["ratio_to_ours"] or dict.fromkeys(("value", "high"), row["median_s"])
             if config == self.current:
                 continue
@@ -216,7 +220,7 @@ class Sweep:
             self.found["rows"].append(pruned | facts)
 
     def _dethrone(self) -> None:
-        """The ladder's config is wrong or failed: whatever is right is better."""
+        """Handles a ladder's config that is wrong or failed: any correct config is better."""
         self.bar = float("inf")
         self.best, self.centre = (
             (float("inf"), config) if config == self.current else (ratio, config)
@@ -224,7 +228,7 @@ class Sweep:
         )
 
     def _measure(self, configs: Sequence[Config], effort: timing.Effort) -> list[tuple[Config, dict[str, Any]]]:
-        """(config, its finished row), the ladder's first."""
+        """(config, its finished row) for each config, the ladder's first."""
 
         def make(config: Config) -> Callable[[], Any]:
             checked = False
@@ -233,7 +237,7 @@ class Sweep:
                 nonlocal checked
                 with contextlib.ExitStack() as stack:
                     stack.enter_context(tunables.using(self.kernel, config))
-                    if not checked:  # the first call, whose outputs are compared
+                    if not checked:  # this is the first call, whose outputs are compared
                         stack.enter_context(poisoned_memory())
                         checked = True
                     return self.job.run()
@@ -258,7 +262,7 @@ class Sweep:
         ]
 
     def _confirm(self) -> None:
-        """The best beside the ladder's once more, alone; of a matrix product also the vendor library."""
+        """Times the best config again, only with the ladder's, and for a matrix product with the vendor library."""
         is_product = self.kernel.name.startswith("gemm:")
         best = self.centre[1] if is_product else self.best[1]
         again = [c for c in dict.fromkeys((best, *(self.kernel.others if is_product else ()))) if c != self.current]
@@ -271,7 +275,7 @@ class Sweep:
         self.found["paste"] = [*self._step(best, rows), *self._choice(rows)]
 
     def _step(self, best: Config, rows: dict[Config, dict[str, Any]]) -> list[str]:
-        """The step of the ladder to paste, under what it rests on."""
+        """The ladder's entry to paste, after comments with its evidence."""
         sizes = ", ".join(f"{name} {value}" for name, value in self.found["shape"].items() if value)
         where = f"# {dtype_name(self.shape)}, {sizes}:"
         tried = len(self.tried) - 1
@@ -287,7 +291,7 @@ class Sweep:
         return self.kernel.rung(config, self.shape).splitlines()
 
     def _choice(self, rows: dict[Config, dict[str, Any]]) -> list[str]:
-        """Of a matrix product: the row of `_gemm_config.CHOICES` that says who multiplies."""
+        """For a matrix product: the row of `_gemm_config.CHOICES` that chooses the vendor library or our kernel."""
         if not self.kernel.name.startswith("gemm:") or not self.kernel.others:
             return []
         timed = {config: row["median_s"] for config, row in rows.items() if row["status"] == "ok"}

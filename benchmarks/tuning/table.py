@@ -1,4 +1,4 @@
-"""The kernels whose launch can be tuned, a row each: attention, matrix products, row-wise, loss."""
+"""The kernels whose config can be tuned, a row for each: attention, matrix products, row-wise kernels, loss."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _attention(direction: str, batch: tuple[int, int], grid: Mapping[str, Sequen
         return AttentionConfig(SHORT, TILE if direction.endswith("tile") else SHORT, num_warps=8, num_stages=1)
 
     def allowed(config: Config, shape: Shape) -> bool:
-        # only NVIDIA's compiler can be told how many registers to take, a multiple of 8 up to what a lane can get
+        # only NVIDIA's compiler accepts a limit of registers, a multiple of 8 up to the most that a lane can have
         most = 255 if config.num_warps <= 8 else 128
         return config.max_registers is None or (shape.arch.startswith("sm_") and config.max_registers <= most)
 
@@ -66,7 +66,7 @@ _ONE_BLOCK = {"num_warps": (2, 4, 8), "num_stages": (1, 2)}
 # ---- matrix products -------------------------------------------------------------------------------------
 
 
-# of `_gemm_config.FORMS`, the most valuable first
+# the names of `_gemm_config.FORMS`, the most valuable first
 FORMS_BY_WORTH = ("nt+act only", "nt+act", "nn+dact", "nt", "nn", "tn", "tn+accumulate", "nt+geglu", "nn+dgeglu")
 
 
@@ -77,7 +77,7 @@ def _gelu_gradient(h: Tensor) -> Tensor:
 
 
 def _plain(form: str, a: Tensor, b: Tensor, c: Tensor) -> list[Tensor]:
-    """What a form makes of its operands, in their dtype: c is the bias, or the pre-activation of a backward."""
+    """A form's results from plain torch, in the operands' dtype. c: the bias, or in a backward the pre-activation."""
     gelu = torch.nn.functional.gelu
     if form in ("nt", "nn", "tn"):
         return [a @ b.T + c if form == "nt" else a @ b if form == "nn" else a.T @ b]
@@ -98,7 +98,7 @@ def _plain(form: str, a: Tensor, b: Tensor, c: Tensor) -> list[Tensor]:
 
 
 def _ours(form: str, a: Tensor, b: Tensor, c: Tensor) -> list[Tensor]:
-    """The same by the launchers that ask for a config."""
+    """A form's results from our launchers, which choose a config."""
     from fastbert.kernels import _gemm, feed_forward
 
     if form in ("nt", "nn", "tn"):
@@ -121,7 +121,7 @@ def gemm_job(form: str, shape: Shape) -> Job:
         return (scale * torch.randn(size, generator=generator)).to(shape.device, shape.dtype)
 
     layout = form[:2]
-    a = random(m, -(-k // 64) * 64)[:, :k]  # rows of whole 128 bytes, as the loss has them for any vocabulary
+    a = random(m, -(-k // 64) * 64)[:, :k]  # row strides are multiples of 128 bytes, as in the loss
     b = random(m, n) if layout == "tn" else random(*((halves * n, k) if layout == "nt" else (k, n)), scale=k**-0.5)
     c = random(m, halves * n) if form.startswith("nn+") else random(halves * n, scale=0.1)
     operands = (a, b, c)
@@ -134,7 +134,7 @@ def gemm_job(form: str, shape: Shape) -> Job:
 
 
 def gemm_sizes(form: str, shape: Shape) -> tuple[int, int]:
-    """n, k as `_gemm_config.CHOICES` has them: what was asked for, or a product of the model."""
+    """n, k in the meaning of `_gemm_config.CHOICES`: as given by the user, or of one of the model's products."""
     if shape.nk is not None:
         return shape.nk
     c, f, v = shape.model.hidden, shape.model.intermediate, shape.model.vocab
@@ -161,8 +161,8 @@ def _gemm(form: str) -> Kernel:
     def allowed(config: Config, shape: Shape) -> bool:
         accumulators = config.block_m * config.block_n * (2 if form == "nt+geglu" else 1)
         has_bulk = any(rung[-1].bulk for rungs in ladder_of(shape.arch).values() for rung in rungs)
-        # 128 registers a lane of eight warps; exact float32 products are not for the bulk copy engine's tiles;
-        # one loop over all tiles of a program needs a program of several
+        # The accumulator must fit 128 registers a lane of eight warps; exact float32 products have no bulk copies; one
+        # loop over all tiles of a program requires a persistent grid.
         return (
             accumulators <= 2**15
             and not (config.bulk and (shape.dtype == torch.float32 or not has_bulk))
@@ -195,7 +195,7 @@ def _gemm(form: str) -> Kernel:
 def _of_width(
     name: str, seam: str, grid: Mapping[str, Sequence[Any]], op: str, directions: str, launches: str, **more: Any
 ) -> Kernel:
-    """A kernel whose config comes from the number of columns."""
+    """A kernel whose config depends on the number of columns."""
 
     def current(shape: Shape) -> Config:
         module, function = place(seam)
@@ -211,7 +211,7 @@ def _of_width(
 
 @dataclass(frozen=True)
 class LossConfig:
-    """`cross_entropy`'s two constants."""
+    """The two constants of `cross_entropy`."""
 
     block_v: int
     num_warps: int
@@ -229,7 +229,7 @@ _whole_chunks = lambda config, shape: config.chunk % config.block_m == 0  # noqa
 
 @functools.cache
 def kernels() -> dict[str, Kernel]:
-    """All of them, by name. (A function: it imports Triton.)"""
+    """All kernels by name. This is a function because it imports Triton."""
     norm = {"block_m": (1, 2, 4, 8, 16), "num_warps": _WARPS}
     found = [
         _attention("fwd", (64, 512), _TILES),
@@ -278,7 +278,7 @@ def kernels() -> dict[str, Kernel]:
                 "cross_entropy:NUM_WARPS": lambda _, config: config.num_warps,
             },
             _loss_now, {"block_v": (1024, 2048, 4096, 8192), "num_warps": (4, 8, 16)},
-            # a narrow model: at its usual width the products would hide the kernel
+            # a narrow model, because at the usual width the products would take most of the time
             lambda shape: operator_job("linear_cross_entropy", costs.BOTH, shape), (32, 128),
             lambda config, shape: f"BLOCK_V, NUM_WARPS = {config.block_v}, {config.num_warps}", width=64,
             launches=("_cross_entropy_kernel",),
@@ -288,7 +288,7 @@ def kernels() -> dict[str, Kernel]:
 
 
 def named(names: str) -> list[Kernel]:
-    """Of "attention_fwd", families such as "attention" or "gemm", several with commas, or "all"."""
+    """The kernels of a name such as "attention_fwd", a family such as "attention", several with commas, or "all"."""
     chosen = []
     for name in names.split(","):
         family = [k for k in kernels().values() if name == "all" or k.name.startswith((f"{name}_", f"{name}:"))]

@@ -1,8 +1,7 @@
-"""What is known of a kernel that is tuned: where its launcher asks for a config, what it may be, work to try it on.
+"""Describes a kernel that can be tuned: where its launcher gets a config, the possible configs, and work to time.
 
-The kernels themselves are in `tune_table`. A config is given by `using(kernel, config)`, which puts another function
-(or constant) in the place where its launcher looks it up, for the length of a block. Nothing else of the library
-changes.
+`table.py` lists the kernels. `using(kernel, config)` replaces the function (or constant) from which the launcher gets
+its config, within a block. Nothing else of the library changes.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ Config = Any  # a frozen dataclass of a kernel module; None: no kernel of its ow
 
 @dataclass(frozen=True)
 class Shape:
-    """What a config may depend on, and the batch to time it on."""
+    """All that a config may depend on, and the batch to time it with."""
 
     model: ModelShape
     lengths: tuple[int, ...]
@@ -38,7 +37,7 @@ class Shape:
     arch: str
     device: torch.device
     dropout: float = 0.0
-    nk: tuple[int, int] | None = None  # of a matrix product, in place of the model's
+    nk: tuple[int, int] | None = None  # sizes of a matrix product, instead of the model's
 
     @property
     def workload(self) -> Workload:
@@ -47,7 +46,8 @@ class Shape:
 
 @dataclass(frozen=True)
 class Job:
-    """Work to try a config on. `truth` and `plain` give what `run` gives, in float64 and in the shape's dtype."""
+    """Work to time a config with. `truth` and `plain` return the results of `run` in float64 and in the shape's
+    dtype."""
 
     run: Callable[[], Sequence[Tensor]]
     truth: Callable[[], Sequence[Tensor]]
@@ -58,23 +58,24 @@ class Job:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A table's row. `seams`: "module:name" -> (what is there, a config) -> what to put there."""
+    """A row of the table. seams: "module:name" -> a function of (the object there, a config) that returns its
+    replacement."""
 
     name: str
     seams: Mapping[str, Callable[[Any, Config], Any]]
     current: Callable[[Shape], Config]
     grid: Mapping[str, Sequence[Any]]
     job: Callable[[Shape], Job]
-    batch: tuple[int, int]  # sequences and their length, where none are asked for
-    rung: Callable[[Config, Shape], str]  # as its module's ladder writes it
+    batch: tuple[int, int]  # default number of sequences, and their length
+    rung: Callable[[Config, Shape], str]  # an entry of its module's ladder as source text
     allowed: Callable[[Config, Shape], bool] = lambda config, shape: True
     others: tuple[Config, ...] = ()  # configs outside the grid: the vendor library, or no kernel at all
     launches: Sequence[str] = ()  # names of the @triton.jit functions that the config launches
-    width: int | None = None  # where none is asked for
-    start: Callable[[Shape], Config] | None = None  # where the search begins if the current config is of no grid
+    width: int | None = None  # default hidden width, if not the model's
+    start: Callable[[Shape], Config] | None = None  # where the search begins if the current config is not in the grid
 
     def neighbours(self, config: Config) -> Iterator[Config]:
-        """All configs of the grid that differ from this one in one field, and those outside the grid."""
+        """All configs of the grid that differ from this one in one field, and those in `others`."""
         yield from self.others
         if config in self.others or config is None:
             return
@@ -95,7 +96,7 @@ class Kernel:
 
 
 def written(config: Config) -> str:
-    """A config as source text: what differs from its defaults."""
+    """A config as source text, with the fields that differ from their defaults."""
     if config is None:
         return "None"
     default = {f.name: f.default for f in fields(config)}
@@ -110,7 +111,7 @@ def place(seam: str) -> tuple[Any, str]:
 
 @contextlib.contextmanager
 def using(kernel: Kernel, config: Config) -> Iterator[None]:
-    """Launches of `kernel` take `config` inside the block."""
+    """A context in which `kernel` is launched with `config`."""
     places = [(*place(seam), put) for seam, put in kernel.seams.items()]
     before = [getattr(module, name) for module, name, _ in places]
     try:
@@ -122,14 +123,14 @@ def using(kernel: Kernel, config: Config) -> Iterator[None]:
             setattr(module, name, original)
 
 
-# Sequences of one block, of one tile and longer, so that every kernel of attention has some.
+# A sequence of one block, one of one tile and a longer one, so that every kernel of attention is launched.
 COMPILED_LENGTHS = (40, 100, 200)
 
 
 def compile_cases(kernel: Kernel, config: Config, shape: Shape) -> list[CompileCase]:
-    """What the kernel's work launches with this config on the shape's architecture: for the offline compiler.
+    """The launches of the kernel's work with this config on the shape's architecture, for the offline compiler.
 
-    Nothing where another kernel takes its part. Not in a process where Triton interprets.
+    Empty if another kernel does the work. Does not work in a process where Triton interprets.
     """
     if config is None or getattr(config, "vendor", False):
         return []
@@ -152,7 +153,7 @@ def _leaves(inputs: Mapping[str, Any], dtype: torch.dtype, gradient: bool) -> di
 
 
 def operator_job(op: str, directions: str, shape: Shape, **options: Any) -> Job:
-    """An operator's forward, its backward over what one forward kept, or both."""
+    """An operator's forward pass, its backward pass repeated after one forward pass, or both."""
     made = INPUTS[op](shape.model, shape.lengths, **options)
     inputs = {k: v.to(shape.device) if isinstance(v, Tensor) else v for k, v in made.items()}
     rounded = _leaves(inputs, shape.dtype, False)

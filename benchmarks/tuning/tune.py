@@ -1,18 +1,20 @@
-"""Which launch of a kernel is fastest on the device at hand: `python -m benchmarks.tuning.tune --kernel attention`.
+"""Finds the fastest config of a kernel on this GPU: `python -m benchmarks.tuning.tune --kernel attention`.
 
-Starts from the config that the kernel's ladder gives, tries every config that differs from the best so far in one
-field, and goes on from a better one until none is better or time runs out. Each config's outputs are compared with the
-truth before it is timed: one that errs more than twice as much as plain torch is "wrong" and has no time. Configs run
-in turns with the ladder's, and the best once more beside it alone: what is printed to paste has won twice. Configs that
-do not fit (shared memory, spills, as the compiler reports them) are left out before they run.
+A config is a kernel's launch parameters (blocks, warps, stages). A kernel's ladder, in its module, is the list of
+conditions by which its launcher chooses a config. The search starts with the ladder's config, tries every config that
+differs from the best so far in one field, and continues from a better one until none is better or time runs out. Before
+a config is timed, its outputs are compared with true values: if its error is more than twice plain torch's, the config
+is "wrong" and has no time. Configs run in turns with the ladder's; at the end the best one runs again with the ladder's
+alone, so a printed entry was faster twice. Configs that do not fit (shared memory, or spills, as the compiler reports
+them) do not run.
 
-Needs a GPU. Without one the kernels run in Triton's interpreter on tiny shapes: a rehearsal, whose times mean nothing;
-and --compile-only says what the compiler makes of each config.
+The search needs a GPU. Without one the kernels run in Triton's interpreter on tiny shapes, as a rehearsal whose times
+mean nothing; --compile-only prints the compiler's report for each config.
 
   python -m benchmarks.tuning.tune --kernel attention --budget-minutes 3 --out tune.json
-  python -m benchmarks.tuning.tune --kernel layer_norm --model minilm,base,large    a ladder of three steps
+  python -m benchmarks.tuning.tune --kernel layer_norm --model minilm,base,large    a ladder of three entries
   python -m benchmarks.tuning.tune --kernel gemm:nt+act --width 1024 --inner 4096
-  python -m benchmarks.tuning.tune --kernel attention_fwd --compile-only sm_90      registers and spills alone
+  python -m benchmarks.tuning.tune --kernel attention_fwd --compile-only sm_90      only registers and spills
   python -m benchmarks.tuning.tune --list                                           kernels, and values of each field
 """
 
@@ -46,7 +48,7 @@ from .tunables import Kernel, Shape
 
 BERTS = [name for name in MODELS if name != "tiny"]
 SCHEMA = "fastbert-tune/1"
-REHEARSAL = 3  # configs that a rehearsal tries, a kernel
+REHEARSAL = 3  # configs of each kernel in a rehearsal
 
 # ---- output ----------------------------------------------------------------------------------------------
 
@@ -55,9 +57,9 @@ HEAD = ("config", "median", "spread", "time / the ladder's (95%)", "registers", 
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The evidence, fastest first; what has no time last, with its reason."""
+    """The table of configs, fastest first; those without a time last, with the reason."""
     lines, last = [HEAD], []
-    ladders = [row for row in rows if row["peer"] == OURS][:1]  # it ran in every group
+    ladders = [row for row in rows if row["peer"] == OURS][:1]  # it ran in every group, and is shown once
     rows = [*ladders, *(row for row in rows if row["peer"] != OURS)]
     timed = [row for row in rows if row["status"] == "ok"]
     for row in sorted(timed, key=lambda row: (row["ratio_to_ours"] or {"value": 1.0})["value"]):
@@ -84,7 +86,7 @@ def _machine_code(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def compile_table(kernel: Kernel, shape: Shape, compiler: Compiler, whole_grid: bool, most: int | None) -> str:
-    """What the compiler says of the configs that a search would try first."""
+    """The compiler's report for the configs that a search would try first."""
     begin = kernel.current(shape)
     begin = kernel.start(shape) if begin is None or begin in kernel.others else begin
     around = kernel.everything(begin) if whole_grid else kernel.neighbours(begin)
@@ -103,7 +105,7 @@ def compile_table(kernel: Kernel, shape: Shape, compiler: Compiler, whole_grid: 
 def _shape(
     args: argparse.Namespace, kernel: Kernel, name: str, device: torch.device, arch: str, rehearsal: bool
 ) -> Shape:  # fmt: skip
-    """The batch to time a kernel on, in the model of that name or with the sizes asked for."""
+    """The batch to time a kernel with, in the sizes of this model or those of the arguments."""
     base = MODELS[name]
     width = args.width or (kernel.width if kernel.width and not rehearsal else None) or base.hidden
     head_dim = args.head_dim or base.head_dim
@@ -114,7 +116,7 @@ def _shape(
     lengths = (length,) * sequences
     if rehearsal and not args.batch:
         lengths = (min(length, 130 if kernel.name.startswith("attention") else 24), 5)
-    # the interpreter's bfloat16 is only emulated
+    # the interpreter only emulates bfloat16
     dtype = torch.float16 if rehearsal and args.dtype == "auto" else resolve_dtype(args.dtype, device)
     if args.compile_only and args.dtype == "auto":
         dtype = torch.bfloat16
@@ -141,31 +143,31 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--kernel", default="all", metavar="NAME,...", help="kernels, families of them, or all (default)"
     )
-    parser.add_argument("--list", action="store_true", help="list the kernels with their fields and values, and leave")
+    parser.add_argument("--list", action="store_true", help="list the kernels with their fields and values, and exit")
     parser.add_argument(
         "--model", default="base", metavar="NAME,...",
-        help=f"a step of the ladder for each: of {', '.join(BERTS)} (default: base)",
+        help=f"one or several of {', '.join(BERTS)}; each gives an entry of the ladder (default: base)",
     )  # fmt: skip
-    parser.add_argument("--width", type=int, metavar="C", help="hidden width in place of the model's")
-    parser.add_argument("--head-dim", type=int, metavar="D", help="in place of the model's")
-    parser.add_argument("--inner", type=int, metavar="F", help="feed-forward width in place of the model's")
-    parser.add_argument("--vocab", type=int, metavar="V", help="in place of the model's")
-    parser.add_argument(
-        "--n", type=int, help="with --k: the sizes of a matrix product, as its table of choices has them"
-    )
+    parser.add_argument("--width", type=int, metavar="C", help="hidden width (default: the model's)")
+    parser.add_argument("--head-dim", type=int, metavar="D", help="width of a head (default: the model's)")
+    parser.add_argument("--inner", type=int, metavar="F", help="feed-forward width (default: the model's)")
+    parser.add_argument("--vocab", type=int, metavar="V", help="size of the vocabulary (default: the model's)")
+    parser.add_argument("--n", type=int, help="with --k: sizes of a matrix product, as in its table of choices")
     parser.add_argument("--k", type=int)
     parser.add_argument("--batch", type=_batch, metavar="BxS", help="sequences x length (default: by kernel)")
     parser.add_argument("--dropout", type=float, default=0.0, metavar="P", help="of attention")
-    parser.add_argument("--dtype", default="auto", help="default: bfloat16 on a GPU that multiplies it")
+    parser.add_argument("--dtype", default="auto", help="default: bfloat16 if the GPU multiplies it fast")
     parser.add_argument("--whole-grid", action="store_true", help="try all configs, nearest to the ladder's first")
-    parser.add_argument("--most", type=int, metavar="N", help="try at most N configs a kernel")
+    parser.add_argument("--most", type=int, metavar="N", help="try at most N configs of each kernel")
     parser.add_argument(
-        "--budget-minutes", type=float, metavar="N", help="start nothing after N minutes, shared evenly"
+        "--budget-minutes", type=float, metavar="N", help="start nothing after N minutes, divided evenly among kernels"
     )
-    parser.add_argument("--no-compile", action="store_true", help="do not ask the compiler first")
-    parser.add_argument("--compile-only", metavar="ARCH", help="registers and spills on sm_90, say; nothing runs")
+    parser.add_argument("--no-compile", action="store_true", help="do not compile configs before they run")
+    parser.add_argument("--compile-only", metavar="ARCH", help="print registers and spills, such as on sm_90; no run")
     parser.add_argument("--rehearse", action="store_true", help="tiny shapes, few configs (without a GPU: always)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write JSON there, after every group of configs")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="write JSON to this file, after every group of configs"
+    )
     return parser
 
 
@@ -212,7 +214,7 @@ def _compile_only(args: argparse.Namespace, chosen: Sequence[Kernel]) -> int:
 
 
 def _tune(args: argparse.Namespace, chosen: Sequence[Kernel], gpu: bool, given: list[str]) -> int:
-    """The exit code: 1 where the ladder's own config is wrong or failed."""
+    """Runs the searches. Returns the exit code, 1 if a ladder's config is wrong or failed."""
     rehearsal = args.rehearse or not gpu
     device = torch.device("cuda" if gpu else "cpu")
     arch = _device.arch()
@@ -241,7 +243,7 @@ def _tune(args: argparse.Namespace, chosen: Sequence[Kernel], gpu: bool, given: 
             until = float("inf") if ends is None else now + (ends - now) / (len(work) - n)
             try:
                 sweep = Sweep(kernel, shape, effort, compiler, results.data["ceilings"], source)
-            except (RuntimeError, ValueError) as error:  # memory, or a shape that the operator refuses
+            except (RuntimeError, ValueError) as error:  # out of memory, or the operator refuses the shape
                 print(f"{kernel.name}: {error}", file=sys.stderr)
                 bad = True
                 continue
@@ -260,7 +262,7 @@ def _tune(args: argparse.Namespace, chosen: Sequence[Kernel], gpu: bool, given: 
 
 
 def report(found: dict[str, Any], rehearsal: bool) -> str:
-    """One kernel's evidence; of a rehearsal without what is confirmed."""
+    """The tables of one kernel; after a rehearsal without the confirmation."""
     sizes = ", ".join(f"{name} {value}" for name, value in found["shape"].items() if value)
     cut = "" if found["complete"] else "; not all was tried"
     lines = [f"{found['kernel']}, {found['arch']}, {found['dtype']}, {sizes}{cut}"]
@@ -271,7 +273,7 @@ def report(found: dict[str, Any], rehearsal: bool) -> str:
 
 
 def ladders(all_found: Sequence[dict[str, Any]]) -> str:
-    """What to paste: of each kernel its steps, each under what it rests on."""
+    """The text to paste: for each kernel its ladder entries, with their evidence as comments."""
     steps: dict[tuple[str, str], list[str]] = {}
     for found in all_found:
         steps.setdefault((found["kernel"], found["arch"]), []).extend(found["paste"])
@@ -279,7 +281,7 @@ def ladders(all_found: Sequence[dict[str, Any]]) -> str:
 
 
 def listing() -> str:
-    """All kernels, the batch each is timed on, and the values that its config's fields may take."""
+    """All kernels, the batch that each is timed with, and the possible values of its config's fields."""
     lines = []
     for kernel in tune_table.kernels().values():
         sequences, length = kernel.batch
