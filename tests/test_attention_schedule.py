@@ -90,5 +90,5 @@ def test_schedule_of_another_batch_is_refused():
     with pytest.raises(TypeError, match="must come from attention_schedule"):
         kernels.attention(q, k, v, cu_seqlens, 70, schedule=[(0, 1, 70, 0)])
     for wrong in ([70], [70, 4]):
-        with pytest.raises(ValueError, match="for 2 sequences of 75 tokens"):
+        with pytest.raises(ValueError, match="expected 2 lengths with sum 75"):
             kernels.attention_schedule(cu_seqlens, 75, lengths=wrong)
