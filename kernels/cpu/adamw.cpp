@@ -1,13 +1,13 @@
-// AdamW over many tensors in one call, each element read and written once; and the norm of many gradients.
+// AdamW for many tensors in one call, which reads and writes each element once; and the norm of many gradients.
 //
 //     g = scale * gradient              m += (1 - beta1) (g - m)         v = beta2 v + (1 - beta2) g g
 //     p = (1 - rate * decay) p - rate / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 //
 // Loshchilov and Hutter, arXiv:1711.05101, as torch.optim.AdamW computes it. `adamw.py` calls them.
 //
-// Of a table of words most rows have no gradient, and many have never had one: their m and v are zero, so of such a row
-// nothing but p can change. A byte for each row remembers that m and v are zero; while that holds and the gradient of
-// the row is zero too, m and v are neither read nor written.
+// In a word table most rows have no gradient in a step, and many have never had one. Such a row has m = v = 0, so only p
+// can change. A byte for each row says that m and v are zero; then, while the row's gradient is zero too, m and v are
+// neither read nor written.
 
 #include <vector>
 
@@ -15,14 +15,14 @@
 
 namespace {
 
-// Of one tensor at one step, in the order in which `adamw.py` writes them.
+// The scalars of one tensor's update at one step, in the order in which `adamw.py` writes them.
 struct Numbers {
-    float scale, keep;           // of the gradient; of p, 1 - rate * decay
+    float scale, keep;           // factor of the gradient; factor of p, 1 - rate * decay
     float of_m, beta2, of_v;     // 1 - beta1, beta2, 1 - beta2
     float step, of_root, eps;    // rate / (1 - beta1^t), 1 / sqrt(1 - beta2^t)
 };
 
-// The first n elements from an address, n up to WIDTH, and zeros.
+// n elements from an address, n at most WIDTH, followed by zeros.
 template <class T>
 inline Floats load_first(const typename T::Element* from, int64_t n) {
     if (n >= WIDTH) return T::load(from);
@@ -38,7 +38,7 @@ inline void store_first(typename T::Element* to, int64_t n, Floats x) {
     std::copy_n(some, n, to);
 }
 
-// Is any of n elements not zero? NaN is not.
+// Whether any of n elements is not zero; NaN is not zero.
 template <class T>
 bool has_any(const typename T::Element* x, int64_t n) {
     Floats sum = floats(0.0f);
@@ -46,7 +46,7 @@ bool has_any(const typename T::Element* x, int64_t n) {
     return sum_of(sum) != 0.0f;
 }
 
-// n elements; at_rest: null, or whether their m and v are all zero.
+// Updates n elements. at_rest: null, or a byte that says whether all of their m and v are zero.
 template <class T>
 void update(
     typename T::Element* p, const typename T::Element* gradient, typename T::Element* m, typename T::Element* v,
@@ -75,7 +75,7 @@ void update(
     if (at_rest) *at_rest = sum_of(moved) == 0.0f;
 }
 
-// pointers: p, gradient, m, v, and a byte a block or null, of each tensor; sizes: its elements, and those of a block.
+// pointers: for each tensor p, gradient, m, v, and a byte for each block or null. sizes: its elements, and a block's.
 template <class T>
 void step(const void* const* pointers, const int64_t* sizes, const Numbers* numbers, int count) {
     using Element = typename T::Element;
@@ -84,7 +84,7 @@ void step(const void* const* pointers, const int64_t* sizes, const Numbers* numb
         const void* const* of = pointers + 5 * tensor;
         const int64_t size = sizes[2 * tensor], block = sizes[2 * tensor + 1];
         Element *p = (Element*)of[0], *m = (Element*)of[2], *v = (Element*)of[3];
-        // Rows that are at rest take less time, and lie side by side.
+        // Rows at rest take less time, and are often adjacent, so blocks are scheduled dynamically.
 #pragma omp for schedule(dynamic, 16) nowait
         for (int64_t first = 0; first < size; first += block)
             update<T>(
@@ -94,13 +94,13 @@ void step(const void* const* pointers, const int64_t* sizes, const Numbers* numb
     }
 }
 
-constexpr int64_t BLOCK = 1024;  // elements whose squares one thread sums, so that the order is always the same
-constexpr int64_t SHORT = 128;   // elements that are summed in float32: longer sums are less exact
+constexpr int64_t BLOCK = 1024;  // one thread sums the squares of this many elements, so the order is always the same
+constexpr int64_t SHORT = 128;   // elements that are summed in float32; longer sums would be less exact
 
 // The sum of the squares of all elements.
 template <class T>
 double sum_squares(const void* const* pointers, const int64_t* sizes, int count) {
-    std::vector<int64_t> first(count + 1);  // block of each tensor
+    std::vector<int64_t> first(count + 1);  // number of each tensor's first block
     for (int i = 0; i < count; ++i) first[i + 1] = first[i] + (sizes[i] + BLOCK - 1) / BLOCK;
     std::vector<double> parts(first[count]);
 #pragma omp parallel

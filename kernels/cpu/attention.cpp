@@ -1,21 +1,21 @@
-// Packed attention, head by head: K of one head is transposed once (as many keys side by side as a register has lanes),
-// then six rows of queries at a time get all their scores, a softmax in place, dropout, and their product with V.
-// Everything a head needs stays in the core's own cache. `attention.py` calls it.
+// Packed attention, one head at a time. K of a head is transposed once, so that a register has the same element of
+// several keys. Then, for six rows of queries at a time, all scores, the softmax in place, dropout and the product with
+// V are computed. All data of a head stays in the core's own cache. `attention.py` calls this.
 //
-// softmax_stats [2, heads, tokens] is what the backward makes a row's probabilities of its scores by: the maximum of the
-// scaled scores in log2 units, and 1 / the sum of exp2(score - maximum). One number, lse, would be rounded as the scores
-// are: at scores of 10,000 every probability of a row would be 5e-4 too large, or too small.
+// softmax_stats [2, heads, tokens] lets the backward pass compute a row's probabilities from its scores: the maximum of
+// the scaled scores in log2 units, and 1 / the sum of exp2(score - maximum). One number, lse, would be rounded like the
+// scores: at scores of 10,000 all probabilities of a row would be wrong by 5e-4.
 
 #include "attention.h"
 
 namespace {
 
-constexpr int ROWS = BLOCK_ROWS;  // query rows at a time
+constexpr int ROWS = BLOCK_ROWS;  // query rows that are computed at a time
 
-// Scores of M rows with N registers of keys: q rows apart by q_stride elements, k [lanes, k_stride] -> scores [M, keys].
-// `most` gets the greatest of each row and lane. In the last register of all keys only those of `tail` are keys.
-// This and `value_tile` are functions of their own: within their caller the compiler has kept constants of the softmax in
-// registers, and the sums of these loops in memory.
+// scores [M, keys] of M rows of q, with stride q_stride, and N registers of keys, k [lanes, k_stride]. most: updated with
+// the maximum of each row and lane. tail: which lanes of the last register are keys. This and `value_tile` are separate
+// functions because, inlined into their caller, the compiler kept constants of the softmax in registers and the sums of
+// these loops in memory.
 template <class T, int M, int N>
 [[gnu::noinline]] void score_tile(
     const typename T::Element* q, int64_t q_stride, const float* k, int64_t k_stride, int lanes, int keys,
@@ -36,8 +36,8 @@ template <class T, int M, int N>
         }
 }
 
-// Minus infinity in place of the scores [keys] that this row does not see; returns the greatest of each lane. The keys
-// begin with number `first`.
+// Replaces the scores [keys] that this row does not see with minus infinity; returns the maximum of each lane. first: the
+// number of the first key.
 inline Floats keep_seen(float* scores, int keys, int first, int row, Window window) {
     const Floats none = floats(-std::numeric_limits<float>::infinity());
     Floats most = none;
@@ -51,7 +51,7 @@ inline Floats keep_seen(float* scores, int keys, int first, int row, Window wind
     return most;
 }
 
-// M rows from number `row` on, over `length` keys from number `first` on, which k and v begin with.
+// M rows from `row` on with `length` keys from `first` on; k and v begin with key `first`.
 template <class T, int M>
 void rows_of_head(
     const typename T::Element* q, int64_t q_stride, const float* k, int64_t k_stride, const float* v,
@@ -75,7 +75,7 @@ void rows_of_head(
     float factor[M];
     for (int i = 0; i < M; ++i) {
         float shift;
-        if (T::PER_LANE == 2 && !shifts)  // all that leaves the sum is rounded to bfloat16
+        if (T::PER_LANE == 2 && !shifts)  // all results are rounded to bfloat16
             factor[i] = softmax<T, 3>(scores + i * keys, most[i], p + i * keys, keys, tail, scale_log2, &shift);
         else
             factor[i] = softmax<T, 6>(scores + i * keys, most[i], p + i * keys, keys, tail, scale_log2, &shift);
@@ -110,11 +110,11 @@ int attention(
             const int queries = starts[sequence + 1] - starts[sequence];
             const int length = starts_k[sequence + 1] - starts_k[sequence];
             Element* out = o + start * o_token + (int64_t)head * head_dim;
-            if (length == 0)  // nothing to attend to
+            if (length == 0)  // no keys
                 for (int row = 0; row < queries; ++row) std::fill_n(out + row * o_token, head_dim, Element(0));
             if (queries == 0 || length == 0) continue;
             const int keys = round_up(length, WIDTH), kv_head = head / (heads / kv_heads);
-            const size_t of_keys = (size_t)keys * head_dim / T::PER_LANE;  // floats; as many of the paired values
+            const size_t of_keys = (size_t)keys * head_dim / T::PER_LANE;  // floats of the keys, and of the pairs of values
             if (!scratch.reserve(sizeof(float) * (2 * of_keys + head_dim + 2 * ROWS * (size_t)keys))) {
                 failed = true;
                 continue;
@@ -138,7 +138,7 @@ int attention(
             uint64_t row_keys[ROWS];
             for (int row = 0; row < queries; row += ROWS) {
                 const int n = std::min(ROWS, queries - row);
-                // only the keys that one of these rows sees
+                // only keys that at least one of these rows sees
                 const int first = std::max(0, row - window.left) / WIDTH * WIDTH;
                 const int of_rows = std::min(length, row + n + window.right) - first;
                 float* shifts = softmax_stats ? softmax_stats + head * tokens + start + row : nullptr;

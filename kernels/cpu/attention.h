@@ -1,4 +1,4 @@
-// What the passes of attention share: rows laid out for products, dropout, and what follows the scores.
+// Shared by the passes of attention: laying out rows for products, dropout, softmax, and the product with v.
 
 #pragma once
 
@@ -6,7 +6,7 @@
 
 namespace {
 
-// Rows of one head [length, head_dim], `stride` elements apart -> [lanes, padded], zero past `length`.
+// Transposes rows of one head [length, head_dim] with this stride to [lanes, padded], zero past `length`.
 template <class T>
 void transpose_rows(const typename T::Element* x, int64_t stride, int length, int padded, int head_dim, float* to) {
     const int lanes = head_dim / T::PER_LANE;
@@ -24,7 +24,7 @@ void transpose_rows(const typename T::Element* x, int64_t stride, int length, in
         }
 }
 
-// Rows of one head [length, head_dim] -> [length / 2, head_dim] lanes of two neighbouring rows, zeros past the last.
+// Pairs rows of one head [length, head_dim]: [length / 2, head_dim] lanes of two adjacent rows, zeros past the last.
 inline void pair_rows(const uint16_t* x, int64_t stride, int length, int head_dim, float* to) {
     for (int row = 0; row < length; row += 2)
         for (int column = 0; column < head_dim; column += WIDTH) {
@@ -39,12 +39,12 @@ inline void pair_rows(const uint16_t* x, int64_t stride, int length, int head_di
         }
 }
 
-// Row i sees the keys from i - left to i + right.
+// Attention's window: row i sees the keys from i - left to i + right.
 struct Window {
     int left, right;
 
     bool is_bounded() const { return std::min(left, right) < UNBOUNDED; }
-    // Of a register of keys (or rows) less the row (or than the key): which of them are seen. Unsigned numbers: one comparison.
+    // key_less_row: keys minus the row (or the key minus rows). Unsigned numbers need only one comparison.
     Mask sees(Ints key_less_row) const { return at_least(ints(left + right), key_less_row + ints(left)); }
 };
 
@@ -63,7 +63,7 @@ inline uint64_t row_key(const Dropout& dropout, int sequence, int head, int row)
     return key_of(dropout.seed, dropout.stream * 65536 + head, name);
 }
 
-// Which elements of a register stay: low and high are the halves of their rows' keys.
+// Dropout's keep mask of a register. low and high: the halves of the rows' keys.
 inline Mask keep_mask(Ints low, Ints high, Ints column, uint32_t threshold) {
     Ints x = column ^ low;
     x = (x ^ x >> 16) * ints(0x21F0AAAD);
@@ -73,8 +73,8 @@ inline Mask keep_mask(Ints low, Ints high, Ints column, uint32_t threshold) {
     return at_least(x, ints(threshold));
 }
 
-// Scores of one row, the greatest of each lane `most` -> p = exp(scale * (score - maximum)) in T, zero past the keys, by
-// a polynomial of DEGREE. What makes p of scores again: *shift, the maximum times scale_log2; returned: 1 / sum(p).
+// p = exp(scale * (score - maximum)) of one row in T, zero past the keys, by a polynomial of DEGREE. `most`: the maximum
+// of each lane. The backward pass computes p from *shift, the maximum times scale_log2, and from the result, 1 / sum(p).
 template <class T, int DEGREE>
 inline float softmax(
     const float* scores, Floats most, typename T::Element* p, int keys, Mask tail, float scale_log2, float* shift
@@ -88,13 +88,13 @@ inline float softmax(
         sum += x;
         T::store(p + j, x);
     }
-    // a scale of 0 makes NaN of the minus infinity past the keys
+    // with scale 0 the scores past the keys, minus infinity, become NaN
     const Floats last = keep(tail, exp2_of<DEGREE>(fms(load(scores + j), scale, greatest)));
     T::store(p + j, last);
     return 1.0f / sum_of(sum + last);
 }
 
-// p [keys], from number `first` on, of the row with this key, zero where it is dropped.
+// Sets dropped elements of p [keys] to zero. first: the number of the first key; the row has the dropout key low, high.
 template <class T>
 inline void drop(typename T::Element* p, int keys, int first, uint64_t key, uint32_t threshold) {
     const Ints low = ints(key), high = ints(key >> 32);
@@ -105,7 +105,7 @@ inline void drop(typename T::Element* p, int keys, int first, uint64_t key, uint
     }
 }
 
-// M rows of p [M, keys] times N registers of columns of v [lanes, stride] -> o, each row times its factor.
+// o = p v, each row times its factor: M rows of p [M, keys], N registers of columns of v [lanes, stride].
 template <class T, int M, int N>
 [[gnu::noinline]] void value_tile(
     const typename T::Element* p, int keys, const float* v, int64_t stride, int lanes, const float* factor,

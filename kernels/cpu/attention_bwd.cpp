@@ -1,36 +1,36 @@
-// The gradients of packed attention, head by head:
+// The gradients of packed attention, one head at a time:
 //     p = exp(scale q k^T - shift) factor   dv = dropout(p)^T do,   shift and factor: softmax_stats of the forward
 //     dp = dropout'(do v^T)                 ds = p * (dp - delta),  delta = rowsum(do * o)
 //     dq = scale ds k                       dk = scale ds^T q
-// delta is rowsum(p * dp) too. Of few keys it is taken from that: where one has all of the probability, or nearly so, dp and
-// delta are equal, and what o was rounded by would be all that is left of ds.
-// Everything is computed transposed, a row for a key and a column for a query: then shift, factor and delta lie along a register,
-// and p^T and ds^T are the left operands of dv and dk as they come. Queries are laid out in blocks; past each go the
-// keys in blocks, and what is computed of both stays in the core's own cache. dk and dv add up in float32 over all
-// queries, and all heads that share them.
+// delta is also rowsum(p * dp). With few keys it is computed in that way: if one key has nearly all of the probability,
+// dp and delta are nearly equal, and the rounding error of o would dominate ds.
+// Everything is computed transposed, with a row for each key and a column for each query. So shift, factor and delta
+// are along a register, and p^T and ds^T are left operands of dv and dk without a transposition. Queries are laid out in
+// blocks; for each, all blocks of keys are processed, and the results of two blocks stay in the core's own cache. dk and
+// dv are summed in float32 over all queries, and over all heads that share them.
 
 #include "attention_gradients.h"
 
 namespace {
 
-constexpr int QUERIES = 64;  // of a block
-constexpr int KEYS = 96;     // of a block, a multiple of ROWS
+constexpr int QUERIES = 64;  // queries of a block
+constexpr int KEYS = 96;     // keys of a block, a multiple of ROWS
 
-// Everything of one head. Rows of elements are in T, the rest is float32 or lanes of T.
+// Memory for one head. Rows of elements are in T, all else is float32 or lanes of T.
 template <class T>
 struct Memory {
     using Element = typename T::Element;
     Element *k, *v;           // [keys, head_dim], zero past the last
     float* k_columns;         // [head_dim, key lanes]
     float *dk, *dv;           // [keys, head_dim]
-    float *q, *d_o;           // of a block: transposed [lanes, QUERIES]
+    float *q, *d_o;           // a block, transposed [lanes, QUERIES]
     float *q_pairs, *do_pairs;  // [query lanes, head_dim]
     float* dq;                // transposed [head_dim, QUERIES]
-    float *shift, *factor, *delta;  // [QUERIES], of softmax_stats
+    float *shift, *factor, *delta;  // [QUERIES]; the first two are softmax_stats
     uint32_t *low, *high;     // [QUERIES] halves of the rows' keys, for dropout
-    Element *p, *ds;          // of both blocks: [KEYS, QUERIES]
+    Element *p, *ds;          // of a block of keys and one of queries: [KEYS, QUERIES]
     float* ds_pairs;          // [key lanes, QUERIES]
-    int64_t key_lanes;        // a row of k_columns
+    int64_t key_lanes;        // length of a row of k_columns
 
     bool reserve(int length, int head_dim) {
         const size_t keys = round_up(length, ROWS), lanes = head_dim / T::PER_LANE;
@@ -54,15 +54,15 @@ struct Memory {
     }
 };
 
-// Two rows of ds, to their rows and to lanes of both.
+// Stores two rows of ds, to their rows and as lanes of both.
 inline void store_pair(Floats first, Floats second, uint16_t* rows, float* pairs) {
     store(rows, first);
     store(rows + QUERIES, second);
     store_ints(pairs, to_pairs(first, second));
 }
 
-// p^T and ds^T of ROWS keys, of which `real` are, and N registers of queries from the block's query `column` on, which has
-// the number `query` in its sequence. `whole`: there are no other keys.
+// p^T and ds^T of ROWS keys, of which `real` exist, and N registers of queries from the block's query `column` on, which
+// is number `query` of its sequence. whole: these are all keys of the sequence.
 template <class T, int N, bool BOUNDED>
 void tile(
     const Memory<T>& m, int key, int real, bool whole, int row, int column, int query, int lanes, Window window,
@@ -129,7 +129,7 @@ void tile(
                 store(of_ds + i * QUERIES + j * WIDTH, sum[i][j]);
 }
 
-// The sums [head_dim, QUERIES] of one head, rounded once -> rows `stride` elements apart.
+// Rounds the sums [head_dim, QUERIES] of one head and stores them, transposed, to rows with this stride.
 template <class T>
 void store_columns(const float* sums, int rows, int head_dim, float scale, typename T::Element* to, int64_t stride) {
     for (int row = 0; row < rows; row += WIDTH)
@@ -144,7 +144,7 @@ void store_columns(const float* sums, int rows, int head_dim, float scale, typen
         }
 }
 
-// Keys and values of one head [length, head_dim] into memory, their gradients to zero.
+// Copies keys and values of one head [length, head_dim] into memory, and sets their gradients to zero.
 template <class T>
 void lay_out_keys(
     Memory<T>& m, const typename T::Element* k, int64_t k_token, const typename T::Element* v, int64_t v_token,
@@ -159,14 +159,14 @@ void lay_out_keys(
             std::fill_n(m.k + (int64_t)key * head_dim, head_dim, typename T::Element(0));
             std::fill_n(m.v + (int64_t)key * head_dim, head_dim, typename T::Element(0));
         }
-    lay_out_rows(m.k, head_dim, length, head_dim, m.dk);  // dk's memory is free as yet
+    lay_out_rows(m.k, head_dim, length, head_dim, m.dk);  // the memory of dk is still unused
     transpose_rows<Float32>(m.dk, head_dim, lanes, m.key_lanes, head_dim, m.k_columns);
     std::fill_n(m.dk, (int64_t)keys * head_dim, 0.0f);
     std::fill_n(m.dv, (int64_t)keys * head_dim, 0.0f);
 }
 
-// One block of queries, from number `query` on: their dq, and what they add to dk and dv. q, do, o, dq: rows of the
-// block; shifts, factors: of its rows.
+// Computes dq of one block of queries, from number `query` on, and adds to dk and dv. q, do, o, dq, shifts and factors
+// are those of the block's rows.
 template <class T>
 void block_of_queries(
     Memory<T>& m, const typename T::Element* q, int64_t q_token, const typename T::Element* d_o, int64_t do_token,
@@ -187,13 +187,13 @@ void block_of_queries(
         m.delta[i] = sum_of(sum);
         m.shift[i] = shifts[i], m.factor[i] = factors[i];
     }
-    // p is exp(-infinity) past the last query
+    // past the last query p is exp(-infinity) = 0
     std::fill(m.delta + queries, m.delta + columns, 0.0f);
     std::fill(m.shift + queries, m.shift + columns, std::numeric_limits<float>::infinity());
     std::fill(m.factor + queries, m.factor + columns, 1.0f);
     std::fill_n(m.dq, head_dim * QUERIES, 0.0f);
 
-    // only the keys that one of these queries sees
+    // only keys that at least one of these queries sees
     const int begin = std::max(0, query - window.left) / KEYS * KEYS, end = std::min(length, query + queries + window.right);
     const auto tiles = [&](auto bounded, int first, int keys, int rows) {
         for (int row = 0; row < rows; row += ROWS)
@@ -278,7 +278,7 @@ int backward(
 
 }  // namespace
 
-// dq_token, dk_token: how far the rows of dq, and of dk and dv, lie apart.
+// dq_token, dk_token: the row stride of dq, and that of dk and dv.
 #define EXPORT_FOR(T, name)                                                                                        \
     EXPORT int attention_backward_##name(                                                                          \
         const T::Element* d_o, const T::Element* q, const T::Element* k, const T::Element* v, const T::Element* o, \

@@ -1,4 +1,4 @@
-// What the backward passes of attention share: products that add up in float32, and rows laid out for them.
+// Shared by the backward passes of attention: products that accumulate in float32, and laying out rows for them.
 
 #pragma once
 
@@ -6,7 +6,7 @@
 
 namespace {
 
-constexpr int ROWS = BLOCK_ROWS;  // rows of a product at a time
+constexpr int ROWS = BLOCK_ROWS;  // rows of a product that are computed at a time
 
 // c [M, N registers] += a [M, lanes] b [lanes, N registers]
 template <class T, int M, int N>
@@ -48,7 +48,7 @@ void add_product(
         add_rows<T, 2>(a + row * a_stride, a_stride, b, b_stride, lanes, c + row * c_stride, c_stride, columns);
 }
 
-// The sums of one head [rows, head_dim], rounded once -> rows `stride` elements apart.
+// Rounds the sums of one head [rows, head_dim] and stores them to rows with this stride.
 template <class T>
 void store_rows(const float* sums, int rows, int head_dim, float scale, typename T::Element* to, int64_t stride) {
     for (int row = 0; row < rows; ++row)
@@ -59,7 +59,7 @@ void store_rows(const float* sums, int rows, int head_dim, float scale, typename
             );
 }
 
-// Rows -> lanes of neighbouring rows, which in float32 are the rows themselves.
+// Rows as lanes of adjacent rows; in float32 these are the rows themselves.
 inline void lay_out_rows(const uint16_t* x, int64_t stride, int length, int head_dim, float* to) {
     pair_rows(x, stride, length, head_dim, to);
 }

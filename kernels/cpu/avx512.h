@@ -1,6 +1,6 @@
-// Registers of 16 lanes of 32 bits, and what the operators do with them: by AVX-512, products of bfloat16 by AVX512-BF16.
-// Operators are written over these names, WIDTH and the sizes of a block, so that another set of instructions takes one
-// more header. Floats also have + - * /, and Ints + * & | ^ << >>.
+// Registers of 16 lanes of 32 bits and their operations with AVX-512, products of bfloat16 with AVX512-BF16. Operators
+// use only these names, WIDTH and the sizes of a block, so another instruction set needs one more header. Floats also
+// have + - * /, and Ints + * & | ^ << >>.
 
 #pragma once
 
@@ -11,7 +11,7 @@
 namespace {
 
 constexpr int WIDTH = 16;  // lanes of a register
-constexpr int BLOCK_ROWS = 6, BLOCK_REGISTERS = 4;  // 24 sums of 32 registers, 4 of the right side, one of the left
+constexpr int BLOCK_ROWS = 6, BLOCK_REGISTERS = 4;  // 32 registers: 24 sums, 4 right, 1 left operands
 
 using Floats = __m512;
 typedef uint32_t Ints __attribute__((vector_size(64)));
@@ -27,34 +27,34 @@ inline Floats load(const float* from) { return _mm512_loadu_ps(from); }
 inline void store(float* to, Floats x) { _mm512_storeu_ps(to, x); }
 inline Ints load_ints(const void* from) { return (Ints)_mm512_loadu_si512(from); }
 inline void store_ints(void* to, Ints x) { _mm512_storeu_si512(to, (__m512i)x); }
-// The lanes of the mask; the others are zero, and nothing is read there.
+// Loads the lanes of the mask; the others are zero, and their memory is not read.
 inline Ints load_ints(const void* from, Mask mask) { return (Ints)_mm512_maskz_loadu_epi32(mask, from); }
-// The low bytes of the lanes.
+// Stores the low byte of each lane.
 inline void store_bytes(uint8_t* to, Ints x) { _mm_storeu_si128((__m128i*)to, _mm512_cvtepi32_epi8((__m512i)x)); }
 
 // a b + c, a b - c and c - a b, rounded once.
 inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 inline Floats fms(Floats a, Floats b, Floats c) { return _mm512_fmsub_ps(a, b, c); }
 inline Floats fnma(Floats a, Floats b, Floats c) { return _mm512_fnmadd_ps(a, b, c); }
-inline Floats maximum(Floats a, Floats b) { return _mm512_max_ps(a, b); }  // b where one of them is NaN
+inline Floats maximum(Floats a, Floats b) { return _mm512_max_ps(a, b); }  // b if one is NaN
 inline Floats absolute(Floats x) { return _mm512_abs_ps(x); }
 inline Floats square_root(Floats x) { return _mm512_sqrt_ps(x); }
-// x - floor(x), zero of an infinite x.
+// x - floor(x), zero for an infinite x.
 inline Floats fraction(Floats x) { return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
-inline Ints to_ints(Floats x) { return (Ints)_mm512_cvtps_epi32(x); }  // the nearest
+inline Ints to_ints(Floats x) { return (Ints)_mm512_cvtps_epi32(x); }  // rounded to nearest
 inline Floats times_power_of_2(Floats x, Floats power) { return _mm512_scalef_ps(x, power); }  // x 2^floor(power)
 inline float sum_of(Floats x) { return _mm512_reduce_add_ps(x); }
 inline float maximum_of(Floats x) { return _mm512_reduce_max_ps(x); }
 
 inline Mask first_lanes(int n) { return (Mask)((1u << n) - 1); }
-inline Mask at_least(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }  // not where one is NaN
+inline Mask at_least(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }  // false if one is NaN
 inline Mask at_least(Ints a, Ints b) { return _mm512_cmpge_epu32_mask((__m512i)a, (__m512i)b); }
-inline Mask not_at_most(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLE_UQ); }  // also where one is NaN
+inline Mask not_at_most(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLE_UQ); }  // true if one is NaN
 inline Mask are_equal(Ints a, Ints b) { return _mm512_cmpeq_epi32_mask((__m512i)a, (__m512i)b); }
-inline Floats keep(Mask mask, Floats x) { return _mm512_maskz_mov_ps(mask, x); }  // zero in the other lanes
+inline Floats keep(Mask mask, Floats x) { return _mm512_maskz_mov_ps(mask, x); }  // the other lanes are zero
 inline Floats choose(Mask mask, Floats x, Floats other) { return _mm512_mask_mov_ps(other, mask, x); }
 
-// ---- bfloat16: `from` and `to` are WIDTH of them, one after another --------------------------------------
+// ---- bfloat16: `from` and `to` are WIDTH contiguous elements ---------------------------------------------
 
 inline Ints widen(const uint16_t* from) {
     return (Ints)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from));
@@ -64,19 +64,19 @@ inline void store(uint16_t* to, Floats x) { _mm256_storeu_si256((__m256i*)to, (_
 inline Floats rounded_to_bfloat16(Floats x) {
     return as_floats((Ints)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x)) << 16);
 }
-// Two bfloat16 a lane: those of `first` and then those of `second`.
+// Two bfloat16 in each lane: all of `first`, then all of `second`.
 inline Ints to_bfloat16(Floats first, Floats second) { return (Ints)_mm512_cvtne2ps_pbh(second, first); }
-// Two bfloat16 a lane: the first of `first`, the first of `second`, and so on.
+// Two bfloat16 in each lane: the first of `first` and the first of `second`, and so on.
 inline Ints to_pairs(Floats first, Floats second) {
     alignas(64) static const uint16_t ORDER[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                    8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     return (Ints)_mm512_permutexvar_epi16(_mm512_load_si512(ORDER), (__m512i)to_bfloat16(first, second));
 }
-// sum + the two products of bfloat16 in each lane of a and b.
+// sum + both products of bfloat16 in each lane of a and b.
 inline Floats add_pairs(Floats sum, Floats a, Floats b) {
     return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_castps_si512(a), (__m512bh)_mm512_castps_si512(b));
 }
-// The same in PAIR_PARTS steps: sum = add_part(sum, part_of_pairs<PART>(a), part_of_pairs<PART>(b)).
+// add_pairs in PAIR_PARTS steps: sum = add_part(sum, part_of_pairs<PART>(a), part_of_pairs<PART>(b)).
 constexpr int PAIR_PARTS = 1;
 template <int PART>
 inline Floats part_of_pairs(Floats x) { return x; }
@@ -84,7 +84,7 @@ inline Floats add_part(Floats sum, Floats a, Floats b) { return add_pairs(sum, a
 
 // ---- between lanes ---------------------------------------------------------------------------------------
 
-// Lanes of WIDTH rows, one row a register, into one lane of all rows a register.
+// Transposes WIDTH rows, one in each register: each register then has one lane of all rows.
 inline void transpose(Ints rows[WIDTH]) {
     __m512i r[WIDTH], t[WIDTH];
     for (int i = 0; i < WIDTH; i += 2) {
@@ -107,7 +107,7 @@ inline void transpose(Ints rows[WIDTH]) {
     }
 }
 
-// Sums of the lanes of each of WIDTH registers, in one register.
+// The sums of the lanes of WIDTH registers, in one register.
 inline Floats sums_of_lanes(const Floats of[WIDTH]) {
     Floats t[WIDTH];
     for (int i = 0; i < WIDTH; i += 2)
@@ -122,7 +122,7 @@ inline Floats sums_of_lanes(const Floats of[WIDTH]) {
     return t[0];
 }
 
-// WIDTH / 4 elements, again and again.
+// WIDTH / 4 elements, repeated four times.
 inline Floats load_quarter(const float* from) { return _mm512_broadcast_f32x4(_mm_loadu_ps(from)); }
 inline Floats load_quarter(const uint16_t* from) {
     const __m128i bits = _mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i*)from));

@@ -1,22 +1,22 @@
-// Disentangled attention of packed sequences, head by head:
+// Disentangled attention of packed sequences, one head at a time:
 //     s[i, j] = scale (q[i] k[j] + q[i] pk[lut[i - j]] + k[j] pq[lut[i - j]])     o = dropout(softmax(s)) v
-// As attention.cpp, whose softmax, dropout and product with v these are. The products of keys with pq come out a row for
-// a key, so they are made for a block of queries at a time, turned, and added to the scores; those of queries with pk
-// are made for the few rows whose scores are. `disentangled.py` calls it.
+// The method is that of attention.cpp, with the same softmax, dropout and product with v. The products of keys with pq
+// have a row for each key, so they are computed for a block of queries, transposed, and added to the scores; those of
+// queries with pk are computed for the same few rows as the scores. `disentangled.py` calls this.
 
 #include "disentangled.h"
 
 namespace {
 
-constexpr int ROWS = BLOCK_ROWS;  // rows of queries, or of keys, at a time
+constexpr int ROWS = BLOCK_ROWS;  // rows of queries, or of keys, that are computed at a time
 
-// The tables of all heads as columns [heads, lanes, entries]; null where there is no such table.
+// The tables of all heads as columns [heads, lanes, entries]; null without that table.
 struct Tables {
     float *keys = nullptr, *queries = nullptr;
     ~Tables() { std::free(keys), std::free(queries); }
 };
 
-// Columns of one table, of all heads. False where there is no memory.
+// Lays out one table for all heads. Returns false if there is no memory.
 template <class T>
 bool columns_of(
     const typename T::Element* table, const int32_t* lut, const Entries& entries, int sign, int heads, int head_dim,
@@ -40,22 +40,22 @@ bool columns_of(
     return !failed;
 }
 
-// What the rows of one head of a sequence read, and memory for what is made of them.
+// The inputs for the rows of one head of a sequence, and memory for their results.
 template <class T>
 struct Head {
     using Element = typename T::Element;
-    const Element *q, *k;          // rows q_token and k_token apart
+    const Element *q, *k;          // rows with strides q_token and k_token
     int64_t q_token, k_token;
     const float *of_keys, *of_queries;  // columns of the tables, or null
     float *keys_transposed;        // [lanes, keys]
-    const float* values;           // pairs of rows, v_stride apart
+    const float* values;           // pairs of rows with stride v_stride
     int64_t v_stride;
     float *scores, *band, *added, *turned;  // [ROWS, keys], [ROWS, keys + 2 WIDTH], [BLOCK, keys], [BLOCK, BLOCK]
     Element* p;                    // [ROWS, keys]
     int length, keys, head_dim;    // keys: the length, rounded up to whole registers
 };
 
-// k[j] pq[lut[i - j]] of `rows` queries from `row` on -> h.added [rows, keys]. ROWS keys at a time make a row each.
+// h.added [rows, keys] = k[j] pq[lut[i - j]] for `rows` queries from `row` on, computed for ROWS keys at a time.
 template <class T>
 void add_of_keys(const Head<T>& h, const Entries& entries, int row, int rows) {
     const int lanes = h.head_dim / T::PER_LANE;
@@ -80,7 +80,7 @@ void add_of_keys(const Head<T>& h, const Entries& entries, int row, int rows) {
     }
 }
 
-// Scores of M rows with N registers of keys from `key` on, and the greatest of each row and lane. `added`: of these rows.
+// Scores of M rows with N registers of keys from `key` on, and the maximum of each row and lane. added: for these rows.
 template <class T, int M, int N>
 [[gnu::noinline]] void score_tile(
     const Head<T>& h, const typename T::Element* q, int key, const float* added, bool is_last, Mask tail,
@@ -112,7 +112,7 @@ template <class T, int M, int N>
         }
 }
 
-// o of M queries from `row` on. added: of these rows, or null.
+// o of M queries from `row` on. added: for these rows, or null.
 template <class T, int M>
 void rows_of_head(
     const Head<T>& h, const Entries& entries, int row, const float* added, float scale_log2, const Dropout* dropout,
@@ -134,7 +134,7 @@ void rows_of_head(
     float factor[M];
     for (int i = 0; i < M; ++i) {
         float shift;
-        if (T::PER_LANE == 2 && !shifts)  // all that leaves the sum is rounded to bfloat16
+        if (T::PER_LANE == 2 && !shifts)  // all results are rounded to bfloat16
             factor[i] = softmax<T, 3>(h.scores + i * keys, most[i], h.p + i * keys, keys, tail, scale_log2, &shift);
         else
             factor[i] = softmax<T, 6>(h.scores + i * keys, most[i], h.p + i * keys, keys, tail, scale_log2, &shift);
@@ -162,7 +162,7 @@ int disentangled_attention(
     using Element = typename T::Element;
     if (!fit(lut, reach, table_rows, starts, sequences, tokens)) return NOT_SEQUENCES;
     const Entries entries(longest_of(starts, sequences));
-    lut += reach - entries.longest;  // of the distances that there are
+    lut += reach - entries.longest;  // now begins with the least distance that occurs
     Tables tables;
     if (!columns_of<T>(pk, lut, entries, -1, heads, head_dim, &tables.keys)
         || !columns_of<T>(pq, lut, entries, 1, heads, head_dim, &tables.queries))

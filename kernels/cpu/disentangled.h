@@ -1,10 +1,10 @@
-// What the forward and the backward of disentangled attention share: the table of distances of one head, and its products
-// with rows of queries or keys.
+// Shared by the forward and backward pass of disentangled attention: the table of distances of one head, and its
+// products with rows of queries or keys.
 //
-// A score looks at the row of the table for i - j, so that along a row of scores these rows follow one another: entry
-// `middle` + (j - i) of `pk`, laid out by j - i, and entry `middle` + (i - j) of `pq`, laid out by i - j. A few rows of
-// queries with a few more entries than there are keys make all their products at once, and each row reads its own
-// scores from another start. Distances that share a row of the table are entries of their own.
+// A score uses the row of the table for i - j, so along a row of scores successive rows are used. The table is laid out
+// as entries, one for each distance, even if several distances have the same row of the table: `pk` by j - i, with entry
+// `middle` + (j - i), and `pq` by i - j, with entry `middle` + (i - j). One product of a few rows of queries with a few
+// more entries than keys has all scores of these rows; each row reads them from a start of its own.
 
 #pragma once
 
@@ -13,10 +13,10 @@
 namespace {
 
 constexpr int BLOCK = 16 * BLOCK_ROWS;  // rows of queries, or of keys, that are laid out at a time
-constexpr int MARGIN = 32;              // empty entries on either side: tiles reach past the distances that there are
-constexpr int BAND = BLOCK + 32;        // a row of products of a block
+constexpr int MARGIN = 32;              // empty entries on both sides, because tiles extend past the existing distances
+constexpr int BAND = BLOCK + 32;        // length of a row of products of a block
 
-// `longest`: of how many tokens a sequence is at most.
+// longest: the most tokens of a sequence.
 struct Entries {
     int longest, middle, count;
     explicit Entries(int longest) : longest(longest), middle(MARGIN + longest - 1) {
@@ -25,8 +25,8 @@ struct Entries {
     }
 };
 
-// The rows of one head of a table, `stride` elements apart -> the entries as rows [count, head_dim], zero past the
-// distances that there are. `sign` is 1 where entries are laid out by i - j, -1 where by j - i.
+// Lays out the rows of one head of a table, with this stride, as entries [count, head_dim], zero past the existing
+// distances. sign: 1 for entries by i - j, -1 for entries by j - i.
 template <class T>
 void lay_out_entries(
     const typename T::Element* table, int64_t stride, const int32_t* lut, const Entries& entries, int sign,
@@ -42,7 +42,7 @@ void lay_out_entries(
     }
 }
 
-// Products of M rows of x with N registers of entries: columns [lanes, count of entries] -> to [M, N registers].
+// to [M, N registers] = M rows of x times N registers of entries; columns [lanes, number of entries].
 template <class T, int M, int N>
 inline void band_tile(
     const typename T::Element* x, int64_t stride, const float* columns, int count, int lanes, float* to,
@@ -56,7 +56,7 @@ inline void band_tile(
         for (int j = 0; j < N; ++j) store(to + i * to_stride + j * WIDTH, sum[i][j]);
 }
 
-// The same with `wanted` entries, and those that fill the last register.
+// The products with `wanted` entries, and with those that fill the last register.
 template <class T, int M>
 void band_of_rows(
     const typename T::Element* x, int64_t stride, const float* columns, int count, int lanes, int wanted, float* to,
@@ -67,8 +67,8 @@ void band_of_rows(
     });
 }
 
-// Rows [rows, columns] of float32 or lanes -> [columns, rows]. What lies past them, up to a whole register, is moved too,
-// but for rows of `to` past `columns`.
+// Transposes [rows, columns] of float32 or lanes to [columns, rows]. Elements past the last row, up to a whole register,
+// are copied too; rows of `to` past `columns` are not written.
 inline void transpose_block(const float* x, int64_t stride, int rows, int columns, float* to, int64_t to_stride) {
     for (int row = 0; row < rows; row += WIDTH)
         for (int column = 0; column < columns; column += WIDTH) {
@@ -80,7 +80,7 @@ inline void transpose_block(const float* x, int64_t stride, int rows, int column
         }
 }
 
-// Are they rows of a table, and sequences of at most `longest` tokens?
+// Whether lut has only rows of the table, and starts describe sequences of at most `longest` tokens.
 inline bool fit(const int32_t* lut, int longest, int rows, const int32_t* starts, int sequences, int64_t tokens) {
     if (!are_sequences(starts, sequences, tokens)) return false;
     for (int i = 0; i < sequences; ++i)
@@ -90,7 +90,7 @@ inline bool fit(const int32_t* lut, int longest, int rows, const int32_t* starts
     return true;
 }
 
-// The longest of these sequences.
+// The length of the longest sequence.
 inline int longest_of(const int32_t* starts, int sequences) {
     int longest = 1;
     for (int i = 0; i < sequences; ++i) longest = std::max(longest, starts[i + 1] - starts[i]);

@@ -1,49 +1,50 @@
-// The gradients of disentangled attention, head by head, with all sequences of a head one after another:
-//     p, dp, ds as in attention_bwd.cpp, of scores with both terms of distances
+// The gradients of disentangled attention, one head at a time, with all sequences of a head one after another:
+//     p, dp, ds as in attention_bwd.cpp, with both terms of distances in the scores
 //     dq[i] = scale sum_j ds[i, j] (k[j] + pk[lut[i - j]])      dpk[r] = scale sum of ds[i, j] q[i], lut[i - j] = r
 //     dk[j] = scale sum_i ds[i, j] (q[i] + pq[lut[i - j]])      dpq[r] = scale sum of ds[i, j] k[j], lut[i - j] = r
-// delta is the mean of dp over the keys, weighted by p, from a pass before that of the gradients. It is not taken from do o:
-// where dp hardly differs from key to key, what o was rounded by would be most of ds.
-// A block of ds is held twice: a row for a key, and a row for a query. Its rows have zeros on either side, so that the
-// same memory, read with rows one element further apart, is the block by entries of a table (see disentangled.h): the
-// rest of dk is that times the entries of pq, and what dpq gains is its transpose times k. So it is of dq and dpk.
-// Gradients of entries add up in float32 over all sequences, and then over the distances that share a row: one thread has
-// all of a head, so nothing depends on how many there are.
+// delta is the mean of dp over the keys, weighted by p, from a pass of its own before the gradients. It is not computed
+// as rowsum(do * o): if dp hardly differs between keys, the rounding error of o would dominate ds.
+// A block of ds is stored twice, with a row for each key and with a row for each query. Its rows have zeros on both
+// sides. So the same memory, read with a row stride that is one element larger, is the block arranged by entries of a
+// table (see disentangled.h). The term of dk with pq is that matrix times the entries of pq, and the block's part of dpq
+// is its transpose times k; the same holds for dq and dpk.
+// Gradients of entries are summed in float32 over all sequences, and then over the distances that share a row of the
+// table. One thread processes all of a head, so results do not depend on the number of threads.
 
 #include "attention_gradients.h"
 #include "disentangled.h"
 
 namespace {
 
-constexpr int GAP = 16;                // zeros on either side of a row of ds
+constexpr int GAP = 16;                // zeros on both sides of a row of ds
 constexpr int DS_ROW = BLOCK + 2 * GAP;
 
-// What there is of one head. Rows of elements are in T, the rest is float32 or lanes of T.
+// The entries of one head of a table. Rows of elements are in T, all else is float32 or lanes of T.
 template <class T>
 struct Table {
     typename T::Element* rows;  // [entries, head_dim]
     float *columns, *pairs;     // [lanes, entries], [entries / 2, head_dim]; in float32 `pairs` are the rows
-    float* sums;                // [entries, head_dim]: of its gradient
+    float* sums;                // [entries, head_dim], sums of the gradient
 };
 
 template <class T>
 struct Memory {
     using Element = typename T::Element;
     Table<T> pk, pq;
-    float* of_rows;             // [rows of a table, head_dim]: sums of a gradient
+    float* of_rows;             // [rows of a table, head_dim], sums of a gradient
     Element *k, *v;             // [keys, head_dim], zero past the last
     float* k_pairs;             // [key lanes, head_dim]
     float *dk, *dv;             // [keys, head_dim]
-    Element* q_rows;            // of a block: [BLOCK, head_dim], zero past the last
-    float *q, *d_o;             // of a block: transposed [lanes, BLOCK]
+    Element* q_rows;            // a block [BLOCK, head_dim], zero past the last
+    float *q, *d_o;             // a block, transposed [lanes, BLOCK]
     float *q_pairs, *do_pairs;  // [query lanes, head_dim]
     float* dq;                  // [BLOCK, head_dim]
-    float *shift, *factor, *delta, *total;  // [BLOCK], of softmax_stats, and sums of p dp and of p
+    float *shift, *factor, *delta, *total;  // [BLOCK]: softmax_stats, and sums of p dp and of p
     uint32_t *low, *high;       // [BLOCK] halves of the rows' keys, for dropout
-    Element* p;                 // of both blocks: [BLOCK, BLOCK], a row for a key
-    Element *ds, *ds_of_queries;  // [BLOCK, DS_ROW], a row for a key, and a row for a query
+    Element* p;                 // a block of keys and one of queries: [BLOCK, BLOCK], a row for each key
+    Element *ds, *ds_of_queries;  // [BLOCK, DS_ROW], with a row for each key, and for each query
     float* ds_pairs;            // [key lanes, BLOCK]
-    float* sheared;             // [lanes, DS_ROW], of pairs of rows of ds
+    float* sheared;             // [lanes, DS_ROW], pairs of rows of ds
     float *band, *turned, *added;  // [BLOCK_ROWS, BAND], [BLOCK, BLOCK], [BLOCK, BLOCK]: products with entries
 
     bool reserve(const Entries& entries, int table_rows, int head_dim) {
@@ -62,7 +63,7 @@ struct Memory {
         }
         of_rows = take(table_rows * width);
         k = (Element*)take(keys * lanes), v = (Element*)take(keys * lanes);
-        k_pairs = take(keys * lanes + width);  // an odd last row has a lane of its own
+        k_pairs = take(keys * lanes + width);  // width more, because an odd last row has a lane of its own
         dk = take(keys * width), dv = take(keys * width);
         q_rows = (Element*)take(BLOCK * lanes);
         q = take(BLOCK * lanes), d_o = take(BLOCK * lanes);
@@ -99,9 +100,9 @@ inline void store_ds(Floats first, Floats second, float* rows, float* pairs) {
     store(pairs, first), store(pairs + BLOCK, second);
 }
 
-// p^T and ds^T of ROWS keys, of which `real` are, and N registers of queries from the block's query `column` on. of_keys:
-// m.band holds k pq of these keys; of_queries: m.added holds q pk, a row for a key. With OF_DELTA p dp and p are added
-// to delta and total, and nothing else is stored.
+// p^T and ds^T of ROWS keys, of which `real` exist, and N registers of queries from the block's query `column` on.
+// of_keys: m.band has k pq of these keys. of_queries: m.added has q pk, with a row for each key. With OF_DELTA, p dp and p
+// are added to delta and total, and nothing else is stored.
 template <class T, bool OF_DELTA, int N>
 void tile(
     const Memory<T>& m, int key, int real, int row, int column, int lanes, float scale_log2, const Dropout* dropout,
@@ -181,7 +182,7 @@ void tile(
             );
 }
 
-// Two neighbouring rows of ds a lane, the second one column further on: along an entry of the table both lie in one lane.
+// Pairs adjacent rows of ds in lanes, the second row shifted by one column, so that a lane has one entry of the table.
 inline const float* shear(const uint16_t* ds, int rows, int columns, float* to) {
     for (int row = 0; row < rows; row += 2)
         for (int column = 0; column < 2 * GAP + round_up(columns, WIDTH); column += WIDTH) {
@@ -192,7 +193,7 @@ inline const float* shear(const uint16_t* ds, int rows, int columns, float* to) 
 }
 inline const float* shear(const float* ds, int, int, float*) { return ds; }
 
-// c [ROWS, N registers] += the transpose of a [lanes, ROWS], its lanes a_stride apart, times b [lanes, N registers]
+// c [ROWS, N registers] += a^T b, with a [lanes, ROWS] of stride a_stride and b [lanes, N registers].
 template <class T, int N>
 void add_transposed_tile(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int lanes, float* c) {
     Floats sum[ROWS][N];
@@ -214,9 +215,9 @@ void add_transposed_tile(const float* a, int64_t a_stride, const float* b, int64
         }
 }
 
-// What a block of ds [rows, columns] adds: to `gradient` of its rows, by what its columns are of, x_pairs, and by the
-// entries of the table; and to the table's own gradient, by what its rows are of, y_pairs. entry: of its first row and
-// column. rows are even, and ds is zero around them.
+// Adds the products of a block of ds [rows, columns]. `gradient`, that of its rows, gets the products with x_pairs, the
+// inputs of its columns, and with the entries of the table. The gradient of the table gets the products with y_pairs, the
+// inputs of its rows. entry: the entry of its first row and column. rows is even, and ds is surrounded by zeros.
 template <class T>
 void add_gradients(
     const typename T::Element* ds, int rows, int columns, const float* x_pairs, const float* y_pairs,
@@ -231,7 +232,7 @@ void add_gradients(
 
     const auto of_entries = [&](auto m, int row) {
         constexpr int M = m;
-        const int first = entry - (row + M - 1), odd = first % PER_LANE;  // lanes begin at even entries
+        const int first = entry - (row + M - 1), odd = first % PER_LANE;  // a lane begins with an even entry
         const int lanes = (columns + M - 1 + odd + PER_LANE - 1) / PER_LANE;
         add_rows<T, M>(
             ds + row * DS_ROW - (M - 1) - odd, DS_ROW + 1, table->pairs + (int64_t)(first - odd) / PER_LANE * head_dim,
@@ -243,8 +244,8 @@ void add_gradients(
     for (; row < rows; row += 2) of_entries(std::integral_constant<int, 2>(), row);
 
     const float* lanes = shear(ds - GAP, rows, columns, sheared) + GAP;
-    for (int step = 1 - rows; step < columns; step += ROWS) {  // from an entry to that of the first row and column
-        const int begin = std::max(0, 1 - ROWS - step) / PER_LANE;  // rows whose columns are in the block
+    for (int step = 1 - rows; step < columns; step += ROWS) {  // distance from `entry`
+        const int begin = std::max(0, 1 - ROWS - step) / PER_LANE;  // first row whose column is in the block
         const int end = (std::min(rows, columns - step) + PER_LANE - 1) / PER_LANE;
         float* sums = table->sums + (int64_t)(entry + step) * head_dim;
         over_registers<BLOCK_REGISTERS>(head_dim, [&](auto registers, int column) {
@@ -256,7 +257,7 @@ void add_gradients(
     }
 }
 
-// Keys and values of one head [length, head_dim] into memory, their gradients to zero.
+// Copies keys and values of one head [length, head_dim] into memory, and sets their gradients to zero.
 template <class T>
 void lay_out_keys(
     Memory<T>& m, const typename T::Element* k, int64_t k_token, const typename T::Element* v, int64_t v_token,
@@ -273,15 +274,15 @@ void lay_out_keys(
     std::fill_n(m.dv, keys * head_dim, 0.0f);
 }
 
-// Zeros in the rows of ds past `columns`, as far as `add_gradients` looks.
+// Sets the rows of ds past `columns` to zero, as far as `add_gradients` reads them.
 template <class E>
 void clear_after(E* ds, int rows, int columns) {
     if (columns < BLOCK)
         for (int row = 0; row < rows; ++row) std::fill_n(ds + row * DS_ROW + GAP + columns, GAP, E(0));
 }
 
-// One block of queries of one sequence, from `row` on: their dq, and what they add to dk, dv and the tables. q, d_o, dq:
-// rows of the block; shifts, factors: of its rows.
+// Computes dq of one block of queries of one sequence, from `row` on, and adds to dk, dv and the tables' gradients. q,
+// d_o, dq, shifts and factors are those of the block's rows.
 template <class T>
 void block_of_queries(
     Memory<T>& m, const Entries& entries, const typename T::Element* q, int64_t q_token,
@@ -297,13 +298,13 @@ void block_of_queries(
     lay_out_rows(m.q_rows, head_dim, even, head_dim, m.q_pairs);
     lay_out_rows(d_o, do_token, queries, head_dim, m.do_pairs);
     for (int i = 0; i < queries; ++i) m.shift[i] = shifts[i], m.factor[i] = factors[i];
-    // p is exp(-infinity) past the last query
+    // past the last query p is exp(-infinity) = 0
     std::fill_n(m.delta, columns, 0.0f), std::fill_n(m.total, columns, 0.0f);
     std::fill(m.shift + queries, m.shift + columns, std::numeric_limits<float>::infinity());
     std::fill(m.factor + queries, m.factor + columns, 1.0f);
     std::fill_n(m.dq, even * head_dim, 0.0f);
 
-    const auto tiles = [&](auto is_of_delta, int first) {  // of the keys of a block, from `first` on
+    const auto tiles = [&](auto is_of_delta, int first) {  // processes the keys of a block, from `first` on
         constexpr bool of_delta = is_of_delta;
         const int keys = std::min(BLOCK, length - first), rows = round_up(keys, ROWS);
         if (has_pk) {
@@ -316,7 +317,7 @@ void block_of_queries(
                     for (int j = 0; j < rows; j += WIDTH)
                         store(m.turned + (i + t) * BLOCK + j, load(m.band + t * BAND + j + ROWS - 1 - t));
             }
-            transpose_block(m.turned, BLOCK, columns, rows, m.added, BLOCK);  // a row for a key
+            transpose_block(m.turned, BLOCK, columns, rows, m.added, BLOCK);  // to a row for each key
         }
         for (int key = 0; key < rows; key += ROWS) {
             if (has_pq)
@@ -333,12 +334,12 @@ void block_of_queries(
         }
     };
     for (int first = 0; first < length; first += BLOCK) tiles(std::true_type(), first);
-    for (int i = 0; i < queries; ++i) m.delta[i] /= m.total[i];  // p adds up to 1 but for its rounding
+    for (int i = 0; i < queries; ++i) m.delta[i] /= m.total[i];  // the sum of p is 1, except for rounding
     for (int first = 0; first < length; first += BLOCK) {
         const int keys = std::min(BLOCK, length - first), rows = round_up(keys, ROWS);
         tiles(std::false_type(), first);
         clear_after(m.ds, rows, columns);
-        // a row for a query, by lanes of neighbouring keys; keys past the last are zero
+        // a row for each query, with lanes of adjacent keys; keys past the last are zero
         const int key_lanes = rows / T::PER_LANE, all_lanes = round_up(key_lanes, WIDTH);
         std::fill(m.ds_pairs + key_lanes * BLOCK, m.ds_pairs + all_lanes * BLOCK, 0.0f);
         transpose_block(
@@ -363,7 +364,7 @@ void block_of_queries(
     store_rows<T>(m.dq, queries, head_dim, scale, dq, o_token);
 }
 
-// The gradient of one head of a table: the sums of its entries, by the rows that they are of.
+// The gradient of one head of a table: the gradients of entries are summed for each row of the table.
 template <class T>
 void store_table(
     const Table<T>& t, const int32_t* lut, const Entries& entries, int sign, int rows, int head_dim, float scale,

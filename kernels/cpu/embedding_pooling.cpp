@@ -1,12 +1,12 @@
-// What stands before and after the layers, for inference: three look-ups, their sum and LayerNorm; the mean of each
+// Operators before and after the layers, for inference: three look-ups, their sum and LayerNorm; the mean of each
 // sequence. `operators.py` calls them.
 
 #include "simd.h"
 
 namespace {
 
-// y = LayerNorm(word[ids] + segment[types] + position[places]), the sum in float32; tables of `width` contiguous
-// columns. Returns 1, and nothing is computed, where an index lies outside its table of sizes[0], [1] or [2] rows.
+// y = LayerNorm(word[ids] + segment[types] + position[places]), with the sum in float32; tables have `width` contiguous
+// columns. Returns 1, without computing, if an index is outside of its table of sizes[0], [1] or [2] rows.
 template <class T>
 int embedding_layer_norm(
     const int64_t* ids, const int64_t* types, const int64_t* places, const typename T::Element* word,
@@ -26,7 +26,7 @@ int embedding_layer_norm(
     return 0;
 }
 
-// y [sequences, width] = the mean of each sequence's rows of x, summed in float32; zeros of an empty sequence.
+// y [sequences, width] = the mean of each sequence's rows of x, summed in float32; zeros for an empty sequence.
 template <class T>
 int mean_of_sequences(
     const typename T::Element* x, const int32_t* starts, typename T::Element* y, int sequences, int64_t rows, int width

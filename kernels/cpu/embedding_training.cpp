@@ -6,8 +6,8 @@
 //     d = dy where kept, scaled,  g = d * weight,  dz = rstd * (g - mean(g) - xhat * mean(g * xhat))
 //     dweight, dbias = sums over rows of d * xhat and of d;  dword[ids] += dz, and so on
 //
-// The gradient of a table is added up row after row by the thread that owns some of its columns, so its bits do not
-// depend on the number of threads.
+// Each thread computes the gradients of some columns of a table, one row after the other, so their bits do not depend
+// on the number of threads.
 
 #include <vector>
 
@@ -20,7 +20,7 @@ struct Lookups {
     using Element = typename T::Element;
     const int64_t *ids, *types, *places;
     const Element *word, *segment, *position, *weight;
-    const uint64_t* keys;  // of rows, or null where nothing is dropped
+    const uint64_t* keys;  // dropout keys of rows, or null without dropout
     int width;
     float eps;
     uint32_t threshold;
@@ -32,7 +32,7 @@ struct Lookups {
         return keep(mask, x * floats(scale));
     }
 
-    // xhat of this row; returns rstd.
+    // Computes xhat of this row; returns rstd.
     float normalise(int64_t row, float* xhat) const {
         const Element *a = word + ids[row] * width, *b = segment + types[row] * width;
         const Element* c = position + places[row] * width;
@@ -46,7 +46,7 @@ struct Lookups {
     }
 };
 
-// Do all indices lie in tables of sizes[0], [1] and [2] rows?
+// Whether all indices are inside tables of sizes[0], [1] and [2] rows.
 template <class T>
 bool lie_in_tables(const Lookups<T>& of, int64_t rows, const int64_t* sizes) {
     bool fit = true;
@@ -77,7 +77,7 @@ int forward(
     return 0;
 }
 
-// Zeros in place of what a table of so many elements holds. For all threads of a region, which goes on meanwhile.
+// Sets a table of this many elements to zero. All threads of a parallel region call this; there is no barrier after it.
 void clear(float* table, int64_t size) {
     constexpr int64_t PIECE = 1 << 16;
 #pragma omp for schedule(static) nowait
@@ -85,8 +85,8 @@ void clear(float* table, int64_t size) {
         std::memset(table + first, 0, sizeof(float) * std::min(PIECE, size - first));
 }
 
-// dz [rows, width] is for work; parts [blocks, 2, width] zeros, whose first block becomes (dweight, dbias); gradients of
-// tables are written whole, or null where none is wanted. The row padding_idx of dword is zero.
+// dz [rows, width] is working memory. parts [blocks, 2, width] must be zeros; its first block becomes (dweight, dbias).
+// All elements of the tables' gradients are written; null for those not wanted. The row padding_idx of dword is zero.
 template <class T>
 int backward(
     const Lookups<T>& of, const typename T::Element* dy, float* dz, float* parts, float* dword, float* dsegment,

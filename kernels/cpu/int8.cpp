@@ -1,5 +1,5 @@
-// Products with weights of 8-bit integers, and whole encoder layers of them in one call, for inference. All else in a
-// layer is computed as in layer.cpp. `int8.py` calls both.
+// Products with 8-bit integer weights, and whole encoder layers of such products in one call, for inference. All else in
+// a layer is computed as in layer.cpp. `int8.py` calls both.
 
 #include "simd.h"
 
@@ -9,10 +9,10 @@
 
 namespace {
 
-constexpr int MOST_ROWS = 96;  // of x that go through the panels together
-constexpr int BLOCK_BYTES = 256 << 10;  // of the widest matrix that a thread holds at once
+constexpr int MOST_ROWS = 96;  // most rows of x that are multiplied with the panels together
+constexpr int BLOCK_BYTES = 256 << 10;  // most bytes of the widest matrix in a thread at a time
 
-// Room for `rows` rows of q and their ranges, in what a thread keeps.
+// Memory for `rows` rows of q and their ranges, from the thread's scratch memory.
 struct Quantised {
     uint8_t* q;
     float* ranges;
@@ -23,7 +23,7 @@ struct Quantised {
         : q((uint8_t*)memory), ranges((float*)(memory + (rows * inner + 63) / 64 * 64)) {}
 };
 
-// One row of x, of T, into row `to` of the quantised.
+// Quantises one row of x, in T, to row `to`.
 template <class T>
 inline void quantise(
     const typename T::Element* x, const Int8Weight& weight, const Quantised& into, int64_t to, int inner
@@ -60,7 +60,7 @@ int int8_linear(
     return DONE;
 }
 
-// What of a layer goes row by row, for some rows at a time that stay in a core's own cache.
+// The row-wise parts of a layer, for a block of rows that stays in a core's own cache.
 template <class T>
 struct Rows {
     using Element = typename T::Element;
@@ -91,18 +91,18 @@ struct Rows {
         int8_multiply(quantised.q, quantised.ranges, rows, from, weight, to, 0, (to + PANEL - 1) / PANEL, put);
     }
 
-    // q, k, v [rows, inside], inside the width of all heads
+    // q, k, v [rows, inside]; inside: the width of all heads
     void query_key_value(
         const Element* x, const Int8Layer<Element>& layer, int inside, Element* q, Element* k, Element* v
     ) const {
-        read(x, layer.query, width);  // the factors of all three are the same
+        read(x, layer.query, width);  // query, key and value have the same factors
         for (const auto& [weight, y] : {std::pair{&layer.query, q}, {&layer.key, k}, {&layer.value, v}})
             multiply(*weight, width, inside, [&, y = y](int row, int column, Floats z) {
                 T::store(y + (int64_t)row * inside + column, z);
             });
     }
 
-    // x = LayerNorm(x + the product of what was read)
+    // x = LayerNorm(x + the product of the rows that `read` has quantised)
     void add_norm(Element* x, const Int8Weight& weight, const Linear<Element>& norm, int from) const {
         multiply(weight, from, width, [&](int row, int column, Floats z) {
             const int64_t at = (int64_t)row * width + column;
@@ -139,7 +139,7 @@ int int8_layers(
     Element *q = work, *k = q + size, *v = k + size, *o = v + size;
     const int threads = omp_get_max_threads();
     const auto inside = [&](int number) { return (int)layers[number].heads * head_dim; };  // at most width
-    const int groups = std::max(width, inner) / WIDTH;  // more than there are
+    const int groups = std::max(width, inner) / WIDTH;  // an upper bound
     const int most = std::max(ROWS, BLOCK_BYTES / (int)(inner * sizeof(Element)) / ROWS * ROWS);
     const int blocks = round_up((rows + most - 1) / most, threads);
     const int of_block = round_up((rows + blocks - 1) / blocks, ROWS);
@@ -194,7 +194,7 @@ int int8_layers(
 EXPORT_FOR(Float32, float32)
 EXPORT_FOR(BFloat16, bfloat16)
 
-#else  // `int8.py` calls these of the library by AVX-512 alone
+#else  // `int8.py` calls these functions only in the AVX-512 library
 
 #define EXPORT_FOR(T, name)                                                                                        \
     EXPORT int int8_linear_##name(const T::Element*, const Int8Weight*, T::Element*, int64_t, int, int, int, int) { \

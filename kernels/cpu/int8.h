@@ -1,12 +1,12 @@
-// Products with weights of 8-bit integers by AVX512-VNNI, which multiplies four integers at once and adds them up.
+// Products with 8-bit integer weights by AVX512-VNNI, which multiplies four integers at once and adds the products.
 //
 //     z = x * factors                                              [rows, inner]    in float32
 //     low = min z of a row, step = (max z of a group - low) / 255  [rows], [rows, groups]
 //     q = round((z - low) / step)                                  [rows, inner]    uint8
 //     y = sum over groups of step * scales * (q Q^T) + low * sums + bias            q Q^T exact, in int32
 //
-// Q [columns, inner] int8 is laid out once, in panels of PANEL columns with four neighbours of a column side by side;
-// `int8.py` makes it. A row's result does not depend on the other rows.
+// Q [columns, inner] int8 is laid out once by `int8.py`, in panels of PANEL columns with four adjacent elements of a
+// column together. A row's result does not depend on the other rows.
 
 #pragma once
 
@@ -17,10 +17,10 @@
 namespace {
 
 constexpr int ROWS = BLOCK_ROWS, PANEL = BLOCK_REGISTERS * WIDTH, QUAD = 4;
-constexpr float LEAST_EXTENT = 1e-30f;  // of a group above low; in a smaller one all elements are taken for low
+constexpr float LEAST_EXTENT = 1e-30f;  // if max z - low of a group is less, all of its elements are quantised to 0
 
-// 16 elements of a row from i on are x(i), float32. Fills q [width] and range [1 + groups]: low, and the step of each
-// group. Where an element is not finite, low is NaN, and with it the whole row of a product.
+// x(i) returns 16 elements of a row from i on, in float32. Fills q [width] and range [1 + groups]: low, then the step of
+// each group. If an element is not finite, low is NaN, and so is the whole row of a product.
 template <class X>
 inline void quantise_row(const X& x, const float* factors, uint8_t* q, float* range, int width, int group) {
     const Floats infinite = floats(std::numeric_limits<float>::infinity());
@@ -32,7 +32,7 @@ inline void quantise_row(const X& x, const float* factors, uint8_t* q, float* ra
             const Floats z = x(i) * load(factors + i);
             most = maximum(z, most);
             most_negated = maximum(floats(0.0f) - z, most_negated);
-            odd = fma(z, floats(0.0f), odd);  // NaN where z is NaN or infinite, else 0
+            odd = fma(z, floats(0.0f), odd);  // NaN if z is NaN or infinite, else 0
         }
         steps[first / group] = maximum_of(most);
     }
@@ -51,8 +51,8 @@ inline void quantise_row(const X& x, const float* factors, uint8_t* q, float* ra
     }
 }
 
-// Adds to out [M, PANEL], or with FIRST puts there, what one group gives of M rows of q and one panel, without low. A
-// function of its own: within its caller the compiler has kept the sums of this loop in memory.
+// Adds the product of one group of M rows of q with one panel, without low, to out [M, PANEL]; FIRST overwrites. This is
+// a separate function because, inlined into its caller, the compiler kept the sums of this loop in memory.
 template <int M, bool FIRST>
 [[gnu::noinline, gnu::target("avx512vnni")]] void int8_tile(
     const uint8_t* q, int64_t q_stride, const float* step, int64_t step_stride, const int8_t* panel, int quads,
@@ -78,7 +78,7 @@ template <int M, bool FIRST>
 #pragma GCC unroll 6
     for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
-        for (int j = 0; j < BLOCK_REGISTERS; ++j) asm("" : "+v"(sum[i][j]));  // stay in registers until here
+        for (int j = 0; j < BLOCK_REGISTERS; ++j) asm("" : "+v"(sum[i][j]));  // keeps the sums in registers
 #pragma GCC unroll 6
     for (int i = 0; i < M; ++i) {
         const Floats of_row = floats(step[i * step_stride]);
@@ -91,7 +91,7 @@ template <int M, bool FIRST>
     }
 }
 
-// put(row, column, y) takes 16 elements of y, of rows of q [rows, inner] and the panels from `first` to `end`.
+// Calls put(row, column, y) for every 16 elements of y: rows of q [rows, inner] times the panels `first` to `end`.
 template <class Put>
 void int8_multiply(
     const uint8_t* q, const float* ranges, int rows, int inner, const Int8Weight& weight, int columns, int first, int end,
@@ -105,7 +105,7 @@ void int8_multiply(
         const float* scales = weight.scales + (int64_t)p * groups * PANEL;
         for (int row = 0; row < rows; row += ROWS) {
             const int n = std::min(ROWS, rows - row);
-            if (p + 1 < end)  // the next panel comes from afar, a share with each of these rows
+            if (p + 1 < end)  // prefetches the next panel, a part of it with each group of rows
                 for (int64_t at = of_panel * row / rows / 64 * 64; at < of_panel * (row + n) / rows; at += 64)
                     fetch(panel + of_panel + at);
             alignas(64) float out[ROWS][PANEL];
@@ -134,8 +134,9 @@ void int8_multiply(
     }
 }
 
-// Parabolas of |x| for what GELU lacks to max(x, 0), |x| times the normal distribution's share beyond |x|: one for each
-// of 32 intervals, through its values at Chebyshev's three points there, 2e-5 off at most. Beyond the last it is zero.
+// max(x, 0) - GELU(x) is |x| times the normal distribution's tail beyond |x|. The table has a parabola of |x| for each of
+// 32 intervals, through the values at three Chebyshev points, with an error of at most 2e-5. Beyond the last interval
+// the difference counts as zero.
 struct GeluTable {
     static constexpr int COUNT = 32;
     static constexpr float PER_ONE = 6;

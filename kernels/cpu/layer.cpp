@@ -1,15 +1,15 @@
-// Whole encoder layers in one call, for inference, from the weights as they lie: what happens between two operators
-// costs as much as an operator, where a pass takes a millisecond, and nothing is held twice. `operators.py` calls it.
+// Whole encoder layers in one call, for inference. In a pass of about a millisecond, the Python code between two
+// operators takes as long as an operator. No copies of weights are made. `operators.py` calls this.
 
 #include "simd.h"
 
 namespace {
 
-constexpr int UP_ROWS = 1024;  // of the widest matrix at a time, UP_ROWS in library.py
+constexpr int UP_ROWS = 1024;  // rows of the widest matrix that are computed at a time, UP_ROWS in library.py
 
 }  // namespace
 
-// `work` has room for 4 [rows, width] and one [up to UP_ROWS of rows, inner].
+// `work` is memory for 4 [rows, width] and one [at most UP_ROWS rows, inner].
 #define EXPORT_FOR(T, name)                                                                                        \
     EXPORT int encoder_layers_##name(                                                                              \
         T::Element* x, const Layer<T::Element>* layers, int count, const int32_t* starts, int sequences, int rows, \

@@ -1,18 +1,18 @@
-// A post-norm encoder layer for training: one call forward and one backward, of the operators that the other files have.
-// `encoder_layer.py` calls them. x, y [T, C]; attention is A wide, the feed-forward network F.
+// A post-norm encoder layer for training: one call forward and one backward, which run the operators of other files.
+// `encoder_layer.py` calls them. x, y [T, C]; attention has width A, the feed-forward network F.
 //
 //     qkv = x Wqkv^T + bqkv  [T, 3A];   o = attention(qkv);   z1 = o Wout^T
 //     x1 = LayerNorm(dropout(z1 + bout) + x)
 //     h = x1 Wup^T + bup  [T, F];   a = act(h);   z2 = a Wdown^T
 //     y = LayerNorm(dropout(z2 + bdown) + x1)
 //
-// Backward, where LayerNorm gives each of its two inputs a gradient, dr to the residual and dz to the product before it:
+// Backward. A LayerNorm has two inputs: dr is the gradient of the residual, dz that of the product.
 //
-//     dr2, dz2 of dy;   dh, a of dz2 Wdown and h;   dx1 = dr2 + dh Wup
-//     dr1, dz1 of dx1;  do = dz1 Wout;  dqkv of do;  dx = dr1 + dqkv Wqkv
+//     dr2, dz2 from dy;   dh, a from dz2 Wdown and h;   dx1 = dr2 + dh Wup
+//     dr1, dz1 from dx1;  do = dz1 Wout;  dqkv from do;  dx = dr1 + dqkv Wqkv
 //
-// Saved: qkv, o, z1, h and z2 in the products' dtype, x1 in that of x, attention's softmax_stats and the keys of the rows'
-// dropout. dr, dx1 and dx are one after another in the memory of dx.
+// The forward pass saves qkv, o, z1, h and z2 in the products' dtype, x1 in that of x, attention's softmax_stats, and the
+// rows' dropout keys. dr, dx1 and dx use the memory of dx one after another.
 
 #include "attention.h"
 
@@ -35,10 +35,10 @@ struct Operators;
 OPERATORS_OF(Float32, float32)
 OPERATORS_OF(BFloat16, bfloat16)
 
-// Places of a layer's tensors, as `LayerWeights` has them: each weight is followed by its bias.
+// Indices of a layer's tensors in `LayerWeights`; each weight is followed by its bias.
 enum Place { QUERY = 0, KEY = 2, VALUE = 4, OUT = 6, OUT_NORM = 8, UP = 10, DOWN = 12, DOWN_NORM = 14, PLACES = 16 };
 
-// Hands out pieces of memory, each from a multiple of 64 bytes on. Without memory it only counts.
+// Divides memory into pieces, each aligned to 64 bytes. Without memory it only counts.
 struct Pieces {
     char* memory;
     int64_t bytes = 0;
@@ -51,14 +51,14 @@ struct Pieces {
     }
 };
 
-// What forward leaves to backward.
+// The tensors that the forward pass saves for the backward pass.
 template <class T>
 struct Saved {
     using Element = typename T::Element;
     Element *qkv, *o, *z1, *h, *z2;
     char* x1;
     float* softmax_stats;
-    uint64_t *out_keys, *down_keys;  // null where nothing is dropped
+    uint64_t *out_keys, *down_keys;  // null without dropout
     int64_t bytes;
 
     Saved(const TrainedLayer& l, void* memory) {
@@ -76,7 +76,7 @@ struct Saved {
 
 template <class T>
 struct ForwardMemory {
-    typename T::Element *narrow, *a;  // narrow: x, and then x1, as products take them
+    typename T::Element *narrow, *a;  // narrow: x, then x1, in the products' dtype
     int64_t bytes;
 
     ForwardMemory(const TrainedLayer& l, void* memory) {
@@ -91,8 +91,8 @@ template <class T>
 struct BackwardMemory {
     using Element = typename T::Element;
     Element *dz, *dh, *a;
-    Element *d_o, *dqkv;  // in the memory of dh and a, which are not needed any more by then
-    float* parts;         // of LayerNorm's parameters
+    Element *d_o, *dqkv;  // in the memory of dh and a, which are no longer needed then
+    float* parts;         // partial sums of the gradients of LayerNorm's parameters
     int64_t of_parts;
     int64_t bytes;
 
@@ -108,7 +108,7 @@ struct BackwardMemory {
     }
 };
 
-// x, or x rounded into `to`, where that is float32 and the products are not.
+// x, or if x is float32 and the products are not, x rounded into `to`.
 template <class T>
 const typename T::Element* narrowed(const void* x, int64_t count, bool wide, typename T::Element* to) {
     if (!wide) return (const typename T::Element*)x;
@@ -173,7 +173,7 @@ inline void copy_vector(const float* from, int width, float* to) {
     if (to) std::copy_n(from, width, to);
 }
 
-// gradients: of the layer's tensors, null for those that nobody wants. dx is needed as memory too.
+// gradients: those of the layer's tensors; null for those not wanted. dx is also working memory.
 template <class T>
 int backward(
     const TrainedLayer& l, const void* dy, const void* x, const void* const* weights, const void* memory,
@@ -183,7 +183,7 @@ int backward(
     const auto wanted = [&](int from, int to) {
         return std::any_of(gradients + from, gradients + to, [](const float* gradient) { return gradient; });
     };
-    // how far back gradients are followed: to attention, to the first LayerNorm, to the feed-forward network
+    // whether a gradient is wanted at or before attention, the first LayerNorm, the feed-forward network
     const bool to_attention = want_dx || wanted(QUERY, OUT), to_norm = to_attention || wanted(OUT, UP);
     const bool to_feed_forward = to_norm || wanted(UP, DOWN + 1);
     const Saved<T> saved(l, (void*)memory);
@@ -202,7 +202,7 @@ int backward(
         copy_vector(own.parts + width, width, gradients[norm + 1]);
         copy_vector(own.parts + 2 * width, width, gradients[product + 1]);
     };
-    // of one weight: dz^T or dh^T times what it was multiplied with
+    // the gradient of one weight: dz^T or dh^T times the weight's input
     const auto weight_gradient = [&](const auto* d, int columns, const void* of, int wide, int of_width, float* dweight,
                                      float* dbias) {
         if (dweight || dbias)

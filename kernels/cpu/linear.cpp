@@ -1,21 +1,20 @@
-// Products with a bias and an activation, for inference, from the weight as it lies. `operators.py` calls them.
+// Products with a bias and an activation, for inference, without a copy of the weight. `operators.py` calls them.
 //
-// Of few rows, every weight is read once and in order, and multiplied along the inner dimension: lanes are summed at the
-// end. Of many rows, a panel of columns at a time is transposed into the core's own cache (panel.h).
+// With few rows, the weight is read once and in order, and multiplied along the inner dimension; lanes are summed at the
+// end. With many rows, panels of columns are transposed into the core's own cache (panel.h).
 
 #include "panel.h"
 
 namespace {
 
-constexpr int ROWS_AS_THEY_LIE = 144;  // up to which transposing x does not pay
-constexpr int AHEAD = 16384;  // bytes of the weight that are on their way from memory, a tile at least
-constexpr int TILES = 4;  // that share a pass of bias and activation: one alone would wait for each of its own steps
-constexpr int TILE_ROWS = 4;  // rows of x at a time,
-constexpr int TILE_COLUMNS = WIDTH / 4;  // and rows of the weight: their sums fill a register
+constexpr int ROWS_AS_THEY_LIE = 144;  // row limit up to which transposing x takes more time than it saves
+constexpr int AHEAD = 16384;  // bytes of the weight that are prefetched, at least a tile
+constexpr int TILES = 4;  // tiles that share a pass of bias and activation; a single one would wait for each instruction
+constexpr int TILE_ROWS = 4;  // rows of x in a tile
+constexpr int TILE_COLUMNS = WIDTH / 4;  // rows of the weight in a tile, whose sums fill a register
 
-// y = activation(x weight^T + bias): x [rows, inner], weight [columns, inner] as it is, y [rows, columns],
-// its rows y_stride apart.
-// For few rows, where much of the time goes into reading the weight: it is read once and in order, AHEAD of its use.
+// y = activation(x weight^T + bias): x [rows, inner], weight [columns, inner], y [rows, columns] with row stride y_stride.
+// For few rows, where reading the weight takes much of the time: it is read once, in order, and prefetched AHEAD.
 template <class T>
 void linear_of_few_rows(
     const typename T::Element* x, const typename T::Element* weight, const typename T::Element* bias,
@@ -33,9 +32,9 @@ void linear_of_few_rows(
             const int block_end = std::min(block + TILES * TILE_ROWS, rows);
             Floats result[TILES];
             for (int row = block; row < block_end; row += TILE_ROWS) {
-                // rows of the weight to fetch meanwhile
+                // rows of the weight to prefetch meanwhile
                 const int first = row * TILE_COLUMNS / rows, end = std::min(row + TILE_ROWS, rows) * TILE_COLUMNS / rows;
-                const Element* of_row[TILE_ROWS];  // past the last row its neighbour again, computed and not stored
+                const Element* of_row[TILE_ROWS];  // past the last row the same row again, which is not stored
                 for (int i = 0; i < TILE_ROWS; ++i) of_row[i] = x + (int64_t)std::min(row + i, rows - 1) * inner;
                 Floats sum[WIDTH];
 #pragma GCC unroll 16
@@ -69,7 +68,7 @@ void linear_of_few_rows(
     }
 }
 
-// As linear_of_few_rows, columns a multiple of WIDTH. Returns 1 where there is no memory for a panel.
+// The same as linear_of_few_rows; columns is a multiple of WIDTH. Returns 1 if there is no memory for a panel.
 template <class T>
 int linear_of_many_rows(
     const typename T::Element* x, const typename T::Element* weight, const typename T::Element* bias,
@@ -92,7 +91,7 @@ int linear_of_many_rows(
 
 }  // namespace
 
-// in_one_way: a row's bits do not depend on the number of rows.
+// in_one_way: always use the product for many rows, so that a row's bits do not depend on the number of rows.
 #define EXPORT_FOR(T, name)                                                                                        \
     EXPORT int linear_##name(                                                                                      \
         const T::Element* x, const T::Element* weight, const T::Element* bias, T::Element* y, int64_t y_stride,    \

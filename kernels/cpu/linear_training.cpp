@@ -1,27 +1,27 @@
-// A linear layer for training: x [T, K], weight [N, K] as it lies, T tokens. `products.py` calls them.
+// A linear layer for training: x [T, K], weight [N, K] without a copy, T tokens. `products.py` calls these functions.
 //
 //     h = x weight^T + bias      y = activation(h)                                      [T, N]
-//     dx = dy weight             times activation'(h), where dy is of what follows it   [T, K]
+//     dx = dy weight             times activation'(h), if x is the activation of h     [T, K]
 //     dweight = dy^T x  [N, K]   dbias = sums of dy over tokens  [N]
 //
-// Weights may be float32 where the products are of bfloat16 (autocast): each is rounded where its panel is laid out, so
-// no rounded copy is made or kept. dweight and dbias are float32, as they were summed.
+// Weights may be float32 when products are bfloat16 (autocast): a weight is rounded when its panel is laid out, so there
+// is no rounded copy. dweight and dbias are float32 sums, not rounded.
 
 #include "panel.h"
 
 namespace {
 
-// What stands between two parallel regions of a call: kept by the thread that called.
+// Memory for data between two parallel regions of a call, owned by the calling thread.
 thread_local Scratch transposed;
 
-// x as T stores it.
+// x rounded to T.
 template <class T>
 inline Floats as_stored(Floats x) {
     if constexpr (T::PER_LANE == 1) return x;
     else return rounded_to_bfloat16(x);
 }
 
-// h may be null; else it is stored, and what is activated is what was stored.
+// h may be null. Otherwise h is stored, and the activation is applied to the stored, rounded h.
 template <class T, class W>
 int forward(
     const typename T::Element* x, const W* weight, const W* bias, typename T::Element* y, int64_t y_stride,
@@ -46,8 +46,8 @@ int forward(
     );
 }
 
-// dy [rows, count * columns]: side by side what belongs to each of `count` weights [columns, inner]. D: what dx is of.
-// adds: to what dx holds. h [rows, inner], or null where no activation is between; then a, or null, gets activation(h).
+// dy [rows, count * columns] has the columns of each of `count` weights [columns, inner]. D: the type of dx. adds: dx is
+// added to, not overwritten. h [rows, inner], or null without an activation; with h, a gets activation(h) unless null.
 template <class T, class W, class D>
 int input_gradient(
     const typename T::Element* dy, int64_t dy_stride, const void* const* weights, int count, D* dx, bool adds,
@@ -81,22 +81,22 @@ int input_gradient(
     );
 }
 
-constexpr int TOKEN_LANES = 512;  // that are multiplied at a time: a panel of them stays in the second cache
+constexpr int TOKEN_LANES = 512;  // lanes that are multiplied at a time; their panel stays in the second-level cache
 
-// dy [rows, count * columns]: side by side what belongs to each of `count` weights [columns, inner], of which any dweight
-// and dbias may be null. x [rows, inner] of X, contiguous. Every sum is one thread's, so its order is always the same.
+// dy [rows, count * columns] has the columns of each of `count` weights [columns, inner]; any dweight and dbias may be
+// null. x [rows, inner] in X is contiguous. A sum is computed by one thread, so its order is always the same.
 template <class T, class X>
 int weight_gradient(
     const typename T::Element* dy, int64_t dy_stride, const X* x, float* const* dweights, float* const* dbiases,
     int count, int rows, int columns, int inner
 ) {
     using Element = typename T::Element;
-    constexpr int TOKENS = TOKEN_LANES * T::PER_LANE;  // of a block
+    constexpr int TOKENS = TOKEN_LANES * T::PER_LANE;  // tokens of a block
     const int most = std::min(TOKENS, round_up(rows, WIDTH * T::PER_LANE)) / T::PER_LANE;
-    const int64_t stride = most + WIDTH;  // lanes; a power of two would put all rows into the same sets of the cache
+    const int64_t stride = most + WIDTH;  // lanes; with a power of two all rows would map to the same sets of the cache
     const int all = count * columns;
     if (!transposed.reserve(sizeof(float) * all * stride)) return NO_MEMORY;
-    float* of_columns = (float*)transposed.memory;  // dy^T of a block [columns, lanes], from any thread
+    float* of_columns = (float*)transposed.memory;  // dy^T of a block [columns, lanes], shared by all threads
     bool failed = false;
     for (int first = 0; first < rows; first += TOKENS) {
         const int tokens = std::min(TOKENS, rows - first), lanes = (tokens + T::PER_LANE - 1) / T::PER_LANE;
@@ -130,7 +130,7 @@ int weight_gradient(
             if (dbias) store(dbias, total);
         }
         for (int i = 0; i < count; ) {
-            // neighbours whose weights all want a gradient go through the panels together
+            // adjacent weights that all need a gradient are multiplied with the panels together
             int end = i;
             while (end < count && dweights[end]) ++end;
             if (end > i)

@@ -1,5 +1,5 @@
-// What stands between the products of the masked-word loss: one pass over logits forward, one backward. Logits lie word
-// by word, z[word][row], so that sums over the vocabulary go lane by lane. `loss.py` calls them.
+// The passes over logits between the products of the masked-word loss, one forward and one backward. Logits are stored as
+// z[word][row], so that each SIMD lane sums over the vocabulary for one row. `loss.py` calls them.
 
 #include "simd.h"
 
@@ -7,7 +7,7 @@
 
 namespace {
 
-constexpr int PANEL = 2;  // registers of rows at a time: a cache line in bfloat16
+constexpr int PANEL = 2;  // registers of rows that are processed at a time, a cache line in bfloat16
 
 inline float widen(float x) { return x; }
 inline float widen(uint16_t x) {
@@ -17,8 +17,8 @@ inline float widen(uint16_t x) {
     return y;
 }
 
-// Of z = logits + bias, `words` words from `first` on, to what earlier words left: the greatest z of each row, the sum
-// of exp(z - greatest), the sum of z, and the label's z. `rows` is a multiple of PANEL registers.
+// Updates the statistics of earlier words with z = logits + bias of `words` words from `first` on: the maximum of each
+// row, the sum of exp(z - greatest), the sum of z, and the label's z. `rows` is a multiple of PANEL registers.
 template <class T>
 void sum_logits(
     const typename T::Element* logits, const typename T::Element* bias, const int32_t* labels, float* greatest,
@@ -40,7 +40,7 @@ void sum_logits(
         }
 
         for (int word = 0; word < words; ++word)
-            for (int j = 0; j < PANEL; ++j) most[j] = maximum(z(word, j), most[j]);  // NaN is left to the sum
+            for (int j = 0; j < PANEL; ++j) most[j] = maximum(z(word, j), most[j]);  // ignores NaN, which reaches the sum
 
         for (int word = 0; word < words; ++word)
             for (int j = 0; j < PANEL; ++j) {
@@ -63,7 +63,7 @@ void sum_logits(
     }
 }
 
-// dz = (exp(z - greatest) / sum - (1 - smoothing) onehot(label) - a_word) * dloss, and dbias, its sums over rows.
+// dz = (exp(z - greatest) / sum - (1 - smoothing) onehot(label) - a_word) * dloss; dbias is its sum over rows.
 template <class T>
 void logit_gradients(
     const typename T::Element* logits, const typename T::Element* bias, const int32_t* labels, const float* greatest,

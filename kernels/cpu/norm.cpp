@@ -1,11 +1,11 @@
-// dropout + add + LayerNorm, and its gradients. Without dropout the forward pass keeps nothing. `norm.py` calls them.
+// dropout + add + LayerNorm, and its gradients. Without dropout the forward pass saves nothing. `norm.py` calls them.
 //
 //     z = dropout(x + x_bias) + residual,  xhat = (z - mean) * rstd,  y = xhat * weight + bias
 //     g = dy * weight,  dz = rstd * (g - mean(g) - xhat * mean(g * xhat)) = dresidual,  dx = dz where kept, scaled
 //     dweight, dbias, dx_bias = sums over rows of dy * xhat, of dy and of dx
 //
-// Under autocast x is the result of a product in bfloat16 and all else float32.
-// Statistics and masks are computed again in the backward pass: a row is in the first cache by then.
+// Under autocast x is the bfloat16 result of a product and all else is float32.
+// The backward pass computes statistics and masks again, while the row is in the first-level cache.
 
 #include <vector>
 
@@ -13,7 +13,7 @@
 
 namespace {
 
-// y = LayerNorm(x + residual), rows of `width` contiguous elements.
+// y = LayerNorm(x + residual) for rows of `width` contiguous elements.
 template <class T>
 void add_layer_norm(
     const typename T::Element* x, const typename T::Element* residual, const typename T::Element* weight,
@@ -27,8 +27,8 @@ void add_layer_norm(
     }
 }
 
-// Rows of `width` contiguous elements of x, in T, and of a residual, in R; x_bias may be null. Which of x stays is drawn
-// by a row's key, all of it where there are no keys.
+// Rows of `width` contiguous elements of x, in T, and of a residual, in R; x_bias may be null. Dropout of x is drawn by
+// the row's key; without keys there is no dropout.
 template <class T, class R>
 struct Sums {
     const typename T::Element* x;
@@ -44,7 +44,7 @@ struct Sums {
         return keep_mask(ints(keys[row]), ints(keys[row] >> 32), lane_numbers() + ints(i), threshold);
     }
 
-    // xhat of this row, and what was kept of x; returns rstd.
+    // Computes xhat of this row and the keep mask of x; returns rstd.
     float normalise(int64_t row, float* xhat, Mask* mask) const {
         const int64_t at = row * width;
         for (int i = 0; i < width; i += WIDTH) {
@@ -85,8 +85,8 @@ void forward(
     }
 }
 
-// parts: [blocks of rows, 3, width] zeros; its first block becomes (dweight, dbias, dx_bias), the last without x_bias
-// left as it is. dx may be null: it is dresidual.
+// parts [blocks of rows, 3, width] must be zeros; its first block becomes (dweight, dbias, dx_bias), of which dx_bias is
+// not written without x_bias. dx may be null if it is equal to dresidual.
 template <class T, class R>
 void backward(
     const Sums<T, R>& sums, const typename R::Element* weight, const typename R::Element* dy, typename T::Element* dx,
@@ -142,7 +142,7 @@ void backward(
 
 }  // namespace
 
-// wide: all but x and dx is float32, whatever they are. Keys of rows do not depend on T.
+// wide: everything except x and dx is float32. Row keys do not depend on T.
 #define EXPORT_FOR(T, name)                                                                                        \
     EXPORT void row_keys_##name(                                                                                   \
         uint64_t seed, uint64_t stream, const int64_t* names, uint64_t* keys, int64_t rows                         \

@@ -1,7 +1,7 @@
-// Are Python's objects still the ones that they were? Only pointers are compared: no reference is taken, so that of an
-// object little more than its first cache line is read, and nothing of it is written.
+// Checks that Python objects and their attributes are unchanged. Only pointers are compared. No references are taken, so
+// little more than the first cache line of an object is read, and nothing is written.
 //
-// Left out where Python's headers are missing, and where there is no lock that keeps other threads from its objects.
+// Not compiled without Python's headers, or for a Python without the GIL, which keeps other threads from the objects.
 
 #if __has_include(<Python.h>)
 #define PY_SSIZE_T_CLEAN
@@ -19,21 +19,21 @@ struct Object {
     PyTypeObject* type;
 };
 
-// A dictionary or a class, of which `count` pairs stay the same. `version` is the one that it had when they were last
-// seen to be, and 0 before: Python gives it another one with every change.
+// A dictionary or a class, `count` of whose pairs must not change. `version` is its version tag at the last successful
+// comparison, and 0 before that. Python changes the tag with every change.
 struct Holder {
     PyObject* object;
     uint64_t version;
     int64_t count;
 };
 
-// What lies under a key of a dictionary, or under a name of a class; null if nothing.
+// The value of a dictionary's key, or of a class' attribute; null if there is none.
 struct Pair {
     PyObject *key, *value;
 };
 
-// The order of the parts in memory, as `objects.py` puts them there; pairs are those of all holders, in their order.
-// Of `places` the pairs stay what they are, of `tables` no other ones come in besides.
+// The order of the parts in memory, as written by `objects.py`; pairs are those of all holders, in order. The pairs of
+// `places` must not change; in `tables`, also, no other pairs may be added.
 struct Counts {
     int64_t objects, places, classes, tables, empty;
 };
@@ -45,8 +45,8 @@ Record* take(char*& memory, int64_t count) {
     return records;
 }
 
-// 0: not known. Dictionaries have none from Python 3.12 on. A class has a new one, or none, after a change to itself or
-// to a class that it is derived from.
+// The version tag, 0 if not known. Dictionaries have no tags from Python 3.12 on. After a change of a class or of one of
+// its base classes, the class has a new tag or none.
 uint64_t version_of_dictionary(PyObject* dictionary) {
 #if PY_VERSION_HEX < 0x030C0000
     return reinterpret_cast<PyDictObject*>(dictionary)->ma_version_tag;
@@ -97,7 +97,7 @@ bool all_same(Holder* holders, int64_t count, const Pair*& pairs, Version versio
 
 }  // namespace
 
-// 1 if all is the same, 0 if not; called with Python's lock held. What a comparison raises stays set.
+// Returns 1 if nothing has changed, else 0. Called with the GIL held. A Python error of a comparison stays set.
 EXPORT int same_objects(char* memory) {
     const Counts counts = *take<Counts>(memory, 1);
     auto objects = take<const Object>(memory, counts.objects);

@@ -1,5 +1,5 @@
-// Every function of the library, once for float32 and once for bfloat16: the compiler holds the definitions to it, and
-// `library.py` reads the types of the arguments from it when the library is built, for ctypes.
+// Declares every function of the library, for float32 and for bfloat16. The compiler checks the definitions against it,
+// and when the library is built, `library.py` reads the argument types for ctypes from it.
 
 #pragma once
 
@@ -7,15 +7,15 @@
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-// A side of attention's window that has no bound: sums with a position stay within int.
+// A side of attention's window without a bound; its sum with a position does not overflow an int.
 constexpr int UNBOUNDED = 1 << 29;
 
-// The randomness of `_random.py`, bit for bit; `operators.py` fills this in.
+// Dropout with the same random bits as `_random.py`; `attention.py` fills this in.
 struct Dropout {
     const int64_t* sequence_ids;  // [sequences]
     uint64_t seed, stream;
     uint32_t threshold;
-    float scale;  // of what is kept, 1 / (1 - p)
+    float scale;  // factor of kept elements, 1 / (1 - p)
 };
 
 template <class E>
@@ -28,30 +28,30 @@ struct Layer {
     Linear<E> query, key, value, output, norm, up, down, last_norm;
 };
 
-// A weight [columns, inner] in 8-bit integers, as int8.h multiplies by it; columns filled up to whole panels.
+// A weight [columns, inner] in 8-bit integers in the layout of int8.h; columns are padded to whole panels.
 struct Int8Weight {
     const int8_t* panels;  // [panels, inner / 4, columns of a panel, 4]
-    const float* scales;   // [panels, groups, columns of a panel], of its integers
-    const float* sums;     // [columns], of its integers times their scales
+    const float* scales;   // [panels, groups, columns of a panel]
+    const float* sums;     // [columns], sums of the integers times their scales
     const float* bias;     // [columns]
-    const float* factors;  // [inner], of x
-    int64_t group;         // how many neighbours in a row share a scale
+    const float* factors;  // [inner], factors of x
+    int64_t group;         // how many adjacent elements of a row share a scale
 };
 
 template <class E>
 struct Int8Layer {
     Int8Weight query, key, value, output, up, down;
     Linear<E> norm, last_norm;
-    int64_t heads;  // fewer than the width has room for, where some were pruned
+    int64_t heads;  // fewer than width / head_dim if heads were pruned
 };
 
-// A post-norm layer in training; sizes, lengths and what is dropped. `wide`: x, y and all parameters, and the gradients of
-// x and y, are float32, whatever the products are of. `cpu/encoder_layer.py` fills this in.
+// Sizes, lengths and dropout options of a post-norm layer in training. wide: x, y, their gradients and all parameters
+// are float32, even if products are bfloat16. `encoder_layer.py` fills this in.
 struct TrainedLayer {
     const int32_t* starts;               // [sequences + 1]
-    const int64_t *sequence_ids, *row_ids;  // [sequences], [rows], for dropout; null where nothing is dropped
+    const int64_t *sequence_ids, *row_ids;  // [sequences], [rows], for dropout; null without dropout
     uint64_t seed, probs_stream, out_stream, down_stream;
-    uint32_t probs_threshold, out_threshold, down_threshold;  // 0: nothing is dropped there
+    uint32_t probs_threshold, out_threshold, down_threshold;  // 0: no dropout there
     float probs_scale, out_scale, down_scale, out_eps, down_eps, attention_scale;
     int sequences, rows, width, attended, inner, heads, activation, wide;  // attended: heads times head_dim
 };

@@ -1,6 +1,6 @@
-// Products of many rows: a panel of columns at a time, 64 with AVX-512, is laid out in the core's own cache, and six rows
-// at a time go through them: 24 sums stay in registers, and 10 loads serve 24 multiplications. What the columns are laid out from, and what
-// becomes of the sums, is the caller's.
+// Products of many rows. A panel of columns, 64 with AVX-512, is laid out in the core's own cache and multiplied with
+// six rows at a time: 24 sums stay in registers, and 10 loads serve 24 multiplications. The caller lays out the columns
+// and stores the sums.
 
 #pragma once
 
@@ -10,13 +10,13 @@
 
 namespace {
 
-constexpr int ROWS = BLOCK_ROWS;  // rows at a time,
-constexpr int REGISTERS = BLOCK_REGISTERS;  // with so many registers of columns: a panel
+constexpr int ROWS = BLOCK_ROWS;  // rows that are multiplied at a time
+constexpr int REGISTERS = BLOCK_REGISTERS;  // registers of columns in a panel
 constexpr int PANEL = REGISTERS * WIDTH;
-constexpr int CHUNK = 256;  // lanes that are summed in one go: shorter sums are more exact
-constexpr int LEAST_ROWS = 48;  // that are worth a panel of their own: laying it out costs as much as multiplying by 5
+constexpr int CHUNK = 256;  // lanes of a partial sum; shorter sums are more exact
+constexpr int LEAST_ROWS = 48;  // least rows for a panel; laying a panel out takes as long as multiplying 5 rows
 
-// 16 lanes of T of a row whose elements are W: T's own, or float32 that are rounded to bfloat16.
+// 16 lanes of T from a row with elements W: either T's elements, or float32, which is rounded to bfloat16.
 template <class T, class W>
 inline Ints lanes_of(const W* from) {
     if constexpr (sizeof(W) == sizeof(typename T::Element))
@@ -25,8 +25,8 @@ inline Ints lanes_of(const W* from) {
         return to_bfloat16(load(from), load(from + WIDTH));
 }
 
-// 16 elements of a row as lanes of T: float32 as they are, bfloat16 each beside its neighbour in the next row, `stride`
-// elements on, or beside zero where there is none.
+// 16 elements of a row as lanes of T. In bfloat16 a lane has an element and the element below it in the next row, which
+// is `stride` elements further, or zero if there is no next row.
 template <class T, class W>
 inline Ints lanes_of_rows(const W* from, int64_t stride, bool has_next) {
     if constexpr (T::PER_LANE == 1) return load_ints(from);
@@ -41,8 +41,8 @@ inline Ints lanes_of_rows(const W* from, int64_t stride, bool has_next) {
     }
 }
 
-// rows [up to PANEL, width] of W -> panel [lanes of width, PANEL]; of the registers of columns only the first
-// `registers` are there.
+// Transposes rows [up to PANEL, width] of W to panel [lanes of width, PANEL]; only the first `registers` registers of
+// columns are filled.
 template <class T, class W>
 void lay_out_transposed(const W* rows, int width, int registers, float* panel) {
     const int lanes = width / T::PER_LANE;
@@ -61,7 +61,7 @@ void lay_out_transposed(const W* rows, int width, int registers, float* panel) {
         }
 }
 
-// rows [count, stride] of W, of which up to PANEL columns are meant -> panel [lanes of count, PANEL].
+// Lays out up to PANEL columns of rows [count, stride] of W as panel [lanes of count, PANEL].
 template <class T, class W>
 void lay_out(const W* rows, int64_t stride, int count, int registers, float* panel) {
     for (int row = 0; row < count; row += T::PER_LANE, panel += PANEL)
@@ -74,8 +74,8 @@ void lay_out(const W* rows, int64_t stride, int count, int registers, float* pan
             );
 }
 
-// sums [M, PANEL] of M rows of x [M, lanes], x_stride elements apart, with panel [lanes, PANEL]. A function of its own:
-// within its caller the compiler has kept constants of an activation in registers, and the sums of this loop in memory.
+// sums [M, PANEL] = M rows of x [M, lanes], with stride x_stride, times panel [lanes, PANEL]. This is a separate function
+// because, inlined into its caller, the compiler kept an activation's constants in registers and these sums in memory.
 template <class T, int M>
 [[gnu::noinline]] void tile(
     const typename T::Element* x, int64_t x_stride, const float* panel, int lanes, float (*sums)[PANEL]
@@ -95,7 +95,7 @@ template <class T, int M>
     }
 }
 
-// Into how many parts the rows go, each with a panel of its own, so that there is work for all threads.
+// The number of parts into which rows are divided, each with its own panel, so that all threads have work.
 inline int parts_of(int rows, int panels) {
     const int threads = omp_get_max_threads();
     int parts = 1;
@@ -103,11 +103,11 @@ inline int parts_of(int rows, int panels) {
     return parts;
 }
 
-// x [rows, lanes], x_stride elements apart, times the panels of so many columns, a multiple of WIDTH.
+// Multiplies x [rows, lanes], with stride x_stride, with the panels of `columns` columns, a multiple of WIDTH.
 //     fill(column, registers, panel)  lays out the columns from `column` on
-//     fetch(column, from, to, of)     starts to bring in the same share of what those columns are made of
-//     put(row, column, sums)          takes a register of sums
-// Returns 1 where there is no memory for a panel. A row's sums do not depend on the other rows.
+//     fetch(column, from, to, of)     prefetches the parts `from` to `to`, of `of`, of the data for these columns
+//     put(row, column, sums)          stores a register of sums
+// Returns 1 if there is no memory for a panel. A row's sums do not depend on the other rows.
 template <class T, class Fill, class Fetch, class Put>
 int multiply_rows(
     const typename T::Element* x, int64_t x_stride, int rows, int columns, int lanes, const Fill& fill,
@@ -148,7 +148,7 @@ int multiply_rows(
     return failed;
 }
 
-// Brings in a share, as `fetch` above, of `bytes` that lie one after another.
+// Prefetches parts, as `fetch` above, of `bytes` contiguous bytes.
 inline void fetch_share(const void* what, int64_t bytes, int from, int to, int of) {
     for (int64_t at = bytes * from / of / 64 * 64; at < bytes * to / of; at += 64)
         fetch((const char*)what + at);

@@ -3,7 +3,7 @@
 //     rstd = 1 / sqrt(mean(x^2) + eps),  xhat = x * rstd,  y = xhat * weight
 //     g = dy * weight,  dx = rstd * (g - xhat * mean(g * xhat)),  dweight = sum over rows of dy * xhat
 //
-// The forward pass keeps nothing: a row is in the first cache by the time that its statistics are computed again.
+// The forward pass saves nothing; the backward pass computes statistics again while the row is in the first-level cache.
 
 #include "simd.h"
 
@@ -34,7 +34,7 @@ void forward(
     }
 }
 
-// parts: [blocks of rows, width] zeros; its first block becomes dweight.
+// parts [blocks of rows, width] must be zeros; its first block becomes dweight.
 template <class T, class W>
 void backward(
     const typename T::Element* x, const typename W::Element* weight, const typename T::Element* dy,
@@ -73,7 +73,7 @@ void backward(
 
 }  // namespace
 
-// wide: the weight is float32, whatever x is.
+// wide: the weight is float32.
 #define EXPORT_FOR(T, name)                                                                                        \
     EXPORT void rms_norm_##name(                                                                                   \
         const T::Element* x, const void* weight, int wide, T::Element* y, int64_t rows, int width, float eps       \

@@ -1,8 +1,7 @@
-// What the operators of the `*.cpp` here share. A lane of a register is 32 bits: one float32 or two bfloat16.
+// Shared by the operators of the `*.cpp` files here. A lane is 32 bits of a register or of a row: one float32, or two
+// bfloat16, which are multiplied at once by the same code.
 //
-// Of bfloat16 two elements at a time are multiplied, of float32 one, through the same code: a "lane" is also 32 bits of
-// a row. Threads are OpenMP's. The library is not linked with an OpenMP of its own: it finds the one that torch has
-// loaded.
+// Threads are OpenMP's. The library is not linked with OpenMP, but uses the one that torch has loaded.
 
 #pragma once
 
@@ -29,13 +28,13 @@
 namespace {
 
 constexpr float LOG2_E = 1.4426950408889634f;
-// From this share of a row's variance on, the square of what its mean was rounded by is taken out of the variance.
+// If the square of the mean's rounding error is at least this share of a row's variance, the variance is corrected by it.
 constexpr float MEAN_MATTERS = 1e-8f;
 
-// What an operator returns: it is done, or nothing was computed, and `operators.py` raises why.
+// The result of an operator. Unless it is DONE nothing was computed, and the Python caller raises an error.
 enum Outcome { DONE = 0, NO_MEMORY = 1, NOT_SEQUENCES = 2, NO_INSTRUCTIONS = 3 };
 
-// Are starts [sequences + 1] those of sequences that follow one another from row 0 to the last of `rows`?
+// Whether starts [sequences + 1] rise from 0 to `rows`.
 inline bool are_sequences(const int32_t* starts, int sequences, int64_t rows) {
     bool fit = starts[0] == 0 && starts[sequences] == rows;
     for (int i = 0; i < sequences; ++i) fit &= starts[i] <= starts[i + 1];
@@ -70,12 +69,12 @@ inline int round_up(int n, int multiple) { return (n + multiple - 1) / multiple 
 
 inline Floats broadcast_lane(const void* from) {
     int32_t lane;
-    std::memcpy(&lane, from, sizeof lane);  // of bfloat16 a lane may lie at any even address
+    std::memcpy(&lane, from, sizeof lane);  // a lane of bfloat16 may have any even address
     return as_floats(ints(lane));
 }
 
-// 2^x for x < 128, 1 of 0; NaN stays NaN. The polynomial of the fraction of x is within 2e-9 of it, that of DEGREE 3, for
-// results that are rounded to bfloat16, within 9e-5.
+// 2^x for x < 128, exactly 1 for 0; NaN stays NaN. The polynomial for the fraction of x has an error of 2e-9; that of
+// DEGREE 3, for results that are rounded to bfloat16, has 9e-5.
 template <int DEGREE = 6>
 inline Floats exp2_of(Floats x) {
     static_assert(DEGREE == 3 || DEGREE == 6);
@@ -91,8 +90,8 @@ inline Floats exp2_of(Floats x) {
     return times_power_of_2(y, x);
 }
 
-// The normal distribution's share below x, and exp(-x^2 / 2). The share beyond |x| is exp(-z^2) times a polynomial in
-// 1 / (1 + 0.55 z), z = |x| / sqrt(2), fitted for the least error of the share: 9e-9.
+// The normal distribution function of x, and exp(-x^2 / 2). The tail beyond |x| is exp(-z^2) times a polynomial in
+// 1 / (1 + 0.55 z), z = |x| / sqrt(2), fitted for the least error of the tail, 9e-9.
 struct Normal {
     Floats share, e;
 };
@@ -104,7 +103,7 @@ inline Normal normal(Floats x) {
     for (float c : {-0.259041805f, 0.37989395f, -0.02074261f, 0.19543282f, 0.150789855f})
         y = fma(y, t, floats(c));
     const Floats e = exp2_of(z * z * floats(-1.442695041f));
-    const Floats tail = y * t * e;  // the share beyond |x|
+    const Floats tail = y * t * e;  // the tail beyond |x|
     return {choose(at_least(x, floats(0.0f)), one - tail, tail), e};
 }
 
@@ -120,20 +119,20 @@ inline Floats share_tanh(Floats x) {
     return choose(at_least(x, floats(0.0f)), share, share * e);
 }
 
-// x times that, which is 0.5 x (1 + tanh(half of its argument)).
+// GELU by tanh: 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))).
 inline Floats gelu_tanh(Floats x) { return x * share_tanh(x); }
 
-// Numbered as in ACTIVATION_NUMBERS of operators.py.
+// The activation with this number in ACTIVATION_NUMBERS of operators.py.
 inline Floats activate(Floats x, int activation) {
     switch (activation) {
         case 1: return gelu(x);
         case 2: return gelu_tanh(x);
-        case 3: return maximum(floats(0.0f), x);  // of two operands one of which is NaN, the second
+        case 3: return maximum(floats(0.0f), x);  // returns NaN if x is NaN
         default: return x;
     }
 }
 
-// An activation of x, and its slope there.
+// An activation of x, and its derivative.
 struct Activated {
     Floats y, slope;
 };
@@ -146,26 +145,26 @@ inline Activated activate_with_slope(Floats x, int activation) {
     }
     if (activation == 2) {
         const Floats share = share_tanh(x), y = x * share;
-        const Floats rise = fma(x * x, floats(0.134145f), one) * floats(1.5957691f);  // of the argument of `share`
+        const Floats rise = fma(x * x, floats(0.134145f), one) * floats(1.5957691f);  // derivative of `share`'s argument
         return {y, fma(y * (one - share), rise, share)};
     }
     if (activation == 3) {
-        return {activate(x, activation), keep(not_at_most(x, floats(0.0f)), one)};  // NaN is let through
+        return {activate(x, activation), keep(not_at_most(x, floats(0.0f)), one)};  // NaN for NaN
     }
     return {x, one};
 }
 
-// Rows whose gradients of a LayerNorm's weight and bias one thread sums, so that the order is always the same.
+// One thread sums a LayerNorm's gradients of weight and bias over this many rows, so the order is always the same.
 constexpr int NORM_BLOCK = 64;
 
-// The mean of a row is mean + rest: `rest` is what rounding to float32 left out of `mean`.
+// The mean of a row is mean + rest, where rest is the rounding error of mean.
 struct Moments {
     Floats mean, rest;
     float rstd;
 };
 
-// Moments of one row, whose z(i) gives the elements of a register from i on in float32. A row whose elements are nearly equal would
-// have its rounded mean for its greatest deviation, so the mean of the deviations is taken off them again.
+// The moments of one row; z(i) returns a register of elements from i on, in float32. In a row of nearly equal elements
+// the rounding error of the mean could exceed the deviations, so the mean of the deviations is subtracted too.
 template <class Z>
 inline Moments moments_of_row(const Z& z, int width, float eps) {
     Floats sum = floats(0.0f);
@@ -191,7 +190,7 @@ inline Moments moments_of_row(const Z& z, int width, float eps) {
     return {mean, rest, 1.0f / std::sqrt(variance + eps)};
 }
 
-// y = (z - mean) / sqrt(var + eps) * weight + bias of one row.
+// y = (z - mean) / sqrt(var + eps) * weight + bias for one row.
 template <class T, class Z>
 inline void layer_norm_of_row(
     const Z& z, const typename T::Element* weight, const typename T::Element* bias, typename T::Element* y, int width,
@@ -206,10 +205,10 @@ inline void layer_norm_of_row(
     }
 }
 
-// Starts to bring what lies there into the second cache.
+// Prefetches the address into the second-level cache.
 inline void fetch(const void* what) { __builtin_prefetch(what, 0, 2); }
 
-// Memory of one thread, grown when needed and kept.
+// Memory of one thread, which grows when needed and is kept.
 struct Scratch {
     char* memory = nullptr;
     size_t size = 0;
@@ -225,7 +224,7 @@ struct Scratch {
 };
 thread_local Scratch scratch;
 
-// take(registers, column) for blocks of MOST registers of columns, and for the fewer that are left.
+// Calls take(registers, column) for blocks of MOST registers of columns, and for the remaining, smaller block.
 template <int MOST, class Take>
 inline void over_registers(int columns, const Take& take) {
     const int in_blocks = columns / (MOST * WIDTH) * (MOST * WIDTH), left = (columns - in_blocks) / WIDTH;
@@ -239,7 +238,7 @@ inline void over_registers(int columns, const Take& take) {
 }
 static_assert(BLOCK_REGISTERS <= 4);
 
-// Adds the products of one part of a lane: that lane of M rows of a, and of N registers of b.
+// Adds the products of one part of a lane, for M rows of a and N registers of b.
 template <class T, int M, int N, int PART>
 inline void add_products(const typename T::Element* a, int64_t a_stride, const float* b, Floats (&sum)[M][N]) {
     Floats of_b[N];
@@ -253,7 +252,7 @@ inline void add_products(const typename T::Element* a, int64_t a_stride, const f
     }
 }
 
-// sum[i][j] = row i of a [M rows, lanes], times the columns of register j of b [lanes, columns].
+// sum[i][j] = row i of a [M rows, lanes] times the columns in register j of b [lanes, columns].
 template <class T, int M, int N>
 inline void multiply(
     const typename T::Element* a, int64_t a_stride, const float* b, int64_t b_stride, int lanes, Floats (&sum)[M][N]

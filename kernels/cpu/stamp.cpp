@@ -1,4 +1,5 @@
-// What this library was built of, and what its functions take, for `library.py`; `setup.py` defines all three.
+// The stamps of the library's sources and interface, and its functions' signatures, for `library.py`. `setup.py` defines
+// all three.
 
 #include "simd.h"
 
