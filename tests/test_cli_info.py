@@ -76,7 +76,7 @@ def test_commands_have_places_of_their_own():
 
 
 BENCH = {  # words -> exit code, and what is said: the benchmarks' own, from wherever the command is given
-    "help": (["--help"], 0, "Time fastbert beside the real alternatives on this machine"),
+    "help": (["--help"], 0, "Time fastbert and the alternatives to it on this machine"),
     "wrong_usage": (["--suite", "nothing"], 2, "fastbert: error: argument --suite"),
     "failed": (["--out", "nowhere/a.json", "--suite", "cold"], 1, "fastbert: error: no folder 'nowhere'"),
 }

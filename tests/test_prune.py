@@ -389,7 +389,7 @@ WRONG = {
     "resume_without_training": (["--layers", "0", "--resume"], "--resume is an option of training, and needs --train"),
     "share": (["--magnitude", "1"], "a share between 0 and 1, got '1'"),
     "heads_without_a_layer": (["--heads", "1,3"], r"a share between 0 and 1, got '1,3'; heads by name are LAYER:HEAD"),
-    "scope_of_nothing": (["--layers", "0", "--scope", "global"], "--scope says where --magnitude looks"),
+    "scope_of_nothing": (["--layers", "0", "--scope", "global"], "--scope is an option of --magnitude"),
     "data_for_nothing": (["--layers", "0", "--data", "DATA"], "--data is for shares of heads and columns"),
 }
 
