@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 ORDER = 11
-SUMMARY = "time fastbert beside the real alternatives on this machine"
+SUMMARY = "time fastbert and the alternatives to it on this machine"
 WHERE = (
     "the benchmarks are in fastbert's repository, not in the installed package: clone it, then run "
     "`fastbert bench` (or `python -m benchmarks`) from its root"
