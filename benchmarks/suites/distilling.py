@@ -9,19 +9,24 @@ has the loss of fine-tuning, `distilled` the losses of --losses, which may inclu
 set: the model after the last epoch is scored. A run's processor time is that of the whole training, for `distilled`
 with the teacher's forward passes.
 
-Speed is measured on the test file's texts in batches of 2,048 tokens, as real tokens per second of processor time.
-Teacher and student take turns in one process; printed are the median of the turns' ratios and their range.
+Speed is measured once for each task, on 256 of the test file's texts in batches of 2,048 tokens, as real tokens per
+second of processor time. Teacher and student take turns in one process; the table shows the median of the turns' ratios
+and their range.
 
-With --json FILE the runs are added to those in FILE, and the table shows all of them.
+The runs are ordered by seed, then by task and row, so that a benchmark that is stopped has complete pairs of rows. With
+--json FILE each run is written to FILE when it is done; the same command continues with the runs that FILE lacks, and
+the table shows all runs in FILE.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -30,9 +35,11 @@ from typing import Any
 import torch
 
 import fastbert
+from fastbert.checkpoint import load_state_dict
 from fastbert.cli.distill import losses_by_name
 from fastbert.cli.options import positive
 from fastbert.compression.distill import Method, distill
+from fastbert.compression.folders import digest_of
 from fastbert.storage import read_json, write_json
 from fastbert.training.finetune import Request
 from fastbert.training.memory import keep_freed_memory
@@ -44,12 +51,13 @@ from .finetuning import shortened
 
 CPU = torch.device("cpu")
 BATCH_TOKENS = 2048
+TEXTS_TIMED = 256
 
 
 @dataclass(frozen=True)
 class Study:
-    """A task and its data. train, test: files in the data folder. epochs, lr and examples are the same for both
-    rows."""
+    """A task and its data. train, test: files in the data folder. epochs, lr and examples are the same for both rows;
+    examples is None for all of the file."""
 
     task: str
     train: str
@@ -60,8 +68,8 @@ class Study:
 
 
 STUDIES = {
-    "sst2": Study("sentence", "sst2/train.tsv", "sst2/dev.tsv", 2, 2e-4),
-    "sick": Study("pair", "sick/SICK_train.txt", "sick/SICK_test_annotated.txt", 4, 2e-4),
+    "sst2": Study("sentence", "sst2/train.tsv", "sst2/dev.tsv", 1, 2e-4, 16_000),
+    "sick": Study("pair", "sick/SICK_train.txt", "sick/SICK_test_annotated.txt", 2, 2e-4),
 }
 ROWS = ("distilled", "labels")
 
@@ -91,47 +99,66 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--data is needed: the folder with the examples")
     keep_freed_memory()
     runs = read_json(args.json)["runs"] if args.json and args.json.exists() else []
-    with tempfile.TemporaryDirectory() as temporary:
-        for name, teacher in teachers.items():
-            here = (args.keep or Path(temporary)) / name
-            here.mkdir(parents=True, exist_ok=True)
-            for run in runs_of(name, teacher, here, args):
-                runs.append(run)
-                print(f"{name} {run['row']} seed {run['seed']}: {run['score']:.4f}", file=sys.stderr, flush=True)
-                if args.json:
-                    write_json(args.json, {"schema": "fastbert-distilling/1", "runs": runs})
+    for asked in trainings(teachers, args):
+        if any(asked.items() <= run.items() for run in runs):
+            continue
+        runs.append(asked | measured(asked, teachers[asked["study"]], args))
+        print(f"{asked['study']} {asked['row']} {asked['seed']}: {runs[-1]['score']:.4f}", file=sys.stderr, flush=True)
+        if args.json:
+            write_json(args.json, {"schema": "fastbert-distilling/1", "runs": runs})
     print(table(runs))
 
 
-def runs_of(name: str, teacher: str, here: Path, args: argparse.Namespace) -> Any:
-    """Yields the teacher's score, then the students of each seed; the speed of the first is compared with the
-    teacher's."""
-    study = STUDIES[name]
-    train, test = args.data / study.train, args.data / study.test
-    examples = args.examples or study.examples
-    if examples:
-        train = shortened(train, examples, here)
-    common = {"study": name, "device": machine.describe(CPU), "versions": machine.versions(),
-              "commit": machine.commit(), "threads": torch.get_num_threads()}  # fmt: skip
-    yield common | {"row": "teacher", "seed": 0, "score": score_of(teacher, test)}
+def trainings(teachers: dict[str, str], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yields the fields that identify each run: first the scores of the teachers, then the students, ordered by seed.
+    `teacher` is the SHA-256 of the teacher's weights."""
+    digests = {name: digest_of(load_state_dict(teacher)) for name, teacher in teachers.items()}
+    for name, digest in digests.items():
+        yield {"study": name, "row": "teacher", "seed": 0, "teacher": digest}
     for seed in range(args.first_seed, args.first_seed + args.seeds):
-        for row in args.rows.split(","):
-            out = here / f"{row}-{seed}"
-            losses = args.losses if row == "distilled" else {"labels": 1.0}
-            epochs, lr = args.epochs or study.epochs, args.lr or study.lr
-            spec = Spec(study.task, DEFAULT_METRICS[study.task])
-            request = Request(teacher, str(train), out, spec, epochs=epochs, lr=lr, seed=seed, device="cpu")
-            method = Method(str(args.layers), args.init, losses, args.temperature)
-            begun = time.process_time()
-            distill(request, method, {})
-            seconds = time.process_time() - begun
-            yield common | {
-                "row": row, "seed": seed, "losses": losses, "temperature": args.temperature, "init": args.init,
-                "layers": args.layers, "epochs": epochs, "lr": lr, "examples": examples,
-                "processor_seconds": seconds, "score": score_of(str(out), test),
-                "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                "speed": speed_beside(teacher, str(out), test, args.turns) if row == "distilled" else None,
-            }  # fmt: skip
+        for name in teachers:
+            study = STUDIES[name]
+            for row in args.rows.split(","):
+                learns = row == "distilled"
+                yield {
+                    "study": name, "row": row, "seed": seed, "teacher": digests[name], "layers": args.layers,
+                    "init": args.init, "losses": args.losses if learns else {"labels": 1.0},
+                    "temperature": args.temperature if learns else None, "lr": args.lr or study.lr,
+                    "epochs": args.epochs or study.epochs, "examples": args.examples or study.examples,
+                }  # fmt: skip
+
+
+def measured(asked: dict[str, Any], teacher: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Trains a student, unless the run is a teacher's, and measures it; returns the other fields of the record."""
+    study = STUDIES[asked["study"]]
+    train, test = args.data / study.train, args.data / study.test
+    common = {
+        "device": machine.describe(CPU), "versions": machine.versions(), "commit": machine.commit(),
+        "threads": torch.get_num_threads(), "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }  # fmt: skip
+    if asked["row"] == "teacher":
+        return common | {"score": score_of(teacher, test)}
+    with tempfile.TemporaryDirectory() as temporary:
+        here = Path(temporary)
+        if asked["examples"]:
+            train = shortened(train, asked["examples"], here)
+        out = here / f"{asked['study']}-{asked['row']}-{asked['seed']}"
+        spec = Spec(study.task, DEFAULT_METRICS[study.task])
+        request = Request(
+            teacher, str(train), out, spec, epochs=asked["epochs"], lr=asked["lr"], seed=asked["seed"], device="cpu"
+        )  # fmt: skip
+        method = Method(str(asked["layers"]), asked["init"], asked["losses"], args.temperature)
+        begun = time.process_time()
+        distill(request, method, {})
+        seconds = time.process_time() - begun
+        is_timed = (asked["row"], asked["seed"]) == ("distilled", args.first_seed)
+        found = {
+            "processor_seconds": seconds, "score": score_of(str(out), test),
+            "speed": speed_beside(teacher, str(out), test, args.turns) if is_timed else None,
+        }  # fmt: skip
+        if args.keep:
+            shutil.copytree(out, args.keep / out.name, ignore=shutil.ignore_patterns("checkpoints"))
+    return common | found
 
 
 def score_of(folder: str, test: Path) -> float:
@@ -146,7 +173,8 @@ def score_of(folder: str, test: Path) -> float:
 def speed_beside(teacher: str, student: str, test: Path, turns: int) -> dict[str, Any]:
     """Real tokens per second of processor time of both models, and the ratios of the turns, the lowest first."""
     models = [fastbert.pipeline(folder, device="cpu") for folder in (teacher, student)]
-    windows = models[0].task.features(models[0].task.read(test), training=False).windows
+    examples = models[0].task.read(test)[:TEXTS_TIMED]
+    windows = models[0].task.features(examples, training=False).windows
     tokens = sum(len(w.input_ids) for w in windows)
     rates: list[list[float]] = []
     for _ in range(turns + 1):
@@ -159,6 +187,7 @@ def speed_beside(teacher: str, student: str, test: Path, turns: int) -> dict[str
     rates = rates[1:]  # the first turn makes copies of weights
     of_teacher, of_student = zip(*rates, strict=True)
     return {
+        "dtype": str(models[0].dtype).removeprefix("torch."),
         "teacher": statistics.median(of_teacher), "student": statistics.median(of_student),
         "ratios": sorted(turn[1] / turn[0] for turn in rates),
     }  # fmt: skip
@@ -166,22 +195,29 @@ def speed_beside(teacher: str, student: str, test: Path, turns: int) -> dict[str
 
 def table(runs: list[dict[str, Any]]) -> str:
     """The table of all seeds' scores, their share of the teacher's, and speed."""
-    lines = ["| data | row | losses | score: by seed | least, of the teacher's | tokens a second |", "| --- " * 6 + "|"]
+    lines = ["| data | row | learnt | score: by seed | least, of the teacher's | tokens a second |", "| --- " * 6 + "|"]
     of_teacher = {run["study"]: run["score"] for run in runs if run["row"] == "teacher"}
-    groups: dict[tuple, list[dict[str, Any]]] = {}
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for run in runs:
-        key = (run["study"], run["row"], str(run.get("losses", "")), run.get("lr"), run.get("epochs"))
-        groups.setdefault(key, []).append(run)
-    for (study, row, losses, lr, epochs), some in groups.items():
+        groups.setdefault((run["study"], run["row"], learnt(run)), []).append(run)
+    for (study, row, what), some in groups.items():
         scores = [run["score"] for run in some]
         share = f"{min(scores) / of_teacher[study]:.1%}" if study in of_teacher else ""
         ratios = [ratio for run in some if run.get("speed") for ratio in run["speed"]["ratios"]]
         speed = ""
         if ratios:
             speed = f"{statistics.median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f})"
-        what = f"{losses}, {epochs} epochs at {lr:g}" if lr else ""
         lines.append(f"| {study} | {row} | {what} | {', '.join(f'{s:.4f}' for s in scores)} | {share} | {speed} |")
     return "\n".join(lines)
+
+
+def learnt(run: dict[str, Any]) -> str:
+    """The losses and the length of a student's training; "" for a teacher."""
+    if run["row"] == "teacher":
+        return ""
+    losses = ", ".join(f"{name}={weight:g}" for name, weight in run["losses"].items())
+    softened = f" at temperature {run['temperature']:g}" if run["temperature"] else ""
+    return f"{losses}{softened}; {run['examples'] or 'all'} examples, epochs: {run['epochs']}, rate {run['lr']:g}"
 
 
 if __name__ == "__main__":
