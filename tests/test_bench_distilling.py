@@ -8,8 +8,6 @@ import fastbert
 from benchmarks.suites import distilling
 from compression_models import table, tuned
 
-pytestmark = pytest.mark.once
-
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
@@ -25,6 +23,7 @@ def runs_in(path) -> list[dict]:
     return json.loads(path.read_text())["runs"]
 
 
+@pytest.mark.once
 def test_a_run_that_was_stopped_goes_on_with_what_is_missing(data, tmp_path, monkeypatch):
     """Seed by seed, so that what is there are pairs of rows; and what is asked in another way is another run."""
     first, second = tuned(tmp_path / "first"), tuned(tmp_path / "second", initializer_range=0.1)
@@ -51,6 +50,7 @@ def test_a_run_that_was_stopped_goes_on_with_what_is_missing(data, tmp_path, mon
     assert [run["row"] for run in runs_in(out)[10:]] == ["distilled"] * 4, "the labels alone have no temperature"
 
 
+@pytest.mark.cpp  # the way in which a model is run as whoever measures runs it
 def test_students_of_both_rows(data, tmp_path, capsys):
     teacher, out, kept = tuned(tmp_path / "teacher"), tmp_path / "runs.json", tmp_path / "kept"
     distilling.main(

@@ -69,7 +69,7 @@ class Study:
 
 STUDIES = {
     "sst2": Study("sentence", "sst2/train.tsv", "sst2/dev.tsv", 1, 2e-4, 16_000),
-    "sick": Study("pair", "sick/SICK_train.txt", "sick/SICK_test_annotated.txt", 2, 2e-4),
+    "sick": Study("pair", "sick/SICK_train.txt", "sick/SICK_test_annotated.txt", 1, 2e-4),
 }
 ROWS = ("distilled", "labels")
 
