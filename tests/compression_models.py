@@ -4,9 +4,11 @@ import csv
 from dataclasses import asdict
 from pathlib import Path
 
+import pytest
 import torch
 
 from fastbert import BertConfig, Tokenizer
+from fastbert.inference.eight_bits import why_not
 from fastbert.models import heads
 from fastbert.storage import write_json
 from fastbert.training.loop import Run
@@ -15,6 +17,7 @@ from fastbert.training.tasks import Spec, make_task
 from training_models import PIECES, examples_of
 
 LABELS = ["early", "Late"]
+needs_products = pytest.mark.skipif(why_not() is not None, reason=f"no 8-bit products: {why_not()}")
 
 
 def config_of(**changes) -> BertConfig:

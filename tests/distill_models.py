@@ -1,20 +1,26 @@
 """Students and teachers of the tests of distilling, and the losses once more in plain torch, a text at a time."""
 
 import copy
+import sys
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from fastbert import BertConfig
+from fastbert.compression.distill import Distilling
 from fastbert.compression.distilled import LOSSES, Divisor, Recipe, TaskDistilled
 from fastbert.compression.logits import logits_of
 from fastbert.models import heads
+from fastbert.training.loop import Settings
 from fastbert.training.predicting import pack
-from training_models import PIECES, task_of
+from fastbert.training.processes import Processes
+from training_models import ALONE, PIECES, task_of
 
 CPU = torch.device("cpu")
 TEMPERATURE = 1.7
 PAIRS = ((0, 1), (2, 3))
+ALL = tuple(name for name in LOSSES if name != "minilm")  # which needs as many heads as the teacher has
 INNER = tuple(name for name in LOSSES if name not in ("labels", "logits"))
 
 
@@ -42,6 +48,16 @@ def distilled_of(kind: str, *names: str, width: int = 32, dropout: float = 0.0, 
     teacher = model_of(task, 4, seed=2, impl=impl)
     torch.manual_seed(3)
     return TaskDistilled(student, teacher, recipe_of(*names, pairs=pairs), logits_of(task)), task, windows
+
+
+def run_of(
+    out: Path, kind: str, *names: str, width: int = 32, dropout: float = 0.3, processes: Processes = ALONE, **options
+) -> Distilling:  # fmt: skip
+    """options: of Settings."""
+    trained, task, windows = distilled_of(kind, *names, width=width, dropout=dropout)
+    chosen = {"epochs": 2, "step_tokens": 60, "batch_tokens": 10**6, "lr": 1e-3, "seed": 3, **options}
+    out.mkdir(exist_ok=True)
+    return Distilling(trained, task, windows, Settings(**chosen), out, processes)
 
 
 def divisor_of(trained, task, windows) -> Divisor:
@@ -157,3 +173,12 @@ def _answers(task, window, own, given) -> Tensor:
     if task.problem_type == "regression":
         return ((z - u) ** 2).mean()
     return t**2 * _divergence(z, u, t)
+
+
+if __name__ == "__main__":
+    # One of two processes, for the test of several: python distill_models.py DDP_OUT FSDP_OUT
+    torch.set_num_threads(1)
+    joined = Processes.join("cpu")
+    for folder, fsdp in zip(sys.argv[1:], (False, True), strict=True):
+        run_of(Path(folder), "token", *ALL, width=16, processes=joined, batch_tokens=40, fsdp=fsdp).train()
+    joined.leave()

@@ -19,8 +19,8 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+from command_line import run
 from fastbert import BertConfig, BertModel, Encoder
-from fastbert.cli.main import main
 from fastbert.text.files import HEADER_BYTES, npy_header, safetensors_header
 
 pytestmark = pytest.mark.once
@@ -60,13 +60,6 @@ def texts_file(tmp_path) -> Path:
     path = tmp_path / "texts.txt"
     path.write_text("\n".join(TEXTS) + "\n", encoding="utf-8")
     return path
-
-
-def run(*argv) -> int:
-    try:
-        return main([str(word) for word in argv])
-    except SystemExit as leaving:  # argparse
-        return leaving.code
 
 
 def read(path: Path) -> np.ndarray:

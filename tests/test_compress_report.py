@@ -8,26 +8,18 @@ from xml.etree import ElementTree
 import pytest
 
 import fastbert
-from compression_models import table, tuned
+from command_line import run
+from compression_models import needs_products, table, tuned
 from fastbert.checkpoint import load_state_dict
-from fastbert.cli.main import main
 from fastbert.compression import report as report_module
 from fastbert.compression.report import compare, memory_of, parties
 from fastbert.compression.report_picture import picture
 from fastbert.compression.report_picture import table as lines_of
-from fastbert.inference.eight_bits import why_not
 from fastbert.storage import write_json
 from fastbert.training.pipeline import SPEC_FILE
 from fastbert.training.tasks import Spec
 
 pytestmark = pytest.mark.once
-
-
-def run(*argv) -> int:
-    try:
-        return main([str(word) for word in argv])
-    except SystemExit as leaving:
-        return leaving.code
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +81,7 @@ def test_scores_that_are_undefined(folders, tmp_path, monkeypatch):
     assert "nan" not in drawn
 
 
-@pytest.mark.skipif(why_not() is not None, reason=f"no 8-bit products: {why_not()}")
+@needs_products
 def test_a_folder_in_8_bits_counts_its_integers_and_is_run_once(folders, tmp_path):
     first, _, data = folders
     small = tmp_path / "int8"

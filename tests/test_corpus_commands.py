@@ -10,21 +10,14 @@ import pytest
 pytest.importorskip("pyarrow", reason="needs the corpus extra")
 
 import corpus_kills
+from command_line import run
 from corpus_files import PLAIN, WORDS, done, encode, hashes, job_of, plan, read, table_of, vectors_of, write
 from fastbert import Encoder
-from fastbert.cli.main import main
 from fastbert.corpus.places import UNFINISHED, Place
 from fastbert.corpus.pool import CorpusPool
 from fastbert.engines import torchrun
 
 pytestmark = pytest.mark.once
-
-
-def run(*argv):
-    try:
-        return main([str(word) for word in argv])
-    except SystemExit as leaving:  # argparse
-        return leaving.code
 
 
 @pytest.fixture

@@ -6,29 +6,19 @@ import json
 import pytest
 import torch
 
-from distill_models import CPU, distilled_of, divisor_of, doubled, losses_of, model_of, recipe_of
+from distill_models import ALL, CPU, distilled_of, divisor_of, doubled, losses_of, model_of, recipe_of, run_of
 from fastbert import BertConfig, Tokenizer
 from fastbert.compression import bottleneck, losses
-from fastbert.compression.distill import Distilling
-from fastbert.compression.distilled import LOSSES, projections_of
+from fastbert.compression.distilled import projections_of
 from fastbert.compression.students import make_student
 from fastbert.models.heads import BertForMaskedLM
 from fastbert.storage import CheckpointError
 from fastbert.text.files import InputError
-from fastbert.training.loop import Settings
 from fastbert.training.predicting import pack
-from training_models import ALONE, PIECES, task_of
+from training_models import PIECES, task_of
+from two_processes import run_in_two
 
 pytestmark = pytest.mark.native
-
-ALL = tuple(name for name in LOSSES if name != "minilm")
-
-
-def run_of(out, kind, *names, width: int = 32, dropout: float = 0.3, **options) -> Distilling:
-    trained, task, windows = distilled_of(kind, *names, width=width, dropout=dropout)
-    chosen = {"epochs": 2, "step_tokens": 60, "batch_tokens": 10**6, "lr": 1e-3, "seed": 3, **options}
-    out.mkdir(exist_ok=True)
-    return Distilling(trained, task, windows, Settings(**chosen), out, ALONE)
 
 
 def gradients(run) -> dict[str, torch.Tensor]:
@@ -56,6 +46,28 @@ def test_gradients_do_not_depend_on_how_a_step_is_cut(kind, tmp_path):
         assert (found[name] - g).norm() <= 2 * (allowed[name] - g).norm() + 1e-6 * scale, name
     torch.testing.assert_close(parts.loss_of_step, whole.loss_of_step, rtol=1e-5, atol=1e-6)
     assert len(parts.loss_of_step) == 1 + len(ALL)
+
+
+@pytest.mark.once
+def test_two_processes_train_as_one(tmp_path):
+    """Under DDP and FSDP2, with dropout and a projection: tokens of a step are shared unevenly, and every loss is that
+    of one process but for rounding."""
+    both = tmp_path / "ddp", tmp_path / "fsdp"
+    run_in_two("distill_models.py", *both)
+    one = run_of(tmp_path / "one", "token", *ALL, width=16)
+    one.train()
+    for two in both:
+        rows, expected = (
+            [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+            for out in (two, tmp_path / "one")
+        )
+        assert [row["step"] for row in rows] == [row["step"] for row in expected]
+        for name in ("loss", *one.PARTS):
+            assert [row[name] for row in rows] == pytest.approx([row[name] for row in expected], rel=1e-4), name
+        again = run_of(two, "token", *ALL, width=16)
+        assert again.resume() == one.steps
+        for name, p in one.model.named_parameters():
+            torch.testing.assert_close(again.model.get_parameter(name), p, atol=2e-4, rtol=1e-3, msg=name)
 
 
 def test_texts_without_labels_teach_as_much(tmp_path):

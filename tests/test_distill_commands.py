@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
+from command_line import run
 from distill_models import model_of
 from fastbert import BertConfig, BertModel, Encoder, Tokenizer
-from fastbert.cli.main import main
 from fastbert.models.heads import BertForMaskedLM
 from fastbert.training.finetune import save_model
 from pretraining_models import WORDS, text_of
@@ -16,13 +16,6 @@ from training_models import KINDS, examples_of, task_of
 pytestmark = pytest.mark.once
 
 COMMON = ("--impl", "native", "--dtype", "float32", "--device", "cpu")
-
-
-def run(*argv) -> int:
-    try:
-        return main([str(word) for word in argv])
-    except SystemExit as leaving:  # argparse
-        return leaving.code
 
 
 def write_examples(kind: str, path, labelled: bool = True):

@@ -7,21 +7,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from command_line import run
 from fastbert import BertConfig, BertModel, Tokenizer
-from fastbert.cli.main import main
 from fastbert.models.heads import BertForMaskedLM
 from pretraining_models import WORDS, text_of
 
 pytestmark = pytest.mark.once
 
 CPU = ("--device", "cpu", "--dtype", "float32", "--impl", "native", "-q")
-
-
-def run(*argv) -> int:
-    try:
-        return main([str(word) for word in argv])
-    except SystemExit as leaving:  # argparse
-        return leaving.code
 
 
 @pytest.fixture

@@ -3,12 +3,8 @@ checkpoints that others read."""
 
 import json
 import math
-import os
 import re
 import shutil
-import socket
-import subprocess
-import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -23,8 +19,8 @@ from fastbert.testing import allowed_factor, assert_within_budget
 from fastbert.training import loop
 from fastbert.training.loop import TrainingError
 from pretraining_models import LENGTH, WORDS, gradients, model_of, run_of
+from two_processes import run_in_two
 
-PATIENCE = 300  # seconds after which a process hangs
 OBJECTIVES = ("mlm", "mlm+nsp", "mlm+sop", "electra")
 
 
@@ -226,21 +222,7 @@ def test_two_processes_train_as_one(tmp_path):
         two.mkdir()
         shutil.copy(one / "text.txt", two)
         run_of(two, objective)  # makes the corpus
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    script = Path(__file__).parent / "pretraining_models.py"
-    started = [
-        subprocess.Popen(
-            [sys.executable, script, objective, *both], env={**os.environ, **common, "RANK": str(rank)},
-            stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    for process in started:
-        _, said = process.communicate(timeout=PATIENCE)
-        assert process.returncode == 0, said
+    run_in_two("pretraining_models.py", objective, *both)
     expected = recorded(one, "scores")
     assert len(expected) == 2, "after the third step, and at the end"
     for two in both:

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import fastbert
-from compression_models import config_of, table, task_and_windows, tuned
+from command_line import run
+from compression_models import config_of, task_and_windows
 from fastbert import BertModel, Encoder
 from fastbert.checkpoint import load_state_dict
-from fastbert.cli.main import main
 from fastbert.compression.folders import HISTORY
 from fastbert.compression.heads import importance_of, least_heads, parse_heads, remaining_heads, shown_heads
 from fastbert.compression.prune_shapes import most_important, without_columns, without_heads, without_layers
@@ -19,6 +19,8 @@ from fastbert.layers import quantise
 from fastbert.models.heads import BertForSequenceClassification
 from fastbert.packing import PackedBatch
 from fastbert.testing import relative_rms
+
+pytest_plugins = ("compression_fixtures",)
 
 HEADS = {0: [1, 3], 1: [0, 1, 2, 3], 2: [2]}  # two heads are left in the first layer, none in the second
 LENGTHS = (5, 1, 17, 9)
@@ -258,23 +260,6 @@ def test_least_heads_are_those_that_nothing_reads():
 
 
 # ---- folders ---------------------------------------------------------------------------------------------
-
-
-def run(*argv) -> int:
-    try:
-        return main([str(word) for word in argv])
-    except SystemExit as leaving:
-        return leaving.code
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    return tuned(tmp_path_factory.mktemp("made") / "teacher")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return table(tmp_path_factory.mktemp("data") / "train.tsv", 40)
 
 
 @pytest.mark.once

@@ -5,29 +5,16 @@ import json
 import pytest
 import torch
 
-from compression_models import stopped_after, table, tuned
+from command_line import run
+from compression_models import stopped_after
 from fastbert.checkpoint import load_state_dict
-from fastbert.cli.main import main
 from fastbert.compression import prune_magnitude
 from fastbert.compression.folders import HISTORY
 from fastbert.compression.prune_magnitude import masks_of, matrices, share_at, sparsity, steps_of_ramp
 from fastbert.training import loop
 
+pytest_plugins = ("compression_fixtures",)
 pytestmark = pytest.mark.once
-
-
-def run(*argv) -> int:
-    return main([str(word) for word in argv])
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    return tuned(tmp_path_factory.mktemp("made") / "teacher")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return table(tmp_path_factory.mktemp("data") / "train.tsv", 40)
 
 
 def test_the_smallest_weights_become_zero():

@@ -6,9 +6,6 @@ import math
 import os
 import re
 import signal
-import socket
-import subprocess
-import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -24,9 +21,7 @@ from fastbert.training.optimizer import GroupedAdamW, depth_of, freeze, groups_o
 from fastbert.training.plan import Plan, dropout_seed, rate
 from fastbert.training.predicting import pack
 from training_models import KINDS, gradients, losses, model_of, run_of, task_of, weights
-
-PATIENCE = 300  # seconds after which a process hangs
-
+from two_processes import run_in_two
 
 # ---- the plan ------------------------------------------------------------------------------------------------
 
@@ -313,31 +308,13 @@ def test_a_model_is_kept_also_where_its_metric_is_undefined(tmp_path):
 # ---- several processes ---------------------------------------------------------------------------------------
 
 
-def two_processes(out: Path, kind: str, how: str) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    script = Path(__file__).parent / "training_models.py"
-    started = [
-        subprocess.Popen(
-            [sys.executable, script, out, kind, how], env={**os.environ, **common, "RANK": str(rank)},
-            stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    for process in started:
-        _, said = process.communicate(timeout=PATIENCE)
-        assert process.returncode == 0, said
-
-
 @pytest.mark.once
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_two_processes_train_as_one_and_their_checkpoint_is_anybodys(how, tmp_path):
     """Tokens of a step are shared unevenly, with dropout and weights of classes; the last checkpoint is read by one
     process. The mean of the weights is evaluated: the step after that was once computed with the means of what FSDP2
     keeps gathered."""
-    two_processes(tmp_path / "two", "token", how)
+    run_in_two("training_models.py", tmp_path / "two", "token", how)
     options = {"evaluated": True, "class_weights": "b-x=3,o=.5", "average": 0.5, "evaluations": 2}
     run = run_of(tmp_path / "one", "token", **options)
     run.train()

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import fastbert
+from command_line import run
 from fastbert import BertConfig, BertForPreTraining, BertModel, Tokenizer
 from fastbert.checkpoint import CheckpointError
-from fastbert.cli.main import main
 from fastbert.training import metrics
 from fastbert.training.files import DataError
 from fastbert.training.labels import class_names
@@ -21,13 +21,6 @@ from training_models import PIECES, task_of
 pytestmark = pytest.mark.once
 
 CPU = ("--impl", "native", "--dtype", "float32", "--device", "cpu")
-
-
-def run(*argv) -> int:
-    try:
-        return main([str(word) for word in argv])
-    except SystemExit as leaving:  # argparse
-        return leaving.code
 
 
 @pytest.fixture(scope="module")

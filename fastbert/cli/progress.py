@@ -37,7 +37,7 @@ class TrainingBar:
         if self.quiet:
             return
         if "scores" in record:
-            epoch = f"epoch {record['epoch'] + 1}, " if self.epochs else ""
+            epoch = f"epoch {record['epoch'] + 1}, " if self.epochs and record["step"] else ""
             words = ", ".join(f"{name} {shown(value)}" for name, value in record["scores"].items())
             self.bar.write(f"{epoch}step {record['step']:,}: {words}", file=sys.stderr)
             return

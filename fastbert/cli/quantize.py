@@ -23,8 +23,9 @@ LayerNorms, attention's scores and embeddings are not quantised; they are in bfl
   --data FILE    calibration: run the model on a few hundred texts, and store it. FILE has the format of 'fastbert
                  predict' and needs no labels; for a model without a task it has a text in each line
   --train FILE   quantisation-aware training: products are rounded as in inference, and training adapts the weights to
-                 that. MODEL is a folder of fastbert finetune. Ctrl-C finishes the step and saves; --resume continues
-                 from there
+                 that. MODEL is a folder of fastbert finetune. With --eval the model is measured before the first step
+                 too, as --data would store it, and the best model is kept. Ctrl-C finishes the step and saves; --resume
+                 continues from there
 
 If some columns of an input are much larger than others, the others lose precision; so part of the difference is moved
 into the weights (smoothing). The size of a column is measured on the calibration texts: the root of its mean square, or

@@ -206,6 +206,10 @@ class QuantisedTraining(Shaping):
         in_training(model, self.plan.factors)
         self._model = model
 
+    def keeps_first(self) -> bool:
+        """Before the first step the model is what calibration alone makes of it: training can only add to that."""
+        return True
+
     def served(self, model: nn.Module) -> nn.Module:
         frozen = copy.deepcopy(self._model)
         made = {module: module.frozen() for module in frozen.modules() if isinstance(module, TrainedInt8Linear)}

@@ -316,7 +316,10 @@ def _digest(path: str) -> str:
 
 
 def epochs_done(steps_of_epochs: Sequence[int], step: int) -> int | float:
-    """How many epochs so many steps are: a whole number after the last step of one, else with two decimals."""
+    """How many epochs so many steps are: a whole number after the last step of one and before the first, else with two
+    decimals."""
+    if step == 0:
+        return 0
     ends = list(accumulate(steps_of_epochs))
     epoch = bisect_left(ends, step)
     left = ends[epoch] - step

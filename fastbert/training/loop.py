@@ -378,6 +378,11 @@ class Run(Loop):
         self.steps_of_epochs = plan.count_steps(s.epochs)
         self.begin(plan, sum(self.steps_of_epochs), {"windows": len(self.windows)} | self.binding)
 
+    def train(self) -> None:
+        if self.progress.step == 0 and self.evaluate is not None and self.shaping.keeps_first():
+            self.evaluated(0)
+        super().train()
+
     def epochs(self) -> Iterator[tuple[int, int]]:
         yield from enumerate(self.steps_of_epochs)
 
@@ -422,7 +427,8 @@ class Run(Loop):
 
 
 def forget_after(path: Path, step: int) -> list[dict[str, Any]]:
-    """Drops the records of metrics.jsonl behind `step`, which a run that goes on from there writes again; the rest."""
+    """Drops the records of metrics.jsonl behind `step`, which a run that goes on from there writes again; the rest.
+    With 0 the run begins anew, and none is left."""
     records = []
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -430,7 +436,7 @@ def forget_after(path: Path, step: int) -> list[dict[str, Any]]:
                 records.append(json.loads(line))
             except ValueError:  # the last line of a process that was killed
                 break
-    records = [record for record in records if record["step"] <= step]
+    records = [record for record in records if record["step"] <= step] if step else []
     with write_atomically(path) as temporary:
         temporary.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     return records

@@ -24,6 +24,10 @@ class Shaping:
     def begin(self, model: nn.Module) -> None:
         """Before the first step, also of a run that goes on from a checkpoint."""
 
+    def keeps_first(self) -> bool:
+        """Whether the model as it is before the first step is evaluated too, and kept where no later one is better."""
+        return False
+
     def after_step(self, model: nn.Module, step: int, steps: int) -> None:
         """After an optimiser step; step: of those of the whole run, from 1 up."""
 
