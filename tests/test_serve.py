@@ -1,11 +1,9 @@
 """`fastbert serve` as a process: its sockets, its end, and clients that go away."""
 
-import asyncio
 import contextlib
 import json
 import signal
 import socket
-import struct
 import threading
 import time
 from types import SimpleNamespace
@@ -20,7 +18,6 @@ pytest.importorskip("uvicorn", reason="needs the serve extra")
 from fastbert.cli.main import main
 from fastbert.service.serving import bound_to, serve
 from fastbert.service.settings import Settings
-from fastbert.service.transport import OneWrite
 from service_models import PATIENCE, Process, make_folder
 
 pytestmark = pytest.mark.once
@@ -179,92 +176,3 @@ def test_of_two_servers_that_start_together_one_listens():
         first.listen()
         with pytest.raises(ValueError, match=f"cannot listen on 127.0.0.1, port {port}: Address already in use"):
             serve(SimpleNamespace(settings=Settings()), [second])
-
-
-class Transport:
-    """What was written to it, and whether it was closed."""
-
-    def __init__(self):
-        self.written, self.closed = [], False
-
-    def write(self, data):
-        self.written.append(data)
-
-    def close(self):
-        self.closed = True
-
-    def is_closing(self):
-        return self.closed
-
-
-class Loop:
-    """A loop whose next turn comes when the test says so."""
-
-    def __init__(self):
-        self.waiting = []
-
-    def call_soon(self, function):
-        self.waiting.append(function)
-
-    def turn(self):
-        for function in self.waiting:
-            function()
-        self.waiting = []
-
-
-def test_one_write():
-    """The head waits for the body; an early end does not lose it; what is no head passes."""
-    transport, loop = Transport(), Loop()
-    one = OneWrite(transport, loop, SimpleNamespace(cycle=None))
-    one.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-    one.write(b"HTTP/1.1 200 OK\r\n\r\n")
-    one.write(b"body")
-    one.write(b"more")
-    loop.turn()
-    one.write(b"HTTP/1.1 204 No Content\r\n\r\n")
-    assert transport.written == [b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 200 OK\r\n\r\nbody", b"more"]
-    one.close()
-    assert transport.written[-1] == b"HTTP/1.1 204 No Content\r\n\r\n"
-    assert one.is_closing()
-
-
-def test_a_head_without_a_body_is_sent():
-    """httptools' protocol writes nothing after the head of an answer to HEAD."""
-    transport, loop = Transport(), Loop()
-    one = OneWrite(transport, loop, SimpleNamespace(cycle=None))
-    one.write(b"HTTP/1.1 200 OK\r\n\r\n")
-    assert transport.written == []
-    loop.turn()
-    one.write(b"HTTP/1.1 404 Not Found\r\n\r\n")
-    one.write(b"body")
-    assert transport.written == [b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.1 404 Not Found\r\n\r\nbody"]
-
-
-def test_a_client_that_has_reset_its_connection_is_no_error():
-    """The transport closes before it is told of the reset: the system then refuses to end the sending half."""
-
-    class Half(asyncio.Protocol):
-        cycle = SimpleNamespace(response_complete=True, more_body=True)
-
-        def connection_made(self, transport):
-            self.transport = transport
-            made.set_result(self)
-
-        def connection_lost(self, error):
-            lost.set_result(error)
-
-    async def test():
-        nonlocal made, lost
-        loop = asyncio.get_running_loop()
-        made, lost = loop.create_future(), loop.create_future()
-        server = await loop.create_server(Half, "127.0.0.1", 0)
-        client = socket.create_connection(server.sockets[0].getsockname())
-        half = await made
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close() resets
-        client.close()
-        OneWrite(half.transport, loop, half).close()
-        assert isinstance(await lost, ConnectionResetError)
-        server.close()
-
-    made = lost = None
-    asyncio.run(asyncio.wait_for(test(), PATIENCE))

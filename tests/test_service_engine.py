@@ -1,14 +1,20 @@
 """The threads of a server: who fails with whom, what leaves the queue, what is computed at most once."""
 
 import asyncio
+import os
 import threading
+import time
+from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("orjson", reason="needs the serve extra")
+from fastbert.service import engine
 from fastbert.service.engine import Engine, Job, Piece, Prepared
 from fastbert.service.errors import ServiceError
 from fastbert.service.queue import TokenQueue
+from fastbert.text.batching import end_team, use_threads
 
 pytestmark = pytest.mark.once
 
@@ -264,18 +270,18 @@ def test_the_thread_that_tokenises_ends_whoever_wakes_first():
 
     async def test():
         async with Rig() as rig:
-            engine = rig.engine
-            while not engine._idle:
+            rigged = rig.engine
+            while not rigged._idle:
                 await asyncio.sleep(0.001)
             job = Job(rig.queue, lambda: Prepared([Piece(rig.lane, 5, 10)], [10]), 10)
-            with engine._lock:
+            with rigged._lock:
                 rig.queue.announce(10)
-                engine._unprepared.append(job)
-                engine._stopped = True
-                engine._for_tokeniser.notify()
+                rigged._unprepared.append(job)
+                rigged._stopped = True
+                rigged._for_tokeniser.notify()
             assert await asyncio.wait_for(job.answer, 10) == [10]
-            await asyncio.to_thread(engine._threads[-1].join, 10)
-            assert not engine._threads[-1].is_alive()
+            await asyncio.to_thread(rigged._threads[-1].join, 10)
+            assert not rigged._threads[-1].is_alive()
 
     run(test)
 
@@ -307,7 +313,7 @@ def test_threads_that_are_free_share_the_batches_of_one_request():
 
     async def test():
         async with Rig(budget=10, workers=3) as rig:
-            while rig.engine._idle < 3:
+            while len(rig.engine._idle) < 3:
                 await asyncio.sleep(0.001)
             rig.lane.open.clear()
             job = rig.ask(1, 2, 3)
@@ -319,12 +325,74 @@ def test_threads_that_are_free_share_the_batches_of_one_request():
     run(test)
 
 
+def test_requests_to_an_idle_engine_are_computed_by_one_thread(monkeypatch):
+    """Each thread that computes a batch alone has a team of OpenMP threads, and more teams than processors are slow.
+    Another thread that comes to compute alone ends its team."""
+
+    async def test():
+        async with Rig(workers=3, threads=3) as rig:
+            compute = rig.lane.compute
+
+            def noted(data):
+                computed.append((data[0], threading.current_thread().name))
+                return compute(data)
+
+            rig.lane.compute = noted
+            while len(rig.engine._idle) < 3:
+                await asyncio.sleep(0.001)
+            for number in range(4):
+                await rig.ask(number).answer
+                while len(rig.engine._idle) < 3:
+                    await asyncio.sleep(0.001)
+            entered, go = threading.Event(), threading.Event()
+
+            def slow():
+                entered.set()
+                assert go.wait(30)
+                return Prepared([Piece(rig.lane, 5, 10)], [10])
+
+            job = Job(rig.queue, slow, 10)
+            rig.engine.submit(job)
+            await asyncio.to_thread(entered.wait, 30)
+            await rig.ask(4).answer
+            go.set()
+            await job.answer
+            assert computed == [(number, "model-0") for number in range(4)] + [(4, "model-1"), (5, "model-0")]
+            while len(rig.engine._idle) < 3:
+                await asyncio.sleep(0.001)
+            assert ended == ["model-1"]
+
+    computed, ended = [], []
+    monkeypatch.setattr(engine, "end_team", lambda: ended.append(threading.current_thread().name))
+    run(test)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's list of threads")
+def test_a_team_of_threads_is_ended():
+    def work():
+        use_threads(3)
+        before = len(os.listdir("/proc/self/task"))
+        torch.zeros(2**20, dtype=torch.float32, device="cpu").add_(1)
+        counts.append(len(os.listdir("/proc/self/task")) - before)
+        end_team()
+        until = time.monotonic() + 30
+        while len(os.listdir("/proc/self/task")) > before and time.monotonic() < until:
+            time.sleep(0.001)  # the threads end by themselves
+        counts.append(len(os.listdir("/proc/self/task")) - before)
+
+    counts = []
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert counts == [2, 0]
+
+
 def test_no_client_is_told_to_wait_for_a_minute():
     async def test():
         async with Rig(bound=50) as rig:
             await rig.blocked()
             await rig.settled([rig.ask(1, tokens=40)])
-            for rate, wanted in ((0.001, 59), (20.0, 2), (1e9, 1)):
+            for rate, wanted in ((0.001, 59), (20.0, 2), (19.0, 3), (1e9, 1)):
                 rig.engine.rate = rate
                 with pytest.raises(ServiceError) as error:
                     rig.ask(2, announced=41)

@@ -83,6 +83,20 @@ def test_limits(served):
     assert (reply.status, reply.headers["retry-after"]) == (429, "1")
 
 
+def test_only_a_long_body_that_was_not_read_costs_the_connection(served):
+    """A client that is told so stops sending; one that had sent all keeps its connection."""
+    client = served("texts", payload_limit=100_000, api_key="right")
+    for key, length, is_closed in (
+        ("right", {"content-length": "100001"}, True), ("wrong", {"content-length": "65537"}, True),
+        ("wrong", {"content-length": "65536"}, False), ("wrong", {}, False),
+        ("wrong", {"transfer-encoding": "chunked"}, True), ("right", {"transfer-encoding": "chunked"}, False),
+    ):  # fmt: skip
+        reply = client.post("/embed", {"inputs": 7}, {"authorization": f"Bearer {key}", **length})
+        assert reply.status in (401, 413, 422)
+        assert (reply.headers.get("connection") == "close") is is_closed, (key, length)
+    assert client.ask("GET", "/info", headers={"content-length": "70000"}).headers.get("connection") is None
+
+
 def test_the_key(served):
     client = served("texts", api_key="right")
     for given in ({}, {"authorization": "Bearer wrong"}, {"authorization": "right"}, {"authorization": "Bearer rightx"},

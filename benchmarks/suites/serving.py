@@ -18,7 +18,8 @@ Every vector is compared with that of the Encoder: a wrong vector, or a status o
 shares the machine's cores with the servers. Processor time is that of the server, counted by the system.
 
 idle: a request of ten tokens compared with `Encoder.encode` of the same text in the client's process, in turns: the
-median difference of wall times, and the processor time of each.
+median difference of wall times, and the processor time of each. Each follows a pause, since the OpenMP threads of the
+one before would spin for some milliseconds and take a processor away.
 """
 
 from __future__ import annotations
@@ -67,6 +68,7 @@ import json, os, sys, uvicorn
 os.environ["CONFIG"] = json.dumps({"embeddings": {"path": sys.argv[1]}, "openai": True})
 uvicorn.run("txtai.api:app", port=int(sys.argv[2]), log_level="warning")
 """
+PAUSE = 0.02  # seconds; libgomp spins for about 3 ms
 TEN_TOKENS = "a man is eating food in the park"
 
 
@@ -281,14 +283,16 @@ def _ours(args: argparse.Namespace, folder: str) -> Callable[[int], list[str]]:
 def _idle(args: argparse.Namespace, folder: str, encoder: Any) -> dict[str, float]:
     """Milliseconds of one request and of `encode` alone: median wall time, and processor time."""
     body = json.dumps({"input": TEN_TOKENS, "model": "minilm", "encoding_format": "base64"}).encode()
-    rounds = max(int(100 * min(args.seconds, 10.0)), 20)
+    rounds = max(int(20 * min(args.seconds, 10.0)), 20)
 
     async def in_turn(port: int, rounds: int) -> tuple[list[float], list[float], float]:
         connection, alone, served, own_cpu = Connection(port), [], [], 0.0
         for _ in range(rounds):
+            await asyncio.sleep(PAUSE)
             began, cpu = time.perf_counter(), time.process_time()
             encoder.encode([TEN_TOKENS])
             alone.append(time.perf_counter() - began)
+            await asyncio.sleep(PAUSE)
             own_cpu += time.process_time() - cpu
             began = time.perf_counter()
             await connection.ask(body)

@@ -4,6 +4,10 @@
 
 A model thread without a batch tokenises requests itself. So a request to an idle server changes threads only twice,
 from the loop to the model thread and back. While all model threads compute, one more thread tokenises new requests.
+
+A batch that is computed alone uses all processors, by OpenMP threads that its model thread keeps for the next one. They
+are fast only as long as they are the only such team of the process (see `end_team`). So the first model thread is woken
+before the others, and the others end their team after such a batch.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from ..text.batching import use_threads
+from ..text.batching import end_team, use_threads
 from .errors import ServiceError
 from .queue import Full, TokenQueue, Waiting
 
@@ -109,14 +113,18 @@ class Engine:
         self.threads = threads
         self.rate = 0.0  # tokens per second, a moving mean
         self._lock = threading.Lock()
-        self._for_worker, self._for_tokeniser = threading.Condition(self._lock), threading.Condition(self._lock)
+        self._for_worker = [threading.Condition(self._lock) for _ in range(workers)]
+        self._for_tokeniser = threading.Condition(self._lock)
         self._unprepared: deque[Job] = deque()
-        self._idle = self._busy = 0  # model threads that wait, and that compute
+        self._idle: set[int] = set()  # numbers of the model threads that wait and have not been woken
+        self._busy = 0  # model threads that compute
         self._preparing = 0  # jobs that are being tokenised
         self._turn = 0
         self._stopped = False
-        names = [f"model-{i}" for i in range(workers)]
-        self._threads = [threading.Thread(target=self._work, name=name, daemon=True) for name in names]
+        self._threads = [
+            threading.Thread(target=self._work, args=(number,), name=f"model-{number}", daemon=True)
+            for number in range(workers)
+        ]
         self._threads.append(threading.Thread(target=self._tokenise, name="tokenise", daemon=True))
         for thread in self._threads:
             thread.start()
@@ -133,7 +141,10 @@ class Engine:
             except Full as full:
                 raise self._refusal(job.queue, job.announced, full) from None
             self._unprepared.append(job)
-            (self._for_worker if self._idle else self._for_tokeniser).notify()
+            if self._idle:
+                self._wake_worker()
+            else:
+                self._for_tokeniser.notify()
 
     def give_up(self, job: Job) -> None:
         """Cancels a request whose client is gone: its pieces that are not computed yet leave the queue."""
@@ -144,7 +155,7 @@ class Engine:
         """Ends the threads as soon as all waiting requests are done."""
         with self._lock:
             self._stopped = True
-            self._for_worker.notify_all()
+            self._wake_all_workers()
             self._for_tokeniser.notify_all()
         for thread in self._threads:
             thread.join()
@@ -181,7 +192,17 @@ class Engine:
 
     # ---- run by the threads ---------------------------------------------------------------------------------
 
-    def _work(self) -> None:
+    def _wake_worker(self) -> None:
+        """Wakes the first of the idle model threads, under the lock."""
+        number = min(self._idle)
+        self._idle.remove(number)
+        self._for_worker[number].notify()
+
+    def _wake_all_workers(self) -> None:
+        while self._idle:
+            self._wake_worker()
+
+    def _work(self, number: int) -> None:
         while True:
             with self._lock:
                 job, batch = None, []
@@ -191,16 +212,16 @@ class Engine:
                         break
                     if self._stopped and not self._preparing:
                         return
-                    self._idle += 1
-                    self._for_worker.wait()
-                    self._idle -= 1
+                    self._idle.add(number)
+                    while number in self._idle:
+                        self._for_worker[number].wait()
                 if not batch:
                     job = self._next_unprepared()
                 else:
                     self._busy += 1
                     alone = self._busy == 1 and not any(self.queues)
                     if self._idle and any(self.queues):
-                        self._for_worker.notify()
+                        self._wake_worker()
                     elif self._unprepared and not self._idle:
                         self._for_tokeniser.notify()
             if job is not None:
@@ -213,6 +234,8 @@ class Engine:
             except Exception as error:  # a bug here or in `on_batch`: the thread must survive it
                 self._finish(batch, dict.fromkeys((job for job, _ in batch), as_service_error(error)))
             finally:
+                if number and alone:
+                    end_team()
                 with self._lock:
                     self._busy -= 1
 
@@ -229,7 +252,7 @@ class Engine:
             self._prepare(job)
             with self._lock:
                 if self._idle and any(self.queues):
-                    self._for_worker.notify()
+                    self._wake_worker()
 
     def _next_unprepared(self) -> Job:
         self._preparing += 1
@@ -256,7 +279,7 @@ class Engine:
             job.queue.withdraw(job.announced)
             self._preparing -= 1
             if self._stopped:
-                self._for_worker.notify_all()
+                self._wake_all_workers()
             if job.is_over:
                 return
             if error is None:

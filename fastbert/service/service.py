@@ -15,7 +15,7 @@ import torch
 
 from .. import __version__
 from ..encoding.devices import resolve_device
-from ..text.batching import flights_of
+from ..text.batching import end_team, flights_of
 from .engine import Engine, Job, Prepared
 from .errors import ServiceError
 from .metrics import Metrics
@@ -119,6 +119,7 @@ class Service:
 
     async def start(self) -> None:
         """Starts the threads, for the running event loop."""
+        end_team()  # of the thread that loaded the models, where the event loop runs in that thread
         workers = flights_of(MANY, self.device)
         self.engine = Engine(
             asyncio.get_running_loop(),

@@ -177,3 +177,14 @@ def use_threads(count: int) -> None:
     _openmp().omp_set_num_threads(count)
     if hasattr(_openmp(), "MKL_Set_Num_Threads_Local"):
         _openmp().MKL_Set_Num_Threads_Local(count)
+
+
+def end_team() -> None:
+    """Ends the threads that torch's operators have started for this thread. Its next operator starts new ones.
+
+    GNU's OpenMP keeps such a team for every thread that ever called an operator. When all teams together have more
+    threads than there are processors, threads sleep whenever they wait for each other within an operator, instead of
+    spinning for a while.
+    """
+    if _openmp() is not None and hasattr(_openmp(), "omp_pause_resource_all"):  # since OpenMP 5
+        _openmp().omp_pause_resource_all(1)  # 1 is omp_pause_soft, which keeps the number of threads

@@ -1,0 +1,231 @@
+"""The transport: a reply in one write, and what becomes of a connection whose request was not read to its end."""
+
+import asyncio
+import contextlib
+import socket
+import struct
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("uvicorn", reason="needs the serve extra")
+import uvicorn
+from uvicorn.server import ServerState
+
+from fastbert.service import transport
+from fastbert.service.transport import OneWrite, protocol
+from service_models import PATIENCE
+
+pytestmark = pytest.mark.once
+REFUSED = b"POST /refuse HTTP/1.1\r\nhost: x\r\ncontent-length: 100000\r\n\r\n"
+
+
+async def replies(scope, receive, send):
+    """Refuses a body without reading it, or replies after reading it, in three parts if the address is /parts."""
+    refuses = scope["path"] == "/refuse"
+    if not refuses:
+        while (await receive()).get("more_body"):
+            pass
+    headers = [(b"content-length", b"6"), *([(b"connection", b"close")] if refuses else [])]
+    await send({"type": "http.response.start", "status": 413 if refuses else 200, "headers": headers})
+    for part in (b"an", b"sw", b"er") if scope["path"] == "/parts" else (b"answer",):
+        await send({"type": "http.response.body", "body": part, "more_body": part in (b"an", b"sw")})
+
+
+class Recorder:
+    """A transport that records what is written to it."""
+
+    def __init__(self, transport, written):
+        self.transport, self.written = transport, written
+
+    def __getattr__(self, name):
+        return getattr(self.transport, name)
+
+    def write(self, data):
+        if data:
+            self.written.append(bytes(data))
+        self.transport.write(data)
+
+
+class Server:
+    """uvicorn's protocol on a socket, with `replies` as its application. state: of uvicorn, with its open connections.
+    written: all that was written, in pieces as it was. made: the protocols of all connections."""
+
+    async def __aenter__(self):
+        config, self.state, self.written, self.made = uvicorn.Config(replies), ServerState(), [], []
+        config.load()
+        server = self
+
+        class Recorded(protocol()):
+            def connection_made(self, transport):
+                super().connection_made(Recorder(transport, server.written))
+                server.made.append(self)
+
+        loop = asyncio.get_running_loop()
+        self.server = await loop.create_server(lambda: Recorded(config, self.state, {}), "127.0.0.1", 0)
+        return self
+
+    async def __aexit__(self, *error):
+        self.server.close()
+
+    async def connect(self):
+        return await asyncio.open_connection(*self.server.sockets[0].getsockname())
+
+    async def until_all_are_lost(self):
+        while self.state.connections:
+            await asyncio.sleep(0.001)
+
+
+def run(test):
+    asyncio.run(asyncio.wait_for(test(), PATIENCE))
+
+
+def test_every_reply_begins_with_one_write_and_leaves_the_connection_open():
+    async def test():
+        async with Server() as server:
+            reader, writer = await server.connect()
+            for path in (b"/", b"/parts", b"/"):
+                writer.write(b"POST %b HTTP/1.1\r\nhost: x\r\ncontent-length: 4\r\n\r\nbody" % path)
+                assert (await reader.readuntil(b"answer")).startswith(b"HTTP/1.1 200 OK\r\n")
+            assert [piece.partition(b"\r\n\r\n")[2] or piece for piece in server.written] == [
+                b"answer", b"an", b"sw", b"er", b"answer",
+            ]  # fmt: skip
+            writer.close()
+
+    run(test)
+
+
+def test_a_connection_is_closed_at_once_when_its_request_was_read():
+    """The client keeps its side open, and would hold the connection until the end of the pause otherwise."""
+
+    async def test():
+        async with Server() as server:
+            reader, writer = await server.connect()
+            writer.write(b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+            assert (await reader.read()).endswith(b"answer")
+            await server.until_all_are_lost()
+            writer.close()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transport, "LINGER_SECONDS", 10 * PATIENCE)
+        run(test)
+
+
+@pytest.mark.parametrize("bound", ["seconds", "bytes"])
+def test_the_rest_of_a_refused_request_is_read_within_bounds(bound, monkeypatch):
+    """The reply ends, and the client may send on; then its silence, or too much from it, ends the connection. uvicorn
+    is told of that: when it stops, it waits for open connections."""
+    monkeypatch.setattr(transport, "LINGER_SECONDS", 0.05 if bound == "seconds" else 10 * PATIENCE)
+    monkeypatch.setattr(transport, "LINGER_BYTES", 50_000)
+
+    async def test():
+        async with Server() as server:
+            reader, writer = await server.connect()
+            writer.write(REFUSED)
+            reply = await reader.read()
+            assert reply.startswith(b"HTTP/1.1 413 ")
+            assert reply.endswith(b"\r\n\r\nanswer")
+            assert len(server.written) == 1
+            (made,) = server.made
+            assert made.timeout_keep_alive_task is None  # uvicorn takes the connection for closed
+            writer.write(b"x" * 50_000)
+            await writer.drain()
+            if bound == "bytes":
+                await asyncio.sleep(0.05)
+                assert server.state.connections == {made}
+                writer.write(b"x")
+            await server.until_all_are_lost()
+            with contextlib.suppress(ConnectionError):
+                writer.close()
+                await writer.wait_closed()
+
+    run(test)
+
+
+class Transport:
+    """What was written to it, and whether it was closed."""
+
+    def __init__(self):
+        self.written, self.closed = [], False
+
+    def write(self, data):
+        self.written.append(data)
+
+    def close(self):
+        self.closed = True
+
+    def is_closing(self):
+        return self.closed
+
+
+class Loop:
+    """A loop whose next turn comes when the test says so."""
+
+    def __init__(self):
+        self.waiting = []
+
+    def call_soon(self, function):
+        self.waiting.append(function)
+
+    def turn(self):
+        for function in self.waiting:
+            function()
+        self.waiting = []
+
+
+def test_one_write():
+    """The head waits for the body; an early end does not lose it; what is no head passes."""
+    transport, loop = Transport(), Loop()
+    one = OneWrite(transport, loop, SimpleNamespace(cycle=None))
+    one.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    one.write(b"HTTP/1.1 200 OK\r\n\r\n")
+    one.write(b"body")
+    one.write(b"more")
+    loop.turn()
+    one.write(b"HTTP/1.1 204 No Content\r\n\r\n")
+    assert transport.written == [b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 200 OK\r\n\r\nbody", b"more"]
+    one.close()
+    assert transport.written[-1] == b"HTTP/1.1 204 No Content\r\n\r\n"
+    assert one.is_closing()
+
+
+def test_a_head_without_a_body_is_sent():
+    """httptools' protocol writes nothing after the head of an answer to HEAD."""
+    transport, loop = Transport(), Loop()
+    one = OneWrite(transport, loop, SimpleNamespace(cycle=None))
+    one.write(b"HTTP/1.1 200 OK\r\n\r\n")
+    assert transport.written == []
+    loop.turn()
+    one.write(b"HTTP/1.1 404 Not Found\r\n\r\n")
+    one.write(b"body")
+    assert transport.written == [b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.1 404 Not Found\r\n\r\nbody"]
+
+
+def test_a_client_that_has_reset_its_connection_is_no_error():
+    """The transport closes before it is told of the reset: the system then refuses to end the sending half."""
+
+    class Half(asyncio.Protocol):
+        cycle = SimpleNamespace(response_complete=True, more_body=True)
+
+        def connection_made(self, transport):
+            self.transport = transport
+            made.set_result(self)
+
+        def connection_lost(self, error):
+            lost.set_result(error)
+
+    async def test():
+        nonlocal made, lost
+        loop = asyncio.get_running_loop()
+        made, lost = loop.create_future(), loop.create_future()
+        server = await loop.create_server(Half, "127.0.0.1", 0)
+        client = socket.create_connection(server.sockets[0].getsockname())
+        half = await made
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close() resets
+        client.close()
+        OneWrite(half.transport, loop, half).close()
+        assert isinstance(await lost, ConnectionResetError)
+        server.close()
+
+    made = lost = None
+    asyncio.run(asyncio.wait_for(test(), PATIENCE))
