@@ -16,6 +16,7 @@ pytest.importorskip("starlette", reason="needs the serve extra")
 pytest.importorskip("uvicorn", reason="needs the serve extra")
 
 from fastbert.cli.main import main
+from fastbert.cli.serve import spin_shortly
 from fastbert.service.serving import bound_to, serve
 from fastbert.service.settings import Settings
 from service_models import PATIENCE, Process, make_folder
@@ -133,6 +134,7 @@ def test_what_goes_wrong_at_the_start_is_said_in_one_line(tmp_path, capsys, monk
         return resolve(host, *args, **options)
 
     monkeypatch.setattr(socket, "getaddrinfo", nobody_knows_it)
+    monkeypatch.setenv("GOMP_SPINCOUNT", "as it was")  # the command must not change it for the tests after this one
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as found:
         free = str(found.getsockname()[1])
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as taken:
@@ -152,6 +154,15 @@ def test_what_goes_wrong_at_the_start_is_said_in_one_line(tmp_path, capsys, monk
             assert said.startswith("fastbert: error: ")
             assert told in said
             assert said.count("\n") == 1
+
+
+def test_threads_of_operators_spin_shortly_unless_the_environment_says_otherwise():
+    for given, wanted in (
+        ({}, {"GOMP_SPINCOUNT": "1000"}), ({"GOMP_SPINCOUNT": "7"},) * 2, ({"OMP_WAIT_POLICY": "passive"},) * 2,
+    ):  # fmt: skip
+        environment = dict(given)
+        spin_shortly(environment)
+        assert environment == wanted
 
 
 def test_addresses_of_a_host(monkeypatch):

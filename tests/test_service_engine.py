@@ -327,10 +327,10 @@ def test_threads_that_are_free_share_the_batches_of_one_request():
 
 def test_requests_to_an_idle_engine_are_computed_by_one_thread(monkeypatch):
     """Each thread that computes a batch alone has a team of OpenMP threads, and more teams than processors are slow.
-    Another thread that comes to compute alone ends its team."""
+    Another thread that comes to compute alone ends its team; one that shares the processors keeps it."""
 
     async def test():
-        async with Rig(workers=3, threads=3) as rig:
+        async with Rig(budget=10, workers=3, threads=3) as rig:
             compute = rig.lane.compute
 
             def noted(data):
@@ -358,6 +358,14 @@ def test_requests_to_an_idle_engine_are_computed_by_one_thread(monkeypatch):
             go.set()
             await job.answer
             assert computed == [(number, "model-0") for number in range(4)] + [(4, "model-1"), (5, "model-0")]
+            while len(rig.engine._idle) < 3:
+                await asyncio.sleep(0.001)
+            rig.lane.open.clear()
+            job = rig.ask(6, 7, 8)
+            while len(computed) < 9:
+                await asyncio.sleep(0.001)
+            rig.lane.open.set()
+            await job.answer
             while len(rig.engine._idle) < 3:
                 await asyncio.sleep(0.001)
             assert ended == ["model-1"]

@@ -52,7 +52,8 @@ class Server:
     written: all that was written, in pieces as it was. made: the protocols of all connections."""
 
     async def __aenter__(self):
-        config, self.state, self.written, self.made = uvicorn.Config(replies), ServerState(), [], []
+        config = uvicorn.Config(replies, log_config=None, access_log=False)
+        self.state, self.written, self.made = ServerState(), [], []
         config.load()
         server = self
 

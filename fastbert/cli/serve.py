@@ -6,12 +6,17 @@ import argparse
 import dataclasses
 import importlib.util
 import sys
+from collections.abc import MutableMapping
 from pathlib import Path
 
 from .options import DTYPES, IMPLS, POOLINGS, UsageError, default_model, positive
 
 ORDER = 6
 SUMMARY = "answer HTTP requests: vectors, scores, labels, entities, answers, masked words"
+# How often a thread of torch's operators looks for the others before it sleeps: for about 20 us, longer than from one
+# operator of a pass to the next. By GNU's default, 300,000, every operator may wait for milliseconds on a machine that
+# does other work too.
+SPINS = "1000"
 LIBRARIES = ("starlette", "uvicorn", "orjson", "prometheus_client")
 
 DESCRIPTION = """\
@@ -105,6 +110,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"fastbert serve needs {', '.join(missing)}: pip install {' '.join(missing)}")
     import os
 
+    spin_shortly(os.environ)
     from .. import batch_invariant
     from ..service.models import Models, load
     from ..service.service import Service
@@ -129,6 +135,12 @@ def run(args: argparse.Namespace) -> int:
     where = f"http://{f'[{settings.host}]' if ':' in settings.host else settings.host}:{settings.port}"
     print(f"fastbert: {', '.join(models.by_name)} on {where} ({where}/ in a browser)", file=sys.stderr, flush=True)
     return serve(Service(settings, models), sockets, beside)
+
+
+def spin_shortly(environment: MutableMapping[str, str]) -> None:
+    """Sets SPINS, unless the environment says how OpenMP's threads wait. It is read when torch is imported."""
+    if "GOMP_SPINCOUNT" not in environment and "OMP_WAIT_POLICY" not in environment:
+        environment["GOMP_SPINCOUNT"] = SPINS
 
 
 def _named(source: str) -> tuple[str, str]:

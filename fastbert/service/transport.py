@@ -52,7 +52,7 @@ class OneWrite:
         self._is_closing = True
         self._flush()
         cycle = self._protocol.cycle
-        if cycle is not None and cycle.response_complete and cycle.more_body and self._transport.can_write_eof():
+        if cycle is not None and cycle.response_complete and cycle.more_body:
             Leftover(self._transport, self._loop, self._protocol)
         else:
             self._transport.close()
@@ -73,12 +73,6 @@ class Leftover(asyncio.Protocol):
         self._bytes += len(data)
         if self._bytes > LINGER_BYTES:
             self._transport.close()
-
-    def pause_writing(self) -> None:
-        self._before.pause_writing()
-
-    def resume_writing(self) -> None:
-        self._before.resume_writing()
 
     def connection_lost(self, error: Exception | None) -> None:
         self._timer.cancel()
