@@ -7,9 +7,9 @@
 One chapter in twenty and six articles are held out for evaluation. An interrupted run continues. Three goals are
 checked, and the exit code is 1 if one is missed: the loss of masked words is 0.3 nats below the entropy of single
 words, pairs are classified better than chance by two standard errors, and ELECTRA's detection has an area under the
-curve of 0.6. ELECTRA starts from a model trained on masked words (--init; both with --no-whole-words --max-length 64
---vocab-size 1000), because from random weights a discriminator would first have to learn which positions are adjacent,
-with one bit for each token.
+curve of 0.6. ELECTRA starts from a model trained on masked words (--init; both with --no-whole-words --max-length 32
+--vocab-size 300; 1,500 steps, then 1,000 with --lr 1e-3), because from random weights a discriminator would first have
+to learn which positions are adjacent, with one bit for each token.
 
 `loader` writes a text of this size, the same paragraphs with running numbers. It prints how many tokens a second are
 read, cut into examples and masked, compared with those of a training step, in processor time on one thread, and the
