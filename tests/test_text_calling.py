@@ -17,17 +17,24 @@ pytestmark = pytest.mark.once
 
 @pytest.mark.parametrize("inputs", [["c" * calling.LONG_CALL, "d"], [("c" * calling.LONG_CALL, "d")]])
 def test_a_signal_is_heard_while_a_long_text_is_tokenised(inputs):
-    """The library tokenises a text in one call: one word of 200 MB kept SIGTERM and Ctrl-C waiting for a minute."""
+    """The library tokenises a text in one call: one word of 200 MB kept SIGTERM and Ctrl-C waiting for a minute.
+
+    A run of the tests in the background inherits SIGINT as ignored, so the test sets Python's handler.
+    """
     over = threading.Event()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def encode_batch(inputs):
         assert threading.current_thread() is not threading.main_thread()
         os.kill(os.getpid(), signal.SIGINT)
-        over.wait()
+        over.wait(60)
 
-    with pytest.raises(KeyboardInterrupt):
-        calling.encoded(encode_batch, inputs)
-    over.set()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            calling.encoded(encode_batch, inputs)
+    finally:
+        over.set()
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_long_call_gives_what_a_short_one_gives(monkeypatch):
