@@ -1,6 +1,8 @@
 """Tables of short texts for the tests of corpora, and how those encode them."""
 
+import csv
 import hashlib
+import json
 import random
 from dataclasses import replace
 
@@ -43,6 +45,26 @@ def write(path, table, **options):
     return path
 
 
+def write_arrow(path, table, rows=None, new=pa.ipc.new_file, **options):
+    """An Arrow file, or a stream, with so many rows in a record batch."""
+    with new(path, table.schema, options=pa.ipc.IpcWriteOptions(**options)) as sink:
+        sink.write_table(table, max_chunksize=rows)
+    return path
+
+
+def every_kind(folder, count):
+    """The same rows in every kind of file; the names of the files."""
+    table = table_of(count).select(["number", "text"])
+    write(folder / "a.parquet", table)
+    for name, new in (("b.arrow", pa.ipc.new_file), ("c.arrow", pa.ipc.new_stream), ("d.feather", pa.ipc.new_file)):
+        write_arrow(folder / name, table, 7, new)
+    rows = table.to_pylist()
+    (folder / "e.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "\n")
+    with open(folder / "f.csv", "w", newline="") as file:
+        csv.writer(file).writerows([table.column_names, *([row["number"], row["text"]] for row in rows)])
+    return ["a.parquet", "b.arrow", "c.arrow", "d.feather", "e.jsonl", "f.csv"]
+
+
 def job_of(folder, out, **options):
     encoder = {"id_or_path": str(folder), **PLAIN, **options.pop("encoder", {})}
     return Job(str(out), encoder, part_rows=options.pop("part_rows", 100), **options)
@@ -78,6 +100,6 @@ def vectors_of(table):
 
 
 __all__ = [
-    "PLAIN", "WORDS", "done", "encode", "hashes", "job_of", "pa", "parquet", "plan", "read", "replace", "table_of",
-    "texts_of", "vectors_of", "write",
+    "PLAIN", "WORDS", "done", "encode", "every_kind", "hashes", "job_of", "pa", "parquet", "plan", "read", "replace",
+    "table_of", "texts_of", "vectors_of", "write", "write_arrow",
 ]  # fmt: skip

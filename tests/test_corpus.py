@@ -1,6 +1,5 @@
 """Tables into a folder of parts with vectors: what is in them, which rows make which part, what is refused."""
 
-import csv
 import json
 
 import numpy as np
@@ -13,6 +12,7 @@ from corpus_files import (
     PLAIN,
     done,
     encode,
+    every_kind,
     hashes,
     job_of,
     pa,
@@ -23,12 +23,14 @@ from corpus_files import (
     texts_of,
     vectors_of,
     write,
+    write_arrow,
 )
 from fastbert import Encoder
 from fastbert.corpus import reading, writing
 from fastbert.corpus.manifest import Manifest, ManifestError
 from fastbert.corpus.run import CorpusEncoder, Failed
 from fastbert.corpus.search import search
+from fastbert.corpus.units import Unit
 from fastbert.corpus.verify import verify
 from fastbert.text.files import InputError
 
@@ -66,23 +68,9 @@ def test_a_vector_a_row_beside_the_columns_that_are_kept(folder, encoder, tmp_pa
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["data", "manifest", "unfinished"]
 
 
-def other_kinds(folder):
-    """The same 40 rows in every kind of file."""
-    table = table_of(40).select(["number", "text"])
-    write(folder / "a.parquet", table)
-    for name, writer in (("b.arrow", pa.ipc.new_file), ("c.arrow", pa.ipc.new_stream), ("d.feather", pa.ipc.new_file)):
-        with writer(folder / name, table.schema) as sink:
-            sink.write_table(table, max_chunksize=7)
-    rows = table.to_pylist()
-    (folder / "e.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "\n")
-    with open(folder / "f.csv", "w", newline="") as file:
-        csv.writer(file).writerows([table.column_names, *([row["number"], row["text"]] for row in rows)])
-    return ["a.parquet", "b.arrow", "c.arrow", "d.feather", "e.jsonl", "f.csv"]
-
-
 def test_every_kind_of_file(folder, encoder, tmp_path):
     (tmp_path / "in").mkdir()
-    for name in other_kinds(tmp_path / "in"):
+    for name in every_kind(tmp_path / "in", 40):
         out = tmp_path / name
         assert done(encode(folder, [tmp_path / "in" / name], out, encoder, keep=("number",), part_rows=16)) >= 1
         found = read(out)
@@ -100,12 +88,13 @@ def test_lines_are_cut_where_they_begin(tmp_path, folder):
         found = []
         for first in range(0, path.stat().st_size, step):
             with reading.open_table(str(path), "a", job) as table:
-                for batch in table.batches(first, min(first + step, table.size)):
+                for batch in table.batches(Unit("a", "a", first, min(first + step, table.size), table.size)):
                     found += batch.column("text").to_pylist()
         assert found == [row["text"] for row in rows], step
     (tmp_path / "b.csv").write_text('text\n"a\nb"\nc\n')
     with reading.open_table(str(tmp_path / "b.csv"), "b", job) as table:
-        assert [text for batch in table.batches(0, None) for text in batch.column("text").to_pylist()] == ["a\nb", "c"]
+        (batch,) = table.batches(Unit("b", "b", 0, None, table.size))
+        assert batch.column("text").to_pylist() == ["a\nb", "c"]
 
 
 @pytest.mark.parametrize(
@@ -150,8 +139,7 @@ def test_kept_columns_of_types_that_parquet_lacks(folder, encoder, tmp_path):
             "runs": pa.RunEndEncodedArray.from_arrays([3, 4], ["x", "y"]),
         }
     )
-    with pa.ipc.new_file(tmp_path / "a.arrow", table.schema) as sink:
-        sink.write_table(table)
+    write_arrow(tmp_path / "a.arrow", table)
     outcomes = encode(folder, [tmp_path / "a.arrow"], tmp_path / "out", encoder, keep=tuple(table.column_names[1:]))
     assert done(outcomes) == 1
     assert list(verify(Manifest(str(tmp_path / "out")), [outcome.unit for outcome in outcomes])) == []
@@ -163,8 +151,7 @@ def test_kept_columns_of_types_that_parquet_lacks(folder, encoder, tmp_path):
 )
 def test_a_column_that_cannot_be_kept_is_refused_before_anything_is(kind, folder, tmp_path):
     table = pa.table({"text": ["a"], "odd": pa.nulls(1, kind)})
-    with pa.ipc.new_file(tmp_path / "a.arrow", table.schema) as sink:
-        sink.write_table(table)
+    write_arrow(tmp_path / "a.arrow", table)
     with pytest.raises(InputError, match=r"a\.arrow: the column 'odd' cannot be kept: "):
         plan([str(tmp_path / "a.arrow")], job_of(folder, tmp_path / "out", keep=("odd",)))
 
@@ -403,27 +390,28 @@ def test_a_vector_that_is_not_finite_stops_its_part_by_the_row(precision, folder
 
 
 def test_a_full_disk_ends_the_run_and_leaves_what_is_finished(folder, encoder, tmp_path, monkeypatch):
-    path, out = write(tmp_path / "a.parquet", table_of(300), row_group_size=100), tmp_path / "out"
-    job, units = plan([str(path)], job_of(folder, out))
-    written, plain = [], writing.Hashing.write
-
-    def write_until_full(self, content):
-        written.append(len(content))
-        if len(written) > full:
-            raise OSError(28, "No space left on device")
-        return plain(self, content)
-
-    full = 10**9
-    monkeypatch.setattr(writing.Hashing, "write", write_until_full)
+    """A limit of the system on the size of files stands for the disk. The message named no file where the part could
+    not be written before its end."""
+    resource = pytest.importorskip("resource", reason="this system has no limits on the size of files")
+    monkeypatch.setattr(writing, "GROUP_BYTES", 1)  # 1,024 rows are written at once
+    path, out = write(tmp_path / "a.parquet", table_of(3000), row_group_size=1500), tmp_path / "out"
+    job, units = plan([str(path)], job_of(folder, out, part_rows=1500))
     runner = CorpusEncoder(job, encoder)
-    done(runner.encode(units[:1]))
-    full = len(written) + 3
-    with pytest.raises(OSError, match="No space left on device"):
-        list(runner.encode(units[1:]))
-    assert len(hashes(out)) == 1
-    assert not list((out / "unfinished").iterdir())
-    full = 10**9
-    assert done(runner.encode(runner.manifest.missing(units))) == 2
+    assert done(runner.encode(units[:1])) == 1
+    first, before = hashes(out), resource.getrlimit(resource.RLIMIT_FSIZE)
+    size = (out / "data" / f"{units[0].name}.parquet").stat().st_size
+    for limit in (2, size // 2, size - 50):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        try:
+            with pytest.raises(OSError, match="File too large") as caught:
+                list(runner.encode(units[1:]))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert caught.value.filename == str(out / "data" / f"{units[1].name}.parquet"), limit
+        assert hashes(out) == first
+        assert not list((out / "unfinished").iterdir())
+    assert done(runner.encode(runner.manifest.missing(units))) == 1
+    assert not list(verify(runner.manifest, units))
 
 
 # ---- search ------------------------------------------------------------------------------------------------

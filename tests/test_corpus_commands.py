@@ -15,6 +15,7 @@ from corpus_files import PLAIN, WORDS, done, encode, hashes, job_of, plan, read,
 from fastbert import Encoder
 from fastbert.corpus.places import UNFINISHED, Place
 from fastbert.corpus.pool import CorpusPool
+from fastbert.corpus.units import largest_first, shares_of, sizes_of
 from fastbert.engines import torchrun
 
 pytestmark = pytest.mark.once
@@ -60,6 +61,8 @@ def test_the_commands(folder, options, tmp_path, capsys):
         (["a.jsonl", "--dedup"], 2, "--dedup goes with --out-dir"),
         (["a.jsonl", "b.jsonl"], 2, "several files go with --out-dir"),
         (["a.jsonl", "--out-dir", "out", "-o", "o.npy"], 2, "not with -o, --tokens or --words"),
+        (["a.jsonl", "--out-dir", ""], 2, "--out-dir: expected a folder or a URL, got ''"),
+        (["a.jsonl", "--out-dir", "out", "--keep", ""], 2, "--keep: expected names between commas, got ''"),
         (["a.jsonl", "--out-dir", "out", "--keep", "embedding"], 1, "the vectors take that name"),
         (["a.jsonl", "--out-dir", "out", "--text-column", "body"], 1, "no field 'body'; it has 'text'"),
     ],
@@ -122,6 +125,25 @@ def test_ranks_share_the_units(folder, tmp_path, monkeypatch):
             monkeypatch.setenv(name, str(value))
         receipts.append([receipt["first"] for receipt in torchrun.encode([str(path)], job)])
     assert receipts == [[50, 150], [0, 100, 200], []]
+
+
+def test_workers_take_the_largest_units_first_and_shares_are_even(folder, tmp_path):
+    """Sizes are bytes: of a .csv file, which is one unit, those of the file."""
+    path = write(tmp_path / "a.parquet", table_of(250), row_group_size=50)
+    (tmp_path / "b.csv").write_text("text\n" + path.stat().st_size // 4 * "a\n")  # half as large as the others
+    (tmp_path / "c.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "d.parquet").write_bytes(path.read_bytes())
+    _, units = plan([str(tmp_path)], job_of(folder, tmp_path / "out", part_rows=100))
+    of_a, csv, of_c, of_d = units[:3], units[3], units[4], units[5:]
+    assert [unit.last - unit.first for unit in of_a] == [100, 100, 50]
+    assert largest_first(units, units) == [csv, *of_a[:2], *of_d[:2], of_a[2], of_d[2], of_c]
+    assert largest_first(units[1:], units) == [csv, of_a[1], *of_d[:2], of_a[2], of_d[2], of_c]
+    shares = shares_of(units, units, 2)
+    assert shares[0][0] == csv
+    assert sorted([*shares[0], *shares[1]], key=units.index) == units
+    totals = [sum(map(sizes_of(units).__getitem__, share)) for share in shares]
+    assert max(totals) - min(totals) <= min(sizes_of(units)[unit] for unit in of_a)
+    assert shares_of(units[:1], units, 3) == [[units[0]], [], []]
 
 
 def test_killed_at_any_moment_the_next_run_ends_with_the_same_files(tmp_path):

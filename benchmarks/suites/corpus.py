@@ -3,13 +3,11 @@
     python -m benchmarks.suites.corpus memory --texts sst2/train.tsv --rows 200000 1000000
     python -m benchmarks.suites.corpus speed --texts sst2/train.tsv --rows 2000 --model FOLDER
     python -m benchmarks.suites.corpus dedup --texts sst2/train.tsv wikitext-2/valid.txt
-    python -m benchmarks.suites.corpus engines --texts sst2/train.tsv --rows 40000
 
 A line of TEXTS is a text, or has one before its first tab. A prefix such as "row 17: " makes as many different texts as
-needed. `memory` and `engines` use a BERT of one layer with random weights, so that most of the time is outside of the
-model: reading, tokenising, writing. `memory` runs the command in separate processes, which report their peak resident
-memory. `speed` and `engines` run their rows in turns; times are wall times, and `speed` also has the processor time of
-all threads.
+needed. `memory` uses a BERT of one layer with random weights, so that most of the time is outside of the model: reading,
+tokenising, writing. `memory` runs the command in separate processes, which report their peak resident memory. `speed`
+runs its rows in turns; it gives wall times and the processor time of all threads. Engines are in corpus_engines.py.
 """
 
 from __future__ import annotations
@@ -151,54 +149,7 @@ def dedup(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
         }  # fmt: skip
 
 
-def engines(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
-    """Times two workers of ours, two Ray actors and two Spark partitions, which are started before the time counts."""
-    from fastbert.corpus.job import Job
-    from fastbert.corpus.pool import CorpusPool
-    from fastbert.corpus.run import expect_done
-    from fastbert.corpus.units import plan
-
-    os.environ["OMP_NUM_THREADS"] = "1"
-    (rows,) = args.rows
-    table, model = write_table(folder / "a.parquet", texts_of(args.texts), rows), small_model(folder / "model")
-
-    def job(out: str) -> Job:
-        return Job(str(folder / out), {"id_or_path": str(model), **PLAIN}, part_rows=rows // 10)
-
-    def plain(out: str) -> None:
-        planned, units = plan([str(table)], job(out))
-        with CorpusPool(2, planned) as pool:
-            expect_done(pool.encode(units))
-
-    import ray
-    from pyspark.sql import SparkSession
-
-    from fastbert.engines import ray as by_ray
-    from fastbert.engines import spark as by_spark
-
-    os.environ["PYSPARK_PYTHON"] = sys.executable
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    session = SparkSession.builder.master("local[2]").config("spark.ui.enabled", "false").getOrCreate()
-    parties = {
-        "two processes": plain,
-        "Ray": lambda out: by_ray.encode([str(table)], job(out), actors=2),
-        "Spark": lambda out: by_spark.encode(session, [str(table)], job(out), partitions=2),
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in parties}
-    for turn in range(args.turns):
-        for name, party in parties.items():
-            started = time.perf_counter()
-            party(f"{name}{turn}")
-            seconds[name].append(time.perf_counter() - started)
-    ours = statistics.median(seconds["two processes"])
-    for name, turns in seconds.items():
-        median = statistics.median(turns)
-        yield {"engine": name, "rows": rows, "seconds": median, "rows_a_second": rows / median, "ratio": ours / median}
-    session.stop()
-    ray.shutdown()
-
-
-SUITES = {"memory": memory, "speed": speed, "dedup": dedup, "engines": engines}
+SUITES = {"memory": memory, "speed": speed, "dedup": dedup}
 
 
 def main() -> int:

@@ -142,7 +142,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--combine is for several layers: name them with --layers")
     if args.layers and args.layer != -1:
         raise UsageError("--layer or --layers, not both")
-    if args.out_dir:
+    if args.out_dir is not None:
         return _run_corpus(args)
     if given := options_given(args):
         raise UsageError(f"{given[0]} goes with --out-dir")

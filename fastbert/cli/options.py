@@ -172,6 +172,13 @@ def names_between_commas(text: str) -> tuple[str, ...]:
     return names
 
 
+def place(text: str) -> str:
+    """A folder or a URL. The empty text, such as an unset variable of a shell gives, would be the current folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"expected a folder or a URL, got {text!r}")
+    return text
+
+
 def positive(text: str) -> int:
     number = int(text) if text.isdecimal() else 0
     if number < 1:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 
-from .options import positive
+from ..storage import without_nan
+from .options import place, positive
 
 ORDER = 2
 SUMMARY = "find the rows of an encoded corpus that are nearest to a question"
@@ -15,7 +16,8 @@ Find the rows of DIR, which `fastbert encode ... --out-dir DIR` wrote, that are 
 
 The search is exact: the question's vector is compared with that of every row, by cosine, in blocks, so memory use does
 not grow with DIR. Each found row is a line of JSON: the question, the score, the part and the row's number in it from
-0, and the kept columns. The question is encoded by the model of DIR, with its prompt for questions if it has one."""
+0, and the kept columns, with null for NaN and infinity. The question is encoded by the model of DIR, with its prompt
+for questions if it has one."""
 
 EXAMPLES = """\
 examples:
@@ -26,7 +28,7 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description, parser.epilog = DESCRIPTION, EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("dir", metavar="DIR", help="a folder or URL of encoded tables")
+    parser.add_argument("dir", metavar="DIR", type=place, help="a folder or URL of encoded tables")
     parser.add_argument("queries", metavar="QUERY", nargs="+", help="a text")
     parser.add_argument(
         "-k",
@@ -58,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
     found = search(manifest, encoder.encode_query(args.queries).numpy(), args.top_k)
     for query, hits in zip(args.queries, found, strict=True):
         for hit in hits:
-            place = {"query": query, "score": round(hit.score, 6), "part": hit.part, "row": hit.row}
-            print(json.dumps(place | {"columns": hit.columns}, default=str, ensure_ascii=False))
+            found_at = {"query": query, "score": round(hit.score, 6), "part": hit.part, "row": hit.row}
+            line = found_at | {"columns": without_nan(hit.columns)}
+            print(json.dumps(line, default=str, ensure_ascii=False, allow_nan=False))
     return 0

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..corpus.job import NULLS, PRECISIONS, Job
 from ..storage import CheckpointError
-from .options import positive
+from .options import names_between_commas, place, positive
 
 if TYPE_CHECKING:
     from ..encoding.ranks import Ranks
@@ -36,6 +36,7 @@ def add_table_arguments(parser: argparse.ArgumentParser) -> None:
     tables.add_argument(
         "--out-dir",
         metavar="DIR",
+        type=place,
         help="write DIR/data/*.parquet, with a column embedding; FILE may be .parquet, .arrow, .feather, .jsonl or "
         ".csv, a folder, a pattern, and like DIR a URL that fsspec supports. Running it again writes the missing parts",
     )
@@ -44,9 +45,7 @@ def add_table_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="a column that identifies rows in messages and in search results; it is copied to DIR",
     )
-    tables.add_argument(
-        "--keep", metavar="NAME,...", type=lambda text: tuple(text.split(",")), default=(), help="columns to keep"
-    )
+    tables.add_argument("--keep", metavar="NAME,...", type=names_between_commas, default=(), help="columns to keep")
     tables.add_argument(
         "--precision",
         choices=PRECISIONS,
@@ -104,7 +103,7 @@ def encode_tables(args: argparse.Namespace, encoder: dict[str, Any], ranks: Rank
     try:
         from ..corpus.manifest import Manifest
         from ..corpus.run import expect_done
-        from ..corpus.units import plan
+        from ..corpus.units import largest_first, plan
     except ImportError as error:
         raise ImportError(f"--out-dir needs pyarrow and fsspec: pip install pyarrow fsspec ({error})") from error
     job, units = plan(args.files, job_of(args, encoder))
@@ -117,6 +116,8 @@ def encode_tables(args: argparse.Namespace, encoder: dict[str, Any], ranks: Rank
 
         open_units, (job, own) = set(missing), share_of(ranks, job, units)
         missing = [unit for unit in own if unit in open_units]
+    if args.workers > 1:
+        missing = largest_first(missing, units)
     with _maker(job, min(args.workers, len(missing))) as maker:
         try:
             expect_done(_shown(args, maker.encode(missing), len(missing)))

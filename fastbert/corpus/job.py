@@ -57,6 +57,8 @@ class Job:
     types: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not self.out.strip():
+            raise ValueError(f"out must be a folder or a URL, got {self.out!r}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
         if self.nulls not in NULLS:

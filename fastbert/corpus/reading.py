@@ -1,9 +1,9 @@
 """Reads tables a few hundred rows at a time: Parquet, Arrow IPC, JSON lines and CSV.
 
 A table has `schema` (the columns that are asked for, with canonical types), `size` (of the file, in bytes),
-`extents(rows)` (the ranges of rows that become parts) and `batches(first, last)` (the rows of such a range). A .parquet
-or .arrow file is cut between rows, at ends of row groups or record batches if possible; a .jsonl file at the beginnings
-of lines; a .csv file is not cut, because quoted values may contain line ends.
+`extents(rows)` (the ranges of rows that become parts) and `batches(unit)` (the rows of such a range). A .parquet or
+.arrow file is cut between rows, at ends of row groups or record batches if possible; a .jsonl file at the beginnings of
+lines; a .csv file is not cut, because quoted values may contain line ends.
 """
 
 from __future__ import annotations
@@ -12,14 +12,18 @@ import contextlib
 import io
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
+import numpy as np
 import pyarrow as pa
 from pyarrow import csv, ipc, parquet
 
 from ..text.files import InputError, read_lines
 from .job import Job
 from .places import filesystem_of, is_local
+
+if TYPE_CHECKING:
+    from .units import Unit
 
 # Rows read at once. They are few because texts may be long.
 BATCH_ROWS = 512
@@ -88,6 +92,14 @@ def schema_of(found: pa.Schema, job: Job, name: str) -> pa.Schema:
     return pa.schema(fields)
 
 
+def width_of(kind: pa.DataType) -> float:
+    """Bits of a value, and infinity where values have different sizes."""
+    try:
+        return kind.bit_width
+    except ValueError:
+        return float("inf")
+
+
 # ---- tables ------------------------------------------------------------------------------------------------
 
 
@@ -103,37 +115,62 @@ class ParquetTable:
     def extents(self, rows: int) -> list[tuple[int, int | None]]:
         return extents_of(self.sizes, rows)
 
-    def batches(self, first: int, last: int | None) -> Iterator[pa.RecordBatch]:
-        groups, skipped = overlapping(self.sizes, first, last)
+    def batches(self, unit: Unit) -> Iterator[pa.RecordBatch]:
+        groups, skipped = overlapping(self.sizes, unit.first, unit.last)
         found = self.file.iter_batches(BATCH_ROWS, groups, self.schema.names, use_threads=False) if groups else iter(())
-        return cut(found, skipped, last - first)
+        return cut(found, skipped, unit.last - unit.first)
 
 
 class ArrowTable:
-    """Arrow IPC, in the format of files or of streams. A stream is one part, since its batches cannot be found."""
+    """Arrow IPC, in the format of files or of streams.
+
+    A file has an index of its record batches, but the number of rows of a batch is in the batch. `extents` reads one
+    column of each batch to learn it; units then say in which batch they begin. A stream has no index: it is one part.
+    """
 
     def __init__(self, file: BinaryIO, name: str, job: Job):
         self.file = file
         try:
             self.reader = ipc.open_file(file)
-            self.sizes = [self.reader.get_batch(i).num_rows for i in range(self.reader.num_record_batches)]
         except pa.ArrowInvalid:
             file.seek(0)
-            self.reader, self.sizes = ipc.open_stream(file), None
-        self.schema = schema_of(self.reader.schema, job, name)
+            self.reader = ipc.open_stream(file)
+        self.is_stream = isinstance(self.reader, ipc.RecordBatchStreamReader)
+        found = self.reader.schema
+        self.schema = schema_of(found, job, name)
+        if not self.is_stream:
+            self.reader = self._reading([found.get_field_index(column) for column in self.schema.names])
+            self.narrowest = min(range(len(found)), key=lambda place: width_of(found.field(place).type))
 
-    def extents(self, rows: int) -> list[tuple[int, int | None]]:
-        return [(0, None)] if self.sizes is None else extents_of(self.sizes, rows)
+    def _reading(self, fields: list[int]) -> ipc.RecordBatchFileReader:
+        """A reader of these columns. pyarrow neither reads nor decompresses the others."""
+        return ipc.open_file(self.file, options=ipc.IpcReadOptions(use_threads=False, included_fields=fields))
 
-    def batches(self, first: int, last: int | None) -> Iterator[pa.RecordBatch]:
-        if self.sizes is None:
-            found, skipped = iter(self.reader), 0
+    def extents(self, rows: int) -> list[tuple[int, int | None, int, int]]:
+        """Ranges of rows, each with the number of the batch that it begins in, and the rows of that batch before it."""
+        if self.is_stream:
+            return [(0, None, 0, 0)]
+        reader = self._reading([self.narrowest])
+        sizes = [reader.get_batch(number).num_rows for number in range(reader.num_record_batches)]
+        starts = np.cumsum([0, *sizes])
+        found = []
+        for first, last in extents_of(sizes, rows):
+            batch = int(np.searchsorted(starts, first, side="right")) - 1
+            found.append((first, last, batch, first - int(starts[batch])))
+        return found
+
+    def batches(self, unit: Unit) -> Iterator[pa.RecordBatch]:
+        if self.is_stream:
+            found = iter(self.reader)
         else:
-            numbers, skipped = overlapping(self.sizes, first, last)
-            found = map(self.reader.get_batch, numbers)
-        chosen = (batch.select(self.schema.names) for batch in found)
-        small = (batch[i : i + BATCH_ROWS] for batch in chosen for i in range(0, batch.num_rows, BATCH_ROWS))
-        return small if last is None else cut(small, skipped, last - first)
+            coming = map(self.reader.get_batch, range(unit.batch, self.reader.num_record_batches))
+            found = cut(coming, unit.skipped, unit.last - unit.first)
+        for batch in found:
+            chosen = batch.select(self.schema.names)
+            for start in range(0, chosen.num_rows, BATCH_ROWS):
+                rows = chosen[start : start + BATCH_ROWS]
+                rows.validate(full=True)  # a broken offset would be followed to wherever it points
+                yield rows
 
 
 class CsvTable:
@@ -155,7 +192,7 @@ class CsvTable:
     def extents(self, rows: int) -> list[tuple[int, int | None]]:
         return [(0, None)]
 
-    def batches(self, first: int, last: int | None) -> Iterator[pa.RecordBatch]:
+    def batches(self, unit: Unit) -> Iterator[pa.RecordBatch]:
         names = self.schema.names
         for batch in self._reader(include_columns=names, column_types=dict.fromkeys(names, pa.string())):
             yield from (batch[i : i + BATCH_ROWS] for i in range(0, batch.num_rows, BATCH_ROWS))
@@ -173,10 +210,10 @@ class JsonLinesTable:
         starts = range(0, max(self.size, 1), rows * BYTES_A_LINE)
         return [(start, min(start + rows * BYTES_A_LINE, self.size)) for start in starts]
 
-    def batches(self, first: int, last: int | None) -> Iterator[pa.RecordBatch]:
-        place = self.name if first == 0 else f"{self.name}, behind byte {first:,}"
+    def batches(self, unit: Unit) -> Iterator[pa.RecordBatch]:
+        place = self.name if unit.first == 0 else f"{self.name}, behind byte {unit.first:,}"
         rows: list[list[str | None]] = []
-        lines = LinesWithin(self.file, first, last)
+        lines = LinesWithin(self.file, unit.first, unit.last)
         for line in read_lines(lines, place, self.job.text, self.job.line_bytes, nullable=True):
             for column in self.schema.names:
                 if column not in line.record:
@@ -222,15 +259,14 @@ def open_table(path: str, name: str, job: Job) -> Iterator[Any]:
     filesystem, inside = filesystem_of(path)
     with explained(name), contextlib.ExitStack() as stack:
         size = filesystem.size(inside)
-        # pyarrow reads local files without Python's global lock
-        file = stack.enter_context(pa.OSFile(inside) if _reads_itself(path, filesystem) else filesystem.open(inside))
-        table = READERS[inside[inside.rindex(".") :]](file, name, job)
+        reader = READERS[inside[inside.rindex(".") :]]
+        # pyarrow reads local files without Python's global lock. Batches of a mapped Arrow file are not copied: a unit
+        # touches only the pages that hold its rows.
+        by_pyarrow = {ParquetTable: pa.OSFile, CsvTable: pa.OSFile, ArrowTable: pa.memory_map}
+        opened = by_pyarrow.get(reader, filesystem.open) if is_local(filesystem) else filesystem.open
+        table = reader(stack.enter_context(opened(inside)), name, job)
         table.size = size
         yield table
-
-
-def _reads_itself(path: str, filesystem: Any) -> bool:
-    return is_local(filesystem) and not path.endswith(".jsonl")
 
 
 @contextlib.contextmanager

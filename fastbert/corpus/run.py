@@ -27,6 +27,7 @@ import torch
 from .. import batch_invariant
 from ..encoding.encoder import Encoder
 from ..functional import is_batch_invariant
+from ..storage import naming
 from ..text.batching import CHUNK_CHARACTERS, CHUNK_TEXTS, one_ahead
 from ..text.files import InputError
 from .job import Job
@@ -61,12 +62,14 @@ class Part:
 
     Attributes:
         receipt: the receipt, if another process has made the part already, perhaps while this one waited for the lock.
+        path: of the file, as messages name it.
         schema: the schema of the columns that are read.
         failed: whether the part has failed, so that its other windows can be skipped.
     """
 
     def __init__(self, unit: Unit, manifest: Manifest):
         self.unit, self.manifest = unit, manifest
+        self.path = manifest.place.path(part_path(unit.name))
         self.schema: pa.Schema | None = None
         self.failed = False
         self._writer: PartWriter | None = None
@@ -80,15 +83,16 @@ class Part:
         of_rows = vectors if window.is_plain else np.zeros((len(valid), vectors.shape[1]), np.float32)
         if not window.is_plain:
             of_rows[valid] = vectors[window.rows[valid]]
-        self._open(job, description).write(window.kept, of_rows, valid)
+        with naming(self.path):
+            self._open(job, description).write(window.kept, of_rows, valid)
 
     def finish(self, job: Job, description: dict[str, Any]) -> Done:
         """Moves the part to its place, then writes its receipt."""
         if self.receipt is None:
-            told = self._open(job, description).finish()
-            self._file.close()
-            self.receipt = self.unit.to_dict() | told
-            del self.receipt["path"]  # another machine may have another path
+            with naming(self.path):
+                told = self._open(job, description).finish()
+                self._file.close()
+            self.receipt = self.unit.facts() | told
             self.manifest.add(self.unit, self.receipt)
         self._lock.close()
         return Done(self.unit, self.receipt)
@@ -240,7 +244,7 @@ class CorpusEncoder:
 
     def _of_table(self, part: Part, table: Any) -> Iterator[Window]:
         first = 0
-        for rows in windows_of(table.batches(part.unit.first, part.unit.last), table.schema):
+        for rows in windows_of(table.batches(part.unit), table.schema):
             window = Window(part, rows.select(list(self.job.kept)), first=first)
             texts = [self._text(window, row, text) for row, text in enumerate(rows.column(self.job.text).to_pylist())]
             asked = [row for row, text in enumerate(texts) if text is not None]

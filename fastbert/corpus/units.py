@@ -1,11 +1,11 @@
-"""Which rows of which file make which part. The inputs and `part_rows` alone decide that."""
+"""Which rows of which file make which part, and how workers share them. The inputs and `part_rows` alone decide."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..text.files import InputError
@@ -26,6 +26,8 @@ class Unit:
         first, last: the rows [first, last) of the file; in a .jsonl file the lines that begin in these bytes. If `last`
             is None, all rows up to the end of the file.
         size: the size of the whole file in bytes.
+        batch, skipped: of an Arrow file, the number of the record batch that holds row `first`, and the number of rows
+            before `first` in that batch. Without them the batches before would be read to count their rows.
     """
 
     source: str
@@ -33,6 +35,8 @@ class Unit:
     first: int
     last: int | None
     size: int
+    batch: int = 0
+    skipped: int = 0
 
     @property
     def name(self) -> str:
@@ -45,8 +49,9 @@ class Unit:
         """The name of the unit in messages."""
         return self.source if (self.first, self.last) == (0, None) else f"{self.source}, from {self.first:,}"
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+    def facts(self) -> dict[str, Any]:
+        """What the receipt says of the unit. Another machine may have another path."""
+        return {"source": self.source, "first": self.first, "last": self.last, "size": self.size}
 
 
 def files_of(inputs: Sequence[str], out: str) -> list[tuple[str, str]]:
@@ -106,8 +111,36 @@ def plan(inputs: Sequence[str], job: Job) -> tuple[Job, list[Unit]]:
                         f"{name}: the column {column!r} is {kind}, and in {units[0].source} it is {types[column]}"
                     )
             types = found
-            units += [Unit(name, path, first, last, table.size) for first, last in table.extents(job.part_rows)]
+            extents = table.extents(job.part_rows)
+            units += [Unit(name, path, first, last, table.size, *batch) for first, last, *batch in extents]
     model = os.path.expanduser(str(job.encoder["id_or_path"]))
     encoder = {**job.encoder, "id_or_path": os.path.abspath(model)} if os.path.exists(model) else job.encoder
     out = job.out if "://" in job.out else os.path.abspath(os.path.expanduser(job.out))
     return replace(job, types=types, out=out, encoder=encoder), units
+
+
+# ---- sharing -----------------------------------------------------------------------------------------------
+
+
+def largest_first(missing: Sequence[Unit], units: Sequence[Unit]) -> list[Unit]:
+    """The missing ones of all units, in the order in which workers should take them: if the last units are small,
+    workers end at about the same time. Units of the same size keep their order."""
+    sizes = sizes_of(units)
+    return sorted(missing, key=sizes.__getitem__, reverse=True)
+
+
+def shares_of(missing: Sequence[Unit], units: Sequence[Unit], count: int) -> list[list[Unit]]:
+    """The missing ones of all units in `count` shares of about the same size, some of them empty if units are few."""
+    sizes, shares, totals = sizes_of(units), [[] for _ in range(count)], [0.0] * count
+    for unit in largest_first(missing, units):
+        least = totals.index(min(totals))
+        shares[least].append(unit)
+        totals[least] += sizes[unit]
+    return shares
+
+
+def sizes_of(units: Sequence[Unit]) -> dict[Unit, float]:
+    """Bytes of each unit, estimated from its share of the rows of its file. `units` are all units of their files."""
+    ends = {unit.path: unit.last for unit in units}
+    parts = {unit: (unit.last - unit.first) / ends[unit.path] if ends[unit.path] else 1.0 for unit in units}
+    return {unit: unit.size * part for unit, part in parts.items()}

@@ -151,13 +151,11 @@ class Encoder:
         layers: Sequence[int] | None = None,
         combine: str | None = None,
     ) -> Encoder:
-        """Loads a BERT from a folder or hub id, of sentence-transformers (modules.json) or plain, or from another
-        format.
+        """Loads a BERT from a folder or hub id: of sentence-transformers (modules.json), plain, or in another format.
 
         Args:
             pooling, normalize, max_length: None takes the folder's setting (plain BERT: mean, not normalised). A
-            pooling
-                replaces the folder's, if the folder has no other modules than a Pooling and a Normalize.
+                pooling replaces the folder's, if the folder has no other modules than a Pooling and a Normalize.
             layer: the layer whose output is pooled: 0 is the embeddings, 1 the first layer, -1 the last, as an index
                 into hidden_states. Layers above it are not loaded.
             dtype: auto, float32, bfloat16, float16 or int8. auto is bfloat16 where the hardware multiplies it, float16
@@ -221,8 +219,7 @@ class Encoder:
         this Encoder if nothing is given.
 
         Args:
-            prompt: put before every text; overrides prompt_name.
-            prompt_name: one of `prompts`.
+            prompt, prompt_name: what is put before every text, or its name among `prompts`; the former overrides.
             task: chooses the route of a Router, and the longest text if the model has one for each task.
             layers: the layers whose outputs make a token's row, instead of only the last one. Numbers are indices into
                 hidden_states: 0 is the embeddings, 1 the first layer, -1 the last.
@@ -384,8 +381,7 @@ class Encoder:
         return self.max_lengths.get(self.task or "", self.max_length)
 
     def _prompt_length(self) -> int:
-        """Tokens of the prompt at the start of each text, [CLS] included; 0 without a prompt, or if it is pooled
-        too."""
+        """Tokens of the prompt at the start of each text, [CLS] included; 0 without one, or if it is pooled too."""
         if not self.prompt or all(pooling.include_prompt for pooling in parts_of(self.modules, Pooling)):
             return 0
         (ids,) = self._tokenizer.input_ids([self.prompt], self.max_length)
@@ -421,8 +417,7 @@ class Encoder:
 
     @torch.inference_mode()
     def _run(self, ids: Sequence[Sequence[int]], budget: int, keep: Callable[[list[int], PackedBatch], None]) -> None:
-        """Calls keep(rows, batch) for batches of all texts. A batch may end with a filler sequence that is in no
-        row."""
+        """Calls keep(rows, batch) for batches of all texts. A batch may end with a filler sequence of no row."""
         lengths = [len(row) for row in ids]
         order = sorted(range(len(ids)), key=lengths.__getitem__, reverse=True)
         reads_layers = self._reads_layers or self.layers is not None

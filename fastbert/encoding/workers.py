@@ -205,7 +205,7 @@ def _serve(
     try:
         _stay_on_its_nodes(index, workers)
         torch.set_num_threads(threads)
-        os.environ["RAYON_NUM_THREADS"] = str(threads)  # threads of the tokenizers library
+        limit_tokenizer_threads()
         work(pipe, index, *arguments)
     except BrokenPipeError:  # the parent is gone
         return
@@ -214,6 +214,12 @@ def _serve(
             traceback.print_exc()
         with contextlib.suppress(OSError):
             pipe.send(_sendable(error))
+
+
+def limit_tokenizer_threads() -> None:
+    """Gives the tokenizers library as many threads as torch has in this process. By default each process gives it a
+    thread for each core. This has an effect only before its first use."""
+    os.environ["RAYON_NUM_THREADS"] = str(torch.get_num_threads())
 
 
 def _work(pipe: Connection, index: int, args: tuple, options: dict[str, Any]) -> None:

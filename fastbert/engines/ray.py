@@ -12,29 +12,49 @@ Every machine must reach the inputs and the folder by the same paths or URLs. Fo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..corpus.job import Job
-from ..corpus.units import Unit
+from ..corpus.units import Unit, largest_first, plan
+
+
+class UnitQueue:
+    """An actor that gives each unit to whoever asks next."""
+
+    def __init__(self, units: Sequence[Unit]):
+        self.units = iter(units)
+
+    def take(self) -> Unit | None:
+        """The next unit; None if there are no more."""
+        return next(self.units, None)
 
 
 class UnitActor:
-    """Makes one part after another."""
+    """Makes one part after another, until there are no more units."""
 
     def __init__(self, job: Job):
         from ..corpus.run import CorpusEncoder
+        from ..encoding.workers import limit_tokenizer_threads
 
+        limit_tokenizer_threads()
         self.encoder = CorpusEncoder(job)
 
-    def encode(self, unit: Unit) -> Any:
-        """The outcome of a unit."""
-        (outcome,) = self.encoder.encode([unit])
-        return outcome
+    def encode(self, queue: Any) -> list[Any]:
+        """The outcomes of the units that this actor took. A unit is taken, read and tokenised while the one before it
+        is computed."""
+
+        def units() -> Iterator[Unit]:
+            import ray
+
+            while (unit := ray.get(queue.take.remote())) is not None:
+                yield unit
+
+        return list(self.encoder.encode(units()))
 
 
 def encode(inputs: Sequence[str], job: Job, *, actors: int, **resources: Any) -> list[dict[str, Any]]:
-    """Makes what is missing; the receipts of that, as the parts were finished.
+    """Makes what is missing; the receipts of that.
 
     Args:
         actors: how many.
@@ -43,14 +63,14 @@ def encode(inputs: Sequence[str], job: Job, *, actors: int, **resources: Any) ->
     Raises: InputError with the first unit that failed, after the others.
     """
     import ray
-    from ray.util import ActorPool
 
     from ..corpus.manifest import Manifest
     from ..corpus.run import expect_done
-    from ..corpus.units import plan
 
     job, units = plan(inputs, job)
-    missing = Manifest(job.out).missing(units)
+    missing = largest_first(Manifest(job.out).missing(units), units)
+    queue = ray.remote(num_cpus=0)(UnitQueue).remote(missing)
     actor = ray.remote(**{"num_cpus": 1, **resources})(UnitActor)
-    pool = ActorPool([actor.remote(job) for _ in range(min(actors, len(missing)))])
-    return expect_done(pool.map_unordered(lambda worker, unit: worker.encode.remote(unit), missing))
+    workers = [actor.remote(job) for _ in range(min(actors, len(missing)))]
+    outcomes = ray.get([worker.encode.remote(queue) for worker in workers])
+    return expect_done(outcome for of_worker in outcomes for outcome in of_worker)

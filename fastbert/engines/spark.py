@@ -1,4 +1,4 @@
-"""Units by Spark: each of some partitions makes its units one after another, with one model.
+"""Units by Spark: each of some partitions makes its share of the units one after another, with one model.
 
     encode(spark, ["in"], Job("/shared/out", {"id_or_path": folder}), partitions=8)
 
@@ -8,45 +8,49 @@ finished. `with_vectors` is for a DataFrame whose rows must pass through Spark.
 
 from __future__ import annotations
 
-import json
+import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 from ..corpus.job import VECTOR, Job
-from ..corpus.units import Unit, plan
+from ..corpus.units import Unit, plan, shares_of
 
 
 def encode(spark: Any, inputs: Sequence[str], job: Job, *, partitions: int) -> list[dict[str, Any]]:
     """Makes what is missing; the receipts of that.
 
+    Args:
+        partitions: how many. Each loads the model, so there should not be more than Spark can run at once.
+
     Raises: InputError with the first unit that failed, after the others.
     """
     from ..corpus.manifest import Manifest
-    from ..corpus.run import Done, Failed, expect_done
+    from ..corpus.run import expect_done
 
     job, units = plan(inputs, job)
-    rows = [(json.dumps(unit.to_dict()),) for unit in Manifest(job.out).missing(units)]
-    if not rows:
+    missing = Manifest(job.out).missing(units)
+    if not missing:
         return []
-    shared = spark.createDataFrame(rows, "unit string").repartition(partitions)
-    found = [json.loads(row.outcome) for row in shared.mapInArrow(partial(_make, job), "outcome string").collect()]
-    made = [
-        (Failed if "reason" in outcome else Done, {**outcome, "unit": Unit(**outcome["unit"])}) for outcome in found
-    ]
-    return expect_done(kind(**outcome) for kind, outcome in made)
+    shares = shares_of(missing, units, min(partitions, len(missing)))
+    # A DataFrame of the numbers of the shares, one in each partition. Rows that Spark distributes itself end up with
+    # six in one partition and four in another.
+    numbers = spark.range(0, len(shares), numPartitions=len(shares))
+    rows = numbers.mapInArrow(partial(_make, job, shares), "outcome binary").collect()
+    return expect_done(pickle.loads(row.outcome) for row in rows)
 
 
-def _make(job: Job, batches: Iterable[Any]) -> Iterator[Any]:
-    """In a worker of Spark: the outcomes of a partition's units, as JSON."""
+def _make(job: Job, shares: Sequence[Sequence[Unit]], batches: Iterable[Any]) -> Iterator[Any]:
+    """In a worker of Spark: the outcomes of a partition's units, pickled."""
     import pyarrow as pa
 
     from ..corpus.run import CorpusEncoder
+    from ..encoding.workers import limit_tokenizer_threads
 
-    units = [Unit(**json.loads(told)) for batch in batches for told in batch.column("unit").to_pylist()]
+    limit_tokenizer_threads()
+    units = [unit for batch in batches for number in batch.column("id").to_pylist() for unit in shares[number]]
     for outcome in CorpusEncoder(job).encode(units) if units else ():
-        yield pa.RecordBatch.from_pydict({"outcome": [json.dumps(asdict(outcome))]})
+        yield pa.RecordBatch.from_pydict({"outcome": [pickle.dumps(outcome)]})
 
 
 def with_vectors(frame: Any, encoder: Mapping[str, Any], text: str = "text") -> Any:
