@@ -174,6 +174,7 @@ def test_rows_without_texts(nulls, folder, encoder, tmp_path):
     assert not found[~valid].any()
     column = read(tmp_path / "out").column("embedding")
     assert column.null_count == (nulls == "null")
+    assert column.type.value_field.nullable == (nulls == "null")  # otherwise Lance cannot take the null
     encode(folder, [path], tmp_path / "empty", encoder, empty_is_null=True, **options)
     found, valid = vectors_of(read(tmp_path / "empty"))
     assert valid.tolist() == [True, *[nulls == "encode"] * 3, True]

@@ -11,7 +11,7 @@ pytest.importorskip("pyarrow", reason="needs the corpus extra")
 
 import corpus_kills
 from command_line import run
-from corpus_files import PLAIN, WORDS, done, encode, hashes, job_of, plan, read, table_of, vectors_of, write
+from corpus_files import PLAIN, WORDS, done, encode, hashes, job_of, pa, plan, read, table_of, vectors_of, write
 from fastbert import Encoder
 from fastbert.corpus.places import UNFINISHED, Place
 from fastbert.corpus.pool import CorpusPool
@@ -72,6 +72,19 @@ def test_wrong_usage(words, code, message, options, tmp_path, capsys, monkeypatc
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
     assert run("encode", *words, *options[:-2]) == code
     assert message in capsys.readouterr().err
+
+
+def test_search_prints_null_for_numbers_that_json_lacks(folder, options, tmp_path, capsys):
+    """It printed NaN and Infinity, which only Python reads."""
+    inf = float("inf")
+    columns = {"x": [float("nan")], "many": [[inf, 1.0]], "deep": [{"y": -inf, "z": "NaN"}]}
+    path, out = write(tmp_path / "a.parquet", pa.table({"text": ["a b"], **columns})), tmp_path / "out"
+    assert run("encode", path, "--out-dir", out, "--keep", "x,many,deep", *options) == 0
+    assert run("search", out, "a b", "--device", "cpu") == 0
+    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert found["columns"] == {"x": None, "many": [None, 1.0], "deep": {"y": None, "z": "NaN"}}
+    assert run("search", " ", "a b") == 2
+    assert "DIR: expected a folder or a URL, got ' '" in capsys.readouterr().err
 
 
 def test_the_same_bytes_by_two_workers_and_by_one(folder, tmp_path):

@@ -33,7 +33,8 @@ def schema_of_part(kept: pa.Schema, job: Job, description: Mapping[str, Any], so
     kept: the schema of `reading.schema_of`.
     """
     dimension, certain = description["dimension"], job.nulls != "null"
-    element = pa.field("element", KINDS[job.precision], nullable=False)
+    # pyarrow reads the numbers of a null vector as nulls. Lance refuses those unless the type allows them.
+    element = pa.field("element", KINDS[job.precision], nullable=not certain)
     fields = [kept.field(name) for name in job.kept]
     fields.append(pa.field(VECTOR, pa.list_(element, dimension), nullable=not certain))
     if job.precision == "int8":
