@@ -102,8 +102,9 @@ class Part:
         if self._writer is not None:
             self._writer.drop()
         error = InputError(reason)
-        with contextlib.suppress(InputError):
-            # an exception in the block that writes the file makes the block remove it
+        # An exception in the block that writes the file makes the block remove it. Closing the file first writes what
+        # Python still holds of it, which a full disk refuses once more.
+        with contextlib.suppress(InputError, OSError):
             self._file.__exit__(InputError, error, None)
         self._lock.close()
         return Failed(self.unit, reason)
