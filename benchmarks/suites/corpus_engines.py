@@ -56,6 +56,8 @@ def start_ray() -> Callable[..., Any]:
 
     from fastbert.engines.ray import encode
 
+    # Ray starts its workers with a niceness of 15, so that beside other work they get almost no time.
+    os.environ["RAY_worker_niceness"] = "0"
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     return lambda inputs, job: encode(inputs, job, actors=2)
 
