@@ -1,4 +1,4 @@
-"""A corpus by two plain processes, two actors of Ray and two partitions of Spark: where the time goes.
+"""A corpus by as many plain processes, actors of Ray and partitions of Spark: where the time goes.
 
     python -m benchmarks.suites.corpus_engines --texts sst2/train.tsv --rows 40000 --turns 2 --model FOLDER
 
@@ -11,7 +11,7 @@ A party runs in a process of its own, with one thread in each worker; parties ta
     *_processor        processor seconds of all processes of the party: in all, and during the steady time. Where other
                        work shares the machine, rows a processor second compare better than rows a second.
 
-Ratios are those of the medians: two plain processes / the engine.
+Ratios are those of the medians: plain processes / the engine.
 """
 
 from __future__ import annotations
@@ -38,49 +38,49 @@ MEASURES = ("engine_seconds", "whole_seconds", "steady_seconds", "whole_processo
 # ---- a party, in its process -------------------------------------------------------------------------------
 
 
-def start_plain() -> Callable[..., Any]:
+def start_plain(workers: int) -> Callable[..., Any]:
     from fastbert.corpus.pool import CorpusPool
     from fastbert.corpus.run import expect_done
     from fastbert.corpus.units import largest_first, plan
 
     def encode(inputs: list[str], job: Any) -> None:
         planned, units = plan(inputs, job)
-        with CorpusPool(2, planned) as pool:
+        with CorpusPool(workers, planned) as pool:
             expect_done(pool.encode(largest_first(units, units)))
 
     return encode
 
 
-def start_ray() -> Callable[..., Any]:
+def start_ray(workers: int) -> Callable[..., Any]:
     import ray
 
     from fastbert.engines.ray import encode
 
     # Ray starts its workers with a niceness of 15, so that beside other work they get almost no time.
-    os.environ["RAY_worker_niceness"] = "0"
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    return lambda inputs, job: encode(inputs, job, actors=2)
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  that is its name
+    ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False)
+    return lambda inputs, job: encode(inputs, job, actors=workers)
 
 
-def start_spark() -> Callable[..., Any]:
+def start_spark(workers: int) -> Callable[..., Any]:
     from pyspark.sql import SparkSession
 
     from fastbert.engines.spark import encode
 
     os.environ["PYSPARK_PYTHON"] = sys.executable
-    session = SparkSession.builder.master("local[2]").config("spark.ui.enabled", "false").getOrCreate()
-    return lambda inputs, job: encode(session, inputs, job, partitions=2)
+    session = SparkSession.builder.master(f"local[{workers}]").config("spark.ui.enabled", "false").getOrCreate()
+    return lambda inputs, job: encode(session, inputs, job, partitions=workers)
 
 
-PARTIES = {"two processes": start_plain, "Ray": start_ray, "Spark": start_spark}
+PARTIES = {"processes": start_plain, "Ray": start_ray, "Spark": start_spark}
 
 
-def run_party(name: str, table: Path, model: str, out: Path, part_rows: int) -> None:
+def run_party(name: str, workers: int, table: Path, model: str, out: Path, part_rows: int) -> None:
     """Prints the seconds of the engine's start and of the whole run."""
     from fastbert.corpus.job import Job
 
     started = time.time()
-    encode = PARTIES[name]()
+    encode = PARTIES[name](workers)
     ready = time.time()
     encode([str(table)], Job(str(out), {"id_or_path": model, **PLAIN}, keep=("number",), part_rows=part_rows))
     print(json.dumps({"engine_seconds": ready - started, "whole_seconds": time.time() - ready}), flush=True)
@@ -127,13 +127,11 @@ class ProcessorTime:
             self.sums.append((time.time(), sum(self.used.values())))
 
 
-def measured(name: str, number: int, table: Path, model: str, out: Path, part_rows: int) -> dict[str, float]:
-    """One run of a party."""
-    mark = f"{os.getpid()}-{number}"
-    words = ["--party", name, "--table", table, "--model", model, "--out", out, "--part-rows", part_rows]
-    command = [sys.executable, "-m", "benchmarks.suites.corpus_engines", *map(str, words)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", MARK: mark}
-    with ProcessorTime(mark) as used:
+def measured(out: Path, *words: object) -> dict[str, float]:
+    """One run of a party, whose processes are known by the folder that they write. words: of `main`."""
+    command = [sys.executable, "-m", "benchmarks.suites.corpus_engines", "--out", str(out), *map(str, words)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", MARK: str(out)}
+    with ProcessorTime(str(out)) as used:
         told = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
     found = json.loads(told.splitlines()[-1])
     first = (out / "manifest" / "corpus.json").stat().st_mtime
@@ -151,8 +149,9 @@ def rows_of(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in args.parties}
     for turn in range(args.turns):
         for number, name in enumerate(args.parties):
-            out = folder / f"out {turn} {number}"
-            runs[name].append(measured(name, turn * len(PARTIES) + number, table, model, out, args.rows // args.parts))
+            out = folder / f"out-{turn}-{number}"
+            options = ["--party", name, "--workers", args.workers, "--part-rows", args.rows // args.parts]
+            runs[name].append(measured(out, *options, "--table", table, "--model", model))
             yield {"party": name, "turn": turn, **runs[name][-1]}
     medians = {
         name: {measure: statistics.median(run[measure] for run in of_party) for measure in MEASURES}
@@ -161,7 +160,7 @@ def rows_of(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
     first = medians[args.parties[0]]
     for name in args.parties[1:]:
         ratios = {measure: first[measure] / medians[name][measure] for measure in MEASURES[1:]}
-        yield {"party": name, "against": args.parties[0], "rows": args.rows, **ratios}
+        yield {"party": name, "against": args.parties[0], "workers": args.workers, "rows": args.rows, **ratios}
 
 
 def main() -> int:
@@ -169,6 +168,7 @@ def main() -> int:
     parser.add_argument("--texts", type=Path, nargs="+")
     parser.add_argument("--rows", type=int, default=40_000)
     parser.add_argument("--parts", type=int, default=20)
+    parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--model", help="a folder (default: a BERT of one layer)")
     parser.add_argument("--parties", nargs="+", choices=PARTIES, default=list(PARTIES))
@@ -179,7 +179,7 @@ def main() -> int:
     parser.add_argument("--part-rows", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.party:
-        run_party(args.party, args.table, args.model, args.out, args.part_rows)
+        run_party(args.party, args.workers, args.table, args.model, args.out, args.part_rows)
         return 0
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         for row in rows_of(args, Path(folder)):
