@@ -5,9 +5,9 @@
     python -m benchmarks.suites.corpus dedup --texts sst2/train.tsv wikitext-2/valid.txt
 
 A line of TEXTS is a text, or has one before its first tab. A prefix such as "row 17: " makes as many different texts as
-needed. `memory` uses a BERT of one layer with random weights, so that most of the time is outside of the model: reading,
-tokenising, writing. `memory` runs the command in separate processes, which report their peak resident memory. `speed`
-runs its rows in turns; it gives wall times and the processor time of all threads. Engines are in corpus_engines.py.
+needed. `memory` uses a BERT of one layer with random weights, so most of the time is outside of the model: reading,
+tokenising, writing. It runs the command in separate processes, which report their peak resident memory. `speed` runs
+its rows in turns; it gives wall times and the processor time of all threads. Engines are in corpus_engines.py.
 """
 
 from __future__ import annotations
