@@ -84,7 +84,7 @@ def run(op, qkv, args, options, upstream, dtype):
 
 
 def random_upstream():
-    """Random do and dlse, the same for every dtype; none for a row that has no key."""
+    """Random do and dlse, the same for every dtype."""
     made = {}
 
     def upstream(o, lse):

@@ -31,7 +31,7 @@ def config_of(**changes) -> BertConfig:
 
 
 def tuned(folder: Path, **changes) -> Path:
-    """A folder as `fastbert finetune` leaves one, of random weights."""
+    """A folder like those of `fastbert finetune`, with random weights."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     model = heads.BertForSequenceClassification(config_of(**changes))
@@ -46,7 +46,7 @@ def tuned(folder: Path, **changes) -> Path:
 
 
 def table(path: Path, count: int) -> Path:
-    """Examples, of which something can be learnt."""
+    """Examples from which a model can learn."""
     with open(path, "w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream, delimiter="\t", quoting=csv.QUOTE_NONE, quotechar=None, lineterminator="\n")
         writer.writerow(["text", "label"])

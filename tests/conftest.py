@@ -6,13 +6,13 @@
     cpp      what a machine without a GPU runs as installed: the C++ operators, and no interpreter
     torch    the same where those were not built: PyTorch's own operators
 
-Nothing runs twice that computes the same, so that each way tests what the two others do not (`_ways`):
+A test that computes the same in several ways runs only once (`_ways`). By its mark, or its parameter `impl`:
 
-    once                       computes nothing that depends on the way: runs in the first alone
-    impl="reference"           of the parameter `impl`: plain torch in every way, so it runs in the first alone
-    native, impl="native"      names that implementation: runs in `cpp` and `torch`; with a GPU in `triton` too
-    cpp                        calls the C++ operators: runs in `cpp` alone, and is skipped where they cannot be
-    triton, impl="triton"      runs the Triton kernels: in the first alone, and is skipped where they do not run
+    once                       does not depend on the way: runs in `triton` only
+    impl="reference"           is plain torch in every way: runs in `triton` only
+    native, impl="native"      names that implementation: runs in `cpp` and `torch`; with a GPU also in `triton`
+    cpp                        calls the C++ operators: runs in `cpp` only, and is skipped where they cannot exist
+    triton, impl="triton"      runs the Triton kernels: in `triton` only, and is skipped where they do not run
 """
 
 import os
@@ -23,7 +23,7 @@ from pathlib import Path
 
 
 def _gpu_present() -> bool:
-    """Asked in another process: torch must not be imported here before TRITON_INTERPRET is settled."""
+    """Determined in another process, because torch must not be imported here before TRITON_INTERPRET is set."""
     question = "import torch, sys; sys.exit(0 if torch.cuda.is_available() else 1)"
     return subprocess.run([sys.executable, "-c", question], check=False).returncode == 0
 
@@ -213,7 +213,7 @@ def watch(monkeypatch) -> Watch:
 
 @pytest.fixture(autouse=True)
 def _poisoned_empty(monkeypatch):
-    """`torch.empty` is NaN (or a large integer) in tests, so an element nobody wrote shows."""
+    """`torch.empty` is NaN (or a large integer) in tests, so an element that was never written is noticed."""
     torch.utils.deterministic.fill_uninitialized_memory = True
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -84,7 +84,7 @@ def done(outcomes):
 
 
 def hashes(out):
-    """Of every file of the data, by its name."""
+    """File name -> content, for every file of the data."""
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(out.glob("data/*"))}
 
 

@@ -45,7 +45,7 @@ def make_input(folder):
 
 
 def words_of(model, table, out, workers):
-    """Of the command, behind `fastbert`."""
+    """The arguments of the command, after `fastbert`."""
     return [
         "encode", table, "--out-dir", out, "--model", model, "--keep", "number",
         "--device", "cpu", "--dtype", "float32", "--impl", "native", "--batch-invariant", "--part-rows", GROUP,

@@ -143,7 +143,7 @@ def _of_text(trained, task, window) -> dict[str, Tensor]:
 
 
 def _qkv(model, output, layer: int) -> list[Tensor]:
-    """Of a layer, out of the hidden states that it reads: [n, H, D] each."""
+    """Query, key and value of a layer, from the hidden states that it reads: [n, H, D] each."""
     linears = model.bert.encoder["layer"][layer].attention["self"].values()
     x = output.hidden_states[layer]
     return [linear(x).unflatten(1, (model.config.num_attention_heads, -1)) for linear in linears]

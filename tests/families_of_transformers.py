@@ -53,7 +53,7 @@ TOWERS = {
 }
 LARGEST = 30_000_000  # parameters: a config that the sizes above do not shrink
 SECONDS = 30  # for building one, and for running it
-TOLERANCE = 1e-5  # of numbers near 1, in float32
+TOLERANCE = 1e-5  # for numbers near 1 in float32
 
 
 def shrink(config: transformers.PreTrainedConfig, depth: int = 0) -> transformers.PreTrainedConfig:

@@ -31,13 +31,14 @@ def encoder_layer(x: Tensor, cu_seqlens: Tensor, max_seqlen: int, heads: int, *,
 
 
 def rounded(weight: Tensor, largest: int) -> Tensor:
-    """A weight [N, K] in float32 as integers up to `largest` say it, with one scale a row."""
+    """A weight [N, K] in float32, rounded to integers up to `largest` with one scale for each row."""
     scales = weight.float().abs().amax(1, keepdim=True).clamp_min(int8.SMALLEST) / largest
     return (weight.float() / scales).round() * scales
 
 
 def int8_linear(x: Tensor, weight: Tensor, bias: Tensor, activation: str | None, *, impl: str) -> Tensor:
-    """A product in 8 bits, in float32; the reference in float64 is exact, in other dtypes it has one range a row."""
+    """A product in 8 bits, in float32. The reference in float64 is exact; in other dtypes it has one range for each
+    row."""
     if impl == "native" and int8.fits(weight):
         return int8.Int8Weight(weight, bias).linear(x, activation).float()
     if impl == "native":  # such a layer of a model stays what it is

@@ -33,7 +33,7 @@ def hasten() -> None:
             raise interpreter.InterpreterError(repr(e)) from e
 
     def np_dtype(dtype):
-        scalar = dtype.scalar  # of a block its elements'; types of blocks and of pointers have no hash
+        scalar = dtype.scalar  # for a block the type of its elements; types of blocks and of pointers have no hash
         return address if isinstance(scalar, tl.pointer_type) else np_dtype_of(scalar)
 
     interpreter.InterpretedFunction.__call__ = call

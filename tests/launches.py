@@ -73,7 +73,7 @@ def every_operator() -> Iterator[dict]:
 
 
 def twenty_batches() -> Iterator[dict]:
-    """Of every operator and case the variants of each kernel and config over batches of all sizes."""
+    """For every operator and case, the variants of each kernel and config over batches of all sizes."""
     for (op, cases), dtype in itertools.product(verify.CASES.items(), ("bf16", "fp32")):
         for name, options in cases.items():
             seen: list[Launch] = []

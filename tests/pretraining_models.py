@@ -77,7 +77,7 @@ def run_of(
 
 
 def gradients(run: Pretraining) -> dict[str, torch.Tensor]:
-    """Of the first step of the second epoch."""
+    """The gradients of the first step of the second epoch."""
     run.shared.train()
     run.loss_of_step = run._gradients(run.plan.steps(1)[0], 1)
     return {name: p.grad.clone() for name, p in run.model.named_parameters()}

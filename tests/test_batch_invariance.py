@@ -87,7 +87,7 @@ def test_a_whole_backward_pass(impl, dtype, device):
     model.embeddings.register_forward_hook(lambda _module, _inputs, x: (embedded.append(x), x.retain_grad())[1])
 
     def gradients(order: list[int]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Of the embeddings of these texts, and of every parameter."""
+        """The gradients of the embeddings of these texts, and of every parameter."""
         model.zero_grad()
         embedded.clear()
         hidden, pooled = forward(model, [rows[i] for i in order])

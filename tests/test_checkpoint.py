@@ -63,7 +63,8 @@ def test_a_body_may_remove_its_file(tmp_path):
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX permissions")
 def test_written_file_has_ordinary_permissions(tmp_path):
-    """A file made by tempfile is readable by its owner alone; a model in a shared folder was of use to nobody else."""
+    """A file made by tempfile is readable by its owner only, so other users could not read a model in a shared
+    folder."""
     before = os.umask(0o027)
     try:
         with write_atomically(tmp_path / "a") as temporary:

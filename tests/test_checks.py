@@ -40,7 +40,7 @@ def starts_of(numbers):
 @pytest.mark.parametrize("width", [16, 10], ids=("in_cpp", "odd_width"))
 @pytest.mark.parametrize("grad", [False, True], ids=("inference", "training"))
 def test_attention_refuses_lengths(starts, impl, width, grad):
-    """On a CPU such lengths ended in a corrupt heap, a loop of a minute, or rows that nobody had written."""
+    """On a CPU such lengths led to a corrupt heap, a loop of a minute, or rows that were never written."""
     q, k, v = (torch.randn(TOKENS, 2, width, requires_grad=grad) for _ in range(3))
     with pytest.raises(ValueError, match="cu_seqlens must start at 0, never fall and end at 48"):
         F.attention(q, k, v, starts_of(starts), TOKENS, impl=impl)

@@ -216,7 +216,7 @@ def wait_for(condition) -> None:
 
 
 def test_the_next_run_removes_what_a_killed_one_left(folder, tmp_path):
-    """SIGKILL leaves no time to tidy up. A file of somebody who still writes, and files of other names, stay."""
+    """SIGKILL leaves no time to clean up. Files that another process still writes, and files with other names, stay."""
     out = tmp_path / "out" / "k.npy"
     out.parent.mkdir()
     killed = subprocess.Popen(command(folder, "-", "-o", out), stdin=subprocess.PIPE)
@@ -274,7 +274,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("main", [SLEEPERS, PARENT], ids=["at_work", "while_they_import"])
 def test_workers_end_with_a_parent_that_was_killed(main, folder, tmp_path):
-    """They used to compute what they had been sent, for 20 seconds and for nobody, and then to import torch first."""
+    """Workers used to compute for 20 seconds although their parent was gone, and to import torch before noticing."""
     program, busy = tmp_path / "program.py", tmp_path / "busy"
     program.write_text(main)
     (tmp_path / "imports.py").write_text(IMPORTS)

@@ -1,4 +1,4 @@
-"""The commands that say something: help, info, verify, bench, and one that somebody adds."""
+"""The commands that print information: help, info, verify, bench, and a command that a test adds."""
 
 import re
 import subprocess

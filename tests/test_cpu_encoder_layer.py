@@ -118,7 +118,8 @@ def test_output_and_every_gradient(dtype, kind, drops, nodes):
 @pytest.mark.parametrize("drops", [True, False])
 @pytest.mark.parametrize(("dtype", "kind"), KINDS)
 def test_bits_are_those_of_the_operators_one_by_one(dtype, kind, drops, nodes, one_by_one):
-    """Of a layer in bfloat16 those before two gradients are added, which is done before they are rounded."""
+    """The gradients that are equal to the bit. In a bfloat16 layer these are the ones before two gradients are added,
+    because the node adds them before rounding."""
     layer, (x, dy), shared = layer_of(dtype), inputs(dtype), pass_of(drops=drops)
     found = results(layer, x, dy, shared, kind)
     assert len(nodes) == 1
@@ -274,7 +275,7 @@ def test_checkpointing(reentrant, nodes):
 
 
 def test_gradients_add_up_and_hooks_hear_of_them(nodes):
-    """What waits for each gradient, as DDP does, hears of each once; those of two batches are added."""
+    """A hook on each gradient, as DDP has it, is called once for each; gradients of two batches are added."""
     layer, (x, dy), shared = layer_of(), inputs(), pass_of()
     expected = results(layer, x, dy, shared)
     heard = []

@@ -66,7 +66,7 @@ def test_layer_norm(instructions, dtype):
 
 
 def test_rounding_to_bfloat16_is_torchs(instructions):
-    """Of w + bias: ties go to even, NaN stays NaN, and the largest numbers become infinite."""
+    """Rounding of w + bias: ties go to even, NaN stays NaN, and the largest numbers become infinite."""
     w, bias = torch.randn(16).bfloat16(), (torch.randn(16) / 300).bfloat16()
     largest = torch.finfo(torch.bfloat16).max
     w[:6] = torch.tensor([1.0, 1 + 2**-7, 1.0, 1.0, 1.0, largest])

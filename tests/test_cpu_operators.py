@@ -179,7 +179,7 @@ def test_add_layer_norm_that_goes_to_torch():
      (145, 16, 32), (146, 64, 544), (147, 112, 96), (148, 208, 32), (149, 80, 1056), (150, 128, 544)],
 )  # fmt: skip
 def test_products(dtype, activation, rows, columns, inner):
-    """Of few rows several draws: the error of four numbers is a matter of chance."""
+    """With few rows there are several draws, because the error of four numbers is a matter of chance."""
     draws = 1 + 16 // rows
     x, weight, bias = torch.randn(draws, rows, inner), torch.randn(columns, inner) / inner**0.5, torch.randn(columns)
     x, weight, bias = (t.double().to(dtype) for t in (x, weight, bias))

@@ -292,7 +292,7 @@ def test_rows_are_whole_registers(width):
 
 
 def test_no_other_code_asks_for_an_address():
-    """What is passed by another way was looked at by nobody."""
+    """A tensor that is passed in another way has not been checked."""
     folder = Path(pointers.__file__).parent
     for path in sorted(folder.rglob("*.py")):
         tree = ast.parse(path.read_text())

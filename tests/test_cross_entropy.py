@@ -209,7 +209,7 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_logits_are_never_whole(reduction, monkeypatch, device):
-    """Of 4,096 rows x 211 words the largest tensor is a chunk of 128 rows, or hidden itself; torch's is all of it."""
+    """With 4,096 rows x 211 words our largest tensor is a chunk of 128 rows, or hidden itself; torch's has all rows."""
     monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 1)
     monkeypatch.setattr(cross_entropy._cross_entropy_kernel, "run", lambda *args, **kwargs: None)
     rows, chunk = 4096, 128 * 256  # a row of the buffer is 256 long: whole 128 bytes

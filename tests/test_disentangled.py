@@ -80,7 +80,7 @@ def test_kernels(impl, terms, p):
 
 @pytest.mark.parametrize("impl", ["triton"])
 def test_kernels_of_16_bits_and_widths_that_fill_no_block(impl):
-    """Of tiles of 32, in float16: the interpreter only emulates bfloat16."""
+    """With tiles of 32, in float16, because the interpreter only emulates bfloat16."""
     assert_right(inputs_of([40, 3], heads=1, head_dim=24, rows=5, reach=50), [40, 3], torch.float16, impl)
 
 

@@ -157,7 +157,7 @@ def test_masked_words(guesser, tmp_path):
 
 
 def test_relations_of_an_encoder_without_a_head(guesser, tmp_path):
-    """Of another width. What is saved is a plain BERT, since nothing trained a head."""
+    """The student has another width. A plain BERT is saved, because no head was trained."""
     plain = tmp_path / "plain"
     BertModel.from_pretrained(guesser[0]).save_pretrained(plain)
     Tokenizer.from_pretrained(guesser[0]).save_pretrained(plain)

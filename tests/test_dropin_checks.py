@@ -195,7 +195,7 @@ def test_an_activation_that_is_changed_in_place():
 
 
 class LayerDrop(nn.ModuleList):
-    """Leaves layers out at random in training, each time that somebody iterates over it, as fairseq's list does."""
+    """Leaves layers out at random in training, each time the list is iterated, as fairseq's list does."""
 
     def __iter__(self):
         for layer, drawn in zip(super().__iter__(), torch.rand(len(self)), strict=True):
@@ -330,7 +330,7 @@ def test_listeners_see_what_the_original_shows_them():
 @pytest.mark.parametrize("called", [False, True], ids=["at_first", "after_a_call"])
 @pytest.mark.parametrize("written", [False, True], ids=["registered", "written_in"])
 def test_a_backward_hook_changes_gradients(called, written):
-    """Looked for where there are gradients alone: without them nobody would call it."""
+    """Only looked for with gradients, because it is never called without them."""
     plain = plain_model()
     ours = accelerated(plain)
     if called:

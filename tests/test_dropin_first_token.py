@@ -152,7 +152,7 @@ CALLS = [states, states_by_the_encoders_config, hook_on_the_pooler, hook_on_the_
     ("call", "mask"), [*((call, FULL) for call in CALLS), (states, MASK), (first_column_masked, MASK)]
 )
 def test_every_token_is_computed_where_somebody_may_read_it(call, mask, walks):
-    """Of a batch without padding, too, where nothing else tells these calls from others."""
+    """Also in a batch without padding, where nothing else distinguishes these calls from others."""
     model = fastbert.accelerate(build("Bert"), impl="native").train()
     call(model, batch_of(model, mask))
     assert walks
@@ -160,7 +160,7 @@ def test_every_token_is_computed_where_somebody_may_read_it(call, mask, walks):
 
 
 def test_inference_gives_the_originals_logits():
-    """Of more tokens than FEW_TOKENS; up to these, one call of C++ may take all layers."""
+    """The batch has more tokens than FEW_TOKENS; with fewer, one C++ call may compute all layers."""
     plain = build("Bert").eval()
     ours = fastbert.accelerate(copy.deepcopy(plain), impl="native")
     with torch.no_grad():

@@ -91,7 +91,7 @@ FOLLOWERS = {
 
 @pytest.mark.parametrize(("follow", "reason"), FOLLOWERS.values(), ids=FOLLOWERS)
 def test_a_call_that_is_followed_is_the_originals(follow, reason):
-    """Before the first call and after one that nobody followed, and the reason is said."""
+    """The hook is set before the first call, or after a call without it; the reason is given."""
     config = transformers.BertConfig(**SIZES, attn_implementation="eager")
     model = transformers.BertModel(config).eval()
     ours = fastbert.accelerate(copy.deepcopy(model), impl="native", padding="zero")

@@ -251,7 +251,7 @@ def test_embeddings_gradients_and_training():
 @pytest.mark.filterwarnings("ignore:.*has a hook")
 def test_hooks_put_in_after_the_recording_are_heard():
     ours, plain, graphs = pair()
-    batch = batch_of(7, 7)  # whoever listens is shown what the original has at padding
+    batch = batch_of(7, 7)  # a hook gets the original's output at padding
     assert_same(ours, plain, batch)
     heard = []
     handle = ours.encoder.layer[1].output.dense.register_forward_hook(lambda *_: heard.append(1))

@@ -1,4 +1,4 @@
-"""An accelerated encoder infers on a CPU through all layers in one C++ call, unless somebody stands between them."""
+"""An accelerated encoder runs all layers in one C++ call on a CPU, unless code has to run between the layers."""
 
 import copy
 

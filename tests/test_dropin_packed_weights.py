@@ -1,4 +1,5 @@
-"""An accelerated model that infers on a CPU may multiply from copies of its weights, and nobody may notice."""
+"""An accelerated model on a CPU may multiply copies of its weights in inference; no change of a weight may be
+missed."""
 
 import copy
 import gc
@@ -63,7 +64,7 @@ def test_the_same_states_from_copies(family, dtype):
     ours = fastbert.accelerate(copy.deepcopy(plain), impl="native")
     real = BATCH["attention_mask"].bool()
     first = infer(ours)
-    assert packed(ours) >= 3  # of a layer: the output of attention, and both of the feed-forward block
+    assert packed(ours) >= 3  # in a layer: attention's output, and both weights of the feed-forward block
     assert_within_budget(first[real], infer(plain)[real], truth[real])
     assert torch.equal(infer(ours), first)
     assert list(ours.state_dict()) == list(keys)

@@ -26,7 +26,7 @@ def test_modes_of_padding():
 
 @pytest.mark.parametrize("given", ["other_tokens", "embeddings"])
 def test_a_masked_position_that_holds_something_is_computed(given):
-    """Late interaction scores masked tokens; of embeddings nobody knows what stands where the mask is 0."""
+    """Late interaction scores masked tokens; with embeddings as input, values where the mask is 0 are unknown."""
     plain = plain_model()
     ours, batch = accelerated(plain), batch_of()
     if given == "other_tokens":

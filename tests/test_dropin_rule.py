@@ -180,7 +180,7 @@ def test_a_norm_that_is_called_has_the_same_masks():
 
 @pytest.mark.parametrize("path", ["output.dense", "attention.self.query"])
 def test_a_sparse_weight(path):
-    """torch multiplies by a weight of compressed sparse rows; whether it is contiguous nobody can ask it."""
+    """torch multiplies by a weight of compressed sparse rows, which cannot be asked whether it is contiguous."""
     model = plain()
     ours = fastbert.accelerate(copy.deepcopy(model), impl="native", padding="exact")
     state(ours)

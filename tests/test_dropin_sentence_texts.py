@@ -33,7 +33,7 @@ def test_batches_are_of_tokens_and_sorted_by_them(build, batches, monkeypatch):
 
 @pytest.mark.parametrize(("kind", "pooling"), [("qwen3", "lasttoken"), ("qwen3", "mean"), ("t5", "mean")])
 def test_texts_padded_on_the_left_where_that_changes_nothing(build, batches, kind, pooling, monkeypatch):
-    """Of models without a table of positions; their batches are padded on the right, and sorted by the tokens."""
+    """For models without a table of positions: batches are padded on the right, and sorted by number of tokens."""
     monkeypatch.setitem(batching.TOKENS_PER_BATCH, "cpu", 200)
     model = build(kind, pooling=pooling)
     model.tokenizer.padding_side = "left"
@@ -111,7 +111,7 @@ INPUTS = {
 @pytest.mark.parametrize("inputs", INPUTS.values(), ids=INPUTS)
 @pytest.mark.parametrize("longest", [64, 63, 20])
 def test_long_texts_are_cut_and_their_tokens_are_the_same(build, inputs, options, longest):
-    """Of an even and an odd number of tokens kept, and of few: only a beginning reaches the tokenizer."""
+    """With an even, an odd and a small number of kept tokens, only a beginning of the text reaches the tokenizer."""
     model = build()
     model.max_seq_length = longest
     cut = sentence.cut(model, inputs, options)

@@ -86,7 +86,7 @@ def test_chunks_are_dealt_out_and_put_together(count, monkeypatch):
 
 
 def test_a_failing_rank_ends_all(folder, tmp_path):
-    """A line that is not UTF-8: whoever reads it first says so, with its number."""
+    """A line that is not UTF-8: the first process that reads it reports it, with the line's number."""
     source, out = tmp_path / "texts.txt", tmp_path / "out.npy"
     source.write_bytes(b"a b\n" * 1500 + b"\xff\n" + b"a\n" * 1500)
     done = torchrun("encode", source, "-o", out, "--model", folder, *WORDS_OF_OPTIONS)

@@ -25,7 +25,7 @@ WIDTH = 256
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A BERT of one layer whose vectors are wide: a kilobyte a text shows in the memory of a process."""
+    """A BERT of one layer with wide vectors: a kilobyte for each text is visible in the memory of a process."""
     folder = tmp_path_factory.mktemp("model")
     config = BertConfig(
         vocab_size=len(WORDS), hidden_size=WIDTH, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
@@ -148,7 +148,7 @@ def test_whoever_stops_does_not_wait_for_the_text_that_is_tokenised():
     for thread in threading.enumerate():
         if thread.name == "ahead":
             thread.join(timeout=600)
-    assert ended == ["short", "long"], "what nobody waits for was tokenised all the same"
+    assert ended == ["short", "long"], "a text was tokenised although its request had gone"
 
 
 def test_chunks_of_lines_end_by_number_and_by_size(tmp_path):

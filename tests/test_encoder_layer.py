@@ -162,7 +162,7 @@ def test_what_is_frozen_costs_nothing_and_changes_no_bits(wanted, training, devi
     assert len(products) == PRODUCTS[wanted]
     for name, gradient in zip(WANTED[wanted], gradients, strict=True):
         if name in ("attention.self.query.weight", "attention.self.value.weight"):
-            torch.testing.assert_close(gradient, every[f"d{name}"])  # of a product of its own: other tiles
+            torch.testing.assert_close(gradient, every[f"d{name}"])  # from a product of its own, with other tiles
         else:
             assert torch.equal(gradient, every[f"d{name}"]), name
 

@@ -17,7 +17,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def inputs_of(op: str, dtype: torch.dtype) -> dict:
-    """Of more rows than the C++ takes where the vendor library is ahead with many."""
+    """With more rows than our product computes where the vendor library is faster with many rows."""
     if op == "linear":
         made = {"x": torch.randn(75, 64), "weight": torch.randn(96, 64), "bias": torch.randn(96)}
     else:

@@ -148,7 +148,7 @@ def test_a_vocabulary_without_its_special_tokens_is_told_of_the_source(google):
 
 
 def test_a_flipped_byte_in_an_archive_is_found(google):
-    """Gzip's checksum stands behind all members, where nobody has to read to get them."""
+    """Gzip's checksum is after all members, in a place that need not be read to get them."""
     paths = google.parent / "x.tar.gz", google.parent / "x.zip"
     with tarfile.open(paths[0], "w:gz", compresslevel=0) as file:
         file.add(google, "bert")

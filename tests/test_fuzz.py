@@ -41,7 +41,7 @@ def test_what_longer_runs_found(number):
 
 
 def test_the_fuzz_sees_what_is_wrong(monkeypatch):
-    """Numbers a little off, and arguments that nobody looks at, are both found among its first cases."""
+    """Slightly wrong numbers, and arguments that are not checked, are both found among its first cases."""
     exact = native.pool
     monkeypatch.setattr(native, "pool", lambda *args: exact(*args) * 1.1)
     found = [wrong for wrong in map(fuzz.run_case, range(200)) if wrong]

@@ -81,8 +81,8 @@ def test_a_measured_row_decides_for_its_shape_alone(measured):
 
 
 def test_the_batch_has_no_say_where_bits_must_not_move():
-    """Of M the config knows whether there are few rows; batch invariance does not hear it. Of a weight gradient, whose
-    sum runs over the batch, k is the other side."""
+    """The config depends on M only by whether there are few rows, and with batch invariance not at all. For a weight
+    gradient, whose sum runs over the batch, k is the other side."""
     assert set(inspect.signature(gemm_config).parameters) == {
         "n", "k", "dtype", "arch", "layout", "epilogue", "invariant", "few_rows",
     }  # fmt: skip
@@ -142,7 +142,7 @@ def test_a_weight_gradient_asks_by_the_weight_s_shape(monkeypatch, device):
 @pytest.mark.triton
 @pytest.mark.parametrize("activation", ["gelu", "geglu"])
 def test_the_vendor_s_product_with_our_pointwise_kernel(activation, measured, device):
-    """In 16 bits nothing goes there until somebody measures that it should: then it must be right at once."""
+    """No 16-bit product uses this path until a measurement says so; it must be correct by then."""
     reasoned = [Choice("*", "fp16", form, 0, 0, "vendor", "reasoned", "for this test") for form in FORMS]
     measured(*(row for row in reasoned if row.form != "tn+accumulate"))
     config = feed_forward._up_config(torch.zeros(1, 64).half(), torch.zeros(128, 64), activation, False)

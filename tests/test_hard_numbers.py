@@ -50,7 +50,7 @@ def test_layer_norm_of_rows_that_are_nearly_equal(impl, kind, eps, width, dropou
         run(torch.float64, "reference"),
         strict=True,
     ):
-        # of what the result is made of: rstd times numbers of size 1 for dx, numbers of size 1 for all others
+        # the size of the terms: rstd times numbers near 1 for dx, numbers near 1 for all others
         size = exact.abs().amax(-1, keepdim=True).clamp(min=1.0) if exact.dim() == 2 else exact.abs().clamp(min=1.0)
         assert ((ours.double() - exact).abs() <= 2e-6 * size).all(), name
 

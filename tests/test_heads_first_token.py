@@ -63,7 +63,7 @@ def test_logits_and_gradients_are_those_of_the_whole_layer(impl, training, dtype
 
 
 def test_only_first_rows_go_through_the_last_layer():
-    """Counted at its feed-forward; not where somebody asks for what the layer gives, nor in the layers before."""
+    """Counted at its feed-forward block; not if the layer's output is requested, nor in the layers before."""
     model = fastbert.BertForSequenceClassification(CONFIG, impl="native").eval()
     rows = []
     for number, layer in enumerate(model.bert.encoder["layer"]):
@@ -130,7 +130,7 @@ def test_in_one_call_of_all_layers_or_all_but_the_last(monkeypatch, layers, leng
 
 
 def test_compiles_in_one_graph():
-    """How many tokens a padded batch holds is known to nobody while a graph is traced."""
+    """The number of tokens of a padded batch is not known while a graph is traced."""
     model = BertModel(CONFIG, impl="native").eval()
     ids, mask = torch.randint(1, CONFIG.vocab_size, (2, 6)), torch.tensor([[1] * 6, [1] * 2 + [0] * 4])
     compiled = torch.compile(model, fullgraph=True, backend="eager")

@@ -124,7 +124,7 @@ def test_sums_of_integers_are_exact(rows):
 
 @in_each_engine
 def test_a_weight_may_lie_as_it_likes(engine):
-    """Of a weight that lay transposed oneDNN took the integers in the order of the memory: other numbers, silently."""
+    """oneDNN read the integers of a transposed weight in the order of memory: wrong numbers without an error."""
     torch.manual_seed(0)
     transposed = torch.randn(64, 32).t()
     x = torch.randn(5, 64)

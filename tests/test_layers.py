@@ -161,13 +161,12 @@ def test_feed_forward(activation):
 
 
 def test_joined_linears_follow_their_parts():
-    """Of parts that were readied for it the joined weight is kept; one that changes must still be seen, whoever changes
-    it."""
+    """The joined weight is kept if its parts were marked; any change of a part must still be noticed."""
     parts = [nn.Linear(8, 4), nn.Linear(8, 6)]
     joined, x = JoinedLinears(), torch.randn(3, 8)
     with torch.no_grad():
         joined(x, parts)
-    assert joined._weight_and_bias is None  # nobody promised anything
+    assert joined._weight_and_bias is None  # nothing was promised
     prepack(nn.ModuleList(parts))
 
     def expected():

@@ -422,7 +422,7 @@ def test_chinese_words_are_guessed_whole(segmenter, tmp_path):
 
 @pytest.mark.parametrize("rule", ["clean", "google"])
 def test_google_takes_words_while_they_fit(corpus, examples, rule):
-    """Of each example round(15% of its tokens), [CLS] and [SEP] counted, or a few fewer where words do not fit."""
+    """Each example has round(15% of its tokens) masked, [CLS] and [SEP] counted, or a few fewer if words do not fit."""
     rows = list(range(300))
     _, labels, *_ = masked(Masking(tokenizer(), rule), corpus, examples, rows)
     ends = np.cumsum(examples.lengths[:300])

@@ -100,7 +100,7 @@ def test_a_steps_gradient_beside_the_plain_reference(objective, dtype, tmp_path)
 
 @pytest.mark.once
 def test_the_losses_are_those_of_transformers_and_add_up(tmp_path):
-    """Of one step without dropout, as one padded batch: the mean over masked words, and that over pairs."""
+    """The loss of one step without dropout, as one padded batch: the mean over masked words, and over pairs."""
     transformers = pytest.importorskip("transformers", reason="needs the test extra")
     run = run_of(tmp_path, "mlm+nsp", dropout=0.0, batch_tokens=100)
     run.model.eval()
@@ -234,7 +234,7 @@ def test_two_processes_train_as_one(tmp_path):
 @pytest.mark.once
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_each_objective_is_learnt(objective, tmp_path):
-    """Of what the text repeats each loss falls; the records have them all, and the loss is their sum."""
+    """On a text with repetitions each loss falls; the records have all of them, and the loss is their sum."""
     run = run_of(tmp_path, objective, steps=24, dropout=0.0, lr=5e-3, evaluated=True)
     run.evaluate_every = 24
     run.train()
@@ -294,7 +294,7 @@ def test_a_run_ends_when_its_time_is_up(tmp_path, monkeypatch):
 
 @pytest.mark.once
 def test_checkpoints_come_as_often_as_was_asked_for(tmp_path):
-    """Of a text whose epochs are of a few steps: not after each of them."""
+    """With epochs of a few steps, there is no evaluation after each of them."""
     run = run_of(tmp_path, "mlm", steps=8, save_every=7, keep=9)
     run.train()
     assert len(run.plan.steps(0)) < 7

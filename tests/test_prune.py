@@ -85,8 +85,8 @@ def test_uneven_heads_are_the_zeroed_model(grad, first_only):
 
 
 def test_gradients_are_those_of_the_zeroed_model():
-    """Of what both have, with a random upstream gradient; heads that went have none, and a layer without heads neither
-    asks for any."""
+    """Compares the gradients that both have, with a random upstream gradient. Removed heads have none, nor has a layer
+    without heads."""
     model = whole()
     small, by_torch, of_64 = pruned(model, HEADS), pruned(model, HEADS, "reference"), exact(model, HEADS)
     batch, upstream = batch_of(15), torch.randn(sum(LENGTHS), 64)

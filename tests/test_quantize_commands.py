@@ -108,7 +108,7 @@ def test_what_is_in_the_folder(in_8, teacher):
 @pytest.mark.native
 @needs_products
 def test_layers_that_stay_and_pruned_heads(teacher, data, tmp_path, capsys):
-    """Of a pruned model, with one layer's heads gone, and the most sensitive groups left in float32."""
+    """A pruned model without heads in one layer, with the most sensitive groups in float32."""
     small, out = tmp_path / "small", tmp_path / "out"
     assert run("prune", teacher, "-o", small, "--heads", "0:1,3;1:0,1,2,3;2:2", "-q") == 0
     assert run("quantize", small, "-o", out, "--data", data, "--error", "0.006", "--dtype", "float32") == 0

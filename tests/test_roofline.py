@@ -189,7 +189,7 @@ def test_here_every_operator_and_the_whole_are_timed(tiny, training, tmp_path, c
 
 
 def test_time_above_the_floor_shows_where_it_is_spent(tiny, watch, monkeypatch):
-    """An attention that sleeps is slow by that, times its layers; nobody else is."""
+    """An attention that sleeps is slower by that time for each layer; no other operator is."""
     attention = F.attention
 
     def slow(*args, **options):

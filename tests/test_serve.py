@@ -40,7 +40,7 @@ def everything(connection):
 
 
 def expect_own_vectors(server):
-    """Of many clients at once each gets the vectors of its texts."""
+    """Each of many simultaneous clients gets the vectors of its texts."""
     texts = [" ".join("abcdefgh"[(i + j) % 8] for j in range(1 + i % 20)) for i in range(60)]
     wanted = server.ask("POST", "/embed", {"inputs": texts})[1]
     found = {}
@@ -76,7 +76,7 @@ def expect_answers_to_clients_that_still_send(server):
 
 
 def expect_that_nobody_sends_without_end(server):
-    """Of a body that is refused no more than a bound is thrown away."""
+    """At most a fixed number of bytes of a refused body is read and dropped."""
     rest = b"x" * (1 << 20)
     with contextlib.closing(socket.create_connection(("127.0.0.1", server.port), PATIENCE)) as connection:
         connection.sendall(b"POST /embed HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % (1 << 40))

@@ -135,7 +135,7 @@ def check_models(body, answer):
 
 
 def check_hub(call, body, answer):
-    """Of calls on a model's address: by the name of the client's method."""
+    """Requests to a model's address, by the name of the client's method."""
     if call.startswith("text_classification"):
         assert all({"label", "score"} <= set(item) for item in answer[0])
     elif call.startswith("zero_shot"):
@@ -193,7 +193,7 @@ def test_every_recorded_request_is_answered_as_its_client_needs(clients, recorde
             continue
         given = body.get("input")
         ids = [i for ids in given if isinstance(ids, list) for i in ids] if isinstance(given, list) else []
-        if ids and max(ids) >= 36:  # of cl100k, which langchain-openai sends
+        if ids and max(ids) >= 36:  # ids of cl100k, which langchain-openai sends
             assert reply.status == 400, told
             assert "check_embedding_ctx_length=False" in reply.json()["error"]["message"]
             refused += 1

@@ -1,4 +1,4 @@
-"""The threads of a server: who fails with whom, what leaves the queue, what is computed at most once."""
+"""The threads of a server: which requests fail together, what leaves the queue, what is computed at most once."""
 
 import asyncio
 import os

@@ -53,7 +53,7 @@ def other_value(things):
 
 
 def equal_value(things):
-    """Of whatever is no number, an equal object need not do the same."""
+    """An equal object need not behave the same, unless it is a number."""
     things.last.scale = float("0.5")
 
 

@@ -1,4 +1,4 @@
-"""Every operator takes tensors as they lie: strided, offset, expanded, and lists of names in 32 bits.
+"""Every operator accepts tensors of any layout: strided, offset, expanded; and ids in 32 bits.
 
 Kernels read lists (lengths, ids, labels, names, slopes) and vectors (weights, biases) one element after another.
 `cu_seqlens`, `alibi_slopes` and the vectors of LayerNorm were once handed over whatever their strides: x[::2] was read
@@ -111,7 +111,7 @@ def results(op: str, inputs: dict, device: str, impl: str) -> list[torch.Tensor]
     outs = out if isinstance(out, tuple) else (out,)
     torch.manual_seed(1)
     upstream = [torch.rand_like(o) for o in outs]
-    # of the logarithm of a sum over nothing, -inf, no gradient
+    # the logarithm of an empty sum is -inf and has no gradient
     finite = [torch.where(o.isfinite(), u, 0.0) for o, u in zip(outs, upstream, strict=True)]
     return [*outs, *torch.autograd.grad(outs, [inputs[k] for k in wants], finite)]
 

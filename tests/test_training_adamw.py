@@ -30,7 +30,7 @@ def groups(given: dict[str, torch.nn.Parameter], decay: float = DECAY) -> list[d
 
 
 def gradients_of(step: int, given: dict[str, torch.nn.Parameter]) -> None:
-    """Of the table a few rows, of `one` none in the second step, so that its count of steps falls behind."""
+    """A few rows of the table have gradients; `one` has none in the second step, so its count of steps is behind."""
     generator = torch.Generator().manual_seed(100 + step)
     for name, p in given.items():
         g = torch.randn(p.shape, generator=generator, dtype=torch.float32, device="cpu") * 10.0 ** (step - 2)

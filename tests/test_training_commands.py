@@ -417,7 +417,7 @@ def test_inputs_of_another_kind_are_refused(tuned):
 
 
 def test_killed_at_some_point_the_run_goes_on_to_the_same_bits(bert, files, tmp_path):
-    """kill -9 as soon as a few steps are done, then --resume; beside a run that nobody disturbed."""
+    """kill -9 as soon as a few steps are done, then --resume; compared with a run without interruption."""
     common = ("--eval", files["sentence"], "--epochs", 4, "--lr", "1e-3", "--batch-tokens", 40, "--save-every", 2)
     assert finetune(bert, tmp_path / "whole", "sentence", files["sentence"], *common) == 0
     out = tmp_path / "killed"

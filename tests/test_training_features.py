@@ -109,7 +109,7 @@ def test_words_of_which_nothing_is_left_and_words_that_are_too_long(tokenizer):
 
 @pytest.mark.parametrize("stride", [10, 11])
 def test_answers_come_back_as_the_exact_text(tokenizer, stride):
-    """Of every window with the whole answer, at every place of a long context; other windows point to [CLS]."""
+    """Every window with the whole answer points to it, at every place of a long context; others point to [CLS]."""
     context = " ".join("abcdefghij"[i % 10] * (1 + i % 3) for i in range(60))
     starts = [i for i, c in enumerate(context) if c != " " and (i == 0 or context[i - 1] == " ")]
     for first, start in enumerate(starts[:-1]):
@@ -178,7 +178,8 @@ def test_windows_must_leave_room(tokenizer):
 
 
 def test_real_answers_come_back(shared):
-    """Of 1,002 Chinese answers all but those that begin or end within a word of Latin letters, or with white space."""
+    """All of 1,002 Chinese answers are found, except those that begin or end within a Latin word, or with white
+    space."""
     questions = read_questions(shared / "data" / "cmrc2018" / "cmrc2018_trial.json").questions
     characters = sorted({c for q in questions for c in q.context + q.question if not c.isspace()})
     tokenizer = Tokenizer.from_words([*PIECES[:5], *characters, *(f"##{c}" for c in characters)], lowercase=False)

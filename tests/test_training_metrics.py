@@ -135,7 +135,7 @@ def test_no_answer_where_squad_allows_it():
     assert scores.values["f1"] == pytest.approx((2 / 3 + 1.0 + 0.0) / 3)
     assert scores.values["exact_match"] == pytest.approx(1 / 3)
     assert scores.values["has_answer_f1"] == pytest.approx(2 / 3)
-    # of the gold answer "the" nothing is left after normalising: it counts as no answer
+    # after normalising, the gold answer "the" is empty, and counts as no answer
     assert scores.values["no_answer_f1"] == pytest.approx(1 / 2)
     # beside another gold answer such a one does not make silence right
     assert answers.score("squad_v2", ["the", "tower"], "") == (0.0, 0.0)

@@ -53,7 +53,7 @@ class Ptx:
 
     @staticmethod
     def position(name: str, tensors: list[str], numbers: list[str]) -> int:
-        """Of an argument among the parameters, where tensors stand before numbers."""
+        """The index of an argument among the parameters, of which tensors come before numbers."""
         return [*tensors, *numbers].index(name)
 
     def each(self, body: str, *inputs: np.ndarray, out) -> np.ndarray:

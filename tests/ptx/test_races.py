@@ -19,7 +19,7 @@ RACES = {
     "read after write": (WRITE, READ_OTHER, r"reads byte \d+ of shared memory, which thread \d+ wrote"),
     "write after read": (f"{WRITE} bar.sync 0; {READ_OTHER}", WRITE, r"writes byte \d+ .* which thread \d+ read"),
     "write after write": (WRITE, WRITE_OTHER, r"writes byte \d+ .* which thread \d+ wrote"),
-    # both warps read, so it is nobody's own
+    # both warps read it, so it belongs to neither
     "write after reads": (
         f"{WRITE} bar.sync 0; ld.shared.b32 %r4, [%r3];", "@%p1 st.shared.b32 [%r9], %t;", "which several warps read",
     ),

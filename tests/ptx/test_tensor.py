@@ -1,4 +1,4 @@
-"""tcgen05: tensor memory, products in it, and what may not be touched before somebody has waited."""
+"""tcgen05: tensor memory, products in it, and data that may not be touched before a wait."""
 
 import runpy
 from pathlib import Path

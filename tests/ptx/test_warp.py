@@ -65,7 +65,7 @@ REDUCTIONS = {
 
 @pytest.mark.parametrize("opcode", REDUCTIONS)
 def test_reductions_over_a_warp(ptx, opcode):
-    """Of -10 to 21."""
+    """The reduction of -10 to 21."""
     got = ptx.each(f"sub.s32 %r0, %in0, 10; {opcode} %out, %r0, -1;", LANES, out=np.uint32)
     assert got.tolist() == [REDUCTIONS[opcode] % 2**32] * 32
 
