@@ -11,8 +11,8 @@ from fastbert import BertConfig, Tokenizer
 from fastbert.inference.eight_bits import why_not
 from fastbert.models import heads
 from fastbert.storage import write_json
-from fastbert.training.loop import Run
 from fastbert.training.pipeline import SPEC_FILE
+from fastbert.training.run import Run
 from fastbert.training.tasks import Spec, make_task
 from training_models import PIECES, examples_of
 

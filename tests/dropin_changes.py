@@ -40,3 +40,7 @@ def assert_same(ours: nn.Module, plain: nn.Module, rows: torch.Tensor = MASK, **
             torch.manual_seed(2)
             got = ours(**batch)[0]
         torch.testing.assert_close(got[rows], want[rows], atol=1e-5, rtol=1e-4)
+
+
+def hook_that_edits(model):
+    model.encoder.layer[0].attention.self.query.register_forward_hook(lambda module, given, y: y * 2)

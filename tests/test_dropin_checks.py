@@ -1,8 +1,7 @@
-"""Each check of the drop-in against a change that it is there for: the changed model's numbers are the original's."""
+"""Changes inside an accelerated encoder: each check of the drop-in against a change that it is there for, after which
+the numbers are those of the original with the same change."""
 
 import copy
-import io
-import pickle
 from collections import OrderedDict
 
 import pytest
@@ -10,15 +9,12 @@ import torch
 import torch.nn as nn
 
 import fastbert
-from dropin_changes import MASK, SIZES, accelerated, assert_same, batch_of, plain_model
+from dropin_changes import MASK, accelerated, assert_same, batch_of, hook_that_edits, plain_model
 
 transformers = pytest.importorskip("transformers", reason="whose models are changed here")
 pytestmark = [pytest.mark.native, pytest.mark.filterwarnings("ignore")]
 
 modeling = transformers.models.bert.modeling_bert
-
-
-# ---- changes inside an encoder ----------------------------------------------------------------------------
 
 
 class Louder(modeling.BertOutput):
@@ -114,10 +110,6 @@ class Backwards(nn.ModuleList):
 
 def list_of_somebodys_own(model):
     model.encoder.layer = Backwards(model.encoder.layer)
-
-
-def hook_that_edits(model):
-    model.encoder.layer[0].attention.self.query.register_forward_hook(lambda module, given, y: y * 2)
 
 
 def hook_written_in(model):
@@ -239,220 +231,3 @@ def test_a_scripted_module_within_an_encoder_is_called():
     ours.encoder.layer[0].output.dense.register_forward_hook(lambda module, given, y: y * 2)
     plain.encoder.layer[0].output.dense.register_forward_hook(lambda module, given, y: y * 2)
     assert_same(ours, plain)
-
-
-@pytest.mark.parametrize("called", [False, True], ids=["at_first", "after_a_call"])
-@pytest.mark.parametrize(
-    ("where", "name"),
-    [
-        (modeling.BertSelfOutput, "forward"),
-        (nn.LayerNorm, "forward"),
-        (nn.functional, "linear"),
-        (nn.functional, "scaled_dot_product_attention"),
-    ],
-    ids=["of_a_layer", "of_torch", "function", "attention"],
-)
-def test_code_that_is_replaced_for_all_models_runs(where, name, called, monkeypatch):
-    """Libraries of kernels and of profiling change classes and functions, not models."""
-    plain = plain_model()
-    ours, before, original = accelerated(plain), plain(**batch_of())[0], getattr(where, name)
-    if called:
-        assert_same(ours, plain)
-    monkeypatch.setattr(where, name, lambda *given, **named: original(*given, **named) * 1.25)
-    assert not torch.allclose(plain(**batch_of())[0][MASK], before[MASK], atol=1e-3)
-    assert_same(ours, plain)
-
-
-def louder_attention(*given, **named):
-    o, weights = transformers.integrations.sdpa_attention.sdpa_attention_forward(*given, **named)
-    return o * 1.5, weights
-
-
-@pytest.mark.parametrize("called", [False, True], ids=["at_first", "after_a_call"])
-@pytest.mark.parametrize("how", ["asked_for_by_name", "in_place_of_sdpa"])
-def test_attention_that_is_somebodys_own_runs(how, called, monkeypatch):
-    """transformers' table of attention functions is there to be written to, under new names and under its own."""
-    functions = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS
-    plain = plain_model()
-    ours, before = accelerated(plain), plain(**batch_of())[0]
-    if called:
-        assert_same(ours, plain)
-    name = "louder" if how == "asked_for_by_name" else plain.config._attn_implementation
-    monkeypatch.setitem(functions._local_mapping, name, louder_attention)
-    if how == "asked_for_by_name":
-        for model in (ours, plain):
-            model.config._attn_implementation = name
-    batch = batch_of(torch.ones_like(MASK))
-    assert not torch.allclose(plain(**batch)[0][MASK], before[MASK], atol=1e-3), "the change changes nothing"
-    assert_same(ours, plain, **batch)
-    assert "attention is somebody's own" in str(fastbert.explain(ours))
-
-
-def test_attention_of_a_name_that_nobody_has_is_the_originals_error():
-    """A name in the config that transformers' table does not hold: transformers raises, and must go on to."""
-    plain = plain_model()
-    ours = accelerated(plain)
-    assert_same(ours, plain)
-    for model in (ours, plain):
-        model.config._attn_implementation = "of_nobody"
-    with pytest.raises(Exception, match="of_nobody") as error:
-        plain(**batch_of())
-    with pytest.raises(type(error.value), match="of_nobody"):
-        ours(**batch_of())
-    assert "its attention is of_nobody" in str(fastbert.explain(ours))
-
-
-def test_listeners_see_what_the_original_shows_them():
-    """A hook on one module, and one on all: shapes, order and number of calls are the original's."""
-    plain = plain_model()
-    ours = accelerated(plain)
-    assert_same(ours, plain)
-    for register in (
-        lambda model, hook: model.encoder.layer[1].output.register_forward_hook(hook),
-        lambda model, hook: nn.modules.module.register_module_forward_hook(hook),
-    ):
-        seen = []
-        for model in (ours, plain):
-            shapes = []
-            handle = register(
-                model,
-                lambda module, given, y, to=shapes: to.append(
-                    (type(module).__name__, given[0].shape if given else None)
-                ),
-            )
-            model(**batch_of())
-            handle.remove()
-            seen.append(shapes)
-        assert seen[0]
-        assert seen[0] == seen[1]
-
-
-@pytest.mark.parametrize("called", [False, True], ids=["at_first", "after_a_call"])
-@pytest.mark.parametrize("written", [False, True], ids=["registered", "written_in"])
-def test_a_backward_hook_changes_gradients(called, written):
-    """Only looked for with gradients, because it is never called without them."""
-    plain = plain_model()
-    ours = accelerated(plain)
-    if called:
-        assert_same(ours, plain)
-    grads = []
-    for model in (ours, plain):
-        part = model.encoder.layer[0].output.dense
-        double = lambda module, dx, dy: tuple(2 * d for d in dx)  # noqa: E731
-        if written:
-            part._is_full_backward_hook, part._backward_hooks[-1] = True, double
-        else:
-            part.register_full_backward_hook(double)
-        with torch.no_grad():
-            model(**batch_of())
-        y = model(**batch_of())[0][MASK]
-        torch.manual_seed(2)
-        y.backward(torch.randn_like(y))
-        grads.append(model.embeddings.word_embeddings.weight.grad)
-    torch.testing.assert_close(*grads, atol=1e-5, rtol=1e-3)
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "reason"),
-    [
-        ("is_decoder", True, "the model is a decoder"),
-        ("is_causal", True, "the model is a decoder"),
-        ("_output_attentions", True, "the config asks for output_attentions"),
-        ("output_hidden_states", "some", "single hidden states were asked for"),
-    ],
-)
-@pytest.mark.parametrize("of", ["the_config", "another_config", "its_class"])
-def test_a_config_that_changes_after_a_call(name, value, reason, of, monkeypatch):
-    """What the config says is kept from the close look on, as long as nobody writes to it, or puts another in place."""
-    ours = accelerated(plain_model(attn_implementation="eager"))
-    given = ours.forward.named((), batch_of())
-    assert ours.forward.why_not(given)[0] is None
-    if of == "another_config":
-        ours.config = copy.deepcopy(ours.config)
-    if of == "its_class":
-        vars(ours.config).pop(name, None)
-        assert ours.forward.why_not(given)[0] is None
-        monkeypatch.setattr(type(ours.config), name, value, raising=False)
-    else:
-        vars(ours.config)[name] = value  # transformers refuses some of these values
-    assert ours.forward.why_not(given)[0] == reason
-
-
-class Marked(torch.Tensor):
-    """As libraries that follow tensors through a program have them."""
-
-
-@pytest.mark.parametrize("name", ["input_ids", "attention_mask"])
-def test_a_subclass_of_tensor_is_the_originals(name):
-    plain = plain_model()
-    ours, batch = accelerated(plain), batch_of()
-    batch[name] = batch[name].as_subclass(Marked)
-    with torch.no_grad():
-        got, want = ours(**batch)[0], plain(**batch)[0]
-    assert type(got) is type(want)
-    assert torch.equal(got, want)
-    assert ours.forward.warned == {f"{name} is a Marked": 1}
-
-
-@pytest.mark.parametrize("name", ["input_ids", "attention_mask"])
-def test_our_own_model_takes_a_subclass_of_tensor(name):
-    """The C++ operators read addresses, which a subclass need not have: they raised, without gradients."""
-    model, batch = fastbert.BertModel(fastbert.BertConfig(**SIZES), impl="native").eval(), batch_of()
-    with torch.no_grad():
-        want = model(**batch)[0]
-        got = model(**batch | {name: batch[name].as_subclass(Marked)})[0]
-    torch.testing.assert_close(got.as_subclass(torch.Tensor), want, atol=1e-5, rtol=1e-4)
-
-
-def test_as_many_tokens_as_the_position_table_holds_now():
-    ours = accelerated(plain_model())
-    given = {"input_ids": torch.ones(1, 41, dtype=torch.int64)}
-    assert "position table" in ours.forward.why_not(given)[0]
-    ours.embeddings.position_embeddings = nn.Embedding(80, 32)
-    assert ours.forward.why_not(given)[0] is None
-    ours.embeddings.position_embeddings.num_embeddings = 20
-    assert "position table" in ours.forward.why_not(given)[0]
-
-
-# ---- copies -----------------------------------------------------------------------------------------------
-
-
-def pickled(model, folder):
-    return pickle.loads(pickle.dumps(model))
-
-
-def saved(model, folder):
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-def save_pretrained(model, folder):
-    model.save_pretrained(folder)
-    return type(model).from_pretrained(folder)
-
-
-@pytest.mark.parametrize("called", [False, True], ids=["at_first", "after_a_call"])
-@pytest.mark.parametrize("padding", ["auto", "exact", "zero"])
-@pytest.mark.parametrize(
-    "copied", [lambda model, folder: copy.deepcopy(model), pickled, saved, save_pretrained],
-    ids=["deepcopy", "pickle", "torch.save", "save_pretrained"],
-)  # fmt: skip
-def test_copies_of_an_accelerated_model(copied, padding, called, tmp_path):
-    """A copy has weights and checks of its own, and pads as the model did; a folder holds the plain model."""
-    plain = plain_model("ForTokenClassification")
-    ours = accelerated(plain, padding)
-    if called:
-        assert_same(ours, plain)
-    other = copied(ours, tmp_path).eval()
-    assert_same(other, plain)
-    rows = MASK if padding == "zero" else torch.ones_like(MASK)
-    assert_same(other, plain, rows)
-    assert other.state_dict().keys() == plain.state_dict().keys()
-    with torch.no_grad():
-        for model in (other, plain):
-            model.bert.encoder.layer[0].output.dense.bias += 1.0
-        hook_that_edits(other.bert)
-    assert not torch.allclose(other(**batch_of())[0], plain(**batch_of())[0], atol=1e-3)
-    assert_same(ours, plain_model("ForTokenClassification"))

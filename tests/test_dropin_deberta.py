@@ -166,7 +166,7 @@ def test_checkpointing_gives_the_same_gradients():
     [
         ({"conv_kernel_size": 3}, "has no encoder.conv.conv.weight"),
         ({"embedding_size": 24}, "has no embeddings.embed_proj.weight"),
-        ({"relative_attention": False}, "does not look at distances"),
+        ({"relative_attention": False}, "relative_attention is off"),
         ({"pos_att_type": []}, "neither c2p nor p2c"),
     ],
     ids=["convolution", "embeddings_of_another_width", "no_distances", "no_term"],

@@ -80,12 +80,12 @@ def by_a_transformation(model):
 
 
 FOLLOWERS = {
-    "operators": (by_mode(Operators()), "a TorchDispatchMode follows every operator"),
-    "functions": (by_mode(Functions()), "a TorchFunctionMode follows every function"),
-    "hook_on_all": (by_a_hook_on_all, "a hook on all modules is there"),
-    "every_call": (by_every_call, "somebody follows every call of a module"),
-    "forward_mode": (by_forward_mode, "forward-mode derivatives are taken"),
-    "transformation": (by_a_transformation, "a transformation of torch.func is at work"),
+    "operators": (by_mode(Operators()), "a TorchDispatchMode is active"),
+    "functions": (by_mode(Functions()), "a TorchFunctionMode is active"),
+    "hook_on_all": (by_a_hook_on_all, "there is a hook on all modules"),
+    "every_call": (by_every_call, "torch.nn.Module.__call__ was replaced"),
+    "forward_mode": (by_forward_mode, "forward-mode derivatives are computed"),
+    "transformation": (by_a_transformation, "a transformation of torch.func is active"),
 }
 
 

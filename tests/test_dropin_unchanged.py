@@ -25,7 +25,7 @@ FALLBACKS = {
     "output_attentions": ("bert", {"output_attentions": True}, "output_attentions was given"),
     "mask_4d": ("bert", {"attention_mask": torch.ones(4, 1, WIDTH, WIDTH).tril().bool()}, r"not \[batch, tokens\]"),
     "encoder_hidden_states": ("bert", {"encoder_hidden_states": torch.zeros(4, 3, 32)}, "encoder_hidden_states was"),
-    "single_states": ("bert", {"output_hidden_states": 1}, "single hidden states"),
+    "single_states": ("bert", {"output_hidden_states": 1}, "single states"),
     "rotary_position_ids": ("modernbert", {"position_ids": torch.arange(WIDTH)[None] * 2}, "rotary positions"),
 }
 

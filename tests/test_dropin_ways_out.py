@@ -53,7 +53,7 @@ def test_jit_trace_records_the_original():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         traced = torch.jit.trace(ours, tuple(batch.values()), strict=False)
-    assert "torch.jit.trace is at work" in str(fastbert.explain(ours))
+    assert "torch.jit.trace is running" in str(fastbert.explain(ours))
     mask = torch.arange(9) >= torch.tensor([0, 5])[:, None]
     other = batch_of(mask)
     torch.testing.assert_close(traced(*other.values())[0][mask], plain(**other)[0][mask])
@@ -68,7 +68,7 @@ def test_jit_trace_of_torchs_encoder_records_the_original():
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         traced = torch.jit.trace(ours, (x,), check_trace=False)
-        assert "torch.jit.trace is at work" in str(fastbert.explain(ours))
+        assert "torch.jit.trace is running" in str(fastbert.explain(ours))
         torch.testing.assert_close(traced(x[:2] + 1), plain(x[:2] + 1), atol=1e-5, rtol=1e-4)
 
 
@@ -77,7 +77,7 @@ def test_a_layer_put_in_afterwards():
     for model in (ours, plain):
         model.encoder.layer[1] = copy.deepcopy(plain.encoder.layer[0])
     batch = batch_of()
-    with pytest.warns(UserWarning, match="a BertLayer came in place of an accelerated layer"):
+    with pytest.warns(UserWarning, match="a BertLayer is in place of an accelerated layer"):
         first = ours(**batch)
     assert_same(first, plain(**batch))
     fastbert.accelerate(ours, impl="native")

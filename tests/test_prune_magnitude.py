@@ -11,7 +11,7 @@ from fastbert.checkpoint import load_state_dict
 from fastbert.compression import prune_magnitude
 from fastbert.compression.folders import HISTORY
 from fastbert.compression.prune_magnitude import masks_of, matrices, share_at, sparsity, steps_of_ramp
-from fastbert.training import loop
+from fastbert.training import run as training_run
 
 pytest_plugins = ("compression_fixtures",)
 pytestmark = pytest.mark.once
@@ -71,7 +71,7 @@ def test_zeros_while_training_stopped_and_gone_on_with(teacher, data, tmp_path, 
     """What is kept has all of its zeros, even where an epoch with fewer was the best one; to the same bits after a stop
     in the middle of the ramp, and not with another share."""
     monkeypatch.setattr(prune_magnitude, "EVERY", 1)
-    monkeypatch.setattr(loop, "is_better", lambda value, best: best is None)  # the first one is the best
+    monkeypatch.setattr(training_run, "is_better", lambda value, best: best is None)  # the first one is the best
     training = ("--train", data, "--eval", data, "--epochs", 3, "--lr", 1e-3)
     command = ["prune", teacher, "--magnitude", "0.75", "--impl", "native", *training]
     assert run(*command, "-o", tmp_path / "whole") == 0

@@ -18,8 +18,8 @@ from command_line import run
 from fastbert import BertConfig, BertModel
 from fastbert.checkpoint import CheckpointError
 from fastbert.training.finetune import epochs_done
-from fastbert.training.loop import Run
 from fastbert.training.processes import Processes
+from fastbert.training.run import Run
 
 pytestmark = pytest.mark.once
 

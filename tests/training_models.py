@@ -10,9 +10,10 @@ from fastbert import BertConfig, Tokenizer
 from fastbert.models import heads
 from fastbert.training.files import Answer, Question, Sentence
 from fastbert.training.labels import Text
-from fastbert.training.loop import Run, Settings
+from fastbert.training.loop import Settings
 from fastbert.training.predicting import outputs_of
 from fastbert.training.processes import Processes
+from fastbert.training.run import Run
 from fastbert.training.tasks import NUMBERS, Spec, make_task
 
 PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghij", *(f"##{c}" for c in "abcdefghij")]

@@ -27,7 +27,7 @@ import torch
 from transformers import BertConfig, BertModel
 
 import fastbert
-from fastbert.dropin import encoder, own
+from fastbert.dropin import encoder, original
 
 SHAPE = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
 CONTENTS = ("expect_sequences", "expect_lengths", "expect_indices")  # the checks of lengths and indices
@@ -42,7 +42,7 @@ def _passes(*args, **kwargs) -> None:
 def without_checks() -> ExitStack:
     """A context in which calls are not checked."""
     stack = ExitStack()
-    stack.enter_context(patch.object(own.Watch, "is_same", lambda self: True))
+    stack.enter_context(patch.object(original.Watch, "is_same", lambda self: True))
     stack.enter_context(patch.object(encoder, "why_not_here", _passes))
     stack.enter_context(patch.object(encoder.EncoderForward, "why_not_given", _passes))
     for module in [module for name, module in sys.modules.items() if name.startswith("fastbert.")]:

@@ -1,1 +1,1 @@
-"""Smaller and faster models: students that learn from a teacher, parts that are cut out, weights in 8 bits."""
+"""Smaller and faster models: distillation, pruning, and weights in 8 bits."""

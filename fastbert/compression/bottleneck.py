@@ -1,22 +1,22 @@
-"""A narrower student out of a teacher's layers: each linear layer between a linear layer in and one out, as MobileBERT
-(arXiv:2004.02984) has them around its blocks, here multiplied into one matrix.
+"""A narrower student from a teacher's layers. Like the bottlenecks around the blocks of MobileBERT (arXiv:2004.02984),
+a linear map goes before and after each linear layer; here the three are multiplied into one matrix.
 
-A basis P [C, c] with orthonormal columns joins the teacher's hidden states y [C] and the student's x = Pᵀ y [c]: the
-directions in which the teacher's hidden states of some texts are largest. Of a linear layer W of the teacher the
-student has
+A basis P [C, c] with orthonormal columns maps the teacher's hidden states y [C] to the student's, x = Pᵀ y [c]. Its
+columns are the directions in which the teacher's hidden states for some texts are largest. The student has
 
-    W P          from hidden states to heads, to the feed-forward block, to the pooler; of the rows that are kept
-    Pᵀ W         back to hidden states; of the columns that are kept
-    E P          of the embeddings E
+    W P          for a linear layer W that reads hidden states (query, key, value, intermediate, pooler), in kept rows
+    Pᵀ W         for a linear layer W that computes hidden states, in kept columns
+    E P          for the embeddings E
 
-Whole heads are kept, and those of them, and of the columns of the feed-forward block, whose weights in and out are
-largest. A LayerNorm is not linear: the student's get the weight and bias that bring their output for these texts
-nearest to Pᵀ y, one after another, since each changes what the next one sees.
+Heads are kept as a whole. The heads and the columns of the feed-forward block with the largest weights, in and out, are
+kept. A LayerNorm is not linear: the student's LayerNorms get the weight and bias that bring their outputs for these
+texts nearest to Pᵀ y. They are fitted one after another, since each one changes the input of the next.
 """
 
 from __future__ import annotations
 
 import re
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -34,11 +34,11 @@ _LAYER = re.compile(r"(?<=\.layer\.)\d+(?=\.)")
 
 @torch.no_grad()
 def fill_through_bottleneck(student: BertHead, teacher: BertHead, layers: list[int], texts: PackedBatch) -> None:
-    """Gives a student weights, of the teacher's layer `layers[s]` for its layer s. Both are on one device.
+    """Sets a student's weights; its layer s comes from the teacher's layer `layers[s]`. Both are on one device.
 
-    texts: what the basis and the LayerNorms are measured on.
+    texts: the basis and the LayerNorms are fitted to them.
 
-    Raises: InputError where a size of the student is larger than the teacher's, or its heads have another width.
+    Raises: InputError if a size of the student is larger than the teacher's, or if its heads have another width.
     """
     _expect_fit(student.config, teacher.config)
     outputs = _outputs_of_norms(teacher, texts)
@@ -69,7 +69,7 @@ def _norms(model: BertHead) -> dict[str, nn.LayerNorm]:
 
 
 def _outputs_of_norms(model: BertHead, texts: PackedBatch) -> dict[str, Tensor]:
-    """What each LayerNorm gives for the tokens of these texts, [T, C] by its name."""
+    """name of a LayerNorm -> its output [T, C] for the tokens of these texts."""
     found: dict[str, Tensor] = {}
 
     def note(module: nn.Module, inputs: Any, output: Tensor, name: str) -> None:
@@ -80,27 +80,24 @@ def _outputs_of_norms(model: BertHead, texts: PackedBatch) -> dict[str, Tensor]:
 
 
 def _run_with_hooks(model: BertHead, texts: PackedBatch, hook: Any) -> None:
-    """A pass in which `hook(module, inputs, output, name)` is called after each LayerNorm."""
-    hooks = [norm.register_forward_hook(partial(hook, name=name)) for name, norm in _norms(model).items()]
-    try:
-        # Hidden states are asked for so that the last layer computes all tokens.
-        model.eval()(texts, output_hidden_states=True)
-    finally:
-        for each in hooks:
-            each.remove()
+    """Runs a pass with `hook(module, inputs, output, name)` after each LayerNorm."""
+    with ExitStack() as hooks:
+        for name, norm in _norms(model).items():
+            hooks.callback(norm.register_forward_hook(partial(hook, name=name)).remove)
+        model.eval()(texts, output_hidden_states=True)  # with hidden states the last layer computes all tokens
 
 
 def _basis(states: list[Tensor], width: int) -> Tensor:
-    """[C, width]: of the second moment of all rows of the states [T, C], the eigenvectors of its largest values."""
+    """[C, width]: the eigenvectors with the largest eigenvalues of the second moment of all rows of states [T, C]."""
     moments = sum(y.double().T @ y.double() for y in states)
     return torch.linalg.eigh(moments).eigenvectors[:, -width:].flip(1).to(states[0].dtype)
 
 
 def _weights(student: BertHead, teacher: dict[str, Tensor], layers: list[int], basis: Tensor) -> dict[str, Tensor]:
-    """The student's state_dict but for its LayerNorms, which stay as they are; that of a head for masked words, whose
-    input is no hidden state, for good."""
+    """The student's new state_dict. LayerNorms are not changed: `_fit_norms` fits all but the one of a head for masked
+    words, whose input is not a hidden state."""
     own = student.state_dict()
-    kept: dict[str, Tensor] = {}  # a layer's part -> which rows of its weights are kept
+    kept: dict[str, Tensor] = {}  # part of a layer -> the rows of its weights that are kept
     for s, t in enumerate(layers):
         of_layer = f"bert.encoder.layer.{t}."
         inside = own[f"bert.encoder.layer.{s}.attention.self.query.weight"].shape[0]
@@ -130,7 +127,7 @@ def _weights(student: BertHead, teacher: dict[str, Tensor], layers: list[int], b
             new = _rows(old, kept["pooled"], basis)
         elif name.startswith("cls.predictions.transform."):
             new = basis.T @ old @ basis if old.dim() == 2 else basis.T @ old
-        elif old.dim() == 1:  # as many as there are labels or words
+        elif old.dim() == 1:  # the bias of the last linear layer, one number for each label or word
             new = old
         else:
             new = old[:, kept["pooled"]] if has_pooler else old @ basis
@@ -139,17 +136,17 @@ def _weights(student: BertHead, teacher: dict[str, Tensor], layers: list[int], b
 
 
 def _rows(t: Tensor, rows: Tensor, basis: Tensor) -> Tensor:
-    """Of a layer that reads hidden states."""
+    """The weight or bias of a layer that reads hidden states."""
     return t[rows] @ basis if t.dim() == 2 else t[rows]
 
 
 def _back(t: Tensor, columns: Tensor, basis: Tensor) -> Tensor:
-    """Of a layer that gives hidden states."""
+    """The weight or bias of a layer that computes hidden states."""
     return basis.T @ t[:, columns] if t.dim() == 2 else basis.T @ t
 
 
 def _largest_heads(teacher: dict[str, Tensor], of_layer: str, inside: int, head_dim: int) -> Tensor:
-    """The rows of query, key and value that are kept."""
+    """The kept rows of query, key and value."""
     value, out = teacher[f"{of_layer}attention.self.value.weight"], teacher[f"{of_layer}attention.output.dense.weight"]
     if inside > value.shape[0]:
         raise InputError(f"the student has more heads than the teacher's {of_layer.removeprefix('bert.encoder.')[:-1]}")
@@ -161,13 +158,13 @@ def _largest_heads(teacher: dict[str, Tensor], of_layer: str, inside: int, head_
 
 
 def _largest(size: Tensor, count: int) -> Tensor:
-    """The places of the `count` largest, in order."""
+    """The indices of the `count` largest numbers, rising."""
     return size.topk(count).indices.sort().values
 
 
 def _fit_norms(student: BertHead, targets: dict[str, Tensor], texts: PackedBatch) -> None:
-    """Sets each LayerNorm's weight and bias, in the order in which a pass comes to them, by least squares for each
-    number: target = weight * normalised input + bias."""
+    """Fits each LayerNorm's weight and bias, in the order of a pass, by least squares in each column:
+    target = weight * normalised input + bias."""
 
     def fit(module: nn.LayerNorm, inputs: tuple[Tensor], output: Tensor, name: str) -> Tensor:
         x = nn.functional.layer_norm(inputs[0], inputs[0].shape[-1:], eps=module.eps)

@@ -1,9 +1,7 @@
-"""Distilling from files to a folder: teacher, student and data put together, by the loops of fine-tuning and of
-pre-training."""
+"""Distillation from files to a folder, by the training loops of fine-tuning and of pre-training."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -17,7 +15,7 @@ from ..config import BertConfig
 from ..encoding.encoder import resolve_dtype
 from ..formats import opened
 from ..models import heads
-from ..models.head import BertHead
+from ..models.head import BertHead, expecting_new_weights
 from ..packing import PackedBatch
 from ..pretraining import pretrain as pretraining
 from ..pretraining.batches import MaskedBatch
@@ -30,10 +28,10 @@ from ..text.tokenizer import Tokenizer
 from ..training import finetune as finetuning
 from ..training.features import Window
 from ..training.files import DataError
-from ..training.loop import Run
 from ..training.pipeline import SPEC_FILE, spec_in
-from ..training.predicting import outputs_of, pack
+from ..training.predicting import pack, scores_of
 from ..training.processes import Processes
+from ..training.run import Run
 from ..training.tasks import DEFAULT_METRICS, NUMBERS, Spec, Task, make_task
 from .distilled import RELATIONS, Distilled, Divisor, Recipe, TaskDistilled, WordsDistilled
 from .folders import add_step, digest_of
@@ -41,16 +39,16 @@ from .layer_maps import layer_pairs
 from .logits import logits_of
 from .students import make_student
 
-TEXTS_MEASURED = 64  # that a bottleneck is measured on
+TEXTS_MEASURED = 64  # texts to which a bottleneck is fitted
 
 
 @dataclass(frozen=True)
 class Method:
-    """How a student is made, and what it learns; names as in `fastbert distill`.
+    """How a student is made, and its losses; names as in `fastbert distill`.
 
     Attributes:
-        weights: of the losses, by name.
-        layers: what `layer_pairs` takes. relation_layer: the teacher's, from 0; None for its last one.
+        weights: name of a loss -> its weight.
+        layers: the argument of `layer_pairs`. relation_layer: a layer of the teacher, from 0; None for its last one.
         relation_heads: None for as many as the teacher has.
     """
 
@@ -63,7 +61,7 @@ class Method:
     relation_heads: int | None = None
 
     def recipe(self, student: BertConfig, teacher: BertConfig) -> Recipe:
-        """The numbers of a student and a teacher. Raises: InputError where they do not go together."""
+        """The recipe for a student and a teacher. Raises: InputError if the two do not fit."""
         pairs: list[tuple[int, int]] = []
         layers = student.num_hidden_layers, teacher.num_hidden_layers
         if any(name in self.weights for name in ("hidden", "cosine", "first", "attention")):
@@ -81,16 +79,16 @@ class Method:
         return recipe
 
     def binding(self, teacher: BertHead) -> dict[str, Any]:
-        """What must be the same where a run goes on."""
+        """Values that must be the same when a run is resumed."""
         return {**asdict(self), "teacher of SHA-256": digest_of(teacher.state_dict())}
 
     def note(self, teacher: str, out: Path, processes: Processes) -> None:
-        """Adds the command to what was done to the teacher."""
+        """Writes HISTORY into `out`: that of the teacher with this command added."""
         if processes.rank == 0:
             add_step(teacher, out, {"command": "distill", "model": teacher, **asdict(self)})
 
     def facts(self, teacher: str, models: tuple[BertHead, BertHead], recipe: Recipe) -> dict[str, Any]:
-        """What the report has; models: student, teacher."""
+        """Entries of the report. models: (student, teacher)."""
         compared = {"pairs of layers": [list(pair) for pair in recipe.pairs]} if recipe.pairs else {}
         if any(name in self.weights for name in RELATIONS):
             compared["pair of layers of relations"] = list(recipe.relation_pair)
@@ -101,6 +99,12 @@ class Method:
             "layers": models[0].config.num_hidden_layers, "layers of the teacher": models[1].config.num_hidden_layers,
             **compared,
         }  # fmt: skip
+
+
+def _expect_length(whose: str, model: BertHead, length: int) -> None:
+    most = model.config.max_position_embeddings
+    if most < length:
+        raise InputError(f"the {whose} takes {most} tokens at most: give --max-length, which is {length}")
 
 
 # ---- a task ----------------------------------------------------------------------------------------------
@@ -121,7 +125,7 @@ class Distilling(Run):
         windows = [self.windows[row] for row in step]
         labels = sum(map(self.task.weight, windows)) if self.has_labels else 1.0
         rows = sum(map(self.model.logits.rows, windows))
-        # A step of empty texts may have no word to compare.
+        # a step of empty texts may have no word to compare
         divisor = Divisor(max(1.0, labels), max(1, rows), self.plan.tokens(step), len(step))
         return self.own_batches(step), divisor
 
@@ -135,21 +139,18 @@ class Distilling(Run):
 def distill(
     request: finetuning.Request, method: Method, changes: dict[str, Any], report: Callable[..., None] | None = None
 ) -> dict[str, Any]:  # fmt: skip
-    """One run on a task; what lies in report.json then.
+    """One run on a task. Returns the content of report.json.
 
-    request: of a fine-tuning, whose model is the teacher and whose spec says the task alone.
-    changes: fields of the spec in place of the teacher's.
+    request: a request for fine-tuning. Its model is the teacher; of its spec only the task is used.
+    changes: fields of the spec that replace the teacher's.
 
-    Raises: as `finetune`, and InputError where teacher, student and data do not go together.
+    Raises: as `finetune`, and InputError if teacher, student and data do not fit.
     """
-    processes = Processes.join(request.device)
-    try:
+    with Processes.join(request.device) as processes:
         prepare = partial(_task_prepared, method=method, changes=changes)
         done = finetuning.carry_out(request, processes, report, prepare)
         method.note(request.model, request.out, processes)
         return done
-    finally:
-        processes.leave()
 
 
 def _task_prepared(
@@ -171,20 +172,14 @@ def _task_prepared(
         raise CheckpointError(f"the teacher {request.model} has no {', '.join(teacher.initialised)}")
     texts = pack(features.windows[:TEXTS_MEASURED], range(TEXTS_MEASURED)[: len(features.windows)], processes.device)
     student = make_student(method.student, method.init, teacher, tokenizer, texts, request.seed, request.impl)
-    if student.config.max_position_embeddings < task.spec.max_length:
-        raise InputError(
-            f"the student takes {student.config.max_position_embeddings} tokens at most: give --max-length, which is "
-            f"{task.spec.max_length}"
-        )
+    _expect_length("student", student, task.spec.max_length)
     recipe = method.recipe(student.config, teacher.config)
     trained = TaskDistilled(student, teacher, recipe, logits_of(task))
     facts = method.facts(request.model, (student, teacher), recipe)
     if to_score is not None:
         dtype = resolve_dtype(request.dtype, processes.device)
-        found = outputs_of(teacher, task, to_score.windows, request.memory_tokens, dtype, processes)
-        facts["scores of the teacher"] = task.scores(
-            held_out, task.predictions(held_out, to_score.windows, found)
-        ).values
+        scores = scores_of(teacher, task, held_out, to_score.windows, request.memory_tokens, dtype, processes)
+        facts["scores of the teacher"] = scores.values
     return finetuning.Prepared(
         task, tokenizer, len(train), features, held_out, to_score, student, trained, Distilling, facts,
         method.binding(teacher),
@@ -192,14 +187,14 @@ def _task_prepared(
 
 
 def _spec(request: finetuning.Request, config: BertConfig, changes: dict[str, Any]) -> Spec:
-    """The teacher's, with what was asked for in its place. Raises: DataError where the teacher is of another task."""
+    """The teacher's spec with `changes`. Raises: DataError if the teacher was fine-tuned for another task."""
     task = request.spec.task
     with opened(request.model) as path:
         found = spec_in(path / SPEC_FILE)
     if found is not None and found.task != task:
         raise DataError(f"the teacher {request.model} was fine-tuned for --task {found.task}, not for --task {task}")
     stride = request.stride
-    if found is None:  # no folder of `fastbert finetune`: what the head's config says
+    if found is None:  # `fastbert finetune` did not make the teacher: its config gives the metric
         several = config.problem_type == "multi_label_classification"
         metric = "f1_micro" if several else "pearson" if _gives_numbers(task, config) else DEFAULT_METRICS[task]
         found = replace(request.spec, metric=metric, multi_label=several)
@@ -216,7 +211,7 @@ def _gives_numbers(task: str, config: BertConfig) -> bool:
 
 
 def _task_of_teacher(spec: Spec, tokenizer: Tokenizer, config: BertConfig, teacher: str) -> Any:
-    """The task with the labels of the teacher. Raises: DataError where it has no head for such a task."""
+    """The task with the labels of the teacher. Raises: DataError if the teacher has no head for it."""
     labels: Sequence[str] = [config.id2label[i] for i in sorted(config.id2label)]
     if spec.task == "qa":
         labels = []
@@ -231,7 +226,7 @@ def _task_of_teacher(spec: Spec, tokenizer: Tokenizer, config: BertConfig, teach
 
 
 def _expect_labels(task: Task, examples: Sequence[Any], teacher: str) -> None:
-    """Raises: DataError where an example has a label that the teacher does not know."""
+    """Raises: DataError if an example has a label that the teacher does not have."""
     try:
         task.check(examples)
     except DataError as error:
@@ -242,7 +237,7 @@ def _expect_labels(task: Task, examples: Sequence[Any], teacher: str) -> None:
 
 
 class DistilledWords(MaskedWords):
-    """Masked words, with a teacher."""
+    """The objective of masked words with a teacher."""
 
     def __init__(self, trained: Distilled) -> None:
         self.PARTS = trained.PARTS
@@ -255,28 +250,23 @@ class DistilledWords(MaskedWords):
 def distill_words(
     request: pretraining.Request, method: Method, report: Callable[..., None] | None = None
 ) -> dict[str, Any]:  # fmt: skip
-    """One run on text with masked words; what lies in report.json then.
+    """One run on text with masked words. Returns the content of report.json.
 
-    request: of a pre-training, whose tokenizer is that of the teacher's folder.
+    request: a request for pre-training, whose tokenizer is the teacher's folder.
 
-    Raises: as `pretrain`, and InputError where teacher, student and text do not go together.
+    Raises: as `pretrain`, and InputError if teacher, student and text do not fit.
     """
-    processes = Processes.join(request.device)
-    try:
+    with Processes.join(request.device) as processes:
         done = pretraining.carry_out(request, processes, report, partial(_words_prepared, method=method))
         method.note(request.tokenizer, request.out, processes)
         return done
-    finally:
-        processes.leave()
 
 
 def _words_prepared(
     request: pretraining.Request, tokenizer: Tokenizer, processes: Processes, method: Method
 ) -> pretraining.Learner:  # fmt: skip
     source = request.tokenizer
-    with warnings.catch_warnings():
-        # A head that is missing is an error here, below.
-        warnings.filterwarnings("ignore", message=".*weights were drawn from normal.*", category=UserWarning)
+    with expecting_new_weights():
         teacher = heads.BertForMaskedLM.from_pretrained(
             source, dtype=torch.float32, device=processes.device, impl=request.impl, seed=0
         )  # fmt: skip
@@ -290,12 +280,8 @@ def _words_prepared(
         raise InputError("--eval measures guesses of masked words, and these losses train no head for such")
     texts = _measured(request, tokenizer, processes.device)
     student = make_student(method.student, method.init, teacher, tokenizer, texts, request.seed, request.impl)
-    for whose, config in (("teacher", teacher.config), ("student", student.config)):
-        if config.max_position_embeddings < request.max_length:
-            most = config.max_position_embeddings
-            raise InputError(
-                f"the {whose} takes {most} tokens at most: give --max-length, which is {request.max_length}"
-            )
+    _expect_length("teacher", teacher, request.max_length)
+    _expect_length("student", student, request.max_length)
     recipe = method.recipe(student.config, teacher.config)
     trained = WordsDistilled(student, teacher, recipe)
     facts = method.facts(source, (student, teacher), recipe)

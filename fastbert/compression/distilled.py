@@ -1,4 +1,4 @@
-"""A student beside its teacher: one pass of both over a packed batch, and what the student is to learn from it.
+"""A student and its teacher: one pass of both over a packed batch, and the losses of the student.
 
     labels       the task's own loss                                                an item
     logits       the teacher's answers, softened by a temperature                   an item
@@ -10,15 +10,16 @@
     minilm       attention's distribution and values' relation (MiniLM)             a token, of one layer
     minilm2      relations of queries, keys and values among themselves (MiniLMv2)  a token, of one layer
 
-Each is a sum over the items, tokens or texts of a batch, divided by their number in the whole optimiser step. Where the
-student has another width, one linear layer brings its hidden states to the teacher's; it is trained, and not saved.
+Each loss is a sum over the items, tokens or texts of a batch, divided by their number in the whole optimiser step. If
+the student has another width, a linear layer maps its hidden states to the teacher's width; it is trained but not
+saved.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
@@ -42,14 +43,14 @@ LOSSES = ("labels", "logits", *STATES, "attention", *RELATIONS)
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a student learns.
+    """The losses of a student.
 
     Attributes:
-        weights: of the losses, by name.
-        temperature: of `logits`.
-        pairs: (a student's layer, the teacher's), from 0, for hidden, cosine, first and attention.
-        relation_pair: the same for minilm and minilm2.
-        relation_heads: of minilm2, into how many heads the width is cut.
+        weights: name of a loss -> its weight.
+        temperature: of the loss `logits`.
+        pairs: (layer of the student, layer of the teacher), from 0, for hidden, cosine, first and attention.
+        relation_pair: the pair of layers for minilm and minilm2.
+        relation_heads: the number of heads that minilm2 splits the width into.
     """
 
     weights: dict[str, float]
@@ -64,8 +65,8 @@ class Recipe:
         return pairs + ([self.relation_pair] if any(name in self.weights for name in RELATIONS) else [])
 
     def reaches(self, name: str) -> bool:
-        """Whether a parameter of the student, by its name, changes any of the losses. The others are not trained: the
-        optimiser would only make them smaller."""
+        """Whether a parameter of the student, given by its name, changes one of the losses. The other parameters are
+        not trained, since weight decay would only make them smaller."""
         weights, layer = self.weights, _LAYER.match(name)
         if "labels" in weights or "logits" in weights or name.startswith("bert.embeddings."):
             return True
@@ -84,7 +85,7 @@ class Recipe:
         return number <= whole
 
     def expect_fit(self, student: BertConfig, teacher: BertConfig) -> None:
-        """Raises: InputError where the two cannot be compared so."""
+        """Raises: InputError if these losses cannot compare the two."""
         for name, pairs in (("attention", self.pairs), ("minilm", (self.relation_pair,))):
             for s, t in pairs if name in self.weights else ():
                 if student.heads_of(s) != teacher.heads_of(t):
@@ -105,7 +106,7 @@ class Recipe:
 
 
 class Divisor(NamedTuple):
-    """What losses of a whole step are divided by: labelled items, rows of logits, tokens, and texts."""
+    """The divisors of the losses in a step: its labelled items, rows of logits, tokens, and texts."""
 
     labels: float
     rows: float
@@ -113,18 +114,19 @@ class Divisor(NamedTuple):
     texts: float
 
 
-class Seen(NamedTuple):
-    """What a model shows of a batch: its output, and of some layers query, key and value [T, H, D] each."""
+class Activations(NamedTuple):
+    """The activations of a model for a batch: its output, and query, key and value [T, H, D] of some layers."""
 
     output: Any
     projected: dict[int, tuple[Tensor, Tensor, Tensor]]
 
 
 class Distilled(nn.Module):
-    """What is trained: a student, and projections to its teacher's width. Without a `divisor` it is its student.
+    """The trained module: a student, and projections to its teacher's width. Called without a `divisor` it is the
+    student.
 
     Args:
-        teacher: not trained, and no part of the `state_dict`.
+        teacher: not trained, and not part of the `state_dict`.
     """
 
     PARTS: ClassVar[tuple[str, ...]]
@@ -132,7 +134,7 @@ class Distilled(nn.Module):
     def __init__(self, student: BertHead, teacher: BertHead, recipe: Recipe) -> None:
         super().__init__()
         self.student, self.recipe = student, recipe
-        self._beside = (teacher.requires_grad_(False).eval(),)  # in a tuple it is no submodule
+        self._beside = (teacher.requires_grad_(False).eval(),)  # in a tuple, so that it is not a submodule
         self.PARTS = tuple(f"{name}_loss" for name in recipe.weights)
         widths = student.config.hidden_size, teacher.config.hidden_size
         self.projections = nn.ModuleDict()
@@ -147,7 +149,7 @@ class Distilled(nn.Module):
         return self._beside[0]
 
     def forward(self, batch: PackedBatch, divisor: Divisor | None = None, **arguments: Any) -> Any:
-        """(the loss, then those of PARTS); arguments: as `sums` has them."""
+        """(the total loss, then the losses of PARTS). arguments: those of `sums`."""
         if divisor is None:
             return self.student(batch, **arguments)
         sums = self.sums(batch, divisor, **arguments)
@@ -156,17 +158,17 @@ class Distilled(nn.Module):
         return total, *parts
 
     def sums(self, batch: PackedBatch, divisor: Divisor, **arguments: Any) -> dict[str, Tensor]:
-        """Each loss, divided."""
+        """name -> loss of the batch, divided by the step's divisor."""
         raise NotImplementedError
 
     # ---- one pass of each --------------------------------------------------------------------------------
 
-    def seen(
+    def activations(
         self, batch: PackedBatch, labels: dict[str, Any], states: bool = False, **options: Any
-    ) -> tuple[Seen, Seen | None]:  # fmt: skip
-        """What the student and the teacher show of a batch; no teacher for labels alone.
+    ) -> tuple[Activations, Activations | None]:  # fmt: skip
+        """The activations of the student and of the teacher; None for the teacher if `labels` is the only loss.
 
-        labels: arguments of the student's head. states: whether hidden states are needed, whatever the recipe says.
+        labels: arguments of the student's head. states: whether hidden states are needed besides those of the recipe.
         options: arguments of both heads.
         """
         options["output_hidden_states"] = states or any(name in self.recipe.weights for name in STATES)
@@ -178,18 +180,20 @@ class Distilled(nn.Module):
             return student, self._through(self.teacher, [t for _, t in pairs], batch, **options)
 
     @staticmethod
-    def _through(model: BertHead, layers: Sequence[int], batch: PackedBatch, **arguments: Any) -> Seen:
+    def _through(model: BertHead, layers: Sequence[int], batch: PackedBatch, **arguments: Any) -> Activations:
         with projections_of(model, layers) as projected:
             output = model(batch, output_attentions=False, return_dict=True, **arguments)
         heads = {layer: model.config.heads_of(layer) for layer in layers}
-        return Seen(output, {
+        return Activations(output, {
             layer: tuple(qkv.unflatten(-1, (3, heads[layer], -1)).unbind(1)) for layer, qkv in projected.items()
         })  # fmt: skip
 
-    # ---- losses of what lies inside ----------------------------------------------------------------------
+    # ---- losses of hidden states and of attention --------------------------------------------------------
 
-    def inner(self, student: Seen, teacher: Seen, batch: PackedBatch, divisor: Divisor) -> dict[str, Tensor]:
-        """Those of hidden states and of attention that the recipe has."""
+    def inner(
+        self, student: Activations, teacher: Activations, batch: PackedBatch, divisor: Divisor
+    ) -> dict[str, Tensor]:
+        """The losses of hidden states and of attention in the recipe."""
         recipe, found = self.recipe, {}
         if any(name in recipe.weights for name in STATES):
             found |= self._of_states(student.output.hidden_states, teacher.output.hidden_states, batch, divisor)
@@ -207,7 +211,7 @@ class Distilled(nn.Module):
     def _of_relations(
         self, own: Sequence[Tensor], given: Sequence[Tensor], batch: PackedBatch, divisor: Divisor
     ) -> dict[str, Tensor]:
-        """own, given: query, key and value of a layer, [T, H, D] each."""
+        """own, given: query, key and value [T, H, D] of a layer of the student and of the teacher."""
         found = {}
 
         def related(a: Tensor, b: Tensor, teacher: tuple[Tensor, Tensor]) -> Tensor:
@@ -225,7 +229,7 @@ class Distilled(nn.Module):
     def _of_states(
         self, own: Sequence[Tensor], given: Sequence[Tensor], batch: PackedBatch, divisor: Divisor
     ) -> dict[str, Tensor]:
-        """own, given: the embeddings' output and each layer's, [T, C]."""
+        """own, given: the outputs [T, C] of the embeddings and of each layer, of the student and of the teacher."""
         weights, pairs, found = self.recipe.weights, self.recipe.pairs, {}
         project = self.projections["states"] if "states" in self.projections else nn.Identity()
         if any(name in weights for name in ("hidden", "cosine", "first")):
@@ -245,7 +249,7 @@ class Distilled(nn.Module):
 
 
 class TaskDistilled(Distilled):
-    """Of a task's head. logits: what of it is compared."""
+    """Distillation with a task's head. logits: the loss of its logits."""
 
     def __init__(self, student: BertHead, teacher: BertHead, recipe: Recipe, logits: Classes) -> None:
         super().__init__(student, teacher, recipe)
@@ -254,8 +258,8 @@ class TaskDistilled(Distilled):
     def sums(
         self, batch: PackedBatch, divisor: Divisor, places: Tensor | None = None, **labels: Tensor
     ) -> dict[str, Tensor]:  # fmt: skip
-        """places: as `Classes.places` gives them. labels: arguments of the student's head."""
-        student, teacher = self.seen(batch, {**labels, "num_items_in_batch": divisor.labels})
+        """places: see `Classes.places`. labels: arguments of the student's head."""
+        student, teacher = self.activations(batch, {**labels, "num_items_in_batch": divisor.labels})
         found = {"labels": student.output.loss} if "labels" in self.recipe.weights else {}
         if teacher is None:
             return found
@@ -267,21 +271,21 @@ class TaskDistilled(Distilled):
 
 
 class WordsDistilled(Distilled):
-    """Of masked words."""
+    """Distillation with masked words."""
 
     def sums(self, batch: PackedBatch, divisor: Divisor, labels: Tensor) -> dict[str, Tensor]:
-        """labels: [T] int64, IGNORED where nothing is masked."""
+        """labels: [T] int64, IGNORED at tokens that are not masked."""
         weights = self.recipe.weights
         guesses = {"labels": labels, "num_items_in_batch": divisor.labels} if "labels" in weights else {}
-        student, teacher = self.seen(batch, guesses, states="logits" in weights, output_logits=False)
+        student, teacher = self.activations(batch, guesses, states="logits" in weights, output_logits=False)
         found = {"labels": student.output.loss} if "labels" in weights else {}
         if teacher is None:
             return found
         if "logits" in weights:
             rows = (labels != IGNORED).nonzero().squeeze(1)
             sides = [
-                (head.transformed(seen.output.hidden_states[-1][rows]), head.decoder.weight, head.decoder.bias)
-                for seen, head in (
+                (head.transformed(shown.output.hidden_states[-1][rows]), head.decoder.weight, head.decoder.bias)
+                for shown, head in (
                     (student, self.student.cls["predictions"]),
                     (teacher, self.teacher.cls["predictions"]),
                 )
@@ -293,22 +297,20 @@ class WordsDistilled(Distilled):
 
 
 def without_autocast(batch: PackedBatch) -> torch.autocast:
-    """Differences of numbers that are close are not taken in half precision."""
+    """A block without autocast, because differences of close numbers need full precision."""
     return torch.autocast(batch.cu_seqlens.device.type, enabled=False)
 
 
 @contextmanager
 def projections_of(model: BertHead, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-    """Fills a dict, in a forward pass, with query, key and value of these layers, [T, 3A] side by side."""
+    """A block in which a forward pass fills a dict: layer -> query, key and value side by side, [T, 3A]."""
     found: dict[int, Tensor] = {}
 
     def note(module: nn.Module, inputs: Any, output: Tensor, layer: int) -> None:
         found[layer] = output
 
-    modules = model.bert.encoder["layer"]
-    hooks = [modules[layer].attention["self"].register_forward_hook(partial(note, layer=layer)) for layer in {*layers}]
-    try:
+    with ExitStack() as hooks:
+        for layer in {*layers}:
+            attention = model.bert.encoder["layer"][layer].attention["self"]
+            hooks.callback(attention.register_forward_hook(partial(note, layer=layer)).remove)
         yield found
-    finally:
-        for hook in hooks:
-            hook.remove()

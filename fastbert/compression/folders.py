@@ -1,4 +1,4 @@
-"""A model's folder read for a change of its weights, and written again with all that lay beside them."""
+"""Reads a model's folder, and writes a changed model with the other files of that folder."""
 
 from __future__ import annotations
 
@@ -20,22 +20,20 @@ from ..formats.sentence_folder import folder_of_config, has_modules
 from ..models.loading import read_model
 from ..storage import CheckpointError, new_folder, read_json, write_json
 
-HISTORY = "compression.json"  # what was done to a model, a record a command
-# Of a folder's files those with these endings belong to the model; its config and its weights are written anew.
-_BESIDE = (".json", ".txt", ".model")
-# What fastbert writes beside a model about the run that made it, which says nothing of the model that comes of it.
-_OF_A_RUN = ("report.json", HISTORY)
+HISTORY = "compression.json"  # one record for each command that changed the model
+_BESIDE = (".json", ".txt", ".model")  # endings of the files that are copied, apart from config and weights
+_OF_A_RUN = ("report.json", HISTORY)  # files about the run that made the model, which do not apply to the new one
 _FOLDERS_OF_OTHERS = ("checkpoints", "onnx", "openvino", "tensorboard")
 
 
 @dataclass
 class Model:
-    """A model as its folder has it.
+    """A model in a folder.
 
     Attributes:
-        name: what the user called it.
-        path: its folder. home: where config and weights are, in a folder of sentence-transformers perhaps further down.
-        config, state: what they hold.
+        name: the path or id that the user gave.
+        path: its folder. home: the folder with config and weights, which sentence-transformers may put below it.
+        config, state: the configuration and the weights.
     """
 
     name: str
@@ -46,7 +44,7 @@ class Model:
 
     @property
     def nbytes(self) -> int:
-        """Of the weights."""
+        """Bytes of the weights."""
         return sum(t.nbytes for t in self.state.values())
 
     @property
@@ -67,16 +65,16 @@ def reading(id_or_path: str | Path) -> Iterator[Model]:
 
 
 def expect_free(out: Path) -> None:
-    """Raises CheckpointError where a model cannot be written into `out`, before the work is begun."""
+    """Raises CheckpointError if a model cannot be written into `out`. To be called before the work begins."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} exists, and is no empty folder")
 
 
 def write(model: Model, out: Path, record: dict[str, Any], config: dict[str, Any] | None = None) -> None:
-    """The model as a folder, whole or not at all: config, weights, all that belongs to the model beside them, and
-    `record` in HISTORY, behind those of the commands before.
+    """Writes the model as a folder, atomically: config, weights, the other files of its folder, and HISTORY with
+    `record` added.
 
-    config: in place of what the model's own says.
+    config: content of config.json; None for `model.config`.
     Raises: CheckpointError.
     """
     history = steps_of(model.path)
@@ -90,7 +88,7 @@ def write(model: Model, out: Path, record: dict[str, Any], config: dict[str, Any
 
 
 def add_step(model: str | Path, out: Path, record: dict[str, Any]) -> None:
-    """Writes what a training made of `model` into `out`, behind what was done to the model before."""
+    """Writes HISTORY into `out`: that of `model` with `record` added."""
     with opened(model) as path:
         write_json(out / HISTORY, {"steps": [*steps_of(path), record]})
 
@@ -104,13 +102,12 @@ def digest_of(state: Mapping[str, Tensor]) -> str:
 
 
 def steps_of(path: Path) -> list[dict[str, Any]]:
-    """What was done to a model before, the first command first."""
+    """The records in HISTORY of a folder, the first command first."""
     return read_json(path / HISTORY).get("steps", []) if (path / HISTORY).is_file() else []
 
 
 def copy_beside(path: Path, folder: Path, home: Path) -> None:
-    """What belongs to a model beside its config and weights: the tokenizer, what it was fine-tuned for, and the modules
-    of sentence-transformers."""
+    """Copies the other files of a model's folder: tokenizer, task, and the modules of sentence-transformers."""
     for entry in sorted(path.iterdir()):
         if entry.is_dir():
             if has_modules(path) and entry.name not in _FOLDERS_OF_OTHERS and not entry.name.startswith("."):
@@ -120,7 +117,7 @@ def copy_beside(path: Path, folder: Path, home: Path) -> None:
 
 
 def _weights(at: str | Path, names: list[str], home: Path) -> list[str]:
-    """Of the files in a folder those that are written anew."""
+    """The files of a folder that are not copied: config and weights, if the folder is `home`."""
     if Path(at) != home:
         return []
     ends = (".safetensors", ".bin", ".index.json", ".h5", ".msgpack", ".onnx")

@@ -1,12 +1,12 @@
-"""Attention heads by name, `0:1,3;2:5`, and which of them, or of the feed-forward columns, matter least.
+"""Attention heads by name, `0:1,3;2:5`, and the importance of heads and feed-forward columns.
 
-A head's importance is how much the loss would move with it (Michel et al., arXiv:1905.10650): with a factor of 1 on
-the head's output for each example,
+A head's importance is how much the loss changes with its output o (Michel et al., arXiv:1905.10650). With a factor of 1
+on o for each example it is
 
     importance = mean over examples of |d loss / d factor| = mean |sum over its tokens of o * d loss / d o|
 
-divided by the root of the sum of squares over its layer, so that layers can be compared. A feed-forward column's is the
-same of its element of act(up(x)).
+divided by the root of the sum of squares over its layer, so that layers can be compared. The importance of a
+feed-forward column is the same for its element of act(up(x)).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Heads = dict[int, list[int]]  # layer -> numbers of some of its heads
 
 
 def parse_heads(text: str) -> Heads:
-    """ "0:1,3;2:5" is heads 1 and 3 of layer 0, and head 5 of layer 2. Raises: ValueError."""
+    """ "0:1,3;2:5" means heads 1 and 3 of layer 0, and head 5 of layer 2. Raises: ValueError."""
     heads: Heads = {}
     for part in text.split(";"):
         match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+(?:\s*,\s*\d+)*)\s*", part)
@@ -39,12 +39,12 @@ def parse_heads(text: str) -> Heads:
 
 
 def shown_heads(heads: Mapping[int, Sequence[int]]) -> str:
-    """The way back."""
+    """The text that `parse_heads` reads as these heads."""
     return ";".join(f"{layer}:{','.join(map(str, numbers))}" for layer, numbers in sorted(heads.items()))
 
 
 def remaining_heads(config: BertConfig) -> Heads:
-    """layer -> the numbers of its heads that are still there, in the order of its weights' rows."""
+    """layer -> the numbers of its heads that are not pruned, in the order of its weights' rows."""
     gone = config.pruned_heads or {}
     return {
         layer: [head for head in range(config.num_attention_heads) if head not in gone.get(layer, ())]
@@ -53,7 +53,7 @@ def remaining_heads(config: BertConfig) -> Heads:
 
 
 def expect_heads(heads: Heads, config: BertConfig) -> None:
-    """Raises ValueError, in one line, where there is no such head, or none would be left anywhere."""
+    """Raises ValueError, in one line, if there is no such head, or if no head of any layer would be left."""
     left = remaining_heads(config)
     for layer, numbers in heads.items():
         if layer not in left:
@@ -70,9 +70,9 @@ def expect_heads(heads: Heads, config: BertConfig) -> None:
 
 
 def least_heads(importance: Sequence[Tensor], share: float, config: BertConfig) -> Heads:
-    """This share of all heads that are there, those of least importance.
+    """This share of all heads that are not pruned, those of least importance.
 
-    importance: [heads] of each layer. Raises: ValueError where that is no head, or all of them.
+    importance: [heads] of each layer. Raises: ValueError if the share is no head, or all of them.
     """
     left = remaining_heads(config)
     named = [(layer, head) for layer, numbers in left.items() for head in numbers]
@@ -93,11 +93,11 @@ def least_heads(importance: Sequence[Tensor], share: float, config: BertConfig) 
 def importance_of(
     model: nn.Module, task: Any, windows: Sequence[Window], batches: Sequence[Sequence[int]], device: torch.device
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """(of the heads of each layer [heads], of its feed-forward columns [F]), float32 on the CPU.
+    """(importance [heads] of the heads of each layer, importance [F] of its columns), float32 on the CPU.
 
     Args:
-        model: with the head of the task, in evaluation mode.
-        batches: which of the windows are computed together.
+        model: a model with the task's head, in evaluation mode.
+        batches: numbers of the windows that are computed together.
     """
     layers = list(model.bert.encoder["layer"])
     sums: list[Tensor] = []
@@ -121,8 +121,8 @@ def _by_layer(importance: Tensor) -> Tensor:
 
 @contextmanager
 def _factors(layers: Sequence[nn.Module], batch: Any) -> Iterator[list[Tensor]]:
-    """Factors of 1, [B, heads] of each layer that has heads, then [B, F] of each layer, that multiply what goes into
-    the linear layers behind attention and behind the activation while the block runs."""
+    """A block in which factors of 1 multiply the inputs of the linear layers after attention and after the activation:
+    [B, heads] of each layer that has heads, then [B, F] of each layer."""
     device, count = batch.positions.device, batch.batch_size
     owners = torch.repeat_interleave(torch.arange(count, dtype=torch.int64, device=device), batch.cu_seqlens.diff())
     attention = [(layer.attention["output"]["dense"], layer.heads) for layer in layers if layer.heads]
@@ -139,7 +139,7 @@ def _factors(layers: Sequence[nn.Module], batch: Any) -> Iterator[list[Tensor]]:
 def _multiplied(factors: Tensor, owners: Tensor) -> Any:
     def multiply(linear: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
         (x,) = inputs
-        # a head that reads the first token alone has a row for each sequence in the last layer
+        # if the model's head reads first tokens only, the last layer has one row for each sequence
         of_rows = factors[owners] if len(x) == len(owners) else factors
         grouped = x.unflatten(-1, (factors.shape[1], -1))
         return ((grouped * of_rows[..., None].to(x.dtype)).flatten(-2),)

@@ -1,4 +1,4 @@
-"""Which of a teacher's layers a student's layers go by. Layers count from 0, as in the names of their weights."""
+"""Maps a student's layers to a teacher's. Layers are counted from 0, as in the names of their weights."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ NAMES = ("skip", "last", "first")
 
 
 def chosen_layers(given: str, option: str, students: int, teachers: int) -> list[int]:
-    """A teacher's layer for each of a student's.
+    """The teacher's layer for each of the student's.
 
-    given: skip (evenly spread, the last one among them), last, first, or numbers between commas, one for each.
+    given: skip (evenly spread, up to the last one), last, first, or one number for each layer, between commas.
 
-    Raises: InputError on another number of layers than the student has, a layer that the teacher has not, and other
-        words.
+    Raises: InputError on another number of layers than the student has, a layer that the teacher does not have, and
+        other words.
     """
     if given in NAMES:
         if students > teachers:
@@ -35,8 +35,8 @@ def chosen_layers(given: str, option: str, students: int, teachers: int) -> list
 
 
 def layer_pairs(given: str, option: str, students: int, teachers: int) -> list[tuple[int, int]]:
-    """(a student's layer, the teacher's that it is compared with), from what `chosen_layers` takes, or from
-    STUDENT:TEACHER,... for some of the student's layers alone. Raises: InputError."""
+    """(layer of the student, layer of the teacher that it is compared with). given: as in `chosen_layers`, or
+    STUDENT:TEACHER,... for some of the student's layers. Raises: InputError."""
     if ":" not in given:
         return list(enumerate(chosen_layers(given, option, students, teachers)))
     pairs = []

@@ -1,4 +1,4 @@
-"""A teacher's answer to what a task asks, beside its student's: which logits are compared, and how many rows."""
+"""The loss between a student's and a teacher's logits for each kind of task, and its number of rows."""
 
 from __future__ import annotations
 
@@ -14,39 +14,39 @@ from . import losses
 
 
 class Classes:
-    """A class of a text or of two."""
+    """The logits of classes of one or two texts."""
 
     def rows(self, window: Window) -> int:
-        """How many rows of the loss a window has."""
+        """The number of rows of the loss in a window."""
         return 1
 
     def places(self, windows: Sequence[Window], device: torch.device) -> Tensor | None:
-        """Of the batch of these windows, the tokens whose logits are compared, [N] int64; None for all rows."""
+        """The tokens [N] int64 in the batch of these windows whose logits are compared; None for all rows."""
         return None
 
     def loss(
         self, student: Any, teacher: Any, batch: PackedBatch, places: Tensor | None, temperature: float
     ) -> Tensor:  # fmt: skip
-        """The sum over the rows; student, teacher: what the heads return."""
+        """The sum over the rows. student, teacher: outputs of the heads."""
         return losses.classes(student.logits, teacher.logits, temperature)
 
 
 class Several(Classes):
-    """Any number of labels of a text or of two."""
+    """The logits of any number of labels of one or two texts."""
 
     def loss(self, student: Any, teacher: Any, batch: PackedBatch, places: Tensor | None, temperature: float) -> Tensor:
         return losses.several(student.logits, teacher.logits, temperature)
 
 
 class Numbers(Classes):
-    """A number of a text or of two."""
+    """A number for one or two texts."""
 
     def loss(self, student: Any, teacher: Any, batch: PackedBatch, places: Tensor | None, temperature: float) -> Tensor:
         return losses.numbers(student.logits, teacher.logits)
 
 
 class Tags(Classes):
-    """A tag of each word, at its first piece."""
+    """The logits of tags, at the first piece of each word."""
 
     def rows(self, window: Window) -> int:
         return len(window.words)
@@ -63,7 +63,7 @@ class Tags(Classes):
 
 
 class Answers(Classes):
-    """Where an answer begins and ends."""
+    """The logits of an answer's start and end."""
 
     def loss(self, student: Any, teacher: Any, batch: PackedBatch, places: Tensor | None, temperature: float) -> Tensor:
         sides = [(output.start_logits, output.end_logits) for output in (student, teacher)]
@@ -74,7 +74,7 @@ _KINDS = {"sentence": Classes, "pair": Classes, "token": Tags, "qa": Answers}
 
 
 def logits_of(task: Any) -> Classes:
-    """What is compared of a task's logits."""
+    """The loss of a task's logits."""
     if task.spec.multi_label:
         return Several()
     return Numbers() if task.problem_type == "regression" else _KINDS[task.spec.task]()

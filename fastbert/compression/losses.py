@@ -1,4 +1,4 @@
-"""How far a student is from its teacher, as sums over rows of packed batches: who calls divides, once a step.
+"""Distances between a student and its teacher, as sums over rows of packed batches. The caller divides them.
 
 Logits z of the student and u of the teacher, in rows; temperature t, q = softmax(z / t), p = softmax(u / t). The factor
 t² keeps the size of the gradient (Hinton et al., arXiv:1503.02531):
@@ -20,8 +20,9 @@ Two rows a, b [H, D] of each token of a sequence with n tokens, s = a bᵀ / sqr
     scores     mean over heads and keys of (s - s')²                        a token    TinyBERT
     relations  mean over heads of KL(softmax(s') || softmax(s)) over keys   a token    MiniLM, arXiv:2002.10957
 
-Both compute a sequence at a time, of a long one a block of queries, and their gradients on the way: no scores outlive
-their block. All is computed in float32, in float64 of float64; gradients flow to the student's side alone.
+Both compute one sequence at a time, and a long one in blocks of queries. Gradients are computed with each block, so
+that its scores can be freed. All distances are computed in float32, or in float64 for float64 inputs. Gradients flow to
+the student only.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ from torch import Tensor
 
 from ..models.head import at_least_float32
 
-BLOCK_SCORES = 1 << 22  # scores of a block at most, over all heads: 16 MB in float32
-BLOCK_LOGITS = 1 << 23  # logits of a block of words
+BLOCK_SCORES = 1 << 22  # most scores in a block, over all heads: 16 MB in float32
+BLOCK_LOGITS = 1 << 23  # most logits in a block of words
 
 # ---- logits ----------------------------------------------------------------------------------------------
 
@@ -49,9 +50,9 @@ def classes(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 
 
 def several(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """logits, teacher [N, K]: any number of labels a row."""
+    """logits, teacher [N, K]: any number of labels in a row."""
     z, u = (at_least_float32(x) / temperature for x in (logits, teacher))
-    # A label's two outcomes as classes with the logits z and 0.
+    # the two outcomes of a label are classes with the logits z and 0
     both, of_teacher = (torch.stack((x, torch.zeros_like(x)), -1) for x in (z, u))
     return classes(both, of_teacher, 1.0) * temperature**2 / logits.shape[-1]
 
@@ -72,7 +73,7 @@ def spans(logits: Sequence[Tensor], teacher: Sequence[Tensor], lengths: Sequence
 
 
 class _Words(torch.autograd.Function):
-    """logits = h weightᵀ + bias, a block of rows at a time. d logits = t (q - p)."""
+    """logits = h weightᵀ + bias, in blocks of rows; d logits = t (q - p)."""
 
     @staticmethod
     def forward(ctx: Any, h, weight, bias, teacher_h, teacher_weight, teacher_bias, temperature):
@@ -108,7 +109,7 @@ class _Words(torch.autograd.Function):
 def words(
     h: Tensor, weight: Tensor, bias: Tensor, teacher: tuple[Tensor, Tensor, Tensor], temperature: float
 ) -> Tensor:  # fmt: skip
-    """h [N, C], weight [V, C] and bias [V] of the student, `teacher` the same of the teacher. Products are in the
+    """h [N, C], weight [V, C] and bias [V] of the student. teacher: the same three of the teacher. Products are in the
     dtype of h."""
     return _Words.apply(h, weight, bias, *(t.detach() for t in teacher), temperature)
 
@@ -132,13 +133,13 @@ def unit(x: Tensor, y: Tensor) -> Tensor:
     return (x - y).square().sum()
 
 
-# ---- tokens beside tokens --------------------------------------------------------------------------------
+# ---- pairs of tokens -------------------------------------------------------------------------------------
 
 
 class _Pairwise(torch.autograd.Function):
-    """With ds [H, n, n] the gradient of the scores, 2 (s - s') / (H n) or (softmax(s) - softmax(s')) / H:
+    """da = ds b / sqrt(D);  db = dsᵀ a / sqrt(D)
 
-    da = ds b / sqrt(D);  db = dsᵀ a / sqrt(D)
+    with the gradient of the scores ds [H, n, n] = 2 (s - s') / (H n) or (softmax(s) - softmax(s')) / H.
     """
 
     @staticmethod
@@ -180,7 +181,7 @@ class _Pairwise(torch.autograd.Function):
 
 
 def _blocks(lengths: Sequence[int], heads: int) -> Iterator[tuple[slice, slice]]:
-    """(queries, keys) as rows of the packed batch; the keys are all of the queries' sequence."""
+    """(queries, keys) as rows of the packed batch; the keys are all rows of the queries' sequence."""
     start = 0
     for n in lengths:
         rows = max(1, BLOCK_SCORES // max(1, heads * n))
@@ -192,9 +193,9 @@ def _blocks(lengths: Sequence[int], heads: int) -> Iterator[tuple[slice, slice]]
 def pairwise(
     a: Tensor, b: Tensor, teacher: tuple[Tensor, Tensor], lengths: Sequence[int], kind: Literal["scores", "relations"]
 ) -> Tensor:
-    """`scores` or `relations` of a, b [T, H, D] and the teacher's [T, H, D'], of sequences of these lengths.
+    """`scores` or `relations` of a, b [T, H, D] and the teacher's [T, H, D'], for sequences of these lengths.
 
-    Raises: ValueError where the numbers of heads differ.
+    Raises: ValueError if the numbers of heads differ.
     """
     if a.shape[1] != teacher[0].shape[1]:
         raise ValueError(f"the student compares {a.shape[1]} heads, the teacher {teacher[0].shape[1]}")

@@ -1,4 +1,4 @@
-"""`fastbert prune`: from a folder to one of a smaller model, and what became of it."""
+"""`fastbert prune`: writes a smaller model, and a record of what was removed."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from .prune_magnitude import NO_SPEED, masks_of, matrices, sparsity
 from .prune_shapes import most_important, without_columns, without_heads, without_layers
 from .sampling import sample, task_model
 
-EXAMPLES = 1024  # by which heads and columns are ranked
+EXAMPLES = 1024  # examples by which heads and columns are ranked
 BATCH_TOKENS = 4096
 
 
 @dataclass(frozen=True)
 class Request:
-    """What `fastbert prune` was asked for; names as there.
+    """The options of `fastbert prune`, under the same names.
 
-    heads: names of heads, or the share of them that goes by importance.
+    heads: names of the heads to remove, or the share of heads to remove by importance.
     """
 
     model: str
@@ -43,13 +43,13 @@ class Request:
 
 
 def prune(request: Request) -> dict[str, Any]:
-    """Writes the folder; what lies in its compression.json then.
+    """Writes the folder. Returns the new record in its compression.json.
 
-    Raises: DataError, ValueError or CheckpointError, in one line; nothing was written then.
+    Raises: DataError, ValueError or CheckpointError, in one line; nothing is written then.
     """
     expect_free(request.out)
     if isinstance(request.heads, str):
-        parse_heads(request.heads)  # what is no list of heads is said before anything is read
+        parse_heads(request.heads)  # raises before anything is read
     with reading(request.model) as model:
         before = {"parameters": model.parameters, "bytes": model.nbytes}
         heads, columns = chosen(request, model)
@@ -78,13 +78,13 @@ def prune(request: Request) -> dict[str, Any]:
 
 
 def with_zeros(state: dict[str, Tensor], share: float, scope: str) -> dict[str, Tensor]:
-    """With this share of zeros among the layers' weights."""
+    """The state with this share of zeros among the layers' weights."""
     masks = masks_of(matrices(state.items()), share, scope)
     return {name: t * masks[name] if name in masks else t for name, t in state.items()}
 
 
 def notes(request: Request, config: BertConfig) -> list[str]:
-    """What whoever reads the folder should know."""
+    """Notes for those who load the folder."""
     said = []
     if config.pruned_heads:
         said.append(
@@ -101,7 +101,7 @@ def notes(request: Request, config: BertConfig) -> list[str]:
 
 
 def chosen(request: Request, model: Model) -> tuple[Heads, list[Tensor]]:
-    """(the heads that go, the feed-forward columns of each layer that stay, [] for all)."""
+    """(the heads to remove, the feed-forward columns of each layer to keep, [] for all)."""
     named = parse_heads(request.heads) if isinstance(request.heads, str) else {}
     if not isinstance(request.heads, float) and request.ffn is None:
         return named, []
@@ -113,7 +113,7 @@ def chosen(request: Request, model: Model) -> tuple[Heads, list[Tensor]]:
 
 
 def importances(request: Request, model: Model) -> tuple[list[Tensor], list[Tensor]]:
-    """`importance_of` by the loss over examples of the file."""
+    """`importance_of` for examples of the file."""
     network, task = task_model(model, request.impl)
     examples = task.read(request.data)
     task.check(examples)

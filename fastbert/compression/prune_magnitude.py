@@ -1,7 +1,7 @@
-"""Single weights set to zero, those of least magnitude: at once, or step by step while the rest is trained.
+"""Sets the weights of least magnitude to zero: at once, or step by step while the others are trained.
 
 The share of zeros after step t of a ramp of T steps is share * (1 - (1 - t / T)^3) (Zhu and Gupta, arXiv:1710.01878).
-The matrices keep their shapes: no product gets faster, and no file smaller unless it is packed.
+The matrices keep their shapes: products do not get faster, and files get smaller only if they are compressed.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ NO_SPEED = (
     "zeros in a matrix of the same shape give no speed: every product multiplies by them. "
     "--heads, --ffn and --layers make the matrices smaller"
 )
-EVERY = 10  # steps between two choices of what is zero
-RAMP = 2 / 3  # share of all steps in which the share of zeros grows; in the rest what is left is trained
+EVERY = 10  # steps between two choices of the zeros
+RAMP = 2 / 3  # share of all steps in which the share of zeros grows; then the remaining weights are trained
 _MATRIX = re.compile(r"(?:.*\.)?encoder\.layer\.\d+\.(?!.*LayerNorm).+\.weight")
 
 
 def matrices(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """Of all tensors the weights of the layers' linear layers, which are those that get zeros."""
+    """The weights of the layers' linear layers, which are the ones that get zeros."""
     return {name: t for name, t in named if _MATRIX.fullmatch(name) and t.numel()}
 
 
 def masks_of(weights: Mapping[str, Tensor], share: float, scope: str) -> dict[str, Tensor]:
-    """name -> bool, False at this share of all elements, those of least magnitude: of all matrices together (global),
-    or of each one (layer)."""
+    """name -> bool, False at this share of the elements, those of least magnitude among all matrices together (global)
+    or in each one (layer)."""
     if scope not in SCOPES:
         raise ValueError(f"scope must be one of {SCOPES}, got {scope!r}")
     if scope == "layer":
@@ -43,7 +43,7 @@ def masks_of(weights: Mapping[str, Tensor], share: float, scope: str) -> dict[st
 
 
 def _largest(sizes: Tensor, share: float) -> Tensor:
-    """[N] bool, False at round(share * N) elements, the smallest ones; of equal ones the first."""
+    """[N] bool, False at the round(share * N) smallest elements; of equal ones at the first."""
     gone = round(share * len(sizes))
     keep = torch.ones(len(sizes), dtype=torch.bool, device=sizes.device)
     if gone:
@@ -60,20 +60,20 @@ def sparsity(weights: Mapping[str, Tensor]) -> float:
 
 
 def share_at(step: int, steps: int, share: float) -> float:
-    """What share is zero after so many of all steps."""
+    """The share of zeros after `step` of all `steps`."""
     return share * (1.0 - (1.0 - min(1.0, step / steps_of_ramp(steps))) ** 3)
 
 
 def steps_of_ramp(steps: int) -> int:
-    """After how many of all steps the share of zeros is whole."""
+    """The number of steps after which the share of zeros is complete."""
     return max(1, round(RAMP * steps))
 
 
 class GradualPruning(Shaping):
-    """Zeros that grow in number while a model is fine-tuned, and stay.
+    """Zeros whose number grows while a model is fine-tuned; a zero stays zero.
 
-    A run that goes on from a checkpoint finds what is zero in the weights themselves. A model is kept only once its
-    share of zeros is whole, however good one with fewer zeros was.
+    A resumed run finds the zeros in the weights themselves. A model is kept only when its share of zeros is complete,
+    even if one with fewer zeros was better.
     """
 
     def __init__(self, share: float, scope: str) -> None:
@@ -94,7 +94,7 @@ class GradualPruning(Shaping):
         weights = matrices(model.named_parameters())
         end = steps_of_ramp(steps)
         if step <= end and (step % EVERY == 0 or step == end):
-            for name, mask in self._masks.items():  # what is zero stays so, and counts as the smallest
+            for name, mask in self._masks.items():  # earlier zeros stay zero, and are the smallest
                 weights[name].mul_(mask)
             self._masks = masks_of(weights, share_at(step, steps, self.share), self.scope)
         for name, mask in self._masks.items():

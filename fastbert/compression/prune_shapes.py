@@ -1,10 +1,10 @@
-"""Parts cut out of a model's weights: whole heads, feed-forward columns, layers. What is left is truly smaller.
+"""Removes heads, feed-forward columns or layers from a model's weights, which makes the matrices smaller.
 
-With q, k, v of head h in rows hD to hD + D of their weights and o of it in the same columns of the output's:
+Head h has the rows hD to hD + D of query, key and value, and the same columns of attention.output.dense.
 
-    without heads     query, key, value lose rows (and biases elements), attention.output.dense columns
-    without columns   intermediate.dense loses rows (and its bias elements), output.dense columns
-    without layers    what is left is numbered anew, in order
+    without heads     query, key, value lose rows (and biases elements), attention.output.dense loses columns
+    without columns   intermediate.dense loses rows (and its bias elements), output.dense loses columns
+    without layers    the remaining layers are numbered anew, in order
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .heads import Heads, expect_heads, remaining_heads
 
 State = dict[str, Tensor]
 _LAYER = re.compile(r"(?P<before>(?:.*\.)?encoder\.layer\.)(?P<layer>\d+)\.(?P<part>.+)")
-# part of a layer -> which of its dimensions the heads, or the feed-forward columns, are in
+# part of a layer -> the dimension in which heads, or feed-forward columns, are removed
 _HEADS = {f"attention.self.{name}.{kind}": 0 for name in ("query", "key", "value") for kind in ("weight", "bias")} | {
     "attention.output.dense.weight": 1
 }
@@ -29,7 +29,7 @@ _COLUMNS = {"intermediate.dense.weight": 0, "intermediate.dense.bias": 0, "outpu
 
 
 def _kept(state: State, of: dict[str, int], kept: dict[int, Tensor]) -> State:
-    """Of the parts `of` each layer in `kept` only these indices, in their dimension; all else as it is."""
+    """The state with only the indices `kept[layer]` of the parts `of` that layer, in their dimension."""
     cut = dict(state)
     for name, t in state.items():
         match = _LAYER.fullmatch(name)
@@ -39,7 +39,7 @@ def _kept(state: State, of: dict[str, int], kept: dict[int, Tensor]) -> State:
 
 
 def without_heads(config: BertConfig, state: State, heads: Heads) -> tuple[BertConfig, State]:
-    """heads: as they are numbered in the model that nothing was cut out of. Raises: ValueError, in one line."""
+    """heads: the heads to remove, numbered as in the model before any pruning. Raises: ValueError, in one line."""
     expect_heads(heads, config)
     width, kept = config.head_dim, {}
     for layer, numbers in remaining_heads(config).items():
@@ -54,14 +54,14 @@ def without_heads(config: BertConfig, state: State, heads: Heads) -> tuple[BertC
 
 
 def without_columns(config: BertConfig, state: State, kept: Sequence[Tensor]) -> tuple[BertConfig, State]:
-    """kept: of each layer the columns that stay, rising, as many in every layer. Raises: ValueError."""
+    """kept: the columns of each layer to keep, rising, as many in every layer. Raises: ValueError."""
     if len(kept) != config.num_hidden_layers or len({len(columns) for columns in kept}) != 1:
         raise ValueError(f"kept must be as many columns of each of {config.num_hidden_layers} layers")
     return replace(config, intermediate_size=len(kept[0])), _kept(state, _COLUMNS, dict(enumerate(kept)))
 
 
 def without_layers(config: BertConfig, state: State, layers: Sequence[int]) -> tuple[BertConfig, State]:
-    """layers: numbers of those that go, from 0 up. Raises: ValueError, in one line."""
+    """layers: the numbers of the layers to remove, from 0. Raises: ValueError, in one line."""
     count = config.num_hidden_layers
     for layer in layers:
         if layer >= count:
@@ -75,7 +75,7 @@ def without_layers(config: BertConfig, state: State, layers: Sequence[int]) -> t
 
 
 def of_layers(state: State, layers: Sequence[int]) -> State:
-    """A state with these layers alone, numbered anew in this order; one that is named twice is there twice."""
+    """The state with only these layers, numbered anew in this order. A layer may be repeated."""
     found = {}
     for name, t in state.items():
         match = _LAYER.fullmatch(name)
@@ -89,10 +89,10 @@ def of_layers(state: State, layers: Sequence[int]) -> State:
 
 
 def most_important(importance: Sequence[Tensor], share: float, multiple: int = 16) -> list[Tensor]:
-    """Of each layer the columns that stay where about this share of them goes: those of most importance, rising, as
-    many in every layer, a multiple of `multiple`, which is what the kernels multiply fast.
+    """The most important columns of each layer, rising, without about this share of all. Every layer keeps as many, a
+    multiple of `multiple`, with which kernels multiply fast.
 
-    Raises: ValueError where that is none of them, or all.
+    Raises: ValueError if that is no column, or all of them.
     """
     columns = len(importance[0])
     keep = round((1.0 - share) * columns / multiple) * multiple

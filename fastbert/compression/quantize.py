@@ -1,4 +1,4 @@
-"""`fastbert quantize`: from a folder to one whose linear layers are in 8 bits, after training or by training."""
+"""`fastbert quantize`: writes a model with its linear layers in 8 bits, after training or trained for that."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ from .folders import Model, add_step, digest_of, expect_free, reading, write
 from .quantize_plan import Outputs, Plan, in_training, make_plan
 from .sampling import sample, task_model
 
-TEXTS = 256  # that calibrate
+TEXTS = 256  # texts for calibration
 FEWEST_TEXTS = 16
-MOST_TOKENS = 8192  # of them together, which are computed at once
-# What stays as it is beside the encoder: the logits of few labels.
+MOST_TOKENS = 8192  # most tokens of these texts, which are computed at once
+# Layers outside of the encoder that are not quantised: they compute the logits of a few labels.
 _HEADS = ("classifier.", "qa_outputs.")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How layers are chosen, and what the rest is in.
+    """How layers are chosen, and the dtype of the others.
 
     Attributes:
         percentile, smooth, error: see `quantize_plan.make_plan`.
-        texts: how many calibrate; seed: they are drawn by it.
-        dtype: of all that is not in 8 bits.
+        texts: number of texts for calibration, drawn by `seed`.
+        dtype: of all weights that are not in 8 bits.
     """
 
     percentile: float | None = None
@@ -57,10 +57,10 @@ class Settings:
 
 
 def quantize(model: str, out: Path, data: str, settings: Settings) -> dict[str, Any]:
-    """Writes the folder; its record in compression.json. data: examples as `fastbert predict` reads them, or lines of
-    text for a model without a task.
+    """Writes the folder. Returns the new record in its compression.json. data: examples as `fastbert predict` reads
+    them, or lines of text for a model without a task.
 
-    Raises: DataError, ValueError or CheckpointError, in one line; nothing was written then.
+    Raises: DataError, ValueError or CheckpointError, in one line; nothing is written then.
     """
     expect_products()
     expect_free(out)
@@ -78,12 +78,12 @@ def quantize(model: str, out: Path, data: str, settings: Settings) -> dict[str, 
 
 
 def expect_products() -> None:
-    """Raises ValueError where this machine cannot tell what 8 bits would lose, having no such products."""
+    """Raises ValueError if this machine has no products in 8 bits, so that their error cannot be measured."""
     expect_int8(torch.device("cpu"), "native")
 
 
 def asked(settings: Settings) -> dict[str, Any]:
-    """The settings as JSON has them."""
+    """The settings as JSON values."""
     return {
         "calibration texts": settings.texts, "percentile": settings.percentile, "smoothing": settings.smooth,
         "largest error": settings.error, "the rest in": str(settings.dtype).removeprefix("torch."),
@@ -91,7 +91,7 @@ def asked(settings: Settings) -> dict[str, Any]:
 
 
 def notes(settings: Settings) -> list[str]:
-    """What whoever reads the folder should know."""
+    """Notes for those who load the folder."""
     if not settings.smooth:
         return ["the layout is compressed-tensors' int-quantized"]
     return [
@@ -104,7 +104,7 @@ def notes(settings: Settings) -> list[str]:
 
 
 def calibrating(source: Model, data: str, settings: Settings) -> tuple[nn.Module, Outputs]:
-    """(the model in float32, a function that gives its outputs on the calibration data)."""
+    """(the model in float32, a function that returns its outputs for the calibration data)."""
     spec = spec_in(source.path / SPEC_FILE)
     if spec is None:
         return _encoder(source, data, settings)
@@ -120,7 +120,7 @@ def expect_texts(count: int, data: str) -> None:
 
 
 def outputs_of_task(network: nn.Module, task: Any, windows: list[Any]) -> Outputs:
-    """Its logits, of as many of the windows as are computed at once, one row after another."""
+    """A function that returns the logits of the first windows, of as many as are computed at once."""
     chosen = within(windows, lambda window: len(window.input_ids))
     batch = pack(chosen, range(len(chosen)), torch.device("cpu"))
 
@@ -132,7 +132,7 @@ def outputs_of_task(network: nn.Module, task: Any, windows: list[Any]) -> Output
 
 
 def within(items: Sequence[Any], length: Callable[[Any], int]) -> list[Any]:
-    """The first of them, as many as have MOST_TOKENS together, and one at least."""
+    """The first items, as many as have MOST_TOKENS together, and at least one."""
     ends = accumulate(map(length, items))
     return [item for place, (item, end) in enumerate(zip(items, ends, strict=True)) if place == 0 or end <= MOST_TOKENS]
 
@@ -149,15 +149,15 @@ def _encoder(source: Model, data: str, settings: Settings) -> tuple[nn.Module, O
     return network, lambda: network(batch).last_hidden_state
 
 
-# ---- what is stored --------------------------------------------------------------------------------------
+# ---- storing ---------------------------------------------------------------------------------------------
 
 
 def stored(
     config: BertConfig, state: dict[str, Tensor], plan: Plan, dtype: torch.dtype
 ) -> tuple[BertConfig, dict[str, Tensor], dict[str, Any]]:
-    """(config, weights, what config.json holds) of the model with the layers of the plan in 8 bits.
+    """(config, weights, content of config.json) of the model with the layers of the plan in 8 bits.
 
-    Biases of those stay float32, as they are added; all else of the encoder is in `dtype`.
+    The biases of these layers are float32, in which they are added; the rest of the encoder is in `dtype`.
     """
     factors = {name.removeprefix("bert."): f for name, f in plan.factors.items()}
     written: dict[str, Tensor] = {}
@@ -178,14 +178,14 @@ def stored(
     return config, written, {**config.to_dict(), "quantization_config": described(ignored, smooth)}
 
 
-# ---- by training -----------------------------------------------------------------------------------------
+# ---- training --------------------------------------------------------------------------------------------
 
 
 class QuantisedTraining(Shaping):
-    """A fine-tuning whose products are those of 8-bit integers, and which keeps the model as `quantize` stores it."""
+    """Fine-tuning with the products of 8-bit integers. The model is stored as `quantize` stores it."""
 
     def __init__(self, settings: Settings, name: str) -> None:
-        """name: of the model that is trained."""
+        """name: path or id of the model that is trained."""
         self.settings, self.name = settings, name
         self.plan: Plan | None = None
         self._model: nn.Module | None = None
@@ -193,7 +193,7 @@ class QuantisedTraining(Shaping):
 
     def binding(self) -> dict[str, Any]:
         chosen = {name: value for name, value in asked(self.settings).items() if name != "the rest in"}
-        # What goes into 8 bits, and by which factors, is chosen anew from the model that was begun with.
+        # A resumed run makes the same plan again, from the model with which the run began.
         return {"in 8 bits": {**chosen, "model of SHA-256": self._digest}}
 
     def prepare(self, model: nn.Module, task: Any, windows: Any) -> None:
@@ -226,7 +226,7 @@ class QuantisedTraining(Shaping):
         add_step(self.name, out, self.record())
 
     def record(self) -> dict[str, Any]:
-        """What was done, as HISTORY has it."""
+        """The record for HISTORY."""
         return {
             "command": "quantize --train", "model": self.name, **asked(self.settings), **self.plan.record(),
             "notes": notes(self.settings),

@@ -1,8 +1,8 @@
-"""Which linear layers of a model go into 8 bits, and by which factors, from what calibration data show of them.
+"""Which linear layers of a model are quantised to 8 bits, and with which factors, by their effect on calibration data.
 
-Layers over one input (query, key and value) are one group. A group's sensitivity is the relative error of the model's
-outputs (logits, or hidden states where there is no head) on the calibration data with this group alone in 8 bits:
-rms(outputs - exact) / rms(exact). With a limit for the error of the whole, the most sensitive groups stay as they are.
+Layers with the same input (query, key and value) are one group. A group's sensitivity is the relative error of the
+model's outputs (logits, or hidden states without a head) on the calibration data if only this group is in 8 bits:
+rms(outputs - exact) / rms(exact). With a limit for the total error, the most sensitive groups are not quantised.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from torch import Tensor, nn
 from ..inference.eight_bits import factors_for, groups_of, replace_linears, squares_of_columns
 from ..inference.training_in_8_bits import TrainedInt8Linear
 
-Outputs = Callable[[], Tensor]  # the model's on the calibration data
+Outputs = Callable[[], Tensor]  # returns the model's outputs for the calibration data
 
 
 @dataclass
 class Plan:
-    """What goes into 8 bits.
+    """The layers that are quantised.
 
     Attributes:
-        factors: name of a layer -> its factors [K] or None, of the layers that go.
-        kept: names of the groups that do not.
-        sensitivities: name of each group -> its relative error alone.
-        error: of all that goes together; error_of_all: with every group.
+        factors: name of a quantised layer -> its factors [K] or None.
+        kept: names of the groups that are not quantised.
+        sensitivities: name of a group -> its sensitivity.
+        error: relative error with all layers of the plan in 8 bits. error_of_all: with every group in 8 bits.
     """
 
     factors: dict[str, Tensor | None]
@@ -38,7 +38,7 @@ class Plan:
     error_of_all: float = 0.0
 
     def record(self) -> dict[str, Any]:
-        """For a report, in JSON's words."""
+        """The plan as JSON values, for a report."""
         return {
             "layers in 8 bits": len(self.factors), "kept": self.kept, "error": self.error,
             "error with all in 8 bits": self.error_of_all,
@@ -49,11 +49,11 @@ class Plan:
 def make_plan(
     model: nn.Module, outputs: Outputs, percentile: float | None = None, smooth: bool = True, error: float | None = None
 ) -> Plan:
-    """Of a model in evaluation mode, whose layers are left as they are.
+    """The plan for a model in evaluation mode, which is not changed.
 
     Args:
-        percentile: of the sizes of a column's elements, what stands for the column's size in the factors; None: the
-            root of their mean square.
+        percentile: the percentile of the magnitudes in a column that counts as the column's size in the factors; None
+            for their root mean square.
         smooth: whether columns have factors.
         error: the largest relative error of the outputs; None for no limit.
     """
@@ -97,6 +97,6 @@ def relative_error(found: Tensor, exact: Tensor) -> float:
 
 
 def in_training(model: nn.Module, factors: Mapping[str, Tensor | None]) -> None:
-    """Puts layers that multiply as inference will in place of those that go into 8 bits; their parameters stay."""
+    """Replaces the layers of a plan by layers that multiply as in inference, with the same parameters."""
     modules = dict(model.named_modules())
     replace_linears(model, {modules[name]: TrainedInt8Linear(modules[name], f) for name, f in factors.items()})

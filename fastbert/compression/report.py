@@ -1,8 +1,8 @@
-"""`fastbert compress-report`: what smaller models lose and gain, all beside the first of them in one run.
+"""`fastbert compress-report`: scores, sizes and speed of smaller models, compared with the first model in one run.
 
-Scores are of the whole file. Speed is of some of its examples, tokenised before: all at once in batches for tokens per
-second, one by one for the latency. In each round every model runs once, so that whatever else the machine does meets
-all of them; a ratio is the median of the rounds' ratios to the first model.
+Scores are computed on the whole file. Speed is measured on some of its examples, tokenised before: in batches for
+tokens per second, and one by one for the latency. Every model runs once in each round, so that other load on the
+machine affects all of them. A ratio is the median of the rounds' ratios to the first model.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..formats.sentence_folder import folder_of_config
 from ..inference.eight_bits import Int8Linear, holds_integers
 from ..storage import CheckpointError
 from ..training.pipeline import SPEC_FILE, Pipeline, pipeline
-from ..training.predicting import outputs_of
+from ..training.predicting import outputs_of, scores_of
 from .folders import steps_of
 from .sampling import sample
 
@@ -34,11 +34,11 @@ class Party:
     """A model of the report.
 
     Attributes:
-        name: its folder, as the user called it.
-        dtype: of its products: int8 where its weights are stored so.
+        name: the path or id that the user gave.
+        dtype: of its products; int8 if its weights are stored in 8 bits.
         ready: the model with its task.
-        disk, memory: bytes of its weights in files, and as it holds them.
-        steps: what was done to it.
+        disk, memory: bytes of its weights in files and in memory.
+        steps: the records in its HISTORY.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Party:
 
 
 def parties(folders: Sequence[str], dtypes: Sequence[str], impl: str | None) -> list[Party]:
-    """Each folder in each dtype, those that are stored in 8 bits once, all of one task and with the same labels.
+    """Each folder in each dtype (once if stored in 8 bits). All must have the same task and labels.
 
     Raises: CheckpointError, in one line.
     """
@@ -102,12 +102,12 @@ def compare(
     found: Sequence[Party], data: str, rounds: int, texts: int, batch_tokens: int, seed: int = 0,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:  # fmt: skip
-    """The report, as JSON has it: a row for each model, the first one first.
+    """The report as JSON values, with a row for each model in order.
 
     Args:
-        data: examples with labels. texts: how many of them are timed, drawn by the seed.
-        rounds: of the timing. batch_tokens: computed at once.
-        say: is told what is being done.
+        data: a file of examples with labels. texts: the number of examples that are timed, drawn by `seed`.
+        rounds: number of rounds of the timing. batch_tokens: tokens computed at once.
+        say: is called with a line about the progress.
     """
     metric = found[0].ready.task.spec.metric
     rows = []
@@ -145,19 +145,18 @@ def _scored(party: Party, data: str, batch_tokens: int) -> dict[str, Any]:
     examples = task.read(data)
     task.check(examples)
     windows = task.features(examples, training=False).windows
-    found = outputs_of(ready.model, task, windows, batch_tokens, ready.dtype, ready.processes)
-    scores = task.scores(examples, task.predictions(examples, windows, found))
+    scores = scores_of(ready.model, task, examples, windows, batch_tokens, ready.dtype, ready.processes)
     return {"examples": len(examples), "scores": scores.values, "definitions": scores.definitions}
 
 
 def _timed(
     found: Sequence[Party], examples: Sequence[Any], rounds: int, batch_tokens: int, say: Callable[[str], None]
 ) -> tuple[list[list[float]], list[list[float]]]:
-    """Of each model in each round: tokens per second, and the median of milliseconds for a text."""
+    """(tokens per second, median milliseconds for a text), each for every model and round."""
     windows = [party.ready.task.features(examples, training=False).windows for party in found]
     whole: list[list[float]] = [[] for _ in found]
     single: list[list[float]] = [[] for _ in found]
-    for number in range(-1, rounds):  # the first one warms caches, and does not count
+    for number in range(-1, rounds):  # the first round warms caches, and does not count
         say("a round to warm up" if number < 0 else f"round {number + 1} of {rounds}")
         for place in _rotated(len(found), number):
             ready, of_texts = found[place].ready, windows[place]
@@ -179,7 +178,7 @@ SINGLES = 32  # texts that are run one by one in a round
 
 
 def _rotated(count: int, by: int) -> Iterator[int]:
-    """0 to count - 1, begun elsewhere in each round."""
+    """The numbers 0 to count - 1, rotated by the number of the round."""
     return ((place + by) % count for place in range(count))
 
 
@@ -190,7 +189,7 @@ def _ratios(of: Sequence[float], to: Sequence[float]) -> dict[str, float]:
 
 @contextmanager
 def threads(count: int | None) -> Iterator[None]:
-    """torch's threads while the block runs; None leaves them."""
+    """A block in which torch has `count` threads; None changes nothing."""
     before = torch.get_num_threads()
     try:
         if count is not None:

@@ -1,4 +1,4 @@
-"""A report as a table for people, and as a picture: what is lost over what is gained."""
+"""A report as a table of text, and as a picture of scores over speed."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from html import escape
 from typing import Any
 
 from ..training.curve import BOTTOM, HEIGHT, LEFT, LOSS, METRIC, RIGHT, TOP, WIDTH
+from ..training.task import Spec
 
-LARGEST, SMALLEST = 16.0, 4.0  # radius of a circle, whose area goes with the bytes on disk
+LARGEST, SMALLEST = 16.0, 4.0  # radii of circles, whose areas are proportional to bytes on disk
 
 
 def table(report: dict[str, Any]) -> list[str]:
-    """Lines: a row a model, every number with its unit in the head of its column."""
-    metric = score_name(report)
+    """The lines of the table: a row for each model, with units in the column heads."""
+    metric = Spec(report["task"], report["metric"]).score
     head = (
         "model", "dtype", metric, "MB on disk", "MB in memory", "tokens/s", "times", "ms a text", "times faster",
     )  # fmt: skip
@@ -39,11 +40,6 @@ def table(report: dict[str, Any]) -> list[str]:
     return lines
 
 
-def score_name(report: dict[str, Any]) -> str:
-    """The score that the task's metric decides by."""
-    return "f1" if report["task"] == "qa" else report["metric"]
-
-
 def _range(ratios: dict[str, float]) -> str:
     return f"{ratios['median']:.2f} ({ratios['lowest']:.2f} to {ratios['highest']:.2f})"
 
@@ -56,8 +52,9 @@ def _aligned(row: Sequence[str], widths: Sequence[int]) -> list[str]:
 
 
 def picture(report: dict[str, Any]) -> str:
-    """SVG: tokens per second to the right, the score upwards, a circle a model, as large as its file."""
-    metric, rows = score_name(report), report["rows"]
+    """SVG with tokens per second on the x axis, the score on the y axis, and a circle as large as its file for each
+    model."""
+    metric, rows = Spec(report["task"], report["metric"]).score, report["rows"]
     speeds, scores = [row["tokens per second"] for row in rows], [row["scores"][metric] for row in rows]
     fastest, most = max(speeds) * 1.15, max(row["bytes on disk"] for row in rows)
     known = [score for score in scores if not math.isnan(score)] or [0.0]
@@ -79,7 +76,7 @@ def picture(report: dict[str, Any]) -> str:
     for value, x in ((0.0, LEFT), (fastest, right)):
         parts.append(f'<text x="{x}" y="{bottom + 16}" text-anchor="middle">{value:,.0f}</text>')
     for row, speed, score in zip(rows, speeds, scores, strict=True):
-        if math.isnan(score):  # a correlation with one number alone has no place in the picture
+        if math.isnan(score):  # an undefined correlation cannot be drawn
             continue
         x = LEFT + (right - LEFT) * speed / fastest
         y = bottom - (bottom - TOP) * (score - low) / (high - low)

@@ -1,26 +1,25 @@
-"""Students: their sizes, and the weights that they begin with.
+"""Students: their sizes and initial weights. A student is given as
 
-    a number N            the teacher's sizes, with N layers
-    a .json, or a name    sizes of its own, as `fastbert pretrain --config` has them
+    a number N            the teacher's sizes with N layers
+    a .json, or a name    other sizes, as in `fastbert pretrain --config`
     a folder, a hub id    a model with weights
 
-The first two are new models, whose weights come from chosen layers of the teacher, through a bottleneck from a teacher
-that is wider, or are drawn.
+The first two are new models. Their weights are copied from chosen layers of the teacher, come through a bottleneck from
+a wider teacher, or are drawn.
 """
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..config import BertConfig
-from ..models.head import BertHead
+from ..models.head import BertHead, expecting_new_weights
 from ..packing import PackedBatch
 from ..pretraining.sizes import SIZES, config_of
-from ..storage import CheckpointError, read_json
+from ..storage import read_json
 from ..text.files import InputError
 from ..text.tokenizer import Tokenizer
 from .bottleneck import fill_through_bottleneck
@@ -28,7 +27,7 @@ from .layer_maps import chosen_layers
 from .prune_shapes import of_layers
 
 NEW, BOTTLENECK = "new", "bottleneck"
-# What of a head's config says what the head is for.
+# the fields of a config that describe the head's task
 _OF_THE_TASK = ("id2label", "label2id", "problem_type")
 _SHAPES = ("hidden_size", "intermediate_size", "num_attention_heads", "max_position_embeddings", "type_vocab_size")
 
@@ -37,13 +36,13 @@ def make_student(
     given: str, init: str | None, teacher: BertHead, tokenizer: Tokenizer, texts: PackedBatch, seed: int,
     impl: str | None,
 ) -> BertHead:  # fmt: skip
-    """A student of the teacher's class, in evaluation mode on its device.
+    """A student of the teacher's class, in evaluation mode on the teacher's device.
 
-    given, init: what the command calls --student and --init; None is skip of a teacher of the same width, bottleneck of
-        a wider one, and new of a narrower one.
-    texts: some of what will be learnt from, on the teacher's device, for a bottleneck.
+    given, init: the options --student and --init. By default init is skip for a teacher of the same width, bottleneck
+        for a wider one, and new for a narrower one.
+    texts: some texts of the training data, on the teacher's device, to which a bottleneck is fitted.
 
-    Raises: InputError or CheckpointError where student and teacher do not go together.
+    Raises: InputError or CheckpointError if student and teacher do not fit.
     """
     if not (given.isdecimal() or given in SIZES or given.endswith(".json")):
         if init is not None:
@@ -77,7 +76,7 @@ def make_student(
 
 
 def _config(given: str, teacher: BertConfig) -> BertConfig:
-    """Sizes of a new student, which has the teacher's vocabulary, kinds of tokens and labels."""
+    """The config of a new student, with the teacher's vocabulary, token types and labels."""
     data = teacher.to_dict()
     if given.isdecimal():
         if int(given) == 0:
@@ -104,7 +103,7 @@ def _expect_words(given: str, words: int, teacher: BertConfig) -> None:
 
 
 def _loaded(given: str, teacher: BertHead, tokenizer: Tokenizer, seed: int, impl: str | None) -> BertHead:
-    """A model that is there, with a new head where it has none of the teacher's."""
+    """An existing model, with a new head if it has none like the teacher's."""
     config = BertConfig.from_pretrained(given)
     _expect_words(given, config.vocab_size, teacher.config)
     expect_same_words(given, Tokenizer.from_pretrained(given), tokenizer)
@@ -113,9 +112,7 @@ def _loaded(given: str, teacher: BertHead, tokenizer: Tokenizer, seed: int, impl
     if own and changes and config.id2label != teacher.config.id2label:
         names = [", ".join(c.id2label[i] for i in sorted(c.id2label)) for c in (config, teacher.config)]
         raise InputError(f"the student {given} has the labels {names[0]}, the teacher {names[1]}")
-    with warnings.catch_warnings():
-        # That a head is new is what distilling is for.
-        warnings.filterwarnings("ignore", message=".*weights were drawn from normal.*", category=UserWarning)
+    with expecting_new_weights():
         student = type(teacher).from_pretrained(
             given, dtype=torch.float32, device=teacher.device, impl=impl, seed=seed,
             new_head=bool(changes) and not own, **changes,
@@ -124,15 +121,15 @@ def _loaded(given: str, teacher: BertHead, tokenizer: Tokenizer, seed: int, impl
 
 
 def _changes(teacher: BertHead) -> dict[str, Any]:
-    """Fields of a student's config that are the teacher's, where the head has labels."""
+    """The fields of a student's config that it takes from the teacher, if the head has labels."""
     if not hasattr(teacher, "num_labels") and not hasattr(teacher, "qa_outputs"):
         return {}
     return {name: getattr(teacher.config, name) for name in _OF_THE_TASK}
 
 
 def _started(student: BertHead, teacher: BertHead) -> BertHead:
-    """With the biases of the teacher's last linear layer, whose number is that of the labels or words: a new head's
-    answers begin at the mean of the teacher's."""
+    """The student with the biases of the teacher's last linear layer, one for each label or word, so that a new head's
+    outputs begin near the mean of the teacher's."""
     with torch.no_grad():
         for name in ("classifier.bias", "qa_outputs.bias", "cls.predictions.bias"):
             if name in teacher.state_dict():
@@ -141,7 +138,7 @@ def _started(student: BertHead, teacher: BertHead) -> BertHead:
 
 
 def expect_same_words(given: str, own: Tokenizer, tokenizer: Tokenizer) -> None:
-    """Raises: InputError where two tokenizers give a text other numbers."""
+    """Raises: InputError if two tokenizers give different ids for a text."""
     ours, theirs = own.get_vocab(), tokenizer.get_vocab()
     if ours != theirs:
         other = next((word for word in theirs if ours.get(word) != theirs[word]), None)
@@ -153,9 +150,3 @@ def expect_same_words(given: str, own: Tokenizer, tokenizer: Tokenizer) -> None:
     probe = " ".join(["Ünïcödé, don't; 北京", *known[:99]])
     if own.input_ids([probe]) != tokenizer.input_ids([probe]):
         raise InputError(f"{given} prepares text in another way than the teacher, such as its letters' case")
-
-
-def expect_whole(model: BertHead, source: str, why: str) -> None:
-    """Raises: CheckpointError where a model was started in part, since its files lack weights."""
-    if model.initialised:
-        raise CheckpointError(f"{source} has no {', '.join(model.initialised)}{why}")

@@ -227,7 +227,7 @@ class Hashing:
         """Does nothing: the file is flushed when it is closed."""
 
     def close(self) -> None:
-        """Does nothing: the file is closed by whoever opened it."""
+        """Does nothing: the code that opened the file closes it."""
 
 
 class ValuesHash:

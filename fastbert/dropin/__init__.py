@@ -1,4 +1,4 @@
-"""The drop-in: models that people already run, made fast in place. A table of facts (`facts`) and one swap (`swap`)."""
+"""Accelerates existing models in place: a table of known models (`families`), and one swap of `forward` (`swap`)."""
 
 from .attention_interface import register_attention
 from .explain import Report, explain

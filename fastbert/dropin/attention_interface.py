@@ -1,8 +1,8 @@
 """`attn_implementation="fastbert"`: our attention in transformers' own attention interface, for models of any kind.
 
-The models of transformers hand an attention function far more than queries, keys and values. Every keyword argument
-that they pass (5.24) is in one of the tables below: it is honoured, says nothing that the mask does not say, or the
-call is refused with its name. A name in no table is refused too, since nobody can know what it changes.
+The models of transformers pass an attention function many arguments besides queries, keys and values. Every keyword
+argument of transformers 5.24 is in one of the tables below: it is honoured, it repeats what the mask says, or it is
+refused with its name. An argument in no table is refused too, since its effect is not known.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from .. import functional as F
 from ..layers import dropout_options
 
 NAME = "fastbert"
-# what the operator does not have and transformers' sdpa does exactly as the models' own code
+# arguments that our operator does not have, and that transformers' sdpa honours as the models' own code does
 BY_SDPA = frozenset({"position_bias", "cache"})
-# what changes no attention output: the mask holds it, another part of the model reads it, or it picks a flash kernel
+# arguments without effect on the output: the mask repeats them, other code reads them, or they choose a flash kernel
 HARMLESS = frozenset(
     {
         "sliding_window", "position_ids", "cache_position", "past_key_values", "past_key_value", "use_cache",
@@ -27,9 +27,9 @@ HARMLESS = frozenset(
         "output_router_logits", "return_dict", "layer_idx", "token_type_ids",
     }
 )  # fmt: skip
-# lengths of packed sequences: the mask holds them where transformers made one out of position_ids
+# lengths of packed sequences, which the mask repeats if transformers made it from position_ids
 PACKED = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"})
-# what would change the output and is not computed here -> what it is
+# arguments that would change the output and are not supported -> what they are
 REFUSED = {
     "s_aux": "attention sinks",
     "sinks": "attention sinks",
@@ -46,9 +46,10 @@ def register_attention() -> None:
         fastbert.register_attention()
         model = AutoModel.from_pretrained(..., attn_implementation="fastbert")
 
-    For models that `accelerate` does not know: only attention is replaced, and padding stays. Position biases and paged
-    caches go to transformers' "sdpa". A model whose attention asks for what neither has (sinks, a soft cap, sparse
-    indices), or does not say whether it is causal, raises a ValueError in its first layer that names the argument.
+    For models that `accelerate` does not know: only attention is replaced, and padding is computed. Calls with position
+    biases or paged caches go to transformers' "sdpa". If a model's attention passes an argument that neither supports
+    (sinks, a soft cap, sparse indices), or does not say whether it is causal, its first layer raises a ValueError that
+    names the argument.
     """
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -70,7 +71,7 @@ def attention_forward(
 ) -> tuple[Tensor, None]:
     """query [B, H, Sq, D], key, value [B, Hk, Sk, D], mask [B, 1 | H, Sq, Sk] bool or float -> [B, Sq, H, D].
 
-    Raises: ValueError where `options` or the module ask for what is not computed here.
+    Raises: ValueError if an argument in `options` is not supported, or if it is not known whether the module is causal.
     """
     given = {name: value for name, value in options.items() if value is not None and value is not False}
     if (why := _why_refused(given, attention_mask)) is not None:
@@ -91,16 +92,16 @@ def attention_forward(
         attention_mask = attention_mask[..., :width_k].expand(query.shape[0], -1, width_q, width_k)
         variant["mask" if attention_mask.dtype == torch.bool else "bias"] = attention_mask
     if causal:
-        variant["window"] = (width_k, 0)  # every key up to its own
+        variant["window"] = (width_k, 0)  # a query sees all keys up to its own
     o = F.attention_padded(*(t.transpose(1, 2) for t in (query, key, value)), scale=scaling, **variant)
     return o.contiguous(), None
 
 
 def _why_refused(given: dict[str, Any], attention_mask: Tensor | None) -> str | None:
-    """What in the keyword arguments of a call is not computed here, or None."""
+    """Which keyword argument of a call is not supported, and why; or None."""
     for name in given:
         if name in REFUSED:
-            return f"passes {name} ({REFUSED[name]}), which is not computed"
+            return f"passes {name} ({REFUSED[name]}), which is not supported"
         if name in PACKED:
             if attention_mask is None:
                 return f"passes {name} (packed sequences) without a mask that keeps them apart"
@@ -110,10 +111,10 @@ def _why_refused(given: dict[str, Any], attention_mask: Tensor | None) -> str | 
 
 
 def _causal(module: torch.nn.Module) -> bool:
-    """Whether a module that was given no `is_causal` attends to the left only when there is no mask.
+    """Whether a module that passes no `is_causal` is causal in calls without a mask.
 
-    A module without the attribute is causal under transformers' sdpa. Where its model allows no sdpa (ALIGN, CLAP,
-    MarkupLM, Splinter), nothing says which of the two it is, and their eager attention is not causal: refused.
+    Transformers' sdpa takes a module without the attribute `is_causal` for causal. If its model does not support sdpa
+    (ALIGN, CLAP, MarkupLM, Splinter), its eager attention is not causal, so a ValueError is raised.
     """
     if hasattr(module, "is_causal"):
         return module.is_causal

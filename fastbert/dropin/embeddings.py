@@ -1,4 +1,4 @@
-"""What goes into the layers of a model of transformers: its embeddings, and what attention looks up by position."""
+"""The inputs of the layers of transformers' encoders: embeddings, and tables that attention reads by position."""
 
 from __future__ import annotations
 
@@ -9,21 +9,17 @@ import torch.nn as nn
 from torch import Tensor
 
 from .. import functional as F
-from ..stack.description import NormKind, Part
 from ..stack.shared import Pass
 from ..stack.steps import multiply, norm_only, probability
 from . import distances
 from .facts import Family, at, has
+from .inspection import Seen
 from .kinds import kind_of, windows_of
-from .parts import Seen, bias_of, layers_of
-
-
-def part(encoder: nn.Module, path: str, verdict: tuple[bool, bool], norm: NormKind | None = None) -> Part:
-    return Part(at(encoder, path), *verdict, norm)
+from .parts import bias_of, layers_of, part
 
 
 def embeddings(encoder: nn.Module, facts: Family, shared: Pass, seen: Seen, given: dict[str, Any]) -> Tensor:
-    """dropout(norm(word + position + segment)) [T, C], brought to the width of the layers."""
+    """dropout(norm(word + position + segment)) [T, C], projected to the width of the layers."""
     batch, embeds = shared.batch, given.get("inputs_embeds")
     if facts.called is not None:
         return batch.unpad(called_embeddings(encoder, facts.called, given))
@@ -62,7 +58,7 @@ def embeddings(encoder: nn.Module, facts: Family, shared: Pass, seen: Seen, give
 def called_embeddings(
     encoder: nn.Module, called: dict[str, tuple[int | str, ...] | None], given: dict[str, Any]
 ) -> Tensor:
-    """What the encoder's own embeddings give for these arguments: [B, S, C]."""
+    """The output [B, S, C] of the encoder's own embeddings for these arguments."""
     ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
     if embeds is not None and "inputs_embeds" not in called:
         return embeds
@@ -86,7 +82,7 @@ def frozen_row(table: nn.Embedding) -> Tensor:
 
 
 def count_positions(padding_idx: int, ids: Tensor | None, embeds: Tensor | None) -> Tensor:
-    """[B, S] int64, or [1, S] of embeddings: real tokens are counted from the place after `padding_idx`."""
+    """Positions [B, S] int64, or [1, S] for `embeds`: tokens other than padding are counted from `padding_idx` + 1."""
     if ids is None:
         first, device = padding_idx + 1, embeds.device
         return torch.arange(first, embeds.shape[1] + first, dtype=torch.int64, device=device)[None]
@@ -95,7 +91,7 @@ def count_positions(padding_idx: int, ids: Tensor | None, embeds: Tensor | None)
 
 
 def position_tables(encoder: nn.Module, facts: Family, width: int, device: torch.device) -> dict[str, Any]:
-    """What attention looks up by position, as far as `width`."""
+    """The tables that attention reads by position, for sequences of at most `width` tokens, as fields of a `Pass`."""
     bias = {
         "bias": position_bias(encoder, facts, width),
         "bias_width": width if facts.layer.bias is not None else None,

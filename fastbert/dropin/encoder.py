@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -18,13 +17,14 @@ from ..stack.layer import FEW_TOKENS, in_one, in_one_call, is_one_call_ahead
 from ..stack.shared import UNBOUNDED, Pass
 from ..stack.steps import norm_only, probability
 from . import facts as table
-from .embeddings import count_positions, embeddings, part, position_tables
+from .embeddings import count_positions, embeddings, position_tables
 from .facts import at
-from .forward import Forward, count
+from .forward import InspectedForward, count
+from .inspection import Seen, Settings, inspect, settings_of
 from .kinds import kind_of, windows_of
 from .layer import LayerForward
 from .once import only_once
-from .own import listeners, why_not_here
+from .original import tensor_hooks, why_not_here
 from .padding import (
     ABOVE,
     BEFORE,
@@ -32,19 +32,18 @@ from .padding import (
     FULL,
     OTHERS,
     WINDOW,
-    ZEROS,
     Policy,
     Rows,
     only_wanted,
     reading_now,
     rows_to_compute,
 )
-from .parts import Seen, Settings, layers_of, look, settings_of
+from .parts import layers_of, part
 
-# arguments that say nothing about what the encoder computes
+# arguments that do not change what the encoder computes
 IGNORED = {"return_dict", "output_hidden_states", "num_items_in_batch", "use_cache", "batch_size", "seq_len"}
-# What sentence-transformers' modules write into the features of a batch. Losses pass the same features through a model
-# again, and all of them then reach the encoder, which reads none of these.
+# What sentence-transformers' modules write into the features of a batch. Losses pass the same features to a model
+# again, so these reach the encoder, which does not read them.
 FEATURES = {
     "token_embeddings", "all_layer_embeddings", "cls_token_embeddings", "token_weights_sum", "sentence_embedding",
     "scores",
@@ -52,12 +51,16 @@ FEATURES = {
 INPUTS = {"input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds"}
 
 
-class EncoderForward(Forward):
-    """The encoder. What it cannot do, `type(encoder).forward` does for that call, with a warning that says why, once.
+class EncoderForward(InspectedForward):
+    """The `forward` of an encoder. A call that the fused code cannot take runs the original's code; the first such call
+    warns of each reason.
 
     Args:
         padding: see `accelerate`.
-        bare: nothing but wrappers is around the encoder, so whoever calls it reads what it returns.
+        bare: whether the model is the encoder itself or a wrapper of it, so that the user's code reads its output.
+
+    Attributes:
+        computed: reason why padding was computed -> number of calls.
     """
 
     def __init__(
@@ -65,18 +68,7 @@ class EncoderForward(Forward):
     ):
         super().__init__(encoder)
         self.facts, self.impl, self.padding, self.bare = facts, impl, padding, bare
-        self.seen: Seen | None = None
-        self.computed: dict[str, int] = {}  # why padding was computed -> calls
-        self.told: dict[str, int] = {}
-
-    def over(self, replica: nn.Module) -> EncoderForward:
-        forward = super().over(replica)
-        forward.seen = None
-        return forward
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy looks at its own modules."""
-        return self.__dict__ | {"seen": None}
+        self.computed: dict[str, int] = {}
 
     # ---- the parts ----
 
@@ -84,20 +76,19 @@ class EncoderForward(Forward):
         return layers_of(self.module, self.facts)
 
     def look(self) -> Seen:
-        """What is known of the encoder's parts, looked at closely again where one has changed."""
         if torch.compiler.is_compiling():
             *found, drops = constants(self)
             return Seen(None, *found, settings_of(self.module, self.facts), drops)
-        seen = self.seen  # one thread may put another one there meanwhile
-        if seen is None or not seen.watch.is_same():
-            seen = self.seen = look(self.module, self.facts, is_layer)
-        return seen
+        return super().look()
 
-    # ---- what cannot be done ----
+    def inspect(self) -> Seen:
+        return inspect(self.module, self.facts, is_layer)
+
+    # ---- calls that the original's code runs ----
 
     def why_not(self, given: dict[str, Any]) -> tuple[str | None, Seen | None]:
-        """(why this call goes to the original, or None; what is known of the parts, where that was looked at)."""
-        if reason := why_not_here(given):  # somebody may follow operators, and `look` compares tensors by one
+        """(why the original's code runs this call, or None; the inspection, or None if there was none)."""
+        if reason := why_not_here(given):  # before `look`, whose operators a dispatch mode would record
             return reason, None
         seen = self.look()
         return seen.reason or self.why_not_given(given, seen.settings), seen
@@ -122,7 +113,7 @@ class EncoderForward(Forward):
         asked = given.get("output_hidden_states")
         asked = settings.states if asked is None else asked
         if not isinstance(asked, (bool, type(None))) and not (isinstance(asked, list) and self.knows_single_states()):
-            return "single hidden states were asked for"
+            return "output_hidden_states names single states"
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         if (ids is None) == (embeds is None):
             return "not exactly one of input_ids and inputs_embeds was given"
@@ -147,16 +138,16 @@ class EncoderForward(Forward):
         return None
 
     def why_not_clamped(self, embeds: Tensor | None) -> str | None:
-        """The original clamps in float16 what overflows, and casts between its layers' dtypes."""
+        """The original clamps values that overflow in float16, and casts between the dtypes of its layers."""
         first, facts = next(self.layers())[1], self.facts.layer
         like = at(self.module, self.facts.word).weight if embeds is None else embeds
         dtypes = {getattr(at(first, path), "weight", like).dtype for path in (facts.up, facts.down)} | {like.dtype}
         if torch.float16 in dtypes:
-            return "it is in float16, where it clamps what overflows"
+            return "it is in float16, in which it clamps values that overflow"
         return None if len(dtypes) == 1 else "its layers are of several dtypes"
 
     def knows_single_states(self) -> bool:
-        """Does this transformers return the states of a list of places, and count them as we do?"""
+        """Whether the installed transformers returns hidden states by a list of numbers, numbered as here."""
         from transformers.utils import output_capturing
 
         counted = len(list(self.layers())) == self.module.config.num_hidden_layers
@@ -169,37 +160,36 @@ class EncoderForward(Forward):
     # ---- padding ----
 
     def rows(self, mask: Tensor | None, ids: Tensor | None, seen: Seen) -> Rows:
-        """Which rows are computed. While a graph is traced nobody can tell how many are real: all of them."""
+        """Which rows are computed. Under torch.compile all of them, since the number of tokens depends on data."""
         if mask is None:
             return FULL
         if torch.compiler.is_compiling():
             reach, causal = self.reach()
             return Rows(mask != 0, None, BEFORE if causal else None if reach is None else WINDOW)
-        reads, others, why = self.wants(mask, ids, seen)
+        reads, others, why = self.padding_reads(mask, ids, seen)
         rows, by_others = self.rows_of(mask, reads, others)
         if rows.padding and rows.reason is None:
             count(self.computed, OTHERS if by_others else why)
-        elif rows.queries is not None and self.anybody(reads):
-            self.tell()
+        elif rows.queries is not None and self.is_reader_unknown(reads):
+            self.warn_of_zeros()
         return rows
 
-    def wants(self, mask: Tensor, ids: Tensor | None, seen: Seen) -> tuple[bool | Tensor, Tensor | None, str]:
-        """(which rows of padding somebody reads: all, none, or those of a [B, S] bool; where [B, S] a token stands that
-        makes the caller read them if it is masked, or None; who reads)."""
+    def padding_reads(self, mask: Tensor, ids: Tensor | None, seen: Seen) -> tuple[bool | Tensor, Tensor | None, str]:
+        """`reads` and `others` of `rows_to_compute`, and the reason for `reads`."""
         reads, why = self.reads(seen)
-        if not self.anybody(reads):
+        if not self.is_reader_unknown(reads):
             return reads, None, why
         padding = getattr(self.module.config, "pad_token_id", None)
-        if ids is None or padding is None:  # anything may stand there
+        if ids is None or padding is None:  # any token may be masked
             return reads, torch.ones_like(mask, dtype=torch.bool), why
         return reads, ids != padding, why
 
-    def anybody(self, reads: bool | Tensor) -> bool:
-        """Is it not known who reads, and nothing but wrappers above?"""
+    def is_reader_unknown(self, reads: bool | Tensor) -> bool:
+        """Whether the user's own code reads the output, so that it is not known which rows of padding it reads."""
         return reads is False and self.padding == "auto" and self.bare and reading_now() is None
 
     def reads(self, seen: Seen) -> tuple[bool | Tensor, str]:
-        """(which rows of padding somebody reads: all, none, or those of a [B, S]; who)."""
+        """(which rows of padding are read: all, none, or those of a [B, S] bool; the reason)."""
         if self.padding == "exact":
             return True, EXACT
         if seen.whole is not None or seen.pools is not None:
@@ -207,29 +197,24 @@ class EncoderForward(Forward):
         now = reading_now()
         if self.padding == "zero":
             return (False, "") if now is None else (now.needs, now.why)
-        if listeners(self.module, sharded=True):
+        if tensor_hooks(self.module, sharded=True):
             return True, f"a hook on the {type(self.module).__name__} sees it"
         if now is not None:
             return now.rows, now.why
         return (False, "") if self.bare else (True, ABOVE)
-
-    def tell(self) -> None:
-        """Zeros in place of what the original has there: said once."""
-        if count(self.told, ZEROS) == 1:
-            warnings.warn(f"{type(self.module).__name__}: {ZEROS}", stacklevel=6)
 
     def rows_of(self, mask: Tensor, reads: bool | Tensor, others: Tensor | None) -> tuple[Rows, bool]:
         reach, causal = self.reach()
         return rows_to_compute(mask, reads, others, self.facts.relative, reach, causal, self.facts.first_column)
 
     def reach(self) -> tuple[int | None, bool]:
-        """(how far a token sees in the layer where it sees least, None: everywhere; whether it sees no later ones)."""
+        """(the smallest window of a layer to the left, None if no layer has one; whether tokens see no later ones)."""
         if self.facts.positions != "rotary" or (self.facts.layer.rotates and not self.facts.decoder):
             return None, False
         one_of = {kind_of(layer, self.facts.layer): layer for _, layer in self.layers()}
         windows = [window for window in windows_of(self.module, self.facts, one_of).values() if window is not None]
         bounded = [left for left, _ in windows if left < UNBOUNDED]
-        reach = min(bounded) if bounded else None  # torch.compile knows no `default` of min
+        reach = min(bounded) if bounded else None  # torch.compile does not support min(..., default=...)
         return reach, any(right == 0 for _, right in windows)
 
     # ---- the pass ----
@@ -254,9 +239,9 @@ class EncoderForward(Forward):
         return self.finish(x[:, None] if first_only else shared.batch.pad(x), states, given)
 
     def is_read_first_alone(self, shared: Pass, seen: Seen) -> bool:
-        """Whether nobody reads more of the last layer's output than the first token of each sequence: a known head that
-        shows no states calls, and nobody listens. Then a post-norm layer need not compute the other tokens."""
-        if torch.compiler.is_compiling():  # what the head says is not to be had in a graph
+        """Whether only the first token of each sequence is read of the last layer's output: a known head calls, it
+        returns no hidden states, and there is no hook. A post-norm layer then computes no other tokens."""
+        if torch.compiler.is_compiling():  # heads declare nothing then
             return False
         now = reading_now()
         if now is None or not now.first or self.padding == "exact" or F.is_batch_invariant():
@@ -265,10 +250,10 @@ class EncoderForward(Forward):
             return False
         if self.facts.final_norm is not None:  # a pre-norm model
             return False
-        return not listeners(self.module, sharded=True)
+        return not tensor_hooks(self.module, sharded=True)
 
     def wanted(self, given: dict[str, Any]) -> set[int] | None:
-        """The places of the hidden states that are asked for; None where none is."""
+        """The numbers of the hidden states that the call returns; None if it returns none."""
         asked = self.asked(given, "output_hidden_states")
         if not asked:
             return None
@@ -279,9 +264,9 @@ class EncoderForward(Forward):
         self, shared: Pass, seen: Seen, given: dict[str, Any], wanted: set[int] | None = None,
         first_only: bool = False,
     ) -> tuple[Tensor, list[Tensor | None]]:  # fmt: skip
-        """The embeddings and the layers: x [T, C], or with `first_only` the rows of each sequence's first token [B, C];
-        and [B, S, C] of what goes into each layer, None where it is not wanted; and of what goes into the last
-        LayerNorm, where that is the last of the states."""
+        """(x, states) of the embeddings and the layers: x [T, C], or with `first_only` the first token's row of each
+        sequence [B, C]. states: the input [B, S, C] of each layer, None if its number is not in `wanted`; and the input
+        of the last norm if that is the last hidden state."""
         states: list[Tensor | None] = []
 
         def shown(x: Tensor) -> Tensor:
@@ -292,7 +277,7 @@ class EncoderForward(Forward):
             return x
 
         x = embeddings(self.module, self.facts, shared, seen, given)
-        layers, to_first = list(self.layers()), None  # the number of the layer that computes first tokens alone
+        layers, to_first = list(self.layers()), None  # to_first: number of the layer that computes first tokens only
         if wanted is None and shared.infers:
             but_last = first_only and shared.batch.total_tokens > FEW_TOKENS
             y = in_one_call(x, self.in_order(seen)[: len(layers) - but_last], shared)
@@ -315,11 +300,12 @@ class EncoderForward(Forward):
         return only_once(x, self.impl), states
 
     def in_order(self, seen: Seen) -> list[Layer | None]:
-        """The descriptions of the layers as they run, None of one in a wrapper: who calls that has to be called."""
+        """The descriptions of the layers in the order of execution; None for a layer in a wrapper, which has to be
+        called."""
         return [seen.layers.get(layer) for _, layer in self.layers()]
 
     def may_run_in_one_call(self) -> bool:
-        """Whether all layers are ever run in one call, for a batch of a token at least."""
+        """Whether all layers of some batch run in one C++ call; the smallest batch is tried, of one token."""
         parameter, seen = next(self.module.parameters()), self.look()
         if seen.reason is not None or self.facts.relative:
             return False
@@ -330,11 +316,11 @@ class EncoderForward(Forward):
         )  # fmt: skip
 
     def finish(self, last_hidden_state: Tensor, states: list[Tensor | None], given: dict[str, Any]):
-        """transformers' output of the last hidden state [B, S, C], or its first column [B, 1, C] where nothing else is
-        read, and of what went into each layer."""
+        """transformers' output object. last_hidden_state: [B, S, C], or [B, 1, C] if only its first column is read;
+        states: those of `run`."""
         encoder, facts = self.module, self.facts
         if last_hidden_state.is_cuda and torch.is_autocast_enabled("cuda") and last_hidden_state.dtype != torch.float64:
-            last_hidden_state = last_hidden_state.float()  # what the original's last LayerNorm returns
+            last_hidden_state = last_hidden_state.float()  # the original's last LayerNorm returns float32
         fields = {"last_hidden_state": last_hidden_state}
         if getattr(encoder, "pooler", None) is not None:
             if facts.pooler_activation is None:
@@ -362,8 +348,8 @@ class EncoderForward(Forward):
         return getattr(transformers.modeling_outputs, self.facts.output)(**fields)
 
     def pack(self, given: dict[str, Any], rows: Rows, seen: Seen) -> Pass:
-        """The batch without the rows that nobody reads. While a graph is traced a full batch stays [B, S] too, so that
-        its lengths are shapes and not data."""
+        """The batch of the rows that are computed. Under torch.compile even a batch without padding stays [B, S], so
+        that its lengths are shapes rather than data."""
         ids, embeds, positions = given.get("input_ids"), given.get("inputs_embeds"), given.get("position_ids")
         height, width = (ids if embeds is None else embeds).shape[:2]
         if positions is None and self.facts.positions == "after_padding_idx":
@@ -376,7 +362,7 @@ class EncoderForward(Forward):
         )
         compiling, trains = torch.compiler.is_compiling(), torch.is_grad_enabled()
         impl = F.choose_impl(self.impl, batch.positions.device)
-        # all rows with a mask in one call, but for kernels that go by the keys of each sequence
+        # Attention over all rows takes one call with a mask. Triton kernels instead take the keys of each sequence.
         everywhere = compiling or self.facts.relative or impl != "triton"
         masked = rows.padding and rows.queries is None and everywhere
         shared = Pass(
@@ -397,11 +383,11 @@ class EncoderForward(Forward):
         return shared.dropping() if (seen.drops if compiling else self.drops(seen)) else shared
 
     def is_eager(self) -> bool:
-        """Is the original's attention made of plain products, which may be differentiated twice?"""
+        """Whether the original computes attention by plain products, which can be differentiated twice."""
         return self.module.config._attn_implementation in ("eager", None)
 
     def drops(self, seen: Seen) -> bool:
-        """Is anything dropped? If not, nothing is drawn from torch's generator, as in the original."""
+        """Whether a dropout is on. If not, no seed is drawn from torch's generator, as in the original."""
         if not any(module.training for module in seen.dropouts):
             return False
         if self.facts.dropout is not None and probability(at(self.module, self.facts.dropout)):
@@ -415,7 +401,7 @@ def is_layer(module: nn.Module) -> bool:
 
 @torch.compiler.assume_constant_result
 def constants(forward: EncoderForward) -> tuple:
-    """What the code of a traced pass depends on: `Seen` without modules, `watch` and `settings`."""
-    seen = look(forward.module, forward.facts, is_layer)
+    """The fields of `Seen` that are constants under torch.compile: without modules, `watch` and `settings`."""
+    seen = forward.inspect()
     drops = seen.reason is None and forward.drops(seen)
     return seen.reason, seen.whole, seen.pools, (), None, seen.tables, seen.norm, seen.final_norm, seen.project, drops

@@ -1,4 +1,4 @@
-"""explain: what was replaced in a model, by what, what is computed at padding, and why anything was left alone."""
+"""explain: which modules of a model are accelerated and how, what is computed at padding, and why others are not."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ import torch.nn as nn
 from .. import functional as F
 from . import sentence, torch_layers
 from .encoder import EncoderForward
-from .facts import Family
+from .facts import Family, at, has
 from .find import TORCH, family_of, why_left, why_left_torch
 from .forward import Forward
 from .graphs import GraphedEncoderForward
 from .heads import HeadForward
 from .padding import ZEROS
-from .parts import at, has, not_plain, plain_table
+from .parts import not_plain, plain_table
 from .plain import by_token
 
 
 @dataclass
 class Report:
-    """What `explain` found: `replaced` and `left`, each {path: what}. Printed, one line each."""
+    """The result of `explain`. replaced, left: path of a module -> how it is computed, or why it is left alone. Printed
+    with a line for each."""
 
     model: str
     replaced: dict[str, str] = field(default_factory=dict)
@@ -36,10 +37,9 @@ class Report:
 
 
 def explain(model: nn.Module) -> Report:
-    """What was replaced in `model`, by what, and why anything was left alone, module by module.
+    """Which modules of `model` are accelerated, how, and why others are left alone.
 
-    An accelerated model gives the original's numbers, within rounding, on every tensor that it returns and to
-    everything that listens; where it cannot, the original's code runs, and that is said here with the number of calls.
+    The report also counts the calls that ran the model's own code, with the reasons: see `accelerate`.
     """
     report = Report(type(model).__name__)
     for path, module in model.named_modules():
@@ -49,9 +49,9 @@ def explain(model: nn.Module) -> Report:
         if isinstance(forward, EncoderForward):
             _explain_encoder(report, path, forward)
         elif isinstance(forward, (HeadForward, sentence.PooledForward)):
-            report.left[name] = f"{type(module).__name__}: its own code; {forward.says()}"
+            report.left[name] = f"{type(module).__name__}: its own code; {forward.summary()}"
         elif isinstance(forward, torch_layers.TorchForward):
-            report.replaced[name] = f"{type(module).__name__}: {forward.says()}"
+            report.replaced[name] = f"{type(module).__name__}: {forward.summary()}"
             _explain_calls(report, name, forward)
         elif any(isinstance(module, kind) for kind in TORCH) and not _inside(report, path):
             report.left[name] = f"{type(module).__name__}: {why_left_torch(module) or 'not accelerated'}"
@@ -59,7 +59,7 @@ def explain(model: nn.Module) -> Report:
             report.left[name] = f"{type(module).__name__}: {why_left(module, family) or 'not accelerated'}"
         compiled = getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
         if compiled and any(isinstance(m.__dict__.get("forward"), Forward) for m in module.modules()):
-            report.left[f"{name}, under torch.compile"] = "padding stays: how much there is, no graph can ask"
+            report.left[f"{name}, under torch.compile"] = "padding is kept: the number of tokens depends on data"
     if not report.replaced and not report.left:
         report.left["(the model)"] = (
             f"{type(model).__name__}: nothing in it is in the table of known models; fastbert.register_attention() "
@@ -79,22 +79,21 @@ def _explain_encoder(report: Report, path: str, forward: EncoderForward) -> None
     report.replaced[own] = (
         f"{type(encoder).__name__}: unpads once, pads once; impl={impl}"
         + (f"; {forward.graphs.summary()}" if isinstance(forward, GraphedEncoderForward) else "")
-        + ("; inference runs all layers in one C++ call where that is ahead" if forward.may_run_in_one_call() else "")
+        + ("; inference runs all layers in one C++ call if that is faster" if forward.may_run_in_one_call() else "")
         + f"; padding: {_padding(forward)}"
     )
     if (reason := forward.look().reason) is not None:
         report.left[f"{own}, as it is now"] = f"runs its own code: {reason}"
-    tables = [at(encoder, path) for path in family.tables]
     if family.called is not None:
         report.left[name("embeddings")] = "called as they are, on [batch, tokens] with its padding"
-    elif family.position is not None and family.norm is not None and all(map(plain_table, tables)):
+    elif family.fuses_tables and all(plain_table(at(encoder, path)) for path in family.tables):
         report.replaced[name(family.word.rpartition(".")[0])] = "embedding_layer_norm"
     elif family.norm is None and family.word is not None and len(family.tables) == 1:
         report.left[name(family.word)] = "called with the tokens alone"
     else:
         report.left[name(family.word.rpartition(".")[0])] = "tables are called one by one, then add_layer_norm"
     if getattr(encoder, "pooler", None) is not None:
-        report.left[name("pooler")] = f"{type(encoder.pooler).__name__}: its own code, of the first token"
+        report.left[name("pooler")] = f"{type(encoder.pooler).__name__}: its own code"
     paths = {id(module): p for p, module in encoder.named_modules()}
     for layer in {id(layer): layer for _, layer in forward.layers()}.values():
         parts = (*family.layer.linears, *family.layer.norms, family.layer.activation)
@@ -109,14 +108,14 @@ def _padding(forward: EncoderForward) -> str:
     if forward.padding == "exact":
         return "computed as the original does"
     if forward.padding == "zero":
-        return 'zeros, as padding="zero" asks, but where the code of a head needs it'
+        return 'zeros, as padding="zero" asks, except in rows that a head reads'
     if forward.bare:
-        return f"{ZEROS}; computed where a masked token is none of padding"
-    return "computed as the original does, but for heads and poolings that are known not to read it, which get zeros"
+        return f"{ZEROS}; computed if a token other than padding is masked"
+    return "computed as the original does, except below heads and poolings that are known not to read it"
 
 
 def _explain_sentence(report: Report, path: str, module: nn.Module) -> None:
-    kind = sentence.kind_of(module)
+    kind = sentence.model_kind(module)
     if kind is None:
         return
     name = f"{path}.{sentence.PUBLIC[kind]}" if path else sentence.PUBLIC[kind]
@@ -142,7 +141,7 @@ def _explain_calls(report: Report, name: str, forward: Forward) -> None:
 
 
 def _inside(report: Report, path: str) -> bool:
-    """Is a module above this one replaced?"""
+    """Whether a module above this one is replaced."""
     return any(done == "(the model)" or path.startswith(done + ".") for done in report.replaced)
 
 

@@ -1,6 +1,7 @@
-"""What has to be known of a model to run it packed. The models themselves are rows of `families.py`.
+"""The facts about a model that are needed to run it packed. The models themselves are rows of `families.py`.
 
-Paths are attributes from the encoder (`Family`) or from one of its layers (`Layer`), as transformers names them.
+A path is a chain of attributes, as transformers names them, from the encoder (in `Family`) or from a layer (in
+`Layer`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from ..stack.description import NormKind
 
 
 def at(module: Any, path: str) -> Any:
-    """The attribute of an attribute: at(layer, "attention.self.query"); of "" the module itself."""
+    """The attribute at a path, such as at(layer, "attention.self.query"); the module itself for ""."""
     for name in path.split(".") if path else ():
         module = getattr(module, name)
     return module
@@ -30,13 +31,13 @@ def has(module: Any, path: str) -> bool:
 
 @dataclass(frozen=True)
 class Distances:
-    """Where a layer has what makes its scores look at distances between tokens (DeBERTa): paths from the layer.
+    """Paths of DeBERTa's relative positions, from the layer.
 
     Attributes:
-        key, query: the projections of the table of distances to keys and to queries; each may be missing in a layer.
-        dropout: on the table, anew in every layer.
-        terms: which of the two terms there are: "c2p", content to position, and "p2c", position to content.
-        shares: whether the layer's own projections of key and query stand in for `key` and `query`.
+        key, query: the projections of the table of distances to keys and to queries; a layer may lack either.
+        dropout: the dropout on the table, drawn in every layer.
+        terms: the setting that lists the terms of the scores: "c2p" (content to position), "p2c" (position to content).
+        shares: the setting by which the layer's own key and query projections are used in place of `key` and `query`.
     """
 
     key: str
@@ -48,34 +49,33 @@ class Distances:
 
 @dataclass(frozen=True)
 class Layer:
-    """Where the parts of a layer are. A path of None: the family has no such part.
+    """Paths of the parts and settings of a layer. None: the family has no such part.
 
     Attributes:
-        modules: the modules that are walked past, and never called: path -> names of transformers' class for it. The
-            layer itself is "". Any other class, or one with a method of its own, is somebody's own.
-        qkv: the projections of attention: three linear layers, or one that makes q, k, v together.
-        head_dim: where the width of a head is written.
-        probs_dropout: nn.Dropout, or its probability, on the attention probabilities.
-        probs_switch: the module whose training mode turns that on; None: the dropout module's own.
-        scale: where the factor of the scores is written, which must be the inverse root of the head's width unless
-            `any_scale` says otherwise.
-        causal: where it is written that a token sees no later one, which must be off but in a `Family.decoder`.
-        reach: where a layer with a window has its own, one more than the tokens that it sees on a side.
-        out, out_dropout, out_norm: the linear layer after attention, the dropout on it, the LayerNorm of that block.
-        up, activation, inner_dropout, down, down_dropout, down_norm: the same of the feed-forward block.
-        activation_name: where `activation` is None, a function in the layer's own code: the operators' name for it.
-        pre_norm: the LayerNorms come first in their blocks (x = x + f(norm(x))) rather than last.
-        gated: `up` makes two halves, act(first) * second.
-        gate: of a gated block whose halves are two linear layers, the first: act(gate(x)) * up(x).
-        rotates: q and k are rotated by their positions, all layers in the same way.
-        attention_type: with rotary positions, where it is written which rotation and window the layer has.
-        number: where the layer's number is written, by which its attention's config.layer_types says the same.
-        rotary: the module that makes the rotation's tables, where every layer has one of its own.
-        distances: what makes the scores look at distances between tokens, by a table of the encoder.
-        norm: what the norms are; None: torch's LayerNorm.
-        q_norm, k_norm: norms of q and k; norms_heads: of each head by itself, rather than of all heads of a token.
-        after_out, after_down: norms of what each block adds to the hidden states, of pre-norm layers.
-        divisor: where it is written what each block of a pre-norm layer divides that by.
+        modules: the bypassed modules: path -> names of transformers' class for it; "" is the layer itself. A module of
+            another class, or with another method, runs the original's code.
+        qkv: the projections of attention: three linear layers, or a single one that makes q, k and v.
+        head_dim: the width of a head.
+        probs_dropout: the nn.Dropout on the attention probabilities, or its probability.
+        probs_switch: the module whose training mode turns that dropout on; None for the dropout module itself.
+        scale: the factor of the scores, which must be 1 / sqrt(head_dim) unless `any_scale`.
+        causal: the setting by which a token sees no later ones; it must be off except in a `Family.decoder`.
+        reach: the window of a layer, which is one more than the tokens that it sees on a side.
+        out, out_dropout, out_norm: the linear layer after attention, the dropout on its output, the block's LayerNorm.
+        up, activation, inner_dropout, down, down_dropout, down_norm: the same for the feed-forward block.
+        activation_name: if `activation` is None, the layer's code calls a function: the operators' name for it.
+        pre_norm: whether the LayerNorms come first in their blocks, x = x + f(norm(x)), rather than last.
+        gated: whether `up` makes two halves, act(first) * second.
+        gate: in a gated block with two linear layers, the one of the activation: act(gate(x)) * up(x).
+        rotates: whether q and k are rotated by their positions, in the same way in all layers.
+        attention_type: with rotary positions, the setting that tells which rotation and window the layer has.
+        number: the layer's number, at which config.layer_types tells the same.
+        rotary: the module that computes the rotary tables, if every layer has one.
+        distances: the relative positions, which need a table of the encoder.
+        norm: the kind of the norms; None for torch's LayerNorm.
+        q_norm, k_norm: norms of q and k. norms_heads: whether they normalise each head by itself, or all of a token.
+        after_out, after_down: in pre-norm layers, norms of a block's result before it is added to the hidden states.
+        divisor: in pre-norm layers, a number by which a block's result is divided.
         bias: the module whose `compute_bias` gives the layer's own bias of the scores.
     """
 
@@ -121,7 +121,7 @@ class Layer:
 
     @property
     def linears(self) -> tuple[str, ...]:
-        """`gate` comes last, where there is one."""
+        """The paths of the linear layers; `gate` comes last if there is one."""
         return (*self.qkv, self.out, self.up, self.down, *filter(None, [self.gate]))
 
     @property
@@ -131,7 +131,7 @@ class Layer:
 
     @property
     def dropouts(self) -> tuple[str, ...]:
-        """Those on hidden states, and the one on probabilities where it is a module."""
+        """The dropouts on probabilities and on hidden states; the first one may be a number."""
         paths = (self.probs_dropout, self.out_dropout, self.inner_dropout, self.down_dropout)
         return tuple(path for path in paths if path is not None)
 
@@ -141,48 +141,47 @@ BUFFERS = {"embeddings.position_ids": "columns", "embeddings.token_type_ids": "z
 
 @dataclass(frozen=True)
 class Family:
-    """Where the parts of an encoder are, and what its token positions mean.
+    """Paths of the parts of an encoder, and how it computes positions, masks and outputs.
 
     Attributes:
         layer: the parts of a layer.
-        modules: as in `Layer`; those of the encoder around its layers.
-        buffers: of the embeddings, and what they hold: "columns" (0, 1, 2, ...) or "zeros".
-        pooler: names of the class of a pooler that reads each sequence's first column and no other.
-        layers: the list of layers; with `groups` a list of groups that hold them, shared by many (ALBERT).
+        output: transformers' class of the encoder's output.
+        modules: as in `Layer`, for the encoder around its layers.
+        buffers: path -> content of the embeddings' buffers: "columns" (0, 1, 2, ...) or "zeros".
+        pooler: class names of a pooler that reads only the first column of each sequence.
+        layers: the list of layers; with `groups` a list of groups of layers that are shared (ALBERT).
         word, position, token_type: the embedding tables. An encoder may have None in place of one.
         norm, dropout: of the sum of the tables.
-        called: the embeddings are called as they are, on [batch, tokens], and no table of theirs is named here: what
-            their forward is given of the encoder's arguments -> the shape, after [batch, tokens], of the zeros that
-            stand for an argument that is not given, where a name is how many entries the config has under it; None
-            where nothing stands for it. Without "inputs_embeds" these go into the layers past the embeddings. None:
-            they are taken apart.
-        project: a linear layer from the embeddings' width to the layers'; absent where the two are equal.
-        positions: "column": a token's column in the padded batch; "after_padding_idx": it counts the ids that are
-            not padding, from padding_idx + 1 on; "rotary": no table, q and k are rotated.
-        position_type: what `config.position_embedding_type` says of it, or would say where it is not written.
-        distances: the encoder that has the table of distances, which the layers' `distances` project (DeBERTa).
-        masks_embeddings: the embeddings of padding are zeros.
-        word_class: transformers' class of the word table, where it is no nn.Embedding and called with tokens [T].
-        bias: the module whose `relative_attention_bias` table gives every layer's attention bias (MPNet, T5).
+        called: for encoders whose embeddings are called as they are, on [batch, tokens], in place of the tables above:
+            name of an argument of their forward -> the shape after [batch, tokens] of the zeros that replace a missing
+            argument (a name in it stands for the length of that config entry), or None if nothing replaces it.
+            inputs_embeds bypass the embeddings unless they are named here.
+        project: a linear layer from the embeddings' width to the layers'; absent if both are equal.
+        positions: "column": a token's column in the padded batch; "after_padding_idx": ids other than padding are
+            counted from padding_idx + 1; "rotary": no table, q and k are rotated.
+        position_type: what `config.position_embedding_type` must be, with "absolute" as its default.
+        bias: the module with the table `relative_attention_bias` for the attention bias of all layers (MPNet, T5).
+        distances: the module with the table of distances that the layers' `distances` project (DeBERTa).
+        masks_embeddings: whether the embeddings of padding are zeros.
+        word_class: transformers' class of the word table if that is no nn.Embedding; it is called with tokens [T].
         final_norm: a norm after the last layer, of the kind of the layers' norms.
-        final_dropout: a dropout after that.
-        last_state_normed: the last of the hidden states is the output, rather than what goes into `final_norm`.
-        ignores_rest: layers after the first `config.num_hidden_layers` of the list do not run.
-        tables_of_rotation: with rotary positions, the module that makes the tables of all layers.
+        final_dropout: a dropout after that norm.
+        decoder: whether tokens see no later ones, as the layers' `causal` and config.is_causal say. Only the model's
+            own code can return a cache.
+        sees_less: the tokens that a layer with a window sees on a side are config.sliding_window less this number.
+        slides: whether all layers have that window unless config.sliding_window is None.
+        passes: transformers' classes that call the encoder and return its output.
+        first_column: whether the first column may be read even if it is padding.
+        half_clamped: whether the layers clamp overflowing values in float16; the original's code runs such calls.
+        refuses_cache: whether the original raises an error for use_cache=True.
+        variant: (name of a setting of the config, the facts if that setting is on).
+        last_state_normed: whether the last hidden state is the output, rather than the input of `final_norm`.
+        pooler_activation: the activation of a pooler that is a linear layer of the first token.
+        tuple_keeps_pooler: whether a returned tuple has a place for the pooler's output even without a pooler.
+        tables_of_rotation: with rotary positions, the module that computes the rotary tables of all layers.
         unused: modules that the encoder's own forward does not call.
-        decoder: its tokens may see no later ones, as the layers' `causal` and config.is_causal say, and it may return a
-            cache, which only its own code makes.
-        sees_less: how many tokens less than config.sliding_window a layer with a window sees on a side.
-        slides: all layers have that window, unless config.sliding_window is None.
-        passes: transformers' classes that call the encoder and return what it returns.
-        first_column: what is above the encoder may read the first column even where it is padding.
-        half_clamped: its layers clamp what overflows in float16, which they leave to their own code.
-        refuses_cache: its own code raises where use_cache=True is given.
-        variant: (a setting of the config, the facts where that is on).
-        heads: transformers' heads over this encoder read it as BERT's of the same name do.
-        output: transformers' class of what the encoder returns.
-        pooler_activation: the pooler is a linear layer of the first token, and this its activation.
-        tuple_keeps_pooler: in a returned tuple the pooler's place is there even where there is no pooler.
+        ignores_rest: whether layers after the first `config.num_hidden_layers` of the list do not run.
+        heads: whether transformers' heads of this family read the encoder's output as BERT's do.
     """
 
     layer: Layer
@@ -225,12 +224,17 @@ class Family:
 
     @property
     def tables(self) -> tuple[str, ...]:
-        """The embedding tables that are looked up in."""
+        """The paths of the embedding tables."""
         return tuple(filter(None, (self.word, self.position, self.token_type)))
 
     @property
+    def fuses_tables(self) -> bool:
+        """Whether the embeddings can be one operator, if all tables are plain."""
+        return self.position is not None and self.norm is not None
+
+    @property
     def around(self) -> tuple[tuple[str | None, type[nn.Module], NormKind | None], ...]:
-        """(path, torch's class, kind of norm) of what is around the layers: `norm`, `final_norm` and `project`."""
+        """(path, torch's class, kind of norm) of `norm`, `final_norm` and `project`."""
         return (
             (self.norm, nn.LayerNorm, self.layer.norm),
             (self.final_norm, nn.LayerNorm, self.layer.norm),
@@ -239,11 +243,11 @@ class Family:
 
     @property
     def anywhere(self) -> bool:
-        """Has a text the same values in whichever column of a batch it begins?"""
+        """Whether the values of a text do not depend on the column in which it begins."""
         return self.called is None and (self.position is None or self.positions != "column")
 
     @property
     def relative(self) -> bool:
-        """Does attention look at distances between tokens?"""
+        """Whether attention depends on distances between tokens."""
         own = self.bias is not None or self.layer.bias is not None
         return own or self.distances is not None or self.positions == "rotary"

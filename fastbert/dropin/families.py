@@ -1,8 +1,8 @@
-"""The encoders of transformers that are known: one row each, and nothing else about any of them anywhere. The rows of
-the structure of Llama and of T5 are in `families_rms.py`.
+"""The table of known encoders of transformers: a row holds all that is known of a family. Rows with the structure of
+Llama and T5 are in `families_rms.py`.
 
-A row counts only where every parameter and buffer of the encoder is accounted for by it; a model whose config adds a
-table or a layer that the row does not name is left alone, and `explain` says what was found.
+A row applies only if it accounts for every parameter and buffer of the encoder. A model whose config adds a table or a
+layer is left alone, and `explain` names it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .families_rms import RMS_FAMILIES
 
 
 def _attention(path: str) -> dict[str, str]:
-    """What transformers' attention modules have in common, where they take their function from its interface."""
+    """The common paths of transformers' attention modules that use its attention interface."""
     return {
         "head_dim": f"{path}.attention_head_size",
         "probs_switch": path,
@@ -49,9 +49,9 @@ def _bert_layer(name: str, **different: Any) -> Layer:
     return replace(layer, **different)
 
 
-# attention that is plain products in the layer's own code: its dropout is a module that is called
+# attention without that interface: the layer's own code multiplies, and calls the dropout module
 _EAGER = {"probs_switch": None, "scale": None, "causal": None}
-# attention that takes the probability from a number beside the dropout module
+# attention that reads the dropout probability from a number rather than the dropout module
 _NUMBER = {"probs_dropout": "attention.self.attention_dropout"}
 
 
@@ -152,7 +152,7 @@ _DEBERTA_V2_LAYER = _bert_layer(
 
 
 def _rotary_layer(name: str, up: str, down: str, **different: Any) -> Layer:
-    """A post-norm layer whose q and k are rotated: Nomic BERT, GTE, Jina's third."""
+    """A post-norm layer with rotary positions: Nomic BERT, GTE, Jina embeddings v3."""
     layer = Layer(
         modules={"": (f"{name}Layer",), "self_attn": (f"{name}Attention",), "mlp": (f"{name}MLP",)},
         qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -179,7 +179,7 @@ _PLAIN_POOLED = "BaseModelOutputWithPooling"
 
 
 def _around(name: str) -> dict[str, Any]:
-    """What is around the layers, in most families."""
+    """The modules around the layers, in most families."""
     return {
         "modules": {"embeddings": (f"{name}Embeddings",), "encoder": (f"{name}Encoder",)},
         "pooler": (f"{name}Pooler",),
@@ -213,12 +213,11 @@ def _rotary(name: str, layer: Layer, **different: Any) -> Family:
     )
 
 
-# what the embeddings of these are given beside ids and positions
-_TYPES = {"token_type_ids": None}
+_TYPES = {"token_type_ids": None}  # for `Family.called`
 
 
 def _called(name: str, output: str, called: dict[str, tuple[int | str, ...] | None], layer: dict[str, Any]) -> Family:
-    """Its embeddings are called as they are."""
+    """A family whose embeddings are called as they are."""
     return Family(
         _bert_layer(name, **layer),
         output=output,
@@ -292,7 +291,7 @@ FAMILIES = {
         distances="encoder",
         masks_embeddings=True,
     ),
-    "ErnieModel": _bert("Ernie"),  # with task ids it has a table that this row does not know
+    "ErnieModel": _bert("Ernie"),  # with task ids it has a table that this row does not name, and is left alone
     "Data2VecTextModel": _roberta("Data2VecText"),
     "RemBertModel": _bert("RemBert", layer=_EAGER, project="encoder.embedding_hidden_mapping_in"),
     "SplinterModel": _bert("Splinter", "BaseModelOutput", _NUMBER, pooler=(), heads=False),
@@ -348,7 +347,7 @@ FAMILIES = {
             | _pre_norm("attention.LayerNorm", "LayerNorm")
             | {"probs_switch": "attention.self", "activation": None, "activation_name": "gelu", "rotates": True},
         ),
-        called={"position_ids": None, "attention_mask": None},  # inputs_embeds go past its embeddings
+        called={"position_ids": None, "attention_mask": None},  # inputs_embeds bypass its embeddings
         positions="rotary",
         position_type="rotary",
         tables_of_rotation="rotary_embeddings",
@@ -367,7 +366,7 @@ FAMILIES = {
     **RMS_FAMILIES,
 }
 
-# under transformers 4: those that were compared with it, and what is different there
+# the families that were compared with transformers 4, and what is different there
 _OF_4 = (
     "BertModel", "RobertaModel", "XLMRobertaModel", "CamembertModel", "ElectraModel", "DistilBertModel", "AlbertModel",
     "MPNetModel",

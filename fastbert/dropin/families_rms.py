@@ -1,7 +1,6 @@
-"""Rows of `families.py`: pre-norm encoders and decoders of the structure of Llama, and T5's encoders.
+"""Rows of `families.py`: pre-norm encoders and decoders with the structure of Llama, and T5's encoders.
 
-A decoder is one that texts are embedded or reranked with: its tokens see no later ones, and it generates by its own
-code.
+The decoders embed or rerank texts: their tokens see no later ones. Generating runs the model's own code.
 """
 
 from __future__ import annotations
@@ -17,9 +16,8 @@ def _rms(name: str) -> NormKind:
     return NormKind((f"{name}RMSNorm",), eps="variance_epsilon")
 
 
-# norms of q and k
 _QK_NORMS = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
-# config.layer_types says which layers have a window, and the attention has its own width of it
+# config.layer_types says which layers have a window; the attention module holds its width
 _TYPES = {"number": "self_attn.layer_idx", "reach": "self_attn.sliding_window"}
 
 
@@ -74,7 +72,7 @@ def _decoder(layer: Layer, **different: Any) -> Family:
 
 
 def _t5(name: str, layer: dict[str, Any], **different: Any) -> Family:
-    """The encoder of the structure of T5; its feed-forward blocks are gated where the config says so."""
+    """An encoder with the structure of T5. Its feed-forward blocks are gated if config.is_gated_act."""
 
     def of(suffix: str, feed_forward: dict[str, Any]) -> Family:
         own = Layer(

@@ -1,16 +1,17 @@
-"""What is known in a model: encoders of transformers, modules of torch; and why one of them is left alone."""
+"""Finds known modules in a model (encoders of transformers, modules of torch), and says why one is left alone."""
 
 from __future__ import annotations
 
 import torch.nn as nn
 
 from . import torch_layers
+from .checks import why_every_call, why_lists
 from .facts import Family, has
 from .families import FAMILIES, FAMILIES_OF_4
 from .forward import Forward
 from .kinds import TRANSFORMERS
-from .own import why_own
-from .parts import layers_of, why_every_call, why_lists
+from .original import why_not_original
+from .parts import layers_of
 
 # torch's modules and their forwards, outermost first
 TORCH = {
@@ -18,12 +19,12 @@ TORCH = {
     nn.TransformerEncoderLayer: torch_layers.TorchLayerForward,
     nn.MultiheadAttention: torch_layers.AttentionForward,
 }
-# whose modules pass on what they are given, and give back what they get
+# libraries whose modules pass their arguments on to the module that they wrap, and return its output
 WRAPPERS = ("torch.nn.parallel.", "torch.distributed.", "torch._dynamo.", "torch.optim.swa_utils", "peft.")
 
 
 def family_of(module: nn.Module) -> Family | None:
-    """The facts of this very class, or of one it derives from without a forward of its own."""
+    """The facts of a module's class, or of the class whose forward it inherits; None if it is not known."""
     for cls in type(module).__mro__:
         if cls.__name__ in FAMILIES and cls.__module__.startswith("transformers.models."):
             import transformers
@@ -37,16 +38,17 @@ def family_of(module: nn.Module) -> Family | None:
 
 
 def is_bare(model: nn.Module, encoder: nn.Module, passes: tuple[str, ...] = ()) -> bool:
-    """Is nothing but wrappers around an encoder in `model`, so that its caller reads what it returns? passes: names of
-    transformers' classes that are such wrappers of this encoder."""
+    """Whether `model` is the encoder or wrappers of it, so that the user's code reads the encoder's output. passes:
+    names of transformers' classes that are such wrappers."""
     above = [m for m in model.modules() if m is not encoder and any(inner is encoder for inner in m.modules())]
     return all(
-        type(m).__module__.startswith(WRAPPERS) or (passes and not why_own(m, passes, TRANSFORMERS)) for m in above
+        type(m).__module__.startswith(WRAPPERS) or (passes and not why_not_original(m, passes, TRANSFORMERS))
+        for m in above
     )
 
 
 def why_left(encoder: nn.Module, family: Family) -> str | None:
-    """Why an encoder of a known family cannot be replaced, or None."""
+    """Why an encoder of a known family cannot be accelerated, or None."""
     if "forward" in encoder.__dict__ and not isinstance(encoder.__dict__["forward"], Forward):
         return "its forward was replaced already"
     config = encoder.config
@@ -55,9 +57,9 @@ def why_left(encoder: nn.Module, family: Family) -> str | None:
     kind = getattr(config, "position_embedding_type", None) or "absolute"
     if kind != family.position_type:
         return f"its positions are {kind}"
-    facts, own_tables = family.layer, family.layer.rotary is not None  # every layer makes those of its rotation
+    facts, own_tables = family.layer, family.layer.rotary is not None  # own_tables: each layer makes its rotary tables
     if own_tables and config._attn_implementation == "flash_attention_2":
-        return "its flash_attention_2 runs packed already, and rotates in its own way"
+        return "its flash_attention_2 runs packed already, and rotates differently"
     paths = [family.layers, *family.tables, family.norm, family.dropout, family.final_norm, family.bias]
     paths += [family.tables_of_rotation if family.positions == "rotary" and not own_tables else None]
     for path in (*paths, *family.modules):
@@ -72,7 +74,7 @@ def why_left(encoder: nn.Module, family: Family) -> str | None:
     paths = {module: path for path, module in encoder.named_modules()}
     for _, layer in layers_of(encoder, family):
         if facts.kind not in (cls.__name__ for cls in type(layer).__mro__):
-            return f"a {type(layer).__name__} came in place of a {facts.kind}"
+            return f"a {type(layer).__name__} is in place of a {facts.kind}"
         for path in parts:
             if path is not None and not has(layer, path):
                 return f"this version of transformers has no {path} in a {facts.kind}"
@@ -81,7 +83,7 @@ def why_left(encoder: nn.Module, family: Family) -> str | None:
 
 
 def why_left_torch(module: nn.Module) -> str | None:
-    """Why a module is not replaced by what `TORCH` has for it, or None."""
+    """Why a module of torch cannot be accelerated, or None."""
     kind = next((kind for kind in TORCH if isinstance(module, kind)), None)
     if kind is None:
         return "it is not torch's own"

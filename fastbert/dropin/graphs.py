@@ -1,4 +1,4 @@
-"""transformers' encoders by CUDA graphs: which calls are replayed, and how their batch is packed for it."""
+"""transformers' encoders by CUDA graphs: which calls are replayed, and how their batches are packed."""
 
 from __future__ import annotations
 
@@ -9,40 +9,30 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from .. import functional as F
 from ..inference.graphs import Graphs
 from ..packing import PackedBatch
 from ..stack.shared import Pass
-from . import facts as table
 from .embeddings import count_positions, position_tables
 from .encoder import EncoderForward
 from .facts import at, has
+from .inspection import Seen
 from .kinds import why_not_plain_norm
-from .own import why_not_here
-from .padding import Policy
-from .parts import Seen, not_plain, plain_table
+from .original import why_not_here
+from .parts import not_plain, plain_table
 from .plain import why_not_plain
 
 
 class GraphedEncoderForward(EncoderForward):
-    """The encoder by replays of `graphs`; a call that cannot be replayed runs as it would without them."""
+    """An encoder that replays `graphs`. A call that cannot be replayed runs as without them."""
 
-    def __init__(
-        self,
-        encoder: nn.Module,
-        facts: table.Family,
-        impl: F.Impl | None,
-        padding: Policy,
-        bare: bool,
-        graphs: Graphs,
-    ):
-        super().__init__(encoder, facts, impl, padding, bare)
+    def __init__(self, *args: Any, graphs: Graphs):
+        super().__init__(*args)
         self.graphs: Graphs | None = graphs
-        self.recorded: Seen | None = None  # what was known of the encoder when recordings began
+        self.recorded: Seen | None = None  # the inspection that the recordings were made with
 
-    def over(self, replica: nn.Module) -> GraphedEncoderForward:
-        forward = super().over(replica)
-        forward.graphs = None  # a replica lives for one call
+    def for_replica(self, replica: nn.Module) -> GraphedEncoderForward:
+        forward = super().for_replica(replica)
+        forward.graphs = None  # a replica exists for one call only
         return forward
 
     def __getstate__(self) -> dict[str, Any]:
@@ -57,7 +47,7 @@ class GraphedEncoderForward(EncoderForward):
         return self.finish(batch.pad(x), [], given)
 
     def replay(self, given: dict[str, Any]) -> tuple[Tensor, PackedBatch] | None:
-        """(x [T, C], the batch) by a recording of `graphs`, or None: it runs as it would without them."""
+        """(x [T, C], the batch) by a recording of `graphs`; None if the call has to run without one."""
         graphs = self.graphs
         if graphs is None or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return None
@@ -73,7 +63,7 @@ class GraphedEncoderForward(EncoderForward):
         seen = self.seen
 
         def prepare(max_seqlen: int):
-            # they depend on no batch: made once
+            # made once, since they do not depend on the batch
             tables = position_tables(self.module, self.facts, max_seqlen, graphs.device)
             return lambda batch: self.run(
                 Pass(batch, None, self.impl, layers=seen.layers, **tables).scheduled(), seen, {}
@@ -91,7 +81,7 @@ class GraphedEncoderForward(EncoderForward):
         if not isinstance(ids, Tensor):
             return "there are no input_ids"
         if self.asked(given, "output_hidden_states"):
-            return "output_hidden_states was asked for"
+            return "the call returns hidden states"
         seen = self.look()
         if not (self.graphs.is_same() and seen is self.recorded):
             if reason := seen.reason or self.why_not_recorded():
@@ -102,7 +92,7 @@ class GraphedEncoderForward(EncoderForward):
         return self.why_not_given(given, seen.settings)
 
     def why_not_recorded(self) -> str | None:
-        """A recording keeps what the Python code of a module did once: nothing with code of its own is in it."""
+        """Why the encoder cannot be recorded, or None. A replay runs no Python code, so every part has to be fused."""
         encoder, facts = self.module, self.facts
         seen = self.look()
         if any(m.training for m in (encoder, *seen.layers, *seen.dropouts)):
@@ -130,12 +120,13 @@ class GraphedEncoderForward(EncoderForward):
         return None
 
     def pack_on_host(self, given: dict[str, Any]) -> PackedBatch | None:
-        """The batch with all that follows from its mask on the host, for one wait; None where padding stays."""
+        """The packed batch, whose indices are computed on the host, which waits once for the device; None if padding is
+        computed."""
         ids, mask, positions = given["input_ids"], given.get("attention_mask"), given.get("position_ids")
         height, width = ids.shape
         lengths = None
         if mask is not None:
-            reads, others, _ = self.wants(mask, ids, self.seen)
+            reads, others, _ = self.padding_reads(mask, ids, self.seen)
             planes = [mask != 0, *(t for t in (reads, others) if isinstance(t, Tensor))]
             mask, *planes = torch.stack(planes).cpu().unbind()
             reads, others = (planes.pop(0) if isinstance(t, Tensor) else t for t in (reads, others))
@@ -143,8 +134,8 @@ class GraphedEncoderForward(EncoderForward):
             if rows.padding or rows.reason is not None:
                 return None
             mask, lengths = rows.real, rows.lengths
-            if mask is not None and self.anybody(reads):
-                self.tell()
+            if mask is not None and self.is_reader_unknown(reads):
+                self.warn_of_zeros()
         columns = torch.arange(width, dtype=torch.int64, device="cpu")[None]
         batch = PackedBatch.from_padded(None, mask, None, columns, shape=(height, width), lengths=lengths)
         indices = None if batch.indices is None else batch.indices.to(ids.device)

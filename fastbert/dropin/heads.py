@@ -1,24 +1,25 @@
-"""transformers' heads: each says what it reads of the encoder's output at padding, and what it shows its caller."""
+"""transformers' heads: each declares which rows of the encoder's output it reads at padding, and what it returns."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
+from .facts import at
 from .families import FAMILIES
-from .forward import Forward
-from .own import Watch, listeners, of_library, why_own
+from .forward import InspectedForward
+from .kinds import TRANSFORMERS
+from .original import Watch, of_library, tensor_hooks, why_not_original
 from .padding import Reading, reading, reading_now
-from .parts import TRANSFORMERS, at
 from .plain import by_token
 
 FIRST, LABELS, EVERY = "the first column", "tokens whose label counts", "every token"
-LAST = "the last token"  # where the table below says the first column, over an encoder that is a decoder
-# what a head is called, after the family's name -> what it reads
+LAST = "the last token"  # what the heads of decoders read in place of the first column
+# the head's class name without the family's name -> what it reads
 HEADS = {
     "ForSequenceClassification": FIRST,
     "ForMultipleChoice": FIRST,
@@ -28,14 +29,14 @@ HEADS = {
     "ForPreTraining": LABELS,
     "ForQuestionAnswering": EVERY,  # its loss is a softmax over all columns
 }
-# what the losses of heads call
+# functions of torch that the losses of heads call
 LOSS = [(nn.functional.__dict__, "cross_entropy")]
-# heads whose loss takes the mask, so that a label at padding does not count
+# heads whose loss leaves out what the mask leaves out, so that a label at padding does not count
 BY_MASK = {"ElectraForPreTraining"}
 
 
-def kind_of(head: nn.Module) -> str | None:
-    """What a head of transformers reads, or None: it is no head that is known."""
+def what_it_reads(head: nn.Module) -> str | None:
+    """What a head of transformers reads; None for other modules."""
     cls = type(head)
     if not cls.__module__.startswith(TRANSFORMERS):
         return None
@@ -47,52 +48,45 @@ def kind_of(head: nn.Module) -> str | None:
     return None
 
 
-class HeadForward(Forward):
-    """A head of transformers: runs its own code, and within it the encoder knows what is read.
+class Seen(NamedTuple):
+    """The result of an inspection of a head. reason: a part that may look at padding, in words, or None."""
+
+    watch: Watch
+    reason: str | None
+
+
+class HeadForward(InspectedForward):
+    """The `forward` of a head: the head's own code runs, within a declaration of what it reads.
 
     Args:
-        path: of the encoder.
+        path: path of the encoder in the head.
         labelled_logits: see `accelerate`.
     """
 
     def __init__(self, head: nn.Module, path: str, labelled_logits: bool = False):
         super().__init__(head)
-        self.path, self.kind = path, kind_of(head)
+        self.path, self.kind = path, what_it_reads(head)
         self.labelled_logits = labelled_logits and type(head).__name__.endswith("ForMaskedLM")
-        self.seen: tuple[Watch, str | None] | None = None
 
-    def over(self, replica: nn.Module) -> HeadForward:
-        forward = super().over(replica)
-        forward.seen = None
-        return forward
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"seen": None}
-
-    def why_unknown(self) -> str | None:
-        """What in the head is somebody's own and may look at padding, or None."""
-        seen = self.seen  # one thread may put another one there meanwhile
-        if seen is None or not seen[0].is_same():
-            encoder = at(self.module, self.path)
-            below = set(encoder.modules())
-            parts = [(path, m) for path, m in self.module.named_modules() if m not in below]
-            reason = _why_loss(self.module) or next((why for path, m in parts if (why := _why_part(path, m))), None)
-            own = [(self.module.__dict__, "_loss_function")]
-            seen = self.seen = Watch([m for _, m in parts], [*LOSS, *own], [(nn.CrossEntropyLoss, "forward")]), reason
-        return seen[1]
+    def inspect(self) -> Seen:
+        below = set(at(self.module, self.path).modules())
+        parts = [(path, m) for path, m in self.module.named_modules() if m not in below]
+        reason = _why_loss(self.module) or next((why for path, m in parts if (why := _why_part(path, m))), None)
+        own = [(self.module.__dict__, "_loss_function")]
+        return Seen(Watch([m for _, m in parts], [*LOSS, *own], [(nn.CrossEntropyLoss, "forward")]), reason)
 
     def reads(self, given: dict[str, Any]) -> Reading:
-        """What this call reads, and shows."""
-        if (why := self.why_unknown()) is not None:
+        """The declaration for a call with these arguments."""
+        if (why := self.look().reason) is not None:
             return Reading(True, why=why)
         name, config = type(self.module).__name__, self.module.config
         if getattr(self.module, "sequence_summary", None) is not None and config.summary_type != "first":
             return Reading(True, why=f"{name} summarises by {config.summary_type}")
         outer, labels = reading_now(), given.get("labels")
-        masked = outer is not None and not outer.shows  # whoever reads what the head shows leaves padding alone
+        masked = outer is not None and not outer.shows  # the head's caller does not read its output at padding
         states = given.get("output_hidden_states")
         states = getattr(config, "output_hidden_states", False) if states is None else states
-        why = f"{name} returns hidden states" if states else f"{name} returns something of each token"
+        why = f"{name} returns hidden states" if states else f"{name} returns a value of each token"
         if self.kind == FIRST:
             return Reading(False, bool(states) and not masked, why, first=not states)
         if self.kind == LAST:
@@ -110,7 +104,7 @@ class HeadForward(Forward):
         return Reading(labels != -100, bool(states), why if states else f"{name} has labels at padding")
 
     def last(self, given: dict[str, Any]) -> bool | Tensor:
-        """[B, S] bool: the rows that a head reads which takes the last token other than padding of each sequence."""
+        """[B, S] bool: the last token of each sequence other than padding, which is the row that such a head reads."""
         ids, padding = given.get("input_ids"), self.module.config.get_text_config().pad_token_id
         if not isinstance(ids, Tensor):
             return True
@@ -118,21 +112,21 @@ class HeadForward(Forward):
         last = columns[-1:] if padding is None else (columns * (ids != padding)).argmax(1, keepdim=True)
         return columns == last
 
-    def says(self) -> str:
-        why = self.why_unknown()
+    def summary(self) -> str:
+        why = self.look().reason
         if why is not None:
             return f"padding is computed: {why}"
-        return f"it reads {self.kind}" + (", and gives logits of these alone" if self.labelled_logits else "")
+        return f"it reads {self.kind}" + (", and computes logits of these only" if self.labelled_logits else "")
 
     def __call__(self, *args, **kwargs):
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # nothing is left out of a traced pass
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # a graph computes all rows
             return self.original(*args, **kwargs)
         given = self.named(args, kwargs)
         reads, labels = self.reads(given), given.get("labels")
-        if not self.labelled_logits or not _is_by_token(labels, given) or self.why_unknown() is not None:
+        if not self.labelled_logits or not _is_by_token(labels, given) or self.look().reason is not None:
             with reading(reads):
                 return self.original(*args, **kwargs)
-        # the head's own code, over the rows that have a label, as one sequence of them
+        # The head's own code gets the rows that have a label as one sequence.
         flat = labels.flatten()
         places = (flat != -100).nonzero().squeeze(1)
         with reading(replace(reads, only=places)):
@@ -140,29 +134,29 @@ class HeadForward(Forward):
 
 
 def _why_loss(head: nn.Module) -> str | None:
-    """Why the loss of a head may count tokens whose label is -100."""
+    """Why the loss of a head may count tokens whose label is -100, or None."""
     if not of_library(nn.CrossEntropyLoss.forward):
         return "torch.nn.CrossEntropyLoss.forward was replaced"
     if why := next((f"torch.nn.functional.{name} was replaced" for f, name in LOSS if not of_library(f[name])), None):
         return why
     own = head.__dict__.get("_loss_function")
-    return None if own is None or of_library(own) else "its loss_function is somebody's own"
+    return None if own is None or of_library(own) else "its loss_function is not transformers' own"
 
 
 def _is_by_token(labels: Any, given: dict[str, Any]) -> bool:
-    """Are these labels [batch, tokens] of the batch that is given?"""
+    """Whether these labels are [batch, tokens] for the batch of this call."""
     ids = given.get("inputs_embeds") if given.get("input_ids") is None else given["input_ids"]
     return isinstance(labels, Tensor) and isinstance(ids, Tensor) and labels.shape == ids.shape[:2]
 
 
 def _why_part(path: str, module: nn.Module) -> str | None:
-    """Why a module of a head may look at padding, or lets somebody look."""
-    if path and listeners(module):
+    """Why a module of a head, or a hook on it, may look at padding; or None."""
+    if path and tensor_hooks(module):
         return f"a {type(module).__name__} of the head has a hook"
     if by_token(module) or isinstance(module, (nn.ModuleList, nn.ModuleDict)):
         return None
     if type(module) is nn.CrossEntropyLoss and module.ignore_index == -100:
         return None
     if type(module).__module__.startswith("peft.") and "forward" not in module.__dict__:
-        return None  # a copy of a module of the head that is trained
-    return why_own(module, (type(module).__name__,), TRANSFORMERS)
+        return None  # PEFT's trained copy of a module of the head
+    return why_not_original(module, (type(module).__name__,), TRANSFORMERS)

@@ -1,4 +1,4 @@
-"""What a layer and its config say: which rotation, window and norm it has, and whether its tokens see later ones."""
+"""What differs between the layers of an encoder by their config: rotation, window, causal attention; and norms."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..stack.description import NormKind
 from ..stack.shared import UNBOUNDED
 from . import facts as table
 from .facts import at
-from .own import HOOKS, why_own
+from .original import HOOKS, why_not_original
 from .plain import why_not_plain, why_weight
 
 TRANSFORMERS = "transformers.models."
@@ -19,7 +19,7 @@ SLIDING = "sliding_attention"
 
 
 def kind_of(layer: nn.Module, facts: table.Layer) -> Hashable:
-    """Which rotation and window of the pass a layer has, or None: it rotates nothing and sees everything."""
+    """The key of a layer's rotation and window in the pass; None for a layer without either."""
     if facts.attention_type is not None:
         return at(layer, facts.attention_type)
     if facts.number is not None:
@@ -30,7 +30,7 @@ def kind_of(layer: nn.Module, facts: table.Layer) -> Hashable:
 
 
 def is_causal(encoder: nn.Module, layer: nn.Module, facts: table.Family) -> bool:
-    """Do the tokens of this layer see no later ones? The config may turn that off."""
+    """Whether tokens see no later ones in this layer. The config may turn that off."""
     if not facts.decoder or getattr(encoder.config, "is_causal", None) is False:
         return False
     return bool(at(layer, facts.layer.causal))
@@ -39,8 +39,8 @@ def is_causal(encoder: nn.Module, layer: nn.Module, facts: table.Family) -> bool
 def windows_of(
     encoder: nn.Module, facts: table.Family, one_of: dict[Hashable, nn.Module]
 ) -> dict[Hashable, tuple[int, int] | None]:
-    """kind of layer -> (left, right), the tokens that it sees on each side, or None: all. one_of: a layer of each."""
-    if facts.layer.rotary is not None:  # a kind is its window, and minus one is no bound
+    """`kind_of` a layer -> (left, right), the tokens that it sees on each side; None for all. one_of: kind -> layer."""
+    if facts.layer.rotary is not None:  # the kind of a layer is its window; minus one means no bound
         return {kind: None if min(kind) < 0 else kind for kind in one_of}
     sliding, windows = getattr(encoder.config, "sliding_window", None), {}
     for kind, layer in one_of.items():
@@ -52,7 +52,7 @@ def windows_of(
 
 
 def why_window(encoder: nn.Module, facts: table.Family, layers: Iterable[tuple[int, nn.Module]]) -> str | None:
-    """Why the windows of the layers, of which `layers` has the numbers, are not what `windows_of` says, or None."""
+    """Why the layers' windows may differ from those of `windows_of`, or None. layers: (number, layer)."""
     causal = set()
     for number, layer in layers:
         if facts.layer.number is not None and at(layer, facts.layer.number) != number:
@@ -63,7 +63,7 @@ def why_window(encoder: nn.Module, facts: table.Family, layers: Iterable[tuple[i
         if not facts.decoder:
             continue
         made_causal, now_causal = bool(at(layer, facts.layer.causal)), is_causal(encoder, layer, facts)
-        bidirectional = getattr(encoder.config, "use_bidirectional_attention", None)  # Gemma makes its masks by it
+        bidirectional = getattr(encoder.config, "use_bidirectional_attention", None)  # Gemma makes its masks from it
         if bidirectional is not None and bool(bidirectional) == made_causal:
             return "its layers were made for another use_bidirectional_attention than its config has"
         slides = kind == SLIDING or (facts.slides and encoder.config.sliding_window is not None)
@@ -74,10 +74,10 @@ def why_window(encoder: nn.Module, facts: table.Family, layers: Iterable[tuple[i
 
 
 def why_not_plain_norm(module: Any, kind: NormKind | None) -> str | None:
-    """None where `module` is a norm of this kind and no more, so that its parameters say all; else what it is."""
+    """None if `module` is a norm of this kind, so that its parameters determine its output; else what it is."""
     if kind is None:
         return why_not_plain(module, nn.LayerNorm)
-    if why := why_own(module, kind.classes, TRANSFORMERS):
+    if why := why_not_original(module, kind.classes, TRANSFORMERS):
         return why
     if any(getattr(module, name) for name in HOOKS):
         return "it has hooks"

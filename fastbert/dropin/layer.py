@@ -1,4 +1,4 @@
-"""The layers of transformers' encoders, packed: given what they share they run on [T, C], post-norm or pre-norm."""
+"""The `forward` of a layer of transformers' encoders, which runs on packed tokens [T, C]."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ from ..stack.layer import run, run_for_first
 from ..stack.shared import Pass
 from ..stack.steps import probability
 from . import facts as table
+from .facts import at, has
 from .forward import Forward
-from .parts import at, has, layer_of
+from .parts import layer_of
 
 
 class LayerForward(Forward):
-    """One layer: given what the layers share it runs on [T, C], and given anything else it is the original. It returns
-    the rows of the first tokens [B, C] alone where `Pass.first_only` says that these are all that is read."""
+    """A layer. Called as layer(x, shared, number) with a `Pass` it takes x [T, C] and returns [T, C], or with
+    `Pass.first_only` the rows of the first tokens [B, C]. Called otherwise it runs the original's code."""
 
     def __init__(self, layer: nn.Module, facts: table.Layer):
         super().__init__(layer)
         self.facts = facts
         self.joined = JoinedLinears()
 
-    def over(self, replica: nn.Module) -> LayerForward:
-        forward = super().over(replica)
-        forward.joined = JoinedLinears()  # of the replica's weights
+    def for_replica(self, replica: nn.Module) -> LayerForward:
+        forward = super().for_replica(replica)
+        forward.joined = JoinedLinears()  # the replica has weights of its own
         return forward
 
     def remove(self) -> None:
@@ -45,7 +46,7 @@ class LayerForward(Forward):
             walk = run_for_first if shared.first_only else run
             return walk(x, description, self.drops(), shared, index, layer.training)
 
-        # most versions of transformers checkpoint in the layer's __call__, around this; the newest in its forward
+        # Most versions of transformers checkpoint in the layer's __call__, which calls this; the newest in its forward.
         outside = type(layer).__call__ is not nn.Module.__call__
         if getattr(layer, "gradient_checkpointing", False) and layer.training and not outside:
             return layer._gradient_checkpointing_func(through, x)
@@ -55,9 +56,8 @@ class LayerForward(Forward):
         return layer_of(self.module, self.facts, self.joined)
 
     def drops(self) -> Drops:
-        """What is dropped at the moment. Where transformers' attention is a function of an interface, the mode of the
-        attention module turns on what drops its probabilities, and not that of the dropout module, which only holds a
-        number."""
+        """The dropouts that are on. If transformers' attention is a function of its interface, the training mode of the
+        attention module decides about the probabilities; its dropout module only holds the number."""
         layer, facts = self.module, self.facts
         dropout = at(layer, facts.probs_dropout)
         if facts.probs_switch is None:

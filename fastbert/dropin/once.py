@@ -1,4 +1,4 @@
-"""Gradients that have none themselves: the Triton kernels' backward passes say so when they are differentiated."""
+"""An error for second derivatives, which the Triton kernels do not have."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from .. import functional as F
 
 
 class OnlyOnce(torch.autograd.Function):
-    """x, whose gradient has none itself: the Triton kernels' backward passes are not differentiable, and torch would go
-    on without them, with no more than a warning."""
+    """The identity, which raises an error if its gradient is differentiated again. The Triton kernels' backward passes
+    are not differentiable, and torch would only warn and leave their part of the second derivative out."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ class OnlyOnce(torch.autograd.Function):
 
 
 def only_once(x: Tensor, impl: F.Impl | None) -> Tensor:
-    """The output of a pass, behind `OnlyOnce` where kernels made it."""
+    """The output x of a pass, through `OnlyOnce` if Triton kernels computed it."""
     if torch.is_grad_enabled() and x.requires_grad and F.choose_impl(impl, x.device) == "triton":
         return OnlyOnce.apply(x)
     return x

@@ -1,8 +1,8 @@
-"""Who reads what an encoder puts at padding, and which rows are therefore computed.
+"""Which rows of padding an encoder has to compute.
 
-Rows of padding that nobody reads are left out and come back as zeros; rows that somebody reads are computed as the
-original computes them, as queries over the keys of the real tokens. Who reads is known of the code above the encoder
-that says so (`reading`): transformers' heads and sentence-transformers' poolings. Of all others it is not.
+Rows of padding that no code reads are left out and come back as zeros. Rows that are read are computed as the original
+computes them: as queries over the keys of the real tokens. Transformers' heads and sentence-transformers' poolings
+declare by `reading` which rows of the encoder's output they read. Other callers of an encoder may read any row.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from torch import Tensor
 Policy = Literal["auto", "exact", "zero"]
 POLICIES = ("auto", "exact", "zero")
 
-ABOVE = "what lies above the encoder is not known to leave padding alone"
-OTHERS = "a masked position holds something other than padding"
-EXACT = 'padding="exact" asks for it'
+ABOVE = "the code that calls the encoder may read padding"
+OTHERS = "a masked position holds a token other than padding"
+EXACT = 'padding="exact" was given'
 ZEROS = (
     'rows at padding come back as zeros; fastbert.accelerate(model, padding="exact") computes them as the original '
     'does, padding="zero" leaves them out without this warning'
@@ -30,14 +30,14 @@ ZEROS = (
 
 @dataclass(frozen=True)
 class Reading:
-    """Which rows of padding are read in a call, beyond the first column: all, none, or those of a [B, S].
+    """Which rows of padding are read in a call, besides the first column.
 
     Attributes:
-        needs: by the code above the encoder itself, for what it returns of each sequence.
-        shows: by whoever has called that code, which returns something of each token.
-        why: said by `explain` where they are computed.
-        only: [n] int64, the rows of [B * S] that the code above the encoder goes on with, or None: all.
-        first: of the last hidden state nothing is read but the first column, and no other state is shown.
+        needs: the rows that the head or pooling itself reads: all, none, or those of a bool [B, S].
+        shows: whether the head returns a value of each token, so that its caller may read any row.
+        why: the reason that `explain` gives if rows of padding are computed.
+        only: [n] int64, the rows of [B * S] that the head computes its output of; None for all.
+        first: the head reads only the first column of the last hidden state, and returns no hidden states.
     """
 
     needs: bool | Tensor = False
@@ -51,7 +51,7 @@ class Reading:
         return True if self.shows else self.needs
 
 
-# What the known code does that runs at the moment, in this thread. None: nothing known has called.
+# The declaration of the head or pooling that is running in this thread; None if there is none.
 _READING: ContextVar[Reading | None] = ContextVar("fastbert_reading", default=None)
 
 
@@ -60,10 +60,8 @@ def reading_now() -> Reading | None:
 
 
 def only_wanted(states: Tensor) -> Tensor:
-    """Of an encoder's states [B, S, C] the rows that the code above it goes on with, as [1, n, C]; else all of them.
-
-    A compiler cannot follow what the code above has said, and that code says nothing while it is compiled.
-    """
+    """The rows `Reading.only` of an encoder's states [B, S, C], as [1, n, C]; all states if there is no such choice, or
+    under torch.compile, where heads declare nothing."""
     if torch.compiler.is_compiling():
         return states
     now = reading_now()
@@ -74,7 +72,7 @@ def only_wanted(states: Tensor) -> Tensor:
 
 @contextmanager
 def reading(what: Reading) -> Iterator[None]:
-    """Within it, encoders are called by code that reads so much."""
+    """A block in which the code that calls encoders reads these rows."""
     token = _READING.set(what)
     try:
         yield
@@ -87,10 +85,10 @@ class Rows:
     """Which rows of a batch [B, S] are computed.
 
     Attributes:
-        real: [B, S] bool, the tokens that are keys; None where all are.
-        queries: [B, S] bool, the rows that are computed; None: all of them.
-        reason: why the original runs instead.
-        keys, lengths: of each sequence how many of `real` and of `queries` there are; None: not known on the host.
+        real: [B, S] bool, the tokens that are keys; None for all.
+        queries: [B, S] bool, the rows that are computed; None for all.
+        reason: why the original's code runs instead, or None.
+        keys, lengths: the number of keys and of queries of each sequence; None if the host does not know them.
     """
 
     real: Tensor | None = None
@@ -101,13 +99,13 @@ class Rows:
 
     @property
     def padding(self) -> bool:
-        """Is a row of padding computed?"""
+        """Whether a row of padding is computed."""
         return self.real is not None and self.queries is not self.real
 
 
 FULL = Rows()
-EMPTY = "a sequence has no token"  # its rows are zeros here and a mean of all values there; the original knows which
-WINDOW = "padding that is read, out of sight of every token under a sliding window"
+EMPTY = "a sequence has no token"  # the fused code gives zeros for it, other code the mean of all values
+WINDOW = "padding that is read sees no token under a sliding window"
 BEFORE = 'padding that may be read, before the tokens of a causal model, sees no token (padding="zero" leaves it out)'
 
 
@@ -115,16 +113,17 @@ def rows_to_compute(
     mask: Tensor, reads: bool | Tensor, others: Tensor | None = None, relative: bool = False, reach: int | None = None,
     causal: bool = False, first_column: bool = True,
 ) -> tuple[Rows, bool]:  # fmt: skip
-    """(the rows of a batch that are computed, whether `others` decided it). Waits once for the device.
+    """(the rows of a batch that are computed, whether `others` was the reason). Waits once for the device.
 
     Args:
         mask: [B, S], 0 at padding.
-        reads: which rows of padding somebody reads: all, none, or those of a bool [B, S].
-        others: [B, S] bool, where a token other than padding stands: all rows are computed if it is masked anywhere.
-        relative: attention looks at distances, so that nothing may be left out between two tokens.
-        reach: with relative, how far a token sees in the layer where it sees least; None: everywhere.
-        causal: a token sees no later ones.
-        first_column: it is computed where it is padding too.
+        reads: which rows of padding are read: all, none, or those of a bool [B, S].
+        others: [B, S] bool, True at tokens other than the padding token. If one of them is masked, all rows are
+            computed.
+        relative: whether attention depends on distances between tokens, so that no row between two tokens may go.
+        reach: with `relative`, the smallest number of tokens that a layer's window has on one side; None for no window.
+        causal: whether tokens see no later ones.
+        first_column: whether the first column is computed even if it is padding.
     """
     real = mask != 0
     left_out = ~real
@@ -133,7 +132,7 @@ def rows_to_compute(
         looks += [(reads & left_out).sum(1), reads[:, 0] & left_out[:, 0]]
     if others is not None:
         looks.append((others & left_out).any(1))
-    # of each sequence, in one copy: whatever depends on the mask is known on the host from here on
+    # one copy to the host with all the numbers of each sequence that depend on the mask
     keys, first, ends, *more = torch.stack([look.to(torch.int64) for look in looks]).tolist()
     shortest, width = min(keys, default=mask.shape[1]), mask.shape[1]
     if shortest == width:
@@ -150,7 +149,7 @@ def rows_to_compute(
     if not (some or any(first)):
         return Rows(real, real, None, keys, keys), False
     queries = real | reads if some else real.clone()
-    queries[:, 0] = True  # it is read by poolers, classifiers and people
+    queries[:, 0] = True  # poolers and classifiers read it
     lengths = [count + one for count, one in zip(keys, first, strict=True)]
     if some:
         lengths = [count + asked - one for count, asked, one in zip(lengths, *more, strict=True)]

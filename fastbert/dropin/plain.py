@@ -1,5 +1,4 @@
-"""What one module is: torch's own and no more, so that its parameters say all, or one that treats each token by
-itself, or neither."""
+"""Whether a module is plain (torch's own, so that its parameters determine its output) or treats each token alone."""
 
 from __future__ import annotations
 
@@ -11,9 +10,9 @@ import torch.nn as nn
 
 from ..layers import activation_name
 from ..stack.steps import usable
-from .own import HOOKS, of_library
+from .original import HOOKS, of_library
 
-# activations of torch that look at one element at a time
+# torch's elementwise activations
 ELEMENTWISE = {
     getattr(nn, name)
     for name in (
@@ -21,9 +20,9 @@ ELEMENTWISE = {
         "Sigmoid Softplus Softshrink Softsign Tanh Tanhshrink Threshold"
     ).split()
 }
-# modules whose `forward`, inherited or not, treats each token by itself
+# classes whose `forward` treats each token by itself, also in subclasses that inherit it
 BY_TOKEN = {nn.Linear, nn.Embedding, nn.Identity, nn.LayerNorm, nn.RMSNorm, nn.Dropout, *ELEMENTWISE}
-# the same of other libraries: where the class is -> its names
+# the same for other libraries: module of the class -> names of classes
 BY_TOKEN_ELSEWHERE = {
     "peft.tuners.lora.layer": {"Linear", "Embedding"},
     "peft.tuners.adalora.layer": {"SVDLinear"},
@@ -32,7 +31,7 @@ BY_TOKEN_ELSEWHERE = {
 
 
 def why_not_plain(module: Any, kind: type[nn.Module]) -> str | None:
-    """None where `module` is torch's `kind` and no more, so that its parameters say all; else what it is."""
+    """None if `module` is exactly torch's `kind`, so that its parameters determine its output; else what it is."""
     if type(module) is not kind:
         cls = type(module)
         return f"a {cls.__name__}" + (f" of {cls.__module__}" if cls.__name__ == kind.__name__ else "")
@@ -43,20 +42,20 @@ def why_not_plain(module: Any, kind: type[nn.Module]) -> str | None:
     if any(getattr(module, name) for name in HOOKS):
         return "it has hooks"
     if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) != 1:
-        return "it is of several dimensions"
+        return "it normalises several dimensions"
     return why_weight(module)
 
 
 def why_weight(module: nn.Module) -> str | None:
-    """What stands in place of an ordinary parameter of a module, or None. A sharded one is ordinary while its module is
-    called."""
+    """Which parameter of a module is not an ordinary tensor, or None. Sharded parameters count as ordinary: they are
+    gathered while their module is called."""
     weights = (p for p in module._parameters.values() if not usable(p) and type(p).__name__ != "DTensor")
     kinds = (type(p).__name__ if p.layout is torch.strided else "sparse tensor" for p in weights)
     return next((f"its weight is a {kind}" for kind in kinds), None)
 
 
 def by_token(module: Any) -> bool:
-    """Is this module known to treat each token by itself, whatever the shape around it?"""
+    """Whether this module is known to treat each token by itself, in inputs of any shape."""
     if not isinstance(module, nn.Module):
         return fused_activation(module) is not None
     cls = type(module)
@@ -76,20 +75,20 @@ def by_token(module: Any) -> bool:
 
 
 def fused_activation(activation: Any) -> str | None:
-    """The operators' name of an activation that is torch's or transformers' own and that nobody listens to, or None."""
+    """The operators' name of an activation, or None if it has hooks or is not torch's or transformers' own."""
     if isinstance(activation, nn.Module):
         cls = type(activation)
-        ours = cls in (nn.GELU, nn.ReLU, nn.SiLU) or cls.__module__ == "transformers.activations"
-        heard = "forward" in activation.__dict__ or any(getattr(activation, name) for name in HOOKS)
-        if heard or not ours or not of_library(cls.forward) or not _has_own_function(activation):
+        known = cls in (nn.GELU, nn.ReLU, nn.SiLU) or cls.__module__ == "transformers.activations"
+        changed = "forward" in activation.__dict__ or any(getattr(activation, name) for name in HOOKS)
+        if changed or not known or not of_library(cls.forward) or not _has_own_function(activation):
             return None
     return activation_name(activation)
 
 
 def _has_own_function(activation: nn.Module) -> bool:
-    """Does an activation of transformers that keeps its function as `act` keep the one that its class gave it?"""
+    """Whether the attribute `act` of an activation of transformers, if there is one, holds its class's function."""
     act = activation.__dict__.get("act")
-    if act is None or act is nn.functional.gelu:  # of GELUActivation alone
+    if act is None or act is nn.functional.gelu:  # GELUActivation keeps torch's function
         return act is None or type(activation).__name__ == "GELUActivation"
     if isinstance(act, functools.partial):
         return (

@@ -1,9 +1,9 @@
-"""The swap for sentence-transformers: `encode`, `predict` and `rank` on batches of tokens rather than of texts.
+"""The swap for sentence-transformers: `encode`, `predict` and `rank` in batches by tokens rather than by texts.
 
-The library's own method runs, with all its arguments, on a view of the model: a shallow copy whose `preprocess` keeps
-the texts of a large batch apart and whose `forward` puts them together again, longest first, in batches of a number of
-tokens. Prompts, normalising, truncating, precisions, pools of processes and the order of the results are therefore the
-library's own code, and the model itself only has another method in its `__dict__`.
+The library's own method runs with all its arguments on a view of the model: a shallow copy that gets one large batch
+of texts. Its `preprocess` returns the tokens of each text, and its `forward` sorts the texts by length and runs them in
+batches by tokens. Prompts, normalising, truncating, precisions, pools of processes and the order of the results are
+left to the library's code. The model itself only gets another method in its `__dict__`.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from ..text.batching import CHUNK_TEXTS, even_batches, run_batches, tokens_per_b
 from ..text.cutting import Cutter
 from .encoder import EncoderForward
 from .forward import Forward
-from .own import listeners
+from .original import tensor_hooks
 from .padding import Policy, Reading, reading, reading_now
 
-# class of the model -> the methods that may hold the loop over batches, the innermost first
+# class of the model -> the methods that may contain the loop over batches, the innermost first
 METHODS = {"SentenceTransformer": ("_inference", "encode"), "CrossEncoder": ("_inference", "predict")}
 PUBLIC = {"SentenceTransformer": "encode", "CrossEncoder": "predict, rank"}
-# classes of sentence-transformers that leave padding alone, or see one vector a text, and what makes sure of it
+# Classes of sentence-transformers that do not read padding, or get one vector for each text -> whether an object of the
+# class is set up so.
 BY_MASK = {
     "Pooling": lambda module: True,
     "SpladePooling": lambda module: True,
@@ -40,21 +41,19 @@ BY_MASK = {
     "Dropout": lambda module: True,
 }
 VECTOR = "sentence_embedding"
-# Texts handed to the tokenizer at once, which pads them to the longest.
-TOKENISED_TEXTS = 128
-# Texts a step of a progress bar.
-SHOWN_TEXTS = 512
-ROWS = "fastbert_rows"
-# classes that hold a transformer of transformers and pass its rows on
+TOKENISED_TEXTS = 128  # texts in one call of the tokenizer, which pads them to the longest
+SHOWN_TEXTS = 512  # texts for one step of a progress bar
+ROWS = "fastbert_rows"  # key of the `Rows` among the features
+# classes that contain a model of transformers and return its rows
 TRANSFORMERS = ("Transformer", "MLMTransformer")
 
 
 class CannotPack(Exception):
-    """What a batch turned out to hold cannot be put together anew, and this is why."""
+    """Why the texts of a batch cannot be regrouped."""
 
 
-def kind_of(module: nn.Module) -> str | None:
-    """ "SentenceTransformer" or "CrossEncoder" of sentence-transformers, or a subclass of these; else None."""
+def model_kind(module: nn.Module) -> str | None:
+    """ "SentenceTransformer" or "CrossEncoder" for a model of that class or a subclass; else None."""
     for cls in type(module).__mro__:
         if cls.__name__ in METHODS and cls.__module__.startswith("sentence_transformers."):
             return cls.__name__
@@ -62,7 +61,7 @@ def kind_of(module: nn.Module) -> str | None:
 
 
 def is_pipeline(model: nn.Module) -> bool:
-    """Is this a list of modules of sentence-transformers, the first of which holds an accelerated encoder?"""
+    """Whether this is a list of modules of sentence-transformers, the first of which holds an accelerated encoder."""
     of_library = any(cls.__module__.startswith("sentence_transformers.") for cls in type(model).__mro__)
     if not (of_library and isinstance(model, nn.Sequential) and len(model)):
         return False
@@ -70,42 +69,42 @@ def is_pipeline(model: nn.Module) -> bool:
 
 
 def why_read(model: nn.Sequential) -> str | None:
-    """Why padding may be read in this list of modules, or seen by somebody: not all of them are known."""
+    """Why a module in this list, or a hook on it, may read padding; or None."""
     for module in model:
         cls = type(module)
         if not cls.__module__.startswith("sentence_transformers."):
-            return f"a {cls.__name__} is not known to leave padding alone"
+            return f"a {cls.__name__} may read padding"
         if "forward" in module.__dict__:
             return f"the forward of a {cls.__name__} was replaced"
-        if listeners(module):
+        if tensor_hooks(module):
             return f"a {cls.__name__} has a hook"
         if module is not model[0] and not BY_MASK.get(cls.__name__, lambda module: False)(module):
-            return f"a {cls.__name__} is not known to leave padding alone"
+            return f"a {cls.__name__} may read padding"
     return None if type(model[0]).__name__ in TRANSFORMERS else f"its first module is a {type(model[0]).__name__}"
 
 
 class PooledForward(Forward):
-    """A list of modules of sentence-transformers: runs its own code, and within it the encoder knows what is read."""
+    """The `forward` of a list of modules of sentence-transformers: its own code, and a declaration of what it reads."""
 
     def why_read(self) -> str | None:
         model = self.module
-        if listeners(model):
+        if tensor_hooks(model):
             return f"a {type(model).__name__} has a hook"
         if type(model).forward.__module__.partition(".")[0] not in ("sentence_transformers", "torch"):
             return f"{type(model).__name__} has a forward of its own"
         return why_read(model)
 
     def reads(self) -> Reading:
-        """What this call reads; the rows of tokens that are also returned are not known to be read."""
+        """The declaration for a call. The rows of tokens that it also returns do not count as read."""
         why = self.why_read()
         return Reading() if why is None else Reading(True, why=why)
 
-    def says(self) -> str:
+    def summary(self) -> str:
         why = self.why_read()
-        return "its poolings leave padding alone" if why is None else f"padding is computed: {why}"
+        return "it does not read padding" if why is None else f"padding is computed: {why}"
 
     def __call__(self, *args, **kwargs):
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # nothing is left out of a traced pass
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # a graph computes all rows
             return self.original(*args, **kwargs)
         outer = reading_now()
         with reading(self.reads() if outer is None or not outer.shows else outer):
@@ -117,7 +116,7 @@ def method_of(model: nn.Module, kind: str) -> str | None:
 
 
 def why_left(model: nn.Module, kind: str) -> str | None:
-    """Why a model's `encode` or `predict` stays what it is, or None."""
+    """Why a model's `encode` or `predict` is not replaced, or None."""
     base = next(cls for cls in type(model).__mro__ if cls.__name__ == kind)
     name = method_of(model, kind)
     if not isinstance(model, nn.Sequential):
@@ -137,7 +136,7 @@ def why_left(model: nn.Module, kind: str) -> str | None:
 
 
 class BatchedMethod(Forward):
-    """`_inference`, `encode` or `predict` of one model, in place of its class's."""
+    """`_inference`, `encode` or `predict` of one model in place of its class's method."""
 
     def __init__(self, model: nn.Module, kind: str, padding: Policy = "auto"):
         self.module, self.kind, self.padding = model, kind, padding
@@ -164,7 +163,7 @@ class BatchedMethod(Forward):
         given = bound.arguments
         texts, size = bound.args[1], given["batch_size"]
         if given.get("pool") is not None or isinstance(given.get("device"), list) or not size > 0:
-            return self.original(*args, **kwargs)  # its processes call this again, each with its share
+            return self.original(*args, **kwargs)  # its processes call this method again, each with a part of the texts
         reason = self.why_not(texts, given)
         if reason is None:
             chunk = SHOWN_TEXTS if given.get("show_progress_bar") else CHUNK_TEXTS
@@ -181,7 +180,7 @@ class BatchedMethod(Forward):
         return self.original(*args, **kwargs)
 
     def why_not(self, texts: Any, given: dict[str, Any]) -> str | None:
-        """Why this call goes through the library's batches, or None."""
+        """Why this call uses the library's batches, or None."""
         model = self.module
         if reason := why_left(model, self.kind):
             return reason
@@ -201,7 +200,7 @@ class BatchedMethod(Forward):
             own = module.__dict__.get("forward")
             if own is not None and not isinstance(own, Forward):
                 return f"the forward of a {type(module).__name__} was replaced"
-            if listeners(module):
+            if tensor_hooks(module):
                 return f"a {type(module).__name__} has a hook"
         return None
 
@@ -213,13 +212,12 @@ def _is_text(text: Any) -> bool:
 
 
 class Regrouped:
-    """One call: texts tokenised by the model's own code, grouped by tokens, run, and back in the order they came in.
+    """One call: the model's own code tokenises the texts; batches by tokens are run; results get the texts' order.
 
     Args:
-        model: whose modules run.
-        batch_size: texts that the caller wants computed at once at most; a batch has no more tokens than so many texts
+        batch_size: the caller's limit of texts computed at once. A batch has at most as many tokens as so many texts
             of the greatest length.
-        tokens: the embeddings of tokens are asked for too.
+        tokens: whether the call returns the embeddings of tokens.
     """
 
     def __init__(self, model: nn.Module, batch_size: int, tokens: bool):
@@ -227,7 +225,7 @@ class Regrouped:
         self.kept = ("sentence_embedding", "scores", *(("token_embeddings",) if tokens else ()))
 
     def view(self) -> nn.Module:
-        """The model with the two methods of this class; its modules are the model's."""
+        """A shallow copy of the model with the two methods of this class."""
         model = self.model.eval()  # as `encode` and `predict` do
         view = object.__new__(type(model))
         view.__dict__.update(model.__dict__)
@@ -236,11 +234,11 @@ class Regrouped:
         view.__dict__["forward"] = self.forward
         for name in ("preprocess", "tokenize"):
             if hasattr(type(model), name):
-                view.__dict__[name] = partial(self.apart, getattr(type(model), name).__get__(model))
+                view.__dict__[name] = partial(self.tokenise_apart, getattr(type(model), name).__get__(model))
         return view
 
-    def apart(self, tokenise: Callable[..., dict], texts: list, *args, **kwargs) -> dict[str, Any]:
-        """What `preprocess` gives, with the tokens of each text on their own under `ROWS`."""
+    def tokenise_apart(self, tokenise: Callable[..., dict], texts: list, *args, **kwargs) -> dict[str, Any]:
+        """The output of `preprocess`, with the unpadded tokens of each text under `ROWS`."""
         if not args:
             texts = cut(self.model, texts, kwargs)
         if len(texts) < 2:
@@ -253,13 +251,13 @@ class Regrouped:
         return {**rest, ROWS: rows}
 
     def budget(self, device: torch.device) -> int:
-        """Tokens a batch."""
+        """The largest number of tokens in a batch."""
         budget = tokens_per_batch(device)
         longest = self.model.max_seq_length
         return budget if not longest else min(budget, self.batch_size * longest)
 
     def forward(self, features: dict[str, Any], **kwargs) -> dict[str, Any]:
-        """What `forward` gives, of texts in their order."""
+        """The output of the model's `forward`, in the order of the texts."""
         model = self.model
         rows = features.pop(ROWS, None)
         if rows is None:
@@ -271,28 +269,28 @@ class Regrouped:
         modes = _modes(device)
 
         def encode(numbers: list[int]) -> None:
-            with modes(), reading(Reading()):  # by `why_not`, or because the caller says so
+            with modes(), reading(Reading()):  # `why_not` or the caller's padding="zero" allows this
                 out = type(model).forward(model, {**features, **rows.batch(numbers, device)}, **kwargs)
                 outputs[numbers[0]] = {name: out[name] for name in self.kept if name in out}
 
         if all(type(module).__module__.startswith("sentence_transformers.") for module in model):
             run_batches(encode, batches, device)
-        else:  # somebody's module may not expect to be called by several threads
+        else:  # a module that is not the library's may not support calls from several threads
             for numbers in batches:
                 encode(numbers)
-        return {**features, **_together(batches, outputs, rows.lengths)}
+        return {**features, **_merged(batches, outputs, rows.lengths)}
 
 
 def cut(model: nn.Module, texts: list, options: dict[str, Any]) -> list:
-    """Texts, or pairs of texts, of which the model's tokenizer keeps the same tokens; only a beginning of long ones.
+    """Texts or pairs of texts, long ones cut to a beginning of which the tokenizer keeps the same tokens.
 
     Args:
-        options: what `preprocess` is given beside the texts.
+        options: the arguments of `preprocess` besides the texts.
     """
     longest, tokenizer, first = model.max_seq_length, model.tokenizer, model[0]
     of_lengths = ("processing_kwargs", "query_length", "document_length", "query_expansion")
     if not longest or options.keys() - {"prompt", "task"} or any(getattr(first, name, None) for name in of_lengths):
-        return texts  # the tokens that are kept may be others than the first `longest`
+        return texts  # the tokenizer may keep other tokens than the first `longest`
     if not (
         type(tokenizer).__module__.startswith("transformers.")
         and tokenizer.is_fast
@@ -305,14 +303,14 @@ def cut(model: nn.Module, texts: list, options: dict[str, Any]) -> list:
 
     def beginning(text: Any) -> Any:
         if isinstance(text, str):
-            return cutter.text(text, of_one)  # tokens of a prompt come on top, and only more of the text goes
+            return cutter.text(text, of_one)  # with a prompt the tokenizer keeps even fewer tokens of the text
         return text if options.get("prompt") else type(text)(cutter.pair(*text, of_two, "longest_first"))
 
     return [beginning(text) for text in texts]
 
 
-def _together(batches: list[list[int]], outputs: dict[int, dict[str, Tensor]], lengths: list[int]) -> dict[str, Any]:
-    """name -> what all batches gave, in the order of the texts."""
+def _merged(batches: list[list[int]], outputs: dict[int, dict[str, Tensor]], lengths: list[int]) -> dict[str, Any]:
+    """name -> the outputs of all batches in the order of the texts."""
     order = [number for batch in batches for number in batch]
     merged: dict[str, Any] = {}
     for name in outputs[order[0]]:
@@ -322,7 +320,7 @@ def _together(batches: list[list[int]], outputs: dict[int, dict[str, Tensor]], l
                 raise CannotPack(f"{name} is not one row a text")
         if name == "token_embeddings":
             found = dict(zip(order, (row for part in parts for row in part), strict=True))
-            merged[name] = [found[n] for n in range(len(order))]  # the library cuts each by its mask
+            merged[name] = [found[n] for n in range(len(order))]  # the library cuts each one by its mask
             merged["attention_mask"] = [torch.ones(length, dtype=torch.long, device="cpu") for length in lengths]
         else:
             places = torch.from_numpy(np.argsort(order)).to(parts[0].device)
@@ -331,11 +329,11 @@ def _together(batches: list[list[int]], outputs: dict[int, dict[str, Tensor]], l
 
 
 class Rows:
-    """The tokens of each text, and padded batches of any of them.
+    """The tokens of each text, and padded batches of some texts.
 
     Args:
-        padding: the token that fills up.
-        anywhere: texts that come padded on the left may be padded on the right instead.
+        padding: id of the padding token.
+        anywhere: whether texts that the tokenizer pads on the left may be padded on the right.
     """
 
     def __init__(self, padding: int, anywhere: bool = False):
@@ -344,7 +342,7 @@ class Rows:
         self.planes: dict[str, list[np.ndarray]] = {}
 
     def add(self, features: dict[str, Any]) -> dict[str, Any]:
-        """Takes what is [texts, tokens] out of a padded batch, and returns the rest of it."""
+        """Adds the tensors [texts, tokens] of a padded batch, and returns the other features."""
         mask = features.get("attention_mask")
         if not isinstance(mask, Tensor) or mask.dim() != 2:
             raise CannotPack("there is no attention_mask [texts, tokens]")
@@ -368,7 +366,7 @@ class Rows:
         return rest
 
     def batch(self, numbers: list[int], device: torch.device) -> dict[str, Tensor]:
-        """These texts, padded on the right."""
+        """The batch of these texts, padded on the right."""
         width = max(self.lengths[number] for number in numbers)
         batch = {}
         for name, plane in self.planes.items():
@@ -381,7 +379,7 @@ class Rows:
 
 
 def _modes(device: torch.device) -> Callable[[], contextlib.AbstractContextManager]:
-    """The caller's gradient mode, inference mode and autocast, each of which is a thread's own."""
+    """A context manager that sets the caller's gradient mode, inference mode and autocast in another thread."""
     kind = device.type
     grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
     autocast, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn as nn
@@ -17,11 +15,12 @@ from ..packing import PackedBatch
 from ..stack.description import Layer, Part
 from ..stack.layer import in_one_call, run
 from ..stack.shared import Pass
-from .forward import Forward, count
+from .checks import why_list, why_not_dropout
+from .forward import InspectedForward
 from .once import only_once
-from .own import LIBRARY, Watch, listeners, why_library, why_not_here, why_own, written_on
+from .original import LIBRARY, Watch, tensor_hooks, why_library, why_not_here, why_not_original, written_on
 from .padding import EMPTY, ZEROS, Policy
-from .parts import verdict, why_list, why_not_dropout
+from .parts import verdict
 from .plain import by_token, fused_activation, usable
 
 TORCH_NN = "torch.nn.modules."
@@ -29,10 +28,10 @@ DROPOUTS = ("dropout", "dropout1", "dropout2")
 
 
 def why_not_attention(module: nn.MultiheadAttention) -> str | None:
-    if why := why_own(module, ("MultiheadAttention",), TORCH_NN):
+    if why := why_not_original(module, ("MultiheadAttention",), TORCH_NN):
         return why
     if is_parametrized(module) or is_parametrized(module.out_proj):
-        return "its weights are computed anew each time that they are read"  # at random, or by a step of an iteration
+        return "its weights are computed anew each time that they are read"  # such as by a step of spectral norm
     if module.bias_k is not None or module.add_zero_attn:
         return "add_bias_kv and add_zero_attn are not among the fused operators' options"
     if not all(usable(p) for p in module.parameters()):
@@ -41,14 +40,14 @@ def why_not_attention(module: nn.MultiheadAttention) -> str | None:
 
 
 def why_not_layer(layer: nn.Module) -> str | None:
-    if why := why_own(layer, ("TransformerEncoderLayer",), TORCH_NN):
+    if why := why_not_original(layer, ("TransformerEncoderLayer",), TORCH_NN):
         return why
     attention = layer.self_attn
     if why := why_not_attention(attention):
         return why
     if attention.in_proj_weight is None:
         return "q, k and v are projected from different widths"
-    # which function torch computes without gradients is settled by the class of the activation that __init__ was given
+    # Without gradients torch computes ReLU or GELU, as __init__ noted by the class of the activation that it was given.
     known = {1: "relu", 2: "gelu"}.get(getattr(layer, "activation_relu_or_gelu", 0))
     if known is not None and activation_name(layer.activation) != known:
         return f"torch's fast path takes its activation for {known}"
@@ -57,7 +56,7 @@ def why_not_layer(layer: nn.Module) -> str | None:
 
 
 def why_not_stack(stack: nn.Module) -> str | None:
-    if why := why_own(stack, ("TransformerEncoder",), TORCH_NN) or why_list(stack.layers):
+    if why := why_not_original(stack, ("TransformerEncoder",), TORCH_NN) or why_list(stack.layers):
         return why
     if reason := next((r for layer in stack.layers if (r := why_not_layer(layer))), None):
         return reason
@@ -67,12 +66,12 @@ def why_not_stack(stack: nn.Module) -> str | None:
 
 @dataclass(frozen=True)
 class Seen:
-    """What a close look at a module found; good as long as `watch.is_same()`.
+    """The result of an inspection, valid as long as `watch.is_same()`.
 
     Attributes:
         reason: why every call runs the original's code, or None.
-        whole: a part that may look at more than a token: with it in place padding is computed; or None.
-        parts: whether linear1, linear2, norm1, norm2 and activation of a layer are taken apart, and called whole.
+        whole: a called part that may look at more than one token, so that padding is computed; or None.
+        parts: the verdicts of a layer's linear1, linear2, norm1, norm2 and activation.
         name: the operators' name of the activation.
     """
 
@@ -83,8 +82,8 @@ class Seen:
     name: str | None = None
 
 
-class TorchForward(Forward):
-    """What these three share: fallback with a warning, and torch's shapes.
+class TorchForward(InspectedForward):
+    """The common part of the three classes below.
 
     padding, bare: as in `EncoderForward`.
     """
@@ -94,44 +93,33 @@ class TorchForward(Forward):
     def __init__(self, module: nn.Module, impl: F.Impl | None, padding: Policy = "auto", bare: bool = True):
         super().__init__(module)
         self.impl, self.padding, self.bare = impl, padding, bare
-        self.seen: Seen | None = None
-        self.told: dict[str, int] = {}
-
-    def over(self, replica: nn.Module) -> TorchForward:
-        forward = super().over(replica)
-        forward.seen = None
-        return forward
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"seen": None}
 
     def look(self) -> Seen:
-        if torch.compiler.is_compiling():
-            return Seen(None, *constants(self))
-        seen = self.seen  # one thread may put another one there meanwhile
-        if seen is None or not seen.watch.is_same():
-            reason = self.why_not_replaced()
-            found = (None,) if reason else self.look_closely()
-            inner = list(self.module.modules())
-            written = [place for module in inner for place in written_on(module)]
-            seen = self.seen = Seen(Watch(inner, [*LIBRARY, *written]), reason, *found)
-        return seen
+        return Seen(None, *constants(self)) if torch.compiler.is_compiling() else super().look()
 
-    def look_closely(self) -> tuple:
-        """The fields of `Seen` after `reason`."""
-        return (None,)
+    def inspect(self) -> Seen:
+        inner = list(self.module.modules())
+        written = [place for module in inner for place in written_on(module)]
+        return Seen(Watch(inner, [*LIBRARY, *written]), *self.reason_and_parts())
 
-    def why_not_replaced(self) -> str | None:
-        return why_library() or type(self).why_left(self.module) or self.who_listens()
+    def reason_and_parts(self) -> tuple:
+        """The fields of `Seen` after `watch`; the last ones may be missing."""
+        reason = why_library() or type(self).why_left(self.module) or self.why_hooked()
+        return (reason,) if reason else (None, *self.inspect_parts())
 
-    def who_listens(self) -> str | None:
+    def inspect_parts(self) -> tuple:
+        """The fields of `Seen` after `reason`; the last ones may be missing."""
+        return ()
+
+    def why_hooked(self) -> str | None:
         for path, module in self.module.named_modules():
-            # torch never calls the output layer of its attention, whose weight it takes
+            # torch never calls the output layer of its attention: it reads the weight
             if not path or path.endswith("out_proj"):
                 continue
-            # attention is walked past, so that what computes its weight anew before each call would not run
-            walked_past = isinstance(module, nn.MultiheadAttention) and module._forward_pre_hooks
-            if walked_past or listeners(module):
+            # The fused code does not call attention either, so hooks that compute its weight before each call would
+            # not run.
+            makes_weights = isinstance(module, nn.MultiheadAttention) and module._forward_pre_hooks
+            if makes_weights or tensor_hooks(module):
                 return f"a {type(module).__name__} has a hook"
         return None
 
@@ -139,36 +127,35 @@ class TorchForward(Forward):
         self.warn(reason)
         return self.original(**given)
 
-    def computes(self, given: dict, zeros: bool) -> bool:
-        """Is padding computed? zeros: torch would give zeros there too."""
+    def computes_padding(self, given: dict, zeros: bool) -> bool:
+        """Whether rows of padding are computed. zeros: whether torch's own code gives zeros for them."""
         if given.get("src_key_padding_mask") is None or self.look().whole is not None:
             return True
         if zeros or self.padding == "zero":
             return False
-        if self.padding == "exact" or not self.bare or listeners(self.module):
+        if self.padding == "exact" or not self.bare or tensor_hooks(self.module):
             return True
-        if not torch.compiler.is_compiling() and count(self.told, ZEROS) == 1:
-            warnings.warn(f"{type(self.module).__name__}: {ZEROS}", stacklevel=5)
+        if not torch.compiler.is_compiling():
+            self.warn_of_zeros()
         return False
 
-    def says(self) -> str:
-        raise TypeError(f"{type(self).__name__} says nothing")
+    def summary(self) -> str:
+        """What `explain` says of the module."""
+        raise NotImplementedError
 
 
 @torch.compiler.assume_constant_result
 def constants(forward: TorchForward) -> tuple:
-    """The fields of `Seen` after `watch`, for a traced pass."""
-    reason = forward.why_not_replaced()
-    found = (None,) if reason else forward.look_closely()
-    return (reason, *found, *(None, (), None)[len(found) :])
+    """The fields of `Seen` after `watch`, which are constants under torch.compile."""
+    return forward.reason_and_parts()
 
 
 class TorchLayerForward(TorchForward):
-    """nn.TransformerEncoderLayer: packed where an encoder gives what its layers share, else on its own."""
+    """nn.TransformerEncoderLayer. Within an accelerated nn.TransformerEncoder it gets a `Pass` and packed tokens."""
 
     why_left = staticmethod(why_not_layer)
 
-    def look_closely(self) -> tuple:
+    def inspect_parts(self) -> tuple:
         layer = self.module
         linears = tuple(verdict(getattr(layer, name), nn.Linear) for name in ("linear1", "linear2"))
         norms = tuple(verdict(getattr(layer, name), nn.LayerNorm) for name in ("norm1", "norm2"))
@@ -177,7 +164,7 @@ class TorchLayerForward(TorchForward):
         whole = next((name for name, (_, whole) in zip(names, parts, strict=True) if whole), None)
         return whole, parts, fused_activation(layer.activation)
 
-    def says(self) -> str:
+    def summary(self) -> str:
         return "attention, feed_forward, add_layer_norm"
 
     def __call__(self, *args, **kwargs):
@@ -194,19 +181,20 @@ class TorchLayerForward(TorchForward):
         if reason is not None:
             return self.fall_back(reason, given)
         attention = self.module.self_attn
-        shared, x = pack(given, attention, self.impl, self.computes(given, zeros=False), any(torch_drops(self.module)))
+        shared, x = pack(
+            given, attention, self.impl, self.computes_padding(given, zeros=False), any(torch_drops(self.module))
+        )
         if shared is None:
             return self.fall_back(EMPTY, given)
         return unpack(only_once(self.run(x, shared, 0), self.impl), shared, src, attention.batch_first)
 
     def why_not_now(self) -> str | None:
-        """torch's inference path drops nothing whatever its dropout modules say, and its other path does."""
+        """If a dropout module is in training mode in a layer that is not, only one of torch's two paths drops."""
         if not self.module.training and any(torch_drops(self.module)):
-            return "a dropout is on in a layer that evaluates"
+            return "a dropout is in training mode in a layer that is not"
         return None
 
     def described(self) -> Layer:
-        """As it was when it was looked at."""
         layer, seen = self.module, self.look()
         modules = (layer.linear1, layer.linear2, layer.norm1, layer.norm2, layer.activation)
         parts = {module: Part(module, *v) for module, v in zip(modules, seen.parts, strict=True)}
@@ -219,19 +207,19 @@ class TorchLayerForward(TorchForward):
 
 
 class StackForward(TorchForward):
-    """nn.TransformerEncoder: unpads once, pads once. Zeros at padding come through the last norm if there is one: what
-    torch's own inference path gives there."""
+    """nn.TransformerEncoder: unpads once, pads once. Padding gets zeros, or what the last norm makes of zeros, as from
+    torch's own inference path."""
 
     why_left = staticmethod(why_not_stack)
 
-    def look_closely(self) -> tuple:
+    def inspect_parts(self) -> tuple:
         return (next((f"a {w}" for layer in self.module.layers if (w := layer.forward.look().whole)), None),)
 
-    def says(self) -> str:
+    def summary(self) -> str:
         if self.bare and self.padding == "auto":
             return f"unpads once, pads once; {ZEROS}"
-        return "unpads once, pads once; zeros at padding where torch's own code gives them" + (
-            ', and elsewhere, as padding="zero" asks' if self.padding == "zero" else ""
+        return "unpads once, pads once; padding gets zeros if torch's own code gives zeros there" + (
+            ', and otherwise because of padding="zero"' if self.padding == "zero" else ""
         )
 
     def __call__(self, *args, **kwargs):
@@ -240,12 +228,12 @@ class StackForward(TorchForward):
         if reason is None:
             layers = [layer.__dict__.get("forward") for layer in module.layers]
             if not all(isinstance(forward, TorchLayerForward) for forward in layers):
-                reason = "a layer came in place of an accelerated one"
+                reason = "a layer is in place of an accelerated one"
         reason = reason or why_not_masks(given, module.layers[0].self_attn)
         reason = reason or next((why for f in layers if (why := f.why_not_now())), None)
         if reason is None:
             first = module.layers[0].self_attn
-            exact = self.computes(given, zeros=nests(module, given))
+            exact = self.computes_padding(given, zeros=takes_nested_path(module, given))
             drops = any(any(torch_drops(layer)) for layer in module.layers)
             shared, x = pack({**given, "src_mask": given.get("mask")}, first, self.impl, exact, drops)
             reason = EMPTY if shared is None else None
@@ -262,17 +250,17 @@ class StackForward(TorchForward):
 
 
 class AttentionForward(TorchForward):
-    """nn.MultiheadAttention(need_weights=False), for itself."""
+    """nn.MultiheadAttention that is called by itself, with need_weights=False."""
 
     why_left = staticmethod(why_not_attention)
 
-    def says(self) -> str:
-        return "attention_padded, where need_weights=False"
+    def summary(self) -> str:
+        return "attention_padded, in calls with need_weights=False"
 
     def fits(
         self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None
     ) -> bool:
-        """Are these of shapes that torch takes?"""
+        """Whether torch takes tensors of these shapes."""
         if not query.dim() == key.dim() == value.dim() or key.shape[:-1] != value.shape[:-1]:
             return False
         (batch, queries), (batch_of_keys, keys) = (batch_and_tokens(x, self.module.batch_first) for x in (query, key))
@@ -287,7 +275,7 @@ class AttentionForward(TorchForward):
         reason = why_not_here(given) or self.look().reason
         if given.get("need_weights", True):
             reason = "need_weights=True asks for the attention weights"
-        elif given.get("is_causal"):  # torch then may look at the mask or at the hint alone
+        elif given.get("is_causal"):  # torch may then read the mask, or ignore it
             reason = "is_causal=True"
         elif query.is_nested or query.dim() not in (2, 3):
             reason = "query is nested, or neither [S, C] nor [B, S, C]"
@@ -308,13 +296,13 @@ class AttentionForward(TorchForward):
         return (o if module.batch_first else o.transpose(0, 1).contiguous()), None
 
 
-MISFIT = "its arguments do not fit each other"  # torch has an error of its own for these
+MISFIT = "its arguments do not fit each other"  # torch's own code raises an error for these
 
 
 def why_not_autocast(x: Tensor) -> str | None:
-    """On a CPU torch's fast path, without gradients, gives autocast's dtype, where its other code gives float32."""
+    """Under autocast on a CPU torch's path without gradients returns autocast's dtype, and its other path float32."""
     fast = x.device.type == "cpu" and not torch.is_grad_enabled() and torch.is_autocast_enabled("cpu")
-    return "torch's fast path has another dtype within autocast" if fast else None
+    return "torch's path without gradients returns another dtype under autocast" if fast else None
 
 
 def why_not_masks(given: dict, attention: nn.MultiheadAttention) -> str | None:
@@ -331,7 +319,7 @@ def why_not_masks(given: dict, attention: nn.MultiheadAttention) -> str | None:
 
 
 def batch_and_tokens(x: Tensor, batch_first: bool) -> tuple[int | None, int]:
-    """(B, S) of [B, S, C], of [S, B, C] where the batch is not first, and (None, S) of [S, C]."""
+    """(B, S) of [B, S, C], or of [S, B, C] if not `batch_first`; (None, S) of [S, C]."""
     if x.dim() == 2:
         return None, x.shape[0]
     return (x.shape[0], x.shape[1]) if batch_first else (x.shape[1], x.shape[0])
@@ -340,7 +328,7 @@ def batch_and_tokens(x: Tensor, batch_first: bool) -> tuple[int | None, int]:
 def masks_fit(
     batch: int | None, heads: int, queries: int, keys: int, key_padding_mask: Tensor | None, attn_mask: Tensor | None
 ) -> bool:
-    """Is key_padding_mask [B, Sk] or, without a batch, [Sk], and attn_mask [Sq, Sk] or [B * H, Sq, Sk]?"""
+    """Whether key_padding_mask is [B, Sk], or [Sk] without a batch, and attn_mask [Sq, Sk] or [B * H, Sq, Sk]."""
     padded = (keys,) if batch is None else (batch, keys)
     allowed = (queries, keys), ((1 if batch is None else batch) * heads, queries, keys)
     if key_padding_mask is not None and key_padding_mask.shape != padded:
@@ -348,8 +336,9 @@ def masks_fit(
     return attn_mask is None or tuple(attn_mask.shape) in allowed
 
 
-def nests(module: nn.TransformerEncoder, given: dict) -> bool:
-    """Would torch's own code take its path over nested tensors, which gives zeros at padding? As that asks."""
+def takes_nested_path(module: nn.TransformerEncoder, given: dict) -> bool:
+    """Whether torch's own code would take its path over nested tensors, which gives zeros at padding. The conditions
+    are those of `nn.TransformerEncoder.forward`."""
     src, padding, layer = given["src"], given.get("src_key_padding_mask"), module.layers[0]
     checks = getattr(module, "mask_check", True)
     if padding is None or given.get("mask") is not None or src.dim() != 3 or layer.training:
@@ -367,9 +356,9 @@ def nests(module: nn.TransformerEncoder, given: dict) -> bool:
 def pack(
     given: dict, attention: nn.MultiheadAttention, impl: F.Impl | None, exact: bool, drops: bool
 ) -> tuple[Pass | None, Tensor | None]:
-    """(what the layers share, src [T, C]) of torch's arguments; (None, None) where a sequence has no token.
+    """(the pass, src [T, C]) of torch's arguments; (None, None) if a sequence has no token.
 
-    exact: all rows stay, behind a mask.
+    exact: padding is kept, and masked.
     """
     src, padding, attn_mask = given["src"], given.get("src_key_padding_mask"), given.get("src_mask")
     if src.dim() == 2:
@@ -386,9 +375,9 @@ def pack(
         if min(lengths, default=1) == 0:
             return None, None
         if padding.dtype == torch.bool and not exact and not any(holes):
-            real = kept  # only what is padded on the right is packed, as in torch's own inference path
+            real = kept  # as in torch's own inference path, only batches padded on the right are packed
     batch = PackedBatch.from_padded(None, real, None, columns, shape=(rows, width), lengths=lengths)
-    # where padding is gone, a token still stands in the row and column that it had
+    # In a packed batch that was padded on the right every token keeps its row and column of the mask.
     mask, bias = attention_masks(None if real is not None else padding, attn_mask, rows, attention.num_heads)
     shape = (-1, -1, width, width)
     padded = real is None and (padding is not None or torch.compiler.is_compiling())

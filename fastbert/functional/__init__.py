@@ -1,6 +1,6 @@
-"""The seam: validate, choose an implementation, call it.
+"""The operators of the encoder as functions of tensors. Each one checks its arguments, and calls an implementation.
 
-Every operator of the encoder, as a plain function of tensors. `impl` picks who computes it:
+`impl` names the implementation:
 
     "triton"     the hand-written kernels: CUDA tensors, or CPU tensors under TRITON_INTERPRET=1
     "native"     PyTorch's own fast operators (oneDNN, SDPA), on any device

@@ -1,4 +1,4 @@
-"""Attention over packed and over padded sequences, and what it derives from their lengths."""
+"""Attention over packed and over padded sequences, and its schedule, which depends on their lengths."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..kernels import native
 from ..kernels._checks import expect_lengths, expect_sequences
 from . import _choice
 from ._choice import Impl, choose_impl, resolve, triton_module
-from ._expect import expect_dropout, expect_integers, expect_one_device
+from ._expect import expect_cu_seqlens, expect_dropout, expect_integers, expect_one_device
 
 __all__ = ["attention", "attention_entries", "attention_padded", "attention_schedule"]
 
@@ -79,17 +79,14 @@ def attention(
         schedule: `attention_schedule(...)` of this batch and implementation, to share among layers.
 
     Returns: o [Tq, H, D] in q's dtype. A row that may attend to no key is zero, and so are its gradients.
-    Raises: ValueError on shapes, dtypes or devices that do not fit; and on lengths that do not, on CPU tensors, and on
-    a GPU with FASTBERT_CHECK=1 in the environment.
+    Raises: ValueError on shapes, dtypes or devices that do not fit. Lengths that do not fit raise it on a CPU, and on a
+        GPU with FASTBERT_CHECK=1 in the environment.
     """
     if q.dim() != 3:
         raise ValueError(f"attention: q must be [T, H, D], got {tuple(q.shape)}; padded input is attention_padded")
     _expect_heads("attention", q, k, v)
     expect_dropout("attention", dropout_p, seed)
-    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
-        raise ValueError(
-            f"attention: cu_seqlens must be [B + 1] int32, got {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
-        )
+    expect_cu_seqlens("attention", cu_seqlens)
     if cu_seqlens_k is None:
         if q.shape[0] != k.shape[0]:
             raise ValueError(
@@ -104,7 +101,7 @@ def attention(
         if max_seqlen_k is None:
             raise ValueError("attention: cu_seqlens_k needs max_seqlen_k")
         expect_sequences("attention", "cu_seqlens_k", cu_seqlens_k, k.shape[0], max_seqlen_k)
-    if schedule is None:  # else whoever made it has looked
+    if schedule is None:  # otherwise `attention_schedule` has checked them
         expect_sequences("attention", "cu_seqlens", cu_seqlens, q.shape[0], max_seqlen)
     expect_integers("attention", "sequence_ids", sequence_ids, cu_seqlens.shape[0] - 1)
     _expect_attention_options("attention", q, cu_seqlens.shape[0] - 1, bias, mask, alibi_slopes, window, rotary)
@@ -202,19 +199,19 @@ def attention_schedule(
     lengths: Sequence[int] | None = None,
     entries: Tensor | None = None,
 ) -> Any:
-    """What `attention` derives from a batch's lengths, made once and shared by all layers of a forward pass.
+    """The values that `attention` derives from a batch's lengths, made once for all layers of a forward pass.
 
-    Opaque: pass it as `schedule=`. It belongs to these lengths and this implementation.
+    Opaque: pass it as `schedule=`, only with these lengths and this implementation.
 
     Args:
         cu_seqlens, total_tokens: of `attention`; padded: the seqlens [B] int32 and the width of `attention_padded`.
         spans_k: cu_seqlens_k or seqlens_k, in cross-attention.
-        lengths: of the B packed sequences, where the host knows them and k has the same. Kernels that no sequence of
-            these lengths needs are then not launched.
-        entries: `attention_entries(lengths)` on the device of cu_seqlens. Without it a kernel there makes them.
+        lengths: of the B packed sequences, if the host knows them and k has the same. Kernels that sequences of these
+            lengths do not need are then not launched.
+        entries: `attention_entries(lengths)` on the device of cu_seqlens; by default a kernel computes them.
 
-    Raises: ValueError where lengths are not B that add up to total_tokens, and where cu_seqlens does not rise from 0 to
-        total_tokens: on a CPU, and on a GPU with FASTBERT_CHECK=1 in the environment.
+    Raises: ValueError if lengths are not B numbers that add up to total_tokens. On a CPU, and on a GPU with
+        FASTBERT_CHECK=1 in the environment, also if cu_seqlens does not rise from 0 to total_tokens.
     """
     impl = choose_impl(impl, cu_seqlens.device)
     if impl == "triton":
@@ -224,13 +221,13 @@ def attention_schedule(
             cu_seqlens, total_tokens, spans_k, padded, lengths, entries
         )
     if impl == "reference" or padded or spans_k is not None:
-        return None  # these go by the lengths themselves
+        return None  # these need no schedule
     return native.attention_schedule(cu_seqlens, total_tokens, lengths)
 
 
 def attention_entries(lengths: Sequence[int], device: torch.device) -> Tensor | None:
     """The part of `attention_schedule` that has to be on `device`, made on the host: [n, 2] int32 on the CPU.
 
-    None where no Triton kernels run on that device: the other implementations have no use for it.
+    None if no Triton kernels run on that device, since the other implementations do not use it.
     """
     return None if _choice.why_not_triton(device) else triton_module("attention").attention_entries(lengths)

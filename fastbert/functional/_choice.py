@@ -1,4 +1,4 @@
-"""Who computes: what `impl` means on a device, and which engine that is."""
+"""Which implementation `impl` means on a device, and which engine computes it."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ OPERATORS = tuple(native.ENGINES)
 # operator -> the kernel module that holds its Triton form
 TRITON_MODULES = {op: module for op, (module, *_) in native.ENGINES.items() if module is not None}
 
-# The kernels are written for, and compiled for in tests: matrix units with bfloat16, copies to shared memory that pass
-# no registers. Triton itself builds for older cards what it can, and fails on the rest.
+# The kernels need bfloat16 matrix units and copies to shared memory that bypass registers, and tests compile them for
+# this capability and newer ones. For older cards Triton would compile some kernels and fail on others.
 OLDEST_CAPABILITY = (8, 0)
 
 
 def why_not_triton(device: torch.device) -> str | None:
-    """None where Triton kernels run on this device, else the reason they do not."""
+    """None if Triton kernels run on this device, else the reason why not."""
     if not machine.HAS_TRITON:
         return "triton is not installed"
     if device.type == "cuda":
@@ -39,14 +39,14 @@ def why_not_triton(device: torch.device) -> str | None:
 
 
 def _why_too_old(index: int | None) -> str | None:
-    """Why a CUDA device is too old for the kernels, or None. ROCm's capability is the number of AMD's own target
-    (gfx942 is 9.4) and says nothing of this kind."""
+    """Why a CUDA device is too old for the kernels, or None. On ROCm the capability is the number of AMD's target
+    (9.4 for gfx942), which cannot be compared with NVIDIA's."""
     if torch.version.hip is not None or (found := machine.capability(index)) >= OLDEST_CAPABILITY:
         return None
     return f"the kernels need compute capability {_dotted(OLDEST_CAPABILITY)}, and this card has {_dotted(found)}"
 
 
-# What `torch.compiler.assume_constant_result` sets, without the second that importing torch's compiler takes.
+# This is what `torch.compiler.assume_constant_result` sets; importing torch's compiler for it would take a second.
 _why_too_old._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -55,7 +55,7 @@ def _dotted(capability: tuple[int, int]) -> str:
 
 
 def describe_cpp() -> str:
-    """The C++ operators of `native` on this CPU: by which instructions, or why there are none."""
+    """The instructions that the C++ operators of `native` use on this CPU, or why there are no such operators."""
     reason = why_not_cpp()
     if reason is not None:
         return f"none; {reason}"
@@ -65,12 +65,13 @@ def describe_cpp() -> str:
 
 
 def why_not_cpp() -> str | None:
-    """None where `native` has its C++ operators on a CPU, else the reason it has not."""
+    """None if `native` has its C++ operators on a CPU, else the reason why not."""
     return cpp.load()[1]
 
 
 def choose_impl(impl: str | None, device: torch.device) -> Impl:
-    """The implementation that `impl` means on this device. Raises where an explicit one cannot run."""
+    """The implementation that `impl` means on this device. Raises: ValueError for an unknown `impl`, RuntimeError if an
+    explicit one cannot run here."""
     if impl is None:
         impl = "native" if why_not_triton(device) else "triton"
     elif impl not in IMPLS:
@@ -87,13 +88,13 @@ def choose_impl(impl: str | None, device: torch.device) -> Impl:
 
 
 def engine(op: str, dtype: torch.dtype, device: torch.device, impl: str | None = None) -> str:
-    """Who computes an operator of `OPERATORS` in this dtype on this device, in words: "native" has several engines.
+    """What computes an operator of `OPERATORS` in this dtype on this device, in words; "native" has several engines.
 
-    Raises where `choose_impl` does.
+    Raises: as `choose_impl`.
     """
     chosen = choose_impl(impl, device)
     if op == "linear" and impl is None and chosen == "triton" and not is_batch_invariant():
-        chosen = "native"  # the vendor library's, unless our own product is asked for
+        chosen = "native"  # `linear` uses the vendor library unless our own product is asked for
     if chosen == "native":
         return native.engine(op, dtype, device)
     return "our Triton kernel" if chosen == "triton" else "plain torch"
@@ -110,7 +111,7 @@ def _import(name: str) -> None:
     import_module(f"{kernels.__name__}.{name}")  # type: ignore[attr-defined]
 
 
-# While torch.compile traces, the function itself runs: it could not follow `import_module`.
+# torch.compile cannot trace `import_module`, so it runs this function while tracing.
 _import._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

@@ -1,4 +1,4 @@
-"""DeBERTa's attention, whose scores look at the distance between two tokens by a table of learned vectors."""
+"""DeBERTa's attention, whose scores depend on the distance between two tokens by a table of learned vectors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from ..kernels import _disentangled_native
 from ..kernels._checks import expect_sequences
 from ._choice import Impl, resolve
-from ._expect import expect_dropout, expect_integers, expect_one_device
+from ._expect import expect_cu_seqlens, expect_dropout, expect_integers, expect_one_device
 
 __all__ = ["disentangled_attention", "disentangled_attention_padded"]
 
@@ -41,30 +41,29 @@ def disentangled_attention(
     Args:
         q, k, v: [T, H, D], any strides with the last dimension contiguous.
         pk, pq: [R, H, D], the vectors of distances as keys (content to position) and as queries (position to content);
-            None where the model has no such term. Differentiable, as are q, k and v.
+            None if the model lacks that term. Differentiable, as are q, k and v.
         lut: [2 S - 1] int32, S >= max_seqlen: entry S - 1 + i - j is the row of pk and pq for the distance i - j.
         cu_seqlens: [B + 1] int32, starts at 0, ends at T.
         max_seqlen: at least the longest sequence's length.
         dropout_p, seed, stream, sequence_ids, schedule: as in `attention`.
-        scale: by default 1 / sqrt(D (1 + terms)), with one term for each of pk and pq that is there.
+        scale: by default 1 / sqrt(D (1 + terms)), where terms is the number of given tables.
         impl: see the module. The Triton kernels take heads of at most 64, and None chooses "native" for wider ones.
 
     Returns: o [T, H, D] in q's dtype.
-    Raises: ValueError on shapes, dtypes or devices that do not fit, and on CPU tensors where lut has entries that are
-        no row of pk or pq.
+    Raises: ValueError on shapes, dtypes or devices that do not fit; on a CPU also if lut has an entry outside of the
+        rows of pk or pq.
     """
     op = "disentangled_attention"
     if q.dim() != 3:
         raise ValueError(f"{op}: q must be [T, H, D], got {tuple(q.shape)}")
     _expect_tables(op, q, k, v, pk, pq, lut, max_seqlen)
     expect_dropout(op, dropout_p, seed)
-    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
-        raise ValueError(f"{op}: cu_seqlens must be [B + 1] int32, got {cu_seqlens.dtype}, {tuple(cu_seqlens.shape)}")
-    if schedule is None:  # else whoever made it has looked
+    expect_cu_seqlens(op, cu_seqlens)
+    if schedule is None:  # otherwise `attention_schedule` has checked them
         expect_sequences(op, "cu_seqlens", cu_seqlens, q.shape[0], max_seqlen)
     expect_integers(op, "sequence_ids", sequence_ids, cu_seqlens.shape[0] - 1)
     if impl is None and q.shape[-1] > _disentangled_native.WIDEST_IN_TRITON:
-        impl, schedule = "native", None  # a schedule is for the kernels
+        impl, schedule = "native", None  # the schedule was made for Triton kernels
     return resolve(op, impl, q)(
         q, k, v, pk, pq, lut, cu_seqlens, max_seqlen,
         dropout_p=dropout_p, seed=seed, stream=stream, sequence_ids=sequence_ids, scale=scale,
@@ -87,12 +86,12 @@ def disentangled_attention_padded(
     sequence_ids: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """`disentangled_attention` of padded sequences with all their rows, as DeBERTa computes it: by plain products.
+    """`disentangled_attention` of padded sequences in all rows, by plain products as DeBERTa computes it.
 
     Args:
         q, k, v: [B, S, H, D].
-        real: [B, S] bool, where tokens stand; by default everywhere. A token sees real tokens, and a row of padding
-            attends to all columns of its sequence alike, padding among them.
+        real: [B, S] bool, True at tokens; by default everywhere. Tokens see tokens only; a row of padding attends
+            equally to all columns of its sequence, including padding.
         All others as in `disentangled_attention`.
 
     Returns: o [B, S, H, D].

@@ -1,4 +1,4 @@
-"""What stands before the layers and after them: embeddings, pooling, the loss."""
+"""The operators before and after the layers: embeddings, pooling, the loss."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..kernels._checks import expect_indices, expect_sequences
 from ._choice import Impl, choose_impl, resolve
-from ._expect import expect_dropout, expect_integers, expect_one_device
+from ._expect import expect_cu_seqlens, expect_dropout, expect_integers, expect_one_device
 from ._feed_forward import expect_linear
 
 __all__ = ["POOLING_MODES", "embedding_layer_norm", "linear_cross_entropy", "pool"]
@@ -38,8 +38,8 @@ def embedding_layer_norm(
     """dropout(LayerNorm(word[input_ids] + token_type[token_type_ids] + position[positions])): [T] -> [T, C].
 
     Args:
-        input_ids, token_type_ids, positions: [T] int64 or int32, in range: else IndexError or ValueError, on a GPU only
-            with FASTBERT_CHECK=1 in the environment.
+        input_ids, token_type_ids, positions: [T] int64 or int32. Numbers out of range raise IndexError or ValueError,
+            on a GPU only with FASTBERT_CHECK=1 in the environment.
         word: [vocab, C]; position: [max_position, C]; token_type: [types, C] or None (with token_type_ids None).
         weight, bias: [C] of the LayerNorm.
         padding_idx: the row of `word` that gets no gradient, as in nn.Embedding.
@@ -65,7 +65,7 @@ def embedding_layer_norm(
         op, input_ids=input_ids, token_type_ids=token_type_ids, positions=positions, word=word, position=position,
         token_type=token_type, weight=weight, bias=bias, row_ids=row_ids,
     )  # fmt: skip
-    if choose_impl(impl, word.device) == "triton":  # torch's own look-ups raise IndexError by themselves
+    if choose_impl(impl, word.device) == "triton":  # the other implementations raise IndexError themselves
         for name, ids, table in (
             ("input_ids", input_ids, word),
             ("token_type_ids", token_type_ids, token_type),
@@ -91,12 +91,9 @@ def pool(
         raise ValueError(f"pool: mode must be one of {POOLING_MODES}, got {mode!r}")
     if x.dim() != 2:
         raise ValueError(f"pool: x must be [T, C], got {tuple(x.shape)}")
-    if not x.is_floating_point():  # a mean in integers would be cut off
+    if not x.is_floating_point():  # a mean of integers would be truncated
         raise ValueError(f"pool: x must be floating-point, got {x.dtype}")
-    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
-        raise ValueError(
-            f"pool: cu_seqlens must be [B + 1] int32, got {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
-        )
+    expect_cu_seqlens("pool", cu_seqlens)
     expect_one_device("pool", x=x, cu_seqlens=cu_seqlens)
     expect_sequences("pool", "cu_seqlens", cu_seqlens, x.shape[0])
     return resolve("pool", impl, x)(x, cu_seqlens, mode, normalize)
@@ -116,7 +113,7 @@ def linear_cross_entropy(
     """cross_entropy(hidden weight^T + bias, labels) without the [N, V] logits in memory as a whole.
 
     Args:
-        hidden: [N, C], the rows that have a label (masked positions); weight: [V, C], often the word embedding.
+        hidden: [N, C], the rows with a label (masked positions); weight: [V, C], often the word embedding.
         bias: [V] or None; labels: [N] int64, `ignore_index` where a row does not count.
         label_smoothing, reduction: as in torch.nn.functional.cross_entropy.
 
@@ -133,14 +130,9 @@ def linear_cross_entropy(
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"{op}: reduction must be mean, sum or none, got {reduction!r}")
     expect_one_device(op, hidden=hidden, weight=weight, bias=bias, labels=labels)
-    if choose_impl(impl, hidden.device) == "triton":  # torch's own loss raises IndexError by itself
+    if choose_impl(impl, hidden.device) == "triton":  # the other implementations raise IndexError themselves
         expect_indices(op, "labels", labels, weight.shape[0], ignored=ignore_index)
     return resolve(op, impl, hidden)(
-        hidden,
-        weight,
-        bias,
-        labels,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        reduction=reduction,
-    )
+        hidden, weight, bias, labels,
+        ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction,
+    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Checks of what several operators are given."""
+"""Checks of arguments that several operators have."""
 
 from __future__ import annotations
 
@@ -13,6 +13,12 @@ def expect_one_device(op: str, **tensors: Tensor | None) -> None:
             raise ValueError(f"{op}: all tensors must lie on one device, but {name} is on {t.device}, not {device}")
 
 
+def expect_cu_seqlens(op: str, cu_seqlens: Tensor) -> None:
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        found = f"{cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
+        raise ValueError(f"{op}: cu_seqlens must be [B + 1] int32, got {found}")
+
+
 def expect_dropout(op: str, dropout_p: float, seed: Tensor | None) -> None:
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"{op}: dropout_p must be in [0, 1), got {dropout_p}")
@@ -24,6 +30,6 @@ def expect_dropout(op: str, dropout_p: float, seed: Tensor | None) -> None:
 
 
 def expect_integers(op: str, name: str, t: Tensor | None, count: int) -> None:
-    """Of a list that kernels index by row or sequence: one integer for each."""
+    """`t` must hold one integer for each of `count` rows or sequences."""
     if t is not None and (t.numel() != count or t.dtype not in (torch.int64, torch.int32)):
         raise ValueError(f"{op}: {name} must be {count} int64 or int32, got {t.dtype} of shape {tuple(t.shape)}")

@@ -1,4 +1,4 @@
-"""Products, with an activation, and two of them: the feed-forward network."""
+"""Linear layers, linear layers with an activation, and the feed-forward network."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def _expect_activation(op: str, activation: str, rows: int) -> int:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: Impl | None = None) -> Tensor:
     """x weight^T + bias: x [..., C], weight [N, C], bias [N] -> [..., N].
 
-    By default the vendor library's product on a GPU, which no epilogue of ours would improve, and on a CPU "native",
-    which has products of its own where they are ahead. Within `batch_invariant()` our own GEMM, or on a CPU the
-    vendor's in blocks of one size. impl="triton" is our own GEMM.
+    By default this is the vendor library's product on a GPU, and "native" on a CPU, which has its own products where
+    they are faster. Within `batch_invariant()` it is our own GEMM, or on a CPU the vendor's in blocks of one size.
+    impl="triton" is our own GEMM.
     """
     expect_linear("linear", "weight", x.shape[-1], weight, bias)
-    # torch multiplies CPU rows by whatever memory holds where the weight is on the meta device
+    # with a weight on the meta device, torch would multiply CPU tensors by uninitialised memory
     expect_one_device("linear", x=x, weight=weight, bias=bias)
     chosen = "native" if impl is None and not is_batch_invariant() else choose_impl(impl, x.device)
     if chosen == "triton":
@@ -55,14 +55,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: Impl 
 
 
 def products_beside(impl: Impl | None) -> Impl | None:
-    """The `impl` of `linear` in a model whose other operators are by `impl`: with our kernels the default."""
+    """The `impl` of `linear` in a model whose other operators use `impl`: None, the default, instead of "triton"."""
     return None if impl == "triton" else impl
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
-    """The activation alone, in plain torch: x [..., F] -> [..., F], or [..., F / 2] where it is geglu.
+    """The activation alone, in plain torch: x [..., F] -> [..., F], or [..., F / 2] for geglu.
 
-    For layers whose product is not a plain one, so that `linear_act` and `feed_forward` cannot have it.
+    For layers whose linear layer is called, so that `linear_act` and `feed_forward` do not apply.
     """
     _expect_activation("activate", activation, x.shape[-1])
     return reference.activate(x, activation)

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..kernels._layer import LayerOptions, LayerWeights
 from ..kernels.cpu import encoder_layer as cpu_encoder_layer
 from ._choice import Impl, choose_impl, triton_module
-from ._expect import expect_dropout, expect_integers
+from ._expect import expect_cu_seqlens, expect_dropout, expect_integers
 
 __all__ = ["encoder_layer"]
 
@@ -30,22 +29,22 @@ def encoder_layer(
     qkv: Callable[[], tuple[Tensor, Tensor | None]] | None = None,
     impl: Impl | None = None,
 ) -> Tensor | None:
-    """A post-norm encoder layer of a packed batch as one operator, or None: its operators have to be called one by one.
+    """A post-norm encoder layer of a packed batch as one operator; None if its operators have to be called one by one.
 
         x = LayerNorm(dropout(attention(x)) + x);  x = LayerNorm(dropout(feed_forward(x)) + x)
 
-    The Triton kernels have it, for plain tensors of one dtype, outside of autocast, torch.compile, tracing and whatever
-    else follows or changes single operators, and refuse second derivatives. On a CPU the C++ operators have it for
-    training: where gradients are on, `options.fold` is and every bias is there, under autocast to bfloat16 too. The
-    bits of x are those of the operators one by one, its gradient is as close. (Where on a CPU neither x nor query, key
-    and value want a gradient, the operators one by one round their products otherwise.)
+    The Triton kernels have this operator for plain tensors of one dtype, outside of autocast, torch.compile, tracing
+    and modes that observe or change single operators; second derivatives raise an error. On a CPU the C++ operators
+    have it for training: with gradients on, `options.fold` and all biases, also under autocast to bfloat16. The result
+    has the bits of the operators one by one, and its gradient the same error. (On a CPU, if neither x nor query, key
+    and value need a gradient, the operators one by one round their products differently.)
 
     Args:
         x: [T, C].
-        weights, options: see there.
+        weights, options: see `LayerWeights` and `LayerOptions`.
         cu_seqlens, max_seqlen, schedule, seed, sequence_ids: as in `attention`; row_ids: as in `add_layer_norm`.
-        qkv: gives query, key and value joined, weight [3A, C] and bias [3A]; called where no gradient is recorded, so
-            that the caller may keep them from pass to pass. By default they are joined anew.
+        qkv: returns the joint weight [3A, C] and bias [3A] of query, key and value; called without gradients, so that
+            the caller may keep both from pass to pass. By default they are joined in every call.
     """
     chosen = choose_impl(impl, x.device)
     if chosen not in ("triton", "native"):
@@ -55,10 +54,7 @@ def encoder_layer(
     if not taken:
         return None
     expect_dropout("encoder_layer", max(options.probs_p, options.out_p, options.down_p), seed)
-    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
-        raise ValueError(
-            f"encoder_layer: cu_seqlens must be [B + 1] int32, got {cu_seqlens.dtype} of {tuple(cu_seqlens.shape)}"
-        )
+    expect_cu_seqlens("encoder_layer", cu_seqlens)
     if row_ids is not None:
         expect_integers("encoder_layer", "row_ids", row_ids, x.shape[0])
     expect_integers("encoder_layer", "sequence_ids", sequence_ids, cu_seqlens.shape[0] - 1)

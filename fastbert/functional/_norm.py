@@ -1,4 +1,4 @@
-"""LayerNorm and RMSNorm behind a dropout and a residual; dropout alone."""
+"""LayerNorm and RMSNorm after a dropout and a residual; dropout alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["add_layer_norm", "add_layer_norm_sum", "add_rms_norm", "dropout"]
 
 def _expect_norm(op, x, residual, weight, bias, x_bias, dropout_p, seed, row_ids) -> None:
     width = x.shape[-1]
-    if not x.is_floating_point():  # divided by what dropout keeps, integers would be in torch's default dtype
+    if not x.is_floating_point():  # scaling by 1 / (1 - p) would turn integers into torch's default dtype
         raise ValueError(f"{op}: x must be floating-point, got {x.dtype}")
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"{op}: x is {tuple(x.shape)}, residual is {tuple(residual.shape)}")
@@ -53,17 +53,9 @@ def add_layer_norm(
     """
     _expect_norm("add_layer_norm", x, residual, weight, bias, x_bias, dropout_p, seed, row_ids)
     return resolve("add_layer_norm", impl, x)(
-        x,
-        residual,
-        weight,
-        bias,
-        eps,
-        x_bias=x_bias,
-        dropout_p=dropout_p,
-        seed=seed,
-        stream=stream,
-        row_ids=row_ids,
-    )
+        x, residual, weight, bias, eps,
+        x_bias=x_bias, dropout_p=dropout_p, seed=seed, stream=stream, row_ids=row_ids,
+    )  # fmt: skip
 
 
 def add_layer_norm_sum(
@@ -83,17 +75,9 @@ def add_layer_norm_sum(
     """`add_layer_norm` for pre-norm blocks: (y, z) with z = dropout(x + x_bias) + residual, the next residual."""
     _expect_norm("add_layer_norm_sum", x, residual, weight, bias, x_bias, dropout_p, seed, row_ids)
     return resolve("add_layer_norm_sum", impl, x)(
-        x,
-        residual,
-        weight,
-        bias,
-        eps,
-        x_bias=x_bias,
-        dropout_p=dropout_p,
-        seed=seed,
-        stream=stream,
-        row_ids=row_ids,
-    )
+        x, residual, weight, bias, eps,
+        x_bias=x_bias, dropout_p=dropout_p, seed=seed, stream=stream, row_ids=row_ids,
+    )  # fmt: skip
 
 
 def add_rms_norm(
@@ -115,16 +99,9 @@ def add_rms_norm(
     """
     _expect_norm("add_rms_norm", x, residual, weight, None, x_bias, dropout_p, seed, row_ids)
     return resolve("add_rms_norm", impl, x)(
-        x,
-        residual,
-        weight,
-        eps,
-        x_bias=x_bias,
-        dropout_p=dropout_p,
-        seed=seed,
-        stream=stream,
-        row_ids=row_ids,
-    )
+        x, residual, weight, eps,
+        x_bias=x_bias, dropout_p=dropout_p, seed=seed, stream=stream, row_ids=row_ids,
+    )  # fmt: skip
 
 
 def dropout(

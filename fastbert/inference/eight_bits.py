@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 
 import torch
 import torch.nn as nn
@@ -169,15 +169,6 @@ def squares_of_columns(
 
     with ExitStack() as hooks, torch.no_grad():
         for linear in linears:
-            hooks.enter_context(_hooked(linear, note))
+            hooks.callback(linear.register_forward_pre_hook(note).remove)
         sample()
     return found
-
-
-@contextmanager
-def _hooked(linear: nn.Linear, note: Callable[[nn.Linear, tuple[Tensor, ...]], None]):
-    handle = linear.register_forward_pre_hook(note)
-    try:
-        yield
-    finally:
-        handle.remove()

@@ -239,7 +239,7 @@ class Graphs:
         if not 0 < tokens <= self.most:
             return f"over {self.most} tokens" if tokens else "no tokens"
         if self._recorder is not None and self._recorder.busy():
-            return "somebody else records this stream"
+            return "other code captures a CUDA graph on this stream"
         return None
 
     def run(

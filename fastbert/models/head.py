@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -325,6 +327,15 @@ def _name_ties(module: BertHead, state: dict[str, Tensor], prefix: str, *_) -> N
 def _tie_after_loading(module: BertHead, _) -> None:
     """Ties the weights again: `load_state_dict(assign=True)` makes a parameter for each name."""
     module.tie_weights()
+
+
+@contextmanager
+def expecting_new_weights() -> Iterator[None]:
+    """A block in which `from_pretrained` does not warn of missing weights: its caller expects a new head, or reads
+    `initialised`."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*weights were drawn from normal.*", category=UserWarning)
+        yield
 
 
 def start(module: nn.Module, config: BertConfig) -> nn.Module:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import nn
 
 from ..encoding.encoder import resolve_dtype
 from ..models.bert import BertModel
+from ..models.head import expecting_new_weights
 from ..models.heads import BertForMaskedLM, BertForPreTraining
 from ..storage import CheckpointError, make_folder, write_json
 from ..text.files import InputError
@@ -93,11 +93,8 @@ def pretrain(request: Request, report: Callable[[dict[str, Any], int], None] | N
 
     Raises: InputError, TrainingError or CheckpointError, in one line; KeyboardInterrupt after a checkpoint.
     """
-    processes = Processes.join(request.device)
-    try:
+    with Processes.join(request.device) as processes:
         return _pretrain(request, processes, report)
-    finally:
-        processes.leave()
 
 
 @dataclass(frozen=True)
@@ -290,9 +287,7 @@ def make_model(request: Request, tokenizer: Tokenizer) -> nn.Module:
 
 
 def _initial(request: Request, kind: Any, tokenizer: Tokenizer) -> nn.Module:
-    with warnings.catch_warnings():
-        # A checkpoint may lack the heads of this objective, which are then initialised.
-        warnings.filterwarnings("ignore", message=".*weights were drawn from normal.*", category=UserWarning)
+    with expecting_new_weights():  # a checkpoint may lack the heads of this objective
         options = {"dtype": torch.float32, "impl": request.impl}
         if kind is BertModel:
             bert = kind.from_pretrained(request.init, add_pooling_layer=False, **options)

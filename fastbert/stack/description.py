@@ -1,4 +1,4 @@
-"""What a layer is made of: one description, which every walk through a layer reads."""
+"""The description of a layer: its modules, and how each one is used. All code that runs layers reads it."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ..inference.weights import CONTAINERS, HOOKS, JoinedLinears, is_untouched
 
 
 class NormKind(NamedTuple):
-    """How a norm that is not torch's LayerNorm computes, and under which names its class keeps its numbers.
+    """A kind of norm other than torch's LayerNorm.
 
     Attributes:
-        classes: the names that transformers' class for it may have.
-        rms: it divides by the root of the mean square alone: no mean is taken off, and there is no bias.
-        eps: the attribute with the number that is added to the variance, or to the mean square.
-        offset: what is added to the weight.
+        classes: the names that transformers' class may have.
+        rms: whether it is an RMSNorm, which subtracts no mean and has no bias.
+        eps: name of the attribute with the number that is added to the variance or the mean square.
+        offset: the number that is added to the weight.
     """
 
     classes: tuple[str, ...]
@@ -32,10 +32,10 @@ class Part(NamedTuple):
     """A module, and how it is used.
 
     Attributes:
-        module: or whatever has its weight and bias, where it is plain.
-        plain: it is taken apart.
-        whole: it is called on [B, S, C] with nothing left out, since it may look at more than a token.
-        norm: of a norm that is not torch's LayerNorm.
+        module: the module; if `plain`, any object with its weight and bias.
+        plain: an operator reads its parameters; otherwise the module is called.
+        whole: it is called on [B, S, C] with its padding, since it may look at more than one token.
+        norm: the kind of a norm other than torch's LayerNorm.
     """
 
     module: Any
@@ -45,22 +45,22 @@ class Part(NamedTuple):
 
 
 class Distances(NamedTuple):
-    """What projects the table of distances between tokens of a layer that looks at them: to keys, which queries meet,
-    and to queries, which keys meet. None: the layer has no such term."""
+    """The projections of the table of distances between tokens to keys (for the content-to-position term) and to
+    queries (for position-to-content). None: the layer lacks that term."""
 
     key: Part | None
     query: Part | None
 
 
 class Joined(NamedTuple):
-    """The weight [3A, C] and bias [3A] of query, key and value in one, where they are no module."""
+    """The joint weight [3A, C] and bias [3A] of query, key and value in modules that hold them as tensors."""
 
     weight: Tensor
     bias: Tensor | None
 
 
 def part_of(module: nn.Module, kind: type[nn.Module]) -> Part:
-    """A module of our own models: plain where it is still exactly `kind`, and nobody listens to it."""
+    """A module of our own models: plain if it is exactly a `kind` without hooks."""
     return Part(module, is_untouched(module, kind))
 
 
@@ -74,22 +74,22 @@ class Layer(NamedTuple):
     Attributes:
         qkv: the projections to query, key and value: three parts, or one that makes them together.
         out, out_norm: the linear layer after attention, and the LayerNorm of that block.
-        up, activation, down, down_norm: the same of the feed-forward block.
-        activation_name: the operators' name for the activation; None: they do not have it.
+        up, activation, down, down_norm: the same for the feed-forward block.
+        activation_name: the operators' name for the activation; None if they do not have it.
         head_dim: the width of a head.
-        joined: keeps the weights of `qkv` as one, where it may.
-        pre_norm: the LayerNorms come first in their blocks rather than last.
-        gated: `up` makes two halves, act(first) * second.
-        kind: with rotary positions, which rotation and window of the pass the layer has.
-        gate: of a gated block whose halves are two linear layers, the first: act(gate(x)) * up(x).
-        distances: attention looks at distances between tokens, by the table of the pass.
-        has_heads: False where all heads were pruned: attention is then the bias of `out` alone.
+        joined: joins the weights of `qkv`, and keeps the joint weight if that is allowed.
+        pre_norm: whether the LayerNorms come first in their blocks rather than last.
+        gated: whether `up` makes two halves, act(first) * second.
+        kind: with rotary positions, the key of the layer's rotation and window in the pass.
+        gate: in a gated block with two linear layers, the one of the activation: act(gate(x)) * up(x).
+        distances: attention depends on distances between tokens, by a table in the pass.
+        has_heads: False if all heads were pruned. Attention then gives the bias of `out`.
         q_norm, k_norm: norms of q and k before they are rotated.
-        norms_heads: these look at each head by itself, rather than at all heads of a token together.
-        scale: the factor of the scores; None: the inverse root of the head's width.
-        after_out, after_down: pre-norm alone: norms of what each block adds to x.
-        divisor: pre-norm alone: what each block adds to x is divided by it.
-        bias: gives the layer's own bias of the scores, [1, H, S, S] for S tokens.
+        norms_heads: whether these normalise each head by itself, or all heads of a token together.
+        scale: the factor of the scores; None for 1 / sqrt(head_dim).
+        after_out, after_down: in pre-norm layers, norms of a block's result before it is added to x.
+        divisor: in pre-norm layers, a number by which a block's result is divided.
+        bias: returns the layer's own bias of the scores, [1, H, S, S] for S tokens.
     """
 
     qkv: tuple[Part, ...]
@@ -118,12 +118,12 @@ class Layer(NamedTuple):
     bias: Callable[[int], Tensor] | None = None
 
     def tensors(self) -> list[Tensor] | None:
-        """What `functional.LayerWeights` holds, or None where a part is not taken apart, or has no parameters now."""
+        """The tensors of `functional.LayerWeights`; None if a part is not plain, or has no parameters now."""
         parts = (*self.qkv, self.out, self.out_norm, self.up, self.down, self.down_norm)
         for part in parts:
             if not part.plain:
                 return None
-        try:  # by way of the dictionaries: nn.Module's own attributes take ten times as long
+        try:  # reading an attribute of an nn.Module takes ten times as long as its dictionary
             if len(self.qkv) == 3:
                 return [part.module._parameters[name] for part in parts for name in ("weight", "bias")]
             rest = [part.module._parameters[name] for part in parts[1:] for name in ("weight", "bias")]
@@ -135,8 +135,8 @@ class Layer(NamedTuple):
 
 
 class Drops(NamedTuple):
-    """Probabilities of a layer's dropouts at the moment: of attention's probabilities, before the first residual, after
-    the activation, before the second residual, and of the table of distances."""
+    """Current probabilities of a layer's dropouts: on attention's probabilities, before the first residual, after the
+    activation, before the second residual, and on the table of distances."""
 
     probs: float = 0.0
     out: float = 0.0
@@ -146,21 +146,21 @@ class Drops(NamedTuple):
 
 
 class Kept:
-    """What was made of a module and of all below it, until one of them has other children or hooks, another class or
-    `config`, or a `forward` of its own: all that a description of it depends on."""
+    """A cached value that was made from a module and all modules below it. It is made anew if one of them has other
+    children, hooks, class, `config` or `forward`, which is all that a description of a layer depends on."""
 
     def __init__(self):
         self._last: _Made | None = None
 
     def of(self, root: nn.Module, make: Callable[[], Any], *given: Hashable) -> Any:
-        """make(), or what it gave before. given: what else the result depends on."""
-        last = self._last  # another thread may put its own there meanwhile
+        """The cached value, or make(). given: other values that the result depends on."""
+        last = self._last  # another thread may replace it meanwhile
         if last is None or not last.is_same(root, given):
             last = self._last = _Made(root, make, given)
         return last.value
 
     def __getstate__(self) -> dict:
-        """A pickled or deep-copied one makes its own."""
+        """Pickles and deep copies leave out the value."""
         return {"_last": None}
 
 
@@ -173,7 +173,7 @@ class _Made:
         tables += [own[name] for own in called for name in HOOKS]
         tables += [getattr(nn.modules.module, f"_global{name}") for name in HOOKS]
         places = [(own, name) for own in called for name in ("forward", "config", *HOOKS)]
-        places += [(module.__dict__, "_modules") for module in modules]  # another dictionary may be put in place
+        places += [(module.__dict__, "_modules") for module in modules]  # another dictionary may replace it
         self.snapshot = Snapshot(modules, places, tables=tables)
         self.value = make()
 

@@ -1,4 +1,4 @@
-"""Attention that looks at distances between tokens by a table of learned vectors, as DeBERTa's does."""
+"""DeBERTa's attention, whose scores depend on distances between tokens by a table of learned vectors."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor
 from .. import functional as F
 from .description import Distances, Part
 from .shared import Pass
-from .steps import apart, readied
+from .steps import can_fuse, lay_out
 
 
 class Table(NamedTuple):
-    """What the layers of a pass share of it.
+    """The table of distances in a pass.
 
     Attributes:
-        rows: [R, C], of the distances that a batch of this width can have.
-        lut: [2 S - 1] int32, the row of each distance i - j from -(S - 1) on.
+        rows: [R, C], the vectors of the distances that a batch of this width can have.
+        lut: [2 S - 1] int32, the row for each distance i - j from -(S - 1) up.
     """
 
     rows: Tensor
@@ -26,11 +26,11 @@ class Table(NamedTuple):
 
 
 def _project(part: Part, rows: Tensor, head_dim: int, shared: Pass) -> Tensor:
-    """rows [R, C] -> [R, H, D]. What is no plain linear layer gets [1, R, C], as in the original."""
-    if not apart(part):
+    """rows [R, C] -> [R, H, D]. A module that is called gets [1, R, C], as in the original."""
+    if not can_fuse(part):
         return part.module(rows[None])[0].unflatten(-1, (-1, head_dim))
     linear = part.module
-    readied(shared, linear)
+    lay_out(shared, linear)
     y = F.linear(rows, linear.weight, linear.bias, impl=F.products_beside(shared.impl))
     return y.unflatten(-1, (-1, head_dim))
 
@@ -39,7 +39,7 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, distances: Distances, table_dropout: float, dropout_p: float, shared: Pass,
     stream: int,
 ) -> Tensor:  # fmt: skip
-    """q, k, v [T, H, D] -> [T, H * D]. table_dropout: what is dropped of the table, anew in every layer."""
+    """q, k, v [T, H, D] -> [T, H * D]. table_dropout: probability of the dropout on the table, drawn in every layer."""
     rows, lut = shared.distances
     rows = nn.functional.dropout(rows, table_dropout) if table_dropout > 0.0 else rows
     pk, pq = (

@@ -1,4 +1,4 @@
-"""How a layer runs, and many of them in one call."""
+"""Runs a layer from its description, and several layers in one C++ call."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from .steps import (
     project,
 )
 
-# Up to so many tokens all layers in one call of C++ take less time than all but the last in one call and first tokens
-# through the last, operator by operator: MiniLM in bfloat16 5.5 ms of processor time beside 5.8 at 32 tokens, in
-# float32 9.6 beside 9.3; at 128 tokens 17.2 beside 16.1 and 31.6 beside 28.5.
+# Up to so many tokens, all layers in one C++ call take less time than all but the last in one call and then first
+# tokens through the last layer, operator by operator. MiniLM, processor time in ms: at 32 tokens 5.5 against 5.8 in
+# bfloat16 and 9.6 against 9.3 in float32; at 128 tokens 17.2 against 16.1 and 31.6 against 28.5.
 FEW_TOKENS = 64
 
 # ---- one layer -------------------------------------------------------------------------------------------
@@ -39,9 +39,9 @@ def run(x: Tensor, layer: Layer, drops: Drops, shared: Pass, index: int, trainin
     """x [T, C] through a layer.
 
     Args:
-        index: the layer's number in the pass, which tells its dropouts from those of others.
-        training: a bias before a LayerNorm is added by that, whose backward pass then has its gradient for nothing.
-            Otherwise it rides in the product itself.
+        index: the layer's number in the pass, which gives its dropouts other masks than those of other layers.
+        training: the LayerNorm adds the bias of the product before it, and its backward pass also computes that bias's
+            gradient. Otherwise the product adds it.
     """
     if layer.pre_norm:
         return _pre_norm(x, layer, drops, shared, index, training)
@@ -50,8 +50,8 @@ def run(x: Tensor, layer: Layer, drops: Drops, shared: Pass, index: int, trainin
 
 
 def run_for_first(x: Tensor, layer: Layer, drops: Drops, shared: Pass, index: int, training: bool) -> Tensor:
-    """The rows of each sequence's first token [B, C] out of `run`, of a post-norm layer: of the other tokens keys and
-    values alone are computed. A sequence without a token has a row that means nothing."""
+    """The rows of `run` for each sequence's first token [B, C], in a post-norm layer. Only keys and values are computed
+    for the other tokens. The row of a sequence without tokens is arbitrary."""
     first = F.pool(x, shared.batch.cu_seqlens, "cls", impl=shared.impl)
     if not layer.has_heads:
         return _after_attention(_of_no_heads(first), first, layer, drops, shared.of_first(), index, training)
@@ -72,7 +72,7 @@ def _post_norm(x: Tensor, layer: Layer, drops: Drops, shared: Pass, index: int, 
 def _after_attention(
     o: Tensor, x: Tensor, layer: Layer, drops: Drops, shared: Pass, index: int, training: bool
 ) -> Tensor:  # fmt: skip
-    """A post-norm layer of x from attention's output o on."""
+    """The part of a post-norm layer after attention. x: the layer's input, o: attention's output."""
     first = 2 * index + 1
     y, bias = linear_without_bias(layer.out, o, training, shared)
     x = add_norm(y, bias, x, layer.out_norm, drops.out, shared, stream=first)
@@ -92,7 +92,7 @@ def _pre_norm(x: Tensor, layer: Layer, drops: Drops, shared: Pass, index: int, t
 
 
 def _added(y: Tensor, norm: Part | None, layer: Layer, shared: Pass) -> Tensor:
-    """What a pre-norm block with the result y adds to x, before its dropout."""
+    """The value that a pre-norm block with the result y adds to x, before its dropout."""
     if norm is not None:
         y = norm_only(y, norm, shared)
     return y if layer.divisor == 1.0 else y / layer.divisor
@@ -112,7 +112,7 @@ def _attention(x: Tensor, layer: Layer, drops: Drops, shared: Pass, index: int) 
 
 
 def _of_no_heads(x: Tensor) -> Tensor:
-    """What attention without a head gives for x [N, C]: [N, 0]."""
+    """Attention's output without heads for x [N, C]: [N, 0]."""
     return x.new_empty(len(x), 0)
 
 
@@ -126,7 +126,7 @@ def _feed_forward(x: Tensor, layer: Layer, drops: Drops, shared: Pass, fold: boo
 def as_one_operator(
     x: Tensor, layer: Layer, drops: Drops, shared: Pass, index: int, training: bool
 ) -> Tensor | None:  # fmt: skip
-    """A post-norm layer by `functional.encoder_layer`; None where that does not stand for it."""
+    """A post-norm layer by `functional.encoder_layer`; None if that operator cannot compute it."""
     if torch.compiler.is_compiling() or (impl := F.choose_impl(shared.impl, x.device)) == "reference":
         return None
     if impl == "native" and not (training and torch.is_grad_enabled()):
@@ -148,19 +148,19 @@ def as_one_operator(
 
 
 def joined_by(layer: Layer) -> Callable[[], tuple[Tensor, Tensor | None]]:
-    """What gives the weight [3A, C] and bias [3A] of query, key and value in one."""
+    """A function that returns the joint weight [3A, C] and bias [3A] of query, key and value."""
     modules = [part.module for part in layer.qkv]
     if len(modules) == 1:
         return lambda: (modules[0].weight, modules[0].bias)
     return partial(layer.joined.joined, modules)
 
 
-# ---- all of them -----------------------------------------------------------------------------------------
+# ---- several layers --------------------------------------------------------------------------------------
 
 
 def in_one_call(x: Tensor, layers: Iterable[Layer | None], shared: Pass) -> Tensor | None:
-    """x [T, C] of the last layer by one call of C++, or None where the layers have to be called one after another: a
-    layer is None, one call is not ahead of them or cannot stand for them, something is dropped, or gradients are on."""
+    """x [T, C] after the last layer, by one C++ call; None if the layers have to be called one after another: one of
+    them is None, one call would be slower or cannot compute them, a dropout is on, or gradients are on."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or shared.seed is not None or not shared.is_plain():
         return None
     layers = list(layers)
@@ -173,15 +173,15 @@ def in_one_call(x: Tensor, layers: Iterable[Layer | None], shared: Pass) -> Tens
 
 
 def is_one_call_ahead(nbytes: int, dtype: torch.dtype, device: torch.device, impl: F.Impl | None) -> bool:
-    """Whether one call is ahead of the layers one by one, with hidden states of so many bytes in all."""
+    """Whether one call is faster than the layers one by one, for hidden states of so many bytes in all."""
     return (
         one_call.is_ahead(nbytes, dtype) and device.type == "cpu" and F.choose_impl(impl, device) == "native"
     )  # fmt: skip
 
 
 def in_one(layers: Iterable[Layer | None]) -> tuple[list[Tensor], F.LayerOptions] | None:
-    """What `inference.one_call.run` takes: the tensors of all layers, and the numbers that all of them share. None
-    where a layer is None, of another kind, or with other numbers than the rest."""
+    """The arguments of `inference.one_call.run`: the tensors of all layers, and the options that they share. None if a
+    layer is None or not of that kind, or if the options differ."""
     tensors: list[Tensor] = []
     numbers = set()
     for layer in layers:
@@ -196,7 +196,7 @@ def in_one(layers: Iterable[Layer | None]) -> tuple[list[Tensor], F.LayerOptions
 
 
 def all_in_8_bits(layers: Iterable[Layer | None]) -> tuple[list[one_call.Int8Layer], F.LayerOptions] | None:
-    """`in_one` of layers whose weights are all in 8 bits; of heads each may have another number."""
+    """`in_one` for layers whose weights are all in 8 bits. Their numbers of heads may differ."""
     found: list[one_call.Int8Layer] = []
     numbers = set()
     for layer in layers:
@@ -205,14 +205,14 @@ def all_in_8_bits(layers: Iterable[Layer | None]) -> tuple[list[one_call.Int8Lay
         if (of_layer := in_8_bits(layer)) is None or not one_call.fit_in_one_call(of_layer):
             return None
         found.append(of_layer)
-        numbers.add((layer.head_dim, *_shared(layer)))  # each layer has its own number of heads
+        numbers.add((layer.head_dim, *_shared(layer)))
     if len(numbers) != 1:
         return None
     return found, F.LayerOptions(found[0].heads, *numbers.pop()[1:])
 
 
 def in_8_bits(layer: Layer) -> one_call.Int8Layer | None:
-    """What `kernels.cpu.int8` takes for a layer; None where a weight is not in 8 bits, or a part is not plain."""
+    """The layer as `kernels.cpu.int8` takes it; None if a weight is not in 8 bits, or a part is not plain."""
     linears = [part.module for part in (*layer.qkv, layer.out, layer.up, layer.down)]
     norms = (layer.out_norm, layer.down_norm)
     if len(linears) != 6 or not all(is_untouched(linear, Int8Linear) for linear in linears):
@@ -225,5 +225,5 @@ def in_8_bits(layer: Layer) -> one_call.Int8Layer | None:
 
 
 def _shared(layer: Layer) -> tuple[str, float, float]:
-    """What `LayerOptions` has next to the number of heads."""
+    """The fields of `LayerOptions` after the number of heads."""
     return layer.activation_name, layer.out_norm.module.eps, layer.down_norm.module.eps

@@ -1,4 +1,4 @@
-"""What the layers of one forward pass share: the packed batch, what attention looks up, and the dropout's seed."""
+"""The values that all layers of one forward pass share: the packed batch, attention's tables, and the dropout seed."""
 
 from __future__ import annotations
 
@@ -17,34 +17,33 @@ from .. import functional as F
 from ..packing import PackedBatch
 from .description import Layer
 
-# a side of an attention window that has no bound: farther than any text is long
-UNBOUNDED = 1 << 29
+UNBOUNDED = 1 << 29  # the side of an attention window without a bound: more tokens than any text has
 
 
 @dataclass(frozen=True)
 class Pass:
-    """What the layers of one forward pass share; and attention, which needs most of it.
+    """The values that the layers of one forward pass share, and attention, which needs most of them.
 
     Attributes:
         batch: the packed batch.
-        schedule: `functional.attention_schedule` of it; None where the batch is `padded`.
-        impl: of every operator.
-        seed: [1] int64, or None where nothing is dropped.
+        schedule: its `functional.attention_schedule`; None if the batch is `padded`.
+        impl: the implementation of every operator.
+        seed: [1] int64; None if no dropout is on.
         row_ids: [T], the rows' numbers for dropout.
-        padded: the batch still holds its padding.
+        padded: whether the batch still holds its padding.
         mask: [1 | B, 1 | H, S, S] bool, True where attention is allowed.
-        bias: [1 | B, 1 | H, S, S] added to every layer's scores.
-        bias_width: S where every layer has a bias of its own, [1, H, S, S].
-        rotary: kind of layer -> (cos, sin).
-        windows: kind of layer -> (left, right), or None.
-        infers: nothing of this pass is trained, so weights on a CPU may be multiplied from copies laid out for it.
-        layers: the description of each layer, or None: each describes itself.
-        twice: second derivatives may follow, which SDPA has in its plain form alone.
-        keys: [Tk], the rows that are keys, where some rows are queries only.
-        cu_seqlens_k: [B + 1] int32, the same for them as `batch.cu_seqlens` for the queries.
-        spans: (first query, queries, first key, keys) of each sequence, where no kernel goes by cu_seqlens.
-        distances: the table of distances between tokens, of models that look at them.
-        first_only: of the layer that gets this pass only the rows of each sequence's first token are wanted.
+        bias: [1 | B, 1 | H, S, S], added to every layer's scores.
+        bias_width: S, if every layer has a bias of its own, [1, H, S, S].
+        rotary: `Layer.kind` -> (cos, sin).
+        windows: `Layer.kind` -> (left, right), or None for no window.
+        infers: whether this pass is inference, so that weights on a CPU may be read from copies with another layout.
+        layers: the description of each layer; None if each layer describes itself.
+        twice: whether second derivatives may follow, which only the plain form of SDPA has.
+        keys: [Tk], the rows that are keys, if other rows are queries only.
+        cu_seqlens_k: [B + 1] int32, for the keys what `batch.cu_seqlens` is for the queries.
+        spans: (first query, queries, first key, keys) of each sequence, for implementations without cu_seqlens_k.
+        distances: the table of distances between tokens, in models whose attention depends on them.
+        first_only: the layer that gets this pass computes only the row of each sequence's first token.
     """
 
     batch: PackedBatch
@@ -68,17 +67,17 @@ class Pass:
     first_only: bool = False
 
     def is_plain(self) -> bool:
-        """Is it a packed batch whose tokens see all of their sequence, and nothing but its tokens?"""
+        """Whether this is a packed batch in which tokens see all tokens of their sequence, without position tables."""
         looks_up = (self.mask, self.bias, self.bias_width, self.rotary, self.keys, self.distances)
         return not self.padded and all(found is None for found in looks_up)
 
     def real(self) -> Tensor | None:
-        """[B, S] bool, where tokens stand in a batch that holds its padding; None: everywhere."""
+        """[B, S] bool, True at tokens of a batch that holds its padding; None if it has none."""
         return None if self.mask is None else self.mask[:, 0, 0]
 
     def over_keys(self, real: Tensor, keys: list[int], impl: F.Impl) -> Pass:
-        """With the rows of the tokens that are `real` [B, S] as keys, `keys` of each sequence, and all others as
-        queries only. The batch must know its lengths."""
+        """The pass in which only the rows at `real` [B, S] are keys, and the others only queries. keys: their number in
+        each sequence. The batch must know its lengths."""
         batch = self.batch
         flat = real.flatten()
         places = (flat if batch.indices is None else flat[batch.indices]).nonzero_static(size=sum(keys)).squeeze(1)
@@ -92,38 +91,38 @@ class Pass:
         return replace(self, keys=places, cu_seqlens_k=cu_seqlens_k, spans=spans)
 
     def scheduled(self) -> Pass:
-        """With what attention derives from the lengths."""
+        """The pass with attention's schedule."""
         return replace(self, schedule=self.batch.schedule(self.impl))
 
     def dropping(self) -> Pass:
-        """With a seed drawn from torch's generator, and names for the rows: its dropouts are on."""
+        """The pass with dropout: with a seed drawn from torch's generator, and numbers of the rows."""
         seed = torch.randint(2**62, (1,), dtype=torch.int64, device=self.batch.cu_seqlens.device)
         return replace(self, seed=seed, row_ids=self.batch.row_ids())
 
     def dropout(self, p: float, stream: int) -> dict[str, Any]:
-        """Dropout arguments of an operator on hidden states; `stream` tells the call sites apart."""
+        """Dropout arguments of an operator on hidden states. stream: a different number at each call site."""
         if self.seed is None or p == 0.0:
             return {}
         return {"dropout_p": p, "seed": self.seed, "stream": stream, "row_ids": self.row_ids}
 
     def drop(self, x: Tensor, p: float, stream: int) -> Tensor:
-        """dropout(x) of x [T, C], before or behind a module that is called: the mask that an operator would draw."""
+        """dropout(x) for x [T, C] beside a module that is called, with the mask that an operator would draw."""
         options = self.dropout(p, stream)
         return F.dropout(x, **options) if options else x
 
     def dropout_of_probabilities(self, p: float, stream: int) -> dict[str, Any]:
-        """The same for attention."""
+        """Dropout arguments of attention."""
         if not (options := self.dropout(p, stream)):
             return {}
         del options["row_ids"]
         return options | {"sequence_ids": self.batch.sequence_ids}
 
     def of_first(self) -> Pass:
-        """For the dropouts of rows that are each sequence's first token."""
+        """The pass for dropouts on the rows of each sequence's first token."""
         return self if self.row_ids is None else replace(self, row_ids=self.row_ids[self.batch.first_tokens])
 
     def attend_for_first(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, stream: int) -> Tensor:
-        """q [B, H, D] of each sequence's first token, k and v [T, H, D] of all -> [B, H * D]. Of a plain pass."""
+        """q [B, H, D] of each sequence's first token, k and v [T, H, D] of all -> [B, H * D]. Needs a plain pass."""
         batch, impl = self.batch, self.impl
         options = self.dropout_of_probabilities(dropout_p, stream)
         one_each = torch.arange(batch.batch_size + 1, dtype=torch.int32, device=q.device)
@@ -137,7 +136,7 @@ class Pass:
         self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, stream: int, kind: Hashable = None,
         scale: float | None = None, own_bias: Callable[[int], Tensor] | None = None,
     ) -> Tensor:  # fmt: skip
-        """q [T, H, D], k, v [T, Hk, D] -> [T, H * D]. own_bias: gives the layer's own, [1, H, S, S] for S tokens."""
+        """q [T, H, D], k, v [T, Hk, D] -> [T, H * D]. own_bias: the layer's own bias, [1, H, S, S] for S tokens."""
         options = self.dropout_of_probabilities(dropout_p, stream)
         bias = self.bias if own_bias is None else own_bias(self.bias_width)
         if bias is not None:
@@ -174,8 +173,8 @@ class Pass:
         return torch.cat(outputs)
 
     def state(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(x [T, C] as a hidden state to return, padded where the input was; x by way of it, so that a loss of that
-        state has a gradient)."""
+        """(x [T, C] as a hidden state to return, padded if the input was; x computed from that state, so that a loss on
+        the state has a gradient)."""
         batch = self.batch
         if batch.padded_shape is None:
             return x, x

@@ -1,1 +1,1 @@
-"""Fine-tuning: files of examples, features, the loop, and metrics that say what they measure."""
+"""Fine-tuning: files of examples, features, the training loop, and metrics with their definitions."""

@@ -12,7 +12,7 @@ from ..functional import adamw as cpp
 
 
 class _Resting(NamedTuple):
-    """Which blocks of a parameter have moments of zero, and of which tensors in which version that is known."""
+    """Which blocks of a parameter have moments of zero, and the tensors and versions for which that is known."""
 
     mean: Tensor
     square: Tensor
@@ -24,7 +24,7 @@ class _Resting(NamedTuple):
 
 
 class _Given(NamedTuple):
-    """What one step reads and writes of the parameters of one dtype, in lists of one length."""
+    """The tensors that one step reads and writes for the parameters of one dtype, in lists of equal length."""
 
     parameters: list[Tensor]
     gradients: list[Tensor]
@@ -35,8 +35,8 @@ class _Given(NamedTuple):
 
 
 def _torchs_step() -> Callable[..., Any]:
-    """torch's step without the hooks that torch wraps around the step of every class that has been used: those around
-    our step have run."""
+    """torch's step without the hooks that torch wraps around the step of every optimiser class it has made an object
+    of: those around our step have run already."""
     step = torch.optim.AdamW.step
     while getattr(step, "hooked", False):
         step = step.__wrapped__
@@ -44,13 +44,13 @@ def _torchs_step() -> Callable[..., Any]:
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's AdamW, its arguments and its state_dict: either goes on from the other's.
+    """torch's AdamW with the same arguments and state_dict: each can load the other's.
 
-    On a CPU the C++ operators update parameters of float32 or bfloat16 in one pass over all of them, which reads every
-    gradient once. Rows of a table that have never had a gradient keep moments of zero; of these only the parameter
-    itself is read and written, by weight decay, and nothing where that is 0. Results are torch's within the rounding of
-    a step. Everything else (other devices and dtypes, amsgrad, maximize, a tensor for lr, a GradScaler that unscales
-    here, no C++) is left to torch.
+    On a CPU the C++ operators update all float32 or bfloat16 parameters in one pass, which reads every gradient once.
+    Rows of a table that have never had a gradient keep moments of zero. For these only weight decay reads and writes
+    the parameter, and a decay of 0 does nothing. Results are torch's within the rounding of a step. In all other cases
+    (other devices and dtypes, amsgrad, maximize, a tensor as lr, a GradScaler that unscales in the step, no C++)
+    torch's step runs.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -66,17 +66,17 @@ class AdamW(torch.optim.AdamW):
         self._scale = 1.0
 
     def clip(self, max_norm: float) -> float:
-        """Has the next step take all gradients in one, and scale them down where their norm is above `max_norm`, as
-        torch.nn.utils.clip_grad_norm_ does. Gradients that C++ takes are only read here; others are scaled in place.
+        """Makes the next step scale all gradients down if their joint norm is above `max_norm`, as
+        torch.nn.utils.clip_grad_norm_ does. Gradients for the C++ step are only read here; others are scaled in place.
 
-        Returns: the norm before.
+        Returns: the norm before scaling.
         """
-        self._scale = 1.0  # a step that was clipped and then left out takes nothing with it
+        self._scale = 1.0  # the scale of a step that was clipped and then skipped does not apply
         parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         gradients = [p.grad for p in parameters]
         if not self._takes_all() or len({g.dtype for g in gradients}) > 1:
             norm = nn.utils.clip_grad_norm_(parameters, max_norm)
-            return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # of FSDP2's shards
+            return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # FSDP2 gives a sharded norm
         norm = cpp.norm(gradients)
         self._scale = 1.0 if norm + 1e-6 <= max_norm else max_norm / (norm + 1e-6)
         return norm
@@ -106,8 +106,8 @@ class AdamW(torch.optim.AdamW):
         return None
 
     def _count_versions(self) -> None:
-        """torch's fused step changes tensors and leaves their versions, by which others see that they must look again:
-        `_Resting` here, layers that keep integers of their weights in training."""
+        """Increments the versions of the tensors that torch's fused step changes without doing so. `_Resting` and
+        8-bit layers in training compare versions to notice changes."""
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
@@ -115,19 +115,19 @@ class AdamW(torch.optim.AdamW):
                     torch.autograd.graph.increment_version([p, *(t for t in moments if t is not None)])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As torch's; and what `clip` has left to a step that was not taken is forgotten."""
+        """As torch's; also drops the scale of `clip` for a step that was not taken."""
         self._scale = 1.0
         super().zero_grad(set_to_none)
 
     def _scale_gradients(self) -> None:
-        """Does what `clip` has left to a step that torch takes after all, as under a GradScaler."""
+        """Applies the scale of `clip` to the gradients for a step that torch computes, as under a GradScaler."""
         scale, self._scale = self._scale, 1.0
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         if scale != 1.0 and gradients:
             torch._foreach_mul_(gradients, scale)
 
     def _takes_all(self) -> bool:
-        """Whether C++ has every group's options, and all tensors."""
+        """Whether the C++ step supports the options of every group and all tensors."""
         if torch.compiler.is_compiling() or getattr(self, "found_inf", None) is not None:
             return False
         for group in self.param_groups:
@@ -145,7 +145,7 @@ class AdamW(torch.optim.AdamW):
         return True
 
     def _gather(self, group: dict[str, Any], scale: float, of_dtypes: dict[torch.dtype, _Given]) -> None:
-        """Adds the parameters of a group that have a gradient, and counts their steps."""
+        """Adds the parameters of a group that have a gradient to `of_dtypes`, and counts their steps."""
         parameters, gradients, means, squares, steps = [], [], [], [], []
         self._init_group(group, parameters, gradients, means, squares, [], steps)
         if not parameters:

@@ -3,15 +3,15 @@
 A prediction is a text, "" for no answer; gold answers are one or several texts, none where a question has no answer.
 A question's score is the best over its gold answers, exact match and F1 each for itself.
 
-squad      SQuAD 1.1: lower case, without ASCII punctuation and the words a, an, the; F1 of words counted as often as
-           both have them. Two answers of which nothing is left: exact match 1, F1 0, as its script has it.
-squad_v2   SQuAD 2.0: the same, but where nothing is left of either F1 is 1 if both are empty, else 0. Gold answers of
+squad      SQuAD 1.1: lower case, without ASCII punctuation and the words a, an, the. F1 over words, each counted as
+           often as both texts have it. If nothing is left of both texts: exact match 1, F1 0, as in its script.
+squad_v2   SQuAD 2.0: the same, but if nothing is left of one text, F1 is 1 if both are empty, else 0. Gold answers of
            which nothing is left count as no answer.
-cmrc       CMRC 2018: lower case, without the marks below; F1 by the longest run of neighbouring units that both have.
-           A unit is a character from U+4E00 to U+9FA5, and between them a word of English (`treebank`). Exact match
-           keeps white space inside.
-drcd       DRCD: lower case, without punctuation (Unicode's, category P) and white space; F1 of characters counted as
-           often as both have them.
+cmrc       CMRC 2018: lower case, without the marks below. F1 by the longest run of neighbouring units in both texts.
+           A unit is a character from U+4E00 to U+9FA5, or between these an English word (`treebank`). Exact match
+           keeps inner white space.
+drcd       DRCD: lower case, without punctuation (Unicode's category P) and white space. F1 over characters, each
+           counted as often as both texts have it.
 """
 
 from __future__ import annotations
@@ -25,23 +25,24 @@ from collections.abc import Callable, Mapping, Sequence
 from . import treebank
 from .metrics import Scores
 
-# What CMRC's script drops. Its list also has an ellipsis of two characters, which no single character equals: it stays.
+# The characters that CMRC's script removes. Its list also has an ellipsis of two characters, which it never removes,
+# because it compares single characters.
 CMRC_MARKS = frozenset("-:_*^/\\~`+=，。：？！“”；’《》·、「」（）－～『』")  # noqa: RUF001
 _ASCII_MARKS = str.maketrans("", "", string.punctuation)
 
 
 def squad_words(text: str) -> list[str]:
-    """What SQuAD compares: the words that are left of a text."""
+    """The words of a text that SQuAD compares."""
     return re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(_ASCII_MARKS)).split()
 
 
 def cmrc_text(text: str) -> str:
-    """What CMRC's exact match compares."""
+    """The text that CMRC's exact match compares."""
     return "".join(c for c in text.lower().strip() if c not in CMRC_MARKS)
 
 
 def cmrc_units(text: str) -> list[str]:
-    """What CMRC's F1 compares."""
+    """The units that CMRC's F1 compares."""
     units = []
     for run in re.findall("[\u4e00-\u9fa5]|[^\u4e00-\u9fa5]+", cmrc_text(text)):
         units += [run] if "\u4e00" <= run <= "\u9fa5" else treebank.words(run)
@@ -49,12 +50,12 @@ def cmrc_units(text: str) -> list[str]:
 
 
 def drcd_characters(text: str) -> list[str]:
-    """What DRCD compares."""
+    """The characters that DRCD compares."""
     return [c for c in text.lower() if not c.isspace() and not unicodedata.category(c).startswith("P")]
 
 
 def longest_run(a: Sequence[str], b: Sequence[str]) -> int:
-    """The length of the longest run of neighbours that both sequences have."""
+    """The length of the longest run of neighbours that is in both sequences."""
     longest, row = 0, [0] * (len(b) + 1)
     for x in a:
         row = [0, *(before + 1 if x == y else 0 for before, y in zip(row, b, strict=False))]
@@ -72,7 +73,7 @@ def _f1(a: Sequence[str], b: Sequence[str], common: Callable[[Sequence[str], Seq
     return 2.0 * n / (len(a) + len(b)) if n else 0.0
 
 
-# Each gives (exact match, F1) of one gold answer and one prediction.
+# Each of these returns (exact match, F1) of a prediction for one gold answer.
 
 
 def squad(gold: str, predicted: str) -> tuple[float, float]:
@@ -104,7 +105,7 @@ _WORDS = {
 
 
 def score(metric: str, gold: Sequence[str], predicted: str) -> tuple[float, float]:
-    """(exact match, F1) of a question, the best over its gold answers."""
+    """(exact match, F1) of a question, each the best over its gold answers."""
     if metric == "squad_v2":
         gold = [answer for answer in gold if squad_words(answer)]
     each = [ANSWER_METRICS[metric](answer, predicted) for answer in gold or [""]]
@@ -114,7 +115,7 @@ def score(metric: str, gold: Sequence[str], predicted: str) -> tuple[float, floa
 def answer_scores(metric: str, gold: Mapping[str, Sequence[str]], predicted: Mapping[str, str]) -> Scores:
     """F1 and exact match over questions, by their ids. A question without a prediction counts 0.
 
-    squad_v2 also gives the F1 of the questions with an answer and of those without one, where there are such.
+    squad_v2 also gives the F1 of the questions with an answer, and of those without one, if there are any.
     """
     if metric not in ANSWER_METRICS:
         raise ValueError(f"metric must be one of {', '.join(ANSWER_METRICS)}, got {metric!r}")
@@ -142,15 +143,15 @@ def answer_scores(metric: str, gold: Mapping[str, Sequence[str]], predicted: Map
 def best_threshold(
     null_differences: Mapping[str, float], scores: Mapping[str, float], null_scores: Mapping[str, float]
 ) -> tuple[float, float]:
-    """(threshold, mean score) that is best where a question gets no answer if its difference is above the threshold.
+    """(threshold, mean score) of the best threshold, above which a question's null difference means no answer.
 
     Args:
-        null_differences: of each question, the score of no answer less that of its best answer.
-        scores, null_scores: what a question earns by its best answer, and by no answer.
+        null_differences: for each question, the score of no answer less that of its best answer.
+        scores, null_scores: the metric of each question for its best answer, and for no answer.
     """
     order = sorted(null_differences, key=null_differences.__getitem__)
-    total = sum(null_scores[key] for key in order)  # a threshold below all differences: nobody is answered
-    # Of equally good thresholds the highest counts, with as many answers as possible.
+    total = sum(null_scores[key] for key in order)  # with a threshold below all differences no question has an answer
+    # Of equally good thresholds the highest is taken, which gives the most answers.
     best, threshold = total, null_differences[order[0]] - 1.0
     for place, key in enumerate(order):
         total += scores[key] - null_scores[key]

@@ -1,4 +1,4 @@
-"""The course of a run for TensorBoard, in OUT/tensorboard: what metrics.jsonl has, as scalars over the steps."""
+"""A run's metrics for TensorBoard, in OUT/tensorboard: the records of metrics.jsonl as scalars over the steps."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ OF_STEPS = ("loss", "lr", "grad_norm", "tokens_per_second")
 
 
 def summary_writer() -> type:
-    """torch's SummaryWriter. Raises: ImportError, in one line, where the package tensorboard is not there."""
+    """torch's SummaryWriter. Raises: ImportError, in one line, if the package tensorboard is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
@@ -20,7 +20,7 @@ def summary_writer() -> type:
 class Board:
     """Writes records of metrics.jsonl.
 
-    done: steps of the run that it goes on from; what an earlier one wrote of later steps is hidden.
+    done: number of steps that are done when the run is resumed. Later steps that it wrote before are hidden.
     """
 
     def __init__(self, folder: Path, done: int) -> None:

@@ -1,10 +1,10 @@
-"""Checkpoints of a run, each whole or not there, through torch.distributed.checkpoint.
+"""Checkpoints of a run by torch.distributed.checkpoint. A checkpoint is complete, or it does not exist.
 
-    OUT/checkpoints/step-00000120/    model, optimiser, mean of the weights, and progress.json: what else the
-                                      run has to know
+    OUT/checkpoints/step-00000120/    model, optimiser, mean of the weights, and in progress.json the rest of the
+                                      run's state
 
-A checkpoint is written into a folder of another name, and takes its own when all of it is on the disk. What a killed
-process left half written is removed by the next that saves.
+A checkpoint is written into a folder of another name, which is renamed when it is complete. The next process that saves
+removes an incomplete folder that a killed process has left.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _NAME = re.compile(r"step-\d{8}")
 
 
 class Checkpoints:
-    """Those of one run. keep: how many of the last ones stay."""
+    """The checkpoints of one run. keep: how many of the last ones are kept."""
 
     def __init__(self, out: Path, keep: int, processes: Processes) -> None:
         self.folder, self.keep, self.processes = out / "checkpoints", keep, processes
 
     def last(self) -> Path | None:
-        """The latest checkpoint."""
+        """The latest checkpoint; None if there is none."""
         if not self.folder.is_dir():
             return None
         return max((path for path in self.folder.iterdir() if _NAME.fullmatch(path.name)), default=None)
@@ -44,14 +44,15 @@ class Checkpoints:
     def save(
         self, model: nn.Module, optimizer: Any, means: dict[str, Tensor], step: int, progress: dict[str, Any]
     ) -> Path:
-        """Writes a checkpoint, with `step` in its progress; one of this step that exists is left as it is.
+        """Writes a checkpoint unless there is one of this step.
 
-        means: `WeightAverage.means`, empty where nothing is averaged.
+        means: `WeightAverage.means`, empty if weights are not averaged.
+        progress: the rest of the run's state; `step` is added.
 
-        Raises: CheckpointError, in one line, with what remains.
+        Raises: CheckpointError, in one line that names the last complete checkpoint.
         """
         path = self.folder / f"step-{step:08d}"
-        # All processes take the same way: the first one looks before any of them writes.
+        # The first process decides for all of them, before any of them writes.
         if self.processes.gather(path.exists())[0]:
             return path
         temporary = self.folder / f".{path.name}.writing"
@@ -81,11 +82,11 @@ class Checkpoints:
         return path
 
     def progress(self, path: Path) -> dict[str, Any]:
-        """What a checkpoint's run had to know beside model, optimiser and means."""
+        """The state of a checkpoint's run besides model, optimiser and means."""
         return read_json(path / "progress.json")
 
     def load(self, path: Path, model: nn.Module, optimizer: Any, means: dict[str, Tensor]) -> None:
-        """Fills model, optimiser and means from a checkpoint, of whatever number of processes."""
+        """Loads a checkpoint, of any number of processes, into model, optimiser and means."""
         state = _state(model, optimizer, means)
         try:
             with _alone():
@@ -107,15 +108,15 @@ def _state(model: nn.Module, optimizer: Any, means: dict[str, Tensor]) -> dict[s
 
 @contextmanager
 def _alone() -> Iterator[None]:
-    """torch warns that a single process is one, although it was told so."""
+    """A block without torch's warning that there is a single process."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
         yield
 
 
 def _reason(error: BaseException) -> str:
-    """What is behind torch's report of all ranks, in one line. Where a file could not be written, that is what the
-    system said of it: torch's own error only names the place in the file."""
+    """The cause of torch's report of all ranks, in one line. If a file could not be written, this is the system's
+    error; torch's own error only names a position in the file."""
     if isinstance(error, dcp.CheckpointException):
         causes = [cause[0] if isinstance(cause, tuple) else cause for cause in error.failures.values()]
         error = next(iter(causes), error)

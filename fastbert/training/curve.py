@@ -1,5 +1,4 @@
-"""The course of a run as a picture: the loss of each step, smoothed, and the metric after each epoch, from
-metrics.jsonl into one SVG."""
+"""A picture of a run: an SVG of metrics.jsonl with the smoothed loss of each step and the metric after each epoch."""
 
 from __future__ import annotations
 
@@ -11,12 +10,12 @@ from pathlib import Path
 from ..storage import write_atomically
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 360, 60, 60, 40, 40
-POINTS = 60  # of the loss at most; each is the mean of the steps around it, whose losses differ by chance
+POINTS = 60  # most points of the loss; each is the mean of neighbouring steps, whose losses differ by chance
 LOSS, METRIC = "#1f6fb4", "#c4501b"
 
 
 def draw(records: Path, picture: Path, metric: str) -> None:
-    """Writes the picture, whole or not at all."""
+    """Writes the picture atomically."""
     rows = [json.loads(line) for line in records.read_text(encoding="utf-8").splitlines()]
     losses = [(row["step"], row["loss"]) for row in rows if "loss" in row]
     scores = [(row["step"], row["scores"][metric]) for row in rows if row.get("scores", {}).get(metric) is not None]
@@ -25,14 +24,14 @@ def draw(records: Path, picture: Path, metric: str) -> None:
 
 
 def _smooth(points: Sequence[tuple[int, float]]) -> list[tuple[float, float]]:
-    """Means of neighbours, POINTS of them at most."""
+    """At most POINTS means of neighbouring points."""
     size = max(1, -(-len(points) // POINTS))
     groups = [points[i : i + size] for i in range(0, len(points), size)]
     return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
 
 
 def svg(losses: Sequence[tuple[float, float]], scores: Sequence[tuple[float, float]], metric: str) -> str:
-    """Two lines over the steps, the loss by the left axis and the metric by the right one."""
+    """Two lines over the steps: the loss with the left axis, the metric with the right one."""
     last = max((x for x, _ in [*losses, *scores]), default=1.0)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" font-family="sans-serif" '
@@ -59,7 +58,7 @@ def svg(losses: Sequence[tuple[float, float]], scores: Sequence[tuple[float, flo
         ]
         line = " ".join(f"{a:.1f},{b:.1f}" for a, b in places)
         parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
-        if points is scores:  # there may be a single one, of which a line shows nothing
+        if points is scores:  # a line would not show a single point
             parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" fill="{colour}"/>' for a, b in places]
         for value, y in ((low, HEIGHT - BOTTOM), (high, TOP)):
             parts.append(f'<text x="{x}" y="{y + 4}" fill="{colour}" text-anchor="{anchor}">{value:.4g}</text>')

@@ -1,12 +1,12 @@
-"""Entities out of tags, and their three scores: conlleval's, strict IOB2's, and WNUT-17's of surface forms.
+"""Entities from tags, and their scores in three definitions: conlleval's, strict IOB2, and WNUT-17's surface forms.
 
-lenient   conlleval's reading (Tjong Kim Sang and Buchholz, CoNLL-2000): an I- opens an entity where none of its type is
-          open. Seqeval's default reads so too.
-strict    IOB2 as it is defined: an entity is a B- and the I- of its type that follow; an I- elsewhere is of no entity.
-          Seqeval's `mode="strict", scheme=IOB2`.
-surface   WNUT-17's: whether an entity is right is decided at its place, by the lenient reading; then each pair of
-          (form, type) counts once among the right ones, once among the predicted ones and once among the gold ones.
-          Upper and lower case are two forms.
+lenient   conlleval's definition (Tjong Kim Sang and Buchholz, CoNLL-2000), and seqeval's default: an I- opens an entity
+          if none of its type is open.
+strict    The definition of IOB2, seqeval's `mode="strict", scheme=IOB2`: an entity is a B- and the I- of its type that
+          follow; any other I- belongs to no entity.
+surface   WNUT-17's definition: an entity is right or wrong at its place, by the lenient definition. Each pair of (form,
+          type) is then counted once among the right ones, once among the predicted ones and once among the gold ones.
+          Forms that differ in case are different.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ TOKEN_METRICS = ("entity_f1", "strict_f1", "surface_f1")
 
 
 class Entity(NamedTuple):
-    """Words `start` to `end` (not included) of a sentence."""
+    """The words [start, end) of a sentence."""
 
     type: str
     start: int
@@ -35,11 +35,11 @@ def split_tag(tag: str) -> tuple[str, str]:
 
 
 def lenient(tags: Sequence[str]) -> list[Entity]:
-    """Entities by conlleval's reading of IOB1, IOB2 or IOBES tags."""
+    """Entities by conlleval's definition, from IOB1, IOB2 or IOBES tags."""
     entities, start = [], None
     parts = [("O", ""), *map(split_tag, tags), ("O", "")]
     for place, ((before, type_before), (prefix, kind)) in enumerate(pairwise(parts)):
-        # place is the number of the second of the two words, whose tag is `prefix-kind`
+        # `place` is the number of the second word, whose tag is `prefix-kind`
         if start is not None and _ends(before, type_before, prefix, kind):
             entities.append(Entity(type_before, start, place))
             start = None
@@ -72,7 +72,7 @@ def strict(tags: Sequence[str]) -> list[Entity]:
 
 
 def count_entities(gold: Sequence[Iterable[Entity]], predicted: Sequence[Iterable[Entity]]) -> dict[str, Counts]:
-    """Counts of each type over sentences: an entity is right where type, start and end are."""
+    """Counts of each type over sentences. An entity is right if its type, start and end are."""
     totals: dict[str, Counts] = {}
     for of_gold, of_predicted in zip(gold, predicted, strict=True):
         wanted, found = set(of_gold), set(of_predicted)
@@ -83,7 +83,7 @@ def count_entities(gold: Sequence[Iterable[Entity]], predicted: Sequence[Iterabl
 
 
 def micro(counts: dict[str, Counts]) -> Counts:
-    """All types together."""
+    """The counts of all types together."""
     return sum(counts.values(), Counts(0, 0, 0))
 
 
@@ -105,7 +105,7 @@ def count_surfaces(
 def token_scores(
     words: Sequence[Sequence[str]], gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]
 ) -> Scores:
-    """Every metric of tagged sentences; gold and predicted have a tag for each word."""
+    """All metrics of tagged sentences; gold and predicted have a tag for each word."""
     for number, (sentence, a, b) in enumerate(zip(words, gold, predicted, strict=True)):
         if len(sentence) != len(a) or len(a) != len(b):
             raise ValueError(f"sentence {number} has {len(sentence)} words, {len(a)} gold and {len(b)} predicted tags")

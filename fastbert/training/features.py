@@ -4,9 +4,10 @@
     tagged words   [CLS] words [SEP]; the label of a word is at its first piece
     question       [CLS] question [SEP] part of the context [SEP]
 
-What is longer than the limit is covered by windows that overlap. A word of several windows belongs to one of them,
-where the shorter of its two sides of context is longest (of equals, to the earlier window): its loss counts there and
-its prediction is taken from there. So does every token of a context, as the start of an answer.
+Overlapping windows cover tagged words and contexts that are longer than the limit. A word in several windows belongs to
+the window that has the most context on the shorter of its two sides, and of equals to the earlier one. That window
+counts the word's loss and gives its prediction. Likewise, an answer may start at a token of a context only in the
+window that the token belongs to.
 """
 
 from __future__ import annotations
@@ -21,22 +22,21 @@ from .files import Question, Sentence
 
 IGNORED = -100  # a label that does not count
 NO_ANSWER = (0, 0)  # the span of [CLS]
-QUESTION_TOKENS = 64  # of a question, at most, as in Google's run_squad.py
+QUESTION_TOKENS = 64  # most tokens of a question, as in Google's run_squad.py
 
 
 @dataclass(frozen=True)
 class Window:
-    """A sequence of tokens for the model, of one example.
+    """A sequence of tokens for the model, which is an example or a part of one.
 
     Attributes:
-        input_ids, token_type_ids: of its tokens; token_type_ids is None where all are 0.
+        input_ids, token_type_ids: of its tokens; token_type_ids is None if all are 0.
         example: the number of its example.
-        target: what is to be learnt: a class (int), a number (float), or 1 or 0 for each of several labels; a class or
-            IGNORED for each token; the tokens (start, end) of an answer; None where nothing is known.
-        words: of a window of tagged words, (word, place of its first piece) for the words that belong to it.
-        offsets: of a window of a context, (start, end) of each token in the context, in characters; None for tokens
-            that are not of the context.
-        owned: of a window of a context, the places of the tokens that belong to it.
+        target: the label: a class (int), a number (float), 1 or 0 for each of several labels, a class or IGNORED for
+            each token, or the tokens (start, end) of an answer; None if there is no label.
+        words: for tagged words: (word, position of its first piece) of the words that belong to the window.
+        offsets: for a context: (start, end) of each token in characters of the context; None for other tokens.
+        owned: for a context: the positions of the tokens that belong to the window.
     """
 
     input_ids: list[int]
@@ -50,7 +50,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Features:
-    """Windows of all examples in order, and what was lost: notes such as "examples cut at 128 tokens": 3."""
+    """The windows of all examples in order, and counts of what was cut, such as {"examples cut at 128 tokens": 3}."""
 
     windows: list[Window]
     notes: dict[str, int]
@@ -66,7 +66,7 @@ def text_features(
     targets: Sequence[Any] | None,
     max_length: int,
 ) -> Features:
-    """One window an example."""
+    """One window for each example."""
     encoded = tokenizer(texts, pairs, max_length=max_length)
     windows = [
         Window(e.ids, None if pairs is None else e.type_ids, i, None if targets is None else targets[i])
@@ -82,11 +82,11 @@ def text_features(
 def word_features(
     tokenizer: Tokenizer, sentences: Sequence[Sentence], label2id: dict[str, int] | None, max_length: int, stride: int
 ) -> Features:
-    """Windows of whole words; label2id: None for words without tags.
+    """Windows of whole words. label2id: None for words without tags.
 
-    A word of which the tokenizer leaves nothing stands as [UNK]. One longer than a window is cut to it, and counted.
+    A word for which the tokenizer gives no piece becomes [UNK]. A word longer than a window is cut, and counted.
 
-    Raises: ValueError where stride leaves no room for anything new.
+    Raises: ValueError if stride leaves no room for new words in a window.
     """
     room = _room(max_length - 2, stride)
     pieces = _pieces_of_words(tokenizer, sentences)
@@ -128,15 +128,15 @@ def _pieces_of_words(tokenizer: Tokenizer, sentences: Sequence[Sentence]) -> dic
 def question_features(
     tokenizer: Tokenizer, questions: Sequence[Question], max_length: int, stride: int, training: bool, longest: int
 ) -> Features:
-    """Windows of each context behind its question.
+    """Windows of each context, after its question.
 
-    In training a window's target is the first gold answer that lies in it whole, else its [CLS]; a question that has
-    gold answers, but none in its context, has no windows, and is counted.
+    In training a window's target is the first gold answer that it contains completely, else its [CLS]. A question whose
+    gold answers are not in its context has no windows, and is counted.
 
-    Otherwise those questions are counted of which no gold answer is whole in a window and of at most `longest` tokens,
-    so that none can be predicted.
+    Otherwise the questions are counted that cannot be answered rightly, because no window contains a complete gold
+    answer of at most `longest` tokens.
 
-    Raises: ValueError where max_length leaves no room for the context, or stride none for anything new.
+    Raises: ValueError if max_length leaves no room for the context, or stride none for new tokens in a window.
     """
     contexts = list(dict.fromkeys(q.context for q in questions))
     tokens = dict(zip(contexts, tokenizer(contexts, truncation=None, add_special_tokens=False).encodings, strict=True))
@@ -175,7 +175,7 @@ def question_features(
 
 
 def gold_tokens(question: Question, offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """(first, last) token of each gold answer that lies in the context: all tokens that share a character with it."""
+    """(first, last) token of each gold answer in the context: the tokens that share a character with it."""
     spans = []
     for answer in question.answers:
         if answer.start is not None:
@@ -187,8 +187,8 @@ def gold_tokens(question: Question, offsets: Sequence[tuple[int, int]]) -> list[
 
 
 def _target(gold: Sequence[tuple[int, int]], first: int, end: int, head: int) -> tuple[int, int]:
-    """Where in a window the first gold answer lies that is whole in it. The window has the tokens of the context from
-    `first` to before `end`, behind `head` others."""
+    """The tokens (start, end) of the first gold answer that a window contains completely, else NO_ANSWER. The window
+    has `head` tokens, then the tokens [first, end) of the context."""
     for start, last in gold:
         if first <= start and last < end:
             return head + start - first, head + last - first
@@ -207,8 +207,8 @@ def _room(tokens: int, stride: int) -> int:
 
 
 def _spans(lengths: Sequence[int], room: int, stride: int) -> list[tuple[int, int]]:
-    """(first, end) of windows of whole items, each of at most `room` tokens; neighbours share the last items of the
-    first one, of at most `stride` tokens together. Without items a single window is empty."""
+    """(first, end) of windows of whole items, with at most `room` tokens. A window begins with the last items of the
+    window before it, at most `stride` tokens of them. Without items there is one empty window."""
     spans, first = [], 0
     while True:
         end, tokens = first, 0
@@ -218,7 +218,7 @@ def _spans(lengths: Sequence[int], room: int, stride: int) -> list[tuple[int, in
         spans.append((first, end))
         if end == len(lengths):
             return spans
-        # Going back by `stride` tokens must leave the next window something new: the item at `end` has to fit in it.
+        # The next window goes back by at most `stride` tokens, and only so far that it still holds the item at `end`.
         back, start = 0, end
         while start - 1 > first and back + lengths[start - 1] <= min(stride, room - lengths[end]):
             start -= 1
@@ -227,7 +227,7 @@ def _spans(lengths: Sequence[int], room: int, stride: int) -> list[tuple[int, in
 
 
 def _owners(count: int, spans: Sequence[tuple[int, int]]) -> list[int]:
-    """Of each item, the number of the window that it belongs to: the one whose shorter side around it is longest."""
+    """The number of the window that each item belongs to: the one with the most items on the shorter side of it."""
     owner, best = [0] * count, [-1] * count
     for number, (first, end) in enumerate(spans):
         for item in range(first, end):

@@ -1,12 +1,12 @@
-"""Examples out of files, each with its place for what has to be said about it.
+"""Reads examples from files. Each one keeps its place in the file for messages.
 
-    .tsv, .txt   a header, then a row a line, cells between tabs; a quote is a letter
-    .csv         a header, cells between commas, quoted as RFC 4180 has it
-    .jsonl       an object a line
-    CoNLL        a word a line, with its tag in the last column; an empty line ends a sentence
+    .tsv, .txt   a header, then one row for each line, with tabs between cells; quotes have no meaning
+    .csv         a header, then rows with commas between cells, quoted as in RFC 4180
+    .jsonl       one object for each line
+    CoNLL        one word for each line, with its tag in the last column; an empty line ends a sentence
     SQuAD        JSON of SQuAD 1.1 or 2.0
 
-A text is what the file has: NA, null and nan are texts.
+Cells of tables are kept as they are: NA, null and nan are texts.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ _JSON_NAMES = {dict: "an object", list: "a list", str: "a string", int: "a numbe
 
 
 class DataError(ValueError):
-    """What is wrong with a file, with its name and the line; one line."""
+    """An error in a file. The message is one line, with the file's name and the line's number."""
 
 
 class Row(NamedTuple):
-    """A row of a table: what it is called in messages, and its cells by the names of the columns."""
+    """A row of a table: its place for messages, and name of a column -> cell."""
 
     place: str
     cells: dict[str, Any]
 
 
 class Sentence(NamedTuple):
-    """Words of a sentence with a tag each, or without tags.
+    """The words of a sentence, with a tag for each word or without tags.
 
-    text, starts: the text that the words are of, and where each begins in it; by default they are joined by spaces.
+    text, starts: the sentence's text, and the character at which each word begins; None: words are joined by spaces.
     """
 
     place: str
@@ -51,7 +51,7 @@ class Sentence(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """A gold answer; `start` is its character in the context, None where the text is not in the context."""
+    """A gold answer. start: its first character in the context; None if the context does not contain the text."""
 
     text: str
     start: int | None
@@ -59,7 +59,7 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class Question:
-    """answers: [] where the question has none in its context, or where the file gives none."""
+    """answers: [] if the question has no answer in its context, or if the file gives none."""
 
     id: str
     question: str
@@ -68,7 +68,8 @@ class Question:
 
 
 class Questions(NamedTuple):
-    """Questions of a file, and how many gold answers did not lie where the file says, or nowhere in the context."""
+    """The questions of a file, and how many gold answers are not at their offset (repaired), or not in the context
+    (lost)."""
 
     questions: list[Question]
     repaired: int
@@ -81,7 +82,7 @@ class Questions(NamedTuple):
 def read_table(path: str | Path, columns: list[str]) -> list[Row]:
     """The rows of a table that has these columns, and may have others.
 
-    Raises: DataError where a column is missing, a line is broken, a row has too few cells, or there are no rows.
+    Raises: DataError if a column is missing, a line cannot be parsed, a row has too few cells, or there are no rows.
     """
     path = Path(path)
     rows = list(_objects(path) if path.suffix == ".jsonl" else _cells(path))
@@ -158,7 +159,7 @@ def read_text(path: Path) -> str:
 
 
 def _lines(text: str) -> list[str]:
-    """Lines by their line feeds, without them. (str.splitlines also splits at U+2028 and others, which texts have.)"""
+    """The lines of a text, split at line feeds. (str.splitlines also splits at U+2028, which occurs in texts.)"""
     lines = [line.removesuffix("\r") for line in text.split("\n")]
     return lines[:-1] if lines[-1] == "" else lines
 
@@ -167,12 +168,12 @@ def _lines(text: str) -> list[str]:
 
 
 def read_conll(path: str | Path, tagged: bool = True) -> list[Sentence]:
-    """Sentences: the word is in a line's first column, its tag in the last one. Columns are parted by tabs, or by white
-    space where a line has no tab within. Lines that start with -DOCSTART- are left out.
+    """Sentences. The first column of a line is the word, the last one its tag. Columns are separated by tabs, or by
+    white space in a line without tabs. Lines that start with -DOCSTART- are left out.
 
-    tagged: False reads the words alone, and a line may have a single column.
+    tagged: if False, only words are read, and a line may have a single column.
 
-    Raises: DataError where a line has a single column, a tag is none, or there are no sentences.
+    Raises: DataError if a line has a single column, a tag is not valid, or there are no sentences.
     """
     path = Path(path)
     sentences, words, tags = [], [], []
@@ -207,11 +208,11 @@ def _tag(tag: str, place: str) -> str:
 
 
 def read_questions(path: str | Path) -> Questions:
-    """Questions of a SQuAD file, or of a .jsonl with `question` and `context`.
+    """The questions of a SQuAD file, or of a .jsonl with `question` and `context`.
 
-    A gold answer that does not lie at its offset gets the nearest place in the context where its text does.
+    A gold answer that is not at its offset gets the nearest place of its text in the context.
 
-    Raises: DataError where the file is no such JSON, an id comes twice, or there are no questions.
+    Raises: DataError if the file has another format, an id occurs twice, or there are no questions.
     """
     path = Path(path)
     if path.suffix == ".jsonl":
@@ -252,13 +253,13 @@ def read_questions(path: str | Path) -> Questions:
 
 
 def place_of(text: str, context: str, stated: int) -> int | None:
-    """Where a text lies in a context: at `stated`, else at the nearest place (of two the earlier); None for nowhere."""
+    """The place of a text in a context: `stated`, else the nearest one, of two the earlier; None if there is none."""
     if not text:
         return None
     if stated >= 0 and context.startswith(text, stated):
         return stated
     stated = min(max(stated, 0), len(context))
-    # The last occurrence that begins before `stated`, and the first one after it.
+    # the last occurrence that begins at `stated` or before it, and the first one after it
     before, after = context.rfind(text, 0, stated + len(text)), context.find(text, stated)
     found = [place for place in (before, after) if place >= 0]
     return min(found, key=lambda place: abs(place - stated)) if found else None
@@ -274,7 +275,7 @@ def _with_own_ids(path: Path, questions: list[Question]) -> list[Question]:
 
 
 def _part(value: Any, name: str, kind: type | tuple[type, ...]) -> Any:
-    """A field of a JSON object. Raises: TypeError where `value` is none, or the field is missing or of another kind."""
+    """A field of a JSON object. Raises: TypeError if `value` is no object, or has no such field of this type."""
     if not isinstance(value, dict):
         raise TypeError(f"expected an object with {name!r}, got {_JSON_NAMES[type(value)]}")
     if name not in value:
@@ -286,7 +287,7 @@ def _part(value: Any, name: str, kind: type | tuple[type, ...]) -> Any:
 
 
 def expect_text(row: Row, name: str) -> str:
-    """The text of a cell. Raises DataError where a JSON object has something else there."""
+    """The text of a cell. Raises: DataError if a JSON object has another type there."""
     value = row.cells[name]
     if not isinstance(value, str):
         raise DataError(f"{row.place}: {name!r} must be a text, got {type(value).__name__}")

@@ -1,4 +1,4 @@
-"""Fine-tuning from files to a folder: data, labels, model, loop, and a report in which every number says what it is."""
+"""Fine-tuning from files to a folder: data, labels, model, training loop, and a report that defines its numbers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import math
 import shutil
 import statistics
-import warnings
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -22,32 +21,34 @@ from torch import nn
 from ..config import BertConfig
 from ..encoding.encoder import resolve_dtype
 from ..models import heads
+from ..models.head import expecting_new_weights
 from ..storage import make_folder, without_nan, write_atomically, write_json
 from ..text.tokenizer import Tokenizer
 from .board import Board, summary_writer
 from .curve import draw
 from .features import Features
 from .files import DataError
-from .loop import Run, Settings, TrainingError, forget_after
+from .loop import Settings, TrainingError, forget_after
 from .metrics import Scores
 from .pipeline import SPEC_FILE
-from .predicting import outputs_of
+from .predicting import scores_of
 from .processes import Processes
+from .run import Run
 from .shaping import Shaping
 from .tasks import DEFAULT_STRIDES, Spec, make_task
 
-EXAMPLES_PER_STEP = 32  # where no number of tokens is given
+EXAMPLES_PER_STEP = 32  # if no number of tokens is given
 
 
 @dataclass(frozen=True)
 class Request:
-    """What `fastbert finetune` was asked for; names as there."""
+    """The options of `fastbert finetune`, under the same names."""
 
     model: str
     train: str
     out: Path
     spec: Spec
-    stride: int | None = None  # in place of the spec's; None for the task's own, a third of a window at most
+    stride: int | None = None  # replaces the spec's; None for the task's default, at most a third of a window
     eval: str | None = None
     labels: tuple[str, ...] = ()
     class_weights: str = "none"
@@ -77,7 +78,7 @@ class Request:
 
 
 def usual_step_tokens(lengths: Sequence[int]) -> int:
-    """The tokens of a step where no number is given: those of EXAMPLES_PER_STEP windows of average length."""
+    """The default number of tokens of a step: EXAMPLES_PER_STEP windows of average length."""
     return math.ceil(EXAMPLES_PER_STEP * statistics.fmean(lengths))
 
 
@@ -86,32 +87,28 @@ def finetune(
     report: Callable[[dict[str, Any], int], None] | None = None,
     shaping: Shaping | None = None,
 ) -> dict[str, Any]:
-    """One run; what lies in report.json then.
+    """One run. Returns the content of report.json.
 
-    report: called in the first process with each record of metrics.jsonl and the number of all steps.
-    shaping: what changes the weights beside the optimiser.
+    report: called in the first process with each record of metrics.jsonl and the total number of steps.
+    shaping: changes the weights besides the optimiser.
 
     Raises: DataError, TrainingError or CheckpointError, in one line; KeyboardInterrupt after a checkpoint.
     """
-    processes = Processes.join(request.device)
-    try:
-        return _finetune(request, processes, report, shaping or Shaping())
-    finally:
-        processes.leave()
+    with Processes.join(request.device) as processes:
+        return carry_out(request, processes, report, shaping=shaping)
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a run on a task is made of before it begins.
+    """A run on a task that is ready to begin.
 
     Attributes:
-        examples: how many there are to train on.
-        features: their windows, and what was lost.
-        held_out, to_score: the examples to measure on, and their features; None without.
-        model: what is saved. trained: what the loop trains: the model, or a module that holds it.
-        kind: the run: `Run` or a subclass, with its further arguments bound.
-        facts, binding: what the report has, and what must be the same where the run goes on, beyond what every run on a
-            task has there.
+        examples: number of examples to train on.
+        features: the features of these examples.
+        held_out, to_score: the examples for evaluation and their features, or None.
+        model: the model that is saved. trained: the module that the loop trains: the model, or a module around it.
+        kind: `Run` or a subclass.
+        facts: further entries of the report. binding: further values that must be the same when the run is resumed.
     """
 
     task: Any
@@ -127,25 +124,19 @@ class Prepared:
     binding: dict[str, Any] = field(default_factory=dict)
 
 
-def _finetune(request: Request, processes: Processes, report: Any, shaping: Shaping) -> dict[str, Any]:
-    return carry_out(request, processes, report, _prepared, shaping)
-
-
 def carry_out(
-    request: Request,
-    processes: Processes,
-    report: Any,
-    prepare: Callable[[Request, Processes], Prepared],
-    shaping: Shaping | None = None,
-) -> dict[str, Any]:
-    """A run on a task, from what `prepare` makes of the request to the folder; what lies in report.json then."""
+    request: Request, processes: Processes, report: Any,
+    prepare: Callable[[Request, Processes], Prepared] | None = None, shaping: Shaping | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """A run on a task that `prepare` makes from the request, by default a fine-tuning. Returns the content of
+    report.json."""
     shaping = shaping or Shaping()
     out = make_folder(request.out)
     if not request.resume and (out / "checkpoints").exists():
         raise DataError(f"{out} has checkpoints of a run: --resume goes on with it, or give another --out")
     if request.tensorboard:
         summary_writer()
-    made = prepare(request, processes)
+    made = (prepare or prepared)(request, processes)
     task, model, spec = made.task, made.model, made.task.spec
     if request.checkpoint_activations:
         model.gradient_checkpointing_enable()
@@ -174,10 +165,8 @@ def carry_out(
     }  # fmt: skip
 
     def evaluate(trained: nn.Module) -> Scores:
-        found = outputs_of(
-            shaping.served(trained), task, made.to_score.windows, request.memory_tokens, dtype, processes
-        )  # fmt: skip
-        return task.scores(made.held_out, task.predictions(made.held_out, made.to_score.windows, found))
+        windows, served = made.to_score.windows, shaping.served(trained)
+        return scores_of(served, task, made.held_out, windows, request.memory_tokens, dtype, processes)
 
     best: dict[str, Any] = {}
 
@@ -192,7 +181,7 @@ def carry_out(
 
     run = made.kind(
         made.trained, task, made.features.windows, settings, out, processes,
-        metric=_score_name(spec), evaluate=evaluate if made.to_score else None, keep_best=keep_best,
+        metric=spec.score, evaluate=evaluate if made.to_score else None, keep_best=keep_best,
         binding={
             "labels": task.labels, "class weights": task.class_weights, **json.loads(json.dumps(asdict(spec))),
             "training data of SHA-256": _digest(request.train),
@@ -216,17 +205,17 @@ def carry_out(
         try:
             run.train()
         except OSError as error:
-            if isinstance(error, BrokenPipeError):  # nobody reads the progress any more; no file is concerned
+            if isinstance(error, BrokenPipeError):  # the reader of the progress has gone; this is no error of a file
                 raise
             what = f"cannot write into {out}: {error.strerror or error}"
             raise TrainingError(f"{what}; {run.remains()}") from error
     if processes.rank == 0:
-        draw(out / "metrics.jsonl", out / "curve.svg", _score_name(spec))
+        draw(out / "metrics.jsonl", out / "curve.svg", spec.score)
     return json.loads((out / "report.json").read_text(encoding="utf-8"))
 
 
-def _prepared(request: Request, processes: Processes) -> Prepared:
-    """Data, labels and model of a fine-tuning."""
+def prepared(request: Request, processes: Processes) -> Prepared:
+    """The data, labels and model of a fine-tuning."""
     tokenizer = Tokenizer.from_pretrained(request.model)
     config = BertConfig.from_pretrained(request.model)
     task = make_task(settled(request, config), tokenizer, request.labels)
@@ -247,21 +236,21 @@ def _prepared(request: Request, processes: Processes) -> Prepared:
 
 
 def settled(request: Request, config: BertConfig) -> Spec:
-    """The spec, with the length and the stride of windows that a model can take."""
+    """The spec, with a length and a stride of windows that fit the model."""
     length = min(request.spec.max_length, config.max_position_embeddings)
     stride = min(DEFAULT_STRIDES.get(request.spec.task, 0), length // 3) if request.stride is None else request.stride
     return replace(request.spec, max_length=length, stride=stride)
 
 
 def expect_windows(features: Features, path: str) -> None:
-    """Raises: DataError where a file gave nothing to train on."""
+    """Raises: DataError if a file gave nothing to train on."""
     if not features.windows:
         why = "; ".join(f"{what}: {count:,}" for what, count in features.notes.items() if count)
         raise DataError(f"{path}: no example can be learnt from" + (f" ({why})" if why else ""))
 
 
 def read_held_out(task: Any, path: str | None) -> tuple[Sequence[Any] | None, Features | None]:
-    """The examples to measure on, and their features; None without a file."""
+    """(the examples of the evaluation file, their features); (None, None) without a file."""
     if path is None:
         return None, None
     held_out = task.read(path)
@@ -270,28 +259,21 @@ def read_held_out(task: Any, path: str | None) -> tuple[Sequence[Any] | None, Fe
 
 
 def weigh_classes(model: nn.Module, task: Any) -> None:
-    """Hands a head the weights of the classes in its loss."""
+    """Sets the weights of the classes in the loss of a head."""
     if task.class_weights is not None:
         model.class_weights = torch.tensor(task.class_weights, dtype=torch.float32, device=model.device)
 
 
 def several(request: Request, seeds: int, report: Any = None) -> dict[str, Any]:
-    """Runs with the seeds from request.seed on, each in its own folder out/seed-N; the median and the range of the
-    metric, and the model of the best run in `out`."""
-    # One group of processes for all: in a second one they may look for each other where the first one was.
-    processes = Processes.join(request.device)
-    try:
-        return _several(request, seeds, processes, report)
-    finally:
-        processes.leave()
-
-
-def _several(request: Request, seeds: int, processes: Processes, report: Any) -> dict[str, Any]:
+    """Runs with the seeds request.seed, request.seed + 1, ..., in the folders out/seed-N. Writes the model of the best
+    run to `out`, and a report with the median and the range of the metric, which is returned."""
     reports = []
-    for seed in range(request.seed, request.seed + seeds):
-        out = request.out / f"seed-{seed}"
-        reports.append((_finetune(replace(request, seed=seed, out=out), processes, report, Shaping()), out))
-    name = _score_name(request.spec)
+    # All runs share one process group: processes that form a second one may still find the address of the first.
+    with Processes.join(request.device) as processes:
+        for seed in range(request.seed, request.seed + seeds):
+            out = request.out / f"seed-{seed}"
+            reports.append((carry_out(replace(request, seed=seed, out=out), processes, report), out))
+    name = request.spec.score
     values = [each["scores"][name] for each, _ in reports]
     numbers = [-math.inf if value is None else value for value in values]
     best, folder = reports[numbers.index(max(numbers))]
@@ -316,19 +298,13 @@ def _digest(path: str) -> str:
 
 
 def epochs_done(steps_of_epochs: Sequence[int], step: int) -> int | float:
-    """How many epochs so many steps are: a whole number after the last step of one and before the first, else with two
-    decimals."""
+    """The number of epochs after `step` steps: an integer before and after an epoch, else with two decimals."""
     if step == 0:
         return 0
     ends = list(accumulate(steps_of_epochs))
     epoch = bisect_left(ends, step)
     left = ends[epoch] - step
     return epoch + 1 if left == 0 else round(epoch + 1 - left / steps_of_epochs[epoch], 2)
-
-
-def _score_name(spec: Spec) -> str:
-    """The score that a metric decides by: of questions it is F1."""
-    return "f1" if spec.task == "qa" else spec.metric
 
 
 def has_own_head(config: BertConfig, task: Any) -> bool:
@@ -338,7 +314,7 @@ def has_own_head(config: BertConfig, task: Any) -> bool:
 
 
 def own_labels(config: BertConfig, task: Any) -> list[str] | None:
-    """The labels of a checkpoint's own head for this task; None where it has none, or none with names."""
+    """The labels of a checkpoint's own head for this task; None if it has no such head, or labels without names."""
     if not has_own_head(config, task) or not config.id2label:
         return None
     names = [config.id2label[i] for i in sorted(config.id2label)]
@@ -346,9 +322,7 @@ def own_labels(config: BertConfig, task: Any) -> list[str] | None:
 
 
 def load_model(request: Request, task: Any, device: torch.device, new_head: bool) -> nn.Module:
-    with warnings.catch_warnings():
-        # That the head is new is what fine-tuning is for.
-        warnings.filterwarnings("ignore", message=".*weights were drawn from normal.*", category=UserWarning)
+    with expecting_new_weights():
         return getattr(heads, task.head).from_pretrained(
             request.model, dtype=torch.float32, device=device, impl=request.impl, seed=request.seed,
             new_head=new_head, **task.changes,
@@ -356,14 +330,15 @@ def load_model(request: Request, task: Any, device: torch.device, new_head: bool
 
 
 def whole_state(shared: nn.Module) -> dict[str, torch.Tensor]:
-    """The parameters under the names of the model, whole, on the host; every process takes part."""
+    """name -> complete parameter on the CPU. All processes must call this."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     return get_model_state_dict(shared, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
 def state_within(shared: nn.Module, trained: nn.Module, model: nn.Module) -> dict[str, torch.Tensor]:
-    """`whole_state` of the model, which the loop trains itself, or by way of a module that holds it."""
+    """`whole_state` of `model` alone, where `trained` is the model or a module around it, and `shared` that module as
+    the processes share it."""
     prefix = next(name for name, module in trained.named_modules() if module is model)
     prefix = f"{prefix}." if prefix else ""
     state = whole_state(shared)
@@ -378,7 +353,8 @@ def save_model(
     spec: Spec,
     shaping: Shaping | None = None,
 ) -> None:
-    """The folder that `fastbert predict` reads, and transformers too, as far as it has what `shaping` writes."""
+    """Writes the folder that `fastbert predict` reads. Transformers reads it too, unless `shaping` writes weights in a
+    format that it does not know."""
     tokenizer.save_pretrained(out)
     write_json(out / SPEC_FILE, asdict(spec))
     (shaping or Shaping()).save(model, out, state)

@@ -1,4 +1,4 @@
-"""Labels go by name, case-folded, never by position."""
+"""Labels: their names are matched without regard to case, and their numbers follow from the names."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .files import DataError, Sentence
 
 
 class Text(NamedTuple):
-    """A text, or a pair of texts, with the name of its class, names of several, or its number, or without a label."""
+    """A text or a pair of texts. label: the name of its class, the names of several classes, a number, or None."""
 
     place: str
     text: str
@@ -21,7 +21,7 @@ class Text(NamedTuple):
 
 
 def class_name(value: Any, place: str) -> str:
-    """The name of a class as a cell has it: a text, or a number or a truth value of a .jsonl."""
+    """The name of a class in a cell: a text, or in a .jsonl also a number or a truth value."""
     if isinstance(value, str) and value:
         return value
     if isinstance(value, (int, bool)):
@@ -33,7 +33,7 @@ LABEL_SEPARATOR = "|"
 
 
 def class_names(value: Any, place: str) -> tuple[str, ...]:
-    """The names of any number of classes: a list of .jsonl, or a text that has | between them."""
+    """The names of any number of classes in a cell: a list in a .jsonl, or a text with | between the names."""
     if isinstance(value, list):
         return tuple(class_name(item, place) for item in value)
     if not isinstance(value, str):
@@ -48,7 +48,7 @@ def one_label_each(examples: Sequence[Text]) -> list[Text]:
 
 
 def number(value: Any, place: str, what: str = " for a label") -> float:
-    """The number that a cell has."""
+    """The number in a cell."""
     try:
         found = float(value) if isinstance(value, (str, int, float)) else math.nan
     except ValueError:
@@ -59,12 +59,11 @@ def number(value: Any, place: str, what: str = " for a label") -> float:
 
 
 def classes_of(examples: Sequence[Text], given: Sequence[str] | None, model_labels: Sequence[str] | None) -> list[str]:
-    """The names of the classes, in the order of their numbers.
+    """The names of the classes in the order of their numbers: those given by the user, else those of the model's own
+    classifier, else those of the examples, sorted (numbers by value).
 
-    given: what the user names; else those of the model's own classifier; else those of the examples, sorted (numbers by
-    their value).
-
-    Raises: DataError where an example has another name, where there is one name alone, or where they look like texts.
+    Raises: DataError if an example has another name, if there is a single name, or if there are so many names that they
+        seem to be texts.
     """
     found: dict[str, Text] = {}
     for example in examples:
@@ -89,9 +88,9 @@ def classes_of(examples: Sequence[Text], given: Sequence[str] | None, model_labe
 
 
 def tags_of(sentences: Sequence[Sentence], model_labels: Sequence[str] | None) -> list[str]:
-    """O, and the tags of every type in the sentences, B- and I- even where only one of them is there.
+    """O, and the tags of every type in the sentences, always with both B- and I-; or the model's own labels.
 
-    Raises: DataError where no sentence has an entity, or the model's own labels lack a tag.
+    Raises: DataError if no sentence has an entity, or if the model's own labels lack a tag.
     """
     found: dict[str, str] = {}
     for sentence in sentences:
@@ -113,11 +112,11 @@ def tags_of(sentences: Sequence[Sentence], model_labels: Sequence[str] | None) -
 def class_weights(given: str, labels: Sequence[str], counts: Mapping[int, int]) -> list[float]:
     """The weight of each label in the loss.
 
-    given: "balanced": items / (labels that occur * items of the label), 1 for a label that does not
-        occur; or NAME=W,...: W for the labels that are named, 1 for the others.
-    counts: how often each label occurs, by its number.
+    given: "balanced": items / (labels that occur * items of the label), and 1 for labels that do not occur; or
+        NAME=W,...: W for the named labels, and 1 for the others.
+    counts: number of a label -> how often it occurs.
 
-    Raises: DataError where a name is no label or comes twice, or a weight is no positive number.
+    Raises: DataError if a name is not a label or occurs twice, or if a weight is not a positive number.
     """
     if given == "balanced":
         total, occur = sum(counts.values()), len(counts)
@@ -139,7 +138,7 @@ def class_weights(given: str, labels: Sequence[str], counts: Mapping[int, int]) 
 
 
 def numbers_of(labels: Sequence[str]) -> dict[str, int]:
-    """case-folded name -> number. Raises DataError where two labels are one name."""
+    """case-folded name -> number. Raises: DataError if two labels have the same name."""
     numbers = {label.casefold(): i for i, label in enumerate(labels)}
     if len(numbers) != len(labels):
         raise DataError(f"two labels have one name: {', '.join(labels)}")
@@ -147,7 +146,7 @@ def numbers_of(labels: Sequence[str]) -> dict[str, int]:
 
 
 def expect_known(labels: Iterable[tuple[str, str]], names: Sequence[str]) -> None:
-    """(label, place) of examples to be scored. Raises DataError where a label is none of `names`."""
+    """Raises DataError if a label is not among `names`. labels: (label, place) of the examples to be scored."""
     numbers = numbers_of(names)
     for label, place in labels:
         if label.casefold() not in numbers:

@@ -1,22 +1,22 @@
-"""Memory that a step frees stays in the process, for the next step to use."""
+"""Keeps memory that a training step frees in the process, for the next step."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 
-# Parameters of glibc's mallopt(3), from malloc.h, and what they are set to: no mmap, never trim, grow by 64 MB.
+# Parameters of glibc's mallopt(3), their numbers in malloc.h, and their values: no mmap, never trim, grow by 64 MB.
 SETTINGS = {"M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, -1), "M_TOP_PAD": (-2, 64 << 20)}
 
 
 def keep_freed_memory() -> bool:
-    """Have glibc's malloc keep large buffers when they are freed. Returns whether it does from now on.
+    """Makes glibc's malloc keep large buffers when they are freed. Returns whether it does so now.
 
-    Each step of training allocates and frees the same large tensors. By default glibc hands those above a threshold
-    back to the kernel, which maps and zeroes their pages again in the next step. This holds for the whole process, so
-    it is for commands, which own theirs; a program may call it as well.
+    Each step of training allocates and frees the same large tensors. By default glibc returns large buffers to the
+    kernel, which maps and zeroes their pages again in the next step. The setting is for the whole process, so it is
+    made by our commands; a program may call this too.
 
-    False, and nothing is changed, where there is no glibc, or where the environment has settings of malloc.
+    Without glibc, or if the environment sets parameters of malloc, nothing is changed and the result is False.
     """
     if "GLIBC_TUNABLES" in os.environ or any(name.startswith("MALLOC_") for name in os.environ):
         return False

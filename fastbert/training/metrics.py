@@ -1,11 +1,11 @@
-"""Metrics of classes and of numbers, each a function of gold and predicted values, and what a metric's value means.
+"""Metrics of classes and of numbers as functions of gold and predicted values, and their definitions in words.
 
-Entities have theirs in `entities`, answers in `answers`. Every value is a fraction, 0.5 where papers write 50.0.
+Metrics of entities are in `entities`, those of answers in `answers`. Every value is a fraction: 0.5, not 50.0.
 
-Where a metric is undefined:
-    F1, precision, recall   0.0 where nothing is there to be found or nothing was found, as in conlleval
-    Matthews                0.0 where gold or predictions are of one class only, as in scikit-learn
-    Pearson, Spearman       nan where gold or predictions are constant or hold a nan, as in scipy; see `is_better`
+Values of undefined metrics:
+    F1, precision, recall   0.0 if there is nothing to find or nothing was found, as in conlleval
+    Matthews                0.0 if gold or predictions have one class only, as in scikit-learn
+    Pearson, Spearman       nan if gold or predictions are constant or contain nan, as in scipy; see `is_better`
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import numpy as np
 
 
 class Scores(NamedTuple):
-    """Values of one evaluation by name, the first of them first, and what each of them means."""
+    """The values of an evaluation by name, and their definitions in words."""
 
     values: dict[str, float]
     definitions: dict[str, str]
 
 
 class Counts(NamedTuple):
-    """Things found that are right, things found, and things that were to be found."""
+    """The numbers of correct predictions, of predictions, and of gold items."""
 
     correct: int
     predicted: int
@@ -49,7 +49,8 @@ class Counts(NamedTuple):
 
 
 def is_better(value: float, best: float | None) -> bool:
-    """Whether a later value beats the best one so far. nan beats nothing, and any number beats nan and None."""
+    """Whether a later value is better than the best one so far. nan is never better; any number is better than nan and
+    None."""
     if math.isnan(value):
         return False
     return best is None or math.isnan(best) or value > best
@@ -59,13 +60,13 @@ def is_better(value: float, best: float | None) -> bool:
 
 
 def accuracy(gold: Sequence[int], predicted: Sequence[int]) -> float:
-    """The share of predictions that are right."""
+    """The share of right predictions."""
     gold, predicted = _pair(gold, predicted)
     return float((gold == predicted).mean())
 
 
 def class_counts(gold: Sequence[int], predicted: Sequence[int], label: int) -> Counts:
-    """How often `label` was predicted rightly, predicted, and was right."""
+    """The counts of one label."""
     gold, predicted = _pair(gold, predicted)
     found, wanted = predicted == label, gold == label
     return Counts(int((found & wanted).sum()), int(found.sum()), int(wanted.sum()))
@@ -77,7 +78,7 @@ def f1_binary(gold: Sequence[int], predicted: Sequence[int], positive: int = 1) 
 
 
 def f1_macro(gold: Sequence[int], predicted: Sequence[int]) -> float:
-    """The mean of the F1 of every class that occurs in gold or in the predictions."""
+    """The mean F1 of the classes that occur in gold or in the predictions."""
     gold, predicted = _pair(gold, predicted)
     labels = np.union1d(gold, predicted)
     return float(np.mean([class_counts(gold, predicted, label).f1 for label in labels]))
@@ -105,7 +106,7 @@ def pearson(gold: Sequence[float], predicted: Sequence[float]) -> float:
     if np.isnan(x).any() or np.isnan(y).any() or (x == x[0]).all() or (y == y[0]).all():
         return math.nan
     x, y = x - x.mean(), y - y.mean()
-    x, y = x / np.abs(x).max(), y / np.abs(y).max()  # squares of tiny and of huge numbers stay numbers
+    x, y = x / np.abs(x).max(), y / np.abs(y).max()  # so that squares neither underflow nor overflow
     return float(np.clip((x @ y) / math.sqrt((x @ x) * (y @ y)), -1.0, 1.0))
 
 
@@ -118,7 +119,7 @@ def spearman(gold: Sequence[float], predicted: Sequence[float]) -> float:
 
 
 def _ranks(x: np.ndarray) -> np.ndarray:
-    """Ranks from 1 up."""
+    """Ranks from 1."""
     _, place, count = np.unique(x, return_inverse=True, return_counts=True)
     last = np.cumsum(count)
     return ((last - count + 1 + last) / 2.0)[place]
@@ -132,7 +133,7 @@ def _pair(gold: Sequence, predicted: Sequence, dtype: type | None = None) -> tup
     return gold, predicted
 
 
-# ---- what a task reports -------------------------------------------------------------------------------------
+# ---- scores of tasks -----------------------------------------------------------------------------------------
 
 CLASS_METRICS = ("accuracy", "f1", "matthews")
 MULTI_LABEL_METRICS = ("f1_micro", "f1_macro", "subset_accuracy")
@@ -140,7 +141,7 @@ NUMBER_METRICS = ("pearson", "spearman")
 
 
 def class_scores(gold: Sequence[int], predicted: Sequence[int], labels: Sequence[str]) -> Scores:
-    """Every metric of classes; gold and predicted are numbers of `labels`."""
+    """All metrics of classes; gold and predicted are numbers of `labels`."""
     shown = ", ".join(f"{i} = {label}" for i, label in enumerate(labels))
     definitions = {
         "accuracy": f"share of examples whose label is right; labels: {shown}",
@@ -159,7 +160,7 @@ def class_scores(gold: Sequence[int], predicted: Sequence[int], labels: Sequence
 
 
 def multi_label_scores(gold: np.ndarray, predicted: np.ndarray, labels: Sequence[str]) -> Scores:
-    """Every metric of any number of labels a text; gold and predicted are [texts, labels] bool."""
+    """All metrics of texts with any number of labels; gold and predicted are [texts, labels] bool."""
     if gold.shape != predicted.shape or gold.ndim != 2 or not gold.size:
         raise ValueError(f"expected as many gold values as predictions, [texts, labels], got {gold.shape} "
                          f"and {predicted.shape}")  # fmt: skip
@@ -182,7 +183,7 @@ def multi_label_scores(gold: np.ndarray, predicted: np.ndarray, labels: Sequence
 
 
 def number_scores(gold: Sequence[float], predicted: Sequence[float]) -> Scores:
-    """Every metric of numbers."""
+    """All metrics of numbers."""
     undefined = "; undefined (null) where gold or predictions are constant"
     x, y = _pair(gold, predicted, np.float64)
     return Scores(

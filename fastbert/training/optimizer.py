@@ -1,4 +1,4 @@
-"""AdamW over groups of parameters: which of them decay, and how fast each layer learns."""
+"""AdamW over groups of parameters with their own weight decay and learning rate."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from .adamw import AdamW
 
 
 def freeze(model: nn.Module, layers: int | None) -> int:
-    """Embeddings and the first `layers` layers are not trained; None freezes nothing. Returns how many are frozen.
+    """Freezes the embeddings and the first `layers` layers; None freezes nothing. Returns the number of frozen
+    parameters.
 
-    Raises: ValueError where the model has no so many layers.
+    Raises: ValueError if the model has fewer layers.
     """
     if layers is None:
         return 0
@@ -28,16 +29,16 @@ def freeze(model: nn.Module, layers: int | None) -> int:
 
 
 def depth_of(name: str) -> int:
-    """0 for the embeddings, n + 1 for layer n, -1 for what stands on top (pooler and classifier)."""
+    """0 for the embeddings, n + 1 for layer n, -1 for modules after the layers (pooler and classifier)."""
     layer = re.search(r"\.layer\.(\d+)\.", name)
     return int(layer[1]) + 1 if layer else 0 if ".embeddings." in name else -1
 
 
 def groups_of(parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float, layer_decay: float) -> list[dict]:
-    """Parameter groups of an optimiser, with `scale`, the share of the learning rate that they learn at.
+    """Parameter groups of an optimiser, with `scale`, a factor of the learning rate.
 
-    Biases and LayerNorms, the parameters of one dimension, do not decay. Each layer learns at `layer_decay` times the
-    rate of the one above it.
+    Parameters with one dimension (biases and LayerNorms) do not decay. The learning rate of a layer is `layer_decay`
+    times that of the layer above it.
     """
     trained = [(name, p) for name, p in parameters if p.requires_grad]
     top = 1 + max(depth_of(name) for name, _ in trained)
@@ -52,10 +53,9 @@ def groups_of(parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: floa
 
 
 class GroupedAdamW(AdamW):
-    """AdamW (Loshchilov and Hutter, arXiv:1711.05101) over the groups of `groups_of`, set before each step by
-    `set_rate`.
+    """AdamW (Loshchilov and Hutter, arXiv:1711.05101) over the groups of `groups_of`. Call `set_rate` before each step.
 
-    bias_correction: False is the optimiser of Google's BERT, which does not correct the moments for their start at 0:
+    bias_correction: False for the optimiser of Google's BERT, which does not correct the moments for their start at 0:
         p -= rate * (m / (sqrt(v) + eps) + decay * p)
     """
 
@@ -64,9 +64,9 @@ class GroupedAdamW(AdamW):
         self.eps, self.bias_correction = eps, bias_correction
 
     def set_rate(self, rate: float, step: int) -> None:
-        """The learning rate of the coming step, which is the `step`-th of this optimiser, from 1 up.
+        """Sets the learning rate of the next step, which is the `step`-th of this optimiser, from 1.
 
-        Without bias correction rate, eps and decay are scaled so that torch's corrections cancel.
+        Without bias correction, rate, eps and decay are scaled so that torch's corrections cancel.
         """
         for group in self.param_groups:
             beta1, beta2 = group["betas"]

@@ -1,9 +1,8 @@
-"""A fine-tuned model and what it says about texts: `fastbert.pipeline(DIR)`."""
+"""Predictions of a fine-tuned model: `fastbert.pipeline(DIR)`."""
 
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from ..encoding.encoder import resolve_device, resolve_dtype
 from ..formats import opened
 from ..inference.eight_bits import holds_integers
 from ..models import heads
+from ..models.head import expecting_new_weights
 from ..storage import CheckpointError, read_json
 from ..text.batching import tokens_per_batch
 from ..text.tokenizer import Tokenizer
@@ -38,7 +38,7 @@ class Pipeline:
         tag(["Ada Lovelace wrote it"])                  # [{"text": ..., "entities": [{"type": ..., "start": 0, ...}]}]
         answer([("who wrote it?", "Ada wrote it.")])    # [{"answer": "Ada", "start": 0, "end": 3, "score": ...}]
 
-    Make one with `pipeline`. `task` holds the labels and what the model was trained for.
+    `pipeline` makes one. `task` holds the labels and what the model was trained for.
     """
 
     def __init__(self, model: Any, task: Any, device: torch.device, dtype: torch.dtype) -> None:
@@ -52,15 +52,16 @@ class Pipeline:
 
         Args:
             inputs: texts; pairs of texts; for entities texts or lists of words; for answers (question, context).
-            all_scores: also the score of every label, the tag of every word, or how far no answer is from the best one.
-            batch_tokens: tokens computed at once; by default what the device likes.
+            all_scores: also return the score of every label, the tag of every word, or the difference between the
+                scores of no answer and of the best answer.
+            batch_tokens: tokens computed at once; by default a number that suits the device.
 
-        Returns: {"label", "score"}; {"score"} where labels are numbers; {"labels"}, a list of {"label", "score"} with
-            the likeliest first, where a text has any number of them; {"text", "entities"}, each with type, text,
+        Returns: {"label", "score"}; {"score"} if labels are numbers; {"labels"}, a list of {"label", "score"} with the
+            likeliest first, if a text may have any number of labels; {"text", "entities"}, each entity with type, text,
             start and end in characters of the text, and score, the mean probability of its words' tags; {"id",
-            "answer", "score", "start", "end"}, with "" and None where there is no answer.
+            "answer", "score", "start", "end"}, with "" and None if there is no answer.
 
-        Raises: TypeError where an input is no such thing, or a text stands in place of the list.
+        Raises: TypeError if an input has another type, or if a single text is given instead of a list.
         """
         if isinstance(inputs, str):
             raise TypeError("expected a list of inputs, got a single text")
@@ -69,7 +70,7 @@ class Pipeline:
     def records(
         self, examples: Sequence[Any], all_scores: bool, batch_tokens: int | None = None
     ) -> list[dict[str, Any]]:
-        """The same of examples as the task's `read` gives them."""
+        """A dict for each example that the task's `read` returned."""
         if not examples:
             return []
         features: Features = self.task.features(examples, training=False)
@@ -79,7 +80,7 @@ class Pipeline:
         return [self.task.record(e, p, all_scores) for e, p in zip(examples, predictions, strict=True)]
 
     def example(self, number: int, given: Any) -> Any:
-        """An input as the task has it; `number` is its place, which messages name. Raises: TypeError."""
+        """An input as an example of the task. number: its index, for messages. Raises: TypeError."""
         kind, place = self.task.spec.task, f"inputs[{number}]"
         if kind == "token":
             return _sentence(given, place)
@@ -94,15 +95,15 @@ class Pipeline:
 def pipeline(
     folder: str | Path, *, device: str = "auto", dtype: str | torch.dtype = "auto", impl: str | None = None
 ) -> Pipeline:
-    """Predictions of the model in a folder that `fastbert finetune` made, or of a checkpoint whose pre-training left a
-    head for next sentences: that says of pairs of texts whether the second follows the first, is_next or not_next.
+    """Predictions of the model in a folder that `fastbert finetune` made, or of a pre-trained checkpoint with a head
+    for next sentences, which tells whether the second of two texts follows the first: is_next or not_next.
 
     Args:
-        folder: of another format or a hub id too, where it is of next sentences.
-        dtype: of products; "auto": what the device multiplies fast.
+        folder: a folder; for next sentences also one of another format, or a hub id.
+        dtype: of products; "auto" for one that the device multiplies fast.
         impl: which implementation every operator uses; None lets each device choose.
 
-    Raises: CheckpointError where the folder holds no such model.
+    Raises: CheckpointError if the folder holds no such model.
     """
     where = resolve_device(device)
     with opened(folder) as path:
@@ -115,12 +116,7 @@ def pipeline(
         elif spec.task == "qa":
             labels = []
         task = make_task(spec, tokenizer, labels)
-        with warnings.catch_warnings():
-            # A head that is missing is an error here, below.
-            warnings.filterwarnings("ignore", message=".*weights were drawn from normal.*", category=UserWarning)
-            model = getattr(heads, task.head).from_pretrained(
-                path, dtype=torch.float32, device=where, impl=impl, seed=0
-            )
+        model = load_head(task, path, where, impl)
     if model.initialised:
         missing = ", ".join(model.initialised)
         if spec.task == "next-sentence":
@@ -129,16 +125,22 @@ def pipeline(
     return ready(model, task, where, resolve_dtype(dtype, where))
 
 
+def load_head(task: Any, path: Path, device: torch.device, impl: str | None) -> Any:
+    """The model of a task in float32, in evaluation mode. Its `initialised` names missing weights."""
+    with expecting_new_weights():
+        return getattr(heads, task.head).from_pretrained(path, dtype=torch.float32, device=device, impl=impl, seed=0)
+
+
 def ready(model: Any, task: Any, device: torch.device, dtype: torch.dtype) -> Pipeline:
-    """A pipeline of a model in float32 whose products are in `dtype`. Beside weights in 8 bits all of the encoder is in
-    that, and autocast would only round what is rounded already."""
+    """A pipeline of a model in float32 with products in `dtype`. If weights are in 8 bits the encoder is cast to
+    `dtype`, because autocast would round its rounded products again."""
     if holds_integers(model):
         model.bert.to(dtype)
     return Pipeline(model, task, device, dtype)
 
 
 def spec_in(file: Path) -> Spec | None:
-    """What a model was fine-tuned for; None where the file does not exist."""
+    """The spec in a file; None if the file does not exist."""
     if not file.is_file():
         return None
     found = read_json(file)
@@ -155,7 +157,7 @@ def _text(value: Any, place: str) -> str:
 
 
 def _sentence(given: Any, place: str) -> Sentence:
-    """Words of a text, which are runs of letters and digits and single marks, with their places; or words as given."""
+    """The words of a text, which are runs of letters and digits, or single marks; or the words that are given."""
     if isinstance(given, str):
         found = list(re.finditer(r"\w+|[^\w\s]", given))
         return Sentence(place, [m.group() for m in found], None, given, [m.start() for m in found])

@@ -1,14 +1,14 @@
-"""Which windows an optimiser step is made of, and who computes which of them.
+"""The windows of each optimiser step, and how processes share them.
 
-All of it is a function of the seed, the epoch and the lengths of the windows, so that every process knows the plan of
-all others, and a run that goes on follows the plan of the one it continues:
+The plan is a function of the seed, the epoch and the lengths of the windows. So every process knows the plan of all
+others, and a resumed run follows the plan of the run that was interrupted:
 
-    epoch     all windows, in an order of (seed, epoch)
-    step      the next windows of that order, up to a number of tokens
-    share     of a step, for one of several ranks: about as many tokens for each
-    batch     of a share, up to the number of tokens that fit in memory; every rank has as many batches
+    epoch     all windows, in an order drawn by (seed, epoch)
+    step      the next windows in that order, up to a number of tokens
+    share     the windows of a step that one of several ranks computes; shares have about the same number of tokens
+    batch     a part of a share, up to the number of tokens that fit in memory; all ranks have as many batches
 
-A loss is divided once, by the items of its whole step, whatever its shares and batches are.
+The loss is divided by the items of the whole step, so it does not depend on shares and batches.
 """
 
 from __future__ import annotations
@@ -24,10 +24,12 @@ from ..text.batching import batches_within
 
 @dataclass(frozen=True)
 class Plan:
-    """Args:
-    lengths: tokens of each window.
-    step_tokens: of an optimiser step, at most, but for a window that is longer.
-    batch_tokens: that are computed at once.
+    """The plan of a run.
+
+    Args:
+        lengths: the number of tokens of each window.
+        step_tokens: the largest number of tokens in an optimiser step, except for a single longer window.
+        batch_tokens: the largest number of tokens computed at once, with the same exception.
     """
 
     seed: int
@@ -45,21 +47,21 @@ class Plan:
         return list(batches_within(self.order(epoch), self.lengths, self.step_tokens))
 
     def count_steps(self, epochs: int) -> list[int]:
-        """How many steps each epoch has."""
+        """The number of steps of each epoch."""
         return [len(self.steps(epoch)) for epoch in range(epochs)]
 
     def tokens(self, step: Sequence[int]) -> int:
         return sum(self.lengths[window] for window in step)
 
     def batches(self, step: Sequence[int], rank: int = 0, ranks: int = 1) -> list[list[int]]:
-        """What one rank computes of a step, a batch after another. An empty batch fills up the number of them."""
+        """The batches of one rank's share of a step. Empty batches are added so that all ranks have as many."""
         shares = self._shares(step, ranks)
         cut = [list(batches_within(share, self.lengths, self.batch_tokens)) for share in shares]
         count = max(map(len, cut))
         return cut[rank] + [[]] * (count - len(cut[rank]))
 
     def _shares(self, step: Sequence[int], ranks: int) -> list[list[int]]:
-        """The longest window first, each to the rank with the fewest tokens so far."""
+        """Gives the windows, the longest first, each to the rank with the fewest tokens so far."""
         shares: list[list[int]] = [[] for _ in range(ranks)]
         if ranks == 1:
             return [list(step)]
@@ -72,12 +74,13 @@ class Plan:
 
 
 def dropout_seed(seed: int, epoch: int) -> int:
-    """The seed of an epoch's dropout; a window's name does the rest."""
+    """The seed of an epoch's dropout. Masks also depend on the number of the window."""
     return int(np.random.Philox(key=[seed, epoch], counter=1).random_raw() >> np.uint64(2))
 
 
 def rate(step: float, steps: float, warmup: float) -> float:
-    """The learning rate's share of its peak: up in `warmup` steps, and down to 0 behind the last one. (Or seconds.)"""
+    """The learning rate as a share of its peak: it rises for `warmup` steps, then falls to 0 after the last step. All
+    three arguments may be seconds instead."""
     if step < warmup:
         return (step + 1) / (warmup + 1)
     return (steps - step) / max(1, steps - warmup)

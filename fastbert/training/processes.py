@@ -1,4 +1,4 @@
-"""One process or several of torchrun's, and the model as they share it: DDP, or FSDP2 with its parameters sharded."""
+"""One process, or several started by torchrun, which share a model by DDP or FSDP2 (with sharded parameters)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..models.bert import BertLayer
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among others: its number, how many there are, and its device."""
+    """This process: its rank, the number of processes, and its device."""
 
     rank: int
     count: int
@@ -24,7 +24,8 @@ class Processes:
 
     @classmethod
     def join(cls, device: str = "auto") -> Processes:
-        """From torchrun's variables, with a process group (gloo on CPUs, NCCL on GPUs); without them, alone."""
+        """Reads torchrun's environment variables and makes a process group (gloo on CPUs, NCCL on GPUs). Without the
+        variables there is one process."""
         count = int(os.environ.get("WORLD_SIZE", "1"))
         if count == 1:
             return cls(0, 1, resolve_device(device))
@@ -39,8 +40,14 @@ class Processes:
         if self.count > 1:
             dist.destroy_process_group()
 
+    def __enter__(self) -> Processes:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.leave()
+
     def share(self, model: nn.Module, fsdp: bool) -> nn.Module:
-        """The model whose gradients are the mean over all processes."""
+        """The model wrapped so that its gradients are the mean over all processes."""
         if self.count == 1:
             return model
         if fsdp:
@@ -54,13 +61,13 @@ class Processes:
         return nn.parallel.DistributedDataParallel(model)
 
     def sum(self, x: Tensor) -> Tensor:
-        """The sum over all processes, in place."""
+        """Sums x over all processes, in place."""
         if self.count > 1:
             dist.all_reduce(x)
         return x
 
     def gather(self, value: Any) -> list[Any]:
-        """The values of all processes, in the order of their numbers."""
+        """The values of all processes, in the order of their ranks."""
         if self.count == 1:
             return [value]
         values: list[Any] = [None] * self.count
@@ -68,6 +75,6 @@ class Processes:
         return values
 
     def wait(self) -> None:
-        """For all others to come here."""
+        """Waits until all processes have called this."""
         if self.count > 1:
             dist.barrier()

@@ -1,4 +1,4 @@
-"""What changes a model's weights, or how it multiplies by them, while it is fine-tuned: pruning, 8-bit integers."""
+"""The interface by which pruning and 8-bit training change a model's weights or products during fine-tuning."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from .features import Window
 
 
 class Shaping:
-    """The places of a fine-tuning at which it is asked; each does nothing but what a run does without it."""
+    """The methods that a run calls. Those of this class change nothing."""
 
     def binding(self) -> dict[str, Any]:
-        """What must be the same where the run goes on, as JSON has it."""
+        """Values that must be the same when the run is resumed; JSON values."""
         return {}
 
     def prepare(self, model: nn.Module, task: Any, windows: Sequence[Window]) -> None:
-        """Once, before the optimiser takes the parameters; windows: those that are trained on."""
+        """Called once, before the optimiser is made. windows: the training data."""
 
     def begin(self, model: nn.Module) -> None:
-        """Before the first step, also of a run that goes on from a checkpoint."""
+        """Called before the first step, also when a run is resumed."""
 
     def keeps_first(self) -> bool:
         """Whether the model as it is before the first step is evaluated too, and kept where no later one is better."""
         return False
 
     def after_step(self, model: nn.Module, step: int, steps: int) -> None:
-        """After an optimiser step; step: of those of the whole run, from 1 up."""
+        """Called after an optimiser step. step: its number in the whole run, from 1."""
 
     def is_whole(self, step: int, steps: int) -> bool:
-        """Whether all of the change is made after this step, so that the model may be kept: an evaluation before that
-        is recorded, and the best model is not looked for."""
+        """Whether the change is complete after this step, so that the model may be kept. Evaluations before that are
+        recorded, but do not count for the best model."""
         return True
 
     def served(self, model: nn.Module) -> nn.Module:
-        """The model that is evaluated, as whoever reads the folder will run it."""
+        """The model to evaluate: as it will run after it is loaded from the folder."""
         return model
 
     def save(self, model: nn.Module, out: Path, state: dict[str, Tensor]) -> None:
-        """Writes config and weights; state: the parameters, whole, on the CPU."""
+        """Writes config and weights. state: the complete parameters on the CPU."""
         model.save_pretrained(out, state)

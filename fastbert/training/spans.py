@@ -1,9 +1,9 @@
-"""Answers out of scores of tokens: the best spans over all windows of a question.
+"""Answers from scores of tokens: the best spans over all windows of a question.
 
-The score of a span is the score of its first token as a start and of its last one as an end, added. A span may start
-only at a token that belongs to its window (`features`), so that no span comes twice; it ends within the same window and
-is of at most `longest` tokens. The score of no answer is the lowest of all windows' [CLS]: a window without an answer
-says little, one that has it says much.
+The score of a span is the sum of its first token's score as a start and its last token's score as an end. A span starts
+at a token that belongs to its window (`features`), so that no span occurs twice; it ends within the same window, and
+has at most `longest` tokens. The score of no answer is the lowest score of [CLS] over all windows, because only the
+window with the answer can tell that there is one.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import numpy as np
 
 from .features import Window
 
-KEPT = 20  # spans of a question that are kept, the best ones
+KEPT = 20  # best spans of a question that are kept
 
 
 class Span(NamedTuple):
-    """A part of a context, in characters, with its score, a sum of two logits."""
+    """The characters [start, end) of a context, and the score, which is a sum of two logits."""
 
     score: float
     start: int
@@ -27,7 +27,7 @@ class Span(NamedTuple):
 
 
 def best_spans(windows: Sequence[Window], logits: Sequence[np.ndarray], longest: int) -> tuple[list[Span], float]:
-    """(best spans of a question, best first; the score of no answer), of its windows with logits [tokens, 2] each."""
+    """(the best spans of a question, the best first; the score of no answer). logits: [tokens, 2] of each window."""
     spans, null = [], np.inf
     for window, of_window in zip(windows, logits, strict=True):
         of_window = np.asarray(of_window, np.float64)

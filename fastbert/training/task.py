@@ -1,8 +1,8 @@
-"""What the tasks have in common, and what a model was fine-tuned for.
+"""The base class of the tasks, and the description of what a model was fine-tuned for.
 
-A task is used in this order: `read` examples, `settle` the labels (in training) or take them from the model, make
-`features`, hand `arguments` of windows to the head, take what it returns apart with `by_window`, and turn that into
-`predictions` and `scores`. `record` is what `fastbert predict` writes for a prediction.
+A task is used in this order: `read` the examples; in training, `settle` the labels; make `features`; pass `arguments`
+of windows to the head; split its output with `by_window`; make `predictions` and `scores` from that. `record` is what
+`fastbert predict` writes for a prediction.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from .labels import class_weights
 
 @dataclass(frozen=True)
 class Spec:
-    """What a model was fine-tuned for; it lies beside the model as fastbert_task.json.
+    """What a model was fine-tuned for, stored beside the model as fastbert_task.json.
 
     Attributes:
-        task: sentence, pair, token or qa; or next-sentence, of a model that was pre-trained only.
-        metric: which of the task's scores decides.
-        columns: of tables, the text or the two texts, then the label.
-        max_length, stride: tokens of a window, and what neighbouring windows share.
-        longest: tokens of an answer at most.
-        threshold: of questions that may have no answer: there is none where its score is more than this above the best
-            answer's.
-        multi_label: of sentence and pair, whether a text has any number of labels.
+        task: sentence, pair, token or qa; or next-sentence for a model that was only pre-trained.
+        metric: the score that models are compared by.
+        columns: names of the columns of a table: the text or the two texts, then the label.
+        max_length: tokens of a window. stride: tokens that neighbouring windows share.
+        longest: most tokens of an answer.
+        threshold: if questions may have no answer: there is none if the score of no answer is more than this above that
+            of the best answer.
+        multi_label: for sentence and pair, whether a text has any number of labels.
     """
 
     task: str
@@ -45,14 +45,19 @@ class Spec:
     threshold: float = 0.0
     multi_label: bool = False
 
+    @property
+    def score(self) -> str:
+        """The name of the score that the metric compares models by; for questions this is F1."""
+        return "f1" if self.task == "qa" else self.metric
+
 
 @dataclass
 class Task:
-    """One of them.
+    """A task.
 
     labels: names in the order of their numbers, or NUMBERS; [] for questions.
-    notes: what was noticed in the files that were read.
-    class_weights: how much an item of each class counts in the loss; None where all count the same.
+    notes: counts of what was repaired or lost in the files that were read.
+    class_weights: the weight of each class in the loss; None if all are equal.
     """
 
     spec: Spec
@@ -61,28 +66,27 @@ class Task:
     notes: dict[str, int] = field(default_factory=dict)
     class_weights: list[float] | None = None
 
-    head: ClassVar[str]  # the class in fastbert.models.heads
+    head: ClassVar[str]  # name of the class in fastbert.models.heads
     metrics: ClassVar[tuple[str, ...]]
-    problem_type: ClassVar[str | None] = None  # of the model's config
+    problem_type: ClassVar[str | None] = None  # in the model's config
 
     @property
     def changes(self) -> dict[str, Any]:
-        """Fields of the model's config."""
+        """The fields of the model's config that the task sets."""
         return {
             "id2label": dict(enumerate(self.labels)),
             "label2id": {label: i for i, label in enumerate(self.labels)},
         }
 
     def expect_metric(self) -> None:
-        """Raises DataError where the metric does not fit the labels: any does."""
+        """Raises DataError if the metric does not fit the labels. In this class every metric does."""
 
     def classes(self, window: Window) -> list[int]:
-        """The classes of a window's items. Raises: DataError where the task has no classes."""
+        """The classes of a window's items. Raises: DataError if the task has no classes."""
         raise DataError(f"--class-weights is for classes, and --task {self.spec.task} has none")
 
     def weigh(self, given: str, windows: Sequence[Window]) -> None:
-        """Sets `class_weights`: None for "none", else as `labels.class_weights` has them, of the windows that are
-        trained on."""
+        """Sets `class_weights`. given: "none", or as in `labels.class_weights`; windows: the training data."""
         if given == "none":
             self.class_weights = None
             return
@@ -90,14 +94,14 @@ class Task:
         self.class_weights = class_weights(given, self.labels, counts)
 
     def weight(self, window: Window) -> float:
-        """How much a window counts in the divisor of the loss: its items, or the sum of their classes' weights."""
+        """The part of a window in the loss's divisor: its number of items, or the sum of their classes' weights."""
         if self.class_weights is None:
             return self.items(window)
         return math.fsum(self.class_weights[number] for number in self.classes(window))
 
     def items(self, window: Window) -> int:
-        """How many items of the loss a window has."""
+        """The number of items of the loss in a window."""
         return 1
 
     def begin(self, model: nn.Module, windows: Sequence[Window]) -> None:
-        """Sets what a new head begins with, beyond random weights, from the windows that are trained on: nothing."""
+        """Initialises a new head beyond its random weights, here not at all. windows: the training data."""

@@ -1,4 +1,4 @@
-"""The tasks, by name: those of texts are in `text_tasks`, tags and answers are here."""
+"""The tasks by name. Those with tags and answers are here, those with labels of texts in `text_tasks`."""
 
 from __future__ import annotations
 
@@ -24,16 +24,8 @@ from .task import Spec, Task
 from .text_tasks import NUMBERS, MultiLabelTask, NextSentenceTask, TextTask
 
 __all__ = [
-    "DEFAULT_METRICS",
-    "DEFAULT_STRIDES",
-    "NUMBERS",
-    "TASKS",
-    "QuestionTask",
-    "Spec",
-    "Task",
-    "TokenTask",
-    "make_task",
-]
+    "DEFAULT_METRICS", "DEFAULT_STRIDES", "NUMBERS", "TASKS", "QuestionTask", "Spec", "Task", "TokenTask", "make_task",
+]  # fmt: skip
 
 
 class TokenTask(Task):
@@ -95,7 +87,8 @@ class TokenTask(Task):
         return token_scores([e.words for e in examples], gold, [[tag for tag, _ in p] for p in predictions])
 
     def record(self, example: Sentence, prediction: list[tuple[str, float]], all_scores: bool) -> dict[str, Any]:
-        """start and end are characters of the text; a score is the mean probability of the words' tags."""
+        """The entities of a sentence, with start and end in characters of the text, and with the mean probability of
+        their words' tags as score."""
         text, starts = example.text, example.starts
         if text is None:
             text = " ".join(example.words)
@@ -124,7 +117,7 @@ class QuestionTask(Task):
         return {"num_labels": 2}
 
     @property
-    def may_be_silent(self) -> bool:
+    def allows_no_answer(self) -> bool:
         """Whether a question may have no answer."""
         return self.spec.metric == "squad_v2"
 
@@ -132,7 +125,7 @@ class QuestionTask(Task):
         questions, repaired, lost = read_questions(path)
         self.notes[f"{path}: gold answers not at their offset, found nearby"] = repaired
         self.notes[f"{path}: gold answers not in their context"] = lost
-        if gold and not self.may_be_silent:
+        if gold and not self.allows_no_answer:
             silent = [q.id for q in questions if not q.answers]
             if silent:
                 raise DataError(f"{path}: question {silent[0]!r} has no answer; --metric squad_v2 is for such")
@@ -165,28 +158,29 @@ class QuestionTask(Task):
     def predictions(
         self, examples: Sequence[Question], windows: Sequence[Window], found: Sequence[np.ndarray]
     ) -> list[dict[str, Any]]:
-        """answer, score, start, end, and where silence is allowed null_difference, its score less the best answer's."""
+        """answer, score, start, end; if questions may have no answer also null_difference, the score of no answer less
+        that of the best one."""
         predictions: list[dict[str, Any]] = [{"answer": "", "score": 1.0, "start": None, "end": None}] * len(examples)
         together = groupby(zip(windows, found, strict=True), key=lambda pair: pair[0].example)
         for example, pairs in together:
             of_example, logits = zip(*pairs, strict=True)
             spans, null = best_spans(of_example, logits, self.spec.longest)
             if spans:
-                every = probabilities([span.score for span in spans] + ([null] if self.may_be_silent else []))
+                every = probabilities([span.score for span in spans] + ([null] if self.allows_no_answer else []))
                 best = spans[0]
                 text = examples[example].context[best.start : best.end]
                 predictions[example] = {"answer": text, "score": float(every[0]), "start": best.start, "end": best.end}
-                if self.may_be_silent:
+                if self.allows_no_answer:
                     predictions[example] |= {"null_score": float(every[-1]), "null_difference": null - best.score}
         return predictions
 
     def scores(self, examples: Sequence[Question], predictions: Sequence[dict[str, Any]]) -> Scores:
-        """Of squad_v2 with the threshold that is best on these questions; `tuned` gives it."""
+        """The scores; for squad_v2 with the threshold of `tuned`."""
         gold = {e.id: [a.text for a in e.answers] for e in examples}
         threshold = self.tuned(examples, predictions)
         answers = {e.id: self.answer(p, threshold)["answer"] for e, p in zip(examples, predictions, strict=True)}
         scores = answer_scores(self.spec.metric, gold, answers)
-        if self.may_be_silent:
+        if self.allows_no_answer:
             scores.values["threshold"] = threshold
             scores.definitions["threshold"] = "no answer where its score is more than this above the best answer's"
             scores.definitions["f1"] += ", with the threshold that is best on these questions"
@@ -205,7 +199,7 @@ class QuestionTask(Task):
         )[0]
 
     def answer(self, prediction: dict[str, Any], threshold: float) -> dict[str, Any]:
-        """A prediction as it is shown: with no answer where that scores enough."""
+        """A prediction after the threshold, which may turn it into no answer."""
         if prediction.get("null_difference", -math.inf) <= threshold:
             return {name: prediction[name] for name in ("answer", "score", "start", "end")}
         return {"answer": "", "score": prediction["null_score"], "start": None, "end": None}
@@ -220,13 +214,13 @@ class QuestionTask(Task):
 TASKS: dict[str, type[Task]] = {
     "sentence": TextTask, "pair": TextTask, "token": TokenTask, "qa": QuestionTask, "next-sentence": NextSentenceTask,
 }  # fmt: skip
-# the metric that decides where none is given; of numbers it is pearson, of several labels a text f1_micro
+# The default metric. For numbers it is pearson, for several labels per text f1_micro.
 DEFAULT_METRICS = {"sentence": "accuracy", "pair": "accuracy", "token": "entity_f1", "qa": "squad"}
 DEFAULT_STRIDES = {"token": 32, "qa": 128}
 
 
 def make_task(spec: Spec, tokenizer: Tokenizer, labels: Sequence[str] = ()) -> Any:
-    """The task of a spec. Raises DataError where its metric is none of the task's."""
+    """The task of a spec. Raises: DataError if the task does not have the spec's metric."""
     kind = MultiLabelTask if spec.multi_label else TASKS[spec.task]
     task = kind(spec, tokenizer, list(labels))
     if spec.metric not in task.metrics:

@@ -1,4 +1,4 @@
-"""sentence and pair: a class, several classes, or a number, for a text or for two; and next-sentence prediction."""
+"""The tasks sentence and pair, with a class, several classes or a number for one or two texts; and next sentences."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from .metrics import (
 from .spans import probabilities
 from .task import Task
 
-NUMBERS = ("number",)  # what --labels says where labels are numbers
-# names of columns that are looked for where none are given
+NUMBERS = ("number",)  # `--labels number`: labels are numbers
+# the names of columns that are tried if none are given
 TEXT_COLUMNS = (("text",), ("sentence",))
 PAIR_COLUMNS = (("sentence1", "sentence2"), ("text1", "text2"), ("premise", "hypothesis"), ("question", "sentence"))
 
 
 class TextTask(Task):
-    """sentence and pair: a class or a number for a text or for two."""
+    """sentence and pair with a class or a number for one or two texts."""
 
     head = "BertForSequenceClassification"
     metrics = (*CLASS_METRICS, "f1_macro", *NUMBER_METRICS)
@@ -52,11 +52,11 @@ class TextTask(Task):
 
     @property
     def n_texts(self) -> int:
-        """How many texts an example has."""
+        """The number of texts of an example."""
         return 1 if self.spec.task == "sentence" else 2
 
     def columns(self, path: str | Path, gold: bool) -> list[str]:
-        """The columns to read: those named, else of the known ones those that the table has."""
+        """The columns to read: those that the spec names, else the known ones that the table has."""
         n_texts = self.n_texts
         if self.spec.columns:
             if len(self.spec.columns) != n_texts + 1:
@@ -68,7 +68,7 @@ class TextTask(Task):
         found = next((names for names in known if set(names) <= set(has)), None)
         if found is None or (gold and "label" not in has):
             expected = [", ".join((*names, "label")[: n_texts + gold]) for names in known]
-            if gold:  # a model that is trained knows its columns, and `fastbert predict` has no such option
+            if gold:  # `fastbert predict`, which reads no labels, has no such option
                 expected.append("others by --columns")
             raise DataError(f"{path} has the columns {', '.join(has)}; expected {' or '.join(expected)}")
         return [*found, "label"][: n_texts + gold]
@@ -84,7 +84,7 @@ class TextTask(Task):
         return examples
 
     def label(self, value: Any, place: str) -> Any:
-        """An example's label out of its cell."""
+        """An example's label from its cell."""
         return number(value, place) if self.regresses else class_name(value, place)
 
     def settle(self, examples: Sequence[Text], given: Sequence[str] | None, model_labels: Sequence[str] | None) -> None:
@@ -92,7 +92,7 @@ class TextTask(Task):
         self.expect_metric()
 
     def expect_metric(self) -> None:
-        """Raises DataError where the metric does not fit the labels."""
+        """Raises DataError if the metric does not fit the labels."""
         if (self.spec.metric in NUMBER_METRICS) != self.regresses:
             kind = "numbers" if self.regresses else "classes; --labels number is for numbers"
             raise DataError(f"--metric {self.spec.metric} does not fit labels that are {kind}")
@@ -100,7 +100,7 @@ class TextTask(Task):
             raise DataError(f"--metric f1 is of one of two labels, and there are {len(self.labels)}: see f1_macro")
 
     def check(self, examples: Sequence[Text]) -> None:
-        """Raises DataError where an example to be scored has a label that was never seen in training."""
+        """Raises DataError if an example to be scored has a label that was never seen in training."""
         if not self.regresses:
             expect_known(((example.label, example.place) for example in examples), self.labels)
 
@@ -115,14 +115,14 @@ class TextTask(Task):
         return text_features(self.tokenizer, [e.text for e in examples], pairs, targets, self.spec.max_length)
 
     def targets(self, examples: Sequence[Text]) -> list[Any]:
-        """What is to be learnt of each example."""
+        """The target of each example."""
         if self.regresses:
             return [example.label for example in examples]
         numbers = numbers_of(self.labels)
         return [numbers[example.label.casefold()] for example in examples]
 
     def begin(self, model: nn.Module, windows: Sequence[Window]) -> None:
-        """The bias of a number begins at the mean of the numbers, which many steps would otherwise go into."""
+        """For numbers the bias begins at their mean, which would otherwise take many steps to learn."""
         if self.regresses:
             with torch.no_grad():
                 model.classifier.bias.fill_(math.fsum(window.target for window in windows) / len(windows))
@@ -158,7 +158,7 @@ class TextTask(Task):
 
 
 class MultiLabelTask(TextTask):
-    """sentence and pair with any number of labels a text; those are predicted whose probability is above one half."""
+    """sentence and pair with any number of labels for each text. Labels with a probability above 0.5 are predicted."""
 
     metrics = MULTI_LABEL_METRICS
     problem_type = "multi_label_classification"
@@ -216,7 +216,7 @@ class MultiLabelTask(TextTask):
 
 
 class NextSentenceTask(TextTask):
-    """Whether the second text follows the first: what BERT's own pre-training learnt. For predictions alone."""
+    """Whether the second text follows the first, as BERT's pre-training learns it. For predictions only."""
 
     head = "BertForNextSentencePrediction"
     LABELS = ("is_next", "not_next")

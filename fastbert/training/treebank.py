@@ -1,7 +1,7 @@
-"""Words of English text by the rules of the Penn Treebank, as CMRC's scorer takes them from nltk's `word_tokenize`.
+"""Words of English text by the rules of the Penn Treebank, as in nltk's `word_tokenize`, which CMRC's scorer calls.
 
-Each rule puts spaces around what it matches, and the text is split at white space at the end. The text is taken for one
-sentence: nltk's scorer would first look for sentences, which needs a trained model. Lower-case text is expected.
+Each rule puts spaces around its matches, and the text is then split at white space. The text counts as one sentence;
+nltk would first split it into sentences, which needs a trained model. Lower-case text is expected.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import re
 _RULES = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
-        # quotes that open
+        # opening quotes
         (r"[«“‘„]|`+", r" \g<0> "),  # noqa: RUF001
         (r'^"', "``"),
         (r"``", r" \g<0> "),
         (r"([ (\[{<])(?:\"|'')", r"\1 `` "),
         (r"(?<!\w)'(?!(?:re|ve|ll|m|t|s|d|n)\b)(?=\w)", "' "),
-        # a full stop ends the text, alone or before what closes; others belong to abbreviations and numbers
+        # a full stop at the end of the text or before closing marks; others belong to abbreviations and numbers
         (r"([^.])\.([\])}>\"'»”’ ]*)\s*$", r"\1 . \2 "),  # noqa: RUF001
         # a colon or a comma, but not within a number
         (r"([:,])(\D)", r" \1 \2"),
@@ -26,9 +26,9 @@ _RULES = tuple(
         (r"[;@#$%&\u2012-\u2015?!]", r" \g<0> "),
         (r"([^'])' ", r"\1 ' "),
         (r"[*\][(){}<>]|--", r" \g<0> "),
-        # what follows looks for a space after the last word too
+        # the rules below expect a space after the last word
         (r"$", " "),
-        # quotes that close
+        # closing quotes
         (r"[»”’]", r" \g<0> "),  # noqa: RUF001
         (r"''|\"", " '' "),
         (r"\s+", " "),

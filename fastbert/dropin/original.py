@@ -1,8 +1,8 @@
-"""Is a module still the one that the fused code stands in for, and does anybody listen to it?
+"""Whether a module still runs the original code of its library, which the fused code replaces, and has no hooks.
 
-The fused code walks past a module only where that module would have run the very code of its library: no subclass with
-a method of its own, no method put on the instance or on the class, no function changed that this code calls, no hook.
-`why_own` looks closely, which takes a while; `Watch` tells in a few microseconds that nothing has changed since.
+The fused code bypasses a module only if calling the module would run that original code: no subclass with a method of
+its own, no method set on the instance or the class, no replaced function that the code calls, and no hook.
+`why_not_original` inspects a module, which is slow. `Watch` checks in microseconds that nothing has changed since.
 """
 
 from __future__ import annotations
@@ -27,17 +27,16 @@ from ..inference.snapshot import Snapshot
 from ..inference.weights import HOOKS
 from .forward import Forward
 
-# functions that a library hangs on modules and that look at no tensor's shape: where they come from -> their name
+# Hooks of libraries that do not depend on the shape of a tensor: module of the hook -> beginning of its name.
 HARMLESS = {
-    "torch.nn.utils.": "",  # a weight computed anew before each call: pruning, weight norm, spectral norm
-    "transformers.utils.": "",  # sleep unless the original runs
+    "torch.nn.utils.": "",  # they compute a weight before each call: pruning, weight norm, spectral norm
+    "transformers.utils.": "",  # they do nothing unless the original's code runs
     "transformers.modeling_utils": "make_inputs_require_grad",
     "peft.": "make_inputs_require_grad",
 }
-# what torch hangs on a module that is sharded; it is called, so they do their work
-SHARDED = "torch.distributed."
+SHARDED = "torch.distributed."  # hooks of sharded modules, which work as long as the module is called
 PACKAGES = ("torch", "transformers")
-# functions of torch that the original's code calls, and the fused code does not
+# functions of torch that the original's code calls and the fused code does not
 LIBRARY = [
     (nn.functional.__dict__, name)
     for name in ("dropout", "embedding", "gelu", "layer_norm", "linear", "scaled_dot_product_attention", "softmax")
@@ -45,13 +44,13 @@ LIBRARY = [
 
 
 def why_library() -> str | None:
-    """Which of these functions is somebody's own, or None."""
+    """Which function of `LIBRARY` was replaced, or None."""
     return next((f"torch.nn.functional.{name} was replaced" for f, name in LIBRARY if not of_library(f[name])), None)
 
 
 @functools.cache
 def _folder(package: str) -> str | None:
-    """The folder that a package's code lies in, or None: it is not installed."""
+    """The folder of a package's code; None if it is not installed."""
     import importlib.util
 
     spec = importlib.util.find_spec(package)
@@ -59,7 +58,7 @@ def _folder(package: str) -> str | None:
 
 
 def of_library(function: Any) -> bool:
-    """Is this code of torch or transformers, with every decorator around it?"""
+    """Whether a function and all its decorators are code of torch or transformers."""
     while function is not None:
         function = getattr(function, "__func__", function)
         code = getattr(function, "__code__", None)
@@ -81,12 +80,12 @@ def _inner(function: Any) -> Any:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Is this the same code? A library may decorate the methods of its classes anew in each class derived from them."""
+    """Whether two functions are the same but for decorators. A library may decorate a method again in each subclass."""
     return one is other or (_inner(one) is _inner(other) and of_library(one))
 
 
 def _static(cls: type, name: str) -> Any:
-    """The attribute of a class as it stands in its dictionary, or in that of a class it derives from."""
+    """The attribute of a class as its dictionary or that of a base class holds it, without descriptors' effects."""
     return next((vars(c)[name] for c in cls.__mro__ if name in vars(c)), None)
 
 
@@ -99,7 +98,7 @@ def _names(code: CodeType) -> Iterable[str]:
 
 @functools.cache
 def used_by(cls: type[nn.Module]) -> tuple[tuple[str, ...], tuple[tuple[dict, str], ...]]:
-    """(the methods of `cls` that a call of it may run, the functions of their files that these call)."""
+    """(the methods that a call of a `cls` may run, the functions of their files that these call: (globals, name))."""
     methods, functions, left = {"__call__": None}, {}, ["forward"]
     while left:
         name = left.pop()
@@ -116,13 +115,13 @@ def used_by(cls: type[nn.Module]) -> tuple[tuple[str, ...], tuple[tuple[dict, st
     return tuple(methods), tuple(functions.values())
 
 
-def why_own(module: nn.Module, names: tuple[str, ...], package: str) -> str | None:
-    """None where a call of `module` runs the code of the class of `package` that has one of these names, and no other;
-    else what is somebody's own."""
+def why_not_original(module: nn.Module, names: tuple[str, ...], package: str) -> str | None:
+    """None if calling `module` runs exactly the code of the class of `package` that has one of these names; else what
+    differs."""
     cls = type(module)
     base = next((c for c in cls.__mro__ if c.__name__ in names and c.__module__.startswith(package)), None)
     if base is None:
-        return f"a {cls.__name__} came in place of a {names[0]}"
+        return f"a {cls.__name__} is in place of a {names[0]}"
     methods, functions = used_by(base)
     for name in methods:
         if not _same(_static(cls, name), _static(base, name)):
@@ -137,15 +136,16 @@ def why_own(module: nn.Module, names: tuple[str, ...], package: str) -> str | No
 
 
 def module_of(hook: Any) -> str:
-    """Where the code of a hook comes from."""
+    """The module of a hook's code."""
     hook = getattr(hook, "func", hook)
     if not isinstance(hook, FunctionType) and not hasattr(hook, "__func__"):
         hook = type(hook).__call__  # an object: pruning and spectral norm are classes
     return getattr(hook, "__module__", "") or ""
 
 
-def listeners(module: nn.Module, sharded: bool = False) -> list:
-    """The hooks that want to see or change what goes through this module; `sharded`: it is called, in its place."""
+def tensor_hooks(module: nn.Module, sharded: bool = False) -> list:
+    """The hooks of a module that may see or change its inputs or outputs. sharded: leave out those of sharding, since
+    the module is called in its place."""
     hooks = [hook for name in HOOKS for hook in getattr(module, name).values()]
     return [hook for hook in hooks if not _harmless(hook) and not (sharded and module_of(hook).startswith(SHARDED))]
 
@@ -155,8 +155,8 @@ def _harmless(hook: Any) -> bool:
     return any(here.startswith(package) and name.startswith(of) for package, of in HARMLESS.items())
 
 
-def globally_heard() -> bool:
-    """Is there a hook on every module that there is?"""
+def has_global_hook() -> bool:
+    """Whether there is a hook on all modules, such as by `register_module_forward_hook`."""
     return any(_HOOKS_ON_ALL(nn.modules.module))
 
 
@@ -165,20 +165,20 @@ _HOOKS_ON_ALL = attrgetter(*(f"_global{name}" for name in HOOKS))
 
 
 def written_on(module: nn.Module) -> list[tuple[Mapping, str]]:
-    """The places of everything on a module that the code of its class may read, but for its mode and its weights."""
+    """(dictionary, key) of the attributes of a module that its class's code may read, except mode and weights."""
     own = module.__dict__
     return [(own, name) for name in own if not name.startswith("_") and name != "training"]
 
 
 class Watch:
-    """Are these modules what they were? Looked at: their classes and the methods of these, the functions that they
-    call, what was put on an instance in place of a method, children, hooks, and whatever else is given.
+    """The state of modules at construction, to check whether it has changed: classes and their methods, the functions
+    that these call, methods set on an instance, children, hooks, and the places that are given.
 
     Args:
-        modules: whose calls the fused code stands in for, or makes.
-        places, attributes: (dictionary, key) and (class, name) of what else must stay the same object. A list of
-            strings must also hold the same strings.
-        buffers: small tensors that must hold the same numbers.
+        modules: the modules that the fused code bypasses or calls.
+        places, attributes: (dictionary, key) and (class, name) of other values that must stay the same object. A list
+            of strings must also keep its strings.
+        buffers: small tensors that must keep their values.
     """
 
     def __init__(
@@ -195,59 +195,59 @@ class Watch:
             places += [(module.__dict__, name) for name in names if not name.startswith("__")]
             places += functions
             attributes += [(type(module), name) for name in names]
-        # what they hold must stay, and they themselves: another dictionary may be put in place of one
+        # The dictionaries must keep their contents, and must not be replaced by other dictionaries.
         tables = {name: [(module.__dict__, name) for module in modules] for name in ("_modules", *HOOKS)}
         backward = [place for name in HOOKS if "backward" in name for place in tables.pop(name)]
         forward = list(chain.from_iterable(tables.values()))
         self.snapshot = Snapshot(modules, [*places, *forward], attributes, [own[name] for own, name in forward])
         self.backward = Snapshot(places=backward, tables=[own[name] for own, name in backward])
         buffers = [t for t in buffers if not t.is_meta]
-        # on a CPU their numbers are looked at: who writes to them through .data, or in inference mode, is not counted
+        # On a CPU values are compared, because writes through .data or in inference mode change no version.
         self.on_host = [(t, t.clone()) for t in buffers if t.is_cpu]
         self.buffers = [t for t in buffers if not t.is_cpu and not t.is_inference()]
         self.versions = list(map(_version, self.buffers))
-        # settings such as config.layer_types, which may be written to in place
+        # settings such as config.layer_types, which may change in place
         values = {id(value): value for holder, key in places if isinstance(value := holder.get(key), list)}
         self.lists = [(v, v.copy()) for v in values.values() if all(isinstance(entry, str) for entry in v)]
 
     def is_same(self) -> bool:
         return (
             self.snapshot.is_same()
-            and (not is_grad_enabled() or self.backward.is_same())  # without gradients nobody calls these hooks
+            and (not is_grad_enabled() or self.backward.is_same())  # torch calls backward hooks with gradients only
             and list(map(_version, self.buffers)) == self.versions
             and all(starmap(torch.equal, self.on_host))
             and all(starmap(eq, self.lists))
         )
 
 
-# ---- what a call itself brings --------------------------------------------------------------------------
+# ---- calls that something else observes ------------------------------------------------------------------
 
-TRACED = "torch.jit.trace is at work"  # it records the branches of one batch, and which branch packs depends on it
+TRACED = "torch.jit.trace is running"  # it records the branches of one batch, and packing depends on the batch
 _CALL = nn.Module.__call__
 
 
 def why_not_here(given: Mapping[str, Any]) -> str | None:
-    """Why a call with these arguments, in this place of the program, needs the original code: somebody follows each
-    step of it. None while a graph is traced by torch.compile, which follows ours."""
+    """Why a call with these arguments has to run the original's code here: a tracer, a mode or a tensor subclass
+    observes its operators. None under torch.compile, which traces the fused code."""
     if is_compiling():
         return TRACED if torch.jit.is_tracing() else None
     if _is_tracing():
         return TRACED
     if nn.Module.__call__ is not _CALL:
-        return "somebody follows every call of a module"
-    if globally_heard():
-        return "a hook on all modules is there"
+        return "torch.nn.Module.__call__ was replaced"
+    if has_global_hook():
+        return "there is a hook on all modules"
     if forward_ad._current_level >= 0:
-        return "forward-mode derivatives are taken"
+        return "forward-mode derivatives are computed"
     if peek_interpreter_stack() is not None:
-        return "a transformation of torch.func is at work"
+        return "a transformation of torch.func is active"
     if _len_torch_dispatch_stack() > 0:
-        return "a TorchDispatchMode follows every operator"
+        return "a TorchDispatchMode is active"
     if _len_torch_function_stack() > 0 and any(
         not isinstance(mode, torch.utils._device.DeviceContext)
         for mode in torch.overrides._get_current_function_mode_stack()
     ):
-        return "a TorchFunctionMode follows every function"
+        return "a TorchFunctionMode is active"
     for name, value in given.items():
         kind = type(value)
         if kind is Tensor or value is None:
