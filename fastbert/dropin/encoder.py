@@ -25,19 +25,7 @@ from .kinds import kind_of, windows_of
 from .layer import LayerForward
 from .once import only_once
 from .original import tensor_hooks, why_not_here
-from .padding import (
-    ABOVE,
-    BEFORE,
-    EXACT,
-    FULL,
-    OTHERS,
-    WINDOW,
-    Policy,
-    Rows,
-    only_wanted,
-    reading_now,
-    rows_to_compute,
-)
+from .padding import ABOVE, BEFORE, EXACT, FULL, OTHERS, WINDOW, Policy, Rows, only_wanted, reading_now, rows_to_compute
 from .parts import layers_of, part
 
 # arguments that do not change what the encoder computes

@@ -308,10 +308,7 @@ FAMILIES = {
     "ClapTextModel": _roberta("ClapText", _PLAIN_POOLED, _NUMBER, heads=False),
     "AltRobertaModel": _roberta("AltRoberta", _PLAIN_POOLED, _NUMBER, layers="encoder.layers", heads=False),
     "MegatronBertModel": _bert(
-        "MegatronBert",
-        layer=_EAGER | _pre_norm("attention.ln", "ln"),
-        norm=None,
-        final_norm="encoder.ln",
+        "MegatronBert", layer=_EAGER | _pre_norm("attention.ln", "ln"), norm=None, final_norm="encoder.ln"
     ),
     "XLMRobertaXLModel": _roberta(
         "XLMRobertaXL",
@@ -320,13 +317,10 @@ FAMILIES = {
         final_norm="encoder.LayerNorm",
     ),
     "RobertaPreLayerNormModel": _roberta(
-        "RobertaPreLayerNorm",
-        layer=_pre_norm("attention.LayerNorm", "intermediate.LayerNorm"),
-        final_norm="LayerNorm",
+        "RobertaPreLayerNorm", layer=_pre_norm("attention.LayerNorm", "intermediate.LayerNorm"), final_norm="LayerNorm"
     ),
     "NomicBertModel": _rotary(
-        "NomicBert",
-        _rotary_layer("NomicBert", "mlp.up_proj", "mlp.down_proj", gated=True, gate="mlp.gate_proj"),
+        "NomicBert", _rotary_layer("NomicBert", "mlp.up_proj", "mlp.down_proj", gated=True, gate="mlp.gate_proj")
     ),
     "GteModel": _rotary(
         "Gte",
@@ -335,8 +329,7 @@ FAMILIES = {
         ),
     ),
     "JinaEmbeddingsV3Model": _rotary(
-        "JinaEmbeddingsV3",
-        _rotary_layer("JinaEmbeddingsV3", "mlp.fc1", "mlp.fc2", activation="mlp.activation_fn"),
+        "JinaEmbeddingsV3", _rotary_layer("JinaEmbeddingsV3", "mlp.fc1", "mlp.fc2", activation="mlp.activation_fn")
     ),
     "EsmModel": replace(
         _called(

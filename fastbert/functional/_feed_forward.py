@@ -69,12 +69,7 @@ def activate(x: Tensor, activation: str) -> Tensor:
 
 
 def linear_act(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    activation: str = "gelu",
-    *,
-    impl: Impl | None = None,
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "gelu", *, impl: Impl | None = None
 ) -> Tensor:
     """act(x weight^T + bias) in one GEMM with an epilogue: x [..., C], weight [F, C], bias [F] -> [..., F].
 

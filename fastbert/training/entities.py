@@ -93,11 +93,7 @@ def count_surfaces(
     """WNUT-17's counts of (form, type)."""
     right, found, wanted = set(), set(), set()
     for sentence, of_gold, of_predicted in zip(words, gold, predicted, strict=True):
-        for entities, forms in (
-            (set(of_gold) & set(of_predicted), right),
-            (of_predicted, found),
-            (of_gold, wanted),
-        ):
+        for entities, forms in ((set(of_gold) & set(of_predicted), right), (of_predicted, found), (of_gold, wanted)):
             forms.update((" ".join(sentence[e.start : e.end]), e.type) for e in entities)
     return Counts(len(right), len(found), len(wanted))
 

@@ -83,9 +83,7 @@ def usual_step_tokens(lengths: Sequence[int]) -> int:
 
 
 def finetune(
-    request: Request,
-    report: Callable[[dict[str, Any], int], None] | None = None,
-    shaping: Shaping | None = None,
+    request: Request, report: Callable[[dict[str, Any], int], None] | None = None, shaping: Shaping | None = None
 ) -> dict[str, Any]:
     """One run. Returns the content of report.json.
 

@@ -73,10 +73,7 @@ class Task:
     @property
     def changes(self) -> dict[str, Any]:
         """The fields of the model's config that the task sets."""
-        return {
-            "id2label": dict(enumerate(self.labels)),
-            "label2id": {label: i for i, label in enumerate(self.labels)},
-        }
+        return {"id2label": dict(enumerate(self.labels)), "label2id": {label: i for i, label in enumerate(self.labels)}}
 
     def expect_metric(self) -> None:
         """Raises DataError if the metric does not fit the labels. In this class every metric does."""
