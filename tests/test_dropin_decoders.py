@@ -234,7 +234,7 @@ def test_t5_refuses_a_cache_as_the_original(name):
 def test_t5_in_float16_clamps_what_overflows(name):
     ours, plain, _ = three(build(name), torch.float16)
     ids = torch.randint(5, 60, (2, WIDTH))
-    with torch.no_grad(), pytest.warns(UserWarning, match="clamps what overflows"):
+    with torch.no_grad(), pytest.warns(UserWarning, match="clamps values that overflow"):
         got = ours(ids).last_hidden_state
     with torch.no_grad():
         assert torch.equal(got, plain(ids).last_hidden_state)
