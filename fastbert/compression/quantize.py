@@ -207,7 +207,7 @@ class QuantisedTraining(Shaping):
         self._model = model
 
     def keeps_first(self) -> bool:
-        """Before the first step the model is what calibration alone makes of it: training can only add to that."""
+        """True: before the first step the model is quantised by calibration alone, which training should improve."""
         return True
 
     def served(self, model: nn.Module) -> nn.Module:

@@ -25,7 +25,7 @@ class Shaping:
         """Called before the first step, also when a run is resumed."""
 
     def keeps_first(self) -> bool:
-        """Whether the model as it is before the first step is evaluated too, and kept where no later one is better."""
+        """Whether the model is also evaluated before the first step, and kept if no later one is better."""
         return False
 
     def after_step(self, model: nn.Module, step: int, steps: int) -> None:
