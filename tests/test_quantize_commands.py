@@ -19,7 +19,7 @@ from fastbert.inference.eight_bits import Int8Linear, holds_integers
 from fastbert.inference.training_in_8_bits import TrainedInt8Linear
 from fastbert.models.heads import BertForSequenceClassification
 from fastbert.testing import relative_rms
-from fastbert.training import loop
+from fastbert.training import run as training_run
 from fastbert.training.predicting import outputs_of
 
 pytest_plugins = ("compression_fixtures",)
@@ -164,7 +164,7 @@ def test_what_calibration_makes_is_kept_where_training_does_not_help(
     teacher, in_8, data, tmp_path, capsys, monkeypatch
 ):  # fmt: skip
     """It is evaluated before the first step, as the folder that --data would write."""
-    monkeypatch.setattr(loop, "is_better", lambda value, best: best is None)  # the first one is the best
+    monkeypatch.setattr(training_run, "is_better", lambda value, best: best is None)  # the first one is the best
     out = tmp_path / "out"
     assert run("quantize", teacher, "-o", out, "--train", data, "--eval", data, "--lr", "1e-3") == 0
     assert ", after epoch 0, the best" in capsys.readouterr().out
