@@ -147,7 +147,7 @@ class Answers:
         """
         task = self.pipeline.task
         longest = task.spec.longest if longest is None else longest
-        silent = task.may_be_silent if may_be_silent is None else may_be_silent
+        silent = task.allows_no_answer if may_be_silent is None else may_be_silent
         examples = [Question(str(i), question, context) for i, (question, context) in enumerate(pairs)]
         windows = _features(task, examples)
 
