@@ -81,7 +81,7 @@ class GraphedEncoderForward(EncoderForward):
         if not isinstance(ids, Tensor):
             return "there are no input_ids"
         if self.asked(given, "output_hidden_states"):
-            return "the call returns hidden states"
+            return "output_hidden_states is on"
         seen = self.look()
         if not (self.graphs.is_same() and seen is self.recorded):
             if reason := seen.reason or self.why_not_recorded():
