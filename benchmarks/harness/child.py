@@ -50,7 +50,8 @@ def _metered(job: Job, run: Callable[[], Any]) -> Any:
 
 
 def train(job: Job) -> np.ndarray:
-    """One step of AdamW on a masked-word batch; gives the gradient of the first layer, which all the others feed."""
+    """One step of AdamW on a masked-word batch. Returns the gradient of the first layer, which depends on all
+    others."""
     import torch
     from transformers import BertForMaskedLM
 

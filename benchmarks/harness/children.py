@@ -1,7 +1,7 @@
 """Rows that run in fresh processes: the time from their start to the first result, and their peak memory.
 
 A run is a process of its own (child.py), in turns (A B A B); the first of each row is checked against the truth.
- Files that a library is served from (weights, an ONNX graph, OpenVINO's IR) are written beforehand.
+Files that a library loads (weights, an ONNX graph, OpenVINO's IR) are written beforehand.
 """
 
 from __future__ import annotations

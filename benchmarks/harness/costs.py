@@ -56,7 +56,7 @@ def linear(rows: int, width_in: int, width_out: int, e: int) -> tuple[Work, Work
 
 
 def attention_flops(workload: Workload) -> float:
-    """Of one layer's forward pass: q k^T and p v, real tokens only."""
+    """The FLOPs of one layer's forward pass: q k^T and p v, real tokens only."""
     return 4.0 * workload.model.hidden * sum(n * n for n in workload.lengths)
 
 
@@ -156,7 +156,7 @@ def of_model(workload: Workload, dtype: torch.dtype, training: bool = False) -> 
 
 
 def of_batches(batches: Sequence[Workload], dtype: torch.dtype, training: bool = False) -> list[Cost]:
-    """The same over several batches, one after the other; each batch reads the weights again."""
+    """All operators of several batches, one after the other; each batch reads the weights again."""
     first, *rest = (of_model(batch, dtype, training) for batch in batches)
     for costs in rest:
         first = [replace(a, work=a.work + b.work) for a, b in zip(first, costs, strict=True)]
@@ -164,5 +164,5 @@ def of_batches(batches: Sequence[Workload], dtype: torch.dtype, training: bool =
 
 
 def encoder_flops(workload: Workload) -> float:
-    """Of the forward pass: matrix products on real tokens, and attention."""
+    """The FLOPs of the forward pass: matrix products on real tokens, and attention."""
     return sum(cost.work.flops for cost in of_model(workload, torch.bfloat16))

@@ -1,4 +1,4 @@
-"""What `benchmarks.suites.finetuning` prints: a line for each run, ratios of rows in turns, the table of all runs."""
+"""The output of `benchmarks.suites.finetuning`: a line for each run, ratios of rows in turns, the table of all runs."""
 
 from __future__ import annotations
 

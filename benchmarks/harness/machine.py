@@ -19,7 +19,7 @@ PACKAGES = (
     "transformer-engine numpy"
 ).split()
 
-# words of a processor's name -> how results folders call it
+# words in a processor's name -> its part of the name of a results folder
 SLUGS = (
     ("h200", "h200"), ("h100", "h100"), ("a100", "a100"), ("b200", "b200"), ("l40", "l40"), ("4090", "rtx4090"),
 )  # fmt: skip
@@ -31,7 +31,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """This checkout's commit, "+" where the tree differs from it; None outside one."""
+    """The commit of this checkout, with "+" if files differ from it; None outside of a checkout."""
     root = Path(__file__).resolve().parents[2]
 
     def git(*args: str) -> str:
@@ -84,7 +84,7 @@ def _cpu_name() -> str:
 
 
 def _slug(name: str, device: torch.device, cpuinfo: str | None = None) -> str:
-    """A folder's name for this device."""
+    """The name of the results folder of this device."""
     plain = name.lower()
     if device.type == "cuda":
         return next((slug for word, slug in SLUGS if word in plain), _words(plain))

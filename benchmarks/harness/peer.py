@@ -35,7 +35,7 @@ class Missing(Exception):
 
 
 def version(package: str) -> str | None:
-    """None where the package is not installed."""
+    """The version of a package; None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -60,7 +60,7 @@ def need(package: str, module: str | None = None) -> Any:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A function of q, k, v as the peer wants them laid out, and the way there and back from packed [T, H, D]."""
+    """A function of q, k, v in the peer's layout, and the conversions from packed [T, H, D] and back."""
 
     call: Callable[[Tensor, Tensor, Tensor], Tensor]
     there: Callable[[Tensor], Tensor] = lambda t: t
@@ -153,11 +153,11 @@ class SentencePeer:
 
 @dataclass(frozen=True)
 class ProcessPeer:
-    """A row whose run is a process, in which `in_process` of `module`, a peer's file, gives an encoder.
+    """A row whose run is a process, in which `in_process` of `module`, a peer's file, returns an encoder.
 
-    `files(files)` is what the process is told beside the usual: names of files, which are written beforehand. In the
-    suite cold, `cache(folder)` tells it where to keep what it compiles: a folder that is `empty` in every run, or one
-    that all runs share.
+    `files(files)` returns more settings for the process, names of files that are written beforehand. In the suite cold,
+    `cache(folder)` returns settings that make it keep compiled code in the folder, which is `empty` in every run, or
+    shared by all runs.
     """
 
     row: str

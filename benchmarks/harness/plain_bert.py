@@ -1,4 +1,4 @@
-"""BERT as everybody writes it, in padded plain torch: truth, budget, and what exporters are given."""
+"""BERT in padded plain torch, as usually written: for true values, for budgets, and for exporters."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class PlainMaskedLM(PlainBert):
 
 
 class PlainMeanBert(PlainBert):
-    """The mean [B, C] of the hidden states that are no padding, so that a runtime computes all of it."""
+    """The mean [B, C] of the hidden states without padding, as part of the model, so that a runtime computes it too."""
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         mask = attention_mask[..., None].float()

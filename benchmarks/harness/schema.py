@@ -1,4 +1,4 @@
-"""Whether a result file is what schema.json says: the part of JSON Schema that it uses, on half a page."""
+"""Checks a result file against schema.json; supports the part of JSON Schema that this file uses."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def schema() -> dict[str, Any]:
 
 
 def problems(value: Any, rule: dict[str, Any] | None = None, where: str = "results") -> list[str]:
-    """What is wrong, one line each; nothing where the file is as it should be."""
+    """A line for each error; empty if the file is valid."""
     rule = schema() if rule is None else rule
     if "enum" in rule and value not in rule["enum"]:
         return [f"{where}: {value!r} is none of {rule['enum']}"]

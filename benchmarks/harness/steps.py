@@ -1,5 +1,5 @@
-"""One step of masked-word training, whoever computes it: the batch, its labels, the optimiser, and the gradients; and
-the least of it, the products of its linear layers."""
+"""One step of masked-word training by any library: the batch, its labels, the optimiser, and the gradients; and its
+floor, the products of the linear layers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def batch_of(job: Job) -> dict[str, Tensor]:
 
 
 def stepping(model: nn.Module, loss: Callable[[], Tensor], dtype: torch.dtype) -> Run:
-    """A call that takes one step and gives the model, whose gradients stay where they are."""
+    """A function that does one step and returns the model with its gradients."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0, fused=dtype != torch.float64)
 
     def run() -> nn.Module:

@@ -1,13 +1,13 @@
-"""Clocks, and what a list of times says: interleaved runs, medians, spread, and ratios with an interval.
+"""Clocks and statistics: interleaved runs, medians, spread, and ratios with an interval.
 
-Runs go A B A B, so that whatever drifts (a clock that heats up, a neighbour) meets all of them alike. Every time is
-kept. A CPU is timed by `perf_counter`, a GPU by events around each call.
+Runs go A B A B, so that changes of the machine (heat, other work) affect all of them equally. Every time is kept. A CPU
+is timed by `perf_counter`, a GPU by events around each call.
 
-Events time Python where the GPU runs dry between two launches. So a kernel is timed held: the GPU first overwrites its
-L2 cache, then spins for longer than Python needs to queue the whole call. Whether the spinning outlasted the queueing
-is asked of the first event after each call, and a call that it did not outlast is timed again. A whole model is timed
-as its user meets it, not held; one held call beside tells how long the GPU takes for it, and so whether Python is what
-one waits for (`Pace.host_bound`). A call that waits for the GPU half-way cannot be queued beforehand and is never held.
+If the GPU is idle between two launches, events include the time of Python. So a kernel is timed held: the GPU first
+overwrites its L2 cache, then spins for longer than Python needs to queue the whole call. If the first event after a
+call shows that the spinning ended too early, the call is timed again. A whole model is timed as in normal use, not
+held; one additional held call shows how long the GPU alone takes, and so whether Python is the limit
+(`Pace.host_bound`). A call that waits for the GPU in between cannot be queued beforehand and is never held.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Effort:
     share: float = 10.0  # a row of another library whose `least` rounds would take longer is skipped
 
     def within(self, budget: float | None) -> Effort:
-        """The same for a run of `budget` seconds: no row may take more than a fiftieth of it."""
+        """This effort, limited for a run of `budget` seconds: a row may take at most a fiftieth of it."""
         if budget is None:
             return self
         return replace(self, seconds=min(self.seconds, budget / 200), share=min(self.share, budget / 50))
@@ -271,7 +271,7 @@ def bootstrap_slope(x: list[float], seconds: list[list[float]], draws: int = 500
 
 
 def _uuid(device: torch.device) -> str:
-    """As NVML names the GPU: its own numbers do not know CUDA_VISIBLE_DEVICES."""
+    """NVML's name of the GPU. NVML's numbers ignore CUDA_VISIBLE_DEVICES."""
     return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
 
 

@@ -17,8 +17,8 @@ class Turns:
     Args:
         read, write: file descriptors of two pipes, from the other process and to it.
         first: whether this process has the first turn.
-        steps: of a turn.
-        count: turns that this process takes.
+        steps: the steps of a turn.
+        count: the number of this process' turns.
     """
 
     read: int
@@ -29,8 +29,8 @@ class Turns:
     done: int = 0  # steps of this process, the one before the first turn included
 
     def after_step(self) -> bool:
-        """Called after each step. The first step is nobody's turn: behind it a process waits until the other one has
-        made its own. Returns whether it has waited; raises TurnsOver after the last turn."""
+        """Called after each step. The first step is not part of a turn: after it a process waits until the other one
+        has done its first step. Returns whether it has waited; raises TurnsOver after the last turn."""
         self.done += 1
         if self.done == 1:
             if not self.first:

@@ -1,13 +1,14 @@
-"""Encoders of other families at their published sizes: each beside itself accelerated, forward and with backward.
+"""Compares encoders of other families, in their published sizes, with themselves accelerated, with and without
+backward.
 
     OMP_NUM_THREADS=2 python -m benchmarks.suites.families [--models deberta-v3-base qwen3-embedding-0.6b ...]
                       [--kind sentences] [--texts 96] [--batch 32] [--layers 3] [--repeats 3] [--json FILE]
 
-Random weights, and --layers of the model's layers: all of them cost the same. The loss is taken of the mean over the
-real tokens of each text. Texts are as long as real ones of --kind, cut at --longest, and come twice: as they are, and
-sorted by length, which leaves little padding. The two models take turns, and what is compared is the time by the
-clock; with OMP_NUM_THREADS=1 it is the processor time, which other work on the machine disturbs little. Before they
-are timed, both must give the same outputs and the same gradient of all parameters.
+Weights are random, and a model has --layers layers, since all layers take the same time. The loss depends on the mean
+over the real tokens of each text. Texts are as long as real texts of --kind, cut at --longest; they are measured in
+arrival order, and sorted by length, which needs little padding. The two models take turns. Wall times are compared, or
+with OMP_NUM_THREADS=1 processor times, which other work on the machine disturbs little. Before that, both models must
+have the same outputs and the same gradients of all parameters.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import fastbert
 from fastbert.testing import REAL_TEXTS, real_lengths, relative_rms
 from fastbert.training.memory import keep_freed_memory
 
-VOCABULARY = 8000  # small: looking up words is the same work in both
+VOCABULARY = 8000  # small, because looking up words is the same work in both
 DTYPES = {"float32": (torch.float32, 1e-3), "bfloat16": (torch.bfloat16, 0.15)}
 BASE = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072}
 GEMMA = {

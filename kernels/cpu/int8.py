@@ -89,7 +89,7 @@ def _has(dtype: torch.dtype) -> bool:
 def engine() -> str:
     """Which engine multiplies on this machine, in words."""
     if is_in_cpp():
-        return "C++ by AVX512-VNNI, a layer a call"
+        return "C++ by AVX512-VNNI, a layer in one call"
     return "oneDNN" if why_not() is None else f"none: {why_not()}"
 
 
