@@ -70,8 +70,12 @@ def _rotated(q, k, cu_seqlens, cos, sin):
 
 
 def _probabilities_with_dropout(q, k, added, allowed, p, seed, stream, sequence_ids, scale):
-    """dropout(softmax(scale q k^T + added)) [n, H, Sq, Sk] of q, k [n, H, S, D]; a row with no key is zero."""
-    s = (q @ k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32)) * scale
+    """dropout(softmax(scale q k^T + added)) [n, H, Sq, Sk] of q, k [n, H, S, D]; a row with no key is zero.
+
+    The product is of float32, as in torch's SDPA with dropout: in float16 it would overflow before the scale.
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)
+    s = (q.to(wide) @ k.to(wide).transpose(-1, -2)) * scale
     if added is not None:
         s = s + added
     dead = None

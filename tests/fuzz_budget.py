@@ -54,7 +54,12 @@ def least_size(op: str, name: str, inputs: dict[str, Any], true: Tensor) -> floa
 def rounding_of_scores(inputs: dict[str, Any]) -> float:
     """What a float32 logsumexp of attention's scores is rounded by, at most. The gradients of torch's SDPA, and of the
     Triton kernels, are as much off to one side: these make probabilities of the scores and that number again."""
-    q, k, scale = inputs["q"], inputs["k"], inputs.get("scale")
+    if "qkv" in inputs:  # of a layer
+        qkv = inputs["x"].double() @ inputs["qkv"].double().T + inputs["qkv_bias"].double()
+        q, k, _ = qkv.unflatten(1, (3, inputs["heads"], -1)).to(inputs["x"].dtype).unbind(1)
+    else:
+        q, k = inputs["q"], inputs["k"]
+    scale = inputs.get("scale")
     longest = [t.double().norm(dim=-1).max().item() if t.numel() else 0.0 for t in (q, k)]
     largest = longest[0] * longest[1] * abs(q.shape[-1] ** -0.5 if scale is None else scale)
     return largest * torch.finfo(torch.promote_types(q.dtype, torch.float32)).eps
@@ -98,7 +103,7 @@ def judged(
         keep &= same[name].isfinite()
         # the loss is documented to be float32
         slack = SLACK[torch.float32 if op == "linear_cross_entropy" and dtype == torch.float64 else dtype]
-        if "attention" in op and name.startswith("gradient"):
+        if ("attention" in op or op == "encoder_layer") and name.startswith("gradient"):
             slack = max(slack, rounding_of_scores(plain))
         error = rms((found.double() - true)[keep])
         of_plain = max(share * rms((of[name].double() - true)[keep]) for of, share in rounded)

@@ -37,8 +37,10 @@ import torch
 import torch.nn as nn
 
 import fastbert
+from fastbert.dropin.forward import Forward
 
 SIDES = ("plain", "accelerated")
+MODELS = "accelerated_models.txt"
 RAN = (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED)
 
 REPLAYED = (
@@ -59,46 +61,65 @@ LISTED = (
 )
 
 
-def accelerate_made(cls: type) -> None:
-    """From here on every object made by calling `cls` itself, or a class derived from it, is accelerated."""
-    original = cls.__init__
+class Accelerator:
+    """Accelerates models where their own `__init__` ends, and appends to a file the name of each class of which
+    `fastbert.accelerate` knew a model."""
 
-    @functools.wraps(original)
-    def __init__(self, *args, **kwargs):
-        original(self, *args, **kwargs)
+    def __init__(self, file: Path):
+        self.file, self.names = file, set(names_in(file))
+
+    def start(self) -> None:
+        """From here on every model that `accelerate` knows is accelerated."""
+        import sentence_transformers as library
+        import transformers
+
+        # `accelerate` knows transformers' code by the folder of the module of that name, and looks for it once. A test
+        # file may put another into sys.modules: test_pipeline_mixin.py has the source of its checkout there.
+        fastbert.accelerate(transformers.BertModel(transformers.BertConfig(**SIZES)))
+        for cls in (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention):
+            self.follow(cls)
+        for name in ("SentenceTransformer", "SparseEncoder", "CrossEncoder", "MultiVectorEncoder"):
+            if hasattr(library, name):
+                self.follow(getattr(library, name))
+        self.follow_transformers()
+
+    def follow(self, cls: type) -> None:
+        """Every object made by calling `cls` itself, or a class derived from it."""
+        original = cls.__init__
+
+        @functools.wraps(original)
+        def __init__(made, *args, **kwargs):
+            original(made, *args, **kwargs)
+            self.accelerate(made)
+
+        cls.__init__ = __init__
+
+    def follow_transformers(self) -> None:
+        """Every model of transformers."""
+        from transformers import PreTrainedModel
+
+        original = PreTrainedModel.post_init
+
+        def post_init(made):
+            original(made)
+            if sys._getframe(1).f_code is type(made).__init__.__code__:
+                self.accelerate(made)
+
+        PreTrainedModel.post_init = post_init
+
+    def accelerate(self, model: nn.Module) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a model with nothing to replace in it
-            fastbert.accelerate(self)
-
-    cls.__init__ = __init__
-
-
-def accelerating() -> None:
-    """From here on every model that `accelerate` knows is accelerated where its own `__init__` ends."""
-    import sentence_transformers as library
-
-    for cls in (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention):
-        accelerate_made(cls)
-    for name in ("SentenceTransformer", "SparseEncoder", "CrossEncoder", "MultiVectorEncoder"):
-        if hasattr(library, name):
-            accelerate_made(getattr(library, name))
-    accelerate_transformers()
+            fastbert.accelerate(model)
+        name = type(model).__name__
+        if name not in self.names and any(isinstance(vars(m).get("forward"), Forward) for m in model.modules()):
+            self.names.add(name)
+            with self.file.open("a") as file:
+                file.write(f"{name}\n")
 
 
-def accelerate_transformers() -> None:
-    """From here on every model of transformers is accelerated where its own `__init__` ends."""
-    from transformers import PreTrainedModel
-
-    original = PreTrainedModel.post_init
-
-    def post_init(self):
-        original(self)
-        if sys._getframe(1).f_code is type(self).__init__.__code__:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                fastbert.accelerate(self)
-
-    PreTrainedModel.post_init = post_init
+def names_in(file: Path) -> list[str]:
+    return file.read_text().split() if file.exists() else []
 
 
 class Recorder:
@@ -256,24 +277,26 @@ def child(side: str, keep: Path, arguments: list[str]) -> int:
     sys.path.pop(0)  # this file's folder, whose modules are not the library's
     sys.path.insert(0, str(Path.cwd()))
     if side == "accelerated":
-        accelerating()
+        Accelerator(keep / MODELS).start()
     if importlib.util.find_spec("datasets") is not None:
         fill_datasets()
     recorder = Recorder(keep / f"{side}.jsonl", keep / "plain.jsonl" if side == "accelerated" else None)
     return int(pytest.main(["-q", "-p", "no:cacheprovider", "-W", "ignore", *arguments], plugins=[recorder]))
 
 
-def report(plain: dict[str, str], ours: dict[str, str]) -> int:
-    """Prints which tests turn red; 1 where LISTED does not know one of them, or no test passes on plain models."""
+def report(plain: dict[str, str], ours: dict[str, str], models: list[str]) -> int:
+    """Prints which tests turn red, and the classes of which a model was accelerated; 1 where LISTED does not know one
+    of the tests, no test passes on plain models, or no model was accelerated."""
     green = [name for name, outcome in plain.items() if outcome == "passed"]
     turned = {name: ours.get(name, "did not run") for name in green if ours.get(name) != "passed"}
     reasons = {name: next((why for pattern, why in LISTED if fnmatchcase(name, pattern)), "") for name in turned}
     listed = sum(bool(why) for why in reasons.values())
     print(f"{len(green)} of {len(plain)} pass on plain models, {len(turned)} of these turn red on accelerated ones")
     print(f"{listed} of these are listed with a reason")
+    print(f"accelerated: {', '.join(sorted(models)) or 'no model'}")
     for name, outcome in turned.items():
         print(f"    {name}: {outcome[:200]}" + (f"\n        listed: {reasons[name]}" if reasons[name] else ""))
-    return int(not green or listed < len(turned))
+    return int(not green or not models or listed < len(turned))
 
 
 def main() -> int:
@@ -295,7 +318,7 @@ def main() -> int:
             if done.returncode not in RAN:
                 print(f"pytest did not run the tests of the {side} models: it ended with {done.returncode}")
                 return done.returncode
-        return report(*(outcomes_in(keep / f"{side}.jsonl") for side in SIDES))
+        return report(*(outcomes_in(keep / f"{side}.jsonl") for side in SIDES), names_in(keep / MODELS))
 
 
 if __name__ == "__main__":

@@ -3,26 +3,39 @@
 import json
 
 import pytest
+import torch
 
-from libraries_own import BEGAN, NEVER_ENDED, Recorder, outcomes_in, report
+from libraries_own import BEGAN, NEVER_ENDED, Accelerator, Recorder, names_in, outcomes_in, report
 
 pytestmark = pytest.mark.once
 
 PLAIN = {"a": "passed", "b": "passed", "c": "FAILED", "d": "skipped"}
+MODELS = ["BertModel"]
 
 
 def test_a_test_that_passes_on_plain_models_alone_is_named(capsys):
-    assert report(PLAIN, {"a": "passed", "b": "FAILED AssertionError: 3 != 4"}) == 1
+    assert report(PLAIN, {"a": "passed", "b": "FAILED AssertionError: 3 != 4"}, MODELS) == 1
     assert "2 of 4 pass on plain models, 1 of these turn red" in (said := capsys.readouterr().out)
     assert "b: FAILED AssertionError: 3 != 4" in said
-    assert report(PLAIN, {"a": "passed", "b": "passed"}) == 0
-    assert report(PLAIN, {"a": "passed"}) == 1, "a test that did not run is red"
-    assert report({"c": "FAILED"}, {}) == 1, "nothing was compared"
+    assert report(PLAIN, {"a": "passed", "b": "passed"}, MODELS) == 0
+    assert report(PLAIN, {"a": "passed"}, MODELS) == 1, "a test that did not run is red"
+    assert report({"c": "FAILED"}, {}, MODELS) == 1, "nothing was compared"
+
+
+def test_a_run_in_which_nothing_was_accelerated_is_no_success(tmp_path, capsys):
+    """A test file of transformers put another module of that name into sys.modules, by whose folder no code was the
+    library's: every model was left alone, and every test green."""
+    assert report(PLAIN, {"a": "passed", "b": "passed"}, []) == 1
+    assert "accelerated: no model" in capsys.readouterr().out
+    accelerator = Accelerator(tmp_path / "models.txt")
+    for module in (torch.nn.Linear(2, 2), *(torch.nn.MultiheadAttention(4, 1) for _ in range(2))):
+        accelerator.accelerate(module)
+    assert names_in(accelerator.file) == ["MultiheadAttention"]
 
 
 def test_a_listed_test_may_turn_red_and_its_reason_is_printed(capsys):
     name = "tests/losses/test_x.py::test_cached_loss_replays_dropout_in_the_backward_pass"
-    assert report({name: "passed"}, {name: "FAILED"}) == 0
+    assert report({name: "passed"}, {name: "FAILED"}, MODELS) == 0
     assert "the products between them round differently" in capsys.readouterr().out
 
 
