@@ -12,6 +12,9 @@ A party runs in a process of its own, with one thread in each worker; parties ta
                        work shares the machine, rows a processor second compare better than rows a second.
 
 Ratios are those of the medians: plain processes / the engine.
+
+With --together the parties run at the same time, and rows a second are those of the time in which all of them have
+their models and parts left to make. This compares them where other work leaves now more, now less of the machine.
 """
 
 from __future__ import annotations
@@ -26,8 +29,11 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from .corpus import PLAIN, small_model, texts_of, write_table
 
@@ -134,8 +140,7 @@ def measured(out: Path, *words: object) -> dict[str, float]:
     with ProcessorTime(str(out)) as used:
         told = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
     found = json.loads(told.splitlines()[-1])
-    first = (out / "manifest" / "corpus.json").stat().st_mtime
-    last = max(receipt.stat().st_mtime for receipt in (out / "manifest" / "parts").iterdir())
+    first, *_, last = moments_of(out)
     return found | {
         "steady_seconds": last - first,
         "whole_processor": used.until(time.time()),
@@ -143,16 +148,34 @@ def measured(out: Path, *words: object) -> dict[str, float]:
     }
 
 
+def moments_of(out: Path) -> list[float]:
+    """When the first worker had its model, and when each part counted, in order."""
+    receipts = sorted(receipt.stat().st_mtime for receipt in (out / "manifest" / "parts").iterdir())
+    return [(out / "manifest" / "corpus.json").stat().st_mtime, *receipts]
+
+
+def rates_of(outs: dict[str, Path], part_rows: int) -> dict[str, float]:
+    """Rows a second of each party while all of them worked."""
+    moments = {name: moments_of(out) for name, out in outs.items()}
+    first, last = max(of[0] for of in moments.values()), min(of[-1] for of in moments.values())
+    parts = {name: np.interp([first, last], of, range(len(of))) for name, of in moments.items()}
+    return {name: part_rows * float(end - start) / (last - first) for name, (start, end) in parts.items()}
+
+
 def rows_of(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
     table, model = write_table(folder / "a.parquet", texts_of(args.texts), args.rows), args.model
-    model = model or str(small_model(folder / "model"))
+    model, part_rows = model or str(small_model(folder / "model")), args.rows // args.parts
+    options = ["--workers", args.workers, "--part-rows", part_rows, "--table", table, "--model", model]
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in args.parties}
     for turn in range(args.turns):
-        for number, name in enumerate(args.parties):
-            out = folder / f"out-{turn}-{number}"
-            options = ["--party", name, "--workers", args.workers, "--part-rows", args.rows // args.parts]
-            runs[name].append(measured(out, *options, "--table", table, "--model", model))
-            yield {"party": name, "turn": turn, **runs[name][-1]}
+        outs = {name: folder / f"out-{turn}-{number}" for number, name in enumerate(args.parties)}
+        with ThreadPoolExecutor(len(outs) if args.together else 1) as pool:
+            for name, found in pool.map(lambda of: (of[0], measured(of[1], "--party", of[0], *options)), outs.items()):
+                runs[name].append(found)
+                yield {"party": name, "turn": turn, **found}
+        if args.together:
+            rates = rates_of(outs, part_rows)
+            yield {"turn": turn, **{f"rows a second of {name}": rate for name, rate in rates.items()}}
     medians = {
         name: {measure: statistics.median(run[measure] for run in of_party) for measure in MEASURES}
         for name, of_party in runs.items()
@@ -169,6 +192,7 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=40_000)
     parser.add_argument("--parts", type=int, default=20)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--together", action="store_true", help="run the parties at the same time")
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--model", help="a folder (default: a BERT of one layer)")
     parser.add_argument("--parties", nargs="+", choices=PARTIES, default=list(PARTIES))
