@@ -158,6 +158,8 @@ def rates_of(outs: dict[str, Path], part_rows: int) -> dict[str, float]:
     """Rows a second of each party while all of them worked."""
     moments = {name: moments_of(out) for name, out in outs.items()}
     first, last = max(of[0] for of in moments.values()), min(of[-1] for of in moments.values())
+    if last <= first:
+        raise RuntimeError("one party ended before another began: take more --rows")
     parts = {name: np.interp([first, last], of, range(len(of))) for name, of in moments.items()}
     return {name: part_rows * float(end - start) / (last - first) for name, (start, end) in parts.items()}
 
