@@ -71,4 +71,4 @@ def test_students_of_both_rows(data, tmp_path, capsys):
     assert students[1]["speed"] is None
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].startswith(f"| sst2 | teacher |  | {of_teacher['score']:.4f} | 100.0% |")
-    assert "logits=1, hidden=3 at temperature 2; 24 examples, epochs: 1, rate 0.0002" in lines[3]
+    assert "logits=1, hidden=3 at temperature 2; 24 examples, epochs: 3, rate 0.0002" in lines[3]

@@ -27,14 +27,16 @@ def linear_of(columns=48, inner=64, dtype=torch.float32):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("has_factors", [True, False], ids=["factors", "none"])
 def test_training_multiplies_as_inference_does(dtype, has_factors):
-    """To the bit, with gradients and without, under autocast too; and after a step by the weights as they are then."""
-    linear, factors = linear_of()
+    """To the bit, with gradients and without, under autocast too; and after a step by the weights as they are then. A
+    row of the weight has one scale, although inference alone would give its 192 elements two."""
+    linear, factors = linear_of(inner=192)
     trained = TrainedInt8Linear(linear, factors if has_factors else None)
-    x = (torch.randn(9, 64) * torch.rand(64) * 4).to(dtype)
+    x = (torch.randn(9, 192) * torch.rand(192) * 4).to(dtype)
     for _ in range(2):
         integers = integers_of(trained.weight, factors if has_factors else None)
         made = in_8_bits(trained.weight, trained.bias, factors if has_factors else None)
         assert torch.equal(made.integers, integers.integers)
+        assert integers.scales.shape == (48, 1)
         with torch.no_grad():
             inference = made.linear(x)
             assert torch.equal(trained(x), inference)

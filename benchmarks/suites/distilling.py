@@ -56,20 +56,20 @@ TEXTS_TIMED = 256
 
 @dataclass(frozen=True)
 class Study:
-    """A task and its data. train, test: files in the data folder. epochs, lr and examples are the same for both rows;
-    examples is None for all of the file."""
+    """A task and its data. train, test: files in the data folder. epochs, lr and examples are the same for both
+    rows."""
 
     task: str
     train: str
     test: str
     epochs: int
     lr: float
-    examples: int | None = None
+    examples: int
 
 
 STUDIES = {
-    "sst2": Study("sentence", "sst2/train.tsv", "sst2/dev.tsv", 1, 2e-4, 16_000),
-    "sick": Study("pair", "sick/SICK_train.txt", "sick/SICK_test_annotated.txt", 1, 2e-4),
+    "sst2": Study("sentence", "sst2/train.tsv", "sst2/dev.tsv", 3, 2e-4, 2000),
+    "sick": Study("pair", "sick/SICK_train.txt", "sick/SICK_test_annotated.txt", 3, 2e-4, 2000),
 }
 ROWS = ("distilled", "labels")
 
@@ -140,8 +140,7 @@ def measured(asked: dict[str, Any], teacher: str, args: argparse.Namespace) -> d
         return common | {"score": score_of(teacher, test)}
     with tempfile.TemporaryDirectory() as temporary:
         here = Path(temporary)
-        if asked["examples"]:
-            train = shortened(train, asked["examples"], here)
+        train = shortened(train, asked["examples"], here)
         out = here / f"{asked['study']}-{asked['row']}-{asked['seed']}"
         spec = Spec(study.task, DEFAULT_METRICS[study.task])
         request = Request(
@@ -157,7 +156,7 @@ def measured(asked: dict[str, Any], teacher: str, args: argparse.Namespace) -> d
             "speed": speed_beside(teacher, str(out), test, args.turns) if is_timed else None,
         }  # fmt: skip
         if args.keep:
-            shutil.copytree(out, args.keep / out.name, ignore=shutil.ignore_patterns("checkpoints"))
+            shutil.copytree(out, args.keep / out.name, ignore=shutil.ignore_patterns("checkpoints"), dirs_exist_ok=True)
     return common | found
 
 
@@ -217,7 +216,7 @@ def learnt(run: dict[str, Any]) -> str:
         return ""
     losses = ", ".join(f"{name}={weight:g}" for name, weight in run["losses"].items())
     softened = f" at temperature {run['temperature']:g}" if run["temperature"] else ""
-    return f"{losses}{softened}; {run['examples'] or 'all'} examples, epochs: {run['epochs']}, rate {run['lr']:g}"
+    return f"{losses}{softened}; {run['examples']} examples, epochs: {run['epochs']}, rate {run['lr']:g}"
 
 
 if __name__ == "__main__":
