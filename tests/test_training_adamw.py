@@ -244,7 +244,7 @@ def test_wrong_sizes_are_refused():
         one_pass.step([p], [p.double()], [p], [p], [None], [by])
     with pytest.raises(ValueError, match="at_rest must be"):
         one_pass.step([p], [p], [p], [p], [torch.zeros(3, dtype=torch.uint8)], [by])
-    with pytest.raises(ValueError, match="numbers of 0"):
+    with pytest.raises(ValueError, match="numbers for 0"):
         one_pass.step([p], [p], [p], [p], [None], [])
 
 
