@@ -43,9 +43,12 @@ class Rig:
         self.lane, self.queue = Doubler(), TokenQueue(budget, bound)
         self.engine = Engine(asyncio.get_running_loop(), [self.queue], **options)
 
-    def ask(self, *numbers, tokens=10, announced=10):
+    def job(self, *numbers, tokens=10, announced=10):
         pieces = [Piece(self.lane, number, tokens) for number in numbers]
-        job = Job(self.queue, lambda: Prepared(pieces, [tokens] * len(pieces)), announced)
+        return Job(self.queue, lambda: Prepared(pieces, [tokens] * len(pieces)), announced)
+
+    def ask(self, *numbers, **options):
+        job = self.job(*numbers, **options)
         self.engine.submit(job)
         return job
 
@@ -327,7 +330,7 @@ def test_threads_that_are_free_share_the_batches_of_one_request():
 
 def test_requests_to_an_idle_engine_are_computed_by_one_thread(monkeypatch):
     """Each thread that computes a batch alone has a team of OpenMP threads, and more teams than processors are slow.
-    Another thread that comes to compute alone ends its team; one that shares the processors keeps it."""
+    Another thread ends its team after it has computed alone, and when nothing waits any more."""
 
     async def test():
         async with Rig(budget=10, workers=3, threads=3) as rig:
@@ -360,6 +363,7 @@ def test_requests_to_an_idle_engine_are_computed_by_one_thread(monkeypatch):
             assert computed == [(number, "model-0") for number in range(4)] + [(4, "model-1"), (5, "model-0")]
             while len(rig.engine._idle) < 3:
                 await asyncio.sleep(0.001)
+            assert ended == ["model-1"]
             rig.lane.open.clear()
             job = rig.ask(6, 7, 8)
             while len(computed) < 9:
@@ -368,10 +372,34 @@ def test_requests_to_an_idle_engine_are_computed_by_one_thread(monkeypatch):
             await job.answer
             while len(rig.engine._idle) < 3:
                 await asyncio.sleep(0.001)
-            assert ended == ["model-1"]
+            assert sorted(ended) == ["model-1", "model-1", "model-2"]
 
     computed, ended = [], []
     monkeypatch.setattr(engine, "end_team", lambda: ended.append(threading.current_thread().name))
+    run(test)
+
+
+def test_a_request_whose_thread_found_a_batch_instead_is_tokenised_by_another_idle_thread():
+    """Otherwise it would wait until that batch is computed."""
+
+    async def test():
+        async with Rig(workers=3) as rig:
+            while len(rig.engine._idle) < 3:
+                await asyncio.sleep(0.001)
+            rig.lane.open.clear()
+            first, second = rig.job(1, announced=0), rig.job(2, announced=0)
+            rig.engine._preparing += 1
+            rig.engine._prepare(first)  # as the tokenising thread, which then looks for idle threads too late
+            with rig.engine._lock:
+                rig.engine._unprepared.append(second)
+                rig.engine._wake_worker()
+            until = time.monotonic() + 10
+            while len(rig.lane.batches) < 2 and time.monotonic() < until:
+                await asyncio.sleep(0.001)
+            assert sorted(rig.lane.batches) == [[1], [2]]
+            rig.lane.open.set()
+            assert await asyncio.gather(first.answer, second.answer) == [[2], [4]]
+
     run(test)
 
 

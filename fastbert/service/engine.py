@@ -7,7 +7,7 @@ from the loop to the model thread and back. While all model threads compute, one
 
 A batch that is computed alone uses all processors, by OpenMP threads that its model thread keeps for the next one. They
 are fast only as long as they are the only such team of the process (see `end_team`). So the first model thread is woken
-before the others, and the others end their team after such a batch.
+before the others, and the others end their team after such a batch, and when nothing waits any more.
 """
 
 from __future__ import annotations
@@ -220,9 +220,10 @@ class Engine:
                 else:
                     self._busy += 1
                     alone = self._busy == 1 and not any(self.queues)
-                    if self._idle and any(self.queues):
+                    # A thread that was woken for an unprepared job may have found this batch instead.
+                    if self._idle and (self._unprepared or any(self.queues)):
                         self._wake_worker()
-                    elif self._unprepared and not self._idle:
+                    elif self._unprepared:
                         self._for_tokeniser.notify()
             if job is not None:
                 self._prepare(job)
@@ -234,7 +235,7 @@ class Engine:
             except Exception as error:  # a bug here or in `on_batch`: the thread must survive it
                 self._finish(batch, dict.fromkeys((job for job, _ in batch), as_service_error(error)))
             finally:
-                if number and alone:
+                if number and (alone or not any(self.queues)):
                     end_team()
                 with self._lock:
                     self._busy -= 1
