@@ -94,6 +94,16 @@ def test_a_broken_batch_is_told_before_its_offsets_are_followed(folder, tmp_path
         rows_of(units, job)
 
 
+def test_a_file_that_was_cut_off_says_so(folder, tmp_path):
+    """It was read as a stream, whose first four bytes are a length."""
+    path = write_arrow(tmp_path / "a.arrow", table_of(100).select(["text"]))
+    content = path.read_bytes()
+    for size in (6, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:size])
+        with pytest.raises(InputError, match=r"a\.arrow: an Arrow file without its end; it may have been cut off"):
+            plan([str(path)], job_of(folder, tmp_path / "out"))
+
+
 def test_an_empty_file_and_a_file_without_rows(folder, tmp_path):
     (tmp_path / "a.arrow").write_bytes(b"")
     with pytest.raises(InputError, match=r"a\.arrow: "):

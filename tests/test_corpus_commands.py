@@ -16,7 +16,7 @@ from fastbert import Encoder
 from fastbert.corpus.places import UNFINISHED, Place
 from fastbert.corpus.pool import CorpusPool
 from fastbert.corpus.units import largest_first, shares_of, sizes_of
-from fastbert.engines import torchrun
+from fastbert.engines import ray, spark, torchrun
 
 pytestmark = pytest.mark.once
 
@@ -186,3 +186,12 @@ def test_folders_behind_urls(folder, tmp_path):
     expected = encoder.encode(table_of(120).column("text").to_pylist()).numpy()
     np.testing.assert_allclose(vectors_of(read(tmp_path / "out"))[0], expected, atol=1e-5)
     memory.rm("/lake", recursive=True)
+
+
+def test_no_worker_of_an_engine_is_refused(folder, tmp_path):
+    """Ray's without an actor returned as if nothing were missing."""
+    job = job_of(folder, tmp_path / "out")
+    with pytest.raises(ValueError, match="actors must be at least 1, got 0"):
+        ray.encode([str(tmp_path)], job, actors=0)
+    with pytest.raises(ValueError, match="partitions must be at least 1, got -1"):
+        spark.encode(None, [str(tmp_path)], job, partitions=-1)

@@ -30,6 +30,7 @@ BATCH_ROWS = 512
 # A .jsonl file is cut by bytes, since its rows cannot be counted without reading it: bytes of a row, for `part_rows`.
 BYTES_A_LINE = 512
 CSV_BLOCK = 4_000_000
+ARROW_MAGIC = b"ARROW1"  # how files of Arrow begin and end; streams do not begin so
 # What pyarrow raises for a broken file; OSError is for pages that cannot be decompressed.
 BROKEN = (pa.ArrowException, OSError, UnicodeError)
 
@@ -133,6 +134,9 @@ class ArrowTable:
         try:
             self.reader = ipc.open_file(file)
         except pa.ArrowInvalid:
+            file.seek(0)
+            if file.read(len(ARROW_MAGIC)) == ARROW_MAGIC:
+                raise InputError(f"{name}: an Arrow file without its end; it may have been cut off") from None
             file.seek(0)
             self.reader = ipc.open_stream(file)
         self.is_stream = isinstance(self.reader, ipc.RecordBatchStreamReader)

@@ -57,11 +57,13 @@ def encode(inputs: Sequence[str], job: Job, *, actors: int, **resources: Any) ->
     """Makes what is missing; the receipts of that.
 
     Args:
-        actors: how many.
+        actors: how many. There should not be more than Ray can run at once, because the call waits for all of them.
         resources: of each, as `ray.remote` has them: num_cpus, num_gpus (also a part of one), resources, ...
 
-    Raises: InputError with the first unit that failed, after the others.
+    Raises: InputError with the first unit that failed, after the others; ValueError without an actor.
     """
+    if actors < 1:
+        raise ValueError(f"actors must be at least 1, got {actors}")
     import ray
 
     from ..corpus.manifest import Manifest

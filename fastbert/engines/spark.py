@@ -23,8 +23,10 @@ def encode(spark: Any, inputs: Sequence[str], job: Job, *, partitions: int) -> l
     Args:
         partitions: how many. Each loads the model, so there should not be more than Spark can run at once.
 
-    Raises: InputError with the first unit that failed, after the others.
+    Raises: InputError with the first unit that failed, after the others; ValueError without a partition.
     """
+    if partitions < 1:
+        raise ValueError(f"partitions must be at least 1, got {partitions}")
     from ..corpus.manifest import Manifest
     from ..corpus.run import expect_done
 
