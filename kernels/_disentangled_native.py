@@ -20,7 +20,11 @@ def _attend(
     q, k, v, pk, pq, lut, scale, real=None, dropout_p=0.0, seed=None, stream=0, sequence_ids=None
 ):  # fmt: skip
     """Sequences of one width: q, k, v [n, S, H, D] views -> [n, S, H, D]. real: [n, S] bool, true for tokens. A row of
-    padding attends to all columns equally, as in the original model."""
+    padding attends to all columns equally, as in the original model. In float16 the products could overflow before
+    they are scaled, so they are of float32."""
+    kind = v.dtype
+    if kind == torch.float16:
+        q, k, pk, pq = (None if t is None else t.float() for t in (q, k, pk, pq))
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     width = q.shape[2]
     rows = torch.arange(width, dtype=torch.int64, device=q.device)
@@ -38,7 +42,7 @@ def _attend(
     p = s.softmax(-1)
     if dropout_p:
         p = torch.where(_keep(*p.shape[1:], dropout_p, seed, stream, sequence_ids), p / (1.0 - dropout_p), 0.0)
-    return (p.to(v.dtype) @ v).transpose(1, 2)
+    return (p.to(kind) @ v).transpose(1, 2)
 
 
 def _in_runs(q, k, v, pk, pq, lut, runs, scale, sequence_ids=None, **dropout):

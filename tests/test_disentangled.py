@@ -201,6 +201,17 @@ def test_no_token_at_all():
         assert not any(g.any() for g in grads)
 
 
+def test_large_scores_in_float16():
+    """The products of q and k overflowed before they were scaled, and all values became NaN. Transformers scales before
+    the product, and its scores here are about 12,000."""
+    (q, k, v, pk, pq), _, lut = inputs_of([4, 7])
+    given = [t.half() for t in (60.0 + q, 60.0 + k, v, pk, pq)]
+    starts = cu_seqlens_of([4, 7], "cpu")
+    truth = reference.disentangled_attention(*(t.double() for t in given), lut, starts)
+    error = F.disentangled_attention(*given, lut, starts, 7, impl="native").double() - truth
+    assert error.square().mean() <= (torch.finfo(torch.float16).eps ** 2) * truth.square().mean()
+
+
 @pytest.mark.once
 def test_what_the_cpp_does_not_know_takes_the_other_way():
     (q, k, v, pk, pq), _, lut = inputs_of([5, 8], head_dim=24)
