@@ -146,6 +146,20 @@ def test_text_that_makes_no_run(files, capsys, content, others, message):
     assert not (files / "out" / "checkpoints").exists()
 
 
+def test_a_vocabulary_in_upper_case(files, capsys):
+    """A cased vocab.txt was used with text in lower case, and --cased was refused beside it."""
+    (files / "vocab.txt").write_text("\n".join([*WORDS, "A"]))
+    (files / "text.txt").write_text("A b a. A a b.\n")
+    argv = ("pretrain", files / "text.txt", "--config", files / "small.json", "--max-length", 24, "--steps", 1,
+            "--tokenizer", files / "vocab.txt", "--out", files / "out", *CPU)  # fmt: skip
+    assert run(*argv) == 1
+    assert "vocab.txt has words in upper case, such as A: give --cased" in capsys.readouterr().err
+    assert run(*argv, "--cased") == 0
+    assert Tokenizer.from_pretrained(files / "out")(["A a"], add_special_tokens=False).input_ids == [
+        [len(WORDS), WORDS.index("a")]
+    ]
+
+
 def test_a_tokenizer_of_another_model(files, capsys):
     config = BertConfig.from_dict(json.loads((files / "small.json").read_text()), vocab_size=20)
     BertForMaskedLM(config).save_pretrained(files / "model")

@@ -190,6 +190,25 @@ def test_half_of_the_next_sentences_are_of_another_document(corpus):
     assert abs(full[0] - full[1]) < 0.12
 
 
+def test_the_second_part_alone_tells_nothing(tmp_path):
+    """Documents used to be drawn for wrong pairs whatever their length. Of an encyclopedia's short articles and a
+    novel's long chapters, articles were then the second part of wrong pairs more often than of right ones, and a model
+    that never compared the parts found 58% of the pairs."""
+    draw = random.Random(1)
+    long, short = (
+        ["\n".join(f"{' '.join(draw.choices(letters, k=6))}." for _ in range(lines)) for _ in range(count)]
+        for letters, lines, count in (("abcde", 120, 12), ("fghij", 8, 80))
+    )
+    (tmp_path / "a.txt").write_text("\n\n".join([*long, *short]))
+    made = build_corpus(tmp_path / "made", [tmp_path / "a.txt"], tokenizer(), longest_segment(LENGTH))
+    drawn = [examples_of(made, NEXT_SENTENCE, LENGTH, seed, 0) for seed in range(6)]
+    labels = np.concatenate([examples.labels for examples in drawn])
+    seconds = np.concatenate([examples.second[:, 0] for examples in drawn])
+    in_short = np.array([document_of(made, place) >= len(long) for place in seconds])
+    shares = [in_short[labels == label].mean() for label in (0, 1)]
+    assert shares[0] == pytest.approx(shares[1], abs=0.06), "a draw by documents gives 0.3 and 0.9"
+
+
 def test_too_long_pairs_lose_tokens_in_front_and_behind(corpus):
     examples = examples_of(corpus, NEXT_SENTENCE, LENGTH, 0, 0)
     starts = set(corpus.segments.tolist())

@@ -232,6 +232,13 @@ def test_two_processes_train_as_one(tmp_path):
 
 
 @pytest.mark.once
+def test_the_first_process_may_read_a_text_for_hours(tmp_path):
+    """The others used to wait for it in a group that ends after 30 minutes with gloo and after 10 with NCCL. Here the
+    group's limit is a second."""
+    run_in_two("first_in_turn.py", tmp_path / "file")
+
+
+@pytest.mark.once
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_each_objective_is_learnt(objective, tmp_path):
     """On a text with repetitions each loss falls; the records have all of them, and the loss is their sum."""

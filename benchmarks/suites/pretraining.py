@@ -11,14 +11,16 @@ curve of 0.6. ELECTRA starts from a model trained on masked words (--init; both 
 --vocab-size 300; 1,500 steps, then 1,000 with --lr 1e-3), because from random weights a discriminator would first have
 to learn which positions are adjacent, with one bit for each token.
 
-`loader` writes a text of this size, the same paragraphs with running numbers. It prints how many tokens a second are
-read, cut into examples and masked, compared with those of a training step, in processor time on one thread, and the
-growth of the process' memory over the whole text.
+`loader` writes a text of this size, the same paragraphs with running numbers, and prints the growth of the process'
+memory over the whole text. For each objective, and for CMRC's contexts masked in Chinese whole words, it prints how
+many tokens a second are read, cut into examples and masked, compared with those of a training step of BERT-tiny:
+processor time on one thread, the loader and the step in turns.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import resource
 import statistics
@@ -32,7 +34,8 @@ import torch
 
 from fastbert.cli.options import positive, shown
 from fastbert.pretraining.batches import Loader
-from fastbert.pretraining.corpus import build_corpus
+from fastbert.pretraining.chinese import Segmenter, segmenter_of
+from fastbert.pretraining.corpus import Corpus, build_corpus
 from fastbert.pretraining.documents import longest_segment
 from fastbert.pretraining.objectives import OBJECTIVES
 from fastbert.pretraining.plan import PretrainingPlan
@@ -40,11 +43,17 @@ from fastbert.pretraining.pretrain import Request, make_model, pretrain
 from fastbert.pretraining.run import Pretraining
 from fastbert.pretraining.vocabulary import train_tokenizer
 from fastbert.storage import read_json, write_json
+from fastbert.text.tokenizer import Tokenizer
 from fastbert.training.loop import Settings
 from fastbert.training.memory import keep_freed_memory
 from fastbert.training.processes import Processes
 
 LENGTH = 128
+PAIRS = ("next_sentence_accuracy", "order_accuracy")
+# The scores with a goal, and what the dotted line in their picture is.
+LEVELS = {"masked_loss": "entropy of single words", **dict.fromkeys((*PAIRS, "detection_auc"), "chance")}
+WIDTH, HEIGHT, COLOURS = 420, 320, ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # of the pictures
+STEPS_MEASURED = 43  # of the loader
 MARGIN, AREA = 0.3, 0.6  # nats below the entropy of single words; area under the curve of ELECTRA's detection
 
 
@@ -67,6 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     learning.add_argument("--lr", type=float, default=3e-3, help="default: 0.003")
     loading = actions.add_parser("loader", help="measure the data loader")
     loading.set_defaults(run=loader)
+    loading.add_argument("--segmenter", default="jieba", help="segmenter of Chinese words: jieba (default), or a list")
     loading.add_argument("--megabytes", type=positive, default=1000, help="size of the text (default: 1,000)")
     for action in (learning, loading):
         action.add_argument("--data", type=Path, required=True, help="with gutenberg/, wikitext-2/ and cmrc2018/")
@@ -155,17 +165,78 @@ def learn(args: argparse.Namespace) -> int:
     print(f"entropy of single words: {reports[0]['unigram entropy']:.4f} nats; seeds: {args.seeds}")
     print(f"missed: {', '.join(missed)}" if missed else "all as expected")
     write_json(args.out / "reports.json", {"reports": reports})
+    draw(args.out, reports)
     return int(bool(missed))
+
+
+def draw(out: Path, reports: Sequence[dict]) -> None:
+    """scores.svg: the scores that have a goal over the steps, a line for each seed."""
+    names = [name for name in reports[0]["scores"] if name in LEVELS]
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH * len(names)}" height="{HEIGHT}" '
+        'font-family="sans-serif" font-size="12">',
+        f'<rect width="{WIDTH * len(names)}" height="{HEIGHT}" fill="white"/>',
+    ]
+    for place, name in enumerate(names):
+        curves = []
+        for seed in range(len(reports)):
+            lines = (out / f"seed-{seed}" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+            scored = [record for record in map(json.loads, lines) if "scores" in record]
+            curves.append([(record["step"], record["scores"][name]) for record in scored])
+        errors = [standard_error(report, name) if name in PAIRS else 0.0 for report in reports]
+        level = reports[0]["unigram entropy"] if name == "masked_loss" else 0.5
+        parts += panel(place * WIDTH, name, curves, errors, level)
+    (out / "scores.svg").write_text("\n".join([*parts, "</svg>", ""]), encoding="utf-8")
+
+
+def panel(
+    left: int, name: str, curves: Sequence[Sequence[tuple[int, float]]], errors: Sequence[float], level: float
+) -> list[str]:
+    """The SVG of one score. errors: a standard error for each curve, of which two are drawn at its last point."""
+    last = max(step for curve in curves for step, _ in curve)
+    values = [level, *(value for curve in curves for _, value in curve)]
+    values += [curve[-1][1] + sign * 2 * error for curve, error in zip(curves, errors, strict=True) for sign in (-1, 1)]
+    low, high = min(values), max(values)
+
+    def x(step: float) -> float:
+        return left + 60 + (WIDTH - 90) * step / last
+
+    def y(value: float) -> float:
+        return HEIGHT - 50 - (HEIGHT - 90) * (value - low) / ((high - low) or 1.0)
+
+    parts = [
+        f'<text x="{left + WIDTH / 2}" y="20" text-anchor="middle">{name.replace("_", " ")}</text>',
+        f'<text x="{left + WIDTH / 2}" y="{HEIGHT - 12}" text-anchor="middle">{last} steps</text>',
+        f'<path d="M{x(0)} 40V{HEIGHT - 50}H{x(last)}" fill="none" stroke="#999"/>',
+        f'<path d="M{x(0)} {y(level):.1f}H{x(last)}" stroke="#333" stroke-dasharray="3"/>',
+        f'<text x="{x(last)}" y="{y(level) - 5:.1f}" text-anchor="end">{LEVELS[name]}</text>',
+    ]
+    parts += [
+        f'<text x="{x(0) - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{value:.3g}</text>' for value in (low, high)
+    ]
+    for seed, (curve, error) in enumerate(zip(curves, errors, strict=True)):
+        colour = COLOURS[seed % len(COLOURS)]
+        points = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in curve)
+        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
+        parts.append(f'<text x="{x(0) + 10 + 60 * seed}" y="36" fill="{colour}">seed {seed}</text>')
+        if error:
+            value = curve[-1][1]
+            ends = f"M{x(last) + 4 * seed + 4} {y(value - 2 * error):.1f}V{y(value + 2 * error):.1f}"
+            parts.append(f'<path d="{ends}" stroke="{colour}" stroke-width="2"/>')
+    return parts
 
 
 def expected(name: str, value: float, report: dict) -> bool:
     """Whether a score reaches its goal; true for a score without a goal."""
     if name == "masked_loss":
         return value <= report["unigram entropy"] - MARGIN
-    if name in ("next_sentence_accuracy", "order_accuracy"):
-        error = float(report["definitions"][name].rpartition(" ")[2])
-        return value > 0.5 + 2 * error
+    if name in PAIRS:
+        return value > 0.5 + 2 * standard_error(report, name)
     return name != "detection_auc" or value >= AREA
+
+
+def standard_error(report: dict, name: str) -> float:
+    return float(report["definitions"][name].rpartition(" ")[2])
 
 
 def say(record: dict, steps: int) -> None:
@@ -185,15 +256,26 @@ def loader(args: argparse.Namespace) -> int:
         tokenizer, _ = train_tokenizer([write_texts(folder, (learnt, learnt[:1]))[0]], 4000)
         numbered = folder / "numbered.txt"
         repeat(numbered, learnt, args.megabytes * 10**6)
-        before, began = peak_memory(), time.process_time()
-        corpus = build_corpus(folder / "corpus", [numbered], tokenizer, longest_segment(LENGTH))
-        seconds = time.process_time() - began
-        tokens = corpus.facts["tokens"]
-        print(f"{numbered.stat().st_size:,} bytes, {tokens:,} tokens: tokenised at {tokens / seconds:,.0f} tokens/s")
-        print(f"peak memory grew by {(peak_memory() - before) / 2**20:,.0f} MiB")
+        corpus = tokenised(numbered, folder / "corpus", tokenizer, None)
         for objective in OBJECTIVES:
-            compare(objective, corpus, tokenizer, folder)
+            compare(objective, objective, corpus, tokenizer, folder)
+        contexts = folder / "contexts.txt"
+        contexts.write_text("\n\n".join(chinese(args.data)[0]), encoding="utf-8")
+        tokenizer, _ = train_tokenizer([contexts], 5000)
+        corpus = tokenised(contexts, folder / "chinese", tokenizer, segmenter_of(args.segmenter))
+        compare("Chinese whole words", "mlm", corpus, tokenizer, folder)
     return 0
+
+
+def tokenised(file: Path, folder: Path, tokenizer: Tokenizer, segmenter: Segmenter | None) -> Corpus:
+    """The corpus of a text. Prints tokens a second, and how much the process' peak of memory grew."""
+    before, began = peak_memory(), time.process_time()
+    corpus = build_corpus(folder, [file], tokenizer, longest_segment(LENGTH), segmenter=segmenter)
+    rate = corpus.facts["tokens"] / (time.process_time() - began)
+    grown = (peak_memory() - before) / 2**20
+    print(f"{file.stat().st_size:,} bytes, {corpus.facts['tokens']:,} tokens: tokenised at {rate:,.0f} tokens/s")
+    print(f"peak memory grew by {grown:,.0f} MiB", flush=True)
+    return corpus
 
 
 def repeat(file: Path, documents: Sequence[str], size: int) -> None:
@@ -204,42 +286,42 @@ def repeat(file: Path, documents: Sequence[str], size: int) -> None:
             written += stream.write(f"Number {number}.\n{documents[number % len(documents)]}\n\n")
 
 
-def compare(name: str, corpus, tokenizer, folder: Path) -> None:
+def compare(title: str, name: str, corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> None:
     """Prints tokens a second of the loader and of a training step, and the time of cutting an epoch's examples."""
     objective = OBJECTIVES[name]()
-    masking = objective.masking(tokenizer)
     before, began = peak_memory(), time.process_time()
     plan = PretrainingPlan(corpus, objective.pairs, LENGTH, 0, 4096, 4096)
     steps = plan.steps(0)
     cutting = time.process_time() - began
     grown = (peak_memory() - before) / 2**20
-    load = Loader(plan, masking, 0, 1, 0)
-    chosen = steps[:: max(1, len(steps) // 40)][:40]
-    began = time.process_time()
-    for step in chosen:
-        load(step)
-    tokens = sum(plan.tokens(step) for step in chosen)
-    loading = (time.process_time() - began) / tokens
+    load = Loader(plan, objective.masking(tokenizer), 0, 1, 0)
     request = Request((), folder, objective=name, dropout=0.0)
     settings = Settings(epochs=0, step_tokens=4096, batch_tokens=4096, lr=1e-3, dtype=torch.bfloat16)
     run = Pretraining(
         make_model(request, tokenizer), objective, plan, load, settings, 100, 100, folder,
         Processes(0, 1, torch.device("cpu")),
     )  # fmt: skip
-    times = []
-    for step in chosen[:10]:
+    loading, computing = [], []  # seconds a token
+    for step in steps[:: max(1, len(steps) // STEPS_MEASURED)][:STEPS_MEASURED]:
+        tokens = plan.tokens(step)
         began = time.process_time()
+        batches = load(step)
+        loaded = time.process_time()
+        run.loader = lambda _, made=batches: made
         run._gradients(step, 0)
         run.optimizer.step()
         run.optimizer.zero_grad()
-        times.append((time.process_time() - began) / plan.tokens(step))
-    computing = statistics.median(times)
-    whole = loading + cutting / sum(plan.epoch(0).plan.lengths)
-    examples = len(plan.epoch(0).examples)
+        computing.append((time.process_time() - loaded) / tokens)
+        loading.append((loaded - began) / tokens + cutting / sum(plan.epoch(0).plan.lengths))
+    # The first steps allocate memory.
+    loading, computing = loading[3:], computing[3:]
+    loads, computes = statistics.median(loading), statistics.median(computing)
+    ratios = sorted(b / a for a, b in zip(loading, computing, strict=True))
     print(
-        f"{name}: loader {1 / whole:,.0f} tokens/s, cutting included, step of tiny {1 / computing:,.0f}: "
-        f"{computing / whole:.0f} times; an epoch of {examples:,} examples is cut in {cutting:.1f} s, "
-        f"in {grown:,.0f} MiB"
+        f"{title}: loader {1 / loads:,.0f} tokens/s, cutting included; step of tiny {1 / computes:,.0f}: "
+        f"{statistics.median(ratios):.0f} times ({ratios[0]:.0f} to {ratios[-1]:.0f} in {len(ratios)} turns); an epoch "
+        f"of {len(plan.epoch(0).examples):,} examples is cut in {cutting:.1f} s, in {grown:,.0f} MiB",
+        flush=True,
     )
 
 

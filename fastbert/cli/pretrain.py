@@ -68,7 +68,8 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     text = p.add_argument_group("text and tokenizer")
     text.add_argument(
         "--tokenizer", metavar="train|PATH",
-        help="train: make a vocabulary from the corpus (the default); or use that of a folder, a hub id or a vocab.txt",
+        help="train: make a vocabulary from the corpus (the default); or use that of a folder, a hub id or a vocab.txt "
+        "(with --cased if it is cased)",
     )  # fmt: skip
     text.add_argument(
         "--vocab-size", metavar="N", type=positive,
@@ -179,6 +180,8 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("the model of --init has its own sizes and tokenizer: leave --config and --tokenizer out")
     made = {"--vocab-size": args.vocab_size, "--cased": args.cased, "--alphabet": args.alphabet,
             "--min-frequency": args.min_frequency}  # fmt: skip
+    if args.tokenizer and args.tokenizer.endswith(".txt"):  # such a file does not say whether it is in lower case
+        del made["--cased"]
     given = [name for name, value in made.items() if value]
     if given and (args.init or args.tokenizer not in (None, "train")):
         raise UsageError(f"{given[0]} is for a new vocabulary, and this one is given")

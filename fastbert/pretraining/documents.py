@@ -121,13 +121,24 @@ class _Cutter:
         if not other:
             self._add(begin, split, split, stop, 0)
             return stop
-        elsewhere = draw.below(self.n_documents - 1)
-        elsewhere += elsewhere >= document
+        # A document is as likely as it is long. If all were equally likely, as in Google's script, sentences of short
+        # documents would be more frequent in wrong pairs, and the second part alone would tell them apart.
+        elsewhere = self._document_of(self._token_outside(document))
         first, last = int(self.documents[elsewhere]), int(self.documents[elsewhere + 1])
         start = first + draw.below(last - first)
         missing = target - int(self.segments[split] - self.segments[begin])
         self._add(begin, split, start, min(last, max(start, self._last_within(start, missing)) + 1), 1)
         return split
+
+    def _token_outside(self, document: int) -> int:
+        """Any token of the other documents."""
+        begin, end = (int(self.segments[self.documents[d]]) for d in (document, document + 1))
+        token = self.draw.below(int(self.segments[-1]) - (end - begin))
+        return token if token < begin else token + end - begin
+
+    def _document_of(self, token: int) -> int:
+        segment = np.searchsorted(self.segments, token, side="right") - 1
+        return int(np.searchsorted(self.documents, segment, side="right")) - 1
 
     def _last_within(self, begin: int, tokens: int) -> int:
         """The last segment that begins at most `tokens` tokens after the beginning of `begin`."""

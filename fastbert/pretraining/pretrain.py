@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from ..models.head import expecting_new_weights
 from ..models.heads import BertForMaskedLM, BertForPreTraining
 from ..storage import CheckpointError, make_folder, write_json
 from ..text.files import InputError
+from ..text.folder import read_vocab
 from ..text.tokenizer import Tokenizer
 from ..training.curve import draw
 from ..training.finetune import state_within
@@ -130,10 +132,10 @@ def carry_out(
     out = make_folder(request.out)
     if not request.resume and (out / "checkpoints").exists():
         raise InputError(f"{out} has checkpoints of a run: --resume goes on with it, or give another --out")
-    tokenizer = in_turn(processes, lambda: _tokenizer(request, out, makes=processes.rank == 0))
+    tokenizer = processes.in_turn(lambda: _tokenizer(request, out, makes=processes.rank == 0))
     learner = prepare(request, tokenizer, processes)
     objective, model = learner.objective, learner.model
-    corpus, held_out = in_turn(processes, lambda: _corpora(request, out, tokenizer, objective))
+    corpus, held_out = processes.in_turn(lambda: _corpora(request, out, tokenizer, objective))
     if request.checkpoint_activations:
         model.gradient_checkpointing_enable()
     masking = objective.masking(tokenizer, request.masking, request.mask_share, request.whole_words)
@@ -207,20 +209,6 @@ def carry_out(
     return json.loads((out / "report.json").read_text(encoding="utf-8"))
 
 
-def in_turn(processes: Processes, make: Callable[[], Any]) -> Any:
-    """make(), first in the first process, then in the others, which find the files that the first one wrote."""
-    failed = None
-    if processes.rank == 0:
-        try:
-            made = make()
-        except Exception as error:
-            failed = error
-    # All processes learn whether the first one failed, so that none waits for it.
-    if processes.gather(failed is not None)[0]:
-        raise failed or InputError("the first process could not read the text")
-    return made if processes.rank == 0 else make()
-
-
 def _tokenizer(request: Request, out: Path, makes: bool) -> Tokenizer:
     """The tokenizer: that of the initial model, a given one, or one trained on the corpus. The latter is kept in
     OUT/tokenizer for --resume and for the other processes.
@@ -230,8 +218,9 @@ def _tokenizer(request: Request, out: Path, makes: bool) -> Tokenizer:
     if request.init is not None:
         return Tokenizer.from_pretrained(request.init)
     if request.tokenizer != TRAIN:
-        path = Path(request.tokenizer)
-        return Tokenizer.from_vocab(path) if path.suffix == ".txt" else Tokenizer.from_pretrained(request.tokenizer)
+        if Path(request.tokenizer).suffix == ".txt":
+            return _of_vocabulary(Path(request.tokenizer), request.cased)
+        return Tokenizer.from_pretrained(request.tokenizer)
     folder = out / "tokenizer"
     kept = (folder / "tokenizer_config.json").exists()
     if makes and not (request.resume and kept):
@@ -241,6 +230,15 @@ def _tokenizer(request: Request, out: Path, makes: bool) -> Tokenizer:
         )  # fmt: skip
         made.save_pretrained(folder)
     return Tokenizer.from_pretrained(folder)
+
+
+def _of_vocabulary(file: Path, cased: bool) -> Tokenizer:
+    """Raises InputError if text in lower case would never use some of the words."""
+    if not cased:
+        upper = next((word for word in read_vocab(file) if re.match(r"(##)?[A-Z]", word)), None)
+        if upper is not None:
+            raise InputError(f"{file} has words in upper case, such as {upper}: give --cased")
+    return Tokenizer.from_vocab(file, lowercase=not cased)
 
 
 def _corpora(

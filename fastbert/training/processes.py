@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -73,6 +75,30 @@ class Processes:
         values: list[Any] = [None] * self.count
         dist.all_gather_object(values, value)
         return values
+
+    def in_turn(self, make: Callable[[], Any]) -> Any:
+        """make(), first in the first process, then in the others, which find the files that the first one wrote.
+
+        Raises: what make raised, in the first process; RuntimeError in the others.
+        """
+        if self.count == 1:
+            return make()
+        # Tokenising a large text may take hours, and the default group ends a process that waits for minutes. The group
+        # is made before, because the processes wait for each other there too.
+        group = dist.new_group(backend="gloo", timeout=timedelta(days=30))
+        failed = made = None
+        if self.rank == 0:
+            try:
+                made = make()
+            except Exception as error:
+                failed = error
+        # All processes learn whether the first one failed, so that none waits for it.
+        values: list[Any] = [None] * self.count
+        dist.all_gather_object(values, failed is not None, group=group)
+        dist.destroy_process_group(group)
+        if values[0]:
+            raise failed or RuntimeError("the first process failed")
+        return made if self.rank == 0 else make()
 
     def wait(self) -> None:
         """Waits until all processes have called this."""
