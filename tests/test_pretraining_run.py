@@ -267,15 +267,19 @@ def test_each_objective_is_learnt(objective, tmp_path):
 def test_steps_of_a_plan(tmp_path):
     plan = run_of(tmp_path, "mlm", growing=4, step_tokens=300).plan
     assert [plan.tokens_of_step(n) for n in range(6)] == [30, 98, 165, 232, 300, 300]
+    assert plan.steps(0)[1:3] == [plan.steps(0)[1], plan.steps(0)[2]]
+    assert plan.steps(0)[-1].number == len(plan.steps(0)) - 1
+    with pytest.raises(IndexError):
+        plan.steps(0)[len(plan.steps(0))]
     rows = [row for step in plan.steps(0) for row in step.rows]
     assert sorted(rows) == list(range(len(plan.epoch(0).examples)))
     for number, step in enumerate(plan.steps(0)):
         assert plan.tokens(step) <= plan.tokens_of_step(number)
         assert plan.tokens(step) > plan.tokens_of_step(number) - LENGTH or number + 1 == len(plan.steps(0))
-    assert plan.steps(1) != plan.steps(0)
+    assert list(plan.steps(1)) != list(plan.steps(0))
     assert plan.epoch(1).begun == len(plan.steps(0))
     again = run_of(tmp_path, "mlm", growing=4, step_tokens=300).plan
-    assert again.steps(1) == plan.steps(1), "whatever was asked for before"
+    assert list(again.steps(1)) == list(plan.steps(1)), "whatever was asked for before"
 
 
 @pytest.mark.once

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, overload
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ..text.files import InputError
 from ..training.plan import Plan
@@ -20,6 +23,30 @@ class Step(NamedTuple):
     rows: list[int]
 
 
+class Steps(Sequence[Step]):
+    """The steps of an epoch. A large corpus has millions of examples, so only their order is kept, not lists.
+
+    Args:
+        order: [examples] the examples' numbers. edges: [steps + 1] where each step begins in it, and its end.
+    """
+
+    def __init__(self, epoch: int, order: NDArray[np.integer], edges: Sequence[int]) -> None:
+        self.epoch, self.order, self.edges = epoch, order, edges
+
+    def __len__(self) -> int:
+        return len(self.edges) - 1
+
+    @overload
+    def __getitem__(self, place: int) -> Step: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Step]: ...
+    def __getitem__(self, place: int | slice) -> Step | list[Step]:
+        if isinstance(place, slice):
+            return [self[number] for number in range(*place.indices(len(self)))]
+        number = range(len(self))[place]  # raises IndexError
+        return Step(self.epoch, number, self.order[self.edges[number] : self.edges[number + 1]].tolist())
+
+
 @dataclass(frozen=True)
 class Epoch:
     """One epoch: its number, examples, their plan, its steps, and the number of steps before it."""
@@ -27,7 +54,7 @@ class Epoch:
     number: int
     examples: Examples
     plan: Plan
-    steps: list[Step]
+    steps: Steps
     begun: int
 
 
@@ -60,14 +87,15 @@ class PretrainingPlan:
             self._begun.append(before.begun + len(before.steps))
         if self._made is None or self._made.number != number:
             examples = examples_of(self.corpus, self.pairs, self.max_length, self.seed, number)
-            plan = Plan(self.seed, examples.lengths.tolist(), self.step_tokens, self.batch_tokens)
+            lengths = examples.lengths.astype(np.int32)
+            plan = Plan(self.seed, memoryview(lengths), self.step_tokens, self.batch_tokens)
             begun = self._begun[number]
-            rows = self._cut(plan.order(number), plan.lengths, begun)
-            steps = [Step(number, place, of_step) for place, of_step in enumerate(rows)]
+            order = plan.permutation(number)
+            steps = Steps(number, order, self._edges(lengths[order], begun))
             self._made = Epoch(number, examples, plan, steps, begun)
         return self._made
 
-    def steps(self, epoch: int) -> list[Step]:
+    def steps(self, epoch: int) -> Steps:
         return self.epoch(epoch).steps
 
     def tokens(self, step: Step) -> int:
@@ -78,13 +106,13 @@ class PretrainingPlan:
         share = 1.0 if number >= self.growing else 0.1 + 0.9 * number / self.growing
         return max(1, round(self.step_tokens * share))
 
-    def _cut(self, order: Sequence[int], lengths: Sequence[int], begun: int) -> list[list[int]]:
-        steps: list[list[int]] = []
-        tokens = budget = 0
-        for row in order:
-            if not steps or tokens + lengths[row] > budget:
-                budget, tokens = self.tokens_of_step(begun + len(steps)), 0
-                steps.append([])
-            steps[-1].append(row)
-            tokens += lengths[row]
-        return steps
+    def _edges(self, lengths: NDArray[np.integer], begun: int) -> list[int]:
+        """Where each step begins among examples of these lengths, and the end. A step takes examples while they fit,
+        and at least one. begun: number of steps before."""
+        ends = np.cumsum(lengths, dtype=np.int64)
+        edges, before = [0], 0
+        while edges[-1] < len(ends):
+            budget = self.tokens_of_step(begun + len(edges) - 1)
+            edges.append(max(edges[-1] + 1, int(np.searchsorted(ends, before + budget, side="right"))))
+            before = int(ends[edges[-1] - 1])
+        return edges

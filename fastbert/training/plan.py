@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..text.batching import batches_within
 
@@ -39,8 +40,12 @@ class Plan:
 
     def order(self, epoch: int) -> list[int]:
         """The windows in the order of this epoch."""
+        return self.permutation(epoch).tolist()
+
+    def permutation(self, epoch: int) -> NDArray[np.int64]:
+        """As `order`, in an array."""
         drawn = np.random.Philox(key=[self.seed, epoch]).random_raw(len(self.lengths))
-        return np.argsort(drawn, kind="stable").tolist()
+        return np.argsort(drawn, kind="stable")
 
     def steps(self, epoch: int) -> list[list[int]]:
         """The windows of each optimiser step of this epoch."""
