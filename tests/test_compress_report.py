@@ -114,5 +114,10 @@ def test_what_cannot_be_compared(folders, tmp_path, capsys):
         assert message in said, said
         assert said.count("\n") == 1
     assert run("compress-report", first, "--data", data, "--json", tmp_path / "no" / "r.json") == 2
+    assert run("compress-report", first, "--data", data, "--picture", tmp_path) == 2
+    assert f"{tmp_path} is a folder: give the name of a file" in capsys.readouterr().err
+    same = tmp_path / "r"
+    assert run("compress-report", first, "--data", data, "--json", same, "--picture", same) == 2
+    assert f"--json and --picture are both {same}" in capsys.readouterr().err
     assert run("compress-report", first, "--data", data, "--dtype", "int8") == 2
     assert "expected some of auto" in capsys.readouterr().err

@@ -1,13 +1,16 @@
 """`fastbert distill` from files to a folder, in transformers' hands too, and what it refuses."""
 
 import json
+import shutil
 
 import pytest
 import torch
 
 from command_line import run
+from compression_models import needs_products
 from distill_models import model_of
 from fastbert import BertConfig, BertModel, Encoder, Tokenizer
+from fastbert.checkpoint import load_state_dict
 from fastbert.models.heads import BertForMaskedLM
 from fastbert.training.finetune import save_model
 from pretraining_models import WORDS, text_of
@@ -236,6 +239,64 @@ def test_folders_that_are_half_written(teachers, tmp_path, capsys):
         assert distill(teachers["sentence"], "sentence", data, out, "--epochs", 1) == 0, "the config says enough"
     finally:
         (tmp_path / "kept.json").rename(teachers["sentence"] / "fastbert_task.json")
+
+
+def test_a_folder_with_another_model_is_not_written_into(teachers, tmp_path, capsys):
+    """The student once replaced its teacher where --out named the teacher's folder, and with --resume any model."""
+    data, own = write_examples("sentence", tmp_path / "data"), tmp_path / "own"
+    shutil.copytree(teachers["sentence"], own)
+    whole = (own / "model.safetensors").read_bytes()
+    assert distill(own, "sentence", data, own, "--epochs", 1) == 2
+    assert f"--out {own} is the teacher's folder" in capsys.readouterr().err
+    training = ("--train", data, "--impl", "native", "-q")
+    for command in (
+        ("distill", "--teacher", teachers["sentence"], "--student", 2, "--task", "sentence", "--data", data, *COMMON),
+        ("finetune", "--model", teachers["sentence"], "--task", "sentence", *training),
+        ("prune", teachers["sentence"], "--magnitude", 0.5, *training, "--resume"),
+    ):
+        assert run(*command, "--out", own) == 1
+        assert f"{own} has a model that was not trained there: give another --out" in capsys.readouterr().err
+    assert run("finetune", "--model", own, "--task", "sentence", *training, "--out", own) == 1
+    assert "is the folder of the model to begin with" in capsys.readouterr().err
+    assert (own / "model.safetensors").read_bytes() == whole
+
+
+def test_a_history_that_is_no_list_is_noticed_before_the_training(teachers, tmp_path, capsys):
+    data, own = write_examples("sentence", tmp_path / "data"), tmp_path / "own"
+    shutil.copytree(teachers["sentence"], own)
+    training = ("--train", data, "--impl", "native", "-q")
+    for content, says in (('{"steps": [', "is not valid JSON"), ('{"steps": [1]}', "must hold a list of steps")):
+        (own / "compression.json").write_text(content)
+        assert distill(own, "sentence", data, tmp_path / "out") == 1
+        assert says in capsys.readouterr().err
+        assert run("prune", own, "--magnitude", 0.5, *training, "--out", tmp_path / "out") == 1
+        assert says in capsys.readouterr().err
+        assert run("finetune", "--model", own, "--task", "sentence", *training, "--out", tmp_path / "out") == 1
+        assert says in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_layers_without_heads_are_not_compared(teachers, tmp_path, capsys):
+    """They have no queries: the losses once ended in a division by zero, or in a KeyError."""
+    data, pruned = write_examples("sentence", tmp_path / "data"), tmp_path / "pruned"
+    assert run("prune", teachers["sentence"], "-o", pruned, "--heads", "2:0,1", "-q") == 0
+    for losses in ("attention", "minilm", "minilm2"):
+        assert distill(pruned, "sentence", data, tmp_path / "out", "--losses", losses) == 1
+        assert "student's layer 1 has none: choose other layers" in capsys.readouterr().err
+    others = ("--losses", "minilm2,hidden", "--init", "0,1", "--relation-layer")
+    assert distill(pruned, "sentence", data, tmp_path / "out", *others, 2) == 1
+    assert "the teacher's layer 2 has none" in capsys.readouterr().err
+    assert distill(pruned, "sentence", data, tmp_path / "out", *others, 1, "--epochs", 1) == 0
+
+
+@needs_products
+def test_a_teacher_in_8_bits(teachers, tmp_path):
+    """It teaches, and its integers count among its parameters."""
+    data, small, out = write_examples("sentence", tmp_path / "data"), tmp_path / "small", tmp_path / "out"
+    assert run("quantize", teachers["sentence"], "-o", small, "--data", data, "-q") == 0
+    assert distill(small, "sentence", data, out, "--epochs", 1, "--losses", "logits,hidden,minilm2") == 0
+    report, given = json.loads((out / "report.json").read_text()), load_state_dict(teachers["sentence"])
+    assert report["parameters of the teacher"] == sum(t.numel() for t in given.values()) > report["parameters"]
 
 
 @pytest.mark.parametrize(

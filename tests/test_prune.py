@@ -329,6 +329,8 @@ def test_half_of_the_heads_and_then_training(teacher, data, tmp_path, capsys):
     assert BertConfig.from_pretrained(again).heads_of(0) == 0
     assert {n: t.shape for n, t in before.items()} == {n: t.shape for n, t in after.items()}
     assert not torch.equal(before["classifier.weight"], after["classifier.weight"])  # the head goes on from its own
+    steps = json.loads((again / HISTORY).read_text())["steps"]
+    assert [step["command"] for step in steps] == ["prune", "prune", "finetune"]
 
 
 @pytest.mark.once
@@ -363,6 +365,7 @@ WRONG = {
     "no_such_layer_of_heads": (["--heads", "3:0"], "there is no layer 3: the model has layers 0 to 2"),
     "no_such_layer": (["--layers", "0,3"], "there is no layer 3: the model has layers 0 to 2"),
     "all_layers": (["--layers", "0,1,2"], "all 3 layers would be gone"),
+    "layers_without_heads": (["--heads", "0:0,1,2,3", "--layers", "1,2"], "none of the remaining layers has head"),
     "no_data": (["--heads", "0.5"], "needs --data with examples"),
     "too_few_heads": (["--heads", "0.01", "--data", "DATA"], "a share of 0.01 of 12 heads is none"),
     "too_many_columns": (["--ffn", "0.99", "--data", "DATA"], "a share of 0.99 of 96 feed-forward columns leaves 0"),

@@ -60,6 +60,10 @@ def run(args: argparse.Namespace) -> int:
     for out in (args.json, args.picture):
         if out is not None and not out.absolute().parent.is_dir():
             raise UsageError(f"no folder {str(out.parent)!r} to write {out.name} into")
+        if out is not None and out.is_dir():
+            raise UsageError(f"{out} is a folder: give the name of a file")
+    if args.json is not None and args.json == args.picture:
+        raise UsageError(f"--json and --picture are both {args.json}")
     from ..compression.report import compare, parties, threads
     from ..compression.report_picture import picture, table
     from ..storage import without_nan, write_atomically, write_json

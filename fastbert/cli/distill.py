@@ -14,6 +14,7 @@ from .options import (
     at_least_0,
     names_between_commas,
     positive,
+    same_file,
     share_of_1,
     shown,
     whole_number,
@@ -165,6 +166,8 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--fsdp needs several processes: torchrun --nproc-per-node N -m fastbert distill ...")
     if args.temperature == 0.0:
         raise UsageError("--temperature divides the logits, and must be above 0")
+    if same_file(args.teacher, args.out):
+        raise UsageError(f"--out {args.out} is the teacher's folder: give another")
     _expect_one_kind(args)
     _expect_losses(args)
     from ..compression.distill import distill, distill_words

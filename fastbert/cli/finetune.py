@@ -138,14 +138,19 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--patience depends on evaluations, and needs --eval")
     if args.evaluations > 1 and not args.eval:
         raise UsageError("--evaluations is the number of evaluations, and needs --eval")
+    from ..compression.folders import continue_steps, history_of
     from ..training.finetune import finetune, several
     from ..training.memory import keep_freed_memory
 
     keep_freed_memory()
     request = _request(args)
+    history_of(request.model)
     with TrainingBar("finetune", args.quiet) as bar:
         report = several(request, args.seeds, bar) if args.seeds > 1 else finetune(request, bar)
-    if not args.quiet and os.environ.get("RANK", "0") == "0":
+    if os.environ.get("RANK", "0") != "0":
+        return 0
+    continue_steps(request.model, args.out, {"command": "finetune", "model": request.model})
+    if not args.quiet:
         print_report(report, args.out)
     return 0
 

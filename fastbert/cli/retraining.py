@@ -34,6 +34,7 @@ def expect_training(args: argparse.Namespace) -> None:
 
 def training_request(args: argparse.Namespace, impl: str | None) -> Any:
     """The request to fine-tune MODEL further for its task. Raises CheckpointError where MODEL has no task."""
+    from ..compression.folders import steps_of
     from ..formats import opened
     from ..storage import CheckpointError
     from ..training.finetune import Request
@@ -41,6 +42,7 @@ def training_request(args: argparse.Namespace, impl: str | None) -> Any:
 
     with opened(args.model) as path:
         spec = spec_in(Path(path) / SPEC_FILE)
+        steps_of(Path(path))
     if spec is None:
         raise CheckpointError(f"{args.model} has no {SPEC_FILE}: fastbert finetune comes before --train")
     return Request(

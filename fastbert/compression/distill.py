@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..config import BertConfig
 from ..encoding.encoder import resolve_dtype
 from ..formats import opened
+from ..inference.eight_bits import Int8Linear
 from ..models import heads
 from ..models.head import BertHead, expecting_new_weights
 from ..packing import PackedBatch
@@ -34,7 +35,7 @@ from ..training.processes import Processes
 from ..training.run import Run
 from ..training.tasks import DEFAULT_METRICS, NUMBERS, Spec, Task, make_task
 from .distilled import RELATIONS, Distilled, Divisor, Recipe, TaskDistilled, WordsDistilled
-from .folders import add_step, digest_of
+from .folders import add_step, digest_of, history_of
 from .layer_maps import layer_pairs
 from .logits import logits_of
 from .students import make_student
@@ -92,13 +93,20 @@ class Method:
         compared = {"pairs of layers": [list(pair) for pair in recipe.pairs]} if recipe.pairs else {}
         if any(name in self.weights for name in RELATIONS):
             compared["pair of layers of relations"] = list(recipe.relation_pair)
-        counts = [sum(p.numel() for p in model.parameters()) for model in models]
+        counts = [parameters_of(model) for model in models]
         return {
             "teacher": teacher, "student": self.student, "init": self.init, "losses": self.weights,
             "temperature": self.temperature, "parameters": counts[0], "parameters of the teacher": counts[1],
             "layers": models[0].config.num_hidden_layers, "layers of the teacher": models[1].config.num_hidden_layers,
             **compared,
         }  # fmt: skip
+
+
+def parameters_of(model: nn.Module) -> int:
+    """The number of weights, with those that are stored in 8 bits."""
+    linears = [module for module in model.modules() if isinstance(module, Int8Linear)]
+    integers = sum(linear.out_features * (linear.in_features + linear.has_bias) for linear in linears)
+    return integers + sum(p.numel() for p in model.parameters())
 
 
 def _expect_length(whose: str, model: BertHead, length: int) -> None:
@@ -146,6 +154,7 @@ def distill(
 
     Raises: as `finetune`, and InputError if teacher, student and data do not fit.
     """
+    history_of(request.model)
     with Processes.join(request.device) as processes:
         prepare = partial(_task_prepared, method=method, changes=changes)
         done = finetuning.carry_out(request, processes, report, prepare)
@@ -256,6 +265,7 @@ def distill_words(
 
     Raises: as `pretrain`, and InputError if teacher, student and text do not fit.
     """
+    history_of(request.tokenizer)
     with Processes.join(request.device) as processes:
         done = pretraining.carry_out(request, processes, report, partial(_words_prepared, method=method))
         method.note(request.tokenizer, request.out, processes)

@@ -86,6 +86,15 @@ class Recipe:
 
     def expect_fit(self, student: BertConfig, teacher: BertConfig) -> None:
         """Raises: InputError if these losses cannot compare the two."""
+        for whose, config, layers in zip(
+            ("student", "teacher"), (student, teacher), zip(*self.projected(), strict=True), strict=False
+        ):
+            for layer in layers:
+                if not config.heads_of(layer):
+                    raise InputError(
+                        f"attention and relations need heads, and the {whose}'s layer {layer} has none: choose other "
+                        "layers"
+                    )
         for name, pairs in (("attention", self.pairs), ("minilm", (self.relation_pair,))):
             for s, t in pairs if name in self.weights else ():
                 if student.heads_of(s) != teacher.heads_of(t):

@@ -89,8 +89,13 @@ def write(model: Model, out: Path, record: dict[str, Any], config: dict[str, Any
 
 def add_step(model: str | Path, out: Path, record: dict[str, Any]) -> None:
     """Writes HISTORY into `out`: that of `model` with `record` added."""
-    with opened(model) as path:
-        write_json(out / HISTORY, {"steps": [*steps_of(path), record]})
+    write_json(out / HISTORY, {"steps": [*history_of(model), record]})
+
+
+def continue_steps(model: str | Path, out: Path, record: dict[str, Any]) -> None:
+    """As `add_step`, if `model` has a HISTORY with records."""
+    if history_of(model):
+        add_step(model, out, record)
 
 
 def digest_of(state: Mapping[str, Tensor]) -> str:
@@ -102,8 +107,18 @@ def digest_of(state: Mapping[str, Tensor]) -> str:
 
 
 def steps_of(path: Path) -> list[dict[str, Any]]:
-    """The records in HISTORY of a folder, the first command first."""
-    return read_json(path / HISTORY).get("steps", []) if (path / HISTORY).is_file() else []
+    """The records in HISTORY of a folder, the first command first. Raises: CheckpointError if it has other content."""
+    steps = read_json(path / HISTORY).get("steps", []) if (path / HISTORY).is_file() else []
+    if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
+        raise CheckpointError(f"{path / HISTORY} must hold a list of steps, each a JSON object")
+    return steps
+
+
+def history_of(model: str | Path) -> list[dict[str, Any]]:
+    """`steps_of` the folder of a path or id. Commands that train call it before they begin, so that an error costs
+    nothing."""
+    with opened(model) as path:
+        return steps_of(path)
 
 
 def copy_beside(path: Path, folder: Path, home: Path) -> None:

@@ -69,6 +69,8 @@ def without_layers(config: BertConfig, state: State, layers: Sequence[int]) -> t
     kept = [layer for layer in range(count) if layer not in layers]
     if not kept:
         raise ValueError(f"all {count} layers would be gone")
+    if not any(config.heads_of(layer) for layer in kept):
+        raise ValueError("none of the remaining layers has heads: attention needs one at least")
     pruned = config.pruned_heads or {}
     gone = {number: pruned[layer] for number, layer in enumerate(kept) if layer in pruned}
     return replace(config, num_hidden_layers=len(kept), pruned_heads=gone), of_layers(state, kept)

@@ -17,10 +17,11 @@ from ..encoding.encoder import resolve_dtype
 from ..models.bert import BertModel
 from ..models.head import expecting_new_weights
 from ..models.heads import BertForMaskedLM, BertForPreTraining
-from ..storage import CheckpointError, make_folder, write_json
+from ..storage import CheckpointError, write_json
 from ..text.files import InputError
 from ..text.folder import read_vocab
 from ..text.tokenizer import Tokenizer
+from ..training.checkpoints import folder_of_run
 from ..training.curve import draw
 from ..training.finetune import state_within
 from ..training.loop import Settings, TrainingError, forget_after
@@ -129,9 +130,7 @@ def carry_out(
     request: Request, processes: Processes, report: Any, prepare: Callable[[Request, Tokenizer, Processes], Learner]
 ) -> dict[str, Any]:
     """A run on text, from what `prepare` makes of the request to the folder; what lies in report.json then."""
-    out = make_folder(request.out)
-    if not request.resume and (out / "checkpoints").exists():
-        raise InputError(f"{out} has checkpoints of a run: --resume goes on with it, or give another --out")
+    out = folder_of_run(request.out, request.resume, request.init or "")
     tokenizer = processes.in_turn(lambda: _tokenizer(request, out, makes=processes.rank == 0))
     learner = prepare(request, tokenizer, processes)
     objective, model = learner.objective, learner.model

@@ -26,7 +26,25 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from ..storage import CheckpointError, make_folder, read_json
 from .processes import Processes
 
+RECORDS = "metrics.jsonl"  # every run writes it before it saves anything else
 _NAME = re.compile(r"step-\d{8}")
+
+
+def folder_of_run(out: Path, resume: bool, source: str = "") -> Path:
+    """The folder `out` of a run, created if it does not exist.
+
+    source: path or id of the model with which the run begins.
+
+    Raises: CheckpointError if the run would replace a model that is not its own, or other checkpoints.
+    """
+    folder = make_folder(out)
+    if source and os.path.exists(source) and os.path.samefile(source, folder):
+        raise CheckpointError(f"{folder} is the folder of the model to begin with: give another --out")
+    if not resume and (folder / "checkpoints").exists():
+        raise CheckpointError(f"{folder} has checkpoints of a run: --resume goes on with it, or give another --out")
+    if (folder / "config.json").exists() and not (folder / RECORDS).exists():
+        raise CheckpointError(f"{folder} has a model that was not trained there: give another --out")
+    return folder
 
 
 class Checkpoints:

@@ -22,9 +22,10 @@ from ..config import BertConfig
 from ..encoding.encoder import resolve_dtype
 from ..models import heads
 from ..models.head import expecting_new_weights
-from ..storage import make_folder, without_nan, write_atomically, write_json
+from ..storage import without_nan, write_atomically, write_json
 from ..text.tokenizer import Tokenizer
 from .board import Board, summary_writer
+from .checkpoints import folder_of_run
 from .curve import draw
 from .features import Features
 from .files import DataError
@@ -129,9 +130,7 @@ def carry_out(
     """A run on a task that `prepare` makes from the request, by default a fine-tuning. Returns the content of
     report.json."""
     shaping = shaping or Shaping()
-    out = make_folder(request.out)
-    if not request.resume and (out / "checkpoints").exists():
-        raise DataError(f"{out} has checkpoints of a run: --resume goes on with it, or give another --out")
+    out = folder_of_run(request.out, request.resume, request.model)
     if request.tensorboard:
         summary_writer()
     made = (prepare or prepared)(request, processes)
