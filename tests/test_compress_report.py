@@ -63,6 +63,34 @@ def test_a_report(folders, tmp_path, capsys):
     assert (float(circles[0].get("cx")) < float(circles[1].get("cx"))) == (ratio["median"] > 1.0)
 
 
+def test_ratios_are_larger_where_a_model_is_faster(folders, monkeypatch):
+    """By known measurements: twice the tokens per second, and a quarter of the time for a text."""
+    found = parties([str(folder) for folder in folders[:2]], ["float32"], "native")
+    times = [[100.0, 50.0, 80.0], [200.0, 150.0, 160.0]], [[4.0, 6.0, 8.0], [1.0, 2.0, 1.0]]
+    monkeypatch.setattr(report_module, "_timed", lambda *arguments: times)
+    small = compare(found, str(folders[2]), rounds=3, texts=4, batch_tokens=100)["rows"][1]
+    assert small["times as many tokens per second"] == {"median": 2.0, "lowest": 2.0, "highest": 3.0}
+    assert small["times faster for one text"] == {"median": 4.0, "lowest": 3.0, "highest": 8.0}
+    assert (small["tokens per second"], small["milliseconds for one text"]) == (160.0, 1.0)
+
+
+def test_rounds_take_turns_and_the_first_does_not_count(folders, monkeypatch):
+    found = parties([str(folder) for folder in (*folders[:2], folders[0])], ["float32"], "native")
+    order, outputs_of = [], report_module.outputs_of
+
+    def noted(model, task, windows, *others):
+        if len(windows) == 4:  # the batch, not a text alone
+            order.append(next(place for place, party in enumerate(found) if party.ready.model is model))
+        return outputs_of(model, task, windows, *others)
+
+    monkeypatch.setattr(report_module, "outputs_of", noted)
+    whole, single = report_module._timed(found, found[0].ready.task.read(folders[2])[:4], 3, 100, lambda line: None)
+    rounds = [order[start : start + 3] for start in range(0, 12, 3)]
+    assert all(sorted(places) == [0, 1, 2] for places in rounds)
+    assert {places[0] for places in rounds} == {0, 1, 2}, "each model is first once"
+    assert [len(values) for values in (*whole, *single)] == [3] * 6
+
+
 def test_scores_that_are_undefined(folders, tmp_path, monkeypatch):
     """A correlation with one number alone, say: null in JSON, and no circle in the picture."""
     of_model = report_module._scored

@@ -15,7 +15,7 @@ from fastbert.models.heads import BertForMaskedLM
 from fastbert.storage import CheckpointError
 from fastbert.text.files import InputError
 from fastbert.training.predicting import pack
-from training_models import PIECES, task_of
+from training_models import KINDS, PIECES, task_of
 from two_processes import run_in_two
 
 pytestmark = pytest.mark.native
@@ -68,6 +68,15 @@ def test_two_processes_train_as_one(tmp_path):
         assert again.resume() == one.steps
         for name, p in one.model.named_parameters():
             torch.testing.assert_close(again.model.get_parameter(name), p, atol=2e-4, rtol=1e-3, msg=name)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_is_divided_by_its_own_items(kind, tmp_path):
+    """Each loss by the number of its items in the step: labels, rows of logits, tokens and texts."""
+    run = run_of(tmp_path, kind, "labels", "logits", "hidden", "first")
+    for step in run.plan.steps(0):
+        assert run.share(step, 0)[1] == divisor_of(run.model, run.task, [run.windows[row] for row in step])
 
 
 def test_texts_without_labels_teach_as_much(tmp_path):
@@ -234,6 +243,28 @@ def test_a_bottleneck_brings_a_student_near_its_teacher(school, tmp_path):
     with torch.no_grad():
         assert unlike(narrow) < 0.6 * unlike(new)
     assert narrow(others).logits.isfinite().all()
+
+
+@pytest.mark.once
+def test_a_bottleneck_keeps_heads_that_are_read():
+    """A head with large values is nothing where the next linear layer does not read it."""
+    value, out = torch.ones(4 * 3, 8), torch.ones(8, 4 * 3)
+    value[0:3] *= 9.0
+    out[:, 0:3] = 0.0
+    value[6:9] *= 2.0
+    layer = "bert.encoder.layer.0."
+    state = {f"{layer}attention.self.value.weight": value, f"{layer}attention.output.dense.weight": out}
+    assert bottleneck._largest_heads(state, layer, 3, 3).tolist() == [6, 7, 8]
+    out[:, 9:12] *= 0.5
+    assert bottleneck._largest_heads(state, layer, 6, 3).tolist() == [3, 4, 5, 6, 7, 8]
+
+
+@pytest.mark.once
+def test_a_student_wider_than_its_teacher_begins_with_random_weights(school, tmp_path):
+    sizes = {"hidden_size": 48, "num_attention_heads": 3, "intermediate_size": 64}
+    student = student_of(school, write_config(tmp_path / "wide.json", **sizes))
+    assert student.config.hidden_size == 48
+    assert student(school[2]).logits.isfinite().all()
 
 
 def with_uneven_norms(model):

@@ -95,6 +95,10 @@ def test_every_task_without_labels(kind, teachers, tmp_path, capsysbinary):
 
 def test_a_run_that_was_interrupted_goes_on(teachers, tmp_path, monkeypatch):
     """To the same bits; and not with another teacher, loss or temperature."""
+    task, changed = task_of("sentence")[0], tmp_path / "changed"
+    changed.mkdir()
+    model = model_of(task, 3, seed=3)
+    save_model(changed, model, model.state_dict(), task.tokenizer, task.spec)
     from fastbert.compression.distill import Distilling
 
     data = write_examples("sentence", tmp_path / "data")
@@ -110,12 +114,29 @@ def test_a_run_that_was_interrupted_goes_on(teachers, tmp_path, monkeypatch):
     monkeypatch.undo()
     other = (args[0], "logits,labels=0.6,first", *args[2:])
     assert distill(teachers["sentence"], "sentence", data, out, *other, "--resume") == 1
+    assert distill(teachers["sentence"], "sentence", data, out, *args, "--temperature", 3, "--resume") == 1
+    assert distill(changed, "sentence", data, out, *args, "--resume") == 1
     assert distill(teachers["sentence"], "sentence", data, out, *args) == 1, "without --resume"
     assert distill(teachers["sentence"], "sentence", data, out, *args, "--resume") == 0
     assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
     assert (out / "metrics.jsonl").read_text().count("logits_loss") == 2 * (
         (tmp_path / "whole" / "metrics.jsonl").read_text().count("logits_loss") // 2
     )
+
+
+def test_a_student_has_the_settings_of_its_teacher(teachers, tmp_path):
+    """Its metric, length and stride of windows, so that both are measured alike; options replace them."""
+    data, settings = write_examples("qa", tmp_path / "data"), tmp_path / "teacher" / "fastbert_task.json"
+    shutil.copytree(teachers["qa"], settings.parent)
+    given = json.loads(settings.read_text()) | {"metric": "cmrc", "max_length": 27, "stride": 5}
+    settings.write_text(json.dumps(given))
+    for name, options, changes in (
+        ("same", (), {}),
+        ("other", ("--metric", "squad", "--max-length", 26), {"metric": "squad", "max_length": 26, "stride": 8}),
+        ("stride", ("--stride", 4), {"stride": 4}),
+    ):
+        assert distill(settings.parent, "qa", data, tmp_path / name, "--epochs", 1, *options) == 0
+        assert json.loads((tmp_path / name / "fastbert_task.json").read_text()) == given | changes
 
 
 # ---- masked words --------------------------------------------------------------------------------------------

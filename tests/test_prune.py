@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from command_line import run
 from compression_models import config_of, task_and_windows
 from fastbert import BertModel, Encoder
 from fastbert.checkpoint import load_state_dict
+from fastbert.compression import prune as prune_module
 from fastbert.compression.folders import HISTORY
 from fastbert.compression.heads import importance_of, least_heads, parse_heads, remaining_heads, shown_heads
 from fastbert.compression.prune_shapes import most_important, without_columns, without_heads, without_layers
@@ -188,6 +190,15 @@ def test_columns_that_go_are_those_that_do_nothing():
 
 
 @pytest.mark.once
+def test_columns_are_a_multiple_of_16():
+    """The nearest one to the share, and the columns are the largest of each layer."""
+    rising = torch.arange(96.0)
+    for share, kept in ((0.3, 64), (0.5, 48), (0.9, 16)):
+        found = most_important([rising, rising.flip(0)], share)
+        assert [columns.tolist() for columns in found] == [list(range(96 - kept, 96)), list(range(kept))]
+
+
+@pytest.mark.once
 def test_layers_are_numbered_anew():
     model = pruned(whole(), HEADS)
     config, state = without_layers(model.config, model.state_dict(), [0])
@@ -242,6 +253,8 @@ def test_importance_is_how_the_loss_moves():
             total += abs(losses[0] - losses[1]) / (2 * step)
         return total / len(windows)
 
+    alone = importance_of(model, task, windows, [[0], [1, 2, 3, 4, 5]], torch.device("cpu"))[0]
+    assert all(torch.allclose(a, b, rtol=1e-4) for a, b in zip(alone, of_heads, strict=True)), "batches do not matter"
     for number, layer in enumerate(model.bert.encoder["layer"]):
         by_head = torch.tensor(
             [moved(layer.attention["output"]["dense"], slice(16 * h, 16 * h + 16)) for h in range(4)]
@@ -357,6 +370,49 @@ def test_a_folder_of_sentence_transformers(teacher, tmp_path):
     assert len(encoder.model.encoder["layer"]) == 2
     assert encoder.config.pruned_heads == {0: [0]}
     assert not (tmp_path / "out" / "onnx").exists()
+
+
+@pytest.mark.once
+def test_cuts_of_every_kind_at_once(teacher, tmp_path):
+    """Heads and layers by the numbers of the model; the share of zeros is of the weights that are left."""
+    out = tmp_path / "out"
+    cuts = ["--layers", "0", "--heads", "1:0;2:1,3", "--magnitude", "0.5", "--scope", "layer"]
+    assert run("prune", teacher, "-o", out, *cuts, "-q") == 0
+    assert BertConfig.from_pretrained(out).pruned_heads == {0: [0], 1: [1, 3]}
+    before, after = load_state_dict(teacher), load_state_dict(out)
+    for name, rows in (("query", range(16, 64)), ("value", range(16, 64))):
+        whole = before[f"bert.encoder.layer.1.attention.self.{name}.weight"][list(rows)]
+        found = after[f"bert.encoder.layer.0.attention.self.{name}.weight"]
+        assert torch.equal(found, whole * (found != 0))
+        assert (found == 0).sum() == found.numel() // 2
+    assert json.loads((out / HISTORY).read_text())["steps"][0]["share of zeros"] == 0.5
+
+
+@pytest.mark.once
+def test_importance_is_measured_on_drawn_examples(teacher, data, tmp_path, monkeypatch):
+    """As many as --examples says, drawn by --seed, in their order."""
+    seen = []
+
+    def noted(model, task, windows, batches, device):
+        seen.append([window.example for window in windows])
+        return importance_of(model, task, windows, batches, device)
+
+    monkeypatch.setattr(prune_module, "importance_of", noted)
+    for number, seed in enumerate((0, 0, 1)):
+        options = ["--heads", "0.5", "--data", data, "--examples", 7, "--seed", seed, "--impl", "native", "-q"]
+        assert run("prune", teacher, "-o", tmp_path / str(number), *options) == 0
+    assert all(len(set(numbers)) == 7 and numbers == sorted(numbers) for numbers in seen)
+    assert seen[0] == seen[1] != seen[2]
+
+
+@pytest.mark.once
+def test_the_report_of_the_training_stays_with_its_model(teacher, tmp_path):
+    """It has the scores of the model before it was cut."""
+    copy = tmp_path / "copy"
+    shutil.copytree(teacher, copy)
+    (copy / "report.json").write_text("{}")
+    assert run("prune", copy, "-o", tmp_path / "out", "--layers", "0", "-q") == 0
+    assert not (tmp_path / "out" / "report.json").exists()
 
 
 WRONG = {

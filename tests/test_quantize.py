@@ -5,8 +5,10 @@ import torch
 
 from compression_models import config_of, needs_products, task_and_windows
 from fastbert.checkpoint import CheckpointError
-from fastbert.compression.quantize import outputs_of_task, stored
+from fastbert.compression import quantize as quantize_module
+from fastbert.compression.quantize import QuantisedTraining, Settings, outputs_of_task, stored, within
 from fastbert.compression.quantize_plan import make_plan, relative_error
+from fastbert.compression.sampling import sample
 from fastbert.formats.integers import described, expect_layout, put_in, take_out
 from fastbert.inference.eight_bits import squares_of_columns
 from fastbert.inference.training_in_8_bits import TrainedInt8Linear, in_8_bits, integers_of
@@ -222,6 +224,36 @@ def test_a_column_is_as_large_as_its_percentile():
     found = squares_of_columns([linear], lambda: linear(x))[linear]
     assert torch.allclose(found, x.square().mean(0))
     assert relative_error(torch.tensor([1.1, 2.2]), torch.tensor([1.0, 2.0])) == pytest.approx(0.1)
+
+
+@pytest.mark.once
+def test_calibration_takes_drawn_texts_that_fit():
+    """By the seed, in their order, and with so many tokens that they can be computed at once."""
+    items = list(range(40))
+    drawn = [sample(items, 16, seed) for seed in (0, 0, 1)]
+    assert all(len(set(some)) == 16 and some == sorted(some) for some in drawn)
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert sample(items, 99, 0) == items
+    lengths = [quantize_module.MOST_TOKENS - 5, 5, 1]
+    assert within(lengths, int) == lengths[:2]
+    assert within([quantize_module.MOST_TOKENS + 1, 1], int) == [quantize_module.MOST_TOKENS + 1]
+
+
+@pytest.mark.native
+@needs_products
+def test_training_calibrates_on_drawn_examples(monkeypatch):
+    task, windows = task_and_windows(40)
+    seen = []
+
+    def noted(network, task, chosen):
+        seen.append(chosen)
+        return outputs_of_task(network, task, chosen)
+
+    monkeypatch.setattr(quantize_module, "outputs_of_task", noted)
+    model = BertForSequenceClassification(config_of(), impl="native")
+    QuantisedTraining(Settings(texts=16, seed=3), "name").prepare(model, task, windows)
+    assert seen == [sample(windows, 16, 3)]
+    assert not model.training
 
 
 @pytest.mark.once
