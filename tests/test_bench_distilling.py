@@ -48,6 +48,22 @@ def test_a_run_that_was_stopped_goes_on_with_what_is_missing(data, tmp_path, mon
     left = iter(range(4))
     distilling.main([*argv, "--temperature", "3"])
     assert [run["row"] for run in runs_in(out)[10:]] == ["distilled"] * 4, "the labels alone have no temperature"
+    old = [{name: value for name, value in run.items() if name not in distilling.BEFORE} for run in runs]
+    distilling.write_json(out, {"runs": old})
+    left = iter(range(0))
+    distilling.main(argv)  # records of before these options are those of their defaults
+    left = iter(range(4))
+    distilling.main([*argv, "--longest", "--rows", "distilled"])
+    assert [run["longest"] for run in runs_in(out)[10:]] == [True] * 4
+
+
+@pytest.mark.once
+def test_the_longest_examples_in_their_order(tmp_path):
+    path = tmp_path / "train.tsv"
+    path.write_text("text\tlabel\nabc\t0\na\t1\nabcde\t1\nab\t0\n")
+    assert distilling.longest(path, 2, tmp_path).read_text() == "text\tlabel\nabc\t0\nabcde\t1\n"
+    with pytest.raises(ValueError, match="has 4 examples, not 5"):
+        distilling.longest(path, 5, tmp_path)
 
 
 @pytest.mark.cpp  # the way in which a model is run as whoever measures runs it

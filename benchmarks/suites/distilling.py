@@ -2,12 +2,15 @@
 only, and measures how much faster they are than the teacher.
 
     python -m benchmarks.suites.distilling sst2=DIR sick=DIR --data DIR [--layers 3] [--seeds 3] [--json FILE]
+    python -m benchmarks.suites.distilling sst2=DIR --data DIR --rows distilled --longest --examples 16000 --epochs 1 \
+        --batch-tokens 430 --average 0.2
 
 TASK=DIR names the teacher, a folder of `fastbert finetune`. Both rows begin with the same layers of the teacher, read
 the same examples in the same order for the same number of epochs, and have the same learning rate and dropout. `labels`
 has the loss of fine-tuning, `distilled` the losses of --losses, which may include labels. Nothing is chosen by the test
-set: the model after the last epoch is scored. A run's processor time is that of the whole training, for `distilled`
-with the teacher's forward passes.
+set: the model after the last epoch is scored. Examples are spread evenly over the file, or with --longest those with
+the most characters. A run's processor time is that of the whole training, for `distilled` with the teacher's forward
+passes.
 
 Speed is measured once for each task, on 256 of the test file's texts in batches of 2,048 tokens, as real tokens per
 second of processor time. Teacher and student take turns in one process; the table shows the median of the turns' ratios
@@ -37,10 +40,11 @@ import torch
 import fastbert
 from fastbert.checkpoint import load_state_dict
 from fastbert.cli.distill import losses_by_name
-from fastbert.cli.options import positive
+from fastbert.cli.options import positive, share_of_1
 from fastbert.compression.distill import Method, distill
 from fastbert.compression.folders import digest_of
 from fastbert.storage import read_json, write_json
+from fastbert.training.files import read_text
 from fastbert.training.finetune import Request
 from fastbert.training.memory import keep_freed_memory
 from fastbert.training.predicting import outputs_of
@@ -72,6 +76,8 @@ STUDIES = {
     "sick": Study("pair", "sick/SICK_train.txt", "sick/SICK_test_annotated.txt", 3, 2e-4, 2000),
 }
 ROWS = ("distilled", "labels")
+# what older runs in a file had: their records do not have these fields
+BEFORE = {"longest": False, "batch_tokens": None, "average": 0.0}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -88,6 +94,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--examples", type=positive, help="number of examples, spread over the file (default: by task)")
     parser.add_argument("--epochs", type=positive, help="default: by task")
     parser.add_argument("--lr", type=float, help="learning rate (default: by task)")
+    parser.add_argument("--longest", action="store_true", help="the examples with the most characters")
+    parser.add_argument("--batch-tokens", type=positive, help="tokens of a step (default: 32 average examples)")
+    parser.add_argument("--average", type=share_of_1, default=0.0, help="as in `fastbert distill` (default: 0)")
     parser.add_argument("--turns", type=positive, default=7, help="turns when measuring speed (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="file of all runs")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keep the students in this folder")
@@ -100,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
     keep_freed_memory()
     runs = read_json(args.json)["runs"] if args.json and args.json.exists() else []
     for asked in trainings(teachers, args):
-        if any(asked.items() <= run.items() for run in runs):
+        if any(asked.items() <= (BEFORE | run).items() for run in runs):
             continue
         runs.append(asked | measured(asked, teachers[asked["study"]], args))
         print(f"{asked['study']} {asked['row']} {asked['seed']}: {runs[-1]['score']:.4f}", file=sys.stderr, flush=True)
@@ -125,6 +134,7 @@ def trainings(teachers: dict[str, str], args: argparse.Namespace) -> Iterator[di
                     "init": args.init, "losses": args.losses if learns else {"labels": 1.0},
                     "temperature": args.temperature if learns else None, "lr": args.lr or study.lr,
                     "epochs": args.epochs or study.epochs, "examples": args.examples or study.examples,
+                    "longest": args.longest, "batch_tokens": args.batch_tokens, "average": args.average,
                 }  # fmt: skip
 
 
@@ -140,11 +150,12 @@ def measured(asked: dict[str, Any], teacher: str, args: argparse.Namespace) -> d
         return common | {"score": score_of(teacher, test)}
     with tempfile.TemporaryDirectory() as temporary:
         here = Path(temporary)
-        train = shortened(train, asked["examples"], here)
+        train = (longest if asked["longest"] else shortened)(train, asked["examples"], here)
         out = here / f"{asked['study']}-{asked['row']}-{asked['seed']}"
         spec = Spec(study.task, DEFAULT_METRICS[study.task])
         request = Request(
-            teacher, str(train), out, spec, epochs=asked["epochs"], lr=asked["lr"], seed=asked["seed"], device="cpu"
+            teacher, str(train), out, spec, epochs=asked["epochs"], lr=asked["lr"], seed=asked["seed"], device="cpu",
+            batch_tokens=asked["batch_tokens"], average=asked["average"],
         )  # fmt: skip
         method = Method(str(asked["layers"]), asked["init"], asked["losses"], args.temperature)
         begun = time.process_time()
@@ -158,6 +169,17 @@ def measured(asked: dict[str, Any], teacher: str, args: argparse.Namespace) -> d
         if args.keep:
             shutil.copytree(out, args.keep / out.name, ignore=shutil.ignore_patterns("checkpoints"), dirs_exist_ok=True)
     return common | found
+
+
+def longest(path: Path, count: int, folder: Path) -> Path:
+    """Writes a table with the `count` lines with the most characters, in their order."""
+    head, *rows = read_text(path).removesuffix("\n").split("\n")
+    if count > len(rows):
+        raise ValueError(f"{path} has {len(rows):,} examples, not {count:,}")
+    chosen = sorted(sorted(range(len(rows)), key=lambda row: -len(rows[row]))[:count])
+    short = folder / f"longest-{count}-{path.name}"
+    short.write_text("\n".join([head, *(rows[row] for row in chosen), ""]), encoding="utf-8")
+    return short
 
 
 def score_of(folder: str, test: Path) -> float:
@@ -216,7 +238,11 @@ def learnt(run: dict[str, Any]) -> str:
         return ""
     losses = ", ".join(f"{name}={weight:g}" for name, weight in run["losses"].items())
     softened = f" at temperature {run['temperature']:g}" if run["temperature"] else ""
-    return f"{losses}{softened}; {run['examples']} examples, epochs: {run['epochs']}, rate {run['lr']:g}"
+    run = BEFORE | run
+    which = "longest examples" if run["longest"] else "examples"
+    step = f", steps of {run['batch_tokens']} tokens" if run["batch_tokens"] else ""
+    mean = f", weights averaged over {run['average']:g}" if run["average"] else ""
+    return f"{losses}{softened}; {run['examples']} {which}, epochs: {run['epochs']}, rate {run['lr']:g}{step}{mean}"
 
 
 if __name__ == "__main__":
