@@ -285,8 +285,8 @@ def compile_calls() -> list[CompileCall]:
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     return [
         *(_call("bf16", bf16, head_dim=d, fast=d == 64) for d in (32, 64)),
-        _call("fp16", fp16),
-        _call("fp32", fp32),
+        *(_call("fp16", fp16, head_dim=d) for d in (32, 64)),
+        *(_call("fp32", fp32, head_dim=d) for d in (32, 64)),
         _call("bf16,c2p", bf16, has_pq=False),
         _call("bf16,p2c", bf16, has_pk=False),
         _call("bf16,dropout", bf16, dropout=True),

@@ -62,6 +62,7 @@ RMS = {
     "Qwen3Model": (
         "Qwen3Config", _DECODER | {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1}
     ),
+    "GemmaModel": ("GemmaConfig", _DECODER),
     "Qwen2Model": ("Qwen2Config", _DECODER),
     "MistralModel": ("MistralConfig", _DECODER | {"sliding_window": 12}),
     "LlamaModel": ("LlamaConfig", _DECODER | {"attention_bias": True, "mlp_bias": True}),
@@ -69,6 +70,18 @@ RMS = {
     "MT5EncoderModel": ("MT5Config", _T5 | {"feed_forward_proj": "gated-gelu"}),
     "UMT5EncoderModel": ("UMT5Config", _T5 | {"feed_forward_proj": "gated-gelu"}),
 }  # fmt: skip
+_TOWER = {"eos_token_id": 3, "attn_implementation": "sdpa", "hidden_act": "quick_gelu"}
+# the text towers of CLIP's kind: their eager attention takes its softmax in float32, whatever the model's dtype
+TOWERS = {
+    "CLIPTextModel": ("CLIPTextConfig", _TOWER),
+    "CLIPSegTextModel": ("CLIPSegTextConfig", _TOWER | {"eos_token_id": 2}),
+    "XCLIPTextModel": ("XCLIPTextConfig", _TOWER),
+    "MetaClip2TextModel": ("MetaClip2TextConfig", _TOWER | {"eos_token_id": 2}),
+    "OwlViTTextTransformer": ("OwlViTTextConfig", _TOWER),
+    "Owlv2TextTransformer": ("Owlv2TextConfig", _TOWER),
+    "SiglipTextModel": ("SiglipTextConfig", _TOWER | {"projection_size": 16, "hidden_act": "gelu_pytorch_tanh"}),
+    "Siglip2TextModel": ("Siglip2TextConfig", _TOWER | {"projection_size": 16, "hidden_act": "gelu_pytorch_tanh"}),
+}
 T5 = ("T5EncoderModel", "MT5EncoderModel", "UMT5EncoderModel")
 MASKS = {
     "right": torch.arange(WIDTH) < torch.tensor([WIDTH, 7, 2, 4])[:, None],

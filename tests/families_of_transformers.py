@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib
 import signal
 import sys
 import warnings
@@ -44,12 +45,21 @@ MORE = {
 TOWERS = {
     "align (text)": ("AlignTextModel", "AlignTextConfig"),
     "altclip (text)": ("AltCLIPTextModel", "AltCLIPTextConfig"),
+    "bridgetower (text)": ("BridgeTowerTextModel", "BridgeTowerTextConfig"),
     "chinese_clip (text)": ("ChineseCLIPTextModel", "ChineseCLIPTextConfig"),
     "clap (text)": ("ClapTextModel", "ClapTextConfig"),
+    "clip (text)": ("CLIPTextModel", "CLIPTextConfig"),
+    "clipseg (text)": ("CLIPSegTextModel", "CLIPSegTextConfig"),
     "gemma3_text (bidirectional)": ("Gemma3TextModel", "Gemma3TextConfig"),
+    "metaclip_2 (text)": ("MetaClip2TextModel", "MetaClip2TextConfig"),
     "mt5 (encoder)": ("MT5EncoderModel", "MT5Config"),
+    "owlv2 (text)": ("Owlv2TextModel", "Owlv2TextConfig"),
+    "owlvit (text)": ("OwlViTTextModel", "OwlViTTextConfig"),
+    "siglip (text)": ("SiglipTextModel", "SiglipTextConfig"),
+    "siglip2 (text)": ("Siglip2TextModel", "Siglip2TextConfig"),
     "t5 (encoder)": ("T5EncoderModel", "T5Config"),
     "umt5 (encoder)": ("UMT5EncoderModel", "UMT5Config"),
+    "x_clip (text)": ("XCLIPTextModel", "XCLIPTextConfig"),
 }
 LARGEST = 30_000_000  # parameters: a config that the sizes above do not shrink
 SECONDS = 30  # for building one, and for running it
@@ -87,10 +97,16 @@ def limit(seconds: int):
         signal.alarm(0)
 
 
+def class_of(name: str) -> type:
+    if name == "BridgeTowerTextModel":  # not exported
+        return importlib.import_module("transformers.models.bridgetower.modeling_bridgetower").BridgeTowerTextModel
+    return getattr(transformers, name)
+
+
 def build(kind: str) -> torch.nn.Module:
     more = MORE.get(kind, {})
     if kind in TOWERS:
-        cls, of = (getattr(transformers, name) for name in TOWERS[kind])
+        cls, of = map(class_of, TOWERS[kind])
         config = shrink(of(**more))
     else:
         cls, config = None, shrink(transformers.AutoConfig.for_model(kind, **more))

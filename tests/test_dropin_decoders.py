@@ -96,8 +96,8 @@ def test_calls_that_a_decoders_own_code_has(given, why):
 
 
 def test_padding_on_the_left_that_is_read_runs_the_originals_code():
-    """Its rows see no token, and what the original puts there depends on its attention."""
-    ours, plain, _ = three(build("Qwen2Model"), padding="exact")
+    """Its rows see no token, and eager attention gives them the mean of all values."""
+    ours, plain, _ = three(build("Qwen2Model", attn_implementation="eager"), padding="exact")
     batch = batch_of("Qwen2Model", plain, MASKS["left"])
     with torch.no_grad(), pytest.warns(UserWarning, match="sees no token"):
         got = ours(**batch).last_hidden_state
@@ -144,6 +144,65 @@ def test_a_reranker_reads_the_last_token(side):
         assert_within_budget(*(model(**batch).logits for model in models), name=side)
     assert_fused(models[0])
     assert not any("computed as the original does" in why for why in fastbert.explain(models[0]).left.values())
+
+
+KEEPS = {
+    "all": {},
+    "the_last": {"logits_to_keep": 1},
+    "the_last_three": {"logits_to_keep": 3},
+    "columns": {"logits_to_keep": torch.tensor([-1, 5])},
+    "each_text_its_own": {"logits_to_keep": torch.tensor([[12, 3], [11, 12], [12, 12], [10, 12]])},
+    "a_mask": {"logits_to_keep": torch.arange(4 * WIDTH).view(4, WIDTH) % 3 == 0},
+}
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("keep", KEEPS.values(), ids=KEEPS)
+def test_the_logits_of_a_language_model(side, keep):
+    """Every logit that is returned and every gradient, at padding too: on the left it sees no token, and the rows there
+    get zeros from torch's SDPA."""
+    models = three(build("Qwen3Model", head="ForCausalLM", sliding_window=4), padding="auto")
+    batch = batch_of("Qwen3Model", models[1], MASKS[side]) | keep
+    logits = [model(**batch).logits for model in models]
+    assert_within_budget(*logits)
+    weights = torch.randn(logits[1].shape)
+    assert_gradients(*models, [(each * weights.to(each.dtype)).sum() for each in logits])
+    assert_fused(models[0])
+
+
+@pytest.mark.parametrize("name", ["Qwen3", "Qwen2", "Mistral", "Llama", "Gemma3"])
+def test_a_reranker_by_yes_and_no_computes_no_padding(name):
+    """Qwen3-Reranker reads logits at the last token, with padding on the left. Its encoder ran its own code, since all
+    rows counted as read."""
+    of = "Gemma3TextModel" if name == "Gemma3" else f"{name}Model"
+    head = "ForCausalLM"
+    models = three(causal_lm_of(of, f"{name}{head}"), padding="auto")
+    batch = batch_of(of, models[1], MASKS["left"])
+    with torch.no_grad():
+        logits = [model(**batch, logits_to_keep=1).logits[:, -1] for model in models]
+    assert_within_budget(*(each[:, [7, 9]].log_softmax(1) for each in logits))
+    assert_fused(models[0])
+    assert not any("computed as the original does" in why for why in fastbert.explain(models[0]).left.values())
+
+
+def causal_lm_of(of: str, name: str) -> torch.nn.Module:
+    encoder = build(of)
+    torch.manual_seed(0)
+    model = getattr(transformers, name)(encoder.config).eval()
+    model.model.load_state_dict(encoder.state_dict())
+    return model
+
+
+def test_hidden_states_beside_kept_logits():
+    """They are returned at padding too."""
+    models = three(build("Qwen3Model", head="ForCausalLM"), padding="auto")
+    batch = batch_of("Qwen3Model", models[1], MASKS["left"])
+    with torch.no_grad():
+        outputs = [model(**batch, logits_to_keep=1, output_hidden_states=True) for model in models]
+    assert_within_budget(*(output.logits for output in outputs))
+    for states in zip(*(output.hidden_states for output in outputs), strict=True):
+        assert_within_budget(*states)
+    assert_fused(models[0])
 
 
 def test_layers_in_another_order_are_refused():

@@ -5,13 +5,14 @@ few things in which rows differ: values and gradients with padding on either sid
 """
 
 import copy
+import importlib
 import warnings
 
 import pytest
 import torch
 
 import fastbert
-from dropin_models import HEADS, MASKS, MODELS, RMS, SIZES, T5, WIDTH, assert_gradients, labels_of, three
+from dropin_models import HEADS, MASKS, MODELS, RMS, SIZES, T5, TOWERS, WIDTH, assert_gradients, labels_of, three
 from fastbert.dropin.families import FAMILIES
 from fastbert.testing import assert_within_budget
 
@@ -33,6 +34,7 @@ OTHERS = {
     "BertGenerationEncoder": ("BertGenerationConfig", {}),
     "ChineseCLIPTextModel": ("ChineseCLIPTextConfig", {}),
     "AlignTextModel": ("AlignTextConfig", {}),
+    "BridgeTowerTextModel": ("BridgeTowerTextConfig", FROM_PAD),
     "ClapTextModel": ("ClapTextConfig", FROM_PAD),
     "AltRobertaModel": ("AltCLIPTextConfig", FROM_PAD | {"project_dim": 16}),
     "MegatronBertModel": ("MegatronBertConfig", {}),
@@ -55,26 +57,42 @@ OTHERS = {
     ),
     "TapasModel": ("TapasConfig", {}),
     "VisualBertModel": ("VisualBertConfig", {"visual_embedding_dim": 20}),
+    "ModernBertDecoderModel": (
+        "ModernBertDecoderConfig",
+        {"local_attention": 24, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1}
+        | {"sep_token_id": 2, "use_cache": False, "attn_implementation": "sdpa"}
+        | {"layer_types": ["sliding_attention", "full_attention"]},
+    ),
     **RMS,
+    **TOWERS,
 }  # fmt: skip
 # heads of those whose heads read them as BERT's do, or take the last token
 WITH_HEADS = (
     "DebertaV2", "Ernie", "Data2VecText", "RemBert", "MegatronBert", "XLMRobertaXL", "RobertaPreLayerNorm", "EuroBert",
-    "Ultrabert", "Esmc", "Gemma3Text", "Qwen3", "Qwen2", "Mistral", "Llama",
+    "Ultrabert", "Esmc", "ModernBertDecoder", "Gemma3Text", "Gemma", "Qwen3", "Qwen2", "Mistral", "Llama",
 )  # fmt: skip
 
 
+NOT_EXPORTED = {  # name of a class -> its module
+    "AltRobertaModel": "altclip",
+    "BridgeTowerTextModel": "bridgetower",
+    "OwlViTTextTransformer": "owlvit",
+    "Owlv2TextTransformer": "owlv2",
+}
+
+
 def class_of(name: str) -> type:
-    if name == "AltRobertaModel":  # not exported
-        return transformers.models.altclip.modeling_altclip.AltRobertaModel
-    return getattr(transformers, name)
+    home = NOT_EXPORTED.get(name)
+    return getattr(
+        transformers if home is None else importlib.import_module(f"transformers.models.{home}.modeling_{home}"), name
+    )
 
 
 def build(name: str, head: str | None = None, dropout: float = 0.0, **more) -> torch.nn.Module:
     kind, settings = OTHERS[name]
     # in eager attention those of the structure of Llama take their softmax in float32, whatever the model's dtype
     attention = "sdpa" if name in RMS else "eager"
-    config = getattr(transformers, kind)(**{**SIZES, **settings, "attn_implementation": attention, **more})
+    config = getattr(transformers, kind)(**{**SIZES, "attn_implementation": attention, **settings, **more})
     for probability in ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout", "dropout_rate"):
         setattr(config, probability, dropout)
     cls = class_of(name) if head is None else getattr(transformers, name.removesuffix("Model") + head)
@@ -127,9 +145,9 @@ KINDS = (
     "DebertaV2Model", "ErnieModel", "RemBertModel", "MegatronBertModel", "NomicBertModel", "GteModel", "EsmModel",
     "LayoutLMModel", "EuroBertModel", "EsmcModel", "T5EncoderModel", "UMT5EncoderModel",
 )  # fmt: skip
-DECODERS = ("Gemma3TextModel", "Qwen3Model", "MistralModel")  # on the left their padding sees no token
+DECODERS = ("Gemma3TextModel", "Qwen3Model", "MistralModel", "GemmaModel", "ModernBertDecoderModel")
 RUNS = [(name, "right", torch.float32) for name in OTHERS] + [(name, "left", torch.bfloat16) for name in KINDS]
-RUNS += [(name, "right", torch.bfloat16) for name in DECODERS]
+RUNS += [(name, side, torch.bfloat16) for name in (*DECODERS, *TOWERS) for side in ("left", "right")]
 
 
 @pytest.mark.parametrize(("name", "mask", "dtype"), RUNS, ids=lambda value: str(value).removeprefix("torch."))

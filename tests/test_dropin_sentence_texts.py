@@ -7,7 +7,17 @@ import pytest
 import torch
 
 import fastbert
-from accelerated_sentences import MANY, TEXTS, assert_same, by_the_library, quietly
+from accelerated_sentences import (
+    FOLDER,
+    MANY,
+    TEXTS,
+    assert_same,
+    by_the_library,
+    quietly,
+    sentence_transformers,
+    tiny,
+    transformers,
+)
 from fastbert.dropin import sentence
 from fastbert.text import batching
 
@@ -212,3 +222,48 @@ def test_rank(build_cross):
     assert_same(quietly(lambda: model.rank(TEXTS[0], TEXTS[1:], return_documents=True, top_k=4)), before)
     fastbert.restore(model)
     assert not any(isinstance(value, sentence.BatchedMethod) for value in model.__dict__.values())
+
+
+@pytest.fixture
+def yes_or_no(tmp_path):
+    """A CrossEncoder over a small Qwen3ForCausalLM: logit of "yes" less logit of "no" at the last token."""
+    logit_score = pytest.importorskip(
+        "sentence_transformers.cross_encoder.modules.logit_score", reason="this version scores no logits"
+    )
+    assert logit_score.LogitScore.__name__ == sentence.LAST
+    torch.manual_seed(3)
+    small = tiny("qwen3")
+    model = transformers.Qwen3ForCausalLM(small.config).eval()
+    model.model.load_state_dict(small.state_dict())
+    model.save_pretrained(tmp_path)
+    transformers.AutoTokenizer.from_pretrained(FOLDER).save_pretrained(tmp_path)
+    return sentence_transformers.CrossEncoder(str(tmp_path), device="cpu")
+
+
+def test_scores_by_yes_and_no(yes_or_no, batches):
+    """Only real tokens are computed, in batches padded on the left, as the score is read from the last column. The
+    encoder ran its own code, since all its rows counted as read."""
+    before = by_the_library(lambda: yes_or_no.predict(PAIRS))
+    model = fastbert.accelerate(yes_or_no, impl="native")
+    assert_same(quietly(lambda: model.predict(PAIRS)), before)
+    report = fastbert.explain(model)
+    assert not any("own code" in why and "calls" in name for name, why in report.left.items()), report
+    assert not any("computed as the original does" in why for why in report.left.values()), report
+    assert [width for _, width, _ in batches] == sorted((width for _, width, _ in batches), reverse=True)
+    assert len(batches) <= 2  # rather than three of 32 pairs
+
+
+def test_scores_of_texts_padded_on_the_right_are_the_librarys(yes_or_no):
+    """Its tokenizer was told so by the user; the last column, which is read, may then be padding."""
+    model = fastbert.accelerate(yes_or_no, impl="native")
+    features = model.preprocess(PAIRS[:5])
+    real = features["attention_mask"].bool()
+    for name in ("input_ids", "attention_mask"):
+        turned = torch.zeros_like(features[name])
+        for row, values, mask in zip(turned, features[name], real, strict=True):
+            row[: mask.sum()] = values[mask]
+        features[name] = turned
+    with torch.no_grad():
+        got = model(dict(features))["scores"]
+        expected = fastbert.restore(model)(dict(features))["scores"]
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)

@@ -84,6 +84,7 @@ def _why_unaccounted(encoder: nn.Module, facts: table.Family, layers: dict[str, 
     """The fused code would silently leave out a parameter or buffer that the family's row does not name."""
     around = [*facts.tables, facts.norm, facts.final_norm, facts.project, facts.tables_of_rotation, *facts.unused]
     around += [
+        facts.pooled_by,
         "pooler",
         "embeddings" if facts.called is not None else None,
         None if facts.bias is None else f"{facts.bias}.relative_attention_bias",

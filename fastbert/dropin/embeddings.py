@@ -90,6 +90,23 @@ def count_positions(padding_idx: int, ids: Tensor | None, embeds: Tensor | None)
     return real.cumsum(1) * real + padding_idx
 
 
+def pooled_columns(encoder: nn.Module, facts: Family, ids: Tensor) -> Tensor:
+    """[B] int64: the column of the token of each sequence of `ids` [B, S] that `pooler_output` is made of."""
+    if facts.pooled == "last":
+        return ids.new_full(ids.shape[:1], ids.shape[1] - 1, dtype=torch.int64)
+    whole = ids.to(torch.int32)  # as the original's code compares them
+    if facts.pooled == "largest" or (facts.pooled == "eos_or_largest" and encoder.eos_token_id == 2):
+        return whole.argmax(-1)
+    return (whole == encoder.eos_token_id).to(torch.int32).argmax(-1)
+
+
+def pooled_output(encoder: nn.Module, facts: Family, states: Tensor, ids: Tensor) -> Tensor:
+    """[B, C] of the last hidden state [B, S, C]."""
+    rows = torch.arange(len(ids), dtype=torch.int64, device=ids.device)
+    pooled = states[rows, pooled_columns(encoder, facts, ids)]
+    return pooled if facts.pooled_by is None else at(encoder, facts.pooled_by)(pooled)
+
+
 def position_tables(encoder: nn.Module, facts: Family, width: int, device: torch.device) -> dict[str, Any]:
     """The tables that attention reads by position, for sequences of at most `width` tokens, as fields of a `Pass`."""
     bias = {
@@ -97,7 +114,8 @@ def position_tables(encoder: nn.Module, facts: Family, width: int, device: torch
         "bias_width": width if facts.layer.bias is not None else None,
         "distances": distances.table_of(encoder, facts, width, device),
     }
-    return bias | (rotary(encoder, facts, width, device) if facts.positions == "rotary" else {})
+    of_kinds = facts.positions == "rotary" or facts.layer.looks_back
+    return bias | (rotary(encoder, facts, width, device) if of_kinds else {})
 
 
 def position_bias(encoder: nn.Module, facts: Family, width: int) -> Tensor | None:
@@ -115,6 +133,8 @@ def rotary(encoder: nn.Module, facts: Family, width: int, device: torch.device) 
     like = torch.empty(0, dtype=torch.float32, device=device)
     of_layer = facts.layer
     one_of = {kind_of(layer, of_layer): layer for _, layer in layers_of(encoder, facts)}
+    if facts.positions != "rotary":
+        return {"rotary": dict.fromkeys(one_of), "windows": windows_of(encoder, facts, one_of)}
     half = at(next(iter(one_of.values())), of_layer.head_dim) // 2
     make = at(encoder, facts.tables_of_rotation) if of_layer.rotary is None else None
     if of_layer.rotates:

@@ -17,7 +17,7 @@ from ..stack.layer import FEW_TOKENS, in_one, in_one_call, is_one_call_ahead
 from ..stack.shared import UNBOUNDED, Pass
 from ..stack.steps import norm_only, probability
 from . import facts as table
-from .embeddings import count_positions, embeddings, position_tables
+from .embeddings import count_positions, embeddings, pooled_columns, pooled_output, position_tables
 from .facts import at
 from .forward import InspectedForward, count
 from .inspection import Seen, Settings, inspect, settings_of
@@ -105,6 +105,8 @@ class EncoderForward(InspectedForward):
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         if (ids is None) == (embeds is None):
             return "not exactly one of input_ids and inputs_embeds was given"
+        if ids is None and self.facts.pooled is not None:
+            return "there are no input_ids"
         shape, mask = (ids if embeds is None else embeds).shape[:2], given.get("attention_mask")
         if ids is not None and ids.dim() != 2:
             return f"input_ids are {ids.dim()}-dimensional"
@@ -155,12 +157,22 @@ class EncoderForward(InspectedForward):
             reach, causal = self.reach()
             return Rows(mask != 0, None, BEFORE if causal else None if reach is None else WINDOW)
         reads, others, why = self.padding_reads(mask, ids, seen)
+        unknown = self.is_reader_unknown(reads)
+        reads, why = self.with_pooled(reads, why, ids)
         rows, by_others = self.rows_of(mask, reads, others)
         if rows.padding and rows.reason is None:
             count(self.computed, OTHERS if by_others else why)
-        elif rows.queries is not None and self.is_reader_unknown(reads):
+        elif rows.queries is not None and unknown:
             self.warn_of_zeros()
         return rows
+
+    def with_pooled(self, reads: bool | Tensor, why: str, ids: Tensor) -> tuple[bool | Tensor, str]:
+        """`reads` with the rows that the encoder's own pooled output is made of, and the reason."""
+        if self.facts.pooled is None or reads is True:
+            return reads, why
+        columns = torch.arange(ids.shape[1], dtype=torch.int64, device=ids.device)
+        rows = columns == pooled_columns(self.module, self.facts, ids)[:, None]
+        return rows | reads, why or "its pooled output is made of a masked token"
 
     def padding_reads(self, mask: Tensor, ids: Tensor | None, seen: Seen) -> tuple[bool | Tensor, Tensor | None, str]:
         """`reads` and `others` of `rows_to_compute`, and the reason for `reads`."""
@@ -168,6 +180,8 @@ class EncoderForward(InspectedForward):
         if not self.is_reader_unknown(reads):
             return reads, None, why
         padding = getattr(self.module.config, "pad_token_id", None)
+        if self.facts.pooled is not None:  # their tokenizers pad with other tokens than the config says
+            padding = ids[:, -1:]
         if ids is None or padding is None:  # any token may be masked
             return reads, torch.ones_like(mask, dtype=torch.bool), why
         return reads, ids != padding, why
@@ -193,11 +207,16 @@ class EncoderForward(InspectedForward):
 
     def rows_of(self, mask: Tensor, reads: bool | Tensor, others: Tensor | None) -> tuple[Rows, bool]:
         reach, causal = self.reach()
-        return rows_to_compute(mask, reads, others, self.facts.relative, reach, causal, self.facts.first_column)
+        facts, config = self.facts, self.module.config
+        # Seen of torch's SDPA on CPUs. Eager attention gives the mean of all values there.
+        zeros = config._attn_implementation == "sdpa" and next(self.module.parameters()).device.type == "cpu"
+        return rows_to_compute(mask, reads, others, facts.relative, reach, causal, facts.first_column, zeros)
 
     def reach(self) -> tuple[int | None, bool]:
         """(the smallest window of a layer to the left, None if no layer has one; whether tokens see no later ones)."""
-        if self.facts.positions != "rotary" or (self.facts.layer.rotates and not self.facts.decoder):
+        if not self.facts.layer.looks_back and (
+            self.facts.positions != "rotary" or (self.facts.layer.rotates and not self.facts.decoder)
+        ):
             return None, False
         one_of = {kind_of(layer, self.facts.layer): layer for _, layer in self.layers()}
         windows = [window for window in windows_of(self.module, self.facts, one_of).values() if window is not None]
@@ -310,7 +329,9 @@ class EncoderForward(InspectedForward):
         if last_hidden_state.is_cuda and torch.is_autocast_enabled("cuda") and last_hidden_state.dtype != torch.float64:
             last_hidden_state = last_hidden_state.float()  # the original's last LayerNorm returns float32
         fields = {"last_hidden_state": last_hidden_state}
-        if getattr(encoder, "pooler", None) is not None:
+        if facts.pooled is not None:
+            fields["pooler_output"] = pooled_output(encoder, facts, last_hidden_state, given["input_ids"])
+        elif getattr(encoder, "pooler", None) is not None:
             if facts.pooler_activation is None:
                 fields["pooler_output"] = encoder.pooler(last_hidden_state)
             else:

@@ -60,6 +60,7 @@ class Layer:
         probs_switch: the module whose training mode turns that dropout on; None for the dropout module itself.
         scale: the factor of the scores, which must be 1 / sqrt(head_dim) unless `any_scale`.
         causal: the setting by which a token sees no later ones; it must be off except in a `Family.decoder`.
+        looks_back: whether the encoder's code says so of all layers, and no setting of the layer.
         reach: the window of a layer, which is one more than the tokens that it sees on a side.
         out, out_dropout, out_norm: the linear layer after attention, the dropout on its output, the block's LayerNorm.
         up, activation, inner_dropout, down, down_dropout, down_norm: the same for the feed-forward block.
@@ -92,6 +93,7 @@ class Layer:
     probs_switch: str | None = None
     scale: str | None = None
     causal: str | None = None
+    looks_back: bool = False
     reach: str | None = None
     out_dropout: str | None = None
     inner_dropout: str | None = None
@@ -168,6 +170,7 @@ class Family:
         final_dropout: a dropout after that norm.
         decoder: whether tokens see no later ones, as the layers' `causal` and config.is_causal say. Only the model's
             own code can return a cache.
+        bidirectional: the setting of a decoder's config by which its layers and masks let tokens see later ones.
         sees_less: the tokens that a layer with a window sees on a side are config.sliding_window less this number.
         slides: whether all layers have that window unless config.sliding_window is None.
         passes: transformers' classes that call the encoder and return its output.
@@ -176,6 +179,9 @@ class Family:
         refuses_cache: whether the original raises an error for use_cache=True.
         variant: (name of a setting of the config, the facts if that setting is on).
         last_state_normed: whether the last hidden state is the output, rather than the input of `final_norm`.
+        pooled: without a pooler, the token that `pooler_output` is made of: the first eos_token_id of the encoder, the
+            first largest id, the last column; or the largest id if eos_token_id is 2, and else the first eos_token_id.
+        pooled_by: the linear layer that makes `pooler_output` of it.
         pooler_activation: the activation of a pooler that is a linear layer of the first token.
         tuple_keeps_pooler: whether a returned tuple has a place for the pooler's output even without a pooler.
         tables_of_rotation: with rotary positions, the module that computes the rotary tables of all layers.
@@ -207,6 +213,7 @@ class Family:
     final_norm: str | None = None
     final_dropout: str | None = None
     decoder: bool = False
+    bidirectional: str | None = None
     sees_less: int = 0
     slides: bool = False
     passes: tuple[str, ...] = ()
@@ -215,6 +222,8 @@ class Family:
     refuses_cache: bool = False
     variant: tuple[str, Family] | None = None
     last_state_normed: bool = True
+    pooled: Literal["eos", "largest", "eos_or_largest", "last"] | None = None
+    pooled_by: str | None = None
     pooler_activation: str | None = None
     tuple_keeps_pooler: bool = False
     tables_of_rotation: str = "rotary_emb"
@@ -250,4 +259,4 @@ class Family:
     def relative(self) -> bool:
         """Whether attention depends on distances between tokens."""
         own = self.bias is not None or self.layer.bias is not None
-        return own or self.distances is not None or self.positions == "rotary"
+        return own or self.distances is not None or self.positions == "rotary" or self.layer.looks_back

@@ -1,5 +1,5 @@
 """The table of known encoders of transformers: a row holds all that is known of a family. Rows with the structure of
-Llama and T5 are in `families_rms.py`.
+Llama and T5 are in `families_rms.py`, those of CLIP's in `families_towers.py`.
 
 A row applies only if it accounts for every parameter and buffer of the encoder. A model whose config adds a table or a
 layer is left alone, and `explain` names it.
@@ -12,6 +12,7 @@ from typing import Any
 
 from .facts import Distances, Family, Layer
 from .families_rms import RMS_FAMILIES
+from .families_towers import TOWERS
 
 
 def _attention(path: str) -> dict[str, str]:
@@ -129,6 +130,19 @@ _MODERNBERT_LAYER = Layer(
     attention_type="attention_type",
 )
 
+_MODERNBERT_DECODER_LAYER = replace(
+    _MODERNBERT_LAYER,
+    modules={
+        "": ("ModernBertDecoderLayer",),
+        "attn": ("ModernBertDecoderAttention",),
+        "mlp": ("ModernBertDecoderMLP",),
+    },
+    qkv=("attn.q_proj", "attn.k_proj", "attn.v_proj"),
+    scale="attn.scaling",
+    attention_type=None,
+    number="attn.layer_idx",
+)
+
 _DEBERTA_V2_LAYER = _bert_layer(
     "DebertaV2",
     modules={
@@ -234,6 +248,15 @@ def _called(name: str, output: str, called: dict[str, tuple[int | str, ...] | No
     )
 
 
+_BRIDGE_TOWER = {
+    "": ("BridgeTowerTextLayer",),
+    "attention": ("BridgeTowerAttention",),
+    "attention.self": ("BridgeTowerSelfAttention",),
+    "attention.output": ("BridgeTowerSelfOutput",),
+    "intermediate": ("BridgeTowerIntermediate",),
+    "output": ("BridgeTowerOutput",),
+}
+
 # class name of the encoder -> its facts
 FAMILIES = {
     "BertModel": _bert("Bert"),
@@ -284,6 +307,22 @@ FAMILIES = {
         positions="rotary",
         final_norm="final_norm",
     ),
+    "ModernBertDecoderModel": Family(
+        _MODERNBERT_DECODER_LAYER,
+        output="BaseModelOutputWithPast",
+        modules={"embeddings": ("ModernBertDecoderEmbeddings",)},
+        layers="layers",
+        word="embeddings.tok_embeddings",
+        position=None,
+        token_type=None,
+        norm="embeddings.norm",
+        dropout="embeddings.drop",
+        positions="rotary",
+        final_norm="final_norm",
+        decoder=True,
+        sees_less=1,
+        first_column=False,
+    ),
     "DebertaV2Model": Family(
         _DEBERTA_V2_LAYER,
         output="BaseModelOutput",
@@ -304,6 +343,12 @@ FAMILIES = {
         heads=False,
     ),
     "ChineseCLIPTextModel": _bert("ChineseCLIPText", _PLAIN_POOLED, _NUMBER, heads=False),
+    "BridgeTowerTextModel": _roberta(
+        "BridgeTowerText",
+        layer={"modules": _BRIDGE_TOWER},
+        pooler=("BridgeTowerPooler",),
+        heads=False,
+    ),
     "AlignTextModel": _bert("AlignText", _PLAIN_POOLED, _NUMBER, heads=False),
     "ClapTextModel": _roberta("ClapText", _PLAIN_POOLED, _NUMBER, heads=False),
     "AltRobertaModel": _roberta("AltRoberta", _PLAIN_POOLED, _NUMBER, layers="encoder.layers", heads=False),
@@ -357,6 +402,7 @@ FAMILIES = {
     "TapasModel": _called("Tapas", _PLAIN_POOLED, {"token_type_ids": ("type_vocab_sizes",)}, _EAGER),
     "VisualBertModel": _called("VisualBert", _PLAIN_POOLED, _TYPES, _EAGER),
     **RMS_FAMILIES,
+    **TOWERS,
 }
 
 # the families that were compared with transformers 4, and what is different there

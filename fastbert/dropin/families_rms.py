@@ -147,13 +147,17 @@ _GEMMA3_LAYER = _layer(
     after_down="post_feedforward_layernorm",
     norm=NormKind(("Gemma3RMSNorm",), offset=1.0),
 )
+_GEMMA_LAYER = _layer("Gemma", norm=NormKind(("GemmaRMSNorm",), offset=1.0))
 _SHARED_BIAS = {"bias": "block.0.layer.0.SelfAttention"}
 
 RMS_FAMILIES = {
     "EuroBertModel": _family(_layer("EuroBert"), ignores_rest=True),
     "UltrabertModel": _family(_layer("Ultrabert", rotates=False, **_TYPES)),
     "EsmcModel": _family(_ESMC_LAYER),
-    "Gemma3TextModel": _decoder(_GEMMA3_LAYER, word_class="Gemma3TextScaledWordEmbedding"),
+    "Gemma3TextModel": _decoder(
+        _GEMMA3_LAYER, word_class="Gemma3TextScaledWordEmbedding", bidirectional="use_bidirectional_attention"
+    ),
+    "GemmaModel": _decoder(_GEMMA_LAYER, word_class="GemmaTextScaledWordEmbedding"),
     "Qwen3Model": _decoder(_layer("Qwen3", **_QK_NORMS, **_TYPES)),
     "Qwen2Model": _decoder(_layer("Qwen2", **_TYPES)),
     "MistralModel": _decoder(_layer("Mistral"), slides=True),

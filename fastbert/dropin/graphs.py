@@ -126,7 +126,9 @@ class GraphedEncoderForward(EncoderForward):
         height, width = ids.shape
         lengths = None
         if mask is not None:
-            reads, others, _ = self.padding_reads(mask, ids, self.seen)
+            reads, others, why = self.padding_reads(mask, ids, self.seen)
+            unknown = self.is_reader_unknown(reads)
+            reads, _ = self.with_pooled(reads, why, ids)
             planes = [mask != 0, *(t for t in (reads, others) if isinstance(t, Tensor))]
             mask, *planes = torch.stack(planes).cpu().unbind()
             reads, others = (planes.pop(0) if isinstance(t, Tensor) else t for t in (reads, others))
@@ -134,7 +136,7 @@ class GraphedEncoderForward(EncoderForward):
             if rows.padding or rows.reason is not None:
                 return None
             mask, lengths = rows.real, rows.lengths
-            if mask is not None and self.is_reader_unknown(reads):
+            if mask is not None and unknown:
                 self.warn_of_zeros()
         columns = torch.arange(width, dtype=torch.int64, device="cpu")[None]
         batch = PackedBatch.from_padded(None, mask, None, columns, shape=(height, width), lengths=lengths)

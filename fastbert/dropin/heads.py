@@ -19,6 +19,7 @@ from .plain import by_token
 
 FIRST, LABELS, EVERY = "the first column", "tokens whose label counts", "every token"
 LAST = "the last token"  # what the heads of decoders read in place of the first column
+KEPT = "the columns that logits_to_keep names"
 # the head's class name without the family's name -> what it reads
 HEADS = {
     "ForSequenceClassification": FIRST,
@@ -28,6 +29,7 @@ HEADS = {
     "ForMaskedLM": LABELS,
     "ForPreTraining": LABELS,
     "ForQuestionAnswering": EVERY,  # its loss is a softmax over all columns
+    "ForCausalLM": KEPT,
 }
 # functions of torch that the losses of heads call
 LOSS = [(nn.functional.__dict__, "cross_entropy")]
@@ -42,7 +44,11 @@ def what_it_reads(head: nn.Module) -> str | None:
         return None
     families = {name.removesuffix("Model"): family for name, family in FAMILIES.items() if family.heads}
     for name, reads in HEADS.items():
-        family = families.get(cls.__name__.removesuffix(name))
+        prefix = cls.__name__.removesuffix(name)
+        family = families.get(prefix)
+        if reads == KEPT:  # Gemma3ForCausalLM holds a Gemma3TextModel
+            family = family or families.get(f"{prefix}Text")
+            family = family if family is not None and family.decoder else None
         if family is not None:
             return LAST if family.decoder and reads == FIRST else reads
     return None
@@ -91,6 +97,12 @@ class HeadForward(InspectedForward):
             return Reading(False, bool(states) and not masked, why, first=not states)
         if self.kind == LAST:
             return Reading(self.last(given), bool(states) and not masked, why)
+        if self.kind == KEPT:
+            rows = self.kept(given)
+            if rows is True and masked:  # of all logits, such a caller may still read the last column
+                return Reading(self.kept(given | {"logits_to_keep": 1}))
+            why = f"{name} returns logits at padding" if not states else why
+            return Reading(rows, bool(states) and not masked, why)
         if self.kind == LABELS and masked:
             return Reading(False, why=why)
         if self.kind == EVERY:
@@ -111,6 +123,25 @@ class HeadForward(InspectedForward):
         columns = torch.arange(ids.shape[1], dtype=torch.int64, device=ids.device)
         last = columns[-1:] if padding is None else (columns * (ids != padding)).argmax(1, keepdim=True)
         return columns == last
+
+    def kept(self, given: dict[str, Any]) -> bool | Tensor:
+        """[B, S] bool: the tokens whose logits a language model returns; True for all."""
+        like = given.get("inputs_embeds") if given.get("input_ids") is None else given["input_ids"]
+        keep = given.get("logits_to_keep", given.get("num_logits_to_keep", 0))
+        if not isinstance(like, Tensor) or like.dim() < 2:
+            return True
+        rows = torch.zeros(like.shape[:2], dtype=torch.bool, device=like.device)
+        if isinstance(keep, int) and keep > 0:
+            rows[:, -keep:] = True
+        elif isinstance(keep, Tensor) and keep.dtype == torch.bool and keep.shape == rows.shape:
+            return keep
+        elif isinstance(keep, Tensor) and keep.dtype == torch.int64 and keep.dim() == 2:
+            rows.scatter_(1, keep, True)
+        elif isinstance(keep, Tensor) and keep.dtype == torch.int64 and keep.dim() == 1:
+            rows[:, keep] = True
+        else:
+            return True
+        return rows
 
     def summary(self) -> str:
         why = self.look().reason

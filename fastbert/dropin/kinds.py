@@ -26,14 +26,19 @@ def kind_of(layer: nn.Module, facts: table.Layer) -> Hashable:
         owner, _, name = facts.number.rpartition(".")
         attention = at(layer, owner)
         return attention.config.layer_types[getattr(attention, name)]
-    return "every layer's" if facts.rotates else None
+    return "every layer's" if facts.rotates or facts.looks_back else None
 
 
 def is_causal(encoder: nn.Module, layer: nn.Module, facts: table.Family) -> bool:
     """Whether tokens see no later ones in this layer. The config may turn that off."""
     if not facts.decoder or getattr(encoder.config, "is_causal", None) is False:
         return False
-    return bool(at(layer, facts.layer.causal))
+    return is_made_causal(layer, facts.layer)
+
+
+def is_made_causal(layer: nn.Module, facts: table.Layer) -> bool:
+    """Whether tokens see no later ones, as far as the layer says."""
+    return facts.looks_back or bool(at(layer, facts.causal))
 
 
 def windows_of(
@@ -62,10 +67,13 @@ def why_window(encoder: nn.Module, facts: table.Family, layers: Iterable[tuple[i
             return f"layer {number} has a config of its own"
         if not facts.decoder:
             continue
-        made_causal, now_causal = bool(at(layer, facts.layer.causal)), is_causal(encoder, layer, facts)
-        bidirectional = getattr(encoder.config, "use_bidirectional_attention", None)  # Gemma makes its masks from it
-        if bidirectional is not None and bool(bidirectional) == made_causal:
-            return "its layers were made for another use_bidirectional_attention than its config has"
+        made_causal, now_causal = is_made_causal(layer, facts.layer), is_causal(encoder, layer, facts)
+        if facts.bidirectional is None and not made_causal:
+            return "its layers let tokens see later ones, and its masks do not"
+        if facts.bidirectional is not None and bool(getattr(encoder.config, facts.bidirectional)) == made_causal:
+            return f"its layers were made for another {facts.bidirectional} than its config has"
+        if facts.layer.looks_back and not now_causal:
+            return "its config turns causal attention off, and its code turns it on"
         slides = kind == SLIDING or (facts.slides and encoder.config.sliding_window is not None)
         if slides and made_causal and not now_causal:
             return "its config turns causal attention off, and it has a window"

@@ -111,7 +111,7 @@ BEFORE = 'padding that may be read, before the tokens of a causal model, sees no
 
 def rows_to_compute(
     mask: Tensor, reads: bool | Tensor, others: Tensor | None = None, relative: bool = False, reach: int | None = None,
-    causal: bool = False, first_column: bool = True,
+    causal: bool = False, first_column: bool = True, blind_is_zero: bool = False,
 ) -> tuple[Rows, bool]:  # fmt: skip
     """(the rows of a batch that are computed, whether `others` was the reason). Waits once for the device.
 
@@ -124,6 +124,7 @@ def rows_to_compute(
         reach: with `relative`, the smallest number of tokens that a layer's window has on one side; None for no window.
         causal: whether tokens see no later ones.
         first_column: whether the first column is computed even if it is padding.
+        blind_is_zero: whether the original's attention gives zeros where a row of padding sees no token, as ours does.
     """
     real = mask != 0
     left_out = ~real
@@ -145,12 +146,15 @@ def rows_to_compute(
     first = first if first_column else [0] * len(first)
     if reads is True or by_others or (relative and (holes or any(first) or some)):
         blind = WINDOW if reach is not None and width - shortest > reach else BEFORE if causal and before else None
-        return Rows(real, None, blind, keys), by_others
+        return Rows(real, None, None if blind_is_zero else blind, keys), by_others
     if not (some or any(first)):
         return Rows(real, real, None, keys, keys), False
     queries = real | reads if some else real.clone()
-    queries[:, 0] = True  # poolers and classifiers read it
     lengths = [count + one for count, one in zip(keys, first, strict=True)]
-    if some:
-        lengths = [count + asked - one for count, asked, one in zip(lengths, *more, strict=True)]
+    asked, both = more if some else ([0] * len(keys),) * 2
+    if first_column:
+        queries[:, 0] = True  # poolers and classifiers read it
+    else:
+        both = [0] * len(keys)
+    lengths = [count + of_reads - one for count, of_reads, one in zip(lengths, asked, both, strict=True)]
     return Rows(real, queries, None, keys, lengths), False

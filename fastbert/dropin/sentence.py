@@ -39,8 +39,10 @@ BY_MASK = {
     "Dense": lambda module: getattr(module, "module_input_name", VECTOR) == VECTOR,
     "LayerNorm": lambda module: True,
     "Dropout": lambda module: True,
+    "LogitScore": lambda module: True,
 }
 VECTOR = "sentence_embedding"
+LAST = "LogitScore"  # the class that reads the last column, of logits of a language model, which declares that row
 TOKENISED_TEXTS = 128  # texts in one call of the tokenizer, which pads them to the longest
 SHOWN_TEXTS = 512  # texts for one step of a progress bar
 ROWS = "fastbert_rows"  # key of the `Rows` among the features
@@ -245,7 +247,8 @@ class Regrouped:
             return tokenise(texts, *args, **kwargs)
         inside = (module.__dict__.get("forward") for module in self.model[0].modules())
         anywhere = all(forward.facts.anywhere for forward in inside if isinstance(forward, EncoderForward))
-        rows, rest = Rows(getattr(self.model.tokenizer, "pad_token_id", None) or 0, anywhere), {}
+        padding = getattr(self.model.tokenizer, "pad_token_id", None) or 0
+        rows, rest = Rows(padding, anywhere, any(type(module).__name__ == LAST for module in self.model)), {}
         for start in range(0, len(texts), TOKENISED_TEXTS):
             rest = rows.add(dict(tokenise(texts[start : start + TOKENISED_TEXTS], *args, **kwargs)))
         return {**rest, ROWS: rows}
@@ -334,10 +337,11 @@ class Rows:
     Args:
         padding: id of the padding token.
         anywhere: whether texts that the tokenizer pads on the left may be padded on the right.
+        last: whether the last column is read, so that texts are padded on the left.
     """
 
-    def __init__(self, padding: int, anywhere: bool = False):
-        self.padding, self.anywhere = padding, anywhere
+    def __init__(self, padding: int, anywhere: bool = False, last: bool = False):
+        self.padding, self.anywhere, self.last = padding, anywhere, last
         self.lengths: list[int] = []
         self.planes: dict[str, list[np.ndarray]] = {}
 
@@ -349,6 +353,8 @@ class Rows:
         left = not (mask[:, 1:] <= mask[:, :-1]).all()
         if left and not (self.anywhere and (mask[:, 1:] >= mask[:, :-1]).all()):
             raise CannotPack("texts are padded on the left")
+        if self.last and not mask[:, -1].all():
+            raise CannotPack("its score is read from the last column, and texts are padded on the right")
         lengths = mask.sum(1).tolist()
         if min(lengths) == 0:
             raise CannotPack("a text has no token")
@@ -366,14 +372,15 @@ class Rows:
         return rest
 
     def batch(self, numbers: list[int], device: torch.device) -> dict[str, Tensor]:
-        """The batch of these texts, padded on the right."""
+        """The batch of these texts, padded on the right, or on the left if the last column is read."""
         width = max(self.lengths[number] for number in numbers)
         batch = {}
         for name, plane in self.planes.items():
             fill = self.padding if name == "input_ids" else 0
             padded = np.full((len(numbers), width), fill, plane[0].dtype)
             for row, number in zip(padded, numbers, strict=True):
-                row[: self.lengths[number]] = plane[number]
+                first = width - self.lengths[number] if self.last else 0
+                row[first : first + self.lengths[number]] = plane[number]
             batch[name] = torch.from_numpy(padded).to(device)
         return batch
 

@@ -57,9 +57,10 @@ def accelerate(
             one pool of memory, until a parameter or a module changes. `explain` counts the calls by reason.
         padding: what an encoder returns at padding, where its mask is 0.
             "auto": the original's values, unless it is known that they are not read. They are not computed then, and
-            zeros returned: below transformers' heads that read the first column, or whose labels do not count at
-            padding, and below sentence-transformers' poolings by mask. An encoder that is accelerated by itself also
-            returns zeros, with one warning, but computes all rows of a batch that masks other tokens than padding.
+            zeros returned: below transformers' heads that read one column, language models that are given
+            `logits_to_keep`, heads whose labels do not count at padding, and sentence-transformers' poolings by mask.
+            An encoder that is accelerated by itself also returns zeros, with one warning, but computes all rows of a
+            batch that masks other tokens than padding.
             "exact": always the original's values.
             "zero": a promise not to read them. Zeros, except for rows that a head's own code reads.
             The first column is always computed, except in decoders, where padding on the left sees no token.
