@@ -20,6 +20,9 @@ transformers = pytest.importorskip("transformers", minversion="5.24", reason="th
 pytestmark = pytest.mark.once
 
 FROM_PAD = {"pad_token_id": 1}  # positions count from it
+BART = {  # of the kind that has a decoder too
+    "d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 48, "scale_embedding": True,
+}  # fmt: skip
 ESM = FROM_PAD | {"mask_token_id": 4, "position_embedding_type": "rotary"}
 # name of the encoder's class -> (of its config's, settings beyond SIZES)
 OTHERS = {
@@ -65,6 +68,7 @@ OTHERS = {
     ),
     **RMS,
     **TOWERS,
+    **{f"{name}Encoder": (f"{name}Config", BART) for name in ("Bart", "MBart", "PLBart")},
 }  # fmt: skip
 # heads of those whose heads read them as BERT's do, or take the last token
 WITH_HEADS = (
@@ -75,10 +79,19 @@ WITH_HEADS = (
 
 NOT_EXPORTED = {  # name of a class -> its module
     "AltRobertaModel": "altclip",
+    "BartEncoder": "bart",
     "BridgeTowerTextModel": "bridgetower",
+    "MBartEncoder": "mbart",
     "OwlViTTextTransformer": "owlvit",
     "Owlv2TextTransformer": "owlv2",
+    "PLBartEncoder": "plbart",
 }
+
+
+DROPOUTS = (
+    "hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout", "dropout_rate", "dropout",
+    "activation_dropout",
+)  # fmt: skip
 
 
 def class_of(name: str) -> type:
@@ -93,7 +106,7 @@ def build(name: str, head: str | None = None, dropout: float = 0.0, **more) -> t
     # in eager attention those of the structure of Llama take their softmax in float32, whatever the model's dtype
     attention = "sdpa" if name in RMS else "eager"
     config = getattr(transformers, kind)(**{**SIZES, "attn_implementation": attention, **settings, **more})
-    for probability in ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout", "dropout_rate"):
+    for probability in DROPOUTS:
         setattr(config, probability, dropout)
     cls = class_of(name) if head is None else getattr(transformers, name.removesuffix("Model") + head)
     torch.manual_seed(0)

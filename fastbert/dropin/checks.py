@@ -32,7 +32,7 @@ def why_every_call(encoder: nn.Module, facts: table.Family, layers: dict[str, nn
     if (
         facts.positions == "column"
         and facts.position is not None
-        and getattr(at(encoder, "embeddings"), "padding_idx", None) is not None
+        and getattr(getattr(encoder, "embeddings", None), "padding_idx", None) is not None
     ):
         return "its embeddings count positions from padding_idx, where the table of known models has columns"
     for path, names in facts.modules.items():
@@ -54,7 +54,8 @@ def why_every_call(encoder: nn.Module, facts: table.Family, layers: dict[str, nn
         if why := why_not_dropout(at(encoder, path)):
             return f"{path}: {why}"
     for path in facts.tables:
-        if at(encoder, path) is not None and (why := _why_table(at(encoder, path), facts)):
+        cls = facts.word_class if path == facts.word else facts.position_class if path == facts.position else None
+        if at(encoder, path) is not None and (why := _why_table(at(encoder, path), cls)):
             return f"{path}: {why}"
     if why := why_window(encoder, facts, layers_of(encoder, facts)):
         return why
@@ -125,9 +126,10 @@ def why_not_dropout(dropout: Any) -> str | None:
     return "it drops everything" if dropout.p >= 1.0 else None  # the operators need a probability below 1
 
 
-def _why_table(embedding: nn.Module, facts: table.Family) -> str | None:
-    """Why the fused code can neither look up rows of this table itself nor call it with ids of another shape."""
-    known = facts.word_class is not None and why_not_original(embedding, (facts.word_class,), TRANSFORMERS) is None
+def _why_table(embedding: nn.Module, cls: str | None) -> str | None:
+    """Why the fused code can neither look up rows of this table itself nor call it with ids of another shape. cls:
+    transformers' class of it; None for nn.Embedding."""
+    known = cls is not None and why_not_original(embedding, (cls,), TRANSFORMERS) is None
     if not known and not by_token(embedding):
         return f"a {type(embedding).__name__} is in place of an Embedding"
     base = embedding if isinstance(embedding, nn.Embedding) else getattr(embedding, "base_layer", embedding)
@@ -171,6 +173,7 @@ def bypassed(encoder: nn.Module, facts: table.Family, layers: dict[str, nn.Modul
     modules = {at(encoder, path) for path in facts.modules}
     modules |= {at(layer, path) for layer in layers.values() for path in facts.layer.modules if path}
     modules |= set(at(encoder, facts.layers)) if facts.groups and layers else set()
+    modules |= {at(encoder, facts.position)} if facts.position_class is not None else set()
     return modules | {at(encoder, path) for path in dropout_paths(encoder, facts, layers)}
 
 
@@ -194,7 +197,8 @@ def why_hooked(encoder: nn.Module, facts: table.Family, layers: dict[str, nn.Mod
 
 def dropout_paths(encoder: nn.Module, facts: table.Family, layers: dict[str, nn.Module]) -> list[str]:
     """The paths of dropouts that are modules."""
-    paths = [path for path in (facts.dropout, facts.final_dropout) if path is not None]
+    around = (path for path in (facts.dropout, facts.final_dropout) if path is not None)
+    paths = [path for path in around if isinstance(at(encoder, path), nn.Module)]
     for path, layer in layers.items():
         paths += [f"{path}.{part}" for part in facts.layer.dropouts if isinstance(at(layer, part), nn.Module)]
     return paths + distances.dropouts(layers, facts.layer)

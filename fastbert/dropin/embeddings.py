@@ -10,12 +10,12 @@ from torch import Tensor
 
 from .. import functional as F
 from ..stack.shared import Pass
-from ..stack.steps import multiply, norm_only, probability
+from ..stack.steps import multiply, norm_only
 from . import distances
 from .facts import Family, at, has
 from .inspection import Seen
 from .kinds import kind_of, windows_of
-from .parts import bias_of, layers_of, part
+from .parts import bias_of, layers_of, part, probability_at
 
 
 def embeddings(encoder: nn.Module, facts: Family, shared: Pass, seen: Seen, given: dict[str, Any]) -> Tensor:
@@ -30,7 +30,7 @@ def embeddings(encoder: nn.Module, facts: Family, shared: Pass, seen: Seen, give
     types = batch.token_type_ids
     if segment is not None and types is None:
         types = torch.zeros_like(batch.positions)
-    p = 0.0 if facts.dropout is None else probability(at(encoder, facts.dropout))
+    p = 0.0 if facts.dropout is None else probability_at(encoder, facts.dropout)
 
     if embeds is None and seen.tables:
         x = F.embedding_layer_norm(
@@ -44,7 +44,10 @@ def embeddings(encoder: nn.Module, facts: Family, shared: Pass, seen: Seen, give
         if segment is not None:
             x = x + segment(types)
         if position is not None:
-            x = x + position(batch.positions)
+            if facts.position_class is not None:
+                x = x + nn.functional.embedding(batch.positions + position.offset, position.weight)
+            else:
+                x = x + position(batch.positions)
         if norm is not None:
             x = norm_only(x, part(encoder, facts.norm, seen.norm, facts.layer.norm), shared)
         x = shared.drop(x, p, stream=0)

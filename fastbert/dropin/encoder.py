@@ -15,7 +15,7 @@ from ..packing import PackedBatch
 from ..stack.description import Layer
 from ..stack.layer import FEW_TOKENS, in_one, in_one_call, is_one_call_ahead
 from ..stack.shared import UNBOUNDED, Pass
-from ..stack.steps import norm_only, probability
+from ..stack.steps import norm_only
 from . import facts as table
 from .embeddings import count_positions, embeddings, pooled_columns, pooled_output, position_tables
 from .facts import at
@@ -26,7 +26,7 @@ from .layer import LayerForward
 from .once import only_once
 from .original import tensor_hooks, why_not_here
 from .padding import ABOVE, BEFORE, EXACT, FULL, OTHERS, WINDOW, Policy, Rows, only_wanted, reading_now, rows_to_compute
-from .parts import layers_of, part
+from .parts import layers_of, part, probability_at
 
 # arguments that do not change what the encoder computes
 IGNORED = {"return_dict", "output_hidden_states", "num_items_in_batch", "use_cache", "batch_size", "seq_len"}
@@ -92,6 +92,10 @@ class EncoderForward(InspectedForward):
             return "the model is a decoder"
         if self.facts.decoder and (why := self.why_not_decoded(given)):
             return why
+        if self.facts.layerdrop is not None and self.module.training and at(self.module, self.facts.layerdrop) > 0:
+            return "it leaves out layers at random in training (layerdrop)"
+        if self.facts.position_class is not None and given.get("position_ids") is not None:
+            return "position_ids were given, which it does not read"
         if self.facts.refuses_cache and given.get("use_cache") is True:
             return "use_cache=True was given"
         if self.facts.half_clamped and (why := self.why_not_clamped(given.get("inputs_embeds"))):
@@ -302,7 +306,7 @@ class EncoderForward(InspectedForward):
             norm = part(self.module, self.facts.final_norm, seen.final_norm, self.facts.layer.norm)
             x = norm_only(x, norm, shared)
         if self.facts.final_dropout is not None:
-            p = probability(at(self.module, self.facts.final_dropout))
+            p = probability_at(self.module, self.facts.final_dropout)
             x = shared.drop(x, p, stream=2 * len(list(self.layers())) + 1)
         return only_once(x, self.impl), states
 
@@ -399,7 +403,7 @@ class EncoderForward(InspectedForward):
         """Whether a dropout is on. If not, no seed is drawn from torch's generator, as in the original."""
         if not any(module.training for module in seen.dropouts):
             return False
-        if self.facts.dropout is not None and probability(at(self.module, self.facts.dropout)):
+        if self.facts.dropout is not None and probability_at(self.module, self.facts.dropout):
             return True
         return any(any(layer.__dict__["forward"].drops()) for layer in seen.layers)
 

@@ -63,6 +63,7 @@ class Layer:
         looks_back: whether the encoder's code says so of all layers, and no setting of the layer.
         reach: the window of a layer, which is one more than the tokens that it sees on a side.
         out, out_dropout, out_norm: the linear layer after attention, the dropout on its output, the block's LayerNorm.
+            A dropout may also be a number, which the training mode of the module that holds it turns on.
         up, activation, inner_dropout, down, down_dropout, down_norm: the same for the feed-forward block.
         activation_name: if `activation` is None, the layer's code calls a function: the operators' name for it.
         pre_norm: whether the LayerNorms come first in their blocks, x = x + f(norm(x)), rather than last.
@@ -166,6 +167,8 @@ class Family:
         distances: the module with the table of distances that the layers' `distances` project (DeBERTa).
         masks_embeddings: whether the embeddings of padding are zeros.
         word_class: transformers' class of the word table if that is no nn.Embedding; it is called with tokens [T].
+        position_class: the same of the table of positions; it has `offset` rows before that of the first position.
+        layerdrop: the probability with which training leaves out a layer; the original's code runs such calls.
         final_norm: a norm after the last layer, of the kind of the layers' norms.
         final_dropout: a dropout after that norm.
         decoder: whether tokens see no later ones, as the layers' `causal` and config.is_causal say. Only the model's
@@ -210,6 +213,8 @@ class Family:
     distances: str | None = None
     masks_embeddings: bool = False
     word_class: str | None = None
+    position_class: str | None = None
+    layerdrop: str | None = None
     final_norm: str | None = None
     final_dropout: str | None = None
     decoder: bool = False

@@ -1,5 +1,5 @@
 """The table of known encoders of transformers: a row holds all that is known of a family. Rows with the structure of
-Llama and T5 are in `families_rms.py`, those of CLIP's in `families_towers.py`.
+Llama and T5 are in `families_rms.py`, those of CLIP's in `families_towers.py`, of BART's in `families_bart.py`.
 
 A row applies only if it accounts for every parameter and buffer of the encoder. A model whose config adds a table or a
 layer is left alone, and `explain` names it.
@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from .facts import Distances, Family, Layer
+from .families_bart import BART_FAMILIES
 from .families_rms import RMS_FAMILIES
 from .families_towers import TOWERS
 
@@ -402,6 +403,7 @@ FAMILIES = {
     "TapasModel": _called("Tapas", _PLAIN_POOLED, {"token_type_ids": ("type_vocab_sizes",)}, _EAGER),
     "VisualBertModel": _called("VisualBert", _PLAIN_POOLED, _TYPES, _EAGER),
     **RMS_FAMILIES,
+    **BART_FAMILIES,
     **TOWERS,
 }
 

@@ -52,7 +52,8 @@ def settings_of(encoder: nn.Module, facts: table.Family) -> Settings:
     longest = None
     if facts.position is not None:
         positions = at(encoder, facts.position)
-        first = 0 if facts.positions == "column" else encoder.embeddings.padding_idx + 1
+        first = positions.offset if facts.position_class is not None else 0
+        first = first if facts.positions == "column" else encoder.embeddings.padding_idx + 1
         longest = positions.num_embeddings - first if hasattr(positions, "num_embeddings") else None
     attentions = getattr(config, "output_attentions", False)
     return Settings(bool(decodes), bool(attentions), getattr(config, "output_hidden_states", False), longest)
@@ -117,6 +118,7 @@ def inspect(encoder: nn.Module, facts: table.Family, is_layer: Callable[[nn.Modu
 
 def _dropouts(encoder: nn.Module, facts: table.Family, layers: dict[str, nn.Module]) -> list[nn.Module]:
     modules = [at(encoder, path) for path in dropout_paths(encoder, facts, layers) if has(encoder, path)]
+    modules += [encoder, *layers.values()] if facts.layerdrop is not None else []  # whose dropouts are numbers
     if facts.layer.probs_switch is not None:
         modules += [at(layer, facts.layer.probs_switch) for layer in layers.values()]
     return modules

@@ -13,7 +13,7 @@ from ..stack.steps import probability
 from . import facts as table
 from .facts import at, has
 from .forward import Forward
-from .parts import layer_of
+from .parts import layer_of, probability_at
 
 
 class LayerForward(Forward):
@@ -67,4 +67,4 @@ class LayerForward(Forward):
             probs = p if at(layer, facts.probs_switch).training else 0.0
         paths = (facts.out_dropout, facts.inner_dropout, facts.down_dropout)
         paths += (None if facts.distances is None else facts.distances.dropout,)
-        return Drops(probs, *(0.0 if path is None else probability(at(layer, path)) for path in paths))
+        return Drops(probs, *(0.0 if path is None else probability_at(layer, path) for path in paths))

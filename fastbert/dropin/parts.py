@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..inference.weights import JoinedLinears
 from ..stack.description import Distances, Layer, NormKind, Part
+from ..stack.steps import probability
 from . import distances
 from . import facts as table
 from .facts import at
@@ -34,6 +35,14 @@ def verdict(module: Any, kind: type[nn.Module], norm: NormKind | None = None) ->
 
 def part(root: nn.Module, path: str, found: Verdict, norm: NormKind | None = None) -> Part:
     return Part(at(root, path), *found, norm)
+
+
+def probability_at(root: nn.Module, path: str) -> float:
+    """The probability of the dropout at a path, a module or a number, if it is on; else 0."""
+    dropout = at(root, path)
+    if isinstance(dropout, (int, float)):
+        return float(dropout) if at(root, path.rpartition(".")[0]).training else 0.0
+    return probability(dropout)
 
 
 @torch.compiler.assume_constant_result
