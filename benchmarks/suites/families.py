@@ -56,6 +56,10 @@ MODELS = {
         "intermediate_size": 3072,
     }),
     "embeddinggemma-300m": ("Gemma3TextModel", "Gemma3TextConfig", GEMMA),
+    "clip-vit-large-patch14 (text)": ("CLIPTextModel", "CLIPTextConfig", BASE | {
+        "max_position_embeddings": 512, "eos_token_id": 2, "hidden_act": "quick_gelu",
+    }),
+    "ettin-decoder-150m": ("ModernBertDecoderModel", "ModernBertDecoderConfig", {}),
 }  # fmt: skip
 PADDED_ON_THE_LEFT = ("qwen3-embedding-0.6b",)  # by their tokenizers
 
