@@ -88,5 +88,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     joined = Processes.join("cpu")
     for out, fsdp in ((sys.argv[2], False), (sys.argv[3], True)):
-        run_of(Path(out), sys.argv[1], joined, batch_tokens=80, evaluated=True, fsdp=fsdp, workers=1).train()
+        run_of(
+            Path(out), sys.argv[1], joined, batch_tokens=80, evaluated=True, fsdp=fsdp, workers=1, save_every=3, keep=9
+        ).train()
     joined.leave()

@@ -215,7 +215,8 @@ def test_other_batches_change_the_curve_by_rounding_alone(whole, tmp_path):
 
 @pytest.mark.once
 def test_two_processes_train_as_one(tmp_path):
-    """Under DDP and FSDP2: the same masks, so the same curve but for rounding; and the same scores."""
+    """Under DDP and FSDP2: the same masks, so the same curve but for rounding; and the same scores. One process goes on
+    with what two began."""
     objective, one, *both = "mlm+nsp", tmp_path / "one", tmp_path / "ddp", tmp_path / "fsdp"
     run_of(one, objective, evaluated=True).train()
     for two in both:
@@ -229,6 +230,13 @@ def test_two_processes_train_as_one(tmp_path):
         assert losses(two) == pytest.approx(losses(one), rel=2e-4), two.name
         for ours, theirs in zip(expected, recorded(two, "scores"), strict=True):
             assert ours == pytest.approx(theirs, abs=2e-3), two.name
+        rest = tmp_path / f"after-{two.name}"
+        shutil.copytree(two / "checkpoints" / "step-00000003", rest / "checkpoints" / "step-00000003")
+        shutil.copy(one / "text.txt", rest)
+        alone = run_of(rest, objective)
+        assert alone.resume() == 3
+        alone.train()
+        assert losses(rest) == pytest.approx(losses(one)[3:], rel=2e-4), rest.name
 
 
 @pytest.mark.once

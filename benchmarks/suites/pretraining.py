@@ -49,6 +49,7 @@ from fastbert.training.memory import keep_freed_memory
 from fastbert.training.processes import Processes
 
 LENGTH = 128
+EVALUATIONS = 8  # in a run
 PAIRS = ("next_sentence_accuracy", "order_accuracy")
 # The scores with a goal, and what the dotted line in their picture is.
 LEVELS = {"masked_loss": "entropy of single words", **dict.fromkeys((*PAIRS, "detection_auc"), "chance")}
@@ -151,8 +152,8 @@ def learn(args: argparse.Namespace) -> int:
         request = Request(
             (str(learnt),), out, args.objective, "tiny", args.init, str(tokenizer), eval=(str(held),), dropout=0.0,
             steps=args.steps, batch_tokens=args.batch_tokens, memory_tokens=4096, lr=args.lr, seed=seed,
-            evaluate_every=150, save_every=50, segmenter=args.segmenter, whole_words=args.whole_words,
-            max_length=args.max_length, resume=True,
+            evaluate_every=max(1, args.steps // EVALUATIONS), save_every=50, segmenter=args.segmenter,
+            whole_words=args.whole_words, max_length=args.max_length, resume=True,
         )  # fmt: skip
         reports.append(pretrain(request, say))
     missed = []

@@ -97,7 +97,7 @@ class Processes:
         dist.all_gather_object(values, failed is not None, group=group)
         dist.destroy_process_group(group)
         if values[0]:
-            raise failed or RuntimeError("the first process failed")
+            raise failed or RuntimeError("the first process failed, and its message says why")
         return made if self.rank == 0 else make()
 
     def wait(self) -> None:
