@@ -1,6 +1,6 @@
 """Pre-trains a tiny BERT on real text and checks its scores; measures the speed and memory of the data loader.
 
-    python -m benchmarks.suites.pretraining learn --data DIR --out DIR [--objective mlm+nsp] [--seeds 3] [--steps 900]
+    python -m benchmarks.suites.pretraining learn --data DIR --out DIR [--objective mlm+nsp] [--seeds 3] [--steps 2400]
     python -m benchmarks.suites.pretraining loader --data DIR [--megabytes 1000]
 
 `learn` trains on War and Peace and WikiText-2 (with --chinese on CMRC 2018's contexts, whole words by --segmenter).
@@ -8,8 +8,9 @@ One chapter in twenty and six articles are held out for evaluation. An interrupt
 checked, and the exit code is 1 if one is missed: the loss of masked words is 0.3 nats below the entropy of single
 words, pairs are classified better than chance by two standard errors, and ELECTRA's detection has an area under the
 curve of 0.6. ELECTRA starts from a model trained on masked words (--init; both with --no-whole-words --max-length 32
---vocab-size 300; 1,500 steps, then 1,000 with --lr 1e-3), because from random weights a discriminator would first have
-to learn which positions are adjacent, with one bit for each token.
+--vocab-size 300 --batch-tokens 4096; 1,500 steps, then 1,000 with --lr 1e-3), because from random weights a
+discriminator would first have to learn which positions are adjacent, with one bit for each token. Sentence order is
+learnt with --objective mlm+sop --max-length 64. scores.svg in the folder shows all seeds.
 
 `loader` writes a text of this size, the same paragraphs with running numbers, and prints the growth of the process'
 memory over the whole text. For each objective, and for CMRC's contexts masked in Chinese whole words, it prints how
@@ -68,8 +69,8 @@ def main(argv: list[str] | None = None) -> int:
     learning.add_argument("--chinese", action="store_true", help="use CMRC's contexts instead of English")
     learning.add_argument("--segmenter", help="segmenter of Chinese words: jieba, or a word list")
     learning.add_argument("--seeds", type=positive, default=3, help="default: 3")
-    learning.add_argument("--steps", type=positive, default=900, help="default: 900")
-    learning.add_argument("--batch-tokens", type=positive, default=4096, help="tokens of a step (default: 4,096)")
+    learning.add_argument("--steps", type=positive, default=2400, help="default: 2,400")
+    learning.add_argument("--batch-tokens", type=positive, default=2048, help="tokens of a step (default: 2,048)")
     learning.add_argument("--init", help="start from this model, with its tokenizer")
     learning.add_argument("--vocab-size", type=positive, help="default: 4,000, for Chinese 5,000")
     learning.add_argument("--max-length", type=positive, default=LENGTH, help=f"default: {LENGTH}")

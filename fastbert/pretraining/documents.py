@@ -34,14 +34,14 @@ class Examples:
         first, second: [examples, 2] int64, begin and end of both parts in the corpus' tokens; begin and end of `second`
             are equal if the example has no second part.
         labels: [examples] int8, 0 or 1 for pairs, else -1.
-        lengths: [examples] int64 number of tokens, special ones included.
+        lengths: [examples] int32 number of tokens, special ones included.
         left_out: number of segments in no example: the only segment of a document, or the rest after a pair.
     """
 
     first: NDArray[np.int64]
     second: NDArray[np.int64]
     labels: NDArray[np.int8]
-    lengths: NDArray[np.int64]
+    lengths: NDArray[np.int32]
     left_out: int
 
     def __len__(self) -> int:
@@ -81,7 +81,7 @@ class _Cutter:
         self.n_documents = corpus.n_documents
         self.special = 2 if pairs is None else 3
         self.room = max_length - self.special
-        self.rows, self.labels = array("q"), array("b")
+        self.firsts, self.seconds, self.labels = array("q"), array("q"), array("b")
         self.left_out = 0
 
     def cut(self) -> Examples:
@@ -89,10 +89,15 @@ class _Cutter:
             begin, end = int(self.documents[document]), int(self.documents[document + 1])
             while begin < end:
                 begin = self._next(document, begin, end)
-        bounds = np.frombuffer(self.rows, np.int64).reshape(-1, 4)
-        labels = np.frombuffer(self.labels, np.int8)
-        lengths = bounds[:, 1] - bounds[:, 0] + bounds[:, 3] - bounds[:, 2] + self.special
-        return Examples(bounds[:, :2], bounds[:, 2:], labels, lengths, self.left_out)
+        # A large corpus has millions of examples. Without pairs, the bounds of second parts take no memory.
+        firsts = np.frombuffer(self.firsts, np.int64).reshape(-1, 2)
+        seconds = np.frombuffer(self.seconds, np.int64).reshape(-1, 2)
+        if self.pairs is None:
+            seconds = np.broadcast_to(np.zeros(2, np.int64), firsts.shape)
+        lengths = np.full(len(firsts), self.special, np.int32)
+        for part in (firsts, seconds):
+            np.add(lengths, part[:, 1] - part[:, 0], out=lengths, casting="unsafe")
+        return Examples(firsts, seconds, np.frombuffer(self.labels, np.int8), lengths, self.left_out)
 
     def _next(self, document: int, begin: int, end: int) -> int:
         """Makes the example that begins with segment `begin`; returns the segment after the example."""
@@ -162,7 +167,9 @@ class _Cutter:
             from_second = excess - from_first
             in_front = self.draw.heads(from_second)
             c, d = c + in_front, d - (from_second - in_front)
-        self.rows.extend((a, b, c, d))
+        self.firsts.extend((a, b))
+        if self.pairs is not None:
+            self.seconds.extend((c, d))
         self.labels.append(label)
 
 

@@ -87,7 +87,7 @@ class PretrainingPlan:
             self._begun.append(before.begun + len(before.steps))
         if self._made is None or self._made.number != number:
             examples = examples_of(self.corpus, self.pairs, self.max_length, self.seed, number)
-            lengths = examples.lengths.astype(np.int32)
+            lengths = examples.lengths
             plan = Plan(self.seed, memoryview(lengths), self.step_tokens, self.batch_tokens)
             begun = self._begun[number]
             order = plan.permutation(number)
