@@ -2,6 +2,7 @@
 that stands before and after them."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ import fastbert.layers
 from fastbert import BertConfig, BertModel, PackedBatch
 from fastbert.encoding.encoder import Encoder
 from fastbert.kernels import native, reference
+from fastbert.kernels.cpu import int8 as eight_bits
 from fastbert.kernels.cpu import operators as cpp
 from fastbert.models import bert
 from fastbert.models.bert import BertLayer
@@ -26,6 +28,7 @@ DTYPES = [
         marks=pytest.mark.skipif(torch.bfloat16 not in cpp.dtypes(), reason="this CPU has no AVX512-BF16"),
     ),
 ]
+HAS_INT8 = pytest.mark.skipif(not eight_bits.is_in_cpp(), reason="no C++ operators or no AVX512-VNNI")
 CONFIG = {
     "vocab_size": 120, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96,
     "max_position_embeddings": 80,
@@ -107,6 +110,34 @@ def test_a_text_gets_the_same_bits_with_others_and_on_one_thread(calls, dtype):
     finally:
         torch.set_num_threads(threads)
     assert len(calls) == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param("int8", marks=HAS_INT8)], ids=str)
+@pytest.mark.parametrize("lengths", [(7, 12), (80, 64, 77)], ids=["few rows", "many rows"])
+@torch.no_grad()
+def test_more_threads_than_processors(lengths, dtype):
+    """Threads share the steps of a call: each part is computed once whoever takes it, also where threads come late to a
+    step, there are more threads than queues (64), and two Python threads have regions of their own."""
+    model, batch = model_of(hidden_size=256, intermediate_size=512), batch_of(*lengths)
+    if dtype == "int8":
+        fastbert.layers.quantise(model)
+    threads = torch.get_num_threads()
+
+    def passes(count: int) -> None:
+        torch.set_num_threads(count)
+        with torch.no_grad():  # each thread has a mode of its own
+            for _ in range(10):
+                assert torch.equal(model(batch).last_hidden_state, expected)
+
+    try:
+        torch.set_num_threads(1)
+        expected = model(batch).last_hidden_state
+        for count in (2, 3, 7, 70):
+            passes(count)
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(passes, (3, 4)))
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

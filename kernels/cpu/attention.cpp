@@ -7,6 +7,7 @@
 // scores: at scores of 10,000 all probabilities of a row would be wrong by 5e-4.
 
 #include "attention.h"
+#include "team.h"
 
 namespace {
 
@@ -102,60 +103,59 @@ int attention(
     if (!are_sequences(starts, sequences, tokens) || !are_sequences(starts_k, sequences, tokens_k))
         return NOT_SEQUENCES;
     const int64_t o_token = (int64_t)heads * head_dim;
-    bool failed = false;
-#pragma omp parallel for collapse(2) schedule(dynamic)
-    for (int sequence = 0; sequence < sequences; ++sequence)
-        for (int head = 0; head < heads; ++head) {
-            const int64_t start = starts[sequence], start_k = starts_k[sequence];
-            const int queries = starts[sequence + 1] - starts[sequence];
-            const int length = starts_k[sequence + 1] - starts_k[sequence];
-            Element* out = o + start * o_token + (int64_t)head * head_dim;
-            if (length == 0)  // no keys
-                for (int row = 0; row < queries; ++row) std::fill_n(out + row * o_token, head_dim, Element(0));
-            if (queries == 0 || length == 0) continue;
-            const int keys = round_up(length, WIDTH), kv_head = head / (heads / kv_heads);
-            const size_t of_keys = (size_t)keys * head_dim / T::PER_LANE;  // floats of the keys, and of the pairs of values
-            if (!scratch.reserve(sizeof(float) * (2 * of_keys + head_dim + 2 * ROWS * (size_t)keys))) {
-                failed = true;
-                continue;
-            }
-            float* keys_transposed = (float*)scratch.memory;
-            float* values_paired = keys_transposed + of_keys;
-            float* scores = values_paired + (T::PER_LANE == 2 ? of_keys : 0);
-            Element* p = (Element*)(scores + ROWS * keys);
+    std::atomic<bool> failed{false};
+    Team::share(sequences * heads, [&](int chunk) {
+        const int sequence = chunk / heads, head = chunk % heads;
+        const int64_t start = starts[sequence], start_k = starts_k[sequence];
+        const int queries = starts[sequence + 1] - starts[sequence];
+        const int length = starts_k[sequence + 1] - starts_k[sequence];
+        Element* out = o + start * o_token + (int64_t)head * head_dim;
+        if (length == 0)  // no keys
+            for (int row = 0; row < queries; ++row) std::fill_n(out + row * o_token, head_dim, Element(0));
+        if (queries == 0 || length == 0) return;
+        const int keys = round_up(length, WIDTH), kv_head = head / (heads / kv_heads);
+        const size_t of_keys = (size_t)keys * head_dim / T::PER_LANE;  // floats of the keys, and of the pairs of values
+        if (!scratch.reserve(sizeof(float) * (2 * of_keys + head_dim + 2 * ROWS * (size_t)keys))) {
+            failed = true;
+            return;
+        }
+        float* keys_transposed = (float*)scratch.memory;
+        float* values_paired = keys_transposed + of_keys;
+        float* scores = values_paired + (T::PER_LANE == 2 ? of_keys : 0);
+        Element* p = (Element*)(scores + ROWS * keys);
 
-            const Element* keys_of_head = k + start_k * k_token + kv_head * k_head;
-            transpose_rows<T>(keys_of_head, k_token, length, keys, head_dim, keys_transposed);
-            const Element* of_head = v + start_k * v_token + kv_head * v_head;
-            const float* values = (const float*)of_head;
-            int64_t v_stride = v_token;
-            if constexpr (T::PER_LANE == 2) {
-                pair_rows(of_head, v_token, length, head_dim, values_paired);
-                values = values_paired;
-                v_stride = head_dim;
-            }
-            const Element* rows = q + start * q_token + head * q_head;
-            uint64_t row_keys[ROWS];
-            for (int row = 0; row < queries; row += ROWS) {
-                const int n = std::min(ROWS, queries - row);
-                // only keys that at least one of these rows sees
-                const int first = std::max(0, row - window.left) / WIDTH * WIDTH;
-                const int of_rows = std::min(length, row + n + window.right) - first;
-                float* shifts = softmax_stats ? softmax_stats + head * tokens + start + row : nullptr;
-                float* factors = softmax_stats ? shifts + heads * tokens : nullptr;
-                if (dropout)
-                    for (int i = 0; i < n; ++i) row_keys[i] = row_key(*dropout, sequence, head, row + i);
+        const Element* keys_of_head = k + start_k * k_token + kv_head * k_head;
+        transpose_rows<T>(keys_of_head, k_token, length, keys, head_dim, keys_transposed);
+        const Element* of_head = v + start_k * v_token + kv_head * v_head;
+        const float* values = (const float*)of_head;
+        int64_t v_stride = v_token;
+        if constexpr (T::PER_LANE == 2) {
+            pair_rows(of_head, v_token, length, head_dim, values_paired);
+            values = values_paired;
+            v_stride = head_dim;
+        }
+        const Element* rows = q + start * q_token + head * q_head;
+        uint64_t row_keys[ROWS];
+        for (int row = 0; row < queries; row += ROWS) {
+            const int n = std::min(ROWS, queries - row);
+            // only keys that at least one of these rows sees
+            const int first = std::max(0, row - window.left) / WIDTH * WIDTH;
+            const int of_rows = std::min(length, row + n + window.right) - first;
+            float* shifts = softmax_stats ? softmax_stats + head * tokens + start + row : nullptr;
+            float* factors = softmax_stats ? shifts + heads * tokens : nullptr;
+            if (dropout)
+                for (int i = 0; i < n; ++i) row_keys[i] = row_key(*dropout, sequence, head, row + i);
 #define OF_ROWS(M)                                                                                                 \
     case M:                                                                                                        \
         rows_of_head<T, M>(rows + row * q_token, q_token, keys_transposed + first, keys,                           \
-                           values + first / T::PER_LANE * v_stride, v_stride, row, first, of_rows, head_dim,       \
-                           window, scale * LOG2_E, dropout, row_keys, scores, p, out + row * o_token, o_token,     \
-                           shifts, factors);                                                                       \
+                       values + first / T::PER_LANE * v_stride, v_stride, row, first, of_rows, head_dim,       \
+                       window, scale * LOG2_E, dropout, row_keys, scores, p, out + row * o_token, o_token,     \
+                       shifts, factors);                                                                       \
         break;
-                switch (n) { OF_ROWS(6) OF_ROWS(5) OF_ROWS(4) OF_ROWS(3) OF_ROWS(2) OF_ROWS(1) }
+            switch (n) { OF_ROWS(6) OF_ROWS(5) OF_ROWS(4) OF_ROWS(3) OF_ROWS(2) OF_ROWS(1) }
 #undef OF_ROWS
-            }
         }
+    });
     return failed ? NO_MEMORY : DONE;
 }
 

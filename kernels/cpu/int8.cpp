@@ -6,10 +6,12 @@
 #if defined(__AVX512F__)
 
 #include "int8.h"
+#include "team.h"
 
 namespace {
 
 constexpr int MOST_ROWS = 96;  // most rows of x that are multiplied with the panels together
+constexpr int LEAST_ELEMENTS = 8192;  // elements that a thread quantises at a time, at least
 constexpr int BLOCK_BYTES = 256 << 10;  // most bytes of the widest matrix in a thread at a time
 
 // Memory for `rows` rows of q and their ranges, from the thread's scratch memory.
@@ -42,21 +44,21 @@ int int8_linear(
     const int groups = inner / weight.group, panels = (columns + PANEL - 1) / PANEL;
     if (!scratch.reserve(Quantised::bytes(rows, inner, groups))) return NO_MEMORY;
     const Quantised quantised(scratch.memory, rows, inner);
-#pragma omp parallel
-    {
-#pragma omp for schedule(static)
-        for (int row = 0; row < rows; ++row) quantise<T>(x + (int64_t)row * inner, weight, quantised, row, inner);
-#pragma omp for collapse(2) schedule(static)
-        for (int first = 0; first < rows; first += MOST_ROWS)
-            for (int panel = 0; panel < panels; ++panel)
-                int8_multiply(
-                    quantised.q + (int64_t)first * inner, quantised.ranges + (int64_t)first * (1 + groups),
-                    std::min(MOST_ROWS, rows - first), inner, weight, columns, panel, panel + 1,
-                    [&](int row, int column, Floats z) {
-                        T::store(y + (first + row) * y_stride + column, activate(z, activation));
-                    }
-                );
-    }
+    Team::in_one_region([&] {
+        Team::share_range(rows, LEAST_ELEMENTS / inner + 1, [&](int64_t from, int64_t end) {
+            for (int64_t row = from; row < end; ++row) quantise<T>(x + row * inner, weight, quantised, row, inner);
+        });
+        Team::share((rows + MOST_ROWS - 1) / MOST_ROWS * panels, [&](int chunk) {
+            const int first = chunk / panels * MOST_ROWS, panel = chunk % panels;
+            int8_multiply(
+                quantised.q + (int64_t)first * inner, quantised.ranges + (int64_t)first * (1 + groups),
+                std::min(MOST_ROWS, rows - first), inner, weight, columns, panel, panel + 1,
+                [&](int row, int column, Floats z) {
+                    T::store(y + (first + row) * y_stride + column, activate(z, activation));
+                }
+            );
+        });
+    });
     return DONE;
 }
 
@@ -143,34 +145,36 @@ int int8_layers(
     const int most = std::max(ROWS, BLOCK_BYTES / (int)(inner * sizeof(Element)) / ROWS * ROWS);
     const int blocks = round_up((rows + most - 1) / most, threads);
     const int of_block = round_up((rows + blocks - 1) / blocks, ROWS);
-    bool failed = false;
-    for (int number = 0; number <= count && !failed; ++number) {
-#pragma omp parallel for schedule(static)
-        for (int first = 0; first < rows; first += of_block) {
-            const int n = std::min(of_block, rows - first);
-            if (!scratch.reserve(Rows<T>::bytes(n, width, inner, groups))) {
-                failed = true;
-                continue;
-            }
-            const Rows<T> of_rows(scratch.memory, n, width, inner, groups, activation, eps);
-            Element* of_x = x + (int64_t)first * width;
-            if (number > 0) {
-                const int from = inside(number - 1);
-                of_rows.after_attention(o + (int64_t)first * from, layers[number - 1], from, of_x);
-            }
-            if (number < count) {
-                const int to = inside(number);
-                const int64_t at = (int64_t)first * to;
-                of_rows.query_key_value(of_x, layers[number], to, q + at, k + at, v + at);
+    std::atomic<bool> failed{false};
+    Team::in_one_region([&] {
+        for (int number = 0; number <= count && !failed; ++number) {
+            Team::share((rows + of_block - 1) / of_block, [&](int block) {
+                const int first = block * of_block, n = std::min(of_block, rows - first);
+                if (!scratch.reserve(Rows<T>::bytes(n, width, inner, groups))) {
+                    failed = true;
+                    return;
+                }
+                const Rows<T> of_rows(scratch.memory, n, width, inner, groups, activation, eps);
+                Element* of_x = x + (int64_t)first * width;
+                if (number > 0) {
+                    const int from = inside(number - 1);
+                    of_rows.after_attention(o + (int64_t)first * from, layers[number - 1], from, of_x);
+                }
+                if (number < count) {
+                    const int to = inside(number);
+                    const int64_t at = (int64_t)first * to;
+                    of_rows.query_key_value(of_x, layers[number], to, q + at, k + at, v + at);
+                }
+            });
+            if (number < count && !failed) {
+                const int heads = (int)layers[number].heads, token = inside(number);
+                if (attend(q, k, v, o, nullptr, starts, starts, sequences, rows, rows, heads, heads, head_dim, token,
+                           head_dim, token, head_dim, token, head_dim, UNBOUNDED, UNBOUNDED,
+                           1 / std::sqrt((float)head_dim), nullptr))
+                    failed = true;
             }
         }
-        if (number < count && !failed) {
-            const int heads = (int)layers[number].heads, token = inside(number);
-            failed = attend(q, k, v, o, nullptr, starts, starts, sequences, rows, rows, heads, heads, head_dim, token,
-                            head_dim, token, head_dim, token, head_dim, UNBOUNDED, UNBOUNDED,
-                            1 / std::sqrt((float)head_dim), nullptr);
-        }
-    }
+    });
     return failed ? NO_MEMORY : DONE;
 }
 

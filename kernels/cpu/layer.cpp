@@ -2,6 +2,7 @@
 // operators takes as long as an operator. No copies of weights are made. `operators.py` calls this.
 
 #include "simd.h"
+#include "team.h"
 
 namespace {
 
@@ -20,6 +21,7 @@ constexpr int UP_ROWS = 1024;  // rows of the widest matrix that are computed at
         const int64_t size = (int64_t)rows * width;                                                                \
         T::Element *q = work, *k = q + size, *v = k + size, *o = v + size, *up = o + size, *y = q;                 \
         int failed = 0;                                                                                            \
+        Team::in_one_region([&] {                                                                                  \
         for (const Layer<T::Element>* l = layers; l < layers + count && !failed; ++l) {                            \
             failed |= linear_##name(x, l->query.weight, l->query.bias, q, width, rows, width, width, 0, in_one_way); \
             failed |= linear_##name(x, l->key.weight, l->key.bias, k, width, rows, width, width, 0, in_one_way);   \
@@ -38,6 +40,7 @@ constexpr int UP_ROWS = 1024;  // rows of the widest matrix that are computed at
             }                                                                                                      \
             add_layer_norm_##name(y, x, l->last_norm.weight, l->last_norm.bias, x, rows, width, eps);              \
         }                                                                                                          \
+        });                                                                                                        \
         return failed;                                                                                             \
     }
 

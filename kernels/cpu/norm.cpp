@@ -10,8 +10,11 @@
 #include <vector>
 
 #include "attention.h"
+#include "team.h"
 
 namespace {
+
+constexpr int LEAST_ELEMENTS = 8192;  // elements whose sum and LayerNorm a thread computes at a time, at least
 
 // y = LayerNorm(x + residual) for rows of `width` contiguous elements.
 template <class T>
@@ -19,12 +22,13 @@ void add_layer_norm(
     const typename T::Element* x, const typename T::Element* residual, const typename T::Element* weight,
     const typename T::Element* bias, typename T::Element* y, int64_t rows, int width, float eps
 ) {
-#pragma omp parallel for schedule(static)
-    for (int64_t row = 0; row < rows; ++row) {
-        const int64_t at = row * width;
-        auto z = [&](int i) { return T::load(x + at + i) + T::load(residual + at + i); };
-        layer_norm_of_row<T>(z, weight, bias, y + at, width, eps);
-    }
+    Team::share_range(rows, LEAST_ELEMENTS / width + 1, [&](int64_t first, int64_t end) {
+        for (int64_t row = first; row < end; ++row) {
+            const int64_t at = row * width;
+            auto z = [&](int i) { return T::load(x + at + i) + T::load(residual + at + i); };
+            layer_norm_of_row<T>(z, weight, bias, y + at, width, eps);
+        }
+    });
 }
 
 // Rows of `width` contiguous elements of x, in T, and of a residual, in R; x_bias may be null. Dropout of x is drawn by

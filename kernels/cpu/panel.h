@@ -4,9 +4,8 @@
 
 #pragma once
 
-#include <omp.h>
-
 #include "simd.h"
+#include "team.h"
 
 namespace {
 
@@ -115,36 +114,37 @@ int multiply_rows(
 ) {
     const int panels = (columns + PANEL - 1) / PANEL, parts = parts_of(rows, panels);
     const int of_part = round_up((rows + parts - 1) / parts, ROWS);
-    bool failed = false;
-#pragma omp parallel
-    {
-        int laid_out = -1;
-        float* panel = scratch.reserve(sizeof(float) * PANEL * lanes) ? (float*)scratch.memory : nullptr;
-        if (!panel) failed = true;
-#pragma omp for collapse(2) schedule(static)
-        for (int p = 0; p < panels; ++p)
-            for (int part = 0; part < parts; ++part) {
-                if (!panel) continue;
-                const int column = p * PANEL, registers = std::min(PANEL, columns - column) / WIDTH;
-                if (p != laid_out) fill(column, registers, panel);
-                laid_out = p;
-                const int first = part * of_part, end = std::min(first + of_part, rows);
-                const bool is_followed = column + 2 * PANEL <= columns;
-                for (int row = first; row < end; row += ROWS) {
-                    if (is_followed) fetch(column + PANEL, row - first, std::min(row + ROWS, end) - first, end - first);
-                    alignas(64) float sums[ROWS][PANEL];
-                    const int n = std::min(ROWS, end - row);
-                    switch (n) {
+    static std::atomic<uint64_t> calls{0};
+    const uint64_t call = ++calls;
+    std::atomic<bool> failed{false};
+    Team::share(panels * parts, [&](int chunk) {
+        thread_local uint64_t call_of_panel = 0;
+        thread_local int laid_out = -1;
+        const int p = chunk / parts, first = chunk % parts * of_part, end = std::min(first + of_part, rows);
+        const int column = p * PANEL, registers = std::min(PANEL, columns - column) / WIDTH;
+        if (!scratch.reserve(sizeof(float) * PANEL * lanes)) {
+            failed = true;
+            return;
+        }
+        float* panel = (float*)scratch.memory;
+        if (call != call_of_panel || p != laid_out) fill(column, registers, panel);
+        call_of_panel = call;
+        laid_out = p;
+        const bool is_followed = column + 2 * PANEL <= columns;
+        for (int row = first; row < end; row += ROWS) {
+            if (is_followed) fetch(column + PANEL, row - first, std::min(row + ROWS, end) - first, end - first);
+            alignas(64) float sums[ROWS][PANEL];
+            const int n = std::min(ROWS, end - row);
+            switch (n) {
 #define OF_ROWS(M) case M: tile<T, M>(x + row * x_stride, x_stride, panel, lanes, sums); break;
-                        OF_ROWS(6) OF_ROWS(5) OF_ROWS(4) OF_ROWS(3) OF_ROWS(2) OF_ROWS(1)
+                OF_ROWS(6) OF_ROWS(5) OF_ROWS(4) OF_ROWS(3) OF_ROWS(2) OF_ROWS(1)
 #undef OF_ROWS
-                    }
-                    for (int j = 0; j < registers; ++j)
-                        for (int i = 0; i < n; ++i)
-                            put(row + i, column + j * WIDTH, load(sums[i] + j * WIDTH));
-                }
             }
-    }
+            for (int j = 0; j < registers; ++j)
+                for (int i = 0; i < n; ++i)
+                    put(row + i, column + j * WIDTH, load(sums[i] + j * WIDTH));
+        }
+    });
     return failed;
 }
 
