@@ -38,6 +38,7 @@ SMALL = {
 MORE = {
     "deberta-v2": {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8},
     "esm": {"pad_token_id": PADDING, "mask_token_id": 4, "vocab_size": WORDS, "position_embedding_type": "rotary"},
+    "esm (absolute)": {"pad_token_id": PADDING, "mask_token_id": 4, "vocab_size": WORDS},
     "gemma3_text (bidirectional)": {"use_bidirectional_attention": True, "sliding_window": 20},
     "esmc": {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8},
 }
@@ -50,6 +51,7 @@ TOWERS = {
     "clap (text)": ("ClapTextModel", "ClapTextConfig"),
     "clip (text)": ("CLIPTextModel", "CLIPTextConfig"),
     "clipseg (text)": ("CLIPSegTextModel", "CLIPSegTextConfig"),
+    "esm (absolute)": ("EsmModel", "EsmConfig"),
     "gemma3_text (bidirectional)": ("Gemma3TextModel", "Gemma3TextConfig"),
     "metaclip_2 (text)": ("MetaClip2TextModel", "MetaClip2TextConfig"),
     "mt5 (encoder)": ("MT5EncoderModel", "MT5Config"),

@@ -262,6 +262,22 @@ def test_esm_takes_inputs_embeds_as_they_are():
     assert_fused(models[0])
 
 
+@pytest.mark.parametrize("side", ["right", "left", "holes"])
+def test_esm_with_a_table_of_positions(side):
+    """ESM-1b and ESM-1v, whose embeddings also have a norm."""
+    more = {"position_embedding_type": "absolute", "emb_layer_norm_before": True}
+    models = ours, plain, truth = three(build("EsmModel", **more), padding="exact")
+    batch = batch_of("EsmModel", plain, MASKS[side])
+    outputs = [model(**batch, output_hidden_states=True) for model in models]
+    for number, states in enumerate(zip(*(output.hidden_states for output in outputs), strict=True)):
+        assert_within_budget(*states, name=f"state {number}")
+    assert_within_budget(*(output.pooler_output for output in outputs))
+    weights = torch.randn(outputs[1].last_hidden_state.shape)
+    losses = [(o.last_hidden_state * weights.to(o.last_hidden_state.dtype)).sum() for o in outputs]
+    assert_gradients(ours, plain, truth, losses)
+    assert_fused(ours)
+
+
 def test_tapas_with_other_types():
     """Its config says how many kinds of token types there are; zeros stand for as many where none are given."""
     ours, plain, truth = three(build("TapasModel", type_vocab_sizes=[3, 4] * 4), padding="exact")
@@ -278,10 +294,10 @@ def test_tapas_with_other_types():
     ("name", "settings", "why"),
     [
         ("ErnieModel", {"use_task_id": True}, "has no embeddings.task_type_embeddings.weight"),
-        ("EsmModel", {"position_embedding_type": "absolute"}, "its positions are absolute"),
+        ("EsmModel", {"position_embedding_type": "relative_key"}, "its positions are relative_key"),
         ("RemBertModel", {"is_decoder": True}, "it is a decoder"),
     ],
-    ids=["ernie_with_tasks", "esm_with_a_table", "a_decoder"],
+    ids=["ernie_with_tasks", "esm_with_distances", "a_decoder"],
 )
 def test_what_a_row_does_not_know_is_refused(name, settings, why):
     with pytest.warns(UserWarning, match="replaced nothing"):

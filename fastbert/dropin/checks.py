@@ -165,6 +165,16 @@ def _why_attention(encoder: nn.Module) -> str | None:
     return None if of_library(function) else f"its attention function {name!r} is not transformers' own"
 
 
+def blind_is_zero(encoder: nn.Module) -> bool:
+    """Whether attention of the original gives zeros to a row that sees no token, as ours does. Known of torch's SDPA on
+    CPUs; eager attention, and the masks of transformers 4, give the mean of all values."""
+    if encoder.config._attn_implementation != "sdpa" or next(encoder.parameters()).device.type != "cpu":
+        return False
+    import transformers
+
+    return int(transformers.__version__.split(".")[0]) >= 5
+
+
 # ---- hooks and dropouts -----------------------------------------------------------------------------------
 
 

@@ -17,6 +17,7 @@ from ..stack.layer import FEW_TOKENS, in_one, in_one_call, is_one_call_ahead
 from ..stack.shared import UNBOUNDED, Pass
 from ..stack.steps import norm_only
 from . import facts as table
+from .checks import blind_is_zero
 from .embeddings import count_positions, embeddings, pooled_columns, pooled_output, position_tables
 from .facts import at
 from .forward import InspectedForward, count
@@ -211,9 +212,7 @@ class EncoderForward(InspectedForward):
 
     def rows_of(self, mask: Tensor, reads: bool | Tensor, others: Tensor | None) -> tuple[Rows, bool]:
         reach, causal = self.reach()
-        facts, config = self.facts, self.module.config
-        # Seen of torch's SDPA on CPUs. Eager attention gives the mean of all values there.
-        zeros = config._attn_implementation == "sdpa" and next(self.module.parameters()).device.type == "cpu"
+        facts, zeros = self.facts, (causal or reach is not None) and blind_is_zero(self.module)
         return rows_to_compute(mask, reads, others, facts.relative, reach, causal, facts.first_column, zeros)
 
     def reach(self) -> tuple[int | None, bool]:

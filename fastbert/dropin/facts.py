@@ -180,7 +180,7 @@ class Family:
         first_column: whether the first column may be read even if it is padding.
         half_clamped: whether the layers clamp overflowing values in float16; the original's code runs such calls.
         refuses_cache: whether the original raises an error for use_cache=True.
-        variant: (name of a setting of the config, the facts if that setting is on).
+        variant: (name of a setting of the config, its value, the facts for this value).
         last_state_normed: whether the last hidden state is the output, rather than the input of `final_norm`.
         pooled: without a pooler, the token that `pooler_output` is made of: the first eos_token_id of the encoder, the
             first largest id, the last column; or the largest id if eos_token_id is 2, and else the first eos_token_id.
@@ -225,7 +225,7 @@ class Family:
     first_column: bool = True
     half_clamped: bool = False
     refuses_cache: bool = False
-    variant: tuple[str, Family] | None = None
+    variant: tuple[str, Any, Family] | None = None
     last_state_normed: bool = True
     pooled: Literal["eos", "largest", "eos_or_largest", "last"] | None = None
     pooled_by: str | None = None

@@ -258,6 +258,20 @@ _BRIDGE_TOWER = {
     "output": ("BridgeTowerOutput",),
 }
 
+_ESM = replace(
+    _called(
+        "Esm",
+        _POOLED,
+        {},
+        _EAGER
+        | _pre_norm("attention.LayerNorm", "LayerNorm")
+        | {"probs_switch": "attention.self", "activation": None, "activation_name": "gelu"},
+    ),
+    called={"position_ids": None, "attention_mask": None},  # inputs_embeds bypass its embeddings
+    unused=("contact_head",),
+    final_norm="encoder.emb_layer_norm_after",
+)
+
 # class name of the encoder -> its facts
 FAMILIES = {
     "BertModel": _bert("Bert"),
@@ -378,20 +392,12 @@ FAMILIES = {
         "JinaEmbeddingsV3", _rotary_layer("JinaEmbeddingsV3", "mlp.fc1", "mlp.fc2", activation="mlp.activation_fn")
     ),
     "EsmModel": replace(
-        _called(
-            "Esm",
-            _POOLED,
-            {},
-            _EAGER
-            | _pre_norm("attention.LayerNorm", "LayerNorm")
-            | {"probs_switch": "attention.self", "activation": None, "activation_name": "gelu", "rotates": True},
-        ),
-        called={"position_ids": None, "attention_mask": None},  # inputs_embeds bypass its embeddings
+        _ESM,
+        layer=replace(_ESM.layer, rotates=True),
         positions="rotary",
         position_type="rotary",
         tables_of_rotation="rotary_embeddings",
-        unused=("contact_head",),
-        final_norm="encoder.emb_layer_norm_after",
+        variant=("position_embedding_type", "absolute", _ESM),  # ESM-1b and ESM-1v
     ),
     "LayoutLMModel": _called("LayoutLM", _PLAIN_POOLED, _TYPES | {"bbox": (4,)}, _NUMBER),
     "RoCBertModel": _called(

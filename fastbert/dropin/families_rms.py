@@ -125,7 +125,7 @@ def _t5(name: str, layer: dict[str, Any], **different: Any) -> Family:
 
     path = "layer.1.DenseReluDense."
     gated = of("GatedActDense", {"gate": f"{path}wi_0", "up": f"{path}wi_1", "gated": True})
-    return replace(of("ActDense", {"up": f"{path}wi"}), variant=("is_gated_act", gated))
+    return replace(of("ActDense", {"up": f"{path}wi"}), variant=("is_gated_act", True, gated))
 
 
 _ESMC_LAYER = _layer(

@@ -31,8 +31,9 @@ def family_of(module: nn.Module) -> Family | None:
 
             families = FAMILIES_OF_4 if transformers.__version__.startswith("4.") else FAMILIES
             family = families.get(cls.__name__) if type(module).forward is cls.forward else None
-            if family is not None and family.variant is not None and getattr(module.config, family.variant[0]):
-                return family.variant[1]
+            if family is not None and family.variant is not None:
+                setting, value, variant = family.variant
+                family = variant if getattr(module.config, setting) == value else family
             return family
     return None
 
